@@ -98,7 +98,8 @@ impl<T, E: std::error::Error + Send + Sync + 'static> Context<T> for std::result
     }
     fn with_context<S: Into<String>>(self, message: impl FnOnce() -> S) -> Result<T> {
         self.map_err(|source| {
-            let kind = (&source as &dyn std::any::Any).downcast_ref::<Error>().map_or(Kind::Host, Error::kind);
+            let kind =
+                (&source as &dyn std::any::Any).downcast_ref::<Error>().map_or(Kind::Host, Error::kind);
             Error(Box::new(Inner { kind, message: message().into(), source: Some(Box::new(source)) }))
         })
     }

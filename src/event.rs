@@ -1,6 +1,6 @@
 //! An event loop's core: which descriptors are waited for, and by which token each is known.
 
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::time::Duration;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -37,18 +37,18 @@ impl Events {
     }
 
     /// Waits for `interest` on `fd`; events carry `token`.
-    pub fn add(&self, fd: &impl AsFd, interest: Interest, token: u64) -> Result<()> {
-        self.control(ControlOperation::Add, fd.as_fd().as_raw_fd(), interest, token)
+    pub fn add(&self, fd: &impl AsRawFd, interest: Interest, token: u64) -> Result<()> {
+        self.control(ControlOperation::Add, fd.as_raw_fd(), interest, token)
     }
 
     /// Waits for something else from now on, or for nothing (an empty interest).
-    pub fn change(&self, fd: &impl AsFd, interest: Interest, token: u64) -> Result<()> {
-        self.control(ControlOperation::Modify, fd.as_fd().as_raw_fd(), interest, token)
+    pub fn change(&self, fd: &impl AsRawFd, interest: Interest, token: u64) -> Result<()> {
+        self.control(ControlOperation::Modify, fd.as_raw_fd(), interest, token)
     }
 
     /// Waits for nothing more on `fd`.
-    pub fn remove(&self, fd: &impl AsFd) -> Result<()> {
-        self.control(ControlOperation::Delete, fd.as_fd().as_raw_fd(), EventSet::empty(), 0)
+    pub fn remove(&self, fd: &impl AsRawFd) -> Result<()> {
+        self.control(ControlOperation::Delete, fd.as_raw_fd(), EventSet::empty(), 0)
     }
 
     fn control(&self, operation: ControlOperation, fd: RawFd, interest: Interest, token: u64) -> Result<()> {
@@ -60,8 +60,7 @@ impl Events {
     pub fn wait(&self, timeout: Option<Duration>, ready: &mut Vec<Ready>) -> Result<()> {
         ready.clear();
         let mut events = [EpollEvent::default(); EVENTS];
-        let timeout_ms =
-            timeout.map_or(-1, |timeout| timeout.as_millis().try_into().unwrap_or(i32::MAX));
+        let timeout_ms = timeout.map_or(-1, |timeout| timeout.as_millis().try_into().unwrap_or(i32::MAX));
         match self.epoll.wait(timeout_ms, &mut events) {
             Ok(count) => ready.extend(
                 events[..count].iter().map(|event| Ready { token: event.data(), events: event.event_set() }),

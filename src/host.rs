@@ -56,11 +56,8 @@ impl Host for Local {
 
 fn open(what: &str, path: &Path, access: Access) -> Result<File> {
     let attempt = || format!("open {what} `{}`", path.display());
-    let file = OpenOptions::new()
-        .read(true)
-        .write(access == Access::ReadWrite)
-        .open(path)
-        .with_context(attempt)?;
+    let file =
+        OpenOptions::new().read(true).write(access == Access::ReadWrite).open(path).with_context(attempt)?;
     if file.metadata().with_context(attempt)?.is_dir() {
         return Err(Error::config("it is a directory, a file is needed")).with_context(attempt);
     }

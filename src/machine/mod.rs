@@ -1,7 +1,7 @@
 //! The machine and its run states: built, loaded, running, paused, ended.
 
+use crate::event::EventFd;
 use std::fmt;
-use std::os::fd::BorrowedFd;
 
 use crate::config::Config;
 use crate::error::Result;
@@ -65,7 +65,7 @@ pub struct Machine {}
 
 impl Machine {
     /// Wires a machine together from `config`; it has no content yet and does not run.
-    pub fn build(_config: &Config, _host: &mut dyn Host) -> Result<Self> {
+    pub fn build(_config: &Config, _host: &mut dyn Host, _prepared: Prepared) -> Result<Self> {
         todo!()
     }
     /// Gives it its content: kernel, initrd, boot tables, registers. `Config::boot_source` of `None`
@@ -86,7 +86,7 @@ impl Machine {
         todo!()
     }
     /// Readable once the guest has ended.
-    pub fn exit_fd(&self) -> BorrowedFd<'_> {
+    pub fn exit_fd(&self) -> &EventFd {
         todo!()
     }
     /// How the guest ended, if it has.
@@ -102,7 +102,7 @@ impl Machine {
         todo!()
     }
     /// Readable when the console has room again after `type_on_console` took fewer bytes than given.
-    pub fn console_room_fd(&self) -> BorrowedFd<'_> {
+    pub fn console_room_fd(&self) -> &EventFd {
         todo!()
     }
     /// Presses Ctrl-Alt-Del on the guest's keyboard (x86_64 only).
