@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Context, Error, Result};
@@ -20,6 +20,8 @@ pub enum Access {
 pub trait Host {
     /// The file at `path`, open; `what` names it in errors ("kernel", "disk `root`").
     fn file(&mut self, what: &str, path: &Path, access: Access) -> Result<File>;
+    /// Fresh random bytes, for the guest's generator.
+    fn random_seed(&mut self) -> Result<[u8; 32]>;
     /// Where the guest's serial console writes.
     fn console(&mut self) -> Result<Box<dyn Write + Send>>;
 }
@@ -47,6 +49,14 @@ impl Host for Local {
             Some(file) => Ok(file),
             None => open(what, path, access),
         }
+    }
+
+    fn random_seed(&mut self) -> Result<[u8; 32]> {
+        let mut seed = [0; 32];
+        File::open("/dev/urandom")
+            .and_then(|mut file| file.read_exact(&mut seed))
+            .context("read /dev/urandom")?;
+        Ok(seed)
     }
 
     fn console(&mut self) -> Result<Box<dyn Write + Send>> {

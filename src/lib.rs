@@ -2,12 +2,25 @@
 //!
 //! The modules, low to high; each uses only those before it:
 //! - [`error`]: the one error type.
-//! - [`event`]: the core of an event loop. [`host`]: where files come from.
+//! - [`event`]: the core of an event loop. [`host`]: where files come from. [`memory`]: guest memory.
+//! - [`platform`]: what boot tables must say, as plain data.
+//! - [`arch`]: everything that differs between x86_64 and aarch64, behind one set of names.
+//! - [`bus`]: address to device.
+//! - [`vm`]: one KVM virtual machine, its vCPUs and their gate, and how a guest ends.
+//! - [`devices`]: the devices.
 //! - [`config`]: everything a microVM is made of.
-//! - [`machine`]: the machine and its run states.
+//! - [`firmware`]: the guest of our own that is carried along.
+//! - [`machine`]: the machine and its run states: build, then load.
 
+pub mod arch;
+pub mod bus;
 pub mod config;
+pub mod devices;
 pub mod error;
 pub mod event;
+pub mod firmware;
 pub mod host;
 pub mod machine;
+pub mod memory;
+pub mod platform;
+pub mod vm;

@@ -1,1 +1,3 @@
+//! The `alula` command.
+
 fn main() {}

@@ -1,55 +1,23 @@
 //! The machine and its run states: built, loaded, running, paused, ended.
 
-use crate::event::EventFd;
-use std::fmt;
+mod build;
+mod halt;
+
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::config::Config;
-use crate::error::Result;
+use crate::devices::console::Console;
+use crate::devices::keyboard::Keyboard;
+use crate::error::{Error, Result};
+use crate::event::EventFd;
 use crate::host::Host;
+use crate::memory::Memory;
+use crate::platform::Platform;
+use crate::vm::Vm;
+use crate::vm::vcpu::{Surroundings, Vcpu};
 
-/// How a guest ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Exit {
-    /// It powered itself off (ACPI sleep control, PSCI SYSTEM_OFF).
-    PoweredOff,
-    /// It asked for a reset (i8042, ACPI reset register, PSCI SYSTEM_RESET).
-    Reset,
-    /// Every CPU waits with interrupts off: nothing can wake it.
-    Halted,
-    /// A CPU could not deliver an exception (x86_64).
-    TripleFault,
-    /// It wrote this code to the exit register.
-    Code(u32),
-    /// KVM could not go on running it, for this reason.
-    Failed(String),
-}
-
-impl Exit {
-    /// What `alula run` returns (docs/exit-codes.md).
-    pub fn exit_code(&self) -> u8 {
-        match self {
-            Self::PoweredOff => 0,
-            Self::Code(code) => *code as u8,
-            Self::Reset => 120,
-            Self::Halted => 121,
-            Self::TripleFault => 122,
-            Self::Failed(_) => 123,
-        }
-    }
-}
-
-impl fmt::Display for Exit {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::PoweredOff => f.write_str("the guest powered off"),
-            Self::Reset => f.write_str("the guest asked for a reset"),
-            Self::Halted => f.write_str("the guest halted for good: every CPU waits with interrupts off"),
-            Self::TripleFault => f.write_str("the guest crashed: triple fault"),
-            Self::Code(code) => write!(f, "the guest ended with code {code}"),
-            Self::Failed(reason) => write!(f, "the guest could not go on: {reason}"),
-        }
-    }
-}
+pub use crate::vm::Prepared;
+pub use crate::vm::exit::Exit;
 
 /// Whether the guest's CPUs may run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,63 +28,111 @@ pub enum State {
     Paused,
 }
 
-/// One virtual machine.
-pub struct Machine {}
+/// One virtual machine. Fields are dropped in this order: nothing runs, then KVM goes, then memory.
+pub struct Machine {
+    state: State,
+    vcpus: Vec<Vcpu>,
+    surroundings: Arc<Surroundings>,
+    console: Arc<Mutex<Console>>,
+    console_room: Arc<EventFd>,
+    keyboard: Option<Arc<Mutex<Keyboard>>>,
+    platform: Platform,
+    halt: halt::Watch,
+    _vm: Vm,
+    memory: Memory,
+}
 
 impl Machine {
     /// Wires a machine together from `config`; it has no content yet and does not run.
-    pub fn build(_config: &Config, _host: &mut dyn Host, _prepared: Prepared) -> Result<Self> {
-        todo!()
+    pub fn build(config: &Config, host: &mut dyn Host, prepared: Prepared) -> Result<Self> {
+        build::build(config, host, prepared)
     }
-    /// Gives it its content: kernel, initrd, boot tables, registers. `Config::boot_source` of `None`
-    /// loads the embedded firmware guest.
-    pub fn load(&mut self, _config: &Config, _host: &mut dyn Host) -> Result<()> {
-        todo!()
+
+    /// Gives it its content: kernel, initrd, boot tables, registers. A `boot_source` of none loads
+    /// the embedded firmware guest.
+    pub fn load(&mut self, config: &Config, host: &mut dyn Host) -> Result<()> {
+        build::load(self, config, host)
     }
-    /// Lets the CPUs run: starts a machine just loaded, goes on with a paused one. No effect on a running one.
+
+    /// Lets the CPUs run: starts a machine just loaded, goes on with a paused one. No effect on a
+    /// running one.
     pub fn resume(&mut self) -> Result<()> {
-        todo!()
+        if self.surroundings.end.get().is_some() {
+            return Err(Error::guest("resume the guest: it has ended"));
+        }
+        for (index, vcpu) in self.vcpus.iter_mut().enumerate() {
+            vcpu.start(index, &self.surroundings)?;
+        }
+        if self.state == State::Paused {
+            for vcpu in &self.vcpus {
+                vcpu.settle();
+            }
+            self.surroundings.gate.open();
+            self.state = State::Running;
+        }
+        Ok(())
     }
-    /// Returns when no CPU runs any more. No effect on a paused one.
+
+    /// Returns when no CPU runs any more. No effect on a paused machine.
     pub fn pause(&mut self) -> Result<()> {
-        todo!()
+        self.surroundings.gate.close();
+        for vcpu in &self.vcpus {
+            vcpu.kick();
+        }
+        for vcpu in &self.vcpus {
+            drop(vcpu.stopped());
+        }
+        self.state = State::Paused;
+        Ok(())
     }
+
     /// Whether it runs.
     pub fn state(&self) -> State {
-        todo!()
+        self.state
     }
+
     /// Readable once the guest has ended.
     pub fn exit_fd(&self) -> &EventFd {
-        todo!()
+        self.surroundings.end.event()
     }
+
     /// How the guest ended, if it has.
     pub fn exit(&self) -> Option<Exit> {
-        todo!()
+        self.surroundings.end.get().cloned()
     }
-    /// Looks whether every CPU is halted for good; to be called now and then (about once a second).
-    pub fn check_halted(&mut self) {
-        todo!()
+
+    /// Looks whether every CPU is halted for good, and ends the guest if so; to be called now and
+    /// then, about once a second. Costs next to nothing while any CPU does anything.
+    pub fn check_halted(&mut self) -> Result<()> {
+        halt::check(self)
     }
+
     /// Types `bytes` on the guest's serial console and returns how many there was room for.
-    pub fn type_on_console(&mut self, _bytes: &[u8]) -> usize {
-        todo!()
+    pub fn type_on_console(&mut self, bytes: &[u8]) -> usize {
+        self.console.lock().unwrap_or_else(PoisonError::into_inner).type_bytes(bytes)
     }
+
     /// Readable when the console has room again after `type_on_console` took fewer bytes than given.
     pub fn console_room_fd(&self) -> &EventFd {
-        todo!()
+        &self.console_room
     }
+
     /// Presses Ctrl-Alt-Del on the guest's keyboard (x86_64 only).
     pub fn send_ctrl_alt_del(&mut self) -> Result<()> {
-        todo!()
+        let keyboard = self.keyboard.as_ref().ok_or_else(|| Error::config("this machine has no keyboard"))?;
+        keyboard.lock().unwrap_or_else(PoisonError::into_inner).press_ctrl_alt_del();
+        Ok(())
     }
 }
 
-/// What a machine needs that no configuration changes; made ahead, while nobody waits.
-pub struct Prepared {}
-
-impl Prepared {
-    /// Opens `/dev/kvm` and asks it what it can do.
-    pub fn new() -> Result<Self> {
-        todo!()
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.surroundings.gate.remove();
+        for vcpu in &self.vcpus {
+            vcpu.kick();
+        }
+        for vcpu in &mut self.vcpus {
+            vcpu.join();
+        }
     }
 }

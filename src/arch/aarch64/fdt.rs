@@ -1,0 +1,163 @@
+//! The flattened device tree (Devicetree Specification 0.4; bindings as in the Linux kernel's tree).
+
+use vm_fdt::{Error, FdtWriter};
+
+use super::layout;
+use crate::memory::Range;
+use crate::platform::Platform;
+
+const GIC: u32 = 1;
+const CLOCK: u32 = 2;
+const PRIVATE: u32 = 1;
+const SHARED: u32 = 0;
+const EDGE_RISING: u32 = 1;
+const LEVEL_HIGH: u32 = 4;
+
+/// MPIDR affinity of a CPU, as KVM gives it by index: 16 CPUs share the lowest level.
+fn affinity(cpu: u32) -> u32 {
+    (cpu & 0xf) | (cpu >> 4 & 0xff) << 8 | (cpu >> 12) << 16
+}
+
+/// The device tree for `platform`.
+pub fn tree(platform: &Platform) -> Result<Vec<u8>, Error> {
+    let mut fdt = FdtWriter::new()?;
+    let root = fdt.begin_node("")?;
+    fdt.property_string("compatible", "linux,dummy-virt")?;
+    fdt.property_string("model", "Alula microVM")?;
+    fdt.property_u32("#address-cells", 2)?;
+    fdt.property_u32("#size-cells", 2)?;
+    fdt.property_u32("interrupt-parent", GIC)?;
+
+    let chosen = fdt.begin_node("chosen")?;
+    fdt.property_string("bootargs", &platform.command_line)?;
+    fdt.property_string("stdout-path", &format!("/serial@{:x}", layout::SERIAL.start))?;
+    fdt.property("rng-seed", &platform.random_seed)?;
+    if let Some(initrd) = platform.initrd {
+        fdt.property_u64("linux,initrd-start", initrd.start)?;
+        fdt.property_u64("linux,initrd-end", initrd.end())?;
+    }
+    fdt.end_node(chosen)?;
+
+    for range in &platform.memory {
+        let memory = fdt.begin_node(&format!("memory@{:x}", range.start))?;
+        fdt.property_string("device_type", "memory")?;
+        fdt.property_array_u64("reg", &[range.start, range.size])?;
+        fdt.end_node(memory)?;
+    }
+    cpus(&mut fdt, platform)?;
+
+    let psci = fdt.begin_node("psci")?;
+    fdt.property_string_list("compatible", vec!["arm,psci-1.0".to_owned(), "arm,psci-0.2".to_owned()])?;
+    fdt.property_string("method", "hvc")?;
+    fdt.end_node(psci)?;
+
+    // Secure, non-secure, virtual, hypervisor: PPIs 13, 14, 11, 10.
+    let timer = fdt.begin_node("timer")?;
+    fdt.property_string("compatible", "arm,armv8-timer")?;
+    fdt.property_null("always-on")?;
+    let interrupts: Vec<_> =
+        [13, 14, 11, 10].into_iter().flat_map(|ppi| [PRIVATE, ppi, LEVEL_HIGH]).collect();
+    fdt.property_array_u32("interrupts", &interrupts)?;
+    fdt.end_node(timer)?;
+
+    let gic = fdt.begin_node(&format!("intc@{:x}", layout::GIC_DISTRIBUTOR.start))?;
+    fdt.property_string("compatible", "arm,gic-v3")?;
+    fdt.property_null("interrupt-controller")?;
+    fdt.property_u32("#interrupt-cells", 3)?;
+    fdt.property_u32("#address-cells", 2)?;
+    fdt.property_u32("#size-cells", 2)?;
+    fdt.property_null("ranges")?;
+    let redistributors = layout::GIC_REDISTRIBUTOR_SIZE * u64::from(platform.cpus);
+    let Range { start, size } = layout::GIC_DISTRIBUTOR;
+    fdt.property_array_u64("reg", &[start, size, layout::GIC_REDISTRIBUTORS, redistributors])?;
+    fdt.property_array_u32("interrupts", &[PRIVATE, 9, LEVEL_HIGH])?;
+    fdt.property_phandle(GIC)?;
+    fdt.end_node(gic)?;
+    devices(&mut fdt, platform)?;
+
+    fdt.end_node(root)?;
+    fdt.finish()
+}
+
+fn cpus(fdt: &mut FdtWriter, platform: &Platform) -> Result<(), Error> {
+    let cpus = fdt.begin_node("cpus")?;
+    fdt.property_u32("#address-cells", 1)?;
+    fdt.property_u32("#size-cells", 0)?;
+    for index in 0..u32::from(platform.cpus) {
+        let cpu = fdt.begin_node(&format!("cpu@{:x}", affinity(index)))?;
+        fdt.property_string("device_type", "cpu")?;
+        fdt.property_string("compatible", "arm,armv8")?;
+        fdt.property_string("enable-method", "psci")?;
+        fdt.property_u32("reg", affinity(index))?;
+        fdt.end_node(cpu)?;
+    }
+    fdt.end_node(cpus)
+}
+
+fn devices(fdt: &mut FdtWriter, platform: &Platform) -> Result<(), Error> {
+    let clock = fdt.begin_node("apb-pclk")?;
+    fdt.property_string("compatible", "fixed-clock")?;
+    fdt.property_u32("#clock-cells", 0)?;
+    fdt.property_u32("clock-frequency", 24_000_000)?;
+    fdt.property_phandle(CLOCK)?;
+    fdt.end_node(clock)?;
+
+    let serial = fdt.begin_node(&format!("serial@{:x}", layout::SERIAL.start))?;
+    fdt.property_string("compatible", "ns16550a")?;
+    fdt.property_array_u64("reg", &[layout::SERIAL.start, layout::SERIAL.size])?;
+    fdt.property_u32("clock-frequency", 1_843_200)?;
+    fdt.property_array_u32("interrupts", &[SHARED, layout::SERIAL_GSI, EDGE_RISING])?;
+    fdt.end_node(serial)?;
+
+    if let Some(registers) = layout::CLOCK {
+        let rtc = fdt.begin_node(&format!("rtc@{:x}", registers.start))?;
+        fdt.property_string_list("compatible", vec!["arm,pl031".to_owned(), "arm,primecell".to_owned()])?;
+        fdt.property_array_u64("reg", &[registers.start, registers.size])?;
+        fdt.property_u32("clocks", CLOCK)?;
+        fdt.property_string("clock-names", "apb_pclk")?;
+        fdt.end_node(rtc)?;
+    }
+
+    let exit = fdt.begin_node(&format!("exit@{:x}", layout::EXIT.start))?;
+    fdt.property_string("compatible", "alula,exit")?;
+    fdt.property_array_u64("reg", &[layout::EXIT.start, layout::EXIT.size])?;
+    fdt.end_node(exit)?;
+
+    for device in &platform.virtio_mmio {
+        let node = fdt.begin_node(&format!("virtio_mmio@{:x}", device.registers.start))?;
+        fdt.property_string("compatible", "virtio,mmio")?;
+        fdt.property_null("dma-coherent")?;
+        fdt.property_array_u64("reg", &[device.registers.start, device.registers.size])?;
+        fdt.property_array_u32("interrupts", &[SHARED, device.gsi, EDGE_RISING])?;
+        fdt.end_node(node)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn affinities_are_those_that_kvm_gives() {
+        assert_eq!([0, 15, 16, 255, 4096].map(affinity), [0, 15, 0x100, 0xf0f, 0x1_0000]);
+    }
+
+    #[test]
+    fn the_tree_names_every_cpu_and_the_command_line() {
+        let platform = Platform {
+            cpus: 3,
+            smt: false,
+            memory: layout::memory(64 << 20),
+            command_line: "console=ttyS0 marker".to_owned(),
+            initrd: Some(Range { start: 0x4100_0000, size: 5 }),
+            random_seed: [7; 32],
+            virtio_mmio: Vec::new(),
+        };
+        let tree = tree(&platform).unwrap();
+        let has = |needle: &[u8]| tree.windows(needle.len()).any(|window| window == needle);
+        assert!(has(b"cpu@2\0") && !has(b"cpu@3\0"));
+        assert!(has(b"console=ttyS0 marker\0"));
+        assert!(has(&0x4100_0005u64.to_be_bytes()), "the initrd's end");
+    }
+}

@@ -1,0 +1,40 @@
+//! Where things are in an aarch64 guest's physical address space.
+
+#![allow(missing_docs, reason = "the groups are documented by their first line")]
+
+use crate::memory::Range;
+
+/// The GICv3: distributor, and one redistributor of 128 KiB per CPU from here.
+pub const GIC_DISTRIBUTOR: Range = Range { start: 0x0800_0000, size: 0x1_0000 };
+pub const GIC_REDISTRIBUTORS: u64 = 0x0a00_0000;
+pub const GIC_REDISTRIBUTOR_SIZE: u64 = 0x2_0000;
+/// Interrupts that the GIC has, the 32 private ones among them.
+pub const GIC_INTERRUPTS: u32 = 256;
+
+/// The 16550 UART; GSIs are shared peripheral interrupts (SPIs).
+pub const SERIAL: Range = Range { start: 0x0900_0000, size: 0x1000 };
+pub const SERIAL_GSI: u32 = 0;
+pub const SERIAL_IS_PORTS: bool = false;
+/// The PL031 clock.
+pub const CLOCK: Option<Range> = Some(Range { start: 0x0901_0000, size: 0x1000 });
+/// The exit register (devices/exit.rs).
+pub const EXIT: Range = Range { start: 0x0902_0000, size: 4 };
+/// No keyboard and no ACPI registers: guests power off by PSCI.
+pub const KEYBOARD: Option<(Range, u32)> = None;
+pub const POWER: Option<Power> = None;
+
+/// Memory starts here and is in one piece.
+pub const MEMORY_START: u64 = 0x4000_0000;
+
+/// The ACPI power registers of x86_64 (devices/power.rs).
+#[derive(Clone, Copy)]
+pub struct Power {
+    pub ports: Range,
+    pub sleep_type_off: u8,
+    pub reset_value: u8,
+}
+
+/// The ranges that `size` bytes of memory lie in.
+pub fn memory(size: u64) -> Vec<Range> {
+    vec![Range { start: MEMORY_START, size }]
+}

@@ -1,0 +1,17 @@
+//! The two architectures behind one set of names: the only place that asks which one this is.
+//!
+//! Each offers: `layout` (where things are in the guest's address space), `create_vm`, `before_vcpus` and
+//! `after_vcpus` (the interrupt controller), `CpuModel` (what KVM is told of CPUs), `load` (kernel and boot
+//! tables into memory), `boot` (the CPUs' registers), `is_halted_for_good`, `internal_error`.
+
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
+
+#[cfg(target_arch = "aarch64")]
+pub use aarch64::*;
+#[cfg(target_arch = "x86_64")]
+pub use x86_64::*;
+
+mod kernel;

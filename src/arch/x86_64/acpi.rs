@@ -1,0 +1,234 @@
+//! ACPI tables (ACPI 6.5, hardware-reduced): CPUs, interrupt controllers, the fixed devices, the way off.
+
+use acpi_tables::aml::{Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, ResourceTemplate};
+use acpi_tables::fadt::{FADTBuilder, Flags};
+use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
+use acpi_tables::rsdp::Rsdp;
+use acpi_tables::sdt::Sdt;
+use acpi_tables::xsdt::XSDT;
+use acpi_tables::{Aml, AmlSink};
+
+use super::layout;
+use crate::platform::Platform;
+
+const OEM: [u8; 6] = *b"ALULA ";
+const OEM_TABLE: [u8; 8] = *b"MICROVM ";
+
+/// FADT, IAPC boot flags (5.2.9.3): there is an 8042, no VGA, no CMOS clock.
+const BOOT_FLAGS: u16 = 1 << 1 | 1 << 2 | 1 << 5;
+
+struct Bytes(Vec<u8>);
+impl AmlSink for Bytes {
+    fn byte(&mut self, byte: u8) {
+        self.0.push(byte);
+    }
+    fn vec(&mut self, bytes: &[u8]) {
+        self.0.extend_from_slice(bytes);
+    }
+}
+
+/// All tables, to be loaded at `layout::ACPI`; the first bytes are the RSDP.
+pub fn tables(platform: &Platform) -> Vec<u8> {
+    let mut all = Bytes(vec![0; Rsdp::len().next_multiple_of(16)]);
+    let dsdt = append(&mut all, &dsdt(platform));
+    let fadt = append(&mut all, &fadt(dsdt));
+    let madt = append(&mut all, &madt(platform));
+    let mut xsdt = XSDT::new(OEM, OEM_TABLE, 1);
+    xsdt.add_entry(fadt);
+    xsdt.add_entry(madt);
+    let xsdt = append(&mut all, &xsdt);
+
+    let mut rsdp = Bytes(Vec::new());
+    Rsdp::new(OEM, xsdt).to_aml_bytes(&mut rsdp);
+    all.0[..rsdp.0.len()].copy_from_slice(&rsdp.0);
+    all.0
+}
+
+/// Appends a table and returns its guest physical address.
+fn append(all: &mut Bytes, table: &dyn Aml) -> u64 {
+    all.0.resize(all.0.len().next_multiple_of(16), 0);
+    let address = layout::ACPI + all.0.len() as u64;
+    table.to_aml_bytes(all);
+    address
+}
+
+fn fadt(dsdt: u64) -> impl Aml {
+    let power = layout::POWER.expect("x86_64 has it");
+    let port =
+        |offset| GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, power.ports.start + offset);
+    let mut fadt =
+        FADTBuilder::new(OEM, OEM_TABLE, 1).dsdt_64(dsdt).flag(Flags::HwReducedAcpi).flag(Flags::ResetRegSup);
+    fadt.iapc_boot_arch = BOOT_FLAGS.into();
+    fadt.sleep_control_reg = port(0);
+    fadt.sleep_status_reg = port(1);
+    fadt.reset_reg = port(2);
+    fadt.reset_value = power.reset_value;
+    fadt.finalize()
+}
+
+/// MADT (5.2.12): a local APIC per CPU (x2APIC entries where the id needs it), one I/O APIC.
+fn madt(platform: &Platform) -> Sdt {
+    let mut madt = Sdt::new(*b"APIC", 36, 5, OEM, OEM_TABLE, 1);
+    let mut body = Vec::with_capacity(20 + 8 * usize::from(platform.cpus));
+    body.extend(layout::LOCAL_APIC.to_le_bytes());
+    body.extend(0u32.to_le_bytes());
+    for cpu in 0..u32::from(platform.cpus) {
+        match u8::try_from(cpu) {
+            Ok(id) if id < 255 => body.extend([0, 8, id, id, 1, 0, 0, 0]),
+            _ => {
+                body.extend([9, 16, 0, 0]);
+                body.extend(cpu.to_le_bytes());
+                body.extend(1u32.to_le_bytes());
+                body.extend(cpu.to_le_bytes());
+            }
+        }
+    }
+    body.extend([1, 12, 0, 0]);
+    body.extend(layout::IO_APIC.to_le_bytes());
+    body.extend(0u32.to_le_bytes());
+    madt.append_slice(&body);
+    madt
+}
+
+/// DSDT: the devices that a guest cannot find by probing, and how to power off.
+fn dsdt(platform: &Platform) -> Sdt {
+    let mut aml = Bytes(Vec::new());
+    let power = layout::POWER.expect("x86_64 has it");
+    let (keyboard, keyboard_gsi) = layout::KEYBOARD.expect("x86_64 has it");
+    let irq = |gsi| Interrupt::new(true, true, false, false, gsi);
+    let port = |start: u64, len| IO::new(start as u16, start as u16, 1, len);
+    Name::new("_S5_".into(), &Package::new(vec![&power.sleep_type_off])).to_aml_bytes(&mut aml);
+    Device::new(
+        "_SB_.COM1".into(),
+        vec![
+            &Name::new("_HID".into(), &EISAName::new("PNP0501")),
+            &Name::new("_UID".into(), &0u8),
+            &Name::new(
+                "_CRS".into(),
+                &ResourceTemplate::new(vec![&port(layout::SERIAL.start, 8), &irq(layout::SERIAL_GSI)]),
+            ),
+        ],
+    )
+    .to_aml_bytes(&mut aml);
+    Device::new(
+        "_SB_.PS2K".into(),
+        vec![
+            &Name::new("_HID".into(), &EISAName::new("PNP0303")),
+            &Name::new(
+                "_CRS".into(),
+                &ResourceTemplate::new(vec![
+                    &port(keyboard.start, 1),
+                    &port(keyboard.start + 4, 1),
+                    &irq(keyboard_gsi),
+                ]),
+            ),
+        ],
+    )
+    .to_aml_bytes(&mut aml);
+    Device::new(
+        "_SB_.EXIT".into(),
+        vec![
+            &Name::new("_HID".into(), &"ALUL0001"),
+            &Name::new(
+                "_CRS".into(),
+                &ResourceTemplate::new(vec![&Memory32Fixed::new(
+                    true,
+                    layout::EXIT.start as u32,
+                    layout::EXIT.size as u32,
+                )]),
+            ),
+        ],
+    )
+    .to_aml_bytes(&mut aml);
+    for (index, device) in platform.virtio_mmio.iter().enumerate() {
+        Device::new(
+            format!("_SB_.V{index:03}").as_str().into(),
+            vec![
+                &Name::new("_HID".into(), &"LNRO0005"),
+                &Name::new("_UID".into(), &(index as u32)),
+                &Name::new("_CCA".into(), &1u8),
+                &Name::new(
+                    "_CRS".into(),
+                    &ResourceTemplate::new(vec![
+                        &Memory32Fixed::new(
+                            true,
+                            device.registers.start as u32,
+                            device.registers.size as u32,
+                        ),
+                        &irq(device.gsi),
+                    ]),
+                ),
+            ],
+        )
+        .to_aml_bytes(&mut aml);
+    }
+    let mut dsdt = Sdt::new(*b"DSDT", 36, 6, OEM, OEM_TABLE, 1);
+    dsdt.append_slice(&aml.0);
+    dsdt
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn platform(cpus: u16) -> Platform {
+        Platform {
+            cpus,
+            smt: false,
+            memory: layout::memory(128 << 20),
+            command_line: String::new(),
+            initrd: None,
+            random_seed: [0; 32],
+            virtio_mmio: Vec::new(),
+        }
+    }
+
+    fn u32_at(bytes: &[u8], offset: usize) -> u32 {
+        u32::from_le_bytes(bytes[offset..offset + 4].try_into().unwrap())
+    }
+
+    fn u64_at(bytes: &[u8], offset: usize) -> u64 {
+        u64::from_le_bytes(bytes[offset..offset + 8].try_into().unwrap())
+    }
+
+    /// The table at a guest physical address, with its checksum checked.
+    fn table(all: &[u8], address: u64) -> &[u8] {
+        let start = (address - layout::ACPI) as usize;
+        let table = &all[start..start + u32_at(all, start + 4) as usize];
+        assert_eq!(table.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte)), 0);
+        table
+    }
+
+    #[test]
+    fn every_table_is_reached_from_the_rsdp_with_a_right_checksum() {
+        let all = tables(&platform(2));
+        assert_eq!(&all[..8], b"RSD PTR ");
+        assert_eq!(all[..20].iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte)), 0);
+        let xsdt = table(&all, u64_at(&all, 24));
+        assert_eq!(&xsdt[..4], b"XSDT");
+        let found: Vec<_> = xsdt[36..].chunks(8).map(|entry| table(&all, u64_at(entry, 0))).collect();
+        assert_eq!(found.iter().map(|table| &table[..4]).collect::<Vec<_>>(), [b"FACP", b"APIC"]);
+        assert_eq!(&table(&all, u64_at(found[0], 140))[..4], b"DSDT");
+        assert_eq!(u32_at(found[0], 112) & 1 << 20, 1 << 20, "hardware-reduced");
+    }
+
+    #[test]
+    fn a_cpu_beyond_what_8_bits_name_gets_an_x2apic_entry() {
+        let madt = {
+            let mut bytes = Bytes(Vec::new());
+            madt(&platform(257)).to_aml_bytes(&mut bytes);
+            bytes.0
+        };
+        let mut entries = &madt[44..];
+        let mut ids = Vec::new();
+        while !entries.is_empty() {
+            match entries[0] {
+                0 => ids.push(u32::from(entries[3])),
+                9 => ids.push(u32_at(entries, 4)),
+                _ => {}
+            }
+            entries = &entries[usize::from(entries[1])..];
+        }
+        assert_eq!(ids, (0..257).collect::<Vec<_>>());
+    }
+}

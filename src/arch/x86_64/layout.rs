@@ -1,0 +1,84 @@
+//! Where things are in an x86_64 guest's physical address space and among its I/O ports.
+
+#![allow(missing_docs, reason = "the groups are documented by their first line")]
+
+use crate::memory::Range;
+
+/// Memory below this address is in one piece; what does not fit goes on above 4 GiB.
+pub const LOW_MEMORY_END: u64 = 0xc000_0000;
+const HIGH_MEMORY_START: u64 = 0x1_0000_0000;
+
+/// The exit register (devices/exit.rs).
+pub const EXIT: Range = Range { start: 0xc000_2000, size: 4 };
+/// Registers of virtio-mmio devices, one page each.
+pub const VIRTIO_MMIO: Range = Range { start: 0xc010_0000, size: 0x10_0000 };
+/// The I/O APIC and the local APICs (their architectural places).
+pub const IO_APIC: u32 = 0xfec0_0000;
+pub const LOCAL_APIC: u32 = 0xfee0_0000;
+/// One page, then three, that KVM wants for itself on Intel processors, in the gap below 4 GiB.
+pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
+pub const KVM_TSS: usize = 0xfffb_d000;
+
+/// The 16550 UART known as COM1: ports and I/O APIC pin.
+pub const SERIAL: Range = Range { start: 0x3f8, size: 8 };
+pub const SERIAL_GSI: u32 = 4;
+/// The serial port's registers are I/O ports.
+pub const SERIAL_IS_PORTS: bool = true;
+/// The i8042 keyboard controller: ports 0x60 (data) to 0x64 (command), and its pin.
+pub const KEYBOARD: Option<(Range, u32)> = Some((Range { start: 0x60, size: 5 }, 1));
+/// ACPI sleep control, sleep status and reset registers.
+pub const POWER: Option<Power> =
+    Some(Power { ports: Range { start: 0x600, size: 3 }, sleep_type_off: 5, reset_value: 1 });
+/// No memory-mapped clock: guests take the time from KVM's.
+pub const CLOCK: Option<Range> = None;
+
+/// The ACPI power registers (devices/power.rs) and what is written there.
+#[derive(Clone, Copy)]
+pub struct Power {
+    pub ports: Range,
+    /// The sleep type that `_S5` gives for "off".
+    pub sleep_type_off: u8,
+    /// Written to the reset register, it resets.
+    pub reset_value: u8,
+}
+
+/// I/O APIC pins for devices that are added: after those that PC tradition has given away.
+pub const DEVICE_GSIS: std::ops::Range<u32> = 5..24;
+
+/// The boot tables, all below 1 MiB: the kernel's own segments start there.
+pub const GDT: u64 = 0x500;
+pub const PVH_START_INFO: u64 = 0x6000;
+pub const BOOT_PARAMS: u64 = 0x7000;
+pub const PAGE_TABLES: u64 = 0x9000;
+pub const COMMAND_LINE: u64 = 0x2_0000;
+/// Linux's COMMAND_LINE_SIZE, with the NUL.
+pub const COMMAND_LINE_SIZE: usize = 2048;
+/// The first 640 KiB less one, where PCs keep the extended BIOS data area.
+pub const LOW_RAM_END: u64 = 0x9_fc00;
+pub const ACPI: u64 = 0xe_0000;
+pub const KERNEL_START: u64 = 0x10_0000;
+
+/// The ranges that `size` bytes of memory lie in.
+pub fn memory(size: u64) -> Vec<Range> {
+    let low = size.min(LOW_MEMORY_END);
+    let mut ranges = vec![Range { start: 0, size: low }];
+    if size > low {
+        ranges.push(Range { start: HIGH_MEMORY_START, size: size - low });
+    }
+    ranges
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_goes_around_the_gap_below_4_gib() {
+        assert_eq!(memory(2 << 20), [Range { start: 0, size: 2 << 20 }]);
+        assert_eq!(memory(3 << 30), [Range { start: 0, size: 3 << 30 }]);
+        assert_eq!(
+            memory(5 << 30),
+            [Range { start: 0, size: 3 << 30 }, Range { start: 4 << 30, size: 2 << 30 }]
+        );
+    }
+}

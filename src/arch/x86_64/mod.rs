@@ -1,0 +1,74 @@
+//! x86_64: registers, CPUID, ACPI, the PVH and Linux boot protocols.
+
+mod acpi;
+mod boot;
+mod cpuid;
+mod elf;
+pub mod layout;
+mod registers;
+
+use kvm_bindings::CpuId;
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+
+pub use boot::{Entry, load};
+pub use registers::{boot, internal_error, is_halted_for_good};
+
+use crate::error::Context;
+
+type Result<T, E = crate::error::Error> = std::result::Result<T, E>;
+use crate::platform::Platform;
+
+/// What uname calls this architecture.
+pub const NAME: &str = "x86_64";
+
+/// The command line a stock kernel gets when none is given: console on the serial port, and an end
+/// that the monitor notices.
+pub const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 reboot=k panic=-1";
+
+/// What KVM is told of CPUs; what does not depend on the machine is asked once, ahead.
+pub struct CpuModel {
+    supported: CpuId,
+    tsc_deadline: bool,
+}
+
+impl CpuModel {
+    /// Asks KVM what it supports.
+    pub fn new(kvm: &Kvm) -> Result<Self> {
+        let supported = kvm
+            .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
+            .context("ask KVM for the supported CPUID")?;
+        Ok(Self { supported, tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer) })
+    }
+
+    /// Tells KVM what the CPUs are, before they first run.
+    pub fn apply(&self, _vm: &VmFd, vcpus: &[VcpuFd], platform: &Platform) -> Result<()> {
+        let topology = cpuid::Topology { cpus: platform.cpus, threads: if platform.smt { 2 } else { 1 } };
+        let mut cpuid = cpuid::machine(&self.supported, topology, self.tsc_deadline)?;
+        for (index, vcpu) in vcpus.iter().enumerate() {
+            cpuid::set_apic_id(&mut cpuid, topology, index as u32);
+            vcpu.set_cpuid2(&cpuid).with_context(|| format!("set the CPUID of vCPU {index}"))?;
+        }
+        Ok(())
+    }
+}
+
+/// Makes a virtual machine.
+pub fn create_vm(kvm: &Kvm) -> Result<VmFd, kvm_ioctls::Error> {
+    kvm.create_vm()
+}
+
+/// What must exist before the vCPUs do: with memory already there, the in-kernel PIC, I/O APIC and
+/// local APICs. A change of memory regions soon after would wait for them (KVM's SRCU grace period).
+pub fn before_vcpus(vm: &VmFd) -> Result<()> {
+    vm.set_identity_map_address(layout::KVM_IDENTITY_MAP).context("place KVM's identity map")?;
+    vm.set_tss_address(layout::KVM_TSS).context("place KVM's task state segment")?;
+    vm.create_irq_chip().context("create the in-kernel interrupt controllers")
+}
+
+/// Nothing to hold: KVM keeps the interrupt controllers by itself.
+pub struct InterruptController;
+
+/// What must exist once the vCPUs do: nothing here.
+pub fn after_vcpus(_vm: &VmFd, _vcpus: &[VcpuFd]) -> Result<InterruptController> {
+    Ok(InterruptController)
+}

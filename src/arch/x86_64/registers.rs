@@ -1,0 +1,129 @@
+//! vCPU registers: how the first CPU begins, what tells that a CPU can never wake again, and what
+//! KVM could not go on with.
+
+use std::ops::Deref;
+
+use kvm_bindings::{
+    KVM_INTERNAL_ERROR_EMULATION, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED,
+    KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_msr_entry, kvm_regs, kvm_segment,
+};
+use kvm_ioctls::VcpuFd;
+
+use super::boot::{Entry, Protocol};
+use super::layout;
+use crate::error::{Context, Result};
+
+const CR0_PE: u64 = 1;
+const CR0_ET: u64 = 1 << 4;
+const CR0_PG: u64 = 1 << 31;
+const CR4_PAE: u64 = 1 << 5;
+const EFER_LME: u64 = 1 << 8;
+const EFER_LMA: u64 = 1 << 10;
+const RFLAGS_FIXED: u64 = 2;
+const RFLAGS_IF: u64 = 1 << 9;
+
+/// MTRRs on, all memory write-back (SDM 3A, 11.11): without it Linux takes memory for uncached.
+const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
+const MTRR_ON_WRITE_BACK: u64 = 1 << 11 | 6;
+
+/// `__BOOT_CS`, `__BOOT_DS` of the Linux boot protocol, and a task state segment.
+const CODE_SELECTOR: u16 = 0x10;
+const DATA_SELECTOR: u16 = 0x18;
+const TSS_SELECTOR: u16 = 0x20;
+
+fn segment(selector: u16, kind: u8, long: bool) -> kvm_segment {
+    kvm_segment {
+        base: 0,
+        limit: 0xffff_ffff,
+        selector,
+        type_: kind,
+        present: 1,
+        s: 1,
+        g: 1,
+        l: long.into(),
+        db: (!long).into(),
+        ..Default::default()
+    }
+}
+
+/// Puts the first CPU at `entry`; the others wait for their start-up interrupt as after power-on.
+pub fn boot(vcpus: &[impl Deref<Target = VcpuFd>], entry: &Entry) -> Result<()> {
+    let msrs = [kvm_msr_entry { index: MSR_MTRR_DEF_TYPE, data: MTRR_ON_WRITE_BACK, ..Default::default() }];
+    let msrs = Msrs::from_entries(&msrs).expect("one entry is few enough");
+    for vcpu in vcpus {
+        vcpu.set_msrs(&msrs).context("set the model-specific registers")?;
+    }
+    let first = &vcpus[0];
+    let mut sregs = first.get_sregs().context("get the system registers")?;
+    let long = entry.protocol == Protocol::Linux64;
+    sregs.cs = segment(CODE_SELECTOR, 0xb, long);
+    let data = segment(DATA_SELECTOR, 0x3, false);
+    (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
+    sregs.tr = kvm_segment { limit: 0x67, s: 0, g: 0, db: 0, ..segment(TSS_SELECTOR, 0xb, false) };
+    let mut regs = kvm_regs { rip: entry.address, rflags: RFLAGS_FIXED, ..Default::default() };
+    match entry.protocol {
+        Protocol::Pvh => {
+            sregs.cr0 = CR0_PE | CR0_ET;
+            regs.rbx = layout::PVH_START_INFO;
+        }
+        Protocol::Linux64 => {
+            sregs.cr0 = CR0_PE | CR0_ET | CR0_PG;
+            sregs.cr3 = layout::PAGE_TABLES;
+            sregs.cr4 = CR4_PAE;
+            sregs.efer = EFER_LME | EFER_LMA;
+            regs.rsi = layout::BOOT_PARAMS;
+            // The boot protocol promises a loaded GDT with these selectors; it lies in `layout::GDT`.
+            sregs.gdt.base = layout::GDT;
+            sregs.gdt.limit = 5 * 8 - 1;
+        }
+    }
+    first.set_sregs(&sregs).context("set the system registers")?;
+    first.set_regs(&regs).context("set the registers")
+}
+
+/// Whether this stopped CPU waits for something that no other halted CPU and no device can send:
+/// HLT with interrupts off, or still waiting for its first start-up interrupt.
+pub fn is_halted_for_good(vcpu: &VcpuFd) -> Result<bool> {
+    Ok(match vcpu.get_mp_state().context("get the CPU's run state")?.mp_state {
+        KVM_MP_STATE_UNINITIALIZED | KVM_MP_STATE_INIT_RECEIVED => true,
+        KVM_MP_STATE_HALTED => vcpu.get_regs().context("get the registers")?.rflags & RFLAGS_IF == 0,
+        _ => false,
+    })
+}
+
+/// What KVM says of an internal error (KVM api, 5, KVM_EXIT_INTERNAL_ERROR), with what can be done.
+#[allow(unsafe_code)]
+pub fn internal_error(vcpu: &mut VcpuFd, index: usize) -> String {
+    // SAFETY: the last KVM_RUN returned KVM_EXIT_INTERNAL_ERROR, for which the kernel fills in this
+    // member of the union; it is plain numbers, and `ndata` is bounded below.
+    let internal = unsafe { vcpu.get_kvm_run().__bindgen_anon_1.internal };
+    let (rip, mode) = match (vcpu.get_regs(), vcpu.get_sregs()) {
+        (Ok(regs), Ok(sregs)) => (
+            format!("{:#x}", regs.rip),
+            format!("{}-bit, ring {}", if sregs.cs.l == 1 { 64 } else { 32 }, sregs.cs.dpl),
+        ),
+        _ => ("an unknown address".to_owned(), "unknown mode".to_owned()),
+    };
+    if internal.suberror != KVM_INTERNAL_ERROR_EMULATION {
+        return format!("KVM reports internal error {} on CPU {index} at {rip} ({mode})", internal.suberror);
+    }
+    // data[0] is flags; bit 0: the instruction's bytes follow, a length byte first.
+    let bytes: Vec<u8> = internal.data[1..internal.ndata.clamp(1, 16) as usize]
+        .iter()
+        .flat_map(|word| word.to_le_bytes())
+        .collect();
+    let instruction = match bytes.split_first() {
+        Some((length, bytes)) if internal.data[0] & 1 != 0 => {
+            let shown = bytes.iter().take(usize::from(*length).min(15));
+            format!(" `{}`", shown.map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().join(" "))
+        }
+        _ => String::new(),
+    };
+    let hint = if std::path::Path::new("/sys/module/kvm_pvm").exists() {
+        "this host's KVM (kvm_pvm) has no hardware virtualisation and emulates kernel code instruction by \
+         instruction: it runs only kernels built for it; run a stock kernel on a host with hardware virtualisation"
+    } else {
+        "the guest ran code that this host's processor or KVM does not support, or jumped to a wrong address"
+    };
+    format!("KVM could not emulate the instruction{instruction} at {rip} on CPU {index} ({mode}): {hint}")
+}

@@ -1,0 +1,66 @@
+//! The ACPI sleep control, sleep status and reset registers (ACPI 6.5, 4.8.3.7 and 4.8.3.6), x86_64.
+
+use crate::bus::BusDevice;
+use crate::vm::exit::{End, Exit};
+
+/// Sleep control: SLP_EN, and where SLP_TYP begins.
+const SLEEP_ENABLE: u8 = 1 << 5;
+const SLEEP_TYPE_SHIFT: u8 = 2;
+
+/// Three 8-bit registers: sleep control, sleep status, reset.
+pub struct Power {
+    end: End,
+    /// What `_S5` says of the sleep type that is "off".
+    off: u8,
+    /// What the FADT says must be written to the reset register.
+    reset: u8,
+}
+
+impl Power {
+    /// Registers whose writes are noted in `end`; `off` and `reset` are the values the ACPI tables give.
+    pub fn new(end: End, off: u8, reset: u8) -> Self {
+        Self { end, off, reset }
+    }
+}
+
+impl BusDevice for Power {
+    fn read(&mut self, _offset: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        match (offset, data[0]) {
+            (0, value) if value == SLEEP_ENABLE | self.off << SLEEP_TYPE_SHIFT => {
+                self.end.set(Exit::PoweredOff)
+            }
+            (2, value) if value == self.reset => self.end.set(Exit::Reset),
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn after(writes: &[(u64, u8)]) -> Option<Exit> {
+        let end = End::new(Default::default()).unwrap();
+        let mut power = Power::new(end.clone(), 5, 1);
+        for (offset, value) in writes {
+            power.write(*offset, &[*value]);
+        }
+        end.get().cloned()
+    }
+
+    #[test]
+    fn only_sleep_type_5_with_enable_powers_off() {
+        assert_eq!(after(&[(0, 5 << 2), (0, 4 << 2 | 0x20), (1, 0x34)]), None);
+        assert_eq!(after(&[(0, 5 << 2 | 0x20)]), Some(Exit::PoweredOff));
+    }
+
+    #[test]
+    fn the_reset_register_resets() {
+        assert_eq!(after(&[(2, 0)]), None);
+        assert_eq!(after(&[(2, 1)]), Some(Exit::Reset));
+    }
+}

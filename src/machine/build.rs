@@ -1,0 +1,136 @@
+//! The only recipe for a machine: wire the parts together, then load content into them.
+
+use std::fs::File;
+use std::io::Cursor;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use vm_memory::GuestAddressSpace;
+
+use super::{Machine, State, halt};
+use crate::arch::{self, layout};
+use crate::bus::Bus;
+use crate::config::Config;
+use crate::devices::console::Console;
+use crate::devices::exit::ExitRegister;
+use crate::devices::keyboard::Keyboard;
+use crate::devices::power::Power;
+use crate::devices::rtc::Clock;
+use crate::error::{Context, Error, Result};
+use crate::firmware;
+use crate::host::{Access, Host};
+use crate::memory;
+use crate::platform::Platform;
+use crate::vm::exit::End;
+use crate::vm::gate::Gate;
+use crate::vm::vcpu::{Surroundings, Vcpu, register_kick};
+use crate::vm::{Prepared, Vm};
+
+/// Less than the boot tables, a kernel and its FDT need.
+const MEMORY_MIN: u64 = 2 << 20;
+
+pub fn build(config: &Config, host: &mut dyn Host, prepared: Prepared) -> Result<Machine> {
+    let machine = &config.machine_config;
+    let size = machine.mem_size_mib.checked_mul(1 << 20).filter(|size| *size >= MEMORY_MIN);
+    let size = size.ok_or_else(|| {
+        Error::config(format!(
+            "{} MiB of memory (`mem_size_mib`, --memory): at least {} are needed, and the size in bytes \
+             must fit 64 bits",
+            machine.mem_size_mib,
+            MEMORY_MIN >> 20
+        ))
+    })?;
+    let ranges = layout::memory(size);
+    let memory = memory::allocate(&ranges)?;
+    let platform = Platform {
+        cpus: machine.vcpu_count,
+        smt: machine.smt,
+        memory: ranges,
+        command_line: command_line(config),
+        initrd: None,
+        random_seed: host.random_seed()?,
+        virtio_mmio: Vec::new(),
+    };
+
+    let mut vm = Vm::new(prepared, &memory.memory())?;
+    let vcpus = vm.create_vcpus(&platform)?;
+
+    let gate = Arc::new(Gate::default());
+    let end = End::new(gate.clone())?;
+    let surroundings = Surroundings { mmio: Bus::default(), pio: Bus::default(), gate, end };
+    let (console, keyboard) = attach_fixed_devices(&vm, &surroundings, host)?;
+    let console_room = console.lock().unwrap_or_else(PoisonError::into_inner).room();
+
+    register_kick()?;
+    Ok(Machine {
+        state: State::Paused,
+        vcpus: vcpus.into_iter().map(Vcpu::new).collect(),
+        surroundings: Arc::new(surroundings),
+        console,
+        console_room,
+        keyboard,
+        platform,
+        halt: halt::Watch::default(),
+        _vm: vm,
+        memory,
+    })
+}
+
+/// The devices that every machine of this architecture has, at the places `layout` gives.
+fn attach_fixed_devices(
+    vm: &Vm,
+    surroundings: &Surroundings,
+    host: &mut dyn Host,
+) -> Result<(Arc<Mutex<Console>>, Option<Arc<Mutex<Keyboard>>>)> {
+    let Surroundings { mmio, pio, end, .. } = surroundings;
+    let console = Arc::new(Mutex::new(Console::new(vm.interrupt(layout::SERIAL_GSI)?, host.console()?)?));
+    if layout::SERIAL_IS_PORTS { pio } else { mmio }.attach(layout::SERIAL, console.clone())?;
+    mmio.attach(layout::EXIT, Arc::new(Mutex::new(ExitRegister::new(end.clone()))))?;
+    if let Some(registers) = layout::CLOCK {
+        mmio.attach(registers, Arc::new(Mutex::new(Clock::default())))?;
+    }
+    if let Some(power) = layout::POWER {
+        let device = Power::new(end.clone(), power.sleep_type_off, power.reset_value);
+        pio.attach(power.ports, Arc::new(Mutex::new(device)))?;
+    }
+    let keyboard = match layout::KEYBOARD {
+        Some((ports, gsi)) => {
+            let keyboard = Arc::new(Mutex::new(Keyboard::new(vm.interrupt(gsi)?, end.clone())));
+            pio.attach(ports, keyboard.clone())?;
+            Some(keyboard)
+        }
+        None => None,
+    };
+    Ok((console, keyboard))
+}
+
+/// What the configuration says; else what the firmware guest needs to check what it finds, or what
+/// a stock kernel needs to be heard.
+fn command_line(config: &Config) -> String {
+    let machine = &config.machine_config;
+    match &config.boot_source {
+        None => format!("cpus={} memory={}", machine.vcpu_count, machine.mem_size_mib),
+        Some(source) => source.boot_args.clone().unwrap_or_else(|| arch::DEFAULT_COMMAND_LINE.to_owned()),
+    }
+}
+
+pub fn load(machine: &mut Machine, config: &Config, host: &mut dyn Host) -> Result<()> {
+    let memory = &*machine.memory.memory();
+    let platform = &mut machine.platform;
+    let entry = match &config.boot_source {
+        None => {
+            let mut kernel = Cursor::new(firmware::IMAGE);
+            arch::load(memory, &mut kernel, None::<&mut File>, platform).context("load the firmware guest")?
+        }
+        Some(source) => {
+            let mut kernel = host.file("kernel", &source.kernel_image_path, Access::Read)?;
+            let mut initrd = match &source.initrd_path {
+                Some(path) => Some(host.file("initrd", path, Access::Read)?),
+                None => None,
+            };
+            arch::load(memory, &mut kernel, initrd.as_mut(), platform)
+                .with_context(|| format!("load kernel `{}`", source.kernel_image_path.display()))?
+        }
+    };
+    let vcpus: Vec<_> = machine.vcpus.iter().map(Vcpu::stopped).collect();
+    arch::boot(&vcpus, &entry).context("set up the CPUs")
+}

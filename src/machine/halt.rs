@@ -1,0 +1,49 @@
+//! Notices that a guest has halted for good: with the interrupt controllers in the kernel, HLT does
+//! not come back to us, so now and then we look at CPUs that have used no time since the last look.
+
+use crate::arch;
+use crate::error::Result;
+use crate::machine::{Machine, State};
+use crate::vm::exit::Exit;
+
+/// CPU time after which a guest counts as having done something since it was looked at; the look
+/// itself costs it some tens of microseconds.
+const BUSY_NS: u64 = 5_000_000;
+/// A guest that idles and could wake is looked at again after 1, 2, 4 ... and at last this many checks.
+const WAIT_MAX: u32 = 64;
+
+/// What the last check saw.
+#[derive(Default)]
+pub struct Watch {
+    cpu_time_ns: u64,
+    looked_ns: u64,
+    wait: u32,
+    next_wait: u32,
+}
+
+pub fn check(machine: &mut Machine) -> Result<()> {
+    if machine.state != State::Running {
+        return Ok(());
+    }
+    let now = machine.vcpus.iter().map(|vcpu| vcpu.cpu_time_ns()).sum::<u64>();
+    let watch = &mut machine.halt;
+    if now - watch.looked_ns > BUSY_NS {
+        watch.next_wait = 1;
+    }
+    watch.wait = watch.wait.min(watch.next_wait).saturating_sub(1);
+    if watch.cpu_time_ns != now || watch.wait > 0 {
+        watch.cpu_time_ns = now;
+        return Ok(());
+    }
+    watch.looked_ns = now;
+    watch.next_wait = (watch.next_wait * 2).clamp(1, WAIT_MAX);
+    watch.wait = watch.next_wait;
+    machine.pause()?;
+    for vcpu in &machine.vcpus {
+        if !arch::is_halted_for_good(&vcpu.stopped())? {
+            return machine.resume();
+        }
+    }
+    machine.surroundings.end.set(Exit::Halted);
+    Ok(())
+}

@@ -1,0 +1,91 @@
+//! How a guest ends, and the one place where its end is noted.
+
+use std::fmt;
+use std::sync::{Arc, OnceLock};
+
+use crate::error::{Context, Result};
+use crate::event::EventFd;
+use crate::vm::gate::Gate;
+
+/// How a guest ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// It powered itself off (ACPI sleep control, PSCI SYSTEM_OFF).
+    PoweredOff,
+    /// It asked for a reset (i8042, ACPI reset register, PSCI SYSTEM_RESET).
+    Reset,
+    /// Every CPU waits with interrupts off: nothing can wake it.
+    Halted,
+    /// A CPU could not deliver an exception (x86_64).
+    TripleFault,
+    /// It wrote this code to the exit register.
+    Code(u32),
+    /// KVM could not go on running it, for this reason.
+    Failed(String),
+}
+
+impl Exit {
+    /// What `alula run` returns (docs/exit-codes.md). Of a code, its low 8 bits: more a process cannot return.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::PoweredOff => 0,
+            Self::Code(code) => *code as u8,
+            Self::Reset => 120,
+            Self::Halted => 121,
+            Self::TripleFault => 122,
+            Self::Failed(_) => 123,
+        }
+    }
+}
+
+impl fmt::Display for Exit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::PoweredOff => f.write_str("the guest powered off"),
+            Self::Reset => f.write_str("the guest asked for a reset"),
+            Self::Halted => f.write_str("the guest halted for good: no CPU can wake any more"),
+            Self::TripleFault => f.write_str("the guest crashed: triple fault"),
+            Self::Code(code) => write!(f, "the guest ended with code {code}"),
+            Self::Failed(reason) => write!(f, "the guest could not go on: {reason}"),
+        }
+    }
+}
+
+/// The guest's end. Whoever sees it first says how; the vCPUs then stop at their gate.
+#[derive(Clone)]
+pub struct End {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    exit: OnceLock<Exit>,
+    event: EventFd,
+    gate: Arc<Gate>,
+}
+
+impl End {
+    /// A guest that has not ended; `gate` is closed when it does.
+    pub fn new(gate: Arc<Gate>) -> Result<Self> {
+        let event =
+            EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).context("create an event descriptor")?;
+        Ok(Self { shared: Arc::new(Shared { exit: OnceLock::new(), event, gate }) })
+    }
+
+    /// The guest ends; only the first call's reason counts.
+    pub fn set(&self, exit: Exit) {
+        if self.shared.exit.set(exit).is_ok() {
+            self.shared.gate.close();
+            self.shared.event.write(1).expect("an event counter at 0 takes 1");
+        }
+    }
+
+    /// How it ended, if it has.
+    pub fn get(&self) -> Option<&Exit> {
+        self.shared.exit.get()
+    }
+
+    /// Readable once the guest has ended.
+    pub fn event(&self) -> &EventFd {
+        &self.shared.event
+    }
+}

@@ -1,0 +1,65 @@
+//! The gate that every vCPU thread passes before it runs guest code.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Condvar, Mutex, PoisonError};
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    Closed,
+    Open,
+    Gone,
+}
+
+/// Closed: vCPUs wait (paused). Open: they run. Gone: their threads end.
+pub struct Gate {
+    state: Mutex<State>,
+    changed: Condvar,
+    /// `state` is `Open`, to be read without the lock between two entries into the guest.
+    open: AtomicBool,
+}
+
+impl Default for Gate {
+    fn default() -> Self {
+        Self { state: Mutex::new(State::Closed), changed: Condvar::new(), open: AtomicBool::new(false) }
+    }
+}
+
+impl Gate {
+    /// Lets vCPUs run, unless they are gone.
+    pub fn open(&self) {
+        self.set(State::Open);
+    }
+
+    /// Makes vCPUs wait when they next pass. Who needs them stopped must also kick them.
+    pub fn close(&self) {
+        self.set(State::Closed);
+    }
+
+    /// Ends the vCPUs' threads when they next pass; there is no way back.
+    pub fn remove(&self) {
+        self.set(State::Gone);
+    }
+
+    /// Whether vCPUs may go on.
+    pub fn is_open(&self) -> bool {
+        self.open.load(Ordering::Acquire)
+    }
+
+    /// Waits while the gate is closed; false: it is gone.
+    pub fn pass(&self) -> bool {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        while *state == State::Closed {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        *state == State::Open
+    }
+
+    fn set(&self, to: State) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if *state != State::Gone {
+            *state = to;
+            self.open.store(to == State::Open, Ordering::Release);
+            self.changed.notify_all();
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! One KVM virtual machine: memory regions, vCPUs, interrupt lines.
+
+pub mod exit;
+pub mod gate;
+pub mod vcpu;
+
+use std::fs::File;
+use std::io::ErrorKind;
+use std::os::fd::{FromRawFd, IntoRawFd};
+
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use vm_memory::{GuestMemoryBackend as _, GuestMemoryRegion};
+
+use crate::arch::{self, CpuModel};
+use crate::error::{Context, Error, Result};
+use crate::event::EventFd;
+use crate::memory::Regions;
+use crate::platform::Platform;
+
+const KVM_DEVICE: &str = "/dev/kvm";
+const KVM_API_VERSION: i32 = 12;
+
+/// KVM, open, and what it says of itself: nothing here depends on the guest.
+pub struct Prepared {
+    kvm: Kvm,
+    vm: VmFd,
+    cpu_model: CpuModel,
+}
+
+impl Prepared {
+    /// Opens KVM, makes a virtual machine and asks what its CPUs can be.
+    pub fn new() -> Result<Self> {
+        let kvm = open_kvm()?;
+        let vm = create_vm(&kvm)?;
+        let cpu_model = CpuModel::new(&kvm)?;
+        Ok(Self { kvm, vm, cpu_model })
+    }
+}
+
+#[allow(unsafe_code)]
+fn open_kvm() -> Result<Kvm> {
+    let file = File::options().read(true).write(true).open(KVM_DEVICE).map_err(|error| {
+        let advice = match error.kind() {
+            ErrorKind::NotFound => {
+                "is virtualisation on in the firmware, and is the module kvm_intel, kvm_amd or arm64's KVM loaded?"
+            }
+            ErrorKind::PermissionDenied => {
+                "add this user to the group that owns it (`usermod -aG kvm USER`) and log in again"
+            }
+            _ => "is this host's KVM in working order?",
+        };
+        Error::host(format!("open {KVM_DEVICE}: {error}: {advice}"))
+    })?;
+    // SAFETY: the descriptor was just opened and is given away whole.
+    let kvm = unsafe { Kvm::from_raw_fd(file.into_raw_fd()) };
+    match kvm.get_api_version() {
+        KVM_API_VERSION => Ok(kvm),
+        other => Err(Error::host(format!(
+            "{KVM_DEVICE} answers with API version {other}, {KVM_API_VERSION} is needed: it is not Linux's KVM"
+        ))),
+    }
+}
+
+fn create_vm(kvm: &Kvm) -> Result<VmFd> {
+    loop {
+        match arch::create_vm(kvm) {
+            // KVM_CREATE_VM is interruptible and may be asked again.
+            Err(error) if error.errno() == libc::EINTR => {}
+            result => return result.context("create a virtual machine"),
+        }
+    }
+}
+
+/// A virtual machine.
+pub struct Vm {
+    fd: VmFd,
+    cpu_model: CpuModel,
+    max_vcpus: usize,
+    /// KVM's device for it lives as long as this (aarch64).
+    _controller: Option<arch::InterruptController>,
+}
+
+impl Vm {
+    /// The machine that was prepared, with `memory` as its memory.
+    pub fn new(prepared: Prepared, memory: &Regions) -> Result<Self> {
+        let Prepared { kvm, vm: fd, cpu_model } = prepared;
+        let max_vcpus = kvm.get_max_vcpus();
+        for (slot, region) in memory.iter().enumerate() {
+            map(&fd, slot as u32, region)?;
+        }
+        Ok(Self { fd, cpu_model, max_vcpus, _controller: None })
+    }
+
+    /// Makes the interrupt controllers and the vCPUs.
+    pub fn create_vcpus(&mut self, platform: &Platform) -> Result<Vec<VcpuFd>> {
+        let count = platform.cpus;
+        if usize::from(count) > self.max_vcpus {
+            return Err(Error::config(format!(
+                "{count} CPUs (`vcpu_count`, --cpus) are more than this host's KVM has: at most {}",
+                self.max_vcpus
+            )));
+        }
+        arch::before_vcpus(&self.fd)?;
+        let vcpus = (0..u64::from(count))
+            .map(|index| self.fd.create_vcpu(index).with_context(|| format!("create vCPU {index}")))
+            .collect::<Result<Vec<_>>>()?;
+        self.cpu_model.apply(&self.fd, &vcpus, platform)?;
+        self._controller = Some(arch::after_vcpus(&self.fd, &vcpus)?);
+        Ok(vcpus)
+    }
+
+    /// An event that raises the interrupt line `gsi` for a moment when written: an edge.
+    pub fn interrupt(&self, gsi: u32) -> Result<EventFd> {
+        let event =
+            EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).context("create an event descriptor")?;
+        self.fd.register_irqfd(&event, gsi).with_context(|| format!("connect interrupt line {gsi}"))?;
+        Ok(event)
+    }
+}
+
+#[allow(unsafe_code)]
+fn map(fd: &VmFd, slot: u32, region: &impl GuestMemoryRegion) -> Result<()> {
+    let host = region.get_host_address(vm_memory::MemoryRegionAddress(0)).context("find guest memory")?;
+    let kvm_region = kvm_userspace_memory_region {
+        slot,
+        flags: 0,
+        guest_phys_addr: region.start_addr().0,
+        memory_size: region.len(),
+        userspace_addr: host as u64,
+    };
+    // SAFETY: the range is mapped as guest memory, which the machine keeps for longer than `fd`.
+    unsafe { fd.set_user_memory_region(kvm_region) }.with_context(|| {
+        format!("give KVM {} MiB of guest memory at {:#x}", region.len() >> 20, region.start_addr().0)
+    })
+}

@@ -1,0 +1,185 @@
+//! A vCPU and its thread: runs guest code, hands exits to the buses, stops at the gate.
+
+use std::os::unix::thread::JoinHandleExt;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+
+use crate::arch;
+use crate::bus::Bus;
+use crate::error::{Context, Result};
+use crate::vm::exit::{End, Exit};
+use crate::vm::gate::Gate;
+
+/// What every vCPU works with.
+pub struct Surroundings {
+    /// Memory-mapped registers.
+    pub mmio: Bus,
+    /// I/O ports (x86_64).
+    pub pio: Bus,
+    /// The gate they pass before they run.
+    pub gate: Arc<Gate>,
+    /// Where a vCPU notes the guest's end.
+    pub end: End,
+}
+
+/// A vCPU. Its thread holds the lock of `fd` while guest code runs: who can take it knows it is stopped.
+pub struct Vcpu {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+struct Shared {
+    fd: Mutex<VcpuFd>,
+    immediate_exit: ImmediateExit,
+}
+
+/// The byte in `struct kvm_run` that makes the next KVM_RUN return at once (KVM api, 5).
+struct ImmediateExit(*const AtomicU8);
+
+// SAFETY: the byte lies in the mapping of `struct kvm_run`, which lives as long as the `VcpuFd` in
+// the same `Shared`, and it is only used as an atomic.
+#[allow(unsafe_code)]
+unsafe impl Send for ImmediateExit {}
+// SAFETY: as above.
+#[allow(unsafe_code)]
+unsafe impl Sync for ImmediateExit {}
+
+impl ImmediateExit {
+    fn new(fd: &mut VcpuFd) -> Self {
+        let byte: *mut u8 = &raw mut fd.get_kvm_run().immediate_exit;
+        Self(byte as *const AtomicU8)
+    }
+
+    #[allow(unsafe_code)]
+    fn set(&self, value: u8) {
+        // SAFETY: the pointer is valid as long as `Shared` is (see above); nobody else writes the
+        // byte but through here, and the kernel reads it.
+        unsafe { (*self.0).store(value, Ordering::SeqCst) };
+    }
+}
+
+/// The signal that makes KVM_RUN return. Its handler does nothing: the interrupted call is all we want.
+fn kick_signal() -> i32 {
+    SIGRTMIN()
+}
+
+/// Makes kicks harmless to the process; once, before the first vCPU runs.
+pub fn register_kick() -> Result<()> {
+    extern "C" fn on_kick(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+    register_signal_handler(kick_signal(), on_kick).context("install the signal that stops vCPUs")
+}
+
+impl Vcpu {
+    /// Owns `fd`; it does not run before `start`.
+    pub fn new(mut fd: VcpuFd) -> Self {
+        let immediate_exit = ImmediateExit::new(&mut fd);
+        Self { shared: Arc::new(Shared { fd: Mutex::new(fd), immediate_exit }), thread: None }
+    }
+
+    /// Starts the vCPU's thread, which waits at the gate. No effect when it has one.
+    pub fn start(&mut self, index: usize, surroundings: &Arc<Surroundings>) -> Result<()> {
+        if self.thread.is_none() {
+            let (shared, surroundings) = (self.shared.clone(), surroundings.clone());
+            let thread = std::thread::Builder::new()
+                .name(format!("vcpu{index}"))
+                .spawn(move || {
+                    while surroundings.gate.pass() {
+                        run(&shared, &surroundings, index);
+                    }
+                })
+                .with_context(|| format!("start the thread of vCPU {index}"))?;
+            self.thread = Some(thread);
+        }
+        Ok(())
+    }
+
+    /// Makes the vCPU look at the gate soon.
+    pub fn kick(&self) {
+        self.shared.immediate_exit.set(1);
+        if let Some(thread) = &self.thread {
+            // A thread that is gone needs no kick.
+            let _ = thread.kill(kick_signal());
+        }
+    }
+
+    /// The stopped vCPU; waits until it is. The gate must be closed and the vCPU kicked.
+    pub fn stopped(&self) -> MutexGuard<'_, VcpuFd> {
+        self.shared.fd.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Undoes the kick of a stopped vCPU.
+    pub fn settle(&self) {
+        let _stopped = self.stopped();
+        self.shared.immediate_exit.set(0);
+    }
+
+    /// CPU time that the vCPU's thread has used so far, in nanoseconds.
+    #[allow(unsafe_code)]
+    pub fn cpu_time_ns(&self) -> u64 {
+        let Some(thread) = &self.thread else { return 0 };
+        let mut clock = 0;
+        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: both calls only write to the two locals; the handle has not been joined, so the
+        // thread's identifier is valid.
+        let failed = unsafe {
+            libc::pthread_getcpuclockid(thread.as_pthread_t(), &mut clock) != 0
+                || libc::clock_gettime(clock, &mut time) != 0
+        };
+        if failed { 0 } else { time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64 }
+    }
+
+    /// Waits for the thread to end; the gate must have been removed and the vCPU kicked.
+    pub fn join(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            // A thread that panicked has said so itself.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Runs guest code until the gate closes. KVM finishes an I/O instruction only in the KVM_RUN after
+/// its exit, so the vCPU is stopped when KVM_RUN was interrupted, not when an exit was handled.
+fn run(shared: &Shared, surroundings: &Surroundings, index: usize) {
+    let mut fd = shared.fd.lock().unwrap_or_else(PoisonError::into_inner);
+    loop {
+        if !surroundings.gate.is_open() {
+            shared.immediate_exit.set(1);
+        }
+        match fd.run() {
+            Ok(VcpuExit::MmioRead(address, data)) => surroundings.mmio.read(address, data),
+            Ok(VcpuExit::MmioWrite(address, data)) => surroundings.mmio.write(address, data),
+            Ok(VcpuExit::IoIn(port, data)) => surroundings.pio.read(port.into(), data),
+            Ok(VcpuExit::IoOut(port, data)) => surroundings.pio.write(port.into(), data),
+            // EAGAIN: a secondary CPU that has just been woken by its start-up interrupt.
+            Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => {
+                if !surroundings.gate.is_open() {
+                    return;
+                }
+            }
+            other => {
+                let exit = match other {
+                    Ok(VcpuExit::Shutdown) => Exit::TripleFault,
+                    Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _)) => Exit::PoweredOff,
+                    Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _)) => Exit::Reset,
+                    Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_CRASH, _)) => {
+                        Exit::Failed("it reported its own crash to KVM".to_owned())
+                    }
+                    Ok(VcpuExit::InternalError) => Exit::Failed(arch::internal_error(&mut fd, index)),
+                    Ok(VcpuExit::FailEntry(reason, _)) => Exit::Failed(format!(
+                        "the processor refused to enter the guest on CPU {index} (reason {reason:#x})"
+                    )),
+                    Ok(unknown) => Exit::Failed(format!("KVM_RUN on CPU {index} returned {unknown:?}")),
+                    Err(error) => Exit::Failed(format!("KVM_RUN on CPU {index}: {error}")),
+                };
+                surroundings.end.set(exit);
+                // The vCPU is in no state to be entered again, not even to be interrupted.
+                return;
+            }
+        }
+    }
+}
