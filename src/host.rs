@@ -1,8 +1,9 @@
 //! Where files come from: opened here, or (after a live upgrade) inherited from the process we replace.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Context, Error, Result};
@@ -60,7 +61,73 @@ impl Host for Local {
     }
 
     fn console(&mut self) -> Result<Box<dyn Write + Send>> {
-        Ok(Box::new(std::io::stdout()))
+        let fd = std::io::stdout().as_fd().try_clone_to_owned().context("duplicate standard output")?;
+        Ok(Box::new(Output::new(fd)))
+    }
+}
+
+/// How long one byte of the guest's waits for a reader before it is kept: the guest is slowed down
+/// to its reader's pace, and a pause never waits longer than this for a vCPU.
+const READER_WAIT_MS: i32 = 100;
+/// What is kept for a reader that does not read. More is lost: a guest that floods its console
+/// must not make us grow.
+const KEPT_MAX: usize = 64 << 10;
+
+/// A descriptor that the guest's console is written to, without ever blocking for long.
+pub struct Output {
+    file: File,
+    kept: VecDeque<u8>,
+}
+
+impl Output {
+    /// Writes to `fd`.
+    pub fn new(fd: OwnedFd) -> Self {
+        Self { file: fd.into(), kept: VecDeque::new() }
+    }
+
+    /// Whether a write would not block; waits for it at most `timeout_ms`, or until a signal.
+    #[allow(unsafe_code)]
+    fn is_writable(&self, timeout_ms: i32) -> bool {
+        let mut poll = libc::pollfd { fd: self.file.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
+        // SAFETY: the pointer is to one local `pollfd`, as the count says.
+        unsafe { libc::poll(&mut poll, 1, timeout_ms) == 1 }
+    }
+
+    /// Writes what was kept as far as the reader takes it; a reader that is gone takes everything.
+    fn write_kept(&mut self, mut timeout_ms: i32) {
+        while !self.kept.is_empty() && self.is_writable(timeout_ms) {
+            timeout_ms = 0;
+            // Up to PIPE_BUF bytes do not block where poll said so (POSIX).
+            let (front, _) = self.kept.as_slices();
+            match self.file.write(&front[..front.len().min(libc::PIPE_BUF)]) {
+                Ok(written) => drop(self.kept.drain(..written)),
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(_) => self.kept.clear(),
+            }
+        }
+    }
+}
+
+impl Write for Output {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let room = KEPT_MAX - self.kept.len();
+        self.kept.extend(&bytes[..bytes.len().min(room)]);
+        self.write_kept(READER_WAIT_MS);
+        Ok(bytes.len())
+    }
+
+    /// Writes what the reader takes now.
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.write_kept(0);
+        Ok(())
+    }
+}
+
+impl Drop for Output {
+    /// Nothing of what the guest said is lost while somebody may still read it.
+    fn drop(&mut self) {
+        let (front, back) = self.kept.as_slices();
+        let _ = self.file.write_all(front).and_then(|()| self.file.write_all(back));
     }
 }
 
@@ -72,4 +139,55 @@ fn open(what: &str, path: &Path, access: Access) -> Result<File> {
         return Err(Error::config("it is a directory, a file is needed")).with_context(attempt);
     }
     Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reader_that_does_not_read_costs_neither_time_nor_memory_without_end() {
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        let mut output = Output::new(writer.into());
+        let capacity = 64 << 10;
+        output.write_all(&vec![b'a'; capacity]).unwrap();
+        // The pipe is full: from here on bytes are kept, and in the end lost.
+        output.kept.extend(vec![b'b'; KEPT_MAX - 1]);
+        output.write_all(b"cd").unwrap();
+        assert_eq!(output.kept.len(), KEPT_MAX);
+        let drain = std::thread::spawn(move || {
+            let mut all = Vec::new();
+            reader.read_to_end(&mut all).unwrap();
+            all
+        });
+        drop(output);
+        let all = drain.join().unwrap();
+        assert_eq!((all.len(), all.last()), (capacity + KEPT_MAX, Some(&b'c')));
+    }
+
+    #[test]
+    fn a_reader_that_is_gone_is_no_error() {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let mut output = Output::new(writer.into());
+        output.write_all(b"x").unwrap();
+        assert!(output.kept.is_empty());
+    }
+
+    #[test]
+    fn a_file_that_is_held_is_the_one_that_was_there() {
+        let folder = std::env::temp_dir().join(format!("alula-host-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let path = folder.join("file");
+        std::fs::write(&path, "first").unwrap();
+        let mut host = Local::default();
+        host.hold("kernel", &path, Access::Read).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let mut text = String::new();
+        host.file("kernel", &path, Access::Read).unwrap().read_to_string(&mut text).unwrap();
+        assert_eq!(text, "first");
+        let error = host.hold("kernel", &folder, Access::Read).unwrap_err().to_string();
+        assert!(error.contains("it is a directory, a file is needed"), "{error}");
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
 }

@@ -11,9 +11,12 @@
 //! - [`config`]: everything a microVM is made of.
 //! - [`firmware`]: the guest of our own that is carried along.
 //! - [`machine`]: the machine and its run states: build, then load.
+//! - [`api`]: the control socket: every operation once. [`cli`]: the command line and the main loop.
 
+pub mod api;
 pub mod arch;
 pub mod bus;
+pub mod cli;
 pub mod config;
 pub mod devices;
 pub mod error;

@@ -1,3 +1,5 @@
 //! The `alula` command.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    alula::cli::main()
+}

@@ -63,6 +63,12 @@ impl Console {
         self.serial.enqueue_raw_bytes(&bytes[..bytes.len().min(room)]).unwrap_or(bytes.len().min(room))
     }
 
+    /// Writes what is kept for a slow reader, as far as it reads now.
+    pub fn flush(&mut self) {
+        // A reader that is gone loses it; the guest goes on.
+        let _ = self.serial.writer_mut().flush();
+    }
+
     /// Readable once the guest has read all that was typed.
     pub fn room(&self) -> Arc<EventFd> {
         self.room.clone()

@@ -108,7 +108,10 @@ fn attach_fixed_devices(
 fn command_line(config: &Config) -> String {
     let machine = &config.machine_config;
     match &config.boot_source {
-        None => format!("cpus={} memory={}", machine.vcpu_count, machine.mem_size_mib),
+        None => {
+            let words = config.firmware_words.as_deref().unwrap_or_default();
+            format!("cpus={} memory={} {words}", machine.vcpu_count, machine.mem_size_mib)
+        }
         Some(source) => source.boot_args.clone().unwrap_or_else(|| arch::DEFAULT_COMMAND_LINE.to_owned()),
     }
 }

@@ -112,6 +112,11 @@ impl Machine {
         self.console.lock().unwrap_or_else(PoisonError::into_inner).type_bytes(bytes)
     }
 
+    /// Writes what the console keeps for a slow reader, as far as it reads now; to be called now and then.
+    pub fn flush_console(&mut self) {
+        self.console.lock().unwrap_or_else(PoisonError::into_inner).flush();
+    }
+
     /// Readable when the console has room again after `type_on_console` took fewer bytes than given.
     pub fn console_room_fd(&self) -> &EventFd {
         &self.console_room

@@ -16,13 +16,14 @@ use kvm_ioctls::{DeviceFd, Kvm, VcpuFd, VmFd};
 
 pub use boot::{Entry, load};
 
-use crate::error::Context;
+use crate::error::{Context, Result};
 use crate::platform::Platform;
-
-type Result<T, E = crate::error::Error> = std::result::Result<T, E>;
 
 /// What uname calls this architecture.
 pub const NAME: &str = "aarch64";
+
+/// Whether a core can be given two hardware threads.
+pub const HAS_SMT: bool = false;
 
 /// The command line a stock kernel gets when none is given: console on the serial port, and an end
 /// that the monitor notices.

@@ -13,13 +13,14 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 pub use boot::{Entry, load};
 pub use registers::{boot, internal_error, is_halted_for_good};
 
-use crate::error::Context;
-
-type Result<T, E = crate::error::Error> = std::result::Result<T, E>;
+use crate::error::{Context, Result};
 use crate::platform::Platform;
 
 /// What uname calls this architecture.
 pub const NAME: &str = "x86_64";
+
+/// Whether a core can be given two hardware threads.
+pub const HAS_SMT: bool = true;
 
 /// The command line a stock kernel gets when none is given: console on the serial port, and an end
 /// that the monitor notices.

@@ -1,0 +1,237 @@
+//! Does what requests ask: holds the configuration before the start and the machine after it.
+
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
+
+use super::{API_VERSION, Action, Request, Response, VmState, routes};
+use crate::arch;
+use crate::config::{BootSource, Config, MachineConfig};
+use crate::error::{Error, Result};
+use crate::host::{Access, Local};
+use crate::machine::{Machine, Prepared, State};
+
+const AFTER_START: &str = "The requested operation is not supported after starting the microVM.";
+const BEFORE_START: &str = "The requested operation is not supported before starting the microVM.";
+
+/// One microVM under control: from its first request to its end.
+pub struct Controller {
+    id: String,
+    config: Config,
+    host: Local,
+    prepared: Option<Prepared>,
+    machine: Option<Machine>,
+}
+
+impl Controller {
+    /// Controls the microVM that `config` describes, not started yet.
+    pub fn new(id: String, config: Config) -> Self {
+        Self { id, config, host: Local::default(), prepared: None, machine: None }
+    }
+
+    /// The machine, once it has started.
+    pub fn machine(&mut self) -> Option<&mut Machine> {
+        self.machine.as_mut()
+    }
+
+    /// Does what does not depend on the configuration, ahead, while nobody waits. What stands in the
+    /// way is told by `start`.
+    pub fn prepare(&mut self) {
+        if self.prepared.is_none() && self.machine.is_none() {
+            self.prepared = Prepared::new().ok();
+        }
+    }
+
+    /// Builds, loads and starts the machine; without a boot source it runs the firmware guest.
+    pub fn start(&mut self) -> Result<()> {
+        let prepared = match self.prepared.take() {
+            Some(prepared) => prepared,
+            None => Prepared::new()?,
+        };
+        let mut machine = Machine::build(&self.config, &mut self.host, prepared)?;
+        machine.load(&self.config, &mut self.host)?;
+        machine.resume()?;
+        self.machine = Some(machine);
+        Ok(())
+    }
+
+    /// Parses a request and does it.
+    pub fn serve(&mut self, method: &str, path: &str, body: &[u8]) -> Response {
+        match routes::route(method, path, body).and_then(|request| self.handle(request)) {
+            Ok(response) => response,
+            Err(message) => Response::Fault(message),
+        }
+    }
+
+    /// Does one request; the error is the fault message.
+    fn handle(&mut self, request: Request) -> Result<Response, String> {
+        use Request::*;
+        let started = self.machine.is_some();
+        match request {
+            PutMachineConfig(_)
+            | PatchMachineConfig(_)
+            | PutBootSource(_)
+            | Action(super::Action::InstanceStart)
+                if started =>
+            {
+                return Err(AFTER_START.to_owned());
+            }
+            PatchVm(_) | Action(super::Action::SendCtrlAltDel | super::Action::FlushMetrics) if !started => {
+                return Err(BEFORE_START.to_owned());
+            }
+            _ => {}
+        }
+        match request {
+            Instance => Ok(Response::Value(self.instance())),
+            Version => Ok(Response::Value(json!({ "firecracker_version": API_VERSION }))),
+            MachineConfig => Ok(Response::Value(to_value(&self.config.machine_config))),
+            VmConfig => Ok(Response::Value(self.vm_config())),
+            PutMachineConfig(machine) => self.set_machine_config(machine),
+            PatchMachineConfig(fields) => self.patch_machine_config(&fields),
+            PutBootSource(source) => self.set_boot_source(source),
+            Action(action) => self.act(action),
+            PatchVm(state) => self.set_state(state),
+        }
+    }
+
+    fn instance(&self) -> Value {
+        let state = match self.machine.as_ref().map(Machine::state) {
+            None => "Not started",
+            Some(State::Running) => "Running",
+            Some(State::Paused) => "Paused",
+        };
+        json!({ "id": self.id, "state": state, "vmm_version": API_VERSION, "app_name": "Firecracker" })
+    }
+
+    fn vm_config(&self) -> Value {
+        let mut config = to_value(&self.config);
+        let sections = config.as_object_mut().expect("a struct is an object");
+        // Clients of the API expect the list, empty or not.
+        sections.insert("drives".to_owned(), json!([]));
+        sections.insert("network-interfaces".to_owned(), json!([]));
+        config
+    }
+
+    fn set_machine_config(&mut self, machine: MachineConfig) -> Result<Response, String> {
+        machine.check().map_err(fault("Machine config error"))?;
+        self.config.machine_config = machine;
+        Ok(Response::Done)
+    }
+
+    fn patch_machine_config(&mut self, fields: &Map<String, Value>) -> Result<Response, String> {
+        let machine = self.config.machine_config.patched(fields).map_err(routes::deserializing)?;
+        self.set_machine_config(machine)
+    }
+
+    /// The files are opened now: a wrong path is refused where it is named, and what is at the path
+    /// now is what boots.
+    fn set_boot_source(&mut self, source: BootSource) -> Result<Response, String> {
+        source.check().map_err(fault("Boot source error"))?;
+        let mut hold = |what: &str, path: &Path| {
+            self.host.hold(what, path, Access::Read).map_err(fault("Boot source error"))
+        };
+        hold("kernel", &source.kernel_image_path)?;
+        if let Some(initrd) = &source.initrd_path {
+            hold("initrd", initrd)?;
+        }
+        self.config.boot_source = Some(source);
+        Ok(Response::Done)
+    }
+
+    fn act(&mut self, action: Action) -> Result<Response, String> {
+        match action {
+            Action::InstanceStart if self.config.boot_source.is_none() => {
+                Err("Start microvm error: Cannot start microvm without kernel configuration.".to_owned())
+            }
+            Action::InstanceStart => self.start().map_err(fault("Start microvm error")),
+            Action::SendCtrlAltDel if arch::layout::KEYBOARD.is_none() => {
+                Err(format!("SendCtrlAltDel does not supported on {}.", arch::NAME))
+            }
+            Action::SendCtrlAltDel => self.started().send_ctrl_alt_del().map_err(fault("Internal VMM error")),
+            Action::FlushMetrics => Err("`FlushMetrics` is not implemented yet.".to_owned()),
+        }
+        .map(|()| Response::Done)
+    }
+
+    fn set_state(&mut self, state: VmState) -> Result<Response, String> {
+        let machine = self.started();
+        match state {
+            VmState::Paused => machine.pause(),
+            VmState::Resumed => machine.resume(),
+        }
+        .map_err(fault("Internal VMM error"))?;
+        Ok(Response::Done)
+    }
+
+    fn started(&mut self) -> &mut Machine {
+        self.machine.as_mut().expect("what needs a machine is refused before the start")
+    }
+}
+
+fn to_value(section: &impl serde::Serialize) -> Value {
+    serde_json::to_value(section).expect("names and numbers are JSON")
+}
+
+/// Prefixes an error with the area that the API names.
+fn fault(area: &'static str) -> impl Fn(Error) -> String {
+    move |error| format!("{area}: {error}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn controller() -> Controller {
+        Controller::new("test".to_owned(), Config::default())
+    }
+
+    fn fault_of(response: Response) -> String {
+        match response {
+            Response::Fault(message) => message,
+            other => panic!("expected a fault, got {other:?}"),
+        }
+    }
+
+    #[test]
+    fn configuration_is_told_back_as_it_was_given() {
+        let mut controller = controller();
+        let put = br#"{"vcpu_count": 2, "mem_size_mib": 64}"#;
+        assert_eq!(controller.serve("PUT", "/machine-config", put), Response::Done);
+        assert_eq!(controller.serve("PATCH", "/machine-config", br#"{"mem_size_mib": 65}"#), Response::Done);
+        let expected = json!({
+            "vcpu_count": 2, "mem_size_mib": 65, "smt": false, "track_dirty_pages": false, "huge_pages": "None"
+        });
+        assert_eq!(controller.serve("GET", "/machine-config", b""), Response::Value(expected.clone()));
+        let whole = json!({ "machine-config": expected, "drives": [], "network-interfaces": [] });
+        assert_eq!(controller.serve("GET", "/vm/config", b""), Response::Value(whole));
+    }
+
+    #[test]
+    fn a_refused_change_changes_nothing() {
+        let mut controller = controller();
+        let refused = controller.serve("PATCH", "/machine-config", br#"{"vcpu_count": 0}"#);
+        assert!(fault_of(refused).starts_with("Machine config error: The number of vCPUs must be greater"));
+        let missing = br#"{"kernel_image_path": "/nonexistent/vmlinux"}"#;
+        let refused = fault_of(controller.serve("PUT", "/boot-source", missing));
+        assert!(
+            refused.starts_with("Boot source error: open kernel `/nonexistent/vmlinux`: No such"),
+            "{refused}"
+        );
+        assert_eq!(controller.config.machine_config, MachineConfig::default());
+        assert_eq!(controller.config.boot_source, None);
+    }
+
+    #[test]
+    fn what_needs_a_running_machine_is_refused_before_the_start() {
+        let mut controller = controller();
+        for (method, path, body) in [
+            ("PATCH", "/vm", r#"{"state": "Paused"}"#),
+            ("PUT", "/actions", r#"{"action_type": "SendCtrlAltDel"}"#),
+            ("PUT", "/actions", r#"{"action_type": "FlushMetrics"}"#),
+        ] {
+            assert_eq!(fault_of(controller.serve(method, path, body.as_bytes())), BEFORE_START);
+        }
+        let start = fault_of(controller.serve("PUT", "/actions", br#"{"action_type": "InstanceStart"}"#));
+        assert_eq!(start, "Start microvm error: Cannot start microvm without kernel configuration.");
+    }
+}

@@ -1,0 +1,211 @@
+//! HTTP/1.1 as far as the API needs it (RFC 9112): a request's bytes in, a response's bytes out.
+
+use std::ops::Range;
+
+use super::Response;
+
+/// Names the API that is spoken, for clients that ask who answers.
+const SERVER: &str = "Firecracker API";
+/// A request head of more bytes or headers is refused: it would have to be kept while it comes in.
+pub const HEAD_MAX: usize = 16 << 10;
+const HEADERS_MAX: usize = 64;
+
+/// What the bytes received so far amount to.
+#[derive(Debug, PartialEq)]
+pub enum Parsed<'a> {
+    /// Not yet a request; the client wants to be told to go on before it sends the body.
+    Incomplete {
+        /// `Expect: 100-continue` was sent, and the head is complete.
+        expects_continue: bool,
+    },
+    /// One whole request.
+    Request {
+        /// The method, as sent.
+        method: &'a str,
+        /// The path with its query, without scheme and authority.
+        path: &'a str,
+        /// Where the body is.
+        body: Range<usize>,
+    },
+    /// Not HTTP, or more than is allowed: after this nothing can be made of what follows.
+    Bad(String),
+}
+
+/// Looks at `input`, which begins where a request begins.
+pub fn parse(input: &[u8], body_max: usize) -> Parsed<'_> {
+    let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
+    let mut request = httparse::Request::new(&mut headers);
+    // The parser would skip empty lines before the request line.
+    if matches!(input.first(), Some(b'\r' | b'\n')) {
+        return bad("Invalid request line: it is empty.");
+    }
+    let head = match request.parse(input) {
+        Ok(httparse::Status::Complete(head)) if head <= HEAD_MAX => head,
+        Ok(httparse::Status::Partial) if input.len() <= HEAD_MAX => {
+            return Parsed::Incomplete { expects_continue: false };
+        }
+        Ok(_) | Err(httparse::Error::TooManyHeaders) => {
+            return bad(&format!(
+                "The request head is larger than {HEAD_MAX} bytes or {HEADERS_MAX} headers."
+            ));
+        }
+        Err(error) => return bad(&format!("Invalid HTTP request: {error}.")),
+    };
+    let (length, expects_continue) = match framing(request.headers) {
+        Ok(framing) => framing,
+        Err(message) => return bad(message),
+    };
+    if length > body_max as u64 {
+        return bad(&format!(
+            "Request payload with size {length} is larger than the limit of {body_max} allowed by server.\n\
+             All previous unanswered requests will be dropped."
+        ));
+    }
+    let body = head..head + length as usize;
+    if input.len() < body.end {
+        return Parsed::Incomplete { expects_continue: expects_continue && input.len() == head };
+    }
+    let (method, target) = (request.method.expect("complete"), request.path.expect("complete"));
+    match path(target) {
+        Some(path) => Parsed::Request { method, path, body },
+        None => bad("Invalid URI: an absolute path is needed."),
+    }
+}
+
+fn bad(message: &str) -> Parsed<'static> {
+    Parsed::Bad(message.to_owned())
+}
+
+/// The body's length, and whether the client waits for a 100.
+fn framing(headers: &[httparse::Header<'_>]) -> Result<(u64, bool), &'static str> {
+    let (mut length, mut expects_continue) = (None, false);
+    for header in headers {
+        if header.name.eq_ignore_ascii_case("Content-Length") {
+            let text = std::str::from_utf8(header.value).unwrap_or_default().trim();
+            let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+            let value = if digits { text.parse::<u64>().ok() } else { None };
+            let value = value.ok_or("Invalid Content-Length header.")?;
+            if length.is_some_and(|other| other != value) {
+                return Err("Two different Content-Length headers.");
+            }
+            length = Some(value);
+        } else if header.name.eq_ignore_ascii_case("Transfer-Encoding") {
+            return Err("Transfer-Encoding is not supported: send a Content-Length.");
+        } else if header.name.eq_ignore_ascii_case("Expect") {
+            expects_continue = header.value.eq_ignore_ascii_case(b"100-continue");
+        }
+    }
+    Ok((length.unwrap_or(0), expects_continue))
+}
+
+/// The path of a request target in origin or absolute form (RFC 9112, 3.2).
+fn path(target: &str) -> Option<&str> {
+    if target.starts_with('/') {
+        return Some(target);
+    }
+    let rest = target.strip_prefix("http://")?;
+    Some(rest.find('/').map_or("/", |slash| &rest[slash..]))
+}
+
+/// Tells a client that waits with its body to send it.
+pub fn continue_bytes() -> Vec<u8> {
+    head("100").into_bytes()
+}
+
+/// A response on the wire. There is no reason phrase, and nothing about a body where there is none.
+pub fn response_bytes(response: &Response) -> Vec<u8> {
+    match response {
+        Response::Done => head("204").into_bytes(),
+        Response::Value(value) => with_body("200", &value.to_string()),
+        Response::Fault(message) => {
+            with_body("400", &serde_json::json!({ "fault_message": message }).to_string())
+        }
+    }
+}
+
+/// The answer to what is not a request: in the server's own words, which are not JSON-escaped.
+pub fn error_bytes(status: &str, message: &str) -> Vec<u8> {
+    with_body(status, &format!("{{ \"error\": \"{message}\" }}"))
+}
+
+fn with_body(status: &str, body: &str) -> Vec<u8> {
+    let mut head = head(status);
+    head.truncate(head.len() - 2);
+    let length = body.len();
+    format!("{head}Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n{body}").into_bytes()
+}
+
+fn head(status: &str) -> String {
+    format!("HTTP/1.1 {status} \r\nServer: {SERVER}\r\nConnection: keep-alive\r\n\r\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(text: &str) -> Parsed<'_> {
+        parse(text.as_bytes(), 100)
+    }
+
+    #[test]
+    fn a_request_is_whole_when_its_body_is() {
+        let text = "PUT http://localhost/actions HTTP/1.1\r\nHost: x\r\ncontent-length: 2\r\n\r\n{}GET";
+        let body = text.len() - 5..text.len() - 3;
+        for end in 1..body.end {
+            assert_eq!(request(&text[..end]), Parsed::Incomplete { expects_continue: false }, "{end}");
+        }
+        assert_eq!(request(text), Parsed::Request { method: "PUT", path: "/actions", body });
+    }
+
+    #[test]
+    fn who_waits_for_a_100_is_told_once() {
+        let text = "PUT /a HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n";
+        assert_eq!(request(text), Parsed::Incomplete { expects_continue: true });
+        assert_eq!(request(&format!("{text}{{")), Parsed::Incomplete { expects_continue: false });
+    }
+
+    #[test]
+    fn what_is_not_http_is_bad() {
+        let long = format!("GET /{} HTTP/1.1\r\n\r\n", "x".repeat(HEAD_MAX));
+        let endless = format!("GET / HTTP/1.1\r\nA: {}", "x".repeat(HEAD_MAX));
+        let many = format!("GET / HTTP/1.1\r\n{}\r\n", "a: b\r\n".repeat(HEADERS_MAX + 1));
+        for text in [
+            "\r\nGET / HTTP/1.1\r\n\r\n",
+            "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+            "hello\r\n\r\n",
+            "PUT / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+            "PUT / HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+            "PUT / HTTP/1.1\r\nContent-Length: +1\r\n\r\n",
+            "PUT / HTTP/1.1\r\nContent-Length: 99999999999999999999\r\n\r\n",
+            "PUT / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
+            "GET actions HTTP/1.1\r\n\r\n",
+            &long,
+            &endless,
+            &many,
+        ] {
+            assert!(matches!(request(text), Parsed::Bad(_)), "{text}: {:?}", request(text));
+        }
+        assert_eq!(
+            request("PUT / HTTP/1.1\r\nContent-Length: 101\r\n\r\n"),
+            Parsed::Bad(
+                "Request payload with size 101 is larger than the limit of 100 allowed by server.\nAll previous \
+                 unanswered requests will be dropped."
+                    .to_owned()
+            )
+        );
+    }
+
+    #[test]
+    fn responses_are_as_on_the_peers_wire() {
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+        let common = "Server: Firecracker API\r\nConnection: keep-alive\r\n";
+        assert_eq!(text(response_bytes(&Response::Done)), format!("HTTP/1.1 204 \r\n{common}\r\n"));
+        assert_eq!(
+            text(response_bytes(&Response::Fault("no".to_owned()))),
+            format!(
+                "HTTP/1.1 400 \r\n{common}Content-Type: application/json\r\nContent-Length: 22\r\n\r\n\
+                 {{\"fault_message\":\"no\"}}"
+            )
+        );
+    }
+}

@@ -1,0 +1,72 @@
+//! The control API: every operation once, as plain data. `http` reads and writes the wire format,
+//! `routes` turns a method, path and body into a `Request`, `handle` does it, `server` owns the sockets.
+
+mod handle;
+mod http;
+mod routes;
+mod server;
+
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use crate::config::{BootSource, MachineConfig};
+
+pub use handle::Controller;
+pub use server::Server;
+
+/// The version of Firecracker's API that is spoken; clients decide by it what they may send.
+pub const API_VERSION: &str = "1.17.0";
+/// The largest request body, in bytes, unless the command line says otherwise (Firecracker's limit).
+/// A client that announces more is refused before anything is read.
+pub const BODY_MAX: usize = 51_200;
+
+/// What a client asks for.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Request {
+    /// `GET /`
+    Instance,
+    /// `GET /version`
+    Version,
+    /// `GET /machine-config`
+    MachineConfig,
+    /// `GET /vm/config`
+    VmConfig,
+    /// `PUT /machine-config`
+    PutMachineConfig(MachineConfig),
+    /// `PATCH /machine-config`: the fields to change.
+    PatchMachineConfig(Map<String, Value>),
+    /// `PUT /boot-source`
+    PutBootSource(BootSource),
+    /// `PUT /actions`
+    Action(Action),
+    /// `PATCH /vm`
+    PatchVm(VmState),
+}
+
+/// What can be done to a microVM.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[allow(missing_docs, reason = "names of the API")]
+pub enum Action {
+    FlushMetrics,
+    InstanceStart,
+    SendCtrlAltDel,
+}
+
+/// The state to bring a microVM into.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[allow(missing_docs, reason = "names of the API")]
+pub enum VmState {
+    Paused,
+    Resumed,
+}
+
+/// What a client is answered.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Response {
+    /// Done, nothing to say (204).
+    Done,
+    /// What was asked for (200).
+    Value(Value),
+    /// Not done, and why (400).
+    Fault(String),
+}

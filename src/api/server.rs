@@ -1,0 +1,283 @@
+//! The API's sockets: a listener and its connections, non-blocking, on the main event loop.
+
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use super::{Response, http};
+use crate::error::{Context, Error, Result};
+use crate::event::{Events, Interest, Ready};
+
+/// Open connections that are served (Firecracker's limit); one more is told so and let go.
+const CONNECTIONS_MAX: usize = 10;
+/// Sockets in all: connections that are being let go wait for their client to hang up. A client that
+/// does not is cut off for the next.
+const SOCKETS_MAX: usize = 32;
+/// Requests that one connection may have answered before the others get their turn.
+const TURN: usize = 16;
+/// How much is read at once.
+const CHUNK: usize = 4096;
+
+/// Who serves: method, path and body to response.
+pub type Service<'a> = dyn FnMut(&str, &str, &[u8]) -> Response + 'a;
+
+/// The listening socket and its connections. Its file is removed when it is dropped.
+pub struct Server {
+    listener: UnixListener,
+    path: PathBuf,
+    body_max: usize,
+    /// Tokens on the event loop: this one for the listener, the next ones for the connections.
+    token: u64,
+    connections: [Option<Connection>; SOCKETS_MAX],
+}
+
+impl Server {
+    /// How many tokens a server uses.
+    pub const TOKENS: u64 = 1 + SOCKETS_MAX as u64;
+
+    /// Listens at `path`, where nothing may be yet; bodies of more than `body_max` bytes are refused.
+    pub fn bind(path: &Path, body_max: usize) -> Result<Self> {
+        let listener = UnixListener::bind(path)
+            .map_err(|error| cannot_bind(path, &error))
+            .with_context(|| format!("listen on API socket `{}`", path.display()))?;
+        let server = Self {
+            listener,
+            path: path.to_owned(),
+            body_max,
+            token: 0,
+            connections: [const { None }; SOCKETS_MAX],
+        };
+        server.listener.set_nonblocking(true).context("set up the API socket")?;
+        Ok(server)
+    }
+
+    /// Puts the listener on `events` with the tokens from `token` on.
+    pub fn register(&mut self, events: &Events, token: u64) -> Result<()> {
+        self.token = token;
+        events.add(&self.listener, Interest::IN, token)
+    }
+
+    /// Handles an event with one of this server's tokens. Returns whether a request was answered.
+    pub fn handle(&mut self, ready: Ready, events: &Events, service: &mut Service<'_>) -> Result<bool> {
+        let index = match ready.token.checked_sub(self.token + 1) {
+            None => match self.accept(events)? {
+                Some(index) => index,
+                None => return Ok(false),
+            },
+            Some(index) => index as usize,
+        };
+        let Some(connection) = self.connections.get_mut(index).and_then(Option::as_mut) else {
+            return Ok(false);
+        };
+        let answered = connection.answered;
+        match connection.go_on(self.body_max, service) {
+            Some(interest) => {
+                let answered = connection.answered > answered;
+                if interest != connection.interest {
+                    connection.interest = interest;
+                    events.change(&connection.stream, interest, ready_token(self.token, index))?;
+                }
+                Ok(answered)
+            }
+            None => {
+                self.connections[index] = None;
+                Ok(true)
+            }
+        }
+    }
+
+    /// Takes a new connection, if its client still wants it; one too many is told so at once.
+    fn accept(&mut self, events: &Events) -> Result<Option<usize>> {
+        let stream = match self.listener.accept() {
+            Ok((stream, _)) => stream,
+            Err(error) if error.raw_os_error() == Some(libc::EMFILE) => {
+                // With no descriptor left the client waits; the next connection that ends lets it in.
+                std::thread::sleep(std::time::Duration::from_millis(1));
+                return Ok(None);
+            }
+            // The client went away, or a signal came.
+            Err(_) => return Ok(None),
+        };
+        stream.set_nonblocking(true).context("set up an API connection")?;
+        let open = self.connections.iter().flatten().filter(|connection| !connection.ending).count();
+        let is = |wanted: fn(&Option<Connection>) -> bool| self.connections.iter().position(wanted);
+        let ending = |place: &Option<Connection>| place.as_ref().is_some_and(|connection| connection.ending);
+        let index = is(Option::is_none).or_else(|| is(ending)).expect("at most 10 of 32 are not ending");
+        let mut connection = Connection::new(stream);
+        if open >= CONNECTIONS_MAX {
+            connection.end(&http::error_bytes("503", "Too many open connections"));
+        }
+        events.add(&connection.stream, connection.interest, ready_token(self.token, index))?;
+        self.connections[index] = Some(connection);
+        Ok(Some(index))
+    }
+}
+
+fn ready_token(base: u64, index: usize) -> u64 {
+    base + 1 + index as u64
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // Somebody may have removed it already.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// Why the address cannot be had, and what to do.
+fn cannot_bind(path: &Path, error: &std::io::Error) -> Error {
+    let length = path.as_os_str().len();
+    let message = match error.kind() {
+        ErrorKind::AddrInUse => match UnixStream::connect(path) {
+            Ok(_) => "another process serves it: choose another path".to_owned(),
+            Err(refused) if refused.kind() == ErrorKind::ConnectionRefused => format!(
+                "a socket is left there by a process that has ended: remove it (`rm '{}'`)",
+                path.display()
+            ),
+            Err(_) => "there is something already: remove it or choose another path".to_owned(),
+        },
+        ErrorKind::NotFound => {
+            let folder = path.parent().unwrap_or(path).display();
+            format!("there is no folder `{folder}`: create it")
+        }
+        ErrorKind::InvalidInput => {
+            format!(
+                "its {length} bytes are too long for a socket (107 at most) or contain a NUL: choose a shorter path"
+            )
+        }
+        _ => error.to_string(),
+    };
+    Error::config(message)
+}
+
+/// One client.
+struct Connection {
+    stream: UnixStream,
+    interest: Interest,
+    input: Vec<u8>,
+    output: Vec<u8>,
+    /// Nothing more is served; when the output is out, what still comes is thrown away.
+    ending: bool,
+    /// The client hangs up when it has read this far, or was told that we have.
+    shut: bool,
+    /// This request's client was told to go on with its body.
+    continued: bool,
+    answered: u64,
+}
+
+impl Connection {
+    fn new(stream: UnixStream) -> Self {
+        Self {
+            stream,
+            interest: Interest::IN,
+            input: Vec::new(),
+            output: Vec::new(),
+            ending: false,
+            shut: false,
+            continued: false,
+            answered: 0,
+        }
+    }
+
+    /// The last answer: nothing of what comes after it can be understood.
+    fn end(&mut self, answer: &[u8]) {
+        self.output.extend_from_slice(answer);
+        self.input = Vec::new();
+        self.ending = true;
+    }
+
+    /// Reads, serves and writes as far as it goes without waiting; says what to wait for. None: the
+    /// client is gone.
+    fn go_on(&mut self, body_max: usize, service: &mut Service<'_>) -> Option<Interest> {
+        let turn_end = self.answered + TURN as u64;
+        loop {
+            // A client that does not read its answers is not read from.
+            if !self.flush()? || self.answered == turn_end {
+                return Some(Interest::OUT);
+            }
+            if self.ending {
+                return self.discard();
+            }
+            if !self.serve_one(body_max, service) && !self.output.is_empty() {
+                continue;
+            }
+            if self.output.is_empty() && !self.fill()? {
+                return Some(Interest::IN);
+            }
+        }
+    }
+
+    /// Serves the request that is in the input, if it is complete.
+    fn serve_one(&mut self, body_max: usize, service: &mut Service<'_>) -> bool {
+        if self.input.is_empty() {
+            return false;
+        }
+        match http::parse(&self.input, body_max) {
+            http::Parsed::Incomplete { expects_continue } => {
+                if expects_continue && !self.continued {
+                    self.continued = true;
+                    self.output = http::continue_bytes();
+                }
+                false
+            }
+            http::Parsed::Bad(message) => {
+                self.end(&http::error_bytes("400", &message));
+                false
+            }
+            http::Parsed::Request { method, path, body } => {
+                let end = body.end;
+                let response = service(method, path, &self.input[body]);
+                self.output = http::response_bytes(&response);
+                self.input.drain(..end);
+                self.continued = false;
+                self.answered += 1;
+                true
+            }
+        }
+    }
+
+    /// Reads some more; false: nothing is there now. None: the client is gone.
+    fn fill(&mut self) -> Option<bool> {
+        let mut chunk = [0; CHUNK];
+        loop {
+            match self.stream.read(&mut chunk) {
+                Ok(0) => return None,
+                Ok(count) => {
+                    self.input.extend_from_slice(&chunk[..count]);
+                    return Some(true);
+                }
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Some(false),
+                Err(_) => return None,
+            }
+        }
+    }
+
+    /// Writes what is to be written; false: the client must read first. None: it is gone.
+    fn flush(&mut self) -> Option<bool> {
+        while !self.output.is_empty() {
+            match self.stream.write(&self.output) {
+                Ok(count) => drop(self.output.drain(..count)),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Some(false),
+                Err(_) => return None,
+            }
+        }
+        Some(true)
+    }
+
+    /// Everything is said: waits for the client to hang up, so that it can read the answer first.
+    fn discard(&mut self) -> Option<Interest> {
+        if !self.shut {
+            self.stream.shutdown(std::net::Shutdown::Write).ok()?;
+            self.shut = true;
+        }
+        for _ in 0..TURN {
+            if !self.fill()? {
+                break;
+            }
+            self.input.clear();
+        }
+        Some(Interest::IN)
+    }
+}

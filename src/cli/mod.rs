@@ -1,0 +1,102 @@
+//! The command line: arguments to a microVM, its console on the terminal, its end to an exit code.
+
+mod arguments;
+mod monitor;
+mod signals;
+mod terminal;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::api::{Controller, Server};
+use crate::error::{Context, Result};
+use crate::firmware;
+use crate::machine::Exit;
+use arguments::{Arguments, Command, Run, Serve};
+use monitor::{Monitor, Outcome};
+
+/// The monitor itself could not do what was asked (`alula run`): not a code of the guest's.
+const FAILED_RUN: u8 = 125;
+/// The user left the guest with Ctrl-A X.
+const LEFT: u8 = 130;
+/// The same failure for `alula serve`, where Firecracker's users expect 1.
+const FAILED_SERVE: u8 = 1;
+/// Wrong arguments (Firecracker's code).
+const WRONG_ARGUMENTS: u8 = 153;
+/// A signal's number is added to this, as shells do.
+const SIGNAL_BASE: u8 = 128;
+
+/// Runs the command that the process was started with.
+pub fn main() -> ExitCode {
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            // Nobody to tell if even that cannot be written.
+            let _ = error.print();
+            return if error.use_stderr() { WRONG_ARGUMENTS.into() } else { ExitCode::SUCCESS };
+        }
+    };
+    match arguments.command {
+        Command::Run(arguments) => finish(run(arguments), FAILED_RUN, Exit::exit_code),
+        Command::Serve(arguments) => finish(serve(arguments), FAILED_SERVE, served),
+        Command::Firmware => match std::io::stdout().write_all(firmware::IMAGE) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("alula: write the firmware guest's image: {error}");
+                FAILED_SERVE.into()
+            }
+        },
+    }
+}
+
+/// How a service ends: a guest that reboots is started anew by its orchestrator, so both are fine.
+fn served(exit: &Exit) -> u8 {
+    match exit {
+        Exit::Reset => 0,
+        exit => exit.exit_code(),
+    }
+}
+
+/// Says on stderr in one line how it ended, and returns it as an exit code.
+fn finish(outcome: Result<Outcome>, failed: u8, code: impl Fn(&Exit) -> u8) -> ExitCode {
+    let (line, code) = match outcome {
+        Ok(Outcome::Ended(exit)) => (exit.to_string(), code(&exit)),
+        Ok(Outcome::Left) => ("you left the guest".to_owned(), LEFT),
+        Ok(Outcome::Signal(signal)) => {
+            (format!("ended by signal {signal}"), SIGNAL_BASE.saturating_add(signal))
+        }
+        Err(error) => (error.to_string(), failed),
+    };
+    // Nobody to tell if stderr is gone.
+    let _ = writeln!(std::io::stderr(), "alula: {line}");
+    code.into()
+}
+
+fn run(arguments: Run) -> Result<Outcome> {
+    let config = arguments.config()?;
+    let server = match &arguments.api_sock {
+        Some(path) => Some(Server::bind(path, crate::api::BODY_MAX)?),
+        None => None,
+    };
+    let mut controller = Controller::new(arguments.id.clone(), config);
+    let mut monitor = Monitor::new(server)?;
+    controller.start().context("start the guest")?;
+    monitor.run(controller)
+}
+
+fn serve(arguments: Serve) -> Result<Outcome> {
+    let config = arguments.config()?;
+    let server = match arguments.no_api {
+        true => None,
+        false => Some(Server::bind(&arguments.api_sock, arguments.http_api_max_payload_size)?),
+    };
+    let starts_at_once = config.is_some();
+    let mut controller = Controller::new(arguments.id.clone(), config.unwrap_or_default());
+    let mut monitor = Monitor::new(server)?;
+    if starts_at_once {
+        controller.start().context("start the guest")?;
+    }
+    monitor.run(controller)
+}

@@ -1,0 +1,259 @@
+//! The main thread's event loop: the API, signals, standard input, and the guest's end.
+
+use std::io::Read;
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::time::{Duration, Instant};
+
+use crate::api::{Controller, Server};
+use crate::cli::signals::Signals;
+use crate::cli::terminal::{Keys, Raw};
+use crate::error::Result;
+use crate::event::{Events, Interest, Ready};
+use crate::machine::{Exit, Machine};
+
+const SIGNALS: u64 = 0;
+const STDIN: u64 = 1;
+const EXIT: u64 = 2;
+const CONSOLE_ROOM: u64 = 3;
+const API: u64 = 4;
+
+/// How often a running guest is looked at (halted for good? console output kept?).
+const LOOK: Duration = Duration::from_secs(1);
+/// A service that nobody asks anything for so long after its start prepares for the guest to come.
+const IDLE: Duration = Duration::from_millis(50);
+/// What is read of standard input at once, and at most kept: about what the guest's UART takes.
+const TYPED_MAX: usize = 64;
+
+/// How the loop ended.
+pub enum Outcome {
+    /// The guest ended.
+    Ended(Exit),
+    /// The user left it.
+    Left,
+    /// This signal came.
+    Signal(u8),
+}
+
+/// Everything the main thread waits for.
+pub struct Monitor {
+    events: Events,
+    signals: Signals,
+    server: Option<Server>,
+    input: Input,
+    /// The machine's descriptors are on `events`.
+    watching: bool,
+    /// When to prepare, if nothing happens before.
+    prepare_at: Option<Instant>,
+    look_at: Instant,
+}
+
+impl Monitor {
+    /// Waits for signals and `server`'s clients; from here on signals no longer end the process by themselves.
+    pub fn new(mut server: Option<Server>) -> Result<Self> {
+        let events = Events::new()?;
+        let signals = Signals::block()?;
+        events.add(&signals, Interest::IN, SIGNALS)?;
+        if let Some(server) = &mut server {
+            server.register(&events, API)?;
+        }
+        let now = Instant::now();
+        let input = Input::default();
+        Ok(Self {
+            events,
+            signals,
+            server,
+            input,
+            watching: false,
+            prepare_at: Some(now + IDLE),
+            look_at: now,
+        })
+    }
+
+    /// Runs until the guest has ended. The terminal and the socket are in order when this returns,
+    /// and what the guest has written is out.
+    pub fn run(&mut self, mut controller: Controller) -> Result<Outcome> {
+        let outcome = self.wait(&mut controller);
+        // In this order: a reader of our output that hangs must not keep the terminal, the socket or
+        // a deadly signal waiting.
+        self.input.leave(&self.events);
+        self.server = None;
+        self.signals.unblock();
+        drop(controller);
+        outcome
+    }
+
+    fn wait(&mut self, controller: &mut Controller) -> Result<Outcome> {
+        let mut ready = Vec::new();
+        loop {
+            if let Some(machine) = controller.machine() {
+                if !self.watching {
+                    self.watch(machine)?;
+                }
+                if let Some(exit) = machine.exit() {
+                    return Ok(Outcome::Ended(exit));
+                }
+                if self.look_at <= Instant::now() {
+                    machine.check_halted()?;
+                    machine.flush_console();
+                    self.look_at = Instant::now() + LOOK;
+                }
+                if self.input.type_on(machine, &self.events)? {
+                    return Ok(Outcome::Left);
+                }
+            } else if self.prepare_at.is_some_and(|at| at <= Instant::now()) {
+                controller.prepare();
+                self.prepare_at = None;
+            }
+            self.events.wait(self.timeout(), &mut ready)?;
+            if ready.is_empty() {
+                continue;
+            }
+            for event in &ready {
+                if let Some(outcome) = self.handle(*event, controller)? {
+                    return Ok(outcome);
+                }
+            }
+        }
+    }
+
+    fn timeout(&self) -> Option<Duration> {
+        let at = if self.watching { Some(self.look_at) } else { self.prepare_at };
+        // A millisecond more than the rest: epoll rounds down.
+        at.map(|at| at.saturating_duration_since(Instant::now()) + Duration::from_millis(1))
+    }
+
+    fn handle(&mut self, event: Ready, controller: &mut Controller) -> Result<Option<Outcome>> {
+        match event.token {
+            SIGNALS => return Ok(self.signals.next().map(Outcome::Signal)),
+            STDIN => self.input.is_ready = true,
+            CONSOLE_ROOM => {
+                if let Some(machine) = controller.machine() {
+                    // Another look at the room may have taken the count away.
+                    let _ = machine.console_room_fd().read();
+                }
+            }
+            token if (API..API + Server::TOKENS).contains(&token) => {
+                if let Some(server) = &mut self.server {
+                    let mut serve =
+                        |method: &str, path: &str, body: &[u8]| controller.serve(method, path, body);
+                    if server.handle(event, &self.events, &mut serve)? && self.prepare_at.is_some() {
+                        // The first answer is out; its client needs a moment for the next request.
+                        self.prepare_at = Some(Instant::now());
+                    }
+                }
+            }
+            // The guest's end is looked at before every wait.
+            _ => {}
+        }
+        Ok(None)
+    }
+
+    fn watch(&mut self, machine: &Machine) -> Result<()> {
+        self.events.add(machine.exit_fd(), Interest::IN, EXIT)?;
+        self.events.add(machine.console_room_fd(), Interest::IN, CONSOLE_ROOM)?;
+        self.input.enter(&self.events);
+        self.look_at = Instant::now() + LOOK;
+        self.watching = true;
+        Ok(())
+    }
+}
+
+/// Standard input on its way to the guest.
+#[derive(Default)]
+struct Input {
+    raw: Option<Raw>,
+    keys: Keys,
+    /// Read, and not yet typed.
+    typed: Vec<u8>,
+    /// There is something to read, or its end.
+    is_ready: bool,
+    /// Waiting is not possible (a regular file): it is always ready.
+    is_file: bool,
+    on_events: bool,
+    ended: bool,
+}
+
+impl Input {
+    fn enter(&mut self, events: &Events) {
+        self.raw = Raw::enter();
+        self.await_more(events);
+    }
+
+    fn leave(&mut self, events: &Events) {
+        self.stop_waiting(events);
+        self.raw = None;
+    }
+
+    /// Waits for more; a file that epoll refuses is read at once.
+    fn await_more(&mut self, events: &Events) {
+        if !self.on_events && !self.is_file && !self.ended {
+            match events.add(&std::io::stdin(), Interest::IN, STDIN) {
+                Ok(()) => self.on_events = true,
+                Err(_) => self.is_file = true,
+            }
+        }
+    }
+
+    fn stop_waiting(&mut self, events: &Events) {
+        if self.on_events {
+            // Closed elsewhere, it has left the set by itself.
+            let _ = events.remove(&std::io::stdin());
+            self.on_events = false;
+        }
+    }
+
+    /// Types what there is on the guest's console; true: the user leaves.
+    fn type_on(&mut self, machine: &mut Machine, events: &Events) -> Result<bool> {
+        loop {
+            if !self.typed.is_empty() {
+                let count = machine.type_on_console(&self.typed);
+                self.typed.drain(..count);
+                if !self.typed.is_empty() && self.raw.is_none() {
+                    // The guest must read first; nothing is read ahead. A terminal is, so that
+                    // Ctrl-A X always works.
+                    self.stop_waiting(events);
+                    return Ok(false);
+                }
+            }
+            self.await_more(events);
+            if self.ended || !(self.is_ready || self.is_file) {
+                return Ok(false);
+            }
+            self.is_ready = false;
+            if self.read(events) {
+                return Ok(true);
+            }
+        }
+    }
+
+    fn read(&mut self, events: &Events) -> bool {
+        let mut bytes = [0; TYPED_MAX];
+        // Our own buffer instead of the library's: what it reads ahead, epoll does not tell of.
+        let count = match borrow_stdin().read(&mut bytes) {
+            Ok(count) => count,
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => return false,
+            Err(_) => 0,
+        };
+        if count == 0 {
+            self.stop_waiting(events);
+            self.ended = true;
+            return false;
+        }
+        if self.raw.is_none() {
+            self.typed.extend_from_slice(&bytes[..count]);
+            return false;
+        }
+        let left = self.keys.filter(&bytes[..count], &mut self.typed);
+        // Keys that a guest which does not read has no room for are lost, as on a real keyboard.
+        self.typed.truncate(TYPED_MAX);
+        left
+    }
+}
+
+/// Standard input without the library's buffer, not closed when dropped.
+#[allow(unsafe_code)]
+fn borrow_stdin() -> ManuallyDrop<std::fs::File> {
+    // SAFETY: the descriptor is open for as long as the process is, and is not closed here.
+    ManuallyDrop::new(unsafe { std::fs::File::from_raw_fd(std::io::stdin().as_raw_fd()) })
+}

@@ -1,0 +1,103 @@
+//! The terminal as the guest's console: raw while the guest has it, as it was on every way out.
+
+use std::io::IsTerminal;
+use std::sync::Mutex;
+use std::sync::PoisonError;
+
+const STDIN: i32 = libc::STDIN_FILENO;
+/// Ctrl-A: the next key is for us. Ctrl-A X leaves, Ctrl-A Ctrl-A is a Ctrl-A for the guest.
+const ESCAPE: u8 = 0x01;
+
+/// How the terminal was before we changed it; kept here for the panic hook too.
+static ORIGINAL: Mutex<Option<libc::termios>> = Mutex::new(None);
+
+/// The terminal in raw mode; as it was again when this is dropped.
+pub struct Raw(());
+
+impl Raw {
+    /// Makes standard input raw, if it is a terminal: keys go to the guest as they are typed.
+    #[allow(unsafe_code)]
+    pub fn enter() -> Option<Self> {
+        if !std::io::stdin().is_terminal() {
+            return None;
+        }
+        // SAFETY: `termios` is plain data that tcgetattr fills in; both calls only use the local copy.
+        unsafe {
+            let mut mode: libc::termios = std::mem::zeroed();
+            if libc::tcgetattr(STDIN, &mut mode) != 0 {
+                return None;
+            }
+            *ORIGINAL.lock().unwrap_or_else(PoisonError::into_inner) = Some(mode);
+            mode.c_lflag &= !(libc::ICANON | libc::ECHO | libc::ISIG | libc::IEXTEN);
+            mode.c_iflag &=
+                !(libc::ICRNL | libc::INLCR | libc::IGNCR | libc::IXON | libc::ISTRIP | libc::BRKINT);
+            libc::tcsetattr(STDIN, libc::TCSANOW, &mode);
+        }
+        let report = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            restore();
+            report(panic);
+        }));
+        Some(Self(()))
+    }
+}
+
+impl Drop for Raw {
+    fn drop(&mut self) {
+        restore();
+    }
+}
+
+#[allow(unsafe_code)]
+fn restore() {
+    if let Some(mode) = ORIGINAL.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        // SAFETY: the call only reads the local copy of what tcgetattr returned.
+        unsafe { libc::tcsetattr(STDIN, libc::TCSANOW, &mode) };
+    }
+}
+
+/// What is typed, without the keys that are for us.
+#[derive(Default)]
+pub struct Keys {
+    escaped: bool,
+}
+
+impl Keys {
+    /// Appends what the guest gets of `typed` to `guest`; true: the user leaves.
+    pub fn filter(&mut self, typed: &[u8], guest: &mut Vec<u8>) -> bool {
+        for key in typed {
+            match (self.escaped, *key) {
+                (false, ESCAPE) => self.escaped = true,
+                (true, b'x' | b'X') => return true,
+                (true, ESCAPE) => {
+                    self.escaped = false;
+                    guest.push(ESCAPE);
+                }
+                (true, other) => {
+                    self.escaped = false;
+                    guest.extend([ESCAPE, other]);
+                }
+                (false, other) => guest.push(other),
+            }
+        }
+        false
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ctrl_a_x_leaves_and_other_keys_reach_the_guest() {
+        let filter = |pieces: &[&[u8]]| {
+            let (mut keys, mut guest) = (Keys::default(), Vec::new());
+            let left = pieces.iter().any(|piece| keys.filter(piece, &mut guest));
+            (guest, left)
+        };
+        assert_eq!(filter(&[b"ls\r"]), (b"ls\r".to_vec(), false));
+        assert_eq!(filter(&[b"a\x01", b"xb"]), (b"a".to_vec(), true));
+        assert_eq!(filter(&[b"\x01\x01x"]), (b"\x01x".to_vec(), false));
+        assert_eq!(filter(&[b"\x01b"]), (b"\x01b".to_vec(), false));
+    }
+}
