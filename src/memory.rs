@@ -72,7 +72,7 @@ pub fn ranges(memory: &Regions) -> Vec<Range> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::Bytes;
+    use vm_memory::{Bytes, GuestAddressSpace};
 
     #[test]
     fn memory_is_where_it_was_asked_for_and_zero() {

@@ -57,7 +57,7 @@ pub fn build(config: &Config, host: &mut dyn Host, prepared: Prepared) -> Result
     let gate = Arc::new(Gate::default());
     let end = End::new(gate.clone())?;
     let surroundings = Surroundings { mmio: Bus::default(), pio: Bus::default(), gate, end };
-    let (console, keyboard) = attach_fixed_devices(&vm, &surroundings, host)?;
+    let FixedDevices { console, keyboard } = attach_fixed_devices(&vm, &surroundings, host)?;
     let console_room = console.lock().unwrap_or_else(PoisonError::into_inner).room();
 
     register_kick()?;
@@ -75,12 +75,14 @@ pub fn build(config: &Config, host: &mut dyn Host, prepared: Prepared) -> Result
     })
 }
 
+/// Those of the fixed devices that the machine itself talks to.
+struct FixedDevices {
+    console: Arc<Mutex<Console>>,
+    keyboard: Option<Arc<Mutex<Keyboard>>>,
+}
+
 /// The devices that every machine of this architecture has, at the places `layout` gives.
-fn attach_fixed_devices(
-    vm: &Vm,
-    surroundings: &Surroundings,
-    host: &mut dyn Host,
-) -> Result<(Arc<Mutex<Console>>, Option<Arc<Mutex<Keyboard>>>)> {
+fn attach_fixed_devices(vm: &Vm, surroundings: &Surroundings, host: &mut dyn Host) -> Result<FixedDevices> {
     let Surroundings { mmio, pio, end, .. } = surroundings;
     let console = Arc::new(Mutex::new(Console::new(vm.interrupt(layout::SERIAL_GSI)?, host.console()?)?));
     if layout::SERIAL_IS_PORTS { pio } else { mmio }.attach(layout::SERIAL, console.clone())?;
@@ -100,7 +102,7 @@ fn attach_fixed_devices(
         }
         None => None,
     };
-    Ok((console, keyboard))
+    Ok(FixedDevices { console, keyboard })
 }
 
 /// What the configuration says; else what the firmware guest needs to check what it finds, or what

@@ -1,0 +1,56 @@
+//! Builds the firmware guest for the architecture that the monitor is built for, with the same
+//! compiler: its standard library's `core` is all it needs, so no bare-metal target must be installed.
+
+use std::env;
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+
+fn main() {
+    let variable = |name: &str| env::var(name).unwrap_or_else(|_| panic!("cargo sets {name}"));
+    let arch = variable("CARGO_CFG_TARGET_ARCH");
+    let out = PathBuf::from(variable("OUT_DIR"));
+    let linked = out.join("firmware.elf");
+    println!("cargo::rerun-if-changed=firmware");
+    println!("cargo::rerun-if-changed=build.rs");
+
+    let mut rustc = Command::new(variable("RUSTC"));
+    rustc.args(["--crate-name=firmware", "--crate-type=bin", "--edition=2024", "firmware/src/main.rs"]);
+    rustc.args(["--target", &variable("TARGET")]).arg("-o").arg(&linked);
+    rustc.args(["-Copt-level=2", "-Clto=fat", "-Cpanic=abort", "-Ccodegen-units=1", "-Cstrip=symbols"]);
+    rustc.args(["-Crelocation-model=static", "-Cno-redzone=yes", "-Cforce-unwind-tables=no"]);
+    // Nobody saves vector registers there, and software KVMs do not emulate them; with the caches
+    // off, arm64 takes no unaligned access.
+    rustc.arg(match arch.as_str() {
+        "x86_64" => "-Ctarget-feature=-sse2,-sse,+crt-static",
+        _ => "-Ctarget-feature=+strict-align,+crt-static",
+    });
+    rustc.args(["-Clink-args=-nostartfiles -nostdlib -static -Wl,--build-id=none -Wl,-z,max-page-size=4096"]);
+    rustc.arg(format!("-Clink-arg=-Wl,-T,firmware/{arch}.ld"));
+    if let Ok(linker) = env::var("RUSTC_LINKER") {
+        rustc.arg(format!("-Clinker={linker}"));
+    }
+    let output = rustc.output().expect("the compiler that builds this can be run");
+    let messages = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "build the firmware guest:\n{messages}");
+
+    let elf = fs::read(&linked).expect("the linker's output is there");
+    let image = if arch == "aarch64" { flatten(&elf) } else { elf };
+    fs::write(out.join("firmware.bin"), image).expect("the build folder can be written to");
+}
+
+/// An arm64 Image is what its segments look like in memory; its header is the first code.
+fn flatten(elf: &[u8]) -> Vec<u8> {
+    let u64_at = |at: usize| u64::from_le_bytes(elf[at..at + 8].try_into().expect("8 bytes")) as usize;
+    let u16_at = |at: usize| u16::from_le_bytes([elf[at], elf[at + 1]]) as usize;
+    let (table, size, count) = (u64_at(32), u16_at(54), u16_at(56));
+    let headers = (0..count).map(|index| table + index * size).filter(|at| elf[*at] == 1);
+    let mut image = Vec::new();
+    let start = headers.clone().map(|at| u64_at(at + 24)).min().expect("there is code");
+    for at in headers {
+        let (offset, address, length) = (u64_at(at + 8), u64_at(at + 24) - start, u64_at(at + 32));
+        image.resize(image.len().max(address + length), 0);
+        image[address..address + length].copy_from_slice(&elf[offset..offset + length]);
+    }
+    image
+}

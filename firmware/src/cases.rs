@@ -1,0 +1,155 @@
+//! The table of cases.
+
+use crate::arch;
+use crate::console::{self, Hex, say};
+use crate::machine::Machine;
+use crate::words::{Words, number};
+
+/// A case prints what it found in parentheses, or what was expected and what was found.
+type Case = fn(&Machine, &Words) -> bool;
+
+const CASES: [(&str, Case); 7] = [
+    ("memory", memory),
+    ("tables", tables),
+    ("cpus", cpus),
+    ("timer", timer),
+    ("serial", serial),
+    ("exit-register", exit_register),
+    ("nobody-there", nobody_there),
+];
+
+/// Runs the cases that the command line names, or all; returns how many failed.
+pub fn run(machine: &Machine, words: &Words) -> u32 {
+    let (mut ran, mut failed) = (0u32, 0u32);
+    let chosen = words.value("case");
+    for (name, case) in &CASES {
+        if chosen.is_some_and(|chosen| !chosen.split(|byte| *byte == b',').any(|word| word == name.as_bytes())) {
+            continue;
+        }
+        say!(*name, ": ");
+        ran += 1;
+        if case(machine, words) {
+            say!("\n");
+        } else {
+            failed += 1;
+            say!(": FAILED\n");
+        }
+    }
+    if ran == 0 {
+        say!("there is no such case\n");
+        return 1;
+    }
+    say!(ran, " cases, ", failed, " failed\n");
+    failed
+}
+
+/// Memory is as large as said, and its last byte in every range can be written and read.
+fn memory(machine: &Machine, words: &Words) -> bool {
+    let mut total = 0;
+    for (start, size) in machine.memory() {
+        total += size;
+        let last = start + size - 8;
+        if !arch::is_writable(last) {
+            say!("expected memory at ", Hex(last), ", found none");
+            return false;
+        }
+    }
+    // The first MiB has holes on PCs: what a memory map leaves out there is not missing.
+    let found = total.div_ceil(1 << 20);
+    if let Some(expected) = words.value("memory").and_then(number)
+        && expected != found
+    {
+        say!("expected ", expected, " MiB, found ", found);
+        return false;
+    }
+    say!("ok (", found, " MiB:");
+    for (start, size) in machine.memory() {
+        say!(" ", Hex(*start), "-", Hex(start + size - 1));
+    }
+    say!(")");
+    true
+}
+
+/// The boot tables are whole and list as many CPUs as said.
+fn tables(machine: &Machine, words: &Words) -> bool {
+    if let Some(fault) = machine.fault {
+        say!("expected sound ", machine.tables, ", found: ", fault);
+        return false;
+    }
+    if let Some(expected) = words.value("cpus").and_then(number)
+        && expected != machine.cpus
+    {
+        say!("expected ", expected, " CPUs listed, found ", machine.cpus);
+        return false;
+    }
+    say!("ok (", machine.tables, ", ", machine.cpus, " CPUs)");
+    true
+}
+
+/// Every CPU listed comes up and says who it is.
+fn cpus(machine: &Machine, _: &Words) -> bool {
+    let started = 1 + (1..machine.cpus).filter(|index| arch::start_cpu(*index)).count() as u64;
+    if started != machine.cpus {
+        say!("expected ", machine.cpus, " CPUs to start, found ", started);
+        return false;
+    }
+    say!("ok (", started, " started)");
+    true
+}
+
+/// The timer's interrupt wakes the CPU.
+fn timer(_: &Machine, _: &Words) -> bool {
+    match arch::wait_for_timer() {
+        Ok(how) => say!("ok (", how, ")"),
+        Err(found) => {
+            say!("expected an interrupt, found ", found);
+            return false;
+        }
+    }
+    true
+}
+
+/// In loopback, the UART sends every byte back.
+fn serial(_: &Machine, _: &Words) -> bool {
+    console::set_loopback(true);
+    let mut wrong = None;
+    for byte in [0x00, 0x55, 0xaa, 0xff] {
+        console::send(byte);
+        let found = console::receive();
+        if found != Some(byte) {
+            wrong = Some((byte, found));
+            break;
+        }
+    }
+    console::set_loopback(false);
+    match wrong {
+        None => say!("ok (4 bytes echoed)"),
+        Some((expected, Some(found))) => say!("expected ", Hex(expected.into()), ", found ", Hex(found.into())),
+        Some((expected, None)) => say!("expected ", Hex(expected.into()), ", found nothing"),
+    }
+    wrong.is_none()
+}
+
+/// The exit register is where the layout says: it identifies itself.
+fn exit_register(_: &Machine, _: &Words) -> bool {
+    let (expected, found) = (u64::from(u32::from_be_bytes(*b"ALUX")), arch::read32(arch::EXIT).into());
+    if expected != found {
+        say!("expected ", Hex(expected), ", found ", Hex(found));
+        return false;
+    }
+    say!("ok (", Hex(arch::EXIT), ")");
+    true
+}
+
+/// Where no device is, reads give all ones and writes are lost.
+fn nobody_there(_: &Machine, _: &Words) -> bool {
+    let nobody = arch::EXIT + 0x800;
+    arch::write32(nobody, 7);
+    let found = arch::read32(nobody);
+    if found != u32::MAX {
+        say!("expected all ones, found ", Hex(found.into()));
+        return false;
+    }
+    say!("ok");
+    true
+}

@@ -1,0 +1,83 @@
+//! A bare-metal guest that looks at the machine it finds itself in: a table of cases, each of which
+//! prints `ok` or what was expected and what was found. The exit code is the number of failed cases.
+//!
+//! Its command line says what to expect and what to do:
+//! - `cpus=N`, `memory=MIB`: what the machine was given.
+//! - `case=NAME,NAME`: only these cases.
+//! - `hello`: print one line at once and idle: what start-up benches wait for.
+//! - `echo`: before the cases, send back what is typed until a line ends.
+//! - `end=poweroff|reset|halt|crash|idle|spin|N`: how to end, instead of by the number of failed cases.
+
+#![no_std]
+#![no_main]
+
+mod cases;
+mod console;
+mod machine;
+mod words;
+
+#[cfg(target_arch = "aarch64")]
+mod fdt;
+#[cfg(target_arch = "x86_64")]
+mod acpi;
+
+#[cfg(target_arch = "aarch64")]
+#[path = "aarch64.rs"]
+mod arch;
+#[cfg(target_arch = "x86_64")]
+#[path = "x86_64.rs"]
+mod arch;
+
+use console::say;
+use machine::Machine;
+
+/// What a panic of the firmware itself ends with.
+const PANIC: u32 = 100;
+
+/// Called by the architecture's entry code on the first CPU.
+fn start(machine: &Machine) -> ! {
+    let words = words::Words(machine.command_line);
+    if words.has("hello") {
+        say!("A\n");
+        arch::idle();
+    }
+    arch::catch_exceptions();
+    say!("alula firmware: ", arch::NAME, ", ", machine.protocol, "\n");
+    if words.has("echo") {
+        echo();
+    }
+    let failed = cases::run(machine, &words);
+    match words.value("end") {
+        None => arch::exit(failed),
+        Some(b"poweroff") => arch::power_off(),
+        Some(b"reset") => arch::reset(),
+        Some(b"halt") => arch::halt(),
+        Some(b"crash") => arch::crash(),
+        Some(b"idle") => arch::idle(),
+        Some(b"spin") => loop {
+            core::hint::spin_loop();
+        },
+        Some(code) => arch::exit(words::number(code).unwrap_or(PANIC.into()) as u32),
+    }
+}
+
+/// Sends back what is typed, until a line ends.
+fn echo() {
+    loop {
+        let Some(byte) = console::receive() else { continue };
+        console::send(byte);
+        if byte == b'\n' || byte == b'\r' {
+            return;
+        }
+    }
+}
+
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    say!("the firmware panicked\n");
+    arch::exit(PANIC)
+}
+
+/// The standard library's `core` was built for unwinding and names this; nothing calls it.
+#[unsafe(no_mangle)]
+extern "C" fn rust_eh_personality() {}

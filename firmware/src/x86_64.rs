@@ -1,0 +1,456 @@
+//! x86_64: entry by PVH or the 64-bit Linux boot protocol, CPUs and timer by the local APIC in x2APIC
+//! mode (Intel SDM 3A, 11), the ways to end. Integer instructions only.
+
+use core::arch::{asm, global_asm};
+use core::ptr::{read_volatile, write_volatile};
+
+use crate::acpi;
+use crate::console::{Hex, say};
+use crate::machine::{Machine, text_at};
+
+pub const NAME: &str = "x86_64";
+/// The exit register.
+pub const EXIT: u64 = 0xc000_2000;
+const SERIAL: u16 = 0x3f8;
+/// What an exception that nobody expects ends with.
+const EXCEPTION: u32 = 101;
+/// Where secondary CPUs begin, in real mode: below 1 MiB, clear of the boot tables.
+const TRAMPOLINE: u64 = 0x8000;
+/// Through these 2 MiB any memory can be looked at.
+const WINDOW: u64 = 1 << 30;
+const HUGE_PAGE: u64 = 2 << 20;
+const TIMER_VECTOR: usize = 0x40;
+
+const X2APIC_ENABLE: u64 = 0b11 << 10;
+const MSR_APIC_BASE: u32 = 0x1b;
+const MSR_EOI: u32 = 0x80b;
+const MSR_SPURIOUS: u32 = 0x80f;
+const MSR_ICR: u32 = 0x830;
+const MSR_LVT_TIMER: u32 = 0x832;
+const MSR_TIMER_INITIAL: u32 = 0x838;
+const MSR_TIMER_CURRENT: u32 = 0x839;
+const MSR_TIMER_DIVIDE: u32 = 0x83e;
+
+global_asm!(
+    r#"
+    .section .note.Xen, "a", @note
+    .align 4
+    .long 4, 4, 18          # name, description, XEN_ELFNOTE_PHYS32_ENTRY
+    .asciz "Xen"
+    .long pvh_entry
+
+    .section .data.tables, "aw"
+    .align 4096
+pml4:
+    .quad pdpt + 3
+    .fill 511, 8, 0
+pdpt:
+    .quad pd_low + 3, window + 3, 0, pd_high + 3
+    .fill 508, 8, 0
+pd_low:
+    .set page, 0
+    .rept 512
+    .quad page << 21 | 0x83
+    .set page, page + 1
+    .endr
+pd_high:
+    .set page, 1536
+    .rept 512
+    .quad page << 21 | 0x83
+    .set page, page + 1
+    .endr
+    .globl window
+window:
+    .fill 512, 8, 0
+gdt:
+    .quad 0, 0x00cf9b000000ffff, 0x00af9b000000ffff, 0x00cf93000000ffff
+gdt_pointer:
+    .word 4 * 8 - 1
+    .long gdt, 0
+
+    .section .bss.stacks, "aw", @nobits
+    .align 16
+    .skip 16384
+stack:
+    .skip 4096
+secondary_stack:
+
+    .text
+    .code32
+pvh_entry:
+    cli
+    lgdt gdt_pointer
+    movl %ebx, %edi
+    xorl %esi, %esi
+    movl $stack, %esp
+    movl $first_64, %ebp
+    jmp to_long_mode
+
+secondary_32:
+    movl $secondary_stack, %esp
+    movl $secondary_64, %ebp
+
+    # esp: the stack, ebp: where to go on
+to_long_mode:
+    movw $0x18, %ax
+    movw %ax, %ds
+    movw %ax, %es
+    movw %ax, %ss
+    movl $pml4, %eax
+    movl %eax, %cr3
+    movl $0x20, %eax        # PAE
+    movl %eax, %cr4
+    movl $0xc0000080, %ecx  # EFER
+    rdmsr
+    orl $0x100, %eax        # LME
+    wrmsr
+    movl $0x80000011, %eax  # PG, ET, PE
+    movl %eax, %cr0
+    ljmp $0x10, $in_long_mode
+    .code64
+in_long_mode:
+    movl %ebp, %ebp
+    jmp *%rbp
+first_64:
+    call first_cpu
+
+    .globl linux64_entry
+linux64_entry:
+    cli
+    lgdt gdt_pointer
+    movq $pml4, %rax
+    movq %rax, %cr3
+    movq $stack, %rsp
+    movq %rsi, %rdi
+    movl $1, %esi
+    call first_cpu
+
+secondary_64:
+    call secondary_cpu
+
+    .code16
+trampoline:
+    cli
+    xorw %ax, %ax
+    movw %ax, %ds
+    lgdtl 0x8000 + (trampoline_gdt_pointer - trampoline)
+    movl $0x11, %eax
+    movl %eax, %cr0
+    ljmpl $0x08, $secondary_32
+    .align 4
+trampoline_gdt_pointer:
+    .word 4 * 8 - 1
+    .long gdt
+trampoline_end:
+    .code64
+
+    .align 16
+exceptions:
+    .set vector, 0
+    .rept 32
+    .align 16
+    pushq $vector
+    jmp exception
+    .set vector, vector + 1
+    .endr
+exception:
+    movq (%rsp), %rdi
+    movq %rsp, %rsi
+    call unexpected
+
+timer_interrupt:
+    pushq %rax
+    pushq %rcx
+    pushq %rdx
+    movb $1, timer_fired
+    movl ${eoi}, %ecx
+    xorl %eax, %eax
+    xorl %edx, %edx
+    wrmsr
+    popq %rdx
+    popq %rcx
+    popq %rax
+    iretq
+    "#,
+    eoi = const MSR_EOI,
+    options(att_syntax)
+);
+
+unsafe extern "C" {
+    static trampoline: u8;
+    static trampoline_end: u8;
+    static exceptions: u8;
+    fn timer_interrupt();
+    static mut window: [u64; 512];
+}
+
+#[unsafe(no_mangle)]
+static mut timer_fired: u8 = 0;
+/// The secondary CPU that was started last and is up; CPUs are started one after the other.
+static mut STARTED: u32 = 0;
+static mut IDT: [[u64; 2]; TIMER_VECTOR + 1] = [[0; 2]; TIMER_VECTOR + 1];
+
+#[repr(C, packed)]
+struct TablePointer {
+    limit: u16,
+    base: u64,
+}
+
+// SAFETY, for this whole file: there is no other program here. Addresses below 1 GiB and from 3 to
+// 4 GiB are mapped one to one; the loader put its tables where its protocol says; statics that two
+// CPUs share are single words, written by one and read by the other through volatile accesses.
+
+#[unsafe(no_mangle)]
+extern "C" fn first_cpu(info: u64, protocol: u64) -> ! {
+    let machine = if protocol == 0 { read_pvh(info) } else { read_linux64(info) };
+    crate::start(&machine)
+}
+
+fn u32_at(address: u64) -> u32 {
+    unsafe { read_volatile(address as *const u32) }
+}
+
+fn u64_at(address: u64) -> u64 {
+    u64::from(u32_at(address)) | u64::from(u32_at(address + 4)) << 32
+}
+
+/// `struct hvm_start_info` (Xen's x86/HVM direct boot ABI).
+fn read_pvh(info: u64) -> Machine {
+    let mut machine = Machine::new("PVH", "ACPI");
+    if u32_at(info) != 0x336e_c578 {
+        machine.fault = Some("no PVH start info");
+        return machine;
+    }
+    machine.command_line = unsafe { text_at(u64_at(info + 24)) };
+    let (map, entries) = (u64_at(info + 40), u64::from(u32_at(info + 48)));
+    for entry in (0..entries).map(|index| map + 24 * index).filter(|entry| u32_at(entry + 16) == 1) {
+        machine.add_memory(u64_at(entry), u64_at(entry + 8));
+    }
+    acpi::read(&mut machine, u64_at(info + 32));
+    machine
+}
+
+/// The zero page (Documentation/arch/x86/zero-page.rst).
+fn read_linux64(params: u64) -> Machine {
+    let mut machine = Machine::new("64-bit Linux boot protocol", "ACPI");
+    machine.command_line = unsafe { text_at(u32_at(params + 0x228).into()) };
+    let entries = u64::from(u32_at(params + 0x1e8) & 0xff);
+    for entry in (0..entries).map(|index| params + 0x2d0 + 20 * index).filter(|entry| u32_at(entry + 16) == 1) {
+        machine.add_memory(u64_at(entry), u64_at(entry + 8));
+    }
+    acpi::read(&mut machine, u64_at(params + 0x70));
+    machine
+}
+
+fn write_port(port: u16, value: u8) {
+    unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack)) };
+}
+
+fn read_port(port: u16) -> u8 {
+    let value;
+    unsafe { asm!("in al, dx", in("dx") port, out("al") value, options(nomem, nostack)) };
+    value
+}
+
+pub fn write_serial(register: u64, value: u8) {
+    write_port(SERIAL + register as u16, value);
+}
+
+pub fn read_serial(register: u64) -> u8 {
+    read_port(SERIAL + register as u16)
+}
+
+pub fn read32(address: u64) -> u32 {
+    u32_at(address)
+}
+
+pub fn write32(address: u64, value: u32) {
+    unsafe { write_volatile(address as *mut u32, value) };
+}
+
+fn read_msr(register: u32) -> u64 {
+    let (low, high): (u32, u32);
+    unsafe { asm!("rdmsr", in("ecx") register, out("eax") low, out("edx") high, options(nomem, nostack)) };
+    u64::from(low) | u64::from(high) << 32
+}
+
+fn write_msr(register: u32, value: u64) {
+    let (low, high) = (value as u32, (value >> 32) as u32);
+    unsafe { asm!("wrmsr", in("ecx") register, in("eax") low, in("edx") high, options(nomem, nostack)) };
+}
+
+/// Whether the 8 bytes at `address`, wherever it is, keep what is written; they stay as they were.
+pub fn is_writable(address: u64) -> bool {
+    const PATTERN: u64 = 0x5aa5_1234_8765_a55a;
+    unsafe {
+        (&raw mut window).cast::<u64>().write_volatile(address & !(HUGE_PAGE - 1) | 0x83);
+        asm!("invlpg [{}]", in(reg) WINDOW, options(nostack));
+        let at = (WINDOW + address % HUGE_PAGE) as *mut u64;
+        let before = read_volatile(at);
+        write_volatile(at, PATTERN);
+        let found = read_volatile(at);
+        write_volatile(at, before);
+        found == PATTERN
+    }
+}
+
+fn enable_x2apic() {
+    write_msr(MSR_APIC_BASE, read_msr(MSR_APIC_BASE) | X2APIC_ENABLE);
+}
+
+/// Starts the CPU with this APIC id (INIT, then a start-up interrupt); whether it came up.
+pub fn start_cpu(id: u64) -> bool {
+    const INIT: u64 = 0x4500;
+    const STARTUP: u64 = 0x4600 | TRAMPOLINE >> 12;
+    const PATIENCE: u32 = 20_000_000;
+    unsafe {
+        let (from, to) = (&raw const trampoline, &raw const trampoline_end);
+        core::ptr::copy_nonoverlapping(from, TRAMPOLINE as *mut u8, to.offset_from(from) as usize);
+        enable_x2apic();
+        for command in [INIT, STARTUP] {
+            write_msr(MSR_ICR, id << 32 | command);
+        }
+        (0..PATIENCE).any(|_| {
+            core::hint::spin_loop();
+            u64::from(read_volatile(&raw const STARTED)) == id
+        })
+    }
+}
+
+/// What a secondary CPU does: it says who it is (CPUID leaf 0xb), and waits for nothing.
+#[unsafe(no_mangle)]
+extern "C" fn secondary_cpu() -> ! {
+    unsafe {
+        let id = core::arch::x86_64::__cpuid_count(0xb, 0).edx;
+        write_volatile(&raw mut STARTED, id);
+    }
+    halt()
+}
+
+/// From here on an exception is told and ends the guest.
+pub fn catch_exceptions() {
+    unsafe {
+        let stubs = (&raw const exceptions) as u64;
+        for vector in 0..32 {
+            set_gate(vector, stubs + 16 * vector as u64);
+        }
+        set_gate(TIMER_VECTOR, timer_interrupt as *const () as u64);
+        let pointer = TablePointer { limit: size_of_val(&*(&raw const IDT)) as u16 - 1, base: (&raw const IDT) as u64 };
+        asm!("lidt [{}]", in(reg) &pointer, options(nostack));
+    }
+}
+
+/// A 64-bit interrupt gate to our code segment (Intel SDM 3A, 6.14.1).
+unsafe fn set_gate(vector: usize, handler: u64) {
+    let low = handler & 0xffff | 0x10 << 16 | 0x8e << 40 | (handler >> 16 & 0xffff) << 48;
+    unsafe { (&raw mut IDT).cast::<[u64; 2]>().add(vector).write([low, handler >> 32]) };
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn unexpected(vector: u64, frame: *const u64) -> ! {
+    // These push an error code below the instruction pointer.
+    let has_code = matches!(vector, 8 | 10..=14 | 17 | 21 | 29 | 30);
+    let rip = unsafe { *frame.add(if has_code { 2 } else { 1 }) };
+    say!("exception ", vector, " at ", Hex(rip), "\n");
+    exit(EXCEPTION)
+}
+
+/// The old interrupt controllers would be heard once interrupts are on.
+fn mask_pic() {
+    write_port(0x21, 0xff);
+    write_port(0xa1, 0xff);
+}
+
+/// Lets the local APIC's timer interrupt once while the CPU works and once while it halts.
+pub fn wait_for_timer() -> Result<&'static str, &'static str> {
+    const COUNT: u64 = 200_000;
+    const GRACE: u32 = 100_000;
+    let fired = || unsafe { read_volatile(&raw const timer_fired) == 1 };
+    mask_pic();
+    enable_x2apic();
+    write_msr(MSR_SPURIOUS, 0x1ff);
+    write_msr(MSR_TIMER_DIVIDE, 0b1011);
+    write_msr(MSR_LVT_TIMER, TIMER_VECTOR as u64);
+    write_msr(MSR_TIMER_INITIAL, COUNT);
+    unsafe { asm!("sti", options(nostack)) };
+    while !fired() && read_msr(MSR_TIMER_CURRENT) != 0 {}
+    let came = (0..GRACE).any(|_| fired());
+    unsafe { asm!("cli", options(nostack)) };
+    if !came {
+        return Err("none");
+    }
+    unsafe { write_volatile(&raw mut timer_fired, 0) };
+    write_msr(MSR_TIMER_INITIAL, COUNT);
+    unsafe { asm!("sti", "hlt", "cli", options(nostack)) };
+    if fired() { Ok("local APIC, at work and from HLT") } else { Err("that HLT was left without it") }
+}
+
+pub fn exit(code: u32) -> ! {
+    write32(EXIT, code);
+    halt()
+}
+
+/// ACPI sleep control: enable, type 5.
+pub fn power_off() -> ! {
+    write_port(0x600, 1 << 5 | 5 << 2);
+    halt()
+}
+
+/// The keyboard controller pulses the reset line.
+pub fn reset() -> ! {
+    write_port(0x64, 0xfe);
+    halt()
+}
+
+/// Waits for good: no interrupt is let in.
+pub fn halt() -> ! {
+    loop {
+        unsafe { asm!("cli", "hlt", options(nomem, nostack)) };
+    }
+}
+
+/// Waits for interrupts that do not come.
+pub fn idle() -> ! {
+    mask_pic();
+    loop {
+        unsafe { asm!("sti", "hlt", options(nomem, nostack)) };
+    }
+}
+
+/// An exception that cannot be delivered: triple fault.
+pub fn crash() -> ! {
+    let nothing = TablePointer { limit: 0, base: 0 };
+    unsafe { asm!("lidt [{}]", "ud2", in(reg) &nothing, options(noreturn)) }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn memcpy(to: *mut u8, from: *const u8, count: usize) -> *mut u8 {
+    unsafe {
+        asm!("rep movsb", inout("rdi") to => _, inout("rsi") from => _, inout("rcx") count => _, options(nostack))
+    };
+    to
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn memset(to: *mut u8, byte: i32, count: usize) -> *mut u8 {
+    unsafe {
+        asm!("rep stosb", inout("rdi") to => _, in("al") byte as u8, inout("rcx") count => _, options(nostack))
+    };
+    to
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn memcmp(a: *const u8, b: *const u8, count: usize) -> i32 {
+    for index in 0..count {
+        let (a, b) = unsafe { (read_volatile(a.add(index)), read_volatile(b.add(index))) };
+        if a != b {
+            return i32::from(a) - i32::from(b);
+        }
+    }
+    0
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn bcmp(a: *const u8, b: *const u8, count: usize) -> i32 {
+    unsafe { memcmp(a, b, count) }
+}
