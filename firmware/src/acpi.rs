@@ -52,12 +52,11 @@ fn try_read(machine: &mut Machine, rsdp: u64) -> Result<(), &'static str> {
             return Err("a broken MADT entry");
         }
         // Local APIC, local x2APIC: enabled.
-        let flags = match kind {
-            0 => u32_at(entries, 4),
-            9 => u32_at(entries, 8),
-            _ => 0,
-        };
-        machine.cpus += u64::from(flags & 1);
+        match kind {
+            0 if u32_at(entries, 4) & 1 != 0 => machine.add_cpu(entries[3].into()),
+            9 if u32_at(entries, 8) & 1 != 0 => machine.add_cpu(u32_at(entries, 4)),
+            _ => {}
+        }
         entries = &entries[usize::from(*length)..];
     }
     Ok(())

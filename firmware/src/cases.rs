@@ -23,7 +23,9 @@ pub fn run(machine: &Machine, words: &Words) -> u32 {
     let (mut ran, mut failed) = (0u32, 0u32);
     let chosen = words.value("case");
     for (name, case) in &CASES {
-        if chosen.is_some_and(|chosen| !chosen.split(|byte| *byte == b',').any(|word| word == name.as_bytes())) {
+        if chosen
+            .is_some_and(|chosen| !chosen.split(|byte| *byte == b',').any(|word| word == name.as_bytes()))
+        {
             continue;
         }
         say!(*name, ": ");
@@ -88,7 +90,7 @@ fn tables(machine: &Machine, words: &Words) -> bool {
 
 /// Every CPU listed comes up and says who it is.
 fn cpus(machine: &Machine, _: &Words) -> bool {
-    let started = 1 + (1..machine.cpus).filter(|index| arch::start_cpu(*index)).count() as u64;
+    let started = 1 + machine.other_cpus().filter(|id| arch::start_cpu(*id)).count() as u64;
     if started != machine.cpus {
         say!("expected ", machine.cpus, " CPUs to start, found ", started);
         return false;
@@ -124,7 +126,9 @@ fn serial(_: &Machine, _: &Words) -> bool {
     console::set_loopback(false);
     match wrong {
         None => say!("ok (4 bytes echoed)"),
-        Some((expected, Some(found))) => say!("expected ", Hex(expected.into()), ", found ", Hex(found.into())),
+        Some((expected, Some(found))) => {
+            say!("expected ", Hex(expected.into()), ", found ", Hex(found.into()))
+        }
         Some((expected, None)) => say!("expected ", Hex(expected.into()), ", found nothing"),
     }
     wrong.is_none()

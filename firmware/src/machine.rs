@@ -3,6 +3,11 @@
 /// Ranges of memory that are kept; machines have one to three.
 pub const RANGES_MAX: usize = 8;
 
+/// CPUs whose ids are kept; more are counted, but not started.
+const CPUS_MAX: usize = 1024;
+/// Not in `Machine`, which lies on the stack: clearing it would take longer than the start.
+static mut CPU_IDS: [u32; CPUS_MAX] = [0; CPUS_MAX];
+
 /// What the boot tables said.
 pub struct Machine {
     /// By which protocol the loader entered us.
@@ -16,21 +21,12 @@ pub struct Machine {
     pub ranges: usize,
     /// CPUs that the tables list.
     pub cpus: u64,
-    pub command_line: &'static [u8],
 }
 
 impl Machine {
     /// A machine of which nothing is known yet.
     pub fn new(protocol: &'static str, tables: &'static str) -> Self {
-        Self {
-            protocol,
-            tables,
-            fault: None,
-            memory: [(0, 0); RANGES_MAX],
-            ranges: 0,
-            cpus: 0,
-            command_line: b"",
-        }
+        Self { protocol, tables, fault: None, memory: [(0, 0); RANGES_MAX], ranges: 0, cpus: 0 }
     }
 
     /// Notes a range of memory.
@@ -42,6 +38,21 @@ impl Machine {
             }
             None => self.fault = Some("the memory map has more than 8 ranges"),
         }
+    }
+
+    /// Notes a CPU by the id that starts it (APIC id, MPIDR).
+    pub fn add_cpu(&mut self, id: u32) {
+        if (self.cpus as usize) < CPUS_MAX {
+            // SAFETY: only the first CPU comes here.
+            unsafe { CPU_IDS[self.cpus as usize] = id };
+        }
+        self.cpus += 1;
+    }
+
+    /// The ids of all CPUs but the first one listed, which is us.
+    pub fn other_cpus(&self) -> impl Iterator<Item = u32> {
+        // SAFETY: as above.
+        (1..CPUS_MAX.min(self.cpus as usize)).map(|index| unsafe { CPU_IDS[index] })
     }
 
     /// The ranges of memory.

@@ -16,10 +16,10 @@ mod console;
 mod machine;
 mod words;
 
-#[cfg(target_arch = "aarch64")]
-mod fdt;
 #[cfg(target_arch = "x86_64")]
 mod acpi;
+#[cfg(target_arch = "aarch64")]
+mod fdt;
 
 #[cfg(target_arch = "aarch64")]
 #[path = "aarch64.rs"]
@@ -34,13 +34,14 @@ use machine::Machine;
 /// What a panic of the firmware itself ends with.
 const PANIC: u32 = 100;
 
-/// Called by the architecture's entry code on the first CPU.
-fn start(machine: &Machine) -> ! {
-    let words = words::Words(machine.command_line);
+/// Called by the architecture's entry code on the first CPU; `read_tables` finds out about the machine.
+fn start(command_line: &'static [u8], read_tables: impl FnOnce() -> Machine) -> ! {
+    let words = words::Words(command_line);
     if words.has("hello") {
         say!("A\n");
         arch::idle();
     }
+    let machine = &read_tables();
     arch::catch_exceptions();
     say!("alula firmware: ", arch::NAME, ", ", machine.protocol, "\n");
     if words.has("echo") {

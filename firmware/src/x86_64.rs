@@ -202,8 +202,11 @@ struct TablePointer {
 
 #[unsafe(no_mangle)]
 extern "C" fn first_cpu(info: u64, protocol: u64) -> ! {
-    let machine = if protocol == 0 { read_pvh(info) } else { read_linux64(info) };
-    crate::start(&machine)
+    if protocol == 0 {
+        crate::start(unsafe { text_at(u64_at(info + 24)) }, || read_pvh(info))
+    } else {
+        crate::start(unsafe { text_at(u32_at(info + 0x228).into()) }, || read_linux64(info))
+    }
 }
 
 fn u32_at(address: u64) -> u32 {
@@ -221,7 +224,6 @@ fn read_pvh(info: u64) -> Machine {
         machine.fault = Some("no PVH start info");
         return machine;
     }
-    machine.command_line = unsafe { text_at(u64_at(info + 24)) };
     let (map, entries) = (u64_at(info + 40), u64::from(u32_at(info + 48)));
     for entry in (0..entries).map(|index| map + 24 * index).filter(|entry| u32_at(entry + 16) == 1) {
         machine.add_memory(u64_at(entry), u64_at(entry + 8));
@@ -233,9 +235,9 @@ fn read_pvh(info: u64) -> Machine {
 /// The zero page (Documentation/arch/x86/zero-page.rst).
 fn read_linux64(params: u64) -> Machine {
     let mut machine = Machine::new("64-bit Linux boot protocol", "ACPI");
-    machine.command_line = unsafe { text_at(u32_at(params + 0x228).into()) };
     let entries = u64::from(u32_at(params + 0x1e8) & 0xff);
-    for entry in (0..entries).map(|index| params + 0x2d0 + 20 * index).filter(|entry| u32_at(entry + 16) == 1) {
+    for entry in (0..entries).map(|index| params + 0x2d0 + 20 * index).filter(|entry| u32_at(entry + 16) == 1)
+    {
         machine.add_memory(u64_at(entry), u64_at(entry + 8));
     }
     acpi::read(&mut machine, u64_at(params + 0x70));
@@ -299,7 +301,7 @@ fn enable_x2apic() {
 }
 
 /// Starts the CPU with this APIC id (INIT, then a start-up interrupt); whether it came up.
-pub fn start_cpu(id: u64) -> bool {
+pub fn start_cpu(id: u32) -> bool {
     const INIT: u64 = 0x4500;
     const STARTUP: u64 = 0x4600 | TRAMPOLINE >> 12;
     const PATIENCE: u32 = 20_000_000;
@@ -308,11 +310,11 @@ pub fn start_cpu(id: u64) -> bool {
         core::ptr::copy_nonoverlapping(from, TRAMPOLINE as *mut u8, to.offset_from(from) as usize);
         enable_x2apic();
         for command in [INIT, STARTUP] {
-            write_msr(MSR_ICR, id << 32 | command);
+            write_msr(MSR_ICR, u64::from(id) << 32 | command);
         }
         (0..PATIENCE).any(|_| {
             core::hint::spin_loop();
-            u64::from(read_volatile(&raw const STARTED)) == id
+            read_volatile(&raw const STARTED) == id
         })
     }
 }
@@ -335,7 +337,8 @@ pub fn catch_exceptions() {
             set_gate(vector, stubs + 16 * vector as u64);
         }
         set_gate(TIMER_VECTOR, timer_interrupt as *const () as u64);
-        let pointer = TablePointer { limit: size_of_val(&*(&raw const IDT)) as u16 - 1, base: (&raw const IDT) as u64 };
+        let pointer =
+            TablePointer { limit: size_of_val(&*(&raw const IDT)) as u16 - 1, base: (&raw const IDT) as u64 };
         asm!("lidt [{}]", in(reg) &pointer, options(nostack));
     }
 }

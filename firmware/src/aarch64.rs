@@ -1,0 +1,306 @@
+//! aarch64: entry as an Image (Documentation/arch/arm64/booting.rst), CPUs by PSCI, the virtual timer
+//! by a GICv3, the ways to end. The MMU and the caches stay off.
+
+use core::arch::{asm, global_asm};
+
+use crate::console::{Hex, say};
+use crate::fdt;
+use crate::machine::Machine;
+
+pub const NAME: &str = "aarch64";
+/// The exit register.
+pub const EXIT: u64 = 0x0902_0000;
+const SERIAL: u64 = 0x0900_0000;
+const GIC_DISTRIBUTOR: u64 = 0x0800_0000;
+const GIC_REDISTRIBUTOR: u64 = 0x0a00_0000;
+/// The virtual timer's private interrupt.
+const TIMER_INTERRUPT: u32 = 27;
+/// What an exception that nobody expects ends with.
+const EXCEPTION: u32 = 101;
+
+const PSCI_CPU_OFF: u64 = 0x8400_0002;
+const PSCI_CPU_ON: u64 = 0xc400_0003;
+const PSCI_SYSTEM_OFF: u64 = 0x8400_0008;
+const PSCI_SYSTEM_RESET: u64 = 0x8400_0009;
+
+global_asm!(
+    r#"
+    .section .text.head, "ax"
+    .globl image_header
+image_header:
+    b entry
+    nop
+    .quad 0                              // text offset
+    .quad end_of_image - image_header    // image size
+    .quad 0xa                            // little-endian, 4 KiB pages, anywhere
+    .quad 0, 0, 0
+    .ascii "ARM\x64"
+    .word 0
+
+    .text
+entry:
+    adrp x1, first_stack
+    add x1, x1, :lo12:first_stack
+    mov sp, x1
+    bl allow_fp
+    bl first_cpu
+
+secondary_entry:
+    adrp x1, secondary_stack
+    add x1, x1, :lo12:secondary_stack
+    mov sp, x1
+    bl allow_fp
+    bl secondary_cpu
+
+allow_fp:
+    mov x2, #3 << 20
+    msr cpacr_el1, x2
+    isb
+    ret
+
+    .balign 2048
+exception_vectors:
+    .rept 5
+    .balign 128
+    b unexpected_exception
+    .endr
+    .balign 128
+    b timer_interrupt                    // from the current level, with its own stack
+    .rept 10
+    .balign 128
+    b unexpected_exception
+    .endr
+
+unexpected_exception:
+    mrs x0, esr_el1
+    mrs x1, elr_el1
+    bl unexpected
+
+timer_interrupt:
+    stp x0, x1, [sp, #-16]!
+    mrs x0, S3_0_C12_C12_0               // ICC_IAR1_EL1
+    msr cntv_ctl_el0, xzr
+    adrp x1, timer_fired
+    add x1, x1, :lo12:timer_fired
+    str w0, [x1]
+    msr S3_0_C12_C12_1, x0               // ICC_EOIR1_EL1
+    ldp x0, x1, [sp], #16
+    eret
+
+    .section .bss.stacks, "aw", @nobits
+    .balign 16
+    .skip 16384
+first_stack:
+    .skip 4096
+secondary_stack:
+    "#
+);
+
+unsafe extern "C" {
+    static exception_vectors: u8;
+    static secondary_entry: u8;
+}
+
+/// The interrupt that was taken last.
+#[unsafe(no_mangle)]
+static mut timer_fired: u32 = 0;
+/// The secondary CPU that was started last and is up; CPUs are started one after the other.
+static mut STARTED: u32 = u32::MAX;
+
+// SAFETY, for this whole file: there is no other program here. Memory and devices are where the
+// machine's layout says, mapped one to one; statics that two CPUs share are single words, written by
+// one and read by the other through single loads and stores that no cache holds.
+
+#[unsafe(no_mangle)]
+extern "C" fn first_cpu(tree: u64) -> ! {
+    crate::start(fdt::command_line(tree), || {
+        let mut machine = Machine::new("Image", "FDT");
+        fdt::read(&mut machine, tree);
+        machine
+    })
+}
+
+pub fn read32(address: u64) -> u32 {
+    let value;
+    unsafe { asm!("ldr {:w}, [{}]", out(reg) value, in(reg) address, options(nostack)) };
+    value
+}
+
+pub fn write32(address: u64, value: u32) {
+    unsafe { asm!("str {:w}, [{}]", in(reg) value, in(reg) address, options(nostack)) };
+}
+
+// One plain load or store: KVM cannot tell us of an access with several registers or write-back.
+pub fn read_serial(register: u64) -> u8 {
+    let value: u32;
+    unsafe { asm!("ldrb {:w}, [{}]", out(reg) value, in(reg) SERIAL + register, options(nostack)) };
+    value as u8
+}
+
+pub fn write_serial(register: u64, value: u8) {
+    unsafe { asm!("strb {:w}, [{}]", in(reg) u32::from(value), in(reg) SERIAL + register, options(nostack)) };
+}
+
+/// Whether the last 4 of the 8 bytes at `address` keep what is written; they stay as they were.
+pub fn is_writable(address: u64) -> bool {
+    const PATTERN: u32 = 0x5aa5_1234;
+    let before = read32(address + 4);
+    write32(address + 4, PATTERN);
+    let found = read32(address + 4);
+    write32(address + 4, before);
+    found == PATTERN
+}
+
+/// A call of the Power State Coordination Interface (Arm DEN 0022).
+fn psci(function: u64, arguments: [u64; 3]) -> u64 {
+    let result;
+    unsafe {
+        asm!("hvc #0", inout("x0") function => result, inout("x1") arguments[0] => _,
+            inout("x2") arguments[1] => _, inout("x3") arguments[2] => _, options(nostack))
+    };
+    result
+}
+
+/// Starts the CPU with this MPIDR; whether it came up.
+pub fn start_cpu(id: u32) -> bool {
+    const PATIENCE: u32 = 200_000_000;
+    if psci(PSCI_CPU_ON, [id.into(), (&raw const secondary_entry) as u64, 0]) != 0 {
+        return false;
+    }
+    (0..PATIENCE).any(|_| read32((&raw const STARTED) as u64) == id)
+}
+
+/// What a secondary CPU does: it says who it is (MPIDR affinities 2 to 0), and turns itself off.
+#[unsafe(no_mangle)]
+extern "C" fn secondary_cpu() -> ! {
+    let id: u64;
+    unsafe { asm!("mrs {}, mpidr_el1", out(reg) id, options(nomem, nostack)) };
+    write32((&raw const STARTED) as u64, id as u32 & 0xff_ffff);
+    halt()
+}
+
+/// From here on an exception is told and ends the guest.
+pub fn catch_exceptions() {
+    let vectors = (&raw const exception_vectors) as u64;
+    unsafe { asm!("msr vbar_el1, {}", "isb", in(reg) vectors, options(nostack)) };
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn unexpected(syndrome: u64, address: u64) -> ! {
+    say!("exception ", Hex(syndrome), " at ", Hex(address), "\n");
+    exit(EXCEPTION)
+}
+
+/// Lets the virtual timer's interrupt through (Arm IHI 0069: GICv3, affinity routing on).
+fn enable_timer_interrupt() {
+    let (redistributor, private) = (GIC_REDISTRIBUTOR, GIC_REDISTRIBUTOR + 0x1_0000);
+    write32(redistributor + 0x14, read32(redistributor + 0x14) & !2); // GICR_WAKER: not asleep
+    while read32(redistributor + 0x14) & 4 != 0 {}
+    write32(GIC_DISTRIBUTOR, 0x12); // GICD_CTLR: ARE_NS, EnableGrp1NS
+    write32(private + 0x80, 1 << TIMER_INTERRUPT); // GICR_IGROUPR0
+    write32(private + 0x400 + 24, 0x8080_8080); // GICR_IPRIORITYR6: interrupts 24 to 27
+    write32(private + 0x100, 1 << TIMER_INTERRUPT); // GICR_ISENABLER0
+    unsafe {
+        asm!(
+            "msr S3_0_C12_C12_5, {one}", // ICC_SRE_EL1
+            "isb",
+            "msr S3_0_C4_C6_0, {lowest}", // ICC_PMR_EL1
+            "msr S3_0_C12_C12_7, {one}", // ICC_IGRPEN1_EL1
+            "isb",
+            one = in(reg) 1u64,
+            lowest = in(reg) 0xffu64,
+            options(nostack)
+        )
+    };
+}
+
+fn arm_timer(ticks: u64) {
+    unsafe { asm!("msr cntv_tval_el0, {}", "msr cntv_ctl_el0, {}", "isb", in(reg) ticks, in(reg) 1u64) };
+}
+
+/// Lets the virtual timer interrupt once while the CPU works and once while it waits.
+pub fn wait_for_timer() -> Result<&'static str, &'static str> {
+    const TICKS: u64 = 10_000;
+    const PATIENCE: u32 = 200_000_000;
+    let fired = || read32((&raw const timer_fired) as u64) == TIMER_INTERRUPT;
+    enable_timer_interrupt();
+    arm_timer(TICKS);
+    unsafe { asm!("msr daifclr, #2") };
+    let came = (0..PATIENCE).any(|_| fired());
+    unsafe { asm!("msr daifset, #2") };
+    if !came {
+        return Err("none");
+    }
+    write32((&raw const timer_fired) as u64, 0);
+    arm_timer(TICKS);
+    // WFI ends when an interrupt is pending, let in or not.
+    unsafe { asm!("wfi", "msr daifclr, #2", "isb", "msr daifset, #2") };
+    if fired() { Ok("virtual timer, at work and from WFI") } else { Err("that WFI was left without it") }
+}
+
+pub fn exit(code: u32) -> ! {
+    write32(EXIT, code);
+    halt()
+}
+
+pub fn power_off() -> ! {
+    psci(PSCI_SYSTEM_OFF, [0; 3]);
+    halt()
+}
+
+pub fn reset() -> ! {
+    psci(PSCI_SYSTEM_RESET, [0; 3]);
+    halt()
+}
+
+/// This CPU is off for good.
+pub fn halt() -> ! {
+    loop {
+        psci(PSCI_CPU_OFF, [0; 3]);
+    }
+}
+
+/// Waits for interrupts that do not come.
+pub fn idle() -> ! {
+    loop {
+        unsafe { asm!("wfi", options(nomem, nostack)) };
+    }
+}
+
+/// An undefined instruction.
+pub fn crash() -> ! {
+    unsafe { asm!("udf #0", options(noreturn)) }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn memcpy(to: *mut u8, from: *const u8, count: usize) -> *mut u8 {
+    for index in 0..count {
+        // Volatile: else the compiler makes a call to this function of it.
+        unsafe { to.add(index).write_volatile(from.add(index).read()) };
+    }
+    to
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn memset(to: *mut u8, byte: i32, count: usize) -> *mut u8 {
+    for index in 0..count {
+        unsafe { to.add(index).write_volatile(byte as u8) };
+    }
+    to
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn memcmp(a: *const u8, b: *const u8, count: usize) -> i32 {
+    for index in 0..count {
+        let (a, b) = unsafe { (a.add(index).read_volatile(), b.add(index).read_volatile()) };
+        if a != b {
+            return i32::from(a) - i32::from(b);
+        }
+    }
+    0
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn bcmp(a: *const u8, b: *const u8, count: usize) -> i32 {
+    unsafe { memcmp(a, b, count) }
+}
