@@ -22,9 +22,9 @@ pub const NAME: &str = "x86_64";
 /// Whether a core can be given two hardware threads.
 pub const HAS_SMT: bool = true;
 
-/// The command line a stock kernel gets when none is given: console on the serial port, and an end
-/// that the monitor notices.
-pub const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 reboot=k panic=-1";
+/// The command line a stock kernel gets when none is given: console on the serial port, an end that
+/// the monitor notices, and no search for a PCI bus that is not there.
+pub const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 reboot=k panic=-1 pci=off";
 
 /// What KVM is told of CPUs; what does not depend on the machine is asked once, ahead.
 pub struct CpuModel {
