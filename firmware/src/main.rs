@@ -5,6 +5,7 @@
 //! - `cpus=N`, `memory=MIB`: what the machine was given.
 //! - `case=NAME,NAME`: only these cases.
 //! - `hello`: print one line at once and idle: what start-up benches wait for.
+//! - `flood`: print without end.
 //! - `echo`: before the cases, send back what is typed until a line ends.
 //! - `end=poweroff|reset|halt|crash|idle|spin|N`: how to end, instead of by the number of failed cases.
 
@@ -40,6 +41,9 @@ fn start(command_line: &'static [u8], read_tables: impl FnOnce() -> Machine) -> 
     if words.has("hello") {
         say!("A\n");
         arch::idle();
+    }
+    while words.has("flood") {
+        say!("flood\n");
     }
     let machine = &read_tables();
     arch::catch_exceptions();

@@ -101,7 +101,7 @@ impl Vm {
                 self.max_vcpus
             )));
         }
-        arch::before_vcpus(&self.fd)?;
+        arch::before_vcpus(&self.fd, platform)?;
         let vcpus = (0..u64::from(count))
             .map(|index| self.fd.create_vcpu(index).with_context(|| format!("create vCPU {index}")))
             .collect::<Result<Vec<_>>>()?;

@@ -66,7 +66,7 @@ pub fn create_vm(kvm: &Kvm) -> Result<VmFd, kvm_ioctls::Error> {
 }
 
 /// What must exist before the vCPUs do: nothing here.
-pub fn before_vcpus(_vm: &VmFd) -> Result<()> {
+pub fn before_vcpus(_vm: &VmFd, _platform: &Platform) -> Result<()> {
     Ok(())
 }
 

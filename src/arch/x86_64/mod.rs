@@ -7,7 +7,10 @@ mod elf;
 pub mod layout;
 mod registers;
 
-use kvm_bindings::CpuId;
+use kvm_bindings::{
+    CpuId, KVM_CAP_X2APIC_API, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS,
+    kvm_enable_cap,
+};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 pub use boot::{Entry, load};
@@ -25,6 +28,9 @@ pub const HAS_SMT: bool = true;
 /// The command line a stock kernel gets when none is given: console on the serial port, an end that
 /// the monitor notices, and no search for a PCI bus that is not there.
 pub const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 reboot=k panic=-1 pci=off";
+
+/// With more CPUs than this, one has the APIC id 255, which KVM takes for "all" unless told otherwise.
+const XAPIC_CPUS: u16 = 255;
 
 /// What KVM is told of CPUs; what does not depend on the machine is asked once, ahead.
 pub struct CpuModel {
@@ -60,7 +66,15 @@ pub fn create_vm(kvm: &Kvm) -> Result<VmFd, kvm_ioctls::Error> {
 
 /// What must exist before the vCPUs do: with memory already there, the in-kernel PIC, I/O APIC and
 /// local APICs. A change of memory regions soon after would wait for them (KVM's SRCU grace period).
-pub fn before_vcpus(vm: &VmFd) -> Result<()> {
+pub fn before_vcpus(vm: &VmFd, platform: &Platform) -> Result<()> {
+    if platform.cpus > XAPIC_CPUS {
+        let api = kvm_enable_cap {
+            cap: KVM_CAP_X2APIC_API,
+            args: [(KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK).into(), 0, 0, 0],
+            ..Default::default()
+        };
+        vm.enable_cap(&api).context("enable interrupts to more than 255 CPUs")?;
+    }
     vm.set_identity_map_address(layout::KVM_IDENTITY_MAP).context("place KVM's identity map")?;
     vm.set_tss_address(layout::KVM_TSS).context("place KVM's task state segment")?;
     vm.create_irq_chip().context("create the in-kernel interrupt controllers")

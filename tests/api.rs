@@ -1,0 +1,391 @@
+//! The control API over its real socket, with the firmware guest on real KVM.
+
+mod common;
+
+use std::io::Read;
+use std::os::unix::net::UnixStream;
+
+use common::{Client, Service, run, wait_for};
+use serde_json::json;
+
+const START: &str = r#"{"action_type": "InstanceStart"}"#;
+
+#[test]
+fn a_client_boots_pauses_and_resumes_a_guest() {
+    let mut service = Service::start(&["--id", "vm-1"]);
+    let mut client = service.client();
+    let instance = client.ok("GET", "/", "").json();
+    assert_eq!((&instance["id"], &instance["state"]), (&json!("vm-1"), &json!("Not started")));
+    assert_eq!(client.ok("GET", "/version", "").json(), json!({ "firecracker_version": "1.17.0" }));
+    client.ok("PUT", "/machine-config", r#"{"vcpu_count": 2, "mem_size_mib": 64}"#);
+    service.boot_source("cpus=2 memory=64 end=idle");
+    let start = client.ok("PUT", "/actions", START);
+    assert_eq!(start.head, "HTTP/1.1 204 \r\nServer: Firecracker API\r\nConnection: keep-alive\r\n\r\n");
+    service.process.expect("7 cases, 0 failed");
+    for (state, told) in
+        [("Paused", "Paused"), ("Paused", "Paused"), ("Resumed", "Running"), ("Resumed", "Running")]
+    {
+        client.ok("PATCH", "/vm", &json!({ "state": state }).to_string());
+        assert_eq!(client.ok("GET", "/", "").json()["state"], told);
+    }
+    let config = client.ok("GET", "/vm/config", "").json();
+    assert_eq!(config["machine-config"]["mem_size_mib"], 64);
+    assert_eq!(config["boot-source"]["boot_args"], "cpus=2 memory=64 end=idle");
+}
+
+#[test]
+fn a_paused_guest_says_nothing_until_it_is_resumed() {
+    let mut service = Service::running("case=serial echo end=idle");
+    service.process.expect("alula firmware");
+    let mut client = service.client();
+    client.ok("PATCH", "/vm", r#"{"state": "Paused"}"#);
+    use std::io::Write;
+    service.process.stdin.as_mut().unwrap().write_all(b"typed while paused\n").unwrap();
+    // Requests are answered one after the other, so time has passed for the main loop.
+    for _ in 0..20 {
+        client.ok("GET", "/", "");
+    }
+    assert_eq!(service.process.drain(), "");
+    client.ok("PATCH", "/vm", r#"{"state": "Resumed"}"#);
+    service.process.expect("typed while paused");
+}
+
+#[test]
+fn what_is_allowed_depends_on_the_start() {
+    let service = Service::start(&[]);
+    let mut client = service.client();
+    let before = "The requested operation is not supported before starting the microVM.";
+    let after = "The requested operation is not supported after starting the microVM.";
+    let cad = r#"{"action_type": "SendCtrlAltDel"}"#;
+    assert_eq!(client.request("PATCH", "/vm", r#"{"state": "Paused"}"#).fault(), before);
+    assert_eq!(client.request("PUT", "/actions", cad).fault(), before);
+    assert!(client.request("PUT", "/actions", START).fault().contains("without kernel configuration"));
+    service.boot_source("hello");
+    client.ok("PUT", "/actions", START);
+    let boot = json!({ "kernel_image_path": "/none" }).to_string();
+    for (method, path, body) in [
+        ("PUT", "/actions", START),
+        ("PUT", "/boot-source", boot.as_str()),
+        ("PUT", "/machine-config", r#"{"vcpu_count": 1, "mem_size_mib": 2}"#),
+        ("PATCH", "/machine-config", r#"{"vcpu_count": 1}"#),
+    ] {
+        assert_eq!(client.request(method, path, body).fault(), after, "{method} {path}");
+    }
+    match std::env::consts::ARCH {
+        "x86_64" => drop(client.ok("PUT", "/actions", cad)),
+        _ => assert_eq!(
+            client.request("PUT", "/actions", cad).fault(),
+            "SendCtrlAltDel does not supported on aarch64."
+        ),
+    }
+}
+
+#[test]
+fn bad_bodies_get_a_fault_that_names_the_field() {
+    let service = Service::start(&[]);
+    let mut client = service.client();
+    let serde = "An error occurred when deserializing the json body of a request: ";
+    for (method, path, body, expected) in [
+        ("PUT", "/machine-config", r#"{"vcpu_count": 1}"#, format!("{serde}missing field `mem_size_mib`")),
+        ("PUT", "/machine-config", r#"{"vcpu_count": "1"}"#, format!("{serde}invalid type: string \"1\"")),
+        ("PUT", "/machine-config", r#"{"vcpus": 1}"#, format!("{serde}unknown field `vcpus`")),
+        ("PUT", "/machine-config", r#"{"vcpu_count": 1"#, format!("{serde}EOF while parsing")),
+        ("PUT", "/machine-config", "", "Empty PUT request.".to_owned()),
+        ("PUT", "/actions", r#"{"action_type": "Dance"}"#, format!("{serde}unknown variant `Dance`")),
+        ("GET", "/machine-config", "{}", "GET request cannot have a body.".to_owned()),
+        ("PUT", "/teapot/7", "{}", "Invalid request method and/or path: PUT teapot.".to_owned()),
+        ("PUT", "/vsock", "{}", "`PUT /vsock` is not implemented yet.".to_owned()),
+        (
+            "PUT",
+            "/machine-config",
+            r#"{"vcpu_count": 1, "mem_size_mib": 8, "huge_pages": "2M"}"#,
+            "Machine config error: `huge_pages` is not implemented yet".to_owned(),
+        ),
+        (
+            "PUT",
+            "/boot-source",
+            r#"{"kernel_image_path": "/dev"}"#,
+            "Boot source error: open kernel `/dev`: it is a directory".to_owned(),
+        ),
+    ] {
+        let response = client.request(method, path, body);
+        assert!(response.fault().starts_with(&expected), "{method} {path} {body}: {response:?}");
+        assert!(response.head.contains("Content-Type: application/json"), "{response:?}");
+    }
+    client.ok("GET", "/", "");
+}
+
+#[test]
+fn an_oversized_body_is_refused_before_it_is_sent() {
+    let service = Service::start(&[]);
+    let mut client = service.client();
+    client.send("PUT /boot-source HTTP/1.1\r\nContent-Length: 51201\r\n\r\n");
+    let response = client.receive();
+    assert_eq!(
+        (response.status(), response.body.as_str()),
+        (
+            "400",
+            "{ \"error\": \"Request payload with size 51201 is larger than the limit of 51200 allowed by server.\n\
+             All previous unanswered requests will be dropped.\" }"
+        )
+    );
+    // The connection is of no use any more; the service is.
+    assert_eq!(client.receive().head, "");
+    let body = format!(r#"{{"kernel_image_path": "/none", "boot_args": "{}"}}"#, "x".repeat(51_000));
+    assert!(service.client().request("PUT", "/boot-source", &body).fault().contains("at most 2047 fit"));
+    let small = Service::start(&["--http-api-max-payload-size", "8"]);
+    let response = small.client().request("PATCH", "/vm", r#"{"state": "Paused"}"#);
+    assert!(response.body.contains("larger than the limit of 8 allowed"), "{response:?}");
+}
+
+#[test]
+fn what_is_not_http_is_refused_and_the_next_client_is_served() {
+    let service = Service::start(&[]);
+    for garbage in [
+        "\r\n\r\n",
+        "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        "PUT /actions HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        "\0\0\0\0",
+    ] {
+        let mut client = service.client();
+        client.send(garbage);
+        let response = client.receive();
+        assert_eq!(response.status(), "400", "{garbage:?}");
+        assert!(response.body.starts_with("{ \"error\": \""), "{response:?}");
+        service.client().ok("GET", "/", "");
+    }
+}
+
+#[test]
+fn a_client_that_goes_away_in_the_middle_does_not_hold_up_the_next() {
+    let service = Service::start(&[]);
+    for part in ["", "PU", "PUT /actions HTTP/1.1\r\nContent-Length: 100\r\n\r\n{\"act"] {
+        let mut client = service.client();
+        client.send(part);
+        drop(client);
+        service.client().ok("GET", "/", "");
+        // One that stays and says no more holds up nobody either.
+        let mut silent = service.client();
+        silent.send(part);
+        service.client().ok("GET", "/", "");
+    }
+}
+
+#[test]
+fn one_connection_carries_many_requests_even_sent_at_once() {
+    let service = Service::start(&[]);
+    let mut client = service.client();
+    client.send(&"GET / HTTP/1.1\r\n\r\n".repeat(100));
+    for _ in 0..100 {
+        assert_eq!(client.receive().json()["state"], "Not started");
+    }
+    client.send("PUT /machine-config HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 36\r\n\r\n");
+    assert_eq!(client.receive().status(), "100");
+    client.send(r#"{"vcpu_count":1,"mem_size_mib":  77}"#);
+    assert_eq!(client.receive().status(), "204");
+    let absolute = client.ok("GET", "http://localhost/machine-config", "");
+    assert_eq!(absolute.json()["mem_size_mib"], 77);
+}
+
+#[test]
+fn ten_clients_are_served_and_two_more_are_told_so() {
+    let service = Service::start(&[]);
+    let mut clients: Vec<Client> = Vec::new();
+    // The probe that waited for the socket must be gone before places are counted.
+    wait_for(|| {
+        clients = (0..10).map(|_| service.client()).collect();
+        clients.iter_mut().all(|client| client.request("GET", "/", "").status() == "200")
+    });
+    for _ in 0..2 {
+        let mut client = service.client();
+        let response = client.receive();
+        assert_eq!(
+            (response.status(), response.body.as_str()),
+            ("503", "{ \"error\": \"Too many open connections\" }")
+        );
+        assert_eq!(client.receive().head, "");
+    }
+    clients.pop();
+    wait_for(|| service.client().request("GET", "/", "").status() == "200");
+}
+
+#[test]
+fn a_client_that_never_reads_does_not_hold_up_the_others() {
+    let service = Service::start(&[]);
+    let mut deaf = service.client();
+    deaf.stream.set_nonblocking(true).unwrap();
+    let request = b"GET /vm/config HTTP/1.1\r\n\r\n".repeat(1000);
+    use std::io::Write;
+    // Until neither side takes more.
+    let mut sent = 0;
+    wait_for(|| {
+        sent += deaf.stream.write(&request).unwrap_or(0);
+        let full = deaf.stream.write(b"G").is_err();
+        service.client().ok("GET", "/", "");
+        full || sent > 8 << 20
+    });
+    assert!(sent < 8 << 20, "the service reads without end from a client that does not read");
+    service.client().ok("GET", "/", "");
+}
+
+#[test]
+fn the_socket_is_gone_when_the_guest_has_ended() {
+    for (words, code) in
+        [("case=serial end=7", 7), ("case=serial end=poweroff", 0), ("case=serial end=reset", 0)]
+    {
+        let service = Service::running(words);
+        let Service { process, socket, folder } = service;
+        let ended = process.end();
+        assert_eq!(ended.code, Some(code), "{}", ended.text);
+        assert!(!socket.exists(), "{words}");
+        drop(folder);
+    }
+}
+
+#[test]
+fn a_signal_ends_the_service_and_removes_its_socket() {
+    for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT] {
+        let mut service = Service::running("hello");
+        service.process.send(signal);
+        let Service { process, socket, folder } = service;
+        assert_eq!(process.end().code, Some(128 + signal));
+        assert!(!socket.exists());
+        drop(folder);
+    }
+}
+
+#[test]
+fn a_socket_path_that_is_taken_is_refused_with_advice() {
+    let service = Service::start(&[]);
+    let socket = service.socket.to_str().unwrap();
+    let second = run(["serve", "--api-sock", socket]);
+    assert_eq!(second.code, Some(1));
+    assert!(second.text.contains("another process serves it: choose another path"), "{}", second.text);
+    service.client().ok("GET", "/", "");
+
+    // One that was left by a process that was killed.
+    let mut killed = Service::start(&[]);
+    killed.process.send(libc::SIGKILL);
+    wait_for(|| UnixStream::connect(&killed.socket).is_err());
+    let path = killed.socket.to_str().unwrap();
+    let next = run(["serve", "--api-sock", path]);
+    assert_eq!(next.code, Some(1));
+    assert!(next.text.contains(&format!("has ended: remove it (`rm '{path}'`)")), "{}", next.text);
+    assert!(killed.socket.exists(), "it is not ours to remove");
+
+    let file = service.folder.write("file", "");
+    let next = run(["serve", "--api-sock", file.to_str().unwrap()]);
+    assert_eq!(next.code, Some(1));
+    assert!(file.exists());
+
+    let long = format!("/tmp/{}", "x".repeat(200));
+    let next = run(["serve", "--api-sock", &long]);
+    assert!(next.text.contains("too long for a socket"), "{}", next.text);
+    let missing = run(["serve", "--api-sock", "/nonexistent/folder/s"]);
+    assert!(missing.text.contains("there is no folder `/nonexistent/folder`: create it"), "{}", missing.text);
+}
+
+#[test]
+fn a_config_file_starts_its_guest_at_once_with_and_without_an_api() {
+    let folder = common::Folder::new();
+    let config = json!({
+        "boot-source": { "kernel_image_path": folder.firmware(), "boot_args": "case=serial end=9" },
+        "machine-config": { "vcpu_count": 1, "mem_size_mib": 16 },
+        "drives": [],
+    });
+    let file = folder.write("vm.json", config.to_string());
+    let file = file.to_str().unwrap();
+    let ended = run(["serve", "--no-api", "--config-file", file]);
+    assert_eq!(ended.code, Some(9), "{}", ended.text);
+    let socket = folder.path("s");
+    let ended = run(["serve", "--api-sock", socket.to_str().unwrap(), "--config-file", file]);
+    assert_eq!(ended.code, Some(9), "{}", ended.text);
+    assert!(!socket.exists());
+    let ended = run(["run", "--config", file, "--cmdline", "case=serial end=4"]);
+    assert_eq!(ended.code, Some(4), "{}", ended.text);
+}
+
+#[test]
+fn config_files_that_make_no_sense_are_refused() {
+    let folder = common::Folder::new();
+    let kernel = folder.firmware();
+    let kernel = kernel.to_str().unwrap();
+    let boot = format!(r#""boot-source": {{"kernel_image_path": "{kernel}"}}"#);
+    for (text, expected) in [
+        (String::new(), "EOF while parsing"),
+        ("{".to_owned(), "EOF while parsing an object"),
+        ("{}".to_owned(), "`boot-source` is missing"),
+        (format!(r#"{{{boot}, "drives": [{{"drive_id": "a"}}]}}"#), "`drives` is not implemented yet"),
+        (format!(r#"{{{boot}, "machine-config": {{"vcpu_count": 1}}}}"#), "missing field `mem_size_mib`"),
+        (
+            format!(r#"{{{boot}, "machine-config": {{"vcpu_count": 0, "mem_size_mib": 8}}}}"#),
+            "number of vCPUs must be greater than 0",
+        ),
+        (
+            r#"{"boot-source": {"kernel_image_path": "/none"}}"#.to_owned(),
+            "open kernel `/none`: No such file",
+        ),
+    ] {
+        let file = folder.write("vm.json", &text);
+        let ended = run(["serve", "--no-api", "--config-file", file.to_str().unwrap()]);
+        assert_eq!(ended.code, Some(1), "{text}: {}", ended.text);
+        assert!(ended.text.contains(expected), "{text}: {}", ended.text);
+    }
+    let missing = run(["serve", "--no-api", "--config-file", "/nonexistent.json"]);
+    assert!(missing.text.contains("read config file `/nonexistent.json`: No such file"), "{}", missing.text);
+}
+
+#[test]
+fn a_failed_start_can_be_mended_and_tried_again() {
+    let mut service = Service::start(&[]);
+    let mut client = service.client();
+    let not_a_kernel = service.folder.write("text", "this is not a kernel");
+    client.ok("PUT", "/boot-source", &json!({ "kernel_image_path": not_a_kernel }).to_string());
+    let fault = client.request("PUT", "/actions", START).fault();
+    assert!(fault.starts_with("Start microvm error: load kernel `"), "{fault}");
+    assert!(fault.contains("not a kernel image"), "{fault}");
+    assert_eq!(client.ok("GET", "/", "").json()["state"], "Not started");
+    service.boot_source("hello");
+    client.ok("PUT", "/actions", START);
+    service.process.expect("A");
+}
+
+#[test]
+fn a_guest_that_floods_its_console_can_be_paused_though_nobody_reads() {
+    let folder = common::Folder::new();
+    let socket = folder.path("s");
+    let mut command = std::process::Command::new(common::alula());
+    command.args(["serve", "--api-sock", socket.to_str().unwrap()]);
+    // A pipe that is never read from.
+    let mut child = command
+        .stdin(std::process::Stdio::null())
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    wait_for(|| UnixStream::connect(&socket).is_ok());
+    let mut client = Client::connect(&socket);
+    let body = json!({ "kernel_image_path": folder.firmware(), "boot_args": "flood" });
+    client.ok("PUT", "/boot-source", &body.to_string());
+    client.ok("PUT", "/actions", START);
+    let pipe_is_full = || {
+        let mut waiting = 0;
+        use std::os::fd::AsRawFd;
+        let fd = child.stdout.as_ref().unwrap().as_raw_fd();
+        // SAFETY: FIONREAD writes one int.
+        #[allow(unsafe_code)]
+        unsafe {
+            libc::ioctl(fd, libc::FIONREAD, &mut waiting)
+        };
+        waiting >= 60 << 10
+    };
+    wait_for(pipe_is_full);
+    for state in ["Paused", "Resumed", "Paused"] {
+        client.ok("PATCH", "/vm", &json!({ "state": state }).to_string());
+    }
+    let mut some = [0; 100];
+    child.stdout.as_mut().unwrap().read_exact(&mut some).unwrap();
+    assert!(some.starts_with(b"flood\n"), "{some:?}");
+    child.kill().unwrap();
+    child.wait().unwrap();
+}

@@ -1,0 +1,339 @@
+//! The command line: what is wrong is said, the terminal is given back, nothing is left behind.
+
+mod common;
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use common::{Ended, Folder, Process, alula, run, wait_for};
+
+const X86_64: bool = cfg!(target_arch = "x86_64");
+
+/// Runs a guest that must not start, and returns what was said about it.
+fn refused(arguments: &[&str]) -> String {
+    let Ended { code, text } = run([&["run"], arguments].concat());
+    assert_eq!(code, Some(125), "{arguments:?}: {text}");
+    assert!(text.starts_with("alula: ") && text.lines().count() == 1, "{arguments:?}: {text}");
+    text
+}
+
+fn refused_with(arguments: &[&str], expected: &str) {
+    let text = refused(arguments);
+    assert!(text.contains(expected), "{arguments:?}: {text}");
+}
+
+#[test]
+fn help_gives_units_defaults_and_an_example() {
+    let help = run(["run", "--help"]);
+    assert_eq!(help.code, Some(0));
+    for expected in ["[default: 128M]", "MiB", "Examples:", "alula run vmlinux --initrd", "exit register"] {
+        assert!(help.text.contains(expected), "{}", help.text);
+    }
+    assert!(run(["serve", "--help"]).text.contains("default: 51200"));
+    assert_eq!(run(["--version"]).text, format!("alula {}\n", env!("CARGO_PKG_VERSION")));
+}
+
+#[test]
+fn wrong_arguments_are_told_with_a_code_of_their_own() {
+    for arguments in [
+        &["run", "--cpu", "2"][..],
+        &["run", "--memory", "much"],
+        &["run", "--cpus", "-1"],
+        &["run", "--cpus", "70000"],
+        &["run", "--initrd", "x"],
+        &["serve", "--id", "a_b"],
+        &["serve", "--no-api"],
+        &["dance"],
+        &[],
+    ] {
+        let ended = run(arguments);
+        assert_eq!(ended.code, Some(153), "{arguments:?}: {}", ended.text);
+        assert!(ended.text.contains("Usage:") || ended.text.contains("--help"), "{}", ended.text);
+    }
+}
+
+#[test]
+fn a_kernel_that_is_none_is_refused() {
+    let folder = Folder::new();
+    refused_with(&["/nonexistent/kernel"], "open kernel `/nonexistent/kernel`: No such file");
+    refused_with(&["/"], "open kernel `/`: it is a directory, a file is needed");
+    for (name, content, expected) in [
+        ("empty", vec![], "the file is empty"),
+        ("text", b"just some text".to_vec(), "not a kernel image: expected ELF"),
+        ("gzip", b"\x1f\x8b\x08\0".to_vec(), "compressed with gzip: unpack it first"),
+        ("head", b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0".to_vec(), ""),
+    ] {
+        let file = folder.write(name, content);
+        let text = refused(&[file.to_str().unwrap()]);
+        assert!(text.contains(&format!("load kernel `{}`", file.display())), "{text}");
+        assert!(text.contains(expected), "{text}");
+    }
+}
+
+#[test]
+fn a_kernel_for_the_other_architecture_is_named_as_such() {
+    let folder = Folder::new();
+    let mut image = vec![0; 4096];
+    let (name, expected) = if X86_64 {
+        image[56..60].copy_from_slice(b"ARM\x64");
+        ("Image", "it is a kernel for aarch64, this machine is x86_64")
+    } else {
+        image[..20].copy_from_slice(b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0");
+        ("vmlinux", "it is a kernel for x86_64, this machine is aarch64")
+    };
+    let file = folder.write(name, image);
+    refused_with(&[file.to_str().unwrap()], expected);
+}
+
+/// The firmware's kernel image with `bytes` at `offset`.
+fn with(offset: usize, bytes: &[u8]) -> Vec<u8> {
+    let mut image = alula::firmware::IMAGE.to_vec();
+    image[offset..offset + bytes.len()].copy_from_slice(bytes);
+    image
+}
+
+#[test]
+fn a_kernel_that_does_not_fit_is_refused() {
+    let folder = Folder::new();
+    let whole = alula::firmware::IMAGE;
+    let cases: Vec<(&str, Vec<u8>, &str)> = if X86_64 {
+        // The first program header: file offset 8, physical address 24, file size 32, memory size 40.
+        let header = u64::from_le_bytes(whole[32..40].try_into().unwrap()) as usize;
+        vec![
+            ("truncated", whole[..whole.len() / 2].to_vec(), "it is truncated"),
+            ("cut-header", whole[..40].to_vec(), "truncated"),
+            ("beyond", with(header + 24, &(1u64 << 40).to_le_bytes()), "outside guest memory"),
+            ("wrapping", with(header + 24, &(u64::MAX - 10).to_le_bytes()), "outside guest memory"),
+            ("tables", with(header + 24, &0x7000u64.to_le_bytes()), "overlaps the boot tables"),
+            ("huge", with(header + 40, &(1u64 << 40).to_le_bytes()), "outside guest memory"),
+            ("entry", with(24, &0x10u64.to_le_bytes()), "entry point 0x10 lies in none of its segments"),
+            ("many", with(56, &9999u16.to_le_bytes()), "9999 program headers"),
+            ("narrow", with(4, &[1]), "not a 64-bit little-endian ELF"),
+            ("foreign", with(18, &243u16.to_le_bytes()), "ELF for machine 243"),
+        ]
+    } else {
+        vec![
+            ("cut-header", whole[..60].to_vec(), "truncated"),
+            ("huge", with(16, &(1u64 << 40).to_le_bytes()), "do not fit"),
+            ("wrapping", with(8, &u64::MAX.to_le_bytes()), "do not fit"),
+        ]
+    };
+    for (name, image, expected) in cases {
+        let file = folder.write(name, image);
+        let text = refused(&[file.to_str().unwrap(), "--memory", "64M"]);
+        assert!(text.contains(&format!("load kernel `{}`", file.display())), "{name}: {text}");
+        assert!(text.contains(expected), "{name}: {text}");
+    }
+}
+
+#[test]
+fn an_initrd_that_is_missing_or_too_large_is_refused() {
+    let folder = Folder::new();
+    let kernel = folder.firmware();
+    let kernel = kernel.to_str().unwrap();
+    let large = folder.path("initrd");
+    File::create(&large).unwrap().set_len(100 << 20).unwrap();
+    refused_with(&[kernel, "--initrd", "/nonexistent"], "open initrd `/nonexistent`: No such file");
+    let large = large.to_str().unwrap();
+    refused_with(
+        &[kernel, "--initrd", large, "--memory", "64M"],
+        "the initrd of 104857600 bytes does not fit",
+    );
+}
+
+#[test]
+fn a_command_line_that_does_not_fit_is_refused() {
+    let folder = Folder::new();
+    let kernel = folder.firmware();
+    let long = "x".repeat(2048);
+    refused_with(&[kernel.to_str().unwrap(), "--cmdline", &long], "has 2048 bytes, at most 2047 fit");
+    let config =
+        format!(r#"{{"boot-source": {{"kernel_image_path": {kernel:?}, "boot_args": "a\u0000b"}}}}"#);
+    let config = folder.write("vm.json", config);
+    refused_with(&["--config", config.to_str().unwrap()], "contains a NUL byte");
+}
+
+#[test]
+fn memory_and_cpus_that_cannot_be_had_are_refused() {
+    refused_with(&["--memory", "0"], "`mem_size_mib`");
+    refused_with(&["--memory", "1M"], "at least 2 are needed");
+    refused_with(&["--memory", "2000000G"], "of guest memory: give the guest less");
+    refused_with(&["--memory", "17179869184G"], "the size in bytes must fit 64 bits");
+    refused_with(&["--cpus", "0"], "`vcpu_count`");
+    refused_with(&["--cpus", "65535"], "are more than this host's KVM has: at most");
+}
+
+#[test]
+fn a_console_that_nobody_reads_is_no_error() {
+    let mut child = Command::new(alula())
+        .args(["run", "--cmdline", "case=serial end=5"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    assert_eq!(child.wait().unwrap().code(), Some(5));
+}
+
+/// The binary where anybody may run it.
+fn for_everybody(folder: &Folder) -> PathBuf {
+    let path = folder.path("alula");
+    std::fs::copy(alula(), &path).unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    path
+}
+
+#[test]
+fn a_host_without_kvm_is_told_what_to_look_at() {
+    let mut command = Command::new(alula());
+    command.arg("run");
+    // SAFETY: between fork and exec, only system calls with static strings.
+    #[allow(unsafe_code)]
+    unsafe {
+        command.pre_exec(|| {
+            let private = libc::MS_REC | libc::MS_PRIVATE;
+            let failed = libc::unshare(libc::CLONE_NEWNS) != 0
+                || libc::mount(c"".as_ptr(), c"/".as_ptr(), c"".as_ptr(), private, std::ptr::null()) != 0
+                || libc::mount(c"t".as_ptr(), c"/dev".as_ptr(), c"tmpfs".as_ptr(), 0, std::ptr::null()) != 0;
+            if failed { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+        });
+    }
+    let mut process = Process::spawn(command);
+    process.stdin = None;
+    let ended = process.end();
+    assert_eq!(ended.code, Some(125), "{}", ended.text);
+    assert!(ended.text.contains("open /dev/kvm: No such file"), "{}", ended.text);
+    assert!(ended.text.contains("is virtualisation on in the firmware"), "{}", ended.text);
+}
+
+#[test]
+fn a_user_who_may_not_use_kvm_is_told_how_to() {
+    let folder = Folder::new();
+    let mut command = Command::new(for_everybody(&folder));
+    command.arg("run").uid(65534).gid(65534);
+    let mut process = Process::spawn(command);
+    process.stdin = None;
+    let ended = process.end();
+    assert_eq!(ended.code, Some(125), "{}", ended.text);
+    assert!(ended.text.contains("open /dev/kvm: Permission denied"), "{}", ended.text);
+    assert!(ended.text.contains("usermod -aG kvm"), "{}", ended.text);
+}
+
+/// A terminal: the user's side, and the side that the monitor gets.
+struct Terminal {
+    user: File,
+    monitor: OwnedFd,
+}
+
+impl Terminal {
+    #[allow(unsafe_code)]
+    fn new() -> Self {
+        let (mut user, mut monitor) = (0, 0);
+        let null = std::ptr::null_mut();
+        // SAFETY: the call writes the two descriptors, which are then owned here.
+        unsafe {
+            assert_eq!(libc::openpty(&mut user, &mut monitor, null, null.cast(), null.cast()), 0);
+            Self { user: File::from_raw_fd(user), monitor: OwnedFd::from_raw_fd(monitor) }
+        }
+    }
+
+    /// The input and local modes, of which raw mode changes some.
+    #[allow(unsafe_code)]
+    fn modes(&self) -> (u32, u32) {
+        use std::os::fd::AsRawFd;
+        // SAFETY: `termios` is plain data that the call fills in.
+        unsafe {
+            let mut mode: libc::termios = std::mem::zeroed();
+            assert_eq!(libc::tcgetattr(self.monitor.as_raw_fd(), &mut mode), 0);
+            (mode.c_iflag, mode.c_lflag)
+        }
+    }
+
+    fn is_raw(&self) -> bool {
+        self.modes().1 & (libc::ICANON | libc::ECHO | libc::ISIG) == 0
+    }
+
+    fn start(&self, arguments: &[&str]) -> std::process::Child {
+        let side = || Stdio::from(self.monitor.try_clone().unwrap());
+        Command::new(alula())
+            .args(arguments)
+            .stdin(side())
+            .stdout(side())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap()
+    }
+
+    fn read_until(&mut self, text: &str) {
+        let (mut seen, mut byte) = (Vec::new(), [0]);
+        while !String::from_utf8_lossy(&seen).contains(text) {
+            self.user.read_exact(&mut byte).unwrap();
+            seen.push(byte[0]);
+        }
+    }
+}
+
+#[test]
+fn the_terminal_is_raw_for_the_guest_and_restored_on_every_way_out() {
+    type WayOut = fn(&mut Terminal, &mut std::process::Child);
+    let ways: [(&str, WayOut, i32); 4] = [
+        ("Ctrl-A X", |terminal, _| terminal.user.write_all(b"\x01x").unwrap(), 130),
+        ("the guest's end", |terminal, _| terminal.user.write_all(b"line\r").unwrap(), 6),
+        (
+            "SIGTERM",
+            |_, child| {
+                // SAFETY: the process is our child and has not been waited for.
+                #[allow(unsafe_code)]
+                unsafe {
+                    libc::kill(child.id() as i32, libc::SIGTERM);
+                }
+            },
+            128 + libc::SIGTERM,
+        ),
+        (
+            "Ctrl-C is the guest's, Ctrl-A Ctrl-A too",
+            |terminal, _| terminal.user.write_all(b"\x03\x01\x01\r").unwrap(),
+            6,
+        ),
+    ];
+    for (way, out, code) in ways {
+        let mut terminal = Terminal::new();
+        let before = terminal.modes();
+        assert!(!terminal.is_raw());
+        let mut child = terminal.start(&["run", "--cmdline", "case=serial echo end=6"]);
+        terminal.read_until("alula firmware");
+        wait_for(|| terminal.is_raw());
+        out(&mut terminal, &mut child);
+        assert_eq!(child.wait().unwrap().code(), Some(code), "{way}");
+        assert_eq!(terminal.modes(), before, "{way}");
+    }
+}
+
+#[test]
+fn ctrl_a_x_leaves_a_guest_that_does_not_read() {
+    let mut terminal = Terminal::new();
+    let mut child = terminal.start(&["run", "--cmdline", "case=serial end=spin"]);
+    terminal.read_until("0 failed");
+    wait_for(|| terminal.is_raw());
+    terminal.user.write_all(&[b'x'; 500]).unwrap();
+    terminal.user.write_all(b"\x01x").unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+}
+
+#[test]
+fn a_failed_start_leaves_the_terminal_and_the_socket_path_alone() {
+    let terminal = Terminal::new();
+    let folder = Folder::new();
+    let socket = folder.path("s");
+    let before = terminal.modes();
+    let mut child = terminal.start(&["run", "/nonexistent", "--api-sock", socket.to_str().unwrap()]);
+    assert_eq!(child.wait().unwrap().code(), Some(125));
+    assert_eq!(terminal.modes(), before);
+    assert!(!socket.exists());
+}

@@ -1,0 +1,286 @@
+//! What the tests share: where the binary is, processes that end with the test, an API client.
+#![allow(dead_code, reason = "each test binary uses its own part")]
+
+use std::ffi::OsStr;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Output, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+/// Far more than anything here takes, on a slow machine under load too: only a hang reaches it.
+pub const PATIENCE: Duration = Duration::from_secs(100);
+
+/// The monitor under test: in a rig, where it was put.
+pub fn alula() -> PathBuf {
+    std::env::var_os("ALULA").map_or(env!("CARGO_BIN_EXE_alula").into(), PathBuf::from)
+}
+
+/// A folder of the test's own, gone with it.
+pub struct Folder(pub PathBuf);
+
+impl Folder {
+    pub fn new() -> Self {
+        use std::sync::atomic::{AtomicU32, Ordering};
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("alula-test-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let path = std::env::temp_dir().join(name);
+        std::fs::create_dir(&path).unwrap();
+        Self(path)
+    }
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+    pub fn write(&self, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
+        std::fs::write(self.path(name), content).unwrap();
+        self.path(name)
+    }
+    /// The firmware guest as a kernel file.
+    pub fn firmware(&self) -> PathBuf {
+        self.write("firmware", alula::firmware::IMAGE)
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A running process, killed when the test ends.
+pub struct Process {
+    pub child: Child,
+    pub stdin: Option<ChildStdin>,
+    lines: Receiver<String>,
+    seen: String,
+}
+
+/// Standard output and error of an ended process, and its exit code.
+#[derive(Debug)]
+pub struct Ended {
+    pub code: Option<i32>,
+    pub text: String,
+}
+
+impl Process {
+    /// Starts `alula` with `arguments`; its output and errors arrive together.
+    pub fn start<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Self {
+        let mut command = Command::new(alula());
+        command.args(arguments);
+        Self::spawn(command)
+    }
+
+    pub fn spawn(mut command: Command) -> Self {
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap_or_else(|error| panic!("start {command:?}: {error}"));
+        let (sender, lines) = channel();
+        let pipes: [Box<dyn Read + Send>; 2] =
+            [Box::new(child.stdout.take().unwrap()), Box::new(child.stderr.take().unwrap())];
+        for pipe in pipes {
+            let sender = sender.clone();
+            std::thread::spawn(move || {
+                let mut pipe = BufReader::new(pipe);
+                let mut line = Vec::new();
+                while pipe.read_until(b'\n', &mut line).is_ok_and(|count| count > 0) {
+                    let _ = sender.send(String::from_utf8_lossy(&line).into_owned());
+                    line.clear();
+                }
+            });
+        }
+        let stdin = child.stdin.take();
+        Self { child, stdin, lines, seen: String::new() }
+    }
+
+    /// Waits for a line that contains `text`.
+    pub fn expect(&mut self, text: &str) -> String {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(line) => {
+                    self.seen += &line;
+                    if line.contains(text) {
+                        return line;
+                    }
+                }
+                Err(_) => panic!("waited for `{text}`, got:\n{}", self.seen),
+            }
+        }
+    }
+
+    /// The lines that have come so far and were not waited for.
+    pub fn drain(&mut self) -> String {
+        let text: String = self.lines.try_iter().collect();
+        self.seen += &text;
+        text
+    }
+
+    pub fn send(&mut self, signal: i32) {
+        // SAFETY: the process is our child and has not been waited for.
+        #[allow(unsafe_code)]
+        unsafe {
+            libc::kill(self.child.id() as i32, signal);
+        }
+    }
+
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+
+    /// Waits until it ends by itself.
+    pub fn end(mut self) -> Ended {
+        let deadline = Instant::now() + PATIENCE;
+        while self.is_running() {
+            if Instant::now() >= deadline {
+                self.drain();
+                panic!("it does not end; so far:\n{}", self.seen);
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        let code = self.child.wait().unwrap().code();
+        // The readers end with the pipes.
+        while let Ok(line) = self.lines.recv_timeout(PATIENCE) {
+            self.seen += &line;
+        }
+        Ended { code, text: std::mem::take(&mut self.seen) }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Runs `alula` to its end, with nothing on standard input.
+pub fn run<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Ended {
+    let mut process = Process::start(arguments);
+    process.stdin = None;
+    process.end()
+}
+
+/// A service that listens, and its socket.
+pub struct Service {
+    pub process: Process,
+    pub socket: PathBuf,
+    pub folder: Folder,
+}
+
+impl Service {
+    pub fn start(extra: &[&str]) -> Self {
+        let folder = Folder::new();
+        let socket = folder.path("api.socket");
+        let mut arguments = vec!["serve", "--api-sock", socket.to_str().unwrap()];
+        arguments.extend(extra);
+        let process = Process::start(arguments);
+        let service = Self { process, socket, folder };
+        wait_for(|| UnixStream::connect(&service.socket).is_ok());
+        service
+    }
+
+    /// A service whose guest, the firmware with `words`, is running.
+    pub fn running(words: &str) -> Self {
+        let service = Self::start(&[]);
+        service.boot_source(words);
+        service.client().ok("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#);
+        service
+    }
+
+    pub fn boot_source(&self, words: &str) {
+        let body = serde_json::json!({ "kernel_image_path": self.folder.firmware(), "boot_args": words });
+        self.client().ok("PUT", "/boot-source", &body.to_string());
+    }
+
+    pub fn client(&self) -> Client {
+        Client::connect(&self.socket)
+    }
+}
+
+pub fn wait_for(mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < deadline, "waited in vain");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// One connection to the API.
+pub struct Client {
+    pub stream: UnixStream,
+}
+
+/// A response as it came over the wire.
+#[derive(Debug, PartialEq)]
+pub struct Response {
+    pub head: String,
+    pub body: String,
+}
+
+impl Response {
+    pub fn status(&self) -> &str {
+        self.head.split(' ').nth(1).unwrap_or_default()
+    }
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&self.body).unwrap_or_else(|error| panic!("{error}: {self:?}"))
+    }
+    pub fn fault(&self) -> String {
+        assert_eq!(self.status(), "400", "{self:?}");
+        self.json()["fault_message"].as_str().unwrap_or_else(|| panic!("{self:?}")).to_owned()
+    }
+}
+
+impl Client {
+    pub fn connect(socket: &Path) -> Self {
+        let stream = UnixStream::connect(socket).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_write_timeout(Some(PATIENCE)).unwrap();
+        Self { stream }
+    }
+
+    pub fn send(&mut self, bytes: &str) {
+        self.stream.write_all(bytes.as_bytes()).unwrap();
+    }
+
+    /// The next response; an empty one when the server hung up.
+    pub fn receive(&mut self) -> Response {
+        let mut head = Vec::new();
+        let mut byte = [0];
+        while !head.ends_with(b"\r\n\r\n") {
+            if self.stream.read(&mut byte).unwrap_or(0) == 0 {
+                break;
+            }
+            head.push(byte[0]);
+        }
+        let head = String::from_utf8(head).unwrap();
+        let length = head.lines().find_map(|line| line.strip_prefix("Content-Length: "));
+        let mut body = vec![0; length.map_or(0, |length| length.parse().unwrap())];
+        self.stream.read_exact(&mut body).unwrap();
+        Response { head, body: String::from_utf8(body).unwrap() }
+    }
+
+    pub fn request(&mut self, method: &str, path: &str, body: &str) -> Response {
+        let length = match body.len() {
+            0 => String::new(),
+            length => format!("Content-Length: {length}\r\n"),
+        };
+        self.send(&format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\n{length}\r\n{body}"));
+        self.receive()
+    }
+
+    /// A request that must succeed.
+    pub fn ok(&mut self, method: &str, path: &str, body: &str) -> Response {
+        let response = self.request(method, path, body);
+        assert!(["200", "204"].contains(&response.status()), "{method} {path} {body}: {response:?}");
+        response
+    }
+}
+
+/// The output of another program, which must succeed.
+pub fn output(program: &str, arguments: &[&str]) -> Output {
+    let output = Command::new(program).args(arguments).output().unwrap();
+    assert!(output.status.success(), "{program} {arguments:?}: {output:?}");
+    output
+}

@@ -1,0 +1,181 @@
+//! The firmware guest on real KVM: what it finds, and how it ends.
+
+mod common;
+
+use std::io::Write;
+use std::process::Command;
+
+use common::{Folder, Process, Service, run};
+
+const X86_64: bool = cfg!(target_arch = "x86_64");
+
+fn firmware(options: &[&str]) -> common::Ended {
+    run([&["run"], options].concat())
+}
+
+#[test]
+fn it_finds_the_machine_it_was_promised() {
+    for (cpus, memory) in [("1", "128M"), ("4", "64M"), ("2", "2M"), ("3", "1G")] {
+        let ended = firmware(&["--cpus", cpus, "--memory", memory]);
+        assert_eq!(ended.code, Some(0), "{}", ended.text);
+        assert!(ended.text.contains(&format!("cpus: ok ({cpus} started)")), "{}", ended.text);
+        for case in ["memory", "tables", "timer", "serial", "exit-register", "nobody-there"] {
+            assert!(ended.text.contains(&format!("\n{case}: ok")), "{}", ended.text);
+        }
+        assert!(ended.text.contains("7 cases, 0 failed\n"), "{}", ended.text);
+        assert!(ended.text.contains("alula: the guest ended with code 0\n"), "{}", ended.text);
+    }
+}
+
+#[test]
+fn it_says_what_is_wrong_and_counts_it() {
+    let folder = Folder::new();
+    let kernel = folder.firmware();
+    let ended = firmware(&[kernel.to_str().unwrap(), "--cmdline", "cpus=7 memory=1"]);
+    assert_eq!(ended.code, Some(2), "{}", ended.text);
+    assert!(ended.text.contains("memory: expected 1 MiB, found 128: FAILED"), "{}", ended.text);
+    assert!(ended.text.contains("tables: expected 7 CPUs listed, found 1: FAILED"), "{}", ended.text);
+    let ended = firmware(&["--cmdline", "case=none"]);
+    assert_eq!(ended.code, Some(1), "{}", ended.text);
+}
+
+#[test]
+fn memory_goes_around_the_gap_below_4_gib() {
+    let ended = firmware(&["--memory", "5G", "--cmdline", "case=memory"]);
+    assert_eq!(ended.code, Some(0), "{}", ended.text);
+    let top = if X86_64 { "0x100000000-0x17fffffff" } else { "0x40000000-0x17fffffff" };
+    assert!(ended.text.contains(top), "{}", ended.text);
+}
+
+#[test]
+fn thirty_two_cpus_are_made_and_listed() {
+    let ended = firmware(&["--cpus", "32", "--cmdline", "case=tables,exit-register"]);
+    assert_eq!(ended.code, Some(0), "{}", ended.text);
+    assert!(ended.text.contains("32 CPUs)"), "{}", ended.text);
+}
+
+#[test]
+fn more_than_255_cpus_start() {
+    if !X86_64 {
+        // Only the local APIC has a limit near there; on aarch64, 32 CPUs are made above.
+        return;
+    }
+    let ended = firmware(&["--cpus", "260", "--cmdline", "case=cpus"]);
+    assert_eq!(ended.code, Some(0), "{}", ended.text);
+    assert!(ended.text.contains("cpus: ok (260 started)"), "{}", ended.text);
+}
+
+#[test]
+fn every_end_has_its_exit_code_and_its_line() {
+    for (end, code, line) in [
+        ("poweroff", 0, "the guest powered off"),
+        ("reset", 120, "the guest asked for a reset"),
+        ("halt", 121, "the guest halted for good: no CPU can wake any more"),
+        ("7", 7, "the guest ended with code 7"),
+        ("300", 300 & 0xff, "the guest ended with code 300"),
+        match X86_64 {
+            true => ("crash", 122, "the guest crashed: triple fault"),
+            false => ("crash", 101, "the guest ended with code 101"),
+        },
+    ] {
+        let ended = firmware(&["--cpus", "2", "--cmdline", &format!("case=cpus end={end}")]);
+        assert_eq!(ended.code, Some(code), "{end}: {}", ended.text);
+        assert!(ended.text.contains(&format!("alula: {line}\n")), "{end}: {}", ended.text);
+    }
+}
+
+#[test]
+fn a_guest_that_waits_for_interrupts_has_not_halted_for_good() {
+    let mut guest = Process::start(["run", "--cmdline", "case=serial end=idle"]);
+    guest.expect("1 cases, 0 failed");
+    // Three looks of the monitor at its guest.
+    std::thread::sleep(std::time::Duration::from_millis(3500));
+    assert!(guest.is_running());
+}
+
+#[test]
+fn what_is_typed_reaches_the_guest_whole() {
+    let mut guest = Process::start(["run", "--cmdline", "case=serial echo"]);
+    guest.expect("alula firmware");
+    // Much more than the UART holds.
+    let text: String = (0..2000).map(|index| char::from(b'a' + (index % 26) as u8)).collect();
+    let mut stdin = guest.stdin.take().unwrap();
+    stdin.write_all(text.as_bytes()).unwrap();
+    stdin.write_all(b"\n").unwrap();
+    guest.expect(&text);
+    drop(stdin);
+    assert_eq!(guest.end().code, Some(0));
+}
+
+#[test]
+fn what_is_typed_may_come_from_a_file() {
+    let folder = Folder::new();
+    let typed = "x".repeat(500);
+    let file = std::fs::File::open(folder.write("typed", format!("{typed}\n"))).unwrap();
+    let output = Command::new(common::alula())
+        .args(["run", "--cmdline", "case=serial echo"])
+        .stdin(file)
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(0), "{text}");
+    assert!(text.contains(&typed), "{text}");
+}
+
+#[test]
+fn a_guest_that_never_exits_is_paused_and_resumed() {
+    let mut service = Service::running("case=serial end=spin");
+    service.process.expect("1 cases, 0 failed");
+    let mut client = service.client();
+    for state in ["Paused", "Resumed", "Paused"] {
+        client.ok("PATCH", "/vm", &format!(r#"{{"state": "{state}"}}"#));
+    }
+    assert_eq!(client.ok("GET", "/", "").json()["state"], "Paused");
+}
+
+#[test]
+fn a_guest_under_way_is_none_the_worse_for_a_hundred_pauses() {
+    let mut service = Service::running("cpus=1 memory=128 end=idle");
+    let mut client = service.client();
+    for _ in 0..100 {
+        client.ok("PATCH", "/vm", r#"{"state": "Paused"}"#);
+        client.ok("PATCH", "/vm", r#"{"state": "Resumed"}"#);
+    }
+    service.process.expect("7 cases, 0 failed");
+}
+
+#[test]
+fn an_elf_kernel_without_a_pvh_note_boots_by_the_linux_protocol() {
+    if !X86_64 {
+        // ELF kernels are x86_64's; aarch64 has one boot protocol, which every other test uses.
+        return;
+    }
+    let folder = Folder::new();
+    let mut image = alula::firmware::IMAGE.to_vec();
+    let table = u64::from_le_bytes(image[32..40].try_into().unwrap()) as usize;
+    let note = (table..).step_by(56).take(8).find(|at| image[*at] == 4).expect("the firmware has a PVH note");
+    // PT_NULL
+    image[note] = 0;
+    let kernel = folder.write("vmlinux", image);
+    let ended = firmware(&[kernel.to_str().unwrap(), "--cpus", "2", "--cmdline", "cpus=2 memory=128"]);
+    assert_eq!(ended.code, Some(0), "{}", ended.text);
+    assert!(ended.text.contains("64-bit Linux boot protocol"), "{}", ended.text);
+}
+
+#[test]
+fn the_firmware_uses_no_vector_register() {
+    if !X86_64 {
+        // Only on x86_64 are there KVMs that emulate kernel code, and compilers that must be kept from SSE.
+        return;
+    }
+    let folder = Folder::new();
+    let image = folder.firmware();
+    let listing = common::output("objdump", &["-d", image.to_str().unwrap()]).stdout;
+    let listing = String::from_utf8(listing).unwrap();
+    assert!(listing.contains("iretq") && listing.lines().count() > 500, "the listing is not of the firmware");
+    let wrong: Vec<&str> = listing
+        .lines()
+        .filter(|line| ["xmm", "ymm", "%mm", "%st"].iter().any(|name| line.contains(name)))
+        .collect();
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}

@@ -1,0 +1,114 @@
+//! The invariants that a compiler does not check: layers, one place for `target_arch`, `unsafe` only
+//! where it is listed, a map that names every module.
+
+use std::path::{Path, PathBuf};
+
+/// The layers, low to high: a module uses only those before it (src/lib.rs tells the same).
+const LAYERS: [&str; 14] = [
+    "error", "event", "memory", "host", "platform", "bus", "arch", "vm", "devices", "config", "firmware",
+    "machine", "api", "cli",
+];
+
+const UNSAFE: [&str; 11] = [
+    "src/arch/x86_64/registers.rs",
+    "src/cli/monitor.rs",
+    "src/cli/signals.rs",
+    "src/cli/terminal.rs",
+    "src/host.rs",
+    "src/memory.rs",
+    "src/vm/mod.rs",
+    "src/vm/vcpu.rs",
+    "tests/api.rs",
+    "tests/cli.rs",
+    "tests/common/mod.rs",
+];
+
+fn root() -> PathBuf {
+    env!("CARGO_MANIFEST_DIR").into()
+}
+
+fn files(folder: &Path, found: &mut Vec<(String, String)>) {
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            files(&path, found);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            let name = path.strip_prefix(root()).unwrap().to_str().unwrap().to_owned();
+            found.push((name, std::fs::read_to_string(&path).unwrap()));
+        }
+    }
+}
+
+fn sources(folder: &str) -> Vec<(String, String)> {
+    let mut found = Vec::new();
+    files(&root().join(folder), &mut found);
+    assert!(!found.is_empty());
+    found
+}
+
+fn layer_of(file: &str) -> Option<&str> {
+    let module = file.strip_prefix("src/")?.split('/').next()?;
+    Some(module.strip_suffix(".rs").unwrap_or(module))
+}
+
+/// The code of a file, without the unit tests at its end.
+fn code(text: &str) -> &str {
+    text.split("#[cfg(test)]\nmod tests").next().unwrap_or(text)
+}
+
+#[test]
+fn every_module_uses_only_lower_layers() {
+    for (file, text) in sources("src") {
+        let layer = layer_of(&file).unwrap();
+        if ["lib", "main"].contains(&layer) {
+            continue;
+        }
+        let place = |name: &str| LAYERS.iter().position(|other| *other == name);
+        let own = place(layer).unwrap_or_else(|| panic!("{file}: `{layer}` is in no layer"));
+        let code = code(&text).replace("pub(crate)", "");
+        for used in code.split("crate::").skip(1) {
+            let end = used.find(|c: char| !c.is_ascii_alphanumeric() && c != '_').unwrap_or(used.len());
+            if let Some(other) = place(&used[..end]) {
+                assert!(other <= own, "{file}: the layer `{layer}` uses `{}` above it", LAYERS[other]);
+            }
+        }
+        assert!(!code.contains("crate::{"), "{file}: one `use crate::` per module keeps layers readable");
+    }
+}
+
+#[test]
+fn only_one_file_asks_for_the_architecture() {
+    for (file, text) in sources("src") {
+        assert!(file == "src/arch/mod.rs" || !text.contains("target_arch"), "{file} asks for target_arch");
+    }
+}
+
+#[test]
+fn unsafe_code_is_only_where_it_is_listed() {
+    let mut found: Vec<String> = [sources("src"), sources("tests")]
+        .concat()
+        .into_iter()
+        .filter(|(file, _)| file != "tests/tidy.rs")
+        .filter(|(_, text)| text.contains("unsafe {") || text.contains("unsafe impl"))
+        .map(|(file, _)| file)
+        .collect();
+    found.sort();
+    assert_eq!(found, UNSAFE, "list a file here only with a reason that outweighs reading its every line");
+}
+
+#[test]
+fn the_map_names_every_module() {
+    let map = std::fs::read_to_string(root().join("src/lib.rs")).unwrap();
+    for (file, _) in sources("src") {
+        let layer = layer_of(&file).unwrap();
+        assert!(["lib", "main"].contains(&layer) || map.contains(&format!("[`{layer}`]")), "{file}");
+    }
+}
+
+#[test]
+fn no_file_is_too_long_to_read() {
+    for (file, text) in [sources("src"), sources("firmware")].concat() {
+        let lines = text.lines().count();
+        assert!(lines <= 500, "{file} has {lines} lines: look for the second idea in it");
+    }
+}
