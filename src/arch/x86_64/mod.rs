@@ -29,7 +29,8 @@ pub const HAS_SMT: bool = true;
 /// the monitor notices, and no search for a PCI bus that is not there.
 pub const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 reboot=k panic=-1 pci=off";
 
-/// With more CPUs than this, one has the APIC id 255, which KVM takes for "all" unless told otherwise.
+/// With more CPUs than this, one has the APIC id 255. To a local APIC in xAPIC mode that means "all",
+/// and KVM takes it so in x2APIC mode too unless told otherwise.
 const XAPIC_CPUS: u16 = 255;
 
 /// What KVM is told of CPUs; what does not depend on the machine is asked once, ahead.

@@ -22,6 +22,9 @@ const EFER_LMA: u64 = 1 << 10;
 const RFLAGS_FIXED: u64 = 2;
 const RFLAGS_IF: u64 = 1 << 9;
 
+/// IA32_APIC_BASE: on, in x2APIC mode.
+const APIC_BASE_X2APIC: u64 = 1 << 11 | 1 << 10;
+
 /// MTRRs on, all memory write-back (SDM 3A, 11.11): without it Linux takes memory for uncached.
 const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
 const MTRR_ON_WRITE_BACK: u64 = 1 << 11 | 6;
@@ -52,6 +55,12 @@ pub fn boot(vcpus: &[impl Deref<Target = VcpuFd>], entry: &Entry) -> Result<()> 
     let msrs = Msrs::from_entries(&msrs).expect("one entry is few enough");
     for vcpu in vcpus {
         vcpu.set_msrs(&msrs).context("set the model-specific registers")?;
+        if vcpus.len() > usize::from(super::XAPIC_CPUS) {
+            // As a PC's firmware does: else the start-up interrupt for APIC id 255 starts them all.
+            let mut sregs = vcpu.get_sregs().context("get the system registers")?;
+            sregs.apic_base |= APIC_BASE_X2APIC;
+            vcpu.set_sregs(&sregs).context("set the system registers")?;
+        }
     }
     let first = &vcpus[0];
     let mut sregs = first.get_sregs().context("get the system registers")?;

@@ -1,0 +1,163 @@
+//! Stock Debian kernels. They need a KVM that runs them and the assets of `scripts/guest` in
+//! ALULA_GUEST: `scripts/test` runs these cases on this machine's KVM or in a rig.
+
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use common::{Ended, Service, run};
+use serde_json::json;
+
+const X86_64: bool = cfg!(target_arch = "x86_64");
+const ARCH: &str = std::env::consts::ARCH;
+const KERNELS: &[&str] = if X86_64 { &["vmlinux", "bzImage"] } else { &["Image"] };
+
+fn asset(name: &str) -> PathBuf {
+    let folder =
+        std::env::var_os("ALULA_GUEST").expect("ALULA_GUEST names the folder that scripts/guest made");
+    Path::new(&folder).join(name)
+}
+
+fn command_line(what: &str) -> String {
+    let end = if X86_64 { "reboot=k pci=off" } else { "" };
+    format!("console=ttyS0 panic=-1 quiet {end} alula.run={what}")
+}
+
+fn boot(kernel: &str, cpus: u32, what: &str) -> Ended {
+    run([
+        "run",
+        asset(kernel).to_str().unwrap(),
+        "--initrd",
+        asset("initramfs.cpio").to_str().unwrap(),
+        "--cpus",
+        &cpus.to_string(),
+        "--memory",
+        "256M",
+        "--cmdline",
+        &command_line(what),
+    ])
+}
+
+fn line_of<'a>(text: &'a str, label: &str) -> &'a str {
+    text.lines()
+        .find_map(|line| line.trim().strip_prefix(label))
+        .unwrap_or_else(|| panic!("no `{label}`: {text}"))
+        .trim()
+}
+
+fn lscpu_shows_the_cpus_given(kernel: &str, cpus: u32) {
+    let Ended { code, text } = boot(kernel, cpus, "lscpu");
+    assert_eq!(code, Some(0), "{text}");
+    let version = std::fs::read_to_string(asset("version")).unwrap();
+    let said = format!("guest: {ARCH} Linux {}, {cpus} CPUs, 256 MiB", version.trim());
+    assert!(text.contains(&said), "{text}");
+    assert_eq!(line_of(&text, "CPU(s):"), cpus.to_string(), "{text}");
+    assert!(text.contains("alula: the guest powered off\n"), "{text}");
+    if X86_64 {
+        assert_eq!(line_of(&text, "Core(s) per socket:"), cpus.to_string());
+        assert_eq!(line_of(&text, "Thread(s) per core:"), "1");
+        assert_eq!(line_of(&text, "Hypervisor vendor:"), "KVM");
+        assert!(text.contains("tsc_deadline_timer") && text.contains("kvm-clock"), "{text}");
+    }
+}
+
+#[test]
+#[ignore = "a stock kernel: scripts/test runs it"]
+fn every_kernel_format_boots_with_one_cpu() {
+    for kernel in KERNELS {
+        lscpu_shows_the_cpus_given(kernel, 1);
+    }
+}
+
+#[test]
+#[ignore = "a stock kernel: scripts/test runs it"]
+fn every_kernel_format_boots_with_two_cpus() {
+    for kernel in KERNELS {
+        lscpu_shows_the_cpus_given(kernel, 2);
+    }
+}
+
+#[test]
+#[ignore = "a stock kernel: scripts/test runs it"]
+fn a_kernel_alone_needs_no_further_option() {
+    let initrd = asset("initramfs.cpio");
+    let ended = run(["run", asset(KERNELS[0]).to_str().unwrap(), "--initrd", initrd.to_str().unwrap()]);
+    assert_eq!(ended.code, Some(0), "{}", ended.text);
+    assert!(ended.text.contains("1 CPUs, 128 MiB"), "{}", ended.text);
+}
+
+#[test]
+#[ignore = "a stock kernel: scripts/test runs it"]
+fn every_end_of_a_linux_guest_is_understood() {
+    let reset = "alula: the guest asked for a reset";
+    let mut ends = vec![
+        ("reboot", 120, reset),
+        ("exit=5", 5, "alula: the guest ended with code 5"),
+        // panic=-1: a panic reboots at once.
+        ("crash", 120, "Kernel panic - not syncing: sysrq triggered crash"),
+        ("modules", 0, "alula: the guest powered off"),
+    ];
+    if X86_64 {
+        // An arm64 Linux spins when it halts.
+        ends.push(("halt", 121, "alula: the guest halted for good"));
+    }
+    for (what, code, line) in ends {
+        let ended = boot(KERNELS[0], 2, what);
+        assert_eq!(ended.code, Some(code), "{what}: {}", ended.text);
+        assert!(ended.text.contains(line), "{what}: {}", ended.text);
+    }
+}
+
+#[test]
+#[ignore = "a stock kernel: scripts/test runs it"]
+fn a_guest_knows_what_time_it_is() {
+    let text = boot(KERNELS[0], 1, "clock").text;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+    let told = text.lines().find_map(|line| line.trim().parse::<u64>().ok());
+    // A boot and a power-off lie between the two.
+    assert!(told.is_some_and(|told| told <= now && now - told < 300), "{now}: {text}");
+}
+
+#[test]
+#[ignore = "a stock kernel: scripts/test runs it"]
+fn a_guest_boots_pauses_and_ends_over_the_api() {
+    let mut service = Service::start(&[]);
+    let mut client = service.client();
+    let boot = json!({
+        "kernel_image_path": asset(KERNELS[0]),
+        "initrd_path": asset("initramfs.cpio"),
+        "boot_args": command_line("count"),
+    });
+    client.ok("PUT", "/boot-source", &boot.to_string());
+    client.ok("PUT", "/machine-config", r#"{"vcpu_count": 2, "mem_size_mib": 200}"#);
+    client.ok("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#);
+    service.process.expect("2 CPUs, 200 MiB");
+    service.process.expect("tick 3");
+    client.ok("PATCH", "/vm", r#"{"state": "Paused"}"#);
+    service.process.drain();
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    assert_eq!(service.process.drain(), "", "a paused guest ticks");
+    client.ok("PATCH", "/vm", r#"{"state": "Resumed"}"#);
+    service.process.expect("tick");
+    if X86_64 {
+        client.ok("PUT", "/actions", r#"{"action_type": "SendCtrlAltDel"}"#);
+        let Service { process, folder, .. } = service;
+        let ended = process.end();
+        assert_eq!(ended.code, Some(0), "{}", ended.text);
+        assert!(ended.text.contains("alula: the guest asked for a reset"), "{}", ended.text);
+        drop(folder);
+    }
+}
+
+#[test]
+#[ignore = "a stock kernel on a software KVM: scripts/test runs it where there is one"]
+fn a_stock_kernel_on_a_software_kvm_is_told_what_that_kvm_needs() {
+    let Ended { code, text } = boot("vmlinux", 1, "poweroff");
+    assert_eq!(code, Some(123), "{text}");
+    assert!(
+        text.contains("alula: the guest could not go on: KVM could not emulate the instruction `"),
+        "{text}"
+    );
+    assert!(text.contains("it runs only kernels built for it; run a stock kernel on a host with"), "{text}");
+}
