@@ -1,7 +1,7 @@
 //! Alula, a microVM monitor: one process runs one virtual machine on Linux KVM.
 //!
 //! The modules, low to high; each uses only those before it:
-//! - [`error`]: the one error type.
+//! - [`error`]: the one error type. [`timeline`]: what a start is made of.
 //! - [`event`]: the core of an event loop. [`host`]: where files come from. [`memory`]: guest memory.
 //! - [`platform`]: what boot tables must say, as plain data.
 //! - [`arch`]: everything that differs between x86_64 and aarch64, behind one set of names.
@@ -26,4 +26,5 @@ pub mod host;
 pub mod machine;
 pub mod memory;
 pub mod platform;
+pub mod timeline;
 pub mod vm;

@@ -1,5 +1,7 @@
 //! The command line: what is wrong is said, the terminal is given back, nothing is left behind.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by it")]
+
 mod common;
 
 use std::fs::File;

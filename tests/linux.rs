@@ -1,6 +1,8 @@
 //! Stock Debian kernels. They need a KVM that runs them and the assets of `scripts/guest` in
 //! ALULA_GUEST: `scripts/test` runs these cases on this machine's KVM or in a rig.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by it")]
+
 mod common;
 
 use std::path::{Path, PathBuf};

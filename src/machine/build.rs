@@ -61,6 +61,7 @@ pub fn build(config: &Config, host: &mut dyn Host, prepared: Prepared) -> Result
     let console_room = console.lock().unwrap_or_else(PoisonError::into_inner).room();
 
     register_kick()?;
+    vm.timeline.mark("devices");
     Ok(Machine {
         state: State::Paused,
         vcpus: vcpus.into_iter().map(Vcpu::new).collect(),
@@ -70,7 +71,7 @@ pub fn build(config: &Config, host: &mut dyn Host, prepared: Prepared) -> Result
         keyboard,
         platform,
         halt: halt::Watch::default(),
-        _vm: vm,
+        vm,
         memory,
     })
 }
@@ -137,5 +138,8 @@ pub fn load(machine: &mut Machine, config: &Config, host: &mut dyn Host) -> Resu
         }
     };
     let vcpus: Vec<_> = machine.vcpus.iter().map(Vcpu::stopped).collect();
-    arch::boot(&vcpus, &entry).context("set up the CPUs")
+    arch::boot(&vcpus, &entry).context("set up the CPUs")?;
+    drop(vcpus);
+    machine.vm.timeline.mark("kernel and registers");
+    Ok(())
 }

@@ -13,6 +13,7 @@ use crate::event::EventFd;
 use crate::host::Host;
 use crate::memory::Memory;
 use crate::platform::Platform;
+use crate::timeline::Timeline;
 use crate::vm::Vm;
 use crate::vm::vcpu::{Surroundings, Vcpu};
 
@@ -38,7 +39,7 @@ pub struct Machine {
     keyboard: Option<Arc<Mutex<Keyboard>>>,
     platform: Platform,
     halt: halt::Watch,
-    _vm: Vm,
+    vm: Vm,
     memory: Memory,
 }
 
@@ -84,6 +85,11 @@ impl Machine {
         }
         self.state = State::Paused;
         Ok(())
+    }
+
+    /// What its start is made of, up to the first entry into the guest.
+    pub fn timeline(&self) -> &Timeline {
+        &self.vm.timeline
     }
 
     /// Whether it runs.

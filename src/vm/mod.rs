@@ -17,6 +17,7 @@ use crate::error::{Context, Error, Result};
 use crate::event::EventFd;
 use crate::memory::Regions;
 use crate::platform::Platform;
+use crate::timeline::Timeline;
 
 const KVM_DEVICE: &str = "/dev/kvm";
 const KVM_API_VERSION: i32 = 12;
@@ -26,15 +27,19 @@ pub struct Prepared {
     kvm: Kvm,
     vm: VmFd,
     cpu_model: CpuModel,
+    timeline: Timeline,
 }
 
 impl Prepared {
     /// Opens KVM, makes a virtual machine and asks what its CPUs can be.
     pub fn new() -> Result<Self> {
+        let mut timeline = Timeline::default();
         let kvm = open_kvm()?;
         let vm = create_vm(&kvm)?;
+        timeline.mark("virtual machine");
         let cpu_model = CpuModel::new(&kvm)?;
-        Ok(Self { kvm, vm, cpu_model })
+        timeline.mark("CPU model");
+        Ok(Self { kvm, vm, cpu_model, timeline })
     }
 }
 
@@ -77,6 +82,8 @@ pub struct Vm {
     fd: VmFd,
     cpu_model: CpuModel,
     max_vcpus: usize,
+    /// What its start is made of.
+    pub timeline: Timeline,
     /// KVM's device for it lives as long as this (aarch64).
     _controller: Option<arch::InterruptController>,
 }
@@ -84,12 +91,14 @@ pub struct Vm {
 impl Vm {
     /// The machine that was prepared, with `memory` as its memory.
     pub fn new(prepared: Prepared, memory: &Regions) -> Result<Self> {
-        let Prepared { kvm, vm: fd, cpu_model } = prepared;
+        let Prepared { kvm, vm: fd, cpu_model, mut timeline } = prepared;
+        timeline.skip();
         let max_vcpus = kvm.get_max_vcpus();
         for (slot, region) in memory.iter().enumerate() {
             map(&fd, slot as u32, region)?;
         }
-        Ok(Self { fd, cpu_model, max_vcpus, _controller: None })
+        timeline.mark("memory");
+        Ok(Self { fd, cpu_model, max_vcpus, timeline, _controller: None })
     }
 
     /// Makes the interrupt controllers and the vCPUs.
@@ -102,11 +111,13 @@ impl Vm {
             )));
         }
         arch::before_vcpus(&self.fd, platform)?;
+        self.timeline.mark("interrupt controllers");
         let vcpus = (0..u64::from(count))
             .map(|index| self.fd.create_vcpu(index).with_context(|| format!("create vCPU {index}")))
             .collect::<Result<Vec<_>>>()?;
         self.cpu_model.apply(&self.fd, &vcpus, platform)?;
         self._controller = Some(arch::after_vcpus(&self.fd, &vcpus)?);
+        self.timeline.mark("CPUs");
         Ok(vcpus)
     }
 

@@ -1,0 +1,293 @@
+//! What `scripts/bench` runs: figures of a start, as medians. A report, never a verdict.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::channel;
+use std::time::{Duration, Instant};
+
+use alula::config::Config;
+use alula::host::{Access, Host, Local};
+use alula::machine::{Machine, Prepared};
+
+type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
+
+/// A figure's name, its unit, and its value in every run.
+struct Figure(&'static str, &'static str, Vec<f64>);
+
+fn main() -> Result<()> {
+    let mut arguments = std::env::args().skip(1);
+    let ours = arguments.next().ok_or("the binary to measure is missing")?;
+    let (mut runs, mut other) = (20, None);
+    while let Some(argument) = arguments.next() {
+        match argument.as_str() {
+            "start" => {}
+            "--runs" => runs = arguments.next().ok_or("--runs lacks a number")?.parse()?,
+            "--vs" => other = Some(arguments.next().ok_or("--vs lacks a binary")?),
+            _ => return Err(format!("unknown argument {argument}").into()),
+        }
+    }
+    start(&ours, other.as_deref(), runs)
+}
+
+fn start(ours: &str, other: Option<&str>, runs: usize) -> Result<()> {
+    let folder = std::env::temp_dir().join(format!("alula-bench-{}", std::process::id()));
+    std::fs::create_dir_all(&folder)?;
+    let kernel = folder.join("firmware");
+    std::fs::write(&kernel, alula::firmware::IMAGE)?;
+
+    let mut measured = vec![figures()];
+    measured.extend(other.map(|_| figures()));
+    for _ in 0..runs {
+        for (binary, figures) in [Some(ours), other].into_iter().flatten().zip(&mut measured) {
+            one_start(binary, binary == ours, &folder, &kernel, figures)?;
+        }
+    }
+    println!("start: 1 CPU, 128 MiB, medians of {runs} runs");
+    println!("{:<44} {:>10} {:>10} {:>7}", "", "alula", if other.is_some() { "other" } else { "" }, "ratio");
+    for index in 0..measured[0].len() {
+        let Figure(name, unit, _) = measured[0][index];
+        let ours = median(&measured[0][index].2);
+        print!("{:<44} {ours:>10.2}", format!("{name}, {unit}"));
+        if let Some(theirs) = measured.get(1).map(|figures| median(&figures[index].2)) {
+            print!(" {theirs:>10.2} {:>7.2}", ours / theirs);
+        }
+        println!();
+    }
+    println!("binary: {:.2} MiB", std::fs::metadata(ours)?.len() as f64 / f64::from(1 << 20));
+    syscalls(ours, &folder, &kernel)?;
+    split(runs)?;
+    std::fs::remove_dir_all(&folder)?;
+    Ok(())
+}
+
+fn figures() -> Vec<Figure> {
+    [
+        ("spawn to first API answer", "ms"),
+        ("CPU time by then", "ms"),
+        ("InstanceStart to the guest's first byte", "ms"),
+        ("InstanceStart answered", "ms"),
+        ("anonymous memory after start", "KiB"),
+        ("the binary's own pages in memory", "KiB"),
+        ("pause", "ms"),
+    ]
+    .map(|(name, unit)| Figure(name, unit, Vec::new()))
+    .into()
+}
+
+fn one_start(
+    binary: &str,
+    is_ours: bool,
+    folder: &Path,
+    kernel: &Path,
+    figures: &mut [Figure],
+) -> Result<()> {
+    let socket = folder.join("api.socket");
+    let spawned = Instant::now();
+    let mut child = spawn(binary, is_ours, &socket)?;
+    let mut client = connect(&socket)?;
+    request(&mut client, "GET", "/", "")?;
+    let answered = spawned.elapsed();
+    let cpu = cpu_time(child.id())?;
+    configure(&mut client, kernel)?;
+    // A client that is no bench takes its time, too.
+    std::thread::sleep(Duration::from_millis(100));
+
+    let mut stdout = child.stdout.take().ok_or("no output")?;
+    let (sender, first_byte) = channel();
+    std::thread::spawn(move || {
+        let mut byte = [0];
+        let _ = stdout.read_exact(&mut byte);
+        let _ = sender.send(Instant::now());
+        // Keep the pipe open and empty.
+        let _ = std::io::copy(&mut stdout, &mut std::io::sink());
+    });
+    let asked = Instant::now();
+    request(&mut client, "PUT", "/actions", r#"{"action_type":"InstanceStart"}"#)?;
+    let start_answered = asked.elapsed();
+    let first_byte = first_byte.recv_timeout(Duration::from_secs(60))? - asked;
+    // What the start leaves behind, not what is under way.
+    std::thread::sleep(Duration::from_millis(50));
+    let (anonymous, file) = memory(child.id())?;
+    let asked = Instant::now();
+    request(&mut client, "PATCH", "/vm", r#"{"state":"Paused"}"#)?;
+    let paused = asked.elapsed();
+    child.kill()?;
+    child.wait()?;
+    let _ = std::fs::remove_file(&socket);
+
+    let ms = |duration: Duration| duration.as_secs_f64() * 1e3;
+    let values = [ms(answered), cpu, ms(first_byte), ms(start_answered), anonymous, file, ms(paused)];
+    for (figure, value) in figures.iter_mut().zip(values) {
+        figure.2.push(value);
+    }
+    Ok(())
+}
+
+fn spawn(binary: &str, is_ours: bool, socket: &Path) -> Result<Child> {
+    let mut command = Command::new(binary);
+    if is_ours {
+        command.arg("serve");
+    }
+    command.arg("--api-sock").arg(socket).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+    Ok(command.spawn()?)
+}
+
+fn connect(socket: &Path) -> Result<UnixStream> {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        match UnixStream::connect(socket) {
+            Ok(stream) => return Ok(stream),
+            Err(error) if Instant::now() > deadline => return Err(error.into()),
+            Err(_) => std::thread::sleep(Duration::from_micros(20)),
+        }
+    }
+}
+
+fn configure(client: &mut UnixStream, kernel: &Path) -> Result<()> {
+    let boot = serde_json::json!({ "kernel_image_path": kernel, "boot_args": "hello" });
+    request(client, "PUT", "/boot-source", &boot.to_string())?;
+    request(client, "PUT", "/machine-config", r#"{"vcpu_count":1,"mem_size_mib":128}"#)
+}
+
+/// Sends a request and waits for its answer, which must be a success.
+fn request(client: &mut UnixStream, method: &str, path: &str, body: &str) -> Result<()> {
+    let length = match body.len() {
+        0 => String::new(),
+        length => format!("Content-Length: {length}\r\n"),
+    };
+    client
+        .write_all(format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\n{length}\r\n{body}").as_bytes())?;
+    let mut answer = [0; 4096];
+    let count = client.read(&mut answer)?;
+    let answer = String::from_utf8_lossy(&answer[..count]);
+    match answer.starts_with("HTTP/1.1 2") {
+        true => Ok(()),
+        false => Err(format!("{method} {path}: {answer}").into()),
+    }
+}
+
+/// CPU time of all threads so far, in ms.
+fn cpu_time(pid: u32) -> Result<f64> {
+    let mut nanoseconds = 0.0;
+    for task in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+        let schedstat = std::fs::read_to_string(task?.path().join("schedstat"))?;
+        nanoseconds += schedstat.split(' ').next().unwrap_or_default().parse::<f64>()?;
+    }
+    Ok(nanoseconds / 1e6)
+}
+
+/// (anonymous memory, pages of files in memory) in KiB.
+fn memory(pid: u32) -> Result<(f64, f64)> {
+    let rollup = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
+    let field = |name: &str| -> Result<f64> {
+        let line =
+            rollup.lines().find_map(|line| line.strip_prefix(name)).ok_or("smaps_rollup has changed")?;
+        Ok(line.trim().trim_end_matches(" kB").parse()?)
+    };
+    let anonymous = field("Anonymous:")?;
+    Ok((anonymous, field("Rss:")? - anonymous))
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted[sorted.len() / 2]
+}
+
+/// Counts system calls of one start, from exec to the guest's first byte.
+fn syscalls(binary: &str, folder: &Path, kernel: &Path) -> Result<()> {
+    let (socket, trace) = (folder.join("api.socket"), folder.join("trace"));
+    let mut child = Command::new("strace")
+        .args(["-f", "-qq", "-o"])
+        .arg(&trace)
+        .args([binary, "serve", "--api-sock"])
+        .arg(&socket)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let mut client = connect(&socket)?;
+    request(&mut client, "GET", "/", "")?;
+    configure(&mut client, kernel)?;
+    std::thread::sleep(Duration::from_millis(200));
+    request(&mut client, "PUT", "/actions", r#"{"action_type":"InstanceStart"}"#)?;
+    child.stdout.take().ok_or("no output")?.read_exact(&mut [0])?;
+    let text = std::fs::read_to_string(&trace)?;
+    let calls: Vec<&str> = text.lines().filter(|line| line.contains('(')).collect();
+    let answer = calls.iter().position(|line| line.contains("HTTP/1.1 200")).unwrap_or(0) + 1;
+    let ioctls = calls.iter().filter(|line| line.contains("ioctl(") && line.contains("KVM_")).count();
+    println!(
+        "system calls: {answer} to the first answer, {} to the first byte, {ioctls} of them KVM ioctls",
+        calls.len()
+    );
+    // strace ends with its child, which it started and we may signal.
+    let pid = text.split_whitespace().next().ok_or("an empty trace")?;
+    Command::new("kill").arg(pid).status()?;
+    child.wait()?;
+    Ok(())
+}
+
+/// A host whose console tells when the guest's first byte comes.
+struct Listener(Local, std::sync::mpsc::Sender<Instant>);
+
+impl Host for Listener {
+    fn file(&mut self, what: &str, path: &Path, access: Access) -> alula::error::Result<std::fs::File> {
+        self.0.file(what, path, access)
+    }
+    fn random_seed(&mut self) -> alula::error::Result<[u8; 32]> {
+        self.0.random_seed()
+    }
+    fn console(&mut self) -> alula::error::Result<Box<dyn Write + Send>> {
+        Ok(Box::new(Notifier(self.1.clone())))
+    }
+}
+
+struct Notifier(std::sync::mpsc::Sender<Instant>);
+
+impl Write for Notifier {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let _ = self.0.send(Instant::now());
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// What a start is made of, measured inside the library.
+fn split(runs: usize) -> Result<()> {
+    let mut steps: Vec<(&'static str, Vec<f64>)> = Vec::new();
+    let mut add = |index: usize, name: &'static str, duration: Duration| {
+        if steps.len() == index {
+            steps.push((name, Vec::new()));
+        }
+        steps[index].1.push(duration.as_secs_f64() * 1e3);
+    };
+    for _ in 0..runs {
+        let (sender, first_byte) = channel();
+        let mut host = Listener(Local::default(), sender);
+        let config = Config { firmware_words: Some("hello".to_owned()), ..Default::default() };
+        let prepared = Prepared::new()?;
+        let begun = Instant::now();
+        let mut machine = Machine::build(&config, &mut host, prepared)?;
+        machine.load(&config, &mut host)?;
+        let loaded = Instant::now();
+        machine.resume()?;
+        let first_byte = first_byte.recv_timeout(Duration::from_secs(60))?;
+        let marks = machine.timeline().steps();
+        for (index, (name, duration)) in marks.iter().enumerate() {
+            add(index, name, *duration);
+        }
+        add(marks.len(), "first run, to the first byte", first_byte - loaded);
+        add(marks.len() + 1, "all but what is done ahead", first_byte - begun);
+        drop(machine);
+        // The teardown of a virtual machine goes on for a while.
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    println!("the start, step by step (the first two are done ahead), ms:");
+    for (name, values) in &steps {
+        println!("  {name:<42} {:>10.3}", median(values));
+    }
+    Ok(())
+}
