@@ -97,7 +97,7 @@ pub fn after_vcpus(vm: &VmFd, _vcpus: &[VcpuFd]) -> Result<InterruptController> 
 
 /// A core register by its offset in `struct kvm_regs` (KVM api, 4.68).
 fn core_register(offset: u64) -> u64 {
-    KVM_REG_ARM64 | KVM_REG_SIZE_U64 | u64::from(KVM_REG_ARM_CORE) | offset / 4
+    KVM_REG_ARM64 | KVM_REG_SIZE_U64 | u64::from(KVM_REG_ARM_CORE) | (offset / 4)
 }
 
 const X0: u64 = 0;
