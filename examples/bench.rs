@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
@@ -34,6 +34,8 @@ fn main() -> Result<()> {
 fn start(ours: &str, other: Option<&str>, runs: usize) -> Result<()> {
     let folder = std::env::temp_dir().join(format!("alula-bench-{}", std::process::id()));
     std::fs::create_dir_all(&folder)?;
+    let floor = compile_floor(&folder)?;
+    let mut floors = [Vec::new(), Vec::new()];
     let kernel = folder.join("firmware");
     std::fs::write(&kernel, alula::firmware::IMAGE)?;
 
@@ -43,6 +45,9 @@ fn start(ours: &str, other: Option<&str>, runs: usize) -> Result<()> {
         for (binary, figures) in [Some(ours), other].into_iter().flatten().zip(&mut measured) {
             one_start(binary, binary == ours, &folder, &kernel, figures)?;
         }
+        let (wall, cpu) = one_floor(&floor)?;
+        floors[0].push(wall);
+        floors[1].push(cpu);
     }
     println!("start: 1 CPU, 128 MiB, medians of {runs} runs");
     println!("{:<44} {:>10} {:>10} {:>7}", "", "alula", if other.is_some() { "other" } else { "" }, "ratio");
@@ -55,11 +60,37 @@ fn start(ours: &str, other: Option<&str>, runs: usize) -> Result<()> {
         }
         println!();
     }
+    println!(
+        "{:<44} {:>10.2} / CPU {:.2}",
+        "an empty static C program, spawn to output, ms",
+        median(&floors[0]),
+        median(&floors[1])
+    );
     println!("binary: {:.2} MiB", std::fs::metadata(ours)?.len() as f64 / f64::from(1 << 20));
     syscalls(ours, &folder, &kernel)?;
     split(runs)?;
     std::fs::remove_dir_all(&folder)?;
     Ok(())
+}
+
+/// A static program that says one byte and waits: what this machine takes for any process at all.
+fn compile_floor(folder: &Path) -> Result<PathBuf> {
+    let (source, binary) = (folder.join("floor.c"), folder.join("floor"));
+    std::fs::write(&source, "#include <unistd.h>\nint main() { write(1, \"x\", 1); pause(); }\n")?;
+    let status = Command::new("cc").args(["-O2", "-static", "-w", "-o"]).args([&binary, &source]).status()?;
+    if status.success() { Ok(binary) } else { Err("cc could not build a static program".into()) }
+}
+
+/// (wall, CPU) from spawn to the byte, in ms.
+fn one_floor(floor: &Path) -> Result<(f64, f64)> {
+    let spawned = Instant::now();
+    let mut child = Command::new(floor).stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
+    child.stdout.take().ok_or("no output")?.read_exact(&mut [0])?;
+    let wall = spawned.elapsed().as_secs_f64() * 1e3;
+    let cpu = cpu_time(child.id())?;
+    child.kill()?;
+    child.wait()?;
+    Ok((wall, cpu))
 }
 
 fn figures() -> Vec<Figure> {

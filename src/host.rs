@@ -1,6 +1,6 @@
 //! Where files come from: opened here, or (after a live upgrade) inherited from the process we replace.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -32,21 +32,28 @@ pub trait Host {
 pub struct Local {
     /// Files opened ahead of the machine, when they were named: what is at the path then is what
     /// the machine gets, whatever is put there later.
-    held: HashMap<(PathBuf, Access), File>,
+    held: Vec<(PathBuf, Access, File)>,
 }
 
 impl Local {
     /// Opens a file now, so that a wrong path is refused where it is named.
     pub fn hold(&mut self, what: &str, path: &Path, access: Access) -> Result<()> {
         let file = open(what, path, access)?;
-        self.held.insert((path.to_owned(), access), file);
+        self.release(path, access);
+        self.held.push((path.to_owned(), access, file));
         Ok(())
+    }
+
+    /// Takes back what is held.
+    fn release(&mut self, path: &Path, access: Access) -> Option<File> {
+        let place = self.held.iter().position(|held| held.0 == path && held.1 == access)?;
+        Some(self.held.swap_remove(place).2)
     }
 }
 
 impl Host for Local {
     fn file(&mut self, what: &str, path: &Path, access: Access) -> Result<File> {
-        match self.held.remove(&(path.to_owned(), access)) {
+        match self.release(path, access) {
             Some(file) => Ok(file),
             None => open(what, path, access),
         }

@@ -6,15 +6,12 @@ mod signals;
 mod terminal;
 
 use std::io::Write;
-use std::process::ExitCode;
-
-use clap::Parser;
 
 use crate::api::{Controller, Server};
 use crate::error::{Context, Result};
 use crate::firmware;
 use crate::machine::Exit;
-use arguments::{Arguments, Command, Run, Serve};
+use arguments::{Command, Run, Serve};
 use monitor::{Monitor, Outcome};
 
 /// The monitor itself could not do what was asked (`alula run`): not a code of the guest's.
@@ -28,26 +25,31 @@ const WRONG_ARGUMENTS: u8 = 153;
 /// A signal's number is added to this, as shells do.
 const SIGNAL_BASE: u8 = 128;
 
-/// Runs the command that the process was started with.
-pub fn main() -> ExitCode {
-    let arguments = match Arguments::try_parse() {
-        Ok(arguments) => arguments,
-        Err(error) => {
-            // Nobody to tell if even that cannot be written.
-            let _ = error.print();
-            return if error.use_stderr() { WRONG_ARGUMENTS.into() } else { ExitCode::SUCCESS };
+/// Runs the command that the process was started with, and returns its exit code.
+pub fn main() -> u8 {
+    let command = match arguments::parse(std::env::args_os().skip(1)) {
+        Ok(command) => command,
+        Err(message) => {
+            eprintln!("alula: {message}");
+            return WRONG_ARGUMENTS;
         }
     };
-    match arguments.command {
+    match command {
         Command::Run(arguments) => finish(run(arguments), FAILED_RUN, Exit::exit_code),
         Command::Serve(arguments) => finish(serve(arguments), FAILED_SERVE, served),
-        Command::Firmware => match std::io::stdout().write_all(firmware::IMAGE) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => {
-                eprintln!("alula: write the firmware guest's image: {error}");
-                FAILED_SERVE.into()
-            }
-        },
+        Command::Print(text) => print(text.as_bytes()),
+        Command::Firmware => print(firmware::IMAGE),
+    }
+}
+
+fn print(bytes: &[u8]) -> u8 {
+    let mut output = std::io::stdout();
+    match output.write_all(bytes).and_then(|()| output.flush()) {
+        Ok(()) => 0,
+        Err(error) => {
+            eprintln!("alula: write to standard output: {error}");
+            FAILED_SERVE
+        }
     }
 }
 
@@ -60,7 +62,7 @@ fn served(exit: &Exit) -> u8 {
 }
 
 /// Says on stderr in one line how it ended, and returns it as an exit code.
-fn finish(outcome: Result<Outcome>, failed: u8, code: impl Fn(&Exit) -> u8) -> ExitCode {
+fn finish(outcome: Result<Outcome>, failed: u8, code: impl Fn(&Exit) -> u8) -> u8 {
     let (line, code) = match outcome {
         Ok(Outcome::Ended(exit)) => (exit.to_string(), code(&exit)),
         Ok(Outcome::Left) => ("you left the guest".to_owned(), LEFT),
@@ -71,7 +73,7 @@ fn finish(outcome: Result<Outcome>, failed: u8, code: impl Fn(&Exit) -> u8) -> E
     };
     // Nobody to tell if stderr is gone.
     let _ = writeln!(std::io::stderr(), "alula: {line}");
-    code.into()
+    code
 }
 
 fn run(arguments: Run) -> Result<Outcome> {
