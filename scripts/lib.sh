@@ -35,6 +35,12 @@ need() {
         die "apt-get install ${missing[*]}: $(tail -n 3 "$CACHE/apt-install.log")"
 }
 
+# one_at_a_time: waits until no other script changes the cache; until this one ends.
+one_at_a_time() {
+    exec {cache_lock}>"$CACHE/lock"
+    flock "$cache_lock"
+}
+
 # The architecture as Debian calls it.
 debian_arch() {
     case $1 in

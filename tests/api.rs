@@ -53,6 +53,28 @@ fn a_paused_guest_says_nothing_until_it_is_resumed() {
 }
 
 #[test]
+fn a_guest_that_was_run_answers_on_its_socket_too() {
+    let folder = common::Folder::new();
+    let socket = folder.path("s");
+    let mut guest = common::Process::start([
+        "run",
+        "--id",
+        "r",
+        "--api-sock",
+        socket.to_str().unwrap(),
+        "--cmdline",
+        "hello",
+    ]);
+    guest.expect("A");
+    let mut client = Client::connect(&socket);
+    assert_eq!(client.ok("GET", "/", "").json()["state"], "Running");
+    client.ok("PATCH", "/vm", r#"{"state": "Paused"}"#);
+    guest.send(libc::SIGTERM);
+    assert_eq!(guest.end().code, Some(128 + libc::SIGTERM));
+    assert!(!socket.exists());
+}
+
+#[test]
 fn what_is_allowed_depends_on_the_start() {
     let service = Service::start(&[]);
     let mut client = service.client();

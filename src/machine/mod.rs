@@ -65,9 +65,6 @@ impl Machine {
             vcpu.start(index, &self.surroundings)?;
         }
         if self.state == State::Paused {
-            for vcpu in &self.vcpus {
-                vcpu.settle();
-            }
             self.surroundings.gate.open();
             self.state = State::Running;
         }

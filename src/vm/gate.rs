@@ -14,7 +14,8 @@ enum State {
 pub struct Gate {
     state: Mutex<State>,
     changed: Condvar,
-    /// `state` is `Open`, to be read without the lock between two entries into the guest.
+    /// `state` is `Open`, to be read without the lock between two entries into the guest. In one order
+    /// with the vCPUs' `immediate_exit`, hence sequentially consistent.
     open: AtomicBool,
 }
 
@@ -42,7 +43,7 @@ impl Gate {
 
     /// Whether vCPUs may go on.
     pub fn is_open(&self) -> bool {
-        self.open.load(Ordering::Acquire)
+        self.open.load(Ordering::SeqCst)
     }
 
     /// Waits while the gate is closed; false: it is gone.
@@ -58,7 +59,7 @@ impl Gate {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if *state != State::Gone {
             *state = to;
-            self.open.store(to == State::Open, Ordering::Release);
+            self.open.store(to == State::Open, Ordering::SeqCst);
             self.changed.notify_all();
         }
     }

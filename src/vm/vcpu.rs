@@ -112,12 +112,6 @@ impl Vcpu {
         self.shared.fd.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Undoes the kick of a stopped vCPU.
-    pub fn settle(&self) {
-        let _stopped = self.stopped();
-        self.shared.immediate_exit.set(0);
-    }
-
     /// CPU time that the vCPU's thread has used so far, in nanoseconds.
     #[allow(unsafe_code)]
     pub fn cpu_time_ns(&self) -> u64 {
@@ -146,6 +140,9 @@ impl Vcpu {
 /// its exit, so the vCPU is stopped when KVM_RUN was interrupted, not when an exit was handled.
 fn run(shared: &Shared, surroundings: &Surroundings, index: usize) {
     let mut fd = shared.fd.lock().unwrap_or_else(PoisonError::into_inner);
+    // Undoes the kick that stopped it. A pause that comes now closes the gate before it kicks: either
+    // the gate is seen closed below, or the kick comes after this.
+    shared.immediate_exit.set(0);
     loop {
         if !surroundings.gate.is_open() {
             shared.immediate_exit.set(1);
@@ -160,6 +157,7 @@ fn run(shared: &Shared, surroundings: &Surroundings, index: usize) {
                 if !surroundings.gate.is_open() {
                     return;
                 }
+                shared.immediate_exit.set(0);
             }
             other => {
                 let exit = match other {

@@ -125,6 +125,23 @@ impl Process {
         }
     }
 
+    /// What its threads do, for who must find out why it does not end: two looks, a second apart.
+    fn threads(&self) -> String {
+        let mut text = String::new();
+        for _ in 0..2 {
+            std::thread::sleep(Duration::from_secs(1));
+            for task in std::fs::read_dir(format!("/proc/{}/task", self.child.id())).into_iter().flatten() {
+                let path = task.unwrap().path();
+                for file in ["comm", "schedstat", "wchan", "syscall"] {
+                    let content = std::fs::read_to_string(path.join(file)).unwrap_or_default();
+                    text += &format!("{file} {} ", content.trim());
+                }
+                text.push('\n');
+            }
+        }
+        text
+    }
+
     pub fn is_running(&mut self) -> bool {
         self.child.try_wait().unwrap().is_none()
     }
@@ -135,7 +152,7 @@ impl Process {
         while self.is_running() {
             if Instant::now() >= deadline {
                 self.drain();
-                panic!("it does not end; so far:\n{}", self.seen);
+                panic!("it does not end; so far:\n{}\n{}", self.seen, self.threads());
             }
             std::thread::sleep(Duration::from_millis(2));
         }

@@ -1,0 +1,75 @@
+//! The gate under stress: whatever the moment a pause or a resume comes, nothing is lost.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by it")]
+
+use std::fs::File;
+use std::io::Write;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use alula::config::Config;
+use alula::error::Result;
+use alula::host::{Access, Host, Local};
+use alula::machine::{Machine, Prepared};
+
+/// A host whose console counts bytes.
+struct Counter(Arc<AtomicU64>);
+
+impl Host for Counter {
+    fn file(&mut self, what: &str, path: &Path, access: Access) -> Result<File> {
+        Local::default().file(what, path, access)
+    }
+    fn random_seed(&mut self) -> Result<[u8; 32]> {
+        Ok([0; 32])
+    }
+    fn console(&mut self) -> Result<Box<dyn Write + Send>> {
+        Ok(Box::new(Counted(self.0.clone())))
+    }
+}
+
+struct Counted(Arc<AtomicU64>);
+
+impl Write for Counted {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.fetch_add(bytes.len() as u64, Ordering::SeqCst);
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+fn spin(iterations: u32) {
+    for _ in 0..iterations {
+        std::hint::spin_loop();
+    }
+}
+
+#[test]
+fn a_guest_goes_on_after_every_resume_and_stands_still_in_every_pause() {
+    let count = Arc::new(AtomicU64::new(0));
+    let config = Config { firmware_words: Some("flood".to_owned()), ..Default::default() };
+    let mut host = Counter(count.clone());
+    let mut machine = Machine::build(&config, &mut host, Prepared::new().unwrap()).unwrap();
+    machine.load(&config, &mut host).unwrap();
+    for round in 0..50 {
+        // Many in a row, a little later each time, so that pauses and resumes meet the vCPU at every
+        // step of its way through the gate.
+        for delay in 0..200 {
+            machine.resume().unwrap();
+            spin(delay * 20);
+            machine.pause().unwrap();
+        }
+        let before = count.load(Ordering::SeqCst);
+        std::thread::yield_now();
+        assert_eq!(count.load(Ordering::SeqCst), before, "round {round}: it ran while it was paused");
+        machine.resume().unwrap();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while count.load(Ordering::SeqCst) == before {
+            assert!(Instant::now() < deadline, "round {round}: it does not go on");
+            std::thread::yield_now();
+        }
+    }
+}
