@@ -266,6 +266,9 @@ impl Host for Listener {
     fn file(&mut self, what: &str, path: &Path, access: Access) -> alula::error::Result<std::fs::File> {
         self.0.file(what, path, access)
     }
+    fn tap(&mut self, name: &str) -> alula::error::Result<std::fs::File> {
+        self.0.tap(name)
+    }
     fn random_seed(&mut self) -> alula::error::Result<[u8; 32]> {
         self.0.random_seed()
     }
@@ -301,7 +304,7 @@ fn split(runs: usize) -> Result<()> {
         let config = Config { firmware_words: Some("hello".to_owned()), ..Default::default() };
         let prepared = Prepared::new()?;
         let begun = Instant::now();
-        let mut machine = Machine::build(&config, &mut host, prepared)?;
+        let mut machine = Machine::build("bench", &config, &mut host, prepared)?;
         machine.load(&config, &mut host)?;
         let loaded = Instant::now();
         machine.resume()?;

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::devices::{Device, block, entropy, net};
 use crate::error::{Context, Error, Result};
 
 /// A config file of more bytes is refused before it is read into memory.
@@ -14,16 +15,13 @@ const CONFIG_FILE_MAX: u64 = 1 << 20;
 
 /// The sections of a config file that other monitors know and this one does not have yet: asked for,
 /// they are refused, so that no guest starts without a device that its owner counts on.
-const NOT_IMPLEMENTED: [&str; 13] = [
-    "drives",
-    "network-interfaces",
+const NOT_IMPLEMENTED: [&str; 10] = [
     "vsock",
     "balloon",
     "logger",
     "metrics",
     "mmds-config",
     "cpu-config",
-    "entropy",
     "pmem",
     "memory-hotplug",
     "serial",
@@ -40,6 +38,15 @@ pub struct Config {
     /// CPUs and memory.
     #[serde(default)]
     pub machine_config: MachineConfig,
+    /// Disks.
+    #[serde(default)]
+    pub drives: Vec<block::Config>,
+    /// Network interfaces.
+    #[serde(default)]
+    pub network_interfaces: Vec<net::Config>,
+    /// A source of random bytes for the guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub entropy: Option<entropy::Config>,
     /// What the embedded firmware guest is told beyond the machine's size (`alula run --cmdline`).
     #[serde(skip)]
     pub firmware_words: Option<String>,
@@ -80,8 +87,87 @@ impl Config {
         if let Some(source) = &self.boot_source {
             source.check().context("`boot-source`")?;
         }
+        for drive in &self.drives {
+            drive.check().with_context(|| format!("disk `{}`", drive.drive_id))?;
+        }
+        for interface in &self.network_interfaces {
+            interface.check().with_context(|| format!("network interface `{}`", interface.iface_id))?;
+        }
+        self.check_uniqueness()
+    }
+
+    fn check_uniqueness(&self) -> Result<()> {
+        if let Some(id) = repeated(self.drives.iter().map(|drive| &drive.drive_id)) {
+            return Err(Error::config(format!("two disks are called `{id}`: each needs a name of its own")));
+        }
+        if self.drives.iter().filter(|drive| drive.is_root_device).count() > 1 {
+            return Err(Error::config("A root block device already exists! (`is_root_device`)"));
+        }
+        if let Some(id) = repeated(self.network_interfaces.iter().map(|interface| &interface.iface_id)) {
+            return Err(Error::config(format!("two network interfaces are called `{id}`")));
+        }
+        if let Some(mac) =
+            repeated(self.network_interfaces.iter().filter_map(|interface| interface.guest_mac))
+        {
+            return Err(Error::config(format!("The MAC address is already in use: {mac}")));
+        }
         Ok(())
     }
+
+    /// Puts a disk into the configuration, in the place of one with the same name.
+    pub fn put_drive(&mut self, drive: block::Config) -> Result<()> {
+        let mut new = self.clone();
+        match new.drives.iter_mut().find(|other| other.drive_id == drive.drive_id) {
+            Some(place) => *place = drive,
+            None => new.drives.push(drive),
+        }
+        new.check_uniqueness()?;
+        *self = new;
+        Ok(())
+    }
+
+    /// Puts a network interface into the configuration, in the place of one with the same name.
+    pub fn put_network_interface(&mut self, interface: net::Config) -> Result<()> {
+        let mut new = self.clone();
+        match new.network_interfaces.iter_mut().find(|other| other.iface_id == interface.iface_id) {
+            Some(place) => *place = interface,
+            None => new.network_interfaces.push(interface),
+        }
+        new.check_uniqueness()?;
+        *self = new;
+        Ok(())
+    }
+
+    /// The virtio devices, in the order the guest finds them: the root device is its first disk.
+    pub fn devices(&self) -> impl Iterator<Item = Device<'_>> {
+        let root = self.drives.iter().filter(|drive| drive.is_root_device);
+        let others = self.drives.iter().filter(|drive| !drive.is_root_device);
+        root.chain(others)
+            .map(Device::Block)
+            .chain(self.network_interfaces.iter().map(Device::Net))
+            .chain(self.entropy.iter().map(Device::Entropy))
+    }
+
+    /// What the command line must say of the root device.
+    pub fn root_words(&self) -> Option<String> {
+        let root = self.drives.iter().find(|drive| drive.is_root_device)?;
+        let device = match &root.partuuid {
+            Some(partuuid) => format!("PARTUUID={partuuid}"),
+            None => "/dev/vda".to_owned(),
+        };
+        Some(format!("root={device} {}", if root.is_read_only { "ro" } else { "rw" }))
+    }
+}
+
+fn repeated<T: PartialEq>(names: impl Iterator<Item = T>) -> Option<T> {
+    let mut seen = Vec::new();
+    for name in names {
+        if seen.contains(&name) {
+            return Some(name);
+        }
+        seen.push(name);
+    }
+    None
 }
 
 /// What the guest boots.
@@ -269,9 +355,9 @@ mod tests {
     #[test]
     fn a_config_file_with_a_device_we_lack_is_refused_and_foreign_keys_are_not() {
         let check = |text: &str| serde_json::from_str::<Config>(text).unwrap().check();
-        check(r#"{"drives": [], "x-owner": {"a": 1}, "vsock": null}"#).unwrap();
-        let error = check(r#"{"drives": [{"drive_id": "root"}]}"#).unwrap_err();
-        assert_eq!(error.to_string(), "`drives` is not implemented yet: remove it");
+        check(r#"{"pmem": [], "x-owner": {"a": 1}, "vsock": null}"#).unwrap();
+        let error = check(r#"{"pmem": [{"id": "root"}]}"#).unwrap_err();
+        assert_eq!(error.to_string(), "`pmem` is not implemented yet: remove it");
     }
 
     #[test]

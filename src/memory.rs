@@ -11,6 +11,9 @@ use crate::error::{Context, Error, Result};
 /// The regions of guest memory; the bitmap notes pages that we dirty ourselves, when that is asked for.
 pub type Regions = GuestMemoryMmap<Option<AtomicBitmap>>;
 
+/// A piece of guest memory.
+pub type Slice<'m> = vm_memory::VolatileSlice<'m, vm_memory::bitmap::BS<'m, Option<AtomicBitmap>>>;
+
 /// Guest memory, shared by all who work on it; regions can be added while the guest runs.
 pub type Memory = GuestMemoryAtomic<Regions>;
 

@@ -339,7 +339,8 @@ fn config_files_that_make_no_sense_are_refused() {
         (String::new(), "EOF while parsing"),
         ("{".to_owned(), "EOF while parsing an object"),
         ("{}".to_owned(), "`boot-source` is missing"),
-        (format!(r#"{{{boot}, "drives": [{{"drive_id": "a"}}]}}"#), "`drives` is not implemented yet"),
+        (format!(r#"{{{boot}, "pmem": [{{"id": "a"}}]}}"#), "`pmem` is not implemented yet"),
+        (format!(r#"{{{boot}, "drives": [{{"drive_id": "a"}}]}}"#), "missing field `is_root_device`"),
         (format!(r#"{{{boot}, "machine-config": {{"vcpu_count": 1}}}}"#), "missing field `mem_size_mib`"),
         (
             format!(r#"{{{boot}, "machine-config": {{"vcpu_count": 0, "mem_size_mib": 8}}}}"#),

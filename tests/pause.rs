@@ -21,6 +21,9 @@ impl Host for Counter {
     fn file(&mut self, what: &str, path: &Path, access: Access) -> Result<File> {
         Local::default().file(what, path, access)
     }
+    fn tap(&mut self, name: &str) -> Result<File> {
+        Local::default().tap(name)
+    }
     fn random_seed(&mut self) -> Result<[u8; 32]> {
         Ok([0; 32])
     }
@@ -52,7 +55,7 @@ fn a_guest_goes_on_after_every_resume_and_stands_still_in_every_pause() {
     let count = Arc::new(AtomicU64::new(0));
     let config = Config { firmware_words: Some("flood".to_owned()), ..Default::default() };
     let mut host = Counter(count.clone());
-    let mut machine = Machine::build(&config, &mut host, Prepared::new().unwrap()).unwrap();
+    let mut machine = Machine::build("test", &config, &mut host, Prepared::new().unwrap()).unwrap();
     machine.load(&config, &mut host).unwrap();
     for round in 0..50 {
         // Many in a row, a little later each time, so that pauses and resumes meet the vCPU at every

@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 use super::{API_VERSION, Action, Request, Response, VmState, routes};
 use crate::arch;
 use crate::config::{BootSource, Config, MachineConfig};
+use crate::devices::{block, net};
 use crate::error::{Error, Result};
 use crate::host::{Access, Local};
 use crate::machine::{Machine, Prepared, State};
@@ -48,7 +49,7 @@ impl Controller {
             Some(prepared) => prepared,
             None => Prepared::new()?,
         };
-        let mut machine = Machine::build(&self.config, &mut self.host, prepared)?;
+        let mut machine = Machine::build(&self.id, &self.config, &mut self.host, prepared)?;
         machine.load(&self.config, &mut self.host)?;
         machine.resume()?;
         self.machine = Some(machine);
@@ -71,6 +72,9 @@ impl Controller {
             PutMachineConfig(_)
             | PatchMachineConfig(_)
             | PutBootSource(_)
+            | PutDrive(_)
+            | PutNetworkInterface(_)
+            | PutEntropy(_)
             | Action(super::Action::InstanceStart)
                 if started =>
             {
@@ -85,10 +89,16 @@ impl Controller {
             Instance => Ok(Response::Value(self.instance())),
             Version => Ok(Response::Value(json!({ "firecracker_version": API_VERSION }))),
             MachineConfig => Ok(Response::Value(to_value(&self.config.machine_config))),
-            VmConfig => Ok(Response::Value(self.vm_config())),
+            VmConfig => Ok(Response::Value(to_value(&self.config))),
             PutMachineConfig(machine) => self.set_machine_config(machine),
             PatchMachineConfig(fields) => self.patch_machine_config(&fields),
             PutBootSource(source) => self.set_boot_source(source),
+            PutDrive(drive) => self.set_drive(drive),
+            PutNetworkInterface(interface) => self.set_network_interface(interface),
+            PutEntropy(entropy) => {
+                self.config.entropy = Some(entropy);
+                Ok(Response::Done)
+            }
             Action(action) => self.act(action),
             PatchVm(state) => self.set_state(state),
         }
@@ -101,15 +111,6 @@ impl Controller {
             Some(State::Paused) => "Paused",
         };
         json!({ "id": self.id, "state": state, "vmm_version": API_VERSION, "app_name": "Firecracker" })
-    }
-
-    fn vm_config(&self) -> Value {
-        let mut config = to_value(&self.config);
-        let sections = config.as_object_mut().expect("a struct is an object");
-        // Clients of the API expect the list, empty or not.
-        sections.insert("drives".to_owned(), json!([]));
-        sections.insert("network-interfaces".to_owned(), json!([]));
-        config
     }
 
     fn set_machine_config(&mut self, machine: MachineConfig) -> Result<Response, String> {
@@ -135,6 +136,24 @@ impl Controller {
             hold("initrd", initrd)?;
         }
         self.config.boot_source = Some(source);
+        Ok(Response::Done)
+    }
+
+    /// The image is opened now, as the kernel is. Its lock is taken at the start.
+    fn set_drive(&mut self, drive: block::Config) -> Result<Response, String> {
+        let fault = fault("Drive config error");
+        drive.check().map_err(&fault)?;
+        let (what, path, access) = drive.file();
+        self.host.hold(&what, path, access).map_err(&fault)?;
+        self.config.put_drive(drive).map_err(&fault)?;
+        Ok(Response::Done)
+    }
+
+    fn set_network_interface(&mut self, interface: net::Config) -> Result<Response, String> {
+        let fault = fault("Network config error");
+        interface.check().map_err(&fault)?;
+        self.host.hold_tap(&interface.host_dev_name).map_err(&fault)?;
+        self.config.put_network_interface(interface).map_err(&fault)?;
         Ok(Response::Done)
     }
 

@@ -10,6 +10,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::config::{BootSource, MachineConfig};
+use crate::devices::{block, entropy, net};
 
 pub use handle::Controller;
 pub use server::Server;
@@ -37,6 +38,12 @@ pub enum Request {
     PatchMachineConfig(Map<String, Value>),
     /// `PUT /boot-source`
     PutBootSource(BootSource),
+    /// `PUT /drives/{drive_id}`
+    PutDrive(block::Config),
+    /// `PUT /network-interfaces/{iface_id}`
+    PutNetworkInterface(net::Config),
+    /// `PUT /entropy`
+    PutEntropy(entropy::Config),
     /// `PUT /actions`
     Action(Action),
     /// `PATCH /vm`

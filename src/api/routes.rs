@@ -5,13 +5,13 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::{Action, Request, VmState};
+use crate::devices::{block, net};
 
 /// First path tokens of Firecracker's API that are not served yet: refused as such, not as unknown.
-const NOT_IMPLEMENTED: [&str; 14] = [
+const NOT_IMPLEMENTED: [&str; 13] = [
     "balloon",
     "cpu-config",
     "drives",
-    "entropy",
     "hotplug",
     "logger",
     "metrics",
@@ -59,6 +59,25 @@ pub fn route(method: &str, path: &str, body: &[u8]) -> Result<Request, String> {
             Request::PatchMachineConfig(fields)
         }
         ("PUT", ["boot-source"]) => Request::PutBootSource(parse(body)?),
+        ("PUT", ["drives", id]) => {
+            let drive: block::Config = parse(body)?;
+            if drive.drive_id != *id {
+                return Err("The id from the path does not match the id from the body!".to_owned());
+            }
+            Request::PutDrive(drive)
+        }
+        ("PUT", ["network-interfaces", id]) => {
+            let interface: net::Config = parse(body)?;
+            if interface.iface_id != *id {
+                let other = interface.iface_id;
+                return Err(format!(
+                    "The id from the path [{id}] does not match the id from the body [{other}]!"
+                ));
+            }
+            Request::PutNetworkInterface(interface)
+        }
+        ("PUT", ["drives" | "network-interfaces"]) => return Err("The ID cannot be empty.".to_owned()),
+        ("PUT", ["entropy"]) => Request::PutEntropy(parse(body)?),
         ("PUT", ["actions"]) => Request::Action(parse::<ActionBody>(body)?.action_type),
         ("PATCH", ["vm"]) => Request::PatchVm(parse::<VmBody>(body)?.state),
         ("GET" | "PUT" | "PATCH" | "DELETE", [first, ..]) if NOT_IMPLEMENTED.contains(first) => {
@@ -106,7 +125,8 @@ mod tests {
             ("POST", "/actions", "{}", format!("{invalid} POST actions.")),
             ("DELETE", "/", "", format!("{invalid} DELETE .")),
             ("PUT", "/actions", "{", format!("{json} EOF while parsing an object at line 1 column 1.")),
-            ("PUT", "/drives/root", "{}", "`PUT /drives/root` is not implemented yet.".to_owned()),
+            ("PATCH", "/drives/root", "{}", "`PATCH /drives/root` is not implemented yet.".to_owned()),
+            ("PUT", "/drives/", "{}", "The ID cannot be empty.".to_owned()),
         ] {
             assert_eq!(route(method, path, body.as_bytes()), Err(expected));
         }

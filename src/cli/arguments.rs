@@ -9,6 +9,7 @@ use lexopt::ValueExt;
 use crate::api::BODY_MAX;
 use crate::arch;
 use crate::config::{BootSource, Config};
+use crate::devices::{block, entropy, net};
 use crate::error::{Error, Result};
 
 /// Firecracker's limit on a microVM's name.
@@ -41,6 +42,12 @@ Options:
                          panics]; for the firmware guest: what it is to do
       --cpus N           How many CPUs [default: 1]
       --memory SIZE      Memory with its unit, M or G (MiB, GiB); a bare number is MiB [default: 128M]
+      --disk PATH[,ro][,root][,id=ID]
+                         A disk from a raw image or block device; `ro`: read-only, `root`: the guest
+                         boots from it. Flushed data is on stable storage. May be repeated
+      --net tap=NAME[,mac=MAC][,id=ID]
+                         A network interface over a TAP interface of this host. May be repeated
+      --entropy          A source of random bytes
       --config FILE      Read the configuration from this JSON file (Firecracker's format); other
                          options override it
       --api-sock SOCKET  Also serve the control API on this socket
@@ -100,6 +107,9 @@ pub struct Run {
     pub cmdline: Option<String>,
     pub cpus: Option<u16>,
     pub memory_mib: Option<u64>,
+    pub disks: Vec<block::Config>,
+    pub interfaces: Vec<net::Config>,
+    pub entropy: bool,
     pub config: Option<PathBuf>,
     pub api_sock: Option<PathBuf>,
     pub id: String,
@@ -152,6 +162,9 @@ fn run(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
         cmdline: None,
         cpus: None,
         memory_mib: None,
+        disks: Vec::new(),
+        interfaces: Vec::new(),
+        entropy: false,
         config: None,
         api_sock: None,
         id: default_id(),
@@ -162,6 +175,15 @@ fn run(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
             Long("cmdline") => run.cmdline = Some(parser.value()?.string()?),
             Long("cpus") => run.cpus = Some(value(parser, "--cpus", number)?),
             Long("memory") => run.memory_mib = Some(value(parser, "--memory", mebibytes)?),
+            Long("disk") => {
+                let number = run.disks.len();
+                run.disks.push(value(parser, "--disk", |text| disk(text, number))?);
+            }
+            Long("net") => {
+                let number = run.interfaces.len();
+                run.interfaces.push(value(parser, "--net", |text| interface(text, number))?);
+            }
+            Long("entropy") => run.entropy = true,
             Long("config") => run.config = Some(parser.value()?.into()),
             Long("api-sock") => run.api_sock = Some(parser.value()?.into()),
             Long("id") => run.id = value(parser, "--id", id)?,
@@ -232,6 +254,15 @@ impl Run {
             Some(_) => {}
             None => config.firmware_words = self.cmdline.clone(),
         }
+        for disk in &self.disks {
+            config.put_drive(disk.clone())?;
+        }
+        for interface in &self.interfaces {
+            config.put_network_interface(interface.clone())?;
+        }
+        if self.entropy {
+            config.entropy = Some(entropy::Config {});
+        }
         let machine = &mut config.machine_config;
         machine.vcpu_count = self.cpus.unwrap_or(machine.vcpu_count);
         machine.mem_size_mib = self.memory_mib.unwrap_or(machine.mem_size_mib);
@@ -254,6 +285,57 @@ impl Serve {
             ))),
         }
     }
+}
+
+/// `PATH[,ro][,root][,id=ID]`
+fn disk(text: &str, number: usize) -> Result<block::Config, String> {
+    let mut parts = text.split(',');
+    let mut disk = block::Config {
+        drive_id: format!("disk{number}"),
+        path_on_host: parts.next().filter(|path| !path.is_empty()).map(PathBuf::from),
+        is_root_device: false,
+        partuuid: None,
+        is_read_only: false,
+        cache_type: block::CacheType::Writeback,
+        io_engine: block::IoEngine::Sync,
+        rate_limiter: None,
+        socket: None,
+    };
+    for part in parts {
+        match part.split_once('=') {
+            None if part == "ro" => disk.is_read_only = true,
+            None if part == "root" => disk.is_root_device = true,
+            Some(("id", id)) => disk.drive_id = id.to_owned(),
+            _ => return Err(format!("`{part}` is unknown: expected PATH[,ro][,root][,id=ID]")),
+        }
+    }
+    disk.check().map_err(|error| error.to_string())?;
+    Ok(disk)
+}
+
+/// `tap=NAME[,mac=MAC][,id=ID]`
+fn interface(text: &str, number: usize) -> Result<net::Config, String> {
+    let mut interface = net::Config {
+        iface_id: format!("net{number}"),
+        host_dev_name: String::new(),
+        guest_mac: None,
+        mtu: None,
+        rx_rate_limiter: None,
+        tx_rate_limiter: None,
+    };
+    for part in text.split(',') {
+        match part.split_once('=') {
+            Some(("tap", name)) => interface.host_dev_name = name.to_owned(),
+            Some(("mac", mac)) => interface.guest_mac = Some(mac.parse()?),
+            Some(("id", id)) => interface.iface_id = id.to_owned(),
+            _ => return Err(format!("`{part}` is unknown: expected tap=NAME[,mac=MAC][,id=ID]")),
+        }
+    }
+    if interface.host_dev_name.is_empty() {
+        return Err("expected tap=NAME[,mac=MAC][,id=ID]".to_owned());
+    }
+    interface.check().map_err(|error| error.to_string())?;
+    Ok(interface)
 }
 
 fn default_id() -> String {

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use vm_memory::GuestAddressSpace;
 
+use super::attach::Slots;
 use super::{Machine, State, halt};
 use crate::arch::{self, layout};
 use crate::bus::Bus;
@@ -20,6 +21,7 @@ use crate::firmware;
 use crate::host::{Access, Host};
 use crate::memory;
 use crate::platform::Platform;
+use crate::virtio::workers::Workers;
 use crate::vm::exit::End;
 use crate::vm::gate::Gate;
 use crate::vm::vcpu::{Surroundings, Vcpu, register_kick};
@@ -28,7 +30,7 @@ use crate::vm::{Prepared, Vm};
 /// Less than the boot tables, a kernel and its FDT need.
 const MEMORY_MIN: u64 = 2 << 20;
 
-pub fn build(config: &Config, host: &mut dyn Host, prepared: Prepared) -> Result<Machine> {
+pub fn build(id: &str, config: &Config, host: &mut dyn Host, prepared: Prepared) -> Result<Machine> {
     let machine = &config.machine_config;
     let size = machine.mem_size_mib.checked_mul(1 << 20).filter(|size| *size >= MEMORY_MIN);
     let size = size.ok_or_else(|| {
@@ -41,7 +43,7 @@ pub fn build(config: &Config, host: &mut dyn Host, prepared: Prepared) -> Result
     })?;
     let ranges = layout::memory(size);
     let memory = memory::allocate(&ranges)?;
-    let platform = Platform {
+    let mut platform = Platform {
         cpus: machine.vcpu_count,
         smt: machine.smt,
         memory: ranges,
@@ -60,6 +62,18 @@ pub fn build(config: &Config, host: &mut dyn Host, prepared: Prepared) -> Result
     let FixedDevices { console, keyboard } = attach_fixed_devices(&vm, &surroundings, host)?;
     let console_room = console.lock().unwrap_or_else(PoisonError::into_inner).room();
 
+    let workers = Workers::new()?;
+    let mut slots = Slots {
+        vm: &vm,
+        mmio: &surroundings.mmio,
+        memory: &memory,
+        workers: &workers,
+        platform: &mut platform,
+    };
+    for device in config.devices() {
+        slots.attach(device.name(), device.open(id, host)?)?;
+    }
+
     register_kick()?;
     vm.timeline.mark("devices");
     Ok(Machine {
@@ -70,6 +84,7 @@ pub fn build(config: &Config, host: &mut dyn Host, prepared: Prepared) -> Result
         console_room,
         keyboard,
         platform,
+        workers,
         halt: halt::Watch::default(),
         vm,
         memory,
@@ -115,7 +130,13 @@ fn command_line(config: &Config) -> String {
             let words = config.firmware_words.as_deref().unwrap_or_default();
             format!("cpus={} memory={} {words}", machine.vcpu_count, machine.mem_size_mib)
         }
-        Some(source) => source.boot_args.clone().unwrap_or_else(|| arch::DEFAULT_COMMAND_LINE.to_owned()),
+        Some(source) => {
+            let line = source.boot_args.as_deref().unwrap_or(arch::DEFAULT_COMMAND_LINE);
+            match config.root_words() {
+                Some(root) => format!("{line} {root}"),
+                None => line.to_owned(),
+            }
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! The machine and its run states: built, loaded, running, paused, ended.
 
+mod attach;
 mod build;
 mod halt;
 
@@ -14,6 +15,7 @@ use crate::host::Host;
 use crate::memory::Memory;
 use crate::platform::Platform;
 use crate::timeline::Timeline;
+use crate::virtio::workers::Workers;
 use crate::vm::Vm;
 use crate::vm::vcpu::{Surroundings, Vcpu};
 
@@ -38,15 +40,17 @@ pub struct Machine {
     console_room: Arc<EventFd>,
     keyboard: Option<Arc<Mutex<Keyboard>>>,
     platform: Platform,
+    workers: Arc<Workers>,
     halt: halt::Watch,
     vm: Vm,
     memory: Memory,
 }
 
 impl Machine {
-    /// Wires a machine together from `config`; it has no content yet and does not run.
-    pub fn build(config: &Config, host: &mut dyn Host, prepared: Prepared) -> Result<Self> {
-        build::build(config, host, prepared)
+    /// Wires a machine together from `config`; it has no content yet and does not run. `id` is its
+    /// name: addresses of its interfaces are derived from it.
+    pub fn build(id: &str, config: &Config, host: &mut dyn Host, prepared: Prepared) -> Result<Self> {
+        build::build(id, config, host, prepared)
     }
 
     /// Gives it its content: kernel, initrd, boot tables, registers. A `boot_source` of none loads
@@ -65,6 +69,7 @@ impl Machine {
             vcpu.start(index, &self.surroundings)?;
         }
         if self.state == State::Paused {
+            self.workers.resume();
             self.surroundings.gate.open();
             self.state = State::Running;
         }
@@ -80,6 +85,7 @@ impl Machine {
         for vcpu in &self.vcpus {
             drop(vcpu.stopped());
         }
+        self.workers.pause();
         self.state = State::Paused;
         Ok(())
     }
@@ -142,5 +148,6 @@ impl Drop for Machine {
         for vcpu in &mut self.vcpus {
             vcpu.join();
         }
+        self.workers.end();
     }
 }

@@ -9,7 +9,7 @@ use std::io::ErrorKind;
 use std::os::fd::{FromRawFd, IntoRawFd};
 
 use kvm_bindings::kvm_userspace_memory_region;
-use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend as _, GuestMemoryRegion};
 
 use crate::arch::{self, CpuModel};
@@ -127,6 +127,12 @@ impl Vm {
             EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).context("create an event descriptor")?;
         self.fd.register_irqfd(&event, gsi).with_context(|| format!("connect interrupt line {gsi}"))?;
         Ok(event)
+    }
+
+    /// Writes to `event` when the guest writes the 32-bit `value` at `address`, without leaving KVM.
+    pub fn kick(&self, event: &EventFd, address: u64, value: u32) -> Result<()> {
+        let address = IoEventAddress::Mmio(address);
+        self.fd.register_ioevent(event, &address, value).context("connect a queue's kick")
     }
 }
 

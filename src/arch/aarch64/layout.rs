@@ -19,6 +19,10 @@ pub const SERIAL_IS_PORTS: bool = false;
 pub const CLOCK: Option<Range> = Some(Range { start: 0x0901_0000, size: 0x1000 });
 /// The exit register (devices/exit.rs).
 pub const EXIT: Range = Range { start: 0x0902_0000, size: 4 };
+/// Registers of virtio-mmio devices, one page each.
+pub const VIRTIO_MMIO: Range = Range { start: 0x0c00_0000, size: 0x10_0000 };
+/// Shared peripheral interrupts for devices that are added.
+pub const DEVICE_GSIS: std::ops::Range<u32> = 8..128;
 /// No keyboard and no ACPI registers: guests power off by PSCI.
 pub const KEYBOARD: Option<(Range, u32)> = None;
 pub const POWER: Option<Power> = None;

@@ -1,0 +1,165 @@
+//! The block device (virtio 1.2, 5.2) over a raw file or block device of the host.
+
+mod image;
+mod request;
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use vm_memory::GuestAddressSpace;
+
+use crate::error::{Error, Result};
+use crate::event::Interest;
+use crate::host::{Access, Host};
+use crate::memory::Memory;
+use crate::virtio::{Io, Queue, Registrar, VirtioDevice, Worker};
+pub use image::Image;
+
+/// Requests are counted in sectors of this size, whatever the disk's own is.
+pub const SECTOR: u64 = 512;
+const QUEUE_SIZE: u16 = 256;
+/// A request has a header and a status beside its data.
+const SEGMENTS_MAX: u32 = QUEUE_SIZE as u32 - 2;
+
+const F_SEG_MAX: u64 = 1 << 2;
+const F_RO: u64 = 1 << 5;
+const F_FLUSH: u64 = 1 << 9;
+
+/// Body of `PUT /drives/{drive_id}`.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Its name: letters, digits and underscores.
+    pub drive_id: String,
+    /// The file or block device.
+    pub path_on_host: Option<PathBuf>,
+    /// The guest boots from it: `root=/dev/vda`, or `root=PARTUUID=` when `partuuid` is given.
+    pub is_root_device: bool,
+    /// The partition to boot from.
+    pub partuuid: Option<String>,
+    /// The guest cannot write to it.
+    #[serde(default)]
+    pub is_read_only: bool,
+    /// Whether the guest can have its writes on stable storage.
+    #[serde(default)]
+    pub cache_type: CacheType,
+    /// How the host does the work.
+    #[serde(default)]
+    pub io_engine: IoEngine,
+    /// Not implemented yet.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate_limiter: Option<Value>,
+    /// Not implemented yet: vhost-user.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub socket: Option<PathBuf>,
+}
+
+/// What becomes of written data that the guest flushes.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+pub enum CacheType {
+    /// It is wherever the host has it; flushes are not offered.
+    #[default]
+    Unsafe,
+    /// A flush is answered when it is on stable storage.
+    Writeback,
+}
+
+/// How the host does the work.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+pub enum IoEngine {
+    /// One system call after the other.
+    #[default]
+    Sync,
+    /// io_uring; not implemented yet.
+    Async,
+}
+
+impl Config {
+    /// Whether it makes sense in itself.
+    pub fn check(&self) -> Result<()> {
+        super::check_id(&self.drive_id)?;
+        let not_yet =
+            |field: &str| Err(Error::config(format!("`{field}` is not implemented yet: leave it out")));
+        match self {
+            Self { rate_limiter: Some(_), .. } => not_yet("rate_limiter"),
+            Self { socket: Some(_), .. } => not_yet("socket"),
+            Self { io_engine: IoEngine::Async, .. } => not_yet("io_engine: Async"),
+            Self { path_on_host: None, .. } => {
+                Err(Error::config("`path_on_host` is missing: it names the disk"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// What it is called in errors, and how it is opened.
+    pub fn file(&self) -> (String, &std::path::Path, Access) {
+        let access = if self.is_read_only { Access::Read } else { Access::ReadWrite };
+        let path = self.path_on_host.as_deref().expect("a checked config has it");
+        (format!("disk `{}`", self.drive_id), path, access)
+    }
+
+    /// The device.
+    pub fn open(&self, host: &mut dyn Host) -> Result<Box<dyn VirtioDevice>> {
+        let (what, path, access) = self.file();
+        let image = Image::new(host.file(&what, path, access)?, path, access)?;
+        Ok(Box::new(Block { config: self.clone(), image }))
+    }
+}
+
+/// The device.
+pub struct Block {
+    config: Config,
+    image: Image,
+}
+
+impl VirtioDevice for Block {
+    fn device_type(&self) -> u32 {
+        2
+    }
+
+    fn features(&self) -> u64 {
+        let read_only = if self.config.is_read_only { F_RO } else { 0 };
+        let flush = if self.config.cache_type == CacheType::Writeback { F_FLUSH } else { 0 };
+        F_SEG_MAX | read_only | flush
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[QUEUE_SIZE]
+    }
+
+    /// struct virtio_blk_config: capacity, size_max, seg_max.
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let mut config = [0; 16];
+        let sectors = self.image.sectors();
+        config[..8].copy_from_slice(&sectors.to_le_bytes());
+        config[12..].copy_from_slice(&SEGMENTS_MAX.to_le_bytes());
+        super::copy_config(&config, offset, data);
+    }
+
+    fn start(&mut self, io: Io) -> Result<Vec<Box<dyn Worker>>> {
+        let Io { memory, queues, .. } = io;
+        let [queue] = <[Queue; 1]>::try_from(queues).ok().expect("one queue was asked for");
+        let image = self.image.share()?;
+        let flushes = self.config.cache_type == CacheType::Writeback;
+        let id = self.config.drive_id.clone();
+        Ok(vec![Box::new(Running { memory, queue, disk: request::Disk { image, flushes, id } })])
+    }
+}
+
+struct Running {
+    memory: Memory,
+    queue: Queue,
+    disk: request::Disk,
+}
+
+impl Worker for Running {
+    fn register(&mut self, registrar: &mut Registrar<'_>) -> Result<()> {
+        registrar.add(self.queue.kick(), Interest::IN, 0)
+    }
+
+    fn handle(&mut self, _token: u32) -> Result<()> {
+        let memory = self.memory.memory();
+        self.queue.serve(&memory, |chain| self.disk.serve(&memory, chain))
+    }
+}

@@ -1,0 +1,83 @@
+//! virtio-mmio (virtio 1.2, 4.2): offsets to registers.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::transport::{Register, Transport};
+use crate::bus::BusDevice;
+
+const MAGIC: u32 = u32::from_le_bytes(*b"virt");
+const VERSION: u32 = 2;
+/// No vendor of PCI's list: any value will do.
+const VENDOR: u32 = u32::from_le_bytes(*b"ALUL");
+/// Device configuration begins here.
+const CONFIG: u64 = 0x100;
+/// Where QueueNotify is: kicks arrive there.
+pub const QUEUE_NOTIFY: u64 = 0x50;
+
+/// Offset to register (virtio 1.2, 4.2.2).
+fn register(offset: u64) -> Option<Register> {
+    Some(match offset {
+        0x10 => Register::DeviceFeatures,
+        0x14 => Register::DeviceFeaturesSelect,
+        0x20 => Register::DriverFeatures,
+        0x24 => Register::DriverFeaturesSelect,
+        0x30 => Register::QueueSelect,
+        0x34 => Register::QueueSizeMax,
+        0x38 => Register::QueueSize,
+        0x44 => Register::QueueReady,
+        QUEUE_NOTIFY => Register::QueueNotify,
+        0x60 => Register::InterruptStatus,
+        0x64 => Register::InterruptAcknowledge,
+        0x70 => Register::Status,
+        0x80 => Register::QueueDescLow,
+        0x84 => Register::QueueDescHigh,
+        0x90 => Register::QueueDriverLow,
+        0x94 => Register::QueueDriverHigh,
+        0xa0 => Register::QueueDeviceLow,
+        0xa4 => Register::QueueDeviceHigh,
+        0xfc => Register::ConfigGeneration,
+        _ => return None,
+    })
+}
+
+/// A device behind virtio-mmio.
+pub struct Mmio(pub Arc<Mutex<Transport>>);
+
+impl BusDevice for Mmio {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        let transport = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(offset) = offset.checked_sub(CONFIG) {
+            return transport.read_config(offset, data);
+        }
+        let value = match offset {
+            0x00 => MAGIC,
+            0x04 => VERSION,
+            0x08 => transport.device_type(),
+            0x0c => VENDOR,
+            // Shared memory regions (0xb0 to 0xbc): all ones, there are none.
+            0xb0..=0xbc => u32::MAX,
+            _ => register(offset).map_or(0, |register| transport.read(register)),
+        };
+        // Registers are read whole (4.2.2.2).
+        match <&mut [u8; 4]>::try_from(data) {
+            Ok(data) => *data = value.to_le_bytes(),
+            Err(_) => log_width(),
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        let mut transport = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(offset) = offset.checked_sub(CONFIG) {
+            return transport.write_config(offset, data);
+        }
+        match (register(offset), <[u8; 4]>::try_from(data)) {
+            (Some(register), Ok(data)) => transport.write(register, u32::from_le_bytes(data)),
+            (_, Err(_)) => log_width(),
+            (None, _) => {}
+        }
+    }
+}
+
+fn log_width() {
+    crate::log::guest_line("the guest accessed a virtio register with a width other than 32 bits: ignored");
+}

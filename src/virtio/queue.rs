@@ -1,0 +1,108 @@
+//! A queue as a device sees it: the ring (by `virtio-queue`), its kick and its interrupt.
+
+use std::sync::Arc;
+
+use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
+
+use super::Line;
+use crate::error::{Error, Result};
+use crate::event::EventFd;
+use crate::memory::Regions;
+
+/// A chain of descriptors: one request of the driver's.
+pub type Chain<'m> = DescriptorChain<&'m Regions>;
+
+/// A queue of a running device.
+pub struct Queue {
+    ring: virtio_queue::Queue,
+    kick: EventFd,
+    line: Arc<Line>,
+}
+
+fn broken(error: virtio_queue::Error) -> Error {
+    Error::guest(format!("the driver broke the ring: {error}"))
+}
+
+impl Queue {
+    /// A queue over `ring`, which the driver set up and kicks by `kick`.
+    pub fn new(ring: virtio_queue::Queue, kick: EventFd, line: Arc<Line>) -> Self {
+        Self { ring, kick, line }
+    }
+
+    /// Readable when the driver has made buffers available.
+    pub fn kick(&self) -> &EventFd {
+        &self.kick
+    }
+
+    /// The next request, if there is one.
+    pub fn pop<'m>(&mut self, memory: &'m Regions) -> Result<Option<Chain<'m>>> {
+        if !self.ring.ready() {
+            return Ok(None);
+        }
+        Ok(self.ring.iter(memory).map_err(broken)?.next())
+    }
+
+    /// Gives the request popped last back: it will be popped again.
+    pub fn undo_pop(&mut self) {
+        self.ring.go_to_previous_position();
+    }
+
+    /// The request with this head is done, and `len` bytes were written to it.
+    pub fn push(&mut self, memory: &Regions, head: u16, len: u32) -> Result<()> {
+        self.ring.add_used(memory, head, len).map_err(broken)
+    }
+
+    /// Interrupts the driver, if it wants to know of what was pushed.
+    pub fn notify(&mut self, memory: &Regions) -> Result<()> {
+        if self.ring.needs_notification(memory).map_err(broken)? {
+            self.line.used_buffer();
+        }
+        Ok(())
+    }
+
+    /// Asks the driver for kicks; true: requests came meanwhile and will not be kicked for.
+    pub fn enable_kicks(&mut self, memory: &Regions) -> Result<bool> {
+        self.ring.enable_notification(memory).map_err(broken)
+    }
+
+    /// Tells the driver that kicks are not needed for now.
+    pub fn disable_kicks(&mut self, memory: &Regions) -> Result<()> {
+        self.ring.disable_notification(memory).map_err(broken)
+    }
+
+    /// After a kick: handles the requests there are, each with `handle`, which returns how many bytes
+    /// it wrote. A driver that never stops adding gets a ring's worth at a time, so that other
+    /// devices of the same loop have their turn.
+    pub fn serve(
+        &mut self,
+        memory: &Regions,
+        mut handle: impl FnMut(Chain<'_>) -> Result<u32>,
+    ) -> Result<()> {
+        // Fails when nothing was written: another event than the kick.
+        let _ = self.kick.read();
+        if !self.ring.ready() {
+            return Ok(());
+        }
+        self.disable_kicks(memory)?;
+        let mut left = self.ring.size();
+        loop {
+            while left > 0
+                && let Some(chain) = self.pop(memory)?
+            {
+                let head = chain.head_index();
+                let written = handle(chain)?;
+                self.push(memory, head, written)?;
+                left -= 1;
+            }
+            if left == 0 {
+                // Go on in the next turn. A counter that is full says the same.
+                let _ = self.kick.write(1);
+                break;
+            }
+            if !self.enable_kicks(memory)? {
+                break;
+            }
+        }
+        self.notify(memory)
+    }
+}
