@@ -8,7 +8,7 @@ mod common;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use common::{Ended, Service, run};
+use common::{Ended, Folder, Service, network, run};
 use serde_json::json;
 
 const X86_64: bool = cfg!(target_arch = "x86_64");
@@ -27,18 +27,16 @@ fn command_line(what: &str) -> String {
 }
 
 fn boot(kernel: &str, cpus: u32, what: &str) -> Ended {
-    run([
-        "run",
-        asset(kernel).to_str().unwrap(),
-        "--initrd",
-        asset("initramfs.cpio").to_str().unwrap(),
-        "--cpus",
-        &cpus.to_string(),
-        "--memory",
-        "256M",
-        "--cmdline",
-        &command_line(what),
-    ])
+    boot_with(kernel, cpus, what, &[])
+}
+
+fn boot_with(kernel: &str, cpus: u32, what: &str, more: &[&str]) -> Ended {
+    let (kernel, initrd) = (asset(kernel), asset("initramfs.cpio"));
+    let (cpus, line) = (cpus.to_string(), command_line(what));
+    let mut arguments = vec!["run", kernel.to_str().unwrap(), "--initrd", initrd.to_str().unwrap()];
+    arguments.extend(["--cpus", &cpus, "--memory", "256M", "--cmdline", &line]);
+    arguments.extend(more);
+    run(arguments)
 }
 
 fn line_of<'a>(text: &'a str, label: &str) -> &'a str {
@@ -109,6 +107,45 @@ fn every_end_of_a_linux_guest_is_understood() {
         assert_eq!(ended.code, Some(code), "{what}: {}", ended.text);
         assert!(ended.text.contains(line), "{what}: {}", ended.text);
     }
+}
+
+#[test]
+#[ignore = "a stock kernel: scripts/test runs it"]
+fn a_disk_keeps_what_a_guest_wrote_and_synced() {
+    let folder = Folder::new();
+    let disk = folder.path("disk");
+    std::fs::File::create(&disk).unwrap().set_len(32 << 20).unwrap();
+    let disk = format!("{},id=data", disk.display());
+    for what in ["disk-write", "disk-check"] {
+        let ended = boot_with(KERNELS[0], 2, what, &["--disk", &disk]);
+        assert_eq!(ended.code, Some(0), "{}", ended.text);
+        assert!(ended.text.contains("disk: read and written, 65536 sectors"), "{}", ended.text);
+    }
+    // Read-only, it still has it.
+    let ended = boot_with(KERNELS[0], 1, "disk-check", &["--disk", &format!("{disk},ro")]);
+    assert!(ended.text.contains("disk: read and written, 65536 sectors"), "{}", ended.text);
+}
+
+#[test]
+#[ignore = "a stock kernel: scripts/test runs it"]
+fn a_guest_pings_its_host_over_a_tap() {
+    network::enter();
+    network::add_tap("tap0", "172.16.0.1/24");
+    let ended = boot_with(KERNELS[0], 2, "network", &["--net", "tap=tap0,mac=06:00:ac:10:00:02"]);
+    assert_eq!(ended.code, Some(0), "{}", ended.text);
+    assert!(ended.text.contains("network: pinged, 06:00:ac:10:00:02"), "{}", ended.text);
+}
+
+#[test]
+#[ignore = "a stock kernel: scripts/test runs it"]
+fn a_guest_gets_random_bytes_of_its_host() {
+    let random = || {
+        let ended = boot_with(KERNELS[0], 1, "entropy", &["--entropy"]);
+        assert!(ended.text.contains("virtio_rng.0"), "{}", ended.text);
+        line_of(&ended.text, "0000000").to_owned()
+    };
+    let (first, second) = (random(), random());
+    assert!(first.len() > 40 && first != second, "{first} {second}");
 }
 
 #[test]
