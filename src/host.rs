@@ -161,10 +161,15 @@ impl Drop for Output {
 
 fn open(what: &str, path: &Path, access: Access) -> Result<File> {
     let attempt = || format!("open {what} `{}`", path.display());
-    let file =
-        OpenOptions::new().read(true).write(access == Access::ReadWrite).open(path).with_context(attempt)?;
+    let directory = || Error::config("it is a directory, a file is needed");
+    let file = match OpenOptions::new().read(true).write(access == Access::ReadWrite).open(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::IsADirectory => {
+            Err(directory()).with_context(attempt)?
+        }
+        result => result.with_context(attempt)?,
+    };
     if file.metadata().with_context(attempt)?.is_dir() {
-        return Err(Error::config("it is a directory, a file is needed")).with_context(attempt);
+        return Err(directory()).with_context(attempt);
     }
     Ok(file)
 }

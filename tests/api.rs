@@ -7,7 +7,7 @@ mod common;
 use std::io::Read;
 use std::os::unix::net::UnixStream;
 
-use common::{Client, Service, run, wait_for};
+use common::{Client, Service, network, run, wait_for};
 use serde_json::json;
 
 const START: &str = r#"{"action_type": "InstanceStart"}"#;
@@ -413,4 +413,128 @@ fn a_guest_that_floods_its_console_can_be_paused_though_nobody_reads() {
     assert!(some.starts_with(b"flood\n"), "{some:?}");
     child.kill().unwrap();
     child.wait().unwrap();
+}
+
+#[test]
+fn disks_and_interfaces_are_checked_where_they_are_named() {
+    let service = Service::start(&[]);
+    let mut client = service.client();
+    let disk = service.folder.write("disk", [0; 4096]);
+    let mut fault =
+        |path: &str, body: serde_json::Value| client.request("PUT", path, &body.to_string()).fault();
+    let drive = |more: serde_json::Value| {
+        let mut body = json!({ "drive_id": "a", "is_root_device": false, "path_on_host": disk });
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        body
+    };
+    for (path, body, expected) in [
+        ("/drives/b", drive(json!({})), "The id from the path does not match the id from the body!"),
+        ("/drives/a", drive(json!({ "path_on_host": "/none" })), "open disk `a` `/none`: No such file"),
+        ("/drives/a", drive(json!({ "path_on_host": "/dev" })), "it is a directory, a file is needed"),
+        ("/drives/a", drive(json!({ "path_on_host": null })), "`path_on_host` is missing"),
+        ("/drives/a", drive(json!({ "io_engine": "Async" })), "`io_engine: Async` is not implemented yet"),
+        ("/drives/a", drive(json!({ "rate_limiter": {} })), "`rate_limiter` is not implemented yet"),
+        ("/drives/a", drive(json!({ "cache_type": "Fast" })), "unknown variant `Fast`"),
+        ("/drives/a-b", drive(json!({ "drive_id": "a-b" })), "can only contain alphanumeric characters"),
+        (
+            "/network-interfaces/n",
+            json!({ "iface_id": "m", "host_dev_name": "tap0" }),
+            "The id from the path [n] does not match the id from the body [m]!",
+        ),
+        (
+            "/network-interfaces/n",
+            json!({ "iface_id": "n", "host_dev_name": "notap9" }),
+            "there is no such interface: `ip tuntap add dev notap9 mode tap",
+        ),
+        (
+            "/network-interfaces/n",
+            json!({ "iface_id": "n", "host_dev_name": "lo", "guest_mac": "zz" }),
+            "`zz` is not a MAC address",
+        ),
+        (
+            "/network-interfaces/n",
+            json!({ "iface_id": "n", "host_dev_name": "lo", "mtu": 10 }),
+            "an `mtu` of 10 is too small",
+        ),
+        (
+            "/network-interfaces/n",
+            json!({ "iface_id": "n", "host_dev_name": "a-name-that-is-too-long" }),
+            "interface names have 1 to 15 characters",
+        ),
+    ] {
+        let fault = fault(path, body.clone());
+        assert!(fault.contains(expected), "{path} {body}: {fault}");
+    }
+}
+
+#[test]
+fn two_root_devices_are_refused_and_one_can_be_replaced() {
+    let service = Service::start(&[]);
+    let mut client = service.client();
+    let disk = service.folder.write("disk", [0; 4096]);
+    let body = |id: &str| json!({ "drive_id": id, "is_root_device": true, "path_on_host": disk }).to_string();
+    client.ok("PUT", "/drives/a", &body("a"));
+    client.ok("PUT", "/drives/a", &body("a"));
+    let fault = client.request("PUT", "/drives/b", &body("b")).fault();
+    assert!(fault.contains("A root block device already exists!"), "{fault}");
+    let drives = client.ok("GET", "/vm/config", "").json()["drives"].clone();
+    assert_eq!(drives.as_array().unwrap().len(), 1);
+    assert_eq!((&drives[0]["drive_id"], &drives[0]["cache_type"]), (&json!("a"), &json!("Unsafe")));
+    client.ok("PUT", "/entropy", "{}");
+    assert_eq!(client.ok("GET", "/vm/config", "").json()["entropy"], json!({}));
+}
+
+#[test]
+fn interfaces_need_a_tap_of_their_own() {
+    network::enter();
+    network::add_tap("tap0", "172.16.0.1/24");
+    network::add_tap("tap1", "172.16.1.1/24");
+    let service = Service::start(&[]);
+    let mut client = service.client();
+    let put = |client: &mut Client, id: &str, tap: &str, mac: &str| {
+        let body = json!({ "iface_id": id, "host_dev_name": tap, "guest_mac": mac }).to_string();
+        client.request("PUT", &format!("/network-interfaces/{id}"), &body)
+    };
+    assert_eq!(put(&mut client, "a", "tap0", "06:00:00:00:00:01").status(), "204");
+    let fault = put(&mut client, "b", "tap1", "06:00:00:00:00:01").fault();
+    assert!(fault.contains("The MAC address is already in use: 06:00:00:00:00:01"), "{fault}");
+    assert_eq!(put(&mut client, "b", "tap1", "06:00:00:00:00:02").status(), "204");
+    // Another process wants one of them.
+    let other = Service::start(&[]);
+    let fault = put(&mut other.client(), "a", "tap0", "06:00:00:00:00:03").fault();
+    assert!(
+        fault.contains("open TAP interface `tap0`") && fault.contains("another process uses it"),
+        "{fault}"
+    );
+    let fault = put(&mut other.client(), "a", "lo", "06:00:00:00:00:03").fault();
+    assert!(fault.contains("it is not a TAP interface"), "{fault}");
+}
+
+#[test]
+fn one_image_has_one_writer() {
+    let folder = common::Folder::new();
+    let disk = folder.write("disk", [0; 4096]);
+    let disk = disk.to_str().unwrap();
+    let mut writer = common::Process::start(["run", "--disk", disk, "--cmdline", "hello"]);
+    writer.expect("A");
+    let pid = writer.child.id();
+    for options in ["", ",ro"] {
+        let second = run(["run", "--disk", &format!("{disk}{options}"), "--cmdline", "hello"]);
+        assert_eq!(second.code, Some(125), "{}", second.text);
+        assert!(second.text.contains(&format!("it is in use by process {pid} (alula)")), "{}", second.text);
+    }
+    writer.send(libc::SIGTERM);
+    writer.end();
+    // Readers share it.
+    let read_only = format!("{disk},ro");
+    let mut reader = common::Process::start(["run", "--disk", &read_only, "--cmdline", "hello"]);
+    reader.expect("A");
+    let second = run(["run", "--disk", &read_only, "--cmdline", "case=serial"]);
+    assert_eq!(second.code, Some(0), "{}", second.text);
+    // Empty files are placeholders, which many may share.
+    let empty = folder.write("empty", "");
+    let mut first = common::Process::start(["run", "--disk", empty.to_str().unwrap(), "--cmdline", "hello"]);
+    first.expect("A");
+    let second = run(["run", "--disk", empty.to_str().unwrap(), "--cmdline", "case=serial"]);
+    assert_eq!(second.code, Some(0), "{}", second.text);
 }

@@ -10,6 +10,8 @@ use crate::machine::Machine;
 pub const NAME: &str = "aarch64";
 /// The exit register.
 pub const EXIT: u64 = 0x0902_0000;
+/// Registers of virtio-mmio devices, a page each.
+pub const VIRTIO_MMIO: u64 = 0x0c00_0000;
 const SERIAL: u64 = 0x0900_0000;
 const GIC_DISTRIBUTOR: u64 = 0x0800_0000;
 const GIC_REDISTRIBUTOR: u64 = 0x0a00_0000;
@@ -303,4 +305,9 @@ unsafe extern "C" fn memcmp(a: *const u8, b: *const u8, count: usize) -> i32 {
 #[unsafe(no_mangle)]
 unsafe extern "C" fn bcmp(a: *const u8, b: *const u8, count: usize) -> i32 {
     unsafe { memcmp(a, b, count) }
+}
+
+/// Orders memory accesses as devices see them.
+pub fn barrier() {
+    unsafe { asm!("dmb sy", options(nostack)) };
 }

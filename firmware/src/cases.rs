@@ -2,7 +2,10 @@
 
 use crate::arch;
 use crate::console::{self, Hex, say};
+use crate::devices;
+use crate::hostile;
 use crate::machine::Machine;
+use crate::virtio::{self, Device};
 use crate::words::{Words, number};
 
 /// A case prints what it found in parentheses, or what was expected and what was found.
@@ -18,18 +21,28 @@ const CASES: [(&str, Case); 7] = [
     ("nobody-there", nobody_there),
 ];
 
-/// Runs the cases that the command line names, or all; returns how many failed.
+/// Cases for a virtio device of a type: run where there is one, and where they are asked for by name.
+const DEVICE_CASES: [(&str, u32, Case); 3] =
+    [("block", 2, devices::block), ("net", 1, devices::net), ("entropy", 4, devices::entropy)];
+
+/// Runs the cases that the command line names, or all but `hostile`; returns how many failed.
 pub fn run(machine: &Machine, words: &Words) -> u32 {
     let (mut ran, mut failed) = (0u32, 0u32);
     let chosen = words.value("case");
-    for (name, case) in &CASES {
+    let devices = DEVICE_CASES
+        .iter()
+        .filter(|(_, kind, _)| chosen.is_some() || Device::find(*kind).is_some())
+        .map(|(name, _, case)| (*name, *case));
+    let hostile = [("hostile", hostile::run as Case)].into_iter().filter(|_| chosen.is_some());
+    for (name, case) in CASES.into_iter().chain(devices).chain(hostile) {
         if chosen
             .is_some_and(|chosen| !chosen.split(|byte| *byte == b',').any(|word| word == name.as_bytes()))
         {
             continue;
         }
-        say!(*name, ": ");
+        say!(name, ": ");
         ran += 1;
+        virtio::forget_rings();
         if case(machine, words) {
             say!("\n");
         } else {

@@ -14,7 +14,10 @@
 
 mod cases;
 mod console;
+mod devices;
+mod hostile;
 mod machine;
+mod virtio;
 mod words;
 
 #[cfg(target_arch = "x86_64")]

@@ -11,6 +11,8 @@ use crate::machine::{Machine, text_at};
 pub const NAME: &str = "x86_64";
 /// The exit register.
 pub const EXIT: u64 = 0xc000_2000;
+/// Registers of virtio-mmio devices, a page each.
+pub const VIRTIO_MMIO: u64 = 0xc010_0000;
 const SERIAL: u16 = 0x3f8;
 /// What an exception that nobody expects ends with.
 const EXCEPTION: u32 = 101;
@@ -456,4 +458,9 @@ unsafe extern "C" fn memcmp(a: *const u8, b: *const u8, count: usize) -> i32 {
 #[unsafe(no_mangle)]
 unsafe extern "C" fn bcmp(a: *const u8, b: *const u8, count: usize) -> i32 {
     unsafe { memcmp(a, b, count) }
+}
+
+/// Orders memory accesses as devices see them: x86 needs only the compiler to be told.
+pub fn barrier() {
+    core::sync::atomic::compiler_fence(core::sync::atomic::Ordering::SeqCst);
 }

@@ -38,3 +38,57 @@ pub fn add_tap(name: &str, address: &str) {
     output("ip", &["addr", "add", address, "dev", name]);
     output("ip", &["link", "set", name, "up"]);
 }
+
+/// A packet socket on an interface, for one EtherType.
+pub struct Wire {
+    socket: std::os::fd::OwnedFd,
+}
+
+impl Wire {
+    /// Listens on the interface `name`.
+    #[allow(unsafe_code)]
+    pub fn new(name: &str, ether_type: u16) -> Self {
+        use std::os::fd::FromRawFd;
+        let name = std::ffi::CString::new(name).unwrap();
+        let protocol = ether_type.to_be();
+        // SAFETY: `sockaddr_ll` is plain data; the calls read local structures of the sizes given.
+        unsafe {
+            let fd = libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, protocol.into());
+            assert!(fd >= 0, "{}", std::io::Error::last_os_error());
+            let mut address: libc::sockaddr_ll = std::mem::zeroed();
+            address.sll_family = libc::AF_PACKET as u16;
+            address.sll_protocol = protocol;
+            address.sll_ifindex = libc::if_nametoindex(name.as_ptr()) as i32;
+            let size = size_of_val(&address) as u32;
+            assert_eq!(
+                libc::bind(fd, (&raw const address).cast(), size),
+                0,
+                "{}",
+                std::io::Error::last_os_error()
+            );
+            let patience = libc::timeval { tv_sec: super::PATIENCE.as_secs() as i64, tv_usec: 0 };
+            let size = size_of_val(&patience) as u32;
+            libc::setsockopt(fd, libc::SOL_SOCKET, libc::SO_RCVTIMEO, (&raw const patience).cast(), size);
+            Self { socket: std::os::fd::OwnedFd::from_raw_fd(fd) }
+        }
+    }
+
+    /// The next frame.
+    #[allow(unsafe_code)]
+    pub fn receive(&self) -> Vec<u8> {
+        let mut frame = vec![0; 2048];
+        // SAFETY: the call writes at most the length of the buffer to it.
+        let count = unsafe { libc::recv(self.socket.as_raw_fd(), frame.as_mut_ptr().cast(), frame.len(), 0) };
+        assert!(count >= 0, "no frame came: {}", std::io::Error::last_os_error());
+        frame.truncate(count as usize);
+        frame
+    }
+
+    /// Sends a frame.
+    #[allow(unsafe_code)]
+    pub fn send(&self, frame: &[u8]) {
+        // SAFETY: the call reads the slice.
+        let count = unsafe { libc::send(self.socket.as_raw_fd(), frame.as_ptr().cast(), frame.len(), 0) };
+        assert_eq!(count, frame.len() as isize, "{}", std::io::Error::last_os_error());
+    }
+}

@@ -1,0 +1,148 @@
+//! A case per virtio device: it does what its driver asks, and says what it cannot do.
+
+use core::ptr::read_volatile;
+
+use crate::console::say;
+use crate::machine::Machine;
+use crate::virtio::{CONFIG, Device, Queue, read_by_device, written_by_device};
+use crate::words::Words;
+
+const SECTOR: usize = 512;
+const IN: u32 = 0;
+const OUT: u32 = 1;
+const FLUSH: u32 = 4;
+
+/// What was written, byte by byte.
+fn pattern(index: usize) -> u8 {
+    index as u8 ^ 0x5a
+}
+
+/// The status that a disk answers to a request; none: it does not.
+fn ask(queue: &Queue, kind: u32, sector: u64, data: &mut [u8]) -> Option<u8> {
+    let (mut header, mut status) = ([0; 16], [0xff]);
+    header[..4].copy_from_slice(&kind.to_le_bytes());
+    header[8..].copy_from_slice(&sector.to_le_bytes());
+    let body = if kind == OUT { read_by_device(data) } else { written_by_device(data) };
+    let all = [read_by_device(&header), body, written_by_device(&mut status)];
+    match data.is_empty() {
+        true => queue.request(&[all[0], all[2]]),
+        false => queue.request(&all),
+    }?;
+    // SAFETY: a local; the device writes what the compiler believes unchanged.
+    Some(unsafe { read_volatile(&raw const status[0]) })
+}
+
+/// A disk keeps what is written, says what it cannot do, and goes on.
+pub fn block(_: &Machine, _: &Words) -> bool {
+    let Some(device) = Device::find(2) else {
+        say!("expected a disk, found none");
+        return false;
+    };
+    let Some([queue]) = device.start::<1>() else {
+        say!("expected a disk that starts, found none");
+        return false;
+    };
+    let sectors = u64::from(device.read(CONFIG)) | u64::from(device.read(CONFIG + 4)) << 32;
+    // (what, type, sector, bytes of data, expected status)
+    let steps: [(&str, u32, u64, usize, u8); 9] = [
+        ("a write", OUT, 1, SECTOR, 0),
+        ("a flush", FLUSH, 0, 0, 0),
+        ("a read", IN, 1, SECTOR, 0),
+        ("an unknown request", 99, 0, 0, 2),
+        ("a read beyond the end", IN, sectors, SECTOR, 1),
+        ("a read that wraps around", IN, u64::MAX, SECTOR, 1),
+        ("a write beyond the end", OUT, sectors, SECTOR, 1),
+        ("a part of a sector", IN, 0, 100, 1),
+        ("a second read", IN, 1, SECTOR, 0),
+    ];
+    for (what, kind, sector, length, expected) in steps {
+        let mut data = [0; SECTOR];
+        if kind == OUT {
+            data.iter_mut().enumerate().for_each(|(index, byte)| *byte = pattern(index));
+        }
+        let found = ask(&queue, kind, sector, &mut data[..length]);
+        if found != Some(expected) {
+            say!("expected status ", u64::from(expected), " for ", what, ", found ");
+            match found {
+                Some(status) => say!(u64::from(status)),
+                None => say!("no answer"),
+            }
+            return false;
+        }
+        // SAFETY: as in `ask`.
+        let data = unsafe { read_volatile(&raw const data) };
+        if kind == IN && expected == 0 && data.iter().enumerate().any(|(index, byte)| *byte != pattern(index))
+        {
+            say!("expected what was written, found something else after ", what);
+            return false;
+        }
+    }
+    say!("ok (", sectors, " sectors)");
+    true
+}
+
+/// Two requests for random bytes give different ones.
+pub fn entropy(_: &Machine, _: &Words) -> bool {
+    let Some([queue]) = Device::find(4).and_then(|device| device.start::<1>()) else {
+        say!("expected a source of random bytes that starts, found none");
+        return false;
+    };
+    let mut bytes = [[0; 32]; 2];
+    for bytes in &mut bytes {
+        let count = queue.request(&[written_by_device(bytes)]);
+        if count != Some(32) {
+            say!("expected 32 bytes, found ", count.unwrap_or(0));
+            return false;
+        }
+    }
+    // SAFETY: a local; the device writes what the compiler believes unchanged.
+    let [first, second] = unsafe { read_volatile(&raw const bytes) };
+    if first == second || first == [0; 32] {
+        say!("expected different bytes, found the same");
+        return false;
+    }
+    say!("ok (32 bytes, twice)");
+    true
+}
+
+/// A frame goes out and one comes in. The other side is a test, which answers what it gets: both
+/// frames have the EtherType for local experiments.
+pub fn net(_: &Machine, _: &Words) -> bool {
+    const HEADER: usize = 12;
+    const ETHER_TYPE: [u8; 2] = [0x88, 0xb5];
+    /// Other frames of the host's come too.
+    const FRAMES: u32 = 50;
+    let Some(device) = Device::find(1) else {
+        say!("expected a network interface, found none");
+        return false;
+    };
+    let Some([rx, tx]) = device.start::<2>() else {
+        say!("expected a network interface that starts, found none");
+        return false;
+    };
+    let mut frame = [0; HEADER + 60];
+    frame[HEADER..HEADER + 6].fill(0xff);
+    for index in 0..6 {
+        let word = device.read(CONFIG + index as u64 / 4 * 4);
+        frame[HEADER + 6 + index] = (word >> (8 * (index % 4))) as u8;
+    }
+    frame[HEADER + 12..HEADER + 14].copy_from_slice(&ETHER_TYPE);
+    frame[HEADER + 14..HEADER + 19].copy_from_slice(b"hello");
+    if tx.request(&[read_by_device(&frame)]).is_none() {
+        say!("expected a frame to be sent, found it waiting");
+        return false;
+    }
+    for _ in 0..FRAMES {
+        let mut received = [0; HEADER + 1514];
+        let Some(length) = rx.request(&[written_by_device(&mut received)]) else { break };
+        // SAFETY: as above.
+        let received = unsafe { read_volatile(&raw const received) };
+        if received[HEADER + 12..HEADER + 14] == ETHER_TYPE && received[HEADER + 14..HEADER + 19] == *b"world"
+        {
+            say!("ok (a frame of ", length as usize - HEADER, " bytes in)");
+            return true;
+        }
+    }
+    say!("expected an answer, found none");
+    false
+}

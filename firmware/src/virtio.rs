@@ -1,0 +1,282 @@
+//! A driver of virtio-mmio devices (virtio 1.2, 4.2), just enough to ask them for something and to
+//! wait for the answer.
+
+use core::ptr::{read_volatile, write_volatile};
+
+use crate::arch::{self, read32, write32};
+
+const DEVICES_MAX: u64 = 32;
+const STRIDE: u64 = 0x1000;
+
+pub const STATUS: u64 = 0x70;
+pub const QUEUE_SELECT: u64 = 0x30;
+pub const QUEUE_SIZE_MAX: u64 = 0x34;
+pub const QUEUE_SIZE: u64 = 0x38;
+pub const QUEUE_READY: u64 = 0x44;
+pub const QUEUE_NOTIFY: u64 = 0x50;
+pub const CONFIG: u64 = 0x100;
+const QUEUE_DESC: u64 = 0x80;
+const QUEUE_DRIVER: u64 = 0x90;
+const QUEUE_DEVICE: u64 = 0xa0;
+const DEVICE_FEATURES: u64 = 0x10;
+const DRIVER_FEATURES: u64 = 0x20;
+
+pub const NEEDS_RESET: u32 = 64;
+const FEATURES_OK: u32 = 8;
+const F_VERSION_1: u64 = 1 << 32;
+
+/// Entries of our rings.
+pub const SIZE: usize = 8;
+/// How often the used ring is looked at before a device counts as dead.
+const PATIENCE: u32 = 3_000_000;
+
+pub const NEXT: u16 = 1;
+pub const WRITE: u16 = 2;
+pub const INDIRECT: u16 = 4;
+
+/// One entry of the descriptor table.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Descriptor {
+    pub address: u64,
+    pub length: u32,
+    pub flags: u16,
+    pub next: u16,
+}
+
+/// The three parts of a split ring.
+#[repr(C, align(4096))]
+pub struct Ring {
+    pub descriptors: [Descriptor; SIZE],
+    pub available_flags: u16,
+    pub available_index: u16,
+    pub available: [u16; SIZE],
+    padding: [u8; 4],
+    pub used_flags: u16,
+    pub used_index: u16,
+    pub used: [[u32; 2]; SIZE],
+}
+
+const EMPTY: Ring = Ring {
+    descriptors: [Descriptor { address: 0, length: 0, flags: 0, next: 0 }; SIZE],
+    available_flags: 0,
+    available_index: 0,
+    available: [0; SIZE],
+    padding: [0; 4],
+    used_flags: 0,
+    used_index: 0,
+    used: [[0; 2]; SIZE],
+};
+
+/// Rings for the devices of one case: it uses at most two devices with two queues.
+static mut RINGS: [Ring; 4] = [EMPTY; 4];
+static mut RINGS_TAKEN: usize = 0;
+
+/// A device by the address of its registers.
+#[derive(Clone, Copy)]
+pub struct Device(pub u64);
+
+impl Device {
+    /// The first device of this type.
+    pub fn find(kind: u32) -> Option<Self> {
+        let places = (0..DEVICES_MAX).map(|index| Self(arch::VIRTIO_MMIO + index * STRIDE));
+        places
+            .take_while(|device| device.read(0) == u32::from_le_bytes(*b"virt"))
+            .find(|device| device.read(8) == kind)
+    }
+
+    pub fn read(self, offset: u64) -> u32 {
+        read32(self.0 + offset)
+    }
+
+    pub fn write(self, offset: u64, value: u32) {
+        write32(self.0 + offset, value);
+    }
+
+    fn write64(self, offset: u64, value: u64) {
+        self.write(offset, value as u32);
+        self.write(offset + 4, (value >> 32) as u32);
+    }
+
+    pub fn features(self) -> u64 {
+        let half = |select| {
+            self.write(DEVICE_FEATURES + 4, select);
+            u64::from(self.read(DEVICE_FEATURES))
+        };
+        half(0) | half(1) << 32
+    }
+
+    /// Resets the device; false: it does not come back.
+    pub fn reset(self) -> bool {
+        self.write(STATUS, 0);
+        (0..PATIENCE).any(|_| self.read(STATUS) == 0)
+    }
+
+    /// Reset, then up to FEATURES_OK with `features`; false: it does not accept them.
+    pub fn negotiate(self, features: u64) -> bool {
+        if !self.reset() {
+            return false;
+        }
+        self.write(STATUS, 1);
+        self.write(STATUS, 3);
+        for half in 0..2 {
+            self.write(DRIVER_FEATURES + 4, half);
+            self.write(DRIVER_FEATURES, (features >> (32 * half)) as u32);
+        }
+        self.write(STATUS, 3 | FEATURES_OK);
+        self.read(STATUS) & FEATURES_OK != 0
+    }
+
+    /// Sets up a queue with rings at these addresses.
+    pub fn set_queue(self, queue: u32, size: u32, descriptors: u64, driver: u64, device: u64) {
+        self.write(QUEUE_SELECT, queue);
+        self.write(QUEUE_SIZE, size);
+        self.write64(QUEUE_DESC, descriptors);
+        self.write64(QUEUE_DRIVER, driver);
+        self.write64(QUEUE_DEVICE, device);
+        self.write(QUEUE_READY, 1);
+    }
+
+    /// Ready to be used.
+    pub fn run(self) {
+        self.write(STATUS, 0xf);
+    }
+
+    /// The device with `queues` sound queues, running. No feature but VERSION_1 is accepted.
+    pub fn start<const N: usize>(self) -> Option<[Queue; N]> {
+        if !self.negotiate(F_VERSION_1) {
+            return None;
+        }
+        let mut index = 0;
+        let queues = [(); N].map(|()| {
+            let queue = Queue::new(self, index);
+            queue.connect();
+            index += 1;
+            queue
+        });
+        self.run();
+        Some(queues)
+    }
+}
+
+/// Forgets all rings: a new case begins.
+pub fn forget_rings() {
+    // SAFETY: one CPU runs the cases, one after the other.
+    unsafe { RINGS_TAKEN = 0 };
+}
+
+/// A queue of a device, and its ring.
+#[derive(Clone, Copy)]
+pub struct Queue {
+    device: Device,
+    index: u32,
+    ring: *mut Ring,
+}
+
+/// One buffer of a request.
+#[derive(Clone, Copy)]
+pub struct Buffer {
+    pub address: u64,
+    pub length: u32,
+    pub flags: u16,
+}
+
+/// What the device reads.
+pub fn read_by_device(bytes: &[u8]) -> Buffer {
+    Buffer { address: bytes.as_ptr() as u64, length: bytes.len() as u32, flags: 0 }
+}
+
+/// What the device writes.
+pub fn written_by_device(bytes: &mut [u8]) -> Buffer {
+    Buffer { address: bytes.as_mut_ptr() as u64, length: bytes.len() as u32, flags: WRITE }
+}
+
+// SAFETY, for this file: the rings are statics that only the CPU that runs the cases uses, by volatile
+// accesses, as the device reads and writes them too.
+impl Queue {
+    fn new(device: Device, index: u32) -> Self {
+        unsafe {
+            let ring = (&raw mut RINGS).cast::<Ring>().add(RINGS_TAKEN);
+            RINGS_TAKEN += 1;
+            ring.write(EMPTY);
+            Self { device, index, ring }
+        }
+    }
+
+    /// The addresses of the three parts.
+    pub fn parts(&self) -> [u64; 3] {
+        unsafe {
+            [
+                (&raw const (*self.ring).descriptors) as u64,
+                (&raw const (*self.ring).available_flags) as u64,
+                (&raw const (*self.ring).used_flags) as u64,
+            ]
+        }
+    }
+
+    fn connect(&self) {
+        let [descriptors, driver, device] = self.parts();
+        self.device.set_queue(self.index, SIZE as u32, descriptors, driver, device);
+    }
+
+    pub fn set_descriptor(&self, index: usize, descriptor: Descriptor) {
+        unsafe { write_volatile(&raw mut (*self.ring).descriptors[index], descriptor) };
+    }
+
+    pub fn available_index(&self) -> u16 {
+        unsafe { read_volatile(&raw const (*self.ring).available_index) }
+    }
+
+    pub fn set_available_index(&self, index: u16) {
+        arch::barrier();
+        unsafe { write_volatile(&raw mut (*self.ring).available_index, index) };
+        arch::barrier();
+    }
+
+    /// Makes the chain that begins with descriptor `head` available, and kicks.
+    pub fn offer(&self, head: u16) {
+        let index = self.available_index();
+        unsafe { write_volatile(&raw mut (*self.ring).available[index as usize % SIZE], head) };
+        self.set_available_index(index.wrapping_add(1));
+        self.kick();
+    }
+
+    pub fn kick(&self) {
+        self.device.write(QUEUE_NOTIFY, self.index);
+    }
+
+    fn used_index(&self) -> u16 {
+        unsafe { read_volatile(&raw const (*self.ring).used_index) }
+    }
+
+    /// Sends a request of up to 4 buffers and waits for the answer: how many bytes were written.
+    pub fn request(&self, buffers: &[Buffer]) -> Option<u32> {
+        for (index, buffer) in buffers.iter().enumerate() {
+            let more = index + 1 < buffers.len();
+            self.set_descriptor(
+                index,
+                Descriptor {
+                    address: buffer.address,
+                    length: buffer.length,
+                    flags: buffer.flags | if more { NEXT } else { 0 },
+                    next: index as u16 + 1,
+                },
+            );
+        }
+        let before = self.used_index();
+        self.offer(0);
+        self.wait_used(before)
+    }
+
+    /// Waits until more was used than `before`.
+    pub fn wait_used(&self, before: u16) -> Option<u32> {
+        let answered = (0..PATIENCE).any(|_| self.used_index() != before);
+        arch::barrier();
+        answered.then(|| unsafe { read_volatile(&raw const (*self.ring).used[before as usize % SIZE][1]) })
+    }
+
+    /// The number of requests that the device has used.
+    pub fn used(&self) -> u16 {
+        self.used_index()
+    }
+}
