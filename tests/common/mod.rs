@@ -77,7 +77,15 @@ impl Process {
 
     pub fn spawn(mut command: Command) -> Self {
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().unwrap_or_else(|error| panic!("start {command:?}: {error}"));
+        let mut child = loop {
+            match command.spawn() {
+                // Another test forked while a copy of the binary was being written.
+                Err(error) if error.kind() == std::io::ErrorKind::ExecutableFileBusy => {
+                    std::thread::yield_now()
+                }
+                result => break result.unwrap_or_else(|error| panic!("start {command:?}: {error}")),
+            }
+        };
         let (sender, lines) = channel();
         let pipes: [Box<dyn Read + Send>; 2] =
             [Box::new(child.stdout.take().unwrap()), Box::new(child.stderr.take().unwrap())];
