@@ -311,3 +311,13 @@ unsafe extern "C" fn bcmp(a: *const u8, b: *const u8, count: usize) -> i32 {
 pub fn barrier() {
     unsafe { asm!("dmb sy", options(nostack)) };
 }
+
+/// How long a device may take: 20 s.
+pub const PATIENCE_TICKS: u64 = 20_000_000_000;
+
+/// The virtual counter, in nanoseconds.
+pub fn ticks() -> u64 {
+    let (count, frequency): (u64, u64);
+    unsafe { asm!("mrs {}, cntvct_el0", "mrs {}, cntfrq_el0", out(reg) count, out(reg) frequency) };
+    count * (1_000_000_000 / frequency.clamp(1, 1_000_000_000))
+}

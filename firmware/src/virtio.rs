@@ -27,8 +27,6 @@ const F_VERSION_1: u64 = 1 << 32;
 
 /// Entries of our rings.
 pub const SIZE: usize = 8;
-/// How often the used ring is looked at before a device counts as dead.
-const PATIENCE: u32 = 3_000_000;
 
 pub const NEXT: u16 = 1;
 pub const WRITE: u16 = 2;
@@ -109,7 +107,7 @@ impl Device {
     /// Resets the device; false: it does not come back.
     pub fn reset(self) -> bool {
         self.write(STATUS, 0);
-        (0..PATIENCE).any(|_| self.read(STATUS) == 0)
+        wait_for(|| self.read(STATUS) == 0)
     }
 
     /// Reset, then up to FEATURES_OK with `features`; false: it does not accept them.
@@ -156,6 +154,20 @@ impl Device {
         });
         self.run();
         Some(queues)
+    }
+}
+
+/// Waits as long as a device on a busy host may take; false: in vain.
+fn wait_for(condition: impl Fn() -> bool) -> bool {
+    let end = arch::ticks() + arch::PATIENCE_TICKS;
+    loop {
+        if condition() {
+            return true;
+        }
+        if arch::ticks() > end {
+            return false;
+        }
+        core::hint::spin_loop();
     }
 }
 
@@ -270,7 +282,7 @@ impl Queue {
 
     /// Waits until more was used than `before`.
     pub fn wait_used(&self, before: u16) -> Option<u32> {
-        let answered = (0..PATIENCE).any(|_| self.used_index() != before);
+        let answered = wait_for(|| self.used_index() != before);
         arch::barrier();
         answered.then(|| unsafe { read_volatile(&raw const (*self.ring).used[before as usize % SIZE][1]) })
     }

@@ -464,3 +464,13 @@ unsafe extern "C" fn bcmp(a: *const u8, b: *const u8, count: usize) -> i32 {
 pub fn barrier() {
     core::sync::atomic::compiler_fence(core::sync::atomic::Ordering::SeqCst);
 }
+
+/// How long a device may take: 10 s and more on any processor there is.
+pub const PATIENCE_TICKS: u64 = 60_000_000_000;
+
+/// The time stamp counter.
+pub fn ticks() -> u64 {
+    let (low, high): (u32, u32);
+    unsafe { asm!("rdtsc", out("eax") low, out("edx") high, options(nomem, nostack)) };
+    u64::from(low) | u64::from(high) << 32
+}
