@@ -1,6 +1,8 @@
 # What the scripts share. Sourced, not run.
 # shellcheck shell=bash
 set -euo pipefail
+# A failure inside `$(...)` is one, too.
+shopt -s inherit_errexit
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # Downloads and what is made of them: kept outside the checkout, nothing is fetched twice.

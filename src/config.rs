@@ -47,6 +47,9 @@ pub struct Config {
     /// A source of random bytes for the guest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub entropy: Option<entropy::Config>,
+    /// Devices are on a PCI bus instead of behind virtio-mmio (`--enable-pci`).
+    #[serde(skip)]
+    pub pci: bool,
     /// What the embedded firmware guest is told beyond the machine's size (`alula run --cmdline`).
     #[serde(skip)]
     pub firmware_words: Option<String>,

@@ -7,6 +7,7 @@
 //! - [`arch`]: everything that differs between x86_64 and aarch64, behind one set of names.
 //! - [`bus`]: address to device.
 //! - [`vm`]: one KVM virtual machine, its vCPUs and their gate, and how a guest ends.
+//! - [`pci`]: configuration space, MSI-X, and the root that moves registers on the bus.
 //! - [`virtio`]: what a virtio device promises, its registers and queues, and the io thread it lives on.
 //! - [`devices`]: the devices.
 //! - [`config`]: everything a microVM is made of.
@@ -27,6 +28,7 @@ pub mod host;
 pub mod log;
 pub mod machine;
 pub mod memory;
+pub mod pci;
 pub mod platform;
 pub mod timeline;
 pub mod virtio;

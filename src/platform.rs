@@ -20,6 +20,8 @@ pub struct Platform {
     pub random_seed: [u8; 32],
     /// Devices behind virtio-mmio.
     pub virtio_mmio: Vec<MmioDevice>,
+    /// There is a PCI bus.
+    pub pci: bool,
 }
 
 /// A device with one block of registers and one interrupt.

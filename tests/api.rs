@@ -538,3 +538,35 @@ fn one_image_has_one_writer() {
     let second = run(["run", "--disk", empty.to_str().unwrap(), "--cmdline", "case=serial"]);
     assert_eq!(second.code, Some(0), "{}", second.text);
 }
+
+#[test]
+fn an_image_is_replaced_only_by_one_that_can_be_had() {
+    let service = Service::start(&[]);
+    service.boot_source("hello");
+    let mut client = service.client();
+    let disk = service.folder.write("disk", [0; 4096]);
+    let drive = json!({ "drive_id": "d", "is_root_device": false, "path_on_host": disk });
+    let patch = |path: &str| json!({ "drive_id": "d", "path_on_host": path }).to_string();
+    client.ok("PUT", "/drives/d", &drive.to_string());
+    let early = client.request("PATCH", "/drives/d", &patch("/none")).fault();
+    assert!(early.contains("not supported before starting"), "{early}");
+    client.ok("PUT", "/actions", START);
+    for (body, expected) in [
+        (json!({ "drive_id": "d" }).to_string(), "nothing is to be changed: give `path_on_host`"),
+        (patch("/none"), "open disk `d` `/none`: No such file"),
+        (json!({ "drive_id": "d", "rate_limiter": {} }).to_string(), "`rate_limiter` is not implemented yet"),
+    ] {
+        let fault = client.request("PATCH", "/drives/d", &body).fault();
+        assert!(fault.contains(expected), "{body}: {fault}");
+    }
+    // The same image again: it may have another size now.
+    client.ok("PATCH", "/drives/d", &patch(disk.to_str().unwrap()));
+    let other = service.folder.write("other", [0; 8192]);
+    client.ok("PATCH", "/drives/d", &patch(other.to_str().unwrap()));
+    assert_eq!(client.ok("GET", "/vm/config", "").json()["drives"][0]["path_on_host"], json!(other));
+    // The first image is free again, the other one is taken.
+    let first = run(["run", "--disk", disk.to_str().unwrap(), "--cmdline", "case=serial"]);
+    assert_eq!(first.code, Some(0), "{}", first.text);
+    let second = run(["run", "--disk", other.to_str().unwrap(), "--cmdline", "case=serial"]);
+    assert!(second.text.contains("it is in use by process"), "{}", second.text);
+}

@@ -235,3 +235,12 @@ fn a_hostile_driver_breaks_nothing_but_its_own_device() {
     let lines = ended.text.lines().filter(|line| line.contains("waits for a reset")).count();
     assert!(lines <= 20, "log lines that a guest causes are bounded: {lines}");
 }
+
+#[test]
+fn a_machine_with_a_pci_bus_is_no_other() {
+    let folder = Folder::new();
+    let disk = disk(&folder);
+    let ended = firmware(&["--enable-pci", "--disk", &disk, "--entropy", "--cpus", "2"]);
+    assert_eq!(ended.code, Some(0), "{}", ended.text);
+    assert!(ended.text.contains("tables: ok"), "{}", ended.text);
+}

@@ -22,7 +22,7 @@ fn asset(name: &str) -> PathBuf {
 }
 
 fn command_line(what: &str) -> String {
-    let end = if X86_64 { "reboot=k pci=off" } else { "" };
+    let end = if X86_64 { "reboot=k" } else { "" };
     format!("console=ttyS0 panic=-1 quiet {end} alula.run={what}")
 }
 
@@ -109,21 +109,50 @@ fn every_end_of_a_linux_guest_is_understood() {
     }
 }
 
+/// Both transports.
+const TRANSPORTS: [&[&str]; 2] = [&[], &["--enable-pci"]];
+
 #[test]
 #[ignore = "a stock kernel: scripts/test runs it"]
 fn a_disk_keeps_what_a_guest_wrote_and_synced() {
-    let folder = Folder::new();
-    let disk = folder.path("disk");
-    std::fs::File::create(&disk).unwrap().set_len(32 << 20).unwrap();
-    let disk = format!("{},id=data", disk.display());
-    for what in ["disk-write", "disk-check"] {
-        let ended = boot_with(KERNELS[0], 2, what, &["--disk", &disk]);
-        assert_eq!(ended.code, Some(0), "{}", ended.text);
-        assert!(ended.text.contains("disk: read and written, 65536 sectors"), "{}", ended.text);
+    for transport in TRANSPORTS {
+        let folder = Folder::new();
+        let disk = folder.path("disk");
+        std::fs::File::create(&disk).unwrap().set_len(32 << 20).unwrap();
+        let disk = format!("{},id=data", disk.display());
+        for (what, options) in [("disk-write", ""), ("disk-check", ",ro")] {
+            let disk = format!("{disk}{options}");
+            let ended = boot_with(KERNELS[0], 2, what, &[transport, &["--disk", &disk]].concat());
+            assert_eq!(ended.code, Some(0), "{}", ended.text);
+            assert!(ended.text.contains("disk: read and written, 65536 sectors"), "{}", ended.text);
+        }
     }
-    // Read-only, it still has it.
-    let ended = boot_with(KERNELS[0], 1, "disk-check", &["--disk", &format!("{disk},ro")]);
-    assert!(ended.text.contains("disk: read and written, 65536 sectors"), "{}", ended.text);
+}
+
+#[test]
+#[ignore = "a stock kernel: scripts/test runs it"]
+fn a_disk_is_swapped_while_the_guest_runs() {
+    let mut service = Service::start(&[]);
+    let mut client = service.client();
+    let boot = json!({
+        "kernel_image_path": asset(KERNELS[0]),
+        "initrd_path": asset("initramfs.cpio"),
+        "boot_args": command_line("disk-swap"),
+    });
+    client.ok("PUT", "/boot-source", &boot.to_string());
+    let empty = service.folder.write("empty", "");
+    let drive = json!({ "drive_id": "d", "is_root_device": false, "path_on_host": empty });
+    client.ok("PUT", "/drives/d", &drive.to_string());
+    client.ok("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#);
+    service.process.expect("disk: 0 sectors");
+    let mut content = b"another image...".to_vec();
+    content.resize(1 << 20, 0);
+    let other = service.folder.write("other", content);
+    client.ok("PATCH", "/drives/d", &json!({ "drive_id": "d", "path_on_host": other }).to_string());
+    service.process.expect("disk: now 2048 sectors, another image...");
+    let Service { process, folder, .. } = service;
+    assert_eq!(process.end().code, Some(0));
+    drop(folder);
 }
 
 #[test]
@@ -131,20 +160,23 @@ fn a_disk_keeps_what_a_guest_wrote_and_synced() {
 fn a_guest_pings_its_host_over_a_tap() {
     network::enter();
     network::add_tap("tap0", "172.16.0.1/24");
-    let ended = boot_with(KERNELS[0], 2, "network", &["--net", "tap=tap0,mac=06:00:ac:10:00:02"]);
-    assert_eq!(ended.code, Some(0), "{}", ended.text);
-    assert!(ended.text.contains("network: pinged, 06:00:ac:10:00:02"), "{}", ended.text);
+    for transport in TRANSPORTS {
+        let net = ["--net", "tap=tap0,mac=06:00:ac:10:00:02"];
+        let ended = boot_with(KERNELS[0], 2, "network", &[transport, &net].concat());
+        assert_eq!(ended.code, Some(0), "{}", ended.text);
+        assert!(ended.text.contains("network: pinged, 06:00:ac:10:00:02"), "{}", ended.text);
+    }
 }
 
 #[test]
 #[ignore = "a stock kernel: scripts/test runs it"]
 fn a_guest_gets_random_bytes_of_its_host() {
-    let random = || {
-        let ended = boot_with(KERNELS[0], 1, "entropy", &["--entropy"]);
+    let random = |transport: &[&str]| {
+        let ended = boot_with(KERNELS[0], 1, "entropy", &[transport, &["--entropy"]].concat());
         assert!(ended.text.contains("virtio_rng.0"), "{}", ended.text);
         line_of(&ended.text, "0000000").to_owned()
     };
-    let (first, second) = (random(), random());
+    let [first, second] = TRANSPORTS.map(random);
     assert!(first.len() > 40 && first != second, "{first} {second}");
 }
 

@@ -80,7 +80,11 @@ impl Controller {
             {
                 return Err(AFTER_START.to_owned());
             }
-            PatchVm(_) | Action(super::Action::SendCtrlAltDel | super::Action::FlushMetrics) if !started => {
+            PatchVm(_)
+            | PatchDrive(_)
+            | Action(super::Action::SendCtrlAltDel | super::Action::FlushMetrics)
+                if !started =>
+            {
                 return Err(BEFORE_START.to_owned());
             }
             _ => {}
@@ -94,6 +98,7 @@ impl Controller {
             PatchMachineConfig(fields) => self.patch_machine_config(&fields),
             PutBootSource(source) => self.set_boot_source(source),
             PutDrive(drive) => self.set_drive(drive),
+            PatchDrive(patch) => self.patch_drive(&patch),
             PutNetworkInterface(interface) => self.set_network_interface(interface),
             PutEntropy(entropy) => {
                 self.config.entropy = Some(entropy);
@@ -146,6 +151,21 @@ impl Controller {
         let (what, path, access) = drive.file();
         self.host.hold(&what, path, access).map_err(&fault)?;
         self.config.put_drive(drive).map_err(&fault)?;
+        Ok(Response::Done)
+    }
+
+    fn patch_drive(&mut self, patch: &block::Patch) -> Result<Response, String> {
+        let fault = fault("Drive config error");
+        let path = patch.check().map_err(&fault)?;
+        let unknown = || Error::config(format!("there is no disk `{}`", patch.drive_id));
+        let drive = self.config.drives.iter_mut().find(|drive| drive.drive_id == patch.drive_id);
+        let drive = drive.ok_or_else(unknown).map_err(&fault)?;
+        let new = block::Config { path_on_host: Some(path.to_owned()), ..drive.clone() };
+        let machine = self.machine.as_mut().expect("what needs a machine is refused before the start");
+        let host = &mut self.host;
+        let replace = |old: &block::Image| old.again(path).unwrap_or_else(|| new.image(host));
+        machine.replace_image(&patch.drive_id, replace).map_err(&fault)?;
+        *drive = new;
         Ok(Response::Done)
     }
 

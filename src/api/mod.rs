@@ -40,6 +40,8 @@ pub enum Request {
     PutBootSource(BootSource),
     /// `PUT /drives/{drive_id}`
     PutDrive(block::Config),
+    /// `PATCH /drives/{drive_id}`
+    PatchDrive(block::Patch),
     /// `PUT /network-interfaces/{iface_id}`
     PutNetworkInterface(net::Config),
     /// `PUT /entropy`

@@ -66,6 +66,13 @@ pub fn route(method: &str, path: &str, body: &[u8]) -> Result<Request, String> {
             }
             Request::PutDrive(drive)
         }
+        ("PATCH", ["drives", id]) => {
+            let patch: block::Patch = parse(body)?;
+            if patch.drive_id != *id {
+                return Err("The id from the path does not match the id from the body!".to_owned());
+            }
+            Request::PatchDrive(patch)
+        }
         ("PUT", ["network-interfaces", id]) => {
             let interface: net::Config = parse(body)?;
             if interface.iface_id != *id {
@@ -125,7 +132,7 @@ mod tests {
             ("POST", "/actions", "{}", format!("{invalid} POST actions.")),
             ("DELETE", "/", "", format!("{invalid} DELETE .")),
             ("PUT", "/actions", "{", format!("{json} EOF while parsing an object at line 1 column 1.")),
-            ("PATCH", "/drives/root", "{}", "`PATCH /drives/root` is not implemented yet.".to_owned()),
+            ("DELETE", "/drives/root", "", "`DELETE /drives/root` is not implemented yet.".to_owned()),
             ("PUT", "/drives/", "{}", "The ID cannot be empty.".to_owned()),
         ] {
             assert_eq!(route(method, path, body.as_bytes()), Err(expected));

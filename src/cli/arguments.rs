@@ -48,6 +48,7 @@ Options:
       --net tap=NAME[,mac=MAC][,id=ID]
                          A network interface over a TAP interface of this host. May be repeated
       --entropy          A source of random bytes
+      --enable-pci       Devices on a PCI bus instead of behind virtio-mmio
       --config FILE      Read the configuration from this JSON file (Firecracker's format); other
                          options override it
       --api-sock SOCKET  Also serve the control API on this socket
@@ -75,6 +76,7 @@ Options:
                            [default: /run/firecracker.socket]
       --config-file FILE   Start the microVM that this JSON file describes at once
       --no-api             Serve no API; needs --config-file
+      --enable-pci         Devices on a PCI bus instead of behind virtio-mmio
       --id ID              The microVM's name: 1 to 64 letters, digits and hyphens
                            [default: anonymous-instance]
       --http-api-max-payload-size BYTES
@@ -110,6 +112,7 @@ pub struct Run {
     pub disks: Vec<block::Config>,
     pub interfaces: Vec<net::Config>,
     pub entropy: bool,
+    pub enable_pci: bool,
     pub config: Option<PathBuf>,
     pub api_sock: Option<PathBuf>,
     pub id: String,
@@ -121,6 +124,7 @@ pub struct Serve {
     pub api_sock: PathBuf,
     pub config_file: Option<PathBuf>,
     pub no_api: bool,
+    pub enable_pci: bool,
     pub id: String,
     pub http_api_max_payload_size: usize,
 }
@@ -165,6 +169,7 @@ fn run(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
         disks: Vec::new(),
         interfaces: Vec::new(),
         entropy: false,
+        enable_pci: false,
         config: None,
         api_sock: None,
         id: default_id(),
@@ -184,6 +189,7 @@ fn run(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
                 run.interfaces.push(value(parser, "--net", |text| interface(text, number))?);
             }
             Long("entropy") => run.entropy = true,
+            Long("enable-pci") => run.enable_pci = true,
             Long("config") => run.config = Some(parser.value()?.into()),
             Long("api-sock") => run.api_sock = Some(parser.value()?.into()),
             Long("id") => run.id = value(parser, "--id", id)?,
@@ -203,6 +209,7 @@ fn serve(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
         api_sock: "/run/firecracker.socket".into(),
         config_file: None,
         no_api: false,
+        enable_pci: false,
         id: default_id(),
         http_api_max_payload_size: BODY_MAX,
     };
@@ -211,6 +218,7 @@ fn serve(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
             Long("api-sock") => serve.api_sock = parser.value()?.into(),
             Long("config-file") => serve.config_file = Some(parser.value()?.into()),
             Long("no-api") => serve.no_api = true,
+            Long("enable-pci") => serve.enable_pci = true,
             Long("id") => serve.id = value(parser, "--id", id)?,
             Long("http-api-max-payload-size") => {
                 serve.http_api_max_payload_size = value(parser, "--http-api-max-payload-size", number)?;
@@ -260,6 +268,7 @@ impl Run {
         for interface in &self.interfaces {
             config.put_network_interface(interface.clone())?;
         }
+        config.pci = self.enable_pci;
         if self.entropy {
             config.entropy = Some(entropy::Config {});
         }

@@ -23,6 +23,14 @@ pub enum Device<'a> {
     Entropy(&'a entropy::Config),
 }
 
+/// What can be changed of a device while it runs.
+pub enum Handle {
+    /// A disk's image, by the disk's name.
+    Block(String, block::SharedImage),
+    /// Nothing.
+    None,
+}
+
 impl Device<'_> {
     /// What log lines and errors call it.
     pub fn name(&self) -> String {
@@ -34,11 +42,13 @@ impl Device<'_> {
     }
 
     /// Opens what it needs of the host; `id` is the microVM's.
-    pub fn open(&self, id: &str, host: &mut dyn Host) -> Result<Box<dyn VirtioDevice>> {
+    pub fn open(&self, id: &str, host: &mut dyn Host) -> Result<(Box<dyn VirtioDevice>, Handle)> {
         match self {
-            Self::Block(config) => config.open(host),
-            Self::Net(config) => config.open(id, host),
-            Self::Entropy(config) => Ok(config.open()),
+            Self::Block(config) => config
+                .open(host)
+                .map(|(device, image)| (device, Handle::Block(config.drive_id.clone(), image))),
+            Self::Net(config) => config.open(id, host).map(|device| (device, Handle::None)),
+            Self::Entropy(config) => Ok((config.open(), Handle::None)),
         }
         .with_context(|| format!("set up {}", self.name()))
     }

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use vm_memory::GuestAddressSpace;
 
-use super::attach::Slots;
+use super::attach::{Slots, pci_bus};
 use super::{Machine, State, halt};
 use crate::arch::{self, layout};
 use crate::bus::Bus;
@@ -51,14 +51,17 @@ pub fn build(id: &str, config: &Config, host: &mut dyn Host, prepared: Prepared)
         initrd: None,
         random_seed: host.random_seed()?,
         virtio_mmio: Vec::new(),
+        pci: config.pci,
     };
 
     let mut vm = Vm::new(prepared, &memory.memory())?;
     let vcpus = vm.create_vcpus(&platform)?;
+    let mut timeline = std::mem::take(&mut vm.timeline);
+    let vm = Arc::new(vm);
 
     let gate = Arc::new(Gate::default());
     let end = End::new(gate.clone())?;
-    let surroundings = Surroundings { mmio: Bus::default(), pio: Bus::default(), gate, end };
+    let surroundings = Surroundings { mmio: Arc::default(), pio: Bus::default(), gate, end };
     let FixedDevices { console, keyboard } = attach_fixed_devices(&vm, &surroundings, host)?;
     let console_room = console.lock().unwrap_or_else(PoisonError::into_inner).room();
 
@@ -69,13 +72,19 @@ pub fn build(id: &str, config: &Config, host: &mut dyn Host, prepared: Prepared)
         memory: &memory,
         workers: &workers,
         platform: &mut platform,
+        root: match config.pci {
+            true => Some(pci_bus(&vm, &surroundings.mmio, &surroundings.pio)?),
+            false => None,
+        },
     };
+    let mut devices = Vec::new();
     for device in config.devices() {
-        slots.attach(device.name(), device.open(id, host)?)?;
+        let (opened, handle) = device.open(id, host)?;
+        devices.push((handle, slots.attach(device.name(), opened)?));
     }
 
     register_kick()?;
-    vm.timeline.mark("devices");
+    timeline.mark("devices");
     Ok(Machine {
         state: State::Paused,
         vcpus: vcpus.into_iter().map(Vcpu::new).collect(),
@@ -85,8 +94,10 @@ pub fn build(id: &str, config: &Config, host: &mut dyn Host, prepared: Prepared)
         keyboard,
         platform,
         workers,
+        devices,
         halt: halt::Watch::default(),
-        vm,
+        timeline,
+        _vm: vm,
         memory,
     })
 }
@@ -131,11 +142,15 @@ fn command_line(config: &Config) -> String {
             format!("cpus={} memory={} {words}", machine.vcpu_count, machine.mem_size_mib)
         }
         Some(source) => {
-            let line = source.boot_args.as_deref().unwrap_or(arch::DEFAULT_COMMAND_LINE);
-            match config.root_words() {
-                Some(root) => format!("{line} {root}"),
-                None => line.to_owned(),
+            let mut line = source.boot_args.as_deref().unwrap_or(arch::DEFAULT_COMMAND_LINE).to_owned();
+            let words =
+                [config.root_words(), arch::no_pci_words().filter(|_| !config.pci).map(str::to_owned)];
+            for words in
+                words.into_iter().flatten().filter(|words| !line.contains(words.as_str())).collect::<Vec<_>>()
+            {
+                line = format!("{line} {words}");
             }
+            line
         }
     }
 }
@@ -161,6 +176,6 @@ pub fn load(machine: &mut Machine, config: &Config, host: &mut dyn Host) -> Resu
     let vcpus: Vec<_> = machine.vcpus.iter().map(Vcpu::stopped).collect();
     arch::boot(&vcpus, &entry).context("set up the CPUs")?;
     drop(vcpus);
-    machine.vm.timeline.mark("kernel and registers");
+    machine.timeline.mark("kernel and registers");
     Ok(())
 }

@@ -7,6 +7,8 @@ mod halt;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::config::Config;
+use crate::devices::Handle;
+use crate::devices::block::Image;
 use crate::devices::console::Console;
 use crate::devices::keyboard::Keyboard;
 use crate::error::{Error, Result};
@@ -15,6 +17,7 @@ use crate::host::Host;
 use crate::memory::Memory;
 use crate::platform::Platform;
 use crate::timeline::Timeline;
+use crate::virtio::transport::Transport;
 use crate::virtio::workers::Workers;
 use crate::vm::Vm;
 use crate::vm::vcpu::{Surroundings, Vcpu};
@@ -41,8 +44,10 @@ pub struct Machine {
     keyboard: Option<Arc<Mutex<Keyboard>>>,
     platform: Platform,
     workers: Arc<Workers>,
+    devices: Vec<(Handle, Arc<Mutex<Transport>>)>,
     halt: halt::Watch,
-    vm: Vm,
+    timeline: Timeline,
+    _vm: Arc<Vm>,
     memory: Memory,
 }
 
@@ -92,7 +97,7 @@ impl Machine {
 
     /// What its start is made of, up to the first entry into the guest.
     pub fn timeline(&self) -> &Timeline {
-        &self.vm.timeline
+        &self.timeline
     }
 
     /// Whether it runs.
@@ -129,6 +134,22 @@ impl Machine {
     /// Readable when the console has room again after `type_on_console` took fewer bytes than given.
     pub fn console_room_fd(&self) -> &EventFd {
         &self.console_room
+    }
+
+    /// Puts another image, which `replace` makes in view of the present one, under the disk `id`; the
+    /// guest is told of its size.
+    pub fn replace_image(&mut self, id: &str, replace: impl FnOnce(&Image) -> Result<Image>) -> Result<()> {
+        let is_it = |handle: &Handle| matches!(handle, Handle::Block(name, _) if name == id);
+        let found = self.devices.iter().find(|(handle, _)| is_it(handle));
+        let Some((Handle::Block(_, shared), transport)) = found else {
+            return Err(Error::config(format!("there is no disk `{id}`")));
+        };
+        {
+            let mut image = shared.lock().unwrap_or_else(PoisonError::into_inner);
+            *image = replace(&image)?;
+        }
+        transport.lock().unwrap_or_else(PoisonError::into_inner).configuration_changed();
+        Ok(())
     }
 
     /// Presses Ctrl-Alt-Del on the guest's keyboard (x86_64 only).

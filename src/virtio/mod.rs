@@ -2,12 +2,13 @@
 
 pub mod buffers;
 pub mod mmio;
+pub mod pci;
 pub mod queue;
 pub mod transport;
 pub mod workers;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 
 use crate::error::Result;
 use crate::event::EventFd;
@@ -62,36 +63,52 @@ pub trait Worker: Send {
     fn handle(&mut self, token: u32) -> Result<()>;
 }
 
-/// A device's interrupt as MMIO has it: one line, and a register that says what for.
-pub struct Line {
-    status: AtomicU32,
-    event: EventFd,
-}
-
-/// Bits of InterruptStatus (virtio 1.2, 4.2.2).
+/// Bits of InterruptStatus and of the ISR (virtio 1.2, 4.2.2 and 4.1.4.5).
 const USED_BUFFER: u32 = 1;
 const CONFIGURATION_CHANGE: u32 = 2;
+/// No vector is given: that interrupt is not sent (4.1.5.1.2).
+const NO_VECTOR: u16 = 0xffff;
 
-impl Line {
+/// How a device interrupts its driver: by one line and a register that says what for (MMIO), or by a
+/// vector of its own for each purpose (MSI-X).
+pub struct Interrupts {
+    status: AtomicU32,
+    /// The line, or the events of all vectors.
+    events: Vec<EventFd>,
+    /// With vectors: the one for configuration changes, and the queues' ones.
+    vectors: Option<(AtomicU16, Vec<AtomicU16>)>,
+}
+
+impl Interrupts {
     /// A line that writes to `event`.
-    pub fn new(event: EventFd) -> Arc<Self> {
-        Arc::new(Self { status: AtomicU32::new(0), event })
+    pub fn line(event: EventFd) -> Arc<Self> {
+        Arc::new(Self { status: AtomicU32::new(0), events: vec![event], vectors: None })
     }
 
-    fn raise(&self, bit: u32) {
+    /// A vector per event, for a device with so many queues.
+    pub fn vectors(events: Vec<EventFd>, queues: usize) -> Arc<Self> {
+        let queues = (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect();
+        let vectors = Some((AtomicU16::new(NO_VECTOR), queues));
+        Arc::new(Self { status: AtomicU32::new(0), events, vectors })
+    }
+
+    fn raise(&self, bit: u32, vector: impl FnOnce(&(AtomicU16, Vec<AtomicU16>)) -> u16) {
         self.status.fetch_or(bit, Ordering::SeqCst);
-        // A counter that is full has raised it already.
-        let _ = self.event.write(1);
+        let index = self.vectors.as_ref().map_or(0, vector);
+        if let Some(event) = self.events.get(usize::from(index)) {
+            // A counter that is full has raised it already.
+            let _ = event.write(1);
+        }
     }
 
-    /// Tells the driver that buffers were used.
-    pub fn used_buffer(&self) {
-        self.raise(USED_BUFFER);
+    /// Tells the driver that buffers of a queue were used.
+    pub fn used_buffer(&self, queue: usize) {
+        self.raise(USED_BUFFER, |(_, queues)| queues[queue].load(Ordering::SeqCst));
     }
 
     /// Tells the driver to look at the device's configuration or status.
     pub fn configuration_change(&self) {
-        self.raise(CONFIGURATION_CHANGE);
+        self.raise(CONFIGURATION_CHANGE, |(config, _)| config.load(Ordering::SeqCst));
     }
 
     fn status(&self) -> u32 {
@@ -100,5 +117,40 @@ impl Line {
 
     fn acknowledge(&self, bits: u32) {
         self.status.fetch_and(!bits, Ordering::SeqCst);
+    }
+
+    fn config_vector(&self) -> u16 {
+        self.vectors.as_ref().map_or(NO_VECTOR, |(config, _)| config.load(Ordering::SeqCst))
+    }
+
+    fn queue_vector(&self, queue: u32) -> u16 {
+        let queues = self.vectors.iter().flat_map(|(_, queues)| queues);
+        queues.into_iter().nth(queue as usize).map_or(NO_VECTOR, |vector| vector.load(Ordering::SeqCst))
+    }
+
+    /// A vector that there is not reads back as none: the driver then knows.
+    fn checked(&self, vector: u16) -> u16 {
+        if usize::from(vector) < self.events.len() { vector } else { NO_VECTOR }
+    }
+
+    fn set_config_vector(&self, vector: u16) {
+        if let Some((config, _)) = &self.vectors {
+            config.store(self.checked(vector), Ordering::SeqCst);
+        }
+    }
+
+    fn set_queue_vector(&self, queue: u32, vector: u16) {
+        if let Some(place) = self.vectors.as_ref().and_then(|(_, queues)| queues.get(queue as usize)) {
+            place.store(self.checked(vector), Ordering::SeqCst);
+        }
+    }
+
+    /// As at power-on.
+    fn reset(&self) {
+        self.acknowledge(u32::MAX);
+        if let Some((config, queues)) = &self.vectors {
+            config.store(NO_VECTOR, Ordering::SeqCst);
+            queues.iter().for_each(|queue| queue.store(NO_VECTOR, Ordering::SeqCst));
+        }
     }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
 
-use super::Line;
+use super::Interrupts;
 use crate::error::{Error, Result};
 use crate::event::EventFd;
 use crate::memory::Regions;
@@ -16,7 +16,8 @@ pub type Chain<'m> = DescriptorChain<&'m Regions>;
 pub struct Queue {
     ring: virtio_queue::Queue,
     kick: EventFd,
-    line: Arc<Line>,
+    index: usize,
+    interrupts: Arc<Interrupts>,
 }
 
 fn broken(error: virtio_queue::Error) -> Error {
@@ -24,9 +25,9 @@ fn broken(error: virtio_queue::Error) -> Error {
 }
 
 impl Queue {
-    /// A queue over `ring`, which the driver set up and kicks by `kick`.
-    pub fn new(ring: virtio_queue::Queue, kick: EventFd, line: Arc<Line>) -> Self {
-        Self { ring, kick, line }
+    /// The queue `index` over `ring`, which the driver set up and kicks by `kick`.
+    pub fn new(ring: virtio_queue::Queue, kick: EventFd, index: usize, interrupts: Arc<Interrupts>) -> Self {
+        Self { ring, kick, index, interrupts }
     }
 
     /// Readable when the driver has made buffers available.
@@ -55,7 +56,7 @@ impl Queue {
     /// Interrupts the driver, if it wants to know of what was pushed.
     pub fn notify(&mut self, memory: &Regions) -> Result<()> {
         if self.ring.needs_notification(memory).map_err(broken)? {
-            self.line.used_buffer();
+            self.interrupts.used_buffer(self.index);
         }
         Ok(())
     }

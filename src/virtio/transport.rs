@@ -7,7 +7,7 @@ use virtio_queue::QueueT;
 use vm_memory::GuestAddressSpace;
 
 use super::workers::Workers;
-use super::{Io, Line, Queue, VirtioDevice, Worker};
+use super::{Interrupts, Io, Queue, VirtioDevice, Worker};
 use crate::error::{Error, Result};
 use crate::event::EventFd;
 use crate::log;
@@ -80,7 +80,7 @@ pub struct Transport {
     device: Box<dyn VirtioDevice>,
     memory: Memory,
     workers: Arc<Workers>,
-    line: Arc<Line>,
+    interrupts: Arc<Interrupts>,
     kicks: Vec<EventFd>,
     phase: Phase,
     this: Weak<Mutex<Transport>>,
@@ -101,7 +101,7 @@ impl Transport {
         device: Box<dyn VirtioDevice>,
         memory: Memory,
         workers: Arc<Workers>,
-        line: Arc<Line>,
+        interrupts: Arc<Interrupts>,
         kicks: Vec<EventFd>,
     ) -> Arc<Mutex<Self>> {
         let queues = vec![QueueRegisters::default(); device.queue_sizes().len()];
@@ -113,7 +113,7 @@ impl Transport {
                 device,
                 memory,
                 workers,
-                line,
+                interrupts,
                 kicks,
                 phase: Phase::Idle,
                 this: this.clone(),
@@ -133,6 +133,11 @@ impl Transport {
     /// The device's type.
     pub fn device_type(&self) -> u32 {
         self.device.device_type()
+    }
+
+    /// How many queues it has.
+    pub fn queues(&self) -> usize {
+        self.queues.len()
     }
 
     /// The driver reads a register.
@@ -161,7 +166,7 @@ impl Transport {
             Register::QueueDeviceLow => half(queue.device, 0),
             Register::QueueDeviceHigh => half(queue.device, 1),
             Register::QueueNotify | Register::InterruptAcknowledge => 0,
-            Register::InterruptStatus => self.line.status(),
+            Register::InterruptStatus => self.interrupts.status(),
             Register::Status => self.status,
             Register::ConfigGeneration => self.config_generation,
         }
@@ -184,7 +189,7 @@ impl Transport {
                     let _ = kick.write(1);
                 }
             }
-            Register::InterruptAcknowledge => self.line.acknowledge(value),
+            Register::InterruptAcknowledge => self.interrupts.acknowledge(value),
             Register::Status => self.set_status(value),
             other => self.set_up_queue(other, value),
         }
@@ -201,12 +206,11 @@ impl Transport {
         self.device.write_config(offset, data);
     }
 
-    /// Changes the device while it may be running; the driver is told that its configuration changed.
-    pub fn reconfigure(&mut self, change: impl FnOnce(&mut dyn VirtioDevice)) {
-        change(&mut *self.device);
+    /// The device's configuration has changed while it may be running: the driver is told so.
+    pub fn configuration_changed(&mut self) {
         self.config_generation = self.config_generation.wrapping_add(1);
         if self.status & DRIVER_OK != 0 {
-            self.line.configuration_change();
+            self.interrupts.configuration_change();
         }
     }
 
@@ -273,7 +277,7 @@ impl Transport {
         self.queues = sizes.iter().map(|size| QueueRegisters { size: *size, ..Default::default() }).collect();
         (self.status, self.driver_features, self.queue_select) = (0, 0, 0);
         (self.device_features_select, self.driver_features_select) = (0, 0);
-        self.line.acknowledge(u32::MAX);
+        self.interrupts.reset();
         for kick in &self.kicks {
             // Empty already: fine.
             let _ = kick.read();
@@ -317,7 +321,7 @@ impl Transport {
                 }
             }
             let kick = self.kicks[index].try_clone().map_err(|error| Error::host(error.to_string()))?;
-            Ok(Queue::new(ring, kick, self.line.clone()))
+            Ok(Queue::new(ring, kick, index, self.interrupts.clone()))
         };
         (0..self.queues.len()).map(build).collect()
     }
@@ -336,7 +340,7 @@ impl Transport {
         log::guest_line(format_args!("{} stopped and waits for a reset: {error}", self.name));
         self.status |= NEEDS_RESET;
         if self.status & DRIVER_OK != 0 {
-            self.line.configuration_change();
+            self.interrupts.configuration_change();
         }
     }
 }

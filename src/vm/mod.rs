@@ -2,6 +2,7 @@
 
 pub mod exit;
 pub mod gate;
+pub mod irq;
 pub mod vcpu;
 
 use std::fs::File;
@@ -9,7 +10,7 @@ use std::io::ErrorKind;
 use std::os::fd::{FromRawFd, IntoRawFd};
 
 use kvm_bindings::kvm_userspace_memory_region;
-use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend as _, GuestMemoryRegion};
 
 use crate::arch::{self, CpuModel};
@@ -82,6 +83,7 @@ pub struct Vm {
     fd: VmFd,
     cpu_model: CpuModel,
     max_vcpus: usize,
+    routes: irq::Routes,
     /// What its start is made of.
     pub timeline: Timeline,
     /// KVM's device for it lives as long as this (aarch64).
@@ -98,7 +100,7 @@ impl Vm {
             map(&fd, slot as u32, region)?;
         }
         timeline.mark("memory");
-        Ok(Self { fd, cpu_model, max_vcpus, timeline, _controller: None })
+        Ok(Self { fd, cpu_model, max_vcpus, routes: irq::Routes::default(), timeline, _controller: None })
     }
 
     /// Makes the interrupt controllers and the vCPUs.
@@ -116,7 +118,7 @@ impl Vm {
             .map(|index| self.fd.create_vcpu(index).with_context(|| format!("create vCPU {index}")))
             .collect::<Result<Vec<_>>>()?;
         self.cpu_model.apply(&self.fd, &vcpus, platform)?;
-        self._controller = Some(arch::after_vcpus(&self.fd, &vcpus)?);
+        self._controller = Some(arch::after_vcpus(&self.fd, &vcpus, platform)?);
         self.timeline.mark("CPUs");
         Ok(vcpus)
     }
@@ -133,6 +135,18 @@ impl Vm {
     pub fn kick(&self, event: &EventFd, address: u64, value: u32) -> Result<()> {
         let address = IoEventAddress::Mmio(address);
         self.fd.register_ioevent(event, &address, value).context("connect a queue's kick")
+    }
+
+    /// Writes to `event` when the guest writes anything at `address`.
+    pub fn kick_any(&self, event: &EventFd, address: u64) -> Result<()> {
+        let address = IoEventAddress::Mmio(address);
+        self.fd.register_ioevent(event, &address, NoDatamatch).context("connect a queue's kick")
+    }
+
+    /// No longer.
+    pub fn unkick_any(&self, event: &EventFd, address: u64) -> Result<()> {
+        let address = IoEventAddress::Mmio(address);
+        self.fd.unregister_ioevent(event, &address, NoDatamatch).context("disconnect a queue's kick")
     }
 }
 

@@ -18,7 +18,7 @@ use crate::vm::gate::Gate;
 /// What every vCPU works with.
 pub struct Surroundings {
     /// Memory-mapped registers.
-    pub mmio: Bus,
+    pub mmio: Arc<Bus>,
     /// I/O ports (x86_64).
     pub pio: Bus,
     /// The gate they pass before they run.

@@ -8,6 +8,7 @@ use crate::platform::Platform;
 
 const GIC: u32 = 1;
 const CLOCK: u32 = 2;
+const ITS: u32 = 3;
 const PRIVATE: u32 = 1;
 const SHARED: u32 = 0;
 const EDGE_RISING: u32 = 1;
@@ -72,6 +73,16 @@ pub fn tree(platform: &Platform) -> Result<Vec<u8>, Error> {
     fdt.property_array_u64("reg", &[start, size, layout::GIC_REDISTRIBUTORS, redistributors])?;
     fdt.property_array_u32("interrupts", &[PRIVATE, 9, LEVEL_HIGH])?;
     fdt.property_phandle(GIC)?;
+    if platform.pci {
+        let Range { start, size } = layout::GIC_ITS;
+        let its = fdt.begin_node(&format!("its@{start:x}"))?;
+        fdt.property_string("compatible", "arm,gic-v3-its")?;
+        fdt.property_null("msi-controller")?;
+        fdt.property_u32("#msi-cells", 1)?;
+        fdt.property_array_u64("reg", &[start, size])?;
+        fdt.property_phandle(ITS)?;
+        fdt.end_node(its)?;
+    }
     fdt.end_node(gic)?;
     devices(&mut fdt, platform)?;
 
@@ -123,6 +134,9 @@ fn devices(fdt: &mut FdtWriter, platform: &Platform) -> Result<(), Error> {
     fdt.property_array_u64("reg", &[layout::EXIT.start, layout::EXIT.size])?;
     fdt.end_node(exit)?;
 
+    if platform.pci {
+        pci(fdt)?;
+    }
     for device in &platform.virtio_mmio {
         let node = fdt.begin_node(&format!("virtio_mmio@{:x}", device.registers.start))?;
         fdt.property_string("compatible", "virtio,mmio")?;
@@ -132,6 +146,24 @@ fn devices(fdt: &mut FdtWriter, platform: &Platform) -> Result<(), Error> {
         fdt.end_node(node)?;
     }
     Ok(())
+}
+
+/// The PCI root: bus 0 by ECAM, its window, messages to the ITS by bus, device and function.
+fn pci(fdt: &mut FdtWriter) -> Result<(), Error> {
+    const MEMORY_32: u32 = 0x0200_0000;
+    let (ecam, window) = (layout::ECAM, layout::PCI_MEMORY);
+    let node = fdt.begin_node(&format!("pci@{:x}", ecam.start))?;
+    fdt.property_string("compatible", "pci-host-ecam-generic")?;
+    fdt.property_string("device_type", "pci")?;
+    fdt.property_null("dma-coherent")?;
+    fdt.property_u32("#address-cells", 3)?;
+    fdt.property_u32("#size-cells", 2)?;
+    fdt.property_array_u32("bus-range", &[0, 0])?;
+    fdt.property_array_u64("reg", &[ecam.start, ecam.size])?;
+    let (start, size) = (window.start as u32, window.size as u32);
+    fdt.property_array_u32("ranges", &[MEMORY_32, 0, start, 0, start, 0, size])?;
+    fdt.property_array_u32("msi-map", &[0, ITS, 0, 0x1_0000])?;
+    fdt.end_node(node)
 }
 
 #[cfg(test)]
@@ -153,6 +185,7 @@ mod tests {
             initrd: Some(Range { start: 0x4100_0000, size: 5 }),
             random_seed: [7; 32],
             virtio_mmio: Vec::new(),
+            pci: true,
         };
         let tree = tree(&platform).unwrap();
         let has = |needle: &[u8]| tree.windows(needle.len()).any(|window| window == needle);

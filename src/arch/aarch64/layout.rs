@@ -23,6 +23,16 @@ pub const EXIT: Range = Range { start: 0x0902_0000, size: 4 };
 pub const VIRTIO_MMIO: Range = Range { start: 0x0c00_0000, size: 0x10_0000 };
 /// Shared peripheral interrupts for devices that are added.
 pub const DEVICE_GSIS: std::ops::Range<u32> = 8..128;
+/// The ITS, which takes interrupt messages.
+pub const GIC_ITS: Range = Range { start: 0x0808_0000, size: 0x2_0000 };
+/// PCI: configuration space of one bus (ECAM), and where functions' registers may be.
+pub const ECAM: Range = Range { start: 0x1000_0000, size: 0x10_0000 };
+pub const PCI_MEMORY: Range = Range { start: 0x1100_0000, size: 0x0f00_0000 };
+/// PCI configuration is memory only.
+pub const PCI_PORTS: Option<Range> = None;
+/// Interrupts that are messages: their numbers come after the shared ones.
+pub const MESSAGE_GSIS: u32 = GIC_INTERRUPTS;
+pub const MESSAGES_MAX: u32 = 1000;
 /// No keyboard and no ACPI registers: guests power off by PSCI.
 pub const KEYBOARD: Option<(Range, u32)> = None;
 pub const POWER: Option<Power> = None;

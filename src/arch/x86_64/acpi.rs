@@ -1,8 +1,12 @@
 //! ACPI tables (ACPI 6.5, hardware-reduced): CPUs, interrupt controllers, the fixed devices, the way off.
 
-use acpi_tables::aml::{Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, ResourceTemplate};
+use acpi_tables::aml::{
+    AddressSpace as Window, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name,
+    Package, ResourceTemplate,
+};
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
+use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
@@ -36,6 +40,11 @@ pub fn tables(platform: &Platform) -> Vec<u8> {
     let mut xsdt = XSDT::new(OEM, OEM_TABLE, 1);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
+    if platform.pci {
+        let mut mcfg = MCFG::new(OEM, OEM_TABLE, 1);
+        mcfg.add_ecam(layout::ECAM.start, 0, 0, 0);
+        xsdt.add_entry(append(&mut all, &mcfg));
+    }
     let xsdt = append(&mut all, &xsdt);
 
     let mut rsdp = Bytes(Vec::new());
@@ -162,9 +171,41 @@ fn dsdt(platform: &Platform) -> Sdt {
         )
         .to_aml_bytes(&mut aml);
     }
+    if platform.pci {
+        pci(&mut aml);
+    }
     let mut dsdt = Sdt::new(*b"DSDT", 36, 6, OEM, OEM_TABLE, 1);
     dsdt.append_slice(&aml.0);
     dsdt
+}
+
+/// The PCI root bridge: bus 0, its windows, no interrupt lines (devices have MSI-X).
+fn pci(aml: &mut Bytes) {
+    let window = layout::PCI_MEMORY;
+    let last = (window.end() - 1) as u32;
+    let memory =
+        Window::new_memory(AddressSpaceCacheable::NotCacheable, true, window.start as u32, last, None);
+    let ports = layout::PCI_PORTS.expect("x86_64 has them").start as u16;
+    Device::new(
+        "_SB_.PCI0".into(),
+        vec![
+            &Name::new("_HID".into(), &EISAName::new("PNP0A08")),
+            &Name::new("_CID".into(), &EISAName::new("PNP0A03")),
+            &Name::new("_UID".into(), &0u8),
+            &Name::new("_SEG".into(), &0u8),
+            &Name::new("_BBN".into(), &0u8),
+            &Name::new("_CCA".into(), &1u8),
+            &Name::new(
+                "_CRS".into(),
+                &ResourceTemplate::new(vec![
+                    &Window::new_bus_number(0u16, 0u16),
+                    &IO::new(ports, ports, 1, 8),
+                    &memory,
+                ]),
+            ),
+        ],
+    )
+    .to_aml_bytes(aml);
 }
 
 #[cfg(test)]
@@ -180,6 +221,7 @@ mod tests {
             initrd: None,
             random_seed: [0; 32],
             virtio_mmio: Vec::new(),
+            pci: true,
         }
     }
 
@@ -207,7 +249,7 @@ mod tests {
         let xsdt = table(&all, u64_at(&all, 24));
         assert_eq!(&xsdt[..4], b"XSDT");
         let found: Vec<_> = xsdt[36..].chunks(8).map(|entry| table(&all, u64_at(entry, 0))).collect();
-        assert_eq!(found.iter().map(|table| &table[..4]).collect::<Vec<_>>(), [b"FACP", b"APIC"]);
+        assert_eq!(found.iter().map(|table| &table[..4]).collect::<Vec<_>>(), [b"FACP", b"APIC", b"MCFG"]);
         assert_eq!(&table(&all, u64_at(found[0], 140))[..4], b"DSDT");
         assert_eq!(u32_at(found[0], 112) & 1 << 20, 1 << 20, "hardware-reduced");
     }

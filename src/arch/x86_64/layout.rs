@@ -12,6 +12,14 @@ const HIGH_MEMORY_START: u64 = 0x1_0000_0000;
 pub const EXIT: Range = Range { start: 0xc000_2000, size: 4 };
 /// Registers of virtio-mmio devices, one page each.
 pub const VIRTIO_MMIO: Range = Range { start: 0xc010_0000, size: 0x10_0000 };
+/// PCI: configuration space of one bus (ECAM), and where functions' registers may be.
+pub const ECAM: Range = Range { start: 0xc100_0000, size: 0x10_0000 };
+pub const PCI_MEMORY: Range = Range { start: 0xc200_0000, size: 0x0e00_0000 };
+/// PCI configuration by ports.
+pub const PCI_PORTS: Option<Range> = Some(Range { start: 0xcf8, size: 8 });
+/// Interrupts that are messages: their numbers come after the I/O APIC's pins.
+pub const MESSAGE_GSIS: u32 = 24;
+pub const MESSAGES_MAX: u32 = 1000;
 /// The I/O APIC and the local APICs (their architectural places).
 pub const IO_APIC: u32 = 0xfec0_0000;
 pub const LOCAL_APIC: u32 = 0xfee0_0000;

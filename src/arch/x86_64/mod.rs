@@ -8,8 +8,9 @@ pub mod layout;
 mod registers;
 
 use kvm_bindings::{
-    CpuId, KVM_CAP_X2APIC_API, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS,
-    kvm_enable_cap,
+    CpuId, KVM_CAP_X2APIC_API, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
+    KVM_IRQCHIP_PIC_SLAVE, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS,
+    kvm_enable_cap, kvm_irq_routing_entry, kvm_irq_routing_irqchip,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
@@ -22,12 +23,17 @@ use crate::platform::Platform;
 /// What uname calls this architecture.
 pub const NAME: &str = "x86_64";
 
+/// Keeps a kernel from searching a PCI bus that is not there.
+pub fn no_pci_words() -> Option<&'static str> {
+    Some("pci=off")
+}
+
 /// Whether a core can be given two hardware threads.
 pub const HAS_SMT: bool = true;
 
-/// The command line a stock kernel gets when none is given: console on the serial port, an end that
-/// the monitor notices, and no search for a PCI bus that is not there.
-pub const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 reboot=k panic=-1 pci=off";
+/// The command line a stock kernel gets when none is given: console on the serial port, and an end
+/// that the monitor notices.
+pub const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 reboot=k panic=-1";
 
 /// With more CPUs than this, one has the APIC id 255. To a local APIC in xAPIC mode that means "all",
 /// and KVM takes it so in x2APIC mode too unless told otherwise.
@@ -60,6 +66,23 @@ impl CpuModel {
     }
 }
 
+/// Interrupt messages are written to a CPU's local APIC: who wrote them does not matter.
+pub const MESSAGES_NAME_THEIR_DEVICE: bool = false;
+
+/// The routes that KVM begins with: pins of the two PICs and of the I/O APIC.
+pub fn default_routes() -> Vec<kvm_irq_routing_entry> {
+    let pin = |gsi: u32, irqchip: u32, pin: u32| {
+        let mut entry = kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_IRQCHIP, ..Default::default() };
+        entry.u.irqchip = kvm_irq_routing_irqchip { irqchip, pin };
+        entry
+    };
+    let pics = (0..16).map(|gsi| match gsi {
+        0..8 => pin(gsi, KVM_IRQCHIP_PIC_MASTER, gsi),
+        _ => pin(gsi, KVM_IRQCHIP_PIC_SLAVE, gsi - 8),
+    });
+    pics.chain((0..24).map(|gsi| pin(gsi, KVM_IRQCHIP_IOAPIC, gsi))).collect()
+}
+
 /// Makes a virtual machine.
 pub fn create_vm(kvm: &Kvm) -> Result<VmFd, kvm_ioctls::Error> {
     kvm.create_vm()
@@ -85,6 +108,6 @@ pub fn before_vcpus(vm: &VmFd, platform: &Platform) -> Result<()> {
 pub struct InterruptController;
 
 /// What must exist once the vCPUs do: nothing here.
-pub fn after_vcpus(_vm: &VmFd, _vcpus: &[VcpuFd]) -> Result<InterruptController> {
+pub fn after_vcpus(_vm: &VmFd, _vcpus: &[VcpuFd], _platform: &Platform) -> Result<InterruptController> {
     Ok(InterruptController)
 }

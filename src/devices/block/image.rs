@@ -21,13 +21,31 @@ pub struct Image {
 
 impl Image {
     /// Takes `file`, which was opened at `path`, for a disk.
-    pub fn new(mut file: File, path: &Path, access: Access) -> Result<Self> {
+    pub fn new(file: File, path: &Path, access: Access) -> Result<Self> {
         let attempt = || format!("use disk image `{}`", path.display());
-        let bytes = file.seek(SeekFrom::End(0)).with_context(attempt)?;
+        let image = Self::measured(file, path)?;
         // Orchestrators put empty files where a disk will be swapped in later; many may share one.
-        if bytes > 0 {
-            lock(&file, access).with_context(attempt)?;
+        if image.sectors > 0 {
+            lock(&image.file, access).with_context(attempt)?;
         }
+        Ok(image)
+    }
+
+    /// The same image, if that is what is at `path`, with the size that it has now.
+    pub fn again(&self, path: &Path) -> Option<Result<Self>> {
+        let (own, other) = (self.file.metadata().ok()?, std::fs::metadata(path).ok()?);
+        let same = (own.dev(), own.ino()) == (other.dev(), other.ino());
+        // An empty one is not locked yet.
+        (same && self.sectors > 0).then(|| {
+            let file = self.file.try_clone().context("duplicate a disk's descriptor")?;
+            Self::measured(file, path)
+        })
+    }
+
+    fn measured(mut file: File, path: &Path) -> Result<Self> {
+        let bytes = file
+            .seek(SeekFrom::End(0))
+            .with_context(|| format!("find the size of disk image `{}`", path.display()))?;
         if bytes % SECTOR != 0 {
             log::line(format_args!(
                 "disk image `{}` has {bytes} bytes, not a multiple of {SECTOR}: the last {} are not seen by the guest",
@@ -36,12 +54,6 @@ impl Image {
             ));
         }
         Ok(Self { file, sectors: bytes / SECTOR })
-    }
-
-    /// The same image for the running half.
-    pub fn share(&self) -> Result<Self> {
-        let file = self.file.try_clone().context("duplicate a disk's descriptor")?;
-        Ok(Self { file, sectors: self.sectors })
     }
 
     /// How large it is.

@@ -4,6 +4,7 @@ mod image;
 mod request;
 
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -99,18 +100,53 @@ impl Config {
         (format!("disk `{}`", self.drive_id), path, access)
     }
 
-    /// The device.
-    pub fn open(&self, host: &mut dyn Host) -> Result<Box<dyn VirtioDevice>> {
+    /// The image that it names.
+    pub fn image(&self, host: &mut dyn Host) -> Result<Image> {
         let (what, path, access) = self.file();
-        let image = Image::new(host.file(&what, path, access)?, path, access)?;
-        Ok(Box::new(Block { config: self.clone(), image }))
+        Image::new(host.file(&what, path, access)?, path, access)
     }
+
+    /// The device, and the image that it works on.
+    pub fn open(&self, host: &mut dyn Host) -> Result<(Box<dyn VirtioDevice>, SharedImage)> {
+        let image = Arc::new(Mutex::new(self.image(host)?));
+        Ok((Box::new(Block { config: self.clone(), image: image.clone() }), image))
+    }
+}
+
+/// Body of `PATCH /drives/{drive_id}`.
+#[derive(Clone, Debug, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields)]
+pub struct Patch {
+    /// The disk.
+    pub drive_id: String,
+    /// What it is made of from now on.
+    pub path_on_host: Option<PathBuf>,
+    /// Not implemented yet.
+    pub rate_limiter: Option<Value>,
+}
+
+impl Patch {
+    /// The path of the new image.
+    pub fn check(&self) -> Result<&std::path::Path> {
+        if self.rate_limiter.is_some() {
+            return Err(Error::config("`rate_limiter` is not implemented yet: leave it out"));
+        }
+        let nothing = || Error::config("nothing is to be changed: give `path_on_host`");
+        self.path_on_host.as_deref().ok_or_else(nothing)
+    }
+}
+
+/// An image that can be replaced while the guest uses it: a request is done on the one or the other.
+pub type SharedImage = Arc<Mutex<Image>>;
+
+fn lock(image: &SharedImage) -> MutexGuard<'_, Image> {
+    image.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The device.
 pub struct Block {
     config: Config,
-    image: Image,
+    image: SharedImage,
 }
 
 impl VirtioDevice for Block {
@@ -131,7 +167,7 @@ impl VirtioDevice for Block {
     /// struct virtio_blk_config: capacity, size_max, seg_max.
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let mut config = [0; 16];
-        let sectors = self.image.sectors();
+        let sectors = lock(&self.image).sectors();
         config[..8].copy_from_slice(&sectors.to_le_bytes());
         config[12..].copy_from_slice(&SEGMENTS_MAX.to_le_bytes());
         super::copy_config(&config, offset, data);
@@ -140,7 +176,7 @@ impl VirtioDevice for Block {
     fn start(&mut self, io: Io) -> Result<Vec<Box<dyn Worker>>> {
         let Io { memory, queues, .. } = io;
         let [queue] = <[Queue; 1]>::try_from(queues).ok().expect("one queue was asked for");
-        let image = self.image.share()?;
+        let image = self.image.clone();
         let flushes = self.config.cache_type == CacheType::Writeback;
         let id = self.config.drive_id.clone();
         Ok(vec![Box::new(Running { memory, queue, disk: request::Disk { image, flushes, id } })])

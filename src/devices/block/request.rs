@@ -1,6 +1,6 @@
 //! One request of a block device (virtio 1.2, 5.2.6): header, data, status.
 
-use super::{Image, SECTOR};
+use super::{Image, SECTOR, SharedImage, lock};
 use crate::error::Result;
 use crate::log;
 use crate::memory::Regions;
@@ -21,7 +21,7 @@ const ID_LENGTH: usize = 20;
 
 /// What requests are done on.
 pub struct Disk {
-    pub image: Image,
+    pub image: SharedImage,
     pub flushes: bool,
     pub id: String,
 }
@@ -39,7 +39,7 @@ impl Disk {
                 buffers.copy_to(&mut header);
                 let kind = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
                 let sector = u64::from_le_bytes(header[8..].try_into().expect("8 bytes"));
-                self.execute(kind, sector, &readable, &writable)
+                self.execute(&lock(&self.image), kind, sector, &readable, &writable)
             }
             None => IO_ERROR,
         };
@@ -47,17 +47,24 @@ impl Disk {
         Ok(if code == OK { writable.len() as u32 + 1 } else { 1 })
     }
 
-    fn execute(&self, kind: u32, sector: u64, readable: &Buffers<'_>, writable: &Buffers<'_>) -> u8 {
+    fn execute(
+        &self,
+        image: &Image,
+        kind: u32,
+        sector: u64,
+        readable: &Buffers<'_>,
+        writable: &Buffers<'_>,
+    ) -> u8 {
         let result = match kind {
-            IN => match self.place(sector, writable.len()) {
-                Some(offset) => self.image.read(writable, offset),
+            IN => match place(image, sector, writable.len()) {
+                Some(offset) => image.read(writable, offset),
                 None => return IO_ERROR,
             },
-            OUT => match self.place(sector, readable.len()) {
-                Some(offset) => self.image.write(readable, offset),
+            OUT => match place(image, sector, readable.len()) {
+                Some(offset) => image.write(readable, offset),
                 None => return IO_ERROR,
             },
-            FLUSH if self.flushes => self.image.flush(),
+            FLUSH if self.flushes => image.flush(),
             // Not offered, so nobody counts on it.
             FLUSH => Ok(()),
             GET_ID => {
@@ -79,11 +86,11 @@ impl Disk {
             }
         }
     }
+}
 
-    /// The byte offset of a transfer that lies within the disk.
-    fn place(&self, sector: u64, length: usize) -> Option<u64> {
-        let length = length as u64;
-        let end = sector.checked_add(length / SECTOR)?;
-        (length.is_multiple_of(SECTOR) && end <= self.image.sectors()).then(|| sector * SECTOR)
-    }
+/// The byte offset of a transfer that lies within the disk.
+fn place(image: &Image, sector: u64, length: usize) -> Option<u64> {
+    let length = length as u64;
+    let end = sector.checked_add(length / SECTOR)?;
+    (length.is_multiple_of(SECTOR) && end <= image.sectors()).then(|| sector * SECTOR)
 }

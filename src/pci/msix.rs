@@ -1,0 +1,139 @@
+//! MSI-X (PCI Local Bus 3.0, 6.8.2): the table of messages, masking, pending bits.
+
+use std::sync::Arc;
+
+use crate::event::EventFd;
+use crate::log;
+use crate::vm::Vm;
+use crate::vm::irq::Message;
+
+/// Bytes of a table entry: address, data, control.
+pub const ENTRY: u64 = 16;
+/// Control: the vector is masked.
+const MASKED: u32 = 1;
+
+struct Vector {
+    event: EventFd,
+    gsi: u32,
+    /// Address low and high, data, control.
+    registers: [u32; 4],
+    /// KVM sends the message when the event is written.
+    connected: bool,
+}
+
+/// A function's vectors.
+pub struct Msix {
+    vm: Arc<Vm>,
+    /// Bus, device, function.
+    device: u32,
+    vectors: Vec<Vector>,
+    /// Message control: MSI-X is on; all vectors are masked.
+    enabled: bool,
+    masked: bool,
+}
+
+impl Msix {
+    /// Vectors for `events`, all masked.
+    pub fn new(vm: Arc<Vm>, device: u32, events: Vec<EventFd>) -> crate::error::Result<Self> {
+        let vectors = events
+            .into_iter()
+            .map(|event| {
+                let gsi = vm.allocate_message()?;
+                Ok(Vector { event, gsi, registers: [0, 0, 0, MASKED], connected: false })
+            })
+            .collect::<crate::error::Result<_>>()?;
+        Ok(Self { vm, device, vectors, enabled: false, masked: false })
+    }
+
+    /// How many vectors.
+    pub fn count(&self) -> usize {
+        self.vectors.len()
+    }
+
+    /// The guest changed message control.
+    pub fn set_control(&mut self, enabled: bool, masked: bool) {
+        (self.enabled, self.masked) = (enabled, masked);
+        for index in 0..self.vectors.len() {
+            self.update(index);
+        }
+    }
+
+    /// The guest reads the table.
+    pub fn read_table(&self, offset: u64, data: &mut [u8]) {
+        let mut bytes = [0; ENTRY as usize];
+        if let Some(vector) = self.vectors.get((offset / ENTRY) as usize) {
+            for (place, register) in bytes.chunks_exact_mut(4).zip(vector.registers) {
+                place.copy_from_slice(&register.to_le_bytes());
+            }
+        }
+        copy(&bytes, (offset % ENTRY) as usize, data);
+    }
+
+    /// The guest writes the table: 32 or 64 bits, aligned.
+    pub fn write_table(&mut self, offset: u64, data: &[u8]) {
+        let (index, first) = ((offset / ENTRY) as usize, (offset % ENTRY / 4) as usize);
+        let Some(vector) = self.vectors.get_mut(index) else { return };
+        if !offset.is_multiple_of(4) || !data.len().is_multiple_of(4) {
+            return;
+        }
+        for (register, bytes) in vector.registers[first..].iter_mut().zip(data.chunks_exact(4)) {
+            *register = u32::from_le_bytes(bytes.try_into().expect("4 bytes"));
+        }
+        // A message that is sent must be the one in the table: connect anew.
+        self.disconnect(index);
+        self.update(index);
+    }
+
+    /// The guest reads the pending bits.
+    pub fn read_pending(&self, offset: u64, data: &mut [u8]) {
+        let mut bits = vec![0; self.vectors.len().div_ceil(64) * 8];
+        for (index, vector) in self.vectors.iter().enumerate() {
+            if !vector.connected && is_readable(&vector.event) {
+                bits[index / 8] |= 1 << (index % 8);
+            }
+        }
+        copy(&bits, offset as usize, data);
+    }
+
+    fn disconnect(&mut self, index: usize) {
+        let vector = &mut self.vectors[index];
+        if std::mem::replace(&mut vector.connected, false)
+            && let Err(error) = self.vm.hold_back(&vector.event, vector.gsi)
+        {
+            log::guest_line(error);
+        }
+    }
+
+    /// Connects or disconnects a vector as its masks say.
+    fn update(&mut self, index: usize) {
+        let vector = &self.vectors[index];
+        let [low, high, data, control] = vector.registers;
+        let wanted = self.enabled && !self.masked && control & MASKED == 0;
+        if wanted == vector.connected {
+            return;
+        }
+        if !wanted {
+            return self.disconnect(index);
+        }
+        let message = Message { address: u64::from(high) << 32 | u64::from(low), data, device: self.device };
+        match self.vm.send_by(&vector.event, vector.gsi, message) {
+            Ok(()) => self.vectors[index].connected = true,
+            Err(error) => log::guest_line(error),
+        }
+    }
+}
+
+fn copy(bytes: &[u8], offset: usize, data: &mut [u8]) {
+    for (index, byte) in data.iter_mut().enumerate() {
+        *byte = bytes.get(offset + index).copied().unwrap_or(0);
+    }
+}
+
+/// Whether something was written, without taking it.
+#[allow(unsafe_code)]
+fn is_readable(event: &EventFd) -> bool {
+    use std::os::fd::AsRawFd;
+    let mut poll = libc::pollfd { fd: event.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: the pointer is to one local `pollfd`, as the count says.
+    unsafe { libc::poll(&mut poll, 1, 0) == 1 }
+}

@@ -1,0 +1,176 @@
+//! The root: finds the function behind a configuration access, and moves its registers on the bus when
+//! the guest moves its BAR.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::{CONFIG_SIZE, DEVICES_MAX};
+use crate::arch::layout;
+use crate::bus::{Bus, BusDevice, Shared};
+use crate::event::EventFd;
+use crate::log;
+use crate::memory::Range;
+use crate::vm::Vm;
+
+/// A function of the bus.
+pub trait Function: Send {
+    /// The guest reads configuration space; the root has filled `data` with ones.
+    fn read_config(&mut self, offset: usize, data: &mut [u8]);
+    /// The guest writes configuration space.
+    fn write_config(&mut self, offset: usize, data: &[u8]);
+    /// Where its registers are now; none: nowhere.
+    fn place(&self) -> Option<Range>;
+}
+
+/// What a function has on the memory bus, wherever it is.
+pub struct Registers {
+    /// The registers themselves.
+    pub device: Shared,
+    /// Events that writes at these offsets trigger.
+    pub kicks: Vec<(u64, EventFd)>,
+}
+
+struct Slot {
+    function: Arc<Mutex<dyn Function>>,
+    registers: Option<Registers>,
+    placed: Option<Range>,
+}
+
+/// The bus: up to 32 devices of one function each.
+pub struct Root {
+    vm: Arc<Vm>,
+    mmio: Arc<Bus>,
+    slots: Vec<Slot>,
+    /// The address register of the port mechanism (x86).
+    address: u32,
+}
+
+impl Root {
+    /// An empty bus whose functions' registers appear on `mmio`.
+    pub fn new(vm: Arc<Vm>, mmio: Arc<Bus>) -> Self {
+        Self { vm, mmio, slots: Vec::new(), address: 0 }
+    }
+
+    /// The number that the next device gets.
+    pub fn next_device(&self) -> Option<u32> {
+        (self.slots.len() < DEVICES_MAX).then_some(self.slots.len() as u32)
+    }
+
+    /// Adds a function as the next device.
+    pub fn add(&mut self, function: Arc<Mutex<dyn Function>>, registers: Option<Registers>) {
+        self.slots.push(Slot { function, registers, placed: None });
+    }
+
+    /// `address` is an offset in ECAM: bus 0, device, function 0, register.
+    fn slot(&mut self, address: u64) -> Option<(&mut Slot, usize)> {
+        let function = address / CONFIG_SIZE;
+        if !function.is_multiple_of(8) {
+            return None;
+        }
+        let slot = self.slots.get_mut((function / 8) as usize)?;
+        Some((slot, (address % CONFIG_SIZE) as usize))
+    }
+
+    fn read_config(&mut self, address: u64, data: &mut [u8]) {
+        data.fill(0xff);
+        if let Some((slot, offset)) = self.slot(address) {
+            slot.function.lock().unwrap_or_else(PoisonError::into_inner).read_config(offset, data);
+        }
+    }
+
+    fn write_config(&mut self, address: u64, data: &[u8]) {
+        let (vm, mmio) = (self.vm.clone(), self.mmio.clone());
+        let Some((slot, offset)) = self.slot(address) else { return };
+        let place = {
+            let mut function = slot.function.lock().unwrap_or_else(PoisonError::into_inner);
+            function.write_config(offset, data);
+            function.place()
+        };
+        // The function's lock is dropped: its registers can be reached while they move.
+        if let Some(registers) = &slot.registers
+            && place != slot.placed
+        {
+            if let Some(old) = slot.placed.take() {
+                take_away(&vm, &mmio, registers, old);
+            }
+            slot.placed = place.filter(|place| put(&vm, &mmio, registers, *place));
+        }
+    }
+}
+
+/// Only in the window that the boot tables give: elsewhere are memory and other devices.
+fn put(vm: &Vm, mmio: &Bus, registers: &Registers, place: Range) -> bool {
+    let window = layout::PCI_MEMORY;
+    if place.start < window.start || place.start > window.end() - place.size {
+        return false;
+    }
+    if let Err(error) = mmio.attach(place, registers.device.clone()) {
+        log::guest_line(format_args!("the guest put a PCI device where it cannot be: {error}"));
+        return false;
+    }
+    for (offset, kick) in &registers.kicks {
+        if let Err(error) = vm.kick_any(kick, place.start + offset) {
+            // Kicks then arrive as ordinary writes.
+            log::guest_line(error);
+        }
+    }
+    true
+}
+
+fn take_away(vm: &Vm, mmio: &Bus, registers: &Registers, place: Range) {
+    mmio.detach(place.start);
+    for (offset, kick) in &registers.kicks {
+        // One that could not be connected cannot be disconnected.
+        let _ = vm.unkick_any(kick, place.start + offset);
+    }
+}
+
+/// Configuration space as memory (PCI Express 5.0, 7.2.2).
+pub struct Ecam(pub Arc<Mutex<Root>>);
+
+impl BusDevice for Ecam {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).read_config(offset, data);
+    }
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).write_config(offset, data);
+    }
+}
+
+/// Configuration space by ports 0xcf8 (address) and 0xcfc to 0xcff (data) (PCI Local Bus 3.0, 3.2.2.3.2).
+pub struct Ports(pub Arc<Mutex<Root>>);
+
+impl Ports {
+    /// The ECAM offset of a data access, while the address register enables them.
+    fn target(root: &Root, offset: u64) -> Option<u64> {
+        let address = u64::from(root.address);
+        let bus_zero = address >> 16 & 0xff == 0;
+        let register = address & 0xfc | offset & 3;
+        (address & 1 << 31 != 0 && bus_zero).then(|| ((address >> 8 & 0xff) * CONFIG_SIZE) | register)
+    }
+}
+
+impl BusDevice for Ports {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        let mut root = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match offset {
+            0 if data.len() == 4 => data.copy_from_slice(&root.address.to_le_bytes()),
+            4.. => match Self::target(&root, offset) {
+                Some(address) => root.read_config(address, data),
+                None => data.fill(0xff),
+            },
+            _ => {}
+        }
+    }
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        let mut root = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match (offset, <[u8; 4]>::try_from(data)) {
+            (0, Ok(data)) => root.address = u32::from_le_bytes(data),
+            (4.., _) => {
+                if let Some(address) = Self::target(&root, offset) {
+                    root.write_config(address, data);
+                }
+            }
+            _ => {}
+        }
+    }
+}

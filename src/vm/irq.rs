@@ -1,0 +1,78 @@
+//! Message-signalled interrupts: which event sends which message (KVM api, 4.52).
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+
+use kvm_bindings::{
+    KVM_IRQ_ROUTING_MSI, KVM_MSI_VALID_DEVID, KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_msi,
+};
+
+use crate::arch::{self, layout};
+use crate::error::{Context, Error, Result};
+use crate::event::EventFd;
+use crate::vm::Vm;
+
+/// A message: where it is written, what, and (where the interrupt controller asks for it) by whom.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Message {
+    /// The address written to.
+    pub address: u64,
+    /// The value written.
+    pub data: u32,
+    /// The sender: bus, device and function on PCI.
+    pub device: u32,
+}
+
+/// The messages that events send now. KVM takes the whole table at every change.
+#[derive(Default)]
+pub struct Routes {
+    messages: Mutex<BTreeMap<u32, Message>>,
+    next: std::sync::atomic::AtomicU32,
+}
+
+impl Vm {
+    /// A number for an interrupt that is a message.
+    pub fn allocate_message(&self) -> Result<u32> {
+        let index = self.routes.next.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+        if index >= layout::MESSAGES_MAX {
+            return Err(Error::config("there are too many devices for the interrupts there are"));
+        }
+        Ok(layout::MESSAGE_GSIS + index)
+    }
+
+    /// From here on a write to `event` sends `message`; what was written before is sent now.
+    pub fn send_by(&self, event: &EventFd, gsi: u32, message: Message) -> Result<()> {
+        {
+            let mut messages = self.routes.messages.lock().unwrap_or_else(PoisonError::into_inner);
+            if messages.insert(gsi, message) != Some(message) {
+                self.fd.set_gsi_routing(&table(&messages)?).context("route an interrupt message")?;
+            }
+        }
+        self.fd.register_irqfd(event, gsi).context("connect an interrupt message")
+    }
+
+    /// From here on writes to `event` stay there.
+    pub fn hold_back(&self, event: &EventFd, gsi: u32) -> Result<()> {
+        self.fd.unregister_irqfd(event, gsi).context("disconnect an interrupt message")
+    }
+}
+
+fn table(messages: &BTreeMap<u32, Message>) -> Result<KvmIrqRouting> {
+    let mut entries = arch::default_routes();
+    for (gsi, message) in messages {
+        let mut entry = kvm_irq_routing_entry { gsi: *gsi, type_: KVM_IRQ_ROUTING_MSI, ..Default::default() };
+        let mut msi = kvm_irq_routing_msi {
+            address_lo: message.address as u32,
+            address_hi: (message.address >> 32) as u32,
+            data: message.data,
+            ..Default::default()
+        };
+        if arch::MESSAGES_NAME_THEIR_DEVICE {
+            entry.flags = KVM_MSI_VALID_DEVID;
+            msi.__bindgen_anon_1.devid = message.device;
+        }
+        entry.u.msi = msi;
+        entries.push(entry);
+    }
+    KvmIrqRouting::from_entries(&entries).map_err(|_| Error::host("too many interrupt routes"))
+}
