@@ -189,58 +189,60 @@ fn disk(folder: &Folder) -> String {
     disk.to_str().unwrap().to_owned()
 }
 
+/// Both transports.
+const TRANSPORTS: [&[&str]; 2] = [&[], &["--enable-pci"]];
+
 #[test]
 fn a_disk_and_random_bytes_are_found_and_work() {
-    let folder = Folder::new();
-    let disk = disk(&folder);
-    let ended = firmware(&["--disk", &disk, "--entropy", "--cpus", "2"]);
-    assert_eq!(ended.code, Some(0), "{}", ended.text);
-    assert!(ended.text.contains("\nblock: ok (2048 sectors)"), "{}", ended.text);
-    assert!(ended.text.contains("\nentropy: ok (32 bytes, twice)"), "{}", ended.text);
-    assert!(ended.text.contains("9 cases, 0 failed"), "{}", ended.text);
-    let written = std::fs::read(&disk).unwrap();
-    assert_eq!(&written[512..516], [0x5a, 0x5b, 0x58, 0x59], "sector 1 has what the guest wrote");
-    // A disk that cannot be written to says so: the case's first step fails.
-    let ended = firmware(&["--disk", &format!("{disk},ro"), "--cmdline", "case=block"]);
-    assert_eq!(ended.code, Some(1), "{}", ended.text);
-    assert!(ended.text.contains("expected status 0 for a write, found 1"), "{}", ended.text);
+    for transport in TRANSPORTS {
+        let folder = Folder::new();
+        let disk = disk(&folder);
+        let ended = firmware(&[transport, &["--disk", &disk, "--entropy", "--cpus", "2"]].concat());
+        assert_eq!(ended.code, Some(0), "{}", ended.text);
+        assert!(ended.text.contains("\nblock: ok (2048 sectors)"), "{}", ended.text);
+        assert!(ended.text.contains("\nentropy: ok (32 bytes, twice)"), "{}", ended.text);
+        assert!(ended.text.contains("9 cases, 0 failed"), "{}", ended.text);
+        let written = std::fs::read(&disk).unwrap();
+        assert_eq!(&written[512..516], [0x5a, 0x5b, 0x58, 0x59], "sector 1 has what the guest wrote");
+        // A disk that cannot be written to says so: the case's first step fails.
+        let disk = format!("{disk},ro");
+        let ended = firmware(&[transport, &["--disk", &disk, "--cmdline", "case=block"]].concat());
+        assert_eq!(ended.code, Some(1), "{}", ended.text);
+        assert!(ended.text.contains("expected status 0 for a write, found 1"), "{}", ended.text);
+    }
 }
 
 #[test]
 fn frames_go_out_and_come_in() {
     network::enter();
     network::add_tap("tap0", "172.16.0.1/24");
-    let wire = network::Wire::new("tap0", 0x88b5);
-    let mut guest =
-        Process::start(["run", "--net", "tap=tap0,mac=06:00:ac:10:00:02", "--cmdline", "case=net"]);
-    let frame = wire.receive();
-    assert_eq!(&frame[..12], b"\xff\xff\xff\xff\xff\xff\x06\x00\xac\x10\x00\x02");
-    assert_eq!(&frame[14..19], b"hello");
-    let mut answer = frame.clone();
-    answer[14..19].copy_from_slice(b"world");
-    answer[6..12].copy_from_slice(b"\x02\0\0\0\0\x01");
-    wire.send(&answer);
-    guest.expect("net: ok");
-    assert_eq!(guest.end().code, Some(0));
+    for transport in TRANSPORTS {
+        let wire = network::Wire::new("tap0", 0x88b5);
+        let net = ["--net", "tap=tap0,mac=06:00:ac:10:00:02", "--cmdline", "case=net"];
+        let mut guest = Process::start([&["run"], transport, &net].concat());
+        let frame = wire.receive();
+        assert_eq!(&frame[..12], b"\xff\xff\xff\xff\xff\xff\x06\x00\xac\x10\x00\x02");
+        assert_eq!(&frame[14..19], b"hello");
+        let mut answer = frame.clone();
+        answer[14..19].copy_from_slice(b"world");
+        answer[6..12].copy_from_slice(b"\x02\0\0\0\0\x01");
+        wire.send(&answer);
+        guest.expect("net: ok");
+        assert_eq!(guest.end().code, Some(0));
+    }
 }
 
 #[test]
 fn a_hostile_driver_breaks_nothing_but_its_own_device() {
-    let folder = Folder::new();
-    let disk = disk(&folder);
-    let ended = firmware(&["--disk", &disk, "--entropy", "--cmdline", "case=hostile"]);
-    assert_eq!(ended.code, Some(0), "{}", ended.text);
-    assert!(ended.text.contains("hostile: ok (34 breaches)"), "{}", ended.text);
-    assert!(ended.text.contains("disk `disk0` stopped and waits for a reset"), "{}", ended.text);
-    let lines = ended.text.lines().filter(|line| line.contains("waits for a reset")).count();
-    assert!(lines <= 20, "log lines that a guest causes are bounded: {lines}");
-}
-
-#[test]
-fn a_machine_with_a_pci_bus_is_no_other() {
-    let folder = Folder::new();
-    let disk = disk(&folder);
-    let ended = firmware(&["--enable-pci", "--disk", &disk, "--entropy", "--cpus", "2"]);
-    assert_eq!(ended.code, Some(0), "{}", ended.text);
-    assert!(ended.text.contains("tables: ok"), "{}", ended.text);
+    for (transport, breaches) in TRANSPORTS.into_iter().zip([34, 39]) {
+        let folder = Folder::new();
+        let disk = disk(&folder);
+        let options = ["--disk", &disk, "--entropy", "--cmdline", "case=hostile"];
+        let ended = firmware(&[transport, &options].concat());
+        assert_eq!(ended.code, Some(0), "{}", ended.text);
+        assert!(ended.text.contains(&format!("ok ({breaches} breaches)")), "{}", ended.text);
+        assert!(ended.text.contains("disk `disk0` stopped and waits for a reset"), "{}", ended.text);
+        let lines = ended.text.lines().filter(|line| line.contains("waits for a reset")).count();
+        assert!(lines <= 20, "log lines that a guest causes are bounded: {lines}");
+    }
 }

@@ -12,6 +12,8 @@ pub const NAME: &str = "aarch64";
 pub const EXIT: u64 = 0x0902_0000;
 /// Registers of virtio-mmio devices, a page each.
 pub const VIRTIO_MMIO: u64 = 0x0c00_0000;
+/// Configuration space of PCI bus 0.
+pub const ECAM: u64 = 0x1000_0000;
 const SERIAL: u64 = 0x0900_0000;
 const GIC_DISTRIBUTOR: u64 = 0x0800_0000;
 const GIC_REDISTRIBUTOR: u64 = 0x0a00_0000;
@@ -320,4 +322,24 @@ pub fn ticks() -> u64 {
     let (count, frequency): (u64, u64);
     unsafe { asm!("mrs {}, cntvct_el0", "mrs {}, cntfrq_el0", out(reg) count, out(reg) frequency) };
     count * (1_000_000_000 / frequency.clamp(1, 1_000_000_000))
+}
+
+pub fn read8(address: u64) -> u8 {
+    let value: u32;
+    unsafe { asm!("ldrb {:w}, [{}]", out(reg) value, in(reg) address, options(nostack)) };
+    value as u8
+}
+
+pub fn write8(address: u64, value: u8) {
+    unsafe { asm!("strb {:w}, [{}]", in(reg) u32::from(value), in(reg) address, options(nostack)) };
+}
+
+pub fn read16(address: u64) -> u16 {
+    let value: u32;
+    unsafe { asm!("ldrh {:w}, [{}]", out(reg) value, in(reg) address, options(nostack)) };
+    value as u16
+}
+
+pub fn write16(address: u64, value: u16) {
+    unsafe { asm!("strh {:w}, [{}]", in(reg) u32::from(value), in(reg) address, options(nostack)) };
 }

@@ -1,11 +1,12 @@
 //! A driver that breaks every rule it can. After each breach, a device that is not meant must still
 //! answer, and the one that is must work again after a reset.
 
+use crate::arch::{read32, write32};
 use crate::console::say;
 use crate::machine::Machine;
 use crate::virtio::{
-    self, CONFIG, Descriptor, Device, INDIRECT, NEXT, QUEUE_NOTIFY, QUEUE_READY, QUEUE_SELECT, QUEUE_SIZE,
-    Queue, SIZE, STATUS, WRITE, read_by_device, written_by_device,
+    self, BAR, CONFIG, Descriptor, Device, INDIRECT, NEXT, PCI_TABLE, QUEUE_NOTIFY, QUEUE_READY,
+    QUEUE_SELECT, QUEUE_SIZE, Queue, SIZE, STATUS, WRITE, read_by_device, written_by_device,
 };
 use crate::words::Words;
 
@@ -64,7 +65,10 @@ const ATTACKS: [(&str, Attack); 34] = [
     }),
     ("rings where no memory is", |device, _| rings(device, SIZE as u32, NOWHERE, NOWHERE, NOWHERE)),
     ("rings that wrap around", |device, _| rings(device, SIZE as u32, TOP, TOP & !1, TOP & !3)),
-    ("rings on device registers", |device, _| rings(device, SIZE as u32, device.0, device.0, device.0)),
+    ("rings on device registers", |device, _| {
+        let registers = device.start_of_registers();
+        rings(device, SIZE as u32, registers, registers, registers);
+    }),
     ("rings on top of each other", |device, queue| {
         let table = queue.parts()[0];
         rings(device, SIZE as u32, table, table, table);
@@ -118,6 +122,68 @@ const ATTACKS: [(&str, Attack); 34] = [
     }),
 ];
 
+/// Breaches that only a device on a PCI bus knows.
+const PCI_ATTACKS: [(&str, Attack); 5] = [
+    ("registers on top of memory", |device, _| move_registers(device, 0x20_0000)),
+    ("registers on top of another device's", |device, _| {
+        let (own, other) =
+            (device.start_of_registers(), Device::find(4).map_or(0, Device::start_of_registers));
+        // Who was there first stays: what is accessed there is the other device.
+        place_registers(device, other);
+        place_registers(device, own);
+    }),
+    ("registers at the end of the address space", |device, _| {
+        // We cannot look there ourselves.
+        let own = device.start_of_registers();
+        place_registers(device, !0xf);
+        place_registers(device, own);
+    }),
+    ("garbage in the table of messages", |device, queue| {
+        let table = device.start_of_registers() + PCI_TABLE;
+        for at in (table..table + 0x100).step_by(4) {
+            write32(at, 0xdead_beef);
+        }
+        // MSI-X on: the messages are garbage.
+        each_dword(device, |config, offset, value| {
+            if value & 0xff == 0x11 {
+                write32(config + offset, value | 1 << 31);
+            }
+        });
+        chain(queue, [(0x1000, 16, NEXT, 1), (0x1000, 1, WRITE, 0)]);
+    }),
+    ("every byte of configuration space", |device, _| {
+        let registers = device.start_of_registers();
+        each_dword(device, |config, offset, _| write32(config + offset, u32::MAX));
+        each_dword(device, |config, offset, _| write32(config + offset, 0));
+        place_registers(device, registers);
+    }),
+];
+
+/// Calls `visit` with every 32-bit word of the header and the capabilities.
+fn each_dword(device: Device, visit: impl Fn(u64, u64, u32)) {
+    if let Some(config) = device.config_space() {
+        (0..256).step_by(4).for_each(|offset| visit(config, offset, read32(config + offset)));
+    }
+}
+
+/// Puts the registers elsewhere, uses them there, and puts them back.
+fn move_registers(device: Device, to: u64) {
+    let before = device.start_of_registers();
+    place_registers(device, to);
+    device.write(STATUS, 0);
+    device.read(STATUS);
+    place_registers(device, before);
+}
+
+fn place_registers(device: Device, at: u64) {
+    if let Some(config) = device.config_space() {
+        write32(config + BAR, at as u32);
+        write32(config + BAR + 4, (at >> 32) as u32);
+        // Memory decoding and bus mastering.
+        write32(config + 4, 6);
+    }
+}
+
 /// Offers a chain of two descriptors (address, length, flags, next), the second of which may be unused.
 fn chain(queue: Queue, descriptors: [(u64, u32, u16, u16); 2]) {
     for (index, (address, length, flags, next)) in descriptors.into_iter().enumerate() {
@@ -157,7 +223,10 @@ pub fn run(_: &Machine, _: &Words) -> bool {
         say!("expected a disk and a source of random bytes, found less");
         return false;
     };
-    for (what, attack) in ATTACKS {
+    let pci = PCI_ATTACKS.into_iter().filter(|_| disk.config_space().is_some());
+    let mut count = 0u32;
+    for (what, attack) in ATTACKS.into_iter().chain(pci) {
+        count += 1;
         virtio::forget_rings();
         let (Some([witness]), Some([queue])) = (entropy.start::<1>(), disk.start::<1>()) else {
             say!("expected the devices to start before ", what, ", found them dead");
@@ -178,6 +247,6 @@ pub fn run(_: &Machine, _: &Words) -> bool {
             return false;
         }
     }
-    say!("ok (", ATTACKS.len(), " breaches)");
+    say!("ok (", count, " breaches)");
     true
 }

@@ -70,25 +70,106 @@ const EMPTY: Ring = Ring {
 static mut RINGS: [Ring; 4] = [EMPTY; 4];
 static mut RINGS_TAKEN: usize = 0;
 
-/// A device by the address of its registers.
+/// Where a device's registers are.
 #[derive(Clone, Copy)]
-pub struct Device(pub u64);
+enum Place {
+    /// virtio-mmio at this address.
+    Mmio(u64),
+    /// A function of PCI bus 0: its configuration space.
+    Pci(u64),
+}
+
+/// A device. Registers go by their offsets in virtio-mmio, whatever the transport.
+#[derive(Clone, Copy)]
+pub struct Device(Place);
+
+/// Configuration space: command and status, the BAR.
+const COMMAND: u64 = 0x04;
+pub const BAR: u64 = 0x10;
+const MEMORY_AND_MASTER: u32 = 6;
+/// Where our monitor's functions have their structures in the BAR; the capabilities say the same.
+const PCI_DEVICE: u64 = 0x1000;
+const PCI_NOTIFY: u64 = 0x2000;
+pub const PCI_TABLE: u64 = 0x3000;
+
+/// The common configuration's offset and width for a register of virtio-mmio.
+fn common(offset: u64) -> Option<(u64, u32)> {
+    Some(match offset {
+        DEVICE_FEATURES => (0x04, 4),
+        0x14 => (0x00, 4),
+        DRIVER_FEATURES => (0x0c, 4),
+        0x24 => (0x08, 4),
+        QUEUE_SELECT => (0x16, 2),
+        QUEUE_SIZE | QUEUE_SIZE_MAX => (0x18, 2),
+        QUEUE_READY => (0x1c, 2),
+        STATUS => (0x14, 1),
+        0x80..=0x84 => (offset - 0x60, 4),
+        0x90..=0x94 => (offset - 0x68, 4),
+        0xa0..=0xa4 => (offset - 0x70, 4),
+        _ => return None,
+    })
+}
 
 impl Device {
-    /// The first device of this type.
+    /// The first device of this type, behind virtio-mmio or on the PCI bus.
     pub fn find(kind: u32) -> Option<Self> {
-        let places = (0..DEVICES_MAX).map(|index| Self(arch::VIRTIO_MMIO + index * STRIDE));
-        places
+        let places = (0..DEVICES_MAX).map(|index| Self(Place::Mmio(arch::VIRTIO_MMIO + index * STRIDE)));
+        let mmio = places
             .take_while(|device| device.read(0) == u32::from_le_bytes(*b"virt"))
-            .find(|device| device.read(8) == kind)
+            .find(|device| device.read(8) == kind);
+        let id = (0x1040 + kind) << 16 | 0x1af4;
+        let pci = || {
+            let functions = (0..DEVICES_MAX).map(|index| arch::ECAM + (index << 15));
+            let found = functions.take_while(|at| read32(*at) != u32::MAX).find(|at| read32(*at) == id)?;
+            write32(found + COMMAND, MEMORY_AND_MASTER);
+            Some(Self(Place::Pci(found)))
+        };
+        mmio.or_else(pci)
+    }
+
+    /// Its configuration space, if it is on the PCI bus.
+    pub fn config_space(self) -> Option<u64> {
+        match self.0 {
+            Place::Mmio(_) => None,
+            Place::Pci(config) => Some(config),
+        }
+    }
+
+    /// Where its registers begin.
+    pub fn start_of_registers(self) -> u64 {
+        match self.0 {
+            Place::Mmio(start) => start,
+            Place::Pci(config) => {
+                u64::from(read32(config + BAR) & !15) | u64::from(read32(config + BAR + 4)) << 32
+            }
+        }
     }
 
     pub fn read(self, offset: u64) -> u32 {
-        read32(self.0 + offset)
+        let start = self.start_of_registers();
+        match (self.0, common(offset)) {
+            (Place::Mmio(_), _) => read32(start + offset),
+            (_, Some((at, 1))) => arch::read8(start + at).into(),
+            (_, Some((at, 2))) => arch::read16(start + at).into(),
+            (_, Some((at, _))) => read32(start + at),
+            _ if offset >= CONFIG => read32(start + PCI_DEVICE + offset - CONFIG),
+            _ => 0,
+        }
     }
 
     pub fn write(self, offset: u64, value: u32) {
-        write32(self.0 + offset, value);
+        let start = self.start_of_registers();
+        match (self.0, common(offset)) {
+            (Place::Mmio(_), _) => write32(start + offset, value),
+            (_, Some((at, 1))) => arch::write8(start + at, value as u8),
+            (_, Some((at, 2))) => arch::write16(start + at, value as u16),
+            (_, Some((at, _))) => write32(start + at, value),
+            _ if offset == QUEUE_NOTIFY => {
+                arch::write16(start + PCI_NOTIFY + u64::from(value & 0xff) * 4, value as u16)
+            }
+            _ if offset >= CONFIG => write32(start + PCI_DEVICE + offset - CONFIG, value),
+            _ => {}
+        }
     }
 
     fn write64(self, offset: u64, value: u64) {

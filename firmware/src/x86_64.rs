@@ -13,6 +13,8 @@ pub const NAME: &str = "x86_64";
 pub const EXIT: u64 = 0xc000_2000;
 /// Registers of virtio-mmio devices, a page each.
 pub const VIRTIO_MMIO: u64 = 0xc010_0000;
+/// Configuration space of PCI bus 0.
+pub const ECAM: u64 = 0xc100_0000;
 const SERIAL: u16 = 0x3f8;
 /// What an exception that nobody expects ends with.
 const EXCEPTION: u32 = 101;
@@ -473,4 +475,20 @@ pub fn ticks() -> u64 {
     let (low, high): (u32, u32);
     unsafe { asm!("rdtsc", out("eax") low, out("edx") high, options(nomem, nostack)) };
     u64::from(low) | u64::from(high) << 32
+}
+
+pub fn read8(address: u64) -> u8 {
+    unsafe { read_volatile(address as *const u8) }
+}
+
+pub fn write8(address: u64, value: u8) {
+    unsafe { write_volatile(address as *mut u8, value) };
+}
+
+pub fn read16(address: u64) -> u16 {
+    unsafe { read_volatile(address as *const u16) }
+}
+
+pub fn write16(address: u64, value: u16) {
+    unsafe { write_volatile(address as *mut u16, value) };
 }

@@ -35,6 +35,8 @@ struct Inbox {
     jobs: Vec<Job>,
     thread: Option<JoinHandle<()>>,
     paused: bool,
+    /// The loop has ended: nobody takes jobs any more.
+    ended: bool,
 }
 
 impl Workers {
@@ -93,6 +95,9 @@ impl Workers {
 
     fn post(self: &Arc<Self>, job: Job) {
         let mut inbox = self.inbox.lock().unwrap_or_else(PoisonError::into_inner);
+        if inbox.ended {
+            return;
+        }
         let is_end = matches!(job, Job::End);
         inbox.jobs.push(job);
         if inbox.thread.is_none() && !is_end {
@@ -117,6 +122,10 @@ impl Workers {
             }
             Err(error) => log::line(format_args!("start the io thread: {error}: devices will not answer")),
         }
+        // Whoever waits for a job to be done must not wait for ever.
+        let mut inbox = self.inbox.lock().unwrap_or_else(PoisonError::into_inner);
+        inbox.ended = true;
+        inbox.jobs.clear();
     }
 
     fn take_jobs(&self) -> Vec<Job> {
