@@ -364,6 +364,23 @@ mod tests {
     }
 
     #[test]
+    fn the_root_device_is_the_first_disk_and_named_on_the_command_line() {
+        let config = |root: &str| -> Config {
+            let drive = |id: &str, more: &str| {
+                format!(r#"{{"drive_id":"{id}","path_on_host":"/{id}","is_root_device":{more}}}"#)
+            };
+            let text = format!(r#"{{"drives":[{},{}]}}"#, drive("data", "false"), drive("root", root));
+            serde_json::from_str(&text).unwrap()
+        };
+        let names: Vec<_> = config("true").devices().map(|device| device.name()).collect();
+        assert_eq!(names, ["disk `root`", "disk `data`"]);
+        assert_eq!(config("true").root_words().as_deref(), Some("root=/dev/vda rw"));
+        let partition = config(r#"true,"is_read_only":true,"partuuid":"0eaa91a0-01""#);
+        assert_eq!(partition.root_words().as_deref(), Some("root=PARTUUID=0eaa91a0-01 ro"));
+        assert_eq!(config("false").root_words(), None);
+    }
+
+    #[test]
     fn a_command_line_that_does_not_fit_is_refused() {
         let check = |line: String| {
             BootSource { kernel_image_path: "k".into(), initrd_path: None, boot_args: Some(line) }.check()

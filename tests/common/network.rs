@@ -39,6 +39,21 @@ pub fn add_tap(name: &str, address: &str) {
     output("ip", &["link", "set", name, "up"]);
 }
 
+/// Waits for a connection.
+pub fn accept(listener: &std::net::TcpListener) -> std::net::TcpStream {
+    listener.set_nonblocking(true).unwrap();
+    let mut accepted = None;
+    super::wait_for(|| {
+        accepted = listener.accept().ok();
+        accepted.is_some()
+    });
+    let (stream, _) = accepted.unwrap();
+    stream.set_nonblocking(false).unwrap();
+    stream.set_read_timeout(Some(super::PATIENCE)).unwrap();
+    stream.set_write_timeout(Some(super::PATIENCE)).unwrap();
+    stream
+}
+
 /// A packet socket on an interface, for one EtherType.
 pub struct Wire {
     socket: std::os::fd::OwnedFd,
