@@ -175,6 +175,7 @@ fn move_registers(device: Device, to: u64) {
     place_registers(device, before);
 }
 
+#[inline(never)]
 fn place_registers(device: Device, at: u64) {
     if let Some(config) = device.config_space() {
         write32(config + BAR, at as u32);
@@ -185,6 +186,7 @@ fn place_registers(device: Device, at: u64) {
 }
 
 /// Offers a chain of two descriptors (address, length, flags, next), the second of which may be unused.
+#[inline(never)]
 fn chain(queue: Queue, descriptors: [(u64, u32, u16, u16); 2]) {
     for (index, (address, length, flags, next)) in descriptors.into_iter().enumerate() {
         queue.set_descriptor(index, Descriptor { address, length, flags, next });
@@ -193,6 +195,7 @@ fn chain(queue: Queue, descriptors: [(u64, u32, u16, u16); 2]) {
 }
 
 /// Starts the device with rings at these addresses, and kicks.
+#[inline(never)]
 fn rings(device: Device, size: u32, table: u64, available: u64, used: u64) {
     device.negotiate(VERSION_1);
     device.set_queue(0, size, table, available, used);

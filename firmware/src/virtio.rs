@@ -112,6 +112,7 @@ fn common(offset: u64) -> Option<(u64, u32)> {
 
 impl Device {
     /// The first device of this type, behind virtio-mmio or on the PCI bus.
+    #[inline(never)]
     pub fn find(kind: u32) -> Option<Self> {
         let places = (0..DEVICES_MAX).map(|index| Self(Place::Mmio(arch::VIRTIO_MMIO + index * STRIDE)));
         let mmio = places
@@ -145,6 +146,7 @@ impl Device {
         }
     }
 
+    #[inline(never)]
     pub fn read(self, offset: u64) -> u32 {
         let start = self.start_of_registers();
         match (self.0, common(offset)) {
@@ -157,6 +159,7 @@ impl Device {
         }
     }
 
+    #[inline(never)]
     pub fn write(self, offset: u64, value: u32) {
         let start = self.start_of_registers();
         match (self.0, common(offset)) {
@@ -172,6 +175,7 @@ impl Device {
         }
     }
 
+    #[inline(never)]
     fn write64(self, offset: u64, value: u64) {
         self.write(offset, value as u32);
         self.write(offset + 4, (value >> 32) as u32);
@@ -192,6 +196,7 @@ impl Device {
     }
 
     /// Reset, then up to FEATURES_OK with `features`; false: it does not accept them.
+    #[inline(never)]
     pub fn negotiate(self, features: u64) -> bool {
         if !self.reset() {
             return false;
@@ -207,6 +212,7 @@ impl Device {
     }
 
     /// Sets up a queue with rings at these addresses.
+    #[inline(never)]
     pub fn set_queue(self, queue: u32, size: u32, descriptors: u64, driver: u64, device: u64) {
         self.write(QUEUE_SELECT, queue);
         self.write(QUEUE_SIZE, size);
@@ -312,6 +318,7 @@ impl Queue {
         self.device.set_queue(self.index, SIZE as u32, descriptors, driver, device);
     }
 
+    #[inline(never)]
     pub fn set_descriptor(&self, index: usize, descriptor: Descriptor) {
         unsafe { write_volatile(&raw mut (*self.ring).descriptors[index], descriptor) };
     }
@@ -327,6 +334,7 @@ impl Queue {
     }
 
     /// Makes the chain that begins with descriptor `head` available, and kicks.
+    #[inline(never)]
     pub fn offer(&self, head: u16) {
         let index = self.available_index();
         unsafe { write_volatile(&raw mut (*self.ring).available[index as usize % SIZE], head) };
@@ -343,6 +351,7 @@ impl Queue {
     }
 
     /// Sends a request of up to 4 buffers and waits for the answer: how many bytes were written.
+    #[inline(never)]
     pub fn request(&self, buffers: &[Buffer]) -> Option<u32> {
         for (index, buffer) in buffers.iter().enumerate() {
             let more = index + 1 < buffers.len();
@@ -362,6 +371,7 @@ impl Queue {
     }
 
     /// Waits until more was used than `before`.
+    #[inline(never)]
     pub fn wait_used(&self, before: u16) -> Option<u32> {
         let answered = wait_for(|| self.used_index() != before);
         arch::barrier();
