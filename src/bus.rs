@@ -15,7 +15,8 @@ pub trait BusDevice: Send {
     fn write(&mut self, offset: u64, data: &[u8]);
 }
 
-/// A device as the bus shares it. Lock order: the bus is never locked while a device is.
+/// A device as the bus shares it. Lock order: a device may lock the bus (the PCI root moves registers),
+/// so the bus is never locked while it calls a device.
 pub type Shared = Arc<Mutex<dyn BusDevice>>;
 
 struct Place {

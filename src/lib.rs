@@ -14,6 +14,14 @@
 //! - [`firmware`]: the guest of our own that is carried along.
 //! - [`machine`]: the machine and its run states: build, then load.
 //! - [`api`]: the control socket: every operation once. [`cli`]: the command line and the main loop.
+//!
+//! Threads: `main` serves the socket, signals and standard input, and opens every file; one per vCPU
+//! runs guest code and passes accesses to the buses; `io`, from the first device that starts on, runs
+//! the devices' workers. A vCPU whose lock somebody else holds is paused.
+//!
+//! Invariants (tests/tidy.rs checks what can be checked): modules use only lower ones; `arch/mod.rs`
+//! alone asks for the architecture; `unsafe` is only in listed files; a device without its queues
+//! touches neither guest memory nor interrupts; what a guest does ends at most itself or its device.
 
 pub mod api;
 pub mod arch;

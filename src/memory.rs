@@ -2,9 +2,7 @@
 
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{
-    GuestAddress, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
-};
+use vm_memory::{GuestAddress, GuestMemoryAtomic, GuestMemoryMmap, GuestRegionMmap};
 
 use crate::error::{Context, Error, Result};
 
@@ -67,15 +65,14 @@ fn advise(start: *mut u8, size: usize, advice: i32) {
     unsafe { libc::madvise(start.cast(), size, advice) };
 }
 
-/// The ranges that `memory` consists of.
-pub fn ranges(memory: &Regions) -> Vec<Range> {
-    memory.iter().map(|region| Range { start: region.start_addr().0, size: region.len() }).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::{Bytes, GuestAddressSpace};
+    use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
+
+    fn ranges(memory: &Regions) -> Vec<Range> {
+        memory.iter().map(|region| Range { start: region.start_addr().0, size: region.len() }).collect()
+    }
 
     #[test]
     fn memory_is_where_it_was_asked_for_and_zero() {

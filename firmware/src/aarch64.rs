@@ -293,22 +293,6 @@ unsafe extern "C" fn memset(to: *mut u8, byte: i32, count: usize) -> *mut u8 {
     to
 }
 
-#[unsafe(no_mangle)]
-unsafe extern "C" fn memcmp(a: *const u8, b: *const u8, count: usize) -> i32 {
-    for index in 0..count {
-        let (a, b) = unsafe { (a.add(index).read_volatile(), b.add(index).read_volatile()) };
-        if a != b {
-            return i32::from(a) - i32::from(b);
-        }
-    }
-    0
-}
-
-#[unsafe(no_mangle)]
-unsafe extern "C" fn bcmp(a: *const u8, b: *const u8, count: usize) -> i32 {
-    unsafe { memcmp(a, b, count) }
-}
-
 /// Orders memory accesses as devices see them.
 pub fn barrier() {
     unsafe { asm!("dmb sy", options(nostack)) };

@@ -13,6 +13,7 @@
 #![no_main]
 
 mod cases;
+mod compare;
 mod console;
 mod devices;
 mod hostile;

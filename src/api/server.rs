@@ -198,19 +198,17 @@ impl Connection {
             if self.ending {
                 return self.discard();
             }
-            if !self.serve_one(body_max, service) && !self.output.is_empty() {
-                continue;
-            }
+            self.serve_one(body_max, service);
             if self.output.is_empty() && !self.fill()? {
                 return Some(Interest::IN);
             }
         }
     }
 
-    /// Serves the request that is in the input, if it is complete.
-    fn serve_one(&mut self, body_max: usize, service: &mut Service<'_>) -> bool {
+    /// Serves the request that is in the input, if it is complete: then there is output.
+    fn serve_one(&mut self, body_max: usize, service: &mut Service<'_>) {
         if self.input.is_empty() {
-            return false;
+            return;
         }
         match http::parse(&self.input, body_max) {
             http::Parsed::Incomplete { expects_continue } => {
@@ -218,11 +216,9 @@ impl Connection {
                     self.continued = true;
                     self.output = http::continue_bytes();
                 }
-                false
             }
             http::Parsed::Bad(message) => {
                 self.end(&http::error_bytes("400", &message));
-                false
             }
             http::Parsed::Request { method, path, body } => {
                 let end = body.end;
@@ -231,7 +227,6 @@ impl Connection {
                 self.input.drain(..end);
                 self.continued = false;
                 self.answered += 1;
-                true
             }
         }
     }

@@ -7,7 +7,7 @@ use super::transport::{Register, Transport};
 use crate::bus::BusDevice;
 use crate::memory::Range;
 use crate::pci::config::{ConfigSpace, Identity};
-use crate::pci::msix::{ENTRY, Msix};
+use crate::pci::msix::Msix;
 use crate::pci::root::Function;
 
 const VENDOR: u16 = 0x1af4;
@@ -284,9 +284,6 @@ impl BusDevice for Bar {
         }
     }
 }
-
-/// So many vectors fit the table.
-pub const VECTORS_MAX: u64 = TABLE_SIZE / ENTRY;
 
 /// The host bridge: a function without registers, device 0 of the bus.
 pub struct HostBridge(pub ConfigSpace);
