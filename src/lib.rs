@@ -2,13 +2,14 @@
 //!
 //! The modules, low to high; each uses only those before it:
 //! - [`error`]: the one error type. [`log`]: messages on standard error. [`timeline`]: what a start is made of.
+//! - [`snapshot`]: state that outlives the process. [`limiter`]: rate limits.
 //! - [`event`]: the core of an event loop. [`host`]: where files come from. [`memory`]: guest memory.
 //! - [`platform`]: what boot tables must say, as plain data.
 //! - [`arch`]: everything that differs between x86_64 and aarch64, behind one set of names.
 //! - [`bus`]: address to device.
 //! - [`vm`]: one KVM virtual machine, its vCPUs and their gate, and how a guest ends.
 //! - [`pci`]: configuration space, MSI-X, and the root that moves registers on the bus.
-//! - [`virtio`]: what a virtio device promises, its registers and queues, and the io thread it lives on.
+//! - [`virtio`]: what a virtio device promises, its registers and queues, and the io threads it lives on.
 //! - [`devices`]: the devices.
 //! - [`config`]: everything a microVM is made of.
 //! - [`firmware`]: the guest of our own that is carried along.
@@ -17,7 +18,9 @@
 //!
 //! Threads: `main` serves the socket, signals and standard input, and opens every file; one per vCPU
 //! runs guest code and passes accesses to the buses; `io`, from the first device that starts on, runs
-//! the devices' workers. A vCPU whose lock somebody else holds is paused.
+//! the devices' workers (a device can ask for threads of its own). A vCPU whose lock somebody else holds
+//! is paused; a device whose workers gave their queues back is paused. Pause, reset, save and a change
+//! by the user all are stop, then maybe start.
 //!
 //! Invariants (tests/tidy.rs checks what can be checked): modules use only lower ones; `arch/mod.rs`
 //! alone asks for the architecture; `unsafe` is only in listed files; a device without its queues
@@ -33,11 +36,13 @@ pub mod error;
 pub mod event;
 pub mod firmware;
 pub mod host;
+pub mod limiter;
 pub mod log;
 pub mod machine;
 pub mod memory;
 pub mod pci;
 pub mod platform;
+pub mod snapshot;
 pub mod timeline;
 pub mod virtio;
 pub mod vm;

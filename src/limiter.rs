@@ -1,0 +1,212 @@
+//! Rate limiters: token buckets for bytes and for operations, as the API describes them.
+
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+/// `size` tokens come back in `refill_time` milliseconds; either of them 0: no limit.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+pub struct TokenBucket {
+    /// How many tokens there are at most.
+    pub size: u64,
+    /// Tokens beyond them that are there once, at the beginning.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub one_time_burst: Option<u64>,
+    /// In how many milliseconds an empty bucket is full again.
+    pub refill_time: u64,
+}
+
+/// Limits of a device or of one direction of it.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct RateLimiter {
+    /// Tokens are bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<TokenBucket>,
+    /// Tokens are requests or frames.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ops: Option<TokenBucket>,
+}
+
+impl RateLimiter {
+    /// This with what `patch` says: a bucket left out stays, one of 0 is no limit.
+    pub fn patched(self, patch: Self) -> Self {
+        Self { bandwidth: patch.bandwidth.or(self.bandwidth), ops: patch.ops.or(self.ops) }
+    }
+}
+
+/// One bucket at work.
+#[derive(Clone, Debug)]
+struct Bucket {
+    size: u64,
+    refill: Duration,
+    /// Negative: more was taken than there was; nothing goes before it is paid back.
+    tokens: i128,
+    burst: u64,
+    /// Tokens are complete up to here.
+    filled: Instant,
+}
+
+impl Bucket {
+    fn new(config: TokenBucket, now: Instant) -> Option<Self> {
+        let TokenBucket { size, one_time_burst, refill_time } = config;
+        (size > 0 && refill_time > 0).then(|| Self {
+            size,
+            refill: Duration::from_millis(refill_time),
+            tokens: size.into(),
+            burst: one_time_burst.unwrap_or(0),
+            filled: now,
+        })
+    }
+
+    fn fill(&mut self, now: Instant) {
+        let passed = now.saturating_duration_since(self.filled);
+        let new = passed.as_nanos().saturating_mul(self.size.into()) / self.refill.as_nanos();
+        if new > 0 {
+            self.tokens = self.tokens.saturating_add_unsigned(new).min(self.size.into());
+            // What does not make a whole token counts next time.
+            let used = new.saturating_mul(self.refill.as_nanos()).div_ceil(self.size.into());
+            let used = Duration::from_nanos(u64::try_from(used).unwrap_or(u64::MAX));
+            self.filled = self.filled.checked_add(used).unwrap_or(now).min(now);
+        }
+    }
+
+    /// How long until `count` can be taken; none: now. What is larger than the bucket goes when the
+    /// bucket is full, and is paid back afterwards: else it would never go.
+    fn wait(&self, count: u64) -> Option<Duration> {
+        let missing = i128::from(count.saturating_sub(self.burst).min(self.size)) - self.tokens;
+        if missing <= 0 {
+            return None;
+        }
+        let nanos = missing.unsigned_abs().saturating_mul(self.refill.as_nanos()).div_ceil(self.size.into());
+        Some(Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX)))
+    }
+
+    fn take(&mut self, count: u64) {
+        let from_burst = count.min(self.burst);
+        self.burst -= from_burst;
+        self.tokens -= i128::from(count - from_burst);
+    }
+}
+
+/// Limits at work. Without any, it costs nothing to ask.
+#[derive(Clone, Debug, Default)]
+pub struct Limiter {
+    bandwidth: Option<Bucket>,
+    ops: Option<Bucket>,
+}
+
+impl Limiter {
+    /// Buckets that are full.
+    pub fn new(config: RateLimiter) -> Self {
+        let now = Instant::now();
+        let bucket = |config: Option<TokenBucket>| config.and_then(|config| Bucket::new(config, now));
+        Self { bandwidth: bucket(config.bandwidth), ops: bucket(config.ops) }
+    }
+
+    /// Whether there are limits at all.
+    pub fn is_limited(&self) -> bool {
+        self.bandwidth.is_some() || self.ops.is_some()
+    }
+
+    /// One operation of `bytes` bytes is to be done: it may be now, or after so long.
+    pub fn take(&mut self, bytes: u64) -> Result<(), Duration> {
+        if !self.is_limited() {
+            return Ok(());
+        }
+        self.take_at(bytes, Instant::now())
+    }
+
+    fn take_at(&mut self, bytes: u64, now: Instant) -> Result<(), Duration> {
+        let mut buckets = [(&mut self.bandwidth, bytes), (&mut self.ops, 1)];
+        let mut wait = None;
+        for (bucket, count) in &mut buckets {
+            if let Some(bucket) = bucket {
+                bucket.fill(now);
+                wait = wait.max(bucket.wait(*count));
+            }
+        }
+        if let Some(wait) = wait {
+            return Err(wait);
+        }
+        for (bucket, count) in buckets {
+            if let Some(bucket) = bucket {
+                bucket.take(count);
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    fn limiter(bandwidth: (u64, u64), ops: Option<(u64, u64)>, burst: Option<u64>) -> (Limiter, Instant) {
+        let bucket = |(size, refill_time)| TokenBucket { size, one_time_burst: burst, refill_time };
+        let config = RateLimiter { bandwidth: Some(bucket(bandwidth)), ops: ops.map(bucket) };
+        let limiter = Limiter::new(config);
+        let filled = limiter.bandwidth.as_ref().map_or_else(Instant::now, |bucket| bucket.filled);
+        (limiter, filled)
+    }
+
+    #[test]
+    fn what_the_bucket_holds_goes_at_once_and_then_at_the_rate() {
+        let (mut limiter, start) = limiter((1000, 100), None, None);
+        assert_eq!(limiter.take_at(600, start), Ok(()));
+        assert_eq!(limiter.take_at(400, start), Ok(()));
+        assert_eq!(limiter.take_at(10, start), Err(MS));
+        assert_eq!(limiter.take_at(10, start + MS), Ok(()));
+        assert_eq!(limiter.take_at(1000, start + 101 * MS), Ok(()), "full again, and not more than full");
+        assert_eq!(limiter.take_at(1, start + 101 * MS), Err(MS / 10));
+    }
+
+    #[test]
+    fn more_than_the_bucket_holds_goes_when_it_is_full_and_is_paid_back() {
+        let (mut limiter, start) = limiter((1000, 100), None, None);
+        assert_eq!(limiter.take_at(3000, start), Ok(()));
+        assert_eq!(limiter.take_at(1, start + 200 * MS), Err(MS / 10));
+        assert_eq!(limiter.take_at(1, start + 201 * MS), Ok(()));
+    }
+
+    #[test]
+    fn a_burst_is_there_once() {
+        let (mut limiter, start) = limiter((10, 100), None, Some(100));
+        assert_eq!(limiter.take_at(110, start), Ok(()));
+        assert_eq!(limiter.take_at(10, start), Err(100 * MS));
+        assert_eq!(limiter.take_at(10, start + 1000 * MS), Ok(()));
+        assert!(limiter.take_at(1, start + 1000 * MS).is_err());
+    }
+
+    #[test]
+    fn the_tighter_bucket_decides_and_a_refusal_takes_nothing() {
+        let (mut limiter, start) = limiter((1000, 100), Some((2, 100)), None);
+        assert_eq!(limiter.take_at(1, start), Ok(()));
+        assert_eq!(limiter.take_at(1, start), Ok(()));
+        for _ in 0..5 {
+            assert_eq!(limiter.take_at(500, start), Err(50 * MS));
+        }
+        assert_eq!(limiter.take_at(998, start + 50 * MS), Ok(()));
+    }
+
+    #[test]
+    fn a_bucket_of_nothing_is_no_limit_and_large_numbers_are_just_large() {
+        for (size, refill) in [(0, 100), (100, 0)] {
+            assert!(!limiter((size, refill), None, None).0.is_limited());
+        }
+        let (mut limiter, start) = limiter((u64::MAX, u64::MAX), None, Some(u64::MAX));
+        for _ in 0..4 {
+            let _ = limiter.take_at(u64::MAX, start + Duration::from_secs(1 << 40));
+        }
+    }
+
+    #[test]
+    fn a_patch_changes_the_buckets_it_names() {
+        let bucket = |size| Some(TokenBucket { size, one_time_burst: None, refill_time: 1 });
+        let old = RateLimiter { bandwidth: bucket(1), ops: bucket(2) };
+        let patched = old.patched(RateLimiter { bandwidth: None, ops: bucket(0) });
+        assert_eq!(patched, RateLimiter { bandwidth: bucket(1), ops: bucket(0) });
+    }
+}

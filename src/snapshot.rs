@@ -1,0 +1,96 @@
+//! State that outlives the process: a device, a bus or a CPU gives it as plain data, and takes it back
+//! into a component freshly built from the same configuration. Saved state is untrusted, like guest
+//! memory: whatever it says, a restore ends in a sound component or in an error.
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::error::{Context, Error, Result};
+
+/// Something whose state can be saved and restored.
+pub trait Snapshot {
+    /// What the guest can see of it, beyond its configuration.
+    type State: Serialize + DeserializeOwned;
+    /// Of this form; another one is refused. One more whenever `State` changes.
+    const VERSION: u16 = 1;
+
+    /// The state. The caller promises that nothing changes it meanwhile.
+    fn save(&self) -> Result<Self::State>;
+    /// Takes a state over. The caller promises that this was just built, from the same configuration
+    /// as what was saved. After an error it must not be used.
+    fn restore(&mut self, state: Self::State) -> Result<()>;
+}
+
+/// The same with the type of the state erased: version, then the state, as `postcard` writes them.
+pub trait SaveState {
+    /// The state as bytes.
+    fn save_state(&self) -> Result<Vec<u8>>;
+    /// Takes the state from bytes.
+    fn restore_state(&mut self, bytes: &[u8]) -> Result<()>;
+}
+
+impl<T: Snapshot> SaveState for T {
+    fn save_state(&self) -> Result<Vec<u8>> {
+        let state = self.save()?;
+        let bytes = postcard::to_extend(&T::VERSION, Vec::new());
+        bytes.and_then(|bytes| postcard::to_extend(&state, bytes)).context("write saved state")
+    }
+
+    fn restore_state(&mut self, bytes: &[u8]) -> Result<()> {
+        let (version, bytes): (u16, _) = take(bytes)?;
+        if version != T::VERSION {
+            let known = T::VERSION;
+            return Err(Error::config(format!("the saved state has version {version}, this is for {known}")));
+        }
+        let (state, rest) = take(bytes)?;
+        if !rest.is_empty() {
+            return Err(Error::config(format!("the saved state has {} bytes too many", rest.len())));
+        }
+        self.restore(state)
+    }
+}
+
+fn take<T: DeserializeOwned>(bytes: &[u8]) -> Result<(T, &[u8])> {
+    postcard::take_from_bytes(bytes)
+        .map_err(|error| Error::config(format!("the saved state is damaged: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, Default, PartialEq)]
+    struct Counter(Vec<u32>);
+
+    impl Snapshot for Counter {
+        type State = Vec<u32>;
+        fn save(&self) -> Result<Self::State> {
+            Ok(self.0.clone())
+        }
+        fn restore(&mut self, state: Self::State) -> Result<()> {
+            self.0 = state;
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn what_was_saved_comes_back() {
+        let counter = Counter(vec![1, 2, 300_000]);
+        let mut other = Counter::default();
+        other.restore_state(&counter.save_state().unwrap()).unwrap();
+        assert_eq!(counter, other);
+    }
+
+    #[test]
+    fn damaged_state_is_refused() {
+        let bytes = Counter(vec![1, 2, 3]).save_state().unwrap();
+        let refused = |bytes: &[u8]| Counter::default().restore_state(bytes).unwrap_err().to_string();
+        for length in 0..bytes.len() {
+            assert!(refused(&bytes[..length]).contains("is damaged"), "{length}");
+        }
+        assert!(refused(&[&bytes[..], &[0]].concat()).contains("1 bytes too many"));
+        assert!(refused(&[&[9], &bytes[1..]].concat()).contains("version 9, this is for 1"));
+        // A length that would take all memory.
+        assert!(refused(&[1, 0xff, 0xff, 0xff, 0xff, 0xff, 0x0f]).contains("is damaged"));
+    }
+}
