@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 use super::{API_VERSION, Action, Request, Response, VmState, routes};
 use crate::arch;
 use crate::config::{BootSource, Config, MachineConfig};
-use crate::devices::{block, net};
+use crate::devices::{Device, block, net};
 use crate::error::{Error, Result};
 use crate::host::{Access, Local};
 use crate::machine::{Machine, Prepared, State};
@@ -160,12 +160,11 @@ impl Controller {
         let unknown = || Error::config(format!("there is no disk `{}`", patch.drive_id));
         let drive = self.config.drives.iter_mut().find(|drive| drive.drive_id == patch.drive_id);
         let drive = drive.ok_or_else(unknown).map_err(&fault)?;
-        let new = block::Config { path_on_host: Some(path.to_owned()), ..drive.clone() };
         let machine = self.machine.as_mut().expect("what needs a machine is refused before the start");
-        let host = &mut self.host;
-        let replace = |old: &block::Image| old.again(path).unwrap_or_else(|| new.image(host));
-        machine.replace_image(&patch.drive_id, replace).map_err(&fault)?;
-        *drive = new;
+        let body = json!({ "drive_id": patch.drive_id, "path_on_host": path });
+        let name = Device::Block(drive).name();
+        machine.patch_device(&name, &body, &mut self.host).map_err(&fault)?;
+        drive.path_on_host = Some(path.to_owned());
         Ok(Response::Done)
     }
 

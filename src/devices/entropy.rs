@@ -1,18 +1,19 @@
 //! The entropy device (virtio 1.2, 5.4): random bytes from the host's `getrandom`.
 
-use std::io::Write;
-
 use serde::{Deserialize, Serialize};
 use vm_memory::GuestAddressSpace;
 
 use crate::error::{Context, Result};
-use crate::event::Interest;
 use crate::memory::Memory;
-use crate::virtio::{Chain, Io, Queue, Registrar, VirtioDevice, Worker};
+use crate::snapshot::Snapshot;
+use crate::virtio::buffers::Buffers;
+use crate::virtio::{Io, Queue, Registrar, VirtioDevice, Worker};
 
 /// So much is given at once, whatever is asked for: a request of 4 GiB would keep the host at work
 /// for seconds.
 const REQUEST_MAX: usize = 64 << 10;
+/// How much is asked of the host at once.
+const CHUNK: usize = 4096;
 
 /// Body of `PUT /entropy`.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
@@ -29,6 +30,17 @@ impl Config {
 /// The device.
 struct Entropy;
 
+/// It has none.
+impl Snapshot for Entropy {
+    type State = ();
+    fn save(&self) -> Result<()> {
+        Ok(())
+    }
+    fn restore(&mut self, (): ()) -> Result<()> {
+        Ok(())
+    }
+}
+
 impl VirtioDevice for Entropy {
     fn device_type(&self) -> u32 {
         4
@@ -39,31 +51,45 @@ impl VirtioDevice for Entropy {
     fn start(&mut self, io: Io) -> Result<Vec<Box<dyn Worker>>> {
         let Io { memory, queues, .. } = io;
         let [queue] = <[Queue; 1]>::try_from(queues).ok().expect("one queue was asked for");
-        Ok(vec![Box::new(Running { memory, queue })])
+        let buffers = Buffers::new(memory.clone());
+        Ok(vec![Box::new(Running { memory, queue, buffers })])
     }
 }
 
 struct Running {
     memory: Memory,
     queue: Queue,
+    buffers: Buffers,
 }
 
 impl Worker for Running {
     fn register(&mut self, registrar: &mut Registrar<'_>) -> Result<()> {
-        registrar.add(self.queue.kick(), Interest::IN, 0)
+        registrar.kick(&self.queue, 0)
     }
+
     fn handle(&mut self, _token: u32) -> Result<()> {
-        let memory = self.memory.memory();
-        self.queue.serve(&memory, |chain| fill(&memory, chain))
+        let buffers = &mut self.buffers;
+        self.queue.serve(&self.memory.memory(), |chain| {
+            buffers.clear();
+            buffers.add_writable(chain)?;
+            fill(buffers)
+        })
+    }
+
+    fn stop(self: Box<Self>) -> Vec<Queue> {
+        vec![self.queue]
     }
 }
 
-fn fill(memory: &crate::memory::Regions, chain: Chain<'_>) -> Result<u32> {
-    let mut writer = chain.writer(memory).context("look at a request")?;
-    let mut bytes = vec![0; writer.available_bytes().min(REQUEST_MAX)];
-    random(&mut bytes)?;
-    writer.write_all(&bytes).context("write to a request")?;
-    Ok(bytes.len() as u32)
+fn fill(buffers: &Buffers) -> Result<u32> {
+    let count = buffers.len().min(REQUEST_MAX);
+    let mut bytes = [0; CHUNK];
+    for offset in (0..count).step_by(CHUNK) {
+        let chunk = &mut bytes[..CHUNK.min(count - offset)];
+        random(chunk)?;
+        buffers.copy_from(offset, chunk);
+    }
+    Ok(count as u32)
 }
 
 #[allow(unsafe_code)]

@@ -23,14 +23,6 @@ pub enum Device<'a> {
     Entropy(&'a entropy::Config),
 }
 
-/// What can be changed of a device while it runs.
-pub enum Handle {
-    /// A disk's image, by the disk's name.
-    Block(String, block::SharedImage),
-    /// Nothing.
-    None,
-}
-
 impl Device<'_> {
     /// What log lines and errors call it.
     pub fn name(&self) -> String {
@@ -41,14 +33,17 @@ impl Device<'_> {
         }
     }
 
+    /// On how many threads of its own it is to run; 0: on the one that all share.
+    pub fn threads(&self) -> usize {
+        0
+    }
+
     /// Opens what it needs of the host; `id` is the microVM's.
-    pub fn open(&self, id: &str, host: &mut dyn Host) -> Result<(Box<dyn VirtioDevice>, Handle)> {
+    pub fn open(&self, id: &str, host: &mut dyn Host) -> Result<Box<dyn VirtioDevice>> {
         match self {
-            Self::Block(config) => config
-                .open(host)
-                .map(|(device, image)| (device, Handle::Block(config.drive_id.clone(), image))),
-            Self::Net(config) => config.open(id, host).map(|device| (device, Handle::None)),
-            Self::Entropy(config) => Ok((config.open(), Handle::None)),
+            Self::Block(config) => config.open(host),
+            Self::Net(config) => config.open(id, host),
+            Self::Entropy(config) => Ok(config.open()),
         }
         .with_context(|| format!("set up {}", self.name()))
     }

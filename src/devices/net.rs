@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::event::Interest;
 use crate::host::Host;
 use crate::memory::{Memory, Regions};
+use crate::snapshot::Snapshot;
 use crate::virtio::buffers::Buffers;
 use crate::virtio::{Io, Queue, Registrar, VirtioDevice, Worker};
 
@@ -144,6 +145,17 @@ pub struct Net {
     tap: File,
 }
 
+/// It has none: what the guest sees is in the configuration.
+impl Snapshot for Net {
+    type State = ();
+    fn save(&self) -> Result<()> {
+        Ok(())
+    }
+    fn restore(&mut self, (): ()) -> Result<()> {
+        Ok(())
+    }
+}
+
 impl VirtioDevice for Net {
     fn device_type(&self) -> u32 {
         1
@@ -175,7 +187,10 @@ impl VirtioDevice for Net {
         let has = |feature| features & feature != 0;
         crate::host::set_tap_offloads(&self.tap, has(F_GUEST_CSUM), has(F_GUEST_TSO4), has(F_GUEST_TSO6))?;
         let tap = self.tap.try_clone().map_err(|error| Error::host(error.to_string()))?;
-        Ok(vec![Box::new(Running { memory, rx, tx, tap, mergeable: has(F_MRG_RXBUF) })])
+        let buffers = Buffers::new(memory.clone());
+        let mergeable = has(F_MRG_RXBUF);
+        let (chains, used) = (Vec::new(), Vec::new());
+        Ok(vec![Box::new(Running { memory, rx, tx, tap, mergeable, buffers, chains, used })])
     }
 }
 
@@ -185,12 +200,17 @@ struct Running {
     tx: Queue,
     tap: File,
     mergeable: bool,
+    /// Of one frame, filled again for each.
+    buffers: Buffers,
+    /// Heads and lengths of the chains that a frame was read into, and of those it used.
+    chains: Vec<(u16, usize)>,
+    used: Vec<(u16, usize)>,
 }
 
 impl Worker for Running {
     fn register(&mut self, registrar: &mut Registrar<'_>) -> Result<()> {
-        registrar.add(self.rx.kick(), Interest::IN, RX)?;
-        registrar.add(self.tx.kick(), Interest::IN, TX)?;
+        registrar.kick(&self.rx, RX)?;
+        registrar.kick(&self.tx, TX)?;
         // Edge-triggered: frames that wait for the driver's buffers must not keep the loop awake; the
         // kick that brings buffers looks again.
         registrar.add(&self.tap, Interest::IN | Interest::EDGE_TRIGGERED, TAP)
@@ -200,18 +220,20 @@ impl Worker for Running {
         let memory = self.memory.memory();
         match token {
             TX => {
-                let tap = &self.tap;
+                let (tap, buffers) = (&self.tap, &mut self.buffers);
                 self.tx.serve(&memory, |chain| {
-                    send(tap, &Buffers::readable(&memory, chain)?);
+                    buffers.clear();
+                    buffers.add_readable(chain)?;
+                    send(tap, buffers);
                     Ok(0)
                 })
             }
-            _ => {
-                // Fails when nothing was written: another event than the kick.
-                let _ = self.rx.kick().read();
-                self.receive(&memory)
-            }
+            _ => self.receive(&memory),
         }
+    }
+
+    fn stop(self: Box<Self>) -> Vec<Queue> {
+        vec![self.rx, self.tx]
     }
 }
 
@@ -224,8 +246,7 @@ impl Running {
             match self.receive_frame(memory)? {
                 Received::Frame if moved < TURN => moved += 1,
                 Received::Frame => {
-                    // Go on in the next turn. A counter that is full says the same.
-                    let _ = self.rx.kick().write(1);
+                    self.rx.kick_again();
                     break;
                 }
                 Received::NoFrame => break,
@@ -243,14 +264,14 @@ impl Running {
     /// Reads one frame into as many of the driver's buffers as the largest could need, and gives
     /// back those that it did not.
     fn receive_frame(&mut self, memory: &Regions) -> Result<Received> {
-        let mut buffers = Buffers::default();
-        let mut chains = Vec::new();
+        let Self { buffers, chains, used, .. } = self;
+        buffers.clear();
+        chains.clear();
+        used.clear();
         while buffers.len() < FRAME_MAX && (self.mergeable || chains.is_empty()) {
             let Some(chain) = self.rx.pop(memory)? else { break };
             let head = chain.head_index();
-            let own = Buffers::writable(memory, chain)?;
-            chains.push((head, own.len()));
-            buffers.append(own);
+            chains.push((head, buffers.add_writable(chain)?));
         }
         // The header must be in one piece for `num_buffers` to be found again.
         let first = chains.first().map_or(0, |(_, length)| *length);
@@ -265,8 +286,7 @@ impl Running {
             chains.iter().for_each(|_| self.rx.undo_pop());
             return Ok(Received::NoFrame);
         };
-        let mut used = Vec::new();
-        for (head, length) in &chains {
+        for (head, length) in chains.iter() {
             if left == 0 {
                 self.rx.undo_pop();
             } else {
@@ -275,13 +295,9 @@ impl Running {
                 left -= here;
             }
         }
-        if let Some(mut header) = buffers.take_front(HEADER)
-            && header.take_front(NUM_BUFFERS).is_some()
-        {
-            header.copy_from(&(used.len() as u16).to_le_bytes());
-        }
-        for (head, length) in used {
-            self.rx.push(memory, head, length as u32)?;
+        buffers.copy_from(NUM_BUFFERS, &(used.len() as u16).to_le_bytes());
+        for (head, length) in used.iter() {
+            self.rx.push(memory, *head, *length as u32)?;
         }
         Ok(Received::Frame)
     }
@@ -294,7 +310,7 @@ enum Received {
 }
 
 /// A frame that the TAP does not take is lost, as on a wire: it is down, or the driver's header is wrong.
-fn send(tap: &File, frame: &Buffers<'_>) {
+fn send(tap: &File, frame: &Buffers) {
     if frame.len() >= HEADER {
         let _ = frame.write_frame(tap);
     }

@@ -12,7 +12,7 @@ use crate::pci::root::{Ecam, Ports, Registers, Root};
 use crate::platform::{MmioDevice, Platform};
 use crate::virtio::mmio::{Mmio, QUEUE_NOTIFY};
 use crate::virtio::transport::Transport;
-use crate::virtio::workers::Workers;
+use crate::virtio::workers::Loop;
 use crate::virtio::{Interrupts, VirtioDevice, pci};
 use crate::vm::Vm;
 
@@ -24,38 +24,55 @@ pub struct Slots<'a> {
     pub vm: &'a Arc<Vm>,
     pub mmio: &'a Bus,
     pub memory: &'a Memory,
-    pub workers: &'a Arc<Workers>,
+    /// The loop of devices that have no threads of their own.
+    pub io: &'a Arc<Loop>,
     pub platform: &'a mut Platform,
     /// The PCI bus, if there is one.
     pub root: Option<Arc<Mutex<Root>>>,
 }
 
 impl Slots<'_> {
-    /// Gives `device` the next free place.
-    pub fn attach(&mut self, name: String, device: Box<dyn VirtioDevice>) -> Result<Arc<Mutex<Transport>>> {
-        let attempt = format!("attach {name}");
+    /// The lowest place that is free on the devices' bus: the number of a block of registers and its
+    /// interrupt line, or a PCI device number.
+    pub fn free_place(&self) -> Result<u32> {
+        match &self.root {
+            Some(root) => {
+                let free = root.lock().unwrap_or_else(PoisonError::into_inner).free_device();
+                free.ok_or_else(|| Error::config("the PCI bus has no free place"))
+            }
+            None => {
+                let taken = |place: &u32| {
+                    let registers = registers(*place);
+                    self.platform.virtio_mmio.iter().any(|device| device.registers == registers)
+                };
+                Ok((0..).find(|place| !taken(place)).expect("there are fewer devices than numbers"))
+            }
+        }
+    }
+
+    /// Puts a device at `place`.
+    pub fn attach(&mut self, device: Unplaced, place: u32) -> Result<Arc<Mutex<Transport>>> {
+        let attempt = format!("attach {}", device.name);
         match self.root.clone() {
-            Some(root) => self.attach_pci(&root, name, device),
-            None => self.attach_mmio(name, device),
+            Some(root) => self.attach_pci(&root, device, place),
+            None => self.attach_mmio(device, place),
         }
         .context(attempt)
     }
 
-    fn attach_mmio(&mut self, name: String, device: Box<dyn VirtioDevice>) -> Result<Arc<Mutex<Transport>>> {
-        let index = self.platform.virtio_mmio.len() as u32;
-        let registers =
-            Range { start: layout::VIRTIO_MMIO.start + u64::from(index) * REGISTERS, size: REGISTERS };
-        let gsi = layout::DEVICE_GSIS.start + index;
+    fn attach_mmio(&mut self, device: Unplaced, place: u32) -> Result<Arc<Mutex<Transport>>> {
+        let registers = registers(place);
+        let gsi = layout::DEVICE_GSIS.start.saturating_add(place);
         if gsi >= layout::DEVICE_GSIS.end {
             let most = layout::DEVICE_GSIS.len();
             return Err(Error::config(format!("at most {most} devices have an interrupt line")));
         }
-        let kicks = events(device.queue_sizes().len())?;
+        let kicks = shared(events(device.device.queue_sizes().len())?);
         for (queue, kick) in kicks.iter().enumerate() {
             self.vm.kick(kick, registers.start + QUEUE_NOTIFY, queue as u32)?;
         }
         let interrupts = Interrupts::line(self.vm.interrupt(gsi)?);
-        let transport = self.transport(name, device, interrupts, kicks);
+        let transport = self.transport(device, interrupts, kicks)?;
         self.mmio.attach(registers, Arc::new(Mutex::new(Mmio(transport.clone()))))?;
         self.platform.virtio_mmio.push(MmioDevice { registers, gsi });
         Ok(transport)
@@ -64,13 +81,12 @@ impl Slots<'_> {
     fn attach_pci(
         &mut self,
         root: &Mutex<Root>,
-        name: String,
-        device: Box<dyn VirtioDevice>,
+        device: Unplaced,
+        number: u32,
     ) -> Result<Arc<Mutex<Transport>>> {
         let mut root = root.lock().unwrap_or_else(PoisonError::into_inner);
-        let number = root.next_device().ok_or_else(|| Error::config("the PCI bus has no free place"))?;
-        let queues = device.queue_sizes().len();
-        let kicks = events(queues)?;
+        let queues = device.device.queue_sizes().len();
+        let kicks = shared(events(queues)?);
         // One for configuration changes, one for each queue.
         let vectors = events(1 + queues)?;
         let copies = |events: &[EventFd]| {
@@ -80,24 +96,46 @@ impl Slots<'_> {
         let interrupts = Interrupts::vectors(copies(&vectors)?, queues);
         let msix = Arc::new(Mutex::new(Msix::new(self.vm.clone(), number << 3, vectors)?));
         let at = |queue: usize| pci::NOTIFY + queue as u64 * pci::NOTIFY_MULTIPLIER;
-        let kicked = copies(&kicks)?.into_iter().enumerate().map(|(queue, kick)| (at(queue), kick)).collect();
-        let transport = self.transport(name, device, interrupts.clone(), kicks);
+        let kicked = kicks.iter().cloned().enumerate().map(|(queue, kick)| (at(queue), kick)).collect();
+        let transport = self.transport(device, interrupts.clone(), kicks)?;
         let bar = layout::PCI_MEMORY.start + u64::from(number) * pci::BAR_SIZE;
         let function = pci::Pci::new(transport.clone(), interrupts, msix, bar);
         let registers = Registers { device: Arc::new(Mutex::new(function.registers())), kicks: kicked };
-        root.add(Arc::new(Mutex::new(function)), Some(registers));
+        root.add(number, Arc::new(Mutex::new(function)), Some(registers))?;
         Ok(transport)
     }
 
     fn transport(
         &self,
-        name: String,
-        device: Box<dyn VirtioDevice>,
+        device: Unplaced,
         interrupts: Arc<Interrupts>,
-        kicks: Vec<EventFd>,
-    ) -> Arc<Mutex<Transport>> {
-        Transport::new(name, device, self.memory.clone(), self.workers.clone(), interrupts, kicks)
+        kicks: Vec<Arc<EventFd>>,
+    ) -> Result<Arc<Mutex<Transport>>> {
+        let Unplaced { name, device, threads } = device;
+        let loops = match threads {
+            0 => vec![self.io.clone()],
+            threads => (0..threads).map(|index| Loop::new(format!("io-{index}"))).collect::<Result<_>>()?,
+        };
+        Ok(Transport::new(name, device, self.memory.clone(), loops, interrupts, kicks))
     }
+}
+
+/// A device that is open, and has no place yet.
+pub struct Unplaced {
+    /// What log lines call it.
+    pub name: String,
+    pub device: Box<dyn VirtioDevice>,
+    /// So many threads of its own its workers are to run on; 0: on the one that all share.
+    pub threads: usize,
+}
+
+/// The registers of the virtio-mmio device with this number.
+fn registers(place: u32) -> Range {
+    Range { start: layout::VIRTIO_MMIO.start + u64::from(place) * REGISTERS, size: REGISTERS }
+}
+
+fn shared(events: Vec<EventFd>) -> Vec<Arc<EventFd>> {
+    events.into_iter().map(Arc::new).collect()
 }
 
 fn events(count: usize) -> Result<Vec<EventFd>> {
@@ -109,7 +147,7 @@ fn events(count: usize) -> Result<Vec<EventFd>> {
 /// to the CPUs.
 pub fn pci_bus(vm: &Arc<Vm>, mmio: &Arc<Bus>, pio: &Bus) -> Result<Arc<Mutex<Root>>> {
     let mut root = Root::new(vm.clone(), mmio.clone());
-    root.add(Arc::new(Mutex::new(pci::HostBridge::default())), None);
+    root.add(0, Arc::new(Mutex::new(pci::HostBridge::default())), None)?;
     let root = Arc::new(Mutex::new(root));
     mmio.attach(layout::ECAM, Arc::new(Mutex::new(Ecam(root.clone()))))?;
     if let Some(ports) = layout::PCI_PORTS {

@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use vm_memory::GuestAddressSpace;
 
-use super::attach::{Slots, pci_bus};
-use super::{Machine, State, halt};
+use super::attach::{Slots, Unplaced, pci_bus};
+use super::{Attached, Machine, State, halt};
 use crate::arch::{self, layout};
 use crate::bus::Bus;
 use crate::config::Config;
@@ -21,7 +21,7 @@ use crate::firmware;
 use crate::host::{Access, Host};
 use crate::memory;
 use crate::platform::Platform;
-use crate::virtio::workers::Workers;
+use crate::virtio::workers::Loop;
 use crate::vm::exit::End;
 use crate::vm::gate::Gate;
 use crate::vm::vcpu::{Surroundings, Vcpu, register_kick};
@@ -65,12 +65,12 @@ pub fn build(id: &str, config: &Config, host: &mut dyn Host, prepared: Prepared)
     let FixedDevices { console, keyboard } = attach_fixed_devices(&vm, &surroundings, host)?;
     let console_room = console.lock().unwrap_or_else(PoisonError::into_inner).room();
 
-    let workers = Workers::new()?;
+    let io = Loop::new("io")?;
     let mut slots = Slots {
         vm: &vm,
         mmio: &surroundings.mmio,
         memory: &memory,
-        workers: &workers,
+        io: &io,
         platform: &mut platform,
         root: match config.pci {
             true => Some(pci_bus(&vm, &surroundings.mmio, &surroundings.pio)?),
@@ -79,8 +79,10 @@ pub fn build(id: &str, config: &Config, host: &mut dyn Host, prepared: Prepared)
     };
     let mut devices = Vec::new();
     for device in config.devices() {
-        let (opened, handle) = device.open(id, host)?;
-        devices.push((handle, slots.attach(device.name(), opened)?));
+        let (name, place) = (device.name(), slots.free_place()?);
+        let opened =
+            Unplaced { name: name.clone(), device: device.open(id, host)?, threads: device.threads() };
+        devices.push(Attached { name, transport: slots.attach(opened, place)? });
     }
 
     register_kick()?;
@@ -93,7 +95,7 @@ pub fn build(id: &str, config: &Config, host: &mut dyn Host, prepared: Prepared)
         console_room,
         keyboard,
         platform,
-        workers,
+        io,
         devices,
         halt: halt::Watch::default(),
         timeline,

@@ -4,11 +4,12 @@ mod attach;
 mod build;
 mod halt;
 
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use serde_json::Value;
+
 use crate::config::Config;
-use crate::devices::Handle;
-use crate::devices::block::Image;
 use crate::devices::console::Console;
 use crate::devices::keyboard::Keyboard;
 use crate::error::{Error, Result};
@@ -18,7 +19,7 @@ use crate::memory::Memory;
 use crate::platform::Platform;
 use crate::timeline::Timeline;
 use crate::virtio::transport::Transport;
-use crate::virtio::workers::Workers;
+use crate::virtio::workers::Loop;
 use crate::vm::Vm;
 use crate::vm::vcpu::{Surroundings, Vcpu};
 
@@ -34,6 +35,30 @@ pub enum State {
     Paused,
 }
 
+/// A device on its bus.
+struct Attached {
+    /// What log lines and errors call it.
+    name: String,
+    transport: Arc<Mutex<Transport>>,
+}
+
+impl Attached {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Transport> {
+        self.transport.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Stops these devices, which then touch neither guest memory nor interrupts.
+fn pause(devices: &[Attached]) {
+    let (sender, stopped) = channel();
+    for device in devices {
+        device.lock().pause(sender.clone());
+    }
+    drop(sender);
+    // An error: the last of them has dropped its sender.
+    let _ = stopped.recv();
+}
+
 /// One virtual machine. Fields are dropped in this order: nothing runs, then KVM goes, then memory.
 pub struct Machine {
     state: State,
@@ -43,8 +68,8 @@ pub struct Machine {
     console_room: Arc<EventFd>,
     keyboard: Option<Arc<Mutex<Keyboard>>>,
     platform: Platform,
-    workers: Arc<Workers>,
-    devices: Vec<(Handle, Arc<Mutex<Transport>>)>,
+    io: Arc<Loop>,
+    devices: Vec<Attached>,
     halt: halt::Watch,
     timeline: Timeline,
     _vm: Arc<Vm>,
@@ -74,7 +99,7 @@ impl Machine {
             vcpu.start(index, &self.surroundings)?;
         }
         if self.state == State::Paused {
-            self.workers.resume();
+            self.devices.iter().for_each(|device| device.lock().resume());
             self.surroundings.gate.open();
             self.state = State::Running;
         }
@@ -90,7 +115,7 @@ impl Machine {
         for vcpu in &self.vcpus {
             drop(vcpu.stopped());
         }
-        self.workers.pause();
+        pause(&self.devices);
         self.state = State::Paused;
         Ok(())
     }
@@ -136,20 +161,18 @@ impl Machine {
         &self.console_room
     }
 
-    /// Puts another image, which `replace` makes in view of the present one, under the disk `id`; the
-    /// guest is told of its size.
-    pub fn replace_image(&mut self, id: &str, replace: impl FnOnce(&Image) -> Result<Image>) -> Result<()> {
-        let is_it = |handle: &Handle| matches!(handle, Handle::Block(name, _) if name == id);
-        let found = self.devices.iter().find(|(handle, _)| is_it(handle));
-        let Some((Handle::Block(_, shared), transport)) = found else {
-            return Err(Error::config(format!("there is no disk `{id}`")));
-        };
-        {
-            let mut image = shared.lock().unwrap_or_else(PoisonError::into_inner);
-            *image = replace(&image)?;
+    /// Changes what can be changed of a device in use, by the body of the API's PATCH: the device is
+    /// stopped, changed, and goes on where it was.
+    pub fn patch_device(&mut self, name: &str, body: &Value, host: &mut dyn Host) -> Result<()> {
+        let place = self.devices.iter().position(|device| device.name == name);
+        let place = place.ok_or_else(|| Error::config(format!("there is no {name}")))?;
+        let device = &self.devices[place..=place];
+        pause(device);
+        let result = device[0].lock().patch(body, host);
+        if self.state == State::Running {
+            device[0].lock().resume();
         }
-        transport.lock().unwrap_or_else(PoisonError::into_inner).configuration_changed();
-        Ok(())
+        result
     }
 
     /// Presses Ctrl-Alt-Del on the guest's keyboard (x86_64 only).
@@ -169,6 +192,7 @@ impl Drop for Machine {
         for vcpu in &mut self.vcpus {
             vcpu.join();
         }
-        self.workers.end();
+        let own: Vec<_> = self.devices.iter().flat_map(|device| device.lock().loops()).collect();
+        own.iter().chain([&self.io]).for_each(Loop::end);
     }
 }

@@ -1,5 +1,10 @@
 //! The configuration space of a function: a header of type 0, one 64-bit BAR, capabilities.
 
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::snapshot::Snapshot;
+
 /// Offsets in the header.
 const COMMAND: usize = 0x04;
 const STATUS: usize = 0x06;
@@ -116,6 +121,26 @@ impl ConfigSpace {
         let bytes = self.bytes[BAR0..BAR0 + 8].try_into().expect("8 bytes");
         let decoding = self.bytes[COMMAND] & COMMAND_MEMORY != 0 && self.bar_size > 0;
         decoding.then(|| u64::from_le_bytes(bytes) & !(self.bar_size - 1))
+    }
+}
+
+/// All 256 bytes, of which only what the guest can write counts.
+#[derive(Debug, Deserialize, Serialize)]
+pub struct State(Vec<u8>);
+
+impl Snapshot for ConfigSpace {
+    type State = State;
+
+    fn save(&self) -> Result<State> {
+        Ok(State(self.bytes.to_vec()))
+    }
+
+    fn restore(&mut self, state: State) -> Result<()> {
+        if state.0.len() != self.bytes.len() {
+            return Err(Error::config("the saved configuration space is not one of 256 bytes"));
+        }
+        self.write(0, &state.0);
+        Ok(())
     }
 }
 

@@ -2,8 +2,12 @@
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
 use crate::event::EventFd;
 use crate::log;
+use crate::snapshot::Snapshot;
 use crate::vm::Vm;
 use crate::vm::irq::Message;
 
@@ -34,14 +38,14 @@ pub struct Msix {
 
 impl Msix {
     /// Vectors for `events`, all masked.
-    pub fn new(vm: Arc<Vm>, device: u32, events: Vec<EventFd>) -> crate::error::Result<Self> {
+    pub fn new(vm: Arc<Vm>, device: u32, events: Vec<EventFd>) -> Result<Self> {
         let vectors = events
             .into_iter()
             .map(|event| {
                 let gsi = vm.allocate_message()?;
                 Ok(Vector { event, gsi, registers: [0, 0, 0, MASKED], connected: false })
             })
-            .collect::<crate::error::Result<_>>()?;
+            .collect::<Result<_>>()?;
         Ok(Self { vm, device, vectors, enabled: false, masked: false })
     }
 
@@ -120,6 +124,40 @@ impl Msix {
             Ok(()) => self.vectors[index].connected = true,
             Err(error) => log::guest_line(error),
         }
+    }
+}
+
+/// The table as the guest wrote it, and which messages wait for their mask to go.
+#[derive(Debug, Deserialize, Serialize)]
+pub struct State {
+    enabled: bool,
+    masked: bool,
+    vectors: Vec<([u32; 4], bool)>,
+}
+
+impl Snapshot for Msix {
+    type State = State;
+
+    fn save(&self) -> Result<State> {
+        let Self { vm: _, device: _, vectors, enabled, masked } = self;
+        let pending = |vector: &Vector| !vector.connected && is_readable(&vector.event);
+        let vectors = vectors.iter().map(|vector| (vector.registers, pending(vector))).collect();
+        Ok(State { enabled: *enabled, masked: *masked, vectors })
+    }
+
+    fn restore(&mut self, state: State) -> Result<()> {
+        if state.vectors.len() != self.vectors.len() {
+            return Err(Error::config("the saved state is of a function with other MSI-X vectors"));
+        }
+        for (vector, (registers, pending)) in self.vectors.iter_mut().zip(state.vectors) {
+            vector.registers = registers;
+            if pending {
+                // Fails when it is pending already.
+                let _ = vector.event.write(1);
+            }
+        }
+        self.set_control(state.enabled, state.masked);
+        Ok(())
     }
 }
 

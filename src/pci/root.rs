@@ -3,16 +3,20 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use serde::{Deserialize, Serialize};
+
 use super::{CONFIG_SIZE, DEVICES_MAX};
 use crate::arch::layout;
 use crate::bus::{Bus, BusDevice, Shared};
+use crate::error::{Context, Error, Result};
 use crate::event::EventFd;
 use crate::log;
 use crate::memory::Range;
+use crate::snapshot::{SaveState, Snapshot};
 use crate::vm::Vm;
 
 /// A function of the bus.
-pub trait Function: Send {
+pub trait Function: SaveState + Send {
     /// The guest reads configuration space; the root has filled `data` with ones.
     fn read_config(&mut self, offset: usize, data: &mut [u8]);
     /// The guest writes configuration space.
@@ -26,7 +30,7 @@ pub struct Registers {
     /// The registers themselves.
     pub device: Shared,
     /// Events that writes at these offsets trigger.
-    pub kicks: Vec<(u64, EventFd)>,
+    pub kicks: Vec<(u64, Arc<EventFd>)>,
 }
 
 struct Slot {
@@ -39,7 +43,8 @@ struct Slot {
 pub struct Root {
     vm: Arc<Vm>,
     mmio: Arc<Bus>,
-    slots: Vec<Slot>,
+    /// By device number.
+    slots: [Option<Slot>; DEVICES_MAX],
     /// The address register of the port mechanism (x86).
     address: u32,
 }
@@ -47,17 +52,29 @@ pub struct Root {
 impl Root {
     /// An empty bus whose functions' registers appear on `mmio`.
     pub fn new(vm: Arc<Vm>, mmio: Arc<Bus>) -> Self {
-        Self { vm, mmio, slots: Vec::new(), address: 0 }
+        Self { vm, mmio, slots: [const { None }; DEVICES_MAX], address: 0 }
     }
 
-    /// The number that the next device gets.
-    pub fn next_device(&self) -> Option<u32> {
-        (self.slots.len() < DEVICES_MAX).then_some(self.slots.len() as u32)
+    /// The lowest device number that is free.
+    pub fn free_device(&self) -> Option<u32> {
+        self.slots.iter().position(Option::is_none).map(|number| number as u32)
     }
 
-    /// Adds a function as the next device.
-    pub fn add(&mut self, function: Arc<Mutex<dyn Function>>, registers: Option<Registers>) {
-        self.slots.push(Slot { function, registers, placed: None });
+    /// Adds a function as this device.
+    pub fn add(
+        &mut self,
+        device: u32,
+        function: Arc<Mutex<dyn Function>>,
+        registers: Option<Registers>,
+    ) -> Result<()> {
+        match self.slots.get_mut(device as usize) {
+            Some(slot @ None) => {
+                *slot = Some(Slot { function, registers, placed: None });
+                Ok(())
+            }
+            Some(_) => Err(Error::config(format!("PCI device {device} is taken"))),
+            None => Err(Error::config(format!("PCI device {device}: the bus has {DEVICES_MAX}"))),
+        }
     }
 
     /// `address` is an offset in ECAM: bus 0, device, function 0, register.
@@ -66,7 +83,7 @@ impl Root {
         if !function.is_multiple_of(8) {
             return None;
         }
-        let slot = self.slots.get_mut((function / 8) as usize)?;
+        let slot = self.slots.get_mut((function / 8) as usize)?.as_mut()?;
         Some((slot, (address % CONFIG_SIZE) as usize))
     }
 
@@ -80,20 +97,62 @@ impl Root {
     fn write_config(&mut self, address: u64, data: &[u8]) {
         let (vm, mmio) = (self.vm.clone(), self.mmio.clone());
         let Some((slot, offset)) = self.slot(address) else { return };
-        let place = {
-            let mut function = slot.function.lock().unwrap_or_else(PoisonError::into_inner);
-            function.write_config(offset, data);
-            function.place()
-        };
-        // The function's lock is dropped: its registers can be reached while they move.
-        if let Some(registers) = &slot.registers
-            && place != slot.placed
+        slot.function.lock().unwrap_or_else(PoisonError::into_inner).write_config(offset, data);
+        slot.place(&vm, &mmio);
+    }
+}
+
+impl Slot {
+    /// Puts the registers where the function has them now. Its lock is not held: they can be reached
+    /// while they move.
+    fn place(&mut self, vm: &Vm, mmio: &Bus) {
+        let place = self.function.lock().unwrap_or_else(PoisonError::into_inner).place();
+        if let Some(registers) = &self.registers
+            && place != self.placed
         {
-            if let Some(old) = slot.placed.take() {
-                take_away(&vm, &mmio, registers, old);
+            if let Some(old) = self.placed.take() {
+                take_away(vm, mmio, registers, old);
             }
-            slot.placed = place.filter(|place| put(&vm, &mmio, registers, *place));
+            self.placed = place.filter(|place| put(vm, mmio, registers, *place));
         }
+    }
+}
+
+/// The address register, and the functions with their device numbers.
+#[derive(Debug, Deserialize, Serialize)]
+pub struct State {
+    address: u32,
+    functions: Vec<(u32, Vec<u8>)>,
+}
+
+impl Snapshot for Root {
+    type State = State;
+
+    fn save(&self) -> Result<State> {
+        let slots = self.slots.iter().enumerate();
+        let functions = slots.filter_map(|(number, slot)| Some((number as u32, slot.as_ref()?)));
+        let functions = functions
+            .map(|(number, slot)| {
+                let function = slot.function.lock().unwrap_or_else(PoisonError::into_inner);
+                Ok((number, function.save_state().with_context(|| format!("save PCI device {number}"))?))
+            })
+            .collect::<Result<_>>()?;
+        Ok(State { address: self.address, functions })
+    }
+
+    fn restore(&mut self, state: State) -> Result<()> {
+        let (vm, mmio) = (self.vm.clone(), self.mmio.clone());
+        self.address = state.address;
+        for (number, bytes) in state.functions {
+            let attempt = || format!("restore PCI device {number}");
+            let slot = self.slots.get_mut(number as usize).and_then(Option::as_mut);
+            let slot = slot.ok_or_else(|| Error::config("there is no such device")).with_context(attempt)?;
+            let mut function = slot.function.lock().unwrap_or_else(PoisonError::into_inner);
+            function.restore_state(&bytes).with_context(attempt)?;
+            drop(function);
+            slot.place(&vm, &mmio);
+        }
+        Ok(())
     }
 }
 

@@ -1,59 +1,120 @@
-//! The memory of one request: what the device reads or writes, as slices of guest memory.
+//! The memory of requests: what a device reads or writes, as vectors that the kernel takes. A worker
+//! keeps its buffers and fills them again for every request: once they are large enough, nothing is
+//! allocated any more.
 
-use std::collections::VecDeque;
 use std::fs::File;
 use std::io::ErrorKind;
 use std::os::fd::AsRawFd;
 
-use vm_memory::bitmap::{Bitmap, BitmapSlice};
-use vm_memory::{GuestMemory, Permissions};
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{
+    GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryBackend, GuestMemoryRegion, Permissions,
+};
 
 use super::Chain;
 use crate::error::{Error, Result};
-use crate::memory::{Regions, Slice};
+use crate::memory::Memory;
 
 /// So many vectors the kernel takes at once (IOV_MAX).
 const VECTORS_MAX: usize = libc::UIO_MAXIOV as usize;
 
-/// A sequence of slices, in the order of their descriptors.
-#[derive(Default)]
-pub struct Buffers<'m> {
-    slices: VecDeque<Slice<'m>>,
+/// Pieces of guest memory, in the order of their descriptors.
+///
+/// Invariant: every vector lies in a region of `memory`, which is mapped for as long as this lives:
+/// regions of a machine are only added while its devices run.
+pub struct Buffers {
+    memory: Memory,
+    vectors: Vec<libc::iovec>,
+    /// Where the guest has each vector.
+    addresses: Vec<GuestAddress>,
+    /// Vectors before this one are taken away.
+    first: usize,
     length: usize,
 }
 
-impl<'m> Buffers<'m> {
-    /// What the device may read of a request.
-    pub fn readable(memory: &'m Regions, chain: Chain<'m>) -> Result<Self> {
-        let mut buffers = Self::default();
-        for descriptor in chain.readable() {
-            buffers.add(memory, descriptor.addr(), descriptor.len(), Permissions::Read)?;
-        }
-        Ok(buffers)
+// SAFETY: the pointers are to memory that is shared with the guest anyway; all accesses to it are as
+// to memory that others change at any time.
+#[allow(unsafe_code)]
+unsafe impl Send for Buffers {}
+
+/// One byte of guest memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Byte {
+    pointer: *mut u8,
+    address: GuestAddress,
+}
+
+// SAFETY: as for `Buffers`.
+#[allow(unsafe_code)]
+unsafe impl Send for Byte {}
+
+impl Buffers {
+    /// Nothing yet, of `memory`.
+    pub fn new(memory: Memory) -> Self {
+        Self { memory, vectors: Vec::new(), addresses: Vec::new(), first: 0, length: 0 }
     }
 
-    /// What the device may write of a request.
-    pub fn writable(memory: &'m Regions, chain: Chain<'m>) -> Result<Self> {
-        let mut buffers = Self::default();
-        for descriptor in chain.writable() {
-            buffers.add(memory, descriptor.addr(), descriptor.len(), Permissions::Write)?;
+    /// Nothing again.
+    pub fn clear(&mut self) {
+        self.vectors.clear();
+        self.addresses.clear();
+        (self.first, self.length) = (0, 0);
+    }
+
+    /// Fills `readable` with what the device may read of a request, and `writable` with what it may
+    /// write: descriptors are looked at once, whatever the guest makes of them meanwhile.
+    pub fn split(chain: Chain<'_>, readable: &mut Self, writable: &mut Self) -> Result<()> {
+        readable.clear();
+        writable.clear();
+        let memory = chain.memory();
+        for descriptor in chain.clone() {
+            match descriptor.is_write_only() {
+                true => writable.add(memory, descriptor.addr(), descriptor.len(), Permissions::Write)?,
+                false => readable.add(memory, descriptor.addr(), descriptor.len(), Permissions::Read)?,
+            }
         }
-        Ok(buffers)
+        Ok(())
+    }
+
+    /// Appends what the device may write of a request, and returns how much that is.
+    pub fn add_writable(&mut self, chain: Chain<'_>) -> Result<usize> {
+        let before = self.length;
+        let memory = chain.memory();
+        for descriptor in chain.clone().writable() {
+            self.add(memory, descriptor.addr(), descriptor.len(), Permissions::Write)?;
+        }
+        Ok(self.length - before)
+    }
+
+    /// Appends what the device may read of a request, and returns how much that is.
+    pub fn add_readable(&mut self, chain: Chain<'_>) -> Result<usize> {
+        let before = self.length;
+        let memory = chain.memory();
+        for descriptor in chain.clone().readable() {
+            self.add(memory, descriptor.addr(), descriptor.len(), Permissions::Read)?;
+        }
+        Ok(self.length - before)
     }
 
     fn add(
         &mut self,
-        memory: &'m Regions,
-        address: vm_memory::GuestAddress,
+        memory: &crate::memory::Regions,
+        address: GuestAddress,
         length: u32,
         access: Permissions,
     ) -> Result<()> {
         let outside = |error| Error::guest(format!("the driver gave a buffer at {:#x}: {error}", address.0));
+        let mut done = 0;
         for slice in GuestMemory::get_slices(memory, address, length as usize, access).map_err(outside)? {
             let slice = slice.map_err(outside)?;
-            self.length += slice.len();
-            self.slices.push_back(slice);
+            if !slice.is_empty() {
+                let pointer = slice.ptr_guard_mut().as_ptr().cast();
+                self.vectors.push(libc::iovec { iov_base: pointer, iov_len: slice.len() });
+                self.addresses.push(GuestAddress(address.0 + done));
+                done += slice.len() as u64;
+            }
         }
+        self.length += done as usize;
         Ok(())
     }
 
@@ -67,141 +128,176 @@ impl<'m> Buffers<'m> {
         self.length == 0
     }
 
-    /// Takes the first `count` bytes away; none: there are fewer.
-    pub fn take_front(&mut self, count: usize) -> Option<Self> {
+    /// For the kernel: none is empty. Valid for as long as this lives, cleared or not: guest memory is.
+    pub fn vectors(&self) -> &[libc::iovec] {
+        &self.vectors[self.first..]
+    }
+
+    /// Takes the first `count` bytes away; false: there are fewer.
+    pub fn advance(&mut self, count: usize) -> bool {
         if count > self.length {
-            return None;
-        }
-        let mut front = Self::default();
-        while front.length < count {
-            let slice = self.slices.pop_front()?;
-            let (taken, rest) = slice.split_at(slice.len().min(count - front.length)).ok()?;
-            if !rest.is_empty() {
-                self.slices.push_front(rest);
-            }
-            front.length += taken.len();
-            front.slices.push_back(taken);
+            return false;
         }
         self.length -= count;
-        Some(front)
+        let mut left = count;
+        while left > 0 {
+            let vector = &mut self.vectors[self.first];
+            let here = vector.iov_len.min(left);
+            vector.iov_base = vector.iov_base.wrapping_byte_add(here);
+            vector.iov_len -= here;
+            self.addresses[self.first].0 += here as u64;
+            left -= here;
+            if vector.iov_len == 0 {
+                self.first += 1;
+            }
+        }
+        true
+    }
+
+    /// Takes the first bytes away, as many as `bytes` holds, and puts them there; false: there are fewer.
+    pub fn read_front(&mut self, bytes: &mut [u8]) -> bool {
+        if bytes.len() > self.length {
+            return false;
+        }
+        self.copy_to(bytes);
+        self.advance(bytes.len())
     }
 
     /// Takes the last byte away.
-    pub fn take_last(&mut self) -> Option<Self> {
-        let before = self.take_front(self.length.checked_sub(1)?)?;
-        Some(std::mem::replace(self, before))
+    pub fn take_last(&mut self) -> Option<Byte> {
+        if self.length == 0 {
+            return None;
+        }
+        let (vector, address) = (self.vectors.last_mut()?, self.addresses.last()?);
+        vector.iov_len -= 1;
+        let offset = vector.iov_len;
+        let byte = Byte {
+            pointer: vector.iov_base.wrapping_byte_add(offset).cast(),
+            address: GuestAddress(address.0 + offset as u64),
+        };
+        if offset == 0 {
+            self.vectors.pop();
+            self.addresses.pop();
+        }
+        self.length -= 1;
+        Some(byte)
     }
 
-    /// Appends what another request gives.
-    pub fn append(&mut self, mut other: Self) {
-        self.length += other.length;
-        self.slices.append(&mut other.slices);
+    /// Writes a byte that was taken from here.
+    #[allow(unsafe_code)]
+    pub fn write_byte(&self, byte: Byte, value: u8) {
+        // SAFETY: it lies in `memory` (see `Buffers`).
+        unsafe { byte.pointer.write_volatile(value) };
+        mark(&self.memory, byte.address, 1);
     }
 
-    /// Copies the bytes out; `bytes` is as long as this.
+    /// Copies the bytes out, as far as there is room.
+    #[allow(unsafe_code)]
     pub fn copy_to(&self, bytes: &mut [u8]) {
-        let mut at = 0;
-        for slice in &self.slices {
-            at += slice.copy_to(&mut bytes[at..]);
-        }
-    }
-
-    /// Copies `bytes` in, as far as there is room.
-    pub fn copy_from(&self, bytes: &[u8]) {
         let mut rest = bytes;
-        for slice in &self.slices {
-            let count = slice.len().min(rest.len());
-            slice.copy_from(&rest[..count]);
-            rest = &rest[count..];
+        for vector in self.vectors() {
+            let (here, after) = rest.split_at_mut(vector.iov_len.min(rest.len()));
+            // SAFETY: the vector lies in `memory` (see `Buffers`), the slice is ours and as long.
+            unsafe { std::ptr::copy_nonoverlapping(vector.iov_base.cast(), here.as_mut_ptr(), here.len()) };
+            rest = after;
         }
     }
 
-    /// Reads from byte `offset` of `file` into this, all of it.
-    pub fn read_at(&self, file: &File, offset: u64) -> std::io::Result<()> {
-        // SAFETY: see `io_vectors`; preadv writes to them.
+    /// Copies `bytes` to byte `offset` of this and on, as far as there is room.
+    #[allow(unsafe_code)]
+    pub fn copy_from(&self, mut offset: usize, bytes: &[u8]) {
+        let mut rest = bytes;
+        for (vector, address) in self.vectors().iter().zip(&self.addresses[self.first..]) {
+            if offset >= vector.iov_len {
+                offset -= vector.iov_len;
+                continue;
+            }
+            let (here, after) = rest.split_at(rest.len().min(vector.iov_len - offset));
+            let place: *mut u8 = vector.iov_base.wrapping_byte_add(offset).cast();
+            // SAFETY: the place and what follows, up to the vector's end, lies in `memory` (see
+            // `Buffers`).
+            unsafe { std::ptr::copy_nonoverlapping(here.as_ptr(), place, here.len()) };
+            mark(&self.memory, GuestAddress(address.0 + offset as u64), here.len());
+            (rest, offset) = (after, 0);
+            if rest.is_empty() {
+                break;
+            }
+        }
+    }
+
+    /// Reads from byte `offset` of `file` into this, all of it, which is then taken away.
+    pub fn read_at(&mut self, file: &File, offset: u64) -> std::io::Result<()> {
+        // SAFETY: the vectors lie in `memory` (see `Buffers`); preadv writes to them.
         #[allow(unsafe_code)]
         let call = |vectors: &[libc::iovec], at| unsafe {
             libc::preadv64(file.as_raw_fd(), vectors.as_ptr(), vectors.len() as i32, at)
         };
-        let result = self.transfer(offset, call);
-        self.mark_dirty(self.length);
-        result
+        self.transfer(offset, true, call)
     }
 
-    /// Writes all of this from byte `offset` of `file` on.
-    pub fn write_at(&self, file: &File, offset: u64) -> std::io::Result<()> {
-        // SAFETY: see `io_vectors`; pwritev reads them.
+    /// Writes all of this from byte `offset` of `file` on; it is then taken away.
+    pub fn write_at(&mut self, file: &File, offset: u64) -> std::io::Result<()> {
+        // SAFETY: the vectors lie in `memory` (see `Buffers`); pwritev reads them.
         #[allow(unsafe_code)]
         let call = |vectors: &[libc::iovec], at| unsafe {
             libc::pwritev64(file.as_raw_fd(), vectors.as_ptr(), vectors.len() as i32, at)
         };
-        self.transfer(offset, call)
+        self.transfer(offset, false, call)
+    }
+
+    /// Calls until everything is transferred.
+    fn transfer(
+        &mut self,
+        mut offset: u64,
+        dirties: bool,
+        call: impl Fn(&[libc::iovec], i64) -> isize,
+    ) -> std::io::Result<()> {
+        while self.length > 0 {
+            let vectors = self.vectors();
+            let count = match checked(call(&vectors[..vectors.len().min(VECTORS_MAX)], offset as i64)) {
+                Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
+                Ok(count) => count,
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                Err(error) => return Err(error),
+            };
+            if dirties {
+                self.mark_dirty(count);
+            }
+            self.advance(count);
+            offset += count as u64;
+        }
+        Ok(())
     }
 
     /// Reads once, as much as there is: a frame.
+    #[allow(unsafe_code)]
     pub fn read_frame(&self, file: &File) -> std::io::Result<usize> {
-        let vectors = self.io_vectors();
+        let vectors = self.vectors();
         let count = vectors.len().min(VECTORS_MAX) as i32;
-        // SAFETY: see `io_vectors`; readv writes to them.
-        #[allow(unsafe_code)]
+        // SAFETY: the vectors lie in `memory` (see `Buffers`); readv writes to them.
         let count = checked(unsafe { libc::readv(file.as_raw_fd(), vectors.as_ptr(), count) })?;
         self.mark_dirty(count);
         Ok(count)
     }
 
     /// Writes once: a frame.
+    #[allow(unsafe_code)]
     pub fn write_frame(&self, file: &File) -> std::io::Result<usize> {
-        let vectors = self.io_vectors();
+        let vectors = self.vectors();
         let count = vectors.len().min(VECTORS_MAX) as i32;
-        // SAFETY: see `io_vectors`; writev reads them.
-        #[allow(unsafe_code)]
+        // SAFETY: the vectors lie in `memory` (see `Buffers`); writev reads them.
         checked(unsafe { libc::writev(file.as_raw_fd(), vectors.as_ptr(), count) })
     }
 
-    /// Calls until everything is transferred.
-    fn transfer(&self, offset: u64, call: impl Fn(&[libc::iovec], i64) -> isize) -> std::io::Result<()> {
-        let mut vectors = self.io_vectors();
-        let (mut done, mut first) = (0, 0);
-        while done < self.length {
-            let batch = &vectors[first..vectors.len().min(first + VECTORS_MAX)];
-            let count = match checked(call(batch, (offset + done as u64) as i64)) {
-                Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
-                Ok(count) => count,
-                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
-                Err(error) => return Err(error),
-            };
-            done += count;
-            let mut left = count;
-            while left > 0 {
-                let vector = &mut vectors[first];
-                let here = vector.iov_len.min(left);
-                vector.iov_base = vector.iov_base.wrapping_byte_add(here);
-                vector.iov_len -= here;
-                left -= here;
-                if vector.iov_len == 0 {
-                    first += 1;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// The slices for the kernel. They are guest memory, which stays mapped as long as `'m` lives, and
-    /// which nobody but the guest, by its own fault, and the kernel touch meanwhile.
-    fn io_vectors(&self) -> Vec<libc::iovec> {
-        let vector = |slice: &Slice<'m>| libc::iovec {
-            iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-            iov_len: slice.len(),
-        };
-        self.slices.iter().filter(|slice| !slice.is_empty()).map(vector).collect()
-    }
-
     /// Notes that the kernel has written the first `count` bytes.
-    fn mark_dirty(&self, mut count: usize) {
-        for slice in &self.slices {
-            let here = slice.len().min(count);
-            mark(slice.bitmap(), here);
+    pub fn mark_dirty(&self, mut count: usize) {
+        for (vector, address) in self.vectors().iter().zip(&self.addresses[self.first..]) {
+            let here = vector.iov_len.min(count);
+            mark(&self.memory, *address, here);
             count -= here;
+            if count == 0 {
+                break;
+            }
         }
     }
 }
@@ -210,8 +306,11 @@ fn checked(result: isize) -> std::io::Result<usize> {
     usize::try_from(result).map_err(|_| std::io::Error::last_os_error())
 }
 
-fn mark(bitmap: &impl BitmapSlice, length: usize) {
-    if length > 0 {
-        Bitmap::mark_dirty(bitmap, 0, length);
+/// Notes that `length` bytes at `address`, which lie in one region, were written.
+fn mark(memory: &Memory, address: GuestAddress, length: usize) {
+    if length > 0
+        && let Some((region, offset)) = memory.memory().to_region_addr(address)
+    {
+        region.bitmap().mark_dirty(offset.0 as usize, length);
     }
 }

@@ -10,17 +10,23 @@ pub mod workers;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 
-use crate::error::Result;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::error::{Error, Result};
 use crate::event::EventFd;
+use crate::host::Host;
 use crate::memory::Memory;
+use crate::snapshot::SaveState;
 
 pub use queue::{Chain, Queue};
 pub use workers::Registrar;
 
 /// A device, without its queues: what it is, and how it starts.
 ///
-/// Invariant: a device that is not started touches neither guest memory nor interrupts.
-pub trait VirtioDevice: Send {
+/// Invariant: a device that is not started touches neither guest memory nor interrupts. Its state, as
+/// `Snapshot` has it, is what the guest can see beyond its configuration and its queues.
+pub trait VirtioDevice: SaveState + Send {
     /// Its device ID (virtio 1.2, 5).
     fn device_type(&self) -> u32;
     /// The feature bits of its own device type; the transport adds those of rings and transports.
@@ -41,6 +47,12 @@ pub trait VirtioDevice: Send {
     /// The driver reset the device; no worker is left. State that the driver set goes back to how it
     /// was at power-on.
     fn reset(&mut self) {}
+    /// The user changes what can be changed of a device in use: `body` is that of the API's PATCH. The
+    /// caller promises that no worker is left; they start again afterwards, on the same queues.
+    /// Returns whether the driver must look at the configuration again. A refused patch changes nothing.
+    fn patch(&mut self, _body: &Value, _host: &mut dyn Host) -> Result<bool> {
+        Err(Error::config("nothing of it can be changed once the guest runs"))
+    }
 }
 
 /// What a running device works with.
@@ -55,12 +67,16 @@ pub struct Io {
 
 /// The running half of a device: owns its queues and descriptors, lives on one event loop.
 pub trait Worker: Send {
-    /// Tells the loop what to wait for: kicks, a tap, a timer. Buffers may wait already: a kick that
-    /// came before is still there.
+    /// Tells the loop what to wait for: kicks, a tap, a timer. Every queue that is ready has been kicked:
+    /// buffers may wait already.
     fn register(&mut self, registrar: &mut Registrar<'_>) -> Result<()>;
     /// Something registered with `token` is ready. An error is the driver's fault: the device stops
     /// and asks to be reset.
     fn handle(&mut self, token: u32) -> Result<()>;
+    /// Finishes what is in flight, or gives it back to its queue, tells the driver, and gives the
+    /// queues back. Nothing it waits for is on the loop any more. What a device needs of the guest to
+    /// finish must not be waited for: the guest may be paused.
+    fn stop(self: Box<Self>) -> Vec<Queue>;
 }
 
 /// Bits of InterruptStatus and of the ISR (virtio 1.2, 4.2.2 and 4.1.4.5).
@@ -68,6 +84,14 @@ const USED_BUFFER: u32 = 1;
 const CONFIGURATION_CHANGE: u32 = 2;
 /// No vector is given: that interrupt is not sent (4.1.5.1.2).
 const NO_VECTOR: u16 = 0xffff;
+
+/// What the guest can see of its interrupts.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
+struct InterruptState {
+    status: u32,
+    /// For configuration changes, then the queues' ones; empty with a line.
+    vectors: Vec<u16>,
+}
 
 /// How a device interrupts its driver: by one line and a register that says what for (MMIO), or by a
 /// vector of its own for each purpose (MSI-X).
@@ -126,6 +150,29 @@ impl Interrupts {
     fn queue_vector(&self, queue: u32) -> u16 {
         let queues = self.vectors.iter().flat_map(|(_, queues)| queues);
         queues.into_iter().nth(queue as usize).map_or(NO_VECTOR, |vector| vector.load(Ordering::SeqCst))
+    }
+
+    fn save(&self) -> InterruptState {
+        let vectors = self.vectors.iter().flat_map(|(config, queues)| [config].into_iter().chain(queues));
+        let vectors = vectors.map(|vector| vector.load(Ordering::SeqCst)).collect();
+        InterruptState { status: self.status(), vectors }
+    }
+
+    fn restore(&self, state: InterruptState) -> Result<()> {
+        let own: Vec<_> =
+            self.vectors.iter().flat_map(|(config, queues)| [config].into_iter().chain(queues)).collect();
+        if own.len() != state.vectors.len() {
+            return Err(Error::config("the saved state is of a device with other interrupts"));
+        }
+        own.iter()
+            .zip(state.vectors)
+            .for_each(|(own, saved)| own.store(self.checked(saved), Ordering::SeqCst));
+        self.status.store(state.status, Ordering::SeqCst);
+        if state.status != 0 && self.vectors.is_none() {
+            // The pulse may have been lost with the old line; one too many is harmless.
+            let _ = self.events[0].write(1);
+        }
+        Ok(())
     }
 
     /// A vector that there is not reads back as none: the driver then knows.

@@ -2,13 +2,17 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use serde::{Deserialize, Serialize};
+
 use super::Interrupts;
 use super::transport::{Register, Transport};
 use crate::bus::BusDevice;
+use crate::error::Result;
 use crate::memory::Range;
-use crate::pci::config::{ConfigSpace, Identity};
-use crate::pci::msix::Msix;
+use crate::pci::config::{self, ConfigSpace, Identity};
+use crate::pci::msix::{self, Msix};
 use crate::pci::root::Function;
+use crate::snapshot::Snapshot;
 
 const VENDOR: u16 = 0x1af4;
 /// Modern devices' IDs begin here; the device type is added.
@@ -166,6 +170,27 @@ impl Function for Pci {
     }
 }
 
+/// What the guest can see of the function itself; its device is saved by its transport.
+#[derive(Debug, Deserialize, Serialize)]
+pub struct State {
+    space: config::State,
+    msix: msix::State,
+}
+
+impl Snapshot for Pci {
+    type State = State;
+
+    fn save(&self) -> Result<State> {
+        let msix = self.msix.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(State { space: self.space.save()?, msix: msix.save()? })
+    }
+
+    fn restore(&mut self, state: State) -> Result<()> {
+        self.space.restore(state.space)?;
+        self.msix.lock().unwrap_or_else(PoisonError::into_inner).restore(state.msix)
+    }
+}
+
 /// The registers behind the BAR.
 pub struct Bar {
     transport: Arc<Mutex<Transport>>,
@@ -294,6 +319,16 @@ impl Default for HostBridge {
         let identity =
             Identity { vendor: 0x1b36, device: 0x0008, class: [0x06, 0, 0], revision: 0, subsystem: 0x1100 };
         Self(ConfigSpace::new(identity, 0, 0))
+    }
+}
+
+impl Snapshot for HostBridge {
+    type State = config::State;
+    fn save(&self) -> Result<config::State> {
+        self.0.save()
+    }
+    fn restore(&mut self, state: config::State) -> Result<()> {
+        self.0.restore(state)
     }
 }
 

@@ -15,7 +15,7 @@ pub type Chain<'m> = DescriptorChain<&'m Regions>;
 /// A queue of a running device.
 pub struct Queue {
     ring: virtio_queue::Queue,
-    kick: EventFd,
+    kick: Arc<EventFd>,
     index: usize,
     interrupts: Arc<Interrupts>,
 }
@@ -26,13 +26,44 @@ fn broken(error: virtio_queue::Error) -> Error {
 
 impl Queue {
     /// The queue `index` over `ring`, which the driver set up and kicks by `kick`.
-    pub fn new(ring: virtio_queue::Queue, kick: EventFd, index: usize, interrupts: Arc<Interrupts>) -> Self {
+    pub fn new(
+        ring: virtio_queue::Queue,
+        kick: Arc<EventFd>,
+        index: usize,
+        interrupts: Arc<Interrupts>,
+    ) -> Self {
         Self { ring, kick, index, interrupts }
     }
 
-    /// Readable when the driver has made buffers available.
-    pub fn kick(&self) -> &EventFd {
+    /// Its number among the device's queues.
+    pub fn index(&self) -> usize {
+        self.index
+    }
+
+    /// The largest number of requests that can be in flight.
+    pub fn size(&self) -> u16 {
+        self.ring.size()
+    }
+
+    /// Whether the driver has set it up.
+    pub fn is_ready(&self) -> bool {
+        self.ring.ready()
+    }
+
+    /// How far it is: the next available and the next used index.
+    pub(super) fn position(&self) -> (u16, u16) {
+        (self.ring.next_avail(), self.ring.next_used())
+    }
+
+    /// Written to when the driver has made buffers available (`Registrar::kick` waits for it).
+    pub(super) fn kick(&self) -> &EventFd {
         &self.kick
+    }
+
+    /// Handles the queue again in the next turn, as if the driver had kicked: not all was done.
+    pub fn kick_again(&self) {
+        // A counter that is full says the same.
+        let _ = self.kick.write(1);
     }
 
     /// The next request, if there is one.
@@ -79,8 +110,6 @@ impl Queue {
         memory: &Regions,
         mut handle: impl FnMut(Chain<'_>) -> Result<u32>,
     ) -> Result<()> {
-        // Fails when nothing was written: another event than the kick.
-        let _ = self.kick.read();
         if !self.ring.ready() {
             return Ok(());
         }
@@ -96,8 +125,7 @@ impl Queue {
                 left -= 1;
             }
             if left == 0 {
-                // Go on in the next turn. A counter that is full says the same.
-                let _ = self.kick.write(1);
+                self.kick_again();
                 break;
             }
             if !self.enable_kicks(memory)? {

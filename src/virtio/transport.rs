@@ -1,17 +1,20 @@
 //! The register file of a device: negotiation, set-up, activation and reset, once for all transports
 //! (virtio 1.2, 2.1 to 2.4, 3.1). A transport only finds the register behind an offset.
 
+mod life;
+mod saved;
+
+use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, Weak};
 
-use virtio_queue::QueueT;
-use vm_memory::GuestAddressSpace;
+use serde::{Deserialize, Serialize};
 
-use super::workers::Workers;
-use super::{Interrupts, Io, Queue, VirtioDevice, Worker};
-use crate::error::{Error, Result};
+use super::workers::Loop;
+use super::{Interrupts, VirtioDevice};
 use crate::event::EventFd;
-use crate::log;
 use crate::memory::Memory;
+
+pub use saved::State;
 
 /// Device status bits (virtio 1.2, 2.1).
 const DRIVER_OK: u32 = 4;
@@ -47,14 +50,16 @@ pub enum Register {
     ConfigGeneration,
 }
 
-/// What the driver set up of one queue.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// What the driver set up of one queue, and how far it is while nobody works on it.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
 struct QueueRegisters {
     size: u16,
     ready: bool,
     descriptors: u64,
     driver: u64,
     device: u64,
+    next_avail: u16,
+    next_used: u16,
 }
 
 /// Where the running half is.
@@ -66,12 +71,14 @@ enum Phase {
     Starting,
     /// It runs.
     Running,
-    /// The loop was asked to end it; the driver sees the reset complete when it has.
-    Resetting,
+    /// The loops were asked to end it, and so many have not answered yet.
+    Stopping(usize),
 }
 
-/// A device with its registers. Lock order: a transport's lock is taken before nothing else but the
-/// workers' inbox.
+/// A device with its registers. It runs while the driver wants it to and the machine lets it; whatever
+/// stands against that (a reset, a pause, a fault, a change by the user) stops it first.
+///
+/// Lock order: a transport's lock is taken before nothing else but a loop's inbox.
 pub struct Transport {
     // Fixed
     name: String,
@@ -79,10 +86,16 @@ pub struct Transport {
     // Host
     device: Box<dyn VirtioDevice>,
     memory: Memory,
-    workers: Arc<Workers>,
+    /// The first one starts the device; its workers are dealt out over all.
+    loops: Vec<Arc<Loop>>,
     interrupts: Arc<Interrupts>,
-    kicks: Vec<EventFd>,
+    kicks: Vec<Arc<EventFd>>,
     phase: Phase,
+    paused: bool,
+    /// The driver has reset it, and sees that complete once it is stopped.
+    resetting: bool,
+    /// Dropped when it is stopped.
+    waiting: Vec<Sender<()>>,
     this: Weak<Mutex<Transport>>,
     // Guest-visible
     status: u32,
@@ -95,14 +108,15 @@ pub struct Transport {
 }
 
 impl Transport {
-    /// A device at power-on. `name` is what log lines call it; `kicks` has an event per queue.
+    /// A device at power-on. `name` is what log lines call it; its workers live on `loops`, of which
+    /// there is at least one; `kicks` has an event per queue.
     pub fn new(
         name: String,
         device: Box<dyn VirtioDevice>,
         memory: Memory,
-        workers: Arc<Workers>,
+        loops: Vec<Arc<Loop>>,
         interrupts: Arc<Interrupts>,
-        kicks: Vec<EventFd>,
+        kicks: Vec<Arc<EventFd>>,
     ) -> Arc<Mutex<Self>> {
         let queues = vec![QueueRegisters::default(); device.queue_sizes().len()];
         let offered = device.features() | F_VERSION_1 | F_EVENT_IDX | F_INDIRECT_DESC;
@@ -112,10 +126,13 @@ impl Transport {
                 offered,
                 device,
                 memory,
-                workers,
+                loops,
                 interrupts,
                 kicks,
                 phase: Phase::Idle,
+                paused: false,
+                resetting: false,
+                waiting: Vec::new(),
                 this: this.clone(),
                 status: 0,
                 device_features_select: 0,
@@ -133,6 +150,11 @@ impl Transport {
     /// The device's type.
     pub fn device_type(&self) -> u32 {
         self.device.device_type()
+    }
+
+    /// The loops it runs on.
+    pub fn loops(&self) -> Vec<Arc<Loop>> {
+        self.loops.clone()
     }
 
     /// How many queues it has.
@@ -251,20 +273,15 @@ impl Transport {
             new &= !FEATURES_OK;
         }
         self.status |= new;
-        if new & DRIVER_OK != 0 && self.status & FEATURES_OK != 0 && self.phase == Phase::Idle {
-            self.phase = Phase::Starting;
-            self.workers.start(self.this());
-        }
+        self.go_on();
     }
 
     fn reset(&mut self) {
+        self.resetting = true;
         match self.phase {
-            Phase::Idle => self.reset_registers(),
-            Phase::Starting | Phase::Running => {
-                self.phase = Phase::Resetting;
-                self.workers.reset(self.this());
-            }
-            Phase::Resetting => {}
+            Phase::Idle => self.stopped(),
+            Phase::Starting | Phase::Running => self.stop(),
+            Phase::Stopping(_) => {}
         }
     }
 
@@ -281,66 +298,6 @@ impl Transport {
         for kick in &self.kicks {
             // Empty already: fine.
             let _ = kick.read();
-        }
-    }
-
-    /// Called by the loop: builds the queues and starts the device. None: the driver has reset it
-    /// meanwhile, or it cannot start.
-    pub(super) fn start(&mut self) -> Option<Vec<Box<dyn Worker>>> {
-        if self.phase != Phase::Starting {
-            return None;
-        }
-        self.phase = Phase::Running;
-        let io = Io { memory: self.memory.clone(), features: self.driver_features, queues: Vec::new() };
-        match self.build_queues().and_then(|queues| self.device.start(Io { queues, ..io })) {
-            Ok(workers) => Some(workers),
-            Err(error) => {
-                self.fail(&error);
-                None
-            }
-        }
-    }
-
-    fn build_queues(&self) -> Result<Vec<Queue>> {
-        let memory = self.memory.memory();
-        let build = |index: usize| {
-            let QueueRegisters { size, ready, descriptors, driver, device } = self.queues[index];
-            let max = self.device.queue_sizes()[index];
-            let broken = |what: &str| Error::guest(format!("the driver set up queue {index} with {what}"));
-            let mut ring = virtio_queue::Queue::new(max).map_err(|_| broken("no size"))?;
-            if ready {
-                ring.try_set_size(size).map_err(|_| broken("a wrong size"))?;
-                ring.try_set_desc_table_address(vm_memory::GuestAddress(descriptors))
-                    .and_then(|()| ring.try_set_avail_ring_address(vm_memory::GuestAddress(driver)))
-                    .and_then(|()| ring.try_set_used_ring_address(vm_memory::GuestAddress(device)))
-                    .map_err(|_| broken("unaligned rings"))?;
-                ring.set_event_idx(self.driver_features & F_EVENT_IDX != 0);
-                ring.set_ready(true);
-                if !ring.is_valid(&*memory) {
-                    return Err(broken("rings outside memory"));
-                }
-            }
-            let kick = self.kicks[index].try_clone().map_err(|error| Error::host(error.to_string()))?;
-            Ok(Queue::new(ring, kick, index, self.interrupts.clone()))
-        };
-        (0..self.queues.len()).map(build).collect()
-    }
-
-    /// Called by the loop when no worker of the device is left: the driver's reset is complete.
-    pub(super) fn stopped(&mut self) {
-        if self.phase == Phase::Resetting {
-            self.device.reset();
-            self.reset_registers();
-            self.phase = Phase::Idle;
-        }
-    }
-
-    /// The device cannot go on: it asks its driver for a reset (virtio 1.2, 2.1.2).
-    pub(super) fn fail(&mut self, error: &Error) {
-        log::guest_line(format_args!("{} stopped and waits for a reset: {error}", self.name));
-        self.status |= NEEDS_RESET;
-        if self.status & DRIVER_OK != 0 {
-            self.interrupts.configuration_change();
         }
     }
 }

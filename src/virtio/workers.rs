@@ -1,31 +1,33 @@
-//! The io thread: one event loop on which the devices' workers live. It starts with the first device
-//! that does.
+//! The io threads: event loops on which the devices' workers live. A loop starts its thread with the
+//! first worker it gets.
 
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-use super::Worker;
 use super::transport::Transport;
+use super::{Queue, Worker};
 use crate::error::{Context, Result};
 use crate::event::{EventFd, Events, Interest};
 use crate::log;
 
-type Shared = Arc<Mutex<Transport>>;
+pub(super) type Shared = Arc<Mutex<Transport>>;
 
-/// What the loop is asked to do.
-enum Job {
+/// What a loop is asked to do.
+pub(super) enum Job {
+    /// Starts a device: its first loop builds the workers and hands them round.
     Start(Shared),
-    Reset(Shared),
-    /// Touch neither memory nor interrupts until `Resume`; the sender is told when that holds.
-    Pause(Sender<()>),
-    Resume,
+    /// Takes one worker of a device.
+    Add(Box<dyn Worker>, Shared),
+    /// Ends the device's workers here and gives their queues back to it.
+    Stop(Shared),
+    /// Ends all workers, and the thread.
     End,
 }
 
-/// The loop's inbox and its thread.
-pub struct Workers {
+/// A loop's inbox and its thread.
+pub struct Loop {
+    name: String,
     inbox: Mutex<Inbox>,
     wake: EventFd,
 }
@@ -34,53 +36,16 @@ pub struct Workers {
 struct Inbox {
     jobs: Vec<Job>,
     thread: Option<JoinHandle<()>>,
-    paused: bool,
     /// The loop has ended: nobody takes jobs any more.
     ended: bool,
 }
 
-impl Workers {
-    /// A loop without a thread yet.
-    pub fn new() -> Result<Arc<Self>> {
+impl Loop {
+    /// A loop without a thread yet; `name` is what its thread will be called.
+    pub fn new(name: impl Into<String>) -> Result<Arc<Self>> {
         let wake =
             EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).context("create an event descriptor")?;
-        Ok(Arc::new(Self { inbox: Mutex::default(), wake }))
-    }
-
-    /// Starts a device, soon.
-    pub(super) fn start(self: &Arc<Self>, transport: Shared) {
-        self.post(Job::Start(transport));
-    }
-
-    /// Ends a device's workers, soon, and completes its driver's reset.
-    pub(super) fn reset(self: &Arc<Self>, transport: Shared) {
-        self.post(Job::Reset(transport));
-    }
-
-    /// Returns when no worker runs any more. No effect when they are paused.
-    pub fn pause(self: &Arc<Self>) {
-        let (sender, paused) = channel();
-        {
-            let mut inbox = self.inbox.lock().unwrap_or_else(PoisonError::into_inner);
-            if inbox.thread.is_none() || std::mem::replace(&mut inbox.paused, true) {
-                inbox.paused = true;
-                return;
-            }
-        }
-        self.post(Job::Pause(sender));
-        // The loop ends only when the machine does, which pauses no more.
-        let _ = paused.recv();
-    }
-
-    /// Lets them run again; what came meanwhile is still there.
-    pub fn resume(self: &Arc<Self>) {
-        let was_paused = {
-            let mut inbox = self.inbox.lock().unwrap_or_else(PoisonError::into_inner);
-            std::mem::replace(&mut inbox.paused, false) && inbox.thread.is_some()
-        };
-        if was_paused {
-            self.post(Job::Resume);
-        }
+        Ok(Arc::new(Self { name: name.into(), inbox: Mutex::default(), wake }))
     }
 
     /// Ends the thread and all workers.
@@ -93,39 +58,45 @@ impl Workers {
         }
     }
 
-    fn post(self: &Arc<Self>, job: Job) {
+    /// Has something done, soon; false: nobody is there to do it. May be called with a transport locked.
+    pub(super) fn post(self: &Arc<Self>, job: Job) -> bool {
         let mut inbox = self.inbox.lock().unwrap_or_else(PoisonError::into_inner);
-        if inbox.ended {
-            return;
-        }
-        let is_end = matches!(job, Job::End);
-        inbox.jobs.push(job);
-        if inbox.thread.is_none() && !is_end {
-            let workers = self.clone();
-            match std::thread::Builder::new().name("io".to_owned()).spawn(move || workers.run()) {
+        if inbox.thread.is_none() && !inbox.ended && !matches!(job, Job::End | Job::Stop(_)) {
+            let this = self.clone();
+            match std::thread::Builder::new().name(self.name.clone()).spawn(move || this.run()) {
                 Ok(thread) => inbox.thread = Some(thread),
                 Err(error) => {
-                    log::line(format_args!("start the io thread: {error}: devices will not answer"))
+                    log::line(format_args!(
+                        "start the thread `{}`: {error}: devices will not answer",
+                        self.name
+                    ));
+                    inbox.ended = true;
                 }
             }
         }
-        // A counter that is full wakes as well.
-        let _ = self.wake.write(1);
+        let is_there = !inbox.ended && (inbox.thread.is_some() || matches!(job, Job::End));
+        if is_there {
+            inbox.jobs.push(job);
+            // A counter that is full wakes as well.
+            let _ = self.wake.write(1);
+        }
+        is_there
     }
 
     fn run(&self) {
-        match Loop::new(self) {
-            Ok(mut event_loop) => {
-                if let Err(error) = event_loop.run(self) {
-                    log::line(format_args!("the io thread ended: {error}: devices will not answer"));
-                }
-            }
-            Err(error) => log::line(format_args!("start the io thread: {error}: devices will not answer")),
+        if let Err(error) = Running::new(self).and_then(|mut running| running.run(self)) {
+            log::line(format_args!("the io thread ended: {error}: devices will not answer"));
         }
-        // Whoever waits for a job to be done must not wait for ever.
         let mut inbox = self.inbox.lock().unwrap_or_else(PoisonError::into_inner);
         inbox.ended = true;
-        inbox.jobs.clear();
+        let jobs = std::mem::take(&mut inbox.jobs);
+        drop(inbox);
+        // Whoever waits for a device to stop must not wait for ever.
+        for job in jobs {
+            if let Job::Stop(transport) = job {
+                transport.lock().unwrap_or_else(PoisonError::into_inner).returned(Vec::new());
+            }
+        }
     }
 
     fn take_jobs(&self) -> Vec<Job> {
@@ -136,13 +107,15 @@ impl Workers {
 }
 
 /// A worker, whose it is, and what it waits for.
-struct Running {
+struct Place {
     worker: Box<dyn Worker>,
     transport: Shared,
     waits: Vec<RawFd>,
+    /// The device failed and is about to be stopped: nothing is handled any more.
+    failed: bool,
 }
 
-/// What a worker tells the loop to wait for. Descriptors must stay open as long as it waits.
+/// What a worker tells the loop to wait for. Descriptors must stay open until the worker is stopped.
 pub struct Registrar<'a> {
     events: &'a Events,
     slot: usize,
@@ -156,50 +129,52 @@ impl Registrar<'_> {
         self.waits.push(fd.as_raw_fd());
         Ok(())
     }
+
+    /// Calls `handle` with `token` once for every kick of `queue` (or for several). The event is
+    /// edge-triggered and never read: that would be a system call for each.
+    pub fn kick(&mut self, queue: &Queue, token: u32) -> Result<()> {
+        self.add(queue.kick(), Interest::IN | Interest::EDGE_TRIGGERED, token)
+    }
 }
 
-struct Loop {
+struct Running {
     events: Events,
     /// A worker's place is part of its events' tokens; a free one is used again.
-    slots: Vec<Option<Running>>,
-    paused: bool,
+    slots: Vec<Option<Place>>,
 }
 
 const WAKE: u64 = 0;
 
-impl Loop {
-    fn new(workers: &Workers) -> Result<Self> {
+impl Running {
+    fn new(this: &Loop) -> Result<Self> {
         let events = Events::new()?;
-        events.add(&workers.wake, Interest::IN, WAKE)?;
-        Ok(Self { events, slots: Vec::new(), paused: false })
+        events.add(&this.wake, Interest::IN, WAKE)?;
+        Ok(Self { events, slots: Vec::new() })
     }
 
-    fn run(&mut self, workers: &Workers) -> Result<()> {
+    fn run(&mut self, this: &Loop) -> Result<()> {
         let mut ready = Vec::new();
         loop {
-            if self.paused {
-                // Only the inbox counts: whatever else is ready stays so.
-                wait_for(&workers.wake)?;
-            } else {
-                self.events.wait(None, &mut ready)?;
+            self.events.wait(None, &mut ready)?;
+            let mut woken = false;
+            for event in ready.drain(..) {
+                match event.token {
+                    WAKE => woken = true,
+                    token => self.handle((token >> 32) as usize - 1, token as u32),
+                }
             }
-            for event in ready.drain(..).filter(|event| event.token != WAKE) {
-                self.handle((event.token >> 32) as usize - 1, event.token as u32);
-            }
-            for job in workers.take_jobs() {
-                match job {
-                    Job::Start(transport) => self.start(&transport),
-                    Job::Reset(transport) => {
-                        self.end_workers_of(&transport);
-                        transport.lock().unwrap_or_else(PoisonError::into_inner).stopped();
+            if woken {
+                for job in this.take_jobs() {
+                    match job {
+                        Job::Start(transport) => start(&transport),
+                        Job::Add(worker, transport) => self.add(worker, transport),
+                        Job::Stop(transport) => self.stop(&transport),
+                        Job::End => {
+                            // What is in flight is finished: its buffers are about to be unmapped.
+                            self.slots.drain(..).flatten().for_each(|place| drop(place.worker.stop()));
+                            return Ok(());
+                        }
                     }
-                    Job::Pause(paused) => {
-                        self.paused = true;
-                        // Who asked may be gone.
-                        let _ = paused.send(());
-                    }
-                    Job::Resume => self.paused = false,
-                    Job::End => return Ok(()),
                 }
             }
         }
@@ -207,57 +182,46 @@ impl Loop {
 
     /// Its worker may have gone since the event came.
     fn handle(&mut self, slot: usize, token: u32) {
-        let Some(running) = self.slots.get_mut(slot).and_then(Option::as_mut) else { return };
-        if let Err(error) = running.worker.handle(token) {
-            let transport = running.transport.clone();
-            self.end_workers_of(&transport);
-            transport.lock().unwrap_or_else(PoisonError::into_inner).fail(&error);
+        let Some(place) = self.slots.get_mut(slot).and_then(Option::as_mut) else { return };
+        if place.failed {
+            return;
+        }
+        if let Err(error) = place.worker.handle(token) {
+            place.failed = true;
+            place.transport.lock().unwrap_or_else(PoisonError::into_inner).fail(&error);
         }
     }
 
-    fn start(&mut self, transport: &Shared) {
-        let workers = transport.lock().unwrap_or_else(PoisonError::into_inner).start();
-        for worker in workers.into_iter().flatten() {
-            if let Err(error) = self.add(worker, transport) {
-                self.end_workers_of(transport);
-                transport.lock().unwrap_or_else(PoisonError::into_inner).fail(&error);
-                return;
-            }
-        }
-    }
-
-    fn add(&mut self, mut worker: Box<dyn Worker>, transport: &Shared) -> Result<()> {
+    fn add(&mut self, mut worker: Box<dyn Worker>, transport: Shared) {
         let slot = self.slots.iter().position(Option::is_none).unwrap_or(self.slots.len());
         let mut waits = Vec::new();
         let registered = worker.register(&mut Registrar { events: &self.events, slot, waits: &mut waits });
-        let running = Running { worker, transport: transport.clone(), waits };
-        match slot == self.slots.len() {
-            true => self.slots.push(Some(running)),
-            false => self.slots[slot] = Some(running),
+        let failed = registered.is_err();
+        if let Err(error) = registered {
+            transport.lock().unwrap_or_else(PoisonError::into_inner).fail(&error);
         }
-        registered
+        let place = Some(Place { worker, transport, waits, failed });
+        match slot == self.slots.len() {
+            true => self.slots.push(place),
+            false => self.slots[slot] = place,
+        }
     }
 
-    fn end_workers_of(&mut self, transport: &Shared) {
+    fn stop(&mut self, transport: &Shared) {
+        let mut queues = Vec::new();
         for slot in &mut self.slots {
-            if slot.as_ref().is_some_and(|running| Arc::ptr_eq(&running.transport, transport)) {
-                let running = slot.take().expect("it was just there");
-                for fd in running.waits {
+            if let Some(place) = slot.take_if(|place| Arc::ptr_eq(&place.transport, transport)) {
+                for fd in place.waits {
                     // A descriptor that was closed has left the set by itself.
                     let _ = self.events.remove(&fd);
                 }
+                queues.extend(place.worker.stop());
             }
         }
+        transport.lock().unwrap_or_else(PoisonError::into_inner).returned(queues);
     }
 }
 
-/// Waits until `event` is readable, without reading it.
-fn wait_for(event: &EventFd) -> Result<()> {
-    let events = Events::new()?;
-    events.add(event, Interest::IN, WAKE)?;
-    let mut ready = Vec::new();
-    while ready.is_empty() {
-        events.wait(None, &mut ready)?;
-    }
-    Ok(())
+fn start(transport: &Shared) {
+    transport.lock().unwrap_or_else(PoisonError::into_inner).start();
 }

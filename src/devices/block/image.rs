@@ -61,13 +61,13 @@ impl Image {
         self.sectors
     }
 
-    /// Reads from byte `offset` into `buffers`, all of it.
-    pub fn read(&self, buffers: &Buffers<'_>, offset: u64) -> std::io::Result<()> {
+    /// Reads from byte `offset` into `buffers`, all of it, which are then empty.
+    pub fn read(&self, buffers: &mut Buffers, offset: u64) -> std::io::Result<()> {
         buffers.read_at(&self.file, offset)
     }
 
-    /// Writes all of `buffers` from byte `offset` on.
-    pub fn write(&self, buffers: &Buffers<'_>, offset: u64) -> std::io::Result<()> {
+    /// Writes all of `buffers`, which are then empty, from byte `offset` on.
+    pub fn write(&self, buffers: &mut Buffers, offset: u64) -> std::io::Result<()> {
         buffers.write_at(&self.file, offset)
     }
 

@@ -4,16 +4,17 @@ mod image;
 mod request;
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use vm_memory::GuestAddressSpace;
 
 use crate::error::{Error, Result};
-use crate::event::Interest;
 use crate::host::{Access, Host};
 use crate::memory::Memory;
+use crate::snapshot::Snapshot;
+use crate::virtio::buffers::Buffers;
 use crate::virtio::{Io, Queue, Registrar, VirtioDevice, Worker};
 pub use image::Image;
 
@@ -106,10 +107,9 @@ impl Config {
         Image::new(host.file(&what, path, access)?, path, access)
     }
 
-    /// The device, and the image that it works on.
-    pub fn open(&self, host: &mut dyn Host) -> Result<(Box<dyn VirtioDevice>, SharedImage)> {
-        let image = Arc::new(Mutex::new(self.image(host)?));
-        Ok((Box::new(Block { config: self.clone(), image: image.clone() }), image))
+    /// The device.
+    pub fn open(&self, host: &mut dyn Host) -> Result<Box<dyn VirtioDevice>> {
+        Ok(Box::new(Block { config: self.clone(), image: Arc::new(self.image(host)?) }))
     }
 }
 
@@ -136,17 +136,21 @@ impl Patch {
     }
 }
 
-/// An image that can be replaced while the guest uses it: a request is done on the one or the other.
-pub type SharedImage = Arc<Mutex<Image>>;
-
-fn lock(image: &SharedImage) -> MutexGuard<'_, Image> {
-    image.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// The device.
 pub struct Block {
     config: Config,
-    image: SharedImage,
+    image: Arc<Image>,
+}
+
+/// It has none: what the guest sees is in the configuration and the image.
+impl Snapshot for Block {
+    type State = ();
+    fn save(&self) -> Result<()> {
+        Ok(())
+    }
+    fn restore(&mut self, (): ()) -> Result<()> {
+        Ok(())
+    }
 }
 
 impl VirtioDevice for Block {
@@ -167,7 +171,7 @@ impl VirtioDevice for Block {
     /// struct virtio_blk_config: capacity, size_max, seg_max.
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let mut config = [0; 16];
-        let sectors = lock(&self.image).sectors();
+        let sectors = self.image.sectors();
         config[..8].copy_from_slice(&sectors.to_le_bytes());
         config[12..].copy_from_slice(&SEGMENTS_MAX.to_le_bytes());
         super::copy_config(&config, offset, data);
@@ -176,10 +180,26 @@ impl VirtioDevice for Block {
     fn start(&mut self, io: Io) -> Result<Vec<Box<dyn Worker>>> {
         let Io { memory, queues, .. } = io;
         let [queue] = <[Queue; 1]>::try_from(queues).ok().expect("one queue was asked for");
-        let image = self.image.clone();
-        let flushes = self.config.cache_type == CacheType::Writeback;
-        let id = self.config.drive_id.clone();
-        Ok(vec![Box::new(Running { memory, queue, disk: request::Disk { image, flushes, id } })])
+        let buffers = || Buffers::new(memory.clone());
+        let disk = request::Disk {
+            image: self.image.clone(),
+            flushes: self.config.cache_type == CacheType::Writeback,
+            id: self.config.drive_id.clone(),
+            readable: buffers(),
+            writable: buffers(),
+        };
+        Ok(vec![Box::new(Running { memory, queue, disk })])
+    }
+
+    /// Another image, or the same one with another size.
+    fn patch(&mut self, body: &Value, host: &mut dyn Host) -> Result<bool> {
+        let patch: Patch =
+            serde_json::from_value(body.clone()).map_err(|error| Error::config(error.to_string()))?;
+        let path = patch.check()?;
+        let new = Config { path_on_host: Some(path.to_owned()), ..self.config.clone() };
+        self.image = Arc::new(self.image.again(path).unwrap_or_else(|| new.image(host))?);
+        self.config = new;
+        Ok(true)
     }
 }
 
@@ -191,11 +211,15 @@ struct Running {
 
 impl Worker for Running {
     fn register(&mut self, registrar: &mut Registrar<'_>) -> Result<()> {
-        registrar.add(self.queue.kick(), Interest::IN, 0)
+        registrar.kick(&self.queue, 0)
     }
 
     fn handle(&mut self, _token: u32) -> Result<()> {
         let memory = self.memory.memory();
-        self.queue.serve(&memory, |chain| self.disk.serve(&memory, chain))
+        self.queue.serve(&memory, |chain| self.disk.serve(chain))
+    }
+
+    fn stop(self: Box<Self>) -> Vec<Queue> {
+        vec![self.queue]
     }
 }

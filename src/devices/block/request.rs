@@ -1,9 +1,10 @@
 //! One request of a block device (virtio 1.2, 5.2.6): header, data, status.
 
-use super::{Image, SECTOR, SharedImage, lock};
+use std::sync::Arc;
+
+use super::{Image, SECTOR};
 use crate::error::Result;
 use crate::log;
-use crate::memory::Regions;
 use crate::virtio::Chain;
 use crate::virtio::buffers::Buffers;
 
@@ -21,40 +22,35 @@ const ID_LENGTH: usize = 20;
 
 /// What requests are done on.
 pub struct Disk {
-    pub image: SharedImage,
+    pub image: Arc<Image>,
     pub flushes: bool,
     pub id: String,
+    pub readable: Buffers,
+    pub writable: Buffers,
 }
 
 impl Disk {
     /// Does a request, and returns how many bytes were written to it. Whatever fails is an error of
     /// this request alone; only a request without room for a status goes unanswered.
-    pub fn serve(&mut self, memory: &Regions, chain: Chain<'_>) -> Result<u32> {
-        let mut readable = Buffers::readable(memory, chain.clone())?;
-        let mut writable = Buffers::writable(memory, chain)?;
-        let Some(status) = writable.take_last() else { return Ok(0) };
+    pub fn serve(&mut self, chain: Chain<'_>) -> Result<u32> {
+        Buffers::split(chain, &mut self.readable, &mut self.writable)?;
+        let Some(status) = self.writable.take_last() else { return Ok(0) };
+        let length = self.writable.len() as u32;
         let mut header = [0; 16];
-        let code = match readable.take_front(header.len()) {
-            Some(buffers) => {
-                buffers.copy_to(&mut header);
+        let code = match self.readable.read_front(&mut header) {
+            true => {
                 let kind = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
                 let sector = u64::from_le_bytes(header[8..].try_into().expect("8 bytes"));
-                self.execute(&lock(&self.image), kind, sector, &readable, &writable)
+                self.execute(kind, sector)
             }
-            None => IO_ERROR,
+            false => IO_ERROR,
         };
-        status.copy_from(&[code]);
-        Ok(if code == OK { writable.len() as u32 + 1 } else { 1 })
+        self.writable.write_byte(status, code);
+        Ok(if code == OK { length + 1 } else { 1 })
     }
 
-    fn execute(
-        &self,
-        image: &Image,
-        kind: u32,
-        sector: u64,
-        readable: &Buffers<'_>,
-        writable: &Buffers<'_>,
-    ) -> u8 {
+    fn execute(&mut self, kind: u32, sector: u64) -> u8 {
+        let Self { image, readable, writable, .. } = self;
         let result = match kind {
             IN => match place(image, sector, writable.len()) {
                 Some(offset) => image.read(writable, offset),
@@ -71,7 +67,7 @@ impl Disk {
                 let mut id = [0; ID_LENGTH];
                 let count = self.id.len().min(ID_LENGTH);
                 id[..count].copy_from_slice(&self.id.as_bytes()[..count]);
-                writable.copy_from(&id);
+                writable.copy_from(0, &id);
                 Ok(())
             }
             _ => return UNSUPPORTED,

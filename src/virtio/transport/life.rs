@@ -1,0 +1,155 @@
+//! Whether a device runs: started on its loops, stopped with its queues given back, and why.
+
+use std::sync::mpsc::Sender;
+
+use serde_json::Value;
+use virtio_queue::QueueT;
+use vm_memory::GuestAddressSpace;
+
+use super::{DRIVER_OK, F_EVENT_IDX, FEATURES_OK, NEEDS_RESET, Phase, QueueRegisters, Transport};
+use crate::error::{Error, Result};
+use crate::host::Host;
+use crate::log;
+use crate::virtio::workers::Job;
+use crate::virtio::{Io, Queue};
+
+impl Transport {
+    /// Starts it, soon, if everything is for it.
+    pub(super) fn go_on(&mut self) {
+        let wanted = self.status & (DRIVER_OK | FEATURES_OK | NEEDS_RESET) == DRIVER_OK | FEATURES_OK;
+        if wanted && !self.paused && !self.resetting && self.phase == Phase::Idle {
+            self.phase = Phase::Starting;
+            self.loops[0].post(Job::Start(self.this()));
+        }
+    }
+
+    /// Called by the first loop: builds the queues, starts the device and deals out its workers.
+    pub(in crate::virtio) fn start(&mut self) {
+        // Stopped meanwhile, before it began.
+        if self.phase != Phase::Starting {
+            return;
+        }
+        self.phase = Phase::Running;
+        let io = Io { memory: self.memory.clone(), features: self.driver_features, queues: Vec::new() };
+        match self.build_queues().and_then(|queues| self.device.start(Io { queues, ..io })) {
+            Ok(workers) => {
+                for (index, _) in self.queues.iter().enumerate().filter(|(_, queue)| queue.ready) {
+                    // A counter that is full says the same.
+                    let _ = self.kicks[index].write(1);
+                }
+                // With the lock held: a stop that comes now comes after the workers.
+                for (worker, event_loop) in workers.into_iter().zip(self.loops.iter().cycle()) {
+                    event_loop.post(Job::Add(worker, self.this()));
+                }
+            }
+            Err(error) => {
+                self.phase = Phase::Idle;
+                self.fail(&error);
+            }
+        }
+    }
+
+    fn build_queues(&self) -> Result<Vec<Queue>> {
+        let build = |index: usize| {
+            let ring = self.ring(index)?;
+            Ok(Queue::new(ring, self.kicks[index].clone(), index, self.interrupts.clone()))
+        };
+        (0..self.queues.len()).map(build).collect()
+    }
+
+    /// The ring of a queue as the registers have it; one that the driver did not set up is not ready.
+    pub(super) fn ring(&self, index: usize) -> Result<virtio_queue::Queue> {
+        let QueueRegisters { size, ready, descriptors, driver, device, next_avail, next_used } =
+            self.queues[index];
+        let max = self.device.queue_sizes()[index];
+        let broken = |what: &str| Error::guest(format!("the driver set up queue {index} with {what}"));
+        let mut ring = virtio_queue::Queue::new(max).map_err(|_| broken("no size"))?;
+        if ready {
+            ring.try_set_size(size).map_err(|_| broken("a wrong size"))?;
+            ring.try_set_desc_table_address(vm_memory::GuestAddress(descriptors))
+                .and_then(|()| ring.try_set_avail_ring_address(vm_memory::GuestAddress(driver)))
+                .and_then(|()| ring.try_set_used_ring_address(vm_memory::GuestAddress(device)))
+                .map_err(|_| broken("unaligned rings"))?;
+            ring.set_event_idx(self.driver_features & F_EVENT_IDX != 0);
+            ring.set_next_avail(next_avail);
+            ring.set_next_used(next_used);
+            ring.set_ready(true);
+            if !ring.is_valid(&*self.memory.memory()) {
+                return Err(broken("rings outside memory"));
+            }
+        }
+        Ok(ring)
+    }
+
+    /// Ends the workers, soon: every loop gives back the queues it has.
+    pub(super) fn stop(&mut self) {
+        let asked = self.loops.iter().filter(|event_loop| event_loop.post(Job::Stop(self.this()))).count();
+        match asked {
+            // There is no thread to run on.
+            0 => self.returned(Vec::new()),
+            asked => self.phase = Phase::Stopping(asked),
+        }
+    }
+
+    /// Called by each loop: none of the device's workers is left there, and these are their queues.
+    pub(in crate::virtio) fn returned(&mut self, queues: Vec<Queue>) {
+        for queue in queues {
+            let registers = &mut self.queues[queue.index()];
+            (registers.next_avail, registers.next_used) = queue.position();
+        }
+        match self.phase {
+            Phase::Stopping(left @ 2..) => self.phase = Phase::Stopping(left - 1),
+            _ => {
+                self.phase = Phase::Idle;
+                self.stopped();
+            }
+        }
+    }
+
+    pub(super) fn stopped(&mut self) {
+        if std::mem::take(&mut self.resetting) {
+            self.device.reset();
+            self.reset_registers();
+        }
+        self.waiting.clear();
+        self.go_on();
+    }
+
+    /// The device cannot go on: it asks its driver for a reset (virtio 1.2, 2.1.2).
+    pub(in crate::virtio) fn fail(&mut self, error: &Error) {
+        log::guest_line(format_args!("{} stopped and waits for a reset: {error}", self.name));
+        self.status |= NEEDS_RESET;
+        if self.status & DRIVER_OK != 0 {
+            self.interrupts.configuration_change();
+        }
+        if self.phase == Phase::Running {
+            self.stop();
+        }
+    }
+
+    /// Stops the device until `resume`; `stopped` is dropped once it touches neither guest memory nor
+    /// interrupts any more.
+    pub fn pause(&mut self, stopped: Sender<()>) {
+        self.paused = true;
+        if self.phase != Phase::Idle {
+            self.waiting.push(stopped);
+            if matches!(self.phase, Phase::Starting | Phase::Running) {
+                self.stop();
+            }
+        }
+    }
+
+    /// Lets it go on, on the same queues.
+    pub fn resume(&mut self) {
+        self.paused = false;
+        self.go_on();
+    }
+
+    /// The user changes the device, which is paused (`VirtioDevice::patch`).
+    pub fn patch(&mut self, body: &Value, host: &mut dyn Host) -> Result<()> {
+        if self.device.patch(body, host)? {
+            self.configuration_changed();
+        }
+        Ok(())
+    }
+}
