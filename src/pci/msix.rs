@@ -127,6 +127,15 @@ impl Msix {
     }
 }
 
+impl Drop for Msix {
+    fn drop(&mut self) {
+        for index in 0..self.vectors.len() {
+            self.disconnect(index);
+            self.vm.free_message(self.vectors[index].gsi);
+        }
+    }
+}
+
 /// The table as the guest wrote it, and which messages wait for their mask to go.
 #[derive(Debug, Deserialize, Serialize)]
 pub struct State {

@@ -23,28 +23,36 @@ pub struct Message {
     pub device: u32,
 }
 
-/// The messages that events send now. KVM takes the whole table at every change.
+/// The interrupts that are messages, by number, and what they send now (none: nothing yet). KVM takes
+/// the whole table at every change.
 #[derive(Default)]
 pub struct Routes {
-    messages: Mutex<BTreeMap<u32, Message>>,
-    next: std::sync::atomic::AtomicU32,
+    messages: Mutex<BTreeMap<u32, Option<Message>>>,
 }
 
 impl Vm {
     /// A number for an interrupt that is a message.
     pub fn allocate_message(&self) -> Result<u32> {
-        let index = self.routes.next.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
-        if index >= layout::MESSAGES_MAX {
-            return Err(Error::config("there are too many devices for the interrupts there are"));
-        }
-        Ok(layout::MESSAGE_GSIS + index)
+        let mut messages = self.routes.messages.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut numbers = layout::MESSAGE_GSIS..layout::MESSAGE_GSIS + layout::MESSAGES_MAX;
+        let free = numbers.find(|gsi| !messages.contains_key(gsi));
+        let gsi =
+            free.ok_or_else(|| Error::config("there are too many devices for the interrupts there are"))?;
+        messages.insert(gsi, None);
+        Ok(gsi)
+    }
+
+    /// The number is free for another one; no event may be connected to it any more. Its route leaves
+    /// KVM's table with the next change.
+    pub fn free_message(&self, gsi: u32) {
+        self.routes.messages.lock().unwrap_or_else(PoisonError::into_inner).remove(&gsi);
     }
 
     /// From here on a write to `event` sends `message`; what was written before is sent now.
     pub fn send_by(&self, event: &EventFd, gsi: u32, message: Message) -> Result<()> {
         {
             let mut messages = self.routes.messages.lock().unwrap_or_else(PoisonError::into_inner);
-            if messages.insert(gsi, message) != Some(message) {
+            if messages.insert(gsi, Some(message)) != Some(Some(message)) {
                 self.fd.set_gsi_routing(&table(&messages)?).context("route an interrupt message")?;
             }
         }
@@ -57,9 +65,9 @@ impl Vm {
     }
 }
 
-fn table(messages: &BTreeMap<u32, Message>) -> Result<KvmIrqRouting> {
+fn table(messages: &BTreeMap<u32, Option<Message>>) -> Result<KvmIrqRouting> {
     let mut entries = arch::default_routes();
-    for (gsi, message) in messages {
+    for (gsi, message) in messages.iter().filter_map(|(gsi, message)| Some((gsi, message.as_ref()?))) {
         let mut entry = kvm_irq_routing_entry { gsi: *gsi, type_: KVM_IRQ_ROUTING_MSI, ..Default::default() };
         let mut msi = kvm_irq_routing_msi {
             address_lo: message.address as u32,

@@ -99,6 +99,16 @@ impl Wire {
         frame
     }
 
+    /// Forgets the frames that have come so far.
+    #[allow(unsafe_code)]
+    pub fn discard(&self) {
+        let mut byte = 0_u8;
+        // SAFETY: the call writes at most one byte to the local.
+        while unsafe { libc::recv(self.socket.as_raw_fd(), (&raw mut byte).cast(), 1, libc::MSG_DONTWAIT) }
+            >= 0
+        {}
+    }
+
     /// Sends a frame.
     #[allow(unsafe_code)]
     pub fn send(&self, frame: &[u8]) {

@@ -1,0 +1,410 @@
+//! A guest in memory, without CPUs: the driver's side of one virtio device, behind either transport
+//! (virtio 1.2, 2.7, 4.1, 4.2).
+
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex, OnceLock};
+
+use alula::bus::BusDevice;
+use alula::error::Result;
+use alula::event::EventFd;
+use alula::memory::{self, Memory, Range};
+use alula::pci::msix::Msix;
+use alula::pci::root::Function;
+use alula::platform::Platform;
+use alula::snapshot::SaveState;
+use alula::virtio::mmio::Mmio;
+use alula::virtio::pci::{Bar, Pci};
+use alula::virtio::transport::Transport;
+use alula::virtio::workers::Loop;
+use alula::virtio::{Interrupts, VirtioDevice};
+use alula::vm::{Prepared, Vm};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
+
+/// Guest memory: one ring per 64 KiB from the start on, then data.
+pub const MEMORY: u64 = 4 << 20;
+pub const DATA: u64 = 2 << 20;
+const RING: u64 = 0x1_0000;
+const AVAILABLE: u64 = 0x4000;
+const USED: u64 = 0x8000;
+
+pub const ACKNOWLEDGE: u32 = 1;
+pub const DRIVER: u32 = 2;
+pub const DRIVER_OK: u32 = 4;
+pub const FEATURES_OK: u32 = 8;
+pub const NEEDS_RESET: u32 = 64;
+pub const F_EVENT_IDX: u64 = 1 << 29;
+pub const F_VERSION_1: u64 = 1 << 32;
+
+pub const NEXT: u16 = 1;
+pub const WRITE: u16 = 2;
+
+/// Which transport a device is behind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Mmio,
+    Pci,
+}
+
+pub const KINDS: [Kind; 2] = [Kind::Mmio, Kind::Pci];
+
+/// The machine whose interrupts PCI devices use: one for all tests of a process, without CPUs running.
+fn vm() -> Arc<Vm> {
+    static VM: OnceLock<(Arc<Vm>, Memory)> = OnceLock::new();
+    let (vm, _) = VM.get_or_init(|| {
+        let ranges = alula::arch::layout::memory(2 << 20);
+        let memory = memory::allocate(&ranges).unwrap();
+        let platform = Platform {
+            cpus: 1,
+            smt: false,
+            memory: ranges,
+            command_line: String::new(),
+            initrd: None,
+            random_seed: [0; 32],
+            virtio_mmio: Vec::new(),
+            pci: true,
+        };
+        let mut vm = Vm::new(Prepared::new().expect("KVM"), &memory.memory()).unwrap();
+        vm.create_vcpus(&platform).unwrap();
+        (Arc::new(vm), memory)
+    });
+    vm.clone()
+}
+
+/// How the device's registers are reached.
+enum Registers {
+    Mmio(Mmio),
+    Pci(Bar, Box<Pci>),
+}
+
+/// The driver's notes of one queue.
+#[derive(Clone, Copy, Default)]
+struct Ring {
+    size: u16,
+    /// Descriptors handed out so far; never one twice within a ring's worth.
+    descriptors: u16,
+    available: u16,
+    seen: u16,
+}
+
+/// A guest with one device.
+pub struct Guest {
+    pub memory: Memory,
+    pub transport: Arc<Mutex<Transport>>,
+    io: Arc<Loop>,
+    registers: Registers,
+    rings: Vec<Ring>,
+    /// Data given out so far.
+    allocated: u64,
+}
+
+impl Guest {
+    /// A machine built anew with `device` in it, and memory full of zeros.
+    pub fn new(kind: Kind, device: Box<dyn VirtioDevice>) -> Self {
+        let memory = memory::allocate(&[Range { start: 0, size: MEMORY }]).unwrap();
+        let io = Loop::new("io").unwrap();
+        let queues = device.queue_sizes().len();
+        let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).unwrap();
+        let kicks = (0..queues).map(|_| Arc::new(event())).collect();
+        let build = |interrupts: &Arc<Interrupts>| {
+            let loops = vec![io.clone()];
+            Transport::new("it".to_owned(), device, memory.clone(), loops, interrupts.clone(), kicks)
+        };
+        let (transport, registers) = match kind {
+            Kind::Mmio => {
+                let transport = build(&Interrupts::line(event()));
+                (transport.clone(), Registers::Mmio(Mmio(transport)))
+            }
+            Kind::Pci => {
+                let vectors: Vec<_> = (0..=queues).map(|_| event()).collect();
+                let copies = vectors.iter().map(|event| event.try_clone().unwrap()).collect();
+                let interrupts = Interrupts::vectors(copies, queues);
+                let msix = Arc::new(Mutex::new(Msix::new(vm(), 8, vectors).unwrap()));
+                let transport = build(&interrupts);
+                let function = Box::new(Pci::new(transport.clone(), interrupts, msix, 0xc000_0000));
+                (transport, Registers::Pci(function.registers(), function))
+            }
+        };
+        Self { memory, transport, io, registers, rings: vec![Ring::default(); queues], allocated: 0 }
+    }
+
+    pub fn queues(&self) -> usize {
+        self.rings.len()
+    }
+
+    /// Reads a register of 32 bits (MMIO) or of `width` bytes (PCI).
+    pub fn read(&mut self, mmio: u64, pci: u64, width: usize) -> u32 {
+        let mut data = [0; 4];
+        match &mut self.registers {
+            Registers::Mmio(device) => device.read(mmio, &mut data),
+            Registers::Pci(device, _) => device.read(pci, &mut data[..width]),
+        }
+        u32::from_le_bytes(data)
+    }
+
+    /// Writes such a register.
+    pub fn write(&mut self, mmio: u64, pci: u64, width: usize, value: u32) {
+        let data = value.to_le_bytes();
+        match &mut self.registers {
+            Registers::Mmio(device) => device.write(mmio, &data),
+            Registers::Pci(device, _) => device.write(pci, &data[..width]),
+        }
+    }
+
+    pub fn status(&mut self) -> u32 {
+        self.read(0x70, 0x14, 1)
+    }
+
+    pub fn set_status(&mut self, status: u32) {
+        self.write(0x70, 0x14, 1, status);
+    }
+
+    /// Device configuration.
+    pub fn config(&mut self, offset: u64, data: &mut [u8]) {
+        match &mut self.registers {
+            Registers::Mmio(device) => device.read(0x100 + offset, data),
+            Registers::Pci(device, _) => device.read(0x1000 + offset, data),
+        }
+    }
+
+    pub fn set_config(&mut self, offset: u64, data: &[u8]) {
+        match &mut self.registers {
+            Registers::Mmio(device) => device.write(0x100 + offset, data),
+            Registers::Pci(device, _) => device.write(0x1000 + offset, data),
+        }
+    }
+
+    /// What the device offers.
+    pub fn features(&mut self) -> u64 {
+        let mut features = 0;
+        for half in 0..2 {
+            self.write(0x14, 0x00, 4, half);
+            features |= u64::from(self.read(0x10, 0x04, 4)) << (32 * half);
+        }
+        features
+    }
+
+    /// Resets the device and waits for it.
+    pub fn reset(&mut self) {
+        self.set_status(0);
+        super::wait_for(|| self.status() == 0);
+        self.rings.fill(Ring::default());
+    }
+
+    /// Up to FEATURES_OK with `features`; false: it does not accept them.
+    pub fn negotiate(&mut self, features: u64) -> bool {
+        self.reset();
+        self.set_status(ACKNOWLEDGE);
+        self.set_status(ACKNOWLEDGE | DRIVER);
+        for half in 0..2 {
+            self.write(0x24, 0x08, 4, half);
+            self.write(0x20, 0x0c, 4, (features >> (32 * half)) as u32);
+        }
+        self.set_status(ACKNOWLEDGE | DRIVER | FEATURES_OK);
+        self.status() & FEATURES_OK != 0
+    }
+
+    /// Sets up a queue of `size` entries with its rings at `table`, `available` and `used`.
+    pub fn set_queue(&mut self, queue: usize, size: u16, [table, available, used]: [u64; 3]) {
+        self.write(0x30, 0x16, 2, queue as u32);
+        self.write(0x38, 0x18, 2, size.into());
+        for (mmio, pci, address) in [(0x80, 0x20, table), (0x90, 0x28, available), (0xa0, 0x30, used)] {
+            self.write(mmio, pci, 4, address as u32);
+            self.write(mmio + 4, pci + 4, 4, (address >> 32) as u32);
+        }
+        if let Registers::Pci(..) = self.registers {
+            // The queue's vector, and that of configuration changes.
+            self.write(0, 0x1a, 2, queue as u32 + 1);
+            self.write(0, 0x10, 2, 0);
+        }
+        self.write(0x44, 0x1c, 2, 1);
+        self.rings[queue] = Ring { size, ..Ring::default() };
+    }
+
+    /// Where the parts of a queue's ring are.
+    pub fn parts(queue: usize) -> [u64; 3] {
+        let start = RING * queue as u64;
+        [start, start + AVAILABLE, start + USED]
+    }
+
+    /// From reset to running, with these features (beside VERSION_1) and queues of up to 16 entries.
+    pub fn start(&mut self, features: u64) {
+        assert!(self.negotiate(features | F_VERSION_1), "the device does not accept what it offered");
+        for queue in 0..self.queues() {
+            self.write(0x30, 0x16, 2, queue as u32);
+            let max = self.read(0x34, 0x18, 2);
+            self.fill(RING * queue as u64, RING, 0);
+            self.set_queue(queue, max.min(16) as u16, Self::parts(queue));
+        }
+        self.set_status(ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
+    }
+
+    /// A piece of guest memory that nothing else uses.
+    pub fn allocate(&mut self, bytes: &[u8]) -> (u64, u32) {
+        let address = DATA + self.allocated;
+        self.allocated += bytes.len().next_multiple_of(64) as u64;
+        assert!(address + bytes.len() as u64 <= MEMORY, "the test's guest is out of memory");
+        self.memory.memory().write_slice(bytes, GuestAddress(address)).unwrap();
+        (address, bytes.len() as u32)
+    }
+
+    pub fn fill(&self, address: u64, length: u64, byte: u8) {
+        self.memory.memory().write_slice(&vec![byte; length as usize], GuestAddress(address)).unwrap();
+    }
+
+    pub fn bytes(&self, (address, length): (u64, u32)) -> Vec<u8> {
+        let mut bytes = vec![0; length as usize];
+        self.memory.memory().read_slice(&mut bytes, GuestAddress(address)).unwrap();
+        bytes
+    }
+
+    fn store<T: vm_memory::ByteValued>(&self, value: T, address: u64) {
+        self.memory.memory().write_obj(value, GuestAddress(address)).unwrap();
+    }
+
+    fn load(&self, address: u64) -> u16 {
+        let order = std::sync::atomic::Ordering::Acquire;
+        self.memory.memory().load(GuestAddress(address), order).unwrap()
+    }
+
+    /// Writes one descriptor.
+    pub fn set_descriptor(&self, queue: usize, index: u16, address: u64, length: u32, flags: u16, next: u16) {
+        let at = Self::parts(queue)[0] + 16 * u64::from(index);
+        self.store(address, at);
+        self.store(length, at + 8);
+        self.store(flags, at + 12);
+        self.store(next, at + 14);
+    }
+
+    /// Makes a chain available, without a kick; returns its head.
+    pub fn offer(&mut self, queue: usize, buffers: &[((u64, u32), u16)]) -> u16 {
+        let ring = self.rings[queue];
+        let place = |index: usize| (ring.descriptors + index as u16) % ring.size;
+        for (index, ((address, length), flags)) in buffers.iter().enumerate() {
+            let more = if index + 1 < buffers.len() { NEXT } else { 0 };
+            self.set_descriptor(queue, place(index), *address, *length, flags | more, place(index + 1));
+        }
+        let head = place(0);
+        self.rings[queue].descriptors = place(buffers.len());
+        self.make_available(queue, head);
+        head
+    }
+
+    /// Puts `head` into the available ring.
+    pub fn make_available(&mut self, queue: usize, head: u16) {
+        let ring = &mut self.rings[queue];
+        let [_, available, _] = Self::parts(queue);
+        let (place, index) = (available + 4 + 2 * u64::from(ring.available % ring.size), available + 2);
+        ring.available = ring.available.wrapping_add(1);
+        let new = ring.available;
+        self.store(head, place);
+        self.memory.memory().store(new, GuestAddress(index), std::sync::atomic::Ordering::Release).unwrap();
+    }
+
+    /// Kicks a queue by its register.
+    pub fn kick(&mut self, queue: usize) {
+        self.write(0x50, 0x2000 + 4 * queue as u64, 4, queue as u32);
+    }
+
+    /// How many chains the device has used in all.
+    pub fn used_index(&self, queue: usize) -> u16 {
+        self.load(Self::parts(queue)[2] + 2)
+    }
+
+    /// Waits for the next used chain: its head and how many bytes were written.
+    pub fn next_used(&mut self, queue: usize) -> (u16, u32) {
+        super::wait_for(|| self.used_index(queue) != self.rings[queue].seen);
+        let ring = &mut self.rings[queue];
+        let at = Self::parts(queue)[2] + 4 + 8 * u64::from(ring.seen % ring.size);
+        ring.seen = ring.seen.wrapping_add(1);
+        let read = |address| self.memory.memory().read_obj::<u32>(GuestAddress(address)).unwrap();
+        (read(at) as u16, read(at + 4))
+    }
+
+    /// Offers a chain, kicks, and waits for it: how many bytes were written.
+    pub fn request(&mut self, queue: usize, buffers: &[((u64, u32), u16)]) -> u32 {
+        let head = self.offer(queue, buffers);
+        self.kick(queue);
+        let (used, length) = self.next_used(queue);
+        assert_eq!(used, head, "another chain came back");
+        length
+    }
+
+    /// Whether a queue's interrupt (or with none: that of configuration changes) is waiting.
+    pub fn is_interrupted(&mut self, queue: Option<usize>) -> bool {
+        let vector = queue.map_or(0, |queue| queue + 1);
+        match &mut self.registers {
+            Registers::Mmio(_) => self.read(0x60, 0, 4) & if queue.is_some() { 1 } else { 2 } != 0,
+            Registers::Pci(device, _) => {
+                let mut pending = [0; 8];
+                device.read(0x3800, &mut pending);
+                u64::from_le_bytes(pending) & 1 << vector != 0
+            }
+        }
+    }
+
+    /// Stops the device and waits until it is.
+    pub fn pause(&self) {
+        let (sender, stopped) = channel();
+        self.transport.lock().unwrap().pause(sender);
+        let _ = stopped.recv();
+    }
+
+    pub fn resume(&self) {
+        self.transport.lock().unwrap().resume();
+    }
+
+    /// The device's state and its function's; it is paused.
+    pub fn save(&self) -> Vec<Vec<u8>> {
+        let transport = self.transport.lock().unwrap().save_state().unwrap();
+        match &self.registers {
+            Registers::Mmio(_) => vec![transport],
+            Registers::Pci(_, function) => vec![transport, function.save_state().unwrap()],
+        }
+    }
+
+    pub fn restore(&mut self, state: &[Vec<u8>]) -> Result<()> {
+        self.transport.lock().unwrap().restore_state(&state[0])?;
+        match &mut self.registers {
+            Registers::Mmio(_) => Ok(()),
+            Registers::Pci(_, function) => function.restore_state(&state[1]),
+        }
+    }
+
+    /// Stops for good, letting go of everything of the host's.
+    pub fn suspend(self) -> Suspended {
+        self.pause();
+        let mut memory = vec![0; MEMORY as usize];
+        self.memory.memory().read_slice(&mut memory, GuestAddress(0)).unwrap();
+        Suspended { state: self.save(), memory, rings: self.rings.clone(), allocated: self.allocated }
+    }
+
+    /// Goes on where another one stopped, once it is resumed; this was just built.
+    pub fn take_over(&mut self, suspended: &Suspended) -> Result<()> {
+        self.memory.memory().write_slice(&suspended.memory, GuestAddress(0)).unwrap();
+        self.rings.clone_from(&suspended.rings);
+        self.allocated = suspended.allocated;
+        self.restore(&suspended.state)
+    }
+
+    /// Configuration space of the function, for PCI.
+    pub fn function(&mut self) -> Option<&mut dyn Function> {
+        match &mut self.registers {
+            Registers::Mmio(_) => None,
+            Registers::Pci(_, function) => Some(&mut **function),
+        }
+    }
+}
+
+/// What is left of a guest that was suspended.
+pub struct Suspended {
+    pub state: Vec<Vec<u8>>,
+    memory: Vec<u8>,
+    rings: Vec<Ring>,
+    allocated: u64,
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        self.io.end();
+    }
+}

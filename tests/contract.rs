@@ -1,0 +1,449 @@
+//! What every virtio device promises, behind both transports: it negotiates, runs, stops without a trace,
+//! catches up, goes on in a machine built anew, and is like new after a reset.
+#![allow(clippy::unwrap_used, reason = "a test fails by it")]
+
+mod common;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use alula::config::Config;
+use alula::devices::Device;
+use alula::host::Local;
+use common::driver::{
+    DRIVER_OK, F_EVENT_IDX, F_VERSION_1, FEATURES_OK, Guest, KINDS, Kind, NEEDS_RESET, NEXT, WRITE,
+};
+use common::network::{self, Wire};
+use common::{Folder, wait_for};
+use serde_json::json;
+
+const SECTOR: usize = 512;
+const RX: usize = 0;
+const TX: usize = 1;
+/// EtherType for local experiments.
+const ETHER_TYPE: u16 = 0x88b5;
+const NET_HEADER: usize = 12;
+
+/// The devices' surroundings: a disk image and a network of the test's own. One test at a time: a program
+/// that another one starts would for a moment, as a copy of this process, have the image open too.
+struct Host {
+    folder: Folder,
+    wire: Wire,
+    _alone: MutexGuard<'static, ()>,
+}
+
+static ALONE: Mutex<()> = Mutex::new(());
+
+impl Host {
+    fn new() -> Self {
+        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        network::enter();
+        network::add_tap("tap0", "172.16.0.1/24");
+        let folder = Folder::new();
+        folder.write("disk", vec![0; 64 * SECTOR]);
+        Self { folder, wire: Wire::new("tap0", ETHER_TYPE), _alone: alone }
+    }
+
+    /// A configuration with every device there is.
+    fn config(&self) -> Config {
+        let config = json!({
+            "drives": [{
+                "drive_id": "disk",
+                "path_on_host": self.folder.path("disk"),
+                "is_root_device": false,
+                "cache_type": "Writeback",
+            }],
+            "network-interfaces": [{ "iface_id": "net", "host_dev_name": "tap0" }],
+            "entropy": {},
+        });
+        serde_json::from_value(config).unwrap()
+    }
+
+    fn guest(&self, kind: Kind, device: &Device<'_>) -> Guest {
+        Guest::new(kind, device.open("contract", &mut Local::default()).unwrap())
+    }
+
+    /// Does `test` with every device behind every transport.
+    fn each(&self, mut test: impl FnMut(&Self, Kind, &Device<'_>)) {
+        let config = self.config();
+        let mut count = 0;
+        for device in config.devices() {
+            for kind in KINDS {
+                println!("{} behind {kind:?}", device.name());
+                test(self, kind, &device);
+                count += 1;
+            }
+        }
+        assert!(count >= 6, "only {count} combinations");
+    }
+
+    /// Offers the device its typical request, and says how to see that it was done. A new device is
+    /// taught here how it is used: the compiler asks for it.
+    fn offer(&self, device: &Device<'_>, guest: &mut Guest, round: u8) -> Check {
+        match device {
+            Device::Block(_) => {
+                let mut header = [0; 16];
+                // Write a sector that says which round it is.
+                header[0] = 1;
+                header[8] = round % 64;
+                let header = guest.allocate(&header);
+                let data = guest.allocate(&[round; SECTOR]);
+                let status = guest.allocate(&[0xff]);
+                guest.offer(0, &[(header, 0), (data, 0), (status, WRITE)]);
+                Check::Written { round, status }
+            }
+            Device::Net(_) => {
+                let mut frame = vec![0; NET_HEADER + 60];
+                frame[NET_HEADER..NET_HEADER + 6].fill(0xff);
+                frame[NET_HEADER + 6..NET_HEADER + 12].copy_from_slice(&[2, 0, 0, 0, 0, 1]);
+                frame[NET_HEADER + 12..NET_HEADER + 14].copy_from_slice(&ETHER_TYPE.to_be_bytes());
+                frame[NET_HEADER + 14] = round;
+                let out = guest.allocate(&frame);
+                let room = guest.allocate(&[0; NET_HEADER + 1514]);
+                guest.offer(RX, &[(room, WRITE)]);
+                guest.offer(TX, &[(out, 0)]);
+                Check::Frames { round, room }
+            }
+            Device::Entropy(_) => {
+                let bytes = guest.allocate(&[0; 64]);
+                guest.offer(0, &[(bytes, WRITE)]);
+                Check::Random { bytes }
+            }
+        }
+    }
+
+    /// Waits until the request is done, and looks whether it was done right.
+    fn check(&self, guest: &mut Guest, check: Check) {
+        match check {
+            Check::Written { round, status } => {
+                guest.next_used(0);
+                assert_eq!(guest.bytes(status), [0], "the disk refused round {round}");
+                let image = std::fs::read(self.folder.path("disk")).unwrap();
+                let at = usize::from(round % 64) * SECTOR;
+                assert!(image[at..at + SECTOR].iter().all(|byte| *byte == round), "round {round}");
+            }
+            Check::Frames { round, room } => {
+                let wire = &self.wire;
+                assert_eq!(wire.receive()[14], round, "another frame came out");
+                guest.next_used(TX);
+                // What came out goes in.
+                let mut frame = [0xff; 60];
+                frame[12..14].copy_from_slice(&ETHER_TYPE.to_be_bytes());
+                frame[14] = round ^ 0xff;
+                wire.send(&frame);
+                let mut room = room;
+                loop {
+                    guest.next_used(RX);
+                    let received = guest.bytes(room);
+                    if received[NET_HEADER + 12..NET_HEADER + 14] == ETHER_TYPE.to_be_bytes() {
+                        assert_eq!(received[NET_HEADER + 14], round ^ 0xff);
+                        return;
+                    }
+                    // The host says something of its own on its new interface.
+                    room = guest.allocate(&[0; NET_HEADER + 1514]);
+                    guest.offer(RX, &[(room, WRITE)]);
+                    guest.kick(RX);
+                }
+            }
+            Check::Random { bytes } => {
+                assert_eq!(guest.next_used(0).1, 64);
+                assert_ne!(guest.bytes(bytes), [0; 64]);
+            }
+        }
+    }
+
+    fn exercise(&self, device: &Device<'_>, guest: &mut Guest, round: u8) {
+        let check = self.offer(device, guest, round);
+        kick_all(guest);
+        self.check(guest, check);
+    }
+}
+
+/// What a request was, and where its answer will be.
+enum Check {
+    Written { round: u8, status: (u64, u32) },
+    Frames { round: u8, room: (u64, u32) },
+    Random { bytes: (u64, u32) },
+}
+
+fn kick_all(guest: &mut Guest) {
+    (0..guest.queues()).for_each(|queue| guest.kick(queue));
+}
+
+fn used(guest: &Guest) -> Vec<u16> {
+    (0..guest.queues()).map(|queue| guest.used_index(queue)).collect()
+}
+
+#[test]
+fn every_device_negotiates_and_does_its_work() {
+    Host::new().each(|host, kind, device| {
+        let mut guest = host.guest(kind, device);
+        let offered = guest.features();
+        assert_ne!(offered & F_VERSION_1, 0);
+        assert!(!guest.negotiate(offered & !F_VERSION_1), "legacy drivers are not for it");
+        assert!(!guest.negotiate(offered | 1 << 50), "it accepted what it had not offered");
+        for (round, features) in [0, F_EVENT_IDX, offered].into_iter().enumerate() {
+            guest.start(features);
+            assert_eq!(guest.status() & NEEDS_RESET, 0);
+            for more in 0..40 {
+                host.exercise(device, &mut guest, (40 * round + more) as u8);
+            }
+        }
+        assert!((0..guest.queues()).any(|queue| guest.is_interrupted(Some(queue))), "no interrupt came");
+    });
+}
+
+#[test]
+fn a_stopped_device_ignores_kicks_and_catches_up_on_start() {
+    Host::new().each(|host, kind, device| {
+        let mut guest = host.guest(kind, device);
+        guest.start(F_EVENT_IDX);
+        host.exercise(device, &mut guest, 1);
+        guest.pause();
+        let before = used(&guest);
+        let check = host.offer(device, &mut guest, 2);
+        kick_all(&mut guest);
+        // Long enough for a device that runs on to show it.
+        std::thread::sleep(std::time::Duration::from_millis(30));
+        assert_eq!(used(&guest), before, "a stopped device used buffers");
+        guest.resume();
+        host.check(&mut guest, check);
+        // Kicked before it was paused or not, nothing is lost: pauses in quick succession.
+        for round in 3..20 {
+            let check = host.offer(device, &mut guest, round);
+            if round % 2 == 0 {
+                kick_all(&mut guest);
+            }
+            guest.pause();
+            guest.resume();
+            host.check(&mut guest, check);
+        }
+    });
+}
+
+#[test]
+fn a_device_goes_on_in_a_machine_built_anew() {
+    Host::new().each(|host, kind, device| {
+        let mut guest = host.guest(kind, device);
+        guest.start(F_EVENT_IDX);
+        for round in 1..20 {
+            host.exercise(device, &mut guest, round);
+            // A request is under way, kicked or not.
+            let check = host.offer(device, &mut guest, 100 + round);
+            let suspended = guest.suspend();
+            guest = host.guest(kind, device);
+            guest.take_over(&suspended).unwrap();
+            assert_eq!(guest.save(), suspended.state, "what was restored is not what was saved");
+            guest.resume();
+            if round % 2 == 0 {
+                kick_all(&mut guest);
+            }
+            host.check(&mut guest, check);
+        }
+        assert_eq!(guest.status() & (DRIVER_OK | NEEDS_RESET), DRIVER_OK);
+    });
+}
+
+#[test]
+fn damaged_state_is_refused_or_harmless() {
+    Host::new().each(|host, kind, device| {
+        let mut guest = host.guest(kind, device);
+        guest.start(F_EVENT_IDX);
+        host.exercise(device, &mut guest, 1);
+        let mut suspended = guest.suspend();
+        let sound = suspended.state.clone();
+        for part in 0..sound.len() {
+            for at in 0..sound[part].len() {
+                let damage = [Some(0xff), Some(0x80), None][at % 3];
+                suspended.state = sound.clone();
+                match damage {
+                    Some(bits) => suspended.state[part][at] ^= bits,
+                    None => suspended.state[part].truncate(at),
+                }
+                let mut guest = host.guest(kind, device);
+                let restored = guest.take_over(&suspended);
+                assert!(damage.is_some() || restored.is_err(), "{at} bytes are not all");
+                if restored.is_ok() {
+                    // Whatever it makes of it, it lives: a reset brings it back.
+                    guest.resume();
+                    kick_all(&mut guest);
+                    guest.reset();
+                }
+            }
+        }
+        let mut guest = host.guest(kind, device);
+        suspended.state = sound;
+        guest.take_over(&suspended).unwrap();
+        guest.resume();
+        host.exercise(device, &mut guest, 2);
+    });
+}
+
+#[test]
+fn a_reset_device_is_like_a_new_one() {
+    Host::new().each(|host, kind, device| {
+        let mut guest = host.guest(kind, device);
+        let new = guest.save();
+        guest.start(F_EVENT_IDX);
+        host.exercise(device, &mut guest, 1);
+        guest.reset();
+        assert_eq!(guest.save()[0], new[0]);
+        // With other features, and in the middle of a request.
+        guest.start(0);
+        host.offer(device, &mut guest, 2);
+        kick_all(&mut guest);
+        guest.reset();
+        assert_eq!(guest.save()[0], new[0]);
+        drop(guest);
+        let mut guest = host.guest(kind, device);
+        guest.start(0);
+        if let Device::Net(_) = device {
+            // The frame of the request that the reset cut short may have left.
+            host.wire.discard();
+        }
+        host.exercise(device, &mut guest, 3);
+    });
+}
+
+#[test]
+fn a_device_that_was_reset_while_paused_waits_for_the_machine() {
+    Host::new().each(|host, kind, device| {
+        let mut guest = host.guest(kind, device);
+        guest.start(0);
+        guest.pause();
+        guest.reset();
+        guest.start(0);
+        let before = used(&guest);
+        let check = host.offer(device, &mut guest, 1);
+        kick_all(&mut guest);
+        std::thread::sleep(std::time::Duration::from_millis(30));
+        assert_eq!(used(&guest), before);
+        guest.resume();
+        host.check(&mut guest, check);
+    });
+}
+
+#[test]
+fn a_broken_ring_stops_its_device_alone_until_a_reset() {
+    let host = Host::new();
+    let config = host.config();
+    for kind in KINDS {
+        let other = config.devices().last().unwrap();
+        for device in config.devices() {
+            let mut guest = host.guest(kind, &device);
+            for queue in 0..guest.queues() {
+                guest.start(0);
+                // An index that runs away.
+                for _ in 0..20 {
+                    guest.make_available(queue, 0);
+                }
+                guest.kick(queue);
+                if let (Device::Net(_), RX) = (&device, queue) {
+                    host.wire.send(&[0xff; 60]);
+                }
+                wait_for(|| guest.status() & NEEDS_RESET != 0);
+                assert!(guest.is_interrupted(None), "the driver is not told");
+                let mut beside = host.guest(kind, &other);
+                beside.start(0);
+                host.exercise(&other, &mut beside, 1);
+            }
+            guest.start(0);
+            host.exercise(&device, &mut guest, 2);
+        }
+    }
+}
+
+#[test]
+fn queues_that_cannot_be_are_refused_at_the_start() {
+    Host::new().each(|host, kind, device| {
+        let mut guest = host.guest(kind, device);
+        let [table, available, used] = Guest::parts(0);
+        for (size, parts) in [
+            (0, [table, available, used]),
+            (7, [table, available, used]),
+            (0x8000, [table, available, used]),
+            (8, [table + 1, available, used]),
+            (8, [table, available + 1, used]),
+            (8, [table, available, used + 2]),
+            (8, [common::driver::MEMORY - 16, available, used]),
+            (8, [table, !1, used]),
+            (8, [table, available, u64::MAX << 3]),
+        ] {
+            assert!(guest.negotiate(F_VERSION_1));
+            guest.set_queue(0, size, parts);
+            guest.set_status(11 | DRIVER_OK);
+            wait_for(|| guest.status() & NEEDS_RESET != 0);
+        }
+        guest.start(0);
+        host.exercise(device, &mut guest, 1);
+    });
+}
+
+#[test]
+fn registers_are_for_their_time_only() {
+    Host::new().each(|host, kind, device| {
+        let mut guest = host.guest(kind, device);
+        guest.start(0);
+        // Neither rings nor features change under a running device.
+        let running = guest.read(0x80, 0x20, 4);
+        guest.write(0x80, 0x20, 4, 0xdead_0000);
+        assert_eq!(guest.read(0x80, 0x20, 4), running);
+        guest.write(0x24, 0x08, 4, 0);
+        let features = guest.read(0x20, 0x0c, 4);
+        guest.write(0x20, 0x0c, 4, !0);
+        assert_eq!(guest.read(0x20, 0x0c, 4), features);
+        assert_ne!(guest.status() & FEATURES_OK, 0);
+        // A queue that there is not.
+        guest.write(0x30, 0x16, 2, 500);
+        assert_eq!(guest.read(0x34, 0x18, 2), 0);
+        guest.write(0x38, 0x18, 2, 8);
+        guest.write(0x44, 0x1c, 2, 1);
+        assert_eq!(guest.read(0x44, 0x1c, 2), 0);
+        // Configuration is readable at any width and place, and nothing but zeros is beyond it.
+        for width in [1, 2, 4, 8] {
+            for offset in (0..0x400).step_by(width) {
+                let mut bytes = [0xaa; 8];
+                guest.config(offset as u64, &mut bytes[..width]);
+                assert!(offset < 64 || bytes[..width].iter().all(|byte| *byte == 0), "{offset:#x}");
+                guest.set_config(offset as u64, &bytes[..width]);
+            }
+        }
+        host.exercise(device, &mut guest, 1);
+    });
+}
+
+#[test]
+fn a_chain_that_goes_nowhere_ends_in_a_reset_or_an_answer() {
+    Host::new().each(|host, kind, device| {
+        let mut guest = host.guest(kind, device);
+        // (address, length, flags, next) of the first two descriptors.
+        for chain in [
+            [(0x1000, 16, NEXT, 0), (0, 0, 0, 0)],
+            [(0x1000, 16, NEXT, 500), (0, 0, 0, 0)],
+            [(1 << 46, 16, NEXT, 1), (1 << 46, 1, WRITE, 0)],
+            [(u64::MAX - 3, 64, NEXT, 1), (u64::MAX - 3, 64, WRITE, 0)],
+            [(0x1000, u32::MAX, NEXT, 1), (0x1000, u32::MAX, WRITE, 0)],
+            [(0x1000, 0, NEXT, 1), (0x1000, 0, WRITE, 0)],
+            [(0x1000, 7, 4, 0), (0, 0, 0, 0)],
+            [(1 << 46, 64, 4, 0), (0, 0, 0, 0)],
+        ] {
+            for queue in 0..guest.queues() {
+                guest.start(0);
+                for (index, (address, length, flags, next)) in chain.into_iter().enumerate() {
+                    guest.set_descriptor(queue, index as u16, address, length, flags, next);
+                }
+                guest.make_available(queue, 0);
+                guest.kick(queue);
+                if let (Device::Net(_), RX) = (device, queue) {
+                    // Looked at when a frame comes.
+                    host.wire.send(&[0xff; 60]);
+                }
+                wait_for(|| guest.used_index(queue) == 1 || guest.status() & NEEDS_RESET != 0);
+            }
+        }
+        if let Device::Net(_) = device {
+            host.wire.discard();
+        }
+        guest.start(0);
+        host.exercise(device, &mut guest, 1);
+    });
+}
