@@ -301,7 +301,8 @@ fn split(runs: usize) -> Result<()> {
     for _ in 0..runs {
         let (sender, first_byte) = channel();
         let mut host = Listener(Local::default(), sender);
-        let config = Config { firmware_words: Some("hello".to_owned()), ..Default::default() };
+        let mut config = Config::default();
+        config.firmware_words = Some("hello".to_owned());
         let prepared = Prepared::new()?;
         let begun = Instant::now();
         let mut machine = Machine::build("bench", &config, &mut host, prepared)?;

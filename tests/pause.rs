@@ -53,7 +53,8 @@ fn spin(iterations: u32) {
 #[test]
 fn a_guest_goes_on_after_every_resume_and_stands_still_in_every_pause() {
     let count = Arc::new(AtomicU64::new(0));
-    let config = Config { firmware_words: Some("flood".to_owned()), ..Default::default() };
+    let mut config = Config::default();
+    config.firmware_words = Some("flood".to_owned());
     let mut host = Counter(count.clone());
     let mut machine = Machine::build("test", &config, &mut host, Prepared::new().unwrap()).unwrap();
     machine.load(&config, &mut host).unwrap();

@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 use super::{API_VERSION, Action, Request, Response, VmState, routes};
 use crate::arch;
 use crate::config::{BootSource, Config, MachineConfig};
-use crate::devices::{Device, block, net};
+use crate::devices::kind::{Change, Device, Kind};
 use crate::error::{Error, Result};
 use crate::host::{Access, Local};
 use crate::machine::{Machine, Prepared, State};
@@ -72,16 +72,20 @@ impl Controller {
             PutMachineConfig(_)
             | PatchMachineConfig(_)
             | PutBootSource(_)
-            | PutDrive(_)
-            | PutNetworkInterface(_)
-            | PutEntropy(_)
             | Action(super::Action::InstanceStart)
                 if started =>
             {
                 return Err(AFTER_START.to_owned());
             }
+            PutDevice(ref device) if started => {
+                return Err(match device.kind().many {
+                    true => self.cannot_hotplug("adding a device to a running microVM"),
+                    false => AFTER_START.to_owned(),
+                });
+            }
             PatchVm(_)
-            | PatchDrive(_)
+            | PatchDevice(..)
+            | DeleteDevice(..)
             | Action(super::Action::SendCtrlAltDel | super::Action::FlushMetrics)
                 if !started =>
             {
@@ -97,13 +101,9 @@ impl Controller {
             PutMachineConfig(machine) => self.set_machine_config(machine),
             PatchMachineConfig(fields) => self.patch_machine_config(&fields),
             PutBootSource(source) => self.set_boot_source(source),
-            PutDrive(drive) => self.set_drive(drive),
-            PatchDrive(patch) => self.patch_drive(&patch),
-            PutNetworkInterface(interface) => self.set_network_interface(interface),
-            PutEntropy(entropy) => {
-                self.config.entropy = Some(entropy);
-                Ok(Response::Done)
-            }
+            PutDevice(device) => self.put_device(device),
+            PatchDevice(kind, change) => self.patch_device(kind, change),
+            DeleteDevice(..) => Err(self.cannot_hotplug("removing a device from a running microVM")),
             Action(action) => self.act(action),
             PatchVm(state) => self.set_state(state),
         }
@@ -144,36 +144,33 @@ impl Controller {
         Ok(Response::Done)
     }
 
-    /// The image is opened now, as the kernel is. Its lock is taken at the start.
-    fn set_drive(&mut self, drive: block::Config) -> Result<Response, String> {
-        let fault = fault("Drive config error");
-        drive.check().map_err(&fault)?;
-        let (what, path, access) = drive.file();
-        self.host.hold(&what, path, access).map_err(&fault)?;
-        self.config.put_drive(drive).map_err(&fault)?;
+    /// What the device needs is opened now, as the kernel is.
+    fn put_device(&mut self, device: Device) -> Result<Response, String> {
+        let fault = fault(device.kind().fault);
+        device.check().map_err(&fault)?;
+        device.hold(&mut self.host).map_err(&fault)?;
+        self.config.put(device).map_err(&fault)?;
         Ok(Response::Done)
     }
 
-    fn patch_drive(&mut self, patch: &block::Patch) -> Result<Response, String> {
-        let fault = fault("Drive config error");
-        let path = patch.check().map_err(&fault)?;
-        let unknown = || Error::config(format!("there is no disk `{}`", patch.drive_id));
-        let drive = self.config.drives.iter_mut().find(|drive| drive.drive_id == patch.drive_id);
-        let drive = drive.ok_or_else(unknown).map_err(&fault)?;
+    fn patch_device(&mut self, kind: &Kind, change: Change) -> Result<Response, String> {
+        let fault = fault(kind.fault);
+        let device = self.config.device(kind, &change.id);
+        let unknown = || Error::config(format!("there is no {}", kind.name(&change.id)));
+        let device = device.ok_or_else(unknown).map_err(&fault)?.clone();
+        let changed = device.patched(&change).map_err(&fault)?;
         let machine = self.machine.as_mut().expect("what needs a machine is refused before the start");
-        let body = json!({ "drive_id": patch.drive_id, "path_on_host": path });
-        let name = Device::Block(drive).name();
-        machine.patch_device(&name, &body, &mut self.host).map_err(&fault)?;
-        drive.path_on_host = Some(path.to_owned());
+        machine.patch_device(&device.name(), &change.body, &mut self.host).map_err(&fault)?;
+        self.config.put(changed).map_err(&fault)?;
         Ok(Response::Done)
     }
 
-    fn set_network_interface(&mut self, interface: net::Config) -> Result<Response, String> {
-        let fault = fault("Network config error");
-        interface.check().map_err(&fault)?;
-        self.host.hold_tap(&interface.host_dev_name).map_err(&fault)?;
-        self.config.put_network_interface(interface).map_err(&fault)?;
-        Ok(Response::Done)
+    /// Adding and removing devices while the guest runs needs a bus that knows of it.
+    fn cannot_hotplug(&self, what: &str) -> String {
+        match self.config.pci {
+            false => format!("PCI is not enabled: {what} needs it (--enable-pci)."),
+            true => format!("{what} is not implemented yet."),
+        }
     }
 
     fn act(&mut self, action: Action) -> Result<Response, String> {

@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::config::{BootSource, MachineConfig};
-use crate::devices::{block, entropy, net};
+use crate::devices::kind::{Change, Device, Kind};
 
 pub use handle::Controller;
 pub use server::Server;
@@ -22,7 +22,6 @@ pub const API_VERSION: &str = "1.17.0";
 pub const BODY_MAX: usize = 51_200;
 
 /// What a client asks for.
-#[derive(Clone, Debug, PartialEq)]
 pub enum Request {
     /// `GET /`
     Instance,
@@ -38,14 +37,12 @@ pub enum Request {
     PatchMachineConfig(Map<String, Value>),
     /// `PUT /boot-source`
     PutBootSource(BootSource),
-    /// `PUT /drives/{drive_id}`
-    PutDrive(block::Config),
-    /// `PATCH /drives/{drive_id}`
-    PatchDrive(block::Patch),
-    /// `PUT /network-interfaces/{iface_id}`
-    PutNetworkInterface(net::Config),
-    /// `PUT /entropy`
-    PutEntropy(entropy::Config),
+    /// `PUT /{path of its kind}[/{id}]`
+    PutDevice(Device),
+    /// `PATCH /{path of its kind}/{id}`
+    PatchDevice(&'static Kind, Change),
+    /// `DELETE /{path of its kind}/{id}`
+    DeleteDevice(&'static Kind, String),
     /// `PUT /actions`
     Action(Action),
     /// `PATCH /vm`

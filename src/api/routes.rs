@@ -5,18 +5,17 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::{Action, Request, VmState};
-use crate::devices::{block, net};
+use crate::devices::KINDS;
+use crate::devices::kind::Kind;
 
 /// First path tokens of Firecracker's API that are not served yet: refused as such, not as unknown.
-const NOT_IMPLEMENTED: [&str; 13] = [
+const NOT_IMPLEMENTED: [&str; 11] = [
     "balloon",
     "cpu-config",
-    "drives",
     "hotplug",
     "logger",
     "metrics",
     "mmds",
-    "network-interfaces",
     "pmem",
     "serial",
     "snapshot",
@@ -44,7 +43,16 @@ pub fn route(method: &str, path: &str, body: &[u8]) -> Result<Request, String> {
         ("PATCH", true) => return Err("Empty PATCH request.".to_owned()),
         _ => {}
     }
-    let tokens: Vec<&str> = path.trim_matches('/').split('/').collect();
+    let path_whole = path;
+    let path = path.trim_matches('/');
+    for kind in KINDS {
+        match path.strip_prefix(kind.path) {
+            Some("") => return device(kind, method, "", body),
+            Some(id) if id.starts_with('/') => return device(kind, method, &id[1..], body),
+            _ => {}
+        }
+    }
+    let tokens: Vec<&str> = path.split('/').collect();
     Ok(match (method, tokens.as_slice()) {
         ("GET", [""]) => Request::Instance,
         ("GET", ["version"]) => Request::Version,
@@ -59,40 +67,46 @@ pub fn route(method: &str, path: &str, body: &[u8]) -> Result<Request, String> {
             Request::PatchMachineConfig(fields)
         }
         ("PUT", ["boot-source"]) => Request::PutBootSource(parse(body)?),
-        ("PUT", ["drives", id]) => {
-            let drive: block::Config = parse(body)?;
-            if drive.drive_id != *id {
-                return Err("The id from the path does not match the id from the body!".to_owned());
-            }
-            Request::PutDrive(drive)
-        }
-        ("PATCH", ["drives", id]) => {
-            let patch: block::Patch = parse(body)?;
-            if patch.drive_id != *id {
-                return Err("The id from the path does not match the id from the body!".to_owned());
-            }
-            Request::PatchDrive(patch)
-        }
-        ("PUT", ["network-interfaces", id]) => {
-            let interface: net::Config = parse(body)?;
-            if interface.iface_id != *id {
-                let other = interface.iface_id;
-                return Err(format!(
-                    "The id from the path [{id}] does not match the id from the body [{other}]!"
-                ));
-            }
-            Request::PutNetworkInterface(interface)
-        }
-        ("PUT", ["drives" | "network-interfaces"]) => return Err("The ID cannot be empty.".to_owned()),
-        ("PUT", ["entropy"]) => Request::PutEntropy(parse(body)?),
         ("PUT", ["actions"]) => Request::Action(parse::<ActionBody>(body)?.action_type),
         ("PATCH", ["vm"]) => Request::PatchVm(parse::<VmBody>(body)?.state),
         ("GET" | "PUT" | "PATCH" | "DELETE", [first, ..]) if NOT_IMPLEMENTED.contains(first) => {
-            return Err(format!("`{method} {path}` is not implemented yet."));
+            return Err(format!("`{method} {path_whole}` is not implemented yet."));
         }
-        (_, [first, ..]) => return Err(format!("Invalid request method and/or path: {method} {first}.")),
-        (_, []) => unreachable!("a split has at least one piece"),
+        _ => return Err(invalid(method, path)),
     })
+}
+
+/// A request for a device of `kind`; `id` is the rest of the path.
+fn device(kind: &'static Kind, method: &str, id: &str, body: &[u8]) -> Result<Request, String> {
+    if kind.many == id.is_empty() || id.contains('/') {
+        return Err(match (method, kind.many && id.is_empty()) {
+            ("PUT" | "PATCH" | "DELETE", true) => "The ID cannot be empty.".to_owned(),
+            _ => invalid(method, kind.path),
+        });
+    }
+    let same_id = |other: &str| match other == id {
+        true => Ok(()),
+        false => Err((kind.id_mismatch)(id, other)),
+    };
+    match method {
+        "PUT" => {
+            let device = kind.parse(body).map_err(deserializing)?;
+            same_id(device.id())?;
+            Ok(Request::PutDevice(device))
+        }
+        "PATCH" if kind.patchable => {
+            let change = kind.parse_patch(body).map_err(deserializing)?;
+            same_id(&change.id)?;
+            Ok(Request::PatchDevice(kind, change))
+        }
+        "DELETE" if kind.many => Ok(Request::DeleteDevice(kind, id.to_owned())),
+        _ => Err(invalid(method, kind.path)),
+    }
+}
+
+fn invalid(method: &str, path: &str) -> String {
+    let first = path.split('/').next().unwrap_or_default();
+    format!("Invalid request method and/or path: {method} {first}.")
 }
 
 fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, String> {
@@ -110,12 +124,33 @@ mod tests {
 
     #[test]
     fn requests_find_their_operation() {
-        assert_eq!(route("GET", "/", b""), Ok(Request::Instance));
-        assert_eq!(route("GET", "/vm/config", b""), Ok(Request::VmConfig));
+        assert!(matches!(route("GET", "/", b""), Ok(Request::Instance)));
+        assert!(matches!(route("GET", "/vm/config", b""), Ok(Request::VmConfig)));
         let pause = route("PATCH", "/vm", br#"{"state":"Paused"}"#);
-        assert_eq!(pause, Ok(Request::PatchVm(VmState::Paused)));
+        assert!(matches!(pause, Ok(Request::PatchVm(VmState::Paused))));
         let start = route("PUT", "/actions", br#"{"action_type":"InstanceStart"}"#);
-        assert_eq!(start, Ok(Request::Action(Action::InstanceStart)));
+        assert!(matches!(start, Ok(Request::Action(Action::InstanceStart))));
+    }
+
+    #[test]
+    fn every_kind_of_device_has_its_requests() {
+        for kind in KINDS {
+            let device = kind.parse(kind.example.as_bytes()).unwrap();
+            let path = match kind.many {
+                true => format!("/{}/{}", kind.path, device.id()),
+                false => format!("/{}", kind.path),
+            };
+            let put = route("PUT", &path, kind.example.as_bytes());
+            assert!(matches!(put, Ok(Request::PutDevice(found)) if found.replaces(&device)), "{path}");
+            let delete = route("DELETE", &path, b"");
+            let expected = format!("Invalid request method and/or path: DELETE {}.", kind.path);
+            match kind.many {
+                true => assert!(matches!(delete, Ok(Request::DeleteDevice(..)))),
+                false => assert_eq!(delete.err(), Some(expected)),
+            }
+            let beyond = format!("{path}/more");
+            assert!(route("PUT", &beyond, kind.example.as_bytes()).err().unwrap().starts_with("Invalid"));
+        }
     }
 
     #[test]
@@ -132,10 +167,10 @@ mod tests {
             ("POST", "/actions", "{}", format!("{invalid} POST actions.")),
             ("DELETE", "/", "", format!("{invalid} DELETE .")),
             ("PUT", "/actions", "{", format!("{json} EOF while parsing an object at line 1 column 1.")),
-            ("DELETE", "/drives/root", "", "`DELETE /drives/root` is not implemented yet.".to_owned()),
+            ("DELETE", "/pmem/root", "", "`DELETE /pmem/root` is not implemented yet.".to_owned()),
             ("PUT", "/drives/", "{}", "The ID cannot be empty.".to_owned()),
         ] {
-            assert_eq!(route(method, path, body.as_bytes()), Err(expected));
+            assert_eq!(route(method, path, body.as_bytes()).err(), Some(expected));
         }
         for (body, expected) in [
             (r#"{"kernel_image_path":"k","colour":1}"#, "unknown field `colour`"),
@@ -143,7 +178,7 @@ mod tests {
             (r#"{"kernel_image_path":"a","kernel_image_path":"b"}"#, "duplicate field `kernel_image_path`"),
             ("[[[[", "invalid length 0, expected struct BootSource"),
         ] {
-            let error = route("PUT", "/boot-source", body.as_bytes()).unwrap_err();
+            let error = route("PUT", "/boot-source", body.as_bytes()).err().unwrap();
             assert!(error.starts_with(json), "{error}");
             assert!(error.contains(expected) || body == "[[[[", "{error}");
         }

@@ -9,7 +9,8 @@ use lexopt::ValueExt;
 use crate::api::BODY_MAX;
 use crate::arch;
 use crate::config::{BootSource, Config};
-use crate::devices::{block, entropy, net};
+use crate::devices::KINDS;
+use crate::devices::kind::{CliOption, Device, Kind};
 use crate::error::{Error, Result};
 
 /// Firecracker's limit on a microVM's name.
@@ -28,7 +29,7 @@ Commands:
 `alula COMMAND --help` tells more. -V, --version prints the version.
 ";
 
-const RUN_HELP: &str = "\
+const RUN_HELP_BEFORE_DEVICES: &str = "\
 Boot a guest, put its console on this terminal and return how it ended. Ctrl-A X leaves.
 
 Usage: alula run [OPTIONS] [KERNEL]
@@ -42,13 +43,10 @@ Options:
                          panics]; for the firmware guest: what it is to do
       --cpus N           How many CPUs [default: 1]
       --memory SIZE      Memory with its unit, M or G (MiB, GiB); a bare number is MiB [default: 128M]
-      --disk PATH[,ro][,root][,id=ID]
-                         A disk from a raw image or block device; `ro`: read-only, `root`: the guest
-                         boots from it. Flushed data is on stable storage. May be repeated
-      --net tap=NAME[,mac=MAC][,id=ID]
-                         A network interface over a TAP interface of this host. May be repeated
-      --entropy          A source of random bytes
-      --enable-pci       Devices on a PCI bus instead of behind virtio-mmio
+";
+
+const RUN_HELP_AFTER_DEVICES: &str =
+    "      --enable-pci       Devices on a PCI bus instead of behind virtio-mmio
       --config FILE      Read the configuration from this JSON file (Firecracker's format); other
                          options override it
       --api-sock SOCKET  Also serve the control API on this socket
@@ -109,9 +107,8 @@ pub struct Run {
     pub cmdline: Option<String>,
     pub cpus: Option<u16>,
     pub memory_mib: Option<u64>,
-    pub disks: Vec<block::Config>,
-    pub interfaces: Vec<net::Config>,
-    pub entropy: bool,
+    /// Those that the options of `KINDS` add.
+    pub devices: Vec<Device>,
     pub enable_pci: bool,
     pub config: Option<PathBuf>,
     pub api_sock: Option<PathBuf>,
@@ -166,9 +163,7 @@ fn run(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
         cmdline: None,
         cpus: None,
         memory_mib: None,
-        disks: Vec::new(),
-        interfaces: Vec::new(),
-        entropy: false,
+        devices: Vec::new(),
         enable_pci: false,
         config: None,
         api_sock: None,
@@ -180,20 +175,15 @@ fn run(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
             Long("cmdline") => run.cmdline = Some(parser.value()?.string()?),
             Long("cpus") => run.cpus = Some(value(parser, "--cpus", number)?),
             Long("memory") => run.memory_mib = Some(value(parser, "--memory", mebibytes)?),
-            Long("disk") => {
-                let number = run.disks.len();
-                run.disks.push(value(parser, "--disk", |text| disk(text, number))?);
-            }
-            Long("net") => {
-                let number = run.interfaces.len();
-                run.interfaces.push(value(parser, "--net", |text| interface(text, number))?);
-            }
-            Long("entropy") => run.entropy = true,
             Long("enable-pci") => run.enable_pci = true,
             Long("config") => run.config = Some(parser.value()?.into()),
             Long("api-sock") => run.api_sock = Some(parser.value()?.into()),
             Long("id") => run.id = value(parser, "--id", id)?,
-            Short('h') | Long("help") => return Ok(Command::Print(RUN_HELP.to_owned())),
+            Short('h') | Long("help") => return Ok(Command::Print(run_help())),
+            Long(name) if let Some(kind) = KINDS.iter().find(|kind| kind.option.name == name) => {
+                let device = device(parser, kind, &run.devices)?;
+                run.devices.push(device);
+            }
             Value(kernel) if run.kernel.is_none() => run.kernel = Some(kernel.into()),
             other => return Err(other.unexpected()),
         }
@@ -202,6 +192,32 @@ fn run(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
         return Err("--initrd needs a kernel".into());
     }
     Ok(Command::Run(run))
+}
+
+/// The device that an option of the table adds to those before it.
+fn device(parser: &mut lexopt::Parser, kind: &Kind, before: &[Device]) -> Result<Device, lexopt::Error> {
+    let number = before.iter().filter(|device| device.kind() == kind).count();
+    match kind.option.value {
+        "" => Ok(kind.from_option("", number)?),
+        _ => value(parser, &format!("--{}", kind.option.name), |text| kind.from_option(text, number)),
+    }
+}
+
+fn run_help() -> String {
+    /// Where descriptions begin.
+    const COLUMN: usize = 25;
+    let mut help = RUN_HELP_BEFORE_DEVICES.to_owned();
+    for CliOption { name, value, help: description } in KINDS.iter().map(|kind| kind.option) {
+        let option = format!("      --{name} {value}");
+        let first =
+            if option.trim_end().len() < COLUMN - 1 { format!("{option:COLUMN$}") } else { option + "\n" };
+        help += &first;
+        for (number, line) in description.lines().enumerate() {
+            let indent = if number == 0 && !first.ends_with('\n') { 0 } else { COLUMN };
+            help += &format!("{:indent$}{line}\n", "");
+        }
+    }
+    help + RUN_HELP_AFTER_DEVICES
 }
 
 fn serve(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
@@ -262,16 +278,10 @@ impl Run {
             Some(_) => {}
             None => config.firmware_words = self.cmdline.clone(),
         }
-        for disk in &self.disks {
-            config.put_drive(disk.clone())?;
-        }
-        for interface in &self.interfaces {
-            config.put_network_interface(interface.clone())?;
+        for device in &self.devices {
+            config.put(device.clone())?;
         }
         config.pci = self.enable_pci;
-        if self.entropy {
-            config.entropy = Some(entropy::Config {});
-        }
         let machine = &mut config.machine_config;
         machine.vcpu_count = self.cpus.unwrap_or(machine.vcpu_count);
         machine.mem_size_mib = self.memory_mib.unwrap_or(machine.mem_size_mib);
@@ -294,57 +304,6 @@ impl Serve {
             ))),
         }
     }
-}
-
-/// `PATH[,ro][,root][,id=ID]`
-fn disk(text: &str, number: usize) -> Result<block::Config, String> {
-    let mut parts = text.split(',');
-    let mut disk = block::Config {
-        drive_id: format!("disk{number}"),
-        path_on_host: parts.next().filter(|path| !path.is_empty()).map(PathBuf::from),
-        is_root_device: false,
-        partuuid: None,
-        is_read_only: false,
-        cache_type: block::CacheType::Writeback,
-        io_engine: block::IoEngine::Sync,
-        rate_limiter: None,
-        socket: None,
-    };
-    for part in parts {
-        match part.split_once('=') {
-            None if part == "ro" => disk.is_read_only = true,
-            None if part == "root" => disk.is_root_device = true,
-            Some(("id", id)) => disk.drive_id = id.to_owned(),
-            _ => return Err(format!("`{part}` is unknown: expected PATH[,ro][,root][,id=ID]")),
-        }
-    }
-    disk.check().map_err(|error| error.to_string())?;
-    Ok(disk)
-}
-
-/// `tap=NAME[,mac=MAC][,id=ID]`
-fn interface(text: &str, number: usize) -> Result<net::Config, String> {
-    let mut interface = net::Config {
-        iface_id: format!("net{number}"),
-        host_dev_name: String::new(),
-        guest_mac: None,
-        mtu: None,
-        rx_rate_limiter: None,
-        tx_rate_limiter: None,
-    };
-    for part in text.split(',') {
-        match part.split_once('=') {
-            Some(("tap", name)) => interface.host_dev_name = name.to_owned(),
-            Some(("mac", mac)) => interface.guest_mac = Some(mac.parse()?),
-            Some(("id", id)) => interface.iface_id = id.to_owned(),
-            _ => return Err(format!("`{part}` is unknown: expected tap=NAME[,mac=MAC][,id=ID]")),
-        }
-    }
-    if interface.host_dev_name.is_empty() {
-        return Err("expected tap=NAME[,mac=MAC][,id=ID]".to_owned());
-    }
-    interface.check().map_err(|error| error.to_string())?;
-    Ok(interface)
 }
 
 fn default_id() -> String {

@@ -8,7 +8,6 @@ mod terminal;
 use std::io::Write;
 
 use crate::api::{Controller, Server};
-use crate::config::Config;
 use crate::error::{Context, Result};
 use crate::firmware;
 use crate::machine::Exit;
@@ -96,7 +95,8 @@ fn serve(arguments: Serve) -> Result<Outcome> {
         false => Some(Server::bind(&arguments.api_sock, arguments.http_api_max_payload_size)?),
     };
     let starts_at_once = config.is_some();
-    let config = Config { pci: arguments.enable_pci, ..config.unwrap_or_default() };
+    let mut config = config.unwrap_or_default();
+    config.pci = arguments.enable_pci;
     let mut controller = Controller::new(arguments.id.clone(), config);
     let mut monitor = Monitor::new(server)?;
     if starts_at_once {

@@ -3,7 +3,9 @@
 use serde::{Deserialize, Serialize};
 use vm_memory::GuestAddressSpace;
 
+use super::kind::{CliOption, DeviceConfig, NotPatchable};
 use crate::error::{Context, Result};
+use crate::host::Host;
 use crate::memory::Memory;
 use crate::snapshot::Snapshot;
 use crate::virtio::buffers::Buffers;
@@ -20,10 +22,21 @@ const CHUNK: usize = 4096;
 #[serde(deny_unknown_fields)]
 pub struct Config {}
 
-impl Config {
-    /// The device.
-    pub fn open(&self) -> Box<dyn VirtioDevice> {
-        Box::new(Entropy)
+impl DeviceConfig for Config {
+    const SECTION: &'static str = "entropy";
+    const MANY: bool = false;
+    const NOUN: &'static str = "entropy device";
+    const FAULT: &'static str = "Entropy config error";
+    const OPTION: CliOption = CliOption { name: "entropy", value: "", help: "A source of random bytes" };
+    const EXAMPLE: &'static str = "{}";
+    type Patch = NotPatchable;
+
+    fn from_option(_: &str, _: usize) -> Result<Self, String> {
+        Ok(Self {})
+    }
+
+    fn open(&self, _: &str, _: &mut dyn Host) -> Result<Box<dyn VirtioDevice>> {
+        Ok(Box::new(Entropy))
     }
 }
 

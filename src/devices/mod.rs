@@ -5,49 +5,18 @@ pub mod console;
 pub mod entropy;
 pub mod exit;
 pub mod keyboard;
+pub mod kind;
 pub mod net;
 pub mod power;
 pub mod rtc;
 
-use crate::error::{Context, Error, Result};
-use crate::host::Host;
-use crate::virtio::VirtioDevice;
+use crate::error::{Error, Result};
+use kind::Kind;
 
-/// A virtio device as configured.
-pub enum Device<'a> {
-    /// A disk.
-    Block(&'a block::Config),
-    /// A network interface.
-    Net(&'a net::Config),
-    /// A source of random bytes.
-    Entropy(&'a entropy::Config),
-}
-
-impl Device<'_> {
-    /// What log lines and errors call it.
-    pub fn name(&self) -> String {
-        match self {
-            Self::Block(config) => format!("disk `{}`", config.drive_id),
-            Self::Net(config) => format!("network interface `{}`", config.iface_id),
-            Self::Entropy(_) => "entropy device".to_owned(),
-        }
-    }
-
-    /// On how many threads of its own it is to run; 0: on the one that all share.
-    pub fn threads(&self) -> usize {
-        0
-    }
-
-    /// Opens what it needs of the host; `id` is the microVM's.
-    pub fn open(&self, id: &str, host: &mut dyn Host) -> Result<Box<dyn VirtioDevice>> {
-        match self {
-            Self::Block(config) => config.open(host),
-            Self::Net(config) => config.open(id, host),
-            Self::Entropy(config) => Ok(config.open()),
-        }
-        .with_context(|| format!("set up {}", self.name()))
-    }
-}
+/// The devices that a configuration can list, in the order that guests find them: a new one is a file
+/// that implements [`kind::DeviceConfig`], its module above, and its line here.
+pub static KINDS: &[Kind] =
+    &[Kind::of::<block::Config>(), Kind::of::<net::Config>(), Kind::of::<entropy::Config>()];
 
 /// The part of `config` that is read at `offset`; beyond its end there are zeros.
 fn copy_config(config: &[u8], offset: u64, data: &mut [u8]) {

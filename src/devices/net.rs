@@ -7,9 +7,10 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 use vm_memory::GuestAddressSpace;
 
+use super::kind::{CliOption, DeviceConfig};
 use crate::error::{Error, Result};
 use crate::event::Interest;
-use crate::host::Host;
+use crate::host::{Host, Local};
 use crate::memory::{Memory, Regions};
 use crate::snapshot::Snapshot;
 use crate::virtio::buffers::Buffers;
@@ -115,12 +116,52 @@ pub struct Config {
     pub tx_rate_limiter: Option<Value>,
 }
 
-impl Config {
-    /// Whether it makes sense in itself.
-    pub fn check(&self) -> Result<()> {
+impl DeviceConfig for Config {
+    const SECTION: &'static str = "network-interfaces";
+    const MANY: bool = true;
+    const NOUN: &'static str = "network interface";
+    const FAULT: &'static str = "Network config error";
+    const OPTION: CliOption = CliOption {
+        name: "net",
+        value: "tap=NAME[,mac=MAC][,id=ID]",
+        help: "A network interface over a TAP interface of this host. May be repeated",
+    };
+    const EXAMPLE: &'static str =
+        r#"{"iface_id": "eth0", "host_dev_name": "tap0", "guest_mac": "06:00:ac:10:00:02"}"#;
+    type Patch = Patch;
+
+    fn id(&self) -> &str {
+        &self.iface_id
+    }
+
+    fn from_option(text: &str, number: usize) -> Result<Self, String> {
+        let expected = || format!("expected {}", Self::OPTION.value);
+        let mut interface = Self {
+            iface_id: format!("net{number}"),
+            host_dev_name: String::new(),
+            guest_mac: None,
+            mtu: None,
+            rx_rate_limiter: None,
+            tx_rate_limiter: None,
+        };
+        for part in text.split(',') {
+            match part.split_once('=') {
+                Some(("tap", name)) => interface.host_dev_name = name.to_owned(),
+                Some(("mac", mac)) => interface.guest_mac = Some(mac.parse()?),
+                Some(("id", id)) => interface.iface_id = id.to_owned(),
+                _ => return Err(format!("`{part}` is unknown: {}", expected())),
+            }
+        }
+        match interface.host_dev_name.is_empty() {
+            true => Err(expected()),
+            false => Ok(interface),
+        }
+    }
+
+    fn check(&self) -> Result<()> {
         super::check_id(&self.iface_id)?;
         if self.rx_rate_limiter.is_some() || self.tx_rate_limiter.is_some() {
-            return Err(Error::config("rate limiters are not implemented yet: leave them out"));
+            return Err(limiters_not_implemented());
         }
         match self.mtu {
             Some(mtu) if mtu < MTU_MIN => {
@@ -130,11 +171,56 @@ impl Config {
         }
     }
 
-    /// The device; `id` is the microVM's.
-    pub fn open(&self, id: &str, host: &mut dyn Host) -> Result<Box<dyn VirtioDevice>> {
+    fn check_beside(&self, other: &Self) -> Result<()> {
+        match self.guest_mac {
+            Some(mac) if other.guest_mac == Some(mac) => {
+                Err(Error::config(format!("The MAC address is already in use: {mac}")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn hold(&self, host: &mut Local) -> Result<()> {
+        host.hold_tap(&self.host_dev_name)
+    }
+
+    fn open(&self, vm: &str, host: &mut dyn Host) -> Result<Box<dyn VirtioDevice>> {
         let tap = host.tap(&self.host_dev_name)?;
-        let mac = self.guest_mac.unwrap_or_else(|| Mac::derived(id, &self.iface_id));
+        let mac = self.guest_mac.unwrap_or_else(|| Mac::derived(vm, &self.iface_id));
         Ok(Box::new(Net { mac, mtu: self.mtu, tap }))
+    }
+
+    fn patched(&self, patch: Patch) -> Result<Self> {
+        if patch.rx_rate_limiter.is_some() || patch.tx_rate_limiter.is_some() {
+            return Err(limiters_not_implemented());
+        }
+        Ok(self.clone())
+    }
+
+    fn id_mismatch(path: &str, body: &str) -> String {
+        format!("The id from the path [{path}] does not match the id from the body [{body}]!")
+    }
+}
+
+fn limiters_not_implemented() -> Error {
+    Error::config("rate limiters are not implemented yet: leave them out")
+}
+
+/// Body of `PATCH /network-interfaces/{iface_id}`: with the name alone, nothing changes.
+#[derive(Clone, Debug, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields)]
+pub struct Patch {
+    /// The interface.
+    pub iface_id: String,
+    /// Not implemented yet.
+    pub rx_rate_limiter: Option<Value>,
+    /// Not implemented yet.
+    pub tx_rate_limiter: Option<Value>,
+}
+
+impl super::kind::Patch for Patch {
+    fn id(&self) -> &str {
+        &self.iface_id
     }
 }
 
@@ -169,6 +255,11 @@ impl VirtioDevice for Net {
 
     fn queue_sizes(&self) -> &[u16] {
         &[QUEUE_SIZE, QUEUE_SIZE]
+    }
+
+    /// With the name alone there is nothing to change.
+    fn patch(&mut self, _: &Value, _: &mut dyn Host) -> Result<bool> {
+        Ok(false)
     }
 
     /// struct virtio_net_config: mac, status (link up), max_virtqueue_pairs, mtu.

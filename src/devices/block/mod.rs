@@ -10,13 +10,14 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use vm_memory::GuestAddressSpace;
 
-use crate::error::{Error, Result};
-use crate::host::{Access, Host};
+use super::kind::{CliOption, DeviceConfig};
+use crate::error::{Context, Error, Result};
+use crate::host::{Access, Host, Local};
 use crate::memory::Memory;
 use crate::snapshot::Snapshot;
 use crate::virtio::buffers::Buffers;
 use crate::virtio::{Io, Queue, Registrar, VirtioDevice, Worker};
-pub use image::Image;
+use image::Image;
 
 /// Requests are counted in sectors of this size, whatever the disk's own is.
 pub const SECTOR: u64 = 512;
@@ -77,9 +78,50 @@ pub enum IoEngine {
     Async,
 }
 
-impl Config {
-    /// Whether it makes sense in itself.
-    pub fn check(&self) -> Result<()> {
+impl DeviceConfig for Config {
+    const SECTION: &'static str = "drives";
+    const MANY: bool = true;
+    const NOUN: &'static str = "disk";
+    const FAULT: &'static str = "Drive config error";
+    const OPTION: CliOption = CliOption {
+        name: "disk",
+        value: "PATH[,ro][,root][,id=ID]",
+        help: "A disk from a raw image or block device; `ro`: read-only, `root`: the guest\n\
+               boots from it. Flushed data is on stable storage. May be repeated",
+    };
+    const EXAMPLE: &'static str =
+        r#"{"drive_id": "root", "path_on_host": "root.img", "is_root_device": true}"#;
+    type Patch = Patch;
+
+    fn id(&self) -> &str {
+        &self.drive_id
+    }
+
+    fn from_option(text: &str, number: usize) -> Result<Self, String> {
+        let mut parts = text.split(',');
+        let mut disk = Self {
+            drive_id: format!("disk{number}"),
+            path_on_host: parts.next().filter(|path| !path.is_empty()).map(PathBuf::from),
+            is_root_device: false,
+            partuuid: None,
+            is_read_only: false,
+            cache_type: CacheType::Writeback,
+            io_engine: IoEngine::Sync,
+            rate_limiter: None,
+            socket: None,
+        };
+        for part in parts {
+            match part.split_once('=') {
+                None if part == "ro" => disk.is_read_only = true,
+                None if part == "root" => disk.is_root_device = true,
+                Some(("id", id)) => disk.drive_id = id.to_owned(),
+                _ => return Err(format!("`{part}` is unknown: expected {}", Self::OPTION.value)),
+            }
+        }
+        Ok(disk)
+    }
+
+    fn check(&self) -> Result<()> {
         super::check_id(&self.drive_id)?;
         let not_yet =
             |field: &str| Err(Error::config(format!("`{field}` is not implemented yet: leave it out")));
@@ -94,22 +136,43 @@ impl Config {
         }
     }
 
+    fn root_words(&self) -> Option<String> {
+        let device = match &self.partuuid {
+            Some(partuuid) => format!("PARTUUID={partuuid}"),
+            None => "/dev/vda".to_owned(),
+        };
+        let access = if self.is_read_only { "ro" } else { "rw" };
+        self.is_root_device.then(|| format!("root={device} {access}"))
+    }
+
+    /// The image is opened, as a kernel is. Its lock is taken at the start.
+    fn hold(&self, host: &mut Local) -> Result<()> {
+        let (what, path, access) = self.file();
+        host.hold(&what, path, access)
+    }
+
+    fn open(&self, _: &str, host: &mut dyn Host) -> Result<Box<dyn VirtioDevice>> {
+        Ok(Box::new(Block { config: self.clone(), image: Arc::new(self.image(host)?) }))
+    }
+
+    fn patched(&self, patch: Patch) -> Result<Self> {
+        let path = patch.check()?.to_owned();
+        Ok(Self { path_on_host: Some(path), ..self.clone() })
+    }
+}
+
+impl Config {
     /// What it is called in errors, and how it is opened.
-    pub fn file(&self) -> (String, &std::path::Path, Access) {
+    fn file(&self) -> (String, &std::path::Path, Access) {
         let access = if self.is_read_only { Access::Read } else { Access::ReadWrite };
         let path = self.path_on_host.as_deref().expect("a checked config has it");
         (format!("disk `{}`", self.drive_id), path, access)
     }
 
     /// The image that it names.
-    pub fn image(&self, host: &mut dyn Host) -> Result<Image> {
+    fn image(&self, host: &mut dyn Host) -> Result<Image> {
         let (what, path, access) = self.file();
         Image::new(host.file(&what, path, access)?, path, access)
-    }
-
-    /// The device.
-    pub fn open(&self, host: &mut dyn Host) -> Result<Box<dyn VirtioDevice>> {
-        Ok(Box::new(Block { config: self.clone(), image: Arc::new(self.image(host)?) }))
     }
 }
 
@@ -125,9 +188,15 @@ pub struct Patch {
     pub rate_limiter: Option<Value>,
 }
 
+impl super::kind::Patch for Patch {
+    fn id(&self) -> &str {
+        &self.drive_id
+    }
+}
+
 impl Patch {
     /// The path of the new image.
-    pub fn check(&self) -> Result<&std::path::Path> {
+    fn check(&self) -> Result<&std::path::Path> {
         if self.rate_limiter.is_some() {
             return Err(Error::config("`rate_limiter` is not implemented yet: leave it out"));
         }
@@ -193,10 +262,8 @@ impl VirtioDevice for Block {
 
     /// Another image, or the same one with another size.
     fn patch(&mut self, body: &Value, host: &mut dyn Host) -> Result<bool> {
-        let patch: Patch =
-            serde_json::from_value(body.clone()).map_err(|error| Error::config(error.to_string()))?;
-        let path = patch.check()?;
-        let new = Config { path_on_host: Some(path.to_owned()), ..self.config.clone() };
+        let new = self.config.patched(Patch::deserialize(body).context("read the change")?)?;
+        let path = new.path_on_host.as_deref().expect("a change names an image");
         self.image = Arc::new(self.image.again(path).unwrap_or_else(|| new.image(host))?);
         self.config = new;
         Ok(true)

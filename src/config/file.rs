@@ -1,0 +1,237 @@
+//! A config file: one JSON object with a section for each resource. Sections, and the devices in their
+//! lists, are read one by one, so that everything wrong is told at once, with its place.
+
+use std::path::Path;
+
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+use super::{BOOT_SOURCE, BootSource, Config, MACHINE_CONFIG};
+use crate::devices::KINDS;
+use crate::devices::kind::Kind;
+use crate::error::{Context, Error, Result};
+
+/// A config file of more bytes is refused before it is read into memory.
+const CONFIG_FILE_MAX: u64 = 1 << 20;
+
+/// The sections of a config file that other monitors know and this one does not have yet: asked for,
+/// they are refused, so that no guest starts without a device that its owner counts on. A section of a
+/// device in the table is not looked for here.
+const NOT_IMPLEMENTED: [&str; 10] = [
+    "vsock",
+    "balloon",
+    "logger",
+    "metrics",
+    "mmds-config",
+    "cpu-config",
+    "pmem",
+    "memory-hotplug",
+    "serial",
+    "mmds",
+];
+
+/// Something wrong with a config file.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Problem {
+    /// What is wrong, with the section it is in.
+    pub message: String,
+    /// Line and column, from 1, of what cannot be read.
+    pub place: Option<(usize, usize)>,
+}
+
+impl std::fmt::Display for Problem {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.message)?;
+        match self.place {
+            Some((line, column)) => write!(f, " at line {line} column {column}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Config {
+    /// Reads and checks a config file.
+    pub fn from_file(path: &Path) -> Result<Self> {
+        let attempt = || format!("read config file `{}`", path.display());
+        let length = std::fs::metadata(path).with_context(attempt)?.len();
+        if length > CONFIG_FILE_MAX {
+            return Err(Error::config(format!("its {length} bytes are more than {CONFIG_FILE_MAX}")))
+                .with_context(attempt);
+        }
+        let text = std::fs::read(path).with_context(attempt)?;
+        Self::parse(&text)
+            .map_err(|problems| {
+                let first = problems.first().expect("no configuration without a problem");
+                match problems.len() - 1 {
+                    0 => Error::config(first.to_string()),
+                    more => Error::config(format!("{first} (and {more} more)")),
+                }
+            })
+            .with_context(attempt)
+    }
+
+    /// Reads and checks the text of a config file; the error is everything wrong with it.
+    pub fn parse(text: &[u8]) -> Result<Self, Vec<Problem>> {
+        let mut config = Self::default();
+        let mut problems = Vec::new();
+        let Sections(sections) = serde_json::from_slice(text).map_err(|error| vec![unreadable(&error)])?;
+        for (name, value) in sections {
+            if value.get() != "null"
+                && let Err(problem) = config.read_section(&name, value)
+            {
+                problems.extend(problem.into_iter().map(|problem| problem.moved(text, value)));
+            }
+        }
+        match problems.is_empty() {
+            true => Ok(config),
+            false => Err(problems),
+        }
+    }
+
+    /// Reads and checks one section of a file. Places in problems count from the section's beginning.
+    fn read_section(&mut self, name: &str, value: &RawValue) -> Result<(), Vec<Problem>> {
+        let in_section = |error: Error| vec![Problem { message: format!("`{name}`: {error}"), place: None }];
+        let unreadable = |error| vec![unreadable_in(&format!("`{name}`"), &error)];
+        let text = value.get();
+        if name == BOOT_SOURCE {
+            let source: BootSource = serde_json::from_str(text).map_err(unreadable)?;
+            self.boot_source = Some(source.clone());
+            source.check().map_err(in_section)
+        } else if name == MACHINE_CONFIG {
+            self.machine_config = serde_json::from_str(text).map_err(unreadable)?;
+            self.machine_config.check().map_err(in_section)
+        } else if let Some(kind) = KINDS.iter().find(|kind| kind.section == name) {
+            let list: Vec<&RawValue> = match kind.many {
+                true => serde_json::from_str(text).map_err(unreadable)?,
+                false => vec![value],
+            };
+            let problems: Vec<_> = list
+                .into_iter()
+                .filter_map(|one| Some(self.read_device(kind, one).err()?.moved(text.as_bytes(), one)))
+                .collect();
+            if problems.is_empty() { Ok(()) } else { Err(problems) }
+        } else if NOT_IMPLEMENTED.contains(&name) && !["[]", "[ ]"].contains(&text) {
+            // An empty list asks for nothing.
+            let message = format!("`{name}` is not implemented yet: remove it");
+            Err(vec![Problem { message, place: None }])
+        } else {
+            Ok(())
+        }
+    }
+
+    fn read_device(&mut self, kind: &Kind, value: &RawValue) -> Result<(), Problem> {
+        let section = format!("`{}`", kind.section);
+        let device = kind.parse(value.get().as_bytes()).map_err(|error| unreadable_in(&section, &error))?;
+        let problem = |error: Error| Problem { message: format!("{}: {error}", device.name()), place: None };
+        device.check().map_err(problem)?;
+        if self.device(kind, device.id()).is_some() {
+            let message =
+                format!("two {}s are called `{}`: each needs a name of its own", kind.noun, device.id());
+            return Err(Problem { message, place: None });
+        }
+        self.put(device.clone()).map_err(problem)
+    }
+}
+
+/// A config file's sections as they stand in its text.
+struct Sections<'a>(Vec<(String, &'a RawValue)>);
+
+impl<'a> Deserialize<'a> for Sections<'a> {
+    fn deserialize<D: serde::Deserializer<'a>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+        impl<'a> serde::de::Visitor<'a> for Visitor {
+            type Value = Sections<'a>;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("an object with the sections of a configuration")
+            }
+            fn visit_map<A: serde::de::MapAccess<'a>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut sections: Vec<(String, &RawValue)> = Vec::new();
+                while let Some(name) = map.next_key::<String>()? {
+                    if sections.iter().any(|(other, _)| *other == name) {
+                        return Err(serde::de::Error::custom(format_args!("duplicate field `{name}`")));
+                    }
+                    sections.push((name, map.next_value()?));
+                }
+                Ok(Sections(sections))
+            }
+        }
+        deserializer.deserialize_map(Visitor)
+    }
+}
+
+fn unreadable(error: &serde_json::Error) -> Problem {
+    let text = error.to_string();
+    let message = text.split(" at line ").next().unwrap_or_default().to_owned();
+    Problem { message, place: Some((error.line(), error.column())) }
+}
+
+fn unreadable_in(section: &str, error: &serde_json::Error) -> Problem {
+    let problem = unreadable(error);
+    Problem { message: format!("{section}: {}", problem.message), ..problem }
+}
+
+impl Problem {
+    /// The same, its place counted from the beginning of `whole` instead of `part`, which is in it.
+    fn moved(self, whole: &[u8], part: &RawValue) -> Self {
+        let start = part.get().as_ptr() as usize - whole.as_ptr() as usize;
+        let before = &whole[..start];
+        let lines = before.iter().filter(|byte| **byte == b'\n').count();
+        let columns = before.iter().rev().take_while(|byte| **byte != b'\n').count();
+        let place = self.place.map(|(line, column)| match line {
+            1 => (lines + 1, columns + column),
+            line => (lines + line, column),
+        });
+        Self { place, ..self }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_config_file_with_a_device_we_lack_is_refused_and_foreign_keys_are_not() {
+        Config::parse(br#"{"pmem": [], "x-owner": {"a": 1}, "vsock": null}"#).unwrap();
+        let problems = Config::parse(br#"{"pmem": [{"id": "root"}]}"#).unwrap_err();
+        assert_eq!(problems[0].to_string(), "`pmem` is not implemented yet: remove it");
+    }
+
+    #[test]
+    fn every_problem_of_a_file_is_told_with_its_place() {
+        let text = r#"{
+  "machine-config": {"vcpu_count": 0, "mem_size_mib": 8},
+  "drives": [
+    {"drive_id": "a", "is_root_device": true,
+     "path": "x"},
+    {"drive_id": "b c", "is_root_device": false},
+    {"drive_id": "d", "path_on_host": "d", "is_root_device": true},
+    {"drive_id": "d", "path_on_host": "e", "is_root_device": false},
+    {"drive_id": "f", "path_on_host": "f", "is_root_device": true}
+  ],
+  "network-interfaces": {}
+}"#;
+        let problems = Config::parse(text.as_bytes()).unwrap_err();
+        let problems: Vec<_> = problems.iter().map(Problem::to_string).collect();
+        for (problem, expected) in problems.iter().zip([
+            "`machine-config`: The number of vCPUs must be greater than 0",
+            "`drives`: unknown field `path`, expected one of",
+            "disk `b c`: API Resource IDs can only contain alphanumeric characters",
+            "two disks are called `d`: each needs a name of its own",
+            "disk `f`: A root block device already exists! (`is_root_device`)",
+            "`network-interfaces`: invalid type: map, expected a sequence",
+        ]) {
+            assert!(problem.starts_with(expected), "{problem}");
+        }
+        assert_eq!(problems.len(), 6, "{problems:#?}");
+        assert!(problems[1].ends_with(" at line 5 column 11"), "{}", problems[1]);
+        assert!(problems[5].ends_with(" at line 11 column 24"), "{}", problems[5]);
+        for (text, expected) in [
+            ("{\n\"a\": }", "expected value at line 2 column 6"),
+            (r#"{"drives": [], "drives": []}"#, "duplicate field `drives` at line 1 column 23"),
+            ("[]", "invalid type: sequence, expected an object with the sections"),
+        ] {
+            let problems = Config::parse(text.as_bytes()).unwrap_err();
+            assert!(problems[0].to_string().starts_with(expected), "{text}: {}", problems[0]);
+        }
+    }
+}

@@ -1,0 +1,201 @@
+//! The resources that every microVM has: what it boots, CPUs and memory.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result};
+
+/// What the guest boots.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct BootSource {
+    /// The kernel: ELF `vmlinux` or bzImage (x86_64), Image (aarch64).
+    pub kernel_image_path: PathBuf,
+    /// The initial ramdisk.
+    pub initrd_path: Option<PathBuf>,
+    /// The kernel's command line; none: `arch::DEFAULT_COMMAND_LINE`.
+    pub boot_args: Option<String>,
+}
+
+impl BootSource {
+    /// Longest command line that both architectures' Linux takes: COMMAND_LINE_SIZE without the NUL.
+    pub const BOOT_ARGS_MAX: usize = 2047;
+
+    /// Whether it makes sense in itself; the files are looked at when they are opened.
+    pub fn check(&self) -> Result<()> {
+        let line = self.boot_args.as_deref().unwrap_or_default();
+        if line.len() > Self::BOOT_ARGS_MAX {
+            return Err(Error::config(format!(
+                "the kernel command line (`boot_args`, --cmdline) has {} bytes, at most {} fit",
+                line.len(),
+                Self::BOOT_ARGS_MAX
+            )));
+        }
+        if line.contains('\0') {
+            return Err(Error::config(
+                "the kernel command line (`boot_args`, --cmdline) contains a NUL byte: remove it",
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// CPUs and memory. A body must say how many CPUs and how much memory; the rest has defaults.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineConfig {
+    /// How many CPUs.
+    pub vcpu_count: u16,
+    /// Memory in MiB.
+    pub mem_size_mib: u64,
+    /// Two CPUs per core (x86_64).
+    #[serde(default)]
+    pub smt: bool,
+    /// Note which pages the guest dirties.
+    #[serde(default)]
+    pub track_dirty_pages: bool,
+    /// A named set of CPU features.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_template: Option<CpuTemplate>,
+    /// What backs guest memory.
+    #[serde(default)]
+    pub huge_pages: HugePages,
+}
+
+/// Firecracker's static CPU templates.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[allow(missing_docs, reason = "names of the API")]
+pub enum CpuTemplate {
+    C3,
+    T2,
+    T2S,
+    T2CL,
+    T2A,
+    V1N1,
+    None,
+}
+
+/// What backs guest memory.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+pub enum HugePages {
+    /// The host's ordinary pages.
+    #[default]
+    None,
+    /// Transparent huge pages.
+    Transparent,
+    /// hugetlbfs pages of 2 MiB.
+    #[serde(rename = "2M")]
+    Huge2M,
+}
+
+impl Default for MachineConfig {
+    fn default() -> Self {
+        Self {
+            vcpu_count: 1,
+            mem_size_mib: 128,
+            smt: false,
+            track_dirty_pages: false,
+            cpu_template: None,
+            huge_pages: HugePages::None,
+        }
+    }
+}
+
+impl MachineConfig {
+    /// Whether it makes sense in itself, whatever the host can do.
+    pub fn check(&self) -> Result<()> {
+        let cpus = self.vcpu_count;
+        if cpus == 0 || self.smt && cpus > 1 && !cpus.is_multiple_of(2) {
+            return Err(Error::config(
+                "The number of vCPUs must be greater than 0 and must be 1 or an even number if SMT is enabled \
+                 (`vcpu_count`, --cpus).",
+            ));
+        }
+        if self.mem_size_mib == 0 {
+            return Err(Error::config(
+                "The memory size (MiB) is either 0, or not a multiple of the configured page size \
+                 (`mem_size_mib`, --memory).",
+            ));
+        }
+        if self.smt && !crate::arch::HAS_SMT {
+            return Err(Error::config(
+                "Enabling simultaneous multithreading is not supported on aarch64 (`smt`).",
+            ));
+        }
+        let not_yet = |field| Err(Error::config(format!("`{field}` is not implemented yet: leave it out")));
+        match self {
+            Self { track_dirty_pages: true, .. } => not_yet("track_dirty_pages"),
+            Self { cpu_template: Some(template), .. } if *template != CpuTemplate::None => {
+                not_yet("cpu_template")
+            }
+            Self { huge_pages, .. } if *huge_pages != HugePages::None => not_yet("huge_pages"),
+            _ => Ok(()),
+        }
+    }
+
+    /// This configuration with the fields of `patch` changed; serde's message when they do not fit.
+    pub fn patched(&self, patch: &Map<String, Value>) -> Result<Self, serde_json::Error> {
+        let mut fields = serde_json::to_value(self)?;
+        let fields_map = fields.as_object_mut().expect("a struct is an object");
+        // A null is a field left out, as for every optional field.
+        let given = patch.iter().filter(|(_, value)| !value.is_null());
+        fields_map.extend(given.map(|(name, value)| (name.clone(), value.clone())));
+        serde_json::from_value(fields)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn machine(text: &str) -> Result<MachineConfig, String> {
+        let machine: MachineConfig = serde_json::from_str(text).map_err(|error| error.to_string())?;
+        machine.check().map_err(|error| error.to_string())?;
+        Ok(machine)
+    }
+
+    #[test]
+    fn cpus_and_memory_must_be_given_and_make_sense() {
+        assert_eq!(machine(r#"{"vcpu_count":1,"mem_size_mib":128}"#), Ok(MachineConfig::default()));
+        for (text, expected) in [
+            (r#"{"mem_size_mib":128}"#, "missing field `vcpu_count`"),
+            (r#"{"vcpu_count":1}"#, "missing field `mem_size_mib`"),
+            (r#"{"vcpu_count":0,"mem_size_mib":1}"#, "number of vCPUs must be greater than 0"),
+            (r#"{"vcpu_count":70000,"mem_size_mib":1}"#, "invalid value: integer `70000`"),
+            (r#"{"vcpu_count":1,"mem_size_mib":0}"#, "memory size (MiB) is either 0"),
+            (r#"{"vcpu_count":1,"mem_size_mib":-1}"#, "invalid value: integer `-1`"),
+            (r#"{"vcpu_count":"1","mem_size_mib":1}"#, "invalid type: string"),
+            (r#"{"vcpu_count":1,"mem_size_mib":1,"speed":9}"#, "unknown field `speed`"),
+            (r#"{"vcpu_count":1,"mem_size_mib":2,"huge_pages":"2M"}"#, "`huge_pages` is not implemented yet"),
+            (r#"{"vcpu_count":1,"mem_size_mib":2,"huge_pages":"1G"}"#, "unknown variant `1G`"),
+            (r#"{"vcpu_count":1,"mem_size_mib":2,"cpu_template":"T2"}"#, "`cpu_template` is not implemented"),
+            (r#"{"vcpu_count":1,"mem_size_mib":2,"track_dirty_pages":true}"#, "`track_dirty_pages` is not"),
+        ] {
+            let error = machine(text).unwrap_err();
+            assert!(error.contains(expected), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_patch_changes_what_it_names() {
+        let patch = |text: &str| {
+            let fields: Map<String, Value> = serde_json::from_str(text).unwrap();
+            MachineConfig::default().patched(&fields)
+        };
+        let patched = patch(r#"{"mem_size_mib": 256, "smt": null}"#).unwrap();
+        assert_eq!(patched, MachineConfig { mem_size_mib: 256, ..Default::default() });
+        assert!(patch(r#"{"vcpus": 2}"#).unwrap_err().to_string().contains("unknown field `vcpus`"));
+    }
+
+    #[test]
+    fn a_command_line_that_does_not_fit_is_refused() {
+        let check = |line: String| {
+            BootSource { kernel_image_path: "k".into(), initrd_path: None, boot_args: Some(line) }.check()
+        };
+        check("x".repeat(2047)).unwrap();
+        assert!(check("x".repeat(2048)).unwrap_err().to_string().contains("at most 2047 fit"));
+        assert!(check("a\0b".to_owned()).unwrap_err().to_string().contains("NUL"));
+    }
+}

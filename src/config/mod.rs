@@ -1,0 +1,120 @@
+//! Everything a microVM is made of, one serde type per resource: the bodies of the API, the sections
+//! of the config file, the answer of `GET /vm/config` and what the command line sets.
+
+mod file;
+mod machine;
+
+use serde::ser::SerializeMap;
+use serde::{Serialize, Serializer};
+
+use crate::devices::KINDS;
+use crate::devices::kind::{Device, Kind};
+use crate::error::{Context, Result};
+
+pub use file::Problem;
+pub use machine::{BootSource, CpuTemplate, HugePages, MachineConfig};
+
+const BOOT_SOURCE: &str = "boot-source";
+const MACHINE_CONFIG: &str = "machine-config";
+
+/// A microVM's whole configuration. As JSON it is a config file, with one section for each kind of
+/// device.
+#[derive(Clone, Debug, Default)]
+pub struct Config {
+    /// The guest's kernel; none: the embedded firmware guest.
+    pub boot_source: Option<BootSource>,
+    /// CPUs and memory.
+    pub machine_config: MachineConfig,
+    /// Devices are on a PCI bus instead of behind virtio-mmio (`--enable-pci`); not in a file.
+    pub pci: bool,
+    /// What the embedded firmware guest is told beyond the machine's size (`alula run --cmdline`);
+    /// not in a file.
+    pub firmware_words: Option<String>,
+    /// The virtio devices, as they were added; no two replace each other.
+    devices: Vec<Device>,
+}
+
+impl Config {
+    /// Whether it makes sense in itself, whatever the host can do.
+    pub fn check(&self) -> Result<()> {
+        self.machine_config.check().context("`machine-config`")?;
+        if let Some(source) = &self.boot_source {
+            source.check().context("`boot-source`")?;
+        }
+        self.devices.iter().try_for_each(|device| device.check().with_context(|| device.name()))
+    }
+
+    /// Puts a device into the configuration, in the place of one that it replaces.
+    pub fn put(&mut self, device: Device) -> Result<()> {
+        let mut others = self.devices.iter().filter(|other| !device.replaces(other));
+        others.try_for_each(|other| device.check_beside(other))?;
+        match self.devices.iter_mut().find(|other| device.replaces(other)) {
+            Some(place) => *place = device,
+            None => self.devices.push(device),
+        }
+        Ok(())
+    }
+
+    /// The device of `kind` called `id`.
+    pub fn device(&self, kind: &Kind, id: &str) -> Option<&Device> {
+        self.devices.iter().find(|device| device.kind() == kind && device.id() == id)
+    }
+
+    fn devices_of<'a>(&'a self, kind: &'a Kind) -> impl Iterator<Item = &'a Device> {
+        self.devices.iter().filter(move |device| device.kind() == kind)
+    }
+
+    /// The virtio devices, in the order the guest finds them: the root device is the first of its kind.
+    pub fn devices(&self) -> impl Iterator<Item = &Device> {
+        KINDS.iter().flat_map(|kind| {
+            let root = self.devices_of(kind).filter(|device| device.root_words().is_some());
+            root.chain(self.devices_of(kind).filter(|device| device.root_words().is_none()))
+        })
+    }
+
+    /// What the command line must say of the root device.
+    pub fn root_words(&self) -> Option<String> {
+        self.devices.iter().find_map(Device::root_words)
+    }
+}
+
+impl Serialize for Config {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut sections = serializer.serialize_map(None)?;
+        if let Some(source) = &self.boot_source {
+            sections.serialize_entry(BOOT_SOURCE, source)?;
+        }
+        sections.serialize_entry(MACHINE_CONFIG, &self.machine_config)?;
+        for kind in KINDS {
+            let devices: Vec<_> = self.devices_of(kind).collect();
+            match devices.as_slice() {
+                devices if kind.many => sections.serialize_entry(kind.section, devices)?,
+                [device] => sections.serialize_entry(kind.section, device)?,
+                _ => {}
+            }
+        }
+        sections.end()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_root_device_is_the_first_disk_and_named_on_the_command_line() {
+        let config = |root: &str| -> Config {
+            let drive = |id: &str, more: &str| {
+                format!(r#"{{"drive_id":"{id}","path_on_host":"/{id}","is_root_device":{more}}}"#)
+            };
+            let text = format!(r#"{{"drives":[{},{}]}}"#, drive("data", "false"), drive("root", root));
+            Config::parse(text.as_bytes()).unwrap()
+        };
+        let names: Vec<_> = config("true").devices().map(|device| device.name()).collect();
+        assert_eq!(names, ["disk `root`", "disk `data`"]);
+        assert_eq!(config("true").root_words().as_deref(), Some("root=/dev/vda rw"));
+        let partition = config(r#"true,"is_read_only":true,"partuuid":"0eaa91a0-01""#);
+        assert_eq!(partition.root_words().as_deref(), Some("root=PARTUUID=0eaa91a0-01 ro"));
+        assert_eq!(config("false").root_words(), None);
+    }
+}

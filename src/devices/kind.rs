@@ -1,0 +1,349 @@
+//! What all devices that a configuration lists have in common, so that the config file, the API, the
+//! command line and the machine know none of them: each describes itself in its own file by
+//! [`DeviceConfig`], and [`Kind`] is that description with its type erased.
+
+use std::any::Any;
+use std::fmt;
+use std::sync::Arc;
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::Value;
+
+use super::KINDS;
+use crate::error::{Context, Error, Result};
+use crate::host::{Host, Local};
+use crate::virtio::VirtioDevice;
+
+/// One device as its owner writes it down: the body of its PUT request, an element of its section of
+/// the config file, what its option on the command line comes to.
+pub trait DeviceConfig: Clone + fmt::Debug + DeserializeOwned + Serialize + Send + Sync + 'static {
+    /// Its section of the config file.
+    const SECTION: &'static str;
+    /// Its path in the API, without the slash before it.
+    const PATH: &'static str = Self::SECTION;
+    /// There can be many, told apart by `id`: the section is a list, and the id is part of the path.
+    const MANY: bool;
+    /// What errors and log lines call one: "disk".
+    const NOUN: &'static str;
+    /// How faults of the API about it begin: "Drive config error".
+    const FAULT: &'static str;
+    /// The option of the command line that adds one.
+    const OPTION: CliOption;
+    /// One that makes sense in itself, as JSON: for the documentation and the tests.
+    const EXAMPLE: &'static str;
+    /// The body of its PATCH request; [`NotPatchable`] if there is none.
+    type Patch: Patch;
+
+    /// What tells it from others of its kind; empty where there is but one.
+    fn id(&self) -> &str {
+        ""
+    }
+    /// From the value of `OPTION`; `number` of its kind have come before. The error says what was
+    /// expected.
+    fn from_option(text: &str, number: usize) -> Result<Self, String>;
+    /// Whether it makes sense in itself, whatever the host can do.
+    fn check(&self) -> Result<()> {
+        Ok(())
+    }
+    /// Whether it can be in one machine with `other` of its kind, whose id is another.
+    fn check_beside(&self, _other: &Self) -> Result<()> {
+        Ok(())
+    }
+    /// If the guest boots from it: what the kernel's command line must say.
+    fn root_words(&self) -> Option<String> {
+        None
+    }
+    /// On how many threads of its own it is to run; 0: on the one that all share.
+    fn threads(&self) -> usize {
+        0
+    }
+    /// Opens ahead of the start what must be there when it is named. It was checked before.
+    fn hold(&self, _host: &mut Local) -> Result<()> {
+        Ok(())
+    }
+    /// Opens what it needs of the host; `vm` is the microVM's name. It was checked before.
+    fn open(&self, vm: &str, host: &mut dyn Host) -> Result<Box<dyn VirtioDevice>>;
+    /// This configuration with a change that makes sense; the device itself is changed by
+    /// [`VirtioDevice::patch`], which gets the same body.
+    fn patched(&self, _patch: Self::Patch) -> Result<Self> {
+        Err(Error::config("nothing of it can be changed while it runs"))
+    }
+    /// The fault for a path and a body that name two ids.
+    fn id_mismatch(_path: &str, _body: &str) -> String {
+        "The id from the path does not match the id from the body!".to_owned()
+    }
+}
+
+/// The body of a PATCH request.
+pub trait Patch: DeserializeOwned + Send + 'static {
+    /// There is such a request.
+    const EXISTS: bool = true;
+    /// The device that is to be changed.
+    fn id(&self) -> &str;
+}
+
+/// Of a device that cannot be changed while it runs.
+pub enum NotPatchable {}
+
+impl<'de> Deserialize<'de> for NotPatchable {
+    fn deserialize<D: Deserializer<'de>>(_: D) -> Result<Self, D::Error> {
+        Err(serde::de::Error::custom("it cannot be changed"))
+    }
+}
+
+impl Patch for NotPatchable {
+    const EXISTS: bool = false;
+    fn id(&self) -> &str {
+        match *self {}
+    }
+}
+
+/// An option of the command line.
+#[derive(Clone, Copy, Debug)]
+pub struct CliOption {
+    /// Its name, without the hyphens.
+    pub name: &'static str,
+    /// The form of its value; empty: it has none.
+    pub value: &'static str,
+    /// What it does, in lines of at most 75 characters.
+    pub help: &'static str,
+}
+
+/// A line of the table of devices.
+pub struct Kind {
+    /// See [`DeviceConfig`], as for all of these.
+    pub section: &'static str,
+    /// Its path in the API.
+    pub path: &'static str,
+    /// There can be many.
+    pub many: bool,
+    /// What one is called.
+    pub noun: &'static str,
+    /// How faults begin.
+    pub fault: &'static str,
+    /// The command line's option.
+    pub option: CliOption,
+    /// One as JSON.
+    pub example: &'static str,
+    /// There is a PATCH request.
+    pub patchable: bool,
+    /// The fault for two ids.
+    pub id_mismatch: fn(&str, &str) -> String,
+    parse: fn(&[u8]) -> serde_json::Result<Device>,
+    parse_patch: fn(&[u8]) -> serde_json::Result<Change>,
+    from_option: fn(&str, usize) -> Result<Device, String>,
+}
+
+impl Kind {
+    /// The description that `C` gives.
+    pub const fn of<C: DeviceConfig>() -> Self {
+        Self {
+            section: C::SECTION,
+            path: C::PATH,
+            many: C::MANY,
+            noun: C::NOUN,
+            fault: C::FAULT,
+            option: C::OPTION,
+            example: C::EXAMPLE,
+            patchable: C::Patch::EXISTS,
+            id_mismatch: C::id_mismatch,
+            parse: |text| serde_json::from_slice::<C>(text).map(Device::new),
+            parse_patch: Change::parse::<C>,
+            from_option: |text, number| C::from_option(text, number).map(Device::new),
+        }
+    }
+
+    /// A device from JSON.
+    pub fn parse(&self, text: &[u8]) -> serde_json::Result<Device> {
+        (self.parse)(text)
+    }
+
+    /// A change to a device from JSON.
+    pub fn parse_patch(&self, text: &[u8]) -> serde_json::Result<Change> {
+        (self.parse_patch)(text)
+    }
+
+    /// A device from its option's value; `number` of its kind have come before.
+    pub fn from_option(&self, text: &str, number: usize) -> Result<Device, String> {
+        let device = (self.from_option)(text, number)?;
+        device.check().map_err(|error| error.to_string())?;
+        Ok(device)
+    }
+
+    /// What the one called `id` is called.
+    pub fn name(&self, id: &str) -> String {
+        match self.many {
+            true => format!("{} `{id}`", self.noun),
+            false => self.noun.to_owned(),
+        }
+    }
+}
+
+impl PartialEq for Kind {
+    fn eq(&self, other: &Self) -> bool {
+        self.section == other.section
+    }
+}
+
+/// A device as configured, whatever its kind.
+#[derive(Clone, Debug)]
+pub struct Device(Arc<dyn AnyConfig>);
+
+impl Device {
+    /// A device of `config`'s kind.
+    pub fn new<C: DeviceConfig>(config: C) -> Self {
+        Self(Arc::new(config))
+    }
+
+    /// Its line of the table.
+    pub fn kind(&self) -> &'static Kind {
+        KINDS.iter().find(|kind| kind.section == self.0.section()).expect("a device in use is in the table")
+    }
+
+    /// What tells it from others of its kind; empty where there is but one.
+    pub fn id(&self) -> &str {
+        self.0.id()
+    }
+
+    /// What log lines and errors call it.
+    pub fn name(&self) -> String {
+        self.kind().name(self.id())
+    }
+
+    /// As its own type.
+    pub fn config<C: DeviceConfig>(&self) -> Option<&C> {
+        (&*self.0 as &dyn Any).downcast_ref()
+    }
+
+    /// Whether it makes sense in itself, whatever the host can do.
+    pub fn check(&self) -> Result<()> {
+        self.0.check()
+    }
+
+    /// Both have the same place in a configuration: the one replaces the other.
+    pub fn replaces(&self, other: &Self) -> bool {
+        self.kind() == other.kind() && self.id() == other.id()
+    }
+
+    /// Whether it can be in one machine with `other`, which it does not replace.
+    pub fn check_beside(&self, other: &Self) -> Result<()> {
+        if self.root_words().is_some() && other.root_words().is_some() {
+            return Err(Error::config("A root block device already exists! (`is_root_device`)"));
+        }
+        self.0.check_beside(other)
+    }
+
+    /// If the guest boots from it: what the kernel's command line must say.
+    pub fn root_words(&self) -> Option<String> {
+        self.0.root_words()
+    }
+
+    /// On how many threads of its own it is to run; 0: on the one that all share.
+    pub fn threads(&self) -> usize {
+        self.0.threads()
+    }
+
+    /// Opens ahead of the start what must be there when it is named.
+    pub fn hold(&self, host: &mut Local) -> Result<()> {
+        self.0.hold(host)
+    }
+
+    /// Opens what it needs of the host; `vm` is the microVM's name.
+    pub fn open(&self, vm: &str, host: &mut dyn Host) -> Result<Box<dyn VirtioDevice>> {
+        self.0.open(vm, host).with_context(|| format!("set up {}", self.name()))
+    }
+
+    /// This configuration with a change that makes sense.
+    pub fn patched(&self, change: &Change) -> Result<Self> {
+        (change.apply)(self, &change.body)
+    }
+}
+
+impl Serialize for Device {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        self.0.to_value().serialize(serializer)
+    }
+}
+
+/// A change to a device, of the same kind as the device.
+pub struct Change {
+    /// The device's id.
+    pub id: String,
+    /// What was asked for, in the form of the kind's `Patch`.
+    pub body: Value,
+    apply: fn(&Device, &Value) -> Result<Device>,
+}
+
+impl Change {
+    fn parse<C: DeviceConfig>(text: &[u8]) -> serde_json::Result<Self> {
+        // First as its own type, which knows of duplicate fields and tells where something is wrong.
+        let id = serde_json::from_slice::<C::Patch>(text)?.id().to_owned();
+        let apply = |device: &Device, body: &Value| {
+            let config: &C = device.config().expect("a device is changed by a change of its kind");
+            let patch = C::Patch::deserialize(body).context("read the change")?;
+            config.patched(patch).map(Device::new)
+        };
+        Ok(Self { id, body: serde_json::from_slice(text)?, apply })
+    }
+}
+
+/// `DeviceConfig` without what has no place in a trait object.
+trait AnyConfig: Any + fmt::Debug + Send + Sync {
+    fn section(&self) -> &'static str;
+    fn id(&self) -> &str;
+    fn check(&self) -> Result<()>;
+    fn check_beside(&self, other: &Device) -> Result<()>;
+    fn root_words(&self) -> Option<String>;
+    fn threads(&self) -> usize;
+    fn hold(&self, host: &mut Local) -> Result<()>;
+    fn open(&self, vm: &str, host: &mut dyn Host) -> Result<Box<dyn VirtioDevice>>;
+    fn to_value(&self) -> Value;
+}
+
+impl<C: DeviceConfig> AnyConfig for C {
+    fn section(&self) -> &'static str {
+        C::SECTION
+    }
+    fn id(&self) -> &str {
+        DeviceConfig::id(self)
+    }
+    fn check(&self) -> Result<()> {
+        DeviceConfig::check(self)
+    }
+    fn check_beside(&self, other: &Device) -> Result<()> {
+        other.config().map_or(Ok(()), |other| DeviceConfig::check_beside(self, other))
+    }
+    fn root_words(&self) -> Option<String> {
+        DeviceConfig::root_words(self)
+    }
+    fn threads(&self) -> usize {
+        DeviceConfig::threads(self)
+    }
+    fn hold(&self, host: &mut Local) -> Result<()> {
+        DeviceConfig::hold(self, host)
+    }
+    fn open(&self, vm: &str, host: &mut dyn Host) -> Result<Box<dyn VirtioDevice>> {
+        DeviceConfig::open(self, vm, host)
+    }
+    fn to_value(&self) -> Value {
+        serde_json::to_value(self).expect("names and numbers are JSON")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kind_describes_itself() {
+        for kind in KINDS {
+            let device = kind.parse(kind.example.as_bytes()).unwrap();
+            device.check().unwrap();
+            assert!(*device.kind() == *kind && device.id().is_empty() != kind.many, "{}", kind.section);
+            assert!(kind.option.help.lines().all(|line| line.len() <= 75), "{}", kind.section);
+            let same = |other: &&Kind| other.path == kind.path || other.option.name == kind.option.name;
+            assert_eq!(KINDS.iter().filter(same).count(), 1, "{}", kind.section);
+        }
+    }
+}
