@@ -1,7 +1,8 @@
 //! Alula, a microVM monitor: one process runs one virtual machine on Linux KVM.
 //!
 //! The modules, low to high; each uses only those before it:
-//! - [`error`]: the one error type. [`log`]: messages on standard error. [`timeline`]: what a start is made of.
+//! - [`error`]: the one error type. [`metrics`]: counters. [`log`]: messages on standard error.
+//!   [`timeline`]: what a start is made of.
 //! - [`snapshot`]: state that outlives the process. [`limiter`]: rate limits.
 //! - [`event`]: the core of an event loop. [`host`]: where files come from. [`memory`]: guest memory.
 //! - [`platform`]: what boot tables must say, as plain data.
@@ -40,6 +41,7 @@ pub mod limiter;
 pub mod log;
 pub mod machine;
 pub mod memory;
+pub mod metrics;
 pub mod pci;
 pub mod platform;
 pub mod snapshot;

@@ -6,9 +6,9 @@
 use std::path::{Path, PathBuf};
 
 /// The layers, low to high: a module uses only those before it (src/lib.rs tells the same).
-const LAYERS: [&str; 20] = [
-    "error", "log", "timeline", "snapshot", "limiter", "event", "memory", "host", "platform", "bus", "arch",
-    "vm", "pci", "virtio", "devices", "config", "firmware", "machine", "api", "cli",
+const LAYERS: [&str; 21] = [
+    "error", "metrics", "log", "timeline", "snapshot", "limiter", "event", "memory", "host", "platform",
+    "bus", "arch", "vm", "pci", "virtio", "devices", "config", "firmware", "machine", "api", "cli",
 ];
 
 const UNSAFE: [&str; 17] = [

@@ -17,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::event::EventFd;
 use crate::host::Host;
 use crate::memory::Memory;
+use crate::metrics::Group;
 use crate::snapshot::SaveState;
 
 pub use queue::{Chain, Queue};
@@ -52,6 +53,10 @@ pub trait VirtioDevice: SaveState + Send {
     /// Returns whether the driver must look at the configuration again. A refused patch changes nothing.
     fn patch(&mut self, _body: &Value, _host: &mut dyn Host) -> Result<bool> {
         Err(Error::config("nothing of it can be changed once the guest runs"))
+    }
+    /// What it counts, shared with its workers; it goes on through resets.
+    fn metrics(&self) -> Option<Arc<dyn Group>> {
+        None
     }
 }
 
