@@ -1,8 +1,8 @@
 //! Alula, a microVM monitor: one process runs one virtual machine on Linux KVM.
 //!
 //! The modules, low to high; each uses only those before it:
-//! - [`error`]: the one error type. [`metrics`]: counters. [`log`]: messages on standard error.
-//!   [`timeline`]: what a start is made of.
+//! - [`error`]: the one error type. [`clock`]: the time of day. [`metrics`]: counters. [`sink`]: where lines
+//!   for the outside go. [`log`]: messages. [`timeline`]: what a start is made of.
 //! - [`snapshot`]: state that outlives the process. [`limiter`]: rate limits.
 //! - [`event`]: the core of an event loop. [`host`]: where files come from. [`memory`]: guest memory.
 //! - [`platform`]: what boot tables must say, as plain data.
@@ -31,6 +31,7 @@ pub mod api;
 pub mod arch;
 pub mod bus;
 pub mod cli;
+pub mod clock;
 pub mod config;
 pub mod devices;
 pub mod error;
@@ -44,6 +45,7 @@ pub mod memory;
 pub mod metrics;
 pub mod pci;
 pub mod platform;
+pub mod sink;
 pub mod snapshot;
 pub mod timeline;
 pub mod virtio;

@@ -1,39 +1,356 @@
-//! Messages on standard error. What a guest can cause is limited, so that it cannot fill a disk.
+//! Messages: on standard error, or in a log file when one is configured. What a guest can cause is
+//! limited, so that it cannot fill a disk; a log that nobody reads holds nobody up.
 
-use std::fmt::Display;
+use std::fmt::{self, Display};
 use std::io::Write;
+use std::panic::Location;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Deserializer, Serialize};
+
+use crate::clock::Utc;
+use crate::error::{Error, Result};
+use crate::metrics::{Counter, metrics};
+use crate::sink::Sink;
 
 /// So many lines that guests cause are written in one period; a guest that breaks its rings in a
 /// loop would write millions.
 const LINES_MAX: u32 = 20;
 const PERIOD: Duration = Duration::from_secs(10);
+/// A message is cut at this length: parts of some come from clients.
+const MESSAGE_MAX: usize = 4096;
+
+/// How much a message matters; a log has those up to its own level.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[allow(missing_docs, reason = "names of the API")]
+pub enum Level {
+    Off,
+    Error,
+    Warning,
+    Info,
+    Debug,
+    Trace,
+}
+
+impl Level {
+    const ALL: [Self; 6] = [Self::Off, Self::Error, Self::Warning, Self::Info, Self::Debug, Self::Trace];
+
+    /// As a log line has it.
+    fn tag(self) -> &'static str {
+        ["OFF", "ERROR", "WARN", "INFO", "DEBUG", "TRACE"][self as usize]
+    }
+}
+
+impl std::str::FromStr for Level {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let is = |level: &&Self| format!("{level:?}").eq_ignore_ascii_case(text);
+        match text.to_ascii_lowercase().as_str() {
+            "warn" => Ok(Self::Warning),
+            _ => Self::ALL.iter().find(is).copied().ok_or_else(|| {
+                format!("unknown level `{text}`: expected Error, Warning, Info, Debug, Trace or Off")
+            }),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Level {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+/// Body of `PUT /logger`; what is left out has its default.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// A file, created if it is missing, or a FIFO; none: standard error.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub log_path: Option<PathBuf>,
+    /// Messages up to this level; none: Info.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub level: Option<Level>,
+    /// Lines have their level.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub show_level: Option<bool>,
+    /// Lines have the place in the source that wrote them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub show_log_origin: Option<bool>,
+    /// Only messages of this module and of those in it: `virtio` or `alula::virtio::workers`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub module: Option<String>,
+}
+
+metrics! {
+    /// What became of lines for the outside; names as in Firecracker's metrics.
+    pub struct Metrics {
+        /// Log lines lost, because nobody read them or they could not be written.
+        missed_log_count: Counter,
+        /// Lines of metrics lost in the same way.
+        missed_metrics_count: Counter,
+    }
+}
+
+/// Counted for the whole process, as the log is the process's.
+pub static METRICS: Metrics =
+    Metrics { missed_log_count: Counter::new(), missed_metrics_count: Counter::new() };
+
+struct Log {
+    /// None: standard error.
+    sink: Option<Sink>,
+    id: String,
+    show_level: bool,
+    show_log_origin: bool,
+    module: Option<String>,
+    configured: bool,
+    /// Lines lost since the last that was not.
+    lost: u64,
+    guest: Period,
+}
 
 struct Period {
     begun: Option<Instant>,
     lines: u32,
 }
 
-static PERIOD_NOW: Mutex<Period> = Mutex::new(Period { begun: None, lines: 0 });
+static LOG: Mutex<Log> = Mutex::new(Log {
+    sink: None,
+    id: String::new(),
+    show_level: false,
+    show_log_origin: false,
+    module: None,
+    configured: false,
+    lost: 0,
+    guest: Period { begun: None, lines: 0 },
+});
 
-/// Says something about the host or the monitor itself.
+/// The level, to be read without the lock. Without a log of its own, the terminal has what matters.
+static LEVEL: AtomicU8 = AtomicU8::new(Level::Warning as u8);
+
+/// Configures the log, which can be done once; `id` is the microVM's name.
+pub fn configure(id: &str, config: &Config) -> Result<()> {
+    let mut log = lock();
+    if log.configured {
+        return Err(Error::config("Reinitialization of logger not allowed."));
+    }
+    if let Some(path) = &config.log_path {
+        log.sink = Some(Sink::open("log file", path)?);
+    }
+    log.id = id.to_owned();
+    log.show_level = config.show_level.unwrap_or(false);
+    log.show_log_origin = config.show_log_origin.unwrap_or(false);
+    log.module.clone_from(&config.module);
+    log.configured = true;
+    LEVEL.store(config.level.unwrap_or(Level::Info) as u8, Ordering::Relaxed);
+    Ok(())
+}
+
+/// Whether messages of this level are wanted: asked before a costly one is made.
+pub fn wants(level: Level) -> bool {
+    level as u8 <= LEVEL.load(Ordering::Relaxed)
+}
+
+/// Something could not be done.
+#[track_caller]
+pub fn error(message: impl Display) {
+    write(Level::Error, &message, Location::caller());
+}
+
+/// Says something about the host or the monitor itself that its user should know.
+#[track_caller]
 pub fn line(message: impl Display) {
-    // Nobody to tell if standard error is gone.
-    let _ = writeln!(std::io::stderr(), "alula: {message}");
+    write(Level::Warning, &message, Location::caller());
+}
+
+/// Says what is being done.
+#[track_caller]
+pub fn info(message: impl Display) {
+    write(Level::Info, &message, Location::caller());
+}
+
+/// Says more of it.
+#[track_caller]
+pub fn debug(message: impl Display) {
+    write(Level::Debug, &message, Location::caller());
 }
 
 /// Says something that a guest caused, unless it causes too much.
+#[track_caller]
 pub fn guest_line(message: impl Display) {
-    let mut period = PERIOD_NOW.lock().unwrap_or_else(PoisonError::into_inner);
-    let now = Instant::now();
-    if period.begun.is_none_or(|begun| now - begun > PERIOD) {
-        *period = Period { begun: Some(now), lines: 0 };
+    let place = Location::caller();
+    if !wants(Level::Warning) {
+        return;
     }
-    period.lines += 1;
-    match period.lines {
-        1..LINES_MAX => line(message),
-        LINES_MAX => line(format_args!("{message}; more such lines are left out for {} s", PERIOD.as_secs())),
+    let lines = {
+        let period = &mut lock().guest;
+        let now = Instant::now();
+        if period.begun.is_none_or(|begun| now - begun > PERIOD) {
+            *period = Period { begun: Some(now), lines: 0 };
+        }
+        period.lines = period.lines.saturating_add(1);
+        period.lines
+    };
+    match lines {
+        1..LINES_MAX => write(Level::Warning, &message, place),
+        LINES_MAX => {
+            let seconds = PERIOD.as_secs();
+            let message = format_args!("{message}; more such lines are left out for {seconds} s");
+            write(Level::Warning, &message, place);
+        }
         _ => {}
+    }
+}
+
+fn lock() -> std::sync::MutexGuard<'static, Log> {
+    LOG.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn write(level: Level, message: &dyn Display, place: &Location<'_>) {
+    if !wants(level) {
+        return;
+    }
+    let mut log = lock();
+    if log.module.as_ref().is_some_and(|module| !is_of(place.file(), module)) {
+        return;
+    }
+    if log.sink.is_some() {
+        let line = log.line(level, message, place);
+        log.write_to_sink(&line);
+    } else {
+        // Nobody to tell if standard error is gone.
+        let _ = writeln!(std::io::stderr(), "alula: {message}");
+    }
+}
+
+impl Log {
+    /// `time [id:thread:LEVEL:file:line] message`
+    fn line(&self, level: Level, message: &dyn Display, place: &Location<'_>) -> String {
+        use fmt::Write;
+        let thread = std::thread::current();
+        let thread = thread.name().unwrap_or("main");
+        let mut line = format!("{:#} [{}:{thread}", Utc::now(), self.id);
+        if self.show_level {
+            line = line + ":" + level.tag();
+        }
+        if self.show_log_origin {
+            let _ = write!(line, ":{}:{}", place.file(), place.line());
+        }
+        line += "] ";
+        let begin = line.len();
+        let _ = write!(line, "{message}");
+        // A client's words must not begin a line of their own.
+        if line[begin..].contains('\n') {
+            line = line.replace('\n', " ");
+        }
+        line.truncate(line.floor_char_boundary(begin + MESSAGE_MAX));
+        line + "\n"
+    }
+
+    fn write_to_sink(&mut self, line: &str) {
+        let Some(sink) = &mut self.sink else { return };
+        let told = match self.lost {
+            0 => sink.write_line(line.as_bytes()),
+            lost => sink.write_line(format!("{lost} lines were lost here\n{line}").as_bytes()),
+        };
+        if told {
+            self.lost = 0;
+        } else {
+            self.lost += 1;
+            METRICS.missed_log_count.add(1);
+        }
+    }
+}
+
+/// Whether the source file is of this module: `src/virtio/mod.rs` is of `virtio` and `alula::virtio`.
+fn is_of(file: &str, module: &str) -> bool {
+    let path = file.strip_prefix("src/").unwrap_or(file);
+    let path = path.strip_suffix(".rs").unwrap_or(path);
+    let path = path.strip_suffix("/mod").unwrap_or(path);
+    let module = module.strip_prefix("alula").map_or(module, |rest| rest.trim_start_matches("::"));
+    let mut parts = path.split('/');
+    module.is_empty() || module.split("::").all(|part| parts.next() == Some(part))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn log() -> Log {
+        Log {
+            sink: None,
+            id: "vm".to_owned(),
+            show_level: true,
+            show_log_origin: true,
+            module: None,
+            configured: true,
+            lost: 0,
+            guest: Period { begun: None, lines: 0 },
+        }
+    }
+
+    #[test]
+    fn a_line_says_when_who_and_where_in_one_line() {
+        let place = Location::caller();
+        let mut log = log();
+        let line = log.line(Level::Warning, &"it\nbroke", place);
+        let (time, rest) = line.split_once(' ').unwrap();
+        assert_eq!(time.len(), "2026-11-24T06:00:00.123456789".len(), "{line}");
+        let thread = std::thread::current();
+        let number = place.line();
+        assert_eq!(rest, format!("[vm:{}:WARN:src/log.rs:{number}] it broke\n", thread.name().unwrap()));
+        (log.show_level, log.show_log_origin) = (false, false);
+        let long = log.line(Level::Info, &"ä".repeat(MESSAGE_MAX), place);
+        assert!(long.contains("] ä") && long.len() < MESSAGE_MAX + 200, "{}", long.len());
+    }
+
+    #[test]
+    fn levels_are_read_in_any_case_and_ordered() {
+        for (text, level) in [("error", Level::Error), ("WARNING", Level::Warning), ("Off", Level::Off)] {
+            assert_eq!(text.parse(), Ok(level));
+        }
+        assert!("loud".parse::<Level>().unwrap_err().contains("unknown level `loud`"));
+        assert!(Level::Off < Level::Error && Level::Debug < Level::Trace);
+        let config: Config = serde_json::from_str(r#"{"level": "tRaCe", "show_level": true}"#).unwrap();
+        assert_eq!((config.level, config.show_level), (Some(Level::Trace), Some(true)));
+    }
+
+    #[test]
+    fn a_module_has_those_in_it() {
+        for module in ["", "alula", "virtio", "alula::virtio", "virtio::workers", "alula::virtio::workers"] {
+            assert!(is_of("src/virtio/workers.rs", module), "{module}");
+        }
+        for module in ["virt", "api", "virtio::workers::x", "workers"] {
+            assert!(!is_of("src/virtio/workers.rs", module), "{module}");
+        }
+        assert!(is_of("src/virtio/mod.rs", "virtio") && is_of("src/log.rs", "log"));
+    }
+
+    #[test]
+    fn lines_that_nobody_reads_are_counted_and_told() {
+        use std::io::Read;
+        let (mut reader, writer) = std::os::unix::net::UnixStream::pair().unwrap();
+        let name = format!("fd:{}", std::os::fd::AsRawFd::as_raw_fd(&writer));
+        let mut log = log();
+        log.sink = Some(Sink::open("log file", std::path::Path::new(&name)).unwrap());
+        let line = format!("{}\n", "x".repeat(4000));
+        while log.lost == 0 {
+            log.write_to_sink(&line);
+        }
+        log.write_to_sink(&line);
+        assert_eq!(log.lost, 2);
+        reader.set_nonblocking(true).unwrap();
+        let mut all = vec![0; 1 << 20];
+        let mut count = 0;
+        while let Ok(more) = reader.read(&mut all[count..]) {
+            count += more;
+            log.sink.as_mut().unwrap().flush();
+        }
+        log.write_to_sink("after\n");
+        let more = reader.read(&mut all[count..]).unwrap();
+        assert_eq!(&all[count..count + more], b"2 lines were lost here\nafter\n");
+        assert!(METRICS.missed_log_count.total() >= 2);
     }
 }

@@ -1,0 +1,218 @@
+//! Where lines for the outside go: a file, a FIFO or an inherited descriptor. Nothing here waits: a
+//! line that the other side has no room for is lost, and who wrote it is told so.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, ErrorKind, Write};
+use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::Path;
+
+use crate::error::{Context, Error, Result};
+
+/// Names a descriptor that the process was started with instead of a path: `fd:3`.
+const DESCRIPTOR: &str = "fd:";
+
+/// A destination of lines.
+#[derive(Debug)]
+pub struct Sink {
+    file: File,
+    /// The rest of a line that went out in part: at most that one line.
+    rest: Vec<u8>,
+}
+
+impl Sink {
+    /// Opens `path`: appends to a file, which is created if it is missing, or writes to a FIFO,
+    /// whether it has a reader yet or not; `fd:N` is an inherited descriptor. `what` names it in errors.
+    pub fn open(what: &str, path: &Path) -> Result<Self> {
+        let attempt = || format!("open {what} `{}`", path.display());
+        let number = path.to_str().and_then(|text| text.strip_prefix(DESCRIPTOR));
+        let file = match number {
+            Some(number) => inherit(number),
+            None => open(path),
+        };
+        Ok(Self { file: file.with_context(attempt)?, rest: Vec::new() })
+    }
+
+    /// Writes a line, which ends with a newline. False: it is lost.
+    pub fn write_line(&mut self, line: &[u8]) -> bool {
+        if !self.flush() {
+            return false;
+        }
+        match self.write(line) {
+            Ok(count) => {
+                self.rest.extend_from_slice(&line[count..]);
+                true
+            }
+            Err(_) => false,
+        }
+    }
+
+    /// Goes on with a line that went out in part; whether nothing is left of it.
+    pub fn flush(&mut self) -> bool {
+        while !self.rest.is_empty() {
+            match self.write(&self.rest) {
+                Ok(count) => drop(self.rest.drain(..count)),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return false,
+                // Nobody will ever read it.
+                Err(_) => self.rest.clear(),
+            }
+        }
+        true
+    }
+
+    fn write(&self, bytes: &[u8]) -> io::Result<usize> {
+        loop {
+            match (&self.file).write(bytes) {
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Ok(0) if !bytes.is_empty() => return Err(ErrorKind::WriteZero.into()),
+                result => return result,
+            }
+        }
+    }
+}
+
+impl AsRawFd for Sink {
+    fn as_raw_fd(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+}
+
+fn open(path: &Path) -> Result<File> {
+    let mut options = OpenOptions::new();
+    options.write(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
+    match std::fs::metadata(path) {
+        // Open for reading too, so that it neither needs a reader to be opened nor breaks without one.
+        Ok(metadata) if metadata.file_type().is_fifo() => options.read(true).open(path),
+        Ok(metadata) if metadata.is_dir() => {
+            return Err(Error::config("it is a directory, a file or FIFO is needed"));
+        }
+        _ => options.append(true).create(true).open(path),
+    }
+    .map_err(|error| match error.kind() {
+        ErrorKind::NotFound => Error::config("its folder is missing: create it"),
+        _ => Error::host(error.to_string()),
+    })
+}
+
+/// The descriptor with this number. It may be shared with other processes, whose writes must not
+/// become non-blocking: where that is possible it is opened anew.
+#[allow(unsafe_code)]
+fn inherit(number: &str) -> Result<File> {
+    let fd: RawFd = match number.parse() {
+        Ok(fd) if fd >= 0 => fd,
+        _ => return Err(Error::config("expected a number after `fd:`")),
+    };
+    // SAFETY: the calls take numbers.
+    let flags = unsafe { libc::fcntl(fd, libc::F_GETFL) };
+    if flags < 0 {
+        return Err(Error::config("no descriptor of this number was inherited"));
+    }
+    if flags & libc::O_ACCMODE == libc::O_RDONLY {
+        return Err(Error::config("it is not open for writing"));
+    }
+    let anew = OpenOptions::new()
+        .append(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(format!("/proc/self/fd/{fd}"));
+    if let Ok(file) = anew {
+        return Ok(file);
+    }
+    // A socket cannot be opened.
+    // SAFETY: as above.
+    let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };
+    // SAFETY: as above.
+    if copy < 0 || unsafe { libc::fcntl(fd, libc::F_SETFL, flags | libc::O_NONBLOCK) } < 0 {
+        return Err(io::Error::last_os_error()).context("use the descriptor");
+    }
+    // SAFETY: the descriptor was just made and is given away whole.
+    Ok(unsafe { File::from_raw_fd(copy) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+    use std::path::PathBuf;
+
+    struct Folder(PathBuf);
+
+    impl Folder {
+        fn new(name: &str) -> Self {
+            let path = std::env::temp_dir().join(format!("alula-sink-{name}-{}", std::process::id()));
+            std::fs::create_dir_all(&path).unwrap();
+            Self(path)
+        }
+    }
+
+    impl Drop for Folder {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    #[allow(unsafe_code)]
+    fn fifo(path: &Path) {
+        let name = std::ffi::CString::new(path.to_str().unwrap()).unwrap();
+        // SAFETY: the name is a string that ends with a zero.
+        assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+    }
+
+    #[test]
+    fn a_file_is_created_and_appended_to() {
+        let folder = Folder::new("file");
+        let path = folder.0.join("log");
+        for line in ["a\n", "b\n"] {
+            assert!(Sink::open("log file", &path).unwrap().write_line(line.as_bytes()));
+        }
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "a\nb\n");
+        let error = Sink::open("log file", &folder.0).unwrap_err().to_string();
+        assert!(error.ends_with("it is a directory, a file or FIFO is needed"), "{error}");
+        let error = Sink::open("log file", &path.join("x/y")).unwrap_err().to_string();
+        assert!(error.starts_with(&format!("open log file `{}/x/y`: ", path.display())), "{error}");
+    }
+
+    #[test]
+    fn a_fifo_without_reader_takes_what_it_can_and_then_loses_whole_lines() {
+        let folder = Folder::new("fifo");
+        let path = folder.0.join("fifo");
+        fifo(&path);
+        let mut sink = Sink::open("log file", &path).unwrap();
+        // Longer than what a pipe takes in one piece.
+        let line = |number: u32| format!("{number} {}\n", "x".repeat(9000));
+        let written = (0..20).take_while(|number| sink.write_line(line(*number).as_bytes())).count();
+        assert!((6..20).contains(&written), "{written}");
+        assert!(!sink.write_line(b"lost\n"));
+        let mut reader = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&path).unwrap();
+        let mut text = Vec::new();
+        let mut chunk = [0; 4096];
+        while let Ok(count) = reader.read(&mut chunk) {
+            text.extend_from_slice(&chunk[..count]);
+            sink.flush();
+        }
+        assert!(sink.write_line(b"again\n"));
+        let expected: String = (0..written as u32).map(line).collect();
+        assert!(text == expected.as_bytes(), "{} bytes instead of {}", text.len(), expected.len());
+        let count = reader.read(&mut chunk).unwrap();
+        assert_eq!(&chunk[..count], b"again\n");
+    }
+
+    #[test]
+    fn an_inherited_descriptor_is_named_by_its_number() {
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        let name = format!("fd:{}", theirs.as_raw_fd());
+        let mut sink = Sink::open("events", Path::new(&name)).unwrap();
+        assert!(sink.write_line(b"hello\n"));
+        let mut bytes = [0; 6];
+        ours.read_exact(&mut bytes).unwrap();
+        assert_eq!(&bytes, b"hello\n");
+        for (name, expected) in [
+            ("fd:x", "expected a number after `fd:`"),
+            ("fd:-1", "expected a number after `fd:`"),
+            ("fd:19999", "no descriptor of this number was inherited"),
+        ] {
+            let error = Sink::open("events", Path::new(name)).unwrap_err().to_string();
+            assert!(error.ends_with(expected), "{error}");
+        }
+    }
+}
