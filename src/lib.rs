@@ -4,7 +4,8 @@
 //! - [`error`]: the one error type. [`clock`]: the time of day. [`metrics`]: counters. [`sink`]: where lines
 //!   for the outside go. [`log`]: messages. [`timeline`]: what a start is made of.
 //! - [`snapshot`]: state that outlives the process. [`limiter`]: rate limits.
-//! - [`event`]: the core of an event loop. [`host`]: where files come from. [`memory`]: guest memory.
+//! - [`event`]: the core of an event loop. [`events`]: what happens to the microVM, for its readers.
+//!   [`host`]: where files come from. [`memory`]: guest memory.
 //! - [`platform`]: what boot tables must say, as plain data.
 //! - [`arch`]: everything that differs between x86_64 and aarch64, behind one set of names.
 //! - [`bus`]: address to device.
@@ -36,6 +37,7 @@ pub mod config;
 pub mod devices;
 pub mod error;
 pub mod event;
+pub mod events;
 pub mod firmware;
 pub mod host;
 pub mod limiter;

@@ -177,6 +177,17 @@ pub fn debug(message: impl Display) {
     write(Level::Debug, &message, Location::caller());
 }
 
+/// Says how the process ends: on standard error whatever the level, and in the log file.
+#[track_caller]
+pub fn end(message: impl Display) {
+    // Nobody to tell if standard error is gone.
+    let _ = writeln!(std::io::stderr(), "alula: {message}");
+    let has_file = lock().sink.is_some();
+    if has_file {
+        write(Level::Info, &message, Location::caller());
+    }
+}
+
 /// Says something that a guest caused, unless it causes too much.
 #[track_caller]
 pub fn guest_line(message: impl Display) {

@@ -4,11 +4,12 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use super::{API_VERSION, Action, Request, Response, VmState, routes};
+use super::{API_VERSION, Action, Request, Response, VmState, observe, routes};
 use crate::arch;
 use crate::config::{BootSource, Config, MachineConfig};
 use crate::devices::kind::{Change, Device, Kind};
 use crate::error::{Error, Result};
+use crate::events::{self, Event};
 use crate::host::{Access, Local};
 use crate::machine::{Machine, Prepared, State};
 
@@ -44,13 +45,16 @@ impl Controller {
     }
 
     /// Builds, loads and starts the machine; without a boot source it runs the firmware guest.
-    pub fn start(&mut self) -> Result<()> {
+    /// `reason`: who wants it.
+    pub fn start(&mut self, reason: &'static str) -> Result<()> {
         let prepared = match self.prepared.take() {
             Some(prepared) => prepared,
             None => Prepared::new()?,
         };
         let mut machine = Machine::build(&self.id, &self.config, &mut self.host, prepared)?;
         machine.load(&self.config, &mut self.host)?;
+        // Told first: what the guest does comes after it.
+        events::tell(|| Event::Started { reason });
         machine.resume()?;
         self.machine = Some(machine);
         Ok(())
@@ -58,10 +62,12 @@ impl Controller {
 
     /// Parses a request and does it.
     pub fn serve(&mut self, method: &str, path: &str, body: &[u8]) -> Response {
-        match routes::route(method, path, body).and_then(|request| self.handle(request)) {
+        let response = match routes::route(method, path, body).and_then(|request| self.handle(request)) {
             Ok(response) => response,
             Err(message) => Response::Fault(message),
-        }
+        };
+        observe::served(method, path, &response);
+        response
     }
 
     /// Does one request; the error is the fault message.
@@ -98,6 +104,7 @@ impl Controller {
             Version => Ok(Response::Value(json!({ "firecracker_version": API_VERSION }))),
             MachineConfig => Ok(Response::Value(to_value(&self.config.machine_config))),
             VmConfig => Ok(Response::Value(to_value(&self.config))),
+            Events => Ok(Response::Events),
             PutMachineConfig(machine) => self.set_machine_config(machine),
             PatchMachineConfig(fields) => self.patch_machine_config(&fields),
             PutBootSource(source) => self.set_boot_source(source),
@@ -162,6 +169,7 @@ impl Controller {
         let machine = self.machine.as_mut().expect("what needs a machine is refused before the start");
         machine.patch_device(&device.name(), &change.body, &mut self.host).map_err(&fault)?;
         self.config.put(changed).map_err(&fault)?;
+        events::tell(|| observe::changed(&device, &change));
         Ok(Response::Done)
     }
 
@@ -178,7 +186,7 @@ impl Controller {
             Action::InstanceStart if self.config.boot_source.is_none() => {
                 Err("Start microvm error: Cannot start microvm without kernel configuration.".to_owned())
             }
-            Action::InstanceStart => self.start().map_err(fault("Start microvm error")),
+            Action::InstanceStart => self.start("InstanceStart").map_err(fault("Start microvm error")),
             Action::SendCtrlAltDel if arch::layout::KEYBOARD.is_none() => {
                 Err(format!("SendCtrlAltDel does not supported on {}.", arch::NAME))
             }
@@ -190,10 +198,17 @@ impl Controller {
 
     fn set_state(&mut self, state: VmState) -> Result<Response, String> {
         let machine = self.started();
+        let before = machine.state();
+        let reason = "PATCH /vm";
         match state {
-            VmState::Paused => machine.pause(),
-            VmState::Resumed => machine.resume(),
+            VmState::Paused => machine.pause().map(|()| Event::Paused { reason }),
+            VmState::Resumed => machine.resume().map(|()| Event::Resumed { reason }),
         }
+        .map(|event| {
+            if machine.state() != before {
+                events::tell(|| event);
+            }
+        })
         .map_err(fault("Internal VMM error"))?;
         Ok(Response::Done)
     }

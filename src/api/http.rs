@@ -120,6 +120,11 @@ pub fn response_bytes(response: &Response) -> Vec<u8> {
         Response::Fault(message) => {
             with_body("400", &serde_json::json!({ "fault_message": message }).to_string())
         }
+        // The body ends with the connection (RFC 9112, 6.3).
+        Response::Events => format!(
+            "HTTP/1.1 200 \r\nServer: {SERVER}\r\nConnection: close\r\nContent-Type: application/x-ndjson\r\n\r\n"
+        )
+        .into_bytes(),
     }
 }
 

@@ -1,8 +1,10 @@
 //! The control API: every operation once, as plain data. `http` reads and writes the wire format,
-//! `routes` turns a method, path and body into a `Request`, `handle` does it, `server` owns the sockets.
+//! `routes` turns a method, path and body into a `Request`, `handle` does it, `observe` counts it,
+//! `server` owns the sockets.
 
 mod handle;
 mod http;
+mod observe;
 mod routes;
 mod server;
 
@@ -31,6 +33,8 @@ pub enum Request {
     MachineConfig,
     /// `GET /vm/config`
     VmConfig,
+    /// `GET /events`
+    Events,
     /// `PUT /machine-config`
     PutMachineConfig(MachineConfig),
     /// `PATCH /machine-config`: the fields to change.
@@ -75,4 +79,6 @@ pub enum Response {
     Value(Value),
     /// Not done, and why (400).
     Fault(String),
+    /// What has happened and what will, a line each, until the process ends (200).
+    Events,
 }

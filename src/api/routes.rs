@@ -58,6 +58,7 @@ pub fn route(method: &str, path: &str, body: &[u8]) -> Result<Request, String> {
         ("GET", ["version"]) => Request::Version,
         ("GET", ["machine-config"]) => Request::MachineConfig,
         ("GET", ["vm", "config"]) => Request::VmConfig,
+        ("GET", ["events"]) => Request::Events,
         ("PUT", ["machine-config"]) => Request::PutMachineConfig(parse(body)?),
         ("PATCH", ["machine-config"]) => {
             let fields: Map<String, Value> = parse(body)?;

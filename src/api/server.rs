@@ -7,11 +7,16 @@ use std::path::{Path, PathBuf};
 use super::{Response, http};
 use crate::error::{Context, Error, Result};
 use crate::event::{Events, Interest, Ready};
+use crate::events::Reader;
 
-/// Open connections that are served (Firecracker's limit); one more is told so and let go.
+/// Open connections that are served (Firecracker's limit); one more is told so and let go. Readers of
+/// events do not count among them: they stay, and must not lock out who wants something done.
 const CONNECTIONS_MAX: usize = 10;
-/// Sockets in all: connections that are being let go wait for their client to hang up. A client that
-/// does not is cut off for the next.
+/// Readers of events at once. Each has a descriptor and is written to at every event: without a limit
+/// a client that opens more and more would use up both.
+const READERS_MAX: usize = 256;
+/// Sockets in all, beside the readers': connections that are being let go wait for their client to
+/// hang up. A client that does not is cut off for the next.
 const SOCKETS_MAX: usize = 32;
 /// Requests that one connection may have answered before the others get their turn.
 const TURN: usize = 16;
@@ -28,25 +33,19 @@ pub struct Server {
     body_max: usize,
     /// Tokens on the event loop: this one for the listener, the next ones for the connections.
     token: u64,
-    connections: [Option<Connection>; SOCKETS_MAX],
+    connections: Vec<Option<Connection>>,
 }
 
 impl Server {
     /// How many tokens a server uses.
-    pub const TOKENS: u64 = 1 + SOCKETS_MAX as u64;
+    pub const TOKENS: u64 = 1 + (SOCKETS_MAX + READERS_MAX) as u64;
 
     /// Listens at `path`, where nothing may be yet; bodies of more than `body_max` bytes are refused.
     pub fn bind(path: &Path, body_max: usize) -> Result<Self> {
         let listener = UnixListener::bind(path)
             .map_err(|error| cannot_bind(path, &error))
             .with_context(|| format!("listen on API socket `{}`", path.display()))?;
-        let server = Self {
-            listener,
-            path: path.to_owned(),
-            body_max,
-            token: 0,
-            connections: [const { None }; SOCKETS_MAX],
-        };
+        let server = Self { listener, path: path.to_owned(), body_max, token: 0, connections: Vec::new() };
         server.listener.set_nonblocking(true).context("set up the API socket")?;
         Ok(server)
     }
@@ -66,11 +65,29 @@ impl Server {
             },
             Some(index) => index as usize,
         };
+        self.advance(index, events, Some(service))
+    }
+
+    /// Goes on with a connection as far as it can without waiting; whether a request was answered.
+    fn advance(&mut self, index: usize, events: &Events, service: Option<&mut Service<'_>>) -> Result<bool> {
+        let readers = self.readers().count();
         let Some(connection) = self.connections.get_mut(index).and_then(Option::as_mut) else {
             return Ok(false);
         };
         let answered = connection.answered;
-        match connection.go_on(self.body_max, service) {
+        let interest = match (&mut connection.reader, service) {
+            (None, Some(service)) => {
+                let mut service = |method: &str, path: &str, body: &[u8]| match service(method, path, body) {
+                    Response::Events if readers >= READERS_MAX => {
+                        Response::Fault(format!("There are {READERS_MAX} readers of events already."))
+                    }
+                    response => response,
+                };
+                connection.go_on(self.body_max, &mut service)
+            }
+            _ => connection.tell(),
+        };
+        match interest {
             Some(interest) => {
                 let answered = connection.answered > answered;
                 if interest != connection.interest {
@@ -86,6 +103,31 @@ impl Server {
         }
     }
 
+    /// Tells readers of events what they have not read yet, as far as they read now.
+    pub fn tell(&mut self, events: &Events) -> Result<()> {
+        for index in 0..self.connections.len() {
+            if self.connections[index].as_ref().is_some_and(|connection| connection.reader.is_some()) {
+                self.advance(index, events, None)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether there are readers of events.
+    pub fn has_readers(&self) -> bool {
+        self.readers().next().is_some()
+    }
+
+    /// Whether one of them has not read everything.
+    pub fn is_behind(&self) -> bool {
+        self.readers().any(|(connection, reader)| !connection.output.is_empty() || reader.is_behind())
+    }
+
+    fn readers(&self) -> impl Iterator<Item = (&Connection, &Reader)> {
+        let open = self.connections.iter().flatten();
+        open.filter_map(|connection| connection.reader.as_ref().map(|reader| (connection, reader)))
+    }
+
     /// Takes a new connection, if its client still wants it; one too many is told so at once.
     fn accept(&mut self, events: &Events) -> Result<Option<usize>> {
         let stream = match self.listener.accept() {
@@ -99,10 +141,9 @@ impl Server {
             Err(_) => return Ok(None),
         };
         stream.set_nonblocking(true).context("set up an API connection")?;
-        let open = self.connections.iter().flatten().filter(|connection| !connection.ending).count();
-        let is = |wanted: fn(&Option<Connection>) -> bool| self.connections.iter().position(wanted);
-        let ending = |place: &Option<Connection>| place.as_ref().is_some_and(|connection| connection.ending);
-        let index = is(Option::is_none).or_else(|| is(ending)).expect("at most 10 of 32 are not ending");
+        let is_served = |connection: &&Connection| !connection.ending && connection.reader.is_none();
+        let open = self.connections.iter().flatten().filter(is_served).count();
+        let index = self.free_place();
         let mut connection = Connection::new(stream);
         if open >= CONNECTIONS_MAX {
             connection.end(&http::error_bytes("503", "Too many open connections"));
@@ -110,6 +151,18 @@ impl Server {
         events.add(&connection.stream, connection.interest, ready_token(self.token, index))?;
         self.connections[index] = Some(connection);
         Ok(Some(index))
+    }
+
+    fn free_place(&mut self) -> usize {
+        if let Some(index) = self.connections.iter().position(Option::is_none) {
+            return index;
+        }
+        if self.connections.len() < SOCKETS_MAX + READERS_MAX {
+            self.connections.push(None);
+            return self.connections.len() - 1;
+        }
+        let ending = |place: &Option<Connection>| place.as_ref().is_some_and(|connection| connection.ending);
+        self.connections.iter().position(ending).expect("10 of those that are not readers are not ending")
     }
 }
 
@@ -163,6 +216,8 @@ struct Connection {
     /// This request's client was told to go on with its body.
     continued: bool,
     answered: u64,
+    /// It asked for events: nothing else is served any more.
+    reader: Option<Reader>,
 }
 
 impl Connection {
@@ -176,6 +231,7 @@ impl Connection {
             shut: false,
             continued: false,
             answered: 0,
+            reader: None,
         }
     }
 
@@ -197,6 +253,9 @@ impl Connection {
             }
             if self.ending {
                 return self.discard();
+            }
+            if self.reader.is_some() {
+                return self.tell();
             }
             self.serve_one(body_max, service);
             if self.output.is_empty() && !self.fill()? {
@@ -224,6 +283,7 @@ impl Connection {
                 let end = body.end;
                 let response = service(method, path, &self.input[body]);
                 self.output = http::response_bytes(&response);
+                self.reader = (response == Response::Events).then(Reader::default);
                 self.input.drain(..end);
                 self.continued = false;
                 self.answered += 1;
@@ -261,12 +321,23 @@ impl Connection {
         Some(true)
     }
 
-    /// Everything is said: waits for the client to hang up, so that it can read the answer first.
-    fn discard(&mut self) -> Option<Interest> {
-        if !self.shut {
-            self.stream.shutdown(std::net::Shutdown::Write).ok()?;
-            self.shut = true;
+    /// Writes events as far as the client reads; says what to wait for. None: the client is gone.
+    fn tell(&mut self) -> Option<Interest> {
+        loop {
+            if !self.flush()? {
+                return Some(Interest::OUT);
+            }
+            let lines = self.reader.as_mut().map(|reader| reader.read(CHUNK)).unwrap_or_default();
+            if lines.is_empty() {
+                break;
+            }
+            self.output = lines.into_bytes();
         }
+        self.listen()
+    }
+
+    /// Nothing more is expected of the client but that it hangs up.
+    fn listen(&mut self) -> Option<Interest> {
         for _ in 0..TURN {
             if !self.fill()? {
                 break;
@@ -274,5 +345,14 @@ impl Connection {
             self.input.clear();
         }
         Some(Interest::IN)
+    }
+
+    /// Everything is said: waits for the client to hang up, so that it can read the answer first.
+    fn discard(&mut self) -> Option<Interest> {
+        if !self.shut {
+            self.stream.shutdown(std::net::Shutdown::Write).ok()?;
+            self.shut = true;
+        }
+        self.listen()
     }
 }

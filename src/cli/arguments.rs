@@ -50,6 +50,8 @@ const RUN_HELP_AFTER_DEVICES: &str =
       --config FILE      Read the configuration from this JSON file (Firecracker's format); other
                          options override it
       --api-sock SOCKET  Also serve the control API on this socket
+      --events PATH      Write what happens to the guest there, a JSON object a line: a file, a FIFO, or
+                         `fd:N`, an inherited descriptor
       --id ID            The microVM's name in the API: 1 to 64 letters, digits and hyphens
                          [default: anonymous-instance]
   -h, --help             Print this
@@ -75,6 +77,8 @@ Options:
       --config-file FILE   Start the microVM that this JSON file describes at once
       --no-api             Serve no API; needs --config-file
       --enable-pci         Devices on a PCI bus instead of behind virtio-mmio
+      --events PATH        Write what happens to the guest there, a JSON object a line: a file, a FIFO, or
+                           `fd:N`, an inherited descriptor
       --id ID              The microVM's name: 1 to 64 letters, digits and hyphens
                            [default: anonymous-instance]
       --http-api-max-payload-size BYTES
@@ -112,6 +116,7 @@ pub struct Run {
     pub enable_pci: bool,
     pub config: Option<PathBuf>,
     pub api_sock: Option<PathBuf>,
+    pub events: Option<PathBuf>,
     pub id: String,
 }
 
@@ -122,6 +127,7 @@ pub struct Serve {
     pub config_file: Option<PathBuf>,
     pub no_api: bool,
     pub enable_pci: bool,
+    pub events: Option<PathBuf>,
     pub id: String,
     pub http_api_max_payload_size: usize,
 }
@@ -167,6 +173,7 @@ fn run(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
         enable_pci: false,
         config: None,
         api_sock: None,
+        events: None,
         id: default_id(),
     };
     while let Some(argument) = parser.next()? {
@@ -178,6 +185,7 @@ fn run(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
             Long("enable-pci") => run.enable_pci = true,
             Long("config") => run.config = Some(parser.value()?.into()),
             Long("api-sock") => run.api_sock = Some(parser.value()?.into()),
+            Long("events") => run.events = Some(parser.value()?.into()),
             Long("id") => run.id = value(parser, "--id", id)?,
             Short('h') | Long("help") => return Ok(Command::Print(run_help())),
             Long(name) if let Some(kind) = KINDS.iter().find(|kind| kind.option.name == name) => {
@@ -226,6 +234,7 @@ fn serve(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
         config_file: None,
         no_api: false,
         enable_pci: false,
+        events: None,
         id: default_id(),
         http_api_max_payload_size: BODY_MAX,
     };
@@ -235,6 +244,7 @@ fn serve(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
             Long("config-file") => serve.config_file = Some(parser.value()?.into()),
             Long("no-api") => serve.no_api = true,
             Long("enable-pci") => serve.enable_pci = true,
+            Long("events") => serve.events = Some(parser.value()?.into()),
             Long("id") => serve.id = value(parser, "--id", id)?,
             Long("http-api-max-payload-size") => {
                 serve.http_api_max_payload_size = value(parser, "--http-api-max-payload-size", number)?;

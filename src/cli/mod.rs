@@ -6,13 +6,17 @@ mod signals;
 mod terminal;
 
 use std::io::Write;
+use std::path::Path;
 
 use crate::api::{Controller, Server};
+use crate::clock;
 use crate::error::{Context, Result};
+use crate::events::{self, Event, Feed};
 use crate::firmware;
+use crate::log;
 use crate::machine::Exit;
 use arguments::{Command, Run, Serve};
-use monitor::{Monitor, Outcome};
+use monitor::{Ending, Monitor, Outcome};
 
 /// The monitor itself could not do what was asked (`alula run`): not a code of the guest's.
 const FAILED_RUN: u8 = 125;
@@ -27,6 +31,7 @@ const SIGNAL_BASE: u8 = 128;
 
 /// Runs the command that the process was started with, and returns its exit code.
 pub fn main() -> u8 {
+    clock::begin();
     let command = match arguments::parse(std::env::args_os().skip(1)) {
         Ok(command) => command,
         Err(message) => {
@@ -35,8 +40,8 @@ pub fn main() -> u8 {
         }
     };
     match command {
-        Command::Run(arguments) => finish(run(arguments), FAILED_RUN, Exit::exit_code),
-        Command::Serve(arguments) => finish(serve(arguments), FAILED_SERVE, served),
+        Command::Run(arguments) => finish(run(arguments), FAILED_RUN),
+        Command::Serve(arguments) => finish(serve(arguments), FAILED_SERVE),
         Command::Print(text) => print(text.as_bytes()),
         Command::Firmware => print(firmware::IMAGE),
     }
@@ -61,46 +66,67 @@ fn served(exit: &Exit) -> u8 {
     }
 }
 
-/// Says on stderr in one line how it ended, and returns it as an exit code.
-fn finish(outcome: Result<Outcome>, failed: u8, code: impl Fn(&Exit) -> u8) -> u8 {
-    let (line, code) = match outcome {
-        Ok(Outcome::Ended(exit)) => (exit.to_string(), code(&exit)),
+/// How an outcome ends the process; `failed` is the code of errors, `code` that of a guest's end.
+fn conclude(outcome: &Result<Outcome>, failed: u8, code: impl Fn(&Exit) -> u8) -> Ending {
+    let (reason, code) = match outcome {
+        Ok(Outcome::Ended(exit)) => (exit.to_string(), code(exit)),
         Ok(Outcome::Left) => ("you left the guest".to_owned(), LEFT),
         Ok(Outcome::Signal(signal)) => {
-            (format!("ended by signal {signal}"), SIGNAL_BASE.saturating_add(signal))
+            (format!("ended by signal {signal}"), SIGNAL_BASE.saturating_add(*signal))
         }
         Err(error) => (error.to_string(), failed),
     };
-    // Nobody to tell if stderr is gone.
-    let _ = writeln!(std::io::stderr(), "alula: {line}");
+    Ending { reason, code }
+}
+
+/// Says in one line how it ended, and returns it as an exit code.
+fn finish(ending: Result<Ending>, failed: u8) -> u8 {
+    let Ending { reason, code } =
+        ending.unwrap_or_else(|error| Ending { reason: error.to_string(), code: failed });
+    log::end(&reason);
     code
 }
 
-fn run(arguments: Run) -> Result<Outcome> {
+fn run(arguments: Run) -> Result<Ending> {
     let config = arguments.config()?;
     let server = match &arguments.api_sock {
         Some(path) => Some(Server::bind(path, crate::api::BODY_MAX)?),
         None => None,
     };
-    let mut controller = Controller::new(arguments.id.clone(), config);
-    let mut monitor = Monitor::new(server)?;
-    controller.start().context("start the guest")?;
-    monitor.run(controller)
+    let feed = open_events(&arguments.id, arguments.events.as_deref(), server.is_some())?;
+    events::tell(|| Event::Configured { what: "command line".to_owned() });
+    let controller = Controller::new(arguments.id.clone(), config);
+    let mut monitor = Monitor::new(server, feed)?;
+    let start = |controller: &mut Controller| controller.start("command line").context("start the guest");
+    Ok(monitor.run(controller, start, |outcome| conclude(outcome, FAILED_RUN, Exit::exit_code)))
 }
 
-fn serve(arguments: Serve) -> Result<Outcome> {
+fn serve(arguments: Serve) -> Result<Ending> {
     let config = arguments.config()?;
     let server = match arguments.no_api {
         true => None,
         false => Some(Server::bind(&arguments.api_sock, arguments.http_api_max_payload_size)?),
     };
+    let feed = open_events(&arguments.id, arguments.events.as_deref(), server.is_some())?;
     let starts_at_once = config.is_some();
+    if let Some(path) = &arguments.config_file {
+        events::tell(|| Event::Configured { what: events::text(path.display()) });
+    }
     let mut config = config.unwrap_or_default();
     config.pci = arguments.enable_pci;
-    let mut controller = Controller::new(arguments.id.clone(), config);
-    let mut monitor = Monitor::new(server)?;
-    if starts_at_once {
-        controller.start().context("start the guest")?;
+    let controller = Controller::new(arguments.id.clone(), config);
+    let mut monitor = Monitor::new(server, feed)?;
+    let start = |controller: &mut Controller| match starts_at_once {
+        true => controller.start("config file").context("start the guest"),
+        false => Ok(()),
+    };
+    Ok(monitor.run(controller, start, |outcome| conclude(outcome, FAILED_SERVE, served)))
+}
+
+/// Keeps events if somebody can ask for them.
+fn open_events(id: &str, path: Option<&Path>, has_api: bool) -> Result<Option<Feed>> {
+    if has_api || path.is_some() {
+        events::open(id);
     }
-    monitor.run(controller)
+    path.map(Feed::open).transpose()
 }

@@ -10,13 +10,16 @@ use crate::cli::signals::Signals;
 use crate::cli::terminal::{Keys, Raw};
 use crate::error::Result;
 use crate::event::{Events, Interest, Ready};
+use crate::events::{self, Event, Feed};
 use crate::machine::{Exit, Machine};
 
 const SIGNALS: u64 = 0;
 const STDIN: u64 = 1;
 const EXIT: u64 = 2;
 const CONSOLE_ROOM: u64 = 3;
-const API: u64 = 4;
+const HAPPENED: u64 = 4;
+const FEED: u64 = 5;
+const API: u64 = 6;
 
 /// How often a running guest is looked at (halted for good? console output kept?).
 const LOOK: Duration = Duration::from_secs(1);
@@ -24,6 +27,9 @@ const LOOK: Duration = Duration::from_secs(1);
 const IDLE: Duration = Duration::from_millis(50);
 /// What is read of standard input at once, and at most kept: about what the guest's UART takes.
 const TYPED_MAX: usize = 64;
+/// How long the end waits for readers of events that are not up to date: a reader that hangs must
+/// not keep the process from ending.
+const LAST_WORDS: Duration = Duration::from_millis(500);
 
 /// How the loop ended.
 pub enum Outcome {
@@ -35,11 +41,20 @@ pub enum Outcome {
     Signal(u8),
 }
 
+/// How the process ends: in words, and its exit code.
+pub struct Ending {
+    pub reason: String,
+    pub code: u8,
+}
+
 /// Everything the main thread waits for.
 pub struct Monitor {
     events: Events,
     signals: Signals,
     server: Option<Server>,
+    feed: Option<Feed>,
+    /// What happens to the microVM wakes the loop: somebody wants to know.
+    telling: bool,
     input: Input,
     /// The machine's descriptors are on `events`.
     watching: bool,
@@ -49,13 +64,18 @@ pub struct Monitor {
 }
 
 impl Monitor {
-    /// Waits for signals and `server`'s clients; from here on signals no longer end the process by themselves.
-    pub fn new(mut server: Option<Server>) -> Result<Self> {
+    /// Waits for signals and `server`'s clients, and tells `feed` what happens; from here on signals no
+    /// longer end the process by themselves.
+    pub fn new(mut server: Option<Server>, feed: Option<Feed>) -> Result<Self> {
         let events = Events::new()?;
         let signals = Signals::block()?;
         events.add(&signals, Interest::IN, SIGNALS)?;
         if let Some(server) = &mut server {
             server.register(&events, API)?;
+        }
+        if let Some(feed) = &feed {
+            // A regular file cannot be waited for, and need not be.
+            let _ = events.add(feed, Interest::OUT | Interest::EDGE_TRIGGERED, FEED);
         }
         let now = Instant::now();
         let input = Input::default();
@@ -63,6 +83,8 @@ impl Monitor {
             events,
             signals,
             server,
+            feed,
+            telling: false,
             input,
             watching: false,
             prepare_at: Some(now + IDLE),
@@ -70,17 +92,61 @@ impl Monitor {
         })
     }
 
-    /// Runs until the guest has ended. The terminal and the socket are in order when this returns,
-    /// and what the guest has written is out.
-    pub fn run(&mut self, mut controller: Controller) -> Result<Outcome> {
-        let outcome = self.wait(&mut controller);
+    /// Does what `start` does, runs until the guest has ended, and says how that ends the process by
+    /// `conclude`. The terminal and the socket are in order when this returns, what the guest has
+    /// written is out, and readers of events know.
+    pub fn run(
+        &mut self,
+        mut controller: Controller,
+        start: impl FnOnce(&mut Controller) -> Result<()>,
+        conclude: impl FnOnce(&Result<Outcome>) -> Ending,
+    ) -> Ending {
+        let outcome = start(&mut controller).and_then(|()| self.wait(&mut controller));
         // In this order: a reader of our output that hangs must not keep the terminal, the socket or
         // a deadly signal waiting.
         self.input.leave(&self.events);
+        let ending = conclude(&outcome);
+        self.say_last_words(&ending);
         self.server = None;
         self.signals.unblock();
         drop(controller);
-        outcome
+        ending
+    }
+
+    fn say_last_words(&mut self, ending: &Ending) {
+        events::tell(|| Event::Ended { reason: events::text(&ending.reason), exit_code: ending.code });
+        let deadline = Instant::now() + LAST_WORDS;
+        // An error is a reader that is gone.
+        while self.tell().is_ok() && self.is_behind() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Tells whoever wants to know what has happened.
+    fn tell(&mut self) -> Result<()> {
+        if let Some(feed) = &mut self.feed {
+            feed.tell();
+        }
+        match &mut self.server {
+            Some(server) => server.tell(&self.events),
+            None => Ok(()),
+        }
+    }
+
+    fn is_behind(&mut self) -> bool {
+        self.feed.as_mut().is_some_and(Feed::is_behind) || self.server.as_ref().is_some_and(Server::is_behind)
+    }
+
+    /// From the first reader on, what happens wakes the loop.
+    fn listen_for_events(&mut self) -> Result<()> {
+        let is_wanted = || self.feed.is_some() || self.server.as_ref().is_some_and(Server::has_readers);
+        if !self.telling && is_wanted() {
+            self.events.add(events::wake()?, Interest::IN, HAPPENED)?;
+            self.telling = true;
+            // What came before does not wake.
+            self.tell()?;
+        }
+        Ok(())
     }
 
     fn wait(&mut self, controller: &mut Controller) -> Result<Outcome> {
@@ -91,6 +157,7 @@ impl Monitor {
                     self.watch(machine)?;
                 }
                 if let Some(exit) = machine.exit() {
+                    events::tell(|| exit.event());
                     return Ok(Outcome::Ended(exit));
                 }
                 if self.look_at <= Instant::now() {
@@ -105,6 +172,7 @@ impl Monitor {
                 controller.prepare();
                 self.prepare_at = None;
             }
+            self.listen_for_events()?;
             self.events.wait(self.timeout(), &mut ready)?;
             if ready.is_empty() {
                 continue;
@@ -133,6 +201,12 @@ impl Monitor {
                     let _ = machine.console_room_fd().read();
                 }
             }
+            HAPPENED => {
+                // Another look may have taken the count away.
+                let _ = events::wake()?.read();
+                self.tell()?;
+            }
+            FEED => self.tell()?,
             token if (API..API + Server::TOKENS).contains(&token) => {
                 if let Some(server) = &mut self.server {
                     let mut serve =

@@ -5,6 +5,7 @@ use std::sync::{Arc, OnceLock};
 
 use crate::error::{Context, Result};
 use crate::event::EventFd;
+use crate::events::{self, Event};
 use crate::vm::gate::Gate;
 
 /// How a guest ended.
@@ -34,6 +35,18 @@ impl Exit {
             Self::Halted => 121,
             Self::TripleFault => 122,
             Self::Failed(_) => 123,
+        }
+    }
+
+    /// As readers of events are told.
+    pub fn event(&self) -> Event {
+        match self {
+            Self::PoweredOff => Event::PoweredOff,
+            Self::Reset => Event::Reset,
+            Self::Halted => Event::Halted,
+            Self::TripleFault => Event::Crashed,
+            Self::Code(code) => Event::Exited { code: *code },
+            Self::Failed(reason) => Event::Failed { reason: events::text(reason) },
         }
     }
 }

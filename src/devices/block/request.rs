@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::{Image, SECTOR};
 use crate::error::Result;
+use crate::events::{self, Event};
 use crate::log;
 use crate::virtio::Chain;
 use crate::virtio::buffers::Buffers;
@@ -77,7 +78,10 @@ impl Disk {
             Err(error) => {
                 let what =
                     ["read", "write", "", "", "flush"].get(kind as usize).copied().unwrap_or("request");
-                log::guest_line(format_args!("disk `{}`: {what} at sector {sector}: {error}", self.id));
+                let reason = format!("{what} at sector {sector}: {error}");
+                log::guest_line(format_args!("disk `{}`: {reason}", self.id));
+                let device = format!("disk `{}`", self.id);
+                events::tell(|| Event::DeviceError { device, reason, needs_reset: false });
                 IO_ERROR
             }
         }

@@ -8,6 +8,7 @@ use vm_memory::GuestAddressSpace;
 
 use super::{DRIVER_OK, F_EVENT_IDX, FEATURES_OK, NEEDS_RESET, Phase, QueueRegisters, Transport};
 use crate::error::{Error, Result};
+use crate::events::{self, Event};
 use crate::host::Host;
 use crate::log;
 use crate::virtio::workers::Job;
@@ -118,6 +119,11 @@ impl Transport {
     /// The device cannot go on: it asks its driver for a reset (virtio 1.2, 2.1.2).
     pub(in crate::virtio) fn fail(&mut self, error: &Error) {
         log::guest_line(format_args!("{} stopped and waits for a reset: {error}", self.name));
+        events::tell(|| Event::DeviceError {
+            device: self.name.clone(),
+            reason: events::text(error),
+            needs_reset: true,
+        });
         self.status |= NEEDS_RESET;
         if self.status & DRIVER_OK != 0 {
             self.interrupts.configuration_change();
