@@ -263,8 +263,8 @@ fn damaged_state_is_refused_or_harmless() {
         let mut suspended = guest.suspend();
         let sound = suspended.state.clone();
         for part in 0..sound.len() {
-            for at in 0..sound[part].len() {
-                let damage = [Some(0xff), Some(0x80), None][at % 3];
+            for at in (0..sound[part].len()).step_by(5) {
+                let damage = [Some(0xff), Some(0x80), None][at / 5 % 3];
                 suspended.state = sound.clone();
                 match damage {
                     Some(bits) => suspended.state[part][at] ^= bits,
@@ -457,4 +457,69 @@ fn a_chain_that_goes_nowhere_ends_in_a_reset_or_an_answer() {
         guest.start(0);
         host.exercise(device, &mut guest, 1);
     });
+}
+
+/// A disk that the guest can use, of this image.
+fn disk(host: &Host, image: &str) -> Device {
+    let disk = json!({
+        "drive_id": "disk", "path_on_host": host.folder.path(image), "is_root_device": false,
+    });
+    let kind = DEVICES.iter().find(|kind| kind.section == "drives").unwrap();
+    kind.parse(disk.to_string().as_bytes()).unwrap()
+}
+
+/// Does a block request (virtio 1.2, 5.2.6), and returns its status.
+fn transfer(guest: &mut Guest, kind: u8, sector: u64, data: &[u8]) -> u8 {
+    let mut header = [0; 16];
+    header[0] = kind;
+    header[8..].copy_from_slice(&sector.to_le_bytes());
+    let header = guest.allocate(&header);
+    let data = guest.allocate(data);
+    let status = guest.allocate(&[0xff]);
+    guest.request(0, &[(header, 0), (data, if kind == 0 { WRITE } else { 0 }), (status, WRITE)]);
+    guest.bytes(status)[0]
+}
+
+#[test]
+fn what_the_host_cannot_do_is_an_error_of_that_request_alone() {
+    const IO_ERROR: u8 = 1;
+    let host = Host::new();
+    let image = host.folder.path("small");
+    std::fs::write(&image, [7; 8 * SECTOR]).unwrap();
+    for kind in KINDS {
+        let mut guest = host.guest(kind, &disk(&host, "small"));
+        guest.start(0);
+        assert_eq!(transfer(&mut guest, 0, 6, &[0; SECTOR]), 0);
+        // Somebody makes the file shorter: reads beyond its end are short.
+        std::fs::File::options().write(true).open(&image).unwrap().set_len(4 * SECTOR as u64).unwrap();
+        assert_eq!(transfer(&mut guest, 0, 6, &[0; SECTOR]), IO_ERROR);
+        assert_eq!(transfer(&mut guest, 0, 3, &[0; 2 * SECTOR]), IO_ERROR);
+        assert_eq!(transfer(&mut guest, 0, 3, &[0; SECTOR]), 0);
+        std::fs::File::options().write(true).open(&image).unwrap().set_len(8 * SECTOR as u64).unwrap();
+        assert_eq!(transfer(&mut guest, 0, 6, &[0; SECTOR]), 0);
+        assert_eq!(guest.status() & NEEDS_RESET, 0);
+    }
+}
+
+#[test]
+fn a_full_host_is_an_error_of_the_write_that_found_it_full() {
+    const IO_ERROR: u8 = 1;
+    let host = Host::new();
+    // 64 KiB of room for a disk of 1 MiB.
+    let room = host.folder.path("room");
+    std::fs::create_dir(&room).unwrap();
+    common::mount_tmpfs(&room, 64 << 10);
+    let image = room.join("sparse");
+    std::fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    for kind in KINDS {
+        let mut guest = host.guest(kind, &disk(&host, "room/sparse"));
+        guest.start(0);
+        let block = [9; 8 * SECTOR];
+        let results: Vec<_> = (0..32).map(|index| transfer(&mut guest, 1, 64 * index, &block)).collect();
+        assert!(results.contains(&IO_ERROR) && results.iter().all(|code| *code <= IO_ERROR), "{results:?}");
+        assert_eq!(results[0], 0);
+        // What was written is there, and the disk goes on.
+        assert_eq!(transfer(&mut guest, 0, 0, &[0; SECTOR]), 0);
+        assert_eq!(guest.status() & NEEDS_RESET, 0);
+    }
 }

@@ -312,3 +312,13 @@ pub fn output(program: &str, arguments: &[&str]) -> Output {
     assert!(output.status.success(), "{program} {arguments:?}: {output:?}");
     output
 }
+
+/// Mounts a file system of `bytes` bytes, which this thread, and what it starts from now on, alone sees.
+#[allow(unsafe_code)]
+pub fn mount_tmpfs(place: &Path, bytes: u64) {
+    // SAFETY: the call takes a number and changes this thread only.
+    let result = unsafe { libc::unshare(libc::CLONE_NEWNS) };
+    assert_eq!(result, 0, "a mount namespace: {}", std::io::Error::last_os_error());
+    output("mount", &["--make-rprivate", "/"]);
+    output("mount", &["-t", "tmpfs", "-o", &format!("size={bytes}"), "tmpfs", place.to_str().unwrap()]);
+}
