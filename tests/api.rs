@@ -559,6 +559,58 @@ fn a_running_microvm_keeps_the_devices_it_started_with() {
 }
 
 #[test]
+fn called_firecracker_it_has_that_monitors_command_line_and_limits() {
+    let folder = common::Folder::new();
+    let firecracker = common::called("firecracker", &folder);
+    let output = |program: &std::path::Path, arguments: &[&str]| {
+        std::process::Command::new(program).args(arguments).output().unwrap()
+    };
+    let version = output(&firecracker, &["--version"]);
+    assert_eq!(
+        (version.status.code(), version.stdout.as_slice()),
+        (Some(0), &b"Firecracker v1.17.0\n\n"[..])
+    );
+    assert_eq!(output(&common::called("jailer", &folder), &["--version"]).stdout, b"Jailer v1.17.0\n\n");
+    let editor = common::called("snapshot-editor", &folder);
+    assert_eq!(output(&editor, &["--version"]).stdout, b"snapshot-editor 1.17.0\n");
+    let refused = output(&editor, &["edit-memory"]);
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("only --version is implemented yet"));
+    assert_eq!(output(&firecracker, &["--dance"]).status.code(), Some(153));
+    assert_eq!(output(&firecracker, &["--id", "a_b"]).status.code(), Some(153));
+    assert_eq!(output(&firecracker, &["--no-api"]).status.code(), Some(153));
+    assert_eq!(output(&firecracker, &["--no-api", "--config-file", "/none"]).status.code(), Some(1));
+
+    let socket = folder.path("s");
+    let mut command = std::process::Command::new(&firecracker);
+    command.args(["--id", "vm-7", "--no-seccomp", "--start-time-us", "1", "--api-sock"]).arg(&socket);
+    let _process = common::Process::spawn(command);
+    wait_for(|| UnixStream::connect(&socket).is_ok());
+    let mut client = Client::connect(&socket);
+    assert_eq!(client.ok("GET", "/", "").json()["id"], "vm-7");
+    let fault = client.request("PUT", "/machine-config", r#"{"vcpu_count": 33, "mem_size_mib": 64}"#).fault();
+    let expected = "Machine config error: The number of vCPUs must be greater than 0, less than 32 and must be 1 or \
+                    an even number if SMT is enabled.";
+    assert!(fault.starts_with(expected), "{fault}");
+    client.ok("PUT", "/machine-config", r#"{"vcpu_count": 32, "mem_size_mib": 64}"#);
+
+    let config = json!({
+        "boot-source": { "kernel_image_path": folder.firmware(), "boot_args": "case=serial end=9" },
+        "machine-config": { "vcpu_count": 33, "mem_size_mib": 16 },
+        "drives": [],
+    });
+    let file = folder.write("vm.json", config.to_string());
+    let refused = output(&firecracker, &["--no-api", "--config-file", file.to_str().unwrap()]);
+    assert_eq!(refused.status.code(), Some(1));
+    let text = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(
+        text.contains("vm.json`: `machine-config`: The number of vCPUs") && text.contains("less than 32")
+    );
+    // Ourselves, we only have the host's limit.
+    let ended = run(["serve", "--no-api", "--config-file", file.to_str().unwrap()]);
+    assert_eq!(ended.code, Some(9), "{}", ended.text);
+}
+
+#[test]
 fn one_image_has_one_writer() {
     let folder = common::Folder::new();
     let disk = folder.write("disk", [0; 4096]);

@@ -126,7 +126,7 @@ impl Controller {
     }
 
     fn set_machine_config(&mut self, machine: MachineConfig) -> Result<Response, String> {
-        machine.check().map_err(fault("Machine config error"))?;
+        self.config.check_machine(&machine).map_err(fault("Machine config error"))?;
         self.config.machine_config = machine;
         Ok(Response::Done)
     }

@@ -8,10 +8,12 @@ use lexopt::ValueExt;
 
 use crate::api::BODY_MAX;
 use crate::arch;
-use crate::config::{BootSource, Config};
+use crate::cli::persona::Persona;
+use crate::config::{BootSource, Config, MachineConfig};
 use crate::devices::KINDS;
 use crate::devices::kind::{CliOption, Device, Kind};
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
+use crate::log;
 
 /// Firecracker's limit on a microVM's name.
 const ID_MAX: usize = 64;
@@ -83,6 +85,9 @@ Options:
                            [default: anonymous-instance]
       --http-api-max-payload-size BYTES
                            The largest request body [default: 51200]
+      --no-seccomp, --seccomp-filter FILE, --start-time-us N, --start-time-cpu-us N,
+      --parent-cpu-time-us N, --mmds-size-limit N
+                           Accepted, without effect yet
   -h, --help               Print this
 
 The exit code is 0 when the guest powered off or reset, else as `alula run` returns it; 1 on errors, 153
@@ -130,16 +135,51 @@ pub struct Serve {
     pub events: Option<PathBuf>,
     pub id: String,
     pub http_api_max_payload_size: usize,
+    /// No microVM may have more CPUs.
+    pub vcpus_max: Option<u16>,
 }
 
-/// Parses the arguments after the program's name; the error is one line for the user.
+/// Parses the arguments, the program's name first; the error is one line for the user.
 pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, String> {
+    let mut arguments = arguments.into_iter();
+    match Persona::of(&arguments.next().unwrap_or_default()) {
+        Persona::Alula => alula(arguments),
+        persona => other(persona, arguments.collect()),
+    }
+}
+
+/// The command line of another program.
+fn other(persona: Persona, mut arguments: Vec<OsString>) -> Result<Command, String> {
+    let help = || match persona {
+        Persona::Firecracker => SERVE_HELP
+            .replace("Usage: alula serve", "Usage: firecracker")
+            .replace("alula serve", "firecracker"),
+        _ => "Only --version is implemented yet.\n".to_owned(),
+    };
+    if let Some(text) = persona.print(&arguments, help) {
+        return Ok(Command::Print(text));
+    }
+    match persona {
+        Persona::Firecracker => {
+            // What comes after it is not for this program.
+            if let Some(end) = arguments.iter().position(|argument| argument == "--") {
+                arguments.truncate(end);
+            }
+            serve(&mut lexopt::Parser::from_args(arguments), persona)
+                .map_err(|error| format!("{error}; see `firecracker --help`"))
+        }
+        _ => Err("only --version is implemented yet under this name: what this program does comes later"
+            .to_owned()),
+    }
+}
+
+fn alula(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, String> {
     let mut parser = lexopt::Parser::from_args(arguments);
     let command = match parser.next().map_err(|error| error.to_string())? {
         Some(Value(command)) => command,
         Some(Short('h') | Long("help")) => return Ok(Command::Print(HELP.to_owned())),
         Some(Short('V') | Long("version")) => {
-            return Ok(Command::Print(concat!("alula ", env!("CARGO_PKG_VERSION"), "\n").to_owned()));
+            return Ok(Command::Print(Persona::Alula.version()));
         }
         Some(other) => {
             return Err(format!("{}: a command comes first; see `alula --help`", other.unexpected()));
@@ -148,7 +188,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, S
     };
     let (parsed, name) = match command.to_str() {
         Some("run") => (run(&mut parser), "run"),
-        Some("serve") => (serve(&mut parser), "serve"),
+        Some("serve") => (serve(&mut parser, Persona::Alula), "serve"),
         Some("firmware") => match parser.next() {
             Ok(None) => return Ok(Command::Firmware),
             _ => return Err("`alula firmware` takes no arguments".to_owned()),
@@ -228,7 +268,7 @@ fn run_help() -> String {
     help + RUN_HELP_AFTER_DEVICES
 }
 
-fn serve(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
+fn serve(parser: &mut lexopt::Parser, persona: Persona) -> Result<Command, lexopt::Error> {
     let mut serve = Serve {
         api_sock: "/run/firecracker.socket".into(),
         config_file: None,
@@ -237,7 +277,9 @@ fn serve(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
         events: None,
         id: default_id(),
         http_api_max_payload_size: BODY_MAX,
+        vcpus_max: (persona == Persona::Firecracker).then_some(MachineConfig::FIRECRACKERS_VCPUS_MAX),
     };
+    let (mut custom_filter, mut no_seccomp) = (false, false);
     while let Some(argument) = parser.next()? {
         match argument {
             Long("api-sock") => serve.api_sock = parser.value()?.into(),
@@ -250,8 +292,28 @@ fn serve(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
                 serve.http_api_max_payload_size = value(parser, "--http-api-max-payload-size", number)?;
             }
             Short('h') | Long("help") => return Ok(Command::Print(SERVE_HELP.to_owned())),
+            // What a jailer says of itself, and sizes of what is not there yet: numbers nobody needs.
+            Long("start-time-us") => drop(value(parser, "--start-time-us", number::<u64>)?),
+            Long("start-time-cpu-us") => drop(value(parser, "--start-time-cpu-us", number::<u64>)?),
+            Long("parent-cpu-time-us") => drop(value(parser, "--parent-cpu-time-us", number::<u64>)?),
+            Long("mmds-size-limit") => drop(value(parser, "--mmds-size-limit", number::<u64>)?),
+            Long("no-seccomp") => no_seccomp = true,
+            Long("seccomp-filter") => {
+                parser.value()?;
+                custom_filter = true;
+            }
+            Long(
+                name @ ("metadata" | "log-path" | "level" | "module" | "show-level" | "show-log-origin"
+                | "metrics-path" | "boot-timer" | "snapshot-version" | "describe-snapshot"),
+            ) => return Err(format!("--{name} is not implemented yet: leave it out").into()),
             other => return Err(other.unexpected()),
         }
+    }
+    if no_seccomp && custom_filter {
+        return Err("--no-seccomp and --seccomp-filter cannot both be given".into());
+    }
+    if custom_filter {
+        log::line("--seccomp-filter has no effect: no filter is set up yet");
     }
     if serve.no_api && serve.config_file.is_none() {
         return Err("--no-api needs --config-file".into());
@@ -304,7 +366,9 @@ impl Serve {
     /// What the config file says, if there is one.
     pub fn config(&self) -> Result<Option<Config>> {
         let Some(path) = &self.config_file else { return Ok(None) };
-        let config = Config::from_file(path)?;
+        let mut config = Config::from_file(path)?;
+        config.vcpus_max = self.vcpus_max;
+        config.check().with_context(|| format!("read config file `{}`", path.display()))?;
         match config.boot_source {
             Some(_) => Ok(Some(config)),
             None => Err(Error::config(format!(
@@ -352,7 +416,42 @@ mod tests {
     use super::*;
 
     fn parsed(line: &str) -> Result<Command, String> {
-        parse(line.split_whitespace().map(OsString::from))
+        parse(std::iter::once("alula").chain(line.split_whitespace()).map(OsString::from))
+    }
+
+    fn firecracker(line: &str) -> Result<Command, String> {
+        parse(std::iter::once("/bin/firecracker").chain(line.split_whitespace()).map(OsString::from))
+    }
+
+    #[test]
+    fn firecrackers_command_line_is_taken_under_its_name() {
+        let line = "--id a-b --api-sock=/s --config-file f --no-api --enable-pci --no-seccomp --start-time-us 1 \
+                    --start-time-cpu-us 2 --parent-cpu-time-us 3 --http-api-max-payload-size 9 \
+                    --mmds-size-limit 10 -- run anything";
+        let Ok(Command::Serve(serve)) = firecracker(line) else { panic!("not a service") };
+        assert_eq!((serve.id.as_str(), serve.api_sock, serve.vcpus_max), ("a-b", "/s".into(), Some(32)));
+        assert!(serve.no_api && serve.enable_pci && serve.http_api_max_payload_size == 9);
+        let Ok(Command::Serve(serve)) = firecracker("") else { panic!("not a service") };
+        assert_eq!(serve.api_sock, PathBuf::from("/run/firecracker.socket"));
+        for (line, expected) in [
+            ("--api-sock /s --version --nonsense", "Firecracker v1.17.0\n\n"),
+            ("--help", "Firecracker v1.17.0\n\nWait for requests"),
+        ] {
+            let Ok(Command::Print(text)) = firecracker(line) else { panic!("{line}") };
+            assert!(text.starts_with(expected), "{text}");
+        }
+        for (line, expected) in [
+            ("run", "unexpected argument \"run\"; see `firecracker --help`"),
+            ("--start-time-us soon", "--start-time-us soon: expected a number"),
+            ("--metadata m", "--metadata is not implemented yet"),
+            ("--no-seccomp --seccomp-filter f", "cannot both be given"),
+            ("-- --version --api-sock", ""),
+        ] {
+            match firecracker(line) {
+                Err(error) => assert!(error.contains(expected), "{line}: {error}"),
+                Ok(_) => assert_eq!(expected, "", "{line}"),
+            }
+        }
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 mod arguments;
 mod monitor;
+mod persona;
 mod signals;
 mod terminal;
 
@@ -32,7 +33,7 @@ const SIGNAL_BASE: u8 = 128;
 /// Runs the command that the process was started with, and returns its exit code.
 pub fn main() -> u8 {
     clock::begin();
-    let command = match arguments::parse(std::env::args_os().skip(1)) {
+    let command = match arguments::parse(std::env::args_os()) {
         Ok(command) => command,
         Err(message) => {
             eprintln!("alula: {message}");
@@ -114,6 +115,7 @@ fn serve(arguments: Serve) -> Result<Ending> {
     }
     let mut config = config.unwrap_or_default();
     config.pci = arguments.enable_pci;
+    config.vcpus_max = arguments.vcpus_max;
     let controller = Controller::new(arguments.id.clone(), config);
     let mut monitor = Monitor::new(server, feed)?;
     let start = |controller: &mut Controller| match starts_at_once {

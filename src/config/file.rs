@@ -99,7 +99,7 @@ impl Config {
             source.check().map_err(in_section)
         } else if name == MACHINE_CONFIG {
             self.machine_config = serde_json::from_str(text).map_err(unreadable)?;
-            self.machine_config.check().map_err(in_section)
+            self.machine_config.check(None).map_err(in_section)
         } else if let Some(kind) = KINDS.iter().find(|kind| kind.section == name) {
             let list: Vec<&RawValue> = match kind.many {
                 true => serde_json::from_str(text).map_err(unreadable)?,

@@ -104,19 +104,25 @@ impl Default for MachineConfig {
 }
 
 impl MachineConfig {
-    /// Whether it makes sense in itself, whatever the host can do.
-    pub fn check(&self) -> Result<()> {
+    /// Of the monitor that we can stand in for.
+    pub const FIRECRACKERS_VCPUS_MAX: u16 = 32;
+
+    /// Whether it makes sense in itself, whatever the host can do; `vcpus_max` is a limit of the API
+    /// that is spoken.
+    pub fn check(&self, vcpus_max: Option<u16>) -> Result<()> {
         let cpus = self.vcpu_count;
-        if cpus == 0 || self.smt && cpus > 1 && !cpus.is_multiple_of(2) {
-            return Err(Error::config(
-                "The number of vCPUs must be greater than 0 and must be 1 or an even number if SMT is enabled \
-                 (`vcpu_count`, --cpus).",
-            ));
+        let too_many = vcpus_max.is_some_and(|most| cpus > most);
+        if cpus == 0 || too_many || self.smt && cpus > 1 && !cpus.is_multiple_of(2) {
+            let most = vcpus_max.map_or(String::new(), |most| format!(", less than {most}"));
+            return Err(Error::config(format!(
+                "The number of vCPUs must be greater than 0{most} and must be 1 or an even number if SMT is \
+                 enabled. (`vcpu_count`, --cpus)"
+            )));
         }
         if self.mem_size_mib == 0 {
             return Err(Error::config(
-                "The memory size (MiB) is either 0, or not a multiple of the configured page size \
-                 (`mem_size_mib`, --memory).",
+                "The memory size (MiB) is either 0, or not a multiple of the configured page size. \
+                 (`mem_size_mib`, --memory)",
             ));
         }
         if self.smt && !crate::arch::HAS_SMT {
@@ -152,7 +158,7 @@ mod tests {
 
     fn machine(text: &str) -> Result<MachineConfig, String> {
         let machine: MachineConfig = serde_json::from_str(text).map_err(|error| error.to_string())?;
-        machine.check().map_err(|error| error.to_string())?;
+        machine.check(None).map_err(|error| error.to_string())?;
         Ok(machine)
     }
 

@@ -27,6 +27,8 @@ pub struct Config {
     pub machine_config: MachineConfig,
     /// Devices are on a PCI bus instead of behind virtio-mmio (`--enable-pci`); not in a file.
     pub pci: bool,
+    /// No microVM may have more CPUs than this; not in a file.
+    pub vcpus_max: Option<u16>,
     /// What the embedded firmware guest is told beyond the machine's size (`alula run --cmdline`);
     /// not in a file.
     pub firmware_words: Option<String>,
@@ -37,11 +39,16 @@ pub struct Config {
 impl Config {
     /// Whether it makes sense in itself, whatever the host can do.
     pub fn check(&self) -> Result<()> {
-        self.machine_config.check().context("`machine-config`")?;
+        self.check_machine(&self.machine_config).context("`machine-config`")?;
         if let Some(source) = &self.boot_source {
             source.check().context("`boot-source`")?;
         }
         self.devices.iter().try_for_each(|device| device.check().with_context(|| device.name()))
+    }
+
+    /// Whether `machine` makes sense here.
+    pub fn check_machine(&self, machine: &MachineConfig) -> Result<()> {
+        machine.check(self.vcpus_max)
     }
 
     /// Puts a device into the configuration, in the place of one that it replaces.

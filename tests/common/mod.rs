@@ -22,6 +22,13 @@ pub fn alula() -> PathBuf {
     std::env::var_os("ALULA").map_or(env!("CARGO_BIN_EXE_alula").into(), PathBuf::from)
 }
 
+/// The monitor by another name, as an orchestrator calls it: a symbolic link in `folder`.
+pub fn called(name: &str, folder: &Folder) -> PathBuf {
+    let path = folder.path(name);
+    std::os::unix::fs::symlink(std::path::absolute(alula()).unwrap(), &path).unwrap();
+    path
+}
+
 /// A folder of the test's own, gone with it.
 pub struct Folder(pub PathBuf);
 
