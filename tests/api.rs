@@ -559,6 +559,185 @@ fn a_running_microvm_keeps_the_devices_it_started_with() {
 }
 
 #[test]
+fn a_put_says_everything_and_a_patch_what_it_names() {
+    let service = Service::start(&[]);
+    let mut client = service.client();
+    let whole = |cpus: u16, mib: u64| {
+        json!({
+            "vcpu_count": cpus, "mem_size_mib": mib, "smt": false, "track_dirty_pages": false, "huge_pages": "None"
+        })
+    };
+    assert_eq!(client.ok("GET", "/machine-config", "").json(), whole(1, 128));
+    for (method, body, expected) in [
+        ("PUT", r#"{"vcpu_count": 2, "mem_size_mib": 64, "cpu_template": "None"}"#, whole(2, 64)),
+        ("PUT", r#"{"vcpu_count": 1, "mem_size_mib": 64, "smt": false}"#, whole(1, 64)),
+        ("PATCH", r#"{"mem_size_mib": 65}"#, whole(1, 65)),
+        ("PATCH", r#"{"vcpu_count": 4, "smt": null}"#, whole(4, 65)),
+        ("PATCH", r#"{"cpu_template": "None"}"#, whole(4, 65)),
+    ] {
+        let response = client.ok(method, "/machine-config", body);
+        assert_eq!(response.head.contains("Deprecation: true\r\n"), body.contains("cpu_template"), "{body}");
+        assert_eq!(client.ok("GET", "/machine-config", "").json(), expected, "{method} {body}");
+    }
+    let disk = service.folder.write("disk", [0; 4096]);
+    let put = |client: &mut Client, more: serde_json::Value| {
+        let mut body = json!({ "drive_id": "d", "is_root_device": false, "path_on_host": disk });
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        client.ok("PUT", "/drives/d", &body.to_string());
+        client.ok("GET", "/vm/config", "").json()["drives"][0].clone()
+    };
+    let drive =
+        put(&mut client, json!({ "is_read_only": true, "cache_type": "Writeback", "partuuid": "1-2" }));
+    assert_eq!(
+        (&drive["is_read_only"], &drive["cache_type"], &drive["partuuid"]),
+        (&json!(true), &json!("Writeback"), &json!("1-2"))
+    );
+    let drive = put(&mut client, json!({ "partuuid": null, "rate_limiter": null, "socket": null }));
+    assert_eq!(
+        (&drive["is_read_only"], &drive["cache_type"], &drive["io_engine"], &drive["partuuid"]),
+        (&json!(false), &json!("Unsafe"), &json!("Sync"), &json!(null))
+    );
+}
+
+#[test]
+fn faults_are_those_that_clients_know() {
+    let service = Service::start(&[]);
+    let mut client = service.client();
+    let memory = "Machine config error: The memory size (MiB) is either 0, or not a multiple of the configured \
+                  page size.";
+    let id = "API Resource IDs can only contain alphanumeric characters and underscores.";
+    let serde = "An error occurred when deserializing the json body of a request: ";
+    for (method, path, body, expected) in [
+        ("PUT", "/machine-config", r#"{"vcpu_count": 1, "mem_size_mib": 0}"#, memory.to_owned()),
+        (
+            "PUT",
+            "/machine-config",
+            r#"{"vcpu_count":1,"mem_size_mib":3,"huge_pages":"2M"}"#,
+            memory.to_owned(),
+        ),
+        ("PATCH", "/machine-config", r#"{"mem_size_mib": 0}"#, memory.to_owned()),
+        ("PATCH", "/machine-config", "{}", "Empty PATCH request.".to_owned()),
+        ("PATCH", "/machine-config", "", "Empty PATCH request.".to_owned()),
+        (
+            "PATCH",
+            "/machine-config",
+            r#"{"vcpu_count": 1, "vcpu_count": 2}"#,
+            format!("{serde}duplicate field `vcpu_count`"),
+        ),
+        (
+            "PUT",
+            "/machine-config",
+            r#"{"vcpu_count": 256.5}"#,
+            format!("{serde}invalid type: floating point"),
+        ),
+        (
+            "PUT",
+            "/machine-config",
+            r#"{"mem_size_mib": 1e40}"#,
+            format!("{serde}invalid type: floating point"),
+        ),
+        ("PUT", "/machine-config", r#"{"mem_size_mib": -1}"#, format!("{serde}invalid value: integer `-1`")),
+        ("PUT", "/drives/a-b", "{}", id.to_owned()),
+        ("PUT", "/network-interfaces/a%20b", "{}", id.to_owned()),
+        ("PUT", "/drives/", "{}", "The ID cannot be empty.".to_owned()),
+        ("PUT", "/network-interfaces", "{}", "The ID cannot be empty.".to_owned()),
+        ("DELETE", "/drives/a", "{}", "Empty Delete request.".to_owned()),
+        ("PUT", "/unknown", "", "Empty PUT request.".to_owned()),
+        ("PATCH", "/unknown", "", "Empty PATCH request.".to_owned()),
+        ("GET", "/unknown", "", "Invalid request method and/or path: GET unknown.".to_owned()),
+        ("GET", "/unknown", "{}", "GET request cannot have a body.".to_owned()),
+        (
+            "GET",
+            "/machine-config?x",
+            "",
+            "Invalid request method and/or path: GET machine-config?x.".to_owned(),
+        ),
+        (
+            "PUT",
+            "/machine-config?x",
+            "{}",
+            "Invalid request method and/or path: PUT machine-config?x.".to_owned(),
+        ),
+        ("GET", "/drives/a", "", "Invalid request method and/or path: GET drives.".to_owned()),
+        ("PATCH", "/actions", "{}", "Invalid request method and/or path: PATCH actions.".to_owned()),
+        ("PATCH", "/vm", r#"{"state": "Running"}"#, format!("{serde}unknown variant `Running`")),
+        ("PUT", "/boot-source", r#"{"kernel_image_path": "/none"}"#, "Boot source error: ".to_owned()),
+        ("PUT", "/entropy", r#"{"rate": 1}"#, format!("{serde}unknown field `rate`")),
+        (
+            "PUT",
+            "/drives/a",
+            r#"{"drive_id": "a", "is_root_device": true, "path_on_host": "/none"}"#,
+            "Drive config error: ".to_owned(),
+        ),
+        (
+            "PUT",
+            "/network-interfaces/a",
+            r#"{"iface_id": "a", "host_dev_name": "none9", "guest_mac": null}"#,
+            "Network config error: ".to_owned(),
+        ),
+        (
+            "PUT",
+            "/network-interfaces/a",
+            r#"{"iface_id": "a", "host_dev_name": "none9", "mtu": 70000}"#,
+            format!("{serde}invalid value: integer `70000`, expected u16"),
+        ),
+    ] {
+        let response = client.request(method, path, body);
+        assert!(response.fault().starts_with(&expected), "{method} {path} {body}: {response:?}");
+        assert!(response.head.contains("\r\nContent-Type: application/json\r\n"), "{response:?}");
+    }
+    // Names may be of any script.
+    let disk = service.folder.write("disk", [0; 4096]);
+    let body = json!({ "drive_id": "плата_1", "is_root_device": false, "path_on_host": disk }).to_string();
+    client.ok("PUT", "/drives/плата_1", &body);
+}
+
+#[test]
+fn what_does_not_exist_yet_says_so() {
+    let service = Service::start(&[]);
+    let mut client = service.client();
+    for (method, path) in [
+        ("GET", "/balloon"),
+        ("PUT", "/balloon"),
+        ("PATCH", "/balloon"),
+        ("GET", "/balloon/statistics"),
+        ("PATCH", "/balloon/statistics"),
+        ("PATCH", "/balloon/hinting/start"),
+        ("PUT", "/cpu-config"),
+        ("PUT", "/pmem/p"),
+        ("DELETE", "/pmem/p"),
+        ("GET", "/mmds"),
+        ("PUT", "/mmds"),
+        ("PATCH", "/mmds"),
+        ("PUT", "/mmds/config"),
+        ("PUT", "/hotplug/memory"),
+        ("GET", "/hotplug/memory"),
+        ("PUT", "/snapshot/create"),
+        ("PUT", "/snapshot/load"),
+        ("PUT", "/vsock"),
+    ] {
+        let body = if ["GET", "DELETE"].contains(&method) { "" } else { "{}" };
+        let fault = client.request(method, path, body).fault();
+        assert_eq!(fault, format!("`{method} {path}` is not implemented yet."));
+    }
+}
+
+#[test]
+fn a_client_cannot_close_by_a_header_or_skip_a_line() {
+    let service = Service::start(&[]);
+    let mut client = service.client();
+    client.send("GET / HTTP/1.1\r\nConnection: close\r\n\r\n");
+    let response = client.receive();
+    assert!(response.head.contains("Connection: keep-alive"), "{response:?}");
+    client.ok("GET", "/version", "");
+    // Of pipelined requests, those before the one that is not HTTP are answered.
+    client.send("GET / HTTP/1.1\r\n\r\nGARBAGE\r\n\r\nGET / HTTP/1.1\r\n\r\n");
+    assert_eq!(client.receive().status(), "200");
+    assert_eq!(client.receive().status(), "400");
+    assert_eq!(client.receive().head, "");
+}
+
+#[test]
 fn called_firecracker_it_has_that_monitors_command_line_and_limits() {
     let folder = common::Folder::new();
     let firecracker = common::called("firecracker", &folder);

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use super::{API_VERSION, Action, Request, Response, VmState, observe, routes};
 use crate::arch;
@@ -62,12 +62,11 @@ impl Controller {
 
     /// Parses a request and does it.
     pub fn serve(&mut self, method: &str, path: &str, body: &[u8]) -> Response {
-        let response = match routes::route(method, path, body).and_then(|request| self.handle(request)) {
-            Ok(response) => response,
-            Err(message) => Response::Fault(message),
-        };
+        let request = routes::route(method, path, body);
+        let deprecated = request.as_ref().is_ok_and(Request::is_deprecated);
+        let response = request.and_then(|request| self.handle(request)).unwrap_or_else(Response::Fault);
         observe::served(method, path, &response);
-        response
+        if deprecated { Response::Deprecated(Box::new(response)) } else { response }
     }
 
     /// Does one request; the error is the fault message.
@@ -106,7 +105,7 @@ impl Controller {
             VmConfig => Ok(Response::Value(to_value(&self.config))),
             Events => Ok(Response::Events),
             PutMachineConfig(machine) => self.set_machine_config(machine),
-            PatchMachineConfig(fields) => self.patch_machine_config(&fields),
+            PatchMachineConfig(patch) => self.set_machine_config(self.config.machine_config.patched(&patch)),
             PutBootSource(source) => self.set_boot_source(source),
             PutDevice(device) => self.put_device(device),
             PatchDevice(kind, change) => self.patch_device(kind, change),
@@ -129,11 +128,6 @@ impl Controller {
         self.config.check_machine(&machine).map_err(fault("Machine config error"))?;
         self.config.machine_config = machine;
         Ok(Response::Done)
-    }
-
-    fn patch_machine_config(&mut self, fields: &Map<String, Value>) -> Result<Response, String> {
-        let machine = self.config.machine_config.patched(fields).map_err(routes::deserializing)?;
-        self.set_machine_config(machine)
     }
 
     /// The files are opened now: a wrong path is refused where it is named, and what is at the path

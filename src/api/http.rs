@@ -125,6 +125,12 @@ pub fn response_bytes(response: &Response) -> Vec<u8> {
             "HTTP/1.1 200 \r\nServer: {SERVER}\r\nConnection: close\r\nContent-Type: application/x-ndjson\r\n\r\n"
         )
         .into_bytes(),
+        Response::Deprecated(response) => {
+            let mut bytes = response_bytes(response);
+            let common = head("204").len() - 2;
+            bytes.splice(common..common, *b"Deprecation: true\r\n");
+            bytes
+        }
     }
 }
 
@@ -205,6 +211,11 @@ mod tests {
         let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
         let common = "Server: Firecracker API\r\nConnection: keep-alive\r\n";
         assert_eq!(text(response_bytes(&Response::Done)), format!("HTTP/1.1 204 \r\n{common}\r\n"));
+        let deprecated = Response::Deprecated(Box::new(Response::Done));
+        let expected = format!("HTTP/1.1 204 \r\n{common}Deprecation: true\r\n\r\n");
+        assert_eq!(text(response_bytes(&deprecated)), expected);
+        let deprecated = Response::Deprecated(Box::new(Response::Fault("no".to_owned())));
+        assert!(text(response_bytes(&deprecated)).contains("alive\r\nDeprecation: true\r\nContent-Type: "));
         assert_eq!(
             text(response_bytes(&Response::Fault("no".to_owned()))),
             format!(

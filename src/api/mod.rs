@@ -9,9 +9,9 @@ mod routes;
 mod server;
 
 use serde::Deserialize;
-use serde_json::{Map, Value};
+use serde_json::Value;
 
-use crate::config::{BootSource, MachineConfig};
+use crate::config::{BootSource, MachineConfig, MachinePatch};
 use crate::devices::kind::{Change, Device, Kind};
 
 pub use handle::Controller;
@@ -37,8 +37,8 @@ pub enum Request {
     Events,
     /// `PUT /machine-config`
     PutMachineConfig(MachineConfig),
-    /// `PATCH /machine-config`: the fields to change.
-    PatchMachineConfig(Map<String, Value>),
+    /// `PATCH /machine-config`
+    PatchMachineConfig(MachinePatch),
     /// `PUT /boot-source`
     PutBootSource(BootSource),
     /// `PUT /{path of its kind}[/{id}]`
@@ -51,6 +51,17 @@ pub enum Request {
     Action(Action),
     /// `PATCH /vm`
     PatchVm(VmState),
+}
+
+impl Request {
+    /// The client uses a field that newer clients no longer use: it is told so.
+    fn is_deprecated(&self) -> bool {
+        match self {
+            Self::PutMachineConfig(machine) => machine.cpu_template.is_some(),
+            Self::PatchMachineConfig(patch) => patch.cpu_template.is_some(),
+            _ => false,
+        }
+    }
 }
 
 /// What can be done to a microVM.
@@ -81,4 +92,6 @@ pub enum Response {
     Fault(String),
     /// What has happened and what will, a line each, until the process ends (200).
     Events,
+    /// The answer to a request with a field of old (`Deprecation` header).
+    Deprecated(Box<Response>),
 }

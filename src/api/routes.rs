@@ -2,11 +2,11 @@
 
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use serde_json::{Map, Value};
 
 use super::{Action, Request, VmState};
-use crate::devices::KINDS;
+use crate::config::MachinePatch;
 use crate::devices::kind::Kind;
+use crate::devices::{self, KINDS};
 
 /// First path tokens of Firecracker's API that are not served yet: refused as such, not as unknown.
 const NOT_IMPLEMENTED: [&str; 11] = [
@@ -41,6 +41,7 @@ pub fn route(method: &str, path: &str, body: &[u8]) -> Result<Request, String> {
         ("GET", false) => return Err("GET request cannot have a body.".to_owned()),
         ("PUT", true) => return Err("Empty PUT request.".to_owned()),
         ("PATCH", true) => return Err("Empty PATCH request.".to_owned()),
+        ("DELETE", false) => return Err("Empty Delete request.".to_owned()),
         _ => {}
     }
     let path_whole = path;
@@ -61,11 +62,11 @@ pub fn route(method: &str, path: &str, body: &[u8]) -> Result<Request, String> {
         ("GET", ["events"]) => Request::Events,
         ("PUT", ["machine-config"]) => Request::PutMachineConfig(parse(body)?),
         ("PATCH", ["machine-config"]) => {
-            let fields: Map<String, Value> = parse(body)?;
-            if fields.is_empty() {
+            let patch: MachinePatch = parse(body)?;
+            if patch == MachinePatch::default() {
                 return Err("Empty PATCH request.".to_owned());
             }
-            Request::PatchMachineConfig(fields)
+            Request::PatchMachineConfig(patch)
         }
         ("PUT", ["boot-source"]) => Request::PutBootSource(parse(body)?),
         ("PUT", ["actions"]) => Request::Action(parse::<ActionBody>(body)?.action_type),
@@ -84,6 +85,9 @@ fn device(kind: &'static Kind, method: &str, id: &str, body: &[u8]) -> Result<Re
             ("PUT" | "PATCH" | "DELETE", true) => "The ID cannot be empty.".to_owned(),
             _ => invalid(method, kind.path),
         });
+    }
+    if kind.many {
+        devices::check_id(id).map_err(|error| error.to_string())?;
     }
     let same_id = |other: &str| match other == id {
         true => Ok(()),
@@ -162,6 +166,11 @@ mod tests {
             ("GET", "/machine-config", "{}", "GET request cannot have a body.".to_owned()),
             ("PUT", "/machine-config", "", "Empty PUT request.".to_owned()),
             ("PATCH", "/vm", "", "Empty PATCH request.".to_owned()),
+            ("PUT", "/unknown", "", "Empty PUT request.".to_owned()),
+            ("DELETE", "/drives/a", "{}", "Empty Delete request.".to_owned()),
+            ("DELETE", "/drives", "", "The ID cannot be empty.".to_owned()),
+            ("DELETE", "/machine-config", "", format!("{invalid} DELETE machine-config.")),
+            ("PATCH", "/machine-config", r#"{"smt":null}"#, "Empty PATCH request.".to_owned()),
             ("PATCH", "/machine-config", "{}", "Empty PATCH request.".to_owned()),
             ("PUT", "/nothing", "{}", format!("{invalid} PUT nothing.")),
             ("GET", "/machine-config?x", "", format!("{invalid} GET machine-config?x.")),

@@ -347,7 +347,10 @@ impl Run {
         }
         match &mut config.boot_source {
             Some(source) if self.cmdline.is_some() => source.boot_args = self.cmdline.clone(),
-            Some(_) => {}
+            // Who runs a guest in a terminal wants to hear of it.
+            Some(source) => {
+                source.boot_args.get_or_insert_with(|| arch::DEFAULT_COMMAND_LINE.to_owned());
+            }
             None => config.firmware_words = self.cmdline.clone(),
         }
         for device in &self.devices {

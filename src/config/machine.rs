@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 
@@ -15,13 +14,17 @@ pub struct BootSource {
     pub kernel_image_path: PathBuf,
     /// The initial ramdisk.
     pub initrd_path: Option<PathBuf>,
-    /// The kernel's command line; none: `arch::DEFAULT_COMMAND_LINE`.
+    /// The kernel's command line; none: `DEFAULT_BOOT_ARGS`.
     pub boot_args: Option<String>,
 }
 
 impl BootSource {
     /// Longest command line that both architectures' Linux takes: COMMAND_LINE_SIZE without the NUL.
     pub const BOOT_ARGS_MAX: usize = 2047;
+
+    /// Firecracker's command line for who gives none: a guest that says nothing and reboots when it panics.
+    pub const DEFAULT_BOOT_ARGS: &str =
+        "reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux i8042.nomux i8042.dumbkbd swiotlb=noforce";
 
     /// Whether it makes sense in itself; the files are looked at when they are opened.
     pub fn check(&self) -> Result<()> {
@@ -57,11 +60,15 @@ pub struct MachineConfig {
     #[serde(default)]
     pub track_dirty_pages: bool,
     /// A named set of CPU features.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "is_no_template")]
     pub cpu_template: Option<CpuTemplate>,
     /// What backs guest memory.
     #[serde(default)]
     pub huge_pages: HugePages,
+}
+
+fn is_no_template(template: &Option<CpuTemplate>) -> bool {
+    matches!(template, None | Some(CpuTemplate::None))
 }
 
 /// Firecracker's static CPU templates.
@@ -119,7 +126,8 @@ impl MachineConfig {
                  enabled. (`vcpu_count`, --cpus)"
             )));
         }
-        if self.mem_size_mib == 0 {
+        let page_mib = if self.huge_pages == HugePages::None { 1 } else { 2 };
+        if self.mem_size_mib == 0 || !self.mem_size_mib.is_multiple_of(page_mib) {
             return Err(Error::config(
                 "The memory size (MiB) is either 0, or not a multiple of the configured page size. \
                  (`mem_size_mib`, --memory)",
@@ -127,7 +135,7 @@ impl MachineConfig {
         }
         if self.smt && !crate::arch::HAS_SMT {
             return Err(Error::config(
-                "Enabling simultaneous multithreading is not supported on aarch64 (`smt`).",
+                "Enabling simultaneous multithreading is not supported on aarch64. (`smt`)",
             ));
         }
         let not_yet = |field| Err(Error::config(format!("`{field}` is not implemented yet: leave it out")));
@@ -141,15 +149,30 @@ impl MachineConfig {
         }
     }
 
-    /// This configuration with the fields of `patch` changed; serde's message when they do not fit.
-    pub fn patched(&self, patch: &Map<String, Value>) -> Result<Self, serde_json::Error> {
-        let mut fields = serde_json::to_value(self)?;
-        let fields_map = fields.as_object_mut().expect("a struct is an object");
-        // A null is a field left out, as for every optional field.
-        let given = patch.iter().filter(|(_, value)| !value.is_null());
-        fields_map.extend(given.map(|(name, value)| (name.clone(), value.clone())));
-        serde_json::from_value(fields)
+    /// This configuration with what `patch` names changed.
+    pub fn patched(&self, patch: &MachinePatch) -> Self {
+        Self {
+            vcpu_count: patch.vcpu_count.unwrap_or(self.vcpu_count),
+            mem_size_mib: patch.mem_size_mib.unwrap_or(self.mem_size_mib),
+            smt: patch.smt.unwrap_or(self.smt),
+            track_dirty_pages: patch.track_dirty_pages.unwrap_or(self.track_dirty_pages),
+            cpu_template: patch.cpu_template.or(self.cpu_template),
+            huge_pages: patch.huge_pages.unwrap_or(self.huge_pages),
+        }
     }
+}
+
+/// Body of `PATCH /machine-config`: what is to be changed of it.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields)]
+#[allow(missing_docs, reason = "as in `MachineConfig`")]
+pub struct MachinePatch {
+    pub vcpu_count: Option<u16>,
+    pub mem_size_mib: Option<u64>,
+    pub smt: Option<bool>,
+    pub track_dirty_pages: Option<bool>,
+    pub cpu_template: Option<CpuTemplate>,
+    pub huge_pages: Option<HugePages>,
 }
 
 #[cfg(test)]
@@ -175,6 +198,11 @@ mod tests {
             (r#"{"vcpu_count":"1","mem_size_mib":1}"#, "invalid type: string"),
             (r#"{"vcpu_count":1,"mem_size_mib":1,"speed":9}"#, "unknown field `speed`"),
             (r#"{"vcpu_count":1,"mem_size_mib":2,"huge_pages":"2M"}"#, "`huge_pages` is not implemented yet"),
+            (
+                r#"{"vcpu_count":1,"mem_size_mib":3,"huge_pages":"2M"}"#,
+                "not a multiple of the configured page",
+            ),
+            (r#"{"vcpu_count":1,"mem_size_mib":3,"huge_pages":"Transparent"}"#, "not a multiple of the"),
             (r#"{"vcpu_count":1,"mem_size_mib":2,"huge_pages":"1G"}"#, "unknown variant `1G`"),
             (r#"{"vcpu_count":1,"mem_size_mib":2,"cpu_template":"T2"}"#, "`cpu_template` is not implemented"),
             (r#"{"vcpu_count":1,"mem_size_mib":2,"track_dirty_pages":true}"#, "`track_dirty_pages` is not"),
@@ -186,13 +214,9 @@ mod tests {
 
     #[test]
     fn a_patch_changes_what_it_names() {
-        let patch = |text: &str| {
-            let fields: Map<String, Value> = serde_json::from_str(text).unwrap();
-            MachineConfig::default().patched(&fields)
-        };
-        let patched = patch(r#"{"mem_size_mib": 256, "smt": null}"#).unwrap();
+        let patch: MachinePatch = serde_json::from_str(r#"{"mem_size_mib": 256, "smt": null}"#).unwrap();
+        let patched = MachineConfig::default().patched(&patch);
         assert_eq!(patched, MachineConfig { mem_size_mib: 256, ..Default::default() });
-        assert!(patch(r#"{"vcpus": 2}"#).unwrap_err().to_string().contains("unknown field `vcpus`"));
     }
 
     #[test]

@@ -12,7 +12,7 @@ use crate::devices::kind::{Device, Kind};
 use crate::error::{Context, Result};
 
 pub use file::Problem;
-pub use machine::{BootSource, CpuTemplate, HugePages, MachineConfig};
+pub use machine::{BootSource, CpuTemplate, HugePages, MachineConfig, MachinePatch};
 
 const BOOT_SOURCE: &str = "boot-source";
 const MACHINE_CONFIG: &str = "machine-config";

@@ -26,7 +26,7 @@ fn copy_config(config: &[u8], offset: u64, data: &mut [u8]) {
 }
 
 /// Whether `id` can name a resource of the API.
-fn check_id(id: &str) -> Result<()> {
+pub fn check_id(id: &str) -> Result<()> {
     if id.is_empty() {
         return Err(Error::config("The ID cannot be empty."));
     }
