@@ -1,0 +1,196 @@
+//! `alula run`: its options, its help, and the configuration that comes of it.
+
+use std::path::PathBuf;
+
+use lexopt::Arg::{Long, Short, Value};
+use lexopt::ValueExt;
+
+use super::{Command, default_id, id, number, value};
+use crate::arch;
+use crate::config::{BootSource, Config};
+use crate::devices::KINDS;
+use crate::devices::kind::{CliOption, Device, Kind};
+use crate::error::Result;
+
+const RUN_HELP_BEFORE_DEVICES: &str = "\
+Boot a guest, put its console on this terminal and return how it ended. Ctrl-A X leaves.
+
+Usage: alula run [OPTIONS] [KERNEL]
+
+KERNEL is vmlinux or bzImage on x86_64, Image on aarch64. Without it, the embedded firmware guest
+boots: a self-test of this host.
+
+Options:
+      --initrd FILE      The initial ramdisk
+      --cmdline TEXT     The kernel's command line [default: the serial console, and an end when it
+                         panics]; for the firmware guest: what it is to do
+      --cpus N           How many CPUs [default: 1]
+      --memory SIZE      Memory with its unit, M or G (MiB, GiB); a bare number is MiB [default: 128M]
+";
+
+const RUN_HELP_AFTER_DEVICES: &str =
+    "      --enable-pci       Devices on a PCI bus instead of behind virtio-mmio
+      --config FILE      Read the configuration from this JSON file (Firecracker's format); other
+                         options override it
+      --api-sock SOCKET  Also serve the control API on this socket
+      --events PATH      Write what happens to the guest there, a JSON object a line: a file, a FIFO, or
+                         `fd:N`, an inherited descriptor
+      --id ID            The microVM's name in the API: 1 to 64 letters, digits and hyphens
+                         [default: anonymous-instance]
+  -h, --help             Print this
+
+The exit code is the guest's own (docs/exit-codes.md): 0 powered off, N the code it wrote to the exit
+register, 120 reset, 121 halted for good, 122 triple fault, 123 KVM could not go on running it; 125 it
+could not be started, 130 left by Ctrl-A X, 153 wrong arguments.
+
+Examples:
+  alula run
+  alula run vmlinux --initrd initramfs.cpio --cpus 2 --memory 512M
+";
+
+/// `alula run`.
+#[derive(Debug)]
+pub struct Run {
+    pub kernel: Option<PathBuf>,
+    pub initrd: Option<PathBuf>,
+    pub cmdline: Option<String>,
+    pub cpus: Option<u16>,
+    pub memory_mib: Option<u64>,
+    /// Those that the options of `KINDS` add.
+    pub devices: Vec<Device>,
+    pub enable_pci: bool,
+    pub config: Option<PathBuf>,
+    pub api_sock: Option<PathBuf>,
+    pub events: Option<PathBuf>,
+    pub id: String,
+}
+
+/// Parses what comes after `alula run`.
+pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
+    let mut run = Run {
+        kernel: None,
+        initrd: None,
+        cmdline: None,
+        cpus: None,
+        memory_mib: None,
+        devices: Vec::new(),
+        enable_pci: false,
+        config: None,
+        api_sock: None,
+        events: None,
+        id: default_id(),
+    };
+    while let Some(argument) = parser.next()? {
+        match argument {
+            Long("initrd") => run.initrd = Some(parser.value()?.into()),
+            Long("cmdline") => run.cmdline = Some(parser.value()?.string()?),
+            Long("cpus") => run.cpus = Some(value(parser, "--cpus", number)?),
+            Long("memory") => run.memory_mib = Some(value(parser, "--memory", mebibytes)?),
+            Long("enable-pci") => run.enable_pci = true,
+            Long("config") => run.config = Some(parser.value()?.into()),
+            Long("api-sock") => run.api_sock = Some(parser.value()?.into()),
+            Long("events") => run.events = Some(parser.value()?.into()),
+            Long("id") => run.id = value(parser, "--id", id)?,
+            Short('h') | Long("help") => return Ok(Command::Print(run_help())),
+            Long(name) if let Some(kind) = KINDS.iter().find(|kind| kind.option.name == name) => {
+                let device = device(parser, kind, &run.devices)?;
+                run.devices.push(device);
+            }
+            Value(kernel) if run.kernel.is_none() => run.kernel = Some(kernel.into()),
+            other => return Err(other.unexpected()),
+        }
+    }
+    if run.initrd.is_some() && run.kernel.is_none() {
+        return Err("--initrd needs a kernel".into());
+    }
+    Ok(Command::Run(run))
+}
+
+/// The device that an option of the table adds to those before it.
+fn device(parser: &mut lexopt::Parser, kind: &Kind, before: &[Device]) -> Result<Device, lexopt::Error> {
+    let number = before.iter().filter(|device| device.kind() == kind).count();
+    match kind.option.value {
+        "" => Ok(kind.from_option("", number)?),
+        _ => value(parser, &format!("--{}", kind.option.name), |text| kind.from_option(text, number)),
+    }
+}
+
+fn run_help() -> String {
+    /// Where descriptions begin.
+    const COLUMN: usize = 25;
+    let mut help = RUN_HELP_BEFORE_DEVICES.to_owned();
+    for CliOption { name, value, help: description } in KINDS.iter().map(|kind| kind.option) {
+        let option = format!("      --{name} {value}");
+        let first =
+            if option.trim_end().len() < COLUMN - 1 { format!("{option:COLUMN$}") } else { option + "\n" };
+        help += &first;
+        for (number, line) in description.lines().enumerate() {
+            let indent = if number == 0 && !first.ends_with('\n') { 0 } else { COLUMN };
+            help += &format!("{:indent$}{line}\n", "");
+        }
+    }
+    help + RUN_HELP_AFTER_DEVICES
+}
+
+impl Run {
+    /// What the config file says, and on top of it what the options say.
+    pub fn config(&self) -> Result<Config> {
+        let mut config = match &self.config {
+            Some(path) => Config::from_file(path)?,
+            None => Config::default(),
+        };
+        if let Some(kernel) = &self.kernel {
+            config.boot_source = Some(BootSource {
+                kernel_image_path: kernel.clone(),
+                initrd_path: self.initrd.clone(),
+                boot_args: None,
+            });
+        }
+        match &mut config.boot_source {
+            Some(source) if self.cmdline.is_some() => source.boot_args = self.cmdline.clone(),
+            // Who runs a guest in a terminal wants to hear of it.
+            Some(source) => {
+                source.boot_args.get_or_insert_with(|| arch::DEFAULT_COMMAND_LINE.to_owned());
+            }
+            None => config.firmware_words = self.cmdline.clone(),
+        }
+        for device in &self.devices {
+            config.put(device.clone())?;
+        }
+        config.pci = self.enable_pci;
+        let machine = &mut config.machine_config;
+        machine.vcpu_count = self.cpus.unwrap_or(machine.vcpu_count);
+        machine.mem_size_mib = self.memory_mib.unwrap_or(machine.mem_size_mib);
+        config.check()?;
+        Ok(config)
+    }
+}
+
+/// A size in MiB: `256M`, `2G`, `256`.
+fn mebibytes(text: &str) -> Result<u64, String> {
+    let expected = || "expected a size like 256M or 2G".to_owned();
+    let (digits, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
+    let number: u64 = digits.parse().map_err(|_| expected())?;
+    let factor = match unit.trim_end_matches("iB").trim_end_matches('B') {
+        "" | "M" | "m" => 1,
+        "G" | "g" => 1024,
+        "T" | "t" => 1 << 20,
+        _ => return Err(expected()),
+    };
+    number.checked_mul(factor).ok_or_else(|| "it does not fit 64 bits".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_mebibytes_unless_they_say_otherwise() {
+        for (text, expected) in [("256M", 256), ("2G", 2048), ("64", 64), ("1GiB", 1024), ("0", 0)] {
+            assert_eq!(mebibytes(text), Ok(expected));
+        }
+        for text in ["", "M", "-1", "1.5G", "12K", "1MM", "99999999999999999999", "99999999999999999G"] {
+            assert!(mebibytes(text).is_err(), "{text}");
+        }
+    }
+}

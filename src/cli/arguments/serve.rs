@@ -1,0 +1,130 @@
+//! `alula serve`, which is the command line of Firecracker too: its options and its help.
+
+use std::path::PathBuf;
+
+use lexopt::Arg::{Long, Short};
+
+use super::{Command, default_id, id, number, value};
+use crate::api::BODY_MAX;
+use crate::arch;
+use crate::cli::persona::Persona;
+use crate::config::{Config, MachineConfig};
+use crate::error::{Context, Error, Result};
+use crate::log;
+
+pub const HELP: &str = "\
+Wait for requests on a control socket (Firecracker's API). The guest's serial console is standard input
+and output; messages go to standard error.
+
+Usage: alula serve [OPTIONS]
+
+Options:
+      --api-sock SOCKET    Where to listen: a path where nothing is yet
+                           [default: /run/firecracker.socket]
+      --config-file FILE   Start the microVM that this JSON file describes at once
+      --no-api             Serve no API; needs --config-file
+      --enable-pci         Devices on a PCI bus instead of behind virtio-mmio
+      --events PATH        Write what happens to the guest there, a JSON object a line: a file, a FIFO, or
+                           `fd:N`, an inherited descriptor
+      --id ID              The microVM's name: 1 to 64 letters, digits and hyphens
+                           [default: anonymous-instance]
+      --http-api-max-payload-size BYTES
+                           The largest request body [default: 51200]
+      --no-seccomp, --seccomp-filter FILE, --start-time-us N, --start-time-cpu-us N,
+      --parent-cpu-time-us N, --mmds-size-limit N
+                           Accepted, without effect yet
+  -h, --help               Print this
+
+The exit code is 0 when the guest powered off or reset, else as `alula run` returns it; 1 on errors, 153
+for wrong arguments.
+
+Example:
+  alula serve --api-sock /tmp/alula.sock &
+  curl --unix-socket /tmp/alula.sock http://localhost/
+";
+
+/// `alula serve`.
+#[derive(Debug)]
+pub struct Serve {
+    pub api_sock: PathBuf,
+    pub config_file: Option<PathBuf>,
+    pub no_api: bool,
+    pub enable_pci: bool,
+    pub events: Option<PathBuf>,
+    pub id: String,
+    pub http_api_max_payload_size: usize,
+    /// No microVM may have more CPUs.
+    pub vcpus_max: Option<u16>,
+}
+
+/// Parses what comes after `alula serve`, or `firecracker`.
+pub fn parse(parser: &mut lexopt::Parser, persona: Persona) -> Result<Command, lexopt::Error> {
+    let mut serve = Serve {
+        api_sock: "/run/firecracker.socket".into(),
+        config_file: None,
+        no_api: false,
+        enable_pci: false,
+        events: None,
+        id: default_id(),
+        http_api_max_payload_size: BODY_MAX,
+        vcpus_max: (persona == Persona::Firecracker).then_some(MachineConfig::FIRECRACKERS_VCPUS_MAX),
+    };
+    let (mut custom_filter, mut no_seccomp) = (false, false);
+    while let Some(argument) = parser.next()? {
+        match argument {
+            Long("api-sock") => serve.api_sock = parser.value()?.into(),
+            Long("config-file") => serve.config_file = Some(parser.value()?.into()),
+            Long("no-api") => serve.no_api = true,
+            Long("enable-pci") => serve.enable_pci = true,
+            Long("events") => serve.events = Some(parser.value()?.into()),
+            Long("id") => serve.id = value(parser, "--id", id)?,
+            Long("http-api-max-payload-size") => {
+                serve.http_api_max_payload_size = value(parser, "--http-api-max-payload-size", number)?;
+            }
+            Short('h') | Long("help") => return Ok(Command::Print(HELP.to_owned())),
+            // What a jailer says of itself, and sizes of what is not there yet: numbers nobody needs.
+            Long("start-time-us") => drop(value(parser, "--start-time-us", number::<u64>)?),
+            Long("start-time-cpu-us") => drop(value(parser, "--start-time-cpu-us", number::<u64>)?),
+            Long("parent-cpu-time-us") => drop(value(parser, "--parent-cpu-time-us", number::<u64>)?),
+            Long("mmds-size-limit") => drop(value(parser, "--mmds-size-limit", number::<u64>)?),
+            Long("no-seccomp") => no_seccomp = true,
+            Long("seccomp-filter") => {
+                parser.value()?;
+                custom_filter = true;
+            }
+            Long(
+                name @ ("metadata" | "log-path" | "level" | "module" | "show-level" | "show-log-origin"
+                | "metrics-path" | "boot-timer" | "snapshot-version" | "describe-snapshot"),
+            ) => return Err(format!("--{name} is not implemented yet: leave it out").into()),
+            other => return Err(other.unexpected()),
+        }
+    }
+    if no_seccomp && custom_filter {
+        return Err("--no-seccomp and --seccomp-filter cannot both be given".into());
+    }
+    if custom_filter {
+        log::line("--seccomp-filter has no effect: no filter is set up yet");
+    }
+    if serve.no_api && serve.config_file.is_none() {
+        return Err("--no-api needs --config-file".into());
+    }
+    Ok(Command::Serve(serve))
+}
+
+impl Serve {
+    /// What the config file says, if there is one.
+    pub fn config(&self) -> Result<Option<Config>> {
+        let Some(path) = &self.config_file else { return Ok(None) };
+        let mut config = Config::from_file(path)?;
+        config.vcpus_max = self.vcpus_max;
+        config.check().with_context(|| format!("read config file `{}`", path.display()))?;
+        match config.boot_source {
+            Some(_) => Ok(Some(config)),
+            None => Err(Error::config(format!(
+                "read config file `{}`: `boot-source` is missing: it names the kernel to boot on {}",
+                path.display(),
+                arch::NAME
+            ))),
+        }
+    }
+}
