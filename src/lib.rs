@@ -5,7 +5,7 @@
 //!   for the outside go. [`log`]: messages. [`timeline`]: what a start is made of.
 //! - [`snapshot`]: state that outlives the process. [`limiter`]: rate limits.
 //! - [`event`]: the core of an event loop. [`events`]: what happens to the microVM, for its readers.
-//!   [`host`]: where files come from. [`memory`]: guest memory.
+//!   [`uring`]: io_uring for an event loop. [`host`]: where files come from. [`memory`]: guest memory.
 //! - [`platform`]: what boot tables must say, as plain data.
 //! - [`arch`]: everything that differs between x86_64 and aarch64, behind one set of names.
 //! - [`bus`]: address to device.
@@ -50,5 +50,6 @@ pub mod platform;
 pub mod sink;
 pub mod snapshot;
 pub mod timeline;
+pub mod uring;
 pub mod virtio;
 pub mod vm;
