@@ -104,6 +104,17 @@ impl Limiter {
         Self { bandwidth: bucket(config.bandwidth), ops: bucket(config.ops) }
     }
 
+    /// Puts the buckets that `patch` names, full, in the place of those that there are.
+    pub fn patch(&mut self, patch: RateLimiter) {
+        let Self { bandwidth, ops } = Self::new(patch);
+        if patch.bandwidth.is_some() {
+            self.bandwidth = bandwidth;
+        }
+        if patch.ops.is_some() {
+            self.ops = ops;
+        }
+    }
+
     /// Whether there are limits at all.
     pub fn is_limited(&self) -> bool {
         self.bandwidth.is_some() || self.ops.is_some()
@@ -200,6 +211,17 @@ mod tests {
         for _ in 0..4 {
             let _ = limiter.take_at(u64::MAX, start + Duration::from_secs(1 << 40));
         }
+    }
+
+    #[test]
+    fn limits_at_work_keep_what_a_patch_does_not_name() {
+        let (mut limiter, start) = limiter((1000, 100), Some((2, 100)), None);
+        assert_eq!(limiter.take_at(1000, start), Ok(()));
+        let none = Some(TokenBucket { size: 0, one_time_burst: None, refill_time: 0 });
+        limiter.patch(RateLimiter { bandwidth: None, ops: none });
+        assert_eq!(limiter.take_at(1000, start), Err(100 * MS), "the bandwidth is as used as it was");
+        limiter.patch(RateLimiter { bandwidth: none, ops: None });
+        assert!(!limiter.is_limited());
     }
 
     #[test]

@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::memory::Memory;
 
 /// So many vectors the kernel takes at once (IOV_MAX).
-const VECTORS_MAX: usize = libc::UIO_MAXIOV as usize;
+pub const VECTORS_MAX: usize = libc::UIO_MAXIOV as usize;
 
 /// Pieces of guest memory, in the order of their descriptors.
 ///
@@ -227,34 +227,45 @@ impl Buffers {
 
     /// Reads from byte `offset` of `file` into this, all of it, which is then taken away.
     pub fn read_at(&mut self, file: &File, offset: u64) -> std::io::Result<()> {
+        self.read_some_at(file, offset, self.length)
+    }
+
+    /// Reads `count` bytes from byte `offset` of `file` into the front of this, which is then taken away.
+    pub fn read_some_at(&mut self, file: &File, offset: u64, count: usize) -> std::io::Result<()> {
         // SAFETY: the vectors lie in `memory` (see `Buffers`); preadv writes to them.
         #[allow(unsafe_code)]
         let call = |vectors: &[libc::iovec], at| unsafe {
             libc::preadv64(file.as_raw_fd(), vectors.as_ptr(), vectors.len() as i32, at)
         };
-        self.transfer(offset, true, call)
+        self.transfer(offset, count, true, call)
     }
 
     /// Writes all of this from byte `offset` of `file` on; it is then taken away.
     pub fn write_at(&mut self, file: &File, offset: u64) -> std::io::Result<()> {
+        self.write_some_at(file, offset, self.length)
+    }
+
+    /// Writes the first `count` bytes of this from byte `offset` of `file` on; they are then taken away.
+    pub fn write_some_at(&mut self, file: &File, offset: u64, count: usize) -> std::io::Result<()> {
         // SAFETY: the vectors lie in `memory` (see `Buffers`); pwritev reads them.
         #[allow(unsafe_code)]
         let call = |vectors: &[libc::iovec], at| unsafe {
             libc::pwritev64(file.as_raw_fd(), vectors.as_ptr(), vectors.len() as i32, at)
         };
-        self.transfer(offset, false, call)
+        self.transfer(offset, count, false, call)
     }
 
-    /// Calls until everything is transferred.
+    /// Calls until the first `left` bytes are transferred.
     fn transfer(
         &mut self,
         mut offset: u64,
+        mut left: usize,
         dirties: bool,
         call: impl Fn(&[libc::iovec], i64) -> isize,
     ) -> std::io::Result<()> {
-        while self.length > 0 {
-            let vectors = self.vectors();
-            let count = match checked(call(&vectors[..vectors.len().min(VECTORS_MAX)], offset as i64)) {
+        while left > 0 {
+            let result = self.with_first(left, |vectors| checked(call(vectors, offset as i64)));
+            let count = match result {
                 Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
                 Ok(count) => count,
                 Err(error) if error.kind() == ErrorKind::Interrupted => continue,
@@ -265,8 +276,27 @@ impl Buffers {
             }
             self.advance(count);
             offset += count as u64;
+            left -= count;
         }
         Ok(())
+    }
+
+    /// Calls with the vectors of the first `count` bytes, or of so many of them as fit one call.
+    fn with_first<T>(&mut self, count: usize, call: impl FnOnce(&[libc::iovec]) -> T) -> T {
+        let (mut used, mut end) = (0, self.first);
+        while used < count && end < self.vectors.len() && end - self.first < VECTORS_MAX {
+            used += self.vectors[end].iov_len;
+            end += 1;
+        }
+        let over = used.saturating_sub(count);
+        if over > 0 {
+            self.vectors[end - 1].iov_len -= over;
+        }
+        let result = call(&self.vectors[self.first..end]);
+        if over > 0 {
+            self.vectors[end - 1].iov_len += over;
+        }
+        result
     }
 
     /// Reads once, as much as there is: a frame.
@@ -287,6 +317,26 @@ impl Buffers {
         let count = vectors.len().min(VECTORS_MAX) as i32;
         // SAFETY: the vectors lie in `memory` (see `Buffers`); writev reads them.
         checked(unsafe { libc::writev(file.as_raw_fd(), vectors.as_ptr(), count) })
+    }
+
+    /// Makes the first `count` bytes zeros; they are then taken away.
+    #[allow(unsafe_code)]
+    pub fn zero(&mut self, count: usize) {
+        let mut left = count;
+        for vector in self.vectors() {
+            let here = vector.iov_len.min(left);
+            // SAFETY: the vector lies in `memory` (see `Buffers`).
+            unsafe { vector.iov_base.write_bytes(0, here) };
+            left -= here;
+        }
+        self.mark_dirty(count);
+        self.advance(count);
+    }
+
+    /// Whether every vector begins and ends at a multiple of `alignment`, a power of two.
+    pub fn are_aligned(&self, alignment: usize) -> bool {
+        let misaligned = |vector: &libc::iovec| (vector.iov_base as usize | vector.iov_len) & (alignment - 1);
+        self.vectors().iter().all(|vector| misaligned(vector) == 0)
     }
 
     /// Notes that the kernel has written the first `count` bytes.
