@@ -432,8 +432,8 @@ fn disks_and_interfaces_are_checked_where_they_are_named() {
         ("/drives/a", drive(json!({ "path_on_host": "/none" })), "open disk `a` `/none`: No such file"),
         ("/drives/a", drive(json!({ "path_on_host": "/dev" })), "it is a directory, a file is needed"),
         ("/drives/a", drive(json!({ "path_on_host": null })), "`path_on_host` is missing"),
-        ("/drives/a", drive(json!({ "io_engine": "Async" })), "`io_engine: Async` is not implemented yet"),
-        ("/drives/a", drive(json!({ "rate_limiter": {} })), "`rate_limiter` is not implemented yet"),
+        ("/drives/a", drive(json!({ "io_engine": "Quick" })), "unknown variant `Quick`"),
+        ("/drives/a", drive(json!({ "rate_limiter": { "speed": 1 } })), "unknown field `speed`"),
         ("/drives/a", drive(json!({ "cache_type": "Fast" })), "unknown variant `Fast`"),
         ("/drives/a-b", drive(json!({ "drive_id": "a-b" })), "can only contain alphanumeric characters"),
         (
@@ -833,7 +833,7 @@ fn an_image_is_replaced_only_by_one_that_can_be_had() {
     for (body, expected) in [
         (json!({ "drive_id": "d" }).to_string(), "nothing is to be changed: give `path_on_host`"),
         (patch("/none"), "open disk `d` `/none`: No such file"),
-        (json!({ "drive_id": "d", "rate_limiter": {} }).to_string(), "`rate_limiter` is not implemented yet"),
+        (json!({ "drive_id": "d", "rate_limiter": { "speed": 1 } }).to_string(), "unknown field `speed`"),
     ] {
         let fault = client.request("PATCH", "/drives/d", &body).fault();
         assert!(fault.contains(expected), "{body}: {fault}");

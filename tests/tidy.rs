@@ -12,12 +12,17 @@ const LAYERS: [&str; 25] = [
     "firmware", "machine", "api", "cli",
 ];
 
-const UNSAFE: [&str; 19] = [
+const UNSAFE: [&str; 24] = [
     "src/arch/x86_64/registers.rs",
     "src/cli/monitor.rs",
     "src/cli/signals.rs",
     "src/cli/terminal.rs",
-    "src/devices/block/image.rs",
+    "src/devices/block/bounce.rs",
+    "src/devices/block/holes.rs",
+    "src/devices/block/lock.rs",
+    "src/devices/block/qcow2/mod.rs",
+    "src/devices/block/raw.rs",
+    "src/devices/block/ring.rs",
     "src/devices/entropy.rs",
     "src/host.rs",
     "src/main.rs",

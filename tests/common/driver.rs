@@ -300,6 +300,15 @@ impl Guest {
         self.memory.memory().store(new, GuestAddress(index), std::sync::atomic::Ordering::Release).unwrap();
     }
 
+    /// Makes so many requests available at once that were never put there.
+    pub fn run_away(&mut self, queue: usize, count: u16) {
+        let ring = &mut self.rings[queue];
+        ring.available = ring.available.wrapping_add(count);
+        let (new, [_, available, _]) = (ring.available, Self::parts(queue));
+        let index = GuestAddress(available + 2);
+        self.memory.memory().store(new, index, std::sync::atomic::Ordering::Release).unwrap();
+    }
+
     /// Kicks a queue by its register.
     pub fn kick(&mut self, queue: usize) {
         self.write(0x50, 0x2000 + 4 * queue as u64, 4, queue as u32);

@@ -1,59 +1,110 @@
-//! What a disk is made of: a raw file or block device, locked against a second writer.
+//! What a disk is made of: a raw file, a block device, or a chain of qcow2 images.
 
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use super::SECTOR;
+use super::bounce::Bounce;
+use super::config::{Config, Format};
+use super::lock::lock;
+use super::qcow2::Qcow2;
+use super::raw::Raw;
+use super::{SECTOR, holes};
 use crate::error::{Context, Error, Result};
-use crate::host::Access;
+use crate::host::{Access, Host};
 use crate::log;
 use crate::virtio::buffers::Buffers;
 
-/// An open disk image. The lock belongs to the open file description: it is there until the last
-/// copy of the descriptor is closed.
+/// Smaller holes than this free nothing in any file system of today.
+const HOLE: u64 = 4096;
+
+enum Content {
+    Raw(Raw),
+    Qcow2(Qcow2),
+}
+
+/// An open disk image, locked against a second writer.
 pub struct Image {
-    file: File,
+    content: Content,
     sectors: u64,
+    block: u64,
+    /// The smallest range that can be given back to the host; none: nothing can.
+    hole: Option<u64>,
 }
 
 impl Image {
-    /// Takes `file`, which was opened at `path`, for a disk.
-    pub fn new(file: File, path: &Path, access: Access) -> Result<Self> {
+    /// The image that `config` names.
+    pub fn open(config: &Config, host: &mut dyn Host) -> Result<Self> {
+        let (what, path, access) = config.file();
+        let file = host.file(&what, path, access)?;
         let attempt = || format!("use disk image `{}`", path.display());
-        let image = Self::measured(file, path)?;
+        let length = measure(&file, path)?;
         // Orchestrators put empty files where a disk will be swapped in later; many may share one.
-        if image.sectors > 0 {
-            lock(&image.file, access).with_context(attempt)?;
+        if length > 0 {
+            lock(&file, access).with_context(attempt)?;
         }
-        Ok(image)
+        let content = match config.format {
+            Format::Qcow2 => Qcow2::open(config, file, host).map(Content::Qcow2),
+            Format::Raw if config.direct_io && length > 0 => Raw::direct(file).map(Content::Raw),
+            Format::Raw => Ok(Content::Raw(Raw::new(file))),
+        };
+        Self::measured(content.with_context(attempt)?, config)
     }
 
-    /// The same image, if that is what is at `path`, with the size that it has now.
-    pub fn again(&self, path: &Path) -> Option<Result<Self>> {
-        let (own, other) = (self.file.metadata().ok()?, std::fs::metadata(path).ok()?);
+    /// The same image, if that is what `config` names, with the size that it has now.
+    pub fn again(&self, config: &Config, host: &mut dyn Host) -> Option<Result<Self>> {
+        let (_, path, _) = config.file();
+        let (own, other) = (self.file().metadata().ok()?, std::fs::metadata(path).ok()?);
         let same = (own.dev(), own.ino()) == (other.dev(), other.ino());
         // An empty one is not locked yet.
         (same && self.sectors > 0).then(|| {
-            let file = self.file.try_clone().context("duplicate a disk's descriptor")?;
-            Self::measured(file, path)
+            let attempt = || format!("use disk image `{}` again", path.display());
+            let content = match &self.content {
+                Content::Raw(raw) => raw.try_clone().context("duplicate a descriptor").map(Content::Raw),
+                Content::Qcow2(image) => image.again(config, host).map(Content::Qcow2),
+            };
+            Self::measured(content.with_context(attempt)?, config)
         })
     }
 
-    fn measured(mut file: File, path: &Path) -> Result<Self> {
-        let bytes = file
-            .seek(SeekFrom::End(0))
-            .with_context(|| format!("find the size of disk image `{}`", path.display()))?;
-        if bytes % SECTOR != 0 {
+    fn measured(content: Content, config: &Config) -> Result<Self> {
+        let (_, path, access) = config.file();
+        let (bytes, block, hole) = match &content {
+            Content::Raw(raw) => {
+                let bytes = measure(raw.file(), path)?;
+                let can = config.discard != Some(false)
+                    && access == Access::ReadWrite
+                    && holes::supported(raw.file(), bytes);
+                (bytes, raw.block(), can.then(|| raw.block().max(HOLE)))
+            }
+            Content::Qcow2(image) => {
+                let can = config.discard != Some(false) && access == Access::ReadWrite;
+                (image.size(), SECTOR, image.hole().filter(|_| can))
+            }
+        };
+        if config.discard == Some(true) && hole.is_none() && bytes > 0 {
+            return Err(Error::config(format!(
+                "use disk image `{}`: blocks of it cannot be given back (`discard`): leave that out, or put it \
+                 on a file system with holes",
+                path.display()
+            )));
+        }
+        if bytes % block != 0 {
             log::line(format_args!(
-                "disk image `{}` has {bytes} bytes, not a multiple of {SECTOR}: the last {} are not seen by the guest",
+                "disk image `{}` has {bytes} bytes, not a multiple of {block}: the last {} are not seen by the guest",
                 path.display(),
-                bytes % SECTOR
+                bytes % block
             ));
         }
-        Ok(Self { file, sectors: bytes / SECTOR })
+        Ok(Self { content, sectors: bytes / block * (block / SECTOR), block, hole })
+    }
+
+    fn file(&self) -> &File {
+        match &self.content {
+            Content::Raw(raw) => raw.file(),
+            Content::Qcow2(image) => image.file(),
+        }
     }
 
     /// How large it is.
@@ -61,57 +112,72 @@ impl Image {
         self.sectors
     }
 
+    /// The smallest piece that can be read or written, in bytes.
+    pub fn block(&self) -> u64 {
+        self.block
+    }
+
+    /// The smallest range that can be given back to the host, in bytes; none: nothing can.
+    pub fn hole(&self) -> Option<u64> {
+        self.hole
+    }
+
+    /// Whether what was written is lost with us if it is never flushed.
+    pub fn is_cached(&self) -> bool {
+        matches!(self.content, Content::Qcow2(_))
+    }
+
+    /// The file of a raw image: where an operation of the kernel's may go instead of here.
+    pub fn raw(&self) -> Option<&Raw> {
+        match &self.content {
+            Content::Raw(raw) => Some(raw),
+            Content::Qcow2(_) => None,
+        }
+    }
+
     /// Reads from byte `offset` into `buffers`, all of it, which are then empty.
-    pub fn read(&self, buffers: &mut Buffers, offset: u64) -> std::io::Result<()> {
-        buffers.read_at(&self.file, offset)
+    pub fn read(&self, buffers: &mut Buffers, offset: u64, bounce: &mut Bounce) -> std::io::Result<()> {
+        match &self.content {
+            Content::Raw(raw) => raw.read(buffers, offset, bounce),
+            Content::Qcow2(image) => image.read(buffers, offset),
+        }
     }
 
     /// Writes all of `buffers`, which are then empty, from byte `offset` on.
-    pub fn write(&self, buffers: &mut Buffers, offset: u64) -> std::io::Result<()> {
-        buffers.write_at(&self.file, offset)
+    pub fn write(&self, buffers: &mut Buffers, offset: u64, bounce: &mut Bounce) -> std::io::Result<()> {
+        match &self.content {
+            Content::Raw(raw) => raw.write(buffers, offset, bounce),
+            Content::Qcow2(image) => image.write(buffers, offset),
+        }
     }
 
-    /// Returns when everything written is on stable storage.
-    pub fn flush(&self) -> std::io::Result<()> {
-        self.file.sync_data()
+    /// Hands everything written to the host; `durable`: returns when it is on stable storage.
+    pub fn flush(&self, durable: bool) -> std::io::Result<()> {
+        match &self.content {
+            Content::Raw(raw) if durable => raw.sync(),
+            Content::Raw(_) => Ok(()),
+            Content::Qcow2(image) => image.flush(durable),
+        }
+    }
+
+    /// Gives the blocks of a range back.
+    pub fn discard(&self, offset: u64, length: u64) -> std::io::Result<()> {
+        match &self.content {
+            Content::Raw(raw) => raw.discard(offset, length),
+            Content::Qcow2(image) => image.discard(offset, length),
+        }
+    }
+
+    /// Makes a range zeros; `unmap`: its blocks may be given back.
+    pub fn zero(&self, offset: u64, length: u64, unmap: bool) -> std::io::Result<()> {
+        match &self.content {
+            Content::Raw(raw) => raw.zero(offset, length, unmap),
+            Content::Qcow2(image) => image.zero(offset, length, unmap),
+        }
     }
 }
 
-/// One writer or many readers, whatever process they are in (fcntl(2), open file description locks).
-#[allow(unsafe_code)]
-fn lock(file: &File, access: Access) -> Result<()> {
-    let kind = if access == Access::ReadWrite { libc::F_WRLCK } else { libc::F_RDLCK };
-    let lock =
-        libc::flock { l_type: kind as i16, l_whence: libc::SEEK_SET as i16, l_start: 0, l_len: 0, l_pid: 0 };
-    // SAFETY: the call reads the local structure.
-    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &lock) } == 0 {
-        return Ok(());
-    }
-    let error = std::io::Error::last_os_error();
-    match error.raw_os_error() {
-        Some(libc::EAGAIN | libc::EACCES) => {
-            let holder = holder(file).unwrap_or_else(|| "another process".to_owned());
-            Err(Error::config(format!("it is in use by {holder}: stop that, or share it read-only")))
-        }
-        // A file system without locks.
-        _ => Err(error).context("lock it"),
-    }
-}
-
-/// Another process that has the same file open.
-fn holder(file: &File) -> Option<String> {
-    let wanted = file.metadata().ok()?;
-    for process in std::fs::read_dir("/proc").ok()?.flatten() {
-        let Ok(pid) = process.file_name().to_string_lossy().parse::<u32>() else { continue };
-        let descriptors = std::fs::read_dir(process.path().join("fd")).into_iter().flatten().flatten();
-        let same = |path: &Path| {
-            std::fs::metadata(path)
-                .is_ok_and(|other| (other.dev(), other.ino()) == (wanted.dev(), wanted.ino()))
-        };
-        if pid != std::process::id() && descriptors.into_iter().any(|descriptor| same(&descriptor.path())) {
-            let name = std::fs::read_to_string(process.path().join("comm")).unwrap_or_default();
-            return Some(format!("process {pid} ({})", name.trim()));
-        }
-    }
-    None
+/// How many bytes a file or a block device has.
+pub fn measure(mut file: &File, path: &Path) -> Result<u64> {
+    file.seek(SeekFrom::End(0)).with_context(|| format!("find the size of disk image `{}`", path.display()))
 }

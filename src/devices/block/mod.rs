@@ -1,23 +1,31 @@
-//! The block device (virtio 1.2, 5.2) over a raw file or block device of the host.
+//! The block device (virtio 1.2, 5.2) over a file or block device of the host.
 
+mod bounce;
+mod config;
+mod holes;
 mod image;
+mod lock;
+mod qcow2;
+mod raw;
 mod request;
+mod ring;
+mod worker;
 
-use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, Once, PoisonError};
 
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use serde_json::Value;
-use vm_memory::GuestAddressSpace;
 
-use super::kind::{CliOption, DeviceConfig};
-use crate::error::{Context, Error, Result};
-use crate::host::{Access, Host, Local};
-use crate::memory::Memory;
+use super::kind::DeviceConfig;
+use crate::error::{Context, Result};
+use crate::host::Host;
+use crate::limiter::Limiter;
+use crate::metrics::{Counter, Group, Latency};
 use crate::snapshot::Snapshot;
-use crate::virtio::buffers::Buffers;
-use crate::virtio::{Io, Queue, Registrar, VirtioDevice, Worker};
+use crate::virtio::{Io, VirtioDevice, Worker};
+pub use config::{Backing, CacheType, Config, Format, IoEngine, Patch, QUEUES_MAX};
 use image::Image;
+use worker::Running;
 
 /// Requests are counted in sectors of this size, whatever the disk's own is.
 pub const SECTOR: u64 = 512;
@@ -27,188 +35,92 @@ const SEGMENTS_MAX: u32 = QUEUE_SIZE as u32 - 2;
 
 const F_SEG_MAX: u64 = 1 << 2;
 const F_RO: u64 = 1 << 5;
+const F_BLK_SIZE: u64 = 1 << 6;
 const F_FLUSH: u64 = 1 << 9;
+const F_MQ: u64 = 1 << 12;
+const F_DISCARD: u64 = 1 << 13;
+const F_WRITE_ZEROES: u64 = 1 << 14;
 
-/// Body of `PUT /drives/{drive_id}`.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
-#[serde(deny_unknown_fields)]
-pub struct Config {
-    /// Its name: letters, digits and underscores.
-    pub drive_id: String,
-    /// The file or block device.
-    pub path_on_host: Option<PathBuf>,
-    /// The guest boots from it: `root=/dev/vda`, or `root=PARTUUID=` when `partuuid` is given.
-    pub is_root_device: bool,
-    /// The partition to boot from.
-    pub partuuid: Option<String>,
-    /// The guest cannot write to it.
-    #[serde(default)]
-    pub is_read_only: bool,
-    /// Whether the guest can have its writes on stable storage.
-    #[serde(default)]
-    pub cache_type: CacheType,
-    /// How the host does the work.
-    #[serde(default)]
-    pub io_engine: IoEngine,
-    /// Not implemented yet.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub rate_limiter: Option<Value>,
-    /// Not implemented yet: vhost-user.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub socket: Option<PathBuf>,
-}
-
-/// What becomes of written data that the guest flushes.
-#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
-pub enum CacheType {
-    /// It is wherever the host has it; flushes are not offered.
-    #[default]
-    Unsafe,
-    /// A flush is answered when it is on stable storage.
-    Writeback,
-}
-
-/// How the host does the work.
-#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
-pub enum IoEngine {
-    /// One system call after the other.
-    #[default]
-    Sync,
-    /// io_uring; not implemented yet.
-    Async,
-}
-
-impl DeviceConfig for Config {
-    const SECTION: &'static str = "drives";
-    const MANY: bool = true;
-    const NOUN: &'static str = "disk";
-    const FAULT: &'static str = "Drive config error";
-    const OPTION: CliOption = CliOption {
-        name: "disk",
-        value: "PATH[,ro][,root][,id=ID]",
-        help: "A disk from a raw image or block device; `ro`: read-only, `root`: the guest\n\
-               boots from it. Flushed data is on stable storage. May be repeated",
-    };
-    const EXAMPLE: &'static str =
-        r#"{"drive_id": "root", "path_on_host": "root.img", "is_root_device": true}"#;
-    type Patch = Patch;
-
-    fn id(&self) -> &str {
-        &self.drive_id
-    }
-
-    fn from_option(text: &str, number: usize) -> Result<Self, String> {
-        let mut parts = text.split(',');
-        let mut disk = Self {
-            drive_id: format!("disk{number}"),
-            path_on_host: parts.next().filter(|path| !path.is_empty()).map(PathBuf::from),
-            is_root_device: false,
-            partuuid: None,
-            is_read_only: false,
-            cache_type: CacheType::Writeback,
-            io_engine: IoEngine::Sync,
-            rate_limiter: None,
-            socket: None,
-        };
-        for part in parts {
-            match part.split_once('=') {
-                None if part == "ro" => disk.is_read_only = true,
-                None if part == "root" => disk.is_root_device = true,
-                Some(("id", id)) => disk.drive_id = id.to_owned(),
-                _ => return Err(format!("`{part}` is unknown: expected {}", Self::OPTION.value)),
-            }
-        }
-        Ok(disk)
-    }
-
-    fn check(&self) -> Result<()> {
-        super::check_id(&self.drive_id)?;
-        let not_yet =
-            |field: &str| Err(Error::config(format!("`{field}` is not implemented yet: leave it out")));
-        match self {
-            Self { rate_limiter: Some(_), .. } => not_yet("rate_limiter"),
-            Self { socket: Some(_), .. } => not_yet("socket"),
-            Self { io_engine: IoEngine::Async, .. } => not_yet("io_engine: Async"),
-            Self { path_on_host: None, .. } => {
-                Err(Error::config("`path_on_host` is missing: it names the disk"))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    fn root_words(&self) -> Option<String> {
-        let device = match &self.partuuid {
-            Some(partuuid) => format!("PARTUUID={partuuid}"),
-            None => "/dev/vda".to_owned(),
-        };
-        let access = if self.is_read_only { "ro" } else { "rw" };
-        self.is_root_device.then(|| format!("root={device} {access}"))
-    }
-
-    /// The image is opened, as a kernel is. Its lock is taken at the start.
-    fn hold(&self, host: &mut Local) -> Result<()> {
-        let (what, path, access) = self.file();
-        host.hold(&what, path, access)
-    }
-
-    fn open(&self, _: &str, host: &mut dyn Host) -> Result<Box<dyn VirtioDevice>> {
-        Ok(Box::new(Block { config: self.clone(), image: Arc::new(self.image(host)?) }))
-    }
-
-    fn patched(&self, patch: Patch) -> Result<Self> {
-        let path = patch.check()?.to_owned();
-        Ok(Self { path_on_host: Some(path), ..self.clone() })
-    }
-}
-
-impl Config {
-    /// What it is called in errors, and how it is opened.
-    fn file(&self) -> (String, &std::path::Path, Access) {
-        let access = if self.is_read_only { Access::Read } else { Access::ReadWrite };
-        let path = self.path_on_host.as_deref().expect("a checked config has it");
-        (format!("disk `{}`", self.drive_id), path, access)
-    }
-
-    /// The image that it names.
-    fn image(&self, host: &mut dyn Host) -> Result<Image> {
-        let (what, path, access) = self.file();
-        Image::new(host.file(&what, path, access)?, path, access)
-    }
-}
-
-/// Body of `PATCH /drives/{drive_id}`.
-#[derive(Clone, Debug, Deserialize, PartialEq)]
-#[serde(deny_unknown_fields)]
-pub struct Patch {
-    /// The disk.
-    pub drive_id: String,
-    /// What it is made of from now on.
-    pub path_on_host: Option<PathBuf>,
-    /// Not implemented yet.
-    pub rate_limiter: Option<Value>,
-}
-
-impl super::kind::Patch for Patch {
-    fn id(&self) -> &str {
-        &self.drive_id
-    }
-}
-
-impl Patch {
-    /// The path of the new image.
-    fn check(&self) -> Result<&std::path::Path> {
-        if self.rate_limiter.is_some() {
-            return Err(Error::config("`rate_limiter` is not implemented yet: leave it out"));
-        }
-        let nothing = || Error::config("nothing is to be changed: give `path_on_host`");
-        self.path_on_host.as_deref().ok_or_else(nothing)
+crate::metrics::metrics! {
+    /// What a disk did.
+    pub struct Metrics {
+        /// Reads done.
+        read_count: Counter,
+        /// Writes done.
+        write_count: Counter,
+        /// Flushes done.
+        flush_count: Counter,
+        /// Discards done.
+        discard_count: Counter,
+        /// Writes of zeros done.
+        write_zeroes_count: Counter,
+        /// Bytes read.
+        read_bytes: Counter,
+        /// Bytes written.
+        write_bytes: Counter,
+        /// How often there was something to do.
+        queue_event_count: Counter,
+        /// Requests that the host could not do.
+        execute_fails: Counter,
+        /// Requests that make no sense.
+        invalid_reqs_count: Counter,
+        /// Requests that had to wait for the rate limit.
+        rate_limiter_throttled_events: Counter,
+        /// Changes by the user.
+        update_count: Counter,
+        /// Changes that were refused.
+        update_fails: Counter,
+        /// How long reads took.
+        read_agg: Latency,
+        /// How long writes took.
+        write_agg: Latency,
     }
 }
 
 /// The device.
 pub struct Block {
     config: Config,
+    queue_sizes: Vec<u16>,
     image: Arc<Image>,
+    limiter: Arc<Mutex<Limiter>>,
+    metrics: Arc<Metrics>,
+    /// It was said that the host forbids the engine.
+    refused: Arc<Once>,
+}
+
+impl Block {
+    fn open(config: &Config, host: &mut dyn Host) -> Result<Self> {
+        Ok(Self {
+            queue_sizes: vec![QUEUE_SIZE; config.num_queues.into()],
+            image: Arc::new(Image::open(config, host)?),
+            limiter: Arc::new(Mutex::new(Limiter::new(config.rate_limiter.unwrap_or_default()))),
+            metrics: Arc::default(),
+            refused: Arc::new(Once::new()),
+            config: config.clone(),
+        })
+    }
+
+    /// Whether a flush of the guest's reaches stable storage.
+    fn durable(&self) -> bool {
+        self.config.cache_type == CacheType::Writeback
+    }
+
+    /// Another image, or the same one with another size; other limits. Returns whether the image is
+    /// another.
+    fn change(&mut self, patch: Patch, host: &mut dyn Host) -> Result<bool> {
+        let has_image = patch.path_on_host.is_some();
+        let limits = patch.rate_limiter;
+        let new = self.config.patched(patch)?;
+        if has_image {
+            let image = self.image.again(&new, host).unwrap_or_else(|| Image::open(&new, host))?;
+            self.image = Arc::new(image);
+        }
+        if let Some(limits) = limits {
+            self.limiter.lock().unwrap_or_else(PoisonError::into_inner).patch(limits);
+        }
+        self.config = new;
+        Ok(has_image)
+    }
 }
 
 /// It has none: what the guest sees is in the configuration and the image.
@@ -227,66 +139,71 @@ impl VirtioDevice for Block {
         2
     }
 
+    /// What an image can do does not change with the image: one that is swapped in and can do less
+    /// answers that a request is not supported.
     fn features(&self) -> u64 {
-        let read_only = if self.config.is_read_only { F_RO } else { 0 };
-        let flush = if self.config.cache_type == CacheType::Writeback { F_FLUSH } else { 0 };
-        F_SEG_MAX | read_only | flush
+        let bit = |on, bit| if on { bit } else { 0 };
+        let hole = self.image.hole().is_some();
+        F_SEG_MAX
+            | F_BLK_SIZE
+            | bit(self.config.is_read_only, F_RO)
+            | bit(self.durable() || self.image.is_cached(), F_FLUSH)
+            | bit(self.config.num_queues > 1, F_MQ)
+            | bit(hole, F_DISCARD | F_WRITE_ZEROES)
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        &[QUEUE_SIZE]
+        &self.queue_sizes
     }
 
-    /// struct virtio_blk_config: capacity, size_max, seg_max.
+    /// struct virtio_blk_config.
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let mut config = [0; 16];
-        let sectors = self.image.sectors();
-        config[..8].copy_from_slice(&sectors.to_le_bytes());
-        config[12..].copy_from_slice(&SEGMENTS_MAX.to_le_bytes());
+        let mut config = [0; 60];
+        let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
+        let block = self.image.block();
+        put(0, &self.image.sectors().to_le_bytes());
+        put(12, &SEGMENTS_MAX.to_le_bytes());
+        put(20, &(block as u32).to_le_bytes());
+        put(34, &self.config.num_queues.to_le_bytes());
+        if let Some(hole) = self.image.hole() {
+            put(36, &request::DISCARD_SECTORS_MAX.to_le_bytes());
+            put(40, &request::RANGES_MAX.to_le_bytes());
+            put(44, &((hole / SECTOR) as u32).to_le_bytes());
+            put(48, &request::ZERO_SECTORS_MAX.to_le_bytes());
+            put(52, &request::RANGES_MAX.to_le_bytes());
+            put(56, &[1]);
+        }
         super::copy_config(&config, offset, data);
     }
 
     fn start(&mut self, io: Io) -> Result<Vec<Box<dyn Worker>>> {
-        let Io { memory, queues, .. } = io;
-        let [queue] = <[Queue; 1]>::try_from(queues).ok().expect("one queue was asked for");
-        let buffers = || Buffers::new(memory.clone());
-        let disk = request::Disk {
+        let disk = Arc::new(request::Disk {
             image: self.image.clone(),
-            flushes: self.config.cache_type == CacheType::Writeback,
+            memory: io.memory,
             id: self.config.drive_id.clone(),
-            readable: buffers(),
-            writable: buffers(),
+            read_only: self.config.is_read_only,
+            durable: self.durable(),
+            limiter: self.config.rate_limiter.is_some().then(|| self.limiter.clone()),
+            metrics: self.metrics.clone(),
+        });
+        let wants_ring = self.config.io_engine == IoEngine::Async;
+        let worker = |queue| -> Box<dyn Worker> {
+            Box::new(Running::new(queue, disk.clone(), wants_ring, self.refused.clone()))
         };
-        Ok(vec![Box::new(Running { memory, queue, disk })])
+        Ok(io.queues.into_iter().map(worker).collect())
     }
 
-    /// Another image, or the same one with another size.
     fn patch(&mut self, body: &Value, host: &mut dyn Host) -> Result<bool> {
-        let new = self.config.patched(Patch::deserialize(body).context("read the change")?)?;
-        let path = new.path_on_host.as_deref().expect("a change names an image");
-        self.image = Arc::new(self.image.again(path).unwrap_or_else(|| new.image(host))?);
-        self.config = new;
-        Ok(true)
-    }
-}
-
-struct Running {
-    memory: Memory,
-    queue: Queue,
-    disk: request::Disk,
-}
-
-impl Worker for Running {
-    fn register(&mut self, registrar: &mut Registrar<'_>) -> Result<()> {
-        registrar.kick(&self.queue, 0)
+        let changed =
+            Patch::deserialize(body).context("read the change").and_then(|patch| self.change(patch, host));
+        match changed {
+            Ok(_) => self.metrics.update_count.add(1),
+            Err(_) => self.metrics.update_fails.add(1),
+        }
+        changed
     }
 
-    fn handle(&mut self, _token: u32) -> Result<()> {
-        let memory = self.memory.memory();
-        self.queue.serve(&memory, |chain| self.disk.serve(chain))
-    }
-
-    fn stop(self: Box<Self>) -> Vec<Queue> {
-        vec![self.queue]
+    fn metrics(&self) -> Option<Arc<dyn Group>> {
+        Some(self.metrics.clone())
     }
 }

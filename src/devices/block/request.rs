@@ -1,96 +1,244 @@
 //! One request of a block device (virtio 1.2, 5.2.6): header, data, status.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
-use super::{Image, SECTOR};
+use super::bounce::Bounce;
+use super::image::Image;
+use super::{Metrics, SECTOR, SEGMENTS_MAX};
 use crate::error::Result;
-use crate::events::{self, Event};
-use crate::log;
+use crate::limiter::Limiter;
+use crate::memory::Memory;
 use crate::virtio::Chain;
-use crate::virtio::buffers::Buffers;
+use crate::virtio::buffers::{Buffers, Byte};
 
 const IN: u32 = 0;
 const OUT: u32 = 1;
 const FLUSH: u32 = 4;
 const GET_ID: u32 = 8;
+const DISCARD: u32 = 11;
+const WRITE_ZEROES: u32 = 13;
 
-const OK: u8 = 0;
-const IO_ERROR: u8 = 1;
-const UNSUPPORTED: u8 = 2;
+/// So many ranges in one discard or write of zeros: they are looked at before anything is done.
+pub const RANGES_MAX: u32 = 16;
+/// So many sectors in one range to discard, 1 GiB: a file system takes its time to free them.
+pub const DISCARD_SECTORS_MAX: u32 = 2 << 20;
+/// So many sectors in one range to be zeros, 64 MiB: a host's disk may have to write them.
+pub const ZERO_SECTORS_MAX: u32 = 128 << 10;
+/// struct virtio_blk_discard_write_zeroes: sector, sectors, flags.
+const RANGE_LENGTH: usize = 16;
+const UNMAP: u32 = 1;
 
 /// The length of the answer to GET_ID.
 const ID_LENGTH: usize = 20;
 
-/// What requests are done on.
-pub struct Disk {
-    pub image: Arc<Image>,
-    pub flushes: bool,
-    pub id: String,
-    pub readable: Buffers,
-    pub writable: Buffers,
+/// Status codes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Code {
+    Ok = 0,
+    IoError = 1,
+    Unsupported = 2,
 }
 
-impl Disk {
-    /// Does a request, and returns how many bytes were written to it. Whatever fails is an error of
-    /// this request alone; only a request without room for a status goes unanswered.
-    pub fn serve(&mut self, chain: Chain<'_>) -> Result<u32> {
-        Buffers::split(chain, &mut self.readable, &mut self.writable)?;
-        let Some(status) = self.writable.take_last() else { return Ok(0) };
-        let length = self.writable.len() as u32;
-        let mut header = [0; 16];
-        let code = match self.readable.read_front(&mut header) {
-            true => {
-                let kind = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
-                let sector = u64::from_le_bytes(header[8..].try_into().expect("8 bytes"));
-                self.execute(kind, sector)
-            }
-            false => IO_ERROR,
-        };
-        self.writable.write_byte(status, code);
-        Ok(if code == OK { length + 1 } else { 1 })
-    }
+/// What is to be done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Read,
+    Write,
+    Flush,
+    Discard,
+    Zero,
+    Id,
+}
 
-    fn execute(&mut self, kind: u32, sector: u64) -> u8 {
-        let Self { image, readable, writable, .. } = self;
-        let result = match kind {
-            IN => match place(image, sector, writable.len()) {
-                Some(offset) => image.read(writable, offset),
-                None => return IO_ERROR,
-            },
-            OUT => match place(image, sector, readable.len()) {
-                Some(offset) => image.write(readable, offset),
-                None => return IO_ERROR,
-            },
-            FLUSH if self.flushes => image.flush(),
-            // Not offered, so nobody counts on it.
-            FLUSH => Ok(()),
-            GET_ID => {
-                let mut id = [0; ID_LENGTH];
-                let count = self.id.len().min(ID_LENGTH);
-                id[..count].copy_from_slice(&self.id.as_bytes()[..count]);
-                writable.copy_from(0, &id);
-                Ok(())
-            }
-            _ => return UNSUPPORTED,
-        };
-        match result {
-            Ok(()) => OK,
-            Err(error) => {
-                let what =
-                    ["read", "write", "", "", "flush"].get(kind as usize).copied().unwrap_or("request");
-                let reason = format!("{what} at sector {sector}: {error}");
-                log::guest_line(format_args!("disk `{}`: {reason}", self.id));
-                let device = format!("disk `{}`", self.id);
-                events::tell(|| Event::DeviceError { device, reason, needs_reset: false });
-                IO_ERROR
-            }
+impl Kind {
+    /// For log lines.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Write => "write",
+            Self::Flush => "flush",
+            Self::Discard => "discard",
+            Self::Zero => "write zeroes",
+            Self::Id => "tell its name",
         }
     }
 }
 
-/// The byte offset of a transfer that lies within the disk.
-fn place(image: &Image, sector: u64, length: usize) -> Option<u64> {
-    let length = length as u64;
+/// A range of bytes to give back or to make zeros.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Range {
+    pub offset: u64,
+    pub length: u64,
+    pub unmap: bool,
+}
+
+/// A request on its way; afterwards its memory is used for the next one.
+pub struct Request {
+    pub head: u16,
+    pub kind: Kind,
+    /// What is left to be read or written, and where on the disk.
+    pub data: Buffers,
+    pub offset: u64,
+    /// What is left to be given back or made zeros, the first one last.
+    pub ranges: Vec<Range>,
+    status: Option<Byte>,
+    /// How many bytes the guest gets if all is well, the status among them.
+    answer: u32,
+    /// How many bytes of data it has, for limits and metrics.
+    pub length: u64,
+    pub begun: Instant,
+}
+
+/// What a request's descriptors name, before it is known what they are for.
+pub struct Scratch {
+    readable: Buffers,
+    writable: Buffers,
+}
+
+impl Scratch {
+    pub fn new(memory: &Memory) -> Self {
+        Self { readable: Buffers::new(memory.clone()), writable: Buffers::new(memory.clone()) }
+    }
+}
+
+impl Request {
+    pub fn new(memory: &Memory) -> Self {
+        Self {
+            head: 0,
+            kind: Kind::Flush,
+            data: Buffers::new(memory.clone()),
+            offset: 0,
+            ranges: Vec::new(),
+            status: None,
+            answer: 0,
+            length: 0,
+            begun: Instant::now(),
+        }
+    }
+
+    /// Takes what `chain` asks for; Ok(Err): it is refused, and only to be answered.
+    pub fn take(&mut self, chain: Chain<'_>, scratch: &mut Scratch, disk: &Disk) -> Result<Result<(), Code>> {
+        self.head = chain.head_index();
+        (self.status, self.answer) = (None, 0);
+        let Scratch { readable, writable } = scratch;
+        Buffers::split(chain, readable, writable)?;
+        // More than the driver was told: an indirect table of 65535 entries for each request in flight
+        // would be 400 MiB of vectors.
+        if readable.vectors().len() + writable.vectors().len() > 2 * SEGMENTS_MAX as usize {
+            *scratch = Scratch::new(&disk.memory);
+            return Ok(Err(Code::IoError));
+        }
+        self.status = writable.take_last();
+        let mut header = [0; 16];
+        if self.status.is_none() || !readable.read_front(&mut header) {
+            return Ok(Err(Code::IoError));
+        }
+        self.answer = writable.len() as u32 + 1;
+        let sector = u64::from_le_bytes(header[8..].try_into().expect("8 bytes"));
+        let may_write = !disk.read_only;
+        self.kind = match u32::from_le_bytes(header[..4].try_into().expect("4 bytes")) {
+            IN => Kind::Read,
+            OUT if may_write => Kind::Write,
+            DISCARD if may_write && disk.image.hole().is_some() => Kind::Discard,
+            WRITE_ZEROES if may_write && disk.image.hole().is_some() => Kind::Zero,
+            FLUSH => Kind::Flush,
+            GET_ID => Kind::Id,
+            OUT => return Ok(Err(Code::IoError)),
+            _ => return Ok(Err(Code::Unsupported)),
+        };
+        std::mem::swap(
+            &mut self.data,
+            if self.kind == Kind::Read || self.kind == Kind::Id { writable } else { readable },
+        );
+        self.length = self.data.len() as u64;
+        Ok(match self.kind {
+            Kind::Read | Kind::Write => {
+                let place = place(&disk.image, sector, self.length);
+                place.map(|offset| self.offset = offset).ok_or(Code::IoError)
+            }
+            Kind::Discard | Kind::Zero => self.take_ranges(&disk.image),
+            Kind::Flush | Kind::Id => Ok(()),
+        })
+    }
+
+    fn take_ranges(&mut self, image: &Image) -> Result<(), Code> {
+        self.ranges.clear();
+        let count = self.data.len() / RANGE_LENGTH;
+        if count > RANGES_MAX as usize || !self.data.len().is_multiple_of(RANGE_LENGTH) {
+            return Err(Code::IoError);
+        }
+        let max = if self.kind == Kind::Zero { ZERO_SECTORS_MAX } else { DISCARD_SECTORS_MAX };
+        for _ in 0..count {
+            let mut range = [0; RANGE_LENGTH];
+            self.data.read_front(&mut range);
+            let word = |at: usize| u32::from_le_bytes(range[at..at + 4].try_into().expect("4 bytes"));
+            let sector = u64::from_le_bytes(range[..8].try_into().expect("8 bytes"));
+            let (sectors, flags) = (word(8), word(12));
+            // 5.2.6.2: a discard with `unmap`, or with flags that are reserved.
+            if flags & !UNMAP != 0 || flags & UNMAP != 0 && self.kind == Kind::Discard {
+                return Err(Code::Unsupported);
+            }
+            let length = u64::from(sectors) * SECTOR;
+            let offset = place(image, sector, length).filter(|_| sectors <= max).ok_or(Code::IoError)?;
+            if length > 0 {
+                self.ranges.push(Range { offset, length, unmap: flags & UNMAP != 0 });
+            }
+        }
+        self.ranges.reverse();
+        Ok(())
+    }
+
+    /// Does what is left of it, here and now.
+    pub fn perform(&mut self, disk: &Disk, bounce: &mut Bounce) -> std::io::Result<()> {
+        let image = &disk.image;
+        match self.kind {
+            Kind::Read => image.read(&mut self.data, self.offset, bounce),
+            Kind::Write => image.write(&mut self.data, self.offset, bounce),
+            Kind::Flush => image.flush(disk.durable),
+            Kind::Discard | Kind::Zero => {
+                while let Some(Range { offset, length, unmap }) = self.ranges.pop() {
+                    match self.kind {
+                        Kind::Zero => image.zero(offset, length, unmap)?,
+                        _ => image.discard(offset, length)?,
+                    }
+                }
+                Ok(())
+            }
+            Kind::Id => {
+                let mut id = [0; ID_LENGTH];
+                let count = disk.id.len().min(ID_LENGTH);
+                id[..count].copy_from_slice(&disk.id.as_bytes()[..count]);
+                self.data.copy_from(0, &id);
+                Ok(())
+            }
+        }
+    }
+
+    /// Writes its status; returns how many bytes the guest gets.
+    pub fn answer(&self, code: Code) -> u32 {
+        let Some(status) = self.status else { return 0 };
+        self.data.write_byte(status, code as u8);
+        if code == Code::Ok { self.answer } else { 1 }
+    }
+}
+
+/// What requests are done on; all workers of a device share it.
+pub struct Disk {
+    pub image: Arc<Image>,
+    pub memory: Memory,
+    pub id: String,
+    pub read_only: bool,
+    /// A flush is answered when all is on stable storage.
+    pub durable: bool,
+    /// None: there are no limits.
+    pub limiter: Option<Arc<Mutex<Limiter>>>,
+    pub metrics: Arc<Metrics>,
+}
+
+/// The byte offset of a transfer that lies within the disk, and in whole blocks.
+fn place(image: &Image, sector: u64, length: u64) -> Option<u64> {
     let end = sector.checked_add(length / SECTOR)?;
-    (length.is_multiple_of(SECTOR) && end <= image.sectors()).then(|| sector * SECTOR)
+    let offset = sector.checked_mul(SECTOR)?;
+    (length | offset).is_multiple_of(image.block()).then_some(offset).filter(|_| end <= image.sectors())
 }

@@ -1,0 +1,143 @@
+//! The images beneath a qcow2 image. What an image names is its author's word, and the author may
+//! be anybody: it is followed only where the configuration names the same, or within the folder
+//! where the topmost image lies.
+
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use imago::FormatAccess;
+use imago::qcow2::Qcow2;
+use imago::raw::Raw;
+
+use super::header::Header;
+use super::layer::Layer;
+use crate::devices::block::config::{Backing, Format};
+use crate::devices::block::image::measure;
+use crate::devices::block::lock::lock;
+use crate::error::{Context, Error, Result};
+use crate::host::{Access, Host};
+
+/// Each image beneath costs descriptors, caches, and a step for what none above it has.
+const DEPTH_MAX: usize = 16;
+
+/// Opens the images of a chain, one after the other.
+pub struct Chain<'a> {
+    what: &'a str,
+    host: &'a mut dyn Host,
+    /// The folder of the topmost image, without symbolic links: other images lie within it...
+    folder: PathBuf,
+    /// ...unless the configuration names them.
+    named: Option<std::slice::Iter<'a, Backing>>,
+    seen: Vec<(u64, u64)>,
+}
+
+impl<'a> Chain<'a> {
+    /// A chain whose topmost image is at `path`.
+    pub fn new(
+        what: &'a str,
+        host: &'a mut dyn Host,
+        path: &Path,
+        named: Option<&'a [Backing]>,
+    ) -> Result<Self> {
+        let path = path.canonicalize().context("find its folder")?;
+        let folder = path.parent().unwrap_or(Path::new("/")).to_owned();
+        Ok(Self { what, host, folder, named: named.map(<[_]>::iter), seen: Vec::new() })
+    }
+
+    /// The topmost image, in `file`, with all that is beneath it.
+    pub fn open(mut self, file: File, path: &Path, access: Access) -> Result<FormatAccess<Layer>> {
+        self.enter(&file)?;
+        let image = self.image(file, path, access)?;
+        match self.named.as_mut().and_then(Iterator::next) {
+            Some(left) => Err(Error::config(format!(
+                "`backing` names `{}`, but no image says that something is beneath it",
+                left.path_on_host.display()
+            ))),
+            None => Ok(image),
+        }
+    }
+
+    fn image(&mut self, file: File, path: &Path, access: Access) -> Result<FormatAccess<Layer>> {
+        Header::read(&file, measure(&file, path)?)?;
+        let mut image = Qcow2::<Layer>::open_image(Layer::new(file), access == Access::ReadWrite)
+            .map_err(|error| Error::config(error.to_string()))?;
+        image.set_data_file(None);
+        let name = image.implicit_backing_file().cloned();
+        let format = image.implicit_backing_format().cloned();
+        let beneath = match name {
+            Some(name) => {
+                let attempt = || format!("use the image beneath it, `{name}`");
+                Some(self.beneath(&name, format.as_deref(), path).with_context(attempt)?)
+            }
+            None => None,
+        };
+        image.set_backing(beneath);
+        Ok(FormatAccess::new(image))
+    }
+
+    /// Notes that a file is part of the chain.
+    fn enter(&mut self, file: &File) -> Result<()> {
+        let metadata = file.metadata().context("look at it")?;
+        let identity = (metadata.dev(), metadata.ino());
+        if self.seen.contains(&identity) {
+            return Err(Error::config("it is beneath itself: the images form a loop"));
+        }
+        if self.seen.len() > DEPTH_MAX {
+            return Err(Error::config(format!(
+                "more than {DEPTH_MAX} images are beneath: `qemu-img rebase`"
+            )));
+        }
+        self.seen.push(identity);
+        Ok(())
+    }
+
+    fn beneath(&mut self, name: &str, format: Option<&str>, above: &Path) -> Result<FormatAccess<Layer>> {
+        let (path, format) = match &mut self.named {
+            Some(named) => {
+                let backing =
+                    named.next().ok_or_else(|| Error::config("`backing` does not name it: add it"))?;
+                (backing.path_on_host.clone(), backing.format)
+            }
+            None => (self.within_folder(name, above)?, told(format)?),
+        };
+        let file = self.host.file(self.what, &path, Access::Read)?;
+        self.enter(&file)?;
+        lock(&file, Access::Read)?;
+        match format {
+            Format::Qcow2 => self.image(file, &path, Access::Read),
+            Format::Raw => {
+                let raw = Raw::open_image(Layer::new(file), false).context("measure it")?;
+                Ok(FormatAccess::new(raw))
+            }
+        }
+    }
+
+    /// The place that `name`, in the image at `above`, means, if that is in the folder.
+    fn within_folder(&self, name: &str, above: &Path) -> Result<PathBuf> {
+        // `json:`, `nbd://`: QEMU's ways to name what is no file.
+        if name.split('/').next().is_some_and(|first| first.contains(':')) {
+            return Err(Error::config("it is not the path of a file"));
+        }
+        let path = above.parent().unwrap_or(Path::new("/")).join(name);
+        let path = path.canonicalize().context("find it")?;
+        if !path.starts_with(&self.folder) {
+            return Err(Error::config(format!(
+                "it is at `{}`, outside the image's folder: name it in `backing`, if it is to be used",
+                path.display()
+            )));
+        }
+        Ok(path)
+    }
+}
+
+fn told(format: Option<&str>) -> Result<Format> {
+    match format {
+        Some("raw" | "file") => Ok(Format::Raw),
+        Some("qcow2") => Ok(Format::Qcow2),
+        Some(other) => Err(Error::config(format!("its format `{other}` is not supported"))),
+        None => Err(Error::config(
+            "its format is not told, and never guessed: name it in `backing`, or `qemu-img rebase -u -F FORMAT`",
+        )),
+    }
+}

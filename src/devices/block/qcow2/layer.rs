@@ -1,0 +1,108 @@
+//! One file of a qcow2 chain, as `imago` reads and writes it. It can open nothing: what an image
+//! names is opened by `chain`, or not at all.
+
+use std::fmt;
+use std::fs::File;
+use std::io::{ErrorKind, Result, Seek, SeekFrom};
+use std::os::unix::fs::FileExt;
+
+use imago::Storage;
+use imago::io_buffers::{IoVector, IoVectorMut};
+use imago::storage::PreallocateMode;
+use imago::storage::drivers::CommonStorageHelper;
+
+use crate::devices::block::holes;
+
+/// An open file, and the bookkeeping that `imago` keeps with it.
+#[derive(Debug)]
+pub struct Layer {
+    file: File,
+    writes: CommonStorageHelper,
+}
+
+impl Layer {
+    pub fn new(file: File) -> Self {
+        Self { file, writes: CommonStorageHelper::default() }
+    }
+
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+}
+
+impl fmt::Display for Layer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("file")
+    }
+}
+
+#[allow(unsafe_code)]
+impl Storage for Layer {
+    fn size(&self) -> Result<u64> {
+        (&self.file).seek(SeekFrom::End(0))
+    }
+
+    /// What is beyond the end of the file reads as zeros, as `imago` asks.
+    unsafe fn pure_readv(&self, bufv: IoVectorMut<'_>, mut offset: u64) -> Result<()> {
+        for mut slice in bufv.into_inner() {
+            let mut rest = &mut slice[..];
+            while !rest.is_empty() {
+                match self.file.read_at(rest, offset) {
+                    Ok(0) => {
+                        rest.fill(0);
+                        offset += rest.len() as u64;
+                        break;
+                    }
+                    Ok(count) => {
+                        rest = &mut rest[count..];
+                        offset += count as u64;
+                    }
+                    Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    unsafe fn pure_writev(&self, bufv: IoVector<'_>, mut offset: u64) -> Result<()> {
+        for slice in bufv.into_inner() {
+            self.file.write_all_at(&slice, offset)?;
+            offset += slice.len() as u64;
+        }
+        Ok(())
+    }
+
+    unsafe fn pure_write_zeroes(&self, offset: u64, length: u64) -> Result<()> {
+        holes::zero(&self.file, offset, length, true)?;
+        // A hole does not make a file longer.
+        if self.size()? < offset + length {
+            self.file.set_len(offset + length)?;
+        }
+        Ok(())
+    }
+
+    unsafe fn pure_discard(&self, offset: u64, length: u64) -> Result<()> {
+        holes::punch(&self.file, offset, length)
+    }
+
+    fn flush(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn sync(&self) -> Result<()> {
+        self.file.sync_data()
+    }
+
+    unsafe fn invalidate_cache(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn get_storage_helper(&self) -> &CommonStorageHelper {
+        &self.writes
+    }
+
+    fn resize(&self, new_size: u64, _mode: PreallocateMode) -> Result<()> {
+        self.file.set_len(new_size)
+    }
+}

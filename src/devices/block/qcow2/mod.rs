@@ -1,0 +1,202 @@
+//! A qcow2 image with those beneath it, by `imago`. Where a cluster is, `imago` says; its data then
+//! goes between the file and guest memory without it. New clusters, compressed ones and the tables
+//! are its own.
+
+mod chain;
+mod header;
+mod layer;
+
+use std::fs::File;
+use std::io::{IoSlice, IoSliceMut, Result as IoResult};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use imago::{FormatAccess, Mapping};
+
+use super::config::Config;
+use super::holes;
+use super::image::measure;
+use crate::error::{Context, Result};
+use crate::host::Host;
+use crate::virtio::buffers::Buffers;
+use chain::Chain;
+use header::Header;
+use layer::Layer;
+
+/// An open image.
+pub struct Qcow2 {
+    /// Requests on several threads only read the lock; what takes clusters away writes it.
+    access: RwLock<FormatAccess<Layer>>,
+    /// The topmost file, a second time: `imago` keeps its own.
+    file: File,
+    header: Header,
+}
+
+impl Qcow2 {
+    /// The image in `file`, and those beneath it.
+    pub fn open(config: &Config, file: File, host: &mut dyn Host) -> Result<Self> {
+        let (what, path, access) = config.file();
+        let header = Header::read(&file, measure(&file, path)?)?;
+        let own = file.try_clone().context("duplicate a descriptor")?;
+        let chain = Chain::new(&what, host, path, config.backing.as_deref())?;
+        let image = chain.open(file, path, access)?;
+        Ok(Self { access: RwLock::new(image), file: own, header })
+    }
+
+    /// The same image, as it is in the file now. The caller promises that nothing is in flight.
+    pub fn again(&self, config: &Config, host: &mut dyn Host) -> Result<Self> {
+        self.flush(false).context("write its tables")?;
+        Self::open(config, self.file.try_clone().context("duplicate a descriptor")?, host)
+    }
+
+    fn shared(&self) -> RwLockReadGuard<'_, FormatAccess<Layer>> {
+        self.access.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn alone(&self) -> RwLockWriteGuard<'_, FormatAccess<Layer>> {
+        self.access.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The topmost file.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// The size of the disk in bytes.
+    pub fn size(&self) -> u64 {
+        self.shared().size()
+    }
+
+    /// What can be given back at once: a cluster. Version 2 has no way to say that one is zero.
+    pub fn hole(&self) -> Option<u64> {
+        (self.header.version >= 3).then_some(self.header.cluster)
+    }
+
+    /// Reads from byte `offset` into all of `buffers`.
+    pub fn read(&self, buffers: &mut Buffers, mut offset: u64) -> IoResult<()> {
+        let access = self.shared();
+        while !buffers.is_empty() {
+            let (mapping, length) = access.get_mapping(offset, buffers.len() as u64)?;
+            let count = usize::try_from(length).map_or(buffers.len(), |length| length.min(buffers.len()));
+            match mapping {
+                _ if count == 0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+                Mapping::Raw { storage, offset, .. } => {
+                    buffers.read_some_at(storage.file(), offset, count)?
+                }
+                Mapping::Zero { .. } => buffers.zero(count),
+                _ => {
+                    access.readv(slices_mut(buffers, count).into(), offset)?;
+                    buffers.mark_dirty(count);
+                    buffers.advance(count);
+                }
+            }
+            offset += count as u64;
+        }
+        Ok(())
+    }
+
+    /// Writes all of `buffers` from byte `offset` on.
+    pub fn write(&self, buffers: &mut Buffers, mut offset: u64) -> IoResult<()> {
+        let access = self.shared();
+        while !buffers.is_empty() {
+            let (mapping, length) = access.get_mapping(offset, buffers.len() as u64)?;
+            let count = usize::try_from(length).map_or(buffers.len(), |length| length.min(buffers.len()));
+            match mapping {
+                _ if count == 0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+                Mapping::Raw { storage, offset, writable: true, .. } => {
+                    buffers.write_some_at(storage.file(), offset, count)?;
+                }
+                _ => {
+                    access.writev(slices(buffers, count).into(), offset)?;
+                    buffers.advance(count);
+                }
+            }
+            offset += count as u64;
+        }
+        Ok(())
+    }
+
+    /// Writes the tables; `durable`: returns when everything is on stable storage.
+    pub fn flush(&self, durable: bool) -> IoResult<()> {
+        let access = self.shared();
+        access.flush()?;
+        if durable { access.sync() } else { Ok(()) }
+    }
+
+    /// Gives whole clusters back, to the image and to the host: they read as zeros then.
+    pub fn discard(&self, offset: u64, length: u64) -> IoResult<()> {
+        let cluster = self.header.cluster;
+        let (start, end) = (offset.next_multiple_of(cluster), (offset + length) / cluster * cluster);
+        if start >= end {
+            return Ok(());
+        }
+        let mut access = self.alone();
+        let mut at = start;
+        while at < end {
+            let (mapping, length) = access.get_mapping(at, end - at)?;
+            if length == 0 {
+                return Err(std::io::ErrorKind::UnexpectedEof.into());
+            }
+            let place = match mapping {
+                Mapping::Raw { offset, writable: true, .. } => Some(offset),
+                Mapping::Raw { .. } | Mapping::Special { .. } => None,
+                // Nothing to give back.
+                _ => {
+                    at += length;
+                    continue;
+                }
+            };
+            access.discard_to_any(at, length)?;
+            // `imago` only notes that the clusters are free.
+            let (mapping, freed) = access.get_mapping(at, length)?;
+            if let (Some(place), Mapping::Zero { .. }) = (place, mapping) {
+                holes::punch(&self.file, place, freed)?;
+            }
+            at += length;
+        }
+        Ok(())
+    }
+
+    /// Makes a range zeros; `unmap`: its clusters may be given back.
+    pub fn zero(&self, offset: u64, length: u64, unmap: bool) -> IoResult<()> {
+        if unmap {
+            self.discard(offset, length)?;
+        }
+        self.shared().write_zeroes(offset, length)
+    }
+}
+
+/// What is left to do when a worker that wrote here is gone.
+impl Drop for Qcow2 {
+    fn drop(&mut self) {
+        if let Err(error) = self.flush(false) {
+            crate::log::line(format_args!("write the tables of a qcow2 image: {error}: `qemu-img check` it"));
+        }
+    }
+}
+
+#[allow(unsafe_code)]
+fn slices_mut(buffers: &mut Buffers, count: usize) -> Vec<IoSliceMut<'_>> {
+    let mut left = count;
+    let vectors = buffers.vectors().iter();
+    let slice = |vector: &libc::iovec| {
+        let length = vector.iov_len.min(left);
+        left -= length;
+        // SAFETY: the vector is guest memory, mapped as long as the buffers live. It is only written
+        // to, by system calls and plain copies; that the guest may write to it as well is its fault.
+        (length > 0).then(|| unsafe { std::slice::from_raw_parts_mut(vector.iov_base.cast(), length) })
+    };
+    vectors.map_while(slice).map(IoSliceMut::new).collect()
+}
+
+#[allow(unsafe_code)]
+fn slices(buffers: &Buffers, count: usize) -> Vec<IoSlice<'_>> {
+    let mut left = count;
+    let vectors = buffers.vectors().iter();
+    let slice = |vector: &libc::iovec| {
+        let length = vector.iov_len.min(left);
+        left -= length;
+        // SAFETY: as above; it is only read, by system calls and plain copies.
+        (length > 0).then(|| unsafe { std::slice::from_raw_parts(vector.iov_base.cast(), length) })
+    };
+    vectors.map_while(slice).map(IoSlice::new).collect()
+}

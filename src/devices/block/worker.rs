@@ -1,0 +1,322 @@
+//! The running half of a disk: one queue, its requests in flight, and the engine that does them.
+
+use std::io::{ErrorKind, Result as IoResult};
+use std::sync::{Arc, Once, PoisonError};
+use std::time::{Duration, Instant};
+
+use vm_memory::GuestAddressSpace;
+use vmm_sys_util::timerfd::TimerFd;
+
+use super::bounce::Bounce;
+use super::request::{Code, Disk, Kind, Request, Scratch};
+use super::ring::Ring;
+use crate::error::{Context, Result};
+use crate::event::Interest;
+use crate::events::{self, Event};
+use crate::log;
+use crate::memory::Regions;
+use crate::virtio::{Queue, Registrar, Worker};
+
+const KICK: u32 = 0;
+const RING: u32 = 1;
+const TIMER: u32 = 2;
+
+/// What ended the taking of requests.
+#[derive(PartialEq)]
+enum Taken {
+    /// There are no more.
+    All,
+    /// As many are in flight as the queue has places: a completion makes room.
+    Full,
+    /// A queue's worth was taken: others of the same loop have their turn.
+    Share,
+    /// The rate limit is reached: the timer goes on.
+    Throttled,
+}
+
+/// One queue of a running disk. The ring is dropped first: it waits for what names the rest.
+pub struct Running {
+    ring: Option<Ring>,
+    wants_ring: bool,
+    refused: Arc<Once>,
+    timer: Option<TimerFd>,
+    queue: Queue,
+    disk: Arc<Disk>,
+    /// Requests in flight, and used ones for those to come: never more than the queue has places, each
+    /// of them with at most two vectors per descriptor that a driver may use.
+    requests: Vec<Request>,
+    free: Vec<u16>,
+    scratch: Scratch,
+    bounce: Bounce,
+    /// The time, as far as it matters: looked at once for many requests.
+    now: Instant,
+}
+
+impl Running {
+    /// A queue of `disk`; `refused` is told once if the host does not let us have a ring.
+    pub fn new(queue: Queue, disk: Arc<Disk>, wants_ring: bool, refused: Arc<Once>) -> Self {
+        let scratch = Scratch::new(&disk.memory);
+        Self {
+            ring: None,
+            wants_ring,
+            refused,
+            timer: None,
+            queue,
+            disk,
+            requests: Vec::new(),
+            free: Vec::new(),
+            scratch,
+            bounce: Bounce::default(),
+            now: Instant::now(),
+        }
+    }
+
+    fn open_ring(&mut self) {
+        match Ring::new(self.queue.size()) {
+            Ok(ring) => self.ring = Some(ring),
+            Err(error) => self.refused.call_once(|| {
+                let id = &self.disk.id;
+                log::line(format_args!("disk `{id}`: {error}: its `io_engine` is Sync instead of Async"))
+            }),
+        }
+    }
+
+    /// Does everything that can be done now.
+    fn turn(&mut self) -> Result<()> {
+        if !self.queue.is_ready() {
+            return Ok(());
+        }
+        let disk = self.disk.clone();
+        let memory = disk.memory.memory();
+        disk.metrics.queue_event_count.add(1);
+        let mut share = self.queue.size();
+        loop {
+            self.queue.disable_kicks(&memory)?;
+            let taken = self.take(&memory, &mut share)?;
+            self.complete(&memory)?;
+            self.queue.notify(&memory)?;
+            let more = match taken {
+                Taken::All => self.queue.enable_kicks(&memory)?,
+                Taken::Full | Taken::Throttled => false,
+                Taken::Share => {
+                    self.queue.kick_again();
+                    false
+                }
+            };
+            let completed = self.ring.as_mut().is_some_and(|ring| ring.uring().rearm());
+            if !more && !completed {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Starts the requests that there are, or does them at once.
+    fn take(&mut self, memory: &Regions, share: &mut u16) -> Result<Taken> {
+        self.now = Instant::now();
+        loop {
+            let Some(index) = self.place() else { return Ok(Taken::Full) };
+            if *share == 0 {
+                self.free.push(index);
+                return Ok(Taken::Share);
+            }
+            let Some(chain) = self.queue.pop(memory)? else {
+                self.free.push(index);
+                return Ok(Taken::All);
+            };
+            *share -= 1;
+            let request = &mut self.requests[usize::from(index)];
+            request.begun = self.now;
+            match request.take(chain, &mut self.scratch, &self.disk)? {
+                Ok(()) => {}
+                Err(code) => {
+                    self.disk.metrics.invalid_reqs_count.add(1);
+                    self.answer(memory, index, code)?;
+                    continue;
+                }
+            }
+            if let Err(wait) = self.allow(self.requests[usize::from(index)].length) {
+                self.queue.undo_pop();
+                self.free.push(index);
+                self.throttle(wait)?;
+                return Ok(Taken::Throttled);
+            }
+            self.go_on(memory, index)?;
+        }
+    }
+
+    /// Whether the rate limit lets `bytes` more through now; else after so long.
+    fn allow(&self, bytes: u64) -> Result<(), Duration> {
+        match &self.disk.limiter {
+            Some(limiter) => limiter.lock().unwrap_or_else(PoisonError::into_inner).take(bytes),
+            None => Ok(()),
+        }
+    }
+
+    fn throttle(&mut self, wait: Duration) -> Result<()> {
+        self.disk.metrics.rate_limiter_throttled_events.add(1);
+        // A timer for no time at all would be none.
+        let wait = wait.max(Duration::from_micros(1));
+        let timer = self.timer.as_mut().expect("where there are limits there is a timer");
+        timer.reset(wait, None).context("set a timer")
+    }
+
+    /// A place for one more request.
+    fn place(&mut self) -> Option<u16> {
+        if self.free.is_empty() && self.requests.len() < usize::from(self.queue.size()) {
+            self.free.push(self.requests.len() as u16);
+            self.requests.push(Request::new(&self.disk.memory));
+        }
+        self.free.pop()
+    }
+
+    /// Starts the next step of a request, or does all that is left.
+    fn go_on(&mut self, memory: &Regions, index: u16) -> Result<()> {
+        let request = &mut self.requests[usize::from(index)];
+        if let Some(ring) = &mut self.ring
+            && ring.push(request, index, &self.disk.image, self.disk.durable).context("use io_uring")?
+        {
+            return Ok(());
+        }
+        let result = request.perform(&self.disk, &mut self.bounce);
+        self.now = Instant::now();
+        self.end(memory, index, result)
+    }
+
+    /// Hands over what was started, and takes what is complete.
+    fn complete(&mut self, memory: &Regions) -> Result<()> {
+        let Some(ring) = &mut self.ring else { return Ok(()) };
+        ring.uring().submit().context("use io_uring")?;
+        self.now = Instant::now();
+        while let Some((index, result)) = self.ring.as_mut().and_then(Ring::next) {
+            self.step(memory, index, result)?;
+        }
+        Ok(())
+    }
+
+    /// A step of a request is complete.
+    fn step(&mut self, memory: &Regions, index: u16, result: IoResult<u32>) -> Result<()> {
+        let request = &mut self.requests[usize::from(index)];
+        let done = match (result, request.kind) {
+            (Ok(0), Kind::Read | Kind::Write) if !request.data.is_empty() => {
+                Err(ErrorKind::UnexpectedEof.into())
+            }
+            (Ok(count), Kind::Read | Kind::Write) => {
+                if request.kind == Kind::Read {
+                    request.data.mark_dirty(count as usize);
+                }
+                request.data.advance(count as usize);
+                request.offset += u64::from(count);
+                Ok(request.data.is_empty())
+            }
+            (Ok(_), Kind::Discard | Kind::Zero) => {
+                request.ranges.pop();
+                Ok(request.ranges.is_empty())
+            }
+            (Ok(_), _) => Ok(true),
+            (Err(error), _) => match error.kind() {
+                ErrorKind::Interrupted | ErrorKind::WouldBlock => Ok(false),
+                // A file system without: we have another way.
+                ErrorKind::Unsupported if request.kind == Kind::Zero => {
+                    request.perform(&self.disk, &mut self.bounce).map(|()| true)
+                }
+                _ => Err(error),
+            },
+        };
+        match done {
+            Ok(false) => self.go_on(memory, index),
+            Ok(true) => self.end(memory, index, Ok(())),
+            Err(error) => self.end(memory, index, Err(error)),
+        }
+    }
+
+    fn end(&mut self, memory: &Regions, index: u16, result: IoResult<()>) -> Result<()> {
+        let request = &self.requests[usize::from(index)];
+        let code = match result {
+            Ok(()) => {
+                self.count(request);
+                Code::Ok
+            }
+            Err(error) => {
+                self.disk.metrics.execute_fails.add(1);
+                let reason = format!("{} at byte {}: {error}", request.kind.name(), request.offset);
+                let device = format!("disk `{}`", self.disk.id);
+                log::guest_line(format_args!("{device}: {reason}"));
+                events::tell(|| Event::DeviceError { device, reason, needs_reset: false });
+                Code::IoError
+            }
+        };
+        self.answer(memory, index, code)
+    }
+
+    fn count(&self, request: &Request) {
+        let metrics = &self.disk.metrics;
+        let took = || self.now.saturating_duration_since(request.begun);
+        match request.kind {
+            Kind::Read => {
+                metrics.read_count.add(1);
+                metrics.read_bytes.add(request.length);
+                metrics.read_agg.add(took());
+            }
+            Kind::Write => {
+                metrics.write_count.add(1);
+                metrics.write_bytes.add(request.length);
+                metrics.write_agg.add(took());
+            }
+            Kind::Flush => metrics.flush_count.add(1),
+            Kind::Discard => metrics.discard_count.add(1),
+            Kind::Zero => metrics.write_zeroes_count.add(1),
+            Kind::Id => {}
+        }
+    }
+
+    fn answer(&mut self, memory: &Regions, index: u16, code: Code) -> Result<()> {
+        let request = &self.requests[usize::from(index)];
+        let length = request.answer(code);
+        self.free.push(index);
+        self.queue.push(memory, request.head, length)
+    }
+
+    /// Waits for what is in flight, and tells the driver.
+    fn finish(&mut self) -> Result<()> {
+        let disk = self.disk.clone();
+        let memory = disk.memory.memory();
+        while let Some(ring) = &mut self.ring
+            && ring.uring().in_flight() > 0
+        {
+            ring.uring().wait().context("use io_uring")?;
+            self.complete(&memory)?;
+        }
+        if self.queue.is_ready() { self.queue.notify(&memory) } else { Ok(()) }
+    }
+}
+
+impl Worker for Running {
+    fn register(&mut self, registrar: &mut Registrar<'_>) -> Result<()> {
+        if self.wants_ring && self.queue.is_ready() {
+            self.open_ring();
+        }
+        if let Some(ring) = &mut self.ring {
+            registrar.add(ring.uring().event(), Interest::IN | Interest::EDGE_TRIGGERED, RING)?;
+        }
+        if self.disk.limiter.is_some() {
+            let timer = self.timer.insert(TimerFd::new().context("create a timer")?);
+            registrar.add(timer, Interest::IN | Interest::EDGE_TRIGGERED, TIMER)?;
+        }
+        registrar.kick(&self.queue, KICK)
+    }
+
+    fn handle(&mut self, _token: u32) -> Result<()> {
+        self.turn()
+    }
+
+    fn stop(mut self: Box<Self>) -> Vec<Queue> {
+        let disk = self.disk.clone();
+        let flush = |()| disk.image.flush(false).context("write the image's tables");
+        if let Err(error) = self.finish().and_then(flush) {
+            log::line(format_args!("disk `{}`: stop it: {error}", self.disk.id));
+        }
+        let Self { ring, queue, .. } = *self;
+        drop(ring);
+        vec![queue]
+    }
+}

@@ -1,0 +1,254 @@
+//! Disks over the driver's side of their queues: each engine, format and number of queues, without a
+//! guest.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by it")]
+
+mod common;
+
+use std::fs::File;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+
+use common::Folder;
+use common::disk::{DISCARD, Disk, IN, IN_FLIGHT_MAX, OUT, WRITE_ZEROES};
+use serde_json::{Value, json};
+
+const ENGINES: [&str; 2] = ["Sync", "Async"];
+const OK: Result<(), u8> = Ok(());
+const IO_ERROR: Result<(), u8> = Err(1);
+const UNSUPPORTED: Result<(), u8> = Err(2);
+
+fn config(path: &Path, engine: &str, more: Value) -> Value {
+    let mut config = json!({
+        "drive_id": "d", "is_root_device": false, "path_on_host": path, "io_engine": engine,
+        "cache_type": "Writeback",
+    });
+    config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    config
+}
+
+/// Bytes that tell where they belong.
+fn pattern(seed: u64, length: usize) -> Vec<u8> {
+    let word = |index: u64| (seed << 32 | index).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes();
+    (0..length as u64 / 8).flat_map(word).collect()
+}
+
+fn image(folder: &Folder, length: u64) -> (std::path::PathBuf, File) {
+    let path = folder.write("image", pattern(0, length as usize));
+    let file = File::options().read(true).write(true).open(&path).unwrap();
+    file.sync_all().unwrap();
+    (path, file)
+}
+
+fn content(file: &File, offset: u64, length: usize) -> Vec<u8> {
+    let mut bytes = vec![0; length];
+    file.read_exact_at(&mut bytes, offset).unwrap();
+    bytes
+}
+
+#[test]
+fn reads_writes_flushes_and_names_are_answered_and_what_is_outside_is_not_touched() {
+    for engine in ENGINES {
+        for direct_io in [false, true] {
+            let folder = Folder::new();
+            let (path, file) = image(&folder, 1 << 20);
+            let mut disk = Disk::new(config(&path, engine, json!({ "direct_io": direct_io }))).unwrap();
+            assert_eq!(disk.config(0, 8), 2048);
+            // Not a multiple of a page: what the host does not take as it is.
+            for misalignment in [0, 512, 24] {
+                disk.misalignment = misalignment;
+                let new = pattern(misalignment + 1, 32 << 10);
+                assert_eq!(disk.write(64, &new), OK, "{engine} {direct_io} {misalignment}");
+                assert_eq!(disk.flush(), OK);
+                assert!(content(&file, 32 << 10, 32 << 10) == new);
+                assert!(disk.read(64, 32 << 10).unwrap() == new);
+                assert!(disk.read(2040, 4096).unwrap() == content(&file, 2040 * 512, 4096));
+            }
+            assert_eq!(disk.id()[..2], *b"d\0");
+            let before = content(&file, 0, 1 << 20);
+            for (sector, length) in
+                [(2048, 512), (2041, 4096), (u64::MAX, 512), (u64::MAX / 512, 4096), (0, 100)]
+            {
+                assert_eq!(disk.read(sector, length).map(drop), IO_ERROR, "{sector} {length}");
+                assert_eq!(disk.write(sector, &vec![1; length]), IO_ERROR, "{sector} {length}");
+            }
+            assert!(content(&file, 0, 1 << 20) == before);
+            assert!(disk.was_interrupted() && !disk.is_broken());
+        }
+    }
+}
+
+#[test]
+fn blocks_are_given_back_to_the_host_and_zeros_are_written() {
+    for engine in ENGINES {
+        let folder = Folder::new();
+        let (path, file) = image(&folder, 1 << 20);
+        let mut disk = Disk::new(config(&path, engine, json!({}))).unwrap();
+        assert_eq!(disk.features() >> 13 & 3, 3);
+        let blocks = || file.metadata().unwrap().blocks();
+        let before = blocks();
+        assert_eq!(disk.ranges(DISCARD, &[(0, 128, 0), (256, 128, 0)]), OK);
+        assert_eq!(blocks(), before - 256);
+        assert_eq!(disk.ranges(WRITE_ZEROES, &[(512, 128, 1)]), OK);
+        assert_eq!(blocks(), before - 384);
+        assert_eq!(disk.ranges(WRITE_ZEROES, &[(640, 128, 0), (1000, 1, 0)]), OK);
+        assert_eq!(blocks(), before - 384);
+        let zeros =
+            |sector: u64, sectors: usize| content(&file, sector * 512, sectors * 512).iter().all(|b| *b == 0);
+        assert!(zeros(0, 128) && zeros(256, 128) && zeros(512, 256) && zeros(1000, 1));
+        for kept in [128..256, 384..512, 768..1000, 1001..2048] {
+            let (start, end) = (kept.start * 512, kept.end * 512);
+            assert!(content(&file, start as u64, end - start) == pattern(0, 1 << 20)[start..end], "{kept:?}");
+        }
+        let kept = content(&file, 0, 1 << 20);
+        let many = [(0, 1, 0); 17];
+        for (kind, ranges, expected) in [
+            (DISCARD, &many[..], IO_ERROR),
+            (DISCARD, &[(0, 1, 1)], UNSUPPORTED),
+            (WRITE_ZEROES, &[(0, 1, 2)], UNSUPPORTED),
+            (DISCARD, &[(2047, 2, 0)], IO_ERROR),
+            (DISCARD, &[(800, 8, 0), (u64::MAX, 1, 0)], IO_ERROR),
+            (DISCARD, &[(0, u32::MAX, 0)], IO_ERROR),
+            (WRITE_ZEROES, &[(0, 0, 0)], OK),
+            (99, &[(0, 1, 0)], UNSUPPORTED),
+        ] {
+            assert_eq!(disk.ranges(kind, ranges), expected, "{kind} {ranges:?}");
+        }
+        assert!(content(&file, 0, 1 << 20) == kept);
+    }
+}
+
+#[test]
+fn a_disk_that_cannot_be_written_or_is_told_not_to_offers_no_discard() {
+    let folder = Folder::new();
+    let (path, file) = image(&folder, 1 << 20);
+    for more in [json!({ "is_read_only": true }), json!({ "discard": false })] {
+        for engine in ENGINES {
+            let mut disk = Disk::new(config(&path, engine, more.clone())).unwrap();
+            assert_eq!(disk.features() >> 13 & 3, 0);
+            assert!(disk.ranges(DISCARD, &[(0, 8, 0)]).is_err());
+            if more.get("is_read_only").is_some() {
+                assert_eq!(disk.write(0, &[1; 512]), IO_ERROR);
+            }
+        }
+    }
+    assert!(content(&file, 0, 1 << 20) == pattern(0, 1 << 20));
+}
+
+/// Writes and reads all over the disk with as much in flight as there is room for, each queue in a
+/// part of its own, and checks every byte.
+fn shuffle(disk: &mut Disk, queues: usize, rounds: usize) {
+    const LENGTH: usize = 4096;
+    let per_queue = (8 << 20) / LENGTH / queues;
+    let mut seeds = vec![0_u64; per_queue * queues];
+    let mut random = 1_u64;
+    let mut pick = |below: usize| {
+        random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (random >> 33) as usize % below
+    };
+    for round in 0..rounds {
+        let mut places = vec![];
+        for queue in 0..queues {
+            let mut taken = std::collections::HashSet::new();
+            for slot in 0..IN_FLIGHT_MAX {
+                let block = queue * per_queue + pick(per_queue);
+                if !taken.insert(block) {
+                    continue;
+                }
+                let write = seeds[block] == 0 || pick(2) == 0;
+                if write {
+                    seeds[block] = (round * 1_000_000 + block + 1) as u64;
+                    disk.set_data(queue, slot, &pattern(seeds[block], LENGTH));
+                }
+                let kind = if write { OUT } else { IN };
+                disk.put(queue, slot, kind, (block * LENGTH / 512) as u64, LENGTH);
+                places.push((queue, slot, block, write));
+                if pick(16) == 0 {
+                    disk.kick(queue);
+                }
+            }
+            disk.kick(queue);
+        }
+        for (queue, ..) in &places {
+            disk.wait(*queue);
+        }
+        for (queue, slot, block, write) in places {
+            assert_eq!(disk.status(queue, slot), 0);
+            if !write {
+                assert!(disk.get_data(queue, slot, LENGTH) == pattern(seeds[block], LENGTH), "{block}");
+            }
+        }
+    }
+    for (block, seed) in seeds.iter().enumerate().filter(|(_, seed)| **seed > 0) {
+        assert!(
+            disk.read((block * LENGTH / 512) as u64, LENGTH).unwrap() == pattern(*seed, LENGTH),
+            "{block}"
+        );
+    }
+}
+
+#[test]
+fn many_requests_in_flight_on_many_queues_all_reach_their_places() {
+    for engine in ENGINES {
+        for (num_queues, threads) in [(1, 0), (4, 0), (4, 1), (3, 3)] {
+            for direct_io in [false, true] {
+                let folder = Folder::new();
+                let (path, _) = image(&folder, 8 << 20);
+                let more = json!({ "num_queues": num_queues, "threads": threads, "direct_io": direct_io });
+                let mut disk = Disk::new(config(&path, engine, more)).unwrap();
+                assert_eq!(disk.config(34, 2), num_queues);
+                assert_eq!(disk.features() >> 12 & 1, u64::from(num_queues > 1));
+                shuffle(&mut disk, num_queues as usize, if direct_io { 1 } else { 4 });
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_in_flight_is_finished_on_the_old_image_when_another_is_put_in_its_place() {
+    for engine in ENGINES {
+        let folder = Folder::new();
+        let (path, file) = image(&folder, 8 << 20);
+        let other = folder.write("other", pattern(7, 1 << 20));
+        let mut disk = Disk::new(config(&path, engine, json!({}))).unwrap();
+        for slot in 0..IN_FLIGHT_MAX {
+            disk.set_data(0, slot, &pattern(100 + u64::from(slot), 4096));
+            disk.put(0, slot, OUT, 8 * u64::from(slot), 4096);
+        }
+        disk.kick(0);
+        // All of them, or those of them that the device has seen by now; the rest goes to the new one.
+        disk.patch(json!({ "drive_id": "d", "path_on_host": other })).unwrap();
+        let done = disk.config(0, 8);
+        assert_eq!(done, 2048);
+        for _ in 0..IN_FLIGHT_MAX {
+            disk.wait(0);
+        }
+        let new = File::open(&other).unwrap();
+        for slot in 0..IN_FLIGHT_MAX {
+            assert_eq!(disk.status(0, slot), 0);
+            let at = 4096 * u64::from(slot);
+            let written = pattern(100 + u64::from(slot), 4096);
+            assert!(content(&file, at, 4096) == written || content(&new, at, 4096) == written, "{slot}");
+        }
+        // The old one is free again, and one that is refused changes nothing.
+        Disk::new(config(&path, engine, json!({}))).unwrap();
+        let error = disk.patch(json!({ "drive_id": "d", "path_on_host": folder.path("none") })).unwrap_err();
+        assert!(error.contains("No such file"), "{error}");
+        assert!(disk.read(1000, 4096).unwrap() == pattern(7, 1 << 20)[512_000..516_096]);
+    }
+}
+
+#[test]
+fn a_file_that_grew_is_measured_again() {
+    for engine in ENGINES {
+        let folder = Folder::new();
+        let (path, file) = image(&folder, 1 << 20);
+        let mut disk = Disk::new(config(&path, engine, json!({}))).unwrap();
+        assert_eq!(disk.write(2048, &[1; 512]), IO_ERROR);
+        file.set_len(2 << 20).unwrap();
+        disk.patch(json!({ "drive_id": "d", "path_on_host": path })).unwrap();
+        assert!(disk.was_interrupted());
+        assert_eq!(disk.config(0, 8), 4096);
+        assert_eq!(disk.write(4095, &[1; 512]), OK);
+    }
+}
