@@ -10,7 +10,7 @@ use vmm_sys_util::timerfd::TimerFd;
 use super::bounce::Bounce;
 use super::request::{Code, Disk, Kind, Request, Scratch};
 use super::ring::Ring;
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 use crate::event::Interest;
 use crate::events::{self, Event};
 use crate::log;
@@ -72,7 +72,11 @@ impl Running {
     }
 
     fn open_ring(&mut self) {
-        match Ring::new(self.queue.size()) {
+        let ring = match self.disk.image.raw() {
+            Some(_) => Ring::new(self.queue.size()),
+            None => Err(Error::config("qcow2 images are read and written one request after the other")),
+        };
+        match ring {
             Ok(ring) => self.ring = Some(ring),
             Err(error) => self.refused.call_once(|| {
                 let id = &self.disk.id;

@@ -59,7 +59,7 @@ impl<'a> Chain<'a> {
     }
 
     fn image(&mut self, file: File, path: &Path, access: Access) -> Result<FormatAccess<Layer>> {
-        Header::read(&file, measure(&file, path)?)?;
+        Header::read(&file, measure(&file, path)?, access)?;
         let mut image = Qcow2::<Layer>::open_image(Layer::new(file), access == Access::ReadWrite)
             .map_err(|error| Error::config(error.to_string()))?;
         image.set_data_file(None);

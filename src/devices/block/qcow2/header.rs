@@ -5,10 +5,12 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use crate::error::{Context, Error, Result};
+use crate::host::Access;
 
 const MAGIC: u32 = 0x5146_49fb;
-/// The fields that version 2 has.
+/// The fields that version 2 has, and those of version 3.
 const LENGTH: usize = 72;
+const LENGTH_3: usize = 104;
 
 /// The limits that QEMU has too: an image that claims more would take this much memory at once.
 const L1_BYTES_MAX: u64 = 32 << 20;
@@ -29,8 +31,8 @@ pub struct Header {
 
 impl Header {
     /// Reads and checks the header of an image of `length` bytes.
-    pub fn read(file: &File, length: u64) -> Result<Self> {
-        let mut bytes = [0; LENGTH + 8];
+    pub fn read(file: &File, length: u64, access: Access) -> Result<Self> {
+        let mut bytes = [0; LENGTH_3];
         let given = usize::try_from(length).unwrap_or(usize::MAX).min(bytes.len());
         file.read_exact_at(&mut bytes[..given], 0).context("read its header")?;
         let long = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
@@ -62,9 +64,52 @@ impl Header {
             }
         };
         table("table of clusters", long(40), l1_bytes, L1_BYTES_MAX)?;
-        let refcounts = u64::from(word(56)) << cluster_bits;
-        table("table of reference counts", long(48), refcounts, REFCOUNT_TABLE_BYTES_MAX)?;
+        let (refcounts, refcount_bytes) = (long(48), u64::from(word(56)) << cluster_bits);
+        table("table of reference counts", refcounts, refcount_bytes, REFCOUNT_TABLE_BYTES_MAX)?;
+        if access == Access::ReadWrite {
+            let order = if version >= 3 { word(96) } else { 4 };
+            if order > 6 {
+                return Err(broken(format!("reference counts of 2^{order} bits")));
+            }
+            let clusters_per_block = (cluster * 8) >> order;
+            let blocks = length.div_ceil(cluster).div_ceil(clusters_per_block);
+            let mut table = vec![0; refcount_bytes as usize];
+            file.read_exact_at(&mut table, refcounts).context("read its table of reference counts")?;
+            check_refcounts(&table, blocks, length, cluster)?;
+        }
         Ok(Self { cluster, version })
+    }
+}
+
+/// Blocks of reference counts for what is not written yet, when the image was left in the middle of that.
+const BLOCKS_AHEAD_MAX: u64 = 8;
+
+/// Whether the file is covered by `blocks` blocks of reference counts, each in a place of its own, and
+/// hardly more is. A gap would let an allocation look for itself without end; blocks beyond, or one for
+/// many, would let it look for hours.
+fn check_refcounts(table: &[u8], blocks: u64, length: u64, cluster: u64) -> Result<()> {
+    let wrong = |what: &str| {
+        Err(Error::config(format!(
+            "its table of reference counts has {what}: `qemu-img check -r all` it, or `qemu-img convert` it"
+        )))
+    };
+    let entry = |bytes: &[u8]| u64::from_be_bytes(bytes.try_into().expect("8 bytes"));
+    let entries = table.chunks_exact(8).map(entry);
+    let mut places: Vec<u64> = entries.clone().filter(|place| *place != 0).collect();
+    if blocks > entries.len() as u64 || entries.take(blocks as usize).any(|place| place == 0) {
+        return wrong("gaps");
+    }
+    if places.len() as u64 > blocks + BLOCKS_AHEAD_MAX {
+        return wrong("entries for what is beyond the end of the file");
+    }
+    let inside = |place: &u64| place.is_multiple_of(cluster) && *place < length;
+    if !places.iter().all(inside) {
+        return wrong("entries that are not within the file");
+    }
+    places.sort_unstable();
+    match places.windows(2).any(|pair| pair[0] == pair[1]) {
+        true => wrong("one block for several places"),
+        false => Ok(()),
     }
 }
 

@@ -35,7 +35,7 @@ impl Qcow2 {
     /// The image in `file`, and those beneath it.
     pub fn open(config: &Config, file: File, host: &mut dyn Host) -> Result<Self> {
         let (what, path, access) = config.file();
-        let header = Header::read(&file, measure(&file, path)?)?;
+        let header = Header::read(&file, measure(&file, path)?, access)?;
         let own = file.try_clone().context("duplicate a descriptor")?;
         let chain = Chain::new(&what, host, path, config.backing.as_deref())?;
         let image = chain.open(file, path, access)?;

@@ -1,0 +1,412 @@
+//! qcow2 images under disks, made and checked by `qemu-img`: chains, snapshots, compression, and images
+//! that are broken or say what is not so.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by it")]
+
+mod common;
+
+use std::os::unix::fs::{FileExt, MetadataExt, symlink};
+use std::path::Path;
+use std::process::Command;
+
+use common::Folder;
+use common::disk::{DISCARD, Disk, WRITE_ZEROES};
+use serde_json::{Value, json};
+
+const SIZE: usize = 4 << 20;
+const CLUSTER: usize = 64 << 10;
+
+/// Runs `qemu-img` (Debian package qemu-utils) in `folder`.
+fn qemu_img(folder: &Folder, arguments: &[&str]) -> String {
+    let output = Command::new("qemu-img").args(arguments).current_dir(&folder.0).output();
+    let output = output.expect("qemu-img is needed: `apt-get install qemu-utils`");
+    let text = [output.stdout, output.stderr].concat();
+    let text = String::from_utf8_lossy(&text).into_owned();
+    assert!(output.status.success(), "qemu-img {arguments:?}: {text}");
+    text
+}
+
+fn config(path: &Path, more: Value) -> Value {
+    let mut config = json!({
+        "drive_id": "d", "is_root_device": false, "path_on_host": path, "format": "qcow2",
+        "cache_type": "Writeback",
+    });
+    config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    config
+}
+
+fn refused(config: Value) -> String {
+    Disk::new(config).err().expect("it is refused")
+}
+
+/// Bytes that tell where they belong.
+fn pattern(seed: u64, length: usize) -> Vec<u8> {
+    let word = |index: u64| (seed << 32 | index).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes();
+    (0..length as u64 / 8).flat_map(word).collect()
+}
+
+/// A raw image `base`, and `disk` above it.
+fn chain(folder: &Folder, options: &[&str]) -> Vec<u8> {
+    let base = pattern(1, SIZE / 2);
+    folder.write("base", &base);
+    let create = ["create", "-q", "-f", "qcow2", "-b", "base", "-F", "raw"];
+    qemu_img(folder, &[&create, options, &["disk", "4M"]].concat());
+    [base, vec![0; SIZE / 2]].concat()
+}
+
+/// Writes at many places, of many sizes, and keeps `expected` in step.
+fn scribble(disk: &mut Disk, expected: &mut [u8], seed: u64) {
+    let mut random = seed;
+    let mut pick = |below: u64| {
+        random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (random >> 33) % below
+    };
+    for round in 0..60 {
+        let sector = pick(SIZE as u64 / 512 - 128);
+        let sectors = 1 + pick(100);
+        let (at, length) = ((sector * 512) as usize, (sectors * 512) as usize);
+        match pick(8) {
+            0 => {
+                assert_eq!(disk.ranges(WRITE_ZEROES, &[(sector, sectors as u32, pick(2) as u32)]), Ok(()));
+                expected[at..at + length].fill(0);
+            }
+            1 => assert_eq!(disk.flush(), Ok(())),
+            2 => assert!(disk.read(sector, length).unwrap() == expected[at..at + length], "{round}"),
+            _ => {
+                let bytes = pattern(seed + round, length);
+                assert_eq!(disk.write(sector, &bytes), Ok(()));
+                expected[at..at + length].copy_from_slice(&bytes);
+            }
+        }
+    }
+}
+
+fn check(folder: &Folder, expected: &[u8]) {
+    qemu_img(folder, &["check", "disk"]);
+    folder.write("expected", expected);
+    qemu_img(folder, &["compare", "-f", "qcow2", "-F", "raw", "disk", "expected"]);
+}
+
+fn content(disk: &mut Disk) -> Vec<u8> {
+    (0..SIZE / CLUSTER)
+        .flat_map(|cluster| disk.read((cluster * CLUSTER / 512) as u64, CLUSTER).unwrap())
+        .collect()
+}
+
+#[test]
+fn what_is_written_through_either_engine_is_what_qemu_reads() {
+    for engine in ["Sync", "Async"] {
+        for options in
+            [&[][..], &["-o", "cluster_size=4k"], &["-o", "compat=0.10"], &["-o", "refcount_bits=1"]]
+        {
+            let folder = Folder::new();
+            let mut expected = chain(&folder, options);
+            for seed in [10, 1000] {
+                // Version 2 does not tell formats.
+                let base = json!([{ "path_on_host": folder.path("base"), "format": "raw" }]);
+                let more = json!({ "io_engine": engine, "backing": base });
+                let mut disk = Disk::new(config(&folder.path("disk"), more)).unwrap();
+                assert_eq!(disk.config(0, 8), SIZE as u64 / 512);
+                if options != ["-o", "compat=0.10"] {
+                    scribble(&mut disk, &mut expected, seed);
+                } else {
+                    assert_eq!(disk.features() >> 13 & 3, 0, "version 2 cannot give back");
+                    assert_eq!(disk.write(1, &pattern(seed, 4096)), Ok(()));
+                    expected[512..4608].copy_from_slice(&pattern(seed, 4096));
+                }
+                assert!(content(&mut disk) == expected);
+                disk.end();
+                check(&folder, &expected);
+            }
+            assert!(
+                std::fs::read(folder.path("base")).unwrap() == pattern(1, SIZE / 2),
+                "the base was written"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_flush_reaches_the_file_whatever_happens_then() {
+    for cache_type in ["Unsafe", "Writeback"] {
+        let folder = Folder::new();
+        let mut expected = chain(&folder, &[]);
+        let mut disk = Disk::new(config(&folder.path("disk"), json!({ "cache_type": cache_type }))).unwrap();
+        assert_eq!(disk.features() >> 9 & 1, 1, "it can be flushed");
+        scribble(&mut disk, &mut expected, 5);
+        assert_eq!(disk.flush(), Ok(()));
+        // As it is in the file now, while nobody has closed it.
+        std::fs::copy(folder.path("disk"), folder.path("copy")).unwrap();
+        drop(disk);
+        std::fs::rename(folder.path("copy"), folder.path("disk")).unwrap();
+        check(&folder, &expected);
+    }
+}
+
+#[test]
+fn discarded_clusters_are_given_back_to_the_host() {
+    let folder = Folder::new();
+    qemu_img(&folder, &["create", "-q", "-f", "qcow2", "disk", "4M"]);
+    let mut disk = Disk::new(config(&folder.path("disk"), json!({}))).unwrap();
+    assert_eq!(disk.config(44, 4), CLUSTER as u64 / 512, "what is given back at once");
+    let mut expected = pattern(3, SIZE);
+    for cluster in 0..SIZE / CLUSTER {
+        let at = cluster * CLUSTER;
+        assert_eq!(disk.write(at as u64 / 512, &expected[at..at + CLUSTER]), Ok(()));
+    }
+    assert_eq!(disk.flush(), Ok(()));
+    let blocks = || std::fs::metadata(folder.path("disk")).unwrap().blocks();
+    let before = blocks();
+    // From the middle of a cluster to the middle of another: whole ones between are given back.
+    assert_eq!(disk.ranges(DISCARD, &[(64, 2048, 0)]), Ok(()));
+    assert_eq!(blocks(), before - 15 * CLUSTER as u64 / 512);
+    expected[CLUSTER..16 * CLUSTER].fill(0);
+    assert!(content(&mut disk) == expected);
+    disk.end();
+    check(&folder, &expected);
+}
+
+#[test]
+fn internal_snapshots_and_compressed_clusters_survive() {
+    let folder = Folder::new();
+    let mut expected = pattern(4, SIZE);
+    folder.write("raw", &expected);
+    qemu_img(&folder, &["convert", "-q", "-c", "-f", "raw", "-O", "qcow2", "raw", "disk"]);
+    qemu_img(&folder, &["snapshot", "-c", "before", "disk"]);
+    let mut disk = Disk::new(config(&folder.path("disk"), json!({}))).unwrap();
+    assert!(content(&mut disk) == expected);
+    scribble(&mut disk, &mut expected, 6);
+    assert_eq!(disk.ranges(DISCARD, &[(1024, 1024, 0)]), Ok(()));
+    expected[512 << 10..1 << 20].fill(0);
+    disk.end();
+    check(&folder, &expected);
+    qemu_img(&folder, &["snapshot", "-a", "before", "disk"]);
+    check(&folder, &pattern(4, SIZE));
+}
+
+#[test]
+fn a_chain_is_followed_within_its_folder_or_where_it_is_named() {
+    let folder = Folder::new();
+    let expected = chain(&folder, &[]);
+    let create = |above: &str, beneath: &str, format: &str| {
+        qemu_img(&folder, &["create", "-q", "-f", "qcow2", "-u", "-b", beneath, "-F", format, above, "4M"]);
+    };
+    create("top", "disk", "qcow2");
+    std::fs::create_dir(folder.path("inner")).unwrap();
+    create("inner/up", "../disk", "qcow2");
+    create("absolute", folder.path("disk").to_str().unwrap(), "qcow2");
+    symlink("disk", folder.path("link")).unwrap();
+    create("linked", "link", "qcow2");
+    let open = |name: &str, more: Value| Disk::new(config(&folder.path(name), more));
+    for name in ["disk", "top", "absolute", "linked"] {
+        assert!(content(&mut open(name, json!({})).unwrap()) == expected, "{name}");
+    }
+    // Above the folder; where a link leads out of it; what is no file.
+    create("inner/deep", "../inner/../base", "raw");
+    symlink("../base", folder.path("inner/out")).unwrap();
+    create("inner/outside", "out", "raw");
+    create("protocol", "nbd://127.0.0.1/x", "raw");
+    create("json", r#"json:{"driver":"file","filename":"base"}"#, "raw");
+    for (name, expected) in [
+        ("inner/up", "outside the image's folder: name it in `backing`"),
+        ("inner/deep", "outside the image's folder: name it in `backing`"),
+        ("inner/outside", "outside the image's folder: name it in `backing`"),
+        ("protocol", "it is not the path of a file"),
+        ("json", "it is not the path of a file"),
+    ] {
+        let error = open(name, json!({})).err().unwrap();
+        assert!(error.contains(expected) && error.contains("use the image beneath it, `"), "{name}: {error}");
+    }
+    let base = json!({ "path_on_host": folder.path("base"), "format": "raw" });
+    let disk = json!({ "path_on_host": folder.path("disk"), "format": "qcow2" });
+    for name in ["inner/up", "protocol"] {
+        let chain = if name == "protocol" { json!([base]) } else { json!([disk, base]) };
+        let mut named = open(name, json!({ "backing": chain })).unwrap();
+        assert!(content(&mut named) == expected, "{name}");
+    }
+    let refused = |name: &str, backing: Value| open(name, json!({ "backing": backing })).err().unwrap();
+    assert!(refused("inner/up", json!([disk])).contains("`backing` does not name it: add it"));
+    assert!(refused("disk", json!([])).contains("`backing` does not name it: add it"));
+    assert!(refused("disk", json!([base, base])).contains("but no image says that something is beneath"));
+}
+
+#[test]
+fn what_cannot_be_beneath_is_said() {
+    let folder = Folder::new();
+    chain(&folder, &[]);
+    let create = |above: &str, beneath: &str, more: &[&str]| {
+        let options = ["create", "-q", "-f", "qcow2", "-u", "-b", beneath];
+        qemu_img(&folder, &[&options, more, &[above, "4M"]].concat());
+    };
+    let qcow2 = &["-F", "qcow2"];
+    create("missing", "nowhere", qcow2);
+    create("itself", "other", qcow2);
+    symlink("itself", folder.path("other")).unwrap();
+    create("one", "two", qcow2);
+    create("two", "one", qcow2);
+    create("wrong", "base", qcow2);
+    create("vmdk", "base", &["-F", "vmdk"]);
+    create("format", "base", qcow2);
+    // The extension that tells the format is made one that nobody knows.
+    let image = std::fs::File::options().read(true).write(true).open(folder.path("format")).unwrap();
+    let mut header = [0; 512];
+    image.read_exact_at(&mut header, 0).unwrap();
+    let at = header.windows(4).position(|bytes| bytes == [0xe2, 0x79, 0x2a, 0xca]).unwrap();
+    image.write_all_at(&[0x12, 0x34, 0x56, 0x78], at as u64).unwrap();
+    for depth in 0..20 {
+        let beneath = if depth == 0 { "disk".to_owned() } else { format!("deep{}", depth - 1) };
+        create(&format!("deep{depth}"), &beneath, qcow2);
+    }
+    for (name, expected) in [
+        ("missing", "use the image beneath it, `nowhere`: find it: No such file"),
+        ("itself", "it is beneath itself: the images form a loop"),
+        ("one", "it is beneath itself: the images form a loop"),
+        ("wrong", "it is not a qcow2 image: give `raw` as its format"),
+        ("vmdk", "its format `vmdk` is not supported"),
+        ("format", "its format is not told, and never guessed"),
+        ("deep19", "more than 16 images are beneath"),
+    ] {
+        let error = refused(config(&folder.path(name), json!({})));
+        assert!(error.contains(expected), "{name}: {error}");
+    }
+    Disk::new(config(&folder.path("deep13"), json!({}))).unwrap();
+}
+
+#[test]
+fn a_format_told_wrongly_is_an_error_or_exactly_that_format() {
+    let folder = Folder::new();
+    chain(&folder, &[]);
+    let error = refused(config(&folder.path("base"), json!({})));
+    assert!(error.contains("it is not a qcow2 image: give `raw` as its format"), "{error}");
+    // A qcow2 image as a raw one is its own bytes: nothing is guessed from them.
+    let raw = json!({ "format": "raw" });
+    let mut disk = Disk::new(config(&folder.path("disk"), raw)).unwrap();
+    assert_eq!(disk.read(0, 512).unwrap()[..4], *b"QFI\xfb");
+}
+
+#[test]
+fn what_is_not_supported_is_said_with_what_to_do() {
+    let folder = Folder::new();
+    let create =
+        |options: &str| qemu_img(&folder, &["create", "-q", "-f", "qcow2", "-o", options, "disk", "4M"]);
+    for (options, expected) in [
+        ("data_file=other", "its data is in another file, which is not followed"),
+        ("compression_type=zstd", "its compression is not zlib"),
+        ("extended_l2=on", "it has features that are not supported"),
+    ] {
+        create(options);
+        let error = refused(config(&folder.path("disk"), json!({})));
+        assert!(error.contains(expected), "{options}: {error}");
+    }
+    create("cluster_size=64k");
+    let image = std::fs::File::options().write(true).open(folder.path("disk")).unwrap();
+    for (at, bytes, expected) in [
+        (32, vec![0, 0, 0, 1], "it is encrypted"),
+        (79, vec![1], "its reference counts are not in order: `qemu-img check -r all` it"),
+        (79, vec![2], "it is marked as corrupt"),
+        (4, vec![0, 0, 0, 9], "its header is broken: it tells of version 9"),
+        (20, vec![0, 0, 0, 40], "its header is broken: it tells of clusters of 2^40 bytes"),
+        (36, vec![0xff; 4], "a table of clusters of 34359738360 bytes, at most 33554432 are sane"),
+        (24, vec![0x7f; 8], "for which its tables are too small"),
+        (40, vec![0, 0, 1], "a table of clusters that is not within the file"),
+        (56, vec![0, 0, 1, 0], "a table of reference counts of 16777216 bytes, at most 8388608 are sane"),
+    ] {
+        create("cluster_size=64k");
+        image.write_all_at(&bytes, at).unwrap();
+        let error = refused(config(&folder.path("disk"), json!({})));
+        assert!(error.contains(expected), "{at}: {error}");
+    }
+}
+
+#[test]
+fn a_virtual_disk_that_grew_is_measured_again() {
+    for engine in ["Sync", "Async"] {
+        let folder = Folder::new();
+        qemu_img(&folder, &["create", "-q", "-f", "qcow2", "disk", "1M"]);
+        let path = folder.path("disk");
+        let mut disk = Disk::new(config(&path, json!({ "io_engine": engine }))).unwrap();
+        assert_eq!(disk.write(0, &pattern(9, 4096)), Ok(()));
+        disk.pause();
+        let resize = ["resize", "-q", "--shrink", "-f", "qcow2"];
+        // Locked against others, as QEMU's own tools respect it: asked by force.
+        let output = Command::new("qemu-img").args(resize).arg(&path).arg("4M").output().unwrap();
+        assert!(!output.status.success(), "another process could write to an image in use");
+        // What such a tool writes.
+        let image = std::fs::File::options().write(true).open(&path).unwrap();
+        image.write_all_at(&(2_u64 << 20).to_be_bytes(), 24).unwrap();
+        disk.resume();
+        disk.patch(json!({ "drive_id": "d", "path_on_host": path })).unwrap();
+        assert!(disk.was_interrupted());
+        assert_eq!(disk.config(0, 8), 4096);
+        assert_eq!(disk.write(4095, &[1; 512]), Ok(()));
+        assert!(disk.read(0, 4096).unwrap() == pattern(9, 4096));
+        disk.end();
+        qemu_img(&folder, &["check", "disk"]);
+    }
+}
+
+/// The most memory that this process has had, in bytes.
+fn peak() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
+}
+
+#[test]
+fn two_hundred_damaged_images_are_refused_or_read_and_nothing_worse() {
+    let folder = Folder::new();
+    let mut sound = chain(&folder, &[]);
+    let mut disk = Disk::new(config(&folder.path("disk"), json!({}))).unwrap();
+    scribble(&mut disk, &mut sound, 8);
+    disk.end();
+    let image = std::fs::read(folder.path("disk")).unwrap();
+    let mut random = 1_u64;
+    let mut pick = |below: usize| {
+        random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (random >> 33) as usize % below
+    };
+    let before = peak();
+    let (mut works, mut refused) = (0, 0);
+    for round in 0..200 {
+        let mut damaged = image.clone();
+        // The header, then the tables: L1, refcounts and L2 are within the first clusters.
+        let reach = if round % 2 == 0 { 256 } else { damaged.len() };
+        for _ in 0..1 + pick(4) {
+            let at = match pick(3) {
+                0 => pick(reach),
+                1 => pick(reach.min(112)) & !7,
+                _ => pick(reach / CLUSTER + 1) * CLUSTER + pick(64),
+            };
+            let length = 1 + pick(8);
+            let value = [0, 0xff, 0x7f, 0x80, 1, pick(256) as u8][pick(6)];
+            let at = at.min(image.len() - 1);
+            damaged[at..(at + length).min(image.len())].fill(value);
+        }
+        if pick(10) == 0 {
+            damaged.truncate(pick(image.len()));
+        }
+        folder.write("damaged", &damaged);
+        match Disk::new(config(&folder.path("damaged"), json!({}))) {
+            Ok(mut disk) => {
+                works += 1;
+                for _ in 0..20 {
+                    let sector = pick(SIZE / 512) as u64;
+                    // Whatever comes: the guest gets an answer.
+                    let _ = disk.read(sector, 4096);
+                    let _ = disk.write(sector, &[1; 4096]);
+                    let _ = disk.ranges(DISCARD, &[(sector, 256, 0)]);
+                }
+                let _ = disk.flush();
+                assert!(!disk.is_broken());
+            }
+            Err(error) => {
+                refused += 1;
+                assert!(error.contains("damaged`: "), "{error}");
+            }
+        }
+    }
+    println!("{works} could be used, {refused} were refused");
+    assert!(works > 20 && refused > 20);
+    let grown = peak() - before;
+    assert!(grown < 100 << 20, "{} MiB more were needed", grown >> 20);
+}
