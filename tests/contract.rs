@@ -75,7 +75,11 @@ impl Host {
     }
 
     fn guest(&self, kind: Kind, device: &Device) -> Guest {
-        Guest::new(kind, device.open("contract", &mut Local::default()).unwrap())
+        let opened = device.open("contract", &mut Local::default()).unwrap();
+        if is_net(device) {
+            self.wire.settle("tap0");
+        }
+        Guest::new(kind, opened)
     }
 
     /// Does `test` with every device behind every transport.

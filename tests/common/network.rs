@@ -88,6 +88,22 @@ impl Wire {
         }
     }
 
+    /// Waits until the interface `name` carries frames: it drops them for up to a second after somebody
+    /// has attached to it, until the kernel's link watch has had its turn.
+    #[allow(unsafe_code)]
+    pub fn settle(&self, name: &str) {
+        let mut request = [0_u8; 40];
+        request[..name.len()].copy_from_slice(name.as_bytes());
+        super::wait_for(|| {
+            // SAFETY: the call reads and writes a structure of 40 bytes.
+            let asked = unsafe { libc::ioctl(self.socket.as_raw_fd(), libc::SIOCGIFFLAGS, &mut request) };
+            let flags = i32::from(i16::from_ne_bytes([request[16], request[17]]));
+            asked == 0 && flags & libc::IFF_RUNNING != 0
+        });
+        // The flag comes a moment before the queue.
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+
     /// The next frame.
     #[allow(unsafe_code)]
     pub fn receive(&self) -> Vec<u8> {
