@@ -19,6 +19,7 @@ use serde_json::Value;
 use crate::clock::{self, Utc};
 use crate::error::{Context, Result};
 use crate::event::EventFd;
+use crate::log;
 use crate::sink::Sink;
 
 /// So many events are kept: a client or a guest that causes them for ever must not make us grow.
@@ -286,12 +287,23 @@ pub fn open(id: &str) {
     OPEN.store(true, Ordering::Release);
 }
 
-/// It happened. Threads that cause events at once have them in one order, the same for all readers.
+/// It happened. Threads that cause events at once have them in one order, the same for all readers. A
+/// log that wants to know has it too.
+#[track_caller]
 pub fn tell(event: impl FnOnce() -> Event) {
-    if !OPEN.load(Ordering::Acquire) {
+    let (is_kept, is_logged) = (OPEN.load(Ordering::Acquire), log::wants(log::Level::Info));
+    if !is_kept && !is_logged {
         return;
     }
-    lock().add(event());
+    let event = event();
+    // Those are in the log already, in their own words.
+    if is_logged && !matches!(event, Event::DeviceError { .. } | Event::Ended { .. }) {
+        log::info(serde_json::to_string(&event).expect("names, numbers and texts are JSON"));
+    }
+    if !is_kept {
+        return;
+    }
+    lock().add(event);
     if let Some(wake) = WAKE.get() {
         // A counter that is full wakes as well.
         let _ = wake.write(1);

@@ -8,6 +8,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Context, Error, Result};
+use crate::sink::Sink;
 
 /// What the machine may do with a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -37,6 +38,7 @@ pub struct Local {
     /// the machine gets, whatever is put there later.
     held: Vec<(PathBuf, Access, File)>,
     held_taps: Vec<(String, File)>,
+    held_console: Option<Sink>,
 }
 
 impl Local {
@@ -55,6 +57,12 @@ impl Local {
             let tap = self.tap(name)?;
             self.held_taps.push((name.to_owned(), tap));
         }
+        Ok(())
+    }
+
+    /// Where the guest's serial console is to write, instead of standard output.
+    pub fn hold_console(&mut self, path: &Path) -> Result<()> {
+        self.held_console = Some(Sink::open("serial output", path)?);
         Ok(())
     }
 
@@ -89,6 +97,9 @@ impl Host for Local {
     }
 
     fn console(&mut self) -> Result<Box<dyn Write + Send>> {
+        if let Some(sink) = self.held_console.take() {
+            return Ok(Box::new(sink));
+        }
         let fd = std::io::stdout().as_fd().try_clone_to_owned().context("duplicate standard output")?;
         Ok(Box::new(Output::new(fd)))
     }

@@ -1,8 +1,9 @@
 //! Alula, a microVM monitor: one process runs one virtual machine on Linux KVM.
 //!
 //! The modules, low to high; each uses only those before it:
-//! - [`error`]: the one error type. [`clock`]: the time of day. [`metrics`]: counters. [`sink`]: where lines
-//!   for the outside go. [`log`]: messages. [`timeline`]: what a start is made of.
+//! - [`error`]: the one error type. [`clock`]: the time of day. [`metrics`]: counters. [`process`]: what
+//!   this process costs. [`sink`]: where lines for the outside go. [`log`]: messages. [`timeline`]: what a
+//!   start is made of.
 //! - [`snapshot`]: state that outlives the process. [`limiter`]: rate limits.
 //! - [`event`]: the core of an event loop. [`events`]: what happens to the microVM, for its readers.
 //!   [`uring`]: io_uring for an event loop. [`host`]: where files come from. [`memory`]: guest memory.
@@ -47,6 +48,7 @@ pub mod memory;
 pub mod metrics;
 pub mod pci;
 pub mod platform;
+pub mod process;
 pub mod sink;
 pub mod snapshot;
 pub mod timeline;

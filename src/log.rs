@@ -95,8 +95,7 @@ metrics! {
 }
 
 /// Counted for the whole process, as the log is the process's.
-pub static METRICS: Metrics =
-    Metrics { missed_log_count: Counter::new(), missed_metrics_count: Counter::new() };
+pub static METRICS: Metrics = Metrics::new();
 
 struct Log {
     /// None: standard error.

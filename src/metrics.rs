@@ -20,10 +20,26 @@
 //! Names are those of Firecracker's metrics where it counts the same; a name ends with its unit
 //! (`_bytes`, `_us`), or it is a count.
 
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+
+/// Body of `PUT /metrics`: where a line of metrics is written every minute.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// A file, created if it is missing, or a FIFO.
+    pub metrics_path: PathBuf,
+    /// Lines have the microVM's name.
+    #[serde(default)]
+    pub emit_id: bool,
+    /// Lines have these too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub properties: Option<Map<String, Value>>,
+}
 
 /// What of a metric is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -152,9 +168,22 @@ macro_rules! metrics {
         $($(#[$field_meta:meta])* $field:ident: $kind:ty,)*
     }) => {
         $(#[$meta])*
-        #[derive(Debug, Default)]
+        #[derive(Debug)]
         $vis struct $name {
             $($(#[$field_meta])* pub $field: $kind,)*
+        }
+
+        impl Default for $name {
+            fn default() -> Self {
+                Self::new()
+            }
+        }
+
+        impl $name {
+            /// All at 0.
+            pub const fn new() -> Self {
+                Self { $($field: <$kind>::new(),)* }
+            }
         }
 
         impl $crate::metrics::Group for $name {

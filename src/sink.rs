@@ -16,7 +16,7 @@ const DESCRIPTOR: &str = "fd:";
 #[derive(Debug)]
 pub struct Sink {
     file: File,
-    /// The rest of a line that went out in part: at most that one line.
+    /// The rest of a line that there was no room for yet: at most that one line.
     rest: Vec<u8>,
 }
 
@@ -33,24 +33,29 @@ impl Sink {
         Ok(Self { file: file.with_context(attempt)?, rest: Vec::new() })
     }
 
-    /// Writes a line, which ends with a newline. False: it is lost.
+    /// Writes a line, which ends with a newline, or keeps it if the other side has no room now. False: it
+    /// is lost, because another one is kept already, or for good.
     pub fn write_line(&mut self, line: &[u8]) -> bool {
         if !self.flush() {
             return false;
         }
-        match self.write(line) {
+        match self.put(line) {
             Ok(count) => {
                 self.rest.extend_from_slice(&line[count..]);
+                true
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                self.rest.extend_from_slice(line);
                 true
             }
             Err(_) => false,
         }
     }
 
-    /// Goes on with a line that went out in part; whether nothing is left of it.
+    /// Goes on with a line that is kept; whether nothing is left of it.
     pub fn flush(&mut self) -> bool {
         while !self.rest.is_empty() {
-            match self.write(&self.rest) {
+            match self.put(&self.rest) {
                 Ok(count) => drop(self.rest.drain(..count)),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return false,
                 // Nobody will ever read it.
@@ -60,7 +65,7 @@ impl Sink {
         true
     }
 
-    fn write(&self, bytes: &[u8]) -> io::Result<usize> {
+    fn put(&self, bytes: &[u8]) -> io::Result<usize> {
         loop {
             match (&self.file).write(bytes) {
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
@@ -68,6 +73,18 @@ impl Sink {
                 result => return result,
             }
         }
+    }
+}
+
+/// Bytes that there is no room for are lost: the count of those written says so.
+impl Write for Sink {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        Ok(if self.write_line(bytes) { bytes.len() } else { 0 })
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.flush();
+        Ok(())
     }
 }
 

@@ -1,17 +1,22 @@
 //! Does what requests ask: holds the configuration before the start and the machine after it.
 
 use std::path::Path;
+use std::time::Instant;
 
 use serde_json::{Value, json};
 
-use super::{API_VERSION, Action, Request, Response, VmState, observe, routes};
+use super::observe::{self, LATENCIES};
+use super::{API_VERSION, Action, Request, Response, VmState, metrics, routes};
 use crate::arch;
 use crate::config::{BootSource, Config, MachineConfig};
+use crate::devices::console;
 use crate::devices::kind::{Change, Device, Kind};
 use crate::error::{Error, Result};
 use crate::events::{self, Event};
 use crate::host::{Access, Local};
+use crate::log;
 use crate::machine::{Machine, Prepared, State};
+use crate::metrics::{self as counted, View};
 
 const AFTER_START: &str = "The requested operation is not supported after starting the microVM.";
 const BEFORE_START: &str = "The requested operation is not supported before starting the microVM.";
@@ -21,6 +26,7 @@ pub struct Controller {
     id: String,
     config: Config,
     host: Local,
+    metrics: Option<metrics::Output>,
     prepared: Option<Prepared>,
     machine: Option<Machine>,
 }
@@ -28,7 +34,36 @@ pub struct Controller {
 impl Controller {
     /// Controls the microVM that `config` describes, not started yet.
     pub fn new(id: String, config: Config) -> Self {
-        Self { id, config, host: Local::default(), prepared: None, machine: None }
+        Self { id, config, host: Local::default(), metrics: None, prepared: None, machine: None }
+    }
+
+    /// Opens where the configuration, as it was given, says that messages and metrics go.
+    pub fn open_outputs(&mut self) -> Result<()> {
+        if let Some(logger) = &self.config.logger {
+            log::configure(&self.id, logger)?;
+        }
+        if let Some(metrics) = &self.config.metrics {
+            self.metrics = Some(metrics::Output::open(metrics.clone())?);
+        }
+        Ok(())
+    }
+
+    /// Writes a line of metrics, if they go anywhere.
+    pub fn write_metrics(&mut self) {
+        if let Some(output) = &mut self.metrics {
+            output.write(&self.id, self.machine.as_ref());
+        }
+    }
+
+    /// Writes a line of metrics when it is time for one; to be called about once a second while the
+    /// machine is there.
+    pub fn look_at_metrics(&mut self) {
+        if let Some(output) = &mut self.metrics {
+            output.flush();
+            if output.is_due() {
+                self.write_metrics();
+            }
+        }
     }
 
     /// The machine, once it has started.
@@ -51,21 +86,26 @@ impl Controller {
             Some(prepared) => prepared,
             None => Prepared::new()?,
         };
+        if let Some(path) = self.config.serial.as_ref().and_then(|serial| serial.serial_out_path.as_ref()) {
+            self.host.hold_console(path)?;
+        }
         let mut machine = Machine::build(&self.id, &self.config, &mut self.host, prepared)?;
         machine.load(&self.config, &mut self.host)?;
         // Told first: what the guest does comes after it.
         events::tell(|| Event::Started { reason });
         machine.resume()?;
         self.machine = Some(machine);
+        self.write_metrics();
         Ok(())
     }
 
     /// Parses a request and does it.
     pub fn serve(&mut self, method: &str, path: &str, body: &[u8]) -> Response {
+        let begun = Instant::now();
         let request = routes::route(method, path, body);
         let deprecated = request.as_ref().is_ok_and(Request::is_deprecated);
         let response = request.and_then(|request| self.handle(request)).unwrap_or_else(Response::Fault);
-        observe::served(method, path, &response);
+        observe::served(method, path, &response, begun.elapsed());
         if deprecated { Response::Deprecated(Box::new(response)) } else { response }
     }
 
@@ -77,6 +117,9 @@ impl Controller {
             PutMachineConfig(_)
             | PatchMachineConfig(_)
             | PutBootSource(_)
+            | PutLogger(_)
+            | PutMetrics(_)
+            | PutSerial(_)
             | Action(super::Action::InstanceStart)
                 if started =>
             {
@@ -104,6 +147,12 @@ impl Controller {
             MachineConfig => Ok(Response::Value(to_value(&self.config.machine_config))),
             VmConfig => Ok(Response::Value(to_value(&self.config))),
             Events => Ok(Response::Events),
+            Metrics => {
+                Ok(Response::Value(Value::Object(metrics::collect(self.machine.as_ref(), View::Total))))
+            }
+            PutLogger(logger) => self.set_logger(logger),
+            PutMetrics(metrics) => self.set_metrics(metrics),
+            PutSerial(serial) => self.set_serial(serial),
             PutMachineConfig(machine) => self.set_machine_config(machine),
             PatchMachineConfig(patch) => self.set_machine_config(self.config.machine_config.patched(&patch)),
             PutBootSource(source) => self.set_boot_source(source),
@@ -142,6 +191,32 @@ impl Controller {
             hold("initrd", initrd)?;
         }
         self.config.boot_source = Some(source);
+        Ok(Response::Done)
+    }
+
+    fn set_logger(&mut self, logger: log::Config) -> Result<Response, String> {
+        const FAULT: &str = "Logger error: Cannot initialize the logging system due to bad user input";
+        log::configure(&self.id, &logger).map_err(fault(FAULT))?;
+        self.config.logger = Some(logger);
+        Ok(Response::Done)
+    }
+
+    fn set_metrics(&mut self, metrics: counted::Config) -> Result<Response, String> {
+        const FAULT: &str = "Metrics error: Cannot initialize the metrics system due to bad user input";
+        if self.metrics.is_some() {
+            return Err(format!("{FAULT}: Reinitialization of metrics not allowed."));
+        }
+        self.metrics = Some(metrics::Output::open(metrics.clone()).map_err(fault(FAULT))?);
+        self.config.metrics = Some(metrics);
+        Ok(Response::Done)
+    }
+
+    /// The file is opened now, as the kernel is.
+    fn set_serial(&mut self, serial: console::Config) -> Result<Response, String> {
+        if let Some(path) = &serial.serial_out_path {
+            self.host.hold_console(path).map_err(fault("Serial config error"))?;
+        }
+        self.config.serial = Some(serial);
         Ok(Response::Done)
     }
 
@@ -185,25 +260,30 @@ impl Controller {
                 Err(format!("SendCtrlAltDel does not supported on {}.", arch::NAME))
             }
             Action::SendCtrlAltDel => self.started().send_ctrl_alt_del().map_err(fault("Internal VMM error")),
-            Action::FlushMetrics => Err("`FlushMetrics` is not implemented yet.".to_owned()),
+            Action::FlushMetrics => {
+                self.write_metrics();
+                Ok(())
+            }
         }
         .map(|()| Response::Done)
     }
 
     fn set_state(&mut self, state: VmState) -> Result<Response, String> {
         let machine = self.started();
-        let before = machine.state();
-        let reason = "PATCH /vm";
-        match state {
-            VmState::Paused => machine.pause().map(|()| Event::Paused { reason }),
-            VmState::Resumed => machine.resume().map(|()| Event::Resumed { reason }),
+        let (before, begun) = (machine.state(), Instant::now());
+        let (result, latency) = match state {
+            VmState::Paused => (machine.pause(), [&LATENCIES.pause_vm, &LATENCIES.vmm_pause_vm]),
+            VmState::Resumed => (machine.resume(), [&LATENCIES.resume_vm, &LATENCIES.vmm_resume_vm]),
+        };
+        result.map_err(fault("Internal VMM error"))?;
+        latency.iter().for_each(|latency| latency.set(begun.elapsed().as_micros() as u64));
+        if machine.state() != before {
+            let reason = "PATCH /vm";
+            events::tell(|| match state {
+                VmState::Paused => Event::Paused { reason },
+                VmState::Resumed => Event::Resumed { reason },
+            });
         }
-        .map(|event| {
-            if machine.state() != before {
-                events::tell(|| event);
-            }
-        })
-        .map_err(fault("Internal VMM error"))?;
         Ok(Response::Done)
     }
 

@@ -1,9 +1,10 @@
 //! The control API: every operation once, as plain data. `http` reads and writes the wire format,
 //! `routes` turns a method, path and body into a `Request`, `handle` does it, `observe` counts it,
-//! `server` owns the sockets.
+//! `metrics` tells what was counted, `server` owns the sockets.
 
 mod handle;
 mod http;
+mod metrics;
 mod observe;
 mod routes;
 mod server;
@@ -12,7 +13,10 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::config::{BootSource, MachineConfig, MachinePatch};
+use crate::devices::console;
 use crate::devices::kind::{Change, Device, Kind};
+use crate::log;
+use crate::metrics as counted;
 
 pub use handle::Controller;
 pub use server::Server;
@@ -35,6 +39,14 @@ pub enum Request {
     VmConfig,
     /// `GET /events`
     Events,
+    /// `GET /metrics`
+    Metrics,
+    /// `PUT /metrics`
+    PutMetrics(counted::Config),
+    /// `PUT /logger`
+    PutLogger(log::Config),
+    /// `PUT /serial`
+    PutSerial(console::Config),
     /// `PUT /machine-config`
     PutMachineConfig(MachineConfig),
     /// `PATCH /machine-config`

@@ -9,19 +9,8 @@ use crate::devices::kind::Kind;
 use crate::devices::{self, KINDS};
 
 /// First path tokens of Firecracker's API that are not served yet: refused as such, not as unknown.
-const NOT_IMPLEMENTED: [&str; 11] = [
-    "balloon",
-    "cpu-config",
-    "hotplug",
-    "logger",
-    "metrics",
-    "mmds",
-    "pmem",
-    "serial",
-    "snapshot",
-    "vsock",
-    "gdb",
-];
+const NOT_IMPLEMENTED: [&str; 8] =
+    ["balloon", "cpu-config", "hotplug", "mmds", "pmem", "snapshot", "vsock", "gdb"];
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -60,6 +49,10 @@ pub fn route(method: &str, path: &str, body: &[u8]) -> Result<Request, String> {
         ("GET", ["machine-config"]) => Request::MachineConfig,
         ("GET", ["vm", "config"]) => Request::VmConfig,
         ("GET", ["events"]) => Request::Events,
+        ("GET", ["metrics"]) => Request::Metrics,
+        ("PUT", ["metrics"]) => Request::PutMetrics(parse(body)?),
+        ("PUT", ["logger"]) => Request::PutLogger(parse(body)?),
+        ("PUT", ["serial"]) => Request::PutSerial(parse(body)?),
         ("PUT", ["machine-config"]) => Request::PutMachineConfig(parse(body)?),
         ("PATCH", ["machine-config"]) => {
             let patch: MachinePatch = parse(body)?;

@@ -51,7 +51,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, S
 /// The command line of another program.
 fn other(persona: Persona, mut arguments: Vec<OsString>) -> Result<Command, String> {
     let help = || match persona {
-        Persona::Firecracker => serve::HELP
+        Persona::Firecracker => serve::help()
             .replace("Usage: alula serve", "Usage: firecracker")
             .replace("alula serve", "firecracker"),
         _ => "Only --version is implemented yet.\n".to_owned(),
@@ -103,7 +103,7 @@ fn alula(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, Strin
 }
 
 /// The value of `option`, by `parse`, whose error says what was expected.
-fn value<T>(
+pub fn value<T>(
     parser: &mut lexopt::Parser,
     option: &str,
     parse: impl Fn(&str) -> Result<T, String>,

@@ -2,17 +2,17 @@
 
 mod arguments;
 mod monitor;
+mod outputs;
 mod persona;
 mod signals;
 mod terminal;
 
 use std::io::Write;
-use std::path::Path;
 
 use crate::api::{Controller, Server};
 use crate::clock;
 use crate::error::{Context, Result};
-use crate::events::{self, Event, Feed};
+use crate::events::{self, Event};
 use crate::firmware;
 use crate::log;
 use crate::machine::Exit;
@@ -94,9 +94,9 @@ fn run(arguments: Run) -> Result<Ending> {
         Some(path) => Some(Server::bind(path, crate::api::BODY_MAX)?),
         None => None,
     };
-    let feed = open_events(&arguments.id, arguments.events.as_deref(), server.is_some())?;
+    let mut controller = Controller::new(arguments.id.clone(), config);
+    let feed = arguments.outputs.open(&arguments.id, server.is_some(), &mut controller)?;
     events::tell(|| Event::Configured { what: "command line".to_owned() });
-    let controller = Controller::new(arguments.id.clone(), config);
     let mut monitor = Monitor::new(server, feed)?;
     let start = |controller: &mut Controller| controller.start("command line").context("start the guest");
     Ok(monitor.run(controller, start, |outcome| conclude(outcome, FAILED_RUN, Exit::exit_code)))
@@ -108,27 +108,20 @@ fn serve(arguments: Serve) -> Result<Ending> {
         true => None,
         false => Some(Server::bind(&arguments.api_sock, arguments.http_api_max_payload_size)?),
     };
-    let feed = open_events(&arguments.id, arguments.events.as_deref(), server.is_some())?;
     let starts_at_once = config.is_some();
-    if let Some(path) = &arguments.config_file {
-        events::tell(|| Event::Configured { what: events::text(path.display()) });
-    }
     let mut config = config.unwrap_or_default();
     config.pci = arguments.enable_pci;
     config.vcpus_max = arguments.vcpus_max;
-    let controller = Controller::new(arguments.id.clone(), config);
+    arguments.outputs.configure(&mut config);
+    let mut controller = Controller::new(arguments.id.clone(), config);
+    let feed = arguments.outputs.open(&arguments.id, server.is_some(), &mut controller)?;
+    if let Some(path) = &arguments.config_file {
+        events::tell(|| Event::Configured { what: events::text(path.display()) });
+    }
     let mut monitor = Monitor::new(server, feed)?;
     let start = |controller: &mut Controller| match starts_at_once {
         true => controller.start("config file").context("start the guest"),
         false => Ok(()),
     };
     Ok(monitor.run(controller, start, |outcome| conclude(outcome, FAILED_SERVE, served)))
-}
-
-/// Keeps events if somebody can ask for them.
-fn open_events(id: &str, path: Option<&Path>, has_api: bool) -> Result<Option<Feed>> {
-    if has_api || path.is_some() {
-        events::open(id);
-    }
-    path.map(Feed::open).transpose()
 }

@@ -105,6 +105,7 @@ impl Monitor {
         // In this order: a reader of our output that hangs must not keep the terminal, the socket or
         // a deadly signal waiting.
         self.input.leave(&self.events);
+        controller.write_metrics();
         let ending = conclude(&outcome);
         self.say_last_words(&ending);
         self.server = None;
@@ -152,6 +153,9 @@ impl Monitor {
     fn wait(&mut self, controller: &mut Controller) -> Result<Outcome> {
         let mut ready = Vec::new();
         loop {
+            if self.watching && self.look_at <= Instant::now() {
+                controller.look_at_metrics();
+            }
             if let Some(machine) = controller.machine() {
                 if !self.watching {
                     self.watch(machine)?;

@@ -6,7 +6,7 @@ use std::path::Path;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use super::{BOOT_SOURCE, BootSource, Config, MACHINE_CONFIG};
+use super::{BOOT_SOURCE, BootSource, Config, LOGGER, MACHINE_CONFIG, METRICS, SERIAL};
 use crate::devices::KINDS;
 use crate::devices::kind::Kind;
 use crate::error::{Context, Error, Result};
@@ -17,18 +17,8 @@ const CONFIG_FILE_MAX: u64 = 1 << 20;
 /// The sections of a config file that other monitors know and this one does not have yet: asked for,
 /// they are refused, so that no guest starts without a device that its owner counts on. A section of a
 /// device in the table is not looked for here.
-const NOT_IMPLEMENTED: [&str; 10] = [
-    "vsock",
-    "balloon",
-    "logger",
-    "metrics",
-    "mmds-config",
-    "cpu-config",
-    "pmem",
-    "memory-hotplug",
-    "serial",
-    "mmds",
-];
+const NOT_IMPLEMENTED: [&str; 7] =
+    ["vsock", "balloon", "mmds-config", "cpu-config", "pmem", "memory-hotplug", "mmds"];
 
 /// Something wrong with a config file.
 #[derive(Clone, Debug, PartialEq)]
@@ -100,6 +90,15 @@ impl Config {
         } else if name == MACHINE_CONFIG {
             self.machine_config = serde_json::from_str(text).map_err(unreadable)?;
             self.machine_config.check(None).map_err(in_section)
+        } else if name == LOGGER {
+            self.logger = Some(serde_json::from_str(text).map_err(unreadable)?);
+            Ok(())
+        } else if name == METRICS {
+            self.metrics = Some(serde_json::from_str(text).map_err(unreadable)?);
+            Ok(())
+        } else if name == SERIAL {
+            self.serial = Some(serde_json::from_str(text).map_err(unreadable)?);
+            Ok(())
         } else if let Some(kind) = KINDS.iter().find(|kind| kind.section == name) {
             let list: Vec<&RawValue> = match kind.many {
                 true => serde_json::from_str(text).map_err(unreadable)?,

@@ -8,14 +8,20 @@ use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
 
 use crate::devices::KINDS;
+use crate::devices::console;
 use crate::devices::kind::{Device, Kind};
 use crate::error::{Context, Result};
+use crate::log;
+use crate::metrics;
 
 pub use file::Problem;
 pub use machine::{BootSource, CpuTemplate, HugePages, MachineConfig, MachinePatch};
 
 const BOOT_SOURCE: &str = "boot-source";
 const MACHINE_CONFIG: &str = "machine-config";
+const LOGGER: &str = "logger";
+const METRICS: &str = "metrics";
+const SERIAL: &str = "serial";
 
 /// A microVM's whole configuration. As JSON it is a config file, with one section for each kind of
 /// device.
@@ -25,6 +31,12 @@ pub struct Config {
     pub boot_source: Option<BootSource>,
     /// CPUs and memory.
     pub machine_config: MachineConfig,
+    /// Where messages go.
+    pub logger: Option<log::Config>,
+    /// Where metrics go.
+    pub metrics: Option<metrics::Config>,
+    /// Where the guest's serial console writes.
+    pub serial: Option<console::Config>,
     /// Devices are on a PCI bus instead of behind virtio-mmio (`--enable-pci`); not in a file.
     pub pci: bool,
     /// No microVM may have more CPUs than this; not in a file.
@@ -92,6 +104,15 @@ impl Serialize for Config {
             sections.serialize_entry(BOOT_SOURCE, source)?;
         }
         sections.serialize_entry(MACHINE_CONFIG, &self.machine_config)?;
+        if let Some(logger) = &self.logger {
+            sections.serialize_entry(LOGGER, logger)?;
+        }
+        if let Some(metrics) = &self.metrics {
+            sections.serialize_entry(METRICS, metrics)?;
+        }
+        if let Some(serial) = &self.serial {
+            sections.serialize_entry(SERIAL, serial)?;
+        }
         for kind in KINDS {
             let devices: Vec<_> = self.devices_of(kind).collect();
             match devices.as_slice() {

@@ -2,14 +2,33 @@
 //! host's output behind it and room for what is typed.
 
 use std::io::{self, Write};
+use std::path::PathBuf;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, Trigger};
 
 use crate::bus::BusDevice;
 use crate::error::{Context, Result};
 use crate::event::EventFd;
+use crate::limiter::{Limiter, RateLimiter, TokenBucket};
+use crate::metrics::{Counter, metrics};
+
+/// The UART's data register.
+const DATA: u8 = 0;
+
+/// Body of `PUT /serial`.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// A file, created if it is missing, or a FIFO; none: standard output.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub serial_out_path: Option<PathBuf>,
+    /// So many bytes in a time go out; more are dropped.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate_limiter: Option<TokenBucket>,
+}
 
 /// The interrupt line, as the UART pulls it.
 struct Line(EventFd);
@@ -34,22 +53,47 @@ impl SerialEvents for Room {
     }
 }
 
+metrics! {
+    /// What went through it; names as in Firecracker's metrics.
+    pub struct Metrics {
+        /// Bytes that the guest read.
+        read_count: Counter,
+        /// Bytes that the guest wrote.
+        write_count: Counter,
+        /// Bytes that the host's output did not take.
+        missed_write_count: Counter,
+        /// Accesses that are not one byte wide.
+        error_count: Counter,
+        /// Bytes that the rate limiter dropped.
+        rate_limiter_dropped_bytes: Counter,
+    }
+}
+
 /// The UART.
 pub struct Console {
     // Host
     room: Arc<EventFd>,
+    /// What it counts.
+    pub metrics: Arc<Metrics>,
     // Host and guest-visible
-    serial: Serial<Line, Room, Box<dyn Write + Send>>,
+    serial: Serial<Line, Room, Output>,
 }
 
 impl Console {
     /// A UART that raises `interrupt` and writes what the guest sends to `output`.
-    pub fn new(interrupt: EventFd, output: Box<dyn Write + Send>) -> Result<Self> {
+    pub fn new(
+        interrupt: EventFd,
+        output: Box<dyn Write + Send>,
+        limit: Option<TokenBucket>,
+    ) -> Result<Self> {
         let room =
             EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).context("create an event descriptor")?;
         let room = Arc::new(room);
+        let metrics = Arc::new(Metrics::new());
+        let limiter = Limiter::new(RateLimiter { bandwidth: limit, ops: None });
+        let output = Output { output, limiter, metrics: metrics.clone() };
         let serial = Serial::with_events(Line(interrupt), Room(room.clone()), output);
-        Ok(Self { room, serial })
+        Ok(Self { room, metrics, serial })
     }
 
     /// Types as many of `bytes` as there is room for, and returns how many. When some are left,
@@ -66,7 +110,7 @@ impl Console {
     /// Writes what is kept for a slow reader, as far as it reads now.
     pub fn flush(&mut self) {
         // A reader that is gone loses it; the guest goes on.
-        let _ = self.serial.writer_mut().flush();
+        let _ = self.serial.writer_mut().output.flush();
     }
 
     /// Readable once the guest has read all that was typed.
@@ -79,6 +123,11 @@ impl BusDevice for Console {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         if let ([data], Ok(offset)) = (data, u8::try_from(offset)) {
             *data = self.serial.read(offset);
+            if offset == DATA {
+                self.metrics.read_count.add(1);
+            }
+        } else {
+            self.metrics.error_count.add(1);
         }
     }
 
@@ -86,7 +135,42 @@ impl BusDevice for Console {
         if let ([data], Ok(offset)) = (data, u8::try_from(offset)) {
             // A host that takes no more output loses it; the guest goes on.
             let _ = self.serial.write(offset, *data);
+        } else {
+            self.metrics.error_count.add(1);
         }
+    }
+}
+
+/// Where the UART's bytes go, counted and at most so many in a time.
+struct Output {
+    output: Box<dyn Write + Send>,
+    limiter: Limiter,
+    metrics: Arc<Metrics>,
+}
+
+impl Write for Output {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let count = bytes.len() as u64;
+        self.metrics.write_count.add(count);
+        if self.limiter.take(count).is_err() {
+            self.metrics.rate_limiter_dropped_bytes.add(count);
+            return Ok(bytes.len());
+        }
+        match self.output.write(bytes) {
+            Ok(written) => {
+                self.metrics.missed_write_count.add(count - written as u64);
+                Ok(bytes.len())
+            }
+            Err(error) => {
+                self.metrics.missed_write_count.add(count);
+                Err(error)
+            }
+        }
+    }
+
+    /// The UART flushes after each byte: what the host keeps goes out by itself, or when it is looked at.
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -96,8 +180,8 @@ mod tests {
     use std::sync::Mutex;
 
     #[derive(Clone, Default)]
-    struct Output(Arc<Mutex<Vec<u8>>>);
-    impl Write for Output {
+    struct Host(Arc<Mutex<Vec<u8>>>);
+    impl Write for Host {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
             self.0.lock().unwrap().extend_from_slice(bytes);
             Ok(bytes.len())
@@ -107,10 +191,10 @@ mod tests {
         }
     }
 
-    fn console() -> (Console, Output) {
-        let output = Output::default();
+    fn console() -> (Console, Host) {
+        let output = Host::default();
         let interrupt = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        (Console::new(interrupt, Box::new(output.clone())).unwrap(), output)
+        (Console::new(interrupt, Box::new(output.clone()), None).unwrap(), output)
     }
 
     #[test]
@@ -137,5 +221,20 @@ mod tests {
         }
         console.room().read().unwrap();
         assert_eq!(console.type_bytes(b"y"), 1);
+    }
+    #[test]
+    fn what_goes_beyond_the_limit_is_dropped_and_counted() {
+        let output = Host::default();
+        let interrupt = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let limit = TokenBucket { size: 10, one_time_burst: None, refill_time: 1 << 40 };
+        let mut console = Console::new(interrupt, Box::new(output.clone()), Some(limit)).unwrap();
+        for _ in 0..25 {
+            console.write(0, b"x");
+        }
+        console.write(0, b"xx");
+        assert_eq!(output.0.lock().unwrap().len(), 10);
+        let count = |counter: &Counter| counter.total();
+        let Metrics { write_count, rate_limiter_dropped_bytes, error_count, .. } = &*console.metrics;
+        assert_eq!((count(write_count), count(rate_limiter_dropped_bytes), count(error_count)), (25, 15, 1));
     }
 }

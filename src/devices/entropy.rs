@@ -1,5 +1,7 @@
 //! The entropy device (virtio 1.2, 5.4): random bytes from the host's `getrandom`.
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 use vm_memory::GuestAddressSpace;
 
@@ -7,6 +9,7 @@ use super::kind::{CliOption, DeviceConfig, NotPatchable};
 use crate::error::{Context, Result};
 use crate::host::Host;
 use crate::memory::Memory;
+use crate::metrics::{Counter, Group, metrics};
 use crate::snapshot::Snapshot;
 use crate::virtio::buffers::Buffers;
 use crate::virtio::{Io, Queue, Registrar, VirtioDevice, Worker};
@@ -36,12 +39,27 @@ impl DeviceConfig for Config {
     }
 
     fn open(&self, _: &str, _: &mut dyn Host) -> Result<Box<dyn VirtioDevice>> {
-        Ok(Box::new(Entropy))
+        Ok(Box::<Entropy>::default())
+    }
+}
+
+metrics! {
+    /// What it gave; names as in Firecracker's metrics.
+    struct Metrics {
+        /// Kicks of its queue.
+        entropy_event_count: Counter,
+        /// Bytes given.
+        entropy_bytes: Counter,
+        /// The host gave none.
+        host_rng_fails: Counter,
     }
 }
 
 /// The device.
-struct Entropy;
+#[derive(Default)]
+struct Entropy {
+    metrics: Arc<Metrics>,
+}
 
 /// It has none.
 impl Snapshot for Entropy {
@@ -65,7 +83,10 @@ impl VirtioDevice for Entropy {
         let Io { memory, queues, .. } = io;
         let [queue] = <[Queue; 1]>::try_from(queues).ok().expect("one queue was asked for");
         let buffers = Buffers::new(memory.clone());
-        Ok(vec![Box::new(Running { memory, queue, buffers })])
+        Ok(vec![Box::new(Running { memory, queue, buffers, metrics: self.metrics.clone() })])
+    }
+    fn metrics(&self) -> Option<Arc<dyn Group>> {
+        Some(self.metrics.clone())
     }
 }
 
@@ -73,6 +94,7 @@ struct Running {
     memory: Memory,
     queue: Queue,
     buffers: Buffers,
+    metrics: Arc<Metrics>,
 }
 
 impl Worker for Running {
@@ -81,11 +103,14 @@ impl Worker for Running {
     }
 
     fn handle(&mut self, _token: u32) -> Result<()> {
-        let buffers = &mut self.buffers;
-        self.queue.serve(&self.memory.memory(), |chain| {
+        let Self { memory, queue, buffers, metrics } = self;
+        metrics.entropy_event_count.add(1);
+        queue.serve(&memory.memory(), |chain| {
             buffers.clear();
             buffers.add_writable(chain)?;
-            fill(buffers)
+            let count = fill(buffers).inspect_err(|_| metrics.host_rng_fails.add(1))?;
+            metrics.entropy_bytes.add(count.into());
+            Ok(count)
         })
     }
 

@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 
 use crate::bus::BusDevice;
 use crate::event::EventFd;
+use crate::metrics::{Counter, metrics};
 use crate::vm::exit::{End, Exit};
 
 const DATA: u64 = 0;
@@ -27,11 +28,25 @@ const CTRL_ALT_DEL: [u8; 11] = [0x14, 0x11, 0xe0, 0x71, 0xe0, 0xf0, 0x71, 0xf0, 
 /// A guest that asks and never reads must not make us grow.
 const OUTPUT_MAX: usize = 64;
 
+metrics! {
+    /// What a guest did with it; names as in Firecracker's metrics.
+    pub struct Metrics {
+        /// Bytes read from its ports.
+        read_count: Counter,
+        /// Bytes written to its ports.
+        write_count: Counter,
+        /// Resets of the processor by it.
+        reset_count: Counter,
+    }
+}
+
 /// The controller and its keyboard.
 pub struct Keyboard {
     // Host
     interrupt: EventFd,
     end: End,
+    /// What it counts.
+    pub metrics: Metrics,
     // Guest-visible
     command_byte: u8,
     /// The next byte to the data port belongs to this controller command.
@@ -43,7 +58,7 @@ impl Keyboard {
     /// A controller that raises `interrupt`, and notes a reset in `end`.
     pub fn new(interrupt: EventFd, end: End) -> Self {
         let command_byte = COMMAND_BYTE_SYSTEM | COMMAND_BYTE_INTERRUPT;
-        Self { interrupt, end, command_byte, pending: None, output: VecDeque::new() }
+        Self { interrupt, end, metrics: Metrics::new(), command_byte, pending: None, output: VecDeque::new() }
     }
 
     /// Presses and releases Ctrl-Alt-Del.
@@ -65,6 +80,11 @@ impl Keyboard {
         }
     }
 
+    fn reset(&self) {
+        self.metrics.reset_count.add(1);
+        self.end.set(Exit::Reset);
+    }
+
     fn command(&mut self, command: u8) {
         match command {
             0x20 => self.send(&[self.command_byte]),
@@ -76,7 +96,7 @@ impl Keyboard {
             0xad => self.command_byte |= COMMAND_BYTE_DISABLE,
             0xae => self.command_byte &= !COMMAND_BYTE_DISABLE,
             // Pulse output lines: bit 0 is the processor's reset, active low.
-            0xf0..=0xff if command & 1 == 0 => self.end.set(Exit::Reset),
+            0xf0..=0xff if command & 1 == 0 => self.reset(),
             _ => {}
         }
     }
@@ -88,7 +108,7 @@ impl Keyboard {
                 self.raise();
             }
             // Output port: bit 0 is the processor's reset, active low.
-            Some(0xd1) if data & 1 == 0 => self.end.set(Exit::Reset),
+            Some(0xd1) if data & 1 == 0 => self.reset(),
             // Write to the output buffer, as if the keyboard had sent it.
             Some(0xd2) => self.send(&[data]),
             Some(_) => {}
@@ -103,6 +123,7 @@ impl Keyboard {
 
 impl BusDevice for Keyboard {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
+        self.metrics.read_count.add(1);
         data[0] = match offset {
             DATA => {
                 let byte = self.output.pop_front().unwrap_or(0);
@@ -119,6 +140,7 @@ impl BusDevice for Keyboard {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
+        self.metrics.write_count.add(1);
         match offset {
             DATA => self.data(data[0]),
             COMMAND => self.command(data[0]),

@@ -22,6 +22,8 @@ pub trait DeviceConfig: Clone + fmt::Debug + DeserializeOwned + Serialize + Send
     const SECTION: &'static str;
     /// Its path in the API, without the slash before it.
     const PATH: &'static str = Self::SECTION;
+    /// What its metrics are called, with its id after an underscore if there can be many.
+    const METRICS: &'static str = Self::SECTION;
     /// There can be many, told apart by `id`: the section is a list, and the id is part of the path.
     const MANY: bool;
     /// What errors and log lines call one: "disk".
@@ -116,6 +118,8 @@ pub struct Kind {
     pub section: &'static str,
     /// Its path in the API.
     pub path: &'static str,
+    /// What its metrics are called.
+    pub metrics: &'static str,
     /// There can be many.
     pub many: bool,
     /// What one is called.
@@ -141,6 +145,7 @@ impl Kind {
         Self {
             section: C::SECTION,
             path: C::PATH,
+            metrics: C::METRICS,
             many: C::MANY,
             noun: C::NOUN,
             fault: C::FAULT,

@@ -118,6 +118,7 @@ pub struct Config {
 
 impl DeviceConfig for Config {
     const SECTION: &'static str = "network-interfaces";
+    const METRICS: &'static str = "net";
     const MANY: bool = true;
     const NOUN: &'static str = "network interface";
     const FAULT: &'static str = "Network config error";

@@ -62,7 +62,7 @@ pub fn build(id: &str, config: &Config, host: &mut dyn Host, prepared: Prepared)
     let gate = Arc::new(Gate::default());
     let end = End::new(gate.clone())?;
     let surroundings = Surroundings { mmio: Arc::default(), pio: Bus::default(), gate, end };
-    let FixedDevices { console, keyboard } = attach_fixed_devices(&vm, &surroundings, host)?;
+    let FixedDevices { console, keyboard } = attach_fixed_devices(&vm, &surroundings, config, host)?;
     let console_room = console.lock().unwrap_or_else(PoisonError::into_inner).room();
 
     let io = Loop::new("io")?;
@@ -80,9 +80,10 @@ pub fn build(id: &str, config: &Config, host: &mut dyn Host, prepared: Prepared)
     let mut devices = Vec::new();
     for device in config.devices() {
         let (name, place) = (device.name(), slots.free_place()?);
+        let (kind, own_id) = (device.kind(), device.id().to_owned());
         let opened =
             Unplaced { name: name.clone(), device: device.open(id, host)?, threads: device.threads() };
-        devices.push(Attached { name, transport: slots.attach(opened, place)? });
+        devices.push(Attached { name, kind, id: own_id, transport: slots.attach(opened, place)? });
     }
 
     register_kick()?;
@@ -111,9 +112,16 @@ struct FixedDevices {
 }
 
 /// The devices that every machine of this architecture has, at the places `layout` gives.
-fn attach_fixed_devices(vm: &Vm, surroundings: &Surroundings, host: &mut dyn Host) -> Result<FixedDevices> {
+fn attach_fixed_devices(
+    vm: &Vm,
+    surroundings: &Surroundings,
+    config: &Config,
+    host: &mut dyn Host,
+) -> Result<FixedDevices> {
     let Surroundings { mmio, pio, end, .. } = surroundings;
-    let console = Arc::new(Mutex::new(Console::new(vm.interrupt(layout::SERIAL_GSI)?, host.console()?)?));
+    let limit = config.serial.as_ref().and_then(|serial| serial.rate_limiter);
+    let console = Console::new(vm.interrupt(layout::SERIAL_GSI)?, host.console()?, limit)?;
+    let console = Arc::new(Mutex::new(console));
     if layout::SERIAL_IS_PORTS { pio } else { mmio }.attach(layout::SERIAL, console.clone())?;
     mmio.attach(layout::EXIT, Arc::new(Mutex::new(ExitRegister::new(end.clone()))))?;
     if let Some(registers) = layout::CLOCK {

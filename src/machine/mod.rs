@@ -3,19 +3,22 @@
 mod attach;
 mod build;
 mod halt;
+mod metrics;
 
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::config::Config;
 use crate::devices::console::Console;
 use crate::devices::keyboard::Keyboard;
+use crate::devices::kind::Kind;
 use crate::error::{Error, Result};
 use crate::event::EventFd;
 use crate::host::Host;
 use crate::memory::Memory;
+use crate::metrics::View;
 use crate::platform::Platform;
 use crate::timeline::Timeline;
 use crate::virtio::transport::Transport;
@@ -39,6 +42,8 @@ pub enum State {
 struct Attached {
     /// What log lines and errors call it.
     name: String,
+    kind: &'static Kind,
+    id: String,
     transport: Arc<Mutex<Transport>>,
 }
 
@@ -123,6 +128,11 @@ impl Machine {
     /// What its start is made of, up to the first entry into the guest.
     pub fn timeline(&self) -> &Timeline {
         &self.timeline
+    }
+
+    /// What its parts count, by part: `vcpu`, `uart`, `block_{id}`, and `block` for all disks together.
+    pub fn metrics(&self, view: View) -> Map<String, Value> {
+        metrics::collect(self, view)
     }
 
     /// Whether it runs.

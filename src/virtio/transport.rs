@@ -8,11 +8,13 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, Weak};
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use super::workers::Loop;
 use super::{Interrupts, VirtioDevice};
 use crate::event::EventFd;
 use crate::memory::Memory;
+use crate::metrics::{Counter, Group, View, metrics};
 
 pub use saved::State;
 
@@ -75,6 +77,16 @@ enum Phase {
     Stopping(usize),
 }
 
+metrics! {
+    /// What is counted of every device; names as in Firecracker's metrics.
+    struct Metrics {
+        /// It could not start when its driver was ready.
+        activate_fails: Counter,
+        /// Its driver broke a rule and must reset it.
+        event_fails: Counter,
+    }
+}
+
 /// A device with its registers. It runs while the driver wants it to and the machine lets it; whatever
 /// stands against that (a reset, a pause, a fault, a change by the user) stops it first.
 ///
@@ -85,6 +97,7 @@ pub struct Transport {
     offered: u64,
     // Host
     device: Box<dyn VirtioDevice>,
+    metrics: Metrics,
     memory: Memory,
     /// The first one starts the device; its workers are dealt out over all.
     loops: Vec<Arc<Loop>>,
@@ -125,6 +138,7 @@ impl Transport {
                 name,
                 offered,
                 device,
+                metrics: Metrics::new(),
                 memory,
                 loops,
                 interrupts,
@@ -155,6 +169,19 @@ impl Transport {
     /// The loops it runs on.
     pub fn loops(&self) -> Vec<Arc<Loop>> {
         self.loops.clone()
+    }
+
+    /// What the device counts, and what is counted of every device.
+    pub fn metrics(&self, view: View) -> Map<String, Value> {
+        let mut all = Map::new();
+        let groups =
+            [self.device.metrics().map(|group| group.collect(view)), Some(self.metrics.collect(view))];
+        for group in groups.into_iter().flatten() {
+            if let Value::Object(fields) = group {
+                all.extend(fields);
+            }
+        }
+        all
     }
 
     /// How many queues it has.

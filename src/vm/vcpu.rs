@@ -12,6 +12,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 use crate::arch;
 use crate::bus::Bus;
 use crate::error::{Context, Result};
+use crate::metrics::{Counter, metrics};
 use crate::vm::exit::{End, Exit};
 use crate::vm::gate::Gate;
 
@@ -36,6 +37,26 @@ pub struct Vcpu {
 struct Shared {
     fd: Mutex<VcpuFd>,
     immediate_exit: ImmediateExit,
+    metrics: Metrics,
+}
+
+metrics! {
+    /// How often a vCPU came out of the guest, and for what; names as in Firecracker's metrics. Each
+    /// vCPU has its own, so that they do not share a cache line.
+    pub struct Metrics {
+        /// It read an I/O port.
+        exit_io_in: Counter,
+        /// It wrote an I/O port.
+        exit_io_out: Counter,
+        /// It read memory-mapped registers.
+        exit_mmio_read: Counter,
+        /// It wrote memory-mapped registers.
+        exit_mmio_write: Counter,
+        /// It was interrupted, by a kick or another signal.
+        exit_interrupted: Counter,
+        /// It could not go on.
+        failures: Counter,
+    }
 }
 
 /// The byte in `struct kvm_run` that makes the next KVM_RUN return at once (KVM api, 5).
@@ -78,7 +99,10 @@ impl Vcpu {
     /// Owns `fd`; it does not run before `start`.
     pub fn new(mut fd: VcpuFd) -> Self {
         let immediate_exit = ImmediateExit::new(&mut fd);
-        Self { shared: Arc::new(Shared { fd: Mutex::new(fd), immediate_exit }), thread: None }
+        Self {
+            shared: Arc::new(Shared { fd: Mutex::new(fd), immediate_exit, metrics: Metrics::new() }),
+            thread: None,
+        }
     }
 
     /// Starts the vCPU's thread, which waits at the gate. No effect when it has one.
@@ -96,6 +120,11 @@ impl Vcpu {
             self.thread = Some(thread);
         }
         Ok(())
+    }
+
+    /// Why it came out of the guest.
+    pub fn metrics(&self) -> &Metrics {
+        &self.shared.metrics
     }
 
     /// Makes the vCPU look at the gate soon.
@@ -148,12 +177,25 @@ fn run(shared: &Shared, surroundings: &Surroundings, index: usize) {
             shared.immediate_exit.set(1);
         }
         match fd.run() {
-            Ok(VcpuExit::MmioRead(address, data)) => surroundings.mmio.read(address, data),
-            Ok(VcpuExit::MmioWrite(address, data)) => surroundings.mmio.write(address, data),
-            Ok(VcpuExit::IoIn(port, data)) => surroundings.pio.read(port.into(), data),
-            Ok(VcpuExit::IoOut(port, data)) => surroundings.pio.write(port.into(), data),
+            Ok(VcpuExit::MmioRead(address, data)) => {
+                shared.metrics.exit_mmio_read.add(1);
+                surroundings.mmio.read(address, data);
+            }
+            Ok(VcpuExit::MmioWrite(address, data)) => {
+                shared.metrics.exit_mmio_write.add(1);
+                surroundings.mmio.write(address, data);
+            }
+            Ok(VcpuExit::IoIn(port, data)) => {
+                shared.metrics.exit_io_in.add(1);
+                surroundings.pio.read(port.into(), data);
+            }
+            Ok(VcpuExit::IoOut(port, data)) => {
+                shared.metrics.exit_io_out.add(1);
+                surroundings.pio.write(port.into(), data);
+            }
             // EAGAIN: a secondary CPU that has just been woken by its start-up interrupt.
             Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => {
+                shared.metrics.exit_interrupted.add(1);
                 if !surroundings.gate.is_open() {
                     return;
                 }
@@ -174,6 +216,9 @@ fn run(shared: &Shared, surroundings: &Surroundings, index: usize) {
                     Ok(unknown) => Exit::Failed(format!("KVM_RUN on CPU {index} returned {unknown:?}")),
                     Err(error) => Exit::Failed(format!("KVM_RUN on CPU {index}: {error}")),
                 };
+                if matches!(exit, Exit::Failed(_)) {
+                    shared.metrics.failures.add(1);
+                }
                 surroundings.end.set(exit);
                 // The vCPU is in no state to be entered again, not even to be interrupted.
                 return;

@@ -7,6 +7,7 @@ use lexopt::ValueExt;
 
 use super::{Command, default_id, id, number, value};
 use crate::arch;
+use crate::cli::outputs::{self, Outputs};
 use crate::config::{BootSource, Config};
 use crate::devices::KINDS;
 use crate::devices::kind::{CliOption, Device, Kind};
@@ -33,8 +34,6 @@ const RUN_HELP_AFTER_DEVICES: &str =
       --config FILE      Read the configuration from this JSON file (Firecracker's format); other
                          options override it
       --api-sock SOCKET  Also serve the control API on this socket
-      --events PATH      Write what happens to the guest there, a JSON object a line: a file, a FIFO, or
-                         `fd:N`, an inherited descriptor
       --id ID            The microVM's name in the API: 1 to 64 letters, digits and hyphens
                          [default: anonymous-instance]
   -h, --help             Print this
@@ -61,7 +60,7 @@ pub struct Run {
     pub enable_pci: bool,
     pub config: Option<PathBuf>,
     pub api_sock: Option<PathBuf>,
-    pub events: Option<PathBuf>,
+    pub outputs: Outputs,
     pub id: String,
 }
 
@@ -77,7 +76,7 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
         enable_pci: false,
         config: None,
         api_sock: None,
-        events: None,
+        outputs: Outputs::default(),
         id: default_id(),
     };
     while let Some(argument) = parser.next()? {
@@ -89,9 +88,9 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
             Long("enable-pci") => run.enable_pci = true,
             Long("config") => run.config = Some(parser.value()?.into()),
             Long("api-sock") => run.api_sock = Some(parser.value()?.into()),
-            Long("events") => run.events = Some(parser.value()?.into()),
             Long("id") => run.id = value(parser, "--id", id)?,
             Short('h') | Long("help") => return Ok(Command::Print(run_help())),
+            Long(name) if let Some(name) = Outputs::named(name) => run.outputs.take(name, parser)?,
             Long(name) if let Some(kind) = KINDS.iter().find(|kind| kind.option.name == name) => {
                 let device = device(parser, kind, &run.devices)?;
                 run.devices.push(device);
@@ -129,7 +128,7 @@ fn run_help() -> String {
             help += &format!("{:indent$}{line}\n", "");
         }
     }
-    help + RUN_HELP_AFTER_DEVICES
+    outputs::with_help(&(help + RUN_HELP_AFTER_DEVICES))
 }
 
 impl Run {
@@ -158,6 +157,7 @@ impl Run {
             config.put(device.clone())?;
         }
         config.pci = self.enable_pci;
+        self.outputs.configure(&mut config);
         let machine = &mut config.machine_config;
         machine.vcpu_count = self.cpus.unwrap_or(machine.vcpu_count);
         machine.mem_size_mib = self.memory_mib.unwrap_or(machine.mem_size_mib);

@@ -7,12 +7,13 @@ use lexopt::Arg::{Long, Short};
 use super::{Command, default_id, id, number, value};
 use crate::api::BODY_MAX;
 use crate::arch;
+use crate::cli::outputs::{self, Outputs};
 use crate::cli::persona::Persona;
 use crate::config::{Config, MachineConfig};
 use crate::error::{Context, Error, Result};
 use crate::log;
 
-pub const HELP: &str = "\
+const HELP: &str = "\
 Wait for requests on a control socket (Firecracker's API). The guest's serial console is standard input
 and output; messages go to standard error.
 
@@ -24,8 +25,6 @@ Options:
       --config-file FILE   Start the microVM that this JSON file describes at once
       --no-api             Serve no API; needs --config-file
       --enable-pci         Devices on a PCI bus instead of behind virtio-mmio
-      --events PATH        Write what happens to the guest there, a JSON object a line: a file, a FIFO, or
-                           `fd:N`, an inherited descriptor
       --id ID              The microVM's name: 1 to 64 letters, digits and hyphens
                            [default: anonymous-instance]
       --http-api-max-payload-size BYTES
@@ -43,6 +42,11 @@ Example:
   curl --unix-socket /tmp/alula.sock http://localhost/
 ";
 
+/// The help, with the options of the outputs.
+pub fn help() -> String {
+    outputs::with_help(HELP)
+}
+
 /// `alula serve`.
 #[derive(Debug)]
 pub struct Serve {
@@ -50,7 +54,7 @@ pub struct Serve {
     pub config_file: Option<PathBuf>,
     pub no_api: bool,
     pub enable_pci: bool,
-    pub events: Option<PathBuf>,
+    pub outputs: Outputs,
     pub id: String,
     pub http_api_max_payload_size: usize,
     /// No microVM may have more CPUs.
@@ -64,7 +68,7 @@ pub fn parse(parser: &mut lexopt::Parser, persona: Persona) -> Result<Command, l
         config_file: None,
         no_api: false,
         enable_pci: false,
-        events: None,
+        outputs: Outputs::default(),
         id: default_id(),
         http_api_max_payload_size: BODY_MAX,
         vcpus_max: (persona == Persona::Firecracker).then_some(MachineConfig::FIRECRACKERS_VCPUS_MAX),
@@ -76,12 +80,11 @@ pub fn parse(parser: &mut lexopt::Parser, persona: Persona) -> Result<Command, l
             Long("config-file") => serve.config_file = Some(parser.value()?.into()),
             Long("no-api") => serve.no_api = true,
             Long("enable-pci") => serve.enable_pci = true,
-            Long("events") => serve.events = Some(parser.value()?.into()),
             Long("id") => serve.id = value(parser, "--id", id)?,
             Long("http-api-max-payload-size") => {
                 serve.http_api_max_payload_size = value(parser, "--http-api-max-payload-size", number)?;
             }
-            Short('h') | Long("help") => return Ok(Command::Print(HELP.to_owned())),
+            Short('h') | Long("help") => return Ok(Command::Print(help())),
             // What a jailer says of itself, and sizes of what is not there yet: numbers nobody needs.
             Long("start-time-us") => drop(value(parser, "--start-time-us", number::<u64>)?),
             Long("start-time-cpu-us") => drop(value(parser, "--start-time-cpu-us", number::<u64>)?),
@@ -92,10 +95,10 @@ pub fn parse(parser: &mut lexopt::Parser, persona: Persona) -> Result<Command, l
                 parser.value()?;
                 custom_filter = true;
             }
-            Long(
-                name @ ("metadata" | "log-path" | "level" | "module" | "show-level" | "show-log-origin"
-                | "metrics-path" | "boot-timer" | "snapshot-version" | "describe-snapshot"),
-            ) => return Err(format!("--{name} is not implemented yet: leave it out").into()),
+            Long(name) if let Some(name) = Outputs::named(name) => serve.outputs.take(name, parser)?,
+            Long(name @ ("metadata" | "snapshot-version" | "describe-snapshot")) => {
+                return Err(format!("--{name} is not implemented yet: leave it out").into());
+            }
             other => return Err(other.unexpected()),
         }
     }

@@ -121,6 +121,7 @@ fn is_one(value: &u16) -> bool {
 
 impl DeviceConfig for Config {
     const SECTION: &'static str = "drives";
+    const METRICS: &'static str = "block";
     const MANY: bool = true;
     const NOUN: &'static str = "disk";
     const FAULT: &'static str = "Drive config error";

@@ -44,6 +44,7 @@ impl Transport {
                 }
             }
             Err(error) => {
+                self.metrics.activate_fails.add(1);
                 self.phase = Phase::Idle;
                 self.fail(&error);
             }
@@ -124,6 +125,7 @@ impl Transport {
             reason: events::text(error),
             needs_reset: true,
         });
+        self.metrics.event_fails.add(1);
         self.status |= NEEDS_RESET;
         if self.status & DRIVER_OK != 0 {
             self.interrupts.configuration_change();

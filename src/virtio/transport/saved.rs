@@ -31,6 +31,7 @@ impl Snapshot for Transport {
             name,
             offered: _,
             device,
+            metrics: _,
             memory: _,
             loops: _,
             interrupts,

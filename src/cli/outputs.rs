@@ -1,0 +1,99 @@
+//! The options that say where what happens to a guest is told: events, messages, metrics.
+
+use std::path::{Path, PathBuf};
+
+use lexopt::ValueExt;
+
+use crate::api::Controller;
+use crate::config::Config;
+use crate::error::Result;
+use crate::events::{self, Feed};
+use crate::log;
+use crate::metrics;
+
+const HELP: &str = "
+Options for those who watch it:
+      --events PATH      Write what happens to the guest there, a JSON object a line: to a file, a
+                         FIFO, or `fd:N`, an inherited descriptor
+      --log-path PATH    Write messages there (file, FIFO, `fd:N`) instead of standard error
+      --level LEVEL      Which messages: Error, Warning, Info, Debug, Trace or Off [default: Info in a
+                         log file, Warning on standard error]
+      --show-level       Lines of the log have their level
+      --show-log-origin  Lines of the log have the place in Alula's source that wrote them
+      --module MODULE    Only messages of this module of Alula's source, such as `virtio`
+      --metrics-path PATH
+                         Write a line of metrics there (file, FIFO, `fd:N`) at the start, every
+                         minute and at the end
+";
+
+const NAMES: [&str; 7] =
+    ["events", "log-path", "level", "show-level", "show-log-origin", "module", "metrics-path"];
+
+/// The help of a command with these options in it, after its own.
+pub fn with_help(help: &str) -> String {
+    help.replacen("\n\nThe exit code", &format!("\n{HELP}\nThe exit code"), 1)
+}
+
+/// What was said by them.
+#[derive(Debug, Default)]
+pub struct Outputs {
+    events: Option<PathBuf>,
+    /// None: nothing was said of the log.
+    log: Option<log::Config>,
+    metrics: Option<PathBuf>,
+}
+
+impl Outputs {
+    /// The option of this name, if it is one of these.
+    pub fn named(name: &str) -> Option<&'static str> {
+        NAMES.into_iter().find(|other| *other == name)
+    }
+
+    /// Takes the option called `name` with its value.
+    pub fn take(&mut self, name: &'static str, parser: &mut lexopt::Parser) -> Result<(), lexopt::Error> {
+        match name {
+            "events" => self.events = Some(parser.value()?.into()),
+            "metrics-path" => self.metrics = Some(parser.value()?.into()),
+            _ => {
+                let log = self.log.get_or_insert_default();
+                match name {
+                    "log-path" => log.log_path = Some(parser.value()?.into()),
+                    "level" => log.level = Some(super::arguments::value(parser, "--level", str::parse)?),
+                    "module" => log.module = Some(parser.value()?.string()?),
+                    "show-level" => log.show_level = Some(true),
+                    _ => log.show_log_origin = Some(true),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds to the configuration what was said; it overrides what is there.
+    pub fn configure(&self, config: &mut Config) {
+        if let Some(log) = self.log.clone() {
+            let file = config.logger.take().unwrap_or_default();
+            config.logger = Some(log::Config {
+                log_path: log.log_path.or(file.log_path),
+                level: log.level.or(file.level),
+                show_level: log.show_level.or(file.show_level),
+                show_log_origin: log.show_log_origin.or(file.show_log_origin),
+                module: log.module.or(file.module),
+            });
+        }
+        if let Some(metrics_path) = self.metrics.clone() {
+            let file = config.metrics.take();
+            let (emit_id, properties) = file.map_or((false, None), |file| (file.emit_id, file.properties));
+            config.metrics = Some(metrics::Config { metrics_path, emit_id, properties });
+        }
+    }
+
+    /// Opens what was said, and what the controller's configuration says. Events are kept when
+    /// somebody can ask for them.
+    pub fn open(&self, id: &str, has_api: bool, controller: &mut Controller) -> Result<Option<Feed>> {
+        if has_api || self.events.is_some() {
+            events::open(id);
+        }
+        controller.open_outputs()?;
+        self.events.as_deref().map(|path: &Path| Feed::open(path)).transpose()
+    }
+}

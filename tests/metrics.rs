@@ -1,0 +1,236 @@
+//! The log and the metrics of a microVM, in files and FIFOs, with the firmware guest on real KVM.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by it")]
+
+mod common;
+
+use std::fs::OpenOptions;
+use std::io::{Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use common::{Folder, Service, output, run};
+use serde_json::{Value, json};
+
+const START: &str = r#"{"action_type": "InstanceStart"}"#;
+const FLUSH: &str = r#"{"action_type": "FlushMetrics"}"#;
+
+fn lines(path: &Path) -> Vec<Value> {
+    let text = std::fs::read_to_string(path).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+fn sum(lines: &[Value], pointer: &str) -> u64 {
+    let value = |line: &Value| line.pointer(pointer).and_then(Value::as_u64);
+    lines.iter().map(|line| value(line).unwrap_or_else(|| panic!("no {pointer} in {line}"))).sum()
+}
+
+#[test]
+fn a_line_of_metrics_says_what_was_done_since_the_last() {
+    let service = Service::start(&["--id", "vm-1"]);
+    let file = service.folder.path("metrics");
+    let mut client = service.client();
+    let body = json!({ "metrics_path": file, "emit_id": true, "properties": { "owner": "a" } });
+    client.ok("PUT", "/metrics", &body.to_string());
+    let again = client.request("PUT", "/metrics", &body.to_string()).fault();
+    assert!(again.starts_with("Metrics error: Cannot initialize the metrics system"), "{again}");
+    assert!(again.ends_with("Reinitialization of metrics not allowed."), "{again}");
+    assert_eq!(client.ok("GET", "/vm/config", "").json()["metrics"], body);
+    let disk = service.folder.write("disk", vec![0; 1 << 20]);
+    let drive = json!({ "drive_id": "d", "path_on_host": disk, "is_root_device": false });
+    client.ok("PUT", "/drives/d", &drive.to_string());
+    client.ok("PUT", "/entropy", "{}");
+    let early = client.request("PUT", "/actions", FLUSH).fault();
+    assert!(early.contains("not supported before starting"), "{early}");
+    service.boot_source("case=block,entropy echo");
+    client.ok("PUT", "/actions", START);
+    client.ok("PUT", "/actions", FLUSH);
+    let again = client.request("PUT", "/metrics", &body.to_string()).fault();
+    assert!(again.contains("not supported after starting"), "{again}");
+    client.ok("PATCH", "/vm", r#"{"state": "Paused"}"#);
+    client.ok("PATCH", "/vm", r#"{"state": "Resumed"}"#);
+    let total = client.ok("GET", "/metrics", "").json();
+    assert_eq!(total["put_api_requests"]["metrics_count"], 3);
+    let Service { mut process, folder: _folder, .. } = service;
+    process.stdin.as_mut().unwrap().write_all(b"x\n").unwrap();
+    let ended = process.end();
+    assert_eq!(ended.code, Some(0), "{}", ended.text);
+    // One at the start, one when it was asked for, one at the end.
+    let lines = lines(&file);
+    assert_eq!(lines.len(), 3);
+    for line in &lines {
+        assert_eq!((&line["id"], &line["properties"]), (&json!("vm-1"), &json!({ "owner": "a" })));
+        assert!(line["utc_timestamp_ms"].as_u64().unwrap() > 1_700_000_000_000);
+        for group in ["api_server", "balloon", "mmds", "net", "seccomp", "signals", "vmm", "vsock"] {
+            assert!(line[group].is_object(), "{group}");
+        }
+        assert!(line["process"]["memory"]["anonymous_bytes"].as_u64().unwrap() > 100_000, "{line}");
+        assert!(line["process"]["start_us"]["devices"].is_u64(), "{line}");
+    }
+    for (pointer, expected) in [
+        ("/put_api_requests/metrics_count", 3),
+        ("/put_api_requests/metrics_fails", 2),
+        ("/put_api_requests/drive_count", 1),
+        ("/put_api_requests/actions_count", 3),
+        ("/put_api_requests/actions_fails", 1),
+        ("/patch_api_requests/vm_count", 2),
+        ("/get_api_requests/metrics_count", 1),
+        ("/block/event_fails", 0),
+        ("/block_d/activate_fails", 0),
+        ("/logger/missed_metrics_count", 0),
+    ] {
+        assert_eq!(sum(&lines, pointer), expected, "{pointer}");
+    }
+    for pointer in [
+        "/uart/write_count",
+        "/uart/read_count",
+        "/vcpu/exit_mmio_write",
+        "/entropy/entropy_bytes",
+        "/entropy/entropy_event_count",
+        "/api_server/request_agg/sum_us",
+        "/latencies_us/pause_vm",
+    ] {
+        assert!(sum(&lines, pointer) > 0, "{pointer}");
+    }
+    assert!(lines[2]["process"]["cpu_us"]["vcpu0"].as_u64().unwrap() > 0, "{}", lines[2]);
+    assert!(ended.text.len() as u64 <= sum(&lines, "/uart/write_count") + 200, "{}", ended.text);
+}
+
+#[test]
+fn a_log_file_has_what_happens_in_firecrackers_form() {
+    let service = Service::start(&["--id", "vm-1"]);
+    let file = service.folder.path("log");
+    let mut client = service.client();
+    let refused = client.request("PUT", "/logger", r#"{"level": "loud"}"#).fault();
+    assert!(refused.contains("unknown level `loud`"), "{refused}");
+    let body = json!({ "log_path": file, "level": "info", "show_level": true, "show_log_origin": true });
+    client.ok("PUT", "/logger", &body.to_string());
+    let again = client.request("PUT", "/logger", &body.to_string()).fault();
+    assert!(again.ends_with("Reinitialization of logger not allowed."), "{again}");
+    service.boot_source("case=serial echo");
+    client.ok("PUT", "/actions", START);
+    let Service { mut process, folder: _folder, .. } = service;
+    process.stdin.as_mut().unwrap().write_all(b"x\n").unwrap();
+    assert_eq!(process.end().code, Some(0));
+    let text = std::fs::read_to_string(&file).unwrap();
+    for expected in [r#"{"event":"started","reason":"InstanceStart"}"#, "the guest ended with code 0"] {
+        let line = text.lines().find(|line| line.ends_with(expected));
+        let line = line.unwrap_or_else(|| panic!("no `{expected}` in\n{text}"));
+        let (time, rest) = line.split_once(' ').unwrap();
+        assert_eq!(time.len(), "2026-11-24T06:00:00.123456789".len(), "{line}");
+        let (origin, _) = rest.split_once("] ").unwrap();
+        let parts: Vec<_> = origin.split(':').collect();
+        assert_eq!(parts[..3], ["[vm-1", "main", "INFO"], "{line}");
+        assert!(parts[3].starts_with("src/") && parts[4].parse::<u32>().is_ok(), "{line}");
+    }
+    assert!(text.contains("Reinitialization of logger not allowed."), "{text}");
+}
+
+#[test]
+fn options_say_where_the_log_and_the_metrics_go() {
+    let folder = Folder::new();
+    let (log, metrics) = (folder.path("log"), folder.path("metrics"));
+    let mut arguments = vec!["run", "--cmdline", "case=serial", "--log-path", log.to_str().unwrap()];
+    arguments.extend(["--level", "Debug", "--metrics-path", metrics.to_str().unwrap()]);
+    let ended = run(&arguments);
+    assert_eq!(ended.code, Some(0), "{}", ended.text);
+    let text = std::fs::read_to_string(&log).unwrap();
+    assert!(text.contains(" [anonymous-instance:main] {\"event\":\"started\""), "{text}");
+    assert!(sum(&lines(&metrics), "/uart/write_count") > 0);
+    arguments.extend(["--module", "virtio"]);
+    std::fs::remove_file(&log).unwrap();
+    assert_eq!(run(&arguments).code, Some(0));
+    assert_eq!(std::fs::read_to_string(&log).unwrap(), "");
+    for (arguments, code, expected) in [
+        (["--level", "loud"], 153, "--level loud: unknown level `loud`"),
+        (["--log-path", "/"], 125, "open log file `/`: it is a directory"),
+        (["--metrics-path", "/none/x"], 125, "open metrics file `/none/x`: its folder is missing"),
+    ] {
+        let ended = run([&["run"][..], &arguments].concat());
+        assert_eq!(ended.code, Some(code), "{}", ended.text);
+        assert!(ended.text.contains(expected), "{}", ended.text);
+    }
+    // A file may say the same.
+    let kernel = folder.firmware();
+    let config = json!({
+        "boot-source": { "kernel_image_path": kernel, "boot_args": "case=serial" },
+        "logger": { "log_path": folder.path("log2"), "level": "Info" },
+        "metrics": { "metrics_path": folder.path("metrics2") },
+        "serial": { "serial_out_path": folder.path("serial") },
+    });
+    let config = folder.write("config", config.to_string());
+    let ended = run(["run", "--config", config.to_str().unwrap()]);
+    assert_eq!((ended.code, ended.text.as_str()), (Some(0), "alula: the guest ended with code 0\n"));
+    assert!(std::fs::read_to_string(folder.path("log2")).unwrap().contains("started"));
+    assert_eq!(lines(&folder.path("metrics2")).len(), 2);
+    assert!(std::fs::read_to_string(folder.path("serial")).unwrap().contains("1 cases, 0 failed"));
+}
+
+#[test]
+fn fifos_without_a_reader_hold_nothing_up_and_what_is_lost_is_counted() {
+    let folder = Folder::new();
+    let [log, metrics, serial] = ["log", "metrics", "serial"].map(|name| folder.path(name));
+    for fifo in [&log, &metrics, &serial] {
+        output("mkfifo", &[fifo.to_str().unwrap()]);
+    }
+    let service = Service::start(&[]);
+    let mut client = service.client();
+    client.ok("PUT", "/logger", &json!({ "log_path": log, "level": "Trace" }).to_string());
+    client.ok("PUT", "/metrics", &json!({ "metrics_path": metrics }).to_string());
+    client.ok("PUT", "/serial", &json!({ "serial_out_path": serial }).to_string());
+    service.boot_source("flood");
+    client.ok("PUT", "/actions", START);
+    // Far more than a pipe keeps: 64 KiB.
+    for _ in 0..40 {
+        client.ok("PUT", "/actions", FLUSH);
+    }
+    for _ in 0..1000 {
+        client.request("GET", &format!("/{}", "x".repeat(200)), "").fault();
+    }
+    let total = loop {
+        let total = client.ok("GET", "/metrics", "").json();
+        if total["uart"]["missed_write_count"].as_u64().unwrap() > 0 {
+            break total;
+        }
+    };
+    assert!(total["logger"]["missed_log_count"].as_u64().unwrap() > 0, "{total}");
+    let missed = total["logger"]["missed_metrics_count"].as_u64().unwrap();
+    assert!(missed > 0 && missed < 40, "{total}");
+    // What was kept are whole lines, and the next line is one again.
+    let mut reader = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&metrics).unwrap();
+    let (mut text, mut chunk) = (Vec::new(), vec![0; 1 << 16]);
+    while let Ok(count @ 1..) = reader.read(&mut chunk) {
+        text.extend_from_slice(&chunk[..count]);
+    }
+    client.ok("PUT", "/actions", FLUSH);
+    let count = reader.read(&mut chunk).unwrap();
+    text.extend_from_slice(&chunk[..count]);
+    let lines: Vec<Value> =
+        String::from_utf8(text).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    // One at the start.
+    assert_eq!(lines.len() as u64 + missed, 42);
+    assert_eq!(sum(&lines, "/logger/missed_metrics_count"), missed);
+}
+
+#[test]
+fn a_serial_console_may_go_to_a_file_and_no_faster_than_told() {
+    let service = Service::start(&[]);
+    let file = service.folder.path("serial");
+    let mut client = service.client();
+    let refused = client.request("PUT", "/serial", r#"{"serial_out_path": "/"}"#).fault();
+    assert!(refused.starts_with("Serial config error: open serial output `/`"), "{refused}");
+    let limit = json!({ "size": 20, "refill_time": 1_000_000_000u64 });
+    let body = json!({ "serial_out_path": file, "rate_limiter": limit });
+    client.ok("PUT", "/serial", &body.to_string());
+    assert_eq!(client.ok("GET", "/vm/config", "").json()["serial"], body);
+    service.boot_source("case=serial end=idle");
+    client.ok("PUT", "/actions", START);
+    common::wait_for(|| {
+        let total = client.ok("GET", "/metrics", "").json();
+        total["uart"]["rate_limiter_dropped_bytes"].as_u64().unwrap() > 40
+    });
+    let said = format!("alula firmware: {}", std::env::consts::ARCH);
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), said[..20]);
+    let refused = client.request("PUT", "/serial", &body.to_string()).fault();
+    assert!(refused.contains("not supported after starting"), "{refused}");
+}
