@@ -16,6 +16,15 @@ pub fn uptime() -> Duration {
     BEGUN.get_or_init(Instant::now).elapsed()
 }
 
+/// The CPU time that all threads of this process have used.
+#[allow(unsafe_code)]
+pub fn cpu_time() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the call only writes to the local structure. It cannot fail for this clock.
+    unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &mut time) };
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
 /// A moment in UTC, since 1970-01-01. `{}` prints it to the millisecond by RFC 3339, `{:#}` to the
 /// nanosecond and without the zone, as log lines begin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

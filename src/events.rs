@@ -45,6 +45,13 @@ pub enum Event {
         /// Who wanted it: a request, or the command line.
         reason: &'static str,
     },
+    /// The guest says that it has booted (`--boot-timer`).
+    Booted {
+        /// So long after its start began, in microseconds.
+        time_us: u64,
+        /// The CPU time of all threads in that time.
+        cpu_us: u64,
+    },
     /// Its CPUs and devices stand still.
     Paused {
         /// As above.
@@ -296,8 +303,9 @@ pub fn tell(event: impl FnOnce() -> Event) {
         return;
     }
     let event = event();
-    // Those are in the log already, in their own words.
-    if is_logged && !matches!(event, Event::DeviceError { .. } | Event::Ended { .. }) {
+    // Those are in the log in their own words.
+    let has_words = matches!(event, Event::DeviceError { .. } | Event::Booted { .. } | Event::Ended { .. });
+    if is_logged && !has_words {
         log::info(serde_json::to_string(&event).expect("names, numbers and texts are JSON"));
     }
     if !is_kept {

@@ -234,3 +234,27 @@ fn a_serial_console_may_go_to_a_file_and_no_faster_than_told() {
     let refused = client.request("PUT", "/serial", &body.to_string()).fault();
     assert!(refused.contains("not supported after starting"), "{refused}");
 }
+
+#[test]
+fn a_guest_that_says_that_it_has_booted_is_timed() {
+    let folder = Folder::new();
+    let (log, events) = (folder.path("log"), folder.path("events"));
+    let arguments = ["run", "--cmdline", "case=serial booted", "--events", events.to_str().unwrap()];
+    let timed = ["--boot-timer", "--log-path", log.to_str().unwrap()];
+    assert_eq!(run([&arguments[..], &timed].concat()).code, Some(0));
+    let text = std::fs::read_to_string(&log).unwrap();
+    let line =
+        text.lines().find(|line| line.contains("] Guest-boot-time = ")).unwrap_or_else(|| panic!("{text}"));
+    let words: Vec<_> = line.split_whitespace().collect();
+    let [.., time, "us", ms, "ms,", cpu, "CPU", "us", cpu_ms, "CPU", "ms"] = words[..] else {
+        panic!("{line}")
+    };
+    let number = |word: &str| word.parse::<u64>().unwrap();
+    assert_eq!((number(ms), number(cpu_ms)), (number(time) / 1000, number(cpu) / 1000));
+    let booted = lines(&events).into_iter().find(|event| event["event"] == "booted").unwrap();
+    assert_eq!((&booted["time_us"], &booted["cpu_us"]), (&json!(number(time)), &json!(number(cpu))));
+    // Without the option there is nothing at that address.
+    std::fs::remove_file(&events).unwrap();
+    assert_eq!(run(arguments).code, Some(0));
+    assert!(lines(&events).iter().all(|event| event["event"] != "booted"));
+}

@@ -6,17 +6,18 @@
 use std::path::{Path, PathBuf};
 
 /// The layers, low to high: a module uses only those before it (src/lib.rs tells the same).
-const LAYERS: [&str; 26] = [
+const LAYERS: &[&str] = &[
     "error", "clock", "metrics", "process", "sink", "log", "timeline", "snapshot", "limiter", "event",
     "events", "uring", "memory", "host", "platform", "bus", "arch", "vm", "pci", "virtio", "devices",
     "config", "firmware", "machine", "api", "cli",
 ];
 
-const UNSAFE: [&str; 25] = [
+const UNSAFE: &[&str] = &[
     "src/arch/x86_64/registers.rs",
     "src/cli/monitor.rs",
     "src/cli/signals.rs",
     "src/cli/terminal.rs",
+    "src/clock.rs",
     "src/devices/block/bounce.rs",
     "src/devices/block/holes.rs",
     "src/devices/block/lock.rs",

@@ -10,6 +10,8 @@ use crate::machine::Machine;
 pub const NAME: &str = "aarch64";
 /// The exit register.
 pub const EXIT: u64 = 0x0902_0000;
+/// The boot timer, where there is one.
+pub const BOOT_TIMER: u64 = 0x0903_0000;
 /// Registers of virtio-mmio devices, a page each.
 pub const VIRTIO_MMIO: u64 = 0x0c00_0000;
 /// Configuration space of PCI bus 0.

@@ -6,6 +6,7 @@
 //! - `case=NAME,NAME`: only these cases.
 //! - `hello`: print one line at once and idle: what start-up benches wait for.
 //! - `flood`: print without end.
+//! - `booted`: tell the boot timer.
 //! - `echo`: before the cases, send back what is typed until a line ends.
 //! - `end=poweroff|reset|halt|crash|idle|spin|N`: how to end, instead of by the number of failed cases.
 
@@ -52,6 +53,9 @@ fn start(command_line: &'static [u8], read_tables: impl FnOnce() -> Machine) -> 
     let machine = &read_tables();
     arch::catch_exceptions();
     say!("alula firmware: ", arch::NAME, ", ", machine.protocol, "\n");
+    if words.has("booted") {
+        arch::write8(arch::BOOT_TIMER, 123);
+    }
     if words.has("echo") {
         echo();
     }

@@ -11,6 +11,8 @@ use crate::machine::{Machine, text_at};
 pub const NAME: &str = "x86_64";
 /// The exit register.
 pub const EXIT: u64 = 0xc000_2000;
+/// The boot timer, where there is one.
+pub const BOOT_TIMER: u64 = 0xc000_0000;
 /// Registers of virtio-mmio devices, a page each.
 pub const VIRTIO_MMIO: u64 = 0xc010_0000;
 /// Configuration space of PCI bus 0.

@@ -24,10 +24,12 @@ Options for those who watch it:
       --metrics-path PATH
                          Write a line of metrics there (file, FIFO, `fd:N`) at the start, every
                          minute and at the end
+      --boot-timer       A register where the guest writes 123 when it has booted: the log, at level
+                         Info, and events say how long that took
 ";
 
-const NAMES: [&str; 7] =
-    ["events", "log-path", "level", "show-level", "show-log-origin", "module", "metrics-path"];
+const NAMES: [&str; 8] =
+    ["boot-timer", "events", "log-path", "level", "show-level", "show-log-origin", "module", "metrics-path"];
 
 /// The help of a command with these options in it, after its own.
 pub fn with_help(help: &str) -> String {
@@ -41,6 +43,7 @@ pub struct Outputs {
     /// None: nothing was said of the log.
     log: Option<log::Config>,
     metrics: Option<PathBuf>,
+    boot_timer: bool,
 }
 
 impl Outputs {
@@ -53,6 +56,7 @@ impl Outputs {
     pub fn take(&mut self, name: &'static str, parser: &mut lexopt::Parser) -> Result<(), lexopt::Error> {
         match name {
             "events" => self.events = Some(parser.value()?.into()),
+            "boot-timer" => self.boot_timer = true,
             "metrics-path" => self.metrics = Some(parser.value()?.into()),
             _ => {
                 let log = self.log.get_or_insert_default();
@@ -70,6 +74,7 @@ impl Outputs {
 
     /// Adds to the configuration what was said; it overrides what is there.
     pub fn configure(&self, config: &mut Config) {
+        config.boot_timer = self.boot_timer;
         if let Some(log) = self.log.clone() {
             let file = config.logger.take().unwrap_or_default();
             config.logger = Some(log::Config {

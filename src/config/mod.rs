@@ -37,6 +37,8 @@ pub struct Config {
     pub metrics: Option<metrics::Config>,
     /// Where the guest's serial console writes.
     pub serial: Option<console::Config>,
+    /// There is a register where a guest says that it has booted (`--boot-timer`); not in a file.
+    pub boot_timer: bool,
     /// Devices are on a PCI bus instead of behind virtio-mmio (`--enable-pci`); not in a file.
     pub pci: bool,
     /// No microVM may have more CPUs than this; not in a file.

@@ -1,6 +1,7 @@
 //! The devices: those at fixed places, and those that a configuration lists, each in a file of its own.
 
 pub mod block;
+pub mod boot_timer;
 pub mod console;
 pub mod entropy;
 pub mod exit;

@@ -11,6 +11,7 @@ use super::{Attached, Machine, State, halt};
 use crate::arch::{self, layout};
 use crate::bus::Bus;
 use crate::config::{BootSource, Config};
+use crate::devices::boot_timer::BootTimer;
 use crate::devices::console::Console;
 use crate::devices::exit::ExitRegister;
 use crate::devices::keyboard::Keyboard;
@@ -31,6 +32,7 @@ use crate::vm::{Prepared, Vm};
 const MEMORY_MIN: u64 = 2 << 20;
 
 pub fn build(id: &str, config: &Config, host: &mut dyn Host, prepared: Prepared) -> Result<Machine> {
+    let boot_timer = config.boot_timer.then(BootTimer::start);
     let machine = &config.machine_config;
     let size = machine.mem_size_mib.checked_mul(1 << 20).filter(|size| *size >= MEMORY_MIN);
     let size = size.ok_or_else(|| {
@@ -63,6 +65,9 @@ pub fn build(id: &str, config: &Config, host: &mut dyn Host, prepared: Prepared)
     let end = End::new(gate.clone())?;
     let surroundings = Surroundings { mmio: Arc::default(), pio: Bus::default(), gate, end };
     let FixedDevices { console, keyboard } = attach_fixed_devices(&vm, &surroundings, config, host)?;
+    if let Some(timer) = boot_timer {
+        surroundings.mmio.attach(layout::BOOT_TIMER, Arc::new(Mutex::new(timer)))?;
+    }
     let console_room = console.lock().unwrap_or_else(PoisonError::into_inner).room();
 
     let io = Loop::new("io")?;

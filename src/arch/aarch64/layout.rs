@@ -19,6 +19,8 @@ pub const SERIAL_IS_PORTS: bool = false;
 pub const CLOCK: Option<Range> = Some(Range { start: 0x0901_0000, size: 0x1000 });
 /// The exit register (devices/exit.rs).
 pub const EXIT: Range = Range { start: 0x0902_0000, size: 4 };
+/// The boot timer (devices/boot_timer.rs). Firecracker has it where memory begins here.
+pub const BOOT_TIMER: Range = Range { start: 0x0903_0000, size: 0x1000 };
 /// Registers of virtio-mmio devices, one page each.
 pub const VIRTIO_MMIO: Range = Range { start: 0x0c00_0000, size: 0x10_0000 };
 /// Shared peripheral interrupts for devices that are added.

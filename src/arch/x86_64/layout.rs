@@ -10,6 +10,8 @@ const HIGH_MEMORY_START: u64 = 0x1_0000_0000;
 
 /// The exit register (devices/exit.rs).
 pub const EXIT: Range = Range { start: 0xc000_2000, size: 4 };
+/// The boot timer (devices/boot_timer.rs), where Firecracker has it.
+pub const BOOT_TIMER: Range = Range { start: 0xc000_0000, size: 0x1000 };
 /// Registers of virtio-mmio devices, one page each.
 pub const VIRTIO_MMIO: Range = Range { start: 0xc010_0000, size: 0x10_0000 };
 /// PCI: configuration space of one bus (ECAM), and where functions' registers may be.
