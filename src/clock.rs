@@ -16,12 +16,21 @@ pub fn uptime() -> Duration {
     BEGUN.get_or_init(Instant::now).elapsed()
 }
 
+/// The host's monotonic clock, which is the same for all processes.
+pub fn monotonic() -> Duration {
+    read(libc::CLOCK_MONOTONIC)
+}
+
 /// The CPU time that all threads of this process have used.
-#[allow(unsafe_code)]
 pub fn cpu_time() -> Duration {
+    read(libc::CLOCK_PROCESS_CPUTIME_ID)
+}
+
+#[allow(unsafe_code)]
+fn read(clock: libc::clockid_t) -> Duration {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the call only writes to the local structure. It cannot fail for this clock.
-    unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &mut time) };
+    // SAFETY: the call only writes to the local structure. It cannot fail for clocks that exist.
+    unsafe { libc::clock_gettime(clock, &mut time) };
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 

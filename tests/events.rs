@@ -155,6 +155,15 @@ fn the_last_event_says_how_the_guest_ended_as_the_exit_code_does() {
     assert_eq!((ended.code, names(&events)), (Some(125), vec!["configured", "ended"]));
     assert_eq!(events[1]["exit_code"], 125);
     assert!(events[1]["reason"].as_str().unwrap().contains("open kernel `/nonexistent`"), "{}", events[1]);
+    let file = folder.path("no-config");
+    let ended = run(["run", "--config", "/nonexistent", "--events", file.to_str().unwrap()]);
+    let events = parse(&std::fs::read_to_string(&file).unwrap());
+    assert_eq!((ended.code, names(&events)), (Some(125), vec!["ended"]));
+    assert!(
+        events[0]["reason"].as_str().unwrap().contains("read config file `/nonexistent`"),
+        "{}",
+        events[0]
+    );
 }
 
 #[test]

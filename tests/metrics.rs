@@ -27,7 +27,8 @@ fn sum(lines: &[Value], pointer: &str) -> u64 {
 
 #[test]
 fn a_line_of_metrics_says_what_was_done_since_the_last() {
-    let service = Service::start(&["--id", "vm-1"]);
+    let started = ["--start-time-us", "1", "--start-time-cpu-us", "0", "--parent-cpu-time-us", "1000000"];
+    let service = Service::start(&[&["--id", "vm-1"][..], &started].concat());
     let file = service.folder.path("metrics");
     let mut client = service.client();
     let body = json!({ "metrics_path": file, "emit_id": true, "properties": { "owner": "a" } });
@@ -59,6 +60,8 @@ fn a_line_of_metrics_says_what_was_done_since_the_last() {
     let lines = lines(&file);
     assert_eq!(lines.len(), 3);
     for line in &lines {
+        assert!(line["api_server"]["process_startup_time_us"].as_u64().unwrap() > 0, "{line}");
+        assert!(line["api_server"]["process_startup_time_cpu_us"].as_u64().unwrap() > 1_000_000, "{line}");
         assert_eq!((&line["id"], &line["properties"]), (&json!("vm-1"), &json!({ "owner": "a" })));
         assert!(line["utc_timestamp_ms"].as_u64().unwrap() > 1_700_000_000_000);
         for group in ["api_server", "balloon", "mmds", "net", "seccomp", "signals", "vmm", "vsock"] {

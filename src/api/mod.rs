@@ -19,6 +19,7 @@ use crate::log;
 use crate::metrics as counted;
 
 pub use handle::Controller;
+pub use observe::StartTime;
 pub use server::Server;
 
 /// The version of Firecracker's API that is spoken; clients decide by it what they may send.

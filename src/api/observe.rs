@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde_json::{Map, Value};
 
 use super::Response;
+use crate::clock;
 use crate::devices::kind::{Change, Device};
 use crate::events::{self, Event};
 use crate::metrics::{Counter, Gauge, Group, Latency, View, metrics};
@@ -41,6 +42,31 @@ metrics! {
 pub static REQUESTS: Requests = Requests::new();
 /// As above.
 pub static LATENCIES: Latencies = Latencies::new();
+
+/// When the process was started, as its parent says (microseconds).
+#[derive(Debug, Default)]
+pub struct StartTime {
+    /// By the monotonic clock.
+    pub time_us: Option<u64>,
+    /// By the CPU time of what became this process.
+    pub cpu_us: Option<u64>,
+    /// The CPU time that its parent spent on it.
+    pub parent_us: u64,
+}
+
+impl StartTime {
+    /// Notes how long that took, until now.
+    pub fn note(&self) {
+        let us = |time: Duration| time.as_micros() as u64;
+        if let Some(start) = self.time_us {
+            REQUESTS.process_startup_time_us.set(us(clock::monotonic()).saturating_sub(start));
+        }
+        if let Some(start) = self.cpu_us {
+            let own = us(clock::cpu_time()).saturating_sub(start);
+            REQUESTS.process_startup_time_cpu_us.set(own.saturating_add(self.parent_us));
+        }
+    }
+}
 
 /// Requests of one method to paths that begin with one word.
 struct Class {

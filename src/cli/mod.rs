@@ -12,7 +12,7 @@ use std::io::Write;
 use crate::api::{Controller, Server};
 use crate::clock;
 use crate::error::{Context, Result};
-use crate::events::{self, Event};
+use crate::events::{self, Event, Feed};
 use crate::firmware;
 use crate::log;
 use crate::machine::Exit;
@@ -41,8 +41,14 @@ pub fn main() -> u8 {
         }
     };
     match command {
-        Command::Run(arguments) => finish(run(arguments), FAILED_RUN),
-        Command::Serve(arguments) => finish(serve(arguments), FAILED_SERVE),
+        Command::Run(arguments) => {
+            let feed = arguments.outputs.open_feed(&arguments.id, arguments.api_sock.is_some());
+            finish(feed, FAILED_RUN, |feed| run(arguments, feed))
+        }
+        Command::Serve(arguments) => {
+            let feed = arguments.outputs.open_feed(&arguments.id, !arguments.no_api);
+            finish(feed, FAILED_SERVE, |feed| serve(arguments, feed))
+        }
         Command::Print(text) => print(text.as_bytes()),
         Command::Firmware => print(firmware::IMAGE),
     }
@@ -80,29 +86,43 @@ fn conclude(outcome: &Result<Outcome>, failed: u8, code: impl Fn(&Exit) -> u8) -
     Ending { reason, code }
 }
 
-/// Says in one line how it ended, and returns it as an exit code.
-fn finish(ending: Result<Ending>, failed: u8) -> u8 {
+/// Does what `body` does, says in one line how it ended, and returns it as an exit code. What fails
+/// before the monitor has `feed` is told here.
+fn finish(
+    feed: Result<Option<Feed>>,
+    failed: u8,
+    body: impl FnOnce(&mut Option<Feed>) -> Result<Ending>,
+) -> u8 {
+    let ending = feed.and_then(|mut feed| {
+        body(&mut feed).inspect_err(|error| {
+            if let Some(mut feed) = feed {
+                let reason = events::text(error);
+                events::tell(|| Event::Ended { reason, exit_code: failed });
+                feed.tell();
+            }
+        })
+    });
     let Ending { reason, code } =
         ending.unwrap_or_else(|error| Ending { reason: error.to_string(), code: failed });
     log::end(&reason);
     code
 }
 
-fn run(arguments: Run) -> Result<Ending> {
+fn run(arguments: Run, feed: &mut Option<Feed>) -> Result<Ending> {
     let config = arguments.config()?;
     let server = match &arguments.api_sock {
         Some(path) => Some(Server::bind(path, crate::api::BODY_MAX)?),
         None => None,
     };
     let mut controller = Controller::new(arguments.id.clone(), config);
-    let feed = arguments.outputs.open(&arguments.id, server.is_some(), &mut controller)?;
+    controller.open_outputs()?;
     events::tell(|| Event::Configured { what: "command line".to_owned() });
-    let mut monitor = Monitor::new(server, feed)?;
+    let mut monitor = Monitor::new(server, feed.take())?;
     let start = |controller: &mut Controller| controller.start("command line").context("start the guest");
     Ok(monitor.run(controller, start, |outcome| conclude(outcome, FAILED_RUN, Exit::exit_code)))
 }
 
-fn serve(arguments: Serve) -> Result<Ending> {
+fn serve(arguments: Serve, feed: &mut Option<Feed>) -> Result<Ending> {
     let config = arguments.config()?;
     let server = match arguments.no_api {
         true => None,
@@ -114,11 +134,11 @@ fn serve(arguments: Serve) -> Result<Ending> {
     config.vcpus_max = arguments.vcpus_max;
     arguments.outputs.configure(&mut config);
     let mut controller = Controller::new(arguments.id.clone(), config);
-    let feed = arguments.outputs.open(&arguments.id, server.is_some(), &mut controller)?;
+    controller.open_outputs()?;
     if let Some(path) = &arguments.config_file {
         events::tell(|| Event::Configured { what: events::text(path.display()) });
     }
-    let mut monitor = Monitor::new(server, feed)?;
+    let mut monitor = Monitor::new(server, feed.take())?;
     let start = |controller: &mut Controller| match starts_at_once {
         true => controller.start("config file").context("start the guest"),
         false => Ok(()),

@@ -1,10 +1,9 @@
 //! The options that say where what happens to a guest is told: events, messages, metrics.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use lexopt::ValueExt;
 
-use crate::api::Controller;
 use crate::config::Config;
 use crate::error::Result;
 use crate::events::{self, Feed};
@@ -92,13 +91,11 @@ impl Outputs {
         }
     }
 
-    /// Opens what was said, and what the controller's configuration says. Events are kept when
-    /// somebody can ask for them.
-    pub fn open(&self, id: &str, has_api: bool, controller: &mut Controller) -> Result<Option<Feed>> {
+    /// Opens where events go. They are kept when somebody can ask for them.
+    pub fn open_feed(&self, id: &str, has_api: bool) -> Result<Option<Feed>> {
         if has_api || self.events.is_some() {
             events::open(id);
         }
-        controller.open_outputs()?;
-        self.events.as_deref().map(|path: &Path| Feed::open(path)).transpose()
+        self.events.as_deref().map(Feed::open).transpose()
     }
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use lexopt::Arg::{Long, Short};
 
 use super::{Command, default_id, id, number, value};
-use crate::api::BODY_MAX;
+use crate::api::{BODY_MAX, StartTime};
 use crate::arch;
 use crate::cli::outputs::{self, Outputs};
 use crate::cli::persona::Persona;
@@ -29,8 +29,10 @@ Options:
                            [default: anonymous-instance]
       --http-api-max-payload-size BYTES
                            The largest request body [default: 51200]
-      --no-seccomp, --seccomp-filter FILE, --start-time-us N, --start-time-cpu-us N,
-      --parent-cpu-time-us N, --mmds-size-limit N
+      --start-time-us N, --start-time-cpu-us N, --parent-cpu-time-us N
+                           When the caller began to start this process, by the monotonic clock and by
+                           CPU time, and its own CPU time: for `process_startup_time_us` in metrics
+      --no-seccomp, --seccomp-filter FILE, --mmds-size-limit N
                            Accepted, without effect yet
   -h, --help               Print this
 
@@ -73,6 +75,7 @@ pub fn parse(parser: &mut lexopt::Parser, persona: Persona) -> Result<Command, l
         http_api_max_payload_size: BODY_MAX,
         vcpus_max: (persona == Persona::Firecracker).then_some(MachineConfig::FIRECRACKERS_VCPUS_MAX),
     };
+    let mut start = StartTime::default();
     let (mut custom_filter, mut no_seccomp) = (false, false);
     while let Some(argument) = parser.next()? {
         match argument {
@@ -85,10 +88,10 @@ pub fn parse(parser: &mut lexopt::Parser, persona: Persona) -> Result<Command, l
                 serve.http_api_max_payload_size = value(parser, "--http-api-max-payload-size", number)?;
             }
             Short('h') | Long("help") => return Ok(Command::Print(help())),
-            // What a jailer says of itself, and sizes of what is not there yet: numbers nobody needs.
-            Long("start-time-us") => drop(value(parser, "--start-time-us", number::<u64>)?),
-            Long("start-time-cpu-us") => drop(value(parser, "--start-time-cpu-us", number::<u64>)?),
-            Long("parent-cpu-time-us") => drop(value(parser, "--parent-cpu-time-us", number::<u64>)?),
+            // What a jailer says of itself, for the metrics.
+            Long("start-time-us") => start.time_us = Some(value(parser, "--start-time-us", number)?),
+            Long("start-time-cpu-us") => start.cpu_us = Some(value(parser, "--start-time-cpu-us", number)?),
+            Long("parent-cpu-time-us") => start.parent_us = value(parser, "--parent-cpu-time-us", number)?,
             Long("mmds-size-limit") => drop(value(parser, "--mmds-size-limit", number::<u64>)?),
             Long("no-seccomp") => no_seccomp = true,
             Long("seccomp-filter") => {
@@ -111,6 +114,7 @@ pub fn parse(parser: &mut lexopt::Parser, persona: Persona) -> Result<Command, l
     if serve.no_api && serve.config_file.is_none() {
         return Err("--no-api needs --config-file".into());
     }
+    start.note();
     Ok(Command::Serve(serve))
 }
 
