@@ -22,6 +22,69 @@ pub struct Platform {
     pub virtio_mmio: Vec<MmioDevice>,
     /// There is a PCI bus.
     pub pci: bool,
+    /// Which interrupt controller there is, once it has been made (aarch64: what the host's KVM has).
+    pub gic: Option<Gic>,
+}
+
+impl Platform {
+    /// Where interrupt messages of PCI devices are written, if that is a frame of ours.
+    pub fn message_frame(&self) -> Option<MessageFrame> {
+        match self.gic {
+            Some(Gic::V2(frame)) if self.pci => Some(frame),
+            _ => None,
+        }
+    }
+}
+
+/// Arm's interrupt controller: which version.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Gic {
+    /// GICv3: an ITS takes interrupt messages.
+    V3,
+    /// GICv2: a GICv2m frame takes interrupt messages.
+    V2(MessageFrame),
+}
+
+/// A GICv2m frame (Arm Server Base System Architecture 3.0, appendix E): an interrupt's number written
+/// to SETSPI_NS raises that interrupt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MessageFrame {
+    /// Where its registers are.
+    pub registers: Range,
+    /// The interrupt lines (GSIs, shared peripheral interrupts) that it raises: the first, and how many.
+    pub first: u32,
+    /// How many.
+    pub count: u32,
+}
+
+impl MessageFrame {
+    /// The offset of SETSPI_NS.
+    pub const SET_SPI: u64 = 0x40;
+    /// The number of the first shared interrupt: the lines before are a CPU's own.
+    pub const SHARED: u32 = 32;
+
+    /// The line that `data` raises when it is written at `address`.
+    pub fn line(&self, address: u64, data: u32) -> Option<u32> {
+        let line = data.checked_sub(Self::SHARED)?;
+        let is_ours = line.checked_sub(self.first).is_some_and(|index| index < self.count);
+        (address == self.registers.start + Self::SET_SPI && is_ours).then_some(line)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_raises_a_line_of_the_frame_or_nothing() {
+        let frame = MessageFrame { registers: Range { start: 0x1000, size: 0x1000 }, first: 128, count: 96 };
+        assert_eq!(frame.line(0x1040, 160), Some(128));
+        assert_eq!(frame.line(0x1040, 255), Some(223));
+        for (address, data) in [(0x1040, 159), (0x1040, 256), (0x1040, 0), (0x1040, u32::MAX), (0x1044, 160)]
+        {
+            assert_eq!(frame.line(address, data), None, "{address:#x} {data}");
+        }
+    }
 }
 
 /// A device with one block of registers and one interrupt.

@@ -1,5 +1,5 @@
 //! aarch64: entry as an Image (Documentation/arch/arm64/booting.rst), CPUs by PSCI, the virtual timer
-//! by a GICv3, the ways to end. The MMU and the caches stay off.
+//! by a GICv3 or a GICv2, the ways to end. The MMU and the caches stay off.
 
 use core::arch::{asm, global_asm};
 
@@ -83,14 +83,25 @@ unexpected_exception:
     bl unexpected
 
 timer_interrupt:
-    stp x0, x1, [sp, #-16]!
+    stp x0, x1, [sp, #-32]!
+    str x2, [sp, #16]
+    adrp x2, cpu_interface
+    ldr x2, [x2, :lo12:cpu_interface]
+    cbnz x2, 1f
     mrs x0, S3_0_C12_C12_0               // ICC_IAR1_EL1
-    msr cntv_ctl_el0, xzr
+    b 2f
+1:  ldr w0, [x2, #0xc]                   // GICC_IAR
+2:  msr cntv_ctl_el0, xzr
+    isb
     adrp x1, timer_fired
     add x1, x1, :lo12:timer_fired
     str w0, [x1]
+    cbnz x2, 3f
     msr S3_0_C12_C12_1, x0               // ICC_EOIR1_EL1
-    ldp x0, x1, [sp], #16
+    b 4f
+3:  str w0, [x2, #0x10]                  // GICC_EOIR
+4:  ldr x2, [sp, #16]
+    ldp x0, x1, [sp], #32
     eret
 
     .section .bss.stacks, "aw", @nobits
@@ -110,6 +121,9 @@ unsafe extern "C" {
 /// The interrupt that was taken last.
 #[unsafe(no_mangle)]
 static mut timer_fired: u32 = 0;
+/// Where a GICv2's CPU interface is; 0: it is a GICv3.
+#[unsafe(no_mangle)]
+static mut cpu_interface: u64 = 0;
 /// The secondary CPU that was started last and is up; CPUs are started one after the other.
 static mut STARTED: u32 = u32::MAX;
 
@@ -121,7 +135,7 @@ static mut STARTED: u32 = u32::MAX;
 extern "C" fn first_cpu(tree: u64) -> ! {
     crate::start(fdt::command_line(tree), || {
         let mut machine = Machine::new("Image", "FDT");
-        fdt::read(&mut machine, tree);
+        unsafe { cpu_interface = fdt::read(&mut machine, tree) };
         machine
     })
 }
@@ -197,8 +211,25 @@ extern "C" fn unexpected(syndrome: u64, address: u64) -> ! {
     exit(EXCEPTION)
 }
 
-/// Lets the virtual timer's interrupt through (Arm IHI 0069: GICv3, affinity routing on).
+/// Lets the virtual timer's interrupt through.
 fn enable_timer_interrupt() {
+    match unsafe { cpu_interface } {
+        0 => enable_by_v3(),
+        interface => enable_by_v2(interface),
+    }
+}
+
+/// The registers of Arm IHI 0048: one group of interrupts.
+fn enable_by_v2(interface: u64) {
+    write32(GIC_DISTRIBUTOR, 1); // GICD_CTLR
+    write32(GIC_DISTRIBUTOR + 0x400 + 24, 0x8080_8080); // GICD_IPRIORITYR6: interrupts 24 to 27
+    write32(GIC_DISTRIBUTOR + 0x100, 1 << TIMER_INTERRUPT); // GICD_ISENABLER0
+    write32(interface + 4, 0xff); // GICC_PMR
+    write32(interface, 1); // GICC_CTLR
+}
+
+/// The registers of Arm IHI 0069, affinity routing on.
+fn enable_by_v3() {
     let (redistributor, private) = (GIC_REDISTRIBUTOR, GIC_REDISTRIBUTOR + 0x1_0000);
     write32(redistributor + 0x14, read32(redistributor + 0x14) & !2); // GICR_WAKER: not asleep
     while read32(redistributor + 0x14) & 4 != 0 {}
@@ -241,7 +272,47 @@ pub fn wait_for_timer() -> Result<&'static str, &'static str> {
     arm_timer(TICKS);
     // WFI ends when an interrupt is pending, let in or not.
     unsafe { asm!("wfi", "msr daifclr, #2", "isb", "msr daifset, #2") };
-    if fired() { Ok("virtual timer, at work and from WFI") } else { Err("that WFI was left without it") }
+    match (fired(), unsafe { cpu_interface }) {
+        (false, _) => Err("that WFI was left without it"),
+        (true, 0) => Ok("virtual timer by GICv3, at work and from WFI"),
+        (true, _) => Ok("virtual timer by GICv2, at work and from WFI"),
+    }
+}
+
+/// The frame that takes interrupt messages of a GICv2 raises its interrupts, and only those.
+pub fn write_messages(frame: u64) -> Result<(), &'static str> {
+    const SET_SPI: u64 = 0x40;
+    let kind = read32(frame + 8); // MSI_TYPER
+    let (first, count) = (kind >> 16 & 0x3ff, kind & 0x3ff);
+    if first < 32 || count == 0 {
+        return Err("a frame without interrupts");
+    }
+    // GICD_ISPENDR and GICD_ICPENDR, a bit for each interrupt.
+    let word = |register: u64, interrupt: u32| GIC_DISTRIBUTOR + register + u64::from(interrupt / 32 * 4);
+    let is_pending = |interrupt: u32| read32(word(0x200, interrupt)) & 1 << (interrupt % 32) != 0;
+    for interrupt in [first, first + count - 1] {
+        // GICD_ICFGR: edge-triggered, as messages are.
+        let configuration = GIC_DISTRIBUTOR + 0xc00 + u64::from(interrupt / 16 * 4);
+        write32(configuration, read32(configuration) | 2 << (interrupt % 16 * 2));
+        if is_pending(interrupt) {
+            return Err("an interrupt that nobody raised");
+        }
+        write32(frame + SET_SPI, interrupt);
+        let end = ticks() + PATIENCE_TICKS;
+        while !is_pending(interrupt) {
+            if ticks() > end {
+                return Err("no interrupt");
+            }
+        }
+        write32(word(0x280, interrupt), 1 << (interrupt % 32));
+        if is_pending(interrupt) {
+            return Err("an interrupt that stays");
+        }
+    }
+    for interrupt in [first - 1, first + count, 0, u32::MAX] {
+        write32(frame + SET_SPI, interrupt);
+    }
+    if is_pending(first - 1) { Err("an interrupt of another's") } else { Ok(()) }
 }
 
 pub fn exit(code: u32) -> ! {

@@ -33,8 +33,9 @@ pub fn run(machine: &Machine, words: &Words) -> u32 {
         .iter()
         .filter(|(_, kind, _)| chosen.is_some() || Device::find(*kind).is_some())
         .map(|(name, _, case)| (*name, *case));
+    let messages = [("messages", messages as Case)].into_iter().filter(|_| machine.message_frame.is_some());
     let hostile = [("hostile", hostile::run as Case)].into_iter().filter(|_| chosen.is_some());
-    for (name, case) in CASES.into_iter().chain(devices).chain(hostile) {
+    for (name, case) in CASES.into_iter().chain(messages).chain(devices).chain(hostile) {
         if chosen
             .is_some_and(|chosen| !chosen.split(|byte| *byte == b',').any(|word| word == name.as_bytes()))
         {
@@ -118,6 +119,18 @@ fn timer(_: &Machine, _: &Words) -> bool {
         Ok(how) => say!("ok (", how, ")"),
         Err(found) => {
             say!("expected an interrupt, found ", found);
+            return false;
+        }
+    }
+    true
+}
+
+/// A frame for interrupt messages (aarch64 with a GICv2) raises the interrupts it has.
+fn messages(machine: &Machine, _: &Words) -> bool {
+    match machine.message_frame.map_or(Err("no frame"), arch::write_messages) {
+        Ok(()) => say!("ok"),
+        Err(found) => {
+            say!("expected interrupts by messages, found ", found);
             return false;
         }
     }

@@ -1,4 +1,5 @@
-//! Reads the flattened device tree (Devicetree specification 0.4, 5): memory, CPUs, the command line.
+//! Reads the flattened device tree (Devicetree specification 0.4, 5): memory, CPUs, the interrupt
+//! controller, the command line.
 
 use crate::machine::{Machine, text_at};
 
@@ -77,10 +78,20 @@ pub fn command_line(tree: u64) -> &'static [u8] {
     line
 }
 
-/// Reads the tree into `machine`.
-pub fn read(machine: &mut Machine, tree: u64) {
+/// Reads the tree into `machine`; returns where the CPU interface of a GICv2 is, 0 for a GICv3.
+pub fn read(machine: &mut Machine, tree: u64) -> u64 {
+    let (mut interface, mut is_v2) = (0, false);
     let sound = walk(tree, |path, name, value, length| {
-        if name != b"reg" {
+        let is_gic = path[1].starts_with(b"intc@");
+        if is_gic && path[2].is_empty() && name == b"compatible" {
+            // SAFETY: a text property ends with a zero.
+            is_v2 = unsafe { text_at(value) } == b"arm,gic-400";
+        } else if name != b"reg" {
+        } else if is_gic && path[2].is_empty() {
+            // The distributor, then the CPU interface or the redistributors.
+            interface = u64_at(value + 16);
+        } else if is_gic && path[2].starts_with(b"v2m@") {
+            machine.message_frame = Some(u64_at(value));
         } else if path[1].starts_with(b"memory@") {
             for entry in 0..length / 16 {
                 machine.add_memory(u64_at(value + 16 * entry), u64_at(value + 16 * entry + 8));
@@ -92,4 +103,5 @@ pub fn read(machine: &mut Machine, tree: u64) {
     if !sound {
         machine.fault = Some("no sound device tree");
     }
+    if is_v2 { interface } else { 0 }
 }

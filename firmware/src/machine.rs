@@ -21,12 +21,22 @@ pub struct Machine {
     pub ranges: usize,
     /// CPUs that the tables list.
     pub cpus: u64,
+    /// Where a frame for interrupt messages is (GICv2).
+    pub message_frame: Option<u64>,
 }
 
 impl Machine {
     /// A machine of which nothing is known yet.
     pub fn new(protocol: &'static str, tables: &'static str) -> Self {
-        Self { protocol, tables, fault: None, memory: [(0, 0); RANGES_MAX], ranges: 0, cpus: 0 }
+        Self {
+            protocol,
+            tables,
+            fault: None,
+            memory: [(0, 0); RANGES_MAX],
+            ranges: 0,
+            cpus: 0,
+            message_frame: None,
+        }
     }
 
     /// Notes a range of memory.

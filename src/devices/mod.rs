@@ -10,6 +10,7 @@ pub mod kind;
 pub mod net;
 pub mod power;
 pub mod rtc;
+pub mod v2m;
 
 use crate::error::{Error, Result};
 use kind::Kind;

@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::arch::layout;
 use crate::bus::Bus;
+use crate::devices::v2m::V2m;
 use crate::error::{Context, Error, Result};
 use crate::event::EventFd;
 use crate::memory::{Memory, Range};
@@ -145,13 +146,16 @@ fn events(count: usize) -> Result<Vec<EventFd>> {
 
 /// The PCI bus, reached by memory and, where there are such, by ports; its first device is the bridge
 /// to the CPUs.
-pub fn pci_bus(vm: &Arc<Vm>, mmio: &Arc<Bus>, pio: &Bus) -> Result<Arc<Mutex<Root>>> {
+pub fn pci_bus(vm: &Arc<Vm>, mmio: &Arc<Bus>, pio: &Bus, platform: &Platform) -> Result<Arc<Mutex<Root>>> {
     let mut root = Root::new(vm.clone(), mmio.clone());
     root.add(0, Arc::new(Mutex::new(pci::HostBridge::default())), None)?;
     let root = Arc::new(Mutex::new(root));
     mmio.attach(layout::ECAM, Arc::new(Mutex::new(Ecam(root.clone()))))?;
     if let Some(ports) = layout::PCI_PORTS {
         pio.attach(ports, Arc::new(Mutex::new(Ports(root.clone()))))?;
+    }
+    if let Some(frame) = platform.message_frame() {
+        mmio.attach(frame.registers, Arc::new(Mutex::new(V2m::new(vm.clone(), frame))))?;
     }
     Ok(root)
 }

@@ -54,10 +54,11 @@ pub fn build(id: &str, config: &Config, host: &mut dyn Host, prepared: Prepared)
         random_seed: host.random_seed()?,
         virtio_mmio: Vec::new(),
         pci: config.pci,
+        gic: None,
     };
 
     let mut vm = Vm::new(prepared, &memory.memory())?;
-    let vcpus = vm.create_vcpus(&platform)?;
+    let vcpus = vm.create_vcpus(&mut platform)?;
     let mut timeline = std::mem::take(&mut vm.timeline);
     let vm = Arc::new(vm);
 
@@ -71,16 +72,17 @@ pub fn build(id: &str, config: &Config, host: &mut dyn Host, prepared: Prepared)
     let console_room = console.lock().unwrap_or_else(PoisonError::into_inner).room();
 
     let io = Loop::new("io")?;
+    let root = match config.pci {
+        true => Some(pci_bus(&vm, &surroundings.mmio, &surroundings.pio, &platform)?),
+        false => None,
+    };
     let mut slots = Slots {
         vm: &vm,
         mmio: &surroundings.mmio,
         memory: &memory,
         io: &io,
         platform: &mut platform,
-        root: match config.pci {
-            true => Some(pci_bus(&vm, &surroundings.mmio, &surroundings.pio)?),
-            false => None,
-        },
+        root,
     };
     let mut devices = Vec::new();
     for device in config.devices() {

@@ -50,18 +50,35 @@ impl Vm {
 
     /// From here on a write to `event` sends `message`; what was written before is sent now.
     pub fn send_by(&self, event: &EventFd, gsi: u32, message: Message) -> Result<()> {
+        // A frame of ours is unknown to KVM: the message's line instead of the message.
+        let line = self.message_frame.map(|_| self.line_of(message)).transpose()?;
         {
             let mut messages = self.routes.messages.lock().unwrap_or_else(PoisonError::into_inner);
-            if messages.insert(gsi, Some(message)) != Some(Some(message)) {
+            if messages.insert(gsi, Some(message)) != Some(Some(message)) && line.is_none() {
                 self.fd.set_gsi_routing(&table(&messages)?).context("route an interrupt message")?;
             }
         }
-        self.fd.register_irqfd(event, gsi).context("connect an interrupt message")
+        self.fd.register_irqfd(event, line.unwrap_or(gsi)).context("connect an interrupt message")
+    }
+
+    fn line_of(&self, message: Message) -> Result<u32> {
+        let Message { address, data, .. } = message;
+        let line = self.message_frame.and_then(|frame| frame.line(address, data));
+        line.ok_or_else(|| {
+            Error::guest(format!(
+                "the guest asked for an interrupt message of {data} to {address:#x}, where none is taken"
+            ))
+        })
     }
 
     /// From here on writes to `event` stay there.
     pub fn hold_back(&self, event: &EventFd, gsi: u32) -> Result<()> {
-        self.fd.unregister_irqfd(event, gsi).context("disconnect an interrupt message")
+        let sent = self.routes.messages.lock().unwrap_or_else(PoisonError::into_inner).get(&gsi).copied();
+        let line = match (self.message_frame, sent.flatten()) {
+            (Some(_), Some(message)) => self.line_of(message)?,
+            _ => gsi,
+        };
+        self.fd.unregister_irqfd(event, line).context("disconnect an interrupt message")
     }
 }
 

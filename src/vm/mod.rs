@@ -17,7 +17,7 @@ use crate::arch::{self, CpuModel};
 use crate::error::{Context, Error, Result};
 use crate::event::EventFd;
 use crate::memory::Regions;
-use crate::platform::Platform;
+use crate::platform::{MessageFrame, Platform};
 use crate::timeline::Timeline;
 
 const KVM_DEVICE: &str = "/dev/kvm";
@@ -84,6 +84,8 @@ pub struct Vm {
     cpu_model: CpuModel,
     max_vcpus: usize,
     routes: irq::Routes,
+    /// Where interrupt messages are written, if that is a frame of ours.
+    message_frame: Option<MessageFrame>,
     /// What its start is made of.
     pub timeline: Timeline,
     /// KVM's device for it lives as long as this (aarch64).
@@ -100,11 +102,19 @@ impl Vm {
             map(&fd, slot as u32, region)?;
         }
         timeline.mark("memory");
-        Ok(Self { fd, cpu_model, max_vcpus, routes: irq::Routes::default(), timeline, _controller: None })
+        Ok(Self {
+            fd,
+            cpu_model,
+            max_vcpus,
+            routes: irq::Routes::default(),
+            message_frame: None,
+            timeline,
+            _controller: None,
+        })
     }
 
-    /// Makes the interrupt controllers and the vCPUs.
-    pub fn create_vcpus(&mut self, platform: &Platform) -> Result<Vec<VcpuFd>> {
+    /// Makes the interrupt controllers and the vCPUs; notes in `platform` what the host made of them.
+    pub fn create_vcpus(&mut self, platform: &mut Platform) -> Result<Vec<VcpuFd>> {
         let count = platform.cpus;
         if usize::from(count) > self.max_vcpus {
             return Err(Error::config(format!(
@@ -119,6 +129,7 @@ impl Vm {
             .collect::<Result<Vec<_>>>()?;
         self.cpu_model.apply(&self.fd, &vcpus, platform)?;
         self._controller = Some(arch::after_vcpus(&self.fd, &vcpus, platform)?);
+        self.message_frame = platform.message_frame();
         self.timeline.mark("CPUs");
         Ok(vcpus)
     }

@@ -53,7 +53,7 @@ fn vm() -> Arc<Vm> {
     let (vm, _) = VM.get_or_init(|| {
         let ranges = alula::arch::layout::memory(2 << 20);
         let memory = memory::allocate(&ranges).unwrap();
-        let platform = Platform {
+        let mut platform = Platform {
             cpus: 1,
             smt: false,
             memory: ranges,
@@ -62,9 +62,10 @@ fn vm() -> Arc<Vm> {
             random_seed: [0; 32],
             virtio_mmio: Vec::new(),
             pci: true,
+            gic: None,
         };
         let mut vm = Vm::new(Prepared::new().expect("KVM"), &memory.memory()).unwrap();
-        vm.create_vcpus(&platform).unwrap();
+        vm.create_vcpus(&mut platform).unwrap();
         (Arc::new(vm), memory)
     });
     vm.clone()

@@ -4,11 +4,12 @@ use vm_fdt::{Error, FdtWriter};
 
 use super::layout;
 use crate::memory::Range;
-use crate::platform::Platform;
+use crate::platform::{Gic, MessageFrame, Platform};
 
 const GIC: u32 = 1;
 const CLOCK: u32 = 2;
-const ITS: u32 = 3;
+/// What takes interrupt messages: a GICv3's ITS, a GICv2's message frame.
+const MESSAGES: u32 = 3;
 const PRIVATE: u32 = 1;
 const SHARED: u32 = 0;
 const EDGE_RISING: u32 = 1;
@@ -52,42 +53,76 @@ pub fn tree(platform: &Platform) -> Result<Vec<u8>, Error> {
     fdt.property_string("method", "hvc")?;
     fdt.end_node(psci)?;
 
-    // Secure, non-secure, virtual, hypervisor: PPIs 13, 14, 11, 10.
+    // Secure, non-secure, virtual, hypervisor: PPIs 13, 14, 11, 10. To a GICv2, bits 8 to 15 are the CPUs.
+    let cpus = match platform.gic {
+        Some(Gic::V2(_)) => ((1 << platform.cpus) - 1) << 8,
+        _ => 0,
+    };
     let timer = fdt.begin_node("timer")?;
     fdt.property_string("compatible", "arm,armv8-timer")?;
     fdt.property_null("always-on")?;
     let interrupts: Vec<_> =
-        [13, 14, 11, 10].into_iter().flat_map(|ppi| [PRIVATE, ppi, LEVEL_HIGH]).collect();
+        [13, 14, 11, 10].into_iter().flat_map(|ppi| [PRIVATE, ppi, LEVEL_HIGH | cpus]).collect();
     fdt.property_array_u32("interrupts", &interrupts)?;
     fdt.end_node(timer)?;
 
-    let gic = fdt.begin_node(&format!("intc@{:x}", layout::GIC_DISTRIBUTOR.start))?;
-    fdt.property_string("compatible", "arm,gic-v3")?;
+    gic(&mut fdt, platform)?;
+    devices(&mut fdt, platform)?;
+
+    fdt.end_node(root)?;
+    fdt.finish()
+}
+
+fn gic(fdt: &mut FdtWriter, platform: &Platform) -> Result<(), Error> {
+    let Range { start, size } = layout::GIC_DISTRIBUTOR;
+    let node = fdt.begin_node(&format!("intc@{start:x}"))?;
     fdt.property_null("interrupt-controller")?;
     fdt.property_u32("#interrupt-cells", 3)?;
     fdt.property_u32("#address-cells", 2)?;
     fdt.property_u32("#size-cells", 2)?;
     fdt.property_null("ranges")?;
-    let redistributors = layout::GIC_REDISTRIBUTOR_SIZE * u64::from(platform.cpus);
-    let Range { start, size } = layout::GIC_DISTRIBUTOR;
-    fdt.property_array_u64("reg", &[start, size, layout::GIC_REDISTRIBUTORS, redistributors])?;
-    fdt.property_array_u32("interrupts", &[PRIVATE, 9, LEVEL_HIGH])?;
     fdt.property_phandle(GIC)?;
-    if platform.pci {
-        let Range { start, size } = layout::GIC_ITS;
-        let its = fdt.begin_node(&format!("its@{start:x}"))?;
-        fdt.property_string("compatible", "arm,gic-v3-its")?;
-        fdt.property_null("msi-controller")?;
-        fdt.property_u32("#msi-cells", 1)?;
-        fdt.property_array_u64("reg", &[start, size])?;
-        fdt.property_phandle(ITS)?;
-        fdt.end_node(its)?;
+    match platform.gic {
+        Some(Gic::V2(_)) => {
+            let cpu = layout::GIC_CPU_INTERFACE;
+            fdt.property_string("compatible", "arm,gic-400")?;
+            fdt.property_array_u64("reg", &[start, 0x1000, cpu.start, cpu.size])?;
+        }
+        _ => {
+            let redistributors = layout::GIC_REDISTRIBUTOR_SIZE * u64::from(platform.cpus);
+            fdt.property_string("compatible", "arm,gic-v3")?;
+            fdt.property_array_u64("reg", &[start, size, layout::GIC_REDISTRIBUTORS, redistributors])?;
+            fdt.property_array_u32("interrupts", &[PRIVATE, 9, LEVEL_HIGH])?;
+        }
     }
-    fdt.end_node(gic)?;
-    devices(&mut fdt, platform)?;
+    match platform.message_frame() {
+        Some(frame) => message_frame(fdt, frame)?,
+        None if platform.pci => its(fdt)?,
+        None => {}
+    }
+    fdt.end_node(node)
+}
 
-    fdt.end_node(root)?;
-    fdt.finish()
+fn its(fdt: &mut FdtWriter) -> Result<(), Error> {
+    let Range { start, size } = layout::GIC_ITS;
+    let its = fdt.begin_node(&format!("its@{start:x}"))?;
+    fdt.property_string("compatible", "arm,gic-v3-its")?;
+    fdt.property_null("msi-controller")?;
+    fdt.property_u32("#msi-cells", 1)?;
+    fdt.property_array_u64("reg", &[start, size])?;
+    fdt.property_phandle(MESSAGES)?;
+    fdt.end_node(its)
+}
+
+/// The frame itself says which interrupts it has (MSI_TYPER).
+fn message_frame(fdt: &mut FdtWriter, frame: MessageFrame) -> Result<(), Error> {
+    let Range { start, size } = frame.registers;
+    let node = fdt.begin_node(&format!("v2m@{start:x}"))?;
+    fdt.property_string("compatible", "arm,gic-v2m-frame")?;
+    fdt.property_null("msi-controller")?;
+    fdt.property_array_u64("reg", &[start, size])?;
+    fdt.property_phandle(MESSAGES)?;
+    fdt.end_node(node)
 }
 
 fn cpus(fdt: &mut FdtWriter, platform: &Platform) -> Result<(), Error> {
@@ -148,7 +183,7 @@ fn devices(fdt: &mut FdtWriter, platform: &Platform) -> Result<(), Error> {
     Ok(())
 }
 
-/// The PCI root: bus 0 by ECAM, its window, messages to the ITS by bus, device and function.
+/// The PCI root: bus 0 by ECAM, its window, messages by bus, device and function.
 fn pci(fdt: &mut FdtWriter) -> Result<(), Error> {
     const MEMORY_32: u32 = 0x0200_0000;
     let (ecam, window) = (layout::ECAM, layout::PCI_MEMORY);
@@ -162,7 +197,7 @@ fn pci(fdt: &mut FdtWriter) -> Result<(), Error> {
     fdt.property_array_u64("reg", &[ecam.start, ecam.size])?;
     let (start, size) = (window.start as u32, window.size as u32);
     fdt.property_array_u32("ranges", &[MEMORY_32, 0, start, 0, start, 0, size])?;
-    fdt.property_array_u32("msi-map", &[0, ITS, 0, 0x1_0000])?;
+    fdt.property_array_u32("msi-map", &[0, MESSAGES, 0, 0x1_0000])?;
     fdt.end_node(node)
 }
 
@@ -175,9 +210,8 @@ mod tests {
         assert_eq!([0, 15, 16, 255, 4096].map(affinity), [0, 15, 0x100, 0xf0f, 0x1_0000]);
     }
 
-    #[test]
-    fn the_tree_names_every_cpu_and_the_command_line() {
-        let platform = Platform {
+    fn platform(gic: Gic) -> Platform {
+        Platform {
             cpus: 3,
             smt: false,
             memory: layout::memory(64 << 20),
@@ -186,11 +220,28 @@ mod tests {
             random_seed: [7; 32],
             virtio_mmio: Vec::new(),
             pci: true,
-        };
-        let tree = tree(&platform).unwrap();
-        let has = |needle: &[u8]| tree.windows(needle.len()).any(|window| window == needle);
-        assert!(has(b"cpu@2\0") && !has(b"cpu@3\0"));
-        assert!(has(b"console=ttyS0 marker\0"));
-        assert!(has(&0x4100_0005u64.to_be_bytes()), "the initrd's end");
+            gic: Some(gic),
+        }
+    }
+
+    fn has(tree: &[u8], needle: &[u8]) -> bool {
+        tree.windows(needle.len()).any(|window| window == needle)
+    }
+
+    #[test]
+    fn the_tree_names_every_cpu_and_the_command_line() {
+        let tree = tree(&platform(Gic::V3)).unwrap();
+        assert!(has(&tree, b"cpu@2\0") && !has(&tree, b"cpu@3\0"));
+        assert!(has(&tree, b"console=ttyS0 marker\0"));
+        assert!(has(&tree, &0x4100_0005u64.to_be_bytes()), "the initrd's end");
+    }
+
+    #[test]
+    fn the_tree_names_the_gic_there_is_and_what_takes_its_messages() {
+        let v3 = tree(&platform(Gic::V3)).unwrap();
+        assert!(has(&v3, b"arm,gic-v3\0") && has(&v3, b"arm,gic-v3-its\0") && !has(&v3, b"arm,gic-400"));
+        let v2 = tree(&platform(Gic::V2(layout::GIC_MESSAGE_FRAME))).unwrap();
+        assert!(has(&v2, b"arm,gic-400\0") && has(&v2, b"arm,gic-v2m-frame\0") && !has(&v2, b"arm,gic-v3"));
+        assert!(has(&v2, &0x704u32.to_be_bytes()), "the timer's interrupts go to 3 CPUs");
     }
 }

@@ -3,9 +3,15 @@
 #![allow(missing_docs, reason = "the groups are documented by their first line")]
 
 use crate::memory::Range;
+use crate::platform::MessageFrame;
 
-/// The GICv3: distributor, and one redistributor of 128 KiB per CPU from here.
+/// The GIC: its distributor (a GICv2's takes the first 4 KiB of this).
 pub const GIC_DISTRIBUTOR: Range = Range { start: 0x0800_0000, size: 0x1_0000 };
+/// GICv2: the CPU interface, and the GICv2m frame with the shared interrupts that are messages.
+pub const GIC_CPU_INTERFACE: Range = Range { start: 0x0801_0000, size: 0x2000 };
+pub const GIC_MESSAGE_FRAME: MessageFrame =
+    MessageFrame { registers: Range { start: 0x0802_0000, size: 0x1000 }, first: 128, count: 96 };
+/// GICv3: one redistributor of 128 KiB per CPU from here.
 pub const GIC_REDISTRIBUTORS: u64 = 0x0a00_0000;
 pub const GIC_REDISTRIBUTOR_SIZE: u64 = 0x2_0000;
 /// Interrupts that the GIC has, the 32 private ones among them.
@@ -25,7 +31,7 @@ pub const BOOT_TIMER: Range = Range { start: 0x0903_0000, size: 0x1000 };
 pub const VIRTIO_MMIO: Range = Range { start: 0x0c00_0000, size: 0x10_0000 };
 /// Shared peripheral interrupts for devices that are added.
 pub const DEVICE_GSIS: std::ops::Range<u32> = 8..128;
-/// The ITS, which takes interrupt messages.
+/// GICv3: the ITS, which takes interrupt messages.
 pub const GIC_ITS: Range = Range { start: 0x0808_0000, size: 0x2_0000 };
 /// PCI: configuration space of one bus (ECAM), and where functions' registers may be.
 pub const ECAM: Range = Range { start: 0x1000_0000, size: 0x10_0000 };

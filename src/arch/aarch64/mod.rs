@@ -1,22 +1,20 @@
-//! aarch64: vCPU features and registers, GICv3, the device tree, the Image boot protocol.
+//! aarch64: vCPU features and registers, the device tree, the Image boot protocol.
 
 mod boot;
 mod fdt;
+mod gic;
 pub mod layout;
 
 use std::ops::Deref;
 
 use kvm_bindings::{
-    KVM_ARM_VCPU_POWER_OFF, KVM_ARM_VCPU_PSCI_0_2, KVM_DEV_ARM_VGIC_CTRL_INIT, KVM_DEV_ARM_VGIC_GRP_ADDR,
-    KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_DEV_ARM_VGIC_GRP_NR_IRQS, KVM_IRQ_ROUTING_IRQCHIP, KVM_MP_STATE_STOPPED,
-    KVM_REG_ARM_CORE, KVM_REG_ARM64, KVM_REG_SIZE_U64, KVM_VGIC_ITS_ADDR_TYPE, KVM_VGIC_V3_ADDR_TYPE_DIST,
-    KVM_VGIC_V3_ADDR_TYPE_REDIST, kvm_create_device, kvm_device_attr,
-    kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_ITS, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3,
-    kvm_irq_routing_entry, kvm_irq_routing_irqchip, kvm_vcpu_init,
+    KVM_ARM_VCPU_POWER_OFF, KVM_ARM_VCPU_PSCI_0_2, KVM_MP_STATE_STOPPED, KVM_REG_ARM_CORE, KVM_REG_ARM64,
+    KVM_REG_SIZE_U64, kvm_vcpu_init,
 };
-use kvm_ioctls::{DeviceFd, Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
 pub use boot::{Entry, load};
+pub use gic::{InterruptController, MESSAGES_NAME_THEIR_DEVICE, after_vcpus, default_routes};
 
 use crate::error::{Context, Result};
 use crate::platform::Platform;
@@ -75,56 +73,6 @@ pub fn create_vm(kvm: &Kvm) -> Result<VmFd, kvm_ioctls::Error> {
 /// What must exist before the vCPUs do: nothing here.
 pub fn before_vcpus(_vm: &VmFd, _platform: &Platform) -> Result<()> {
     Ok(())
-}
-
-/// KVM's GICv3, and its ITS.
-pub struct InterruptController {
-    _device: DeviceFd,
-    _its: Option<DeviceFd>,
-}
-
-/// The ITS tells devices apart that write interrupt messages.
-pub const MESSAGES_NAME_THEIR_DEVICE: bool = true;
-
-/// The routes that KVM begins with: the shared interrupts.
-pub fn default_routes() -> Vec<kvm_irq_routing_entry> {
-    let pin = |pin: u32| {
-        let mut entry =
-            kvm_irq_routing_entry { gsi: pin, type_: KVM_IRQ_ROUTING_IRQCHIP, ..Default::default() };
-        entry.u.irqchip = kvm_irq_routing_irqchip { irqchip: 0, pin };
-        entry
-    };
-    (0..layout::GIC_INTERRUPTS - 32).map(pin).collect()
-}
-
-/// Makes the GIC and, for PCI, its ITS, once all vCPUs exist (KVM's devices/arm-vgic-v3.rst).
-pub fn after_vcpus(vm: &VmFd, _vcpus: &[VcpuFd], platform: &Platform) -> Result<InterruptController> {
-    let kind = kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3;
-    let mut create = kvm_create_device { type_: kind, fd: 0, flags: 0 };
-    let device = vm
-        .create_device(&mut create)
-        .context("create a GICv3: this host's interrupt controller must be a GICv3 or newer")?;
-    let set_of = |device: &DeviceFd, group, attr, value: &u64| {
-        let attr = kvm_device_attr { group, attr, addr: std::ptr::from_ref(value) as u64, flags: 0 };
-        device
-            .set_device_attr(&attr)
-            .with_context(|| format!("set up the GIC (attribute {group}.{})", attr.attr))
-    };
-    let set = |group, attr, value: &u64| set_of(&device, group, attr, value);
-    set(KVM_DEV_ARM_VGIC_GRP_NR_IRQS, 0, &layout::GIC_INTERRUPTS.into())?;
-    set(KVM_DEV_ARM_VGIC_GRP_ADDR, KVM_VGIC_V3_ADDR_TYPE_DIST.into(), &layout::GIC_DISTRIBUTOR.start)?;
-    set(KVM_DEV_ARM_VGIC_GRP_ADDR, KVM_VGIC_V3_ADDR_TYPE_REDIST.into(), &layout::GIC_REDISTRIBUTORS)?;
-    set(KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_DEV_ARM_VGIC_CTRL_INIT.into(), &0)?;
-    let mut its = None;
-    if platform.pci {
-        let kind = kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_ITS;
-        let mut create = kvm_create_device { type_: kind, fd: 0, flags: 0 };
-        let device = vm.create_device(&mut create).context("create the GIC's ITS, which PCI needs")?;
-        set_of(&device, KVM_DEV_ARM_VGIC_GRP_ADDR, KVM_VGIC_ITS_ADDR_TYPE.into(), &layout::GIC_ITS.start)?;
-        set_of(&device, KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_DEV_ARM_VGIC_CTRL_INIT.into(), &0)?;
-        its = Some(device);
-    }
-    Ok(InterruptController { _device: device, _its: its })
 }
 
 /// A core register by its offset in `struct kvm_regs` (KVM api, 4.68).

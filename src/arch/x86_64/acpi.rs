@@ -222,6 +222,7 @@ mod tests {
             random_seed: [0; 32],
             virtio_mmio: Vec::new(),
             pci: true,
+            gic: None,
         }
     }
 

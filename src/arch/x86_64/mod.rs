@@ -108,6 +108,6 @@ pub fn before_vcpus(vm: &VmFd, platform: &Platform) -> Result<()> {
 pub struct InterruptController;
 
 /// What must exist once the vCPUs do: nothing here.
-pub fn after_vcpus(_vm: &VmFd, _vcpus: &[VcpuFd], _platform: &Platform) -> Result<InterruptController> {
+pub fn after_vcpus(_vm: &VmFd, _vcpus: &[VcpuFd], _platform: &mut Platform) -> Result<InterruptController> {
     Ok(InterruptController)
 }

@@ -1,0 +1,88 @@
+//! KVM's GIC: a GICv3 with its ITS, or, where the host has only that, a GICv2 (KVM's
+//! devices/arm-vgic-v3.rst, arm-vgic.rst, arm-vgic-its.rst).
+
+use kvm_bindings::{
+    KVM_DEV_ARM_VGIC_CTRL_INIT, KVM_DEV_ARM_VGIC_GRP_ADDR, KVM_DEV_ARM_VGIC_GRP_CTRL,
+    KVM_DEV_ARM_VGIC_GRP_NR_IRQS, KVM_IRQ_ROUTING_IRQCHIP, KVM_VGIC_ITS_ADDR_TYPE, KVM_VGIC_V2_ADDR_TYPE_CPU,
+    KVM_VGIC_V2_ADDR_TYPE_DIST, KVM_VGIC_V3_ADDR_TYPE_DIST, KVM_VGIC_V3_ADDR_TYPE_REDIST, kvm_create_device,
+    kvm_device_attr, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_ITS, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V2,
+    kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3, kvm_irq_routing_entry, kvm_irq_routing_irqchip,
+};
+use kvm_ioctls::{DeviceFd, VcpuFd, VmFd};
+
+use super::layout;
+use crate::error::{Context, Result};
+use crate::platform::{Gic, Platform};
+
+/// KVM's GIC, and a GICv3's ITS.
+pub struct InterruptController {
+    _device: DeviceFd,
+    _its: Option<DeviceFd>,
+}
+
+/// The ITS tells devices apart that write interrupt messages.
+pub const MESSAGES_NAME_THEIR_DEVICE: bool = true;
+
+/// The routes that KVM begins with: the shared interrupts.
+pub fn default_routes() -> Vec<kvm_irq_routing_entry> {
+    let pin = |pin: u32| {
+        let mut entry =
+            kvm_irq_routing_entry { gsi: pin, type_: KVM_IRQ_ROUTING_IRQCHIP, ..Default::default() };
+        entry.u.irqchip = kvm_irq_routing_irqchip { irqchip: 0, pin };
+        entry
+    };
+    (0..layout::GIC_INTERRUPTS - 32).map(pin).collect()
+}
+
+/// Makes the GIC that the host's KVM has, once all vCPUs exist, and notes in `platform` which it is.
+pub fn after_vcpus(vm: &VmFd, _vcpus: &[VcpuFd], platform: &mut Platform) -> Result<InterruptController> {
+    match create(vm, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3) {
+        Ok(device) => {
+            platform.gic = Some(Gic::V3);
+            set_up_v3(vm, device, platform.pci)
+        }
+        Err(error) if error.errno() == libc::ENODEV => {
+            platform.gic = Some(Gic::V2(layout::GIC_MESSAGE_FRAME));
+            set_up_v2(vm)
+        }
+        Err(error) => Err(error).context("create a GICv3"),
+    }
+}
+
+fn create(vm: &VmFd, kind: u32) -> Result<DeviceFd, kvm_ioctls::Error> {
+    vm.create_device(&mut kvm_create_device { type_: kind, fd: 0, flags: 0 })
+}
+
+fn set(device: &DeviceFd, group: u32, attr: u32, value: u64) -> Result<()> {
+    let attr = kvm_device_attr { group, attr: attr.into(), addr: (&raw const value) as u64, flags: 0 };
+    device.set_device_attr(&attr).with_context(|| format!("set up the GIC (attribute {group}.{})", attr.attr))
+}
+
+fn set_up_v3(vm: &VmFd, device: DeviceFd, pci: bool) -> Result<InterruptController> {
+    const ADDRESS: u32 = KVM_DEV_ARM_VGIC_GRP_ADDR;
+    set(&device, KVM_DEV_ARM_VGIC_GRP_NR_IRQS, 0, layout::GIC_INTERRUPTS.into())?;
+    set(&device, ADDRESS, KVM_VGIC_V3_ADDR_TYPE_DIST, layout::GIC_DISTRIBUTOR.start)?;
+    set(&device, ADDRESS, KVM_VGIC_V3_ADDR_TYPE_REDIST, layout::GIC_REDISTRIBUTORS)?;
+    set(&device, KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_DEV_ARM_VGIC_CTRL_INIT, 0)?;
+    let mut its = None;
+    if pci {
+        let device = create(vm, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_ITS)
+            .context("create the GIC's ITS, which PCI needs")?;
+        set(&device, ADDRESS, KVM_VGIC_ITS_ADDR_TYPE, layout::GIC_ITS.start)?;
+        set(&device, KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_DEV_ARM_VGIC_CTRL_INIT, 0)?;
+        its = Some(device);
+    }
+    Ok(InterruptController { _device: device, _its: its })
+}
+
+/// KVM itself says that it has at most 8 CPUs then: more have been refused.
+fn set_up_v2(vm: &VmFd) -> Result<InterruptController> {
+    let device = create(vm, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V2)
+        .context("create an interrupt controller: this host's KVM has neither a GICv3 nor a GICv2")?;
+    const ADDRESS: u32 = KVM_DEV_ARM_VGIC_GRP_ADDR;
+    set(&device, KVM_DEV_ARM_VGIC_GRP_NR_IRQS, 0, layout::GIC_INTERRUPTS.into())?;
+    set(&device, ADDRESS, KVM_VGIC_V2_ADDR_TYPE_DIST, layout::GIC_DISTRIBUTOR.start)?;
+    set(&device, ADDRESS, KVM_VGIC_V2_ADDR_TYPE_CPU, layout::GIC_CPU_INTERFACE.start)?;
+    set(&device, KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_DEV_ARM_VGIC_CTRL_INIT, 0)?;
+    Ok(InterruptController { _device: device, _its: None })
+}
