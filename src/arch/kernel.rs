@@ -20,8 +20,19 @@ pub enum Format {
     BzImage,
     /// Linux's flat image for arm64.
     Arm64Image,
-    /// gzip or zstd: a compressed image, which nobody but us could unpack.
-    Compressed(&'static str),
+    /// An image that nobody but us could unpack.
+    Compressed(Packed),
+}
+
+/// Something compressed: how, and which bytes of the file it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Packed {
+    /// The program that does it.
+    pub how: &'static str,
+    /// Where in the file it starts.
+    pub start: u64,
+    /// How many bytes it has at most.
+    pub size: u64,
 }
 
 /// How much of the file's beginning tells its format.
@@ -42,15 +53,25 @@ pub fn format(kernel: &mut impl Source) -> Result<(Format, Vec<u8>)> {
     } else if at(56, b"ARM\x64") {
         Format::Arm64Image
     } else if at(0, b"\x1f\x8b") {
-        Format::Compressed("gzip")
+        Format::Compressed(Packed { how: "gzip", start: 0, size: u64::MAX })
     } else if at(0, b"\x28\xb5\x2f\xfd") {
-        Format::Compressed("zstd")
+        Format::Compressed(Packed { how: "zstd", start: 0, size: u64::MAX })
+    } else if at(0, b"MZ") && at(4, b"zimg") && head.len() >= 64 {
+        Format::Compressed(zboot(&head))
     } else {
         return Err(Error::config(
             "not a kernel image: expected ELF (vmlinux) or bzImage on x86_64, Image on aarch64",
         ));
     };
     Ok((format, head))
+}
+
+/// Linux's EFI program that unpacks itself (`struct linux_efi_zboot_header`, drivers/firmware/efi).
+fn zboot(head: &[u8]) -> Packed {
+    let u32_at = |at: usize| u32::from_le_bytes(head[at..at + 4].try_into().expect("4 bytes")).into();
+    let name = head[24..56].split(|byte| *byte == 0).next().expect("there is always a first");
+    let known = ["gzip", "zstd", "lz4", "lzma", "lzo", "xz"].into_iter().find(|how| how.as_bytes() == name);
+    Packed { how: known.unwrap_or("an unknown program"), start: u32_at(8), size: u32_at(12) }
 }
 
 /// The length of `source` in bytes.

@@ -3,7 +3,7 @@
 use linux_loader::loader::{KernelLoader, pe::PE};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::fdt;
+use super::{fdt, unpack};
 use crate::arch::kernel::{self, Format, Source};
 use crate::error::{Context, Error, Result};
 use crate::memory::{Range, Regions};
@@ -35,7 +35,7 @@ pub fn load(
 ) -> Result<Entry> {
     let (format, head) = kernel::format(kernel)?;
     match format {
-        Format::Arm64Image => {}
+        Format::Arm64Image | Format::Compressed(_) => {}
         Format::BzImage | Format::Elf(EM_X86_64) => {
             return Err(Error::config("it is a kernel for x86_64, this machine is aarch64"));
         }
@@ -44,13 +44,13 @@ pub fn load(
                 "it is ELF for machine {machine}: an Image is needed on aarch64"
             )));
         }
-        Format::Compressed(how) => {
-            return Err(Error::config(format!("it is compressed with {how}: unpack it first")));
-        }
     }
     check_command_line(&platform.command_line)?;
     let ram = platform.memory[0];
-    let (address, kernel_end) = load_image(memory, kernel, &head, ram)?;
+    let (address, kernel_end) = match format {
+        Format::Compressed(packed) => unpack::load(memory, kernel, packed, ram)?,
+        _ => load_image(memory, kernel, &head, ram)?,
+    };
     let top = ram.end().min(ram.start + INITRD_WINDOW);
 
     // The initrd's place is in the tree, the tree's size depends on nothing but its presence.
@@ -77,13 +77,23 @@ fn tree(platform: &Platform) -> Result<Vec<u8>> {
 }
 
 fn load_image(memory: &Regions, kernel: &mut impl Source, head: &[u8], ram: Range) -> Result<(u64, u64)> {
-    if head.len() < 64 {
-        return Err(Error::config("the file ends within the Image header: it is truncated"));
-    }
+    let head = head
+        .first_chunk()
+        .ok_or_else(|| Error::config("the file ends within the Image header: it is truncated"))?;
+    let (_, end) = place(head, kernel::length(kernel)?, ram)?;
+    let loaded = PE::load(memory, Some(GuestAddress(ram.start)), kernel, None).context("load the Image")?;
+    Ok((loaded.kernel_load.0, end.max(loaded.kernel_end)))
+}
+
+/// The header of an Image.
+pub type Header = [u8; 64];
+
+/// Where an Image with this header begins and ends in `ram`; its file has `length` bytes.
+pub fn place(head: &Header, length: u64, ram: Range) -> Result<(u64, u64)> {
     let field = |offset: usize| u64::from_le_bytes(head[offset..offset + 8].try_into().expect("8 bytes"));
-    let (text_offset, image_size) = (field(8), field(16));
-    let length = kernel::length(kernel)?;
-    let size = image_size.max(length);
+    let size = field(16).max(length);
+    // Kernels before 3.17 do not say how large they are, and mean this offset whatever they say.
+    let text_offset = if field(16) == 0 { 0x8_0000 } else { field(8) };
     let needed = text_offset.checked_add(size).filter(|needed| *needed <= ram.size);
     let needed = needed.ok_or_else(|| {
         Error::config(format!(
@@ -92,8 +102,7 @@ fn load_image(memory: &Regions, kernel: &mut impl Source, head: &[u8], ram: Rang
             ram.size >> 20
         ))
     })?;
-    let loaded = PE::load(memory, Some(GuestAddress(ram.start)), kernel, None).context("load the Image")?;
-    Ok((loaded.kernel_load.0, (ram.start + needed).max(loaded.kernel_end)))
+    Ok((ram.start + text_offset, ram.start + needed))
 }
 
 fn place_initrd(size: u64, kernel_end: u64, end: u64) -> Result<Range> {

@@ -4,6 +4,7 @@ mod boot;
 mod fdt;
 mod gic;
 pub mod layout;
+mod unpack;
 
 use std::ops::Deref;
 

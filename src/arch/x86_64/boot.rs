@@ -61,8 +61,8 @@ pub fn load(
                 "it is ELF for machine {machine}, this machine is x86_64 (62)"
             )));
         }
-        Format::Compressed(how) => {
-            return Err(Error::config(format!("it is compressed with {how}: unpack it first")));
+        Format::Compressed(packed) => {
+            return Err(Error::config(format!("it is compressed with {}: unpack it first", packed.how)));
         }
     };
     if let Some(initrd) = initrd {
