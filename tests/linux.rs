@@ -15,7 +15,7 @@ use serde_json::json;
 
 const X86_64: bool = cfg!(target_arch = "x86_64");
 const ARCH: &str = std::env::consts::ARCH;
-const KERNELS: &[&str] = if X86_64 { &["vmlinux", "bzImage"] } else { &["Image"] };
+const KERNELS: &[&str] = if X86_64 { &["vmlinux", "bzImage"] } else { &["Image", "Image.gz", "Image.zst"] };
 
 fn asset(name: &str) -> PathBuf {
     let folder =
@@ -155,6 +155,69 @@ fn a_disk_is_swapped_while_the_guest_runs() {
     let Service { process, folder, .. } = service;
     assert_eq!(process.end().code, Some(0));
     drop(folder);
+}
+
+/// What a service says whose guest switches to the root file system on `disk`.
+fn switch_root(transport: &[&str], mut drive: serde_json::Value, disk: &Path) -> String {
+    let boot = json!({
+        "kernel_image_path": asset(KERNELS[0]),
+        "initrd_path": asset("initramfs.cpio"),
+        "boot_args": command_line("root"),
+    });
+    for (field, value) in [("drive_id", json!("root")), ("is_root_device", json!(true))] {
+        drive[field] = value;
+    }
+    drive["path_on_host"] = json!(disk);
+    let folder = Folder::new();
+    let config = json!({
+        "boot-source": boot,
+        "drives": [drive],
+        "machine-config": { "vcpu_count": 1, "mem_size_mib": 256 },
+    });
+    let config = folder.write("config.json", config.to_string());
+    let arguments = ["serve", "--no-api", "--config-file", config.to_str().unwrap()];
+    let ended = run([&arguments, transport].concat());
+    assert_eq!(ended.code, Some(0), "{}", ended.text);
+    ended.text
+}
+
+#[test]
+#[ignore = "a stock kernel: scripts/test runs it"]
+fn a_root_device_is_mounted_as_it_is_configured() {
+    for transport in TRANSPORTS {
+        let folder = Folder::new();
+        let disk = folder.write("root", std::fs::read(asset("root.ext4")).unwrap());
+        let text = switch_root(transport, json!({}), &disk);
+        assert!(text.contains("root: /dev/vda ext4 rw") && text.contains("root: written to"), "{text}");
+        let written = std::fs::read(&disk).unwrap();
+        let text = switch_root(transport, json!({ "is_read_only": true }), &disk);
+        assert!(text.contains("root: /dev/vda ext4 ro") && text.contains("root: was written to"), "{text}");
+        assert!(!text.contains("root: written to"), "{text}");
+        assert!(std::fs::read(&disk).unwrap() == written, "a read-only disk was written to");
+    }
+}
+
+#[test]
+#[ignore = "a stock kernel: scripts/test runs it"]
+fn a_root_partition_is_found_by_its_partuuid() {
+    const SECTOR: usize = 512;
+    const START: usize = 2048;
+    let root = std::fs::read(asset("root.ext4")).unwrap();
+    // An MBR: the disk's signature, then one Linux partition by its first sector and length, no CHS.
+    let mut disk = vec![0; START * SECTOR];
+    disk[440..444].copy_from_slice(&0x5eed_1234_u32.to_le_bytes());
+    let second = 446 + 16;
+    disk[second + 4] = 0x83;
+    disk[second + 8..second + 12].copy_from_slice(&(START as u32).to_le_bytes());
+    disk[second + 12..second + 16].copy_from_slice(&((root.len() / SECTOR) as u32).to_le_bytes());
+    disk[510..512].copy_from_slice(&[0x55, 0xaa]);
+    disk.extend(root);
+    for transport in TRANSPORTS {
+        let folder = Folder::new();
+        let disk = folder.write("disk", &disk);
+        let text = switch_root(transport, json!({ "partuuid": "5eed1234-02" }), &disk);
+        assert!(text.contains("root: /dev/vda2 ext4 rw") && text.contains("root: written to"), "{text}");
+    }
 }
 
 #[test]
