@@ -115,6 +115,27 @@ fn every_end_has_its_exit_code_and_its_line() {
 }
 
 #[test]
+fn a_guest_that_panics_says_so_and_ends_as_it_likes() {
+    for (end, code, line) in [
+        ("reset", 120, "the guest panicked and asked for a reset"),
+        ("poweroff", 0, "the guest powered off"),
+        ("7", 7, "the guest ended with code 7"),
+    ] {
+        let folder = Folder::new();
+        let events = folder.path("events");
+        let words = format!("case=pvpanic end={end}");
+        let ended = firmware(&["--cmdline", &words, "--events", events.to_str().unwrap()]);
+        assert_eq!(ended.code, Some(code), "{end}: {}", ended.text);
+        assert!(ended.text.contains("pvpanic: ok"), "{end}: {}", ended.text);
+        let said = ended.text.lines().filter(|said| *said == "alula: the guest panicked").count();
+        assert_eq!(said, 1, "{end}: {}", ended.text);
+        let events = std::fs::read_to_string(events).unwrap();
+        assert_eq!(events.matches(r#""event":"panicked""#).count(), 1, "{events}");
+        assert!(ended.text.contains(&format!("alula: {line}\n")), "{end}: {}", ended.text);
+    }
+}
+
+#[test]
 fn a_guest_that_waits_for_interrupts_has_not_halted_for_good() {
     let mut guest = Process::start(["run", "--cmdline", "case=serial end=idle"]);
     guest.expect("1 cases, 0 failed");

@@ -11,12 +11,13 @@ pub const NAME: &str = "aarch64";
 /// The exit register.
 pub const EXIT: u64 = 0x0902_0000;
 /// The boot timer, where there is one.
-pub const BOOT_TIMER: u64 = 0x0903_0000;
+pub const BOOT_TIMER: u64 = 0x0905_0000;
 /// Registers of virtio-mmio devices, a page each.
 pub const VIRTIO_MMIO: u64 = 0x0c00_0000;
 /// Configuration space of PCI bus 0.
 pub const ECAM: u64 = 0x1000_0000;
 const SERIAL: u64 = 0x0900_0000;
+const PVPANIC: u64 = 0x0903_0000;
 const GIC_DISTRIBUTOR: u64 = 0x0800_0000;
 const GIC_REDISTRIBUTOR: u64 = 0x0a00_0000;
 /// The virtual timer's private interrupt.
@@ -159,6 +160,14 @@ pub fn read_serial(register: u64) -> u8 {
 
 pub fn write_serial(register: u64, value: u8) {
     unsafe { asm!("strb {:w}, [{}]", in(reg) u32::from(value), in(reg) SERIAL + register, options(nostack)) };
+}
+
+pub fn read_pvpanic() -> u8 {
+    read8(PVPANIC)
+}
+
+pub fn write_pvpanic(events: u8) {
+    write8(PVPANIC, events);
 }
 
 /// Whether the last 4 of the 8 bytes at `address` keep what is written; they stay as they were.

@@ -25,7 +25,10 @@ const CASES: [(&str, Case); 7] = [
 const DEVICE_CASES: [(&str, u32, Case); 3] =
     [("block", 2, devices::block), ("net", 1, devices::net), ("entropy", 4, devices::entropy)];
 
-/// Runs the cases that the command line names, or all but `hostile`; returns how many failed.
+/// Cases that run only where they are asked for by name.
+const CHOSEN_CASES: [(&str, Case); 2] = [("hostile", hostile::run), ("pvpanic", pvpanic)];
+
+/// Runs the cases that the command line names, or all but the chosen ones; returns how many failed.
 pub fn run(machine: &Machine, words: &Words) -> u32 {
     let (mut ran, mut failed) = (0u32, 0u32);
     let chosen = words.value("case");
@@ -34,8 +37,8 @@ pub fn run(machine: &Machine, words: &Words) -> u32 {
         .filter(|(_, kind, _)| chosen.is_some() || Device::find(*kind).is_some())
         .map(|(name, _, case)| (*name, *case));
     let messages = [("messages", messages as Case)].into_iter().filter(|_| machine.message_frame.is_some());
-    let hostile = [("hostile", hostile::run as Case)].into_iter().filter(|_| chosen.is_some());
-    for (name, case) in CASES.into_iter().chain(messages).chain(devices).chain(hostile) {
+    let chosen_only = CHOSEN_CASES.into_iter().filter(|_| chosen.is_some());
+    for (name, case) in CASES.into_iter().chain(messages).chain(devices).chain(chosen_only) {
         if chosen
             .is_some_and(|chosen| !chosen.split(|byte| *byte == b',').any(|word| word == name.as_bytes()))
         {
@@ -158,6 +161,20 @@ fn serial(_: &Machine, _: &Words) -> bool {
         Some((expected, None)) => say!("expected ", Hex(expected.into()), ", found nothing"),
     }
     wrong.is_none()
+}
+
+/// The monitor is told of a panic, and the guest goes on.
+fn pvpanic(_: &Machine, _: &Words) -> bool {
+    const PANICKED_OR_CRASH_LOADED: u8 = 3;
+    let found = arch::read_pvpanic();
+    if found != PANICKED_OR_CRASH_LOADED {
+        say!("expected events ", Hex(PANICKED_OR_CRASH_LOADED.into()), ", found ", Hex(found.into()));
+        return false;
+    }
+    arch::write_pvpanic(1);
+    arch::write_pvpanic(2);
+    say!("ok");
+    true
 }
 
 /// The exit register is where the layout says: it identifies itself.

@@ -18,6 +18,7 @@ pub const VIRTIO_MMIO: u64 = 0xc010_0000;
 /// Configuration space of PCI bus 0.
 pub const ECAM: u64 = 0xc100_0000;
 const SERIAL: u16 = 0x3f8;
+const PVPANIC: u16 = 0x505;
 /// What an exception that nobody expects ends with.
 const EXCEPTION: u32 = 101;
 /// Where secondary CPUs begin, in real mode: below 1 MiB, clear of the boot tables.
@@ -266,6 +267,14 @@ pub fn write_serial(register: u64, value: u8) {
 
 pub fn read_serial(register: u64) -> u8 {
     read_port(SERIAL + register as u16)
+}
+
+pub fn read_pvpanic() -> u8 {
+    read_port(PVPANIC)
+}
+
+pub fn write_pvpanic(events: u8) {
+    write_port(PVPANIC, events);
 }
 
 pub fn read32(address: u64) -> u32 {

@@ -68,7 +68,7 @@ fn print(bytes: &[u8]) -> u8 {
 /// How a service ends: a guest that reboots is started anew by its orchestrator, so both are fine.
 fn served(exit: &Exit) -> u8 {
     match exit {
-        Exit::Reset => 0,
+        Exit::Reset | Exit::PanicReset => 0,
         exit => exit.exit_code(),
     }
 }

@@ -9,6 +9,7 @@ pub mod keyboard;
 pub mod kind;
 pub mod net;
 pub mod power;
+pub mod pvpanic;
 pub mod rtc;
 pub mod v2m;
 

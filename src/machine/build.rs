@@ -16,6 +16,7 @@ use crate::devices::console::Console;
 use crate::devices::exit::ExitRegister;
 use crate::devices::keyboard::Keyboard;
 use crate::devices::power::Power;
+use crate::devices::pvpanic::PvPanic;
 use crate::devices::rtc::Clock;
 use crate::error::{Context, Error, Result};
 use crate::firmware;
@@ -123,7 +124,9 @@ fn attach_fixed_devices(
     let limit = config.serial.as_ref().and_then(|serial| serial.rate_limiter);
     let console = Console::new(vm.interrupt(layout::SERIAL_GSI)?, host.console()?, limit)?;
     let console = Arc::new(Mutex::new(console));
-    if layout::SERIAL_IS_PORTS { pio } else { mmio }.attach(layout::SERIAL, console.clone())?;
+    let tradition = if layout::SERIAL_IS_PORTS { pio } else { mmio };
+    tradition.attach(layout::SERIAL, console.clone())?;
+    tradition.attach(layout::PVPANIC, Arc::new(Mutex::new(PvPanic::new(end.clone()))))?;
     mmio.attach(layout::EXIT, Arc::new(Mutex::new(ExitRegister::new(end.clone()))))?;
     if let Some(registers) = layout::CLOCK {
         mmio.attach(registers, Arc::new(Mutex::new(Clock::default())))?;

@@ -150,6 +150,11 @@ impl Machine {
         self.surroundings.end.get().cloned()
     }
 
+    /// Whether the guest's kernel has panicked, as far as it said so (pvpanic): it may go on for all that.
+    pub fn panicked(&self) -> bool {
+        self.surroundings.end.panicked()
+    }
+
     /// Looks whether every CPU is halted for good, and ends the guest if so; to be called now and
     /// then, about once a second. Costs next to nothing while any CPU does anything.
     pub fn check_halted(&mut self) -> Result<()> {

@@ -1,11 +1,13 @@
 //! How a guest ends, and the one place where its end is noted.
 
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use crate::error::{Context, Result};
 use crate::event::EventFd;
 use crate::events::{self, Event};
+use crate::log;
 use crate::vm::gate::Gate;
 
 /// How a guest ended.
@@ -15,6 +17,8 @@ pub enum Exit {
     PoweredOff,
     /// It asked for a reset (i8042, ACPI reset register, PSCI SYSTEM_RESET).
     Reset,
+    /// It panicked (pvpanic), and then asked for a reset.
+    PanicReset,
     /// Every CPU waits with interrupts off: nothing can wake it.
     Halted,
     /// A CPU could not deliver an exception (x86_64).
@@ -31,7 +35,7 @@ impl Exit {
         match self {
             Self::PoweredOff => 0,
             Self::Code(code) => *code as u8,
-            Self::Reset => 120,
+            Self::Reset | Self::PanicReset => 120,
             Self::Halted => 121,
             Self::TripleFault => 122,
             Self::Failed(_) => 123,
@@ -42,7 +46,7 @@ impl Exit {
     pub fn event(&self) -> Event {
         match self {
             Self::PoweredOff => Event::PoweredOff,
-            Self::Reset => Event::Reset,
+            Self::Reset | Self::PanicReset => Event::Reset,
             Self::Halted => Event::Halted,
             Self::TripleFault => Event::Crashed,
             Self::Code(code) => Event::Exited { code: *code },
@@ -56,6 +60,7 @@ impl fmt::Display for Exit {
         match self {
             Self::PoweredOff => f.write_str("the guest powered off"),
             Self::Reset => f.write_str("the guest asked for a reset"),
+            Self::PanicReset => f.write_str("the guest panicked and asked for a reset"),
             Self::Halted => f.write_str("the guest halted for good: no CPU can wake any more"),
             Self::TripleFault => f.write_str("the guest crashed: triple fault"),
             Self::Code(code) => write!(f, "the guest ended with code {code}"),
@@ -73,6 +78,7 @@ pub struct End {
 struct Shared {
     exit: OnceLock<Exit>,
     event: EventFd,
+    panicked: AtomicBool,
     gate: Arc<Gate>,
 }
 
@@ -81,11 +87,16 @@ impl End {
     pub fn new(gate: Arc<Gate>) -> Result<Self> {
         let event =
             EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).context("create an event descriptor")?;
-        Ok(Self { shared: Arc::new(Shared { exit: OnceLock::new(), event, gate }) })
+        let (exit, panicked) = (OnceLock::new(), AtomicBool::new(false));
+        Ok(Self { shared: Arc::new(Shared { exit, event, panicked, gate }) })
     }
 
     /// The guest ends; only the first call's reason counts.
     pub fn set(&self, exit: Exit) {
+        let exit = match exit {
+            Exit::Reset if self.panicked() => Exit::PanicReset,
+            exit => exit,
+        };
         if self.shared.exit.set(exit).is_ok() {
             self.shared.gate.close();
             self.shared.event.write(1).expect("an event counter at 0 takes 1");
@@ -95,6 +106,19 @@ impl End {
     /// How it ended, if it has.
     pub fn get(&self) -> Option<&Exit> {
         self.shared.exit.get()
+    }
+
+    /// The guest's kernel panicked; only the first time counts, and is told: in the log as `message`.
+    pub fn panicked_with(&self, message: &str) {
+        if !self.shared.panicked.swap(true, Ordering::SeqCst) {
+            log::guest_line(message);
+            events::tell(|| Event::Panicked);
+        }
+    }
+
+    /// Whether the guest's kernel has panicked, as far as it said so.
+    pub fn panicked(&self) -> bool {
+        self.shared.panicked.load(Ordering::SeqCst)
     }
 
     /// Readable once the guest has ended.

@@ -169,6 +169,11 @@ fn devices(fdt: &mut FdtWriter, platform: &Platform) -> Result<(), Error> {
     fdt.property_array_u64("reg", &[layout::EXIT.start, layout::EXIT.size])?;
     fdt.end_node(exit)?;
 
+    let panic = fdt.begin_node(&format!("pvpanic@{:x}", layout::PVPANIC.start))?;
+    fdt.property_string("compatible", "qemu,pvpanic-mmio")?;
+    fdt.property_array_u64("reg", &[layout::PVPANIC.start, layout::PVPANIC.size])?;
+    fdt.end_node(panic)?;
+
     if platform.pci {
         pci(fdt)?;
     }

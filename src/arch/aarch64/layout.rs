@@ -20,13 +20,16 @@ pub const GIC_INTERRUPTS: u32 = 256;
 /// The 16550 UART; GSIs are shared peripheral interrupts (SPIs).
 pub const SERIAL: Range = Range { start: 0x0900_0000, size: 0x1000 };
 pub const SERIAL_GSI: u32 = 0;
+/// There are no I/O ports: the serial port's and pvpanic's registers are memory.
 pub const SERIAL_IS_PORTS: bool = false;
 /// The PL031 clock.
 pub const CLOCK: Option<Range> = Some(Range { start: 0x0901_0000, size: 0x1000 });
 /// The exit register (devices/exit.rs).
 pub const EXIT: Range = Range { start: 0x0902_0000, size: 4 };
 /// The boot timer (devices/boot_timer.rs). Firecracker has it where memory begins here.
-pub const BOOT_TIMER: Range = Range { start: 0x0903_0000, size: 0x1000 };
+pub const BOOT_TIMER: Range = Range { start: 0x0905_0000, size: 0x1000 };
+/// The pvpanic register.
+pub const PVPANIC: Range = Range { start: 0x0903_0000, size: 2 };
 /// Registers of virtio-mmio devices, one page each.
 pub const VIRTIO_MMIO: Range = Range { start: 0x0c00_0000, size: 0x10_0000 };
 /// Shared peripheral interrupts for devices that are added.

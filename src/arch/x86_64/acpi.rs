@@ -149,6 +149,14 @@ fn dsdt(platform: &Platform) -> Sdt {
         ],
     )
     .to_aml_bytes(&mut aml);
+    Device::new(
+        "_SB_.PEVT".into(),
+        vec![
+            &Name::new("_HID".into(), &"QEMU0001"),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&port(layout::PVPANIC.start, 1)])),
+        ],
+    )
+    .to_aml_bytes(&mut aml);
     for (index, device) in platform.virtio_mmio.iter().enumerate() {
         Device::new(
             format!("_SB_.V{index:03}").as_str().into(),

@@ -32,8 +32,10 @@ pub const KVM_TSS: usize = 0xfffb_d000;
 /// The 16550 UART known as COM1: ports and I/O APIC pin.
 pub const SERIAL: Range = Range { start: 0x3f8, size: 8 };
 pub const SERIAL_GSI: u32 = 4;
-/// The serial port's registers are I/O ports.
+/// The registers of the serial port and of pvpanic are I/O ports.
 pub const SERIAL_IS_PORTS: bool = true;
+/// The pvpanic register.
+pub const PVPANIC: Range = Range { start: 0x505, size: 1 };
 /// The i8042 keyboard controller: ports 0x60 (data) to 0x64 (command), and its pin.
 pub const KEYBOARD: Option<(Range, u32)> = Some((Range { start: 0x60, size: 5 }, 1));
 /// ACPI sleep control, sleep status and reset registers.
