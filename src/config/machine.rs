@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct BootSource {
-    /// The kernel: ELF `vmlinux` or bzImage (x86_64), Image (aarch64).
+    /// The kernel: ELF `vmlinux` or bzImage (x86_64), Image, compressed or not (aarch64).
     pub kernel_image_path: PathBuf,
     /// The initial ramdisk.
     pub initrd_path: Option<PathBuf>,

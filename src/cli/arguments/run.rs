@@ -18,8 +18,8 @@ Boot a guest, put its console on this terminal and return how it ended. Ctrl-A X
 
 Usage: alula run [OPTIONS] [KERNEL]
 
-KERNEL is vmlinux or bzImage on x86_64, Image on aarch64. Without it, the embedded firmware guest
-boots: a self-test of this host.
+KERNEL is vmlinux or bzImage on x86_64, Image (or Image.gz, Image.zst) on aarch64. Without it, the
+embedded firmware guest boots: a self-test of this host.
 
 Options:
       --initrd FILE      The initial ramdisk
