@@ -5,6 +5,7 @@ pub mod boot_timer;
 pub mod console;
 pub mod entropy;
 pub mod exit;
+pub mod gpio;
 pub mod keyboard;
 pub mod kind;
 pub mod net;

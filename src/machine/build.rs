@@ -14,6 +14,7 @@ use crate::config::{BootSource, Config};
 use crate::devices::boot_timer::BootTimer;
 use crate::devices::console::Console;
 use crate::devices::exit::ExitRegister;
+use crate::devices::gpio::Gpio;
 use crate::devices::keyboard::Keyboard;
 use crate::devices::power::Power;
 use crate::devices::pvpanic::PvPanic;
@@ -66,7 +67,7 @@ pub fn build(id: &str, config: &Config, host: &mut dyn Host, prepared: Prepared)
     let gate = Arc::new(Gate::default());
     let end = End::new(gate.clone())?;
     let surroundings = Surroundings { mmio: Arc::default(), pio: Bus::default(), gate, end };
-    let FixedDevices { console, keyboard } = attach_fixed_devices(&vm, &surroundings, config, host)?;
+    let FixedDevices { console, keyboard, gpio } = attach_fixed_devices(&vm, &surroundings, config, host)?;
     if let Some(timer) = boot_timer {
         surroundings.mmio.attach(layout::BOOT_TIMER, Arc::new(Mutex::new(timer)))?;
     }
@@ -97,6 +98,7 @@ pub fn build(id: &str, config: &Config, host: &mut dyn Host, prepared: Prepared)
         console,
         console_room,
         keyboard,
+        gpio,
         platform,
         io,
         devices,
@@ -111,6 +113,7 @@ pub fn build(id: &str, config: &Config, host: &mut dyn Host, prepared: Prepared)
 struct FixedDevices {
     console: Arc<Mutex<Console>>,
     keyboard: Option<Arc<Mutex<Keyboard>>>,
+    gpio: Option<Arc<Mutex<Gpio>>>,
 }
 
 /// The devices that every machine of this architecture has, at the places `layout` gives.
@@ -143,7 +146,15 @@ fn attach_fixed_devices(
         }
         None => None,
     };
-    Ok(FixedDevices { console, keyboard })
+    let gpio = match layout::GPIO {
+        Some((registers, gsi, line)) => {
+            let gpio = Arc::new(Mutex::new(Gpio::new(vm.interrupt(gsi)?, line)));
+            mmio.attach(registers, gpio.clone())?;
+            Some(gpio)
+        }
+        None => None,
+    };
+    Ok(FixedDevices { console, keyboard, gpio })
 }
 
 /// What the configuration says, and what it leaves to us; for the firmware guest, what it needs to check

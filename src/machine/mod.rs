@@ -12,6 +12,7 @@ use serde_json::{Map, Value};
 
 use crate::config::Config;
 use crate::devices::console::Console;
+use crate::devices::gpio::Gpio;
 use crate::devices::keyboard::Keyboard;
 use crate::devices::kind::Kind;
 use crate::error::{Error, Result};
@@ -72,6 +73,7 @@ pub struct Machine {
     console: Arc<Mutex<Console>>,
     console_room: Arc<EventFd>,
     keyboard: Option<Arc<Mutex<Keyboard>>>,
+    gpio: Option<Arc<Mutex<Gpio>>>,
     platform: Platform,
     io: Arc<Loop>,
     devices: Vec<Attached>,
@@ -188,6 +190,18 @@ impl Machine {
             device[0].lock().resume();
         }
         result
+    }
+
+    /// Asks the guest to shut down, by what the machine has for it: Ctrl-Alt-Del on x86_64, the power
+    /// key on aarch64. What comes of it is the guest's own business.
+    pub fn request_shutdown(&mut self) -> Result<()> {
+        match &self.gpio {
+            Some(gpio) => {
+                gpio.lock().unwrap_or_else(PoisonError::into_inner).press_power_key();
+                Ok(())
+            }
+            None => self.send_ctrl_alt_del(),
+        }
     }
 
     /// Presses Ctrl-Alt-Del on the guest's keyboard (x86_64 only).

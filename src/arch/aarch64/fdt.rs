@@ -10,6 +10,9 @@ const GIC: u32 = 1;
 const CLOCK: u32 = 2;
 /// What takes interrupt messages: a GICv3's ITS, a GICv2's message frame.
 const MESSAGES: u32 = 3;
+const GPIO: u32 = 4;
+/// Linux's code of the power key (include/uapi/linux/input-event-codes.h).
+const KEY_POWER: u32 = 116;
 const PRIVATE: u32 = 1;
 const SHARED: u32 = 0;
 const EDGE_RISING: u32 = 1;
@@ -164,6 +167,10 @@ fn devices(fdt: &mut FdtWriter, platform: &Platform) -> Result<(), Error> {
         fdt.end_node(rtc)?;
     }
 
+    if let Some((registers, gsi, line)) = layout::GPIO {
+        power_key(fdt, registers, gsi, line.into())?;
+    }
+
     let exit = fdt.begin_node(&format!("exit@{:x}", layout::EXIT.start))?;
     fdt.property_string("compatible", "alula,exit")?;
     fdt.property_array_u64("reg", &[layout::EXIT.start, layout::EXIT.size])?;
@@ -186,6 +193,29 @@ fn devices(fdt: &mut FdtWriter, platform: &Platform) -> Result<(), Error> {
         fdt.end_node(node)?;
     }
     Ok(())
+}
+
+/// A GPIO controller, and a key on one of its lines that is pressed when the line is high.
+fn power_key(fdt: &mut FdtWriter, registers: Range, gsi: u32, line: u32) -> Result<(), Error> {
+    const ACTIVE_HIGH: u32 = 0;
+    let gpio = fdt.begin_node(&format!("gpio@{:x}", registers.start))?;
+    fdt.property_string_list("compatible", vec!["arm,pl061".to_owned(), "arm,primecell".to_owned()])?;
+    fdt.property_array_u64("reg", &[registers.start, registers.size])?;
+    fdt.property_array_u32("interrupts", &[SHARED, gsi, EDGE_RISING])?;
+    fdt.property_null("gpio-controller")?;
+    fdt.property_u32("#gpio-cells", 2)?;
+    fdt.property_u32("clocks", CLOCK)?;
+    fdt.property_string("clock-names", "apb_pclk")?;
+    fdt.property_phandle(GPIO)?;
+    fdt.end_node(gpio)?;
+    let keys = fdt.begin_node("gpio-keys")?;
+    fdt.property_string("compatible", "gpio-keys")?;
+    let key = fdt.begin_node("power")?;
+    fdt.property_string("label", "Power")?;
+    fdt.property_u32("linux,code", KEY_POWER)?;
+    fdt.property_array_u32("gpios", &[GPIO, line, ACTIVE_HIGH])?;
+    fdt.end_node(key)?;
+    fdt.end_node(keys)
 }
 
 /// The PCI root: bus 0 by ECAM, its window, messages by bus, device and function.

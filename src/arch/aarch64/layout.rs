@@ -44,6 +44,8 @@ pub const PCI_PORTS: Option<Range> = None;
 /// Interrupts that are messages: their numbers come after the shared ones.
 pub const MESSAGE_GSIS: u32 = GIC_INTERRUPTS;
 pub const MESSAGES_MAX: u32 = 1000;
+/// The GPIO controller (devices/gpio.rs), its interrupt, and the line that the power key is on.
+pub const GPIO: Option<(Range, u32, u8)> = Some((Range { start: 0x0904_0000, size: 0x1000 }, 1, 3));
 /// No keyboard and no ACPI registers: guests power off by PSCI.
 pub const KEYBOARD: Option<(Range, u32)> = None;
 pub const POWER: Option<Power> = None;

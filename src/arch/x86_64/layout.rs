@@ -41,6 +41,8 @@ pub const KEYBOARD: Option<(Range, u32)> = Some((Range { start: 0x60, size: 5 },
 /// ACPI sleep control, sleep status and reset registers.
 pub const POWER: Option<Power> =
     Some(Power { ports: Range { start: 0x600, size: 3 }, sleep_type_off: 5, reset_value: 1 });
+/// No power key: guests are asked to shut down by Ctrl-Alt-Del.
+pub const GPIO: Option<(Range, u32, u8)> = None;
 /// No memory-mapped clock: guests take the time from KVM's.
 pub const CLOCK: Option<Range> = None;
 

@@ -1,0 +1,249 @@
+//! The power key of aarch64 machines: a PL061 GPIO controller (Arm DDI 0190) with the key on one of its
+//! lines. The device tree's `gpio-keys` tells the guest so.
+
+use crate::bus::BusDevice;
+use crate::event::EventFd;
+
+/// Eight lines.
+pub struct Gpio {
+    // Fixed
+    /// The line that the key pulls up, as a bit.
+    key: u8,
+    // Host
+    interrupt: EventFd,
+    // Guest-visible
+    pressed: bool,
+    /// What the guest gives out on the lines that it made outputs.
+    output: u8,
+    registers: Registers,
+    /// Edges that were seen and not cleared.
+    edges: u8,
+}
+
+/// The registers that only keep what is written (3.2): one bit for each line.
+#[derive(Clone, Copy, Default)]
+struct Registers {
+    /// 1: an output.
+    direction: u8,
+    /// 1: the level interrupts; 0: an edge does.
+    sense: u8,
+    /// 1: both edges do.
+    both: u8,
+    /// 1: a high level or a rising edge does.
+    event: u8,
+    /// 1: the line's interrupts are let through.
+    mask: u8,
+    /// 1: the line is its peripheral's: nothing here has one.
+    alternate: u8,
+}
+
+const DIRECTION: u64 = 0x400;
+const SENSE: u64 = 0x404;
+const BOTH: u64 = 0x408;
+const EVENT: u64 = 0x40c;
+const MASK: u64 = 0x410;
+const RAW_STATUS: u64 = 0x414;
+const MASKED_STATUS: u64 = 0x418;
+const CLEAR: u64 = 0x41c;
+const ALTERNATE: u64 = 0x420;
+/// The peripheral's and PrimeCell's identification, a byte in each of the last eight words.
+const IDENTIFICATION: u64 = 0xfe0;
+const IDENTIFIERS: [u8; 8] = [0x61, 0x10, 0x04, 0x00, 0x0d, 0xf0, 0x05, 0xb1];
+
+impl Gpio {
+    /// A controller that raises `interrupt`, with a key, not pressed, on line `line`.
+    pub fn new(interrupt: EventFd, line: u8) -> Self {
+        let registers = Registers::default();
+        Self { key: 1 << line, interrupt, pressed: false, output: 0, registers, edges: 0 }
+    }
+
+    /// Presses the power key. It is released once the guest has seen it: no clock decides what a guest
+    /// notices, and one whose driver comes later still finds the key pressed.
+    pub fn press_power_key(&mut self) {
+        self.set_key(true);
+    }
+
+    fn set_key(&mut self, pressed: bool) {
+        if self.pressed != pressed {
+            self.pressed = pressed;
+            let Registers { sense, both, event, .. } = self.registers;
+            let wanted = both | if pressed { event } else { !event };
+            self.edges |= self.key & wanted & !sense;
+            self.raise();
+        }
+    }
+
+    /// The levels of all lines.
+    fn lines(&self) -> u8 {
+        let inputs = if self.pressed { self.key } else { 0 };
+        let direction = self.registers.direction;
+        inputs & !direction | self.output & direction
+    }
+
+    fn raw_status(&self) -> u8 {
+        let Registers { sense, event, .. } = self.registers;
+        self.edges | sense & !(self.lines() ^ event)
+    }
+
+    /// The interrupt line knows edges only: whatever is left is told again.
+    fn raise(&self) {
+        if self.raw_status() & self.registers.mask != 0 {
+            // A counter that is full has raised it already.
+            let _ = self.interrupt.write(1);
+        }
+    }
+
+    /// The register that only keeps what is written, at `offset`.
+    fn register(&mut self, offset: u64) -> Option<&mut u8> {
+        Some(match offset {
+            DIRECTION => &mut self.registers.direction,
+            SENSE => &mut self.registers.sense,
+            BOTH => &mut self.registers.both,
+            EVENT => &mut self.registers.event,
+            MASK => &mut self.registers.mask,
+            ALTERNATE => &mut self.registers.alternate,
+            _ => return None,
+        })
+    }
+}
+
+/// In an access to the data, bits 2 to 9 of the address say which lines are meant (2.2).
+fn lines_meant(offset: u64) -> u8 {
+    (offset >> 2) as u8
+}
+
+impl BusDevice for Gpio {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        let value = match offset {
+            0..DIRECTION => self.lines() & lines_meant(offset),
+            RAW_STATUS => self.raw_status(),
+            MASKED_STATUS => self.raw_status() & self.registers.mask,
+            IDENTIFICATION.. => IDENTIFIERS[(offset - IDENTIFICATION) as usize / 4],
+            _ => self.register(offset).copied().unwrap_or(0),
+        };
+        data.fill(0);
+        data[0] = value;
+        if offset < DIRECTION && value & self.key & !self.registers.direction != 0 {
+            self.set_key(false);
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        let value = data[0];
+        match offset {
+            0..DIRECTION => {
+                let meant = lines_meant(offset) & self.registers.direction;
+                self.output = self.output & !meant | value & meant;
+            }
+            CLEAR => self.edges &= !value,
+            _ => {
+                if let Some(register) = self.register(offset) {
+                    *register = value;
+                }
+            }
+        }
+        self.raise();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LINE: u8 = 3;
+    const KEY: u8 = 1 << LINE;
+    const KEY_DATA: u64 = (KEY as u64) << 2;
+
+    fn gpio() -> Gpio {
+        Gpio::new(EventFd::new(libc::EFD_NONBLOCK).unwrap(), LINE)
+    }
+
+    fn read(gpio: &mut Gpio, offset: u64) -> u8 {
+        let mut data = [0xff; 4];
+        gpio.read(offset, &mut data);
+        assert_eq!(data[1..], [0; 3]);
+        data[0]
+    }
+
+    fn interrupted(gpio: &Gpio) -> bool {
+        gpio.interrupt.read().is_ok()
+    }
+
+    #[test]
+    fn a_driver_identifies_it() {
+        let mut gpio = gpio();
+        let found: Vec<u8> = (0..8).map(|n| read(&mut gpio, 0xfe0 + 4 * n)).collect();
+        assert_eq!(found, [0x61, 0x10, 0x04, 0x00, 0x0d, 0xf0, 0x05, 0xb1]);
+    }
+
+    #[test]
+    fn a_press_and_its_release_are_seen_one_after_the_other() {
+        let mut gpio = gpio();
+        gpio.write(BOTH, &[KEY]);
+        gpio.write(MASK, &[KEY]);
+        assert!(!interrupted(&gpio));
+        gpio.press_power_key();
+        gpio.press_power_key();
+        assert!(interrupted(&gpio));
+        assert_eq!((read(&mut gpio, RAW_STATUS), read(&mut gpio, MASKED_STATUS)), (KEY, KEY));
+        gpio.write(CLEAR, &[KEY]);
+        assert_eq!(read(&mut gpio, MASKED_STATUS), 0);
+        assert!(!interrupted(&gpio));
+        // Other lines are looked at: it stays pressed.
+        assert_eq!(read(&mut gpio, !KEY_DATA & 0x3fc), 0);
+        assert_eq!(read(&mut gpio, KEY_DATA), KEY);
+        assert!(interrupted(&gpio));
+        assert_eq!(read(&mut gpio, MASKED_STATUS), KEY);
+        gpio.write(CLEAR, &[0xff]);
+        assert_eq!(read(&mut gpio, KEY_DATA), 0);
+        assert!(!interrupted(&gpio));
+    }
+
+    #[test]
+    fn a_press_waits_for_a_driver() {
+        let mut gpio = gpio();
+        gpio.write(BOTH, &[KEY]);
+        gpio.press_power_key();
+        assert!(!interrupted(&gpio));
+        gpio.write(MASK, &[KEY]);
+        assert!(interrupted(&gpio));
+        assert_eq!(read(&mut gpio, 0x3fc), KEY);
+    }
+
+    #[test]
+    fn one_edge_or_a_level_interrupts_where_that_is_asked_for() {
+        for (event, press, release) in [(KEY, true, false), (0, false, true)] {
+            let mut gpio = gpio();
+            gpio.write(EVENT, &[event]);
+            gpio.write(MASK, &[KEY]);
+            gpio.press_power_key();
+            assert_eq!(interrupted(&gpio), press);
+            gpio.write(CLEAR, &[KEY]);
+            read(&mut gpio, KEY_DATA);
+            assert_eq!(interrupted(&gpio), release);
+        }
+        let mut gpio = gpio();
+        gpio.write(SENSE, &[KEY]);
+        gpio.write(EVENT, &[KEY]);
+        gpio.write(MASK, &[KEY]);
+        assert!(!interrupted(&gpio));
+        gpio.press_power_key();
+        assert!(interrupted(&gpio));
+        gpio.write(CLEAR, &[KEY]);
+        assert!(interrupted(&gpio), "a level stays");
+        read(&mut gpio, KEY_DATA);
+        assert_eq!(read(&mut gpio, MASKED_STATUS), 0);
+    }
+
+    #[test]
+    fn outputs_are_given_back_and_inputs_cannot_be_written() {
+        let mut gpio = gpio();
+        gpio.write(DIRECTION, &[0x81]);
+        gpio.write(0x3fc, &[0xff]);
+        assert_eq!(read(&mut gpio, 0x3fc), 0x81);
+        gpio.write(0x01 << 2, &[0]);
+        assert_eq!(read(&mut gpio, 0x3fc), 0x80);
+        assert_eq!(read(&mut gpio, 0x01 << 2), 0);
+        assert_eq!(read(&mut gpio, DIRECTION), 0x81);
+    }
+}
