@@ -134,7 +134,7 @@ impl Controller {
             PatchVm(_)
             | PatchDevice(..)
             | DeleteDevice(..)
-            | Action(super::Action::SendCtrlAltDel | super::Action::FlushMetrics)
+            | Action(super::Action::SendCtrlAltDel | super::Action::FlushMetrics | super::Action::Shutdown)
                 if !started =>
             {
                 return Err(BEFORE_START.to_owned());
@@ -259,7 +259,12 @@ impl Controller {
             Action::SendCtrlAltDel if arch::layout::KEYBOARD.is_none() => {
                 Err(format!("SendCtrlAltDel does not supported on {}.", arch::NAME))
             }
-            Action::SendCtrlAltDel => self.started().send_ctrl_alt_del().map_err(fault("Internal VMM error")),
+            Action::Shutdown if arch::layout::KEYBOARD.is_none() => {
+                Err("`Shutdown` is not implemented yet on this architecture.".to_owned())
+            }
+            Action::SendCtrlAltDel | Action::Shutdown => {
+                self.started().send_ctrl_alt_del().map_err(fault("Internal VMM error"))
+            }
             Action::FlushMetrics => {
                 self.write_metrics();
                 Ok(())

@@ -1,7 +1,8 @@
 //! The control API: every operation once, as plain data. `http` reads and writes the wire format,
 //! `routes` turns a method, path and body into a `Request`, `handle` does it, `observe` counts it,
-//! `metrics` tells what was counted, `server` owns the sockets.
+//! `metrics` tells what was counted, `server` owns the sockets. `client` is the other side.
 
+pub mod client;
 mod handle;
 mod http;
 mod metrics;
@@ -84,6 +85,8 @@ pub enum Action {
     FlushMetrics,
     InstanceStart,
     SendCtrlAltDel,
+    /// Ours: asks the guest to power off, in the way of its architecture.
+    Shutdown,
 }
 
 /// The state to bring a microVM into.

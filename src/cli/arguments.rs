@@ -1,9 +1,11 @@
 //! What can be said on the command line, with its help, and the configuration that comes of it.
 
+pub mod ctl;
 mod run;
 mod serve;
 
 use std::ffi::OsString;
+use std::path::PathBuf;
 
 use lexopt::Arg::{Long, Short, Value};
 use lexopt::ValueExt;
@@ -24,9 +26,22 @@ Usage: alula COMMAND [OPTIONS]
 Commands:
   run       Boot a guest, put its console on this terminal and return how it ended
   serve     Wait for requests on a control socket (Firecracker's API)
+  ctl       Ask a running microVM something, or tell it to do something
+  check     Look for everything wrong with a config file, without starting anything
   firmware  Write the image of the embedded firmware guest to standard output
 
 `alula COMMAND --help` tells more. -V, --version prints the version.
+";
+
+const CHECK_HELP: &str = "\
+Look for everything wrong with a config file, without starting anything.
+
+Usage: alula check CONFIG
+
+Each problem is a line on standard output: file, line and column where it cannot be read, the section
+and the field. Files that the configuration names are looked for, and not changed.
+
+The exit code is 0 if there is none, 1 if there are some, 153 for wrong arguments.
 ";
 
 /// What the user wants.
@@ -34,6 +49,9 @@ Commands:
 pub enum Command {
     Run(Run),
     Serve(Serve),
+    Ctl(ctl::Ctl),
+    /// Validate the config file at this path.
+    Check(PathBuf),
     Firmware,
     /// Print this text.
     Print(String),
@@ -84,22 +102,40 @@ fn alula(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, Strin
         Some(other) => {
             return Err(format!("{}: a command comes first; see `alula --help`", other.unexpected()));
         }
-        None => return Err("a command is missing: run, serve or firmware; see `alula --help`".to_owned()),
+        None => {
+            return Err(
+                "a command is missing: run, serve, ctl, check or firmware; see `alula --help`".to_owned()
+            );
+        }
     };
     let (parsed, name) = match command.to_str() {
         Some("run") => (run::parse(&mut parser), "run"),
         Some("serve") => (serve::parse(&mut parser, Persona::Alula), "serve"),
+        Some("ctl") => (ctl::parse(&mut parser), "ctl"),
+        Some("check") => (check(&mut parser), "check"),
         Some("firmware") => match parser.next() {
             Ok(None) => return Ok(Command::Firmware),
             _ => return Err("`alula firmware` takes no arguments".to_owned()),
         },
         _ => {
             return Err(format!(
-                "there is no command {command:?}: run, serve or firmware; see `alula --help`"
+                "there is no command {command:?}: run, serve, ctl, check or firmware; see `alula --help`"
             ));
         }
     };
     parsed.map_err(|error| format!("{error}; see `alula {name} --help`"))
+}
+
+fn check(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
+    let mut file = None;
+    while let Some(argument) = parser.next()? {
+        match argument {
+            Short('h') | Long("help") => return Ok(Command::Print(CHECK_HELP.to_owned())),
+            Value(path) if file.is_none() => file = Some(path.into()),
+            other => return Err(other.unexpected()),
+        }
+    }
+    file.map(Command::Check).ok_or_else(|| "a config file is missing".into())
 }
 
 /// The value of `option`, by `parse`, whose error says what was expected.

@@ -1,6 +1,8 @@
 //! The command line: arguments to a microVM, its console on the terminal, its end to an exit code.
 
 mod arguments;
+mod check;
+mod ctl;
 mod monitor;
 mod outputs;
 mod persona;
@@ -49,8 +51,21 @@ pub fn main() -> u8 {
             let feed = arguments.outputs.open_feed(&arguments.id, !arguments.no_api);
             finish(feed, FAILED_SERVE, |feed| serve(arguments, feed))
         }
+        Command::Ctl(arguments) => told(ctl::run(&arguments)),
+        Command::Check(path) => check::run(&path),
         Command::Print(text) => print(text.as_bytes()),
         Command::Firmware => print(firmware::IMAGE),
+    }
+}
+
+/// Says what stood in the way, if anything did.
+fn told(result: Result<()>) -> u8 {
+    match result {
+        Ok(()) => 0,
+        Err(error) => {
+            eprintln!("alula: {error}");
+            FAILED_SERVE
+        }
     }
 }
 

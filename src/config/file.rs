@@ -25,7 +25,7 @@ const NOT_IMPLEMENTED: [&str; 7] =
 pub struct Problem {
     /// What is wrong, with the section it is in.
     pub message: String,
-    /// Line and column, from 1, of what cannot be read.
+    /// Line and column, from 1: of what cannot be read, else where what makes no sense begins.
     pub place: Option<(usize, usize)>,
 }
 
@@ -40,24 +40,39 @@ impl std::fmt::Display for Problem {
 }
 
 impl Config {
-    /// Reads and checks a config file.
-    pub fn from_file(path: &Path) -> Result<Self> {
+    /// The text of a config file.
+    pub fn read(path: &Path) -> Result<Vec<u8>> {
         let attempt = || format!("read config file `{}`", path.display());
         let length = std::fs::metadata(path).with_context(attempt)?.len();
         if length > CONFIG_FILE_MAX {
             return Err(Error::config(format!("its {length} bytes are more than {CONFIG_FILE_MAX}")))
                 .with_context(attempt);
         }
-        let text = std::fs::read(path).with_context(attempt)?;
+        std::fs::read(path).with_context(attempt)
+    }
+
+    /// Reads and checks a config file.
+    pub fn from_file(path: &Path) -> Result<Self> {
+        let text = Self::read(path)?;
         Self::parse(&text)
             .map_err(|problems| {
                 let first = problems.first().expect("no configuration without a problem");
                 match problems.len() - 1 {
                     0 => Error::config(first.to_string()),
-                    more => Error::config(format!("{first} (and {more} more)")),
+                    more => Error::config(format!("{first} (and {more} more: `alula check` tells all)")),
                 }
             })
-            .with_context(attempt)
+            .with_context(|| format!("read config file `{}`", path.display()))
+    }
+
+    /// The sections that a text has, if it can be read at all, and whether anybody reads them, here or in
+    /// other monitors: others are misspelled, or somebody's notes.
+    pub fn sections(text: &[u8]) -> Vec<(String, bool)> {
+        let known = [BOOT_SOURCE, MACHINE_CONFIG, LOGGER, METRICS, SERIAL].into_iter().chain(NOT_IMPLEMENTED);
+        let known: Vec<_> = known.chain(KINDS.iter().map(|kind| kind.section)).collect();
+        let Sections(sections) = serde_json::from_slice(text).unwrap_or(Sections(Vec::new()));
+        let is_known = |name: &String| known.contains(&name.as_str());
+        sections.into_iter().map(|(name, _)| (name.clone(), is_known(&name))).collect()
     }
 
     /// Reads and checks the text of a config file; the error is everything wrong with it.
@@ -80,9 +95,9 @@ impl Config {
 
     /// Reads and checks one section of a file. Places in problems count from the section's beginning.
     fn read_section(&mut self, name: &str, value: &RawValue) -> Result<(), Vec<Problem>> {
-        let in_section = |error: Error| vec![Problem { message: format!("`{name}`: {error}"), place: None }];
-        let unreadable = |error| vec![unreadable_in(&format!("`{name}`"), &error)];
         let text = value.get();
+        let in_section = |error: Error| vec![Problem::new(format!("`{name}`: {error}"))];
+        let unreadable = |error| vec![unreadable_in(name, text, &error)];
         if name == BOOT_SOURCE {
             let source: BootSource = serde_json::from_str(text).map_err(unreadable)?;
             self.boot_source = Some(source.clone());
@@ -111,22 +126,24 @@ impl Config {
             if problems.is_empty() { Ok(()) } else { Err(problems) }
         } else if NOT_IMPLEMENTED.contains(&name) && !["[]", "[ ]"].contains(&text) {
             // An empty list asks for nothing.
-            let message = format!("`{name}` is not implemented yet: remove it");
-            Err(vec![Problem { message, place: None }])
+            Err(vec![Problem::new(format!("`{name}` is not implemented yet: remove it"))])
         } else {
             Ok(())
         }
     }
 
     fn read_device(&mut self, kind: &Kind, value: &RawValue) -> Result<(), Problem> {
-        let section = format!("`{}`", kind.section);
-        let device = kind.parse(value.get().as_bytes()).map_err(|error| unreadable_in(&section, &error))?;
-        let problem = |error: Error| Problem { message: format!("{}: {error}", device.name()), place: None };
+        let text = value.get();
+        let device =
+            kind.parse(text.as_bytes()).map_err(|error| unreadable_in(kind.section, text, &error))?;
+        let problem = |error: Error| Problem::new(format!("{}: {error}", device.name()));
         device.check().map_err(problem)?;
         if self.device(kind, device.id()).is_some() {
-            let message =
-                format!("two {}s are called `{}`: each needs a name of its own", kind.noun, device.id());
-            return Err(Problem { message, place: None });
+            return Err(Problem::new(format!(
+                "two {}s are called `{}`: each needs a name of its own",
+                kind.noun,
+                device.id()
+            )));
         }
         self.put(device.clone()).map_err(problem)
     }
@@ -164,12 +181,45 @@ fn unreadable(error: &serde_json::Error) -> Problem {
     Problem { message, place: Some((error.line(), error.column())) }
 }
 
-fn unreadable_in(section: &str, error: &serde_json::Error) -> Problem {
+/// With the section, and the field that serde does not always name.
+fn unreadable_in(section: &str, text: &str, error: &serde_json::Error) -> Problem {
     let problem = unreadable(error);
-    Problem { message: format!("{section}: {}", problem.message), ..problem }
+    let field = match problem.message.contains(" field `") {
+        true => None,
+        false => field_at(text, error.line(), error.column()),
+    };
+    let field = field.map_or(String::new(), |field| format!(" `{field}`:"));
+    Problem { message: format!("`{section}`:{field} {}", problem.message), ..problem }
+}
+
+/// The name of the field whose value is at this place of a JSON text: the last name before it.
+fn field_at(text: &str, line: usize, column: usize) -> Option<&str> {
+    let start: usize = text.split_inclusive('\n').take(line.saturating_sub(1)).map(str::len).sum();
+    let end = (start + column).min(text.len());
+    let (mut field, mut string, mut escaped) = (None, None, false);
+    for (place, byte) in text.bytes().enumerate().take(end) {
+        match (string, byte) {
+            (Some(_), _) if escaped => escaped = false,
+            (Some(_), b'\\') => escaped = true,
+            (Some(begin), b'"') => {
+                string = None;
+                if text[place + 1..].trim_start().starts_with(':') {
+                    field = text.get(begin..place);
+                }
+            }
+            (None, b'"') => string = Some(place + 1),
+            _ => {}
+        }
+    }
+    field
 }
 
 impl Problem {
+    /// Of what begins where places are counted from.
+    fn new(message: String) -> Self {
+        Self { message, place: Some((1, 1)) }
+    }
+
     /// The same, its place counted from the beginning of `whole` instead of `part`, which is in it.
     fn moved(self, whole: &[u8], part: &RawValue) -> Self {
         let start = part.get().as_ptr() as usize - whole.as_ptr() as usize;
@@ -192,7 +242,7 @@ mod tests {
     fn a_config_file_with_a_device_we_lack_is_refused_and_foreign_keys_are_not() {
         Config::parse(br#"{"pmem": [], "x-owner": {"a": 1}, "vsock": null}"#).unwrap();
         let problems = Config::parse(br#"{"pmem": [{"id": "root"}]}"#).unwrap_err();
-        assert_eq!(problems[0].to_string(), "`pmem` is not implemented yet: remove it");
+        assert_eq!(problems[0].to_string(), "`pmem` is not implemented yet: remove it at line 1 column 10");
     }
 
     #[test]
@@ -207,7 +257,9 @@ mod tests {
     {"drive_id": "d", "path_on_host": "e", "is_root_device": false},
     {"drive_id": "f", "path_on_host": "f", "is_root_device": true}
   ],
-  "network-interfaces": {}
+  "network-interfaces": {},
+  "logger": {"module": "a\"level\": b", "level": "loud"},
+  "metrics": {"metrics_path": "m", "emit_id": 7}
 }"#;
         let problems = Config::parse(text.as_bytes()).unwrap_err();
         let problems: Vec<_> = problems.iter().map(Problem::to_string).collect();
@@ -218,11 +270,14 @@ mod tests {
             "two disks are called `d`: each needs a name of its own",
             "disk `f`: A root block device already exists! (`is_root_device`)",
             "`network-interfaces`: invalid type: map, expected a sequence",
+            "`logger`: `level`: unknown level `loud`",
+            "`metrics`: `emit_id`: invalid type: integer `7`, expected a boolean",
         ]) {
             assert!(problem.starts_with(expected), "{problem}");
         }
-        assert_eq!(problems.len(), 6, "{problems:#?}");
+        assert_eq!(problems.len(), 8, "{problems:#?}");
         assert!(problems[1].ends_with(" at line 5 column 11"), "{}", problems[1]);
+        assert!(problems[2].ends_with(" at line 6 column 5"), "{}", problems[2]);
         assert!(problems[5].ends_with(" at line 11 column 24"), "{}", problems[5]);
         for (text, expected) in [
             ("{\n\"a\": }", "expected value at line 2 column 6"),

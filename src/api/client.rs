@@ -1,0 +1,123 @@
+//! The other side of the control socket: what `alula ctl` asks a running monitor.
+
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use crate::error::{Context, Error, Result};
+
+/// An answer with a larger body, or a larger head, is none of ours.
+const BODY_MAX: u64 = 16 << 20;
+const HEAD_MAX: u64 = 64 << 10;
+/// So long a monitor may be at work on one request, on a machine under load.
+const PATIENCE: Duration = Duration::from_secs(100);
+
+/// A connection to a monitor.
+pub struct Client {
+    stream: BufReader<UnixStream>,
+}
+
+/// What it answered.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Answer {
+    /// The status of HTTP.
+    pub status: u16,
+    /// The body; empty if there was none.
+    pub body: String,
+}
+
+impl Client {
+    /// Connects to the monitor that serves the socket at `path`.
+    pub fn connect(path: &Path) -> Result<Self> {
+        let attempt = || format!("connect to API socket `{}`", path.display());
+        let stream = UnixStream::connect(path).map_err(cannot_connect).with_context(attempt)?;
+        stream.set_read_timeout(Some(PATIENCE)).with_context(attempt)?;
+        Ok(Self { stream: BufReader::new(stream) })
+    }
+
+    /// Asks for one thing and waits for the answer.
+    pub fn request(&mut self, method: &str, path: &str, body: &str) -> Result<Answer> {
+        self.send(method, path, body)?;
+        let (status, length) = self.head().map_err(|error| no_answer(method, path, error))?;
+        let mut text = Vec::new();
+        let body = self.stream.by_ref().take(length.unwrap_or(0).min(BODY_MAX));
+        body.take(BODY_MAX).read_to_end(&mut text).map_err(|error| no_answer(method, path, error))?;
+        Ok(Answer { status, body: String::from_utf8_lossy(&text).into_owned() })
+    }
+
+    /// Asks for a stream of lines, each given to `each` as it comes, until the monitor ends.
+    pub fn lines(mut self, path: &str, mut each: impl FnMut(&str) -> Result<()>) -> Result<()> {
+        self.send("GET", path, "")?;
+        let (status, length) = self.head().map_err(|error| no_answer("GET", path, error))?;
+        // They come when something happens.
+        self.stream.get_ref().set_read_timeout(None).context("wait for lines")?;
+        if status != 200 || length.is_some() {
+            return Err(Error::host(format!("the monitor answers `GET {path}` with status {status}")));
+        }
+        let mut line = Vec::new();
+        while self.stream.by_ref().take(BODY_MAX).read_until(b'\n', &mut line).context("read a line")? > 0 {
+            each(String::from_utf8_lossy(&line).trim_end())?;
+            line.clear();
+        }
+        Ok(())
+    }
+
+    fn send(&mut self, method: &str, path: &str, body: &str) -> Result<()> {
+        // What is not visible ASCII would end the line, and start another request.
+        if !path.starts_with('/') || !path.bytes().all(|byte| byte.is_ascii_graphic() || byte > 127) {
+            return Err(Error::config(format!(
+                "`{path}` is no path of the API: it begins with a slash, without spaces"
+            )));
+        }
+        let length = match body.len() {
+            0 => String::new(),
+            length => format!("Content-Type: application/json\r\nContent-Length: {length}\r\n"),
+        };
+        let text = format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\n{length}\r\n{body}");
+        self.stream.get_mut().write_all(text.as_bytes()).with_context(|| format!("send `{method} {path}`"))
+    }
+
+    /// The status, and the length of the body if it has one.
+    fn head(&mut self) -> std::io::Result<(u16, Option<u64>)> {
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            let before = head.len();
+            self.stream.by_ref().take(HEAD_MAX).read_until(b'\n', &mut head)?;
+            if head.len() == before || head.len() as u64 > HEAD_MAX {
+                return Err(ErrorKind::UnexpectedEof.into());
+            }
+        }
+        let mut headers = [httparse::EMPTY_HEADER; 16];
+        let mut response = httparse::Response::new(&mut headers);
+        response.parse(&head).map_err(|error| std::io::Error::new(ErrorKind::InvalidData, error))?;
+        let length =
+            response.headers.iter().find(|header| header.name.eq_ignore_ascii_case("Content-Length"));
+        let length = length.and_then(|header| std::str::from_utf8(header.value).ok()?.parse().ok());
+        Ok((response.code.unwrap_or_default(), length))
+    }
+}
+
+fn cannot_connect(error: std::io::Error) -> Error {
+    Error::host(match error.kind() {
+        ErrorKind::NotFound => {
+            "there is no such socket: `alula serve` or `alula run --api-sock SOCKET` makes \
+                                one, and it is gone when its guest has ended"
+                .to_owned()
+        }
+        ErrorKind::ConnectionRefused => {
+            "nobody listens there: the process that made it has ended, or it is no API socket".to_owned()
+        }
+        ErrorKind::PermissionDenied => "this user may not: be its owner, or root".to_owned(),
+        _ => error.to_string(),
+    })
+}
+
+fn no_answer(method: &str, path: &str, error: std::io::Error) -> Error {
+    let reason = match error.kind() {
+        ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset => "the monitor hung up".to_owned(),
+        ErrorKind::WouldBlock => format!("the monitor has not answered for {} s", PATIENCE.as_secs()),
+        _ => error.to_string(),
+    };
+    Error::host(format!("wait for the answer to `{method} {path}`: {reason}"))
+}

@@ -1,0 +1,93 @@
+//! `alula ctl`: its options and its help.
+
+use std::path::PathBuf;
+
+use lexopt::Arg::{Long, Short, Value};
+use lexopt::ValueExt;
+
+use super::Command;
+
+const HELP: &str = "\
+Ask a running microVM something, or tell it to do something, over its control socket.
+
+Usage: alula ctl [--api-sock SOCKET] [--json] COMMAND
+
+Commands:
+  status             Whether it runs, and what it is made of
+  config             Its whole configuration
+  metrics            What it has done so far, without what it never did
+  events             What has happened to it, and what happens from now on
+  pause, resume      Stop its CPUs and devices, let them go on
+  shutdown           Ask the guest to power off: Ctrl-Alt-Del on x86_64, the power key on aarch64
+  get PATH           Any request of the API (docs/api.md), like `get /machine-config`
+  put PATH JSON      `-` for JSON reads it from standard input
+  patch PATH JSON
+  delete PATH
+
+Options:
+      --api-sock SOCKET  The socket [default: /run/firecracker.socket]
+      --json             Print JSON, for programs
+  -h, --help             Print this
+
+The exit code is 0, or 1 when the microVM cannot be reached or refuses, 153 for wrong arguments.
+
+Examples:
+  alula ctl --api-sock /tmp/alula.sock status
+  alula ctl put /boot-source '{\"kernel_image_path\": \"vmlinux\"}'
+";
+
+/// `alula ctl`.
+#[derive(Debug)]
+pub struct Ctl {
+    pub api_sock: PathBuf,
+    pub json: bool,
+    pub ask: Ask,
+}
+
+/// What the microVM is asked.
+#[derive(Debug, PartialEq)]
+pub enum Ask {
+    Status,
+    Config,
+    Metrics,
+    Events,
+    Pause,
+    Resume,
+    Shutdown,
+    /// Method, path and body of a request.
+    Request(&'static str, String, String),
+}
+
+/// Parses what comes after `alula ctl`.
+pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
+    let (mut api_sock, mut json, mut words) = ("/run/firecracker.socket".into(), false, Vec::new());
+    while let Some(argument) = parser.next()? {
+        match argument {
+            Long("api-sock") => api_sock = parser.value()?.into(),
+            Long("json") => json = true,
+            Short('h') | Long("help") => return Ok(Command::Print(HELP.to_owned())),
+            Value(word) => words.push(word.string()?),
+            other => return Err(other.unexpected()),
+        }
+    }
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let request = |method, path: &&str, body: &str| Ask::Request(method, (*path).to_owned(), body.to_owned());
+    let ask = match words.as_slice() {
+        ["status"] => Ask::Status,
+        ["config"] => Ask::Config,
+        ["metrics"] => Ask::Metrics,
+        ["events"] => Ask::Events,
+        ["pause"] => Ask::Pause,
+        ["resume"] => Ask::Resume,
+        ["shutdown"] => Ask::Shutdown,
+        ["get", path] => request("GET", path, ""),
+        ["put", path, body] => request("PUT", path, body),
+        ["patch", path, body] => request("PATCH", path, body),
+        ["delete", path] => request("DELETE", path, ""),
+        [] => return Err("a command is missing: status, config, metrics, events, pause, ...".into()),
+        ["put" | "patch", ..] => return Err("a path and a body in JSON are expected".into()),
+        ["get" | "delete", ..] => return Err("one path is expected".into()),
+        [word, ..] => return Err(format!("there is no command `{word}`, or it has too many words").into()),
+    };
+    Ok(Command::Ctl(Ctl { api_sock, json, ask }))
+}

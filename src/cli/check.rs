@@ -1,0 +1,43 @@
+//! `alula check`: everything wrong with a config file, without starting anything.
+
+use std::path::Path;
+
+use crate::config::{Config, Problem};
+
+/// Prints a line for each problem; returns the exit code.
+pub fn run(path: &Path) -> u8 {
+    let file = path.display();
+    let text = match Config::read(path) {
+        Ok(text) => text,
+        Err(error) => {
+            eprintln!("alula: {error}");
+            return super::FAILED_SERVE;
+        }
+    };
+    let mut problems = Config::parse(&text).err().unwrap_or_default();
+    let sections = Config::sections(&text);
+    for (section, _) in sections.iter().filter(|(_, known)| !known) {
+        println!("{file}: `{section}` is no section of a config file: nobody reads it");
+    }
+    if !sections.iter().any(|(section, _)| section == "boot-source") && is_object(&text) {
+        let message = "`boot-source` is missing: it names the kernel to boot".to_owned();
+        problems.push(Problem { message, place: None });
+    }
+    for Problem { message, place } in &problems {
+        match place {
+            Some((line, column)) => println!("{file}:{line}:{column}: {message}"),
+            None => println!("{file}: {message}"),
+        }
+    }
+    match problems.len() {
+        0 => {
+            println!("{file}: ok");
+            0
+        }
+        _ => super::FAILED_SERVE,
+    }
+}
+
+fn is_object(text: &[u8]) -> bool {
+    serde_json::from_slice::<serde_json::Map<_, _>>(text).is_ok()
+}

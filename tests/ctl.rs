@@ -1,0 +1,179 @@
+//! `alula ctl` and `alula check`: what people type.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by it")]
+
+mod common;
+
+use common::{Folder, Process, Service, run};
+use serde_json::{Value, json};
+
+fn ctl(service: &Service, words: &[&str]) -> (Option<i32>, String) {
+    let socket = service.socket.to_str().unwrap();
+    let ended = run([&["ctl", "--api-sock", socket], words].concat());
+    (ended.code, ended.text)
+}
+
+#[test]
+fn a_guest_is_looked_at_paused_and_resumed() {
+    let service = Service::start(&["--id", "vm-1"]);
+    let ok = |words: &[&str], expected: &str| {
+        let (code, text) = ctl(&service, words);
+        assert_eq!(code, Some(0), "{words:?}: {text}");
+        assert!(text.contains(expected), "{words:?}: {text}");
+    };
+    ok(&["status"], "vm-1: not started; 1 CPU, 128 MiB of memory");
+    let disk = service.folder.write("disk", [0; 4096]);
+    let drive = json!({ "drive_id": "d", "is_root_device": false, "path_on_host": disk }).to_string();
+    ok(&["put", "/drives/d", &drive], "done");
+    ok(&["put", "/machine-config", r#"{"vcpu_count": 2, "mem_size_mib": 64}"#], "done");
+    ok(&["patch", "/machine-config", r#"{"mem_size_mib": 65}"#], "done");
+    let kernel =
+        json!({ "kernel_image_path": service.folder.firmware(), "boot_args": "case=serial end=idle" });
+    ok(&["put", "/boot-source", &kernel.to_string()], "done");
+    ok(&["put", "/actions", r#"{"action_type": "InstanceStart"}"#], "done");
+    ok(&["status"], "vm-1: running; 2 CPUs, 65 MiB of memory, 1 disk\n");
+    ok(&["pause"], "paused");
+    ok(&["status"], "vm-1: paused");
+    ok(&["resume"], "resumed");
+    ok(&["config"], "machine-config:\n  huge_pages: None\n");
+    ok(&["get", "/machine-config"], "vcpu_count: 2");
+    ok(&["metrics"], "api_server:\n");
+
+    let json_of = |words: &[&str]| -> Value {
+        let (code, text) = ctl(&service, &[words, &["--json"]].concat());
+        assert_eq!(code, Some(0), "{text}");
+        serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"))
+    };
+    assert_eq!(json_of(&["status"])["state"], "Running");
+    assert_eq!(json_of(&["config"])["drives"][0]["drive_id"], "d");
+    assert!(json_of(&["metrics"])["api_server"].is_object());
+    assert_eq!(ctl(&service, &["pause", "--json"]), (Some(0), String::new()));
+}
+
+#[test]
+fn what_is_refused_is_said_with_the_faults_words() {
+    let service = Service::start(&[]);
+    for (words, code, expected) in [
+        (&["pause"][..], 1, "alula: PATCH /vm: The requested operation is not supported before starting"),
+        (
+            &["put", "/machine-config", "{"],
+            1,
+            "alula: PUT /machine-config: An error occurred when deserializing",
+        ),
+        (&["get", "/nothing"], 1, "alula: GET /nothing: Invalid request method and/or path: GET nothing."),
+        (&["get", "nothing"], 1, "`nothing` is no path of the API: it begins with a slash"),
+        (&["get", "/ HTTP/1.1\r\n\r\nGET /"], 1, "is no path of the API"),
+        (&["delete", "/machine-config"], 1, "Invalid request method and/or path: DELETE machine-config."),
+        (&["dance"], 153, "there is no command `dance`"),
+        (&["put", "/vm"], 153, "a path and a body in JSON are expected; see `alula ctl --help`"),
+        (&[], 153, "a command is missing"),
+    ] {
+        let (ended, text) = ctl(&service, words);
+        assert_eq!(ended, Some(code), "{words:?}: {text}");
+        assert!(text.contains(expected), "{words:?}: {text}");
+    }
+}
+
+#[test]
+fn a_socket_that_nobody_serves_is_explained() {
+    let folder = Folder::new();
+    let at = |name: &str| {
+        let path = folder.path(name);
+        let ended = run(["ctl", "--api-sock", path.to_str().unwrap(), "status"]);
+        assert_eq!(ended.code, Some(1), "{}", ended.text);
+        ended.text
+    };
+    assert!(at("none").contains("none`: there is no such socket: `alula serve`"));
+    drop(std::os::unix::net::UnixListener::bind(folder.path("left")).unwrap());
+    assert!(at("left").contains("left`: nobody listens there: the process that made it has ended"));
+    // One that takes connections and hangs up.
+    let listener = std::os::unix::net::UnixListener::bind(folder.path("mute")).unwrap();
+    let server = std::thread::spawn(move || {
+        use std::io::Read;
+        let _ = listener.accept().unwrap().0.read(&mut [0; 1000]).unwrap();
+    });
+    assert!(at("mute").contains("wait for the answer to `GET /`: the monitor hung up"));
+    server.join().unwrap();
+}
+
+#[test]
+fn events_are_told_as_they_come_until_the_guest_ends() {
+    let mut service = Service::start(&["--id", "e"]);
+    let socket = service.socket.to_str().unwrap().to_owned();
+    let mut people = Process::start(["ctl", "--api-sock", &socket, "events"]);
+    let mut programs = Process::start(["ctl", "--api-sock", &socket, "--json", "events"]);
+    service.boot_source("case=serial echo end=poweroff");
+    people.expect("configured  what: /boot-source");
+    service.client().ok("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#);
+    people.expect("started  reason: ");
+    let line = programs.expect(r#""event":"started""#);
+    assert_eq!(serde_json::from_str::<Value>(&line).unwrap()["id"], "e");
+    use std::io::Write;
+    service.process.stdin.as_mut().unwrap().write_all(b"bye\n").unwrap();
+    people.expect("powered off");
+    assert_eq!(people.end().code, Some(0));
+    assert_eq!(programs.end().code, Some(0));
+}
+
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn a_guest_is_asked_to_power_off() {
+    let service = Service::running("case=serial end=idle");
+    let (code, text) = ctl(&service, &["shutdown"]);
+    assert_eq!((code, text.as_str()), (Some(0), "the guest was asked to power off\n"));
+}
+
+#[test]
+fn a_body_may_come_from_standard_input() {
+    let service = Service::start(&[]);
+    let socket = service.socket.to_str().unwrap();
+    let mut process = Process::start(["ctl", "--api-sock", socket, "put", "/machine-config", "-"]);
+    use std::io::Write;
+    let mut stdin = process.stdin.take().unwrap();
+    stdin.write_all(br#"{"vcpu_count": 3, "mem_size_mib": 77}"#).unwrap();
+    drop(stdin);
+    process.expect("done");
+    assert_eq!(process.end().code, Some(0));
+    assert_eq!(service.client().ok("GET", "/machine-config", "").json()["mem_size_mib"], 77);
+}
+
+#[test]
+fn a_config_file_is_checked_whole_and_nothing_starts() {
+    let folder = Folder::new();
+    let check = |text: &str| {
+        let file = folder.write("vm.json", text);
+        let ended = run(["check", file.to_str().unwrap()]);
+        (ended.code, ended.text.replace(file.to_str().unwrap(), "vm.json"))
+    };
+    let good = r#"{"boot-source": {"kernel_image_path": "k"}, "drives": [], "comment": "ours"}"#;
+    let (code, text) = check(good);
+    assert_eq!(code, Some(0), "{text}");
+    assert_eq!(text, "vm.json: `comment` is no section of a config file: nobody reads it\nvm.json: ok\n");
+    let (code, text) = check(
+        r#"{
+  "machine-config": {"vcpu_count": "two", "mem_size_mib": 64},
+  "drives": [
+    {"drive_id": "a", "is_root_device": true, "path": "x"},
+    {"drive_id": "b", "is_root_device": true, "path_on_host": "x", "socket": "s"}
+  ],
+  "drive": []
+}"#,
+    );
+    assert_eq!(code, Some(1), "{text}");
+    for expected in [
+        "vm.json: `drive` is no section of a config file: nobody reads it",
+        "vm.json:2:40: `machine-config`: `vcpu_count`: invalid type: string \"two\", expected u16",
+        "vm.json:4:52: `drives`: unknown field `path`",
+        "vm.json:5:5: disk `b`: ",
+        "vm.json: `boot-source` is missing",
+    ] {
+        assert!(text.contains(expected), "{expected}: {text}");
+    }
+    assert_eq!(text.lines().count(), 5, "{text}");
+    let (code, text) = check("{\n  \"drives\": [,]\n}");
+    assert_eq!((code, text.as_str()), (Some(1), "vm.json:2:14: expected value\n"));
+    let missing = run(["check", "/nonexistent.json"]);
+    assert_eq!(missing.code, Some(1));
+    assert!(missing.text.contains("read config file `/nonexistent.json`: No such file"), "{}", missing.text);
+    assert_eq!(run(["check"]).code, Some(153));
+}
