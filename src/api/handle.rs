@@ -259,12 +259,8 @@ impl Controller {
             Action::SendCtrlAltDel if arch::layout::KEYBOARD.is_none() => {
                 Err(format!("SendCtrlAltDel does not supported on {}.", arch::NAME))
             }
-            Action::Shutdown if arch::layout::KEYBOARD.is_none() => {
-                Err("`Shutdown` is not implemented yet on this architecture.".to_owned())
-            }
-            Action::SendCtrlAltDel | Action::Shutdown => {
-                self.started().send_ctrl_alt_del().map_err(fault("Internal VMM error"))
-            }
+            Action::SendCtrlAltDel => self.started().send_ctrl_alt_del().map_err(fault("Internal VMM error")),
+            Action::Shutdown => self.started().request_shutdown().map_err(fault("Internal VMM error")),
             Action::FlushMetrics => {
                 self.write_metrics();
                 Ok(())
