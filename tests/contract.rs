@@ -377,6 +377,35 @@ fn a_broken_ring_stops_its_device_alone_until_a_reset() {
 }
 
 #[test]
+fn a_queue_that_the_driver_did_not_set_up_is_left_alone() {
+    Host::new().each(|host, kind, device| {
+        let mut guest = host.guest(kind, device);
+        for left_out in 0..guest.queues() {
+            assert!(guest.negotiate(F_VERSION_1));
+            // The others are not where a ring would be that nobody gave a place.
+            for queue in (0..guest.queues()).filter(|queue| *queue != left_out) {
+                guest.set_queue(queue, 16, Guest::parts(queue + 8));
+            }
+            guest.fill(0, 0x1_0000, 0x55);
+            guest.set_status(11 | DRIVER_OK);
+            kick_all(&mut guest);
+            if is_net(device) {
+                host.wire.send(&[0xff; 60]);
+            }
+            // A device that never comes to an end with it is not stopped.
+            guest.pause();
+            assert!(guest.bytes((0, 0x1_0000)).iter().all(|byte| *byte == 0x55));
+            guest.resume();
+        }
+        guest.start(0);
+        if is_net(device) {
+            host.wire.discard();
+        }
+        host.exercise(device, &mut guest, 1);
+    });
+}
+
+#[test]
 fn queues_that_cannot_be_are_refused_at_the_start() {
     Host::new().each(|host, kind, device| {
         let mut guest = host.guest(kind, device);

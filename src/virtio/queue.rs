@@ -86,7 +86,7 @@ impl Queue {
 
     /// Interrupts the driver, if it wants to know of what was pushed.
     pub fn notify(&mut self, memory: &Regions) -> Result<()> {
-        if self.ring.needs_notification(memory).map_err(broken)? {
+        if self.ring.ready() && self.ring.needs_notification(memory).map_err(broken)? {
             self.interrupts.used_buffer(self.index);
         }
         Ok(())
@@ -94,12 +94,19 @@ impl Queue {
 
     /// Asks the driver for kicks; true: requests came meanwhile and will not be kicked for.
     pub fn enable_kicks(&mut self, memory: &Regions) -> Result<bool> {
+        // Without a ring, any place in memory would be taken for one.
+        if !self.ring.ready() {
+            return Ok(false);
+        }
         self.ring.enable_notification(memory).map_err(broken)
     }
 
     /// Tells the driver that kicks are not needed for now.
     pub fn disable_kicks(&mut self, memory: &Regions) -> Result<()> {
-        self.ring.disable_notification(memory).map_err(broken)
+        match self.ring.ready() {
+            true => self.ring.disable_notification(memory).map_err(broken),
+            false => Ok(()),
+        }
     }
 
     /// After a kick: handles the requests there are, each with `handle`, which returns how many bytes
