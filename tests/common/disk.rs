@@ -159,6 +159,22 @@ impl Disk {
         fence(Ordering::SeqCst);
     }
 
+    /// How many requests were ever made available.
+    pub fn available(&self, queue: usize) -> u16 {
+        self.next[queue]
+    }
+
+    /// Whether the device wants a kick for what was made available since there were `before`
+    /// (virtio 1.2, 2.7.10.1).
+    pub fn needs_kick(&self, queue: usize, before: u16) -> bool {
+        let used = RINGS * (queue as u64 + 1) + 0x2000;
+        fence(Ordering::SeqCst);
+        let event = GuestAddress(used + 4 + 8 * u64::from(QUEUE_SIZE));
+        let event: u16 = self.memory.memory().read_obj(event).unwrap();
+        let new = self.next[queue];
+        new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(before)
+    }
+
     pub fn kick(&self, queue: usize) {
         self.register(Register::QueueNotify, queue as u32);
     }
