@@ -15,6 +15,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use alula::config::Config;
 use alula::host::{Access, Host, Local};
 use alula::machine::{Exit, Machine, Prepared};
+use common::disk::Disk;
 use common::{Ended, Folder, Process, Service, network, run};
 use serde_json::json;
 
@@ -136,6 +137,122 @@ fn a_disk_keeps_what_a_guest_wrote_and_synced() {
             assert_eq!(ended.code, Some(0), "{}", ended.text);
             assert!(ended.text.contains("disk: read and written, 65536 sectors"), "{}", ended.text);
         }
+    }
+}
+
+/// What the writers of `alula.run=disk-scatter=write` (resources/guest-init) leave on a disk of 32 MiB.
+fn scattered() -> Vec<u8> {
+    const PIECE: usize = 64 << 10;
+    let mut content = vec![0; 32 << 20];
+    for writer in 0..4 {
+        let mut state = writer as u64;
+        for round in 1..=12 {
+            state = (state * 1_103_515_245 + 12345) & 0x7fff_ffff;
+            let piece = (state / 65536 % 24) as usize;
+            let line = format!("{writer} {piece} {round}\n");
+            let bytes: Vec<u8> = line.bytes().cycle().take(PIECE).collect();
+            content[(writer * 24 + piece) * PIECE..][..PIECE].copy_from_slice(&bytes);
+        }
+    }
+    content
+}
+
+/// An empty qcow2 image of 32 MiB: header, table of reference counts, their one block, table of clusters.
+fn qcow2() -> Vec<u8> {
+    let mut image = vec![0; 4 << 16];
+    let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0, b"QFI\xfb");
+    for (at, word) in [(4, 3), (20, 16), (36, 1), (56, 1), (96, 4), (100, 104)] {
+        put(at, &u32::to_be_bytes(word));
+    }
+    for (at, long) in [(24, 32 << 20), (40, 3 << 16), (48, 1 << 16), (1 << 16, 2 << 16)] {
+        put(at, &u64::to_be_bytes(long));
+    }
+    put(2 << 16, &[0, 1, 0, 1, 0, 1, 0, 1]);
+    image
+}
+
+/// What a guest sees of an image.
+fn content_of(path: &Path, format: &str) -> Vec<u8> {
+    let config = json!({
+        "drive_id": "d", "is_root_device": false, "is_read_only": true, "path_on_host": path,
+        "format": format,
+    });
+    let mut disk = Disk::new(config).unwrap();
+    (0..32 << 20 >> 16).flat_map(|piece| disk.read(piece << 7, 64 << 10).unwrap()).collect()
+}
+
+fn what_four_writers_wrote_is_there_after_a_restart(format: &str, engine: &str) {
+    let expected = scattered();
+    for (queues, transport) in [(1, TRANSPORTS[0]), (2, TRANSPORTS[1])] {
+        let folder = Folder::new();
+        let image = if format == "qcow2" { qcow2() } else { Vec::new() };
+        let path = folder.write("disk", image);
+        if format == "raw" {
+            std::fs::File::options().write(true).open(&path).unwrap().set_len(32 << 20).unwrap();
+        }
+        let disk = format!("{},format={format},engine={engine},queues={queues}", path.display());
+        for what in ["write", "check"] {
+            let word = format!("disk-scatter={what}");
+            let ended = boot_with(KERNELS[0], 2, &word, &[transport, &["--disk", &disk]].concat());
+            assert_eq!(ended.code, Some(0), "{}", ended.text);
+            let said = format!("disk: four writers, {what} done, {queues} queues");
+            assert!(ended.text.contains(&said) && !ended.text.contains("is not as it was"), "{}", ended.text);
+            assert!(!ended.text.contains("instead of Async") || format == "qcow2", "{}", ended.text);
+        }
+        assert!(content_of(&path, format) == expected, "{format} {engine} {queues}");
+    }
+}
+
+#[test]
+#[ignore = "a stock kernel: scripts/test runs it"]
+fn four_writers_on_a_raw_disk_by_the_sync_engine() {
+    what_four_writers_wrote_is_there_after_a_restart("raw", "sync");
+}
+
+#[test]
+#[ignore = "a stock kernel: scripts/test runs it"]
+fn four_writers_on_a_raw_disk_by_the_async_engine() {
+    what_four_writers_wrote_is_there_after_a_restart("raw", "async");
+}
+
+#[test]
+#[ignore = "a stock kernel: scripts/test runs it"]
+fn four_writers_on_a_qcow2_disk_by_the_sync_engine() {
+    what_four_writers_wrote_is_there_after_a_restart("qcow2", "sync");
+}
+
+#[test]
+#[ignore = "a stock kernel: scripts/test runs it"]
+fn four_writers_on_a_qcow2_disk_by_the_async_engine() {
+    what_four_writers_wrote_is_there_after_a_restart("qcow2", "async");
+}
+
+#[test]
+#[ignore = "a stock kernel: scripts/test runs it"]
+fn what_a_guest_gives_back_is_free_on_the_host() {
+    use std::os::unix::fs::MetadataExt;
+    for (format, engine) in [("raw", "async"), ("qcow2", "sync")] {
+        let folder = Folder::new();
+        let path = folder.write("disk", if format == "qcow2" { qcow2() } else { Vec::new() });
+        if format == "raw" {
+            std::fs::File::options().write(true).open(&path).unwrap().set_len(32 << 20).unwrap();
+        }
+        let disk = format!("{},format={format},engine={engine}", path.display());
+        let run = |what: &str| {
+            let ended = boot_with(KERNELS[0], 2, what, &["--disk", &disk]);
+            assert_eq!(ended.code, Some(0), "{}", ended.text);
+            (ended.text, std::fs::metadata(&path).unwrap().blocks() >> 11)
+        };
+        let (_, filled) = run("disk-fill");
+        assert!(filled >= 16, "{filled} MiB");
+        let (text, trimmed) = run("disk-trim");
+        assert!(
+            text.contains("disk: trimmed") && trimmed <= filled - 15,
+            "{trimmed} MiB of {filled}: {text}"
+        );
+        let (text, discarded) = run("disk-discard");
+        assert!(text.contains("disk: discarded, 0\n") && discarded == 0, "{discarded} MiB: {text}");
     }
 }
 
