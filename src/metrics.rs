@@ -114,23 +114,18 @@ impl Group for Gauge {
 }
 
 /// How long something took: the sum of all times, the shortest and the longest since the last line.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Latency {
     sum_us: Counter,
+    /// Its complement, so that nothing timed yet is 0: what is all zeros is no part of the binary.
     min_us: AtomicU64,
     max_us: AtomicU64,
-}
-
-impl Default for Latency {
-    fn default() -> Self {
-        Self::new()
-    }
 }
 
 impl Latency {
     /// Nothing was timed yet.
     pub const fn new() -> Self {
-        Self { sum_us: Counter::new(), min_us: AtomicU64::new(u64::MAX), max_us: AtomicU64::new(0) }
+        Self { sum_us: Counter::new(), min_us: AtomicU64::new(0), max_us: AtomicU64::new(0) }
     }
 
     /// It took so long this time.
@@ -138,8 +133,8 @@ impl Latency {
         let us = time.as_micros() as u64;
         self.sum_us.add(us);
         // Most times are neither: a look costs less than an exchange.
-        if us < self.min_us.load(Ordering::Relaxed) {
-            self.min_us.fetch_min(us, Ordering::Relaxed);
+        if !us > self.min_us.load(Ordering::Relaxed) {
+            self.min_us.fetch_max(!us, Ordering::Relaxed);
         }
         if us > self.max_us.load(Ordering::Relaxed) {
             self.max_us.fetch_max(us, Ordering::Relaxed);
@@ -149,14 +144,16 @@ impl Latency {
 
 impl Group for Latency {
     fn collect(&self, view: View) -> Value {
-        let (min, max) = match view {
-            View::Total => (self.min_us.load(Ordering::Relaxed), self.max_us.load(Ordering::Relaxed)),
-            View::New => {
-                (self.min_us.swap(u64::MAX, Ordering::Relaxed), self.max_us.swap(0, Ordering::Relaxed))
-            }
+        let look = |value: &AtomicU64| match view {
+            View::Total => value.load(Ordering::Relaxed),
+            View::New => value.swap(0, Ordering::Relaxed),
         };
-        let min = if min == u64::MAX { 0 } else { min };
-        let fields = [("min_us", min.into()), ("max_us", max.into()), ("sum_us", self.sum_us.collect(view))];
+        let min = match look(&self.min_us) {
+            0 => 0,
+            complement => !complement,
+        };
+        let (max, sum) = (look(&self.max_us), self.sum_us.collect(view));
+        let fields = [("min_us", min.into()), ("max_us", max.into()), ("sum_us", sum)];
         Value::Object(fields.into_iter().map(|(name, value)| (name.to_owned(), value)).collect())
     }
 }

@@ -176,7 +176,7 @@ fn fifos_without_a_reader_hold_nothing_up_and_what_is_lost_is_counted() {
     for fifo in [&log, &metrics, &serial] {
         output("mkfifo", &[fifo.to_str().unwrap()]);
     }
-    let service = Service::start(&[]);
+    let mut service = Service::start(&[]);
     let mut client = service.client();
     client.ok("PUT", "/logger", &json!({ "log_path": log, "level": "Trace" }).to_string());
     client.ok("PUT", "/metrics", &json!({ "metrics_path": metrics }).to_string());
@@ -188,7 +188,8 @@ fn fifos_without_a_reader_hold_nothing_up_and_what_is_lost_is_counted() {
         client.ok("PUT", "/actions", FLUSH);
     }
     for _ in 0..1000 {
-        client.request("GET", &format!("/{}", "x".repeat(200)), "").fault();
+        let response = client.request("GET", &format!("/{}", "x".repeat(200)), "");
+        assert_eq!(response.status(), "400", "{response:?} {}", service.process.drain());
     }
     let total = loop {
         let total = client.ok("GET", "/metrics", "").json();
