@@ -266,8 +266,11 @@ impl Host for Listener {
     fn file(&mut self, what: &str, path: &Path, access: Access) -> alula::error::Result<std::fs::File> {
         self.0.file(what, path, access)
     }
-    fn tap(&mut self, name: &str) -> alula::error::Result<std::fs::File> {
-        self.0.tap(name)
+    fn tap(&mut self, name: &str, queues: usize) -> alula::error::Result<Vec<alula::host::tap::Tap>> {
+        self.0.tap(name, queues)
+    }
+    fn passt(&mut self, arguments: Vec<String>) -> alula::error::Result<alula::host::passt::Passt> {
+        self.0.passt(arguments)
     }
     fn random_seed(&mut self) -> alula::error::Result<[u8; 32]> {
         self.0.random_seed()

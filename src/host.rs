@@ -1,14 +1,19 @@
 //! Where files come from: opened here, or (after a live upgrade) inherited from the process we replace.
 
+pub mod link;
+pub mod passt;
+pub mod tap;
+
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Context, Error, Result};
 use crate::sink::Sink;
+use passt::Passt;
+use tap::Tap;
 
 /// What the machine may do with a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -23,8 +28,10 @@ pub enum Access {
 pub trait Host {
     /// The file at `path`, open; `what` names it in errors ("kernel", "disk `root`").
     fn file(&mut self, what: &str, path: &Path, access: Access) -> Result<File>;
-    /// The TAP interface of this name, open for one queue of frames with virtio headers.
-    fn tap(&mut self, name: &str) -> Result<File>;
+    /// The TAP interface of this name, or the open descriptors of one (`fd:N`), for so many queues.
+    fn tap(&mut self, name: &str, queues: usize) -> Result<Vec<Tap>>;
+    /// A user-mode network: a passt that is started with these arguments.
+    fn passt(&mut self, arguments: Vec<String>) -> Result<Passt>;
     /// Fresh random bytes, for the guest's generator.
     fn random_seed(&mut self) -> Result<[u8; 32]>;
     /// Where the guest's serial console writes.
@@ -37,7 +44,7 @@ pub struct Local {
     /// Files opened ahead of the machine, when they were named: what is at the path then is what
     /// the machine gets, whatever is put there later.
     held: Vec<(PathBuf, Access, File)>,
-    held_taps: Vec<(String, File)>,
+    held_taps: Vec<(String, Vec<Tap>)>,
     held_console: Option<Sink>,
 }
 
@@ -51,11 +58,12 @@ impl Local {
     }
 
     /// The same for a TAP interface.
-    pub fn hold_tap(&mut self, name: &str) -> Result<()> {
-        // Attached already: only one descriptor can be.
-        if !self.held_taps.iter().any(|(held, _)| held == name) {
-            let tap = self.tap(name)?;
-            self.held_taps.push((name.to_owned(), tap));
+    pub fn hold_tap(&mut self, name: &str, queues: usize) -> Result<()> {
+        // Attached already: a queue can be only once.
+        if !self.held_taps.iter().any(|(held, taps)| held == name && taps.len() == queues) {
+            self.held_taps.retain(|(held, _)| held != name);
+            let taps = Tap::open(name, queues)?;
+            self.held_taps.push((name.to_owned(), taps));
         }
         Ok(())
     }
@@ -81,11 +89,18 @@ impl Host for Local {
         }
     }
 
-    fn tap(&mut self, name: &str) -> Result<File> {
+    fn tap(&mut self, name: &str, queues: usize) -> Result<Vec<Tap>> {
         if let Some(place) = self.held_taps.iter().position(|(held, _)| held == name) {
-            return Ok(self.held_taps.swap_remove(place).1);
+            let (_, taps) = self.held_taps.swap_remove(place);
+            if taps.len() == queues {
+                return Ok(taps);
+            }
         }
-        open_tap(name).with_context(|| format!("open TAP interface `{name}` (`host_dev_name`, --net tap=)"))
+        Tap::open(name, queues)
+    }
+
+    fn passt(&mut self, arguments: Vec<String>) -> Result<Passt> {
+        Passt::start(arguments)
     }
 
     fn random_seed(&mut self) -> Result<[u8; 32]> {
@@ -183,82 +198,6 @@ fn open(what: &str, path: &Path, access: Access) -> Result<File> {
         return Err(directory()).with_context(attempt);
     }
     Ok(file)
-}
-
-const TUN_DEVICE: &str = "/dev/net/tun";
-const TUNSETIFF: libc::Ioctl = 0x4004_54ca_u32 as libc::Ioctl;
-const TUNSETOFFLOAD: libc::Ioctl = 0x4004_54d0_u32 as libc::Ioctl;
-const TUNSETVNETHDRSZ: libc::Ioctl = 0x4004_54d8_u32 as libc::Ioctl;
-const IFF_TAP: i16 = 0x0002;
-const IFF_NO_PI: i16 = 0x1000;
-const IFF_VNET_HDR: i16 = 0x4000;
-const TUN_F_CSUM: u64 = 1;
-const TUN_F_TSO4: u64 = 2;
-const TUN_F_TSO6: u64 = 4;
-/// struct virtio_net_hdr_v1.
-const VNET_HEADER: i32 = 12;
-
-/// struct ifreq, as TUNSETIFF reads it.
-#[repr(C)]
-struct InterfaceRequest {
-    name: [u8; libc::IFNAMSIZ],
-    flags: i16,
-    padding: [u8; 22],
-}
-
-/// Attaches to an interface that exists (or, with the right to, makes one that goes with us).
-#[allow(unsafe_code)]
-fn open_tap(name: &str) -> Result<File> {
-    let mut request = InterfaceRequest {
-        name: [0; libc::IFNAMSIZ],
-        flags: IFF_TAP | IFF_NO_PI | IFF_VNET_HDR,
-        padding: [0; 22],
-    };
-    if name.is_empty() || name.len() >= libc::IFNAMSIZ || name.contains(['/', '\0', ' ']) {
-        return Err(Error::config(format!("interface names have 1 to {} characters", libc::IFNAMSIZ - 1)));
-    }
-    request.name[..name.len()].copy_from_slice(name.as_bytes());
-    let create = format!("`ip tuntap add dev {name} mode tap user $(id -un)` creates one");
-    // SAFETY: the name ends with a zero, being shorter than its array. Not /sys, which shows the
-    // network namespace that it was mounted in.
-    if unsafe { libc::if_nametoindex(request.name.as_ptr().cast()) } == 0 {
-        return Err(Error::config(format!("there is no such interface: {create}")));
-    }
-    let tap = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .custom_flags(libc::O_NONBLOCK)
-        .open(TUN_DEVICE)
-        .context(format!("open {TUN_DEVICE}"))?;
-    // SAFETY: the calls read the local structure and the constant; both are as large as the kernel expects.
-    let attached = unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETIFF, &request) };
-    if attached < 0 {
-        let error = std::io::Error::last_os_error();
-        return Err(Error::config(match error.raw_os_error() {
-            Some(libc::EBUSY) => "another process uses it".to_owned(),
-            Some(libc::EPERM) => format!("this user may not use it: {create}"),
-            Some(libc::EINVAL) => format!("it is not a TAP interface with one queue: {create}"),
-            _ => error.to_string(),
-        }));
-    }
-    // SAFETY: as above.
-    let sized = unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETVNETHDRSZ, &VNET_HEADER) };
-    if sized < 0 {
-        return Err(std::io::Error::last_os_error()).context("set the size of virtio headers");
-    }
-    Ok(tap)
-}
-
-/// Lets the TAP give frames that the guest said it can take: without checksums, in large segments.
-#[allow(unsafe_code)]
-pub fn set_tap_offloads(tap: &File, checksum: bool, tso4: bool, tso6: bool) -> Result<()> {
-    let bit = |on, bit| if on && checksum { bit } else { 0 };
-    let offloads: u64 = bit(true, TUN_F_CSUM) | bit(tso4, TUN_F_TSO4) | bit(tso6, TUN_F_TSO6);
-    // SAFETY: the call takes a number.
-    match unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETOFFLOAD, offloads) } {
-        0.. => Ok(()),
-        _ => Err(std::io::Error::last_os_error()).context("set the TAP's offloads"),
-    }
 }
 
 #[cfg(test)]

@@ -7,9 +7,8 @@ mod common;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{FromRawFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+
 use std::process::{Command, Stdio};
 
 use common::{Ended, Folder, Process, alula, run, wait_for};
@@ -185,14 +184,6 @@ fn a_console_that_nobody_reads_is_no_error() {
     assert_eq!(child.wait().unwrap().code(), Some(5));
 }
 
-/// The binary where anybody may run it.
-fn for_everybody(folder: &Folder) -> PathBuf {
-    let path = folder.path("alula");
-    std::fs::copy(alula(), &path).unwrap();
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
-    path
-}
-
 #[test]
 fn a_host_without_kvm_is_told_what_to_look_at() {
     let mut command = Command::new(alula());
@@ -219,7 +210,7 @@ fn a_host_without_kvm_is_told_what_to_look_at() {
 #[test]
 fn a_user_who_may_not_use_kvm_is_told_how_to() {
     let folder = Folder::new();
-    let mut command = Command::new(for_everybody(&folder));
+    let mut command = Command::new(common::for_everybody(&folder));
     command.arg("run").uid(65534).gid(65534);
     let mut process = Process::spawn(command);
     process.stdin = None;

@@ -5,16 +5,11 @@
 
 mod common;
 
-use std::fs::File;
 use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use alula::config::Config;
-use alula::host::{Access, Host, Local};
-use alula::machine::{Exit, Machine, Prepared};
 use common::disk::Disk;
 use common::{Ended, Folder, Process, Service, network, run};
 use serde_json::json;
@@ -436,71 +431,44 @@ fn a_guest_boots_pauses_and_ends_over_the_api() {
     }
 }
 
-/// A host whose console the test reads.
-struct Listening(Arc<Mutex<Vec<u8>>>);
-
-struct Ear(Arc<Mutex<Vec<u8>>>);
-
-impl Write for Ear {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-}
-
-impl Host for Listening {
-    fn file(&mut self, what: &str, path: &Path, access: Access) -> alula::error::Result<File> {
-        Local::default().file(what, path, access)
-    }
-    fn tap(&mut self, name: &str) -> alula::error::Result<File> {
-        Local::default().tap(name)
-    }
-    fn random_seed(&mut self) -> alula::error::Result<[u8; 32]> {
-        Ok([7; 32])
-    }
-    fn console(&mut self) -> alula::error::Result<Box<dyn Write + Send>> {
-        Ok(Box::new(Ear(self.0.clone())))
-    }
-}
-
 #[test]
 #[ignore = "a stock kernel: scripts/test runs it"]
 fn a_guest_that_is_asked_to_shut_down_hears_it() {
     let (kernel, initrd, what, waits, end) = match X86_64 {
-        true => (KERNELS[0], "initramfs.cpio", "cad", "waiting for Ctrl-Alt-Del", Exit::Reset),
-        // Debian's cloud kernel has no driver for keys on GPIO lines; the one for all machines has.
-        false => {
-            ("Image-full", "initramfs-full.cpio", "power-key", "waiting for the power key", Exit::PoweredOff)
+        true => {
+            (KERNELS[0], "initramfs.cpio", "cad", "waiting for Ctrl-Alt-Del", "the guest asked for a reset")
         }
+        // Debian's cloud kernel has no driver for keys on GPIO lines; the one for all machines has.
+        false => (
+            "Image-full",
+            "initramfs-full.cpio",
+            "power-key",
+            "waiting for the power key",
+            "the guest powered off",
+        ),
     };
-    let config = json!({
-        "boot-source": {
-            "kernel_image_path": asset(kernel),
-            "initrd_path": asset(initrd),
-            "boot_args": command_line(what),
-        },
-        "machine-config": { "vcpu_count": 1, "mem_size_mib": 256 },
+    let mut service = Service::start(&[]);
+    let mut client = service.client();
+    let boot = json!({
+        "kernel_image_path": asset(kernel),
+        "initrd_path": asset(initrd),
+        "boot_args": command_line(what),
     });
-    let config = Config::parse(config.to_string().as_bytes()).unwrap();
-    let heard = Arc::new(Mutex::new(Vec::new()));
-    let text = || String::from_utf8_lossy(&heard.lock().unwrap()).into_owned();
-    let mut host = Listening(heard.clone());
-    let mut machine = Machine::build("test", &config, &mut host, Prepared::new().unwrap()).unwrap();
-    machine.load(&config, &mut host).unwrap();
-    machine.resume().unwrap();
-    common::wait_for(|| text().contains(waits));
-    assert_eq!(machine.exit(), None);
-    machine.request_shutdown().unwrap();
-    common::wait_for(|| machine.exit().is_some());
-    assert_eq!(machine.exit(), Some(end), "{}", text());
+    client.ok("PUT", "/boot-source", &boot.to_string());
+    client.ok("PUT", "/machine-config", r#"{"vcpu_count": 1, "mem_size_mib": 256}"#);
+    client.ok("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#);
+    service.process.expect(waits);
+    client.ok("PUT", "/actions", r#"{"action_type": "Shutdown"}"#);
+    let Service { process, folder, .. } = service;
+    let ended = process.end();
+    assert_eq!(ended.code, Some(0), "{}", ended.text);
+    assert!(ended.text.contains(&format!("alula: {end}")), "{}", ended.text);
     if !X86_64 {
         // EV_KEY, KEY_POWER: 1, then 0.
-        let said = text();
+        let said = ended.text;
         assert!(said.contains("press: 1 116 1 0") && said.contains("release: 1 116 0 0"), "{said}");
     }
+    drop(folder);
 }
 
 #[test]

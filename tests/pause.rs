@@ -21,8 +21,11 @@ impl Host for Counter {
     fn file(&mut self, what: &str, path: &Path, access: Access) -> Result<File> {
         Local::default().file(what, path, access)
     }
-    fn tap(&mut self, name: &str) -> Result<File> {
-        Local::default().tap(name)
+    fn tap(&mut self, name: &str, queues: usize) -> Result<Vec<alula::host::tap::Tap>> {
+        Local::default().tap(name, queues)
+    }
+    fn passt(&mut self, arguments: Vec<String>) -> Result<alula::host::passt::Passt> {
+        Local::default().passt(arguments)
     }
     fn random_seed(&mut self) -> Result<[u8; 32]> {
         Ok([0; 32])

@@ -25,7 +25,11 @@ const UNSAFE: &[&str] = &[
     "src/devices/block/raw.rs",
     "src/devices/block/ring.rs",
     "src/devices/entropy.rs",
+    "src/devices/net/outgoing.rs",
     "src/host.rs",
+    "src/host/link.rs",
+    "src/host/passt.rs",
+    "src/host/tap.rs",
     "src/main.rs",
     "src/memory.rs",
     "src/pci/msix.rs",
@@ -39,6 +43,7 @@ const UNSAFE: &[&str] = &[
     "tests/cli.rs",
     "tests/common/mod.rs",
     "tests/common/network.rs",
+    "tests/net.rs",
 ];
 
 fn root() -> PathBuf {

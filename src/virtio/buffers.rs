@@ -301,7 +301,7 @@ impl Buffers {
 
     /// Reads once, as much as there is: a frame.
     #[allow(unsafe_code)]
-    pub fn read_frame(&self, file: &File) -> std::io::Result<usize> {
+    pub fn read_frame(&self, file: &impl AsRawFd) -> std::io::Result<usize> {
         let vectors = self.vectors();
         let count = vectors.len().min(VECTORS_MAX) as i32;
         // SAFETY: the vectors lie in `memory` (see `Buffers`); readv writes to them.
@@ -312,7 +312,7 @@ impl Buffers {
 
     /// Writes once: a frame.
     #[allow(unsafe_code)]
-    pub fn write_frame(&self, file: &File) -> std::io::Result<usize> {
+    pub fn write_frame(&self, file: &impl AsRawFd) -> std::io::Result<usize> {
         let vectors = self.vectors();
         let count = vectors.len().min(VECTORS_MAX) as i32;
         // SAFETY: the vectors lie in `memory` (see `Buffers`); writev reads them.

@@ -68,6 +68,8 @@ pub struct Io {
     pub features: u64,
     /// Its queues, in the order of `queue_sizes`. One that the driver did not set up is never kicked.
     pub queues: Vec<Queue>,
+    /// By which it tells the driver that its configuration has changed.
+    pub interrupts: Arc<Interrupts>,
 }
 
 /// The running half of a device: owns its queues and descriptors, lives on one event loop.
@@ -106,19 +108,21 @@ pub struct Interrupts {
     events: Vec<EventFd>,
     /// With vectors: the one for configuration changes, and the queues' ones.
     vectors: Option<(AtomicU16, Vec<AtomicU16>)>,
+    /// One more whenever the configuration changes: who read half of it before reads again (2.5.3).
+    generation: AtomicU32,
 }
 
 impl Interrupts {
     /// A line that writes to `event`.
     pub fn line(event: EventFd) -> Arc<Self> {
-        Arc::new(Self { status: AtomicU32::new(0), events: vec![event], vectors: None })
+        Arc::new(Self { status: 0.into(), events: vec![event], vectors: None, generation: 0.into() })
     }
 
     /// A vector per event, for a device with so many queues.
     pub fn vectors(events: Vec<EventFd>, queues: usize) -> Arc<Self> {
         let queues = (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect();
         let vectors = Some((AtomicU16::new(NO_VECTOR), queues));
-        Arc::new(Self { status: AtomicU32::new(0), events, vectors })
+        Arc::new(Self { status: 0.into(), events, vectors, generation: 0.into() })
     }
 
     fn raise(&self, bit: u32, vector: impl FnOnce(&(AtomicU16, Vec<AtomicU16>)) -> u16) {
@@ -135,8 +139,14 @@ impl Interrupts {
         self.raise(USED_BUFFER, |(_, queues)| queues[queue].load(Ordering::SeqCst));
     }
 
+    /// The device's configuration has changed: tells the driver, if it runs, to look at it.
+    pub fn configuration_changed(&self) {
+        self.generation.fetch_add(1, Ordering::SeqCst);
+        self.configuration_change();
+    }
+
     /// Tells the driver to look at the device's configuration or status.
-    pub fn configuration_change(&self) {
+    fn configuration_change(&self) {
         self.raise(CONFIGURATION_CHANGE, |(config, _)| config.load(Ordering::SeqCst));
     }
 

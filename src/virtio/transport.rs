@@ -4,6 +4,7 @@
 mod life;
 mod saved;
 
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, Weak};
 
@@ -117,7 +118,6 @@ pub struct Transport {
     driver_features: u64,
     queue_select: u32,
     queues: Vec<QueueRegisters>,
-    config_generation: u32,
 }
 
 impl Transport {
@@ -154,7 +154,6 @@ impl Transport {
                 driver_features: 0,
                 queue_select: 0,
                 queues,
-                config_generation: 0,
             };
             transport.reset_registers();
             Mutex::new(transport)
@@ -217,7 +216,7 @@ impl Transport {
             Register::QueueNotify | Register::InterruptAcknowledge => 0,
             Register::InterruptStatus => self.interrupts.status(),
             Register::Status => self.status,
-            Register::ConfigGeneration => self.config_generation,
+            Register::ConfigGeneration => self.interrupts.generation.load(Ordering::SeqCst),
         }
     }
 
@@ -257,9 +256,9 @@ impl Transport {
 
     /// The device's configuration has changed while it may be running: the driver is told so.
     pub fn configuration_changed(&mut self) {
-        self.config_generation = self.config_generation.wrapping_add(1);
-        if self.status & DRIVER_OK != 0 {
-            self.interrupts.configuration_change();
+        match self.status & DRIVER_OK != 0 {
+            true => self.interrupts.configuration_changed(),
+            false => drop(self.interrupts.generation.fetch_add(1, Ordering::SeqCst)),
         }
     }
 

@@ -205,6 +205,35 @@ pub fn run<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Ended {
     process.end()
 }
 
+/// Gives this thread, and what it starts, a /dev of its own whose devices everybody may use.
+#[allow(unsafe_code)]
+pub fn open_devices() {
+    // SAFETY: the call takes a number and changes this thread only.
+    let result = unsafe { libc::unshare(libc::CLONE_NEWNS) };
+    assert_eq!(result, 0, "a mount namespace: {}", std::io::Error::last_os_error());
+    let script = "mount --make-rprivate / && mount -t tmpfs -o mode=755 devices /dev && mkdir /dev/net &&
+        mknod /dev/kvm c 10 232 && mknod /dev/net/tun c 10 200 && mknod /dev/null c 1 3 &&
+        mknod /dev/zero c 1 5 && mknod /dev/urandom c 1 9 && mknod /dev/random c 1 8 &&
+        chmod 666 /dev/kvm /dev/net/tun /dev/null /dev/zero /dev/urandom /dev/random";
+    output("sh", &["-c", script]);
+}
+
+/// The binary where anybody may run it.
+pub fn for_everybody(folder: &Folder) -> PathBuf {
+    let path = folder.path("alula");
+    std::fs::copy(alula(), &path).unwrap();
+    std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    path
+}
+
+/// The monitor under test, in `folder`, as a user without any rights of its own.
+pub fn as_nobody(folder: &Folder, arguments: &[&str]) -> Command {
+    use std::os::unix::process::CommandExt;
+    let mut command = Command::new(for_everybody(folder));
+    command.args(arguments).uid(65534).gid(65534);
+    command
+}
+
 /// A service that listens, and its socket.
 pub struct Service {
     pub process: Process,

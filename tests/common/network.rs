@@ -5,10 +5,8 @@ use std::os::fd::AsRawFd;
 
 use super::output;
 
-const TUNSETIFF: libc::Ioctl = 0x4004_54ca_u32 as libc::Ioctl;
-const TUNSETPERSIST: libc::Ioctl = 0x4004_54cb_u32 as libc::Ioctl;
-/// IFF_TAP, IFF_NO_PI, IFF_VNET_HDR.
-const FLAGS: i16 = 0x5002;
+/// What our TAPs are: Ethernet frames with virtio headers.
+pub const TAP: i32 = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
 
 /// Puts this thread, and what it starts from now on, into a network of its own.
 #[allow(unsafe_code)]
@@ -18,25 +16,43 @@ pub fn enter() {
     assert_eq!(result, 0, "a network namespace: {}", std::io::Error::last_os_error());
 }
 
-/// Makes a TAP interface that lives as long as the namespace, with an address of the host's.
+/// Attaches to an interface, or makes one that lives as long as the file.
 #[allow(unsafe_code)]
-pub fn add_tap(name: &str, address: &str) {
+pub fn open_tap(name: &str, flags: i32) -> File {
     let tap = File::options().read(true).write(true).open("/dev/net/tun").unwrap();
     let mut request = [0_u8; 40];
     request[..name.len()].copy_from_slice(name.as_bytes());
-    request[16..18].copy_from_slice(&FLAGS.to_le_bytes());
-    // SAFETY: the calls read a structure of 40 bytes and take a number.
-    unsafe {
-        assert_eq!(
-            libc::ioctl(tap.as_raw_fd(), TUNSETIFF, &request),
-            0,
-            "{}",
-            std::io::Error::last_os_error()
-        );
-        assert_eq!(libc::ioctl(tap.as_raw_fd(), TUNSETPERSIST, 1), 0);
-    }
+    request[16..18].copy_from_slice(&(flags as u16).to_ne_bytes());
+    // SAFETY: the call reads and writes a structure of 40 bytes.
+    let attached = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETIFF, &mut request) };
+    assert_eq!(attached, 0, "{name}: {}", std::io::Error::last_os_error());
+    tap
+}
+
+/// Makes a TAP interface that lives as long as the namespace, with an address of the host's.
+pub fn add_tap(name: &str, address: &str) {
+    add_interface(name, TAP);
     output("ip", &["addr", "add", address, "dev", name]);
     output("ip", &["link", "set", name, "up"]);
+}
+
+/// Makes a TUN or TAP interface of root's that lives as long as the namespace.
+#[allow(unsafe_code)]
+pub fn add_interface(name: &str, flags: i32) {
+    let tap = open_tap(name, flags);
+    // SAFETY: the calls take numbers.
+    unsafe {
+        assert_eq!(libc::ioctl(tap.as_raw_fd(), libc::TUNSETOWNER, 0), 0);
+        assert_eq!(libc::ioctl(tap.as_raw_fd(), libc::TUNSETPERSIST, 1), 0);
+    }
+}
+
+/// Lets the processes that are started from now on have this file, and returns its number there.
+#[allow(unsafe_code)]
+pub fn hand_over(file: &File) -> i32 {
+    // SAFETY: the call takes numbers.
+    assert_eq!(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFD, 0) }, 0);
+    file.as_raw_fd()
 }
 
 /// Waits for a connection.
@@ -52,6 +68,15 @@ pub fn accept(listener: &std::net::TcpListener) -> std::net::TcpStream {
     stream.set_read_timeout(Some(super::PATIENCE)).unwrap();
     stream.set_write_timeout(Some(super::PATIENCE)).unwrap();
     stream
+}
+
+/// Answers the frame that the firmware's case `net` sends, as it wants.
+pub fn answer(wire: &Wire) {
+    let mut frame = wire.receive();
+    assert_eq!(&frame[14..19], b"hello");
+    frame[14..19].copy_from_slice(b"world");
+    frame[6..12].copy_from_slice(b"\x02\0\0\0\0\x01");
+    wire.send(&frame);
 }
 
 /// A packet socket on an interface, for one EtherType.

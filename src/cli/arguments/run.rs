@@ -9,8 +9,8 @@ use super::{Command, default_id, id, number, value};
 use crate::arch;
 use crate::cli::outputs::{self, Outputs};
 use crate::config::{BootSource, Config};
-use crate::devices::KINDS;
 use crate::devices::kind::{CliOption, Device, Kind};
+use crate::devices::{KINDS, net};
 use crate::error::Result;
 
 const RUN_HELP_BEFORE_DEVICES: &str = "\
@@ -29,8 +29,11 @@ Options:
       --memory SIZE      Memory with its unit, M or G (MiB, GiB); a bare number is MiB [default: 128M]
 ";
 
-const RUN_HELP_AFTER_DEVICES: &str =
-    "      --enable-pci       Devices on a PCI bus instead of behind virtio-mmio
+const RUN_HELP_AFTER_DEVICES: &str = "\
+      --publish [ADDRESS:]HOST:GUEST[/udp]
+                         For the first `--net user`: this port of this host leads to that port of the
+                         guest. May be repeated
+      --enable-pci       Devices on a PCI bus instead of behind virtio-mmio
       --config FILE      Read the configuration from this JSON file (Firecracker's format); other
                          options override it
       --api-sock SOCKET  Also serve the control API on this socket
@@ -79,6 +82,7 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
         outputs: Outputs::default(),
         id: default_id(),
     };
+    let mut ports = Vec::new();
     while let Some(argument) = parser.next()? {
         match argument {
             Long("initrd") => run.initrd = Some(parser.value()?.into()),
@@ -93,12 +97,19 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
             Long(name) if let Some(name) = Outputs::named(name) => run.outputs.take(name, parser)?,
             Long(name) if let Some(kind) = KINDS.iter().find(|kind| kind.option.name == name) => {
                 let device = device(parser, kind, &run.devices)?;
+                if run.devices.iter().any(|other| device.replaces(other)) {
+                    return Err(
+                        format!("--{}: two of them are the {}", kind.option.name, device.name()).into()
+                    );
+                }
                 run.devices.push(device);
             }
+            Long("publish") => ports.push(value(parser, "--publish", |text| text.parse())?),
             Value(kernel) if run.kernel.is_none() => run.kernel = Some(kernel.into()),
             other => return Err(other.unexpected()),
         }
     }
+    net::publish(&mut run.devices, &ports)?;
     if run.initrd.is_some() && run.kernel.is_none() {
         return Err("--initrd needs a kernel".into());
     }

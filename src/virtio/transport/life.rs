@@ -31,8 +31,12 @@ impl Transport {
             return;
         }
         self.phase = Phase::Running;
-        let io = Io { memory: self.memory.clone(), features: self.driver_features, queues: Vec::new() };
-        match self.build_queues().and_then(|queues| self.device.start(Io { queues, ..io })) {
+        let (memory, features) = (self.memory.clone(), self.driver_features);
+        let interrupts = self.interrupts.clone();
+        match self
+            .build_queues()
+            .and_then(|queues| self.device.start(Io { memory, features, queues, interrupts }))
+        {
             Ok(workers) => {
                 for (index, _) in self.queues.iter().enumerate().filter(|(_, queue)| queue.ready) {
                     // A counter that is full says the same.

@@ -1,5 +1,7 @@
 //! A device's registers and queues as saved state.
 
+use std::sync::atomic::Ordering;
+
 use serde::{Deserialize, Serialize};
 
 use super::{DRIVER_OK, FEATURES_OK, NEEDS_RESET, Phase, QueueRegisters, Transport};
@@ -47,7 +49,6 @@ impl Snapshot for Transport {
             driver_features,
             queue_select,
             queues,
-            config_generation,
         } = self;
         if *phase != Phase::Idle {
             return Err(Error::host(format!("save {name}: it runs, pause it first")));
@@ -59,7 +60,7 @@ impl Snapshot for Transport {
             driver_features: *driver_features,
             queue_select: *queue_select,
             queues: queues.clone(),
-            config_generation: *config_generation,
+            config_generation: interrupts.generation.load(Ordering::SeqCst),
             interrupts: interrupts.save(),
             device: device.save_state().with_context(|| format!("save {name}"))?,
         })
@@ -78,7 +79,7 @@ impl Snapshot for Transport {
         self.driver_features = state.driver_features;
         self.queue_select = state.queue_select;
         self.queues = state.queues;
-        self.config_generation = state.config_generation;
+        self.interrupts.generation.store(state.config_generation, Ordering::SeqCst);
         self.interrupts.restore(state.interrupts).context(attempt.clone())?;
         self.device.restore_state(&state.device).context(attempt.clone())?;
         let runs = state.status & (DRIVER_OK | NEEDS_RESET) == DRIVER_OK;

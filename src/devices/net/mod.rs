@@ -1,0 +1,217 @@
+//! The network device (virtio 1.2, 5.1) over a TAP interface of the host, or over passt, which needs no
+//! rights. This file is its configuration; [`device`] is the device.
+
+mod device;
+mod features;
+pub mod framing;
+mod header;
+mod mac;
+mod option;
+mod outgoing;
+mod pair;
+mod publish;
+mod status;
+mod stream;
+mod user;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::kind::{CliOption, DeviceConfig};
+use crate::error::{Error, Result};
+use crate::host::{Host, Local};
+use crate::virtio::VirtioDevice;
+pub use mac::Mac;
+pub use option::publish;
+pub use publish::Publish;
+pub use user::User;
+
+/// The smallest MTU of IPv4 (RFC 791).
+const MTU_MIN: u16 = 68;
+
+/// Body of `PUT /network-interfaces/{iface_id}`.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Its name: letters, digits and underscores.
+    pub iface_id: String,
+    /// The TAP interface of the host, by its name, or `fd:N`: an open descriptor of one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub host_dev_name: Option<String>,
+    /// Instead of a TAP: a network that passt makes, without any rights.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub user: Option<User>,
+    /// Its address; none: one derived from the names of the microVM and the interface.
+    pub guest_mac: Option<Mac>,
+    /// The largest packet, in bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u16>,
+    /// Not implemented yet.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rx_rate_limiter: Option<Value>,
+    /// Not implemented yet.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tx_rate_limiter: Option<Value>,
+}
+
+/// What carries an interface's frames.
+enum Carrier<'a> {
+    /// The TAP that this names.
+    Tap(&'a str),
+    /// passt.
+    User(&'a User),
+}
+
+impl Config {
+    fn new(iface_id: String) -> Self {
+        Self {
+            iface_id,
+            host_dev_name: None,
+            user: None,
+            guest_mac: None,
+            mtu: None,
+            rx_rate_limiter: None,
+            tx_rate_limiter: None,
+        }
+    }
+
+    fn carrier(&self) -> Result<Carrier<'_>> {
+        match (&self.host_dev_name, &self.user) {
+            (Some(name), None) => Ok(Carrier::Tap(name)),
+            (None, Some(user)) => Ok(Carrier::User(user)),
+            (None, None) => Err(Error::config(
+                "`host_dev_name` is missing: it names the TAP interface of the host; or give `user` for a \
+                 network without one",
+            )),
+            (Some(_), Some(_)) => {
+                Err(Error::config("`host_dev_name` and `user` exclude each other: give one of them"))
+            }
+        }
+    }
+}
+
+impl DeviceConfig for Config {
+    const SECTION: &'static str = "network-interfaces";
+    const METRICS: &'static str = "net";
+    const MANY: bool = true;
+    const NOUN: &'static str = "network interface";
+    const FAULT: &'static str = "Network config error";
+    const OPTION: CliOption = CliOption { name: "net", value: option::FORM, help: option::HELP };
+    const EXAMPLE: &'static str =
+        r#"{"iface_id": "eth0", "host_dev_name": "tap0", "guest_mac": "06:00:ac:10:00:02"}"#;
+    type Patch = Patch;
+
+    fn id(&self) -> &str {
+        &self.iface_id
+    }
+
+    fn from_option(text: &str, number: usize) -> Result<Self, String> {
+        option::parse(text, number)
+    }
+
+    fn check(&self) -> Result<()> {
+        super::check_id(&self.iface_id)?;
+        if self.rx_rate_limiter.is_some() || self.tx_rate_limiter.is_some() {
+            return Err(limiters_not_implemented());
+        }
+        if let Carrier::User(user) = self.carrier()? {
+            user.check()?;
+        }
+        match self.mtu {
+            Some(mtu) if mtu < MTU_MIN => {
+                Err(Error::config(format!("an `mtu` of {mtu} is too small: at least {MTU_MIN}")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn check_beside(&self, other: &Self) -> Result<()> {
+        if let (Some(mac), Some(other)) = (self.guest_mac, other.guest_mac)
+            && mac == other
+        {
+            return Err(Error::config(format!("The MAC address is already in use: {mac}")));
+        }
+        match (self.carrier()?, other.carrier()?) {
+            (Carrier::Tap(name), Carrier::Tap(other)) if name == other => {
+                Err(Error::config(format!("two network interfaces use the TAP `{name}`")))
+            }
+            (Carrier::User(user), Carrier::User(other)) => user.check_beside(other),
+            _ => Ok(()),
+        }
+    }
+
+    fn hold(&self, host: &mut Local) -> Result<()> {
+        match self.carrier()? {
+            Carrier::Tap(name) => host.hold_tap(name, 1),
+            Carrier::User(user) => user.check_host(),
+        }
+    }
+
+    fn open(&self, vm: &str, host: &mut dyn Host) -> Result<Box<dyn VirtioDevice>> {
+        let mac = self.guest_mac.unwrap_or_else(|| Mac::derived(vm, &self.iface_id));
+        let name = self.iface_id.clone();
+        Ok(Box::new(match self.carrier()? {
+            Carrier::Tap(tap) => device::Net::over_tap(name, mac, self.mtu, host.tap(tap, 1)?),
+            Carrier::User(user) => {
+                user.check_host()?;
+                device::Net::over_passt(name, mac, self.mtu, host.passt(user.passt_arguments(self.mtu))?)
+            }
+        }))
+    }
+
+    fn patched(&self, patch: Patch) -> Result<Self> {
+        if patch.rx_rate_limiter.is_some() || patch.tx_rate_limiter.is_some() {
+            return Err(limiters_not_implemented());
+        }
+        Ok(self.clone())
+    }
+
+    fn id_mismatch(path: &str, body: &str) -> String {
+        format!("The id from the path [{path}] does not match the id from the body [{body}]!")
+    }
+}
+
+fn limiters_not_implemented() -> Error {
+    Error::config("rate limiters are not implemented yet: leave them out")
+}
+
+/// Body of `PATCH /network-interfaces/{iface_id}`: with the name alone, nothing changes.
+#[derive(Clone, Debug, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields)]
+pub struct Patch {
+    /// The interface.
+    pub iface_id: String,
+    /// Not implemented yet.
+    pub rx_rate_limiter: Option<Value>,
+    /// Not implemented yet.
+    pub tx_rate_limiter: Option<Value>,
+}
+
+impl super::kind::Patch for Patch {
+    fn id(&self) -> &str {
+        &self.iface_id
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interface_has_one_carrier_and_two_have_no_port_in_common() {
+        let parse = |text: &str| serde_json::from_str::<Config>(text).unwrap();
+        for (text, expected) in [
+            (r#"{"iface_id":"a"}"#, "`host_dev_name` is missing"),
+            (r#"{"iface_id":"a","host_dev_name":"t","user":{}}"#, "exclude each other"),
+            (r#"{"iface_id":"a","user":{},"mtu":67}"#, "an `mtu` of 67 is too small"),
+            (r#"{"iface_id":"a","user":{"publish":["80:1","80:2"]}}"#, "publish `80:2`"),
+        ] {
+            let error = parse(text).check().unwrap_err().to_string();
+            assert!(error.contains(expected), "{text}: {error}");
+        }
+        let [a, b] =
+            ["a", "b"].map(|id| parse(&format!(r#"{{"iface_id":"{id}","user":{{"publish":["80:1"]}}}}"#)));
+        let error = a.check_beside(&b).unwrap_err().to_string();
+        assert!(error.contains("publish `80:1`"), "{error}");
+    }
+}

@@ -1,0 +1,167 @@
+//! Frames on their way into a stream: many in one system call, from guest memory, without a copy of ours.
+
+use std::collections::VecDeque;
+use std::io::{Error as IoError, Result as IoResult};
+use std::os::fd::AsRawFd;
+
+use super::framing::{FRAME_MAX, FRAME_MIN, PREFIX, prefix};
+use super::header;
+use crate::error::Result;
+use crate::memory::Memory;
+use crate::virtio::Chain;
+use crate::virtio::buffers::Buffers;
+
+/// Frames of one batch.
+pub const BATCH: usize = 64;
+/// Their vectors, as many as the kernel takes at once (IOV_MAX).
+const VECTORS: usize = libc::UIO_MAXIOV as usize;
+
+/// A frame of the batch: the chain it came in, and how much of it is still to go.
+struct Frame {
+    head: u16,
+    /// With its prefix.
+    length: usize,
+    left: usize,
+}
+
+/// A batch of frames.
+pub struct Outgoing {
+    frames: VecDeque<Frame>,
+    prefixes: Box<[[u8; PREFIX]; BATCH]>,
+    buffers: Buffers,
+    /// What is still to go: prefixes and guest memory in turn.
+    vectors: Vec<libc::iovec>,
+    first: usize,
+}
+
+// SAFETY: the vectors point into the prefixes, which are on the heap, and into guest memory, as those
+// of `Buffers` do.
+#[allow(unsafe_code)]
+unsafe impl Send for Outgoing {}
+
+impl Outgoing {
+    /// An empty batch of frames in `memory`.
+    pub fn new(memory: Memory) -> Self {
+        Self {
+            frames: VecDeque::with_capacity(BATCH),
+            prefixes: Box::new([[0; PREFIX]; BATCH]),
+            buffers: Buffers::new(memory),
+            vectors: Vec::with_capacity(VECTORS),
+            first: 0,
+        }
+    }
+
+    /// Whether all went.
+    pub fn is_empty(&self) -> bool {
+        self.frames.is_empty()
+    }
+
+    /// Whether another frame has room.
+    pub fn has_room(&self) -> bool {
+        self.frames.len() < BATCH && self.vectors.len() < VECTORS / 2
+    }
+
+    /// Nothing again; only of an empty batch.
+    pub fn clear(&mut self) {
+        self.frames.clear();
+        self.vectors.clear();
+        self.buffers.clear();
+        self.first = 0;
+    }
+
+    /// Adds the frame in `chain`; false: it is none that a stream can carry, and is lost.
+    pub fn add(&mut self, chain: Chain<'_>) -> Result<bool> {
+        let (head, before) = (chain.head_index(), self.buffers.vectors().len());
+        let length = self.buffers.add_readable(chain)?.saturating_sub(header::SIZE);
+        if !(FRAME_MIN..=FRAME_MAX).contains(&length) {
+            return Ok(false);
+        }
+        let place = &mut self.prefixes[self.frames.len()];
+        *place = prefix(length);
+        self.vectors.push(libc::iovec { iov_base: place.as_mut_ptr().cast(), iov_len: PREFIX });
+        // The header for offloads, of which a stream has none, stays behind.
+        let mut skip = header::SIZE;
+        for vector in &self.buffers.vectors()[before..] {
+            let here = skip.min(vector.iov_len);
+            skip -= here;
+            if vector.iov_len > here {
+                self.vectors.push(libc::iovec {
+                    iov_base: vector.iov_base.wrapping_byte_add(here),
+                    iov_len: vector.iov_len - here,
+                });
+            }
+        }
+        let length = PREFIX + length;
+        self.frames.push_back(Frame { head, length, left: length });
+        Ok(true)
+    }
+
+    /// Sends as much as the other side takes now.
+    #[allow(unsafe_code)]
+    pub fn send(&mut self, socket: &impl AsRawFd) -> IoResult<()> {
+        while self.first < self.vectors.len() {
+            let vectors = &mut self.vectors[self.first..];
+            // SAFETY: `msghdr` is plain data.
+            let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+            message.msg_iov = vectors.as_mut_ptr();
+            message.msg_iovlen = vectors.len().min(VECTORS) as _;
+            let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
+            // SAFETY: the vectors are valid (see `Send` above); the call reads them.
+            let count = unsafe { libc::sendmsg(socket.as_raw_fd(), &message, flags) };
+            match usize::try_from(count) {
+                Ok(count) => self.went(count),
+                Err(_) => return Err(IoError::last_os_error()),
+            }
+        }
+        Ok(())
+    }
+
+    fn went(&mut self, count: usize) {
+        let mut rest = count;
+        while let Some(vector) = self.vectors.get_mut(self.first).filter(|_| rest > 0) {
+            let here = rest.min(vector.iov_len);
+            vector.iov_base = vector.iov_base.wrapping_byte_add(here);
+            vector.iov_len -= here;
+            rest -= here;
+            self.first += usize::from(vector.iov_len == 0);
+        }
+        let mut rest = count;
+        for frame in &mut self.frames {
+            let here = rest.min(frame.left);
+            frame.left -= here;
+            rest -= here;
+        }
+    }
+
+    /// Takes a frame away that has gone: the head of its chain.
+    pub fn done(&mut self) -> Option<u16> {
+        self.frames.pop_front_if(|frame| frame.left == 0).map(|frame| frame.head)
+    }
+
+    /// Takes away a frame that will never go, or that `rest` has now what is still to go of.
+    pub fn give_up(&mut self) -> Option<u16> {
+        self.frames.pop_front().map(|frame| frame.head)
+    }
+
+    /// If the first frame has begun: what is still to go of it, for the frames' sake that come after.
+    #[allow(unsafe_code)]
+    pub fn rest_of_first(&self) -> Option<Vec<u8>> {
+        let frame = self.frames.front().filter(|frame| frame.left < frame.length)?;
+        let mut bytes = Vec::with_capacity(frame.left);
+        for vector in &self.vectors[self.first..] {
+            let here = vector.iov_len.min(frame.left - bytes.len());
+            let start = bytes.len();
+            bytes.resize(start + here, 0);
+            // SAFETY: the vector is valid (see `Send` above), the bytes are ours and as many.
+            unsafe {
+                std::ptr::copy_nonoverlapping(vector.iov_base.cast(), bytes[start..].as_mut_ptr(), here)
+            };
+        }
+        Some(bytes)
+    }
+
+    /// How many frames are left.
+    pub fn len(&self) -> usize {
+        self.frames.len()
+    }
+}

@@ -1,0 +1,323 @@
+//! An interface over a stream of frames (passt): the worker.
+
+use std::io::{ErrorKind, Read, Write};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use vm_memory::GuestAddressSpace;
+
+use super::framing::Decoder;
+use super::header;
+use super::outgoing::Outgoing;
+use super::status::Status;
+use crate::error::{Error, Result};
+use crate::event::Interest;
+use crate::host::passt::Passt;
+use crate::log;
+use crate::memory::{Memory, Regions};
+use crate::virtio::buffers::Buffers;
+use crate::virtio::{Interrupts, Queue, Registrar, Worker};
+
+const RX: u32 = 0;
+const TX: u32 = 1;
+const SOCKET: u32 = 2;
+
+/// Frames moved in one turn; then other devices of the loop have theirs.
+const TURN: usize = 256;
+
+/// A stream, with what is half read and half written of it.
+pub struct Stream {
+    passt: Passt,
+    decoder: Decoder,
+    /// Of a frame that had begun when the worker was stopped.
+    rest: Vec<u8>,
+    ended: bool,
+}
+
+impl Stream {
+    /// To a passt just started.
+    pub fn new(passt: Passt) -> Self {
+        Self { passt, decoder: Decoder::default(), rest: Vec::new(), ended: false }
+    }
+}
+
+/// Where the stream is while no worker has it.
+pub type Home = Arc<Mutex<Option<Stream>>>;
+
+/// The running half.
+pub struct Running {
+    name: String,
+    memory: Memory,
+    rx: Queue,
+    tx: Queue,
+    mergeable: bool,
+    stream: Stream,
+    home: Home,
+    status: Arc<Status>,
+    interrupts: Arc<Interrupts>,
+    /// Of one received frame, filled again for each.
+    buffers: Buffers,
+    /// Heads and lengths of their chains.
+    chains: Vec<(u16, usize)>,
+    outgoing: Outgoing,
+}
+
+impl Running {
+    /// Takes the stream from its home; `name` is the interface's. None: another worker has it.
+    pub fn new(
+        name: String,
+        memory: Memory,
+        [rx, tx]: [Queue; 2],
+        mergeable: bool,
+        home: &Home,
+        status: Arc<Status>,
+        interrupts: Arc<Interrupts>,
+    ) -> Option<Self> {
+        let stream = home.lock().unwrap_or_else(PoisonError::into_inner).take()?;
+        let buffers = Buffers::new(memory.clone());
+        let outgoing = Outgoing::new(memory.clone());
+        let home = home.clone();
+        let chains = Vec::new();
+        Some(Self {
+            name,
+            memory,
+            rx,
+            tx,
+            mergeable,
+            stream,
+            home,
+            status,
+            interrupts,
+            buffers,
+            chains,
+            outgoing,
+        })
+    }
+}
+
+impl Worker for Running {
+    fn register(&mut self, registrar: &mut Registrar<'_>) -> Result<()> {
+        registrar.kick(&self.rx, RX)?;
+        registrar.kick(&self.tx, TX)?;
+        // Edge-triggered: frames that wait for the driver's buffers, and room that no frame needs, must
+        // not keep the loop awake. What is there already is an edge, too.
+        let interest = Interest::IN | Interest::OUT | Interest::EDGE_TRIGGERED;
+        registrar.add(self.stream.passt.stream(), interest, SOCKET)
+    }
+
+    fn handle(&mut self, token: u32) -> Result<()> {
+        let memory = self.memory.memory();
+        if token != RX {
+            self.transmit(&memory)?;
+        }
+        if token != TX {
+            self.receive(&memory)?;
+        }
+        Ok(())
+    }
+
+    fn stop(mut self: Box<Self>) -> Vec<Queue> {
+        let memory = self.memory.memory();
+        if let Some(rest) = self.outgoing.rest_of_first() {
+            self.stream.rest = rest;
+            if let Some(head) = self.outgoing.give_up() {
+                // A ring that is broken by now is noticed when it is used again.
+                let _ = self.tx.push(&memory, head, 0).and_then(|()| self.tx.notify(&memory));
+            }
+        }
+        (0..self.outgoing.len()).for_each(|_| self.tx.undo_pop());
+        let Self { rx, tx, stream, home, .. } = *self;
+        *home.lock().unwrap_or_else(PoisonError::into_inner) = Some(stream);
+        vec![rx, tx]
+    }
+}
+
+impl Running {
+    /// Moves frames until the stream is empty or the driver has no more buffers.
+    fn receive(&mut self, memory: &Regions) -> Result<()> {
+        if !self.rx.is_ready() {
+            return Ok(());
+        }
+        self.rx.disable_kicks(memory)?;
+        let mut moved = 0;
+        loop {
+            let Ok(is_there) = self.stream.decoder.frame().map(|frame| frame.is_some()) else {
+                self.end();
+                break;
+            };
+            if !is_there {
+                if self.read_ahead() {
+                    continue;
+                }
+                break;
+            }
+            if self.deliver(memory)? {
+                moved += 1;
+                if moved == TURN {
+                    self.rx.kick_again();
+                    break;
+                }
+            } else {
+                if !self.rx.enable_kicks(memory)? {
+                    break;
+                }
+                self.rx.disable_kicks(memory)?;
+            }
+        }
+        self.rx.notify(memory)
+    }
+
+    /// Reads what there is; false: there is nothing, or there will never be again.
+    fn read_ahead(&mut self) -> bool {
+        if self.stream.ended {
+            return false;
+        }
+        match self.stream.passt.stream().read(self.stream.decoder.room()) {
+            Ok(0) => self.end(),
+            Ok(count) => {
+                self.stream.decoder.filled(count);
+                return true;
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            Err(error) if error.kind() == ErrorKind::Interrupted => return true,
+            Err(_) => self.end(),
+        }
+        false
+    }
+
+    /// Copies the next frame to the driver's buffers; false: it has too few.
+    fn deliver(&mut self, memory: &Regions) -> Result<bool> {
+        let Self { buffers, chains, rx, stream, mergeable, .. } = self;
+        let Ok(Some(frame)) = stream.decoder.frame() else { return Ok(true) };
+        let needed = header::SIZE + frame.len();
+        buffers.clear();
+        chains.clear();
+        while buffers.len() < needed && (*mergeable || chains.is_empty()) {
+            let Some(chain) = rx.pop(memory)? else { break };
+            let head = chain.head_index();
+            chains.push((head, buffers.add_writable(chain)?));
+        }
+        let Some((_, first)) = chains.first() else { return Ok(false) };
+        if *first < header::SIZE {
+            return Err(Error::guest("the driver gave a receive buffer too small for a header"));
+        }
+        if buffers.len() < needed {
+            chains.iter().for_each(|_| rx.undo_pop());
+            // More may come; but what would not even fit all of its buffers is lost.
+            let never = !*mergeable || chains.len() >= usize::from(rx.size());
+            if never {
+                stream.decoder.done();
+            }
+            return Ok(never);
+        }
+        buffers.copy_from(0, &header::plain(chains.len() as u16));
+        buffers.copy_from(header::SIZE, frame);
+        let mut left = needed;
+        for (head, length) in chains.iter() {
+            let here = left.min(*length);
+            rx.push(memory, *head, here as u32)?;
+            left -= here;
+        }
+        stream.decoder.done();
+        Ok(true)
+    }
+
+    /// Sends frames until there are no more or the stream takes no more; it tells when it does again.
+    fn transmit(&mut self, memory: &Regions) -> Result<()> {
+        if !self.tx.is_ready() || !self.send_rest() {
+            return Ok(());
+        }
+        self.tx.disable_kicks(memory)?;
+        let mut moved = 0;
+        loop {
+            if self.outgoing.is_empty() && !self.gather(memory)? {
+                if !self.tx.enable_kicks(memory)? {
+                    break;
+                }
+                self.tx.disable_kicks(memory)?;
+                continue;
+            }
+            let is_blocked = !self.send();
+            while let Some(head) = self.outgoing.done() {
+                self.tx.push(memory, head, 0)?;
+                moved += 1;
+            }
+            while self.stream.ended
+                && let Some(head) = self.outgoing.give_up()
+            {
+                self.tx.push(memory, head, 0)?;
+            }
+            if is_blocked && !self.stream.ended {
+                break;
+            }
+            if moved >= TURN {
+                self.tx.kick_again();
+                break;
+            }
+        }
+        self.tx.notify(memory)
+    }
+
+    /// Takes a batch of the driver's frames; false: there is none.
+    fn gather(&mut self, memory: &Regions) -> Result<bool> {
+        self.outgoing.clear();
+        let mut lost = false;
+        while self.outgoing.has_room()
+            && let Some(chain) = self.tx.pop(memory)?
+        {
+            let head = chain.head_index();
+            if !self.outgoing.add(chain)? {
+                self.tx.push(memory, head, 0)?;
+                lost = true;
+            }
+        }
+        Ok(lost || !self.outgoing.is_empty())
+    }
+
+    /// False: the stream takes no more now.
+    fn send(&mut self) -> bool {
+        if self.stream.ended {
+            return false;
+        }
+        match self.outgoing.send(self.stream.passt.stream()) {
+            Ok(()) => true,
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => false,
+            Err(_) => {
+                self.end();
+                false
+            }
+        }
+    }
+
+    /// Sends what is left of a frame that an earlier worker began; false: not all of it.
+    fn send_rest(&mut self) -> bool {
+        while !self.stream.rest.is_empty() && !self.stream.ended {
+            match self.stream.passt.stream().write(&self.stream.rest) {
+                Ok(count) => drop(self.stream.rest.drain(..count)),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return false,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(_) => self.end(),
+            }
+        }
+        true
+    }
+
+    /// The stream is of no more use: the guest's link is down, and it goes on without.
+    fn end(&mut self) {
+        if std::mem::replace(&mut self.stream.ended, true) {
+            return;
+        }
+        let why = match self.stream.decoder.frame() {
+            Err(error) => error.to_string(),
+            Ok(_) => "it ended".to_owned(),
+        };
+        let words = self.stream.passt.last_words();
+        let colon = if words.is_empty() { "" } else { ": " };
+        log::line(format_args!(
+            "network interface `{}` has no link any more: passt: {why}{colon}{words}",
+            self.name
+        ));
+        if self.status.set_down() {
+            self.interrupts.configuration_changed();
+        }
+    }
+}

@@ -1,0 +1,124 @@
+//! Whether an interface of the host is up, and word of its changes (rtnetlink(7)).
+
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+
+use super::tap::{InterfaceRequest, Tap, checked};
+
+/// So much is read at once; what does not fit is cut off, and nothing of it is looked at.
+const MESSAGE: usize = 64;
+/// Where the index of its interface is in an RTM_NEWLINK or RTM_DELLINK message: after struct nlmsghdr
+/// and the first two fields of struct ifinfomsg.
+const INDEX: u32 = 16 + 4;
+
+/// A socket that hears of changes of one interface, and only of that one: on a host with a thousand
+/// interfaces, each new one would else wake a thousand monitors.
+pub struct Link {
+    socket: OwnedFd,
+}
+
+impl Link {
+    /// Watches the interface of `tap`. None: it is not of this network namespace, or cannot be watched:
+    /// then it counts as up.
+    pub fn watch(tap: &Tap) -> Option<Self> {
+        let link = Self { socket: socket().ok()? };
+        let request = tap.request().ok()?;
+        // A descriptor that was handed over may be of another namespace, where names mean other
+        // interfaces: the one meant here has the same address.
+        let address = |fd: RawFd| interface(fd, libc::SIOCGIFHWADDR, &request.name).ok();
+        let [here, there] = [&link.socket as &dyn AsRawFd, tap].map(|of| address(of.as_raw_fd()));
+        (here?.address() == there?.address()).then_some(())?;
+        let index = interface(link.socket.as_raw_fd(), libc::SIOCGIFINDEX, &request.name).ok()?;
+        link.listen(index.index()).ok()?;
+        Some(link)
+    }
+
+    /// Whether the interface is there and up.
+    pub fn is_up(&self, tap: &Tap) -> bool {
+        let flags = tap
+            .request()
+            .and_then(|request| interface(self.socket.as_raw_fd(), libc::SIOCGIFFLAGS, &request.name));
+        flags.is_ok_and(|flags| u32::from(flags.flags()) & libc::IFF_UP as u32 != 0)
+    }
+
+    /// Takes all there is to hear.
+    #[allow(unsafe_code)]
+    pub fn drain(&self) {
+        let mut message = [0_u8; MESSAGE];
+        loop {
+            // SAFETY: the call writes at most the length of the local array.
+            let count = unsafe {
+                libc::recv(self.socket.as_raw_fd(), message.as_mut_ptr().cast(), MESSAGE, libc::MSG_DONTWAIT)
+            };
+            // ENOBUFS: so much has come that some was lost. Who drains looks at the state anyway.
+            if count < 0 && std::io::Error::last_os_error().raw_os_error() != Some(libc::ENOBUFS) {
+                return;
+            }
+        }
+    }
+
+    #[allow(unsafe_code)]
+    fn listen(&self, index: u32) -> std::io::Result<()> {
+        let statement = |code: u32, jt, jf, k| libc::sock_filter { code: code as u16, jt, jf, k };
+        // Loads are big-endian, the message is as the machine is.
+        let mut filter = [
+            statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, INDEX),
+            statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, index.to_be()),
+            statement(libc::BPF_RET | libc::BPF_K, 0, 0, u32::MAX),
+            statement(libc::BPF_RET | libc::BPF_K, 0, 0, 0),
+        ];
+        let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
+        // SAFETY: `sockaddr_nl` is plain data; the calls read local structures of the sizes given.
+        unsafe {
+            checked(libc::setsockopt(
+                self.socket.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_ATTACH_FILTER,
+                (&raw const program).cast(),
+                size_of_val(&program) as u32,
+            ))?;
+            let mut address: libc::sockaddr_nl = std::mem::zeroed();
+            address.nl_family = libc::AF_NETLINK as u16;
+            address.nl_groups = libc::RTMGRP_LINK as u32;
+            let size = size_of_val(&address) as u32;
+            checked(libc::bind(self.socket.as_raw_fd(), (&raw const address).cast(), size))
+        }
+    }
+}
+
+impl AsRawFd for Link {
+    fn as_raw_fd(&self) -> RawFd {
+        self.socket.as_raw_fd()
+    }
+}
+
+#[allow(unsafe_code)]
+fn socket() -> std::io::Result<OwnedFd> {
+    let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    // SAFETY: the call takes numbers; the descriptor that it gives is ours alone.
+    unsafe {
+        let fd = libc::socket(libc::AF_NETLINK, kind, libc::NETLINK_ROUTE);
+        checked(fd)?;
+        Ok(OwnedFd::from_raw_fd(fd))
+    }
+}
+
+/// Asks something of the interface called `name`, of a socket or a TAP.
+#[allow(unsafe_code)]
+fn interface(fd: RawFd, what: libc::Ioctl, name: &[u8; libc::IFNAMSIZ]) -> std::io::Result<InterfaceRequest> {
+    let mut request = InterfaceRequest { name: *name, ..InterfaceRequest::default() };
+    // SAFETY: the call reads and writes a `struct ifreq`, which the local structure is as large as.
+    checked(unsafe { libc::ioctl(fd, what, &raw mut request) })?;
+    Ok(request)
+}
+
+impl InterfaceRequest {
+    /// ifr_hwaddr: the address after its family.
+    fn address(&self) -> [u8; 6] {
+        self.value[2..8].try_into().expect("these are 6")
+    }
+
+    /// ifr_ifindex
+    fn index(&self) -> u32 {
+        u32::from_ne_bytes(self.value[..4].try_into().expect("these are 4"))
+    }
+}

@@ -1,0 +1,96 @@
+//! passt(1): the network of an ordinary user, a process that turns frames into the host's sockets.
+
+use std::ffi::OsString;
+use std::io::{PipeReader, Read};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+
+use crate::error::{Context, Error, Result};
+
+/// What is read of its last words.
+const WORDS_MAX: usize = 4096;
+
+/// A passt that was started here, and the stream of frames to it.
+pub struct Passt {
+    stream: UnixStream,
+    child: Child,
+    words: PipeReader,
+}
+
+/// Where it is.
+pub fn find() -> Result<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_else(|| OsString::from("/usr/local/bin:/usr/bin:/bin"));
+    std::env::split_paths(&path).map(|folder| folder.join("passt")).find(|path| path.is_file()).ok_or_else(
+        || {
+            Error::config(
+                "`passt` is not installed: it makes the network of an interface with `user` (--net user); \
+                 install the package of that name (Debian: `apt-get install passt`), or give the interface \
+                 a TAP (`host_dev_name`, --net tap=)",
+            )
+        },
+    )
+}
+
+impl Passt {
+    /// Starts it. It ends when the stream does, so with this process, whatever ends that.
+    pub fn start(arguments: impl IntoIterator<Item = String>) -> Result<Self> {
+        let program = find()?;
+        let (stream, other) = UnixStream::pair().context("make a pair of sockets")?;
+        stream.set_nonblocking(true).context("make a socket nonblocking")?;
+        // It asks for its socket by number; only programs that this thread starts inherit it.
+        set_inherited(&other)?;
+        let mut command = Command::new(&program);
+        command.args(["--foreground", "--quiet", "--fd"]).arg(other.as_raw_fd().to_string()).args(arguments);
+        let (words, its_words) = std::io::pipe().context("make a pipe")?;
+        // Both ends: we never wait for it to speak, nor it for us to listen.
+        set_nonblocking(&words)?;
+        set_nonblocking(&its_words)?;
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(its_words);
+        let child = command.spawn().with_context(|| format!("start `{}`", program.display()))?;
+        Ok(Self { stream, child, words })
+    }
+
+    /// The stream of frames, not blocking.
+    pub fn stream(&self) -> &UnixStream {
+        &self.stream
+    }
+
+    /// What it said last before it ended, for the log.
+    pub fn last_words(&mut self) -> String {
+        let mut bytes = [0; WORDS_MAX];
+        let count = self.words.read(&mut bytes).unwrap_or(0);
+        let text = String::from_utf8_lossy(&bytes[..count]);
+        // It complains of a host without syslog, and of being started by root.
+        let noise = |line: &&str| !line.starts_with("Failed to send ") && !line.starts_with("Don't run as");
+        let lines: Vec<_> = text.lines().filter(noise).filter(|line| !line.trim().is_empty()).collect();
+        lines.join("; ")
+    }
+}
+
+impl Drop for Passt {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[allow(unsafe_code)]
+fn set_inherited(socket: &UnixStream) -> Result<()> {
+    // SAFETY: the call takes numbers.
+    match unsafe { libc::fcntl(socket.as_raw_fd(), libc::F_SETFD, 0) } {
+        0.. => Ok(()),
+        _ => Err(std::io::Error::last_os_error()).context("hand a socket over"),
+    }
+}
+
+#[allow(unsafe_code)]
+fn set_nonblocking(fd: &impl AsFd) -> Result<()> {
+    // SAFETY: the call takes numbers.
+    match unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) } {
+        0.. => Ok(()),
+        _ => Err(std::io::Error::last_os_error()).context("make a pipe nonblocking"),
+    }
+}

@@ -1,0 +1,265 @@
+//! TAP interfaces (Documentation/networking/tuntap.rst): frames of the host's network, each with the
+//! header of a virtio network device before it (virtio 1.2, 5.1.6).
+
+use std::fs::{File, OpenOptions};
+use std::io::Error as IoError;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
+
+use crate::error::{Context, Error, Result};
+
+const TUN_DEVICE: &str = "/dev/net/tun";
+const IFF_TAP: u16 = libc::IFF_TAP as u16;
+const IFF_MULTI_QUEUE: u16 = libc::IFF_MULTI_QUEUE as u16;
+const IFF_NO_PI: u16 = libc::IFF_NO_PI as u16;
+const IFF_VNET_HDR: u16 = libc::IFF_VNET_HDR as u16;
+/// struct virtio_net_hdr_v1.
+const VNET_HEADER: i32 = 12;
+
+/// struct ifreq: an interface's name, and a union with what is asked for.
+#[repr(C, align(8))]
+#[derive(Clone, Default)]
+pub(super) struct InterfaceRequest {
+    pub(super) name: [u8; libc::IFNAMSIZ],
+    pub(super) value: [u8; 24],
+}
+
+impl InterfaceRequest {
+    /// ifr_flags
+    pub(super) fn flags(&self) -> u16 {
+        u16::from_ne_bytes([self.value[0], self.value[1]])
+    }
+
+    fn with_flags(&self, flags: u16) -> Self {
+        let mut request = self.clone();
+        request.value[..2].copy_from_slice(&flags.to_ne_bytes());
+        request
+    }
+
+    /// About the interface called `name`.
+    fn new(name: &str) -> Result<Self> {
+        if name.is_empty() || name.len() >= libc::IFNAMSIZ || name.contains(['/', '\0', ' ']) {
+            let longest = libc::IFNAMSIZ - 1;
+            return Err(Error::config(format!("interface names have 1 to {longest} characters")));
+        }
+        let mut request = Self::default();
+        request.name[..name.len()].copy_from_slice(name.as_bytes());
+        Ok(request)
+    }
+}
+
+/// One queue of a TAP interface, not blocking.
+#[derive(Debug)]
+pub struct Tap {
+    file: File,
+}
+
+impl Tap {
+    /// Attaches to the interface `name` with so many queues, or takes the descriptors that `fd:N[:N..]`
+    /// names, one for each queue.
+    pub fn open(name: &str, queues: usize) -> Result<Vec<Self>> {
+        match name.strip_prefix("fd:") {
+            Some(numbers) => from_descriptors(numbers, queues),
+            None => attach(name, queues),
+        }
+        .with_context(|| format!("open TAP interface `{name}` (`host_dev_name`, --net)"))
+    }
+
+    /// Lets the TAP give frames that its reader can take: `libc::TUN_F_..`.
+    #[allow(unsafe_code)]
+    pub fn set_offloads(&self, offloads: u32) -> std::io::Result<()> {
+        // SAFETY: the call takes a number.
+        checked(unsafe {
+            libc::ioctl(self.file.as_raw_fd(), libc::TUNSETOFFLOAD, libc::c_ulong::from(offloads))
+        })
+    }
+
+    /// Whether the kernel can pass segments of UDP (Linux 6.2). The TAP passes no segments afterwards.
+    pub fn has_udp_segments(&self) -> bool {
+        let has = self.set_offloads(libc::TUN_F_CSUM | libc::TUN_F_USO4 | libc::TUN_F_USO6).is_ok();
+        // What it can do is no reason to fail yet: who needs it hears of it.
+        let _ = self.set_offloads(0);
+        has
+    }
+
+    /// Another handle of the same queue.
+    pub fn try_clone(&self) -> Result<Self> {
+        Ok(Self { file: self.file.try_clone().context("duplicate a TAP's descriptor")? })
+    }
+
+    /// What the kernel says of it: its name now, and its flags. An error: the interface is gone.
+    #[allow(unsafe_code)]
+    pub(super) fn request(&self) -> std::io::Result<InterfaceRequest> {
+        let mut request = InterfaceRequest::default();
+        // SAFETY: the call writes a `struct ifreq`, which the local structure is as large as.
+        checked(unsafe { libc::ioctl(self.file.as_raw_fd(), libc::TUNGETIFF, &raw mut request) })?;
+        Ok(request)
+    }
+
+    #[allow(unsafe_code)]
+    fn set_header_size(&self) -> Result<()> {
+        // SAFETY: the call reads a number.
+        checked(unsafe { libc::ioctl(self.file.as_raw_fd(), libc::TUNSETVNETHDRSZ, &VNET_HEADER) })
+            .context("set the size of virtio headers")
+    }
+}
+
+impl AsRawFd for Tap {
+    fn as_raw_fd(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+}
+
+pub(super) fn checked(result: i32) -> std::io::Result<()> {
+    if result < 0 { Err(IoError::last_os_error()) } else { Ok(()) }
+}
+
+/// Attaches to an interface that exists: one that we would make would go with us, and nobody could
+/// have given it an address.
+fn attach(name: &str, queues: usize) -> Result<Vec<Tap>> {
+    let request = InterfaceRequest::new(name)?;
+    let several = if queues > 1 { " multi_queue" } else { "" };
+    let create = format!("`ip tuntap add dev {name} mode tap{several} user $(id -un)` creates one");
+    // SAFETY: the name ends with a zero, being shorter than its array. Not /sys, which shows the
+    // network namespace that it was mounted in.
+    #[allow(unsafe_code)]
+    if unsafe { libc::if_nametoindex(request.name.as_ptr().cast()) } == 0 {
+        return Err(Error::config(format!("there is no such interface: {create}")));
+    }
+    let mut taps = Vec::with_capacity(queues);
+    let mut flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | if queues > 1 { IFF_MULTI_QUEUE } else { 0 };
+    while taps.len() < queues {
+        let tap = Tap { file: open_device()? };
+        match attach_queue(&tap, request.with_flags(flags)) {
+            Ok(()) => {}
+            // An interface for several queues serves one as well, when it is asked for by its kind.
+            Err(libc::EINVAL) if flags & IFF_MULTI_QUEUE == 0 => {
+                flags |= IFF_MULTI_QUEUE;
+                continue;
+            }
+            Err(number) => return Err(refused(number, queues, &create)),
+        }
+        tap.set_header_size()?;
+        taps.push(tap);
+    }
+    Ok(taps)
+}
+
+fn open_device() -> Result<File> {
+    OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(TUN_DEVICE).with_context(
+        || format!("open {TUN_DEVICE} (a process that may can hand over an open descriptor: `fd:N`)"),
+    )
+}
+
+#[allow(unsafe_code)]
+fn attach_queue(tap: &Tap, mut request: InterfaceRequest) -> std::result::Result<(), i32> {
+    // SAFETY: the call reads and writes a `struct ifreq`, which the local structure is as large as.
+    let attached = checked(unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETIFF, &raw mut request) });
+    attached.map_err(|error| error.raw_os_error().unwrap_or_default())
+}
+
+fn refused(number: i32, queues: usize, create: &str) -> Error {
+    Error::config(match number {
+        libc::EBUSY => "another process uses it".to_owned(),
+        libc::EPERM => format!("this user may not use it: {create}"),
+        libc::EINVAL if queues > 1 => {
+            format!("it is not a TAP interface with several queues (`queue_pairs`): {create}")
+        }
+        libc::EINVAL => format!("it is not a TAP interface: {create}"),
+        libc::E2BIG => format!("{queues} queues are more than it has left (`queue_pairs`)"),
+        _ => return Error::host(IoError::from_raw_os_error(number).to_string()),
+    })
+}
+
+/// `N[:N..]`: descriptors that this process was started with.
+fn from_descriptors(numbers: &str, queues: usize) -> Result<Vec<Tap>> {
+    let mut taps = Vec::new();
+    for number in numbers.split(':') {
+        let fd: RawFd = number.parse().ok().filter(|fd| *fd > 2).ok_or_else(|| {
+            Error::config(format!("`{number}` is not the number of a descriptor above 2, as in `fd:3`"))
+        })?;
+        taps.push(from_descriptor(fd).with_context(|| format!("take over descriptor {fd}"))?);
+    }
+    if taps.len() != queues {
+        return Err(Error::config(format!(
+            "a descriptor for each queue pair is needed: {queues} (`queue_pairs`), given are {}",
+            taps.len()
+        )));
+    }
+    Ok(taps)
+}
+
+/// A copy of the descriptor, which stays open: a start that fails elsewhere can be tried again.
+#[allow(unsafe_code)]
+fn from_descriptor(fd: RawFd) -> Result<Tap> {
+    // SAFETY: the calls take numbers; whether it is open is what the first one asks.
+    unsafe {
+        if libc::fcntl(fd, libc::F_GETFD) < 0 {
+            return Err(Error::config(
+                "it is not open: start this process with it, and name it by its number there",
+            ));
+        }
+        // Programs that we start have no business with it.
+        libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC);
+        checked(libc::fcntl(fd, libc::F_SETFL, libc::O_RDWR | libc::O_NONBLOCK)).context("set its flags")?;
+    }
+    // SAFETY: it is open, as was just seen, and the process keeps it open.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
+    let tap = Tap { file: borrowed.try_clone_to_owned().context("duplicate it")?.into() };
+    let flags = tap.request().map_err(|error| {
+        Error::config(match error.raw_os_error() {
+            Some(libc::EBADFD) => "it is /dev/net/tun without an interface: attach it to one (TUNSETIFF)",
+            _ => "it is not a TAP interface",
+        })
+    })?;
+    check_flags(flags.flags())?;
+    tap.set_header_size()?;
+    Ok(tap)
+}
+
+fn check_flags(flags: u16) -> Result<()> {
+    let missing = [
+        (IFF_TAP, "it is a TUN interface: a TAP, with Ethernet frames, is needed (IFF_TAP)"),
+        (IFF_NO_PI, "it was attached without IFF_NO_PI, which is needed"),
+        (IFF_VNET_HDR, "it was attached without IFF_VNET_HDR, which is needed"),
+    ];
+    match missing.iter().find(|(flag, _)| flags & flag == 0) {
+        Some((_, message)) => Err(Error::config(*message)),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn descriptors_that_are_no_taps_are_told_apart() {
+        let file = File::open("/dev/null").unwrap();
+        let (open, number) = (file.as_raw_fd(), |fd: RawFd| format!("fd:{fd}"));
+        for (name, expected) in [
+            ("fd:".to_owned(), "`` is not the number of a descriptor"),
+            ("fd:x".to_owned(), "`x` is not the number of a descriptor"),
+            ("fd:1".to_owned(), "`1` is not the number of a descriptor above 2"),
+            ("fd:-1".to_owned(), "`-1` is not the number"),
+            ("fd:99999".to_owned(), "take over descriptor 99999: it is not open"),
+            (number(open), "it is not a TAP interface"),
+        ] {
+            let error = Tap::open(&name, 1).unwrap_err().to_string();
+            assert!(error.contains(expected), "{name}: {error}");
+        }
+    }
+
+    #[test]
+    fn flags_that_are_missing_are_named() {
+        check_flags(IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | IFF_MULTI_QUEUE).unwrap();
+        for (flags, expected) in [
+            (IFF_NO_PI | IFF_VNET_HDR | 1, "it is a TUN interface"),
+            (IFF_TAP | IFF_VNET_HDR, "without IFF_NO_PI"),
+            (IFF_TAP | IFF_NO_PI, "without IFF_VNET_HDR"),
+        ] {
+            let error = check_flags(flags).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+}

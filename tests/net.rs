@@ -1,0 +1,180 @@
+//! Network interfaces: what they are made of, and what is refused.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by it")]
+
+mod common;
+
+use std::fs::File;
+
+use common::{Process, Service, network, run};
+use serde_json::json;
+
+const MAC: &str = "06:00:ac:10:00:02";
+
+/// Both transports.
+const TRANSPORTS: [&[&str]; 2] = [&[], &["--enable-pci"]];
+
+#[test]
+fn a_tap_may_come_as_an_open_descriptor() {
+    network::enter();
+    for (name, transport) in ["tap0", "tap1"].into_iter().zip(TRANSPORTS) {
+        let tap = network::open_tap(name, network::TAP);
+        common::output("ip", &["link", "set", name, "up"]);
+        let wire = network::Wire::new(name, 0x88b5);
+        let net = format!("fd={},mac={MAC}", network::hand_over(&tap));
+        let mut guest =
+            Process::start([&["run"], transport, &["--net", &net, "--cmdline", "case=net"]].concat());
+        network::answer(&wire);
+        guest.expect("net: ok");
+        assert_eq!(guest.end().code, Some(0));
+    }
+}
+
+#[test]
+fn what_is_no_tap_of_ours_is_refused_with_a_way_on() {
+    network::enter();
+    network::add_tap("mine0", "172.16.0.1/24");
+    network::add_interface("several0", network::TAP | libc::IFF_MULTI_QUEUE);
+    network::add_interface("tun0", libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR);
+    let busy = network::open_tap("busy0", network::TAP);
+    let tun = network::open_tap("tun1", libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR);
+    let plain = network::open_tap("plain0", libc::IFF_TAP | libc::IFF_NO_PI);
+    let unattached = File::options().read(true).write(true).open("/dev/net/tun").unwrap();
+    let null = File::open("/dev/null").unwrap();
+    let [null, unattached, tun, plain] =
+        [&null, &unattached, &tun, &plain].map(|file| format!("fd:{}", network::hand_over(file)));
+    let service = Service::start(&[]);
+    let mut client = service.client();
+    for (name, expected) in [
+        ("none0".to_owned(), "there is no such interface: `ip tuntap add dev none0 mode tap user"),
+        ("busy0".to_owned(), "open TAP interface `busy0` (`host_dev_name`, --net): another process uses it"),
+        ("lo".to_owned(), "it is not a TAP interface: `ip tuntap add dev lo mode tap"),
+        ("tun0".to_owned(), "it is not a TAP interface: `ip tuntap add"),
+        ("".to_owned(), "interface names have 1 to 15 characters"),
+        ("fd:250".to_owned(), "take over descriptor 250: it is not open"),
+        ("fd:x".to_owned(), "`x` is not the number of a descriptor"),
+        (null, "it is not a TAP interface"),
+        (unattached, "it is /dev/net/tun without an interface"),
+        (tun, "it is a TUN interface"),
+        (plain, "it was attached without IFF_VNET_HDR"),
+    ] {
+        let body = json!({ "iface_id": "n", "host_dev_name": name }).to_string();
+        let fault = client.request("PUT", "/network-interfaces/n", &body).fault();
+        assert!(fault.starts_with("Network config error: ") && fault.contains(expected), "{name}: {fault}");
+    }
+    // One queue of a TAP that has several is as good as a TAP that has one.
+    for name in ["several0", "mine0"] {
+        let body = json!({ "iface_id": "n", "host_dev_name": name }).to_string();
+        client.ok("PUT", "/network-interfaces/n", &body);
+    }
+    drop(busy);
+}
+
+/// What every passt needs of its host: a route to the world, which need not lead anywhere.
+fn add_uplink() {
+    network::add_tap("up0", "10.9.8.2/24");
+    common::output("ip", &["link", "set", "lo", "up"]);
+    common::output("ip", &["route", "add", "default", "via", "10.9.8.1"]);
+}
+
+/// The processes called passt that `parent` started.
+fn passts(parent: u32) -> Vec<u32> {
+    let children = format!("/proc/{parent}/task/{parent}/children");
+    let children = std::fs::read_to_string(children).unwrap_or_default();
+    let pids = children.split_whitespace().map(|pid| pid.parse().unwrap());
+    let name = |pid: &u32| std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    pids.filter(|pid| name(pid).starts_with("passt")).collect()
+}
+
+#[test]
+fn passt_lives_as_long_as_the_monitor_whatever_ends_it() {
+    network::enter();
+    add_uplink();
+    for signal in [libc::SIGTERM, libc::SIGKILL] {
+        let mut guest = Process::start(["run", "--net", "user", "--cmdline", "hello"]);
+        guest.expect("A");
+        let parent = guest.child.id();
+        common::wait_for(|| passts(parent).len() == 1);
+        let passt = passts(parent)[0];
+        guest.send(signal);
+        guest.end();
+        common::wait_for(|| !std::path::Path::new(&format!("/proc/{passt}")).exists());
+    }
+}
+
+#[test]
+fn a_guest_goes_on_without_a_link_when_passt_dies() {
+    network::enter();
+    add_uplink();
+    let mut guest = Process::start(["run", "--net", "user,id=lan", "--cmdline", "case=serial end=idle"]);
+    guest.expect("1 cases, 0 failed");
+    let parent = guest.child.id();
+    common::wait_for(|| passts(parent).len() == 1);
+    let passt = passts(parent)[0] as i32;
+    // SAFETY: it is the monitor's child and not waited for yet.
+    #[allow(unsafe_code)]
+    unsafe {
+        libc::kill(passt, libc::SIGKILL)
+    };
+    assert!(guest.is_running());
+    guest.send(libc::SIGTERM);
+    guest.end();
+}
+
+#[test]
+fn a_user_network_that_cannot_be_is_refused_with_a_way_on() {
+    network::enter();
+    add_uplink();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = format!("{}:80", listener.local_addr().unwrap());
+    for (options, expected) in [
+        (
+            &["--net", "user", "--publish", &taken][..],
+            "another process uses this port: publish at another one",
+        ),
+        (&["--net", "user", "--publish", "80"], "`80` is not of the form [ADDRESS:]HOST:GUEST[/udp]"),
+        (&["--net", "user", "--publish", "0:80"], "`0` in `0:80` is not a port from 1 to 65535"),
+        (&["--publish", "8080:80"], "--publish is for a network of passt: add `--net user`"),
+        (&["--net", "user", "--publish", "8:80", "--publish", "8:81"], "published already"),
+        (&["--net", "user,publish=8:80", "--net", "user,publish=8:81"], "published already"),
+        (&["--net", "user,tap=tap0"], "`host_dev_name` and `user` exclude each other"),
+    ] {
+        let ended = run([&["run", "--cmdline", "case=serial"], options].concat());
+        assert!([Some(125), Some(153)].contains(&ended.code), "{options:?}: {}", ended.text);
+        assert!(ended.text.contains(expected), "{options:?}: {}", ended.text);
+    }
+    let mut command = std::process::Command::new(common::alula());
+    command.args(["run", "--net", "user", "--cmdline", "case=serial"]).env("PATH", "/nowhere");
+    let ended = Process::spawn(command).end();
+    assert_eq!(ended.code, Some(125), "{}", ended.text);
+    assert!(ended.text.contains("`passt` is not installed") && ended.text.contains("apt-get install passt"));
+}
+
+#[test]
+fn an_ordinary_user_is_told_what_makes_a_tap_its_own() {
+    network::enter();
+    network::add_tap("tap0", "172.16.0.1/24");
+    common::open_devices();
+    let folder = common::Folder::new();
+    let command = common::as_nobody(&folder, &["run", "--net", "tap=tap0", "--cmdline", "case=serial"]);
+    let ended = Process::spawn(command).end();
+    assert_eq!(ended.code, Some(125), "{}", ended.text);
+    let expected = "this user may not use it: `ip tuntap add dev tap0 mode tap user $(id -un)` creates one";
+    assert!(ended.text.contains(expected), "{}", ended.text);
+}
+
+#[test]
+fn interfaces_that_cannot_be_told_apart_are_refused() {
+    network::enter();
+    network::add_tap("tap0", "172.16.0.1/24");
+    network::add_tap("tap1", "172.16.1.1/24");
+    for (first, second, expected) in [
+        ("tap=tap0,id=a", "tap=tap1,id=a", "--net: two of them are the network interface `a`"),
+        ("tap=tap0,mac=06:00:ac:10:00:02", "tap=tap1,mac=06:00:AC:10:00:02", "MAC address is already in use"),
+        ("tap=tap0", "tap=tap0", "two network interfaces use the TAP `tap0`"),
+    ] {
+        let ended = run(["run", "--net", first, "--net", second, "--cmdline", "case=serial"]);
+        assert!([Some(125), Some(153)].contains(&ended.code), "{}", ended.text);
+        assert!(ended.text.contains(expected), "{}", ended.text);
+    }
+}
