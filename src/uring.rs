@@ -25,6 +25,9 @@ const BATCH: u32 = 64;
 pub enum Operation {
     /// Read into `count` vectors from `vectors` on.
     Read { file: RawFd, vectors: *const libc::iovec, count: u32, offset: u64 },
+    /// The same at a file's own place, with what is there now: EAGAIN when nothing is, EOPNOTSUPP when
+    /// the file's driver cannot tell (a TAP's can from Linux 6.4 on).
+    ReadNow { file: RawFd, vectors: *const libc::iovec, count: u32 },
     /// Write `count` vectors from `vectors` on.
     Write { file: RawFd, vectors: *const libc::iovec, count: u32, offset: u64 },
     /// fdatasync(2).
@@ -33,6 +36,8 @@ pub enum Operation {
     Allocate { file: RawFd, mode: i32, offset: u64, length: u64 },
     /// Let the operation with this user data end, if it is still in flight.
     Cancel { user_data: u64 },
+    /// Let every operation on this file end that is still in flight (Linux 5.19).
+    CancelAll { file: RawFd },
 }
 
 impl Operation {
@@ -44,6 +49,10 @@ impl Operation {
             Self::Read { file, vectors, count, offset } => {
                 opcode::Readv::new(types::Fd(file), vectors, count).offset(offset).build()
             }
+            Self::ReadNow { file, vectors, count } => opcode::Readv::new(types::Fd(file), vectors, count)
+                .offset(Self::NO_OFFSET)
+                .rw_flags(libc::RWF_NOWAIT)
+                .build(),
             Self::Write { file, vectors, count, offset } => {
                 opcode::Writev::new(types::Fd(file), vectors, count).offset(offset).build()
             }
@@ -54,6 +63,9 @@ impl Operation {
                 opcode::Fallocate::new(types::Fd(file), length).offset(offset).mode(mode).build()
             }
             Self::Cancel { user_data } => opcode::AsyncCancel::new(user_data).build(),
+            Self::CancelAll { file } => {
+                opcode::AsyncCancel2::new(types::CancelBuilder::fd(types::Fd(file)).all()).build()
+            }
         }
     }
 }
@@ -151,6 +163,20 @@ impl Uring {
                 Err(error) => return Err(error),
             }
         }
+    }
+
+    /// Hands over what is queued and returns when all that is in flight can be taken: one system call.
+    /// The caller knows that nothing of it waits for an event that may never come.
+    pub fn complete(&mut self) -> IoResult<()> {
+        // We look at the completions next: no need to be told of them.
+        self.ring.completion().disable_eventfd();
+        while !self.ring.submission().is_empty() || self.ring.completion().len() < self.in_flight {
+            match self.ring.submit_and_wait(self.in_flight) {
+                Err(error) if error.kind() != ErrorKind::Interrupted => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// Takes a completion, if there is one: no system call.
@@ -335,6 +361,30 @@ mod tests {
             ring.submit().unwrap();
             push(&mut ring, Operation::Cancel { user_data: 1 }, 2);
             assert_eq!(all(&mut ring), [(1, None), (2, Some(0))]);
+        }
+    }
+
+    #[test]
+    fn a_batch_is_complete_after_one_call_though_some_of_it_would_wait() {
+        for mut ring in rings(8) {
+            let (reader, writer) = std::io::pipe().unwrap();
+            std::io::Write::write_all(&mut &writer, b"xy").unwrap();
+            let mut bytes = [[0]; 4];
+            let vectors: Vec<_> = bytes.iter_mut().map(|byte| vector(byte)).collect();
+            let (file, offset) = (reader.as_raw_fd(), Operation::NO_OFFSET);
+            for (index, vectors) in vectors.iter().enumerate() {
+                push(&mut ring, Operation::Read { file, vectors, count: 1, offset }, index as u64);
+            }
+            push(&mut ring, Operation::CancelAll { file }, 9);
+            ring.complete().unwrap();
+            let mut done: Vec<_> = std::iter::from_fn(|| ring.next()).collect();
+            done.sort_by_key(|completion| completion.user_data);
+            let results: Vec<_> = done.iter().map(|completion| completion.result.as_ref().ok()).collect();
+            assert_eq!(results, [Some(&1), Some(&1), None, None, Some(&2)]);
+            push(&mut ring, Operation::ReadNow { file, vectors: &vectors[0], count: 1 }, 0);
+            ring.complete().unwrap();
+            assert_eq!(ring.next().unwrap().result.unwrap_err().raw_os_error(), Some(libc::EAGAIN));
+            assert_eq!(ring.in_flight(), 0);
         }
     }
 
