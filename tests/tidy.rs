@@ -26,6 +26,7 @@ const UNSAFE: &[&str] = &[
     "src/devices/block/ring.rs",
     "src/devices/entropy.rs",
     "src/devices/net/outgoing.rs",
+    "src/devices/net/port.rs",
     "src/host.rs",
     "src/host/link.rs",
     "src/host/passt.rs",

@@ -82,6 +82,35 @@ impl Tap {
         has
     }
 
+    /// Lets a queue of several get frames, or leaves them to the others. No effect when it is so already.
+    #[allow(unsafe_code)]
+    pub fn set_attached(&self, attached: bool) -> std::io::Result<()> {
+        let flag = if attached { libc::IFF_ATTACH_QUEUE } else { libc::IFF_DETACH_QUEUE };
+        let mut request = InterfaceRequest::default().with_flags(flag as u16);
+        // SAFETY: the call reads a `struct ifreq`, which the local structure is as large as.
+        match checked(unsafe { libc::ioctl(self.file.as_raw_fd(), libc::TUNSETQUEUE, &raw mut request) }) {
+            // So is one told that is so already.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+            result => result,
+        }
+    }
+
+    /// Keeps frames out that are for none of these addresses; none: all come.
+    #[allow(unsafe_code)]
+    pub fn set_filter(&self, addresses: Option<&[[u8; 6]]>, all_multicast: bool) -> std::io::Result<()> {
+        // struct tun_filter: flags, a count, addresses. No address: no filter.
+        let flags = if all_multicast { libc::TUN_FLT_ALLMULTI as u16 } else { 0 };
+        // With none at all nothing would be filtered: one that nobody has stands for it.
+        let nobody = [[0; 6]];
+        let addresses = addresses.map(|addresses| if addresses.is_empty() { &nobody[..] } else { addresses });
+        let addresses = addresses.unwrap_or_default();
+        let count = addresses.len() as u16;
+        let mut filter = [flags.to_ne_bytes(), count.to_ne_bytes()].concat();
+        filter.extend(addresses.as_flattened());
+        // SAFETY: the call reads the header and as many addresses as it says there are.
+        checked(unsafe { libc::ioctl(self.file.as_raw_fd(), libc::TUNSETTXFILTER, filter.as_ptr()) })
+    }
+
     /// Another handle of the same queue.
     pub fn try_clone(&self) -> Result<Self> {
         Ok(Self { file: self.file.try_clone().context("duplicate a TAP's descriptor")? })

@@ -118,6 +118,33 @@ impl Buffers {
         Ok(())
     }
 
+    /// Appends a piece of memory that the device may write, as an earlier chain named it.
+    pub fn add_piece(&mut self, address: u64, length: u32) -> Result<()> {
+        let memory = self.memory.memory();
+        self.add(&memory, GuestAddress(address), length, Permissions::Write)
+    }
+
+    /// Address and length of each vector, as the guest has them: for [`Self::add_piece`].
+    pub fn pieces(&self) -> impl Iterator<Item = (u64, u32)> {
+        // A vector is a part of one descriptor, whose length has 32 bits.
+        self.vectors().iter().zip(&self.addresses[self.first..]).map(|(v, at)| (at.0, v.iov_len as u32))
+    }
+
+    /// Takes away the vectors for whose index `keep` is false.
+    pub fn retain(&mut self, mut keep: impl FnMut(usize) -> bool) {
+        let mut kept = self.first;
+        for at in self.first..self.vectors.len() {
+            if keep(at - self.first) {
+                (self.vectors[kept], self.addresses[kept]) = (self.vectors[at], self.addresses[at]);
+                kept += 1;
+            } else {
+                self.length -= self.vectors[at].iov_len;
+            }
+        }
+        self.vectors.truncate(kept);
+        self.addresses.truncate(kept);
+    }
+
     /// How many bytes.
     pub fn len(&self) -> usize {
         self.length
@@ -204,10 +231,16 @@ impl Buffers {
     }
 
     /// Copies `bytes` to byte `offset` of this and on, as far as there is room.
+    pub fn copy_from(&self, offset: usize, bytes: &[u8]) {
+        self.copy_from_vector(0, offset, bytes);
+    }
+
+    /// The same, where `offset` counts from the vector of this index on.
     #[allow(unsafe_code)]
-    pub fn copy_from(&self, mut offset: usize, bytes: &[u8]) {
+    pub fn copy_from_vector(&self, vector: usize, mut offset: usize, bytes: &[u8]) {
         let mut rest = bytes;
-        for (vector, address) in self.vectors().iter().zip(&self.addresses[self.first..]) {
+        let from = self.first + vector;
+        for (vector, address) in self.vectors[from..].iter().zip(&self.addresses[from..]) {
             if offset >= vector.iov_len {
                 offset -= vector.iov_len;
                 continue;
@@ -340,8 +373,14 @@ impl Buffers {
     }
 
     /// Notes that the kernel has written the first `count` bytes.
-    pub fn mark_dirty(&self, mut count: usize) {
-        for (vector, address) in self.vectors().iter().zip(&self.addresses[self.first..]) {
+    pub fn mark_dirty(&self, count: usize) {
+        self.mark_vectors_dirty(0, count);
+    }
+
+    /// The same from the vector of this index on.
+    pub fn mark_vectors_dirty(&self, vector: usize, mut count: usize) {
+        let from = self.first + vector;
+        for (vector, address) in self.vectors[from..].iter().zip(&self.addresses[from..]) {
             let here = vector.iov_len.min(count);
             mark(&self.memory, *address, here);
             count -= here;

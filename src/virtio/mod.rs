@@ -3,6 +3,7 @@
 pub mod buffers;
 pub mod mmio;
 pub mod pci;
+pub mod pool;
 pub mod queue;
 pub mod transport;
 pub mod workers;

@@ -1,23 +1,32 @@
 //! The device: what it offers, its configuration space, and how it starts.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::control::{self, Control};
 use super::features::{self, has};
+use super::limit::Limit;
 use super::mac::Mac;
+use super::port::Port;
+use super::receive::Receiver;
 use super::status::Status;
-use super::{pair, stream};
+use super::transmit::Transmitter;
+use super::{Config, Patch, pair, stream};
 use crate::error::{Context, Error, Result};
 use crate::host::Host;
 use crate::host::passt::Passt;
 use crate::host::tap::Tap;
 use crate::snapshot::Snapshot;
+use crate::virtio::pool::Held;
 use crate::virtio::{Io, Queue, VirtioDevice, Worker};
 
 const QUEUE_SIZE: u16 = 256;
+const CONTROL_QUEUE_SIZE: u16 = 64;
 /// Bits of `status` in the device's configuration.
 const S_LINK_UP: u8 = 1;
+const S_ANNOUNCE: u8 = 2;
 
 /// The device.
 pub struct Net {
@@ -25,40 +34,92 @@ pub struct Net {
     name: String,
     mac: Mac,
     mtu: Option<u16>,
+    pairs: u16,
+    queue_sizes: Vec<u16>,
     // Host
     carrier: Carrier,
     status: Arc<Status>,
+    rx_limit: Limit,
+    tx_limit: Limit,
+    /// It goes on in another place: its driver is to tell the network.
+    moved: bool,
+    // Guest-visible
+    control: Arc<Control>,
+    /// Receive buffers that no frame has filled, of each pair.
+    held: Vec<pair::Home>,
 }
 
 /// What carries its frames.
 enum Carrier {
-    Tap { tap: Tap, udp_segments: bool },
+    Taps { taps: Vec<Tap>, udp_segments: bool },
     Passt(stream::Home),
 }
 
+/// What the guest sees of it beyond its configuration and its queues.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct State {
+    control: control::State,
+    held: Vec<Vec<Held>>,
+}
+
 impl Net {
-    /// An interface over one queue of a TAP.
-    pub fn over_tap(name: String, mac: Mac, mtu: Option<u16>, taps: Vec<Tap>) -> Self {
-        let [tap] = <[Tap; 1]>::try_from(taps).expect("one was asked for");
-        let status = Arc::new(Status::of(&tap));
-        let udp_segments = tap.has_udp_segments();
-        Self { name, mac, mtu, carrier: Carrier::Tap { tap, udp_segments }, status }
+    /// An interface over TAP queues, one for each pair.
+    pub fn over_taps(config: &Config, mac: Mac, taps: Vec<Tap>) -> Self {
+        let status = Arc::new(Status::of(&taps[0]));
+        let udp_segments = taps[0].has_udp_segments();
+        Self::new(config, mac, Carrier::Taps { taps, udp_segments }, status)
     }
 
     /// An interface over passt.
-    pub fn over_passt(name: String, mac: Mac, mtu: Option<u16>, passt: Passt) -> Self {
+    pub fn over_passt(config: &Config, mac: Mac, passt: Passt) -> Self {
         let home = Arc::new(Mutex::new(Some(stream::Stream::new(passt))));
-        Self { name, mac, mtu, carrier: Carrier::Passt(home), status: Arc::new(Status::up()) }
+        Self::new(config, mac, Carrier::Passt(home), Arc::new(Status::up()))
+    }
+
+    fn new(config: &Config, mac: Mac, carrier: Carrier, status: Arc<Status>) -> Self {
+        let pairs = config.queue_pairs();
+        let mut queue_sizes = vec![QUEUE_SIZE; 2 * usize::from(pairs)];
+        queue_sizes.push(CONTROL_QUEUE_SIZE);
+        Self {
+            name: config.iface_id.clone(),
+            mac,
+            mtu: config.mtu,
+            pairs,
+            queue_sizes,
+            carrier,
+            status,
+            rx_limit: Limit::new(config.rx_rate_limiter),
+            tx_limit: Limit::new(config.tx_rate_limiter),
+            moved: false,
+            control: Arc::new(Control::new(control::State::new(mac.0))),
+            held: (0..pairs).map(|_| pair::Home::default()).collect(),
+        }
+    }
+
+    fn taps(&self) -> &[Tap] {
+        match &self.carrier {
+            Carrier::Taps { taps, .. } => taps,
+            Carrier::Passt(_) => &[],
+        }
     }
 }
 
-/// It has none: what the guest sees is in the configuration.
 impl Snapshot for Net {
-    type State = ();
-    fn save(&self) -> Result<()> {
-        Ok(())
+    type State = State;
+
+    fn save(&self) -> Result<State> {
+        let held = self.held.iter().map(|held| held.lock().unwrap_or_else(PoisonError::into_inner).clone());
+        Ok(State { control: self.control.state().clone(), held: held.collect() })
     }
-    fn restore(&mut self, (): ()) -> Result<()> {
+
+    fn restore(&mut self, state: State) -> Result<()> {
+        let fits = state.held.iter().all(|held| held.len() <= usize::from(QUEUE_SIZE));
+        if !fits || state.held.len() != self.held.len() || !state.control.fits(self.pairs) {
+            return Err(Error::config("the saved state is of an interface with other queue pairs"));
+        }
+        self.control = Arc::new(Control::new(state.control));
+        self.held = state.held.into_iter().map(|held| Arc::new(Mutex::new(held))).collect();
+        self.moved = true;
         Ok(())
     }
 }
@@ -70,48 +131,115 @@ impl VirtioDevice for Net {
 
     fn features(&self) -> u64 {
         let mtu = if self.mtu.is_some() { features::MTU } else { 0 };
+        let several = if self.pairs > 1 { features::MQ } else { 0 };
         let carrier = match self.carrier {
-            Carrier::Tap { udp_segments: true, .. } => features::TAP | features::TAP_UDP,
-            Carrier::Tap { .. } => features::TAP,
+            Carrier::Taps { udp_segments: true, .. } => features::TAP | features::TAP_UDP,
+            Carrier::Taps { .. } => features::TAP,
             Carrier::Passt(_) => 0,
         };
-        features::MAC | features::STATUS | features::MRG_RXBUF | mtu | carrier
+        features::MAC | features::STATUS | features::MRG_RXBUF | features::CONTROL | mtu | several | carrier
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        &[QUEUE_SIZE, QUEUE_SIZE]
-    }
-
-    /// With the name alone there is nothing to change.
-    fn patch(&mut self, _: &Value, _: &mut dyn Host) -> Result<bool> {
-        Ok(false)
+        &self.queue_sizes
     }
 
     /// struct virtio_net_config: mac, status, max_virtqueue_pairs, mtu.
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let mut config = [0; 12];
-        config[..6].copy_from_slice(&self.mac.0);
+        config[..6].copy_from_slice(&self.control.state().mac());
         config[6] = if self.status.is_up() { S_LINK_UP } else { 0 };
-        config[8] = 1;
+        config[6] |= if self.control.is_announcing() { S_ANNOUNCE } else { 0 };
+        config[8..10].copy_from_slice(&self.pairs.to_le_bytes());
         config[10..].copy_from_slice(&self.mtu.unwrap_or(0).to_le_bytes());
         super::super::copy_config(&config, offset, data);
     }
 
     fn start(&mut self, io: Io) -> Result<Vec<Box<dyn Worker>>> {
-        let Io { memory, features, queues, interrupts } = io;
-        let queues = <[Queue; 2]>::try_from(queues).ok().expect("two queues were asked for");
-        let (status, mergeable) = (self.status.clone(), has(features, features::MRG_RXBUF));
-        Ok(vec![match &self.carrier {
-            Carrier::Tap { tap, .. } => {
-                tap.set_offloads(features::tap_offloads(features)).context("set the TAP's offloads")?;
-                let tap = tap.try_clone()?;
-                Box::new(pair::Running::new(memory, queues, mergeable, tap, status, interrupts))
+        let (features, interrupts) = (io.features, io.interrupts.clone());
+        // Without MQ the control queue follows the first pair (virtio 1.3, 5.1.2).
+        let pairs = if has(features, features::MQ) { usize::from(self.pairs) } else { 1 };
+        self.control.state().apply(self.taps(), features).context("set up the TAP")?;
+        let mut queues = io.queues.into_iter();
+        let mut workers: Vec<Box<dyn Worker>> = Vec::new();
+        for pair in 0..pairs {
+            let (Some(rx), Some(tx)) = (queues.next(), queues.next()) else { break };
+            let start = Start { memory: &io.memory, features, queues: [rx, tx], interrupts: &interrupts };
+            workers.push(self.start_pair(pair, start)?);
+        }
+        // Who did not negotiate commands gets an answer as well: no.
+        if let Some(queue) = queues.next() {
+            let taps = self.taps().iter().map(Tap::try_clone).collect::<Result<Vec<_>>>()?;
+            let control = self.control.clone();
+            let running = control::Running::new(io.memory, queue, control, taps, features, self.pairs);
+            workers.push(Box::new(running));
+        }
+        if std::mem::take(&mut self.moved) && has(features, features::GUEST_ANNOUNCE) {
+            self.control.set_announcing(true);
+            interrupts.configuration_changed();
+        }
+        Ok(workers)
+    }
+
+    fn reset(&mut self) {
+        let state = control::State::new(self.mac.0);
+        // What stands in the way will do so at the next start, too, and is told there.
+        let _ = state.apply(self.taps(), 0);
+        *self.control.state() = state;
+        self.control.set_announcing(false);
+        self.moved = false;
+        self.held.iter().for_each(|held| held.lock().unwrap_or_else(PoisonError::into_inner).clear());
+    }
+
+    fn patch(&mut self, body: &Value, _: &mut dyn Host) -> Result<bool> {
+        let patch = Patch::deserialize(body).context("read the change")?;
+        for (limit, patch) in
+            [(&mut self.rx_limit, patch.rx_rate_limiter), (&mut self.tx_limit, patch.tx_rate_limiter)]
+        {
+            if let Some(patch) = patch {
+                limit.patch(patch);
             }
+        }
+        Ok(false)
+    }
+}
+
+/// What a pair starts with.
+struct Start<'a> {
+    memory: &'a crate::memory::Memory,
+    features: u64,
+    queues: [Queue; 2],
+    interrupts: &'a Arc<crate::virtio::Interrupts>,
+}
+
+impl Net {
+    fn start_pair(&self, pair: usize, start: Start<'_>) -> Result<Box<dyn Worker>> {
+        let Start { memory, features, queues, interrupts } = start;
+        let mergeable = has(features, features::MRG_RXBUF);
+        let (rx_limit, tx_limit) = (self.rx_limit.clone(), self.tx_limit.clone());
+        let tap = match &self.carrier {
+            Carrier::Taps { taps, .. } => taps[pair].try_clone()?,
             Carrier::Passt(home) => {
-                let name = self.name.clone();
-                let running = stream::Running::new(name, memory, queues, mergeable, home, status, interrupts);
-                Box::new(running.ok_or_else(|| Error::host("an earlier worker still has passt's stream"))?)
+                let link = (self.status.clone(), interrupts.clone());
+                let limits = [rx_limit, tx_limit];
+                let running =
+                    stream::Running::new(self.name.clone(), memory, queues, mergeable, home, link, limits)?;
+                return Ok(Box::new(running));
             }
-        }])
+        };
+        let [rx, tx] = queues;
+        let home = self.held[pair].clone();
+        let held = std::mem::take(&mut *home.lock().unwrap_or_else(PoisonError::into_inner));
+        let [rx_timer, tx_timer] = [&rx_limit, &tx_limit].map(Limit::timer);
+        Ok(Box::new(pair::Running {
+            memory: memory.clone(),
+            receiver: Receiver::new(memory.clone(), rx, mergeable, &held, rx_limit)?,
+            transmitter: Transmitter::new(memory.clone(), tx, tx_limit),
+            port: Port::new(tap),
+            link: (pair == 0).then(|| (self.status.clone(), interrupts.clone())),
+            home,
+            rx_timer: rx_timer?,
+            tx_timer: tx_timer?,
+        }))
     }
 }

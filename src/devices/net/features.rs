@@ -4,6 +4,7 @@
 
 pub const CSUM: u64 = 1 << 0;
 pub const GUEST_CSUM: u64 = 1 << 1;
+pub const CTRL_GUEST_OFFLOADS: u64 = 1 << 2;
 pub const MTU: u64 = 1 << 3;
 pub const MAC: u64 = 1 << 5;
 pub const GUEST_TSO4: u64 = 1 << 7;
@@ -14,15 +15,34 @@ pub const HOST_TSO6: u64 = 1 << 12;
 pub const HOST_ECN: u64 = 1 << 13;
 pub const MRG_RXBUF: u64 = 1 << 15;
 pub const STATUS: u64 = 1 << 16;
+pub const CTRL_VQ: u64 = 1 << 17;
+pub const CTRL_RX: u64 = 1 << 18;
+pub const CTRL_RX_EXTRA: u64 = 1 << 20;
+pub const GUEST_ANNOUNCE: u64 = 1 << 21;
+pub const MQ: u64 = 1 << 22;
+pub const CTRL_MAC_ADDR: u64 = 1 << 23;
 pub const GUEST_USO4: u64 = 1 << 54;
 pub const GUEST_USO6: u64 = 1 << 55;
 pub const HOST_USO: u64 = 1 << 56;
 
 /// What any host's TAP can do for the guest.
-pub const TAP: u64 =
-    CSUM | GUEST_CSUM | GUEST_TSO4 | GUEST_TSO6 | GUEST_ECN | HOST_TSO4 | HOST_TSO6 | HOST_ECN;
+pub const TAP: u64 = CTRL_GUEST_OFFLOADS
+    | CSUM
+    | GUEST_CSUM
+    | GUEST_TSO4
+    | GUEST_TSO6
+    | GUEST_ECN
+    | HOST_TSO4
+    | HOST_TSO6
+    | HOST_ECN;
 /// What one can on a kernel that passes segments of UDP.
 pub const TAP_UDP: u64 = GUEST_USO4 | GUEST_USO6 | HOST_USO;
+
+/// What the control queue is for, over any carrier. Not VLAN filters: a TAP has none, and without them
+/// the driver itself drops what it does not want.
+pub const CONTROL: u64 = CTRL_VQ | CTRL_RX | CTRL_RX_EXTRA | GUEST_ANNOUNCE | CTRL_MAC_ADDR;
+/// What the driver may switch on and off while it runs.
+pub const GUEST_OFFLOADS: u64 = GUEST_CSUM | GUEST_TSO4 | GUEST_TSO6 | GUEST_ECN | GUEST_USO4 | GUEST_USO6;
 
 /// Each offload of a TAP with the features that the driver must have accepted for it.
 const TAP_OFFLOADS: [(u64, u32); 6] = [

@@ -1,25 +1,30 @@
 //! The network device (virtio 1.2, 5.1) over a TAP interface of the host, or over passt, which needs no
 //! rights. This file is its configuration; [`device`] is the device.
 
+mod control;
 mod device;
 mod features;
 pub mod framing;
 mod header;
+mod limit;
 mod mac;
 mod option;
 mod outgoing;
 mod pair;
+mod port;
 mod publish;
+mod receive;
 mod status;
 mod stream;
+mod transmit;
 mod user;
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
 use super::kind::{CliOption, DeviceConfig};
 use crate::error::{Error, Result};
 use crate::host::{Host, Local};
+use crate::limiter::RateLimiter;
 use crate::virtio::VirtioDevice;
 pub use mac::Mac;
 pub use option::publish;
@@ -28,6 +33,8 @@ pub use user::User;
 
 /// The smallest MTU of IPv4 (RFC 791).
 const MTU_MIN: u16 = 68;
+/// Each takes two queues, their interrupts, and a queue of the TAP's.
+const QUEUE_PAIRS_MAX: u16 = 16;
 
 /// Body of `PUT /network-interfaces/{iface_id}`.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
@@ -46,12 +53,19 @@ pub struct Config {
     /// The largest packet, in bytes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mtu: Option<u16>,
-    /// Not implemented yet.
+    /// So many pairs of queues, each with a queue of the TAP's: what several CPUs of the guest send and
+    /// receive at the same time. None: one.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub rx_rate_limiter: Option<Value>,
-    /// Not implemented yet.
+    pub queue_pairs: Option<u16>,
+    /// So many threads of its own move its frames. None: the one that all devices share.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub tx_rate_limiter: Option<Value>,
+    pub threads: Option<u16>,
+    /// The limit of what the guest receives.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rx_rate_limiter: Option<RateLimiter>,
+    /// The limit of what it sends.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tx_rate_limiter: Option<RateLimiter>,
 }
 
 /// What carries an interface's frames.
@@ -70,9 +84,15 @@ impl Config {
             user: None,
             guest_mac: None,
             mtu: None,
+            queue_pairs: None,
+            threads: None,
             rx_rate_limiter: None,
             tx_rate_limiter: None,
         }
+    }
+
+    fn queue_pairs(&self) -> u16 {
+        self.queue_pairs.unwrap_or(1)
     }
 
     fn carrier(&self) -> Result<Carrier<'_>> {
@@ -111,14 +131,22 @@ impl DeviceConfig for Config {
 
     fn check(&self) -> Result<()> {
         super::check_id(&self.iface_id)?;
-        if self.rx_rate_limiter.is_some() || self.tx_rate_limiter.is_some() {
-            return Err(limiters_not_implemented());
-        }
+        let pairs = self.queue_pairs();
         if let Carrier::User(user) = self.carrier()? {
             user.check()?;
+            if pairs > 1 {
+                return Err(Error::config(format!("{pairs} `queue_pairs` are too many: passt has one")));
+            }
         }
-        match self.mtu {
-            Some(mtu) if mtu < MTU_MIN => {
+        if !(1..=QUEUE_PAIRS_MAX).contains(&pairs) {
+            let message = format!("{pairs} `queue_pairs` cannot be: 1 to {QUEUE_PAIRS_MAX} can");
+            return Err(Error::config(message));
+        }
+        match (self.threads, self.mtu) {
+            (Some(threads), _) if threads > pairs => Err(Error::config(format!(
+                "{threads} `threads` are more than the {pairs} `queue_pairs` that they would share"
+            ))),
+            (_, Some(mtu)) if mtu < MTU_MIN => {
                 Err(Error::config(format!("an `mtu` of {mtu} is too small: at least {MTU_MIN}")))
             }
             _ => Ok(()),
@@ -140,39 +168,43 @@ impl DeviceConfig for Config {
         }
     }
 
+    fn threads(&self) -> usize {
+        self.threads.unwrap_or(0).into()
+    }
+
     fn hold(&self, host: &mut Local) -> Result<()> {
         match self.carrier()? {
-            Carrier::Tap(name) => host.hold_tap(name, 1),
+            Carrier::Tap(name) => host.hold_tap(name, self.queue_pairs().into()),
             Carrier::User(user) => user.check_host(),
         }
     }
 
     fn open(&self, vm: &str, host: &mut dyn Host) -> Result<Box<dyn VirtioDevice>> {
         let mac = self.guest_mac.unwrap_or_else(|| Mac::derived(vm, &self.iface_id));
-        let name = self.iface_id.clone();
         Ok(Box::new(match self.carrier()? {
-            Carrier::Tap(tap) => device::Net::over_tap(name, mac, self.mtu, host.tap(tap, 1)?),
+            Carrier::Tap(tap) => device::Net::over_taps(self, mac, host.tap(tap, self.queue_pairs().into())?),
             Carrier::User(user) => {
                 user.check_host()?;
-                device::Net::over_passt(name, mac, self.mtu, host.passt(user.passt_arguments(self.mtu))?)
+                device::Net::over_passt(self, mac, host.passt(user.passt_arguments(self.mtu))?)
             }
         }))
     }
 
     fn patched(&self, patch: Patch) -> Result<Self> {
-        if patch.rx_rate_limiter.is_some() || patch.tx_rate_limiter.is_some() {
-            return Err(limiters_not_implemented());
-        }
-        Ok(self.clone())
+        let patched = |old: Option<RateLimiter>, patch: Option<RateLimiter>| match patch {
+            Some(patch) => Some(old.unwrap_or_default().patched(patch)),
+            None => old,
+        };
+        Ok(Self {
+            rx_rate_limiter: patched(self.rx_rate_limiter, patch.rx_rate_limiter),
+            tx_rate_limiter: patched(self.tx_rate_limiter, patch.tx_rate_limiter),
+            ..self.clone()
+        })
     }
 
     fn id_mismatch(path: &str, body: &str) -> String {
         format!("The id from the path [{path}] does not match the id from the body [{body}]!")
     }
-}
-
-fn limiters_not_implemented() -> Error {
-    Error::config("rate limiters are not implemented yet: leave them out")
 }
 
 /// Body of `PATCH /network-interfaces/{iface_id}`: with the name alone, nothing changes.
@@ -181,10 +213,10 @@ fn limiters_not_implemented() -> Error {
 pub struct Patch {
     /// The interface.
     pub iface_id: String,
-    /// Not implemented yet.
-    pub rx_rate_limiter: Option<Value>,
-    /// Not implemented yet.
-    pub tx_rate_limiter: Option<Value>,
+    /// Buckets of what the guest receives.
+    pub rx_rate_limiter: Option<RateLimiter>,
+    /// Buckets of what it sends.
+    pub tx_rate_limiter: Option<RateLimiter>,
 }
 
 impl super::kind::Patch for Patch {
@@ -203,6 +235,10 @@ mod tests {
         for (text, expected) in [
             (r#"{"iface_id":"a"}"#, "`host_dev_name` is missing"),
             (r#"{"iface_id":"a","host_dev_name":"t","user":{}}"#, "exclude each other"),
+            (r#"{"iface_id":"a","user":{},"queue_pairs":2}"#, "passt has one"),
+            (r#"{"iface_id":"a","host_dev_name":"t","queue_pairs":17}"#, "17 `queue_pairs` cannot be"),
+            (r#"{"iface_id":"a","host_dev_name":"t","queue_pairs":0}"#, "0 `queue_pairs` cannot be"),
+            (r#"{"iface_id":"a","host_dev_name":"t","threads":2}"#, "2 `threads` are more than the 1"),
             (r#"{"iface_id":"a","user":{},"mtu":67}"#, "an `mtu` of 67 is too small"),
             (r#"{"iface_id":"a","user":{"publish":["80:1","80:2"]}}"#, "publish `80:2`"),
         ] {

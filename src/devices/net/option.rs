@@ -12,7 +12,8 @@ A network interface over a TAP interface of this host, over an open
 descriptor of one, or (`user`) over passt, which needs no rights and gives
 the guest its address by DHCP. For `user`: `publish=HOST:GUEST`, as below,
 and `loopback`: this host's loopback is the guest's gateway. For all:
-`mtu=BYTES`. May be repeated";
+`mtu=BYTES`; for a TAP: `queues=N` pairs of queues, moved by `threads=N`
+threads of their own. May be repeated";
 
 /// What `--net` says, for the interface of this number.
 pub fn parse(text: &str, number: usize) -> Result<Config, String> {
@@ -26,9 +27,9 @@ pub fn parse(text: &str, number: usize) -> Result<Config, String> {
             ("user", None) => drop(config.user.get_or_insert_default()),
             ("mac", Some(mac)) => config.guest_mac = Some(mac.parse()?),
             ("id", Some(id)) => config.iface_id = id.to_owned(),
-            ("mtu", Some(mtu)) => {
-                config.mtu = Some(mtu.parse().map_err(|error| format!("`{part}`: {error}"))?)
-            }
+            ("mtu", Some(mtu)) => config.mtu = Some(small(part, mtu)?),
+            ("queues", Some(pairs)) => config.queue_pairs = Some(small(part, pairs)?),
+            ("threads", Some(threads)) => config.threads = Some(small(part, threads)?),
             ("publish" | "loopback", _) => match (&mut config.user, name, value) {
                 (None, ..) => {
                     return Err(format!("`{part}` is for a network of passt: write `user` before it"));
@@ -44,6 +45,10 @@ pub fn parse(text: &str, number: usize) -> Result<Config, String> {
         return Err(format!("expected {FORM}"));
     }
     Ok(config)
+}
+
+fn small(part: &str, text: &str) -> Result<u16, String> {
+    text.parse().map_err(|error| format!("`{part}`: {error}"))
 }
 
 /// `--publish`: more ports for the first network of passt.

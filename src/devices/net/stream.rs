@@ -2,11 +2,14 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use vm_memory::GuestAddressSpace;
+use vmm_sys_util::timerfd::TimerFd;
 
 use super::framing::Decoder;
 use super::header;
+use super::limit::{Limit, set};
 use super::outgoing::Outgoing;
 use super::status::Status;
 use crate::error::{Error, Result};
@@ -20,6 +23,8 @@ use crate::virtio::{Interrupts, Queue, Registrar, Worker};
 const RX: u32 = 0;
 const TX: u32 = 1;
 const SOCKET: u32 = 2;
+const RX_TIMER: u32 = 3;
+const TX_TIMER: u32 = 4;
 
 /// Frames moved in one turn; then other devices of the loop have theirs.
 const TURN: usize = 256;
@@ -59,37 +64,45 @@ pub struct Running {
     /// Heads and lengths of their chains.
     chains: Vec<(u16, usize)>,
     outgoing: Outgoing,
+    rx_limit: Limit,
+    tx_limit: Limit,
+    rx_timer: Option<TimerFd>,
+    tx_timer: Option<TimerFd>,
+    /// The limit has let the next frame through.
+    is_paid: bool,
 }
 
 impl Running {
-    /// Takes the stream from its home; `name` is the interface's. None: another worker has it.
+    /// Takes the stream from its home; `name` is the interface's.
     pub fn new(
         name: String,
-        memory: Memory,
+        memory: &Memory,
         [rx, tx]: [Queue; 2],
         mergeable: bool,
         home: &Home,
-        status: Arc<Status>,
-        interrupts: Arc<Interrupts>,
-    ) -> Option<Self> {
-        let stream = home.lock().unwrap_or_else(PoisonError::into_inner).take()?;
-        let buffers = Buffers::new(memory.clone());
-        let outgoing = Outgoing::new(memory.clone());
-        let home = home.clone();
-        let chains = Vec::new();
-        Some(Self {
+        (status, interrupts): (Arc<Status>, Arc<Interrupts>),
+        [rx_limit, tx_limit]: [Limit; 2],
+    ) -> Result<Self> {
+        let (rx_timer, tx_timer) = (rx_limit.timer()?, tx_limit.timer()?);
+        let stream = home.lock().unwrap_or_else(PoisonError::into_inner).take();
+        Ok(Self {
             name,
-            memory,
+            memory: memory.clone(),
             rx,
             tx,
             mergeable,
-            stream,
-            home,
+            stream: stream.ok_or_else(|| Error::host("an earlier worker still has passt's stream"))?,
+            home: home.clone(),
             status,
             interrupts,
-            buffers,
-            chains,
-            outgoing,
+            buffers: Buffers::new(memory.clone()),
+            chains: Vec::new(),
+            outgoing: Outgoing::new(memory.clone()),
+            rx_limit,
+            tx_limit,
+            rx_timer,
+            tx_timer,
+            is_paid: false,
         })
     }
 }
@@ -98,6 +111,11 @@ impl Worker for Running {
     fn register(&mut self, registrar: &mut Registrar<'_>) -> Result<()> {
         registrar.kick(&self.rx, RX)?;
         registrar.kick(&self.tx, TX)?;
+        for (timer, token) in [(&self.rx_timer, RX_TIMER), (&self.tx_timer, TX_TIMER)] {
+            if let Some(timer) = timer {
+                registrar.add(timer, Interest::IN | Interest::EDGE_TRIGGERED, token)?;
+            }
+        }
         // Edge-triggered: frames that wait for the driver's buffers, and room that no frame needs, must
         // not keep the loop awake. What is there already is an edge, too.
         let interest = Interest::IN | Interest::OUT | Interest::EDGE_TRIGGERED;
@@ -106,10 +124,10 @@ impl Worker for Running {
 
     fn handle(&mut self, token: u32) -> Result<()> {
         let memory = self.memory.memory();
-        if token != RX {
+        if matches!(token, TX | TX_TIMER | SOCKET) {
             self.transmit(&memory)?;
         }
-        if token != TX {
+        if matches!(token, RX | RX_TIMER | SOCKET) {
             self.receive(&memory)?;
         }
         Ok(())
@@ -150,7 +168,17 @@ impl Running {
                 }
                 break;
             }
+            if !self.is_paid
+                && let Ok(Some(frame)) = self.stream.decoder.frame()
+                && let Err(wait) = self.rx_limit.take(frame.len())
+            {
+                set(&mut self.rx_timer, Some(wait))?;
+                break;
+            }
+            // It may have to wait for buffers, and is not counted again then.
+            self.is_paid = true;
             if self.deliver(memory)? {
+                self.is_paid = false;
                 moved += 1;
                 if moved == TURN {
                     self.rx.kick_again();
@@ -229,12 +257,16 @@ impl Running {
         self.tx.disable_kicks(memory)?;
         let mut moved = 0;
         loop {
-            if self.outgoing.is_empty() && !self.gather(memory)? {
-                if !self.tx.enable_kicks(memory)? {
-                    break;
+            if self.outgoing.is_empty() {
+                let wait = self.gather(memory)?;
+                set(&mut self.tx_timer, wait)?;
+                if self.outgoing.is_empty() {
+                    if wait.is_some() || !self.tx.enable_kicks(memory)? {
+                        break;
+                    }
+                    self.tx.disable_kicks(memory)?;
+                    continue;
                 }
-                self.tx.disable_kicks(memory)?;
-                continue;
             }
             let is_blocked = !self.send();
             while let Some(head) = self.outgoing.done() {
@@ -257,20 +289,30 @@ impl Running {
         self.tx.notify(memory)
     }
 
-    /// Takes a batch of the driver's frames; false: there is none.
-    fn gather(&mut self, memory: &Regions) -> Result<bool> {
+    /// Takes a batch of the driver's frames; or how long the next one must wait.
+    fn gather(&mut self, memory: &Regions) -> Result<Option<Duration>> {
         self.outgoing.clear();
-        let mut lost = false;
         while self.outgoing.has_room()
             && let Some(chain) = self.tx.pop(memory)?
         {
+            if self.tx_limit.is_limited()
+                && let Err(wait) = self.tx_limit.take(header::length_after(&chain))
+            {
+                self.tx.undo_pop();
+                return Ok(Some(wait));
+            }
             let head = chain.head_index();
             if !self.outgoing.add(chain)? {
+                if !self.outgoing.is_empty() {
+                    // Looked at again when those before it have gone: what goes back unsent are always
+                    // the last.
+                    self.tx.undo_pop();
+                    break;
+                }
                 self.tx.push(memory, head, 0)?;
-                lost = true;
             }
         }
-        Ok(lost || !self.outgoing.is_empty())
+        Ok(None)
     }
 
     /// False: the stream takes no more now.

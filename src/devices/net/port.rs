@@ -1,0 +1,171 @@
+//! Frames between a TAP and guest memory, many in one system call by io_uring, else one by one. A TAP
+//! gives one frame to a read: so several are posted, each for what is there now.
+
+use std::ops::Range;
+use std::os::fd::AsRawFd;
+use std::sync::Once;
+
+use crate::host::tap::Tap;
+use crate::log;
+use crate::uring::{Operation, Uring};
+use crate::virtio::buffers::VECTORS_MAX;
+use crate::virtio::pool::Pool;
+
+/// Frames moved by one system call at most.
+pub const BATCH: usize = 32;
+/// User data of what is no frame.
+const NO_FRAME: u64 = u64::MAX;
+
+/// One queue of a TAP. It belongs to the thread of its loop.
+pub struct Port {
+    tap: Tap,
+    ring: Option<Uring>,
+    /// The kernel can read what is there now; else what is not there is cancelled.
+    reads_now: bool,
+    /// How many bytes each frame of the last batch has; none: it was not moved.
+    results: Vec<Option<usize>>,
+}
+
+impl Port {
+    /// Not opened yet.
+    pub fn new(tap: Tap) -> Self {
+        Self { tap, ring: None, reads_now: true, results: Vec::with_capacity(BATCH) }
+    }
+
+    /// Makes the ring, on the thread that will use it. A host that forbids it only costs speed.
+    pub fn open(&mut self) {
+        static TOLD: Once = Once::new();
+        match Uring::new(BATCH as u32 + 1) {
+            Ok(ring) => self.ring = Some(ring),
+            Err(error) => TOLD.call_once(|| {
+                log::line(format_args!("network frames go one by one, which is slower: {error}"));
+            }),
+        }
+    }
+
+    /// The TAP.
+    pub fn tap(&self) -> &Tap {
+        &self.tap
+    }
+
+    /// How many bytes each frame of the last batch has; none: it was not moved.
+    pub fn results(&self) -> &[Option<usize>] {
+        &self.results
+    }
+
+    /// Reads one frame into each of these ranges of the pool's vectors, as long as there are some.
+    pub fn read(&mut self, pool: &Pool, frames: &[Range<usize>]) {
+        self.results.clear();
+        if frames.len() > 1 && self.read_batch(pool, frames) {
+            return;
+        }
+        for vectors in frames {
+            let moved = self.read_one(pool, vectors);
+            self.results.push(moved);
+            if moved.is_none() {
+                break;
+            }
+        }
+    }
+
+    /// Writes one frame from each of these ranges of the pool's vectors. What the TAP does not take is
+    /// lost, as on a wire: it is down, or the driver's header is wrong.
+    pub fn write(&mut self, pool: &Pool, frames: &[Range<usize>]) {
+        self.results.clear();
+        if frames.len() > 1 && self.write_batch(pool, frames) {
+            return;
+        }
+        for vectors in frames {
+            let moved = self.write_one(pool, vectors);
+            self.results.push(moved);
+        }
+    }
+
+    /// False: there is no ring.
+    fn read_batch(&mut self, pool: &Pool, frames: &[Range<usize>]) -> bool {
+        let Some(ring) = &mut self.ring else { return false };
+        let file = self.tap.as_raw_fd();
+        for (index, range) in frames.iter().enumerate() {
+            let (vectors, count) = kernel(pool, range);
+            let read = match self.reads_now {
+                true => Operation::ReadNow { file, vectors, count },
+                false => Operation::Read { file, vectors, count, offset: Operation::NO_OFFSET },
+            };
+            push(ring, read, index as u64);
+        }
+        if !self.reads_now {
+            push(ring, Operation::CancelAll { file }, NO_FRAME);
+        }
+        let is_told = self.complete(frames.len());
+        if is_told || !self.reads_now {
+            return true;
+        }
+        // Not one of them was tried.
+        self.reads_now = false;
+        self.read_batch(pool, frames)
+    }
+
+    /// False: there is no ring.
+    fn write_batch(&mut self, pool: &Pool, frames: &[Range<usize>]) -> bool {
+        let Some(ring) = &mut self.ring else { return false };
+        let file = self.tap.as_raw_fd();
+        for (index, range) in frames.iter().enumerate() {
+            let (vectors, count) = kernel(pool, range);
+            let write = Operation::Write { file, vectors, count, offset: Operation::NO_OFFSET };
+            push(ring, write, index as u64);
+        }
+        self.complete(frames.len());
+        true
+    }
+
+    /// Takes the results of a batch; false: the kernel cannot read what is there now.
+    fn complete(&mut self, frames: usize) -> bool {
+        let Some(ring) = &mut self.ring else { return true };
+        self.results.clear();
+        self.results.resize(frames, None);
+        let mut is_known = true;
+        while ring.in_flight() > 0 {
+            // The kernel takes what is queued sooner or later; nothing may be left in flight.
+            let _ = ring.complete();
+            while let Some(completion) = ring.next() {
+                let not_now = |error: &std::io::Error| error.raw_os_error() == Some(libc::EOPNOTSUPP);
+                is_known &= !completion.result.as_ref().is_err_and(not_now);
+                if let Some(place) = self.results.get_mut(completion.user_data as usize) {
+                    *place = completion.result.ok().map(|count| count as usize);
+                }
+            }
+        }
+        is_known
+    }
+
+    #[allow(unsafe_code)]
+    fn read_one(&self, pool: &Pool, vectors: &Range<usize>) -> Option<usize> {
+        let (vectors, count) = kernel(pool, vectors);
+        // SAFETY: the vectors lie in guest memory (see `Buffers`); the call writes to them.
+        let count = unsafe { libc::readv(self.tap.as_raw_fd(), vectors, count as i32) };
+        usize::try_from(count).ok()
+    }
+
+    #[allow(unsafe_code)]
+    fn write_one(&self, pool: &Pool, vectors: &Range<usize>) -> Option<usize> {
+        let (vectors, count) = kernel(pool, vectors);
+        // SAFETY: the vectors lie in guest memory (see `Buffers`); the call reads them.
+        let count = unsafe { libc::writev(self.tap.as_raw_fd(), vectors, count as i32) };
+        usize::try_from(count).ok()
+    }
+}
+
+/// A range of the pool's vectors as the kernel wants it.
+fn kernel(pool: &Pool, range: &Range<usize>) -> (*const libc::iovec, u32) {
+    let vectors = &pool.vectors()[range.clone()];
+    (vectors.as_ptr(), vectors.len().min(VECTORS_MAX) as u32)
+}
+
+#[allow(unsafe_code)]
+fn push(ring: &mut Uring, operation: Operation, user_data: u64) {
+    // SAFETY: the vectors lie in guest memory and in a pool that is borrowed until `complete` has taken
+    // the completions of all that was pushed; the TAP is open for as long as the ring.
+    let pushed = unsafe { ring.push(operation, user_data) };
+    // An operation that was not taken has no result, as a frame that was not moved.
+    drop(pushed);
+}

@@ -1,0 +1,220 @@
+//! Frames from a TAP to the driver: one of the two halves of a pair.
+
+use std::ops::Range;
+use std::time::Duration;
+
+use super::header;
+use super::limit::Limit;
+use super::port::{BATCH, Port};
+use crate::error::{Error, Result};
+use crate::memory::{Memory, Regions};
+use crate::virtio::Queue;
+use crate::virtio::buffers::VECTORS_MAX;
+use crate::virtio::pool::{Held, Pool};
+
+/// The largest frame with its header that a TAP gives: 64 KiB of segments and an Ethernet header.
+const FRAME_MAX: usize = header::SIZE + 14 + 65536;
+/// Frames moved in one turn; then other devices of the loop have theirs.
+const TURN: usize = 256;
+/// Reads posted for a frame of which nothing is known: a second one sees that there is no second
+/// frame, without a system call of its own.
+const BATCH_MIN: usize = 2;
+
+/// The driver's receive buffers and what waits for them.
+pub struct Receiver {
+    /// Buffers come by it.
+    pub queue: Queue,
+    mergeable: bool,
+    /// The buffers that it gave and no frame has filled.
+    pool: Pool,
+    limit: Limit,
+    batch: usize,
+    /// The driver gave enough for the largest frame once: it will again, and what there is now is kept
+    /// for it. Others get what fits.
+    is_ample: bool,
+    /// A frame that was read and may not be delivered yet: so many bytes in the first plan.
+    late: Option<usize>,
+    /// For each posted read: entries of the pool, and their vectors.
+    entries: Vec<Range<usize>>,
+    vectors: Vec<Range<usize>>,
+}
+
+impl Receiver {
+    /// Goes on with the buffers that an earlier one held.
+    pub fn new(memory: Memory, queue: Queue, mergeable: bool, held: &[Held], limit: Limit) -> Result<Self> {
+        let mut pool = Pool::new(memory);
+        held.iter().try_for_each(|held| pool.add_held(held))?;
+        let (entries, vectors) = (Vec::with_capacity(BATCH), Vec::with_capacity(BATCH));
+        Ok(Self {
+            queue,
+            mergeable,
+            pool,
+            limit,
+            batch: BATCH_MIN,
+            is_ample: false,
+            late: None,
+            entries,
+            vectors,
+        })
+    }
+
+    /// Gives back the queue and the buffers that no frame has filled.
+    pub fn stop(mut self, memory: &Regions) -> (Queue, Vec<Held>) {
+        if let Some(length) = self.late.take() {
+            // Limits or not, it is not lost. A ring that is broken is noticed when it is used again.
+            let _ = self.deliver(memory, 0, length).and_then(|()| self.queue.notify(memory));
+            self.pool.remove_used();
+        }
+        (self.queue, self.pool.hold())
+    }
+
+    /// Moves frames until the TAP is empty, the driver has no more buffers, or the limit is reached: then
+    /// it is to be called again after so long.
+    pub fn receive(&mut self, memory: &Regions, port: &mut Port) -> Result<Option<Duration>> {
+        if !self.queue.is_ready() {
+            return Ok(None);
+        }
+        self.queue.disable_kicks(memory)?;
+        let mut moved = 0;
+        let wait = loop {
+            if let Some(wait) = self.deliver_late(memory)? {
+                break Some(wait);
+            }
+            self.fill(memory)?;
+            self.plan();
+            let posted = self.vectors.len();
+            if posted == 0 {
+                if !self.queue.enable_kicks(memory)? {
+                    break None;
+                }
+                self.queue.disable_kicks(memory)?;
+                continue;
+            }
+            port.read(&self.pool, &self.vectors);
+            let (got, wait) = self.deliver_all(memory, port.results())?;
+            moved += got;
+            if wait.is_some() {
+                break wait;
+            }
+            if got < posted {
+                self.batch = (got + 1).clamp(BATCH_MIN, BATCH);
+                break None;
+            }
+            self.batch = (2 * posted).clamp(BATCH_MIN, BATCH);
+            if moved >= TURN {
+                self.queue.kick_again();
+                break None;
+            }
+        };
+        self.queue.notify(memory)?;
+        Ok(wait)
+    }
+
+    /// Takes as many of the driver's buffers as the next batch can need.
+    fn fill(&mut self, memory: &Regions) -> Result<()> {
+        if self.limit.is_limited() {
+            self.batch = 1;
+        }
+        let wanted = if self.mergeable { self.batch * FRAME_MAX } else { usize::MAX };
+        while self.pool.length() < wanted
+            && (self.mergeable || self.pool.entries().len() < self.batch)
+            && let Some(chain) = self.queue.pop(memory)?
+        {
+            // Any of them may be a frame's first.
+            if self.pool.add_writable(chain)? < header::SIZE {
+                return Err(Error::guest("the driver gave a receive buffer too small for a header"));
+            }
+        }
+        self.is_ample |= self.pool.length() >= FRAME_MAX;
+        Ok(())
+    }
+
+    /// Deals the buffers out: to each read enough for the largest frame. What is not enough serves one
+    /// read, if there is no other.
+    fn plan(&mut self) {
+        self.entries.clear();
+        self.vectors.clear();
+        let (mut entry, mut vector) = (0, 0);
+        let entries = self.pool.entries();
+        while entry < entries.len() && self.entries.len() < self.batch {
+            let (first, mut length, mut count) = (entry, 0, 0);
+            while entry < entries.len() && (entry == first || self.mergeable && length < FRAME_MAX) {
+                let more = self.pool.count_vectors(entry..entry + 1);
+                if entry > first && count + more > VECTORS_MAX {
+                    break;
+                }
+                count += more;
+                length += entries[entry].length;
+                entry += 1;
+            }
+            if self.mergeable && length < FRAME_MAX && entry == entries.len() && (first > 0 || self.is_ample)
+            {
+                break;
+            }
+            self.entries.push(first..entry);
+            self.vectors.push(vector..vector + count);
+            vector += count;
+        }
+    }
+
+    /// Delivers what a batch has read: how many frames, and how long the last one must wait.
+    fn deliver_all(
+        &mut self,
+        memory: &Regions,
+        results: &[Option<usize>],
+    ) -> Result<(usize, Option<Duration>)> {
+        let mut got = 0;
+        for (read, length) in results.iter().enumerate() {
+            let Some(length) = *length else { continue };
+            got += 1;
+            if let Err(wait) = self.limit.take(length.saturating_sub(header::SIZE)) {
+                // Limited, there was but one read.
+                self.late = Some(length);
+                return Ok((got, Some(wait)));
+            }
+            self.deliver(memory, read, length)?;
+        }
+        self.pool.remove_used();
+        Ok((got, None))
+    }
+
+    /// Delivers a frame that had to wait; or how long it has to go on waiting.
+    fn deliver_late(&mut self, memory: &Regions) -> Result<Option<Duration>> {
+        let Some(length) = self.late else { return Ok(None) };
+        if let Err(wait) = self.limit.take(length.saturating_sub(header::SIZE)) {
+            return Ok(Some(wait));
+        }
+        self.late = None;
+        self.deliver(memory, 0, length)?;
+        self.pool.remove_used();
+        Ok(None)
+    }
+
+    /// Gives the frame of `length` bytes that a read has put into its buffers to the driver.
+    fn deliver(&mut self, memory: &Regions, read: usize, length: usize) -> Result<()> {
+        let (entries, vector) = (self.entries[read].clone(), self.vectors[read].start);
+        let capacity: usize = self.pool.entries()[entries.clone()].iter().map(|entry| entry.length).sum();
+        if self.mergeable && length == capacity && capacity < FRAME_MAX {
+            // Cut off, in all likelihood: lost, as where there is no buffer.
+            return Ok(());
+        }
+        self.pool.mark_dirty(vector, length);
+        let (mut left, mut filled) = (length, 0);
+        for entry in entries.clone() {
+            if left == 0 {
+                break;
+            }
+            left -= left.min(self.pool.entries()[entry].length);
+            filled += 1;
+        }
+        self.pool.copy_from(vector, header::NUM_BUFFERS, &(filled as u16).to_le_bytes());
+        let mut left = length;
+        for entry in entries.take(filled) {
+            let here = left.min(self.pool.entries()[entry].length);
+            self.queue.push(memory, self.pool.entries()[entry].head, here as u32)?;
+            self.pool.set_used(entry);
+            left -= here;
+        }
+        Ok(())
+    }
+}

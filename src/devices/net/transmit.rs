@@ -1,0 +1,94 @@
+//! Frames from the driver to a TAP: the other half of a pair.
+
+use std::ops::Range;
+use std::time::Duration;
+
+use super::header;
+use super::limit::Limit;
+use super::port::{BATCH, Port};
+use crate::error::Result;
+use crate::memory::{Memory, Regions};
+use crate::virtio::Queue;
+use crate::virtio::pool::Pool;
+
+/// The longest frame with its header; a chain can name the same memory many times, and ask the host to
+/// gather gigabytes.
+const FRAME_MAX: usize = header::SIZE + 14 + 4 + 65535;
+/// Frames moved in one turn; then other devices of the loop have theirs.
+const TURN: usize = 256;
+
+/// The driver's frames on their way out.
+pub struct Transmitter {
+    /// They come by it.
+    pub queue: Queue,
+    pool: Pool,
+    limit: Limit,
+    /// The vectors of each frame of a batch that can go.
+    frames: Vec<Range<usize>>,
+}
+
+impl Transmitter {
+    /// Nothing is on its way yet.
+    pub fn new(memory: Memory, queue: Queue, limit: Limit) -> Self {
+        Self { queue, pool: Pool::new(memory), limit, frames: Vec::with_capacity(BATCH) }
+    }
+
+    /// Moves frames until the driver has no more, or the limit is reached: then it is to be called again
+    /// after so long.
+    pub fn transmit(&mut self, memory: &Regions, port: &mut Port) -> Result<Option<Duration>> {
+        if !self.queue.is_ready() {
+            return Ok(None);
+        }
+        self.queue.disable_kicks(memory)?;
+        let mut moved = 0;
+        let wait = loop {
+            let wait = self.gather(memory)?;
+            if self.pool.entries().is_empty() {
+                if wait.is_some() || !self.queue.enable_kicks(memory)? {
+                    break wait;
+                }
+                self.queue.disable_kicks(memory)?;
+                continue;
+            }
+            port.write(&self.pool, &self.frames);
+            for entry in self.pool.entries() {
+                self.queue.push(memory, entry.head, 0)?;
+            }
+            moved += self.pool.entries().len();
+            if wait.is_some() {
+                break wait;
+            }
+            if moved >= TURN {
+                self.queue.kick_again();
+                break None;
+            }
+        };
+        self.queue.notify(memory)?;
+        Ok(wait)
+    }
+
+    /// Takes a batch of the driver's frames; or how long the next one must wait.
+    fn gather(&mut self, memory: &Regions) -> Result<Option<Duration>> {
+        self.pool.clear();
+        self.frames.clear();
+        let mut vector = 0;
+        while self.pool.entries().len() < BATCH
+            && let Some(chain) = self.queue.pop(memory)?
+        {
+            if self.limit.is_limited()
+                && let Err(wait) = self.limit.take(header::length_after(&chain))
+            {
+                self.queue.undo_pop();
+                return Ok(Some(wait));
+            }
+            let length = self.pool.add_readable(chain)?;
+            let end = self.pool.vectors().len();
+            // What cannot be a frame goes back unsent.
+            if (header::SIZE..=FRAME_MAX).contains(&length) {
+                self.frames.push(vector..end);
+            }
+            vector = end;
+        }
+        Ok(None)
+    }
+}

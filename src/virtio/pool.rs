@@ -1,0 +1,179 @@
+//! Requests taken from a queue before it is known what becomes of each: receive buffers that wait for
+//! frames, frames that leave in one batch. Once it is large enough, nothing is allocated any more.
+
+use std::ops::Range;
+
+use serde::{Deserialize, Serialize};
+
+use super::Chain;
+use super::buffers::Buffers;
+use crate::error::Result;
+use crate::memory::Memory;
+
+/// A chain in a pool.
+#[derive(Clone, Copy, Debug)]
+pub struct Entry {
+    /// The head by which it goes back to the driver.
+    pub head: u16,
+    /// How many bytes it has.
+    pub length: usize,
+    vectors: usize,
+    is_used: bool,
+}
+
+/// An entry as saved state: the driver does not offer it a second time.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
+pub struct Held {
+    head: u16,
+    /// Addresses and lengths in bytes.
+    pieces: Vec<(u64, u32)>,
+}
+
+/// Chains in the order in which they were taken, and their memory.
+pub struct Pool {
+    buffers: Buffers,
+    entries: Vec<Entry>,
+}
+
+impl Pool {
+    /// An empty pool of chains in `memory`.
+    pub fn new(memory: Memory) -> Self {
+        Self { buffers: Buffers::new(memory), entries: Vec::new() }
+    }
+
+    /// Takes a chain for what the device may write to it; returns how much that is.
+    pub fn add_writable(&mut self, chain: Chain<'_>) -> Result<usize> {
+        self.add(chain.head_index(), |buffers| buffers.add_writable(chain).map(drop))
+    }
+
+    /// Takes a chain for what the device may read of it; returns how much that is.
+    pub fn add_readable(&mut self, chain: Chain<'_>) -> Result<usize> {
+        self.add(chain.head_index(), |buffers| buffers.add_readable(chain).map(drop))
+    }
+
+    /// Takes back what [`Self::hold`] gave.
+    pub fn add_held(&mut self, held: &Held) -> Result<()> {
+        let add = |buffers: &mut Buffers| {
+            held.pieces.iter().try_for_each(|(address, length)| buffers.add_piece(*address, *length))
+        };
+        self.add(held.head, add).map(drop)
+    }
+
+    fn add(&mut self, head: u16, add: impl FnOnce(&mut Buffers) -> Result<()>) -> Result<usize> {
+        let (vectors, length) = (self.buffers.vectors().len(), self.buffers.len());
+        add(&mut self.buffers)?;
+        let (vectors, length) = (self.buffers.vectors().len() - vectors, self.buffers.len() - length);
+        self.entries.push(Entry { head, length, vectors, is_used: false });
+        Ok(length)
+    }
+
+    /// All entries, for whoever goes on with them later.
+    pub fn hold(&self) -> Vec<Held> {
+        let mut pieces = self.buffers.pieces();
+        let held =
+            |entry: &Entry| Held { head: entry.head, pieces: pieces.by_ref().take(entry.vectors).collect() };
+        self.entries.iter().map(held).collect()
+    }
+
+    /// The entries.
+    pub fn entries(&self) -> &[Entry] {
+        &self.entries
+    }
+
+    /// How many bytes they have.
+    pub fn length(&self) -> usize {
+        self.buffers.len()
+    }
+
+    /// The vectors of all of them, for the kernel (see `Buffers`).
+    pub fn vectors(&self) -> &[libc::iovec] {
+        self.buffers.vectors()
+    }
+
+    /// How many vectors the entries of this range have.
+    pub fn count_vectors(&self, entries: Range<usize>) -> usize {
+        self.entries[entries].iter().map(|entry| entry.vectors).sum()
+    }
+
+    /// Copies `bytes` to what begins with the vector of this index, after `offset` bytes.
+    pub fn copy_from(&self, vector: usize, offset: usize, bytes: &[u8]) {
+        self.buffers.copy_from_vector(vector, offset, bytes);
+    }
+
+    /// Notes that the kernel has written `count` bytes from the vector of this index on.
+    pub fn mark_dirty(&self, vector: usize, count: usize) {
+        self.buffers.mark_vectors_dirty(vector, count);
+    }
+
+    /// Notes that an entry went back to the driver.
+    pub fn set_used(&mut self, entry: usize) {
+        self.entries[entry].is_used = true;
+    }
+
+    /// Forgets the entries that went back.
+    pub fn remove_used(&mut self) {
+        let (mut entry, mut left) = (0, self.entries.first().map_or(0, |entry| entry.vectors));
+        let entries = &self.entries;
+        self.buffers.retain(|_| {
+            while left == 0 {
+                entry += 1;
+                left = entries[entry].vectors;
+            }
+            left -= 1;
+            !entries[entry].is_used
+        });
+        self.entries.retain(|entry| !entry.is_used);
+    }
+
+    /// Forgets everything.
+    pub fn clear(&mut self) {
+        self.buffers.clear();
+        self.entries.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::{Range as Addresses, allocate};
+
+    fn pool() -> Pool {
+        let memory = allocate(&[Addresses { start: 0, size: 1 << 20 }]).unwrap();
+        let mut pool = Pool::new(memory);
+        for (head, pieces) in [(7, vec![(0x1000, 10)]), (3, vec![(0x2000, 20), (0x3000, 30)]), (5, vec![])] {
+            pool.add_held(&Held { head, pieces }).unwrap();
+        }
+        pool.add_held(&Held { head: 9, pieces: vec![(0x4000, 40)] }).unwrap();
+        pool
+    }
+
+    fn heads(pool: &Pool) -> Vec<u16> {
+        pool.entries().iter().map(|entry| entry.head).collect()
+    }
+
+    #[test]
+    fn what_went_back_is_forgotten_and_the_rest_keeps_its_memory() {
+        let mut pool = pool();
+        assert_eq!((heads(&pool), pool.length(), pool.vectors().len()), (vec![7, 3, 5, 9], 100, 4));
+        pool.set_used(0);
+        pool.set_used(2);
+        pool.remove_used();
+        assert_eq!((heads(&pool), pool.length(), pool.vectors().len()), (vec![3, 9], 90, 3));
+        assert_eq!(pool.count_vectors(0..1), 2);
+        pool.set_used(0);
+        pool.set_used(1);
+        pool.remove_used();
+        assert_eq!((heads(&pool), pool.length(), pool.vectors().len()), (vec![], 0, 0));
+        pool.remove_used();
+    }
+
+    #[test]
+    fn what_is_held_comes_back_as_it_was() {
+        let held = pool().hold();
+        let mut other = Pool::new(allocate(&[Addresses { start: 0, size: 1 << 20 }]).unwrap());
+        held.iter().for_each(|held| other.add_held(held).unwrap());
+        assert_eq!(other.hold(), held);
+        let nowhere = Held { head: 0, pieces: vec![(1 << 40, 8)] };
+        assert!(other.add_held(&nowhere).unwrap_err().to_string().contains("gave a buffer at 0x10000000000"));
+    }
+}
