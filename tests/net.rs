@@ -70,32 +70,16 @@ fn what_is_no_tap_of_ours_is_refused_with_a_way_on() {
     drop(busy);
 }
 
-/// What every passt needs of its host: a route to the world, which need not lead anywhere.
-fn add_uplink() {
-    network::add_tap("up0", "10.9.8.2/24");
-    common::output("ip", &["link", "set", "lo", "up"]);
-    common::output("ip", &["route", "add", "default", "via", "10.9.8.1"]);
-}
-
-/// The processes called passt that `parent` started.
-fn passts(parent: u32) -> Vec<u32> {
-    let children = format!("/proc/{parent}/task/{parent}/children");
-    let children = std::fs::read_to_string(children).unwrap_or_default();
-    let pids = children.split_whitespace().map(|pid| pid.parse().unwrap());
-    let name = |pid: &u32| std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-    pids.filter(|pid| name(pid).starts_with("passt")).collect()
-}
-
 #[test]
 fn passt_lives_as_long_as_the_monitor_whatever_ends_it() {
     network::enter();
-    add_uplink();
+    network::add_uplink();
     for signal in [libc::SIGTERM, libc::SIGKILL] {
         let mut guest = Process::start(["run", "--net", "user", "--cmdline", "hello"]);
         guest.expect("A");
         let parent = guest.child.id();
-        common::wait_for(|| passts(parent).len() == 1);
-        let passt = passts(parent)[0];
+        common::wait_for(|| network::passts(parent).len() == 1);
+        let passt = network::passts(parent)[0];
         guest.send(signal);
         guest.end();
         common::wait_for(|| !std::path::Path::new(&format!("/proc/{passt}")).exists());
@@ -105,17 +89,13 @@ fn passt_lives_as_long_as_the_monitor_whatever_ends_it() {
 #[test]
 fn a_guest_goes_on_without_a_link_when_passt_dies() {
     network::enter();
-    add_uplink();
+    network::add_uplink();
     let mut guest = Process::start(["run", "--net", "user,id=lan", "--cmdline", "case=serial end=idle"]);
     guest.expect("1 cases, 0 failed");
     let parent = guest.child.id();
-    common::wait_for(|| passts(parent).len() == 1);
-    let passt = passts(parent)[0] as i32;
-    // SAFETY: it is the monitor's child and not waited for yet.
-    #[allow(unsafe_code)]
-    unsafe {
-        libc::kill(passt, libc::SIGKILL)
-    };
+    common::wait_for(|| network::passts(parent).len() == 1);
+    network::kill(network::passts(parent)[0]);
+    guest.expect("network interface `lan` has no link any more: passt: it ended");
     assert!(guest.is_running());
     guest.send(libc::SIGTERM);
     guest.end();
@@ -124,7 +104,7 @@ fn a_guest_goes_on_without_a_link_when_passt_dies() {
 #[test]
 fn a_user_network_that_cannot_be_is_refused_with_a_way_on() {
     network::enter();
-    add_uplink();
+    network::add_uplink();
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let taken = format!("{}:80", listener.local_addr().unwrap());
     for (options, expected) in [

@@ -44,7 +44,7 @@ const UNSAFE: &[&str] = &[
     "tests/cli.rs",
     "tests/common/mod.rs",
     "tests/common/network.rs",
-    "tests/net.rs",
+    "tests/frames.rs",
 ];
 
 fn root() -> PathBuf {

@@ -55,6 +55,30 @@ pub fn hand_over(file: &File) -> i32 {
     file.as_raw_fd()
 }
 
+/// What every passt needs of its host: a route to the world, which need not lead anywhere.
+pub fn add_uplink() {
+    add_tap("up0", "10.9.8.2/24");
+    output("ip", &["link", "set", "lo", "up"]);
+    output("ip", &["route", "add", "default", "via", "10.9.8.1"]);
+}
+
+/// The processes called passt that `parent` started.
+pub fn passts(parent: u32) -> Vec<u32> {
+    let tasks = std::fs::read_dir(format!("/proc/{parent}/task")).into_iter().flatten().flatten();
+    let children =
+        tasks.map(|task| std::fs::read_to_string(task.path().join("children")).unwrap_or_default());
+    let pids = children.flat_map(|pids| pids.split_whitespace().map(str::to_owned).collect::<Vec<_>>());
+    let name = |pid: &String| std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    pids.filter(|pid| name(pid).starts_with("passt")).map(|pid| pid.parse().unwrap()).collect()
+}
+
+/// Ends a process that the test started, directly or not.
+#[allow(unsafe_code)]
+pub fn kill(pid: u32) {
+    // SAFETY: the call takes numbers.
+    unsafe { libc::kill(pid as i32, libc::SIGKILL) };
+}
+
 /// Waits for a connection.
 pub fn accept(listener: &std::net::TcpListener) -> std::net::TcpStream {
     listener.set_nonblocking(true).unwrap();

@@ -1,0 +1,395 @@
+//! The network device's frames, with the driver's side in this process: several queue pairs, the control
+//! queue, the link, limits, what stops and starts leave, and what a frame costs in memory.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by it")]
+
+mod common;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use alula::devices::KINDS;
+use alula::host::Local;
+use alula::virtio::VirtioDevice;
+use common::driver::{F_EVENT_IDX, Guest, Kind, WRITE};
+use common::network::{self, Wire};
+use common::wait_for;
+use serde_json::{Value, json};
+
+const RX: usize = 0;
+const TX: usize = 1;
+const HEADER: usize = 12;
+const ETHER_TYPE: u16 = 0x88b5;
+const MAC: [u8; 6] = [6, 0, 0, 0, 0, 2];
+
+const F_GUEST_CSUM: u64 = 1 << 1;
+const F_GUEST_TSO4: u64 = 1 << 7;
+const F_MRG_RXBUF: u64 = 1 << 15;
+const F_CTRL_VQ: u64 = 1 << 17;
+const F_CTRL_RX: u64 = 1 << 18;
+const F_GUEST_ANNOUNCE: u64 = 1 << 21;
+const F_MQ: u64 = 1 << 22;
+const F_CTRL_MAC_ADDR: u64 = 1 << 23;
+
+/// Counts what is allocated, by all threads.
+struct Counting;
+
+static COUNT: AtomicU64 = AtomicU64::new(0);
+
+#[allow(unsafe_code)]
+// SAFETY: all work is the system allocator's.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        COUNT.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller's promises are the same.
+        unsafe { System.alloc(layout) }
+    }
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: as above.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// One test at a time: allocations are counted for the whole program.
+static ALONE: Mutex<()> = Mutex::new(());
+
+/// A network of the test's own, with a TAP of two queues.
+fn enter(flags: i32) -> MutexGuard<'static, ()> {
+    let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    network::enter();
+    network::add_interface("tap0", network::TAP | flags);
+    common::output("ip", &["link", "set", "tap0", "up"]);
+    alone
+}
+
+fn open(more: Value) -> Box<dyn VirtioDevice> {
+    let mut config = json!({ "iface_id": "net", "guest_mac": "06:00:00:00:00:02" });
+    config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    let kind = KINDS.iter().find(|kind| kind.section == "network-interfaces").unwrap();
+    let device = kind.parse(config.to_string().as_bytes()).unwrap();
+    device.check().unwrap();
+    device.open("frames", &mut Local::default()).unwrap()
+}
+
+/// A guest with an interface over `tap0`, which carries frames.
+fn guest(kind: Kind, more: Value) -> (Guest, Wire) {
+    let mut config = json!({ "host_dev_name": "tap0" });
+    config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    let device = open(config);
+    let wire = Wire::new("tap0", ETHER_TYPE);
+    wire.settle("tap0");
+    (Guest::new(kind, device), wire)
+}
+
+/// A frame for everybody that says who it is.
+fn frame(seed: u8) -> [u8; 60] {
+    let mut frame = [seed; 60];
+    frame[..6].fill(0xff);
+    frame[6..12].copy_from_slice(&MAC);
+    frame[12..14].copy_from_slice(&ETHER_TYPE.to_be_bytes());
+    frame
+}
+
+/// Puts a frame into guest memory, with its header.
+fn outgoing(guest: &mut Guest, seed: u8) -> (u64, u32) {
+    guest.allocate(&[&[0; HEADER][..], &frame(seed)].concat())
+}
+
+/// Receive buffers, offered.
+fn rooms(guest: &mut Guest, queue: usize, count: usize, length: usize) -> Vec<(u64, u32)> {
+    let rooms: Vec<_> = (0..count).map(|_| guest.allocate(&vec![0; length])).collect();
+    for room in &rooms {
+        guest.offer(queue, &[(*room, WRITE)]);
+    }
+    guest.kick(queue);
+    rooms
+}
+
+/// Waits for the next received frame of ours: what it says. Buffers are taken in the order of `rooms`.
+fn received(guest: &mut Guest, queue: usize, rooms: &mut impl Iterator<Item = (u64, u32)>) -> u8 {
+    loop {
+        guest.next_used(queue);
+        let bytes = guest.bytes(rooms.next().unwrap());
+        if bytes[HEADER + 12..HEADER + 14] == ETHER_TYPE.to_be_bytes() {
+            assert_eq!(bytes[10..12], [1, 0], "it fills one buffer");
+            return bytes[HEADER + 20];
+        }
+    }
+}
+
+/// Sends a command by the control queue, and returns the answer.
+fn command(guest: &mut Guest, queue: usize, bytes: &[u8]) -> u8 {
+    let (out, ack) = (guest.allocate(bytes), guest.allocate(&[0xff]));
+    assert_eq!(guest.request(queue, &[(out, 0), (ack, WRITE)]), 1);
+    guest.bytes(ack)[0]
+}
+
+fn link_is_up(guest: &mut Guest) -> bool {
+    let mut status = [0; 2];
+    guest.config(6, &mut status);
+    status[0] & 1 != 0
+}
+
+#[test]
+fn a_guest_sees_its_tap_go_down_and_up() {
+    let _alone = enter(0);
+    for kind in [Kind::Mmio, Kind::Pci] {
+        let (mut guest, _wire) = guest(kind, json!({}));
+        guest.start(F_EVENT_IDX);
+        assert!(link_is_up(&mut guest));
+        for (state, is_up) in [("down", false), ("up", true)] {
+            common::output("ip", &["link", "set", "tap0", state]);
+            wait_for(|| link_is_up(&mut guest) == is_up);
+            wait_for(|| guest.is_interrupted(None));
+        }
+        // While nobody listens: seen at the next start.
+        guest.pause();
+        common::output("ip", &["link", "set", "tap0", "down"]);
+        guest.resume();
+        wait_for(|| !link_is_up(&mut guest));
+        common::output("ip", &["link", "set", "tap0", "up"]);
+        wait_for(|| link_is_up(&mut guest));
+    }
+    let (mut guest, _wire) = guest(Kind::Mmio, json!({}));
+    guest.start(F_EVENT_IDX);
+    common::output("ip", &["link", "del", "tap0"]);
+    wait_for(|| !link_is_up(&mut guest));
+}
+
+#[test]
+fn frames_go_by_every_queue_pair_that_the_driver_uses() {
+    let _alone = enter(libc::IFF_MULTI_QUEUE);
+    let (mut guest, wire) = guest(Kind::Pci, json!({ "queue_pairs": 2, "threads": 2 }));
+    let features = guest.features();
+    assert_ne!(features & F_MQ, 0);
+    let mut pairs = [0; 2];
+    guest.config(8, &mut pairs);
+    assert_eq!(pairs, [2, 0]);
+    guest.start(F_MQ | F_CTRL_VQ | F_EVENT_IDX);
+    let control = 4;
+    for (pairs, ack) in [(0, 1), (3, 1), (2, 0)] {
+        assert_eq!(command(&mut guest, control, &[4, 0, pairs, 0]), ack, "{pairs} pairs");
+    }
+    let [mut first, mut second] = [0, 2].map(|queue| rooms(&mut guest, queue, 12, 1600).into_iter());
+    for (seed, queue) in [(1, TX), (2, TX + 2)] {
+        let out = outgoing(&mut guest, seed);
+        guest.request(queue, &[(out, 0)]);
+        assert_eq!(wire.receive()[20], seed);
+    }
+    // The TAP chooses a queue; both are read.
+    wire.send(&frame(3));
+    wait_for(|| guest.used_index(0) + guest.used_index(2) > 0);
+    // One pair again: everything comes by the first.
+    assert_eq!(command(&mut guest, control, &[4, 0, 1, 0]), 0);
+    wire.send(&frame(4));
+    while received(&mut guest, RX, &mut first) != 4 {}
+    let _ = second.next();
+}
+
+#[test]
+fn the_control_queue_filters_frames_and_changes_the_address() {
+    let _alone = enter(0);
+    let (mut guest, wire) = guest(Kind::Mmio, json!({}));
+    guest.start(F_CTRL_VQ | F_CTRL_RX | F_CTRL_MAC_ADDR);
+    let control = 2;
+    let new = [6, 0, 0, 0, 0, 9];
+    assert_eq!(command(&mut guest, control, &[&[1, 1][..], &new].concat()), 0);
+    let mut mac = [0; 6];
+    guest.config(0, &mut mac);
+    assert_eq!(mac, new);
+    // Not promiscuous any more: no frames for others.
+    assert_eq!(command(&mut guest, control, &[0, 0, 0]), 0);
+    let mut rooms = rooms(&mut guest, RX, 14, 1600).into_iter();
+    let to = |mac: [u8; 6], seed: u8| {
+        let mut frame = frame(seed);
+        frame[..6].copy_from_slice(&mac);
+        frame
+    };
+    for (mac, seed) in [([6, 0, 0, 0, 0, 7], 1), (new, 2), ([6, 0, 0, 0, 0, 8], 3), ([0xff; 6], 4)] {
+        wire.send(&to(mac, seed));
+    }
+    assert_eq!(received(&mut guest, RX, &mut rooms), 2);
+    assert_eq!(received(&mut guest, RX, &mut rooms), 4);
+    // A reset forgets the address.
+    guest.start(0);
+    guest.config(0, &mut mac);
+    assert_eq!(mac, MAC);
+}
+
+#[test]
+fn buffers_taken_ahead_are_there_after_every_stop() {
+    let _alone = enter(0);
+    let features = F_MRG_RXBUF | F_GUEST_CSUM | F_GUEST_TSO4 | F_EVENT_IDX | F_CTRL_VQ | F_GUEST_ANNOUNCE;
+    let (mut guest, wire) = guest(Kind::Mmio, json!({}));
+    guest.start(features);
+    let mut rooms = rooms(&mut guest, RX, 16, 1600).into_iter();
+    let mut next = 1;
+    for round in 0..3 {
+        wire.send(&frame(next));
+        assert_eq!(received(&mut guest, RX, &mut rooms), next);
+        next += 1;
+        if round % 2 == 0 {
+            guest.pause();
+            wire.send(&frame(next));
+            guest.resume();
+            assert_eq!(received(&mut guest, RX, &mut rooms), next);
+            next += 1;
+        }
+        // In another machine: the driver is asked to say where it is now.
+        let suspended = guest.suspend();
+        let (mut other, _) = self::guest(Kind::Mmio, json!({}));
+        other.take_over(&suspended).unwrap();
+        other.resume();
+        guest = other;
+        let mut status = [0; 2];
+        wait_for(|| {
+            guest.config(6, &mut status);
+            status[0] == 3
+        });
+        assert!(guest.is_interrupted(None));
+        assert_eq!(command(&mut guest, 2, &[3, 0]), 0);
+        guest.config(6, &mut status);
+        assert_eq!(status, [1, 0]);
+    }
+}
+
+#[test]
+fn limits_hold_frames_back_until_they_are_changed() {
+    let _alone = enter(0);
+    // Two frames, and then nothing for an hour.
+    let limit = json!({ "ops": { "size": 2, "refill_time": 3_600_000 } });
+    let config = json!({ "rx_rate_limiter": limit, "tx_rate_limiter": limit });
+    let (mut guest, wire) = guest(Kind::Mmio, config);
+    guest.start(F_EVENT_IDX);
+    for seed in 1..=3 {
+        let out = outgoing(&mut guest, seed);
+        guest.offer(TX, &[(out, 0)]);
+    }
+    guest.kick(TX);
+    for seed in 1..=2 {
+        guest.next_used(TX);
+        assert_eq!(wire.receive()[20], seed);
+    }
+    std::thread::sleep(std::time::Duration::from_millis(30));
+    assert_eq!(guest.used_index(TX), 2, "more frames went than may");
+    let patch = |guest: &mut Guest, body: Value| {
+        guest.pause();
+        guest.transport.lock().unwrap().patch(&body, &mut Local::default()).unwrap();
+        guest.resume();
+    };
+    // Another bucket is no gift.
+    let large = json!({ "size": 1_u64 << 40, "refill_time": 1000 });
+    patch(&mut guest, json!({ "iface_id": "net", "tx_rate_limiter": { "bandwidth": large } }));
+    std::thread::sleep(std::time::Duration::from_millis(30));
+    assert_eq!(guest.used_index(TX), 2);
+    let none = json!({ "size": 0, "refill_time": 0 });
+    patch(&mut guest, json!({ "iface_id": "net", "tx_rate_limiter": { "ops": none } }));
+    guest.next_used(TX);
+    assert_eq!(wire.receive()[20], 3);
+    // The other way: the frame that waits is there after the change.
+    let rooms = rooms(&mut guest, RX, 14, 1600);
+    (1..=12).for_each(|seed| wire.send(&frame(seed)));
+    wait_for(|| guest.used_index(RX) == 2);
+    std::thread::sleep(std::time::Duration::from_millis(30));
+    assert_eq!(guest.used_index(RX), 2, "more frames came than may");
+    patch(&mut guest, json!({ "iface_id": "net", "rx_rate_limiter": { "ops": none } }));
+    let mut rooms = rooms.into_iter();
+    while received(&mut guest, RX, &mut rooms) != 12 {}
+}
+
+/// How many allocations `count` calls of `step` make, once warm.
+fn allocations(count: u64, mut step: impl FnMut()) -> u64 {
+    (0..count).for_each(|_| step());
+    let before = COUNT.load(Ordering::Relaxed);
+    (0..count).for_each(|_| step());
+    COUNT.load(Ordering::Relaxed) - before
+}
+
+#[test]
+fn no_frame_allocates_in_either_direction() {
+    let _alone = enter(0);
+    for features in [0, F_EVENT_IDX | F_MRG_RXBUF, F_EVENT_IDX | F_MRG_RXBUF | F_GUEST_CSUM | F_GUEST_TSO4] {
+        let (mut guest, wire) = guest(Kind::Mmio, json!({}));
+        guest.start(features);
+        let out: Vec<_> = (0..8).map(|seed| outgoing(&mut guest, seed)).collect();
+        let sent = allocations(50, || {
+            for out in &out {
+                guest.offer(TX, &[(*out, 0)]);
+            }
+            guest.kick(TX);
+            for _ in &out {
+                guest.next_used(TX);
+            }
+        });
+        let rooms = rooms(&mut guest, RX, 16, 1600);
+        let frame = frame(1);
+        let mut next = 0;
+        let received = allocations(50, || {
+            (0..8).for_each(|_| wire.send(&frame));
+            for _ in 0..8 {
+                guest.next_used(RX);
+                guest.offer(RX, &[(rooms[next % rooms.len()], WRITE)]);
+                next += 1;
+            }
+            guest.kick(RX);
+        });
+        assert_eq!((sent, received), (0, 0), "{features:#x}");
+    }
+}
+
+/// An ARP request of the guest's for `target`.
+fn arp(target: [u8; 4]) -> Vec<u8> {
+    let mut frame = [&[0; HEADER][..], &[0xff; 6], &MAC, &[8, 6, 0, 1, 8, 0, 6, 4, 0, 1], &MAC].concat();
+    frame.extend([10, 9, 8, 77]);
+    frame.extend([0; 6]);
+    frame.extend(target);
+    frame
+}
+
+#[test]
+fn passt_answers_costs_no_memory_and_its_end_is_the_links() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    network::enter();
+    network::add_uplink();
+    let mut guest = Guest::new(Kind::Mmio, open(json!({ "user": {} })));
+    guest.start(F_EVENT_IDX);
+    assert!(link_is_up(&mut guest));
+    let rooms = rooms(&mut guest, RX, 8, 1600);
+    let out = guest.allocate(&arp([10, 9, 8, 1]));
+    let mut next = 0;
+    let mut ask = || {
+        guest.request(TX, &[(out, 0)]);
+        // Others come, too: router advertisements.
+        loop {
+            let (_, length) = guest.next_used(RX);
+            let room = rooms[next % rooms.len()];
+            next += 1;
+            let mut head = [0; HEADER + 22];
+            use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
+            guest.memory.memory().read_slice(&mut head, GuestAddress(room.0)).unwrap();
+            guest.offer(RX, &[(room, WRITE)]);
+            guest.kick(RX);
+            if head[HEADER + 12..HEADER + 14] == [8, 6] && head[HEADER + 20..] == [0, 2] {
+                assert_eq!(length as usize, HEADER + 42);
+                break;
+            }
+        }
+    };
+    assert_eq!(allocations(100, &mut ask), 0);
+    guest.pause();
+    guest.resume();
+    let mac = std::process::id();
+    let passt = network::passts(mac);
+    assert_eq!(passt.len(), 1, "one passt for one interface");
+    network::kill(passt[0]);
+    wait_for(|| !link_is_up(&mut guest));
+    assert!(guest.is_interrupted(None));
+    // The guest goes on; its frames are lost.
+    guest.request(TX, &[(out, 0)]);
+    drop(guest);
+    wait_for(|| network::passts(mac).is_empty());
+}
