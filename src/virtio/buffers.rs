@@ -54,6 +54,12 @@ impl Buffers {
         Self { memory, vectors: Vec::new(), addresses: Vec::new(), first: 0, length: 0 }
     }
 
+    /// Makes room for so many vectors.
+    pub fn reserve(&mut self, vectors: usize) {
+        self.vectors.reserve(vectors);
+        self.addresses.reserve(vectors);
+    }
+
     /// Nothing again.
     pub fn clear(&mut self) {
         self.vectors.clear();

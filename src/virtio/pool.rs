@@ -36,9 +36,11 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// An empty pool of chains in `memory`.
-    pub fn new(memory: Memory) -> Self {
-        Self { buffers: Buffers::new(memory), entries: Vec::new() }
+    /// An empty pool for so many chains in `memory`; with more vectors than chains it grows, once.
+    pub fn new(memory: Memory, chains: usize) -> Self {
+        let mut buffers = Buffers::new(memory);
+        buffers.reserve(chains);
+        Self { buffers, entries: Vec::with_capacity(chains) }
     }
 
     /// Takes a chain for what the device may write to it; returns how much that is.
@@ -139,7 +141,7 @@ mod tests {
 
     fn pool() -> Pool {
         let memory = allocate(&[Addresses { start: 0, size: 1 << 20 }]).unwrap();
-        let mut pool = Pool::new(memory);
+        let mut pool = Pool::new(memory, 4);
         for (head, pieces) in [(7, vec![(0x1000, 10)]), (3, vec![(0x2000, 20), (0x3000, 30)]), (5, vec![])] {
             pool.add_held(&Held { head, pieces }).unwrap();
         }
@@ -170,7 +172,7 @@ mod tests {
     #[test]
     fn what_is_held_comes_back_as_it_was() {
         let held = pool().hold();
-        let mut other = Pool::new(allocate(&[Addresses { start: 0, size: 1 << 20 }]).unwrap());
+        let mut other = Pool::new(allocate(&[Addresses { start: 0, size: 1 << 20 }]).unwrap(), 0);
         held.iter().for_each(|held| other.add_held(held).unwrap());
         assert_eq!(other.hold(), held);
         let nowhere = Held { head: 0, pieces: vec![(1 << 40, 8)] };

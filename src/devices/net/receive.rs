@@ -42,7 +42,7 @@ pub struct Receiver {
 impl Receiver {
     /// Goes on with the buffers that an earlier one held.
     pub fn new(memory: Memory, queue: Queue, mergeable: bool, held: &[Held], limit: Limit) -> Result<Self> {
-        let mut pool = Pool::new(memory);
+        let mut pool = Pool::new(memory, queue.size().into());
         held.iter().try_for_each(|held| pool.add_held(held))?;
         let (entries, vectors) = (Vec::with_capacity(BATCH), Vec::with_capacity(BATCH));
         Ok(Self {

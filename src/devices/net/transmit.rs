@@ -14,6 +14,8 @@ use crate::virtio::pool::Pool;
 /// The longest frame with its header; a chain can name the same memory many times, and ask the host to
 /// gather gigabytes.
 const FRAME_MAX: usize = header::SIZE + 14 + 4 + 65535;
+/// What a batch usually has: a driver gives a frame in a few pieces.
+const VECTORS: usize = 4 * BATCH;
 /// Frames moved in one turn; then other devices of the loop have theirs.
 const TURN: usize = 256;
 
@@ -30,7 +32,7 @@ pub struct Transmitter {
 impl Transmitter {
     /// Nothing is on its way yet.
     pub fn new(memory: Memory, queue: Queue, limit: Limit) -> Self {
-        Self { queue, pool: Pool::new(memory), limit, frames: Vec::with_capacity(BATCH) }
+        Self { queue, pool: Pool::new(memory, VECTORS), limit, frames: Vec::with_capacity(BATCH) }
     }
 
     /// Moves frames until the driver has no more, or the limit is reached: then it is to be called again
