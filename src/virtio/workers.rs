@@ -4,11 +4,12 @@
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use super::transport::Transport;
 use super::{Queue, Worker};
 use crate::error::{Context, Result};
-use crate::event::{EventFd, Events, Interest};
+use crate::event::{EventFd, Events, Interest, Ready};
 use crate::log;
 
 pub(super) type Shared = Arc<Mutex<Transport>>;
@@ -28,6 +29,8 @@ pub(super) enum Job {
 /// A loop's inbox and its thread.
 pub struct Loop {
     name: String,
+    /// Its owner turns it ([`ByHand`]): it never has a thread.
+    by_hand: bool,
     inbox: Mutex<Inbox>,
     wake: EventFd,
 }
@@ -43,9 +46,13 @@ struct Inbox {
 impl Loop {
     /// A loop without a thread yet; `name` is what its thread will be called.
     pub fn new(name: impl Into<String>) -> Result<Arc<Self>> {
+        Self::build(name.into(), false)
+    }
+
+    fn build(name: String, by_hand: bool) -> Result<Arc<Self>> {
         let wake =
             EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).context("create an event descriptor")?;
-        Ok(Arc::new(Self { name: name.into(), inbox: Mutex::default(), wake }))
+        Ok(Arc::new(Self { name, by_hand, inbox: Mutex::default(), wake }))
     }
 
     /// Ends the thread and all workers.
@@ -61,7 +68,8 @@ impl Loop {
     /// Has something done, soon; false: nobody is there to do it. May be called with a transport locked.
     pub(super) fn post(self: &Arc<Self>, job: Job) -> bool {
         let mut inbox = self.inbox.lock().unwrap_or_else(PoisonError::into_inner);
-        if inbox.thread.is_none() && !inbox.ended && !matches!(job, Job::End | Job::Stop(_)) {
+        let needs_thread = inbox.thread.is_none() && !self.by_hand && !inbox.ended;
+        if needs_thread && !matches!(job, Job::End | Job::Stop(_)) {
             let this = self.clone();
             match std::thread::Builder::new().name(self.name.clone()).spawn(move || this.run()) {
                 Ok(thread) => inbox.thread = Some(thread),
@@ -74,7 +82,8 @@ impl Loop {
                 }
             }
         }
-        let is_there = !inbox.ended && (inbox.thread.is_some() || matches!(job, Job::End));
+        let somebody = inbox.thread.is_some() || self.by_hand || matches!(job, Job::End);
+        let is_there = !inbox.ended && somebody;
         if is_there {
             inbox.jobs.push(job);
             // A counter that is full wakes as well.
@@ -87,6 +96,11 @@ impl Loop {
         if let Err(error) = Running::new(self).and_then(|mut running| running.run(self)) {
             log::line(format_args!("the io thread ended: {error}: devices will not answer"));
         }
+        self.conclude();
+    }
+
+    /// Nobody takes jobs any more.
+    fn conclude(&self) {
         let mut inbox = self.inbox.lock().unwrap_or_else(PoisonError::into_inner);
         inbox.ended = true;
         let jobs = std::mem::take(&mut inbox.jobs);
@@ -103,6 +117,43 @@ impl Loop {
         // Nothing written: somebody was faster.
         let _ = self.wake.read();
         std::mem::take(&mut self.inbox.lock().unwrap_or_else(PoisonError::into_inner).jobs)
+    }
+}
+
+/// A loop without a thread: its owner turns it, and in between nothing happens. For tests that decide
+/// what happens when.
+pub struct ByHand {
+    event_loop: Arc<Loop>,
+    running: Running,
+}
+
+impl ByHand {
+    /// A loop that nobody has turned yet.
+    pub fn new() -> Result<Self> {
+        let event_loop = Loop::build(String::new(), true)?;
+        let running = Running::new(&event_loop)?;
+        Ok(Self { event_loop, running })
+    }
+
+    /// For the transports whose devices live on it.
+    pub fn event_loop(&self) -> Arc<Loop> {
+        self.event_loop.clone()
+    }
+
+    /// Does what there is to do, once; false: there was nothing.
+    pub fn turn(&mut self) -> Result<bool> {
+        let mut ready = Vec::new();
+        self.running.events.wait(Some(Duration::ZERO), &mut ready)?;
+        let anything = !ready.is_empty();
+        self.running.handle_all(&self.event_loop, &mut ready);
+        Ok(anything)
+    }
+}
+
+impl Drop for ByHand {
+    fn drop(&mut self) {
+        self.running.end();
+        self.event_loop.conclude();
     }
 }
 
@@ -156,28 +207,39 @@ impl Running {
         let mut ready = Vec::new();
         loop {
             self.events.wait(None, &mut ready)?;
-            let mut woken = false;
-            for event in ready.drain(..) {
-                match event.token {
-                    WAKE => woken = true,
-                    token => self.handle((token >> 32) as usize - 1, token as u32),
-                }
+            if self.handle_all(this, &mut ready) {
+                return Ok(());
             }
-            if woken {
-                for job in this.take_jobs() {
-                    match job {
-                        Job::Start(transport) => start(&transport),
-                        Job::Add(worker, transport) => self.add(worker, transport),
-                        Job::Stop(transport) => self.stop(&transport),
-                        Job::End => {
-                            // What is in flight is finished: its buffers are about to be unmapped.
-                            self.slots.drain(..).flatten().for_each(|place| drop(place.worker.stop()));
-                            return Ok(());
-                        }
-                    }
+        }
+    }
+
+    /// Handles what is ready; true: that was the end.
+    fn handle_all(&mut self, this: &Loop, ready: &mut Vec<Ready>) -> bool {
+        let mut woken = false;
+        for event in ready.drain(..) {
+            match event.token {
+                WAKE => woken = true,
+                token => self.handle((token >> 32) as usize - 1, token as u32),
+            }
+        }
+        let jobs = if woken { this.take_jobs() } else { Vec::new() };
+        for job in jobs {
+            match job {
+                Job::Start(transport) => start(&transport),
+                Job::Add(worker, transport) => self.add(worker, transport),
+                Job::Stop(transport) => self.stop(&transport),
+                Job::End => {
+                    self.end();
+                    return true;
                 }
             }
         }
+        false
+    }
+
+    /// What is in flight is finished: its buffers are about to be unmapped.
+    fn end(&mut self) {
+        self.slots.drain(..).flatten().for_each(|place| drop(place.worker.stop()));
     }
 
     /// Its worker may have gone since the event came.

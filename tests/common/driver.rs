@@ -1,7 +1,7 @@
 //! A guest in memory, without CPUs: the driver's side of one virtio device, behind either transport
 //! (virtio 1.2, 2.7, 4.1, 4.2).
 
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{TryRecvError, channel};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use alula::bus::BusDevice;
@@ -15,7 +15,7 @@ use alula::snapshot::SaveState;
 use alula::virtio::mmio::Mmio;
 use alula::virtio::pci::{Bar, Pci};
 use alula::virtio::transport::Transport;
-use alula::virtio::workers::Loop;
+use alula::virtio::workers::{ByHand, Loop};
 use alula::virtio::{Interrupts, VirtioDevice};
 use alula::vm::{Prepared, Vm};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
@@ -48,7 +48,7 @@ pub enum Kind {
 pub const KINDS: [Kind; 2] = [Kind::Mmio, Kind::Pci];
 
 /// The machine whose interrupts PCI devices use: one for all tests of a process, without CPUs running.
-fn vm() -> Arc<Vm> {
+pub fn vm() -> Arc<Vm> {
     static VM: OnceLock<(Arc<Vm>, Memory)> = OnceLock::new();
     let (vm, _) = VM.get_or_init(|| {
         let ranges = alula::arch::layout::memory(2 << 20);
@@ -87,49 +87,134 @@ struct Ring {
     seen: u16,
 }
 
+/// What the driver remembers.
+#[derive(Clone)]
+pub struct Notes {
+    rings: Vec<Ring>,
+    /// Data given out so far.
+    pub allocated: u64,
+}
+
+/// Where the device's running half lives.
+enum Io {
+    Thread(Arc<Loop>),
+    /// Nothing happens but in `Guest::turn`.
+    ByHand(ByHand),
+}
+
+/// So many turns are enough for whatever a device has to do, unless it feeds itself.
+const TURNS_MAX: usize = 1000;
+
 /// A guest with one device.
 pub struct Guest {
     pub memory: Memory,
     pub transport: Arc<Mutex<Transport>>,
-    io: Arc<Loop>,
+    pub notes: Notes,
+    io: Io,
     registers: Registers,
-    rings: Vec<Ring>,
-    /// Data given out so far.
-    allocated: u64,
+}
+
+fn event() -> EventFd {
+    EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).unwrap()
+}
+
+fn transport(
+    device: Box<dyn VirtioDevice>,
+    memory: Memory,
+    event_loop: Arc<Loop>,
+    interrupts: Arc<Interrupts>,
+) -> Arc<Mutex<Transport>> {
+    let kicks = device.queue_sizes().iter().map(|_| Arc::new(event())).collect();
+    Transport::new("it".to_owned(), device, memory, vec![event_loop], interrupts, kicks)
+}
+
+/// A device behind PCI, as this device of the bus.
+pub fn function(
+    device: Box<dyn VirtioDevice>,
+    memory: Memory,
+    event_loop: Arc<Loop>,
+    number: u32,
+) -> (Arc<Mutex<Transport>>, Pci) {
+    let queues = device.queue_sizes().len();
+    let vectors: Vec<_> = (0..=queues).map(|_| event()).collect();
+    let copies = vectors.iter().map(|event| event.try_clone().unwrap()).collect();
+    let interrupts = Interrupts::vectors(copies, queues);
+    let msix = Arc::new(Mutex::new(Msix::new(vm(), number << 3, vectors).unwrap()));
+    let transport = transport(device, memory, event_loop, interrupts.clone());
+    let function = Pci::new(transport.clone(), interrupts, msix, 0xc000_0000);
+    (transport, function)
 }
 
 impl Guest {
     /// A machine built anew with `device` in it, and memory full of zeros.
     pub fn new(kind: Kind, device: Box<dyn VirtioDevice>) -> Self {
         let memory = memory::allocate(&[Range { start: 0, size: MEMORY }]).unwrap();
-        let io = Loop::new("io").unwrap();
-        let queues = device.queue_sizes().len();
-        let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).unwrap();
-        let kicks = (0..queues).map(|_| Arc::new(event())).collect();
-        let build = |interrupts: &Arc<Interrupts>| {
-            let loops = vec![io.clone()];
-            Transport::new("it".to_owned(), device, memory.clone(), loops, interrupts.clone(), kicks)
+        Self::build(kind, device, memory, Io::Thread(Loop::new("io").unwrap()))
+    }
+
+    /// The same over a memory that there is, and without a thread: the device works when something here
+    /// waits for it or lets it (`turn`).
+    pub fn by_hand(kind: Kind, device: Box<dyn VirtioDevice>, memory: Memory) -> Self {
+        Self::build(kind, device, memory, Io::ByHand(ByHand::new().unwrap()))
+    }
+
+    fn build(kind: Kind, device: Box<dyn VirtioDevice>, memory: Memory, io: Io) -> Self {
+        let event_loop = match &io {
+            Io::Thread(event_loop) => event_loop.clone(),
+            Io::ByHand(by_hand) => by_hand.event_loop(),
         };
+        let notes = Notes { rings: vec![Ring::default(); device.queue_sizes().len()], allocated: 0 };
         let (transport, registers) = match kind {
             Kind::Mmio => {
-                let transport = build(&Interrupts::line(event()));
+                let interrupts = Interrupts::line(event());
+                let transport = transport(device, memory.clone(), event_loop, interrupts);
                 (transport.clone(), Registers::Mmio(Mmio(transport)))
             }
             Kind::Pci => {
-                let vectors: Vec<_> = (0..=queues).map(|_| event()).collect();
-                let copies = vectors.iter().map(|event| event.try_clone().unwrap()).collect();
-                let interrupts = Interrupts::vectors(copies, queues);
-                let msix = Arc::new(Mutex::new(Msix::new(vm(), 8, vectors).unwrap()));
-                let transport = build(&interrupts);
-                let function = Box::new(Pci::new(transport.clone(), interrupts, msix, 0xc000_0000));
-                (transport, Registers::Pci(function.registers(), function))
+                let (transport, function) = function(device, memory.clone(), event_loop, 1);
+                (transport, Registers::Pci(function.registers(), Box::new(function)))
             }
         };
-        Self { memory, transport, io, registers, rings: vec![Ring::default(); queues], allocated: 0 }
+        Self { memory, transport, notes, io, registers }
+    }
+
+    pub fn kind(&self) -> Kind {
+        match self.registers {
+            Registers::Mmio(_) => Kind::Mmio,
+            Registers::Pci(..) => Kind::Pci,
+        }
     }
 
     pub fn queues(&self) -> usize {
-        self.rings.len()
+        self.notes.rings.len()
+    }
+
+    /// Lets the device do what it has to do now; one with a thread needs nobody's leave.
+    pub fn turn(&mut self) {
+        if let Io::ByHand(by_hand) = &mut self.io {
+            let _ = (0..TURNS_MAX).find(|_| !by_hand.turn().unwrap());
+        }
+    }
+
+    pub fn wait_for(&mut self, mut condition: impl FnMut(&mut Self) -> bool) {
+        super::wait_for(|| {
+            self.turn();
+            condition(self)
+        });
+    }
+
+    /// How many chains of a queue were made available in all, and the ring's size; 0: there is none.
+    pub fn available(&self, queue: usize) -> (u16, u16) {
+        let ring = self.notes.rings[queue];
+        (ring.available, ring.size)
+    }
+
+    /// The registers, for accesses of any width at any place.
+    pub fn registers(&mut self) -> &mut dyn BusDevice {
+        match &mut self.registers {
+            Registers::Mmio(device) => device,
+            Registers::Pci(device, _) => device,
+        }
     }
 
     /// Reads a register of 32 bits (MMIO) or of `width` bytes (PCI).
@@ -187,8 +272,8 @@ impl Guest {
     /// Resets the device and waits for it.
     pub fn reset(&mut self) {
         self.set_status(0);
-        super::wait_for(|| self.status() == 0);
-        self.rings.fill(Ring::default());
+        self.wait_for(|guest| guest.status() == 0);
+        self.notes.rings.fill(Ring::default());
     }
 
     /// Up to FEATURES_OK with `features`; false: it does not accept them.
@@ -218,7 +303,7 @@ impl Guest {
             self.write(0, 0x10, 2, 0);
         }
         self.write(0x44, 0x1c, 2, 1);
-        self.rings[queue] = Ring { size, ..Ring::default() };
+        self.notes.rings[queue] = Ring { size, ..Ring::default() };
     }
 
     /// Where the parts of a queue's ring are.
@@ -241,8 +326,8 @@ impl Guest {
 
     /// A piece of guest memory that nothing else uses.
     pub fn allocate(&mut self, bytes: &[u8]) -> (u64, u32) {
-        let address = DATA + self.allocated;
-        self.allocated += bytes.len().next_multiple_of(64) as u64;
+        let address = DATA + self.notes.allocated;
+        self.notes.allocated += bytes.len().next_multiple_of(64) as u64;
         assert!(address + bytes.len() as u64 <= MEMORY, "the test's guest is out of memory");
         self.memory.memory().write_slice(bytes, GuestAddress(address)).unwrap();
         (address, bytes.len() as u32)
@@ -278,21 +363,21 @@ impl Guest {
 
     /// Makes a chain available, without a kick; returns its head.
     pub fn offer(&mut self, queue: usize, buffers: &[((u64, u32), u16)]) -> u16 {
-        let ring = self.rings[queue];
+        let ring = self.notes.rings[queue];
         let place = |index: usize| (ring.descriptors + index as u16) % ring.size;
         for (index, ((address, length), flags)) in buffers.iter().enumerate() {
             let more = if index + 1 < buffers.len() { NEXT } else { 0 };
             self.set_descriptor(queue, place(index), *address, *length, flags | more, place(index + 1));
         }
         let head = place(0);
-        self.rings[queue].descriptors = place(buffers.len());
+        self.notes.rings[queue].descriptors = place(buffers.len());
         self.make_available(queue, head);
         head
     }
 
     /// Puts `head` into the available ring.
     pub fn make_available(&mut self, queue: usize, head: u16) {
-        let ring = &mut self.rings[queue];
+        let ring = &mut self.notes.rings[queue];
         let [_, available, _] = Self::parts(queue);
         let (place, index) = (available + 4 + 2 * u64::from(ring.available % ring.size), available + 2);
         ring.available = ring.available.wrapping_add(1);
@@ -322,8 +407,8 @@ impl Guest {
 
     /// Waits for the next used chain: its head and how many bytes were written.
     pub fn next_used(&mut self, queue: usize) -> (u16, u32) {
-        super::wait_for(|| self.used_index(queue) != self.rings[queue].seen);
-        let ring = &mut self.rings[queue];
+        self.wait_for(|guest| guest.used_index(queue) != guest.notes.rings[queue].seen);
+        let ring = &mut self.notes.rings[queue];
         let at = Self::parts(queue)[2] + 4 + 8 * u64::from(ring.seen % ring.size);
         ring.seen = ring.seen.wrapping_add(1);
         let read = |address| self.memory.memory().read_obj::<u32>(GuestAddress(address)).unwrap();
@@ -353,10 +438,13 @@ impl Guest {
     }
 
     /// Stops the device and waits until it is.
-    pub fn pause(&self) {
+    pub fn pause(&mut self) {
         let (sender, stopped) = channel();
         self.transport.lock().unwrap().pause(sender);
-        let _ = stopped.recv();
+        match self.io {
+            Io::Thread(_) => drop(stopped.recv()),
+            Io::ByHand(_) => self.wait_for(|_| stopped.try_recv() == Err(TryRecvError::Disconnected)),
+        }
     }
 
     pub fn resume(&self) {
@@ -381,18 +469,17 @@ impl Guest {
     }
 
     /// Stops for good, letting go of everything of the host's.
-    pub fn suspend(self) -> Suspended {
+    pub fn suspend(mut self) -> Suspended {
         self.pause();
         let mut memory = vec![0; MEMORY as usize];
         self.memory.memory().read_slice(&mut memory, GuestAddress(0)).unwrap();
-        Suspended { state: self.save(), memory, rings: self.rings.clone(), allocated: self.allocated }
+        Suspended { state: self.save(), memory, notes: self.notes.clone() }
     }
 
     /// Goes on where another one stopped, once it is resumed; this was just built.
     pub fn take_over(&mut self, suspended: &Suspended) -> Result<()> {
         self.memory.memory().write_slice(&suspended.memory, GuestAddress(0)).unwrap();
-        self.rings.clone_from(&suspended.rings);
-        self.allocated = suspended.allocated;
+        self.notes = suspended.notes.clone();
         self.restore(&suspended.state)
     }
 
@@ -409,12 +496,13 @@ impl Guest {
 pub struct Suspended {
     pub state: Vec<Vec<u8>>,
     memory: Vec<u8>,
-    rings: Vec<Ring>,
-    allocated: u64,
+    notes: Notes,
 }
 
 impl Drop for Guest {
     fn drop(&mut self) {
-        self.io.end();
+        if let Io::Thread(event_loop) = &self.io {
+            event_loop.end();
+        }
     }
 }
