@@ -45,6 +45,8 @@ const UNSAFE: &[&str] = &[
     "tests/common/mod.rs",
     "tests/common/network.rs",
     "tests/frames.rs",
+    "tests/fuzz/src/ground.rs",
+    "tests/fuzz/src/host.rs",
 ];
 
 fn root() -> PathBuf {

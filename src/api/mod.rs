@@ -4,10 +4,10 @@
 
 pub mod client;
 mod handle;
-mod http;
+pub mod http;
 mod metrics;
 mod observe;
-mod routes;
+pub mod routes;
 mod server;
 
 use serde::Deserialize;

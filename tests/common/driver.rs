@@ -388,7 +388,7 @@ impl Guest {
 
     /// Makes so many requests available at once that were never put there.
     pub fn run_away(&mut self, queue: usize, count: u16) {
-        let ring = &mut self.rings[queue];
+        let ring = &mut self.notes.rings[queue];
         ring.available = ring.available.wrapping_add(count);
         let (new, [_, available, _]) = (ring.available, Self::parts(queue));
         let index = GuestAddress(available + 2);

@@ -1,0 +1,223 @@
+//! What devices need of the host: a disk without a file system, a network of its own. Opened once; each
+//! input finds it as it was.
+
+use std::cell::Cell;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::FromRawFd;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use alula::config::Config;
+use alula::devices::KINDS as DEVICES;
+use alula::devices::kind::Device;
+use alula::error::Result;
+use alula::host::Access;
+use alula::log;
+use alula::virtio::VirtioDevice;
+use serde_json::json;
+
+use crate::driver::{self, Guest, Kind, WRITE};
+use crate::ground;
+use crate::network::{self, Wire};
+
+pub const SECTOR: usize = 512;
+pub const SECTORS: usize = 64;
+pub const RX: usize = 0;
+pub const TX: usize = 1;
+/// EtherType for local experiments.
+const ETHER_TYPE: u16 = 0x88b5;
+const NET_HEADER: usize = 12;
+
+pub struct Host {
+    disk: File,
+    tap: File,
+    pub wire: Wire,
+    pub devices: Vec<Device>,
+    /// Inputs so far, and the descriptors that were open after the first one.
+    inputs: Cell<u64>,
+    descriptors: Cell<usize>,
+}
+
+thread_local! {
+    static HOST: Host = Host::new();
+}
+
+/// Does `run` with the host as it always is, and looks that nothing of it is left.
+pub fn with(run: impl FnOnce(&Host)) {
+    HOST.with(|host| {
+        host.renew();
+        run(host);
+        host.account();
+    });
+}
+
+impl Host {
+    fn new() -> Self {
+        // Errors that guests cause are expected by the thousand.
+        let log = log::Config { log_path: Some("/dev/null".into()), ..Default::default() };
+        log::configure("fuzz", &log).unwrap();
+        // What all inputs share is there before descriptors are counted.
+        driver::vm();
+        network::enter();
+        // The host says nothing by itself.
+        let _ = std::fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1");
+        network::add_tap("tap0", "172.16.0.1/24");
+        let mut local = alula::host::Local::default();
+        let tap = alula::host::Host::tap(&mut local, "tap0").unwrap();
+        // SAFETY: the call makes a descriptor, which is ours.
+        let disk = unsafe { File::from_raw_fd(libc::memfd_create(c"disk".as_ptr(), libc::MFD_CLOEXEC)) };
+        let wire = Wire::new("tap0", ETHER_TYPE);
+        Self { disk, tap, wire, devices: devices(), inputs: Cell::default(), descriptors: Cell::default() }
+    }
+
+    fn renew(&self) {
+        self.disk.set_len(0).unwrap();
+        self.disk.set_len((SECTORS * SECTOR) as u64).unwrap();
+        self.discard();
+    }
+
+    /// Drops what is on the wire.
+    fn discard(&self) {
+        let mut frame = [0; 2048];
+        while (&self.tap).read(&mut frame).is_ok() {}
+        self.wire.discard();
+    }
+
+    /// Now and then: no descriptor was left open.
+    fn account(&self) {
+        let inputs = self.inputs.replace(self.inputs.get() + 1);
+        if inputs % 256 == 0 {
+            let open = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
+            let open = open.filter_map(|entry| std::fs::read_link(entry.path()).ok());
+            // The fuzzer talks to its symbolizer by pipes.
+            let is_ours = |path: &PathBuf| {
+                !path.to_string_lossy().starts_with("pipe:") && path != Path::new("/dev/null")
+            };
+            let open: Vec<_> = open.filter(is_ours).collect();
+            if inputs == 0 {
+                self.descriptors.set(open.len());
+            }
+            assert!(open.len() <= self.descriptors.get(), "descriptors leak: {open:?}");
+        }
+    }
+
+    pub fn open(&self, device: &Device) -> Box<dyn VirtioDevice> {
+        device.open("fuzz", &mut Lent(self)).unwrap()
+    }
+
+    /// A machine with that device, and memory full of zeros.
+    pub fn guest(&self, kind: Kind, device: &Device) -> Guest {
+        Guest::by_hand(kind, self.open(device), ground::memory())
+    }
+
+    /// Another one over the same memory, as it is.
+    pub fn guest_anew(&self, device: &Device, old: Guest) -> Guest {
+        let (kind, memory) = (old.kind(), old.memory.clone());
+        drop(old);
+        Guest::by_hand(kind, self.open(device), memory)
+    }
+
+    /// A request as a sound driver makes it, and its answer: the device works. A new device is taught
+    /// here how it is used.
+    pub fn exercise(&self, device: &Device, guest: &mut Guest) {
+        guest.notes.allocated = 0;
+        match device.kind().section {
+            "drives" => self.exercise_disk(device, guest),
+            "network-interfaces" => self.exercise_net(guest),
+            "entropy" => {
+                let bytes = guest.allocate(&[0; 64]);
+                assert_eq!(guest.request(0, &[(bytes, WRITE)]), 64);
+                assert_ne!(guest.bytes(bytes), [0; 64]);
+            }
+            other => panic!("teach this how a device of `{other}` is used"),
+        }
+    }
+
+    fn exercise_disk(&self, device: &Device, guest: &mut Guest) {
+        let is_read_only = device.config::<alula::devices::block::Config>().unwrap().is_read_only;
+        let sector = 5;
+        let mut header = [0; 16];
+        header[8] = sector as u8;
+        if !is_read_only {
+            let out = guest.allocate(&[&[1], &header[1..]].concat());
+            let (data, status) = (guest.allocate(&[0x5a; SECTOR]), guest.allocate(&[0xff]));
+            guest.request(0, &[(out, 0), (data, 0), (status, WRITE)]);
+            assert_eq!(guest.bytes(status), [0], "the disk refused a write");
+        }
+        let header = guest.allocate(&header);
+        let (data, status) = (guest.allocate(&[0; SECTOR]), guest.allocate(&[0xff]));
+        assert_eq!(guest.request(0, &[(header, 0), (data, WRITE), (status, WRITE)]), SECTOR as u32 + 1);
+        assert_eq!(guest.bytes(status), [0], "the disk refused a read");
+        let mut expected = [0x5a; SECTOR];
+        if is_read_only {
+            self.disk.read_exact_at(&mut expected, (sector * SECTOR) as u64).unwrap();
+        }
+        assert_eq!(guest.bytes(data), expected);
+    }
+
+    fn exercise_net(&self, guest: &mut Guest) {
+        self.discard();
+        let mut frame = vec![0; NET_HEADER + 60];
+        frame[NET_HEADER..NET_HEADER + 6].fill(0xff);
+        frame[NET_HEADER + 6..NET_HEADER + 12].copy_from_slice(&[2, 0, 0, 0, 0, 1]);
+        frame[NET_HEADER + 12..NET_HEADER + 14].copy_from_slice(&ETHER_TYPE.to_be_bytes());
+        frame[NET_HEADER + 14] = 77;
+        let out = guest.allocate(&frame);
+        guest.request(TX, &[(out, 0)]);
+        assert_eq!(self.wire.receive()[14], 77, "another frame came out");
+        let room = guest.allocate(&[0; NET_HEADER + 1514]);
+        guest.offer(RX, &[(room, WRITE)]);
+        guest.kick(RX);
+        self.send(&[78]);
+        guest.next_used(RX);
+        assert_eq!(guest.bytes(room)[NET_HEADER + 14], 78, "another frame came in");
+    }
+
+    /// Puts a frame on the wire.
+    pub fn send(&self, payload: &[u8]) {
+        let mut frame = vec![0xff; 14];
+        frame[12..].copy_from_slice(&ETHER_TYPE.to_be_bytes());
+        frame.extend(payload);
+        frame.truncate(1514);
+        frame.resize(frame.len().max(60), 0);
+        self.wire.send(&frame);
+    }
+}
+
+/// Every kind of device, and what of its configuration makes another device of it.
+fn devices() -> Vec<Device> {
+    let disk = |id: &str, read_only: bool, cache: &str| {
+        json!({"drive_id": id, "path_on_host": "disk", "is_root_device": false,
+            "is_read_only": read_only, "cache_type": cache})
+    };
+    let config = json!({
+        "drives": [disk("disk", false, "Writeback"), disk("fixed", true, "Unsafe")],
+        "network-interfaces": [{ "iface_id": "net", "host_dev_name": "tap0", "mtu": 1500 }],
+        "entropy": {},
+    });
+    let config = Config::parse(config.to_string().as_bytes()).unwrap();
+    for kind in DEVICES {
+        let lists = |device: &Device| device.kind() == kind;
+        assert!(config.devices().any(lists), "teach this a configuration with `{}`", kind.section);
+    }
+    config.devices().cloned().collect()
+}
+
+/// The host as devices see it.
+struct Lent<'a>(&'a Host);
+
+impl alula::host::Host for Lent<'_> {
+    fn file(&mut self, _: &str, _: &Path, _: Access) -> Result<File> {
+        Ok(self.0.disk.try_clone().unwrap())
+    }
+    fn tap(&mut self, _: &str) -> Result<File> {
+        Ok(self.0.tap.try_clone().unwrap())
+    }
+    fn random_seed(&mut self) -> Result<[u8; 32]> {
+        Ok([0; 32])
+    }
+    fn console(&mut self) -> Result<Box<dyn Write + Send>> {
+        Ok(Box::new(std::io::sink()))
+    }
+}
