@@ -9,6 +9,7 @@ use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
+use alula::metrics::View;
 use common::Folder;
 use common::disk::{DISCARD, Disk, IN, IN_FLIGHT_MAX, OUT, WRITE_ZEROES};
 use serde_json::{Value, json};
@@ -250,5 +251,63 @@ fn a_file_that_grew_is_measured_again() {
         assert!(disk.was_interrupted());
         assert_eq!(disk.config(0, 8), 4096);
         assert_eq!(disk.write(4095, &[1; 512]), OK);
+    }
+}
+
+#[test]
+fn the_sync_engine_goes_on_where_io_uring_is_forbidden() {
+    let test = || {
+        common::forbid(libc::SYS_io_uring_setup, libc::EPERM);
+        let folder = Folder::new();
+        let (path, _) = image(&folder, 8 << 20);
+        let more = json!({ "num_queues": 2, "threads": 2 });
+        let mut disk = Disk::new(config(&path, "Async", more)).unwrap();
+        shuffle(&mut disk, 2, 2);
+        assert_eq!(disk.flush(), OK);
+    };
+    std::thread::spawn(test).join().unwrap();
+}
+
+#[test]
+fn limits_hold_requests_back_until_they_are_changed() {
+    // So slow that none comes back while this runs.
+    let bucket = |size: u64| json!({ "size": size, "refill_time": 1_000_000_000 });
+    let none = json!({ "size": 0, "refill_time": 0 });
+    for engine in ENGINES {
+        for (limits, allowed) in [
+            (json!({ "ops": bucket(5) }), 5),
+            (json!({ "bandwidth": bucket(7 * 4096) }), 7),
+            (json!({ "ops": bucket(8), "bandwidth": bucket(9 * 4096) }), 8),
+        ] {
+            let folder = Folder::new();
+            let (path, _) = image(&folder, 1 << 20);
+            let mut disk = Disk::new(config(&path, engine, json!({ "rate_limiter": limits }))).unwrap();
+            for slot in 0..20 {
+                disk.put(0, slot, IN, 8 * u64::from(slot), 4096);
+            }
+            disk.kick(0);
+            for slot in 0..allowed {
+                assert_eq!(disk.wait(0).0, slot, "{engine} {limits}");
+            }
+            // A stop and a start are no way around a limit; nor is a change of another bucket.
+            let other = if limits.get("ops").is_some() { "bandwidth" } else { "ops" };
+            disk.patch(json!({ "drive_id": "d", "rate_limiter": { other: none } })).unwrap();
+            disk.pause();
+            disk.resume();
+            disk.kick(0);
+            disk.pause();
+            assert_eq!(disk.take(0), None, "{engine} {limits}");
+            disk.resume();
+            disk.patch(json!({ "drive_id": "d", "rate_limiter": { "ops": none, "bandwidth": none } }))
+                .unwrap();
+            for slot in allowed..20 {
+                assert_eq!(disk.wait(0).0, slot, "{engine} {limits}");
+                assert_eq!(disk.status(0, slot), 0);
+            }
+            let metrics = disk.transport.lock().unwrap().metrics(View::Total);
+            assert_eq!((&metrics["read_count"], &metrics["read_bytes"]), (&json!(20), &json!(20 * 4096)));
+            assert_eq!((&metrics["update_count"], &metrics["execute_fails"]), (&json!(2), &json!(0)));
+            assert!(metrics["rate_limiter_throttled_events"].as_u64() > Some(0));
+        }
     }
 }

@@ -68,6 +68,24 @@ impl Drop for Folder {
     }
 }
 
+/// Lets a system call fail with `errno` in this thread, and in those that it starts, from now on.
+#[allow(unsafe_code)]
+pub fn forbid(call: libc::c_long, errno: i32) {
+    let statement = |code: u32, k: u32, jf| libc::sock_filter { code: code as u16, jt: 0, jf, k };
+    let mut filter = [
+        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0),
+        statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, call as u32, 1),
+        statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ERRNO | errno as u32, 0),
+        statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW, 0),
+    ];
+    let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
+    // SAFETY: the calls read the local structures.
+    unsafe {
+        assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
+        assert_eq!(libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &program), 0);
+    }
+}
+
 /// A running process, killed when the test ends.
 pub struct Process {
     pub child: Child,
