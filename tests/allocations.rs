@@ -103,6 +103,29 @@ fn no_request_allocates_on_either_engine() {
 }
 
 #[test]
+fn what_is_there_in_a_qcow2_image_is_read_and_written_without_allocations() {
+    let _alone = ALONE.lock();
+    for engine in ["Sync", "Async"] {
+        let folder = Folder::new();
+        let path = folder.path("image");
+        let create = ["create", "-q", "-f", "qcow2"];
+        let made = std::process::Command::new("qemu-img").args(create).arg(&path).arg("8M").status();
+        assert!(made.expect("qemu-img is needed: `apt-get install qemu-utils`").success());
+        let mut disk = Disk::new(json!({
+            "drive_id": "d", "is_root_device": false, "path_on_host": path, "format": "qcow2",
+            "io_engine": engine,
+        }))
+        .unwrap();
+        for place in 0..128 {
+            assert_eq!(disk.write(place * 128, &[1; 64 << 10]), Ok(()));
+        }
+        for kind in [IN, OUT] {
+            assert_eq!(allocations(&mut disk, kind, 4096), 0.0, "{engine} {kind}");
+        }
+    }
+}
+
+#[test]
 fn what_a_queue_holds_is_bounded_however_much_is_in_flight() {
     let _alone = ALONE.lock();
     for engine in ["Sync", "Async"] {

@@ -185,6 +185,25 @@ fn internal_snapshots_and_compressed_clusters_survive() {
 }
 
 #[test]
+fn a_file_that_ends_in_the_middle_of_a_cluster_goes_on_with_zeros() {
+    for engine in ["Sync", "Async"] {
+        let folder = Folder::new();
+        qemu_img(&folder, &["create", "-q", "-f", "qcow2", "disk", "4M"]);
+        let open = || Disk::new(config(&folder.path("disk"), json!({ "io_engine": engine }))).unwrap();
+        let mut disk = open();
+        assert_eq!(disk.write(0, &pattern(1, CLUSTER)), Ok(()));
+        disk.end();
+        let image = std::fs::File::options().write(true).open(folder.path("disk")).unwrap();
+        let length = image.metadata().unwrap().len();
+        image.set_len(length / CLUSTER as u64 * CLUSTER as u64 - CLUSTER as u64 + 1000).unwrap();
+        let mut expected = pattern(1, CLUSTER);
+        expected[1000..].fill(0);
+        let mut disk = open();
+        assert!(disk.read(0, CLUSTER).unwrap() == expected, "{engine}");
+    }
+}
+
+#[test]
 fn a_chain_is_followed_within_its_folder_or_where_it_is_named() {
     let folder = Folder::new();
     let expected = chain(&folder, &[]);

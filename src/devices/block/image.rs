@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
@@ -127,11 +128,21 @@ impl Image {
         matches!(self.content, Content::Qcow2(_))
     }
 
-    /// The file of a raw image: where an operation of the kernel's may go instead of here.
+    /// The file of a raw image.
     pub fn raw(&self) -> Option<&Raw> {
         match &self.content {
             Content::Raw(raw) => Some(raw),
             Content::Qcow2(_) => None,
+        }
+    }
+
+    /// Where the kernel can read or write all of `buffers` itself: a descriptor, and an offset there.
+    /// It stays so until a range is given back or made zeros: the caller waits for what is in flight
+    /// before that.
+    pub fn place(&self, buffers: &Buffers, offset: u64, write: bool) -> Option<(RawFd, u64)> {
+        match &self.content {
+            Content::Raw(raw) => raw.takes(buffers).then(|| (raw.file().as_raw_fd(), offset)),
+            Content::Qcow2(image) => image.place(offset, buffers.len() as u64, write),
         }
     }
 

@@ -182,6 +182,7 @@ impl VirtioDevice for Block {
             memory: io.memory,
             id: self.config.drive_id.clone(),
             read_only: self.config.is_read_only,
+            workers: self.config.num_queues,
             durable: self.durable(),
             limiter: self.config.rate_limiter.is_some().then(|| self.limiter.clone()),
             metrics: self.metrics.clone(),

@@ -229,6 +229,8 @@ pub struct Disk {
     pub memory: Memory,
     pub id: String,
     pub read_only: bool,
+    /// How many queues work on it at the same time.
+    pub workers: u16,
     /// A flush is answered when all is on stable storage.
     pub durable: bool,
     /// None: there are no limits.

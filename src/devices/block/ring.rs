@@ -1,11 +1,11 @@
-//! The Async engine: requests on a raw image go to the kernel through an io_uring.
+//! The Async engine: what the kernel can do itself goes to it through an io_uring.
 
 use std::io::Result;
 use std::os::fd::AsRawFd;
 
 use super::holes;
 use super::image::Image;
-use super::request::{Kind, Request};
+use super::request::{Kind, Range, Request};
 use crate::error;
 use crate::uring::{Operation, Uring};
 use crate::virtio::buffers::VECTORS_MAX;
@@ -30,22 +30,25 @@ impl Ring {
     /// one for the ring.
     #[allow(unsafe_code)]
     pub fn push(&mut self, request: &Request, index: u16, image: &Image, durable: bool) -> Result<bool> {
-        let Some(raw) = image.raw() else { return Ok(false) };
-        let file = raw.file().as_raw_fd();
         let vectors = request.data.vectors();
-        let count = vectors.len().min(VECTORS_MAX) as u32;
-        let (vectors, offset) = (vectors.as_ptr(), request.offset);
-        let operation = match (request.kind, request.ranges.last()) {
-            (Kind::Read, _) if raw.takes(&request.data) => Operation::Read { file, vectors, count, offset },
-            (Kind::Write, _) if raw.takes(&request.data) => Operation::Write { file, vectors, count, offset },
-            (Kind::Flush, _) if durable => Operation::Sync { file },
-            (Kind::Discard | Kind::Zero, Some(range)) if !holes::is_block_device(raw.file()) => {
-                let mode =
-                    if request.kind == Kind::Zero && !range.unmap { holes::ZERO } else { holes::PUNCH };
-                Operation::Allocate { file, mode, offset: range.offset, length: range.length }
+        let (vectors, count) = (vectors.as_ptr(), vectors.len().min(VECTORS_MAX) as u32);
+        let place = |write| image.place(&request.data, request.offset, write);
+        let operation = match (request.kind, image.raw(), request.ranges.last()) {
+            (Kind::Read, ..) => {
+                place(false).map(|(file, offset)| Operation::Read { file, vectors, count, offset })
             }
-            _ => return Ok(false),
+            (Kind::Write, ..) => {
+                place(true).map(|(file, offset)| Operation::Write { file, vectors, count, offset })
+            }
+            (Kind::Flush, Some(raw), _) if durable => Some(Operation::Sync { file: raw.file().as_raw_fd() }),
+            (Kind::Discard | Kind::Zero, Some(raw), Some(range)) if !holes::is_block_device(raw.file()) => {
+                let (file, Range { offset, length, unmap }) = (raw.file().as_raw_fd(), *range);
+                let mode = if request.kind == Kind::Zero && !unmap { holes::ZERO } else { holes::PUNCH };
+                Some(Operation::Allocate { file, mode, offset, length })
+            }
+            _ => None,
         };
+        let Some(operation) = operation else { return Ok(false) };
         // SAFETY: the vectors are the request's, which does not change before its step completes; they
         // lie in guest memory, and the file is the image's. All of them are kept by the worker, which
         // drops its ring first, and the ring waits for what is in flight.

@@ -72,9 +72,10 @@ impl Running {
     }
 
     fn open_ring(&mut self) {
-        let ring = match self.disk.image.raw() {
-            Some(_) => Ring::new(self.queue.size()),
-            None => Err(Error::config("qcow2 images are read and written one request after the other")),
+        // Clusters that one worker gives back may not be where another's operations are in flight.
+        let ring = match self.disk.image.raw().is_some() || self.disk.workers == 1 {
+            true => Ring::new(self.queue.size()),
+            false => Err(Error::config("a qcow2 image with several queues is used by one request at a time")),
         };
         match ring {
             Ok(ring) => self.ring = Some(ring),
@@ -181,6 +182,11 @@ impl Running {
         {
             return Ok(());
         }
+        if matches!(request.kind, Kind::Discard | Kind::Zero) && self.disk.image.raw().is_none() {
+            // They are where their clusters were.
+            self.drain(memory)?;
+        }
+        let request = &mut self.requests[usize::from(index)];
         let result = request.perform(&self.disk, &mut self.bounce);
         self.now = Instant::now();
         self.end(memory, index, result)
@@ -202,7 +208,8 @@ impl Running {
         let request = &mut self.requests[usize::from(index)];
         let done = match (result, request.kind) {
             (Ok(0), Kind::Read | Kind::Write) if !request.data.is_empty() => {
-                Err(ErrorKind::UnexpectedEof.into())
+                // The end of the file; an image may mean zeros by that.
+                request.perform(&self.disk, &mut self.bounce).map(|()| true)
             }
             (Ok(count), Kind::Read | Kind::Write) => {
                 if request.kind == Kind::Read {
@@ -280,16 +287,22 @@ impl Running {
         self.queue.push(memory, request.head, length)
     }
 
-    /// Waits for what is in flight, and tells the driver.
-    fn finish(&mut self) -> Result<()> {
-        let disk = self.disk.clone();
-        let memory = disk.memory.memory();
+    /// Waits for what is in flight.
+    fn drain(&mut self, memory: &Regions) -> Result<()> {
         while let Some(ring) = &mut self.ring
             && ring.uring().in_flight() > 0
         {
             ring.uring().wait().context("use io_uring")?;
-            self.complete(&memory)?;
+            self.complete(memory)?;
         }
+        Ok(())
+    }
+
+    /// Waits for what is in flight, and tells the driver.
+    fn finish(&mut self) -> Result<()> {
+        let disk = self.disk.clone();
+        let memory = disk.memory.memory();
+        self.drain(&memory)?;
         if self.queue.is_ready() { self.queue.notify(&memory) } else { Ok(()) }
     }
 }

@@ -7,7 +7,8 @@ mod header;
 mod layer;
 
 use std::fs::File;
-use std::io::{IoSlice, IoSliceMut, Result as IoResult};
+use std::io::{ErrorKind, IoSlice, IoSliceMut, Result as IoResult};
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use imago::{FormatAccess, Mapping};
@@ -71,6 +72,17 @@ impl Qcow2 {
         (self.header.version >= 3).then_some(self.header.cluster)
     }
 
+    /// Where a whole range lies in one piece of one file, if it does; for a write: in a place that is
+    /// written without another word in the tables.
+    pub fn place(&self, offset: u64, length: u64, write: bool) -> Option<(RawFd, u64)> {
+        match self.shared().get_mapping(offset, length) {
+            Ok((Mapping::Raw { storage, offset, writable, .. }, given)) if given >= length => {
+                (writable || !write).then(|| (storage.file().as_raw_fd(), offset))
+            }
+            _ => None,
+        }
+    }
+
     /// Reads from byte `offset` into all of `buffers`.
     pub fn read(&self, buffers: &mut Buffers, mut offset: u64) -> IoResult<()> {
         let access = self.shared();
@@ -78,9 +90,16 @@ impl Qcow2 {
             let (mapping, length) = access.get_mapping(offset, buffers.len() as u64)?;
             let count = usize::try_from(length).map_or(buffers.len(), |length| length.min(buffers.len()));
             match mapping {
-                _ if count == 0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+                _ if count == 0 => return Err(ErrorKind::UnexpectedEof.into()),
                 Mapping::Raw { storage, offset, .. } => {
-                    buffers.read_some_at(storage.file(), offset, count)?
+                    let left = buffers.len() - count;
+                    match buffers.read_some_at(storage.file(), offset, count) {
+                        // A last cluster of which only the front was written.
+                        Err(error) if error.kind() == ErrorKind::UnexpectedEof => {
+                            buffers.zero(buffers.len() - left);
+                        }
+                        result => result?,
+                    }
                 }
                 Mapping::Zero { .. } => buffers.zero(count),
                 _ => {
@@ -101,7 +120,7 @@ impl Qcow2 {
             let (mapping, length) = access.get_mapping(offset, buffers.len() as u64)?;
             let count = usize::try_from(length).map_or(buffers.len(), |length| length.min(buffers.len()));
             match mapping {
-                _ if count == 0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+                _ if count == 0 => return Err(ErrorKind::UnexpectedEof.into()),
                 Mapping::Raw { storage, offset, writable: true, .. } => {
                     buffers.write_some_at(storage.file(), offset, count)?;
                 }
@@ -134,7 +153,7 @@ impl Qcow2 {
         while at < end {
             let (mapping, length) = access.get_mapping(at, end - at)?;
             if length == 0 {
-                return Err(std::io::ErrorKind::UnexpectedEof.into());
+                return Err(ErrorKind::UnexpectedEof.into());
             }
             let place = match mapping {
                 Mapping::Raw { offset, writable: true, .. } => Some(offset),
