@@ -187,7 +187,8 @@ fn what_four_writers_wrote_is_there_after_a_restart(format: &str, engine: &str) 
             std::fs::File::options().write(true).open(&path).unwrap().set_len(32 << 20).unwrap();
         }
         let disk = format!("{},format={format},engine={engine},queues={queues}", path.display());
-        for what in ["write", "check"] {
+        // The host checks every byte; the guest does once.
+        for what in if queues == 1 { &["write", "check"][..] } else { &["write"] } {
             let word = format!("disk-scatter={what}");
             let ended = boot_with(KERNELS[0], 2, &word, &[transport, &["--disk", &disk]].concat());
             assert_eq!(ended.code, Some(0), "{}", ended.text);
@@ -247,7 +248,7 @@ fn what_a_guest_gives_back_is_free_on_the_host() {
             "{trimmed} MiB of {filled}: {text}"
         );
         let (text, discarded) = run("disk-discard");
-        assert!(text.contains("disk: discarded, 0\n") && discarded == 0, "{discarded} MiB: {text}");
+        assert!(line_of(&text, "disk: discarded,") == "0" && discarded == 0, "{discarded} MiB: {text}");
     }
 }
 
