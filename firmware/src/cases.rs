@@ -4,6 +4,7 @@ use crate::arch;
 use crate::console::{self, Hex, say};
 use crate::devices;
 use crate::hostile;
+use crate::hostile_net;
 use crate::machine::Machine;
 use crate::virtio::{self, Device};
 use crate::words::{Words, number};
@@ -26,7 +27,8 @@ const DEVICE_CASES: [(&str, u32, Case); 3] =
     [("block", 2, devices::block), ("net", 1, devices::net), ("entropy", 4, devices::entropy)];
 
 /// Cases that run only where they are asked for by name.
-const CHOSEN_CASES: [(&str, Case); 2] = [("hostile", hostile::run), ("pvpanic", pvpanic)];
+const CHOSEN_CASES: [(&str, Case); 3] =
+    [("hostile", hostile::run), ("hostile-net", hostile_net::run), ("pvpanic", pvpanic)];
 
 /// Runs the cases that the command line names, or all but the chosen ones; returns how many failed.
 pub fn run(machine: &Machine, words: &Words) -> u32 {

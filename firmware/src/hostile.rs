@@ -12,7 +12,7 @@ use crate::words::Words;
 
 const VERSION_1: u64 = 1 << 32;
 /// Where nothing is: above all memory, and where it wraps around.
-const NOWHERE: u64 = 1 << 46;
+pub const NOWHERE: u64 = 1 << 46;
 const TOP: u64 = u64::MAX - 15;
 
 /// A breach: the disk, and its queue that works until now.
@@ -187,7 +187,7 @@ fn place_registers(device: Device, at: u64) {
 
 /// Offers a chain of two descriptors (address, length, flags, next), the second of which may be unused.
 #[inline(never)]
-fn chain(queue: Queue, descriptors: [(u64, u32, u16, u16); 2]) {
+pub fn chain(queue: Queue, descriptors: [(u64, u32, u16, u16); 2]) {
     for (index, (address, length, flags, next)) in descriptors.into_iter().enumerate() {
         queue.set_descriptor(index, Descriptor { address, length, flags, next });
     }
@@ -209,7 +209,7 @@ fn sized(device: Device, queue: Queue, size: u32) {
 }
 
 /// Whether the entropy device answers.
-fn answers(queue: Queue) -> bool {
+pub fn answers(queue: Queue) -> bool {
     let mut bytes = [0; 16];
     queue.request(&[written_by_device(&mut bytes)]) == Some(16)
 }

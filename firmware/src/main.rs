@@ -18,6 +18,7 @@ mod compare;
 mod console;
 mod devices;
 mod hostile;
+mod hostile_net;
 mod machine;
 mod virtio;
 mod words;

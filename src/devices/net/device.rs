@@ -9,6 +9,7 @@ use super::control::{self, Control};
 use super::features::{self, has};
 use super::limit::Limit;
 use super::mac::Mac;
+use super::metrics::Metrics;
 use super::port::Port;
 use super::receive::Receiver;
 use super::status::Status;
@@ -18,6 +19,7 @@ use crate::error::{Context, Error, Result};
 use crate::host::Host;
 use crate::host::passt::Passt;
 use crate::host::tap::Tap;
+use crate::metrics::Group;
 use crate::snapshot::Snapshot;
 use crate::virtio::pool::Held;
 use crate::virtio::{Io, Queue, VirtioDevice, Worker};
@@ -41,6 +43,7 @@ pub struct Net {
     status: Arc<Status>,
     rx_limit: Limit,
     tx_limit: Limit,
+    metrics: Arc<Metrics>,
     /// It goes on in another place: its driver is to tell the network.
     moved: bool,
     // Guest-visible
@@ -90,6 +93,7 @@ impl Net {
             status,
             rx_limit: Limit::new(config.rx_rate_limiter),
             tx_limit: Limit::new(config.tx_rate_limiter),
+            metrics: Arc::default(),
             moved: false,
             control: Arc::new(Control::new(control::State::new(mac.0))),
             held: (0..pairs).map(|_| pair::Home::default()).collect(),
@@ -191,6 +195,10 @@ impl VirtioDevice for Net {
         self.held.iter().for_each(|held| held.lock().unwrap_or_else(PoisonError::into_inner).clear());
     }
 
+    fn metrics(&self) -> Option<Arc<dyn Group>> {
+        Some(self.metrics.clone())
+    }
+
     fn patch(&mut self, body: &Value, _: &mut dyn Host) -> Result<bool> {
         let patch = Patch::deserialize(body).context("read the change")?;
         for (limit, patch) in
@@ -222,8 +230,8 @@ impl Net {
             Carrier::Passt(home) => {
                 let link = (self.status.clone(), interrupts.clone());
                 let limits = [rx_limit, tx_limit];
-                let running =
-                    stream::Running::new(self.name.clone(), memory, queues, mergeable, home, link, limits)?;
+                let name = (self.name.clone(), self.metrics.clone());
+                let running = stream::Running::new(name, memory, queues, mergeable, home, link, limits)?;
                 return Ok(Box::new(running));
             }
         };
@@ -231,13 +239,15 @@ impl Net {
         let home = self.held[pair].clone();
         let held = std::mem::take(&mut *home.lock().unwrap_or_else(PoisonError::into_inner));
         let [rx_timer, tx_timer] = [&rx_limit, &tx_limit].map(Limit::timer);
+        let metrics = &self.metrics;
         Ok(Box::new(pair::Running {
             memory: memory.clone(),
-            receiver: Receiver::new(memory.clone(), rx, mergeable, &held, rx_limit)?,
-            transmitter: Transmitter::new(memory.clone(), tx, tx_limit),
+            receiver: Receiver::new(memory.clone(), rx, mergeable, &held, rx_limit, metrics.clone())?,
+            transmitter: Transmitter::new(memory.clone(), tx, tx_limit, metrics.clone()),
             port: Port::new(tap),
             link: (pair == 0).then(|| (self.status.clone(), interrupts.clone())),
             home,
+            metrics: metrics.clone(),
             rx_timer: rx_timer?,
             tx_timer: tx_timer?,
         }))

@@ -8,6 +8,7 @@ pub mod framing;
 mod header;
 mod limit;
 mod mac;
+mod metrics;
 mod option;
 mod outgoing;
 mod pair;

@@ -133,9 +133,10 @@ impl Outgoing {
         }
     }
 
-    /// Takes a frame away that has gone: the head of its chain.
-    pub fn done(&mut self) -> Option<u16> {
-        self.frames.pop_front_if(|frame| frame.left == 0).map(|frame| frame.head)
+    /// Takes a frame away that has gone: the head of its chain, and its length.
+    pub fn done(&mut self) -> Option<(u16, usize)> {
+        let gone = self.frames.pop_front_if(|frame| frame.left == 0);
+        gone.map(|frame| (frame.head, frame.length - PREFIX))
     }
 
     /// Takes away a frame that will never go, or that `rest` has now what is still to go of.

@@ -6,6 +6,7 @@ use vm_memory::GuestAddressSpace;
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::limit::set;
+use super::metrics::Metrics;
 use super::port::Port;
 use super::receive::Receiver;
 use super::status::Status;
@@ -40,6 +41,8 @@ pub struct Running {
     pub link: Option<(Arc<Status>, Arc<Interrupts>)>,
     /// For the receiver's buffers.
     pub home: Home,
+    /// What it counts.
+    pub metrics: Arc<Metrics>,
     /// They go off when a limit lets the next frame pass; none where there is no limit.
     pub rx_timer: Option<TimerFd>,
     /// The same for the other way.
@@ -71,6 +74,12 @@ impl Worker for Running {
 
     fn handle(&mut self, token: u32) -> Result<()> {
         let memory = self.memory.memory();
+        match token {
+            RX => self.metrics.rx_queue_event_count.add(1),
+            TX => self.metrics.tx_queue_event_count.add(1),
+            TAP => self.metrics.rx_tap_event_count.add(1),
+            _ => {}
+        }
         match token {
             TX | TX_TIMER => self.transmit(&memory),
             LINK => {

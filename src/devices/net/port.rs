@@ -24,12 +24,14 @@ pub struct Port {
     reads_now: bool,
     /// How many bytes each frame of the last batch has; none: it was not moved.
     results: Vec<Option<usize>>,
+    /// How many system calls the last batch took.
+    calls: u64,
 }
 
 impl Port {
     /// Not opened yet.
     pub fn new(tap: Tap) -> Self {
-        Self { tap, ring: None, reads_now: true, results: Vec::with_capacity(BATCH) }
+        Self { tap, ring: None, reads_now: true, results: Vec::with_capacity(BATCH), calls: 0 }
     }
 
     /// Makes the ring, on the thread that will use it. A host that forbids it only costs speed.
@@ -53,14 +55,21 @@ impl Port {
         &self.results
     }
 
+    /// How many system calls the last batch took.
+    pub fn calls(&self) -> u64 {
+        self.calls
+    }
+
     /// Reads one frame into each of these ranges of the pool's vectors, as long as there are some.
     pub fn read(&mut self, pool: &Pool, frames: &[Range<usize>]) {
+        self.calls = 0;
         self.results.clear();
         if frames.len() > 1 && self.read_batch(pool, frames) {
             return;
         }
         for vectors in frames {
             let moved = self.read_one(pool, vectors);
+            self.calls += 1;
             self.results.push(moved);
             if moved.is_none() {
                 break;
@@ -71,12 +80,14 @@ impl Port {
     /// Writes one frame from each of these ranges of the pool's vectors. What the TAP does not take is
     /// lost, as on a wire: it is down, or the driver's header is wrong.
     pub fn write(&mut self, pool: &Pool, frames: &[Range<usize>]) {
+        self.calls = 0;
         self.results.clear();
         if frames.len() > 1 && self.write_batch(pool, frames) {
             return;
         }
         for vectors in frames {
             let moved = self.write_one(pool, vectors);
+            self.calls += 1;
             self.results.push(moved);
         }
     }
@@ -127,6 +138,7 @@ impl Port {
         while ring.in_flight() > 0 {
             // The kernel takes what is queued sooner or later; nothing may be left in flight.
             let _ = ring.complete();
+            self.calls += 1;
             while let Some(completion) = ring.next() {
                 let not_now = |error: &std::io::Error| error.raw_os_error() == Some(libc::EOPNOTSUPP);
                 is_known &= !completion.result.as_ref().is_err_and(not_now);

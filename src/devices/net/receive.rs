@@ -1,10 +1,12 @@
 //! Frames from a TAP to the driver: one of the two halves of a pair.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::header;
 use super::limit::Limit;
+use super::metrics::Metrics;
 use super::port::{BATCH, Port};
 use crate::error::{Error, Result};
 use crate::memory::{Memory, Regions};
@@ -28,6 +30,7 @@ pub struct Receiver {
     /// The buffers that it gave and no frame has filled.
     pool: Pool,
     limit: Limit,
+    metrics: Arc<Metrics>,
     batch: usize,
     /// The driver gave enough for the largest frame once: it will again, and what there is now is kept
     /// for it. Others get what fits.
@@ -41,21 +44,19 @@ pub struct Receiver {
 
 impl Receiver {
     /// Goes on with the buffers that an earlier one held.
-    pub fn new(memory: Memory, queue: Queue, mergeable: bool, held: &[Held], limit: Limit) -> Result<Self> {
+    pub fn new(
+        memory: Memory,
+        queue: Queue,
+        mergeable: bool,
+        held: &[Held],
+        limit: Limit,
+        metrics: Arc<Metrics>,
+    ) -> Result<Self> {
         let mut pool = Pool::new(memory, queue.size().into());
         held.iter().try_for_each(|held| pool.add_held(held))?;
         let (entries, vectors) = (Vec::with_capacity(BATCH), Vec::with_capacity(BATCH));
-        Ok(Self {
-            queue,
-            mergeable,
-            pool,
-            limit,
-            batch: BATCH_MIN,
-            is_ample: false,
-            late: None,
-            entries,
-            vectors,
-        })
+        let (batch, is_ample, late) = (BATCH_MIN, false, None);
+        Ok(Self { queue, mergeable, pool, limit, metrics, batch, is_ample, late, entries, vectors })
     }
 
     /// Gives back the queue and the buffers that no frame has filled.
@@ -84,6 +85,7 @@ impl Receiver {
             self.plan();
             let posted = self.vectors.len();
             if posted == 0 {
+                self.metrics.no_rx_avail_buffer.add(1);
                 if !self.queue.enable_kicks(memory)? {
                     break None;
                 }
@@ -91,6 +93,7 @@ impl Receiver {
                 continue;
             }
             port.read(&self.pool, &self.vectors);
+            self.metrics.rx_call_count.add(port.calls());
             let (got, wait) = self.deliver_all(memory, port.results())?;
             moved += got;
             if wait.is_some() {
@@ -170,6 +173,7 @@ impl Receiver {
             if let Err(wait) = self.limit.take(length.saturating_sub(header::SIZE)) {
                 // Limited, there was but one read.
                 self.late = Some(length);
+                self.metrics.rx_rate_limiter_throttled.add(1);
                 return Ok((got, Some(wait)));
             }
             self.deliver(memory, read, length)?;
@@ -196,6 +200,7 @@ impl Receiver {
         let capacity: usize = self.pool.entries()[entries.clone()].iter().map(|entry| entry.length).sum();
         if self.mergeable && length == capacity && capacity < FRAME_MAX {
             // Cut off, in all likelihood: lost, as where there is no buffer.
+            self.metrics.rx_fails.add(1);
             return Ok(());
         }
         self.pool.mark_dirty(vector, length);
@@ -207,6 +212,9 @@ impl Receiver {
             left -= left.min(self.pool.entries()[entry].length);
             filled += 1;
         }
+        self.metrics.rx_packets_count.add(1);
+        self.metrics.rx_bytes_count.add(length.saturating_sub(header::SIZE) as u64);
+        self.metrics.rx_count.add(filled as u64);
         self.pool.copy_from(vector, header::NUM_BUFFERS, &(filled as u16).to_le_bytes());
         let mut left = length;
         for entry in entries.take(filled) {

@@ -10,6 +10,7 @@ use vmm_sys_util::timerfd::TimerFd;
 use super::framing::Decoder;
 use super::header;
 use super::limit::{Limit, set};
+use super::metrics::Metrics;
 use super::outgoing::Outgoing;
 use super::status::Status;
 use crate::error::{Error, Result};
@@ -51,6 +52,7 @@ pub type Home = Arc<Mutex<Option<Stream>>>;
 /// The running half.
 pub struct Running {
     name: String,
+    metrics: Arc<Metrics>,
     memory: Memory,
     rx: Queue,
     tx: Queue,
@@ -75,7 +77,7 @@ pub struct Running {
 impl Running {
     /// Takes the stream from its home; `name` is the interface's.
     pub fn new(
-        name: String,
+        (name, metrics): (String, Arc<Metrics>),
         memory: &Memory,
         [rx, tx]: [Queue; 2],
         mergeable: bool,
@@ -87,6 +89,7 @@ impl Running {
         let stream = home.lock().unwrap_or_else(PoisonError::into_inner).take();
         Ok(Self {
             name,
+            metrics,
             memory: memory.clone(),
             rx,
             tx,
@@ -124,6 +127,12 @@ impl Worker for Running {
 
     fn handle(&mut self, token: u32) -> Result<()> {
         let memory = self.memory.memory();
+        match token {
+            RX => self.metrics.rx_queue_event_count.add(1),
+            TX => self.metrics.tx_queue_event_count.add(1),
+            SOCKET => self.metrics.rx_tap_event_count.add(1),
+            _ => {}
+        }
         if matches!(token, TX | TX_TIMER | SOCKET) {
             self.transmit(&memory)?;
         }
@@ -173,6 +182,7 @@ impl Running {
                 && let Err(wait) = self.rx_limit.take(frame.len())
             {
                 set(&mut self.rx_timer, Some(wait))?;
+                self.metrics.rx_rate_limiter_throttled.add(1);
                 break;
             }
             // It may have to wait for buffers, and is not counted again then.
@@ -185,6 +195,7 @@ impl Running {
                     break;
                 }
             } else {
+                self.metrics.no_rx_avail_buffer.add(1);
                 if !self.rx.enable_kicks(memory)? {
                     break;
                 }
@@ -199,6 +210,7 @@ impl Running {
         if self.stream.ended {
             return false;
         }
+        self.metrics.rx_call_count.add(1);
         match self.stream.passt.stream().read(self.stream.decoder.room()) {
             Ok(0) => self.end(),
             Ok(count) => {
@@ -214,7 +226,7 @@ impl Running {
 
     /// Copies the next frame to the driver's buffers; false: it has too few.
     fn deliver(&mut self, memory: &Regions) -> Result<bool> {
-        let Self { buffers, chains, rx, stream, mergeable, .. } = self;
+        let Self { buffers, chains, rx, stream, mergeable, metrics, .. } = self;
         let Ok(Some(frame)) = stream.decoder.frame() else { return Ok(true) };
         let needed = header::SIZE + frame.len();
         buffers.clear();
@@ -233,10 +245,14 @@ impl Running {
             // More may come; but what would not even fit all of its buffers is lost.
             let never = !*mergeable || chains.len() >= usize::from(rx.size());
             if never {
+                metrics.rx_fails.add(1);
                 stream.decoder.done();
             }
             return Ok(never);
         }
+        metrics.rx_packets_count.add(1);
+        metrics.rx_bytes_count.add(frame.len() as u64);
+        metrics.rx_count.add(chains.len() as u64);
         buffers.copy_from(0, &header::plain(chains.len() as u16));
         buffers.copy_from(header::SIZE, frame);
         let mut left = needed;
@@ -269,13 +285,16 @@ impl Running {
                 }
             }
             let is_blocked = !self.send();
-            while let Some(head) = self.outgoing.done() {
+            while let Some((head, length)) = self.outgoing.done() {
+                self.metrics.tx_packets_count.add(1);
+                self.metrics.tx_bytes_count.add(length as u64);
                 self.tx.push(memory, head, 0)?;
                 moved += 1;
             }
             while self.stream.ended
                 && let Some(head) = self.outgoing.give_up()
             {
+                self.metrics.tx_fails.add(1);
                 self.tx.push(memory, head, 0)?;
             }
             if is_blocked && !self.stream.ended {
@@ -299,6 +318,7 @@ impl Running {
                 && let Err(wait) = self.tx_limit.take(header::length_after(&chain))
             {
                 self.tx.undo_pop();
+                self.metrics.tx_rate_limiter_throttled.add(1);
                 return Ok(Some(wait));
             }
             let head = chain.head_index();
@@ -309,8 +329,10 @@ impl Running {
                     self.tx.undo_pop();
                     break;
                 }
+                self.metrics.tx_malformed_frames.add(1);
                 self.tx.push(memory, head, 0)?;
             }
+            self.metrics.tx_count.add(1);
         }
         Ok(None)
     }
@@ -320,6 +342,7 @@ impl Running {
         if self.stream.ended {
             return false;
         }
+        self.metrics.tx_call_count.add(1);
         match self.outgoing.send(self.stream.passt.stream()) {
             Ok(()) => true,
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => false,

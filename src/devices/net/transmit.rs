@@ -1,10 +1,12 @@
 //! Frames from the driver to a TAP: the other half of a pair.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::header;
 use super::limit::Limit;
+use super::metrics::Metrics;
 use super::port::{BATCH, Port};
 use crate::error::Result;
 use crate::memory::{Memory, Regions};
@@ -25,14 +27,15 @@ pub struct Transmitter {
     pub queue: Queue,
     pool: Pool,
     limit: Limit,
+    metrics: Arc<Metrics>,
     /// The vectors of each frame of a batch that can go.
     frames: Vec<Range<usize>>,
 }
 
 impl Transmitter {
     /// Nothing is on its way yet.
-    pub fn new(memory: Memory, queue: Queue, limit: Limit) -> Self {
-        Self { queue, pool: Pool::new(memory, VECTORS), limit, frames: Vec::with_capacity(BATCH) }
+    pub fn new(memory: Memory, queue: Queue, limit: Limit, metrics: Arc<Metrics>) -> Self {
+        Self { queue, pool: Pool::new(memory, VECTORS), limit, metrics, frames: Vec::with_capacity(BATCH) }
     }
 
     /// Moves frames until the driver has no more, or the limit is reached: then it is to be called again
@@ -53,6 +56,7 @@ impl Transmitter {
                 continue;
             }
             port.write(&self.pool, &self.frames);
+            self.count(port);
             for entry in self.pool.entries() {
                 self.queue.push(memory, entry.head, 0)?;
             }
@@ -69,6 +73,19 @@ impl Transmitter {
         Ok(wait)
     }
 
+    fn count(&self, port: &Port) {
+        let gone = port.results().iter().flatten();
+        let (frames, bytes) = gone.fold((0, 0), |(frames, bytes), length| {
+            (frames + 1, bytes + length.saturating_sub(header::SIZE) as u64)
+        });
+        self.metrics.tx_packets_count.add(frames);
+        self.metrics.tx_bytes_count.add(bytes);
+        self.metrics.tx_fails.add(self.frames.len() as u64 - frames);
+        self.metrics.tx_malformed_frames.add((self.pool.entries().len() - self.frames.len()) as u64);
+        self.metrics.tx_count.add(self.pool.entries().len() as u64);
+        self.metrics.tx_call_count.add(port.calls());
+    }
+
     /// Takes a batch of the driver's frames; or how long the next one must wait.
     fn gather(&mut self, memory: &Regions) -> Result<Option<Duration>> {
         self.pool.clear();
@@ -81,6 +98,7 @@ impl Transmitter {
                 && let Err(wait) = self.limit.take(header::length_after(&chain))
             {
                 self.queue.undo_pop();
+                self.metrics.tx_rate_limiter_throttled.add(1);
                 return Ok(Some(wait));
             }
             let length = self.pool.add_readable(chain)?;
