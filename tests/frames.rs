@@ -11,6 +11,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use alula::devices::KINDS;
 use alula::host::Local;
+use alula::metrics::View;
 use alula::virtio::VirtioDevice;
 use common::driver::{F_EVENT_IDX, Guest, Kind, WRITE};
 use common::network::{self, Wire};
@@ -339,6 +340,38 @@ fn no_frame_allocates_in_either_direction() {
         });
         assert_eq!((sent, received), (0, 0), "{features:#x}");
     }
+}
+
+#[test]
+fn a_backlog_costs_less_than_half_a_system_call_a_frame() {
+    let _alone = enter(0);
+    let device = open(json!({ "host_dev_name": "tap0" }));
+    let metrics = device.metrics().unwrap();
+    let counted = |name: &str| metrics.collect(View::Total)[name].as_u64().unwrap();
+    let wire = Wire::new("tap0", ETHER_TYPE);
+    wire.settle("tap0");
+    let mut guest = Guest::new(Kind::Mmio, device);
+    guest.start(F_EVENT_IDX);
+    let out = outgoing(&mut guest, 1);
+    for _ in 0..16 {
+        guest.offer(TX, &[(out, 0)]);
+    }
+    guest.kick(TX);
+    for _ in 0..16 {
+        guest.next_used(TX);
+    }
+    assert_eq!((counted("tx_packets_count"), counted("tx_bytes_count")), (16, 16 * 60));
+    assert!(counted("tx_call_count") <= 8, "{} calls for 16 frames", counted("tx_call_count"));
+    guest.pause();
+    wire.discard();
+    (0..16).for_each(|seed| wire.send(&frame(seed)));
+    rooms(&mut guest, RX, 16, 1600);
+    let before = counted("rx_call_count");
+    guest.resume();
+    wait_for(|| guest.used_index(RX) == 16);
+    let calls = counted("rx_call_count") - before;
+    assert!(calls <= 8, "{calls} calls for 16 frames");
+    assert!(counted("rx_bytes_count") >= 16 * 60);
 }
 
 /// An ARP request of the guest's for `target`.
