@@ -450,11 +450,12 @@ fn an_ordinary_users_guest_has_a_network_by_passt() {
         ["run", kernel.to_str().unwrap(), "--initrd", initrd.to_str().unwrap(), "--memory", "256M"];
     let net = ["--net", "user,loopback", "--publish", "8080:80", "--cmdline", &line];
     let mut guest = Process::spawn(common::as_nobody(&folder, &[&arguments[..], &net].concat()));
+    // The address of the host's own uplink.
+    guest.expect("user network: 10.9.8.2/24");
     let mut client = network::accept(&page);
     client.write_all(b"HTTP/1.0 200 OK\r\nContent-Length: 13\r\n\r\na host's page").unwrap();
     drop(client);
-    // The address of the host's own uplink.
-    guest.expect("user network: 10.9.8.2/24, a host's page");
+    guest.expect("fetched: a host's page");
     let mut answer = String::new();
     common::wait_for(|| {
         let stream = std::net::TcpStream::connect("127.0.0.1:8080");
