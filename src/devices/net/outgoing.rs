@@ -166,3 +166,95 @@ impl Outgoing {
         self.frames.len()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::devices::net::framing::Decoder;
+    use crate::memory::{Range, allocate};
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+    use virtio_queue::desc::{RawDescriptor, split::Descriptor};
+    use virtio_queue::mock::MockSplitQueue;
+    use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
+
+    /// A frame with its header, in pieces that end where they like.
+    fn put(memory: &Memory, at: u64, seed: u8, length: usize) -> Vec<RawDescriptor> {
+        let bytes = [&[0xee; header::SIZE][..], &vec![seed; length]].concat();
+        memory.memory().write_slice(&bytes, GuestAddress(at)).unwrap();
+        let cuts = [0, 5, 13, 20, bytes.len()];
+        let piece = |cut: &[usize]| {
+            RawDescriptor::from(Descriptor::new(at + cut[0] as u64, (cut[1] - cut[0]) as u32, 0, 0))
+        };
+        cuts.windows(2).map(piece).collect()
+    }
+
+    #[test]
+    fn frames_go_whole_and_in_order_through_a_stream_that_takes_little_at_a_time() {
+        let memory = allocate(&[Range { start: 0, size: 8 << 20 }]).unwrap();
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs.set_nonblocking(true).unwrap();
+        let lengths = [60, 14, FRAME_MAX, 1514, FRAME_MAX, 100];
+        let regions = memory.memory();
+        let mut outgoing = Outgoing::new(memory.clone());
+        for (index, length) in lengths.into_iter().enumerate() {
+            let queue =
+                MockSplitQueue::create(&*regions, GuestAddress(0x10_0000 + 0x1_0000 * index as u64), 16);
+            let pieces = put(&memory, 0x20_0000 + 0x2_0000 * index as u64, index as u8, length);
+            let chain = queue.build_desc_chain(&pieces).unwrap();
+            assert!(outgoing.add(chain).unwrap());
+        }
+        let too_short = MockSplitQueue::create(&*regions, GuestAddress(0x40_0000), 16);
+        let chain = too_short.build_desc_chain(&put(&memory, 0x50_0000, 0, 13)).unwrap();
+        assert!(!outgoing.add(chain).unwrap(), "13 bytes are no frame");
+        let (mut decoder, mut frames, mut sent) = (Decoder::default(), Vec::new(), 0);
+        while frames.len() < lengths.len() {
+            // A socket holds less than all of them.
+            let blocked = outgoing.send(&ours);
+            while outgoing.done().is_some() {
+                sent += 1;
+            }
+            assert_eq!(blocked.is_ok(), outgoing.is_empty());
+            let room = decoder.room();
+            let length = room.len().min(5000);
+            let count = theirs.read(&mut room[..length]).unwrap();
+            decoder.filled(count);
+            while let Some(frame) = decoder.frame().unwrap() {
+                frames.push((frame[0], frame.len()));
+                assert!(frame.iter().all(|byte| *byte == frame[0]));
+                decoder.done();
+            }
+        }
+        let expected: Vec<_> =
+            lengths.iter().enumerate().map(|(index, length)| (index as u8, *length)).collect();
+        assert_eq!((frames, sent), (expected, lengths.len()));
+    }
+
+    #[test]
+    fn what_is_left_of_a_frame_is_all_that_is_missing() {
+        let memory = allocate(&[Range { start: 0, size: 8 << 20 }]).unwrap();
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let regions = memory.memory();
+        let queue = MockSplitQueue::create(&*regions, GuestAddress(0x10_0000), 16);
+        let mut outgoing = Outgoing::new(memory.clone());
+        for index in 0..8 {
+            let pieces = put(&memory, 0x20_0000 + 0x2_0000 * index, index as u8, FRAME_MAX);
+            outgoing.add(queue.build_desc_chain(&pieces).unwrap()).unwrap();
+        }
+        assert!(outgoing.send(&ours).is_err(), "a socket holds half a megabyte");
+        let mut complete = 0;
+        while outgoing.done().is_some() {
+            complete += 1;
+        }
+        let rest = outgoing.rest_of_first();
+        let begun = usize::from(rest.is_some());
+        let mut stream =
+            vec![0; (complete + begun) * (PREFIX + FRAME_MAX) - rest.as_ref().map_or(0, Vec::len)];
+        theirs.read_exact(&mut stream).unwrap();
+        stream.extend(rest.unwrap_or_default());
+        for (index, frame) in stream.chunks(PREFIX + FRAME_MAX).enumerate() {
+            assert_eq!(frame[..PREFIX], prefix(FRAME_MAX));
+            assert!(frame[PREFIX..].iter().all(|byte| *byte == index as u8), "{index}");
+        }
+    }
+}
