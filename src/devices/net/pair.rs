@@ -51,7 +51,6 @@ pub struct Running {
 
 impl Worker for Running {
     fn register(&mut self, registrar: &mut Registrar<'_>) -> Result<()> {
-        self.port.open();
         registrar.kick(&self.receiver.queue, RX)?;
         registrar.kick(&self.transmitter.queue, TX)?;
         let edge = Interest::IN | Interest::EDGE_TRIGGERED;

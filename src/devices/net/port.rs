@@ -13,6 +13,8 @@ use crate::virtio::pool::Pool;
 
 /// Frames moved by one system call at most.
 pub const BATCH: usize = 32;
+/// A batch of so many frames is worth a ring.
+const RING_FROM: usize = 4;
 /// User data of what is no frame.
 const NO_FRAME: u64 = u64::MAX;
 
@@ -20,6 +22,8 @@ const NO_FRAME: u64 = u64::MAX;
 pub struct Port {
     tap: Tap,
     ring: Option<Uring>,
+    /// The ring was made, or could not be.
+    is_tried: bool,
     /// The kernel can read what is there now; else what is not there is cancelled.
     reads_now: bool,
     /// How many bytes each frame of the last batch has; none: it was not moved.
@@ -29,13 +33,30 @@ pub struct Port {
 }
 
 impl Port {
-    /// Not opened yet.
+    /// Over this TAP.
     pub fn new(tap: Tap) -> Self {
-        Self { tap, ring: None, reads_now: true, results: Vec::with_capacity(BATCH), calls: 0 }
+        Self {
+            tap,
+            ring: None,
+            is_tried: false,
+            reads_now: true,
+            results: Vec::with_capacity(BATCH),
+            calls: 0,
+        }
     }
 
-    /// Makes the ring, on the thread that will use it. A host that forbids it only costs speed.
-    pub fn open(&mut self) {
+    /// Whether a batch of so many frames goes by the ring. It is made when there is the first one of
+    /// some size: an idle guest, one of a thousand clones, needs none. A host that forbids it only
+    /// costs speed.
+    fn has_ring_for(&mut self, frames: usize) -> bool {
+        if !self.is_tried && frames >= RING_FROM {
+            self.is_tried = true;
+            self.open();
+        }
+        self.ring.is_some() && frames > 1
+    }
+
+    fn open(&mut self) {
         static TOLD: Once = Once::new();
         match Uring::new(BATCH as u32 + 1) {
             Ok(ring) => self.ring = Some(ring),
@@ -64,7 +85,7 @@ impl Port {
     pub fn read(&mut self, pool: &Pool, frames: &[Range<usize>]) {
         self.calls = 0;
         self.results.clear();
-        if frames.len() > 1 && self.read_batch(pool, frames) {
+        if self.has_ring_for(frames.len()) && self.read_batch(pool, frames) {
             return;
         }
         for vectors in frames {
@@ -82,7 +103,7 @@ impl Port {
     pub fn write(&mut self, pool: &Pool, frames: &[Range<usize>]) {
         self.calls = 0;
         self.results.clear();
-        if frames.len() > 1 && self.write_batch(pool, frames) {
+        if self.has_ring_for(frames.len()) && self.write_batch(pool, frames) {
             return;
         }
         for vectors in frames {
