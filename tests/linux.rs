@@ -458,8 +458,11 @@ fn an_ordinary_users_guest_has_a_network_by_passt() {
     guest.expect("fetched: a host's page");
     let mut answer = String::new();
     common::wait_for(|| {
-        let stream = std::net::TcpStream::connect("127.0.0.1:8080");
-        stream.is_ok_and(|mut stream| stream.read_to_string(&mut answer).is_ok()) && !answer.is_empty()
+        // The guest may not listen yet.
+        let stream = std::net::TcpStream::connect("127.0.0.1:8080").unwrap();
+        stream.set_read_timeout(Some(std::time::Duration::from_secs(5))).unwrap();
+        let _ = { &stream }.read_to_string(&mut answer);
+        !answer.is_empty()
     });
     assert_eq!(answer.trim(), "a guest's answer");
     let ended = guest.end();
