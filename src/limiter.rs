@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 /// `size` tokens come back in `refill_time` milliseconds; either of them 0: no limit.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct TokenBucket {
     /// How many tokens there are at most.
     pub size: u64,
@@ -18,6 +19,7 @@ pub struct TokenBucket {
 
 /// Limits of a device or of one direction of it.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct RateLimiter {
     /// Tokens are bytes.

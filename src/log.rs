@@ -25,6 +25,7 @@ const MESSAGE_MAX: usize = 4096;
 
 /// How much a message matters; a log has those up to its own level.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "LogLevel"))]
 #[allow(missing_docs, reason = "names of the API")]
 pub enum Level {
     Off,
@@ -65,6 +66,7 @@ impl<'de> Deserialize<'de> for Level {
 
 /// Body of `PUT /logger`; what is left out has its default.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "Logger"))]
 #[serde(deny_unknown_fields)]
 pub struct Config {
     /// A file, created if it is missing, or a FIFO; none: standard error.

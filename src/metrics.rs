@@ -29,6 +29,7 @@ use serde_json::{Map, Value};
 
 /// Body of `PUT /metrics`: where a line of metrics is written every minute.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "Metrics"))]
 #[serde(deny_unknown_fields)]
 pub struct Config {
     /// A file, created if it is missing, or a FIFO.

@@ -138,6 +138,21 @@ fn a_body_may_come_from_standard_input() {
 }
 
 #[test]
+fn the_schemas_are_printed_for_programs() {
+    let schema = |which: &str| -> Value {
+        let ended = run(["schema", which]);
+        assert_eq!(ended.code, Some(0), "{}", ended.text);
+        serde_json::from_str(&ended.text).unwrap()
+    };
+    let api = schema("openapi");
+    assert!(api["openapi"].as_str().unwrap().starts_with("3.0"));
+    assert_eq!(api["paths"]["/drives/{id}"]["put"]["responses"]["204"]["description"], "Done");
+    assert_eq!(api["components"]["schemas"]["MachineConfiguration"]["additionalProperties"], false);
+    assert_eq!(schema("config")["properties"]["drives"]["items"]["$ref"], "#/$defs/Drive");
+    assert_eq!(run(["schema"]).code, Some(153));
+}
+
+#[test]
 fn a_config_file_is_checked_whole_and_nothing_starts() {
     let folder = Folder::new();
     let check = |text: &str| {

@@ -3,10 +3,12 @@
 use std::path::Path;
 use std::time::Instant;
 
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::observe::{self, LATENCIES};
-use super::{API_VERSION, Action, Request, Response, VmState, metrics, routes};
+use super::{
+    API_VERSION, Action, FirecrackerVersion, InstanceInfo, Request, Response, VmState, metrics, routes,
+};
 use crate::arch;
 use crate::config::{BootSource, Config, MachineConfig};
 use crate::devices::console;
@@ -143,7 +145,10 @@ impl Controller {
         }
         match request {
             Instance => Ok(Response::Value(self.instance())),
-            Version => Ok(Response::Value(json!({ "firecracker_version": API_VERSION }))),
+            Version => {
+                let version = FirecrackerVersion { firecracker_version: API_VERSION };
+                Ok(Response::Value(to_value(&version)))
+            }
             MachineConfig => Ok(Response::Value(to_value(&self.config.machine_config))),
             VmConfig => Ok(Response::Value(to_value(&self.config))),
             Events => Ok(Response::Events),
@@ -170,7 +175,8 @@ impl Controller {
             Some(State::Running) => "Running",
             Some(State::Paused) => "Paused",
         };
-        json!({ "id": self.id, "state": state, "vmm_version": API_VERSION, "app_name": "Firecracker" })
+        let id = self.id.clone();
+        to_value(&InstanceInfo { id, state, vmm_version: API_VERSION, app_name: "Firecracker" })
     }
 
     fn set_machine_config(&mut self, machine: MachineConfig) -> Result<Response, String> {
@@ -304,6 +310,8 @@ fn fault(area: &'static str) -> impl Fn(Error) -> String {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     fn controller() -> Controller {

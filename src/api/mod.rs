@@ -8,9 +8,11 @@ pub mod http;
 mod metrics;
 mod observe;
 pub mod routes;
+#[cfg(test)]
+mod schema;
 mod server;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::config::{BootSource, MachineConfig, MachinePatch};
@@ -28,6 +30,11 @@ pub const API_VERSION: &str = "1.17.0";
 /// The largest request body, in bytes, unless the command line says otherwise (Firecracker's limit).
 /// A client that announces more is refused before anything is read.
 pub const BODY_MAX: usize = 51_200;
+
+/// The API as an OpenAPI 3 document, made from the types by the tests in `schema`.
+pub const OPENAPI: &str = include_str!("../../resources/openapi.json");
+/// Config files as a JSON Schema, made in the same way.
+pub const CONFIG_SCHEMA: &str = include_str!("../../resources/config.schema.json");
 
 /// What a client asks for.
 pub enum Request {
@@ -80,6 +87,7 @@ impl Request {
 
 /// What can be done to a microVM.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[allow(missing_docs, reason = "names of the API")]
 pub enum Action {
     FlushMetrics,
@@ -91,10 +99,33 @@ pub enum Action {
 
 /// The state to bring a microVM into.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[allow(missing_docs, reason = "names of the API")]
 pub enum VmState {
     Paused,
     Resumed,
+}
+
+/// The answer to `GET /`.
+#[derive(Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct InstanceInfo {
+    /// The microVM's name.
+    id: String,
+    /// `Not started`, `Running` or `Paused`.
+    state: &'static str,
+    /// The version of Firecracker's API that is spoken.
+    vmm_version: &'static str,
+    /// Always `Firecracker`: clients look at it.
+    app_name: &'static str,
+}
+
+/// The answer to `GET /version`.
+#[derive(Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct FirecrackerVersion {
+    /// The version of Firecracker's API that is spoken.
+    firecracker_version: &'static str,
 }
 
 /// What a client is answered.

@@ -12,15 +12,21 @@ use crate::devices::{self, KINDS};
 const NOT_IMPLEMENTED: [&str; 8] =
     ["balloon", "cpu-config", "hotplug", "mmds", "pmem", "snapshot", "vsock", "gdb"];
 
+/// Body of `PUT /actions`.
 #[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "InstanceActionInfo"))]
 #[serde(deny_unknown_fields)]
-struct ActionBody {
+pub struct ActionBody {
+    /// What is to be done.
     action_type: Action,
 }
 
+/// Body of `PATCH /vm`.
 #[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "Vm"))]
 #[serde(deny_unknown_fields)]
-struct VmBody {
+pub struct VmBody {
+    /// The state to bring it into.
     state: VmState,
 }
 

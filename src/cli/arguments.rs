@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use lexopt::Arg::{Long, Short, Value};
 use lexopt::ValueExt;
 
+use crate::api::{CONFIG_SCHEMA, OPENAPI};
 use crate::cli::persona::Persona;
 
 pub use run::Run;
@@ -28,9 +29,17 @@ Commands:
   serve     Wait for requests on a control socket (Firecracker's API)
   ctl       Ask a running microVM something, or tell it to do something
   check     Look for everything wrong with a config file, without starting anything
+  schema    Print the schema of the API or of config files, for programs
   firmware  Write the image of the embedded firmware guest to standard output
 
 `alula COMMAND --help` tells more. -V, --version prints the version.
+";
+
+const SCHEMA_HELP: &str = "\
+Print a schema, for programs: code generators, editors.
+
+Usage: alula schema openapi   The API, as an OpenAPI 3 document
+       alula schema config    Config files, as a JSON Schema
 ";
 
 const CHECK_HELP: &str = "\
@@ -55,6 +64,8 @@ pub enum Command {
     Firmware,
     /// Print this text.
     Print(String),
+    /// Print this one, which is part of the binary.
+    Show(&'static str),
 }
 
 /// Parses the arguments, the program's name first; the error is one line for the user.
@@ -104,7 +115,8 @@ fn alula(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, Strin
         }
         None => {
             return Err(
-                "a command is missing: run, serve, ctl, check or firmware; see `alula --help`".to_owned()
+                "a command is missing: run, serve, ctl, check, schema or firmware; see `alula --help`"
+                    .to_owned(),
             );
         }
     };
@@ -113,13 +125,14 @@ fn alula(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, Strin
         Some("serve") => (serve::parse(&mut parser, Persona::Alula), "serve"),
         Some("ctl") => (ctl::parse(&mut parser), "ctl"),
         Some("check") => (check(&mut parser), "check"),
+        Some("schema") => (schema(&mut parser), "schema"),
         Some("firmware") => match parser.next() {
             Ok(None) => return Ok(Command::Firmware),
             _ => return Err("`alula firmware` takes no arguments".to_owned()),
         },
         _ => {
             return Err(format!(
-                "there is no command {command:?}: run, serve, ctl, check or firmware; see `alula --help`"
+                "there is no command {command:?}: run, serve, ctl, check, schema or firmware; see `alula --help`"
             ));
         }
     };
@@ -136,6 +149,18 @@ fn check(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
         }
     }
     file.map(Command::Check).ok_or_else(|| "a config file is missing".into())
+}
+
+fn schema(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
+    let Some(argument) = parser.next()? else {
+        return Err("one of `openapi` and `config` is expected".into());
+    };
+    match argument {
+        Short('h') | Long("help") => Ok(Command::Print(SCHEMA_HELP.to_owned())),
+        Value(which) if which == "openapi" => Ok(Command::Show(OPENAPI)),
+        Value(which) if which == "config" => Ok(Command::Show(CONFIG_SCHEMA)),
+        other => Err(other.unexpected()),
+    }
 }
 
 /// The value of `option`, by `parse`, whose error says what was expected.

@@ -54,6 +54,7 @@ pub fn main() -> u8 {
         Command::Ctl(arguments) => told(ctl::run(&arguments)),
         Command::Check(path) => check::run(&path),
         Command::Print(text) => print(text.as_bytes()),
+        Command::Show(text) => print(text.as_bytes()),
         Command::Firmware => print(firmware::IMAGE),
     }
 }

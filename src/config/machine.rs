@@ -8,13 +8,15 @@ use crate::error::{Error, Result};
 
 /// What the guest boots.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct BootSource {
     /// The kernel: ELF `vmlinux` or bzImage (x86_64), Image, compressed or not (aarch64).
     pub kernel_image_path: PathBuf,
     /// The initial ramdisk.
     pub initrd_path: Option<PathBuf>,
-    /// The kernel's command line; none: `DEFAULT_BOOT_ARGS`.
+    /// The kernel's command line; none: Firecracker's, for a guest that says nothing and
+    /// reboots when it panics.
     pub boot_args: Option<String>,
 }
 
@@ -47,6 +49,7 @@ impl BootSource {
 
 /// CPUs and memory. A body must say how many CPUs and how much memory; the rest has defaults.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "MachineConfiguration"))]
 #[serde(deny_unknown_fields)]
 pub struct MachineConfig {
     /// How many CPUs.
@@ -73,6 +76,7 @@ fn is_no_template(template: &Option<CpuTemplate>) -> bool {
 
 /// Firecracker's static CPU templates.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[allow(missing_docs, reason = "names of the API")]
 pub enum CpuTemplate {
     C3,
@@ -86,6 +90,7 @@ pub enum CpuTemplate {
 
 /// What backs guest memory.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub enum HugePages {
     /// The host's ordinary pages.
     #[default]
@@ -164,6 +169,7 @@ impl MachineConfig {
 
 /// Body of `PATCH /machine-config`: what is to be changed of it.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "PartialMachineConfiguration"))]
 #[serde(deny_unknown_fields)]
 #[allow(missing_docs, reason = "as in `MachineConfig`")]
 pub struct MachinePatch {

@@ -20,6 +20,7 @@ const DATA: u8 = 0;
 
 /// Body of `PUT /serial`.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "SerialDevice"))]
 #[serde(deny_unknown_fields)]
 pub struct Config {
     /// A file, created if it is missing, or a FIFO; none: standard output.

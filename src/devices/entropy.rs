@@ -22,6 +22,7 @@ const CHUNK: usize = 4096;
 
 /// Body of `PUT /entropy`.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "EntropyDevice"))]
 #[serde(deny_unknown_fields)]
 pub struct Config {}
 

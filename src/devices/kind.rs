@@ -17,7 +17,9 @@ use crate::virtio::VirtioDevice;
 
 /// One device as its owner writes it down: the body of its PUT request, an element of its section of
 /// the config file, what its option on the command line comes to.
-pub trait DeviceConfig: Clone + fmt::Debug + DeserializeOwned + Serialize + Send + Sync + 'static {
+pub trait DeviceConfig:
+    Clone + fmt::Debug + DeserializeOwned + Serialize + Described + Send + Sync + 'static
+{
     /// Its section of the config file.
     const SECTION: &'static str;
     /// Its path in the API, without the slash before it.
@@ -77,8 +79,19 @@ pub trait DeviceConfig: Clone + fmt::Debug + DeserializeOwned + Serialize + Send
     }
 }
 
+/// What the schema that is checked in needs: nothing, outside of the tests.
+#[cfg(not(test))]
+pub trait Described {}
+#[cfg(not(test))]
+impl<T> Described for T {}
+/// The schema of the type.
+#[cfg(test)]
+pub trait Described: schemars::JsonSchema {}
+#[cfg(test)]
+impl<T: schemars::JsonSchema> Described for T {}
+
 /// The body of a PATCH request.
-pub trait Patch: DeserializeOwned + Send + 'static {
+pub trait Patch: DeserializeOwned + Described + Send + 'static {
     /// There is such a request.
     const EXISTS: bool = true;
     /// The device that is to be changed.
@@ -86,6 +99,7 @@ pub trait Patch: DeserializeOwned + Send + 'static {
 }
 
 /// Of a device that cannot be changed while it runs.
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub enum NotPatchable {}
 
 impl<'de> Deserialize<'de> for NotPatchable {
@@ -134,6 +148,9 @@ pub struct Kind {
     pub patchable: bool,
     /// The fault for two ids.
     pub id_mismatch: fn(&str, &str) -> String,
+    /// The schemas of its PUT and PATCH bodies.
+    #[cfg(test)]
+    pub schemas: fn(&mut schemars::SchemaGenerator) -> (schemars::Schema, Option<schemars::Schema>),
     parse: fn(&[u8]) -> serde_json::Result<Device>,
     parse_patch: fn(&[u8]) -> serde_json::Result<Change>,
     from_option: fn(&str, usize) -> Result<Device, String>,
@@ -153,6 +170,11 @@ impl Kind {
             example: C::EXAMPLE,
             patchable: C::Patch::EXISTS,
             id_mismatch: C::id_mismatch,
+            #[cfg(test)]
+            schemas: |generator| {
+                let body = generator.subschema_for::<C>();
+                (body, C::Patch::EXISTS.then(|| generator.subschema_for::<C::Patch>()))
+            },
             parse: |text| serde_json::from_slice::<C>(text).map(Device::new),
             parse_patch: Change::parse::<C>,
             from_option: |text, number| C::from_option(text, number).map(Device::new),

@@ -16,6 +16,7 @@ pub const QUEUES_MAX: u16 = 16;
 
 /// Body of `PUT /drives/{drive_id}`.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "Drive"))]
 #[serde(deny_unknown_fields)]
 pub struct Config {
     /// Its name: letters, digits and underscores.
@@ -66,6 +67,7 @@ pub struct Config {
 
 /// One image beneath a qcow2 image; it is only read.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Backing {
     /// The file or block device.
@@ -77,6 +79,7 @@ pub struct Backing {
 
 /// What an image file is.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "ImageFormat"))]
 #[serde(rename_all = "lowercase")]
 pub enum Format {
     /// The disk itself, byte for byte.
@@ -88,6 +91,7 @@ pub enum Format {
 
 /// What becomes of written data that the guest flushes.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub enum CacheType {
     /// It is wherever the host has it; flushes are not offered.
     #[default]
@@ -98,6 +102,7 @@ pub enum CacheType {
 
 /// How the host does the work.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub enum IoEngine {
     /// One system call after the other.
     #[default]
@@ -275,6 +280,7 @@ impl Config {
 
 /// Body of `PATCH /drives/{drive_id}`.
 #[derive(Clone, Debug, Deserialize, PartialEq)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "PartialDrive"))]
 #[serde(deny_unknown_fields)]
 pub struct Patch {
     /// The disk.

@@ -39,6 +39,7 @@ const QUEUE_PAIRS_MAX: u16 = 16;
 
 /// Body of `PUT /network-interfaces/{iface_id}`.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "NetworkInterface"))]
 #[serde(deny_unknown_fields)]
 pub struct Config {
     /// Its name: letters, digits and underscores.
@@ -50,6 +51,7 @@ pub struct Config {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub user: Option<User>,
     /// Its address; none: one derived from the names of the microVM and the interface.
+    #[cfg_attr(test, schemars(with = "Option<String>"))]
     pub guest_mac: Option<Mac>,
     /// The largest packet, in bytes.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -210,6 +212,7 @@ impl DeviceConfig for Config {
 
 /// Body of `PATCH /network-interfaces/{iface_id}`: with the name alone, nothing changes.
 #[derive(Clone, Debug, Deserialize, PartialEq)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "PartialNetworkInterface"))]
 #[serde(deny_unknown_fields)]
 pub struct Patch {
     /// The interface.

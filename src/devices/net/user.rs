@@ -7,10 +7,12 @@ use crate::error::{Error, Result};
 
 /// `user` of a network interface.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "UserNetwork"))]
 #[serde(deny_unknown_fields)]
 pub struct User {
     /// Ports of the host that lead to the guest.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[cfg_attr(test, schemars(with = "Vec<String>"))]
     pub publish: Vec<Publish>,
     /// The guest's gateway is this host's loopback: it reaches what listens on 127.0.0.1. Otherwise
     /// it reaches only what every other machine would.

@@ -1,0 +1,319 @@
+//! The schema of the API and of config files, made from the serde types: what is checked in as
+//! `resources/openapi.json`, `resources/config.schema.json` and `docs/api.md`, which the tests here keep
+//! true. With `ALULA_WRITE_SCHEMA=1` they write the files instead.
+
+use schemars::generate::SchemaSettings;
+use schemars::{JsonSchema, Schema, SchemaGenerator};
+use serde_json::{Map, Value, json};
+
+use super::routes::{ActionBody, VmBody, route};
+use super::{API_VERSION, FirecrackerVersion, InstanceInfo};
+use crate::config::{BootSource, MachineConfig, MachinePatch};
+use crate::devices::{KINDS, console};
+use crate::log;
+use crate::metrics;
+
+/// What a request is answered when it succeeds.
+enum Answer {
+    Nothing,
+    Json(Schema),
+    Lines,
+}
+
+struct Operation {
+    method: &'static str,
+    path: String,
+    summary: String,
+    body: Option<Schema>,
+    answer: Answer,
+}
+
+fn operations(generator: &mut SchemaGenerator) -> Vec<Operation> {
+    fn of<T: JsonSchema>(generator: &mut SchemaGenerator) -> Schema {
+        generator.subschema_for::<T>()
+    }
+    let get = |path: &str, summary: &str, answer| Operation {
+        method: "get",
+        path: path.to_owned(),
+        summary: summary.to_owned(),
+        body: None,
+        answer,
+    };
+    let config = config_properties(generator);
+    let mut list = vec![
+        get("/", "The microVM and its state", Answer::Json(of::<InstanceInfo>(generator))),
+        get("/version", "The version of the API", Answer::Json(of::<FirecrackerVersion>(generator))),
+        get("/machine-config", "CPUs and memory", Answer::Json(of::<MachineConfig>(generator))),
+        get("/vm/config", "The whole configuration, as a config file has it", Answer::Json(config)),
+        get(
+            "/metrics",
+            "What the microVM has done since its start",
+            Answer::Json(schemars::json_schema!({ "type": "object" })),
+        ),
+        get(
+            "/events",
+            "What has happened, and from then on what happens: a JSON object a line",
+            Answer::Lines,
+        ),
+    ];
+    let mut change = |method, path: &str, summary: &str, body: Schema| {
+        let (path, summary) = (path.to_owned(), summary.to_owned());
+        list.push(Operation { method, path, summary, body: Some(body), answer: Answer::Nothing });
+    };
+    let before = "before the start";
+    change(
+        "put",
+        "/machine-config",
+        &format!("Set CPUs and memory, {before}"),
+        of::<MachineConfig>(generator),
+    );
+    change(
+        "patch",
+        "/machine-config",
+        &format!("Change some of it, {before}"),
+        of::<MachinePatch>(generator),
+    );
+    change("put", "/boot-source", &format!("Set what boots, {before}"), of::<BootSource>(generator));
+    change("put", "/logger", "Set the log, once", of::<log::Config>(generator));
+    change("put", "/metrics", "Set where metrics go, once", of::<metrics::Config>(generator));
+    change(
+        "put",
+        "/serial",
+        &format!("Set where the console goes, {before}"),
+        of::<console::Config>(generator),
+    );
+    change("put", "/actions", "Start the microVM, ask its guest to end", of::<ActionBody>(generator));
+    change("patch", "/vm", "Pause and resume, after the start", of::<VmBody>(generator));
+    for kind in KINDS {
+        let (body, patch) = (kind.schemas)(generator);
+        let path = match kind.many {
+            true => format!("/{}/{{id}}", kind.path),
+            false => format!("/{}", kind.path),
+        };
+        let noun = kind.noun;
+        let article = if noun.starts_with('e') { "an" } else { "a" };
+        change("put", &path, &format!("Add or replace {article} {noun}, {before}"), body);
+        if let Some(patch) = patch {
+            change("patch", &path, &format!("Change {article} {noun} in use"), patch);
+        }
+    }
+    list
+}
+
+/// A config file's sections.
+fn config_properties(generator: &mut SchemaGenerator) -> Schema {
+    let mut sections = Map::new();
+    let mut section = |name: &str, schema: Schema| drop(sections.insert(name.to_owned(), schema.into()));
+    section("boot-source", generator.subschema_for::<BootSource>());
+    section("machine-config", generator.subschema_for::<MachineConfig>());
+    section("logger", generator.subschema_for::<log::Config>());
+    section("metrics", generator.subschema_for::<metrics::Config>());
+    section("serial", generator.subschema_for::<console::Config>());
+    for kind in KINDS {
+        let (one, _) = (kind.schemas)(generator);
+        let list = || schemars::json_schema!({ "type": "array", "items": one.clone() });
+        section(kind.section, if kind.many { list() } else { one.clone() });
+    }
+    schemars::json_schema!({ "type": "object", "properties": sections })
+}
+
+fn openapi() -> Value {
+    let mut generator = SchemaSettings::openapi3().into_generator();
+    let mut paths = Map::new();
+    for Operation { method, path, summary, body, answer } in operations(&mut generator) {
+        let success = match answer {
+            Answer::Nothing => ("204", json!({ "description": "Done" })),
+            Answer::Json(schema) => {
+                let content = json!({ "application/json": { "schema": schema } });
+                ("200", json!({ "description": "What was asked for", "content": content }))
+            }
+            Answer::Lines => {
+                let content = json!({ "application/x-ndjson": { "schema": { "type": "object" } } });
+                ("200", json!({ "description": "Until the process ends", "content": content }))
+            }
+        };
+        let fault = json!({ "$ref": "#/components/responses/Fault" });
+        let mut operation =
+            json!({ "summary": summary, "responses": { success.0: success.1, "400": fault } });
+        if let Some(schema) = body {
+            let content = json!({ "application/json": { "schema": schema } });
+            operation["requestBody"] = json!({ "required": true, "content": content });
+        }
+        let place = paths.entry(path.clone()).or_insert_with(|| json!({}));
+        place[method] = operation;
+        if path.ends_with("{id}") {
+            place["parameters"] = json!([{
+                "name": "id", "in": "path", "required": true, "schema": { "type": "string" },
+                "description": "As in the body: letters, digits and underscores"
+            }]);
+        }
+    }
+    let fault = json!({
+        "type": "object", "required": ["fault_message"],
+        "properties": { "fault_message": { "type": "string", "description": "What is wrong, and what to do" } }
+    });
+    json!({
+        "openapi": "3.0.3",
+        "info": {
+            "title": "Alula", "version": API_VERSION,
+            "description": "Firecracker's API as far as Alula has it, and what Alula adds. HTTP/1.1 over a UNIX socket."
+        },
+        "paths": paths,
+        "components": {
+            "schemas": generator.take_definitions(true),
+            "responses": { "Fault": {
+                "description": "Not done", "content": { "application/json": { "schema": fault } }
+            } }
+        }
+    })
+}
+
+fn config_schema() -> Value {
+    let mut generator = SchemaSettings::draft2020_12().into_generator();
+    let mut schema = config_properties(&mut generator).to_value();
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema".into();
+    schema["title"] = "A microVM's configuration".into();
+    schema["required"] = json!(["boot-source"]);
+    schema["$defs"] = generator.take_definitions(true).into();
+    schema
+}
+
+/// The reference for people, made of the OpenAPI document.
+fn markdown(api: &Value) -> String {
+    let mut text = "\
+# API and config file reference
+
+Made from Alula's own types (`resources/openapi.json` is the same for programs, `alula schema openapi`
+prints it). Requests go to the control socket as HTTP/1.1 with JSON bodies. What succeeds answers 200 with
+JSON or 204 with nothing, what does not 400 with `{\"fault_message\": \"...\"}`. Fields that are not listed
+are refused.
+
+## Requests
+
+| request | what it does | body |
+|---|---|---|
+"
+    .to_owned();
+    let name_of = |schema: &Value| {
+        let reference = schema["$ref"].as_str().unwrap_or_default();
+        reference.rsplit('/').next().unwrap_or_default().to_owned()
+    };
+    let link = |name: &str| match name {
+        "" => String::new(),
+        name => format!("[{name}](#{})", name.to_lowercase()),
+    };
+    for (path, methods) in api["paths"].as_object().into_iter().flatten() {
+        for (method, operation) in
+            methods.as_object().into_iter().flatten().filter(|(name, _)| *name != "parameters")
+        {
+            let body = link(&name_of(&operation["requestBody"]["content"]["application/json"]["schema"]));
+            let summary = operation["summary"].as_str().unwrap_or_default();
+            text += &format!("| {} `{path}` | {summary} | {body} |\n", method.to_uppercase());
+        }
+    }
+    text += "\n## Config file\n\nA JSON object; `alula check` looks for everything wrong with one.\n\n";
+    text += "| section | what it holds |\n|---|---|\n";
+    let config =
+        &api["paths"]["/vm/config"]["get"]["responses"]["200"]["content"]["application/json"]["schema"];
+    for (section, schema) in config["properties"].as_object().into_iter().flatten() {
+        let what = match schema["items"].is_object() {
+            true => format!("a list of {}", link(&name_of(&schema["items"]))),
+            false => link(&name_of(schema)),
+        };
+        text += &format!("| `{section}` | {what} |\n");
+    }
+    text += "\n## Types\n";
+    for (name, schema) in api["components"]["schemas"].as_object().into_iter().flatten() {
+        text += &format!("\n### {name}\n\n{}\n", oneline(schema));
+        let required: Vec<_> = schema["required"].as_array().into_iter().flatten().collect();
+        let fields = schema["properties"].as_object().filter(|fields| !fields.is_empty());
+        if fields.is_some() {
+            text += "\n| field | type | default | what it is |\n|---|---|---|---|\n";
+        }
+        for (field, schema) in fields.into_iter().flatten() {
+            let default = match (&schema["default"], required.contains(&&json!(field))) {
+                (_, true) => "required".to_owned(),
+                (Value::Null, _) => String::new(),
+                (default, _) => format!("`{default}`"),
+            };
+            text +=
+                &format!("| `{field}` | {} | {default} | {} |\n", type_of(schema, &link), oneline(schema));
+        }
+    }
+    text
+}
+
+fn oneline(schema: &Value) -> String {
+    let mut text = schema["description"].as_str().unwrap_or_default().replace('\n', " ").replace('|', "\\|");
+    let each = |one: &Value| -> Vec<String> {
+        let values = one["enum"].as_array().into_iter().flatten();
+        values.map(|value| format!("`{value}`")).collect()
+    };
+    // Values with a description have a schema of their own, those without share one.
+    let constants = schema["oneOf"].as_array().into_iter().flatten().flat_map(|one| {
+        let values = each(one);
+        match one["description"].as_str() {
+            Some(description) => vec![format!("{}: {description}", values.join(", "))],
+            None => values,
+        }
+    });
+    let plain = each(schema);
+    let values: Vec<_> = constants.chain(plain).collect();
+    if !values.is_empty() {
+        text += &format!("\n\n- {}", values.join("\n- "));
+    }
+    text
+}
+
+fn type_of(schema: &Value, link: &dyn Fn(&str) -> String) -> String {
+    if let Some(reference) = schema["$ref"].as_str() {
+        return link(reference.rsplit('/').next().unwrap_or_default());
+    }
+    for several in ["allOf", "anyOf"] {
+        if let Some(first) = schema[several].get(0) {
+            return type_of(first, link);
+        }
+    }
+    match schema["type"].as_str() {
+        Some("array") => format!("list of {}", type_of(&schema["items"], link)),
+        Some(name) => name.to_owned(),
+        None => String::new(),
+    }
+}
+
+/// Compares what is checked in with what the types say now.
+fn check(file: &str, checked_in: &str, now: &str) {
+    if std::env::var_os("ALULA_WRITE_SCHEMA").is_some() {
+        std::fs::write(format!("{}/{file}", env!("CARGO_MANIFEST_DIR")), now).unwrap();
+    } else {
+        assert!(
+            checked_in == now,
+            "{file} is old: write it anew with `ALULA_WRITE_SCHEMA=1 cargo test --lib schema`"
+        );
+    }
+}
+
+fn pretty(value: &Value) -> String {
+    serde_json::to_string_pretty(value).unwrap() + "\n"
+}
+
+#[test]
+fn the_schema_that_is_checked_in_is_what_the_types_say() {
+    let api = openapi();
+    check("resources/openapi.json", include_str!("../../resources/openapi.json"), &pretty(&api));
+    let config = pretty(&config_schema());
+    check("resources/config.schema.json", include_str!("../../resources/config.schema.json"), &config);
+    check("docs/api.md", include_str!("../../docs/api.md"), &markdown(&api));
+}
+
+#[test]
+fn every_operation_of_the_schema_is_served() {
+    for (path, methods) in openapi()["paths"].as_object().unwrap() {
+        for method in methods.as_object().unwrap().keys().filter(|name| *name != "parameters") {
+            let method = method.to_uppercase();
+            let body: &[u8] = if method == "GET" { b"" } else { b"{}" };
+            let error = route(&method, &path.replace("{id}", "a"), body).err().unwrap_or_default();
+            assert!(!error.contains("Invalid request") && !error.contains("not implemented"), "{error}");
+        }
+    }
+}
