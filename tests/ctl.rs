@@ -115,7 +115,6 @@ fn events_are_told_as_they_come_until_the_guest_ends() {
     assert_eq!(programs.end().code, Some(0));
 }
 
-#[cfg(target_arch = "x86_64")]
 #[test]
 fn a_guest_is_asked_to_power_off() {
     let service = Service::running("case=serial end=idle");
