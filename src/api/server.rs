@@ -59,10 +59,13 @@ impl Server {
     /// Handles an event with one of this server's tokens. Returns whether a request was answered.
     pub fn handle(&mut self, ready: Ready, events: &Events, service: &mut Service<'_>) -> Result<bool> {
         let index = match ready.token.checked_sub(self.token + 1) {
-            None => match self.accept(events)? {
-                Some(index) => index,
-                None => return Ok(false),
-            },
+            None => {
+                self.make_room(events, service)?;
+                match self.accept(events)? {
+                    Some(index) => index,
+                    None => return Ok(false),
+                }
+            }
             Some(index) => index as usize,
         };
         self.advance(index, events, Some(service))
@@ -128,6 +131,25 @@ impl Server {
         open.filter_map(|connection| connection.reader.as_ref().map(|reader| (connection, reader)))
     }
 
+    /// The places of connections whose requests are served.
+    fn served(&self) -> impl Iterator<Item = usize> {
+        let is_served = |connection: &Connection| !connection.ending && connection.reader.is_none();
+        let places = self.connections.iter().enumerate();
+        places.filter(move |(_, place)| place.as_ref().is_some_and(is_served)).map(|(index, _)| index)
+    }
+
+    /// A client that hangs up and comes back, or lets another in, has done so in this order; we may hear of
+    /// it in the other. So those that are gone go before a new one is counted.
+    fn make_room(&mut self, events: &Events, service: &mut Service<'_>) -> Result<()> {
+        let served: Vec<usize> = self.served().collect();
+        if served.len() >= CONNECTIONS_MAX {
+            for index in served {
+                self.advance(index, events, Some(service))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Takes a new connection, if its client still wants it; one too many is told so at once.
     fn accept(&mut self, events: &Events) -> Result<Option<usize>> {
         let stream = match self.listener.accept() {
@@ -141,11 +163,10 @@ impl Server {
             Err(_) => return Ok(None),
         };
         stream.set_nonblocking(true).context("set up an API connection")?;
-        let is_served = |connection: &&Connection| !connection.ending && connection.reader.is_none();
-        let open = self.connections.iter().flatten().filter(is_served).count();
+        let is_full = self.served().count() >= CONNECTIONS_MAX;
         let index = self.free_place();
         let mut connection = Connection::new(stream);
-        if open >= CONNECTIONS_MAX {
+        if is_full {
             connection.end(&http::error_bytes("503", "Too many open connections"));
         }
         events.add(&connection.stream, connection.interest, ready_token(self.token, index))?;
