@@ -138,3 +138,44 @@ fn no_file_is_too_long_to_read() {
         assert!(lines <= 500, "{file} has {lines} lines: look for the second idea in it");
     }
 }
+
+/// The text of a Markdown file between single backquotes, outside of code blocks.
+fn quoted(text: &str) -> Vec<&str> {
+    text.split("```").step_by(2).flat_map(|prose| prose.split('`').skip(1).step_by(2)).collect()
+}
+
+#[test]
+fn messages_that_troubleshooting_explains_are_those_of_the_source() {
+    // As the compiler reads strings over several lines.
+    let join = |text: String| {
+        let parts: Vec<&str> = text.split("\\\n").map(str::trim_start).collect();
+        text.split("\\\n").take(1).chain(parts.into_iter().skip(1)).collect::<String>()
+    };
+    let source: String = sources("src").into_iter().map(|(_, text)| join(text)).collect();
+    let text = std::fs::read_to_string(root().join("docs/troubleshooting.md")).unwrap();
+    let mut seen = 0;
+    for row in text.lines().filter(|line| line.starts_with("| ") && !line.contains("(the guest's words)")) {
+        let message = row.split(" | ").next().unwrap();
+        for piece in quoted(message) {
+            assert!(source.contains(piece), "`{piece}` is no message of ours any more");
+            seen += 1;
+        }
+    }
+    assert!(seen > 20);
+}
+
+#[test]
+fn links_in_the_documentation_lead_somewhere() {
+    let folder = root().join("docs");
+    let mut files: Vec<PathBuf> =
+        std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.push(root().join("README.md"));
+    for file in files {
+        let text = std::fs::read_to_string(&file).unwrap();
+        for link in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
+            let path = link.split('#').next().unwrap();
+            let leads = link.starts_with("http") || file.parent().unwrap().join(path).exists();
+            assert!(leads, "{}: `{link}`", file.display());
+        }
+    }
+}
