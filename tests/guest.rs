@@ -281,6 +281,34 @@ fn frames_go_out_and_come_in() {
 }
 
 #[test]
+fn loads_are_done_as_they_are_typed() {
+    network::enter();
+    network::add_tap("tap0", "172.16.0.1/24");
+    for transport in TRANSPORTS {
+        let folder = Folder::new();
+        let disk = disk(&folder);
+        let options = ["--disk", &disk, "--net", "tap=tap0", "--cmdline", "bench"];
+        let mut guest = Process::start([&["run"], transport, &options].concat());
+        guest.expect("bench: ready");
+        let mut stdin = guest.stdin.take().unwrap();
+        for (command, answer) in [
+            ("read 4096 1 20", "done 20"),
+            ("write 4096 85 300", "done 300"),
+            ("read 65536 8 50", "done 50"),
+            ("send 1514 64 200", "done 200"),
+            ("nonsense", "cannot"),
+        ] {
+            stdin.write_all(format!("{command}\n").as_bytes()).unwrap();
+            guest.expect(answer);
+        }
+        stdin.write_all(b"end\n").unwrap();
+        assert_eq!(guest.end().code, Some(0));
+        let written = std::fs::read(&disk).unwrap();
+        assert_eq!(written.len(), 1 << 20, "a load stays on the disk");
+    }
+}
+
+#[test]
 fn a_hostile_driver_breaks_nothing_but_its_own_device() {
     const LINES_MAX: u64 = 20;
     const PERIOD_S: u64 = 10;

@@ -380,6 +380,11 @@ pub fn barrier() {
     unsafe { asm!("dmb sy", options(nostack)) };
 }
 
+/// The same: a barrier there orders everything.
+pub fn full_barrier() {
+    barrier();
+}
+
 /// How long a device may take: 20 s.
 pub const PATIENCE_TICKS: u64 = 20_000_000_000;
 

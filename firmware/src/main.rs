@@ -7,12 +7,14 @@
 //! - `hello`: print one line at once and idle: what start-up benches wait for.
 //! - `flood`: print without end.
 //! - `booted`: tell the boot timer.
+//! - `bench`: put the devices under the loads that are typed (bench.rs).
 //! - `echo`: before the cases, send back what is typed until a line ends.
 //! - `end=poweroff|reset|halt|crash|idle|spin|N`: how to end, instead of by the number of failed cases.
 
 #![no_std]
 #![no_main]
 
+mod bench;
 mod cases;
 mod compare;
 mod console;
@@ -59,6 +61,10 @@ fn start(command_line: &'static [u8], read_tables: impl FnOnce() -> Machine) -> 
     }
     if words.has("echo") {
         echo();
+    }
+    if words.has("bench") {
+        bench::serve(machine);
+        arch::exit(0);
     }
     let failed = cases::run(machine, &words);
     match words.value("end") {

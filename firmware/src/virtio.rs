@@ -90,6 +90,7 @@ const MEMORY_AND_MASTER: u32 = 6;
 /// Where our monitor's functions have their structures in the BAR; the capabilities say the same.
 const PCI_DEVICE: u64 = 0x1000;
 const PCI_NOTIFY: u64 = 0x2000;
+const PCI_QUEUE_VECTOR: u64 = 0x1a;
 pub const PCI_TABLE: u64 = 0x3000;
 
 /// The common configuration's offset and width for a register of virtio-mmio.
@@ -175,6 +176,23 @@ impl Device {
         }
     }
 
+    /// What kicks a queue, looked up once: behind PCI that takes exits.
+    pub fn doorbell(self, queue: u32) -> Doorbell {
+        let start = self.start_of_registers();
+        match self.0 {
+            Place::Mmio(_) => Doorbell { at: start + QUEUE_NOTIFY, is_wide: true, queue },
+            Place::Pci(_) => Doorbell { at: start + PCI_NOTIFY + u64::from(queue) * 4, is_wide: false, queue },
+        }
+    }
+
+    /// Behind PCI, has a queue interrupt by a vector of its own; MMIO has one line for all.
+    pub fn set_vector(self, queue: u32, vector: u16) {
+        if let Place::Pci(_) = self.0 {
+            self.write(QUEUE_SELECT, queue);
+            arch::write16(self.start_of_registers() + PCI_QUEUE_VECTOR, vector);
+        }
+    }
+
     #[inline(never)]
     fn write64(self, offset: u64, value: u64) {
         self.write(offset, value as u32);
@@ -244,8 +262,24 @@ impl Device {
     }
 }
 
+/// A queue's notification register.
+pub struct Doorbell {
+    at: u64,
+    is_wide: bool,
+    queue: u32,
+}
+
+impl Doorbell {
+    pub fn ring(&self) {
+        match self.is_wide {
+            true => write32(self.at, self.queue),
+            false => arch::write16(self.at, self.queue as u16),
+        }
+    }
+}
+
 /// Waits as long as a device on a busy host may take; false: in vain.
-fn wait_for(condition: impl Fn() -> bool) -> bool {
+pub fn wait_for(condition: impl Fn() -> bool) -> bool {
     let end = arch::ticks() + arch::PATIENCE_TICKS;
     loop {
         if condition() {

@@ -467,6 +467,11 @@ pub fn barrier() {
     core::sync::atomic::compiler_fence(core::sync::atomic::Ordering::SeqCst);
 }
 
+/// Orders what was stored before what is loaded after, which x86 does not do by itself.
+pub fn full_barrier() {
+    unsafe { asm!("lock or dword ptr [rsp], 0") };
+}
+
 /// How long a device may take: 10 s and more on any processor there is.
 pub const PATIENCE_TICKS: u64 = 60_000_000_000;
 
