@@ -44,6 +44,7 @@ const UNSAFE: &[&str] = &[
     "tests/cli.rs",
     "tests/common/mod.rs",
     "tests/common/network.rs",
+    "tests/costs.rs",
     "tests/frames.rs",
     "tests/fuzz/src/ground.rs",
     "tests/fuzz/src/host.rs",

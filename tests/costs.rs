@@ -1,0 +1,261 @@
+//! What a request costs inside: once a device is warm, its io thread allocates nothing for a request or a
+//! frame, and copies next to nothing of it. Lines that begin with `cost:` are for scripts/bench.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by it")]
+
+mod common;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+
+use alula::devices::KINDS as DEVICES;
+use alula::devices::kind::Device;
+use alula::host::Local;
+use common::driver::{DATA, F_EVENT_IDX, F_VERSION_1, Guest, KINDS, MEMORY, WRITE};
+use common::network::{self, Wire};
+use common::{Folder, wait_for};
+use serde_json::{Value, json};
+use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend};
+
+static IS_COUNTING: AtomicBool = AtomicBool::new(false);
+static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
+/// Of the driver's buffers; the rings are before them.
+static COPIED_BYTES: AtomicU64 = AtomicU64::new(0);
+/// Where the driver's buffers are here.
+static BUFFERS: AtomicU64 = AtomicU64::new(0);
+
+/// Whether this is an io thread while costs are counted. The driver and the test harness are not.
+#[allow(unsafe_code)]
+fn counts() -> bool {
+    if !IS_COUNTING.load(Relaxed) {
+        return false;
+    }
+    let mut name = [0_u8; 16];
+    // SAFETY: the call writes at most 16 bytes.
+    unsafe { libc::prctl(libc::PR_GET_NAME, &raw mut name) };
+    name[0] == b'i' && name[1] == b'o'
+}
+
+struct Counting;
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+// SAFETY: the system's allocator does it all; counting allocates nothing.
+#[allow(unsafe_code)]
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.fetch_add(counts().into(), Relaxed);
+        // SAFETY: as the caller promises.
+        unsafe { System.alloc(layout) }
+    }
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: as the caller promises.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        ALLOCATIONS.fetch_add(counts().into(), Relaxed);
+        // SAFETY: as the caller promises.
+        unsafe { System.realloc(pointer, layout, size) }
+    }
+}
+
+/// Takes the C library's place: every copy whose length the compiler does not know comes here.
+#[allow(unsafe_code)]
+#[unsafe(no_mangle)]
+unsafe extern "C" fn memcpy(to: *mut u8, from: *const u8, count: usize) -> *mut u8 {
+    let is_guest = |at: u64| at.wrapping_sub(BUFFERS.load(Relaxed)) < MEMORY - DATA;
+    if (is_guest(to as u64) || is_guest(from as u64)) && counts() {
+        COPIED_BYTES.fetch_add(count as u64, Relaxed);
+    }
+    // Volatile: else the compiler makes a call to this function of it.
+    let words = count / 8;
+    for index in 0..words {
+        // SAFETY: the caller promises both to be as long.
+        unsafe {
+            let word = from.cast::<u64>().add(index).read_unaligned();
+            to.cast::<u64>().add(index).write_unaligned(std::hint::black_box(word));
+        }
+    }
+    for index in words * 8..count {
+        // SAFETY: as above.
+        unsafe { to.add(index).write_volatile(from.add(index).read()) };
+    }
+    to
+}
+
+const WARM: u32 = 50;
+const ROUNDS: u32 = 100;
+/// Requests that are in flight together: as many as the test's rings take, of 3 descriptors each.
+const DEPTH: usize = 5;
+const IN: u8 = 0;
+const OUT: u8 = 1;
+const FLUSH: u8 = 4;
+const GET_ID: u8 = 8;
+const NET_HEADER: usize = 12;
+const RX: usize = 0;
+const TX: usize = 1;
+const ETHER_TYPE: u16 = 0x88b5;
+
+/// A way that a device is used: buffers of one request, which are used again for each.
+struct Path {
+    name: &'static str,
+    queue: usize,
+    /// Of each request in flight.
+    requests: Vec<Vec<((u64, u32), u16)>>,
+    /// Bytes that the device may copy for it, beside what the kernel moves: headers and the like.
+    copied_max: f64,
+}
+
+/// Every device there is, each in every way that it can be configured to work, and what that is called.
+fn configurations(folder: &Folder) -> Vec<(String, Device)> {
+    folder.write("disk", vec![0x5a; 1 << 20]);
+    let disk = |engine: &str| {
+        json!({
+            "drive_id": "disk",
+            "path_on_host": folder.path("disk"),
+            "is_root_device": false,
+            "cache_type": "Writeback",
+            "io_engine": engine,
+        })
+    };
+    let of = |section: &str| -> Vec<Value> {
+        match section {
+            "drives" => vec![disk("Sync"), disk("Async")],
+            "network-interfaces" => vec![json!({ "iface_id": "net", "host_dev_name": "tap0" })],
+            "entropy" => vec![json!({})],
+            other => panic!("teach this test how a device of `{other}` is configured"),
+        }
+    };
+    let parse = |kind: &'static alula::devices::kind::Kind, body: Value| {
+        let device = kind.parse(body.to_string().as_bytes()).unwrap();
+        device.check().unwrap();
+        let engine = body["io_engine"].as_str().map(|engine| format!(", {engine},"));
+        (device.name() + &engine.unwrap_or_default(), device)
+    };
+    DEVICES.iter().flat_map(|kind| of(kind.section).into_iter().map(|body| parse(kind, body))).collect()
+}
+
+/// Block requests of `size` bytes at a time.
+fn block(guest: &mut Guest, name: &'static str, kind: u8, size: usize) -> Path {
+    let mut request = |index: usize| {
+        let mut header = [0; 16];
+        (header[0], header[8]) = (kind, (index * 8) as u8);
+        let (header, status) = (guest.allocate(&header), guest.allocate(&[0xff]));
+        let data = guest.allocate(&vec![0xa5; size]);
+        let flags = if kind == OUT { 0 } else { WRITE };
+        match size {
+            0 => vec![(header, 0), (status, WRITE)],
+            _ => vec![(header, 0), (data, flags), (status, WRITE)],
+        }
+    };
+    // The header; and the id is ours.
+    let copied_max = if kind == GET_ID { 36.0 } else { 16.0 };
+    Path { name, queue: 0, requests: (0..DEPTH).map(&mut request).collect(), copied_max }
+}
+
+fn frames(guest: &mut Guest, name: &'static str, queue: usize, size: usize) -> Path {
+    let mut request = |_| {
+        let mut frame = vec![0; NET_HEADER + size];
+        frame[NET_HEADER] = 2;
+        frame[NET_HEADER + 6] = 2;
+        frame[NET_HEADER + 12..NET_HEADER + 14].copy_from_slice(&ETHER_TYPE.to_be_bytes());
+        let room = if queue == RX { vec![0; 2048] } else { frame };
+        vec![(guest.allocate(&room), if queue == RX { WRITE } else { 0 })]
+    };
+    Path { name, queue, requests: (0..DEPTH).map(&mut request).collect(), copied_max: 16.0 }
+}
+
+/// The ways to use a device. A new device is taught here how: the test fails without.
+fn paths(device: &Device, guest: &mut Guest) -> Vec<Path> {
+    match device.kind().section {
+        "drives" => vec![
+            block(guest, "4 KiB read", IN, 4096),
+            block(guest, "4 KiB write", OUT, 4096),
+            block(guest, "flush", FLUSH, 0),
+            block(guest, "ask for the id", GET_ID, 20),
+        ],
+        "network-interfaces" => vec![
+            frames(guest, "frame of 1514 bytes out", TX, 1514),
+            frames(guest, "frame of 60 bytes out", TX, 60),
+            frames(guest, "frame of 1514 bytes in", RX, 1514),
+            frames(guest, "frame of 60 bytes in", RX, 60),
+        ],
+        "entropy" => {
+            let requests = (0..DEPTH).map(|_| vec![(guest.allocate(&[0; 64]), WRITE)]).collect();
+            // Random bytes come from the kernel, and go to the guest.
+            vec![Path { name: "64 random bytes", queue: 0, requests, copied_max: 64.0 }]
+        }
+        other => panic!("teach this test how a device of `{other}` is used"),
+    }
+}
+
+/// Has `path` done once for each request in flight, `wire` sending what is to come in.
+fn round(guest: &mut Guest, path: &Path, wire: &Wire) {
+    for buffers in &path.requests {
+        guest.offer(path.queue, buffers);
+    }
+    guest.kick(path.queue);
+    let before = guest.used_index(path.queue);
+    let mut left = path.requests.len();
+    let incoming = path.queue == RX && path.name.starts_with("frame");
+    let size = if path.name.contains("1514") { 1514 } else { 60 };
+    let mut frame = [0; 1514];
+    (frame[0], frame[6]) = (2, 2);
+    frame[12..14].copy_from_slice(&ETHER_TYPE.to_be_bytes());
+    while left > 0 {
+        if incoming && guest.used_index(path.queue).wrapping_sub(before) < path.requests.len() as u16 {
+            wire.send(&frame[..size]);
+        }
+        guest.next_used(path.queue);
+        left -= 1;
+    }
+}
+
+#[test]
+fn a_warm_device_allocates_nothing_and_copies_only_headers() {
+    network::enter();
+    network::add_tap("tap0", "172.16.0.1/24");
+    // The host says nothing of its own there.
+    std::fs::write("/proc/sys/net/ipv6/conf/tap0/disable_ipv6", "1").unwrap();
+    let wire = Wire::new("tap0", ETHER_TYPE);
+    let folder = Folder::new();
+    println!("cost: per request or frame, inside the io thread: allocations, bytes copied");
+    for (name, device) in configurations(&folder) {
+        for kind in KINDS {
+            let mut guest = Guest::new(kind, device.open("it", &mut Local::default()).unwrap());
+            let features = guest.features() & (F_EVENT_IDX | F_VERSION_1 | 1 << 15);
+            let start = guest.memory.memory().get_host_address(GuestAddress(DATA)).unwrap();
+            BUFFERS.store(start as u64, Relaxed);
+            IS_COUNTING.store(true, Relaxed);
+            let before = ALLOCATIONS.load(Relaxed);
+            guest.start(features);
+            let all = paths(&device, &mut guest);
+            for path in &all {
+                for _ in 0..WARM {
+                    round(&mut guest, path, &wire);
+                }
+            }
+            assert!(ALLOCATIONS.load(Relaxed) > before, "the io thread's start allocates: it is not counted");
+            for path in &all {
+                // What one way of use has warmed, another may need more of.
+                round(&mut guest, path, &wire);
+                let count = || (ALLOCATIONS.load(Relaxed), COPIED_BYTES.load(Relaxed));
+                let before = count();
+                for _ in 0..ROUNDS {
+                    round(&mut guest, path, &wire);
+                }
+                let after = count();
+                let requests = f64::from(ROUNDS) * path.requests.len() as f64;
+                let allocated = after.0 - before.0;
+                let copied = (after.1 - before.1) as f64 / requests;
+                let what = format!("{name} behind {kind:?}: {}", path.name);
+                println!("cost: {what:<60} {:>8.3} {copied:>8.1}", allocated as f64 / requests);
+                assert_eq!(allocated, 0, "{what}: allocations of {requests} requests");
+                assert!(copied <= path.copied_max, "{what}: {copied} bytes are copied");
+            }
+            IS_COUNTING.store(false, Relaxed);
+            wait_for(|| guest.status() & common::driver::NEEDS_RESET == 0);
+        }
+    }
+}
