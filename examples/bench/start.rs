@@ -1,9 +1,9 @@
-//! What `scripts/bench` runs: figures of a start, as medians. A report, never a verdict.
+//! What a start costs: figures of many, as medians.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
@@ -11,30 +11,16 @@ use alula::config::Config;
 use alula::host::{Access, Host, Local};
 use alula::machine::{Machine, Prepared};
 
-type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
+use crate::monitor::{connect, request, spawn};
+use crate::{Folder, Result};
 
 /// A figure's name, its unit, and its value in every run.
 struct Figure(&'static str, &'static str, Vec<f64>);
 
-fn main() -> Result<()> {
-    let mut arguments = std::env::args().skip(1);
-    let ours = arguments.next().ok_or("the binary to measure is missing")?;
-    let (mut runs, mut other) = (20, None);
-    while let Some(argument) = arguments.next() {
-        match argument.as_str() {
-            "start" => {}
-            "--runs" => runs = arguments.next().ok_or("--runs lacks a number")?.parse()?,
-            "--vs" => other = Some(arguments.next().ok_or("--vs lacks a binary")?),
-            _ => return Err(format!("unknown argument {argument}").into()),
-        }
-    }
-    start(&ours, other.as_deref(), runs)
-}
-
-fn start(ours: &str, other: Option<&str>, runs: usize) -> Result<()> {
-    let folder = std::env::temp_dir().join(format!("alula-bench-{}", std::process::id()));
-    std::fs::create_dir_all(&folder)?;
-    let floor = compile_floor(&folder)?;
+pub fn start(ours: &str, other: Option<&str>, runs: usize) -> Result<()> {
+    let own = Folder::new()?;
+    let folder = own.0.as_path();
+    let floor = compile_floor(folder)?;
     let mut floors = [Vec::new(), Vec::new()];
     let kernel = folder.join("firmware");
     std::fs::write(&kernel, alula::firmware::IMAGE)?;
@@ -43,7 +29,7 @@ fn start(ours: &str, other: Option<&str>, runs: usize) -> Result<()> {
     measured.extend(other.map(|_| figures()));
     for _ in 0..runs {
         for (binary, figures) in [Some(ours), other].into_iter().flatten().zip(&mut measured) {
-            one_start(binary, binary == ours, &folder, &kernel, figures)?;
+            one_start(binary, binary == ours, folder, &kernel, figures)?;
         }
         let (wall, cpu) = one_floor(&floor)?;
         floors[0].push(wall);
@@ -67,9 +53,8 @@ fn start(ours: &str, other: Option<&str>, runs: usize) -> Result<()> {
         median(&floors[1])
     );
     println!("binary: {:.2} MiB", std::fs::metadata(ours)?.len() as f64 / f64::from(1 << 20));
-    syscalls(ours, &folder, &kernel)?;
+    syscalls(ours, folder, &kernel)?;
     split(runs)?;
-    std::fs::remove_dir_all(&folder)?;
     Ok(())
 }
 
@@ -116,7 +101,7 @@ fn one_start(
 ) -> Result<()> {
     let socket = folder.join("api.socket");
     let spawned = Instant::now();
-    let mut child = spawn(binary, is_ours, &socket)?;
+    let mut child = spawn(binary, is_ours, &socket, &[], Stdio::null())?;
     let mut client = connect(&socket)?;
     request(&mut client, "GET", "/", "")?;
     let answered = spawned.elapsed();
@@ -156,47 +141,10 @@ fn one_start(
     Ok(())
 }
 
-fn spawn(binary: &str, is_ours: bool, socket: &Path) -> Result<Child> {
-    let mut command = Command::new(binary);
-    if is_ours {
-        command.arg("serve");
-    }
-    command.arg("--api-sock").arg(socket).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
-    Ok(command.spawn()?)
-}
-
-fn connect(socket: &Path) -> Result<UnixStream> {
-    let deadline = Instant::now() + Duration::from_secs(10);
-    loop {
-        match UnixStream::connect(socket) {
-            Ok(stream) => return Ok(stream),
-            Err(error) if Instant::now() > deadline => return Err(error.into()),
-            Err(_) => std::thread::sleep(Duration::from_micros(20)),
-        }
-    }
-}
-
 fn configure(client: &mut UnixStream, kernel: &Path) -> Result<()> {
     let boot = serde_json::json!({ "kernel_image_path": kernel, "boot_args": "hello" });
     request(client, "PUT", "/boot-source", &boot.to_string())?;
     request(client, "PUT", "/machine-config", r#"{"vcpu_count":1,"mem_size_mib":128}"#)
-}
-
-/// Sends a request and waits for its answer, which must be a success.
-fn request(client: &mut UnixStream, method: &str, path: &str, body: &str) -> Result<()> {
-    let length = match body.len() {
-        0 => String::new(),
-        length => format!("Content-Length: {length}\r\n"),
-    };
-    client
-        .write_all(format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\n{length}\r\n{body}").as_bytes())?;
-    let mut answer = [0; 4096];
-    let count = client.read(&mut answer)?;
-    let answer = String::from_utf8_lossy(&answer[..count]);
-    match answer.starts_with("HTTP/1.1 2") {
-        true => Ok(()),
-        false => Err(format!("{method} {path}: {answer}").into()),
-    }
 }
 
 /// CPU time of all threads so far, in ms.

@@ -1,0 +1,26 @@
+//! The network that the bench makes for its guests, by the tests' means.
+
+#![allow(clippy::unwrap_used, dead_code, reason = "the tests' means are the tests'")]
+
+#[path = "../../tests/common/network.rs"]
+pub mod network;
+
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
+
+/// Only a hang reaches it.
+pub const PATIENCE: Duration = Duration::from_secs(100);
+
+pub fn wait_for(mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < deadline, "waited in vain");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+pub fn output(program: &str, arguments: &[&str]) -> Output {
+    let output = Command::new(program).args(arguments).output().unwrap();
+    assert!(output.status.success(), "{program} {arguments:?}: {output:?}");
+    output
+}

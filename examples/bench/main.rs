@@ -1,0 +1,48 @@
+//! What `scripts/bench` runs: figures of starts and of I/O. A report, never a verdict.
+
+mod counters;
+mod host;
+mod io;
+mod loads;
+mod monitor;
+mod start;
+
+type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
+
+fn main() -> Result<()> {
+    let mut arguments = std::env::args().skip(1);
+    let ours = arguments.next().ok_or("the binary to measure is missing")?;
+    let what = arguments.next().ok_or("what to measure is missing")?;
+    let (mut runs, mut other, mut linux) = (20, None, None);
+    while let Some(argument) = arguments.next() {
+        let mut value = || arguments.next().ok_or(format!("{argument} lacks its value"));
+        match argument.as_str() {
+            "--runs" => runs = value()?.parse()?,
+            "--vs" => other = Some(value()?),
+            "--linux" => linux = Some((value()?.into(), value()?.into())),
+            _ => return Err(format!("unknown argument {argument}").into()),
+        }
+    }
+    match what.as_str() {
+        "start" => start::start(&ours, other.as_deref(), runs),
+        "io" => io::io(&ours, other.as_deref(), linux),
+        _ => Err(format!("unknown bench {what}").into()),
+    }
+}
+
+/// A folder of the bench's own, gone with it.
+struct Folder(std::path::PathBuf);
+
+impl Folder {
+    fn new() -> Result<Self> {
+        let folder = std::env::temp_dir().join(format!("alula-bench-{}", std::process::id()));
+        std::fs::create_dir_all(&folder)?;
+        Ok(Self(folder))
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}

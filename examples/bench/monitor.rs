@@ -1,0 +1,122 @@
+//! A monitor under measurement: a process, its API, its guest's serial line.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
+use crate::Result;
+
+/// Starts a monitor whose guest's output is to be read.
+pub fn spawn(binary: &str, is_ours: bool, socket: &Path, more: &[&str], stdin: Stdio) -> Result<Child> {
+    let mut command = Command::new(binary);
+    if is_ours {
+        command.arg("serve");
+    }
+    command.arg("--api-sock").arg(socket).args(more);
+    command.stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::null());
+    Ok(command.spawn()?)
+}
+
+pub fn connect(socket: &Path) -> Result<UnixStream> {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        match UnixStream::connect(socket) {
+            Ok(stream) => return Ok(stream),
+            Err(error) if Instant::now() > deadline => return Err(error.into()),
+            Err(_) => std::thread::sleep(Duration::from_micros(20)),
+        }
+    }
+}
+
+/// Sends a request and waits for its answer, which must be a success.
+pub fn request(client: &mut UnixStream, method: &str, path: &str, body: &str) -> Result<()> {
+    let length = match body.len() {
+        0 => String::new(),
+        length => format!("Content-Length: {length}\r\n"),
+    };
+    client
+        .write_all(format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\n{length}\r\n{body}").as_bytes())?;
+    let mut answer = [0; 4096];
+    let count = client.read(&mut answer)?;
+    let answer = String::from_utf8_lossy(&answer[..count]);
+    match answer.starts_with("HTTP/1.1 2") {
+        true => Ok(()),
+        false => Err(format!("{method} {path}: {}", answer.lines().last().unwrap_or_default()).into()),
+    }
+}
+
+/// A monitor whose guest takes commands on its serial line. It ends with this.
+pub struct Monitor {
+    child: Child,
+    stdin: ChildStdin,
+    lines: Receiver<String>,
+}
+
+impl Monitor {
+    /// Starts a guest with this configuration: paths of the API and their bodies.
+    pub fn start(
+        binary: &str,
+        is_ours: bool,
+        socket: &Path,
+        more: &[&str],
+        config: &[(&str, serde_json::Value)],
+    ) -> Result<Self> {
+        let _ = std::fs::remove_file(socket);
+        let mut child = spawn(binary, is_ours, socket, more, Stdio::piped())?;
+        let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
+        let (sender, lines) = channel();
+        let mut stdout = BufReader::new(stdout.ok_or("no output")?);
+        std::thread::spawn(move || {
+            let mut line = Vec::new();
+            while stdout.read_until(b'\n', &mut line).is_ok_and(|count| count > 0) {
+                let _ = sender.send(String::from_utf8_lossy(&line).trim().to_owned());
+                line.clear();
+            }
+        });
+        let monitor = Self { child, stdin: stdin.ok_or("no input")?, lines };
+        let mut client = connect(socket)?;
+        for (path, body) in config {
+            request(&mut client, "PUT", path, &body.to_string())?;
+        }
+        request(&mut client, "PUT", "/actions", r#"{"action_type":"InstanceStart"}"#)?;
+        Ok(monitor)
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits for a line that begins so, and returns the rest of it.
+    pub fn expect(&self, starts: &[&str]) -> Result<String> {
+        let mut seen = String::new();
+        loop {
+            let line = self
+                .lines
+                .recv_timeout(Duration::from_secs(300))
+                .map_err(|_| format!("waited for `{}` of the guest, got:\n{seen}", starts.join("` or `")))?;
+            if starts.iter().any(|start| line.starts_with(start)) {
+                return Ok(line);
+            }
+            seen += &line;
+            seen.push('\n');
+        }
+    }
+
+    /// Types a command and waits until it is done: how often.
+    pub fn command(&mut self, command: &str) -> Result<u64> {
+        self.stdin.write_all(format!("{command}\n").as_bytes())?;
+        let line = self.expect(&["done ", "cannot"])?;
+        let count = line.strip_prefix("done ").ok_or(format!("the guest cannot `{command}`: {line}"))?;
+        Ok(count.parse()?)
+    }
+}
+
+impl Drop for Monitor {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
