@@ -15,7 +15,7 @@ use alula::error::Result;
 use alula::host::Access;
 use alula::log;
 use alula::virtio::VirtioDevice;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::driver::{self, Guest, Kind, WRITE};
 use crate::ground;
@@ -29,8 +29,15 @@ pub const TX: usize = 1;
 const ETHER_TYPE: u16 = 0x88b5;
 const NET_HEADER: usize = 12;
 
+/// Where the disk and what is beneath it are said to be: names that there are, of files that are not opened.
+pub const DISK: &str = "/dev/null";
+pub const BASE_NAME: &str = "zero";
+/// What all of the latter is.
+pub const BASE: u8 = 0x33;
+
 pub struct Host {
     disk: File,
+    base: File,
     tap: File,
     pub wire: Wire,
     pub devices: Vec<Device>,
@@ -65,10 +72,18 @@ impl Host {
         network::add_tap("tap0", "172.16.0.1/24");
         let mut local = alula::host::Local::default();
         let tap = alula::host::Host::tap(&mut local, "tap0").unwrap();
-        // SAFETY: the call makes a descriptor, which is ours.
-        let disk = unsafe { File::from_raw_fd(libc::memfd_create(c"disk".as_ptr(), libc::MFD_CLOEXEC)) };
+        let (disk, base) = (memory_file(), memory_file());
+        base.write_all_at(&[BASE; SECTORS * SECTOR], 0).unwrap();
         let wire = Wire::new("tap0", ETHER_TYPE);
-        Self { disk, tap, wire, devices: devices(), inputs: Cell::default(), descriptors: Cell::default() }
+        Self {
+            disk,
+            base,
+            tap,
+            wire,
+            devices: devices(),
+            inputs: Cell::default(),
+            descriptors: Cell::default(),
+        }
     }
 
     fn renew(&self) {
@@ -102,8 +117,22 @@ impl Host {
         }
     }
 
+    /// Makes the disk this image.
+    pub fn put_disk(&self, image: &[u8]) {
+        self.disk.set_len(0).unwrap();
+        self.disk.write_all_at(image, 0).unwrap();
+    }
+
+    pub fn disk_length(&self) -> u64 {
+        self.disk.metadata().unwrap().len()
+    }
+
+    pub fn try_open(&self, device: &Device) -> Result<Box<dyn VirtioDevice>> {
+        device.open("fuzz", &mut Lent(self))
+    }
+
     pub fn open(&self, device: &Device) -> Box<dyn VirtioDevice> {
-        device.open("fuzz", &mut Lent(self)).unwrap()
+        self.try_open(device).unwrap()
     }
 
     /// A machine with that device, and memory full of zeros.
@@ -185,14 +214,25 @@ impl Host {
     }
 }
 
+/// A file without a file system.
+fn memory_file() -> File {
+    // SAFETY: the call makes a descriptor, which is ours.
+    unsafe { File::from_raw_fd(libc::memfd_create(c"disk".as_ptr(), libc::MFD_CLOEXEC)) }
+}
+
 /// Every kind of device, and what of its configuration makes another device of it.
 fn devices() -> Vec<Device> {
-    let disk = |id: &str, read_only: bool, cache: &str| {
-        json!({"drive_id": id, "path_on_host": "disk", "is_root_device": false,
-            "is_read_only": read_only, "cache_type": cache})
+    let disk = |id: &str, more: Value| {
+        let mut disk = json!({"drive_id": id, "path_on_host": DISK, "is_root_device": false});
+        disk.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        disk
     };
     let config = json!({
-        "drives": [disk("disk", false, "Writeback"), disk("fixed", true, "Unsafe")],
+        "drives": [
+            disk("disk", json!({ "cache_type": "Writeback" })),
+            disk("fixed", json!({ "is_read_only": true })),
+            disk("fast", json!({ "io_engine": "Async", "num_queues": 2, "cache_type": "Writeback" })),
+        ],
         "network-interfaces": [{ "iface_id": "net", "host_dev_name": "tap0", "mtu": 1500 }],
         "entropy": {},
     });
@@ -208,8 +248,9 @@ fn devices() -> Vec<Device> {
 struct Lent<'a>(&'a Host);
 
 impl alula::host::Host for Lent<'_> {
-    fn file(&mut self, _: &str, _: &Path, _: Access) -> Result<File> {
-        Ok(self.0.disk.try_clone().unwrap())
+    fn file(&mut self, _: &str, path: &Path, _: Access) -> Result<File> {
+        let file = if path.ends_with(BASE_NAME) { &self.0.base } else { &self.0.disk };
+        Ok(file.try_clone().unwrap())
     }
     fn tap(&mut self, _: &str) -> Result<File> {
         Ok(self.0.tap.try_clone().unwrap())

@@ -9,6 +9,7 @@ pub mod ground;
 pub mod host;
 pub mod http;
 pub mod pci;
+pub mod qcow2;
 pub mod state;
 
 #[path = "../../common/driver.rs"]

@@ -36,7 +36,8 @@ pub fn run(bytes: &[u8]) {
     });
 }
 
-fn change(state: &mut [Vec<u8>], bytes: &mut Unstructured<'_>) -> arbitrary::Result<()> {
+/// Changes bytes here and there.
+pub fn change(state: &mut [Vec<u8>], bytes: &mut Unstructured<'_>) -> arbitrary::Result<()> {
     let parts = state.len();
     for _ in 0..CHANGES_MAX {
         if bytes.is_empty() {
