@@ -102,7 +102,7 @@ impl Host {
     /// Now and then: no descriptor was left open.
     fn account(&self) {
         let inputs = self.inputs.replace(self.inputs.get() + 1);
-        if inputs % 256 == 0 {
+        if inputs.is_multiple_of(256) {
             let open = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
             let open = open.filter_map(|entry| std::fs::read_link(entry.path()).ok());
             // The fuzzer talks to its symbolizer by pipes.
