@@ -211,9 +211,9 @@ fn fifos_without_a_reader_hold_nothing_up_and_what_is_lost_is_counted() {
     text.extend_from_slice(&chunk[..count]);
     let lines: Vec<Value> =
         String::from_utf8(text).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    // One at the start.
-    assert_eq!(lines.len() as u64 + missed, 42);
-    assert_eq!(sum(&lines, "/logger/missed_metrics_count"), missed);
+    // One at the start, and on a slow machine one more every minute: none is neither there nor counted.
+    let counted = sum(&lines, "/logger/missed_metrics_count");
+    assert!(counted >= missed && lines.len() as u64 + counted >= 42, "{counted} of {missed}");
 }
 
 #[test]
