@@ -9,7 +9,7 @@ use crate::driver::{
     DATA, DRIVER_OK, F_VERSION_1, FEATURES_OK, Guest, Kind, MEMORY, NEEDS_RESET, NEXT, WRITE,
 };
 use crate::ground::SEAM;
-use crate::host::{self, Host, RX};
+use crate::host::{self, Host, TX};
 
 /// Steps of one input: more find nothing that fewer would not, slower.
 const STEPS_MAX: usize = 64;
@@ -235,7 +235,8 @@ impl Run<'_> {
         if !self.sound || self.paused {
             return;
         }
-        for queue in (0..self.guest().queues()).filter(|queue| !is_net || *queue != RX) {
+        // Room for frames waits for them, and queue pairs for a command.
+        for queue in (0..self.guest().queues()).filter(|queue| !is_net || *queue == TX) {
             self.guest().wait_for(|guest| {
                 let done = guest.used_index(queue) == guest.available(queue).0;
                 done || guest.status() & (DRIVER_OK | NEEDS_RESET) != DRIVER_OK

@@ -4,7 +4,7 @@
 use std::cell::Cell;
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::FromRawFd;
+use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -13,6 +13,8 @@ use alula::devices::KINDS as DEVICES;
 use alula::devices::kind::Device;
 use alula::error::Result;
 use alula::host::Access;
+use alula::host::passt::Passt;
+use alula::host::tap::Tap;
 use alula::log;
 use alula::virtio::VirtioDevice;
 use serde_json::{Value, json};
@@ -38,7 +40,8 @@ pub const BASE: u8 = 0x33;
 pub struct Host {
     disk: File,
     base: File,
-    tap: File,
+    /// One for each queue pair.
+    taps: [File; 2],
     pub wire: Wire,
     pub devices: Vec<Device>,
     /// Inputs so far, and the descriptors that were open after the first one.
@@ -69,21 +72,19 @@ impl Host {
         network::enter();
         // The host says nothing by itself.
         let _ = std::fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1");
-        network::add_tap("tap0", "172.16.0.1/24");
-        let mut local = alula::host::Local::default();
-        let tap = alula::host::Host::tap(&mut local, "tap0").unwrap();
+        let taps = [0; 2].map(|_| network::open_tap("tap0", network::TAP | libc::IFF_MULTI_QUEUE));
+        crate::output("ip", &["addr", "add", "172.16.0.1/24", "dev", "tap0"]);
+        crate::output("ip", &["link", "set", "tap0", "up"]);
         let (disk, base) = (memory_file(), memory_file());
         base.write_all_at(&[BASE; SECTORS * SECTOR], 0).unwrap();
         let wire = Wire::new("tap0", ETHER_TYPE);
-        Self {
-            disk,
-            base,
-            tap,
-            wire,
-            devices: devices(),
-            inputs: Cell::default(),
-            descriptors: Cell::default(),
-        }
+        wire.settle("tap0");
+        let devices = devices();
+        let host =
+            Self { disk, base, taps, wire, devices, inputs: Cell::default(), descriptors: Cell::default() };
+        // They do not block from here on.
+        drop(alula::host::Host::tap(&mut Lent(&host), "tap0", 2).unwrap());
+        host
     }
 
     fn renew(&self) {
@@ -95,7 +96,9 @@ impl Host {
     /// Drops what is on the wire.
     fn discard(&self) {
         let mut frame = [0; 2048];
-        while (&self.tap).read(&mut frame).is_ok() {}
+        for mut tap in &self.taps {
+            while tap.read(&mut frame).is_ok() {}
+        }
         self.wire.discard();
     }
 
@@ -233,7 +236,7 @@ fn devices() -> Vec<Device> {
             disk("fixed", json!({ "is_read_only": true })),
             disk("fast", json!({ "io_engine": "Async", "num_queues": 2, "cache_type": "Writeback" })),
         ],
-        "network-interfaces": [{ "iface_id": "net", "host_dev_name": "tap0", "mtu": 1500 }],
+        "network-interfaces": [{ "iface_id": "net", "host_dev_name": "tap0", "mtu": 1500, "queue_pairs": 2 }],
         "entropy": {},
     });
     let config = Config::parse(config.to_string().as_bytes()).unwrap();
@@ -252,8 +255,12 @@ impl alula::host::Host for Lent<'_> {
         let file = if path.ends_with(BASE_NAME) { &self.0.base } else { &self.0.disk };
         Ok(file.try_clone().unwrap())
     }
-    fn tap(&mut self, _: &str) -> Result<File> {
-        Ok(self.0.tap.try_clone().unwrap())
+    fn tap(&mut self, _: &str, queues: usize) -> Result<Vec<Tap>> {
+        let numbers: Vec<_> = self.0.taps.iter().map(|tap| tap.as_raw_fd().to_string()).collect();
+        Tap::open(&format!("fd:{}", numbers.join(":")), queues)
+    }
+    fn passt(&mut self, _: Vec<String>) -> Result<Passt> {
+        unreachable!("no device here asks for it: `passt` is a target of its own")
     }
     fn random_seed(&mut self) -> Result<[u8; 32]> {
         Ok([0; 32])

@@ -8,6 +8,7 @@ pub mod device;
 pub mod ground;
 pub mod host;
 pub mod http;
+pub mod passt;
 pub mod pci;
 pub mod qcow2;
 pub mod state;
