@@ -159,3 +159,18 @@ pub fn pci_bus(vm: &Arc<Vm>, mmio: &Arc<Bus>, pio: &Bus, platform: &Platform) ->
     }
     Ok(root)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_that_must_be_told_finds_devices_where_the_documentation_says() {
+        let Range { start, size } = registers(0);
+        let word = format!("virtio_mmio.device={}K@{start:#x}:{}`", size >> 10, layout::DEVICE_GSIS.start);
+        let text = include_str!("../../docs/troubleshooting.md");
+        // Device trees tell every kernel of aarch64.
+        assert!(text.contains(&word) || layout::KEYBOARD.is_none(), "{word}");
+        assert_eq!(registers(1).start - start, 0x1000);
+    }
+}
