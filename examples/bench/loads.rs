@@ -93,7 +93,7 @@ pub const FIRMWARE: [Load; 9] = [
     Load { name: "1 MiB read in sequence", command: "read 1048576 1 500", is_bulk: true, ..REQUEST },
     Load {
         name: "frames of 1514 bytes out",
-        command: "send 1514 64 20000",
+        command: "send 1514 256 20000",
         unit: Unit::FrameOut,
         is_bulk: true,
         syscalls_max: FRAME_MAX,
@@ -102,7 +102,7 @@ pub const FIRMWARE: [Load; 9] = [
     },
     Load {
         name: "frames of 1514 bytes in",
-        command: "receive 1514 64 20000",
+        command: "receive 1514 256 20000",
         unit: Unit::FrameIn,
         flood: Flood::Frames(1514),
         is_bulk: true,
@@ -112,14 +112,14 @@ pub const FIRMWARE: [Load; 9] = [
     },
     Load {
         name: "frames of 60 bytes out",
-        command: "send 60 64 20000",
+        command: "send 60 256 20000",
         unit: Unit::FrameOut,
         exits_max: EXITS_MAX,
         ..REQUEST
     },
     Load {
         name: "frames of 60 bytes in",
-        command: "receive 60 64 20000",
+        command: "receive 60 256 20000",
         unit: Unit::FrameIn,
         flood: Flood::Frames(60),
         exits_max: EXITS_MAX,

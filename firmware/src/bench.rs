@@ -24,9 +24,11 @@ const NET_HEADER: u64 = 12;
 const ETHER_TYPE: u16 = 0xb588;
 const SECTOR: u64 = 512;
 
-/// Entries of the rings, if the device has as many; a request takes up to 3 descriptors.
+/// Entries of the rings, if the device has as many.
 const SIZE: u32 = 256;
-const DESCRIPTORS: u64 = 3;
+/// Descriptors of a request of the disk, and of a frame.
+const OF_REQUEST: u64 = 3;
+const OF_FRAME: u64 = 1;
 /// The parts of a ring, and where the next one begins.
 const AVAILABLE: u64 = 0x1000;
 const USED: u64 = 0x2000;
@@ -49,18 +51,19 @@ fn store<T>(address: u64, value: T) {
     unsafe { write_volatile(address as *mut T, value) }
 }
 
-/// A queue under load. Request number N is made of descriptors 3N to 3N+2.
+/// A queue under load. Request number N is made of the descriptors from N times `each` on.
 struct Queue {
     doorbell: Doorbell,
     ring: u64,
     size: u64,
+    each: u64,
     available: u16,
     published: u16,
     seen: u16,
 }
 
 impl Queue {
-    fn new(device: Device, index: u32, area: u64) -> Self {
+    fn new(device: Device, index: u32, each: u64, area: u64) -> Self {
         let ring = area + u64::from(index) * RING;
         for offset in (0..RING).step_by(8) {
             store(ring + offset, 0_u64);
@@ -69,12 +72,12 @@ impl Queue {
         let size = device.read(QUEUE_SIZE_MAX).min(SIZE);
         device.set_vector(index, index as u16 + 1);
         device.set_queue(index, size, ring, ring + AVAILABLE, ring + USED);
-        Self { doorbell: device.doorbell(index), ring, size: size.into(), available: 0, published: 0, seen: 0 }
+        Self { doorbell: device.doorbell(index), ring, size: size.into(), each, available: 0, published: 0, seen: 0 }
     }
 
     #[inline(never)]
     fn describe(&self, request: u64, part: u64, address: u64, length: u32, flags: u16) {
-        let at = DESCRIPTORS * request + part;
+        let at = self.each * request + part;
         store(self.ring + 16 * at, address);
         store(self.ring + 16 * at + 8, length);
         store(self.ring + 16 * at + 12, flags);
@@ -84,7 +87,7 @@ impl Queue {
     /// Puts a request into the ring; the device does not know yet.
     fn offer(&mut self, request: u64) {
         let place = u64::from(self.available) & (self.size - 1);
-        store(self.ring + AVAILABLE + 4 + 2 * place, (DESCRIPTORS * request) as u16);
+        store(self.ring + AVAILABLE + 4 + 2 * place, (self.each * request) as u16);
         self.available = self.available.wrapping_add(1);
     }
 
@@ -109,17 +112,19 @@ impl Queue {
     }
 
     /// Keeps `depth` requests in flight until `count` are done; `prepare` makes one ready, `counts` says
-    /// whether one that is done counts. Returns how many are done when the device does not answer.
+    /// whether one that is done counts. With `endless`, as many are in flight at the end. Returns how many are done when the device does not answer.
     #[inline(never)]
     fn run(
         &mut self,
         depth: u64,
         count: u64,
+        endless: bool,
         mut prepare: impl FnMut(u64),
         counts: impl Fn(u64) -> bool,
     ) -> u64 {
         let (mut offered, mut done) = (0, 0);
-        for request in 0..depth.min(count) {
+        let limit = if endless { u64::MAX } else { count };
+        for request in 0..depth.min(limit) {
             prepare(request);
             self.offer(request);
             offered += 1;
@@ -129,14 +134,14 @@ impl Queue {
             if !wait_for(|| self.used() != self.seen) {
                 break;
             }
-            while self.used() != self.seen {
+            while self.used() != self.seen && done < count {
                 arch::barrier();
                 let place = u64::from(self.seen) & (self.size - 1);
-                let request = u64::from(load::<u32>(self.ring + USED + 4 + 8 * place)) / DESCRIPTORS;
+                let request = u64::from(load::<u32>(self.ring + USED + 4 + 8 * place)) / self.each;
                 self.seen = self.seen.wrapping_add(1);
                 let counted = counts(request);
                 done += u64::from(counted);
-                if offered < count || !counted {
+                if offered < limit || !counted {
                     prepare(request);
                     self.offer(request);
                     offered += u64::from(counted);
@@ -159,11 +164,11 @@ fn disk(area: u64, kind: u32, [bytes, depth, count]: [u64; 3]) -> Option<u64> {
     if !device.negotiate(F_VERSION_1 | F_EVENT_IDX) {
         return None;
     }
-    let mut queue = Queue::new(device, 0, area);
+    let mut queue = Queue::new(device, 0, OF_REQUEST, area);
     device.run();
     let sectors = u64::from(device.read(CONFIG)) | u64::from(device.read(CONFIG + 4)) << 32;
     let places = sectors * SECTOR / bytes;
-    let depth = depth.min(queue.size / DESCRIPTORS).min((AREA - DATA) / bytes).max(1);
+    let depth = depth.min(queue.size / OF_REQUEST).min((AREA - DATA) / bytes).max(1);
     let header = |request| area + HEADERS + HEADER * request;
     let data_flags = if kind == 0 { NEXT | WRITE } else { NEXT };
     for request in 0..depth {
@@ -180,7 +185,7 @@ fn disk(area: u64, kind: u32, [bytes, depth, count]: [u64; 3]) -> Option<u64> {
         store(header(request) + 8, (place >> 33) % places * (bytes / SECTOR));
         store(header(request) + 16, 0xff_u8);
     };
-    Some(queue.run(depth, count, prepare, |request| load::<u8>(header(request) + 16) == 0))
+    Some(queue.run(depth, count, false, prepare, |request| load::<u8>(header(request) + 16) == 0))
 }
 
 fn frames(area: u64, receives: bool, [bytes, depth, count]: [u64; 3]) -> Option<u64> {
@@ -188,10 +193,10 @@ fn frames(area: u64, receives: bool, [bytes, depth, count]: [u64; 3]) -> Option<
     if !device.negotiate(F_VERSION_1 | F_EVENT_IDX | F_MRG_RXBUF) {
         return None;
     }
-    let mut queues = [Queue::new(device, 0, area), Queue::new(device, 1, area)];
+    let mut queues = [0, 1].map(|index| Queue::new(device, index, OF_FRAME, area));
     device.run();
     let queue = &mut queues[usize::from(!receives)];
-    let depth = depth.min(queue.size / DESCRIPTORS).max(1);
+    let depth = depth.min(queue.size / OF_FRAME).max(1);
     let frame = |request| area + DATA + 4096 * request;
     let ether_type = |request| frame(request) + NET_HEADER + 12;
     for request in 0..depth {
@@ -206,7 +211,7 @@ fn frames(area: u64, receives: bool, [bytes, depth, count]: [u64; 3]) -> Option<
         queue.describe(request, 0, frame(request), length as u32, flags);
     }
     let counts = |request| !receives || load::<u16>(ether_type(request)) == ETHER_TYPE;
-    Some(queue.run(depth, count, |_| {}, counts))
+    Some(queue.run(depth, count, receives, |_| {}, counts))
 }
 
 /// The next line that is typed; one that is too long is cut.
