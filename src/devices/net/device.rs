@@ -26,6 +26,8 @@ use crate::virtio::{Io, Queue, VirtioDevice, Worker};
 
 const QUEUE_SIZE: u16 = 256;
 const CONTROL_QUEUE_SIZE: u16 = 64;
+/// What an interface has if nobody says otherwise.
+const MTU: u16 = 1500;
 /// Bits of `status` in the device's configuration.
 const S_LINK_UP: u8 = 1;
 const S_ANNOUNCE: u8 = 2;
@@ -240,9 +242,10 @@ impl Net {
         let held = std::mem::take(&mut *home.lock().unwrap_or_else(PoisonError::into_inner));
         let [rx_timer, tx_timer] = [&rx_limit, &tx_limit].map(Limit::timer);
         let metrics = &self.metrics;
+        let sizes = (features & features::GUEST_SEGMENTS != 0, self.mtu.unwrap_or(MTU).max(MTU));
         Ok(Box::new(pair::Running {
             memory: memory.clone(),
-            receiver: Receiver::new(memory.clone(), rx, mergeable, &held, rx_limit, metrics.clone())?,
+            receiver: Receiver::new(memory.clone(), rx, mergeable, sizes, &held, rx_limit, metrics.clone())?,
             transmitter: Transmitter::new(memory.clone(), tx, tx_limit, metrics.clone()),
             port: Port::new(tap),
             link: (pair == 0).then(|| (self.status.clone(), interrupts.clone())),

@@ -42,7 +42,9 @@ pub const TAP_UDP: u64 = GUEST_USO4 | GUEST_USO6 | HOST_USO;
 /// the driver itself drops what it does not want.
 pub const CONTROL: u64 = CTRL_VQ | CTRL_RX | CTRL_RX_EXTRA | GUEST_ANNOUNCE | CTRL_MAC_ADDR;
 /// What the driver may switch on and off while it runs.
-pub const GUEST_OFFLOADS: u64 = GUEST_CSUM | GUEST_TSO4 | GUEST_TSO6 | GUEST_ECN | GUEST_USO4 | GUEST_USO6;
+pub const GUEST_OFFLOADS: u64 = GUEST_SEGMENTS | GUEST_CSUM | GUEST_ECN;
+/// Those by which the driver gets packets larger than the MTU.
+pub const GUEST_SEGMENTS: u64 = GUEST_TSO4 | GUEST_TSO6 | GUEST_USO4 | GUEST_USO6;
 
 /// Each offload of a TAP with the features that the driver must have accepted for it.
 const TAP_OFFLOADS: [(u64, u32); 6] = [

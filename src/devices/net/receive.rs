@@ -16,6 +16,10 @@ use crate::virtio::pool::{Held, Pool};
 
 /// The largest frame with its header that a TAP gives: 64 KiB of segments and an Ethernet header.
 const FRAME_MAX: usize = header::SIZE + 14 + 65536;
+/// The same of one that is a packet of the MTU, in a VLAN, and a byte by which a longer one is known.
+const fn frame_of(mtu: u16) -> usize {
+    header::SIZE + 14 + 4 + mtu as usize + 1
+}
 /// Frames moved in one turn; then other devices of the loop have theirs.
 const TURN: usize = 256;
 /// Reads posted for a frame of which nothing is known: a second one sees that there is no second
@@ -27,6 +31,8 @@ pub struct Receiver {
     /// Buffers come by it.
     pub queue: Queue,
     mergeable: bool,
+    /// The largest frame that is reckoned with: each read gets so much.
+    frame_max: usize,
     /// The buffers that it gave and no frame has filled.
     pool: Pool,
     limit: Limit,
@@ -43,11 +49,13 @@ pub struct Receiver {
 }
 
 impl Receiver {
-    /// Goes on with the buffers that an earlier one held.
+    /// Goes on with the buffers that an earlier one held. `segments`: the driver takes packets larger
+    /// than the `mtu`; what is to be larger all the same is noticed when the first one comes.
     pub fn new(
         memory: Memory,
         queue: Queue,
         mergeable: bool,
+        (segments, mtu): (bool, u16),
         held: &[Held],
         limit: Limit,
         metrics: Arc<Metrics>,
@@ -56,7 +64,20 @@ impl Receiver {
         held.iter().try_for_each(|held| pool.add_held(held))?;
         let (entries, vectors) = (Vec::with_capacity(BATCH), Vec::with_capacity(BATCH));
         let (batch, is_ample, late) = (BATCH_MIN, false, None);
-        Ok(Self { queue, mergeable, pool, limit, metrics, batch, is_ample, late, entries, vectors })
+        let frame_max = if segments { FRAME_MAX } else { frame_of(mtu) };
+        Ok(Self {
+            queue,
+            mergeable,
+            frame_max,
+            pool,
+            limit,
+            metrics,
+            batch,
+            is_ample,
+            late,
+            entries,
+            vectors,
+        })
     }
 
     /// Gives back the queue and the buffers that no frame has filled.
@@ -118,7 +139,7 @@ impl Receiver {
         if self.limit.is_limited() {
             self.batch = 1;
         }
-        let wanted = if self.mergeable { self.batch * FRAME_MAX } else { usize::MAX };
+        let wanted = if self.mergeable { self.batch * self.frame_max } else { usize::MAX };
         while self.pool.length() < wanted
             && (self.mergeable || self.pool.entries().len() < self.batch)
             && let Some(chain) = self.queue.pop(memory)?
@@ -128,7 +149,7 @@ impl Receiver {
                 return Err(Error::guest("the driver gave a receive buffer too small for a header"));
             }
         }
-        self.is_ample |= self.pool.length() >= FRAME_MAX;
+        self.is_ample |= self.pool.length() >= self.frame_max;
         Ok(())
     }
 
@@ -141,7 +162,7 @@ impl Receiver {
         let entries = self.pool.entries();
         while entry < entries.len() && self.entries.len() < self.batch {
             let (first, mut length, mut count) = (entry, 0, 0);
-            while entry < entries.len() && (entry == first || self.mergeable && length < FRAME_MAX) {
+            while entry < entries.len() && (entry == first || self.mergeable && length < self.frame_max) {
                 let more = self.pool.count_vectors(entry..entry + 1);
                 if entry > first && count + more > VECTORS_MAX {
                     break;
@@ -150,8 +171,8 @@ impl Receiver {
                 length += entries[entry].length;
                 entry += 1;
             }
-            if self.mergeable && length < FRAME_MAX && entry == entries.len() && (first > 0 || self.is_ample)
-            {
+            let is_short = self.mergeable && length < self.frame_max;
+            if is_short && entry == entries.len() && (first > 0 || self.is_ample) {
                 break;
             }
             self.entries.push(first..entry);
@@ -199,8 +220,10 @@ impl Receiver {
         let (entries, vector) = (self.entries[read].clone(), self.vectors[read].start);
         let capacity: usize = self.pool.entries()[entries.clone()].iter().map(|entry| entry.length).sum();
         if self.mergeable && length == capacity && capacity < FRAME_MAX {
-            // Cut off, in all likelihood: lost, as where there is no buffer.
+            // Cut off, in all likelihood: lost, as where there is no buffer. The TAP's MTU is larger than
+            // was thought; the next one will fit.
             self.metrics.rx_fails.add(1);
+            (self.frame_max, self.is_ample) = (FRAME_MAX, false);
             return Ok(());
         }
         self.pool.mark_dirty(vector, length);
