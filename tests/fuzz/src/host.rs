@@ -5,7 +5,7 @@ use std::cell::Cell;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use alula::config::Config;
@@ -126,8 +126,9 @@ impl Host {
         self.disk.write_all_at(image, 0).unwrap();
     }
 
-    pub fn disk_length(&self) -> u64 {
-        self.disk.metadata().unwrap().len()
+    /// How many bytes the disk takes of the host.
+    pub fn disk_usage(&self) -> u64 {
+        self.disk.metadata().unwrap().blocks() * SECTOR as u64
     }
 
     pub fn try_open(&self, device: &Device) -> Result<Box<dyn VirtioDevice>> {

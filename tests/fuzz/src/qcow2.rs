@@ -1,5 +1,5 @@
-//! qcow2 images from anybody: refused, or a disk whose every request is answered; the file does not grow
-//! without end. What was not damaged reads as it was written.
+//! qcow2 images from anybody: refused, or a disk whose every request is answered; the file takes
+//! no more of the host than it should. What was not damaged reads as it was written.
 
 use alula::devices::block;
 use alula::devices::kind::Device;
@@ -111,7 +111,8 @@ fn use_disk(
         }
         disk.step(&mut bytes, expected.as_mut()).expect("numbers end as zeros");
         assert_eq!(disk.guest.status() & NEEDS_RESET, 0);
-        assert!(host.disk_length() <= FILE_MAX, "the file grew to {}", host.disk_length());
+        // Damaged tables may have clusters far beyond the file's end: it is sparse then.
+        assert!(host.disk_usage() <= FILE_MAX, "the file grew to {}", host.disk_usage());
     }
     if let Some(expected) = expected {
         disk.compare(0, SECTORS, &expected);
