@@ -15,16 +15,15 @@ use crate::virtio::pool::Pool;
 pub const BATCH: usize = 32;
 /// A batch of so many frames is worth a ring.
 const RING_FROM: usize = 4;
-/// User data of what is no frame.
-const NO_FRAME: u64 = u64::MAX;
-
 /// One queue of a TAP. It belongs to the thread of its loop.
 pub struct Port {
     tap: Tap,
     ring: Option<Uring>,
     /// The ring was made, or could not be.
     is_tried: bool,
-    /// The kernel can read what is there now; else what is not there is cancelled.
+    /// The kernel can read what is there now, and does not wait for what is not (for a TAP, Linux 6.4 on).
+    /// Else frames are read one by one: a read that waits can only be cancelled, and a frame that comes
+    /// at that moment would leave it waiting, and us with it.
     reads_now: bool,
     /// How many bytes each frame of the last batch has; none: it was not moved.
     results: Vec<Option<usize>>,
@@ -85,7 +84,7 @@ impl Port {
     pub fn read(&mut self, pool: &Pool, frames: &[Range<usize>]) {
         self.calls = 0;
         self.results.clear();
-        if self.has_ring_for(frames.len()) && self.read_batch(pool, frames) {
+        if self.reads_now && self.has_ring_for(frames.len()) && self.read_batch(pool, frames) {
             return;
         }
         for vectors in frames {
@@ -113,28 +112,19 @@ impl Port {
         }
     }
 
-    /// False: there is no ring.
+    /// False: nothing was tried.
     fn read_batch(&mut self, pool: &Pool, frames: &[Range<usize>]) -> bool {
         let Some(ring) = &mut self.ring else { return false };
         let file = self.tap.as_raw_fd();
         for (index, range) in frames.iter().enumerate() {
             let (vectors, count) = kernel(pool, range);
-            let read = match self.reads_now {
-                true => Operation::ReadNow { file, vectors, count },
-                false => Operation::Read { file, vectors, count, offset: Operation::NO_OFFSET },
-            };
-            push(ring, read, index as u64);
+            push(ring, Operation::ReadNow { file, vectors, count }, index as u64);
         }
+        self.reads_now = self.complete(frames.len());
         if !self.reads_now {
-            push(ring, Operation::CancelAll { file }, NO_FRAME);
+            self.results.clear();
         }
-        let is_told = self.complete(frames.len());
-        if is_told || !self.reads_now {
-            return true;
-        }
-        // Not one of them was tried.
-        self.reads_now = false;
-        self.read_batch(pool, frames)
+        self.reads_now
     }
 
     /// False: there is no ring.
