@@ -377,7 +377,9 @@ mod tests {
             let results: Vec<_> =
                 done.iter().map(|done| done.result.as_ref().map_err(IoError::raw_os_error)).collect();
             let nothing = Err(Some(libc::EAGAIN));
-            assert_eq!(results, [Ok(&1), Ok(&1), nothing, nothing]);
+            // Older kernels cannot tell of any file that it has nothing now, and say so.
+            let unknown = [Err(Some(libc::EOPNOTSUPP)); 4];
+            assert!(results == [Ok(&1), Ok(&1), nothing, nothing] || results == unknown, "{results:?}");
             assert_eq!(ring.in_flight(), 0);
         }
     }
