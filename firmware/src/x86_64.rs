@@ -1,12 +1,15 @@
 //! x86_64: entry by PVH or the 64-bit Linux boot protocol, CPUs and timer by the local APIC in x2APIC
 //! mode (Intel SDM 3A, 11), the ways to end. Integer instructions only.
 
-use core::arch::{asm, global_asm};
+use core::arch::asm;
 use core::ptr::{read_volatile, write_volatile};
 
 use crate::acpi;
 use crate::console::{Hex, say};
 use crate::machine::{Machine, text_at};
+
+#[path = "x86_64_entry.rs"]
+mod entry;
 
 pub const NAME: &str = "x86_64";
 /// The exit register.
@@ -26,6 +29,10 @@ const TRAMPOLINE: u64 = 0x8000;
 /// Through these 2 MiB any memory can be looked at.
 const WINDOW: u64 = 1 << 30;
 const HUGE_PAGE: u64 = 2 << 20;
+/// Present, writable, a page of 2 MiB (Intel SDM 3A, 4.5).
+const PRESENT_HUGE_PAGE: u64 = 0x83;
+/// Where the GiB of the devices begins.
+const DEVICES: u64 = 3 << 30;
 const TIMER_VECTOR: usize = 0x40;
 
 const X2APIC_ENABLE: u64 = 0b11 << 10;
@@ -38,156 +45,12 @@ const MSR_TIMER_INITIAL: u32 = 0x838;
 const MSR_TIMER_CURRENT: u32 = 0x839;
 const MSR_TIMER_DIVIDE: u32 = 0x83e;
 
-global_asm!(
-    r#"
-    .section .note.Xen, "a", @note
-    .align 4
-    .long 4, 4, 18          # name, description, XEN_ELFNOTE_PHYS32_ENTRY
-    .asciz "Xen"
-    .long pvh_entry
-
-    .section .data.tables, "aw"
-    .align 4096
-pml4:
-    .quad pdpt + 3
-    .fill 511, 8, 0
-pdpt:
-    .quad pd_low + 3, window + 3, 0, pd_high + 3
-    .fill 508, 8, 0
-pd_low:
-    .set page, 0
-    .rept 512
-    .quad page << 21 | 0x83
-    .set page, page + 1
-    .endr
-pd_high:
-    .set page, 1536
-    .rept 512
-    .quad page << 21 | 0x83
-    .set page, page + 1
-    .endr
-    .globl window
-window:
-    .fill 512, 8, 0
-gdt:
-    .quad 0, 0x00cf9b000000ffff, 0x00af9b000000ffff, 0x00cf93000000ffff
-gdt_pointer:
-    .word 4 * 8 - 1
-    .long gdt, 0
-
-    .section .bss.stacks, "aw", @nobits
-    .align 16
-    .skip 16384
-stack:
-    .skip 4096
-secondary_stack:
-
-    .text
-    .code32
-pvh_entry:
-    cli
-    lgdt gdt_pointer
-    movl %ebx, %edi
-    xorl %esi, %esi
-    movl $stack, %esp
-    movl $first_64, %ebp
-    jmp to_long_mode
-
-secondary_32:
-    movl $secondary_stack, %esp
-    movl $secondary_64, %ebp
-
-    # esp: the stack, ebp: where to go on
-to_long_mode:
-    movw $0x18, %ax
-    movw %ax, %ds
-    movw %ax, %es
-    movw %ax, %ss
-    movl $pml4, %eax
-    movl %eax, %cr3
-    movl $0x20, %eax        # PAE
-    movl %eax, %cr4
-    movl $0xc0000080, %ecx  # EFER
-    rdmsr
-    orl $0x100, %eax        # LME
-    wrmsr
-    movl $0x80000011, %eax  # PG, ET, PE
-    movl %eax, %cr0
-    ljmp $0x10, $in_long_mode
-    .code64
-in_long_mode:
-    movl %ebp, %ebp
-    jmp *%rbp
-first_64:
-    call first_cpu
-
-    .globl linux64_entry
-linux64_entry:
-    cli
-    lgdt gdt_pointer
-    movq $pml4, %rax
-    movq %rax, %cr3
-    movq $stack, %rsp
-    movq %rsi, %rdi
-    movl $1, %esi
-    call first_cpu
-
-secondary_64:
-    call secondary_cpu
-
-    .code16
-trampoline:
-    cli
-    xorw %ax, %ax
-    movw %ax, %ds
-    lgdtl 0x8000 + (trampoline_gdt_pointer - trampoline)
-    movl $0x11, %eax
-    movl %eax, %cr0
-    ljmpl $0x08, $secondary_32
-    .align 4
-trampoline_gdt_pointer:
-    .word 4 * 8 - 1
-    .long gdt
-trampoline_end:
-    .code64
-
-    .align 16
-exceptions:
-    .set vector, 0
-    .rept 32
-    .align 16
-    pushq $vector
-    jmp exception
-    .set vector, vector + 1
-    .endr
-exception:
-    movq (%rsp), %rdi
-    movq %rsp, %rsi
-    call unexpected
-
-timer_interrupt:
-    pushq %rax
-    pushq %rcx
-    pushq %rdx
-    movb $1, timer_fired
-    movl ${eoi}, %ecx
-    xorl %eax, %eax
-    xorl %edx, %edx
-    wrmsr
-    popq %rdx
-    popq %rcx
-    popq %rax
-    iretq
-    "#,
-    eoi = const MSR_EOI,
-    options(att_syntax)
-);
-
 unsafe extern "C" {
     static trampoline: u8;
     static trampoline_end: u8;
     static exceptions: u8;
     fn timer_interrupt();
+    static mut pd_high: [u64; 512];
     static mut window: [u64; 512];
 }
 
@@ -216,6 +79,13 @@ extern "C" fn first_cpu(info: u64, protocol: u64) -> ! {
     }
 }
 
+/// Maps the last of the first four GiB one to one: devices are there.
+fn map_devices() {
+    for index in 0..512 {
+        unsafe { write_volatile(&raw mut pd_high[index], DEVICES + index as u64 * HUGE_PAGE | PRESENT_HUGE_PAGE) };
+    }
+}
+
 fn u32_at(address: u64) -> u32 {
     unsafe { read_volatile(address as *const u32) }
 }
@@ -226,6 +96,7 @@ fn u64_at(address: u64) -> u64 {
 
 /// `struct hvm_start_info` (Xen's x86/HVM direct boot ABI).
 fn read_pvh(info: u64) -> Machine {
+    map_devices();
     let mut machine = Machine::new("PVH", "ACPI");
     if u32_at(info) != 0x336e_c578 {
         machine.fault = Some("no PVH start info");
@@ -241,6 +112,7 @@ fn read_pvh(info: u64) -> Machine {
 
 /// The zero page (Documentation/arch/x86/zero-page.rst).
 fn read_linux64(params: u64) -> Machine {
+    map_devices();
     let mut machine = Machine::new("64-bit Linux boot protocol", "ACPI");
     let entries = u64::from(u32_at(params + 0x1e8) & 0xff);
     for entry in (0..entries).map(|index| params + 0x2d0 + 20 * index).filter(|entry| u32_at(entry + 16) == 1)
@@ -300,7 +172,7 @@ fn write_msr(register: u32, value: u64) {
 pub fn is_writable(address: u64) -> bool {
     const PATTERN: u64 = 0x5aa5_1234_8765_a55a;
     unsafe {
-        (&raw mut window).cast::<u64>().write_volatile(address & !(HUGE_PAGE - 1) | 0x83);
+        (&raw mut window).cast::<u64>().write_volatile(address & !(HUGE_PAGE - 1) | PRESENT_HUGE_PAGE);
         asm!("invlpg [{}]", in(reg) WINDOW, options(nostack));
         let at = (WINDOW + address % HUGE_PAGE) as *mut u64;
         let before = read_volatile(at);
