@@ -61,12 +61,14 @@ pub const DEVICE_GSIS: std::ops::Range<u32> = 5..24;
 
 /// The boot tables, all below 1 MiB: the kernel's own segments start there.
 pub const GDT: u64 = 0x500;
+/// The start info and the command line share a page: each page costs every guest 4 KiB.
 pub const PVH_START_INFO: u64 = 0x6000;
-pub const BOOT_PARAMS: u64 = 0x7000;
-pub const PAGE_TABLES: u64 = 0x9000;
-pub const COMMAND_LINE: u64 = 0x2_0000;
+pub const COMMAND_LINE: u64 = 0x6800;
 /// Linux's COMMAND_LINE_SIZE, with the NUL.
 pub const COMMAND_LINE_SIZE: usize = 2048;
+pub const BOOT_PARAMS: u64 = 0x7000;
+const _: () = assert!(COMMAND_LINE + COMMAND_LINE_SIZE as u64 <= BOOT_PARAMS);
+pub const PAGE_TABLES: u64 = 0x9000;
 /// The first 640 KiB less one, where PCs keep the extended BIOS data area.
 pub const LOW_RAM_END: u64 = 0x9_fc00;
 pub const ACPI: u64 = 0xe_0000;
