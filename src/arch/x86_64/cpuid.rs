@@ -38,27 +38,28 @@ impl Topology {
 
 /// The CPUID of every CPU but for the APIC id, which `set_apic_id` fills in.
 pub fn machine(supported: &CpuId, topology: Topology, tsc_deadline: bool) -> Result<CpuId> {
-    let mut entries: Vec<_> =
-        supported.as_slice().iter().filter(|entry| ![0xb, 0x1f].contains(&entry.function)).copied().collect();
-    for (index, shift, count, level) in [
+    let kept = supported.as_slice().iter().filter(|entry| ![0xb, 0x1f].contains(&entry.function));
+    let levels = [
         (0, topology.core_shift(), topology.threads, LEVEL_SMT),
         (1, topology.package_shift(), topology.cpus, LEVEL_CORE),
         (2, 0, 0, 0),
-    ] {
-        entries.push(kvm_cpuid_entry2 {
-            function: 0xb,
-            index,
-            flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
-            eax: shift,
-            ebx: count.into(),
-            ecx: level << 8 | index,
-            ..Default::default()
-        });
+    ];
+    let ours = levels.map(|(index, shift, count, level)| kvm_cpuid_entry2 {
+        function: 0xb,
+        index,
+        flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+        eax: shift,
+        ebx: count.into(),
+        ecx: level << 8 | index,
+        ..Default::default()
+    });
+    let mut cpuid = CpuId::new(kept.clone().count() + ours.len())
+        .map_err(|_| Error::host("KVM supports more CPUID leaves than it takes"))?;
+    for (slot, entry) in cpuid.as_mut_slice().iter_mut().zip(kept.copied().chain(ours)) {
+        *slot = entry;
+        adjust(slot, topology, tsc_deadline);
     }
-    for entry in &mut entries {
-        adjust(entry, topology, tsc_deadline);
-    }
-    CpuId::from_entries(&entries).map_err(|_| Error::host("KVM supports more CPUID leaves than it takes"))
+    Ok(cpuid)
 }
 
 fn adjust(entry: &mut kvm_cpuid_entry2, topology: Topology, tsc_deadline: bool) {
