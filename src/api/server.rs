@@ -21,7 +21,7 @@ const SOCKETS_MAX: usize = 32;
 /// Requests that one connection may have answered before the others get their turn.
 const TURN: usize = 16;
 /// How much is read at once.
-const CHUNK: usize = 4096;
+const CHUNK: usize = 2048;
 
 /// Who serves: method, path and body to response.
 pub type Service<'a> = dyn FnMut(&str, &str, &[u8]) -> Response + 'a;

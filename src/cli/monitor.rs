@@ -2,7 +2,7 @@
 
 use std::io::Read;
 use std::mem::ManuallyDrop;
-use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::fd::FromRawFd;
 use std::time::{Duration, Instant};
 
 use crate::api::{Controller, Server};
@@ -266,7 +266,7 @@ impl Input {
     /// Waits for more; a file that epoll refuses is read at once.
     fn await_more(&mut self, events: &Events) {
         if !self.on_events && !self.is_file && !self.ended {
-            match events.add(&std::io::stdin(), Interest::IN, STDIN) {
+            match events.add(&*borrow_stdin(), Interest::IN, STDIN) {
                 Ok(()) => self.on_events = true,
                 Err(_) => self.is_file = true,
             }
@@ -276,7 +276,7 @@ impl Input {
     fn stop_waiting(&mut self, events: &Events) {
         if self.on_events {
             // Closed elsewhere, it has left the set by itself.
-            let _ = events.remove(&std::io::stdin());
+            let _ = events.remove(&*borrow_stdin());
             self.on_events = false;
         }
     }
@@ -329,9 +329,9 @@ impl Input {
     }
 }
 
-/// Standard input without the library's buffer, not closed when dropped.
+/// Standard input without the library's buffer of 8 KiB, not closed when dropped.
 #[allow(unsafe_code)]
 fn borrow_stdin() -> ManuallyDrop<std::fs::File> {
     // SAFETY: the descriptor is open for as long as the process is, and is not closed here.
-    ManuallyDrop::new(unsafe { std::fs::File::from_raw_fd(std::io::stdin().as_raw_fd()) })
+    ManuallyDrop::new(unsafe { std::fs::File::from_raw_fd(libc::STDIN_FILENO) })
 }

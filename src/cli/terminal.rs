@@ -1,6 +1,5 @@
 //! The terminal as the guest's console: raw while the guest has it, as it was on every way out.
 
-use std::io::IsTerminal;
 use std::sync::Mutex;
 use std::sync::PoisonError;
 
@@ -18,12 +17,10 @@ impl Raw {
     /// Makes standard input raw, if it is a terminal: keys go to the guest as they are typed.
     #[allow(unsafe_code)]
     pub fn enter() -> Option<Self> {
-        if !std::io::stdin().is_terminal() {
-            return None;
-        }
         // SAFETY: `termios` is plain data that tcgetattr fills in; both calls only use the local copy.
         unsafe {
             let mut mode: libc::termios = std::mem::zeroed();
+            // What is no terminal has no mode.
             if libc::tcgetattr(STDIN, &mut mode) != 0 {
                 return None;
             }
