@@ -335,7 +335,10 @@ mod tests {
             "vcpu_count": 2, "mem_size_mib": 65, "smt": false, "track_dirty_pages": false, "huge_pages": "None"
         });
         assert_eq!(controller.serve("GET", "/machine-config", b""), Response::Value(expected.clone()));
-        let whole = json!({ "machine-config": expected, "drives": [], "network-interfaces": [] });
+        let whole = json!({
+            "machine-config": expected, "drives": [], "network-interfaces": [],
+            "boot-source": null, "entropy": null, "logger": null, "metrics": null, "serial": null
+        });
         assert_eq!(controller.serve("GET", "/vm/config", b""), Response::Value(whole));
     }
 

@@ -39,7 +39,7 @@ fn operations(generator: &mut SchemaGenerator) -> Vec<Operation> {
         body: None,
         answer,
     };
-    let config = config_properties(generator);
+    let config = config_told_back(generator);
     let mut list = vec![
         get("/", "The microVM and its state", Answer::Json(of::<InstanceInfo>(generator))),
         get("/version", "The version of the API", Answer::Json(of::<FirecrackerVersion>(generator))),
@@ -115,6 +115,17 @@ fn config_properties(generator: &mut SchemaGenerator) -> Schema {
         section(kind.section, if kind.many { list() } else { one.clone() });
     }
     schemars::json_schema!({ "type": "object", "properties": sections })
+}
+
+/// A config file's sections as they are told back: what was not given is null.
+fn config_told_back(generator: &mut SchemaGenerator) -> Schema {
+    let mut config = config_properties(generator).to_value();
+    for (section, schema) in config["properties"].as_object_mut().into_iter().flatten() {
+        if schema["items"].is_null() && section != "machine-config" {
+            *schema = json!({ "nullable": true, "allOf": [schema.take()] });
+        }
+    }
+    config.try_into().expect("an object is a schema")
 }
 
 fn openapi() -> Value {
@@ -218,7 +229,7 @@ are refused.
     for (section, schema) in config["properties"].as_object().into_iter().flatten() {
         let what = match schema["items"].is_object() {
             true => format!("a list of {}", link(&name_of(&schema["items"]))),
-            false => link(&name_of(schema)),
+            false => link(&name_of(schema.pointer("/allOf/0").unwrap_or(schema))),
         };
         text += &format!("| `{section}` | {what} |\n");
     }

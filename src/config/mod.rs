@@ -24,7 +24,7 @@ const METRICS: &str = "metrics";
 const SERIAL: &str = "serial";
 
 /// A microVM's whole configuration. As JSON it is a config file, with one section for each kind of
-/// device.
+/// device; what is not there is null, as Firecracker's clients find it.
 #[derive(Clone, Debug, Default)]
 pub struct Config {
     /// The guest's kernel; none: the embedded firmware guest.
@@ -102,25 +102,16 @@ impl Config {
 impl Serialize for Config {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let mut sections = serializer.serialize_map(None)?;
-        if let Some(source) = &self.boot_source {
-            sections.serialize_entry(BOOT_SOURCE, source)?;
-        }
+        sections.serialize_entry(BOOT_SOURCE, &self.boot_source)?;
         sections.serialize_entry(MACHINE_CONFIG, &self.machine_config)?;
-        if let Some(logger) = &self.logger {
-            sections.serialize_entry(LOGGER, logger)?;
-        }
-        if let Some(metrics) = &self.metrics {
-            sections.serialize_entry(METRICS, metrics)?;
-        }
-        if let Some(serial) = &self.serial {
-            sections.serialize_entry(SERIAL, serial)?;
-        }
+        sections.serialize_entry(LOGGER, &self.logger)?;
+        sections.serialize_entry(METRICS, &self.metrics)?;
+        sections.serialize_entry(SERIAL, &self.serial)?;
         for kind in KINDS {
             let devices: Vec<_> = self.devices_of(kind).collect();
             match devices.as_slice() {
                 devices if kind.many => sections.serialize_entry(kind.section, devices)?,
-                [device] => sections.serialize_entry(kind.section, device)?,
-                _ => {}
+                devices => sections.serialize_entry(kind.section, &devices.first())?,
             }
         }
         sections.end()
