@@ -103,7 +103,7 @@ impl Qcow2 {
                 }
                 Mapping::Zero { .. } => buffers.zero(count),
                 _ => {
-                    access.readv(slices_mut(buffers, count).into(), offset)?;
+                    access.readv(front(buffers, count, IoSliceMut::new).into(), offset)?;
                     buffers.mark_dirty(count);
                     buffers.advance(count);
                 }
@@ -125,7 +125,7 @@ impl Qcow2 {
                     buffers.write_some_at(storage.file(), offset, count)?;
                 }
                 _ => {
-                    access.writev(slices(buffers, count).into(), offset)?;
+                    access.writev(front(buffers, count, |piece| IoSlice::new(piece)).into(), offset)?;
                     buffers.advance(count);
                 }
             }
@@ -193,29 +193,16 @@ impl Drop for Qcow2 {
     }
 }
 
+/// The first `count` bytes of `buffers`, each piece as `slice` makes it of memory.
 #[allow(unsafe_code)]
-fn slices_mut(buffers: &mut Buffers, count: usize) -> Vec<IoSliceMut<'_>> {
+fn front<'a, T>(buffers: &'a mut Buffers, count: usize, slice: impl Fn(&'a mut [u8]) -> T) -> Vec<T> {
     let mut left = count;
-    let vectors = buffers.vectors().iter();
-    let slice = |vector: &libc::iovec| {
+    let piece = |vector: &libc::iovec| {
         let length = vector.iov_len.min(left);
         left -= length;
-        // SAFETY: the vector is guest memory, mapped as long as the buffers live. It is only written
-        // to, by system calls and plain copies; that the guest may write to it as well is its fault.
+        // SAFETY: the vector is guest memory, mapped as long as the buffers live. It is only accessed
+        // by system calls and plain copies; that the guest may write to it as well is its fault.
         (length > 0).then(|| unsafe { std::slice::from_raw_parts_mut(vector.iov_base.cast(), length) })
     };
-    vectors.map_while(slice).map(IoSliceMut::new).collect()
-}
-
-#[allow(unsafe_code)]
-fn slices(buffers: &Buffers, count: usize) -> Vec<IoSlice<'_>> {
-    let mut left = count;
-    let vectors = buffers.vectors().iter();
-    let slice = |vector: &libc::iovec| {
-        let length = vector.iov_len.min(left);
-        left -= length;
-        // SAFETY: as above; it is only read, by system calls and plain copies.
-        (length > 0).then(|| unsafe { std::slice::from_raw_parts(vector.iov_base.cast(), length) })
-    };
-    vectors.map_while(slice).map(IoSlice::new).collect()
+    buffers.vectors().iter().map_while(piece).map(slice).collect()
 }
