@@ -5,6 +5,7 @@
 
 mod common;
 
+use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt, symlink};
 use std::path::Path;
 use std::process::Command;
@@ -193,7 +194,7 @@ fn a_file_that_ends_in_the_middle_of_a_cluster_goes_on_with_zeros() {
         let mut disk = open();
         assert_eq!(disk.write(0, &pattern(1, CLUSTER)), Ok(()));
         disk.end();
-        let image = std::fs::File::options().write(true).open(folder.path("disk")).unwrap();
+        let image = File::options().write(true).open(folder.path("disk")).unwrap();
         let length = image.metadata().unwrap().len();
         image.set_len(length / CLUSTER as u64 * CLUSTER as u64 - CLUSTER as u64 + 1000).unwrap();
         let mut expected = pattern(1, CLUSTER);
@@ -267,7 +268,7 @@ fn what_cannot_be_beneath_is_said() {
     create("vmdk", "base", &["-F", "vmdk"]);
     create("format", "base", qcow2);
     // The extension that tells the format is made one that nobody knows.
-    let image = std::fs::File::options().read(true).write(true).open(folder.path("format")).unwrap();
+    let image = File::options().read(true).write(true).open(folder.path("format")).unwrap();
     let mut header = [0; 512];
     image.read_exact_at(&mut header, 0).unwrap();
     let at = header.windows(4).position(|bytes| bytes == [0xe2, 0x79, 0x2a, 0xca]).unwrap();
@@ -318,7 +319,7 @@ fn what_is_not_supported_is_said_with_what_to_do() {
         assert!(error.contains(expected), "{options}: {error}");
     }
     create("cluster_size=64k");
-    let image = std::fs::File::options().write(true).open(folder.path("disk")).unwrap();
+    let image = File::options().write(true).open(folder.path("disk")).unwrap();
     for (at, bytes, expected) in [
         (32, vec![0, 0, 0, 1], "it is encrypted"),
         (79, vec![1], "its reference counts are not in order: `qemu-img check -r all` it"),
@@ -351,7 +352,7 @@ fn a_virtual_disk_that_grew_is_measured_again() {
         let output = Command::new("qemu-img").args(resize).arg(&path).arg("4M").output().unwrap();
         assert!(!output.status.success(), "another process could write to an image in use");
         // What such a tool writes.
-        let image = std::fs::File::options().write(true).open(&path).unwrap();
+        let image = File::options().write(true).open(&path).unwrap();
         image.write_all_at(&(2_u64 << 20).to_be_bytes(), 24).unwrap();
         disk.resume();
         disk.patch(json!({ "drive_id": "d", "path_on_host": path })).unwrap();
@@ -361,6 +362,72 @@ fn a_virtual_disk_that_grew_is_measured_again() {
         assert!(disk.read(0, 4096).unwrap() == pattern(9, 4096));
         disk.end();
         qemu_img(&folder, &["check", "disk"]);
+    }
+}
+
+#[test]
+fn a_place_far_beyond_the_end_of_the_file_is_not_written() {
+    const FAR: u64 = 1 << 40;
+    for engine in ["Sync", "Async"] {
+        for (what, table) in [("data", 1), ("a table", 0)] {
+            let folder = Folder::new();
+            qemu_img(&folder, &["create", "-q", "-f", "qcow2", "disk", "4M"]);
+            let open = || Disk::new(config(&folder.path("disk"), json!({ "io_engine": engine }))).unwrap();
+            let mut disk = open();
+            assert_eq!(disk.write(0, &pattern(1, CLUSTER)), Ok(()));
+            disk.end();
+            // The first entry of the table of tables, or that of the table which it names.
+            let image = File::options().read(true).write(true).open(folder.path("disk")).unwrap();
+            let entry = |at: u64| {
+                let mut entry = [0; 8];
+                image.read_exact_at(&mut entry, at).unwrap();
+                u64::from_be_bytes(entry)
+            };
+            let at = (0..table).fold(entry(40), |at, _| entry(at) & 0xff_ffff_ffff_fe00);
+            let sound = entry(at);
+            image.write_all_at(&(1 << 63 | FAR).to_be_bytes(), at).unwrap();
+            let mut disk = open();
+            let written = disk.write(0, &pattern(2, 4096));
+            let zeros = disk.ranges(WRITE_ZEROES, &[(8, 8, 0)]);
+            let flushed = disk.flush();
+            match table {
+                1 => assert_eq!((written, flushed), (Err(1), Ok(())), "{engine}"),
+                // Tables are written late.
+                _ => assert_eq!(flushed, Err(1), "{engine} {written:?} {zeros:?}"),
+            }
+            assert!(disk.read(0, 4096).is_ok(), "a read does no harm");
+            assert!(!disk.is_broken());
+            disk.end();
+            let length = image.metadata().unwrap().len();
+            assert!(length <= SIZE as u64, "{engine}, {what}: the file grew to {length} bytes");
+            // It can be repaired.
+            image.write_all_at(&sound.to_be_bytes(), at).unwrap();
+            assert!(open().read(0, CLUSTER).unwrap() == pattern(1, CLUSTER), "{engine}, {what}");
+        }
+    }
+}
+
+#[test]
+fn a_disk_written_all_over_again_and_again_stays_within_its_bounds() {
+    // The smallest clusters, the largest reference counts: the most tables.
+    for options in ["cluster_size=512,refcount_bits=64", "cluster_size=2M"] {
+        let folder = Folder::new();
+        qemu_img(&folder, &["create", "-q", "-f", "qcow2", "-o", options, "disk", "4M"]);
+        for round in 1..4 {
+            let mut expected = pattern(round, SIZE);
+            let mut disk = Disk::new(config(&folder.path("disk"), json!({}))).unwrap();
+            for at in (0..SIZE).step_by(CLUSTER) {
+                assert_eq!(disk.write((at / 512) as u64, &expected[at..at + CLUSTER]), Ok(()), "{options}");
+            }
+            let half = (SIZE / 512 / 2) as u64;
+            assert_eq!(disk.ranges(DISCARD, &[(half, half as u32, 0)]), Ok(()));
+            assert_eq!(disk.flush(), Ok(()));
+            expected[SIZE / 2..].fill(0);
+            disk.end();
+            check(&folder, &expected);
+            // What was there stays in the snapshot: all of it is written anew.
+            qemu_img(&folder, &["snapshot", "-c", &round.to_string(), "disk"]);
+        }
     }
 }
 

@@ -59,8 +59,8 @@ impl<'a> Chain<'a> {
     }
 
     fn image(&mut self, file: File, path: &Path, access: Access) -> Result<FormatAccess<Layer>> {
-        Header::read(&file, measure(&file, path)?, access)?;
-        let mut image = Qcow2::<Layer>::open_image(Layer::new(file), access == Access::ReadWrite)
+        let end = Header::read(&file, measure(&file, path)?, access)?.end;
+        let mut image = Qcow2::<Layer>::open_image(Layer::new(file, end), access == Access::ReadWrite)
             .map_err(|error| Error::config(error.to_string()))?;
         image.set_data_file(None);
         let name = image.implicit_backing_file().cloned();
@@ -107,7 +107,7 @@ impl<'a> Chain<'a> {
         match format {
             Format::Qcow2 => self.image(file, &path, Access::Read),
             Format::Raw => {
-                let raw = Raw::open_image(Layer::new(file), false).context("measure it")?;
+                let raw = Raw::open_image(Layer::read_only(file), false).context("measure it")?;
                 Ok(FormatAccess::new(raw))
             }
         }

@@ -27,6 +27,8 @@ pub struct Header {
     pub cluster: u64,
     /// Since version 3 a cluster can say that it is zero, and so be given back.
     pub version: u32,
+    /// Where the file ends at the latest, in bytes.
+    pub end: u64,
 }
 
 impl Header {
@@ -77,9 +79,16 @@ impl Header {
             file.read_exact_at(&mut table, refcounts).context("read its table of reference counts")?;
             check_refcounts(&table, blocks, length, cluster)?;
         }
-        Ok(Self { cluster, version })
+        // A new cluster for each of the disk's, at most 16 of whose 512 bytes the tables take beside it,
+        // and tables that move: nothing else makes the file longer.
+        let tables = l1_bytes.saturating_add(refcount_bytes).saturating_mul(2) + MOVES_MAX * cluster;
+        let end = length.saturating_add(size).saturating_add(size / 8).saturating_add(tables);
+        Ok(Self { cluster, version, end })
     }
 }
+
+/// Clusters for what begins anew in a cluster of its own.
+const MOVES_MAX: u64 = 64;
 
 /// Blocks of reference counts for what is not written yet, when the image was left in the middle of that.
 const BLOCKS_AHEAD_MAX: u64 = 8;

@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::fs::File;
-use std::io::{ErrorKind, Result, Seek, SeekFrom};
+use std::io::{Error, ErrorKind, Result, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 
 use imago::Storage;
@@ -17,12 +17,35 @@ use crate::devices::block::holes;
 #[derive(Debug)]
 pub struct Layer {
     file: File,
+    /// The file never becomes longer. A damaged table may name a place a million gigabytes away.
+    end: u64,
     writes: CommonStorageHelper,
 }
 
 impl Layer {
-    pub fn new(file: File) -> Self {
-        Self { file, writes: CommonStorageHelper::default() }
+    /// A file that is only read.
+    pub fn read_only(file: File) -> Self {
+        Self::new(file, 0)
+    }
+
+    /// A file that is written up to `end`.
+    pub fn new(file: File, end: u64) -> Self {
+        Self { file, end, writes: CommonStorageHelper::default() }
+    }
+
+    /// Whether it can be written there.
+    pub fn check(&self, offset: u64, length: u64) -> Result<()> {
+        match offset.checked_add(length).is_some_and(|end| end <= self.end) {
+            true => Ok(()),
+            false => Err(Error::new(
+                ErrorKind::FileTooLarge,
+                format!(
+                    "its tables name byte {offset} of the file, which sound ones keep below {}: \
+                     `qemu-img check -r all` it",
+                    self.end
+                ),
+            )),
+        }
     }
 
     pub fn file(&self) -> &File {
@@ -66,6 +89,7 @@ impl Storage for Layer {
     }
 
     unsafe fn pure_writev(&self, bufv: IoVector<'_>, mut offset: u64) -> Result<()> {
+        self.check(offset, bufv.len())?;
         for slice in bufv.into_inner() {
             self.file.write_all_at(&slice, offset)?;
             offset += slice.len() as u64;
@@ -74,6 +98,7 @@ impl Storage for Layer {
     }
 
     unsafe fn pure_write_zeroes(&self, offset: u64, length: u64) -> Result<()> {
+        self.check(offset, length)?;
         holes::zero(&self.file, offset, length, true)?;
         // A hole does not make a file longer.
         if self.size()? < offset + length {
@@ -103,6 +128,7 @@ impl Storage for Layer {
     }
 
     fn resize(&self, new_size: u64, _mode: PreallocateMode) -> Result<()> {
+        self.check(new_size, 0)?;
         self.file.set_len(new_size)
     }
 }

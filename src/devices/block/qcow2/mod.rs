@@ -77,7 +77,8 @@ impl Qcow2 {
     pub fn place(&self, offset: u64, length: u64, write: bool) -> Option<(RawFd, u64)> {
         match self.shared().get_mapping(offset, length) {
             Ok((Mapping::Raw { storage, offset, writable, .. }, given)) if given >= length => {
-                (writable || !write).then(|| (storage.file().as_raw_fd(), offset))
+                let can = !write || writable && storage.check(offset, length).is_ok();
+                can.then(|| (storage.file().as_raw_fd(), offset))
             }
             _ => None,
         }
@@ -122,6 +123,7 @@ impl Qcow2 {
             match mapping {
                 _ if count == 0 => return Err(ErrorKind::UnexpectedEof.into()),
                 Mapping::Raw { storage, offset, writable: true, .. } => {
+                    storage.check(offset, count as u64)?;
                     buffers.write_some_at(storage.file(), offset, count)?;
                 }
                 _ => {
