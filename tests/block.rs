@@ -12,6 +12,7 @@ use std::path::Path;
 use alula::metrics::View;
 use common::Folder;
 use common::disk::{DISCARD, Disk, IN, IN_FLIGHT_MAX, OUT, WRITE_ZEROES};
+use common::loopback::BlockDevice;
 use serde_json::{Value, json};
 
 const ENGINES: [&str; 2] = ["Sync", "Async"];
@@ -34,6 +35,7 @@ fn pattern(seed: u64, length: usize) -> Vec<u8> {
     (0..length as u64 / 8).flat_map(word).collect()
 }
 
+/// Files in memory (tmpfs) refuse direct I/O before Linux 6.6: the folder is on a disk.
 fn image(folder: &Folder, length: u64) -> (std::path::PathBuf, File) {
     let path = folder.write("image", pattern(0, length as usize));
     let file = File::options().read(true).write(true).open(&path).unwrap();
@@ -51,7 +53,7 @@ fn content(file: &File, offset: u64, length: usize) -> Vec<u8> {
 fn reads_writes_flushes_and_names_are_answered_and_what_is_outside_is_not_touched() {
     for engine in ENGINES {
         for direct_io in [false, true] {
-            let folder = Folder::new();
+            let folder = Folder::on_disk();
             let (path, file) = image(&folder, 1 << 20);
             let mut disk = Disk::new(config(&path, engine, json!({ "direct_io": direct_io }))).unwrap();
             assert_eq!(disk.config(0, 8), 2048);
@@ -82,7 +84,7 @@ fn reads_writes_flushes_and_names_are_answered_and_what_is_outside_is_not_touche
 #[test]
 fn blocks_are_given_back_to_the_host_and_zeros_are_written() {
     for engine in ENGINES {
-        let folder = Folder::new();
+        let folder = Folder::on_disk();
         let (path, file) = image(&folder, 1 << 20);
         let mut disk = Disk::new(config(&path, engine, json!({}))).unwrap();
         assert_eq!(disk.features() >> 13 & 3, 3);
@@ -121,7 +123,7 @@ fn blocks_are_given_back_to_the_host_and_zeros_are_written() {
 
 #[test]
 fn a_disk_that_cannot_be_written_or_is_told_not_to_offers_no_discard() {
-    let folder = Folder::new();
+    let folder = Folder::on_disk();
     let (path, file) = image(&folder, 1 << 20);
     for more in [json!({ "is_read_only": true }), json!({ "discard": false })] {
         for engine in ENGINES {
@@ -193,7 +195,7 @@ fn many_requests_in_flight_on_many_queues_all_reach_their_places() {
     for engine in ENGINES {
         for (num_queues, threads) in [(1, 0), (4, 0), (4, 1), (3, 3)] {
             for direct_io in [false, true] {
-                let folder = Folder::new();
+                let folder = Folder::on_disk();
                 let (path, _) = image(&folder, 8 << 20);
                 let more = json!({ "num_queues": num_queues, "threads": threads, "direct_io": direct_io });
                 let mut disk = Disk::new(config(&path, engine, more)).unwrap();
@@ -208,7 +210,7 @@ fn many_requests_in_flight_on_many_queues_all_reach_their_places() {
 #[test]
 fn what_is_in_flight_is_finished_on_the_old_image_when_another_is_put_in_its_place() {
     for engine in ENGINES {
-        let folder = Folder::new();
+        let folder = Folder::on_disk();
         let (path, file) = image(&folder, 8 << 20);
         let other = folder.write("other", pattern(7, 1 << 20));
         let mut disk = Disk::new(config(&path, engine, json!({}))).unwrap();
@@ -242,7 +244,7 @@ fn what_is_in_flight_is_finished_on_the_old_image_when_another_is_put_in_its_pla
 #[test]
 fn a_file_that_grew_is_measured_again() {
     for engine in ENGINES {
-        let folder = Folder::new();
+        let folder = Folder::on_disk();
         let (path, file) = image(&folder, 1 << 20);
         let mut disk = Disk::new(config(&path, engine, json!({}))).unwrap();
         assert_eq!(disk.write(2048, &[1; 512]), IO_ERROR);
@@ -255,10 +257,128 @@ fn a_file_that_grew_is_measured_again() {
 }
 
 #[test]
+fn a_block_device_is_a_disk_whose_blocks_go_to_it_and_are_given_back() {
+    for (engine, direct_io, block) in
+        ENGINES.iter().flat_map(|e| [(e, false, 512), (e, false, 4096), (e, true, 512), (e, true, 4096)])
+    {
+        let what = format!("{engine}, direct: {direct_io}, blocks of {block}");
+        let folder = Folder::on_disk();
+        let (path, file) = image(&folder, 1 << 20);
+        let device = BlockDevice::new(&path, block);
+        println!("{what}: {}", device.path.display());
+        let more = json!({ "direct_io": direct_io });
+        let mut disk = Disk::new(config(&device.path, engine, more.clone())).unwrap();
+        assert_eq!((disk.config(0, 8), disk.config(20, 4)), (2048, block), "{what}");
+        assert_eq!(disk.features() >> 13 & 3, 3, "{what}");
+        let mut expected = pattern(0, 1 << 20);
+        for misalignment in [0, 512, 24] {
+            disk.misalignment = misalignment;
+            let new = pattern(misalignment + 1, 32 << 10);
+            assert_eq!(disk.write(64, &new), OK, "{what}");
+            assert_eq!(disk.flush(), OK, "{what}");
+            expected[32 << 10..64 << 10].copy_from_slice(&new);
+            // Flushed: beneath the device's own page cache.
+            assert!(content(&file, 0, 1 << 20) == expected, "{what}");
+            assert!(disk.read(64, 32 << 10).unwrap() == new, "{what}");
+        }
+        let blocks = || file.metadata().unwrap().blocks();
+        file.sync_all().unwrap();
+        let before = blocks();
+        assert_eq!(disk.ranges(DISCARD, &[(0, 64, 0), (256, 128, 0)]), OK, "{what}");
+        assert_eq!(blocks(), before - 192, "{what}");
+        assert_eq!(disk.ranges(WRITE_ZEROES, &[(512, 128, 1)]), OK, "{what}");
+        assert_eq!(blocks(), before - 320, "{what}");
+        assert_eq!(disk.ranges(WRITE_ZEROES, &[(640, 128, 0), (1024, 8, 0)]), OK, "{what}");
+        assert_eq!(disk.flush(), OK);
+        for zeros in [0..64, 256..384, 512..768, 1024..1032] {
+            expected[zeros.start * 512..zeros.end * 512].fill(0);
+        }
+        assert!(content(&file, 0, 1 << 20) == expected, "{what}");
+        // Its file system may need one for what it notes.
+        assert!(blocks() >= before - 320, "zeros that are not to be given back keep their blocks: {what}");
+        let sub = if block == 512 { OK } else { IO_ERROR };
+        assert_eq!(disk.read(1, 512).map(drop), sub, "{what}");
+        assert_eq!(disk.ranges(WRITE_ZEROES, &[(1025, 1, 0)]), sub, "{what}");
+        for sector in [2048, 2041, u64::MAX / 512] {
+            assert_eq!(disk.read(sector, 4096).map(drop), IO_ERROR, "{what} {sector}");
+            assert_eq!(disk.write(sector, &[1; 4096]), IO_ERROR, "{what} {sector}");
+            assert_eq!(disk.ranges(DISCARD, &[(sector, 8, 0)]), IO_ERROR, "{what} {sector}");
+        }
+        assert_eq!(disk.flush(), OK);
+        assert!(content(&file, 0, 1 << 20) == expected, "{what}");
+        let error = Disk::new(config(&device.path, engine, more)).err().unwrap();
+        assert!(error.contains("it is in use by"), "{error}");
+        // It grew.
+        file.set_len(2 << 20).unwrap();
+        device.measure_again();
+        disk.patch(json!({ "drive_id": "d", "path_on_host": device.path })).unwrap();
+        assert_eq!(disk.config(0, 8), 4096, "{what}");
+        assert_eq!(disk.write(4088, &[1; 4096]), OK, "{what}");
+        assert!(!disk.is_broken());
+    }
+}
+
+#[test]
+fn many_requests_in_flight_on_a_block_device_all_reach_their_places() {
+    for engine in ENGINES {
+        for (direct_io, block) in [(false, 512), (true, 512), (true, 4096)] {
+            let folder = Folder::on_disk();
+            let (path, _) = image(&folder, 8 << 20);
+            let device = BlockDevice::new(&path, block);
+            let more = json!({ "num_queues": 2, "threads": 2, "direct_io": direct_io });
+            let mut disk = Disk::new(config(&device.path, engine, more)).unwrap();
+            shuffle(&mut disk, 2, 1);
+        }
+    }
+}
+
+#[test]
+fn a_block_device_that_cannot_be_written_is_only_read() {
+    for engine in ENGINES {
+        let folder = Folder::on_disk();
+        let (path, _) = image(&folder, 1 << 20);
+        let device = BlockDevice::read_only(&path);
+        let error = Disk::new(config(&device.path, engine, json!({}))).err().unwrap();
+        assert!(error.contains("the device cannot be written: `is_read_only` (`ro`)"), "{error}");
+        let open = || Disk::new(config(&device.path, engine, json!({ "is_read_only": true }))).unwrap();
+        let mut disks = [open(), open()];
+        for disk in &mut disks {
+            assert!(disk.read(2040, 4096).unwrap() == pattern(0, 1 << 20)[2040 * 512..]);
+            assert_eq!(disk.write(0, &[1; 512]), IO_ERROR);
+        }
+    }
+}
+
+#[test]
+fn a_block_device_that_cannot_give_back_offers_no_discard() {
+    let test = || {
+        for engine in ENGINES {
+            let folder = Folder::on_disk();
+            // Files in this kind of memory have no holes.
+            common::mount(&folder.0, "ramfs", "mode=755");
+            let (path, file) = image(&folder, 1 << 20);
+            let device = BlockDevice::new(&path, 512);
+            let error = Disk::new(config(&device.path, engine, json!({ "discard": true }))).err().unwrap();
+            assert!(error.contains("blocks of it cannot be given back (`discard`)"), "{error}");
+            let mut disk = Disk::new(config(&device.path, engine, json!({}))).unwrap();
+            assert_eq!(disk.features() >> 13 & 3, 0);
+            assert_eq!(disk.ranges(DISCARD, &[(0, 8, 0)]), UNSUPPORTED);
+            assert_eq!(disk.write(0, &[1; 4096]), OK);
+            assert_eq!(disk.flush(), OK);
+            assert!(content(&file, 0, 4096) == [1; 4096]);
+            disk.end();
+            drop((device, file));
+            common::output("umount", &["-l", folder.0.to_str().unwrap()]);
+        }
+    };
+    std::thread::spawn(test).join().unwrap();
+}
+
+#[test]
 fn the_sync_engine_goes_on_where_io_uring_is_forbidden() {
     let test = || {
         common::forbid(libc::SYS_io_uring_setup, libc::EPERM);
-        let folder = Folder::new();
+        let folder = Folder::on_disk();
         let (path, _) = image(&folder, 8 << 20);
         let more = json!({ "num_queues": 2, "threads": 2 });
         let mut disk = Disk::new(config(&path, "Async", more)).unwrap();
@@ -279,7 +399,7 @@ fn limits_hold_requests_back_until_they_are_changed() {
             (json!({ "bandwidth": bucket(7 * 4096) }), 7),
             (json!({ "ops": bucket(8), "bandwidth": bucket(9 * 4096) }), 8),
         ] {
-            let folder = Folder::new();
+            let folder = Folder::on_disk();
             let (path, _) = image(&folder, 1 << 20);
             let mut disk = Disk::new(config(&path, engine, json!({ "rate_limiter": limits }))).unwrap();
             for slot in 0..20 {

@@ -3,6 +3,7 @@
 
 pub mod disk;
 pub mod driver;
+pub mod loopback;
 pub mod network;
 
 use std::ffi::OsStr;
@@ -35,12 +36,19 @@ pub struct Folder(pub PathBuf);
 
 impl Folder {
     pub fn new() -> Self {
+        Self::within(&std::env::temp_dir())
+    }
+    /// One whose files are on a disk, not in memory: they can be used past the page cache.
+    pub fn on_disk() -> Self {
+        Self::within(Path::new("/var/tmp"))
+    }
+    fn within(place: &Path) -> Self {
         use std::sync::atomic::{AtomicU32, Ordering};
         static NEXT: AtomicU32 = AtomicU32::new(0);
         loop {
             let number = NEXT.fetch_add(1, Ordering::Relaxed);
             let name = format!("alula-test-{}-{number}", std::process::id());
-            let path = std::env::temp_dir().join(name);
+            let path = place.join(name);
             match std::fs::create_dir(&path) {
                 Ok(()) => return Self(path),
                 // Left by a process that was killed and had the same number.
@@ -376,11 +384,16 @@ pub fn output(program: &str, arguments: &[&str]) -> Output {
 }
 
 /// Mounts a file system of `bytes` bytes, which this thread, and what it starts from now on, alone sees.
-#[allow(unsafe_code)]
 pub fn mount_tmpfs(place: &Path, bytes: u64) {
+    mount(place, "tmpfs", &format!("size={bytes}"));
+}
+
+/// The same of any kind of file system in memory.
+#[allow(unsafe_code)]
+pub fn mount(place: &Path, kind: &str, options: &str) {
     // SAFETY: the call takes a number and changes this thread only.
     let result = unsafe { libc::unshare(libc::CLONE_NEWNS) };
     assert_eq!(result, 0, "a mount namespace: {}", std::io::Error::last_os_error());
     output("mount", &["--make-rprivate", "/"]);
-    output("mount", &["-t", "tmpfs", "-o", &format!("size={bytes}"), "tmpfs", place.to_str().unwrap()]);
+    output("mount", &["-t", kind, "-o", options, kind, place.to_str().unwrap()]);
 }

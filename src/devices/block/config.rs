@@ -43,7 +43,7 @@ pub struct Config {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub socket: Option<PathBuf>,
     /// Whether the guest can give blocks back (discard, write zeroes); left out: if the disk can be
-    /// written and its file can have holes.
+    /// written and its file or device takes blocks back.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub discard: Option<bool>,
     /// What the file is. It is never guessed from the content, which a guest may have written.

@@ -1,48 +1,42 @@
 //! Giving blocks back to the host: holes in files (fallocate(2)), discards of block devices.
 
 use std::fs::File;
-use std::io::{Error, ErrorKind, Result};
+use std::io::{ErrorKind, Result};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileTypeExt;
 
-/// linux/fs.h; their argument is a range of bytes.
-const BLKDISCARD: u64 = 0x1277;
-const BLKZEROOUT: u64 = 0x127f;
+use super::device::{self, repeat};
 
 /// What a hole is made by; the file keeps its length.
 pub const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
 /// What zeros are made by that keep their blocks.
 pub const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
 
-/// Whether `file` is a block device.
-pub fn is_block_device(file: &File) -> bool {
-    file.metadata().is_ok_and(|metadata| metadata.file_type().is_block_device())
-}
-
 /// Whether blocks of it can be given back; asked beyond its end, where nothing is.
 pub fn supported(file: &File, end: u64) -> bool {
-    is_block_device(file) || allocate(file, PUNCH, end.next_multiple_of(4096), 4096).is_ok()
+    match device::is_block_device(file) {
+        true => device::takes_back(file, end),
+        false => allocate(file, PUNCH, end.next_multiple_of(4096), 4096).is_ok(),
+    }
 }
 
 /// Gives the blocks of a range back. Of a file, it reads as zeros then; of a device, as anything.
 pub fn punch(file: &File, offset: u64, length: u64) -> Result<()> {
-    match is_block_device(file) {
-        true => ioctl_range(file, BLKDISCARD, offset, length),
+    match device::is_block_device(file) {
+        true => device::discard(file, offset, length),
         false => allocate(file, PUNCH, offset, length),
     }
 }
 
 /// Makes a range zeros; `unmap`: its blocks may be given back.
 pub fn zero(file: &File, offset: u64, length: u64, unmap: bool) -> Result<()> {
-    if is_block_device(file) {
-        return ioctl_range(file, BLKZEROOUT, offset, length);
-    }
-    if unmap {
-        return allocate(file, PUNCH, offset, length);
-    }
-    match allocate(file, ZERO, offset, length) {
+    let mode = if unmap { PUNCH } else { ZERO };
+    match allocate(file, mode, offset, length) {
+        // A device that cannot without writing them.
+        Err(error) if error.kind() == ErrorKind::Unsupported && device::is_block_device(file) => {
+            device::zero(file, offset, length)
+        }
         // A file system without (tmpfs): a hole, and new blocks in it.
-        Err(error) if error.kind() == ErrorKind::Unsupported => {
+        Err(error) if error.kind() == ErrorKind::Unsupported && !unmap => {
             allocate(file, PUNCH, offset, length)?;
             allocate(file, libc::FALLOC_FL_KEEP_SIZE, offset, length)
         }
@@ -54,25 +48,6 @@ pub fn zero(file: &File, offset: u64, length: u64, unmap: bool) -> Result<()> {
 fn allocate(file: &File, mode: i32, offset: u64, length: u64) -> Result<()> {
     // SAFETY: the call takes numbers.
     repeat(|| unsafe { libc::fallocate64(file.as_raw_fd(), mode, offset as i64, length as i64) })
-}
-
-#[allow(unsafe_code)]
-fn ioctl_range(file: &File, request: u64, offset: u64, length: u64) -> Result<()> {
-    let range = [offset, length];
-    // SAFETY: the call reads the local range.
-    repeat(|| unsafe { libc::ioctl(file.as_raw_fd(), request as _, range.as_ptr()) })
-}
-
-fn repeat(mut call: impl FnMut() -> i32) -> Result<()> {
-    loop {
-        match call() {
-            0.. => return Ok(()),
-            _ => match Error::last_os_error() {
-                error if error.kind() == ErrorKind::Interrupted => {}
-                error => return Err(error),
-            },
-        }
-    }
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use super::config::{Config, Format};
 use super::lock::lock;
 use super::qcow2::Qcow2;
 use super::raw::Raw;
-use super::{SECTOR, holes};
+use super::{SECTOR, device, holes};
 use crate::error::{Context, Error, Result};
 use crate::host::{Access, Host};
 use crate::log;
@@ -40,6 +40,10 @@ impl Image {
         let (what, path, access) = config.file();
         let file = host.file(&what, path, access)?;
         let attempt = || format!("use disk image `{}`", path.display());
+        if access == Access::ReadWrite && device::is_read_only(&file) {
+            let reason = "the device cannot be written: `is_read_only` (`ro`), if it is only to be read";
+            return Err(Error::config(reason)).with_context(attempt);
+        }
         let length = measure(&file, path)?;
         // Orchestrators put empty files where a disk will be swapped in later; many may share one.
         if length > 0 {

@@ -2,6 +2,7 @@
 
 mod bounce;
 mod config;
+mod device;
 mod holes;
 mod image;
 mod lock;

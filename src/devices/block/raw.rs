@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd;
 
 use super::SECTOR;
 use super::bounce::Bounce;
-use super::holes;
+use super::{device, holes};
 use crate::error::{self, Context};
 use crate::virtio::buffers::Buffers;
 
@@ -25,13 +25,17 @@ const COMMON: Alignment = Alignment { memory: 4096, block: 4096 };
 /// The file of a raw image.
 pub struct Raw {
     file: File,
+    /// The smallest piece that can be read or written.
+    block: u64,
     direct: Option<Alignment>,
 }
 
 impl Raw {
     /// Through the page cache.
     pub fn new(file: File) -> Self {
-        Self { file, direct: None }
+        // The page cache takes any piece, but what is to be given back is to be whole blocks.
+        let block = device::block(&file).unwrap_or(SECTOR);
+        Self { file, block, direct: None }
     }
 
     /// Past the page cache.
@@ -39,13 +43,14 @@ impl Raw {
         set_direct(&file).context(
             "use it past the page cache (`direct_io`): its file system may not support that, leave it out",
         )?;
-        let direct = Some(alignment(&file).unwrap_or(COMMON));
-        Ok(Self { file, direct })
+        let direct = alignment(&file).unwrap_or(COMMON);
+        let block = direct.block.max(SECTOR);
+        Ok(Self { file, block, direct: Some(direct) })
     }
 
     /// The same file, through another descriptor.
     pub fn try_clone(&self) -> Result<Self> {
-        Ok(Self { file: self.file.try_clone()?, direct: self.direct })
+        Ok(Self { file: self.file.try_clone()?, block: self.block, direct: self.direct })
     }
 
     /// The file.
@@ -55,7 +60,7 @@ impl Raw {
 
     /// The smallest piece that can be read or written.
     pub fn block(&self) -> u64 {
-        self.direct.map_or(SECTOR, |direct| direct.block.max(SECTOR))
+        self.block
     }
 
     /// Whether the host takes these buffers as they are.

@@ -3,9 +3,9 @@
 use std::io::Result;
 use std::os::fd::AsRawFd;
 
-use super::holes;
 use super::image::Image;
 use super::request::{Kind, Range, Request};
+use super::{device, holes};
 use crate::error;
 use crate::uring::{Operation, Uring};
 use crate::virtio::buffers::VECTORS_MAX;
@@ -41,7 +41,7 @@ impl Ring {
                 place(true).map(|(file, offset)| Operation::Write { file, vectors, count, offset })
             }
             (Kind::Flush, Some(raw), _) if durable => Some(Operation::Sync { file: raw.file().as_raw_fd() }),
-            (Kind::Discard | Kind::Zero, Some(raw), Some(range)) if !holes::is_block_device(raw.file()) => {
+            (Kind::Discard | Kind::Zero, Some(raw), Some(range)) if !device::is_block_device(raw.file()) => {
                 let (file, Range { offset, length, unmap }) = (raw.file().as_raw_fd(), *range);
                 let mode = if request.kind == Kind::Zero && !unmap { holes::ZERO } else { holes::PUNCH };
                 Some(Operation::Allocate { file, mode, offset, length })
