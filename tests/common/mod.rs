@@ -11,7 +11,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Output, Stdio};
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -302,6 +302,24 @@ pub fn wait_for(mut condition: impl FnMut() -> bool) {
     while !condition() {
         assert!(Instant::now() < deadline, "waited in vain");
         std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Runs `body`, which tells of every step. One that takes longer than our patience fails the test, where it
+/// would hang: what `body` waits for may be what is tested.
+pub fn in_steps(body: impl FnOnce(&dyn Fn(String)) + Send + 'static) {
+    let (steps, told) = channel();
+    let body = std::thread::spawn(move || body(&|step| steps.send(step).expect("the test listens")));
+    let mut last = "the beginning".to_owned();
+    loop {
+        match told.recv_timeout(PATIENCE) {
+            Ok(step) => last = step,
+            Err(RecvTimeoutError::Timeout) => panic!("{last}: nothing more in {} s", PATIENCE.as_secs()),
+            Err(RecvTimeoutError::Disconnected) => break,
+        }
+    }
+    if let Err(panic) = body.join() {
+        std::panic::resume_unwind(panic);
     }
 }
 
