@@ -5,9 +5,11 @@
 mod common;
 
 use std::io::Write;
+use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
+use common::loopback::BlockDevice;
 use common::{Folder, Process, Service, network, run};
 
 const X86_64: bool = cfg!(target_arch = "x86_64");
@@ -257,6 +259,21 @@ fn a_disk_and_random_bytes_are_found_and_work() {
         let ended = firmware(&[transport, &["--disk", &disk, "--cmdline", "case=block"]].concat());
         assert_eq!(ended.code, Some(1), "{}", ended.text);
         assert!(ended.text.contains("expected status 0 for a write, found 1"), "{}", ended.text);
+    }
+}
+
+#[test]
+fn a_guest_writes_to_a_block_device() {
+    let folder = Folder::new();
+    let file = disk(&folder);
+    let device = BlockDevice::new(Path::new(&file), 512);
+    for words in ["", ",direct", ",engine=async", ",direct,engine=async"] {
+        std::fs::write(&file, [0; 1 << 20]).unwrap();
+        let disk = format!("{}{words}", device.path.display());
+        let ended = firmware(&["--disk", &disk, "--cmdline", "case=block"]);
+        assert!(ended.text.contains("\nblock: ok (2048 sectors)"), "{words}: {}", ended.text);
+        let written = std::fs::read(&file).unwrap();
+        assert_eq!(&written[512..516], [0x5a, 0x5b, 0x58, 0x59], "{words}: it was flushed");
     }
 }
 
