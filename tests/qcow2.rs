@@ -12,6 +12,7 @@ use std::process::Command;
 
 use common::Folder;
 use common::disk::{DISCARD, Disk, WRITE_ZEROES};
+use common::loopback::BlockDevice;
 use serde_json::{Value, json};
 
 const SIZE: usize = 4 << 20;
@@ -428,6 +429,51 @@ fn a_disk_written_all_over_again_and_again_stays_within_its_bounds() {
             // What was there stays in the snapshot: all of it is written anew.
             qemu_img(&folder, &["snapshot", "-c", &round.to_string(), "disk"]);
         }
+    }
+}
+
+#[test]
+fn an_image_may_lie_where_nothing_is_taken_back() {
+    let test = || {
+        let folder = Folder::on_disk();
+        // Files in this kind of memory have no holes.
+        common::mount(&folder.0, "ramfs", "mode=755");
+        let mut expected = chain(&folder, &[]);
+        let mut disk = Disk::new(config(&folder.path("disk"), json!({}))).unwrap();
+        scribble(&mut disk, &mut expected, 11);
+        assert_eq!(disk.ranges(DISCARD, &[(0, (SIZE / 512) as u32, 0)]), Ok(()));
+        expected.fill(0);
+        scribble(&mut disk, &mut expected, 12);
+        assert_eq!(disk.flush(), Ok(()));
+        disk.end();
+        check(&folder, &expected);
+        common::output("umount", &["-l", folder.0.to_str().unwrap()]);
+    };
+    std::thread::spawn(test).join().unwrap();
+}
+
+#[test]
+fn an_image_may_be_in_a_block_device_however_large() {
+    for (engine, length) in [("Sync", 64 << 20), ("Async", 5 << 30)] {
+        let folder = Folder::on_disk();
+        let file = folder.write("file", []);
+        File::options().write(true).open(&file).unwrap().set_len(length).unwrap();
+        let device = BlockDevice::new(&file, 512);
+        let path = device.path.to_str().unwrap();
+        qemu_img(&folder, &["create", "-q", "-f", "qcow2", path, "4M"]);
+        let mut disk = Disk::new(config(&device.path, json!({ "io_engine": engine }))).unwrap();
+        let mut expected = vec![0; SIZE];
+        scribble(&mut disk, &mut expected, 13);
+        assert_eq!(disk.ranges(DISCARD, &[(1024, 1024, 0)]), Ok(()));
+        expected[512 << 10..1 << 20].fill(0);
+        assert!(content(&mut disk) == expected, "{engine}");
+        disk.end();
+        let mut disk = Disk::new(config(&device.path, json!({ "io_engine": engine }))).unwrap();
+        assert!(content(&mut disk) == expected, "{engine}");
+        disk.end();
+        folder.write("expected", &expected);
+        qemu_img(&folder, &["check", "-f", "qcow2", path]);
+        qemu_img(&folder, &["compare", "-f", "qcow2", "-F", "raw", path, "expected"]);
     }
 }
 

@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
+use crate::devices::block::device;
 use crate::error::{Context, Error, Result};
 use crate::host::Access;
 
@@ -74,9 +75,13 @@ impl Header {
                 return Err(broken(format!("reference counts of 2^{order} bits")));
             }
             let clusters_per_block = (cluster * 8) >> order;
-            let blocks = length.div_ceil(cluster).div_ceil(clusters_per_block);
             let mut table = vec![0; refcount_bytes as usize];
             file.read_exact_at(&mut table, refcounts).context("read its table of reference counts")?;
+            let blocks = match device::is_block_device(file) {
+                // How much of it is in use, only the counts tell.
+                true => table.chunks_exact(8).take_while(|entry| **entry != [0; 8]).count() as u64,
+                false => length.div_ceil(cluster).div_ceil(clusters_per_block),
+            };
             check_refcounts(&table, blocks, length, cluster)?;
         }
         // A new cluster for each of the disk's, at most 16 of whose 512 bytes the tables take beside it,
