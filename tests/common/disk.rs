@@ -51,7 +51,16 @@ impl Disk {
     pub fn new(config: Value) -> Result<Self, String> {
         let config: Config = serde_json::from_value(config).map_err(|error| error.to_string())?;
         config.check().map_err(|error| error.to_string())?;
-        let device = config.open("vm", &mut Local::default()).map_err(|error| error.to_string())?;
+        let begun = Instant::now();
+        let device = loop {
+            match config.open("vm", &mut Local::default()).map_err(|error| error.to_string()) {
+                // Another test starts a program: its new process has what we just closed for a moment.
+                Err(error) if error.contains("it is in use by process ") && begun.elapsed() < PATIENCE => {
+                    std::thread::yield_now();
+                }
+                result => break result?,
+            }
+        };
         let memory = allocate(&[Range { start: 0, size: 128 << 20 }]).unwrap();
         let loops: Vec<_> = (0..config.threads.max(1)).map(|_| Loop::new("io").unwrap()).collect();
         let event = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
