@@ -36,6 +36,8 @@ pub use user::User;
 const MTU_MIN: u16 = 68;
 /// Each takes two queues, their interrupts, and a queue of the TAP's.
 const QUEUE_PAIRS_MAX: u16 = 16;
+/// Frames moved in one turn; then other devices of the loop have theirs.
+const TURN: usize = 256;
 
 /// Body of `PUT /network-interfaces/{iface_id}`.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]

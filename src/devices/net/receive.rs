@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::TURN;
 use super::header;
 use super::limit::Limit;
 use super::metrics::Metrics;
@@ -20,8 +21,6 @@ const FRAME_MAX: usize = header::SIZE + 14 + 65536;
 const fn frame_of(mtu: u16) -> usize {
     header::SIZE + 14 + 4 + mtu as usize + 1
 }
-/// Frames moved in one turn; then other devices of the loop have theirs.
-const TURN: usize = 256;
 /// Reads posted for a frame of which nothing is known: a second one sees that there is no second
 /// frame, without a system call of its own.
 const BATCH_MIN: usize = 2;

@@ -7,6 +7,7 @@ use std::time::Duration;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::timerfd::TimerFd;
 
+use super::TURN;
 use super::framing::Decoder;
 use super::header;
 use super::limit::{Limit, set};
@@ -26,9 +27,6 @@ const TX: u32 = 1;
 const SOCKET: u32 = 2;
 const RX_TIMER: u32 = 3;
 const TX_TIMER: u32 = 4;
-
-/// Frames moved in one turn; then other devices of the loop have theirs.
-const TURN: usize = 256;
 
 /// A stream, with what is half read and half written of it.
 pub struct Stream {

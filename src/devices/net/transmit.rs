@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::TURN;
 use super::header;
 use super::limit::Limit;
 use super::metrics::Metrics;
@@ -18,8 +19,6 @@ use crate::virtio::pool::Pool;
 const FRAME_MAX: usize = header::SIZE + 14 + 4 + 65535;
 /// What a batch usually has: a driver gives a frame in a few pieces.
 const VECTORS: usize = 4 * BATCH;
-/// Frames moved in one turn; then other devices of the loop have theirs.
-const TURN: usize = 256;
 
 /// The driver's frames on their way out.
 pub struct Transmitter {
