@@ -255,8 +255,13 @@ fn a_file_that_grew_is_measured_again() {
         let mut disk = Disk::new(config(&path, engine, json!({}))).unwrap();
         assert_eq!(disk.write(2048, &[1; 512]), IO_ERROR);
         file.set_len(2 << 20).unwrap();
-        disk.patch(json!({ "drive_id": "d", "path_on_host": path })).unwrap();
+        // That of the answer.
         assert!(disk.was_interrupted());
+        let limits = json!({ "ops": { "size": 9, "refill_time": 9 } });
+        disk.patch(json!({ "drive_id": "d", "rate_limiter": limits })).unwrap();
+        assert!(!disk.was_interrupted(), "limits are not the guest's business");
+        disk.patch(json!({ "drive_id": "d", "path_on_host": path })).unwrap();
+        assert!(disk.was_interrupted(), "the guest is not told");
         assert_eq!(disk.config(0, 8), 4096);
         assert_eq!(disk.write(4095, &[1; 512]), OK);
     }
@@ -317,7 +322,9 @@ fn a_block_device_is_a_disk_whose_blocks_go_to_it_and_are_given_back() {
         // It grew.
         file.set_len(2 << 20).unwrap();
         device.measure_again();
+        disk.was_interrupted();
         disk.patch(json!({ "drive_id": "d", "path_on_host": device.path })).unwrap();
+        assert!(disk.was_interrupted(), "the guest is not told: {what}");
         assert_eq!(disk.config(0, 8), 4096, "{what}");
         assert_eq!(disk.write(4088, &[1; 4096]), OK, "{what}");
         assert!(!disk.is_broken());
@@ -378,6 +385,64 @@ fn a_block_device_that_cannot_give_back_offers_no_discard() {
         }
     };
     std::thread::spawn(test).join().unwrap();
+}
+
+#[test]
+fn what_a_disk_does_is_counted() {
+    for engine in ENGINES {
+        let folder = Folder::on_disk();
+        let (path, file) = image(&folder, 1 << 20);
+        let mut disk = Disk::new(config(&path, engine, json!({}))).unwrap();
+        for _ in 0..2 {
+            assert_eq!(disk.write(0, &[1; 32 << 10]), OK);
+        }
+        for _ in 0..3 {
+            assert!(disk.read(0, 16 << 10).is_ok());
+        }
+        for _ in 0..4 {
+            assert_eq!(disk.flush(), OK);
+        }
+        for _ in 0..5 {
+            assert_eq!(disk.ranges(DISCARD, &[(64, 8, 0)]), OK);
+        }
+        for _ in 0..6 {
+            assert_eq!(disk.ranges(WRITE_ZEROES, &[(64, 8, 0), (128, 8, 1)]), OK);
+        }
+        assert_eq!(disk.id()[0], b'd');
+        for _ in 0..7 {
+            assert_eq!(disk.ranges(99, &[(0, 1, 0)]), UNSUPPORTED);
+        }
+        // The host has less than it said.
+        file.set_len(0).unwrap();
+        assert_eq!(disk.read(0, 512).map(drop), IO_ERROR);
+        disk.patch(json!({ "drive_id": "d", "path_on_host": path })).unwrap();
+        for body in [json!({ "drive_id": "d" }), json!({ "drive_id": "d", "path_on_host": "/nowhere" })] {
+            disk.patch(body).unwrap_err();
+        }
+        let metrics = disk.transport.lock().unwrap().metrics(View::Total);
+        for (name, expected) in [
+            ("write_count", 2),
+            ("write_bytes", 64 << 10),
+            ("read_count", 3),
+            ("read_bytes", 48 << 10),
+            ("flush_count", 4),
+            ("discard_count", 5),
+            ("write_zeroes_count", 6),
+            ("invalid_reqs_count", 7),
+            ("execute_fails", 1),
+            ("update_count", 1),
+            ("update_fails", 2),
+            ("rate_limiter_throttled_events", 0),
+        ] {
+            assert_eq!(metrics[name], json!(expected), "{engine}: {name}");
+        }
+        assert!(metrics["queue_event_count"].as_u64() >= Some(29), "{metrics:?}");
+        for name in ["read_agg", "write_agg"] {
+            let [min, max, sum] =
+                ["min_us", "max_us", "sum_us"].map(|what| metrics[name][what].as_u64().unwrap());
+            assert!(0 < sum && min <= max && max <= sum, "{engine}: {name}: {metrics:?}");
+        }
+    }
 }
 
 #[test]

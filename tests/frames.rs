@@ -129,6 +129,17 @@ fn command(guest: &mut Guest, queue: usize, bytes: &[u8]) -> u8 {
     guest.bytes(ack)[0]
 }
 
+/// What the device counts.
+fn counted(guest: &Guest, name: &str) -> u64 {
+    guest.transport.lock().unwrap().metrics(View::Total)[name].as_u64().unwrap()
+}
+
+fn patch(guest: &mut Guest, body: Value) {
+    guest.pause();
+    guest.transport.lock().unwrap().patch(&body, &mut Local::default()).unwrap();
+    guest.resume();
+}
+
 fn link_is_up(guest: &mut Guest) -> bool {
     let mut status = [0; 2];
     guest.config(6, &mut status);
@@ -221,6 +232,48 @@ fn the_control_queue_filters_frames_and_changes_the_address() {
     assert_eq!(mac, MAC);
 }
 
+/// Whether the checksum of the host's next datagram is left to the driver.
+fn checksum_is_the_drivers(guest: &mut Guest, rooms: &mut impl Iterator<Item = (u64, u32)>) -> bool {
+    let socket = std::net::UdpSocket::bind("10.9.7.1:0").unwrap();
+    socket.set_broadcast(true).unwrap();
+    socket.send_to(&[7; 32], "10.9.7.255:777").unwrap();
+    loop {
+        guest.next_used(RX);
+        let bytes = guest.bytes(rooms.next().unwrap());
+        let frame = &bytes[HEADER..];
+        // UDP over IPv4, to our port.
+        if frame[12..14] == [8, 0] && frame[23] == 17 && frame[36..38] == 777_u16.to_be_bytes() {
+            return bytes[0] & 1 != 0;
+        }
+    }
+}
+
+#[test]
+fn the_tap_leaves_to_the_driver_what_it_takes_and_nothing_else() {
+    const F_CTRL_GUEST_OFFLOADS: u64 = 1 << 2;
+    let _alone = enter(0);
+    common::output("ip", &["addr", "add", "10.9.7.1/24", "dev", "tap0"]);
+    for (features, expected) in
+        [(0, false), (F_GUEST_CSUM | F_CTRL_VQ | F_CTRL_GUEST_OFFLOADS, true), (F_CTRL_VQ, false)]
+    {
+        let (mut guest, _wire) = guest(Kind::Mmio, json!({}));
+        guest.start(F_EVENT_IDX | features);
+        let mut rooms = rooms(&mut guest, RX, 14, 1600).into_iter();
+        // What comes before the device has started is as it was at power-on.
+        checksum_is_the_drivers(&mut guest, &mut rooms);
+        assert_eq!(checksum_is_the_drivers(&mut guest, &mut rooms), expected, "{features:#x}");
+        if expected {
+            // It changes its mind, and back.
+            for offloads in [0, F_GUEST_CSUM] {
+                let set = [&[5, 0][..], &offloads.to_le_bytes()].concat();
+                assert_eq!(command(&mut guest, 2, &set), 0);
+                let left = checksum_is_the_drivers(&mut guest, &mut rooms);
+                assert_eq!(left, offloads != 0, "{offloads:#x}");
+            }
+        }
+    }
+}
+
 #[test]
 fn buffers_taken_ahead_are_there_after_every_stop() {
     let _alone = enter(0);
@@ -277,11 +330,6 @@ fn limits_hold_frames_back_until_they_are_changed() {
     }
     std::thread::sleep(std::time::Duration::from_millis(30));
     assert_eq!(guest.used_index(TX), 2, "more frames went than may");
-    let patch = |guest: &mut Guest, body: Value| {
-        guest.pause();
-        guest.transport.lock().unwrap().patch(&body, &mut Local::default()).unwrap();
-        guest.resume();
-    };
     // Another bucket is no gift.
     let large = json!({ "size": 1_u64 << 40, "refill_time": 1000 });
     patch(&mut guest, json!({ "iface_id": "net", "tx_rate_limiter": { "bandwidth": large } }));
@@ -297,9 +345,64 @@ fn limits_hold_frames_back_until_they_are_changed() {
     wait_for(|| guest.used_index(RX) == 2);
     std::thread::sleep(std::time::Duration::from_millis(30));
     assert_eq!(guest.used_index(RX), 2, "more frames came than may");
+    assert!(
+        counted(&guest, "tx_rate_limiter_throttled") > 0 && counted(&guest, "rx_rate_limiter_throttled") > 0
+    );
     patch(&mut guest, json!({ "iface_id": "net", "rx_rate_limiter": { "ops": none } }));
     let mut rooms = rooms.into_iter();
     while received(&mut guest, RX, &mut rooms) != 12 {}
+}
+
+#[test]
+fn what_an_interface_does_is_counted() {
+    let _alone = enter(0);
+    let (mut guest, wire) = guest(Kind::Mmio, json!({}));
+    guest.start(F_EVENT_IDX);
+    for seed in 1..=3 {
+        let out = outgoing(&mut guest, seed);
+        guest.request(TX, &[(out, 0)]);
+    }
+    // Shorter than a header.
+    let short = guest.allocate(&[0; 5]);
+    guest.request(TX, &[(short, 0)]);
+    wire.send(&frame(9));
+    wait_for(|| counted(&guest, "no_rx_avail_buffer") > 0);
+    rooms(&mut guest, RX, 14, 1600);
+    (1..=8).for_each(|seed| wire.send(&frame(seed)));
+    wait_for(|| guest.used_index(RX) >= 9);
+    guest.pause();
+    // Others are the host's own.
+    let received = u64::from(guest.used_index(RX));
+    let bytes: u64 = (0..received).map(|_| u64::from(guest.next_used(RX).1) - HEADER as u64).sum();
+    for (name, expected) in [
+        ("tx_packets_count", 3),
+        ("tx_bytes_count", 3 * 60),
+        ("tx_count", 4),
+        ("tx_malformed_frames", 1),
+        ("tx_fails", 0),
+        ("rx_packets_count", received),
+        ("rx_count", received),
+        ("rx_bytes_count", bytes),
+        ("rx_fails", 0),
+        ("tx_rate_limiter_throttled", 0),
+        ("rx_rate_limiter_throttled", 0),
+    ] {
+        assert_eq!(counted(&guest, name), expected, "{name}");
+    }
+    for name in [
+        "tx_queue_event_count",
+        "rx_queue_event_count",
+        "rx_tap_event_count",
+        "tx_call_count",
+        "rx_call_count",
+    ] {
+        assert!(counted(&guest, name) > 0, "{name}");
+    }
+    guest.resume();
+    common::output("ip", &["link", "set", "tap0", "down"]);
+    let out = outgoing(&mut guest, 4);
+    guest.request(TX, &[(out, 0)]);
+    assert_eq!((counted(&guest, "tx_packets_count"), counted(&guest, "tx_fails")), (3, 1));
 }
 
 /// How many allocations `count` calls of `step` make, once warm.
@@ -398,6 +501,8 @@ fn a_frame_larger_than_was_reckoned_with_is_missed_once() {
         std::thread::sleep(std::time::Duration::from_millis(5));
     }
     assert_eq!(guest.next_used(RX).1, 12 + 3000 - 2048);
+    assert!(counted(&guest, "rx_fails") >= 1);
+    assert!(counted(&guest, "rx_count") > counted(&guest, "rx_packets_count"));
 }
 
 /// The host's Linux.
@@ -488,6 +593,26 @@ fn passt_answers_costs_no_memory_and_its_end_is_the_links() {
     };
     assert_eq!(allocations(100, &mut ask), 0);
     guest.pause();
+    for (name, expected) in [
+        ("tx_packets_count", 200),
+        ("tx_count", 200),
+        ("tx_bytes_count", 200 * 42),
+        ("rx_packets_count", guest.used_index(RX).into()),
+        ("rx_count", guest.used_index(RX).into()),
+        ("tx_fails", 0),
+    ] {
+        assert_eq!(counted(&guest, name), expected, "{name}");
+    }
+    assert!(counted(&guest, "rx_bytes_count") >= 200 * 42);
+    for name in [
+        "tx_queue_event_count",
+        "rx_queue_event_count",
+        "rx_tap_event_count",
+        "tx_call_count",
+        "rx_call_count",
+    ] {
+        assert!(counted(&guest, name) > 0, "{name}");
+    }
     guest.resume();
     let mac = std::process::id();
     let passt = network::passts(mac);
@@ -497,6 +622,63 @@ fn passt_answers_costs_no_memory_and_its_end_is_the_links() {
     assert!(guest.is_interrupted(None));
     // The guest goes on; its frames are lost.
     guest.request(TX, &[(out, 0)]);
+    assert_eq!((counted(&guest, "tx_packets_count"), counted(&guest, "tx_fails")), (200, 1));
     drop(guest);
     wait_for(|| network::passts(mac).is_empty());
+}
+
+#[test]
+fn limits_hold_frames_of_passt_back_until_they_are_changed() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    network::enter();
+    network::add_uplink();
+    let limit = json!({ "ops": { "size": 2, "refill_time": 3_600_000 } });
+    let config = json!({ "user": {}, "rx_rate_limiter": limit, "tx_rate_limiter": limit });
+    let mut guest = Guest::new(Kind::Mmio, open(config));
+    guest.start(F_EVENT_IDX);
+    rooms(&mut guest, RX, 14, 1600);
+    let out = guest.allocate(&arp([10, 9, 8, 1]));
+    for _ in 0..9 {
+        guest.offer(TX, &[(out, 0)]);
+    }
+    guest.kick(TX);
+    let settle = || std::thread::sleep(std::time::Duration::from_millis(30));
+    wait_for(|| guest.used_index(TX) == 2);
+    settle();
+    assert_eq!(guest.used_index(TX), 2, "more frames went than may");
+    let none = json!({ "size": 0, "refill_time": 0 });
+    patch(&mut guest, json!({ "iface_id": "net", "tx_rate_limiter": { "ops": none } }));
+    wait_for(|| guest.used_index(TX) == 9 && guest.used_index(RX) == 2);
+    settle();
+    assert_eq!(guest.used_index(RX), 2, "more frames came than may");
+    assert!(
+        counted(&guest, "tx_rate_limiter_throttled") > 0 && counted(&guest, "rx_rate_limiter_throttled") > 0
+    );
+    patch(&mut guest, json!({ "iface_id": "net", "rx_rate_limiter": { "ops": none } }));
+    // An answer to each, whatever else there is.
+    wait_for(|| guest.used_index(RX) >= 9);
+}
+
+#[test]
+fn frames_of_passt_that_fit_no_buffer_are_lost_and_counted() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    network::enter();
+    network::add_uplink();
+    let mut guest = Guest::new(Kind::Mmio, open(json!({ "user": {} })));
+    // One buffer for a frame, and none that an answer fits.
+    guest.start(F_EVENT_IDX);
+    let out = guest.allocate(&arp([10, 9, 8, 1]));
+    guest.request(TX, &[(out, 0)]);
+    wait_for(|| counted(&guest, "no_rx_avail_buffer") > 0);
+    let small = rooms(&mut guest, RX, 1, HEADER + 41);
+    wait_for(|| counted(&guest, "rx_fails") > 0);
+    assert_eq!(guest.used_index(RX), 0, "a frame was cut off");
+    assert!(guest.bytes(small[0]).iter().all(|byte| *byte == 0), "a frame that is lost was written");
+    // Longer than frames are, or shorter than their header.
+    let long = guest.allocate(&vec![0; 80_000]);
+    let short = guest.allocate(&[0; 5]);
+    guest.request(TX, &[(long, 0)]);
+    guest.request(TX, &[(short, 0)]);
+    assert_eq!((counted(&guest, "tx_malformed_frames"), counted(&guest, "tx_packets_count")), (2, 1));
+    assert!(link_is_up(&mut guest));
 }

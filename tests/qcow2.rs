@@ -356,8 +356,9 @@ fn a_virtual_disk_that_grew_is_measured_again() {
         let image = File::options().write(true).open(&path).unwrap();
         image.write_all_at(&(2_u64 << 20).to_be_bytes(), 24).unwrap();
         disk.resume();
+        disk.was_interrupted();
         disk.patch(json!({ "drive_id": "d", "path_on_host": path })).unwrap();
-        assert!(disk.was_interrupted());
+        assert!(disk.was_interrupted(), "the guest is not told");
         assert_eq!(disk.config(0, 8), 4096);
         assert_eq!(disk.write(4095, &[1; 512]), Ok(()));
         assert!(disk.read(0, 4096).unwrap() == pattern(9, 4096));
