@@ -11,8 +11,10 @@ use alula::devices::KINDS as DEVICES;
 use alula::devices::block;
 use alula::devices::kind::Device;
 use alula::host::Local;
+use alula::memory;
+use alula::metrics::View;
 use common::driver::{
-    DRIVER_OK, F_EVENT_IDX, F_VERSION_1, FEATURES_OK, Guest, KINDS, Kind, NEEDS_RESET, NEXT, WRITE,
+    self, DRIVER_OK, F_EVENT_IDX, F_VERSION_1, FEATURES_OK, Guest, KINDS, Kind, NEEDS_RESET, NEXT, WRITE,
 };
 use common::network::{self, Wire};
 use common::{Folder, wait_for};
@@ -564,4 +566,25 @@ fn a_full_host_is_an_error_of_the_write_that_found_it_full() {
         assert_eq!(transfer(&mut guest, 0, 0, &[0; SECTOR]), 0);
         assert_eq!(guest.status() & NEEDS_RESET, 0);
     }
+}
+
+#[test]
+fn a_generator_whose_host_has_no_random_bytes_stops_and_says_so() {
+    let test = || {
+        let kind = DEVICES.iter().find(|kind| kind.section == "entropy").unwrap();
+        let device = kind.parse(b"{}").unwrap().open("contract", &mut Local::default()).unwrap();
+        let memory = memory::allocate(&[memory::Range { start: 0, size: driver::MEMORY }]).unwrap();
+        let mut guest = Guest::by_hand(Kind::Mmio, device, memory);
+        guest.start(0);
+        let room = guest.allocate(&[0; 16]);
+        assert_eq!(guest.request(0, &[(room, WRITE)]), 16);
+        common::forbid(libc::SYS_getrandom, libc::EPERM);
+        guest.offer(0, &[(room, WRITE)]);
+        guest.kick(0);
+        guest.wait_for(|guest| guest.status() & NEEDS_RESET != 0);
+        let metrics = guest.transport.lock().unwrap().metrics(View::Total);
+        assert_eq!((&metrics["entropy_bytes"], &metrics["host_rng_fails"]), (&json!(16), &json!(1)));
+        assert_eq!(metrics["event_fails"], 1);
+    };
+    std::thread::spawn(test).join().unwrap();
 }

@@ -71,6 +71,8 @@ fn a_line_of_metrics_says_what_was_done_since_the_last() {
         assert!(line["process"]["start_us"]["devices"].is_u64(), "{line}");
     }
     for (pointer, expected) in [
+        ("/api_server/request_count", 13),
+        ("/api_server/request_fails", 3),
         ("/put_api_requests/metrics_count", 3),
         ("/put_api_requests/metrics_fails", 2),
         ("/put_api_requests/drive_count", 1),
@@ -87,13 +89,19 @@ fn a_line_of_metrics_says_what_was_done_since_the_last() {
     for pointer in [
         "/uart/write_count",
         "/uart/read_count",
+        "/vcpu/exit_mmio_read",
         "/vcpu/exit_mmio_write",
+        // By the pause.
+        "/vcpu/exit_interrupted",
         "/entropy/entropy_bytes",
         "/entropy/entropy_event_count",
         "/api_server/request_agg/sum_us",
         "/latencies_us/pause_vm",
     ] {
         assert!(sum(&lines, pointer) > 0, "{pointer}");
+    }
+    for pointer in ["/vcpu/exit_io_in", "/vcpu/exit_io_out"] {
+        assert_eq!(sum(&lines, pointer) > 0, cfg!(target_arch = "x86_64"), "{pointer}");
     }
     assert!(lines[2]["process"]["cpu_us"]["vcpu0"].as_u64().unwrap() > 0, "{}", lines[2]);
     assert!(ended.text.len() as u64 <= sum(&lines, "/uart/write_count") + 200, "{}", ended.text);

@@ -177,6 +177,7 @@ mod tests {
         keyboard.write(DATA, &[0x61]);
         keyboard.write(COMMAND, &[0x20]);
         assert_eq!(read(&mut keyboard, DATA), 0x61);
+        assert_eq!((keyboard.metrics.read_count.total(), keyboard.metrics.write_count.total()), (7, 5));
     }
 
     #[test]
@@ -197,6 +198,7 @@ mod tests {
         assert_eq!(end.get(), None);
         keyboard.write(COMMAND, &[0xfe]);
         assert_eq!(end.get(), Some(&Exit::Reset));
+        assert_eq!(keyboard.metrics.reset_count.total(), 1);
     }
 
     #[test]
