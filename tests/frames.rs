@@ -13,7 +13,7 @@ use alula::devices::KINDS;
 use alula::host::Local;
 use alula::metrics::View;
 use alula::virtio::VirtioDevice;
-use common::driver::{F_EVENT_IDX, Guest, Kind, WRITE};
+use common::driver::{F_EVENT_IDX, Guest, Kind, NEEDS_RESET, WRITE};
 use common::network::{self, Wire};
 use common::wait_for;
 use serde_json::{Value, json};
@@ -625,6 +625,32 @@ fn passt_answers_costs_no_memory_and_its_end_is_the_links() {
     assert_eq!((counted(&guest, "tx_packets_count"), counted(&guest, "tx_fails")), (200, 1));
     drop(guest);
     wait_for(|| network::passts(mac).is_empty());
+}
+
+#[test]
+fn a_receive_buffer_without_room_for_a_header_breaks_the_device_alone() {
+    let _alone = enter(0);
+    network::add_uplink();
+    for user in [false, true] {
+        let config = if user { json!({ "user": {} }) } else { json!({ "host_dev_name": "tap0" }) };
+        let device = open(config);
+        let wire = Wire::new("tap0", ETHER_TYPE);
+        if !user {
+            wire.settle("tap0");
+        }
+        let mut guest = Guest::new(Kind::Mmio, device);
+        guest.start(F_EVENT_IDX);
+        let room = rooms(&mut guest, RX, 1, HEADER - 1)[0];
+        if user {
+            let out = guest.allocate(&arp([10, 9, 8, 1]));
+            guest.request(TX, &[(out, 0)]);
+        } else {
+            wire.send(&frame(1));
+        }
+        guest.wait_for(|guest| guest.status() & NEEDS_RESET != 0);
+        assert!(guest.bytes(room).iter().all(|byte| *byte == 0), "it was written to");
+        assert_eq!(guest.used_index(RX), 0);
+    }
 }
 
 #[test]

@@ -311,6 +311,9 @@ impl Disk {
 
 impl Drop for Disk {
     fn drop(&mut self) {
-        self.loops.iter().for_each(Loop::end);
+        // A test that has failed does not wait for what may be the reason.
+        if !std::thread::panicking() {
+            self.loops.iter().for_each(Loop::end);
+        }
     }
 }

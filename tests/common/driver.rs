@@ -501,7 +501,10 @@ pub struct Suspended {
 
 impl Drop for Guest {
     fn drop(&mut self) {
-        if let Io::Thread(event_loop) = &self.io {
+        // A test that has failed does not wait for what may be the reason.
+        if let Io::Thread(event_loop) = &self.io
+            && !std::thread::panicking()
+        {
             event_loop.end();
         }
     }
