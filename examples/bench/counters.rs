@@ -4,6 +4,7 @@
 
 #![allow(unsafe_code)]
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
@@ -92,6 +93,8 @@ const CALLS: [(&str, libc::c_long); 14] = [
 /// A thread of the monitor, and its events: all system calls, then those of `CALLS`.
 struct Thread {
     schedstat: PathBuf,
+    /// As last seen: the kernel ends workers of an io_uring when there is nothing to do.
+    cpu_ns: Cell<u64>,
     is_vcpu: bool,
     events: Vec<File>,
     /// Accesses to devices, where KVM does not count exits.
@@ -158,7 +161,8 @@ impl<'a> Counters<'a> {
         for task in std::fs::read_dir(format!("/proc/{pid}/task"))? {
             let path = task?.path();
             let thread: i32 = path.file_name().ok_or("no thread")?.to_string_lossy().parse()?;
-            let is_vcpu = std::fs::read_to_string(path.join("comm"))?.to_lowercase().contains("vcpu");
+            let Ok(name) = std::fs::read_to_string(path.join("comm")) else { continue };
+            let is_vcpu = name.to_lowercase().contains("vcpu");
             let tracepoint = |name| debug.number(format!("tracing/events/kvm/{name}/id"));
             let accesses = ["kvm_mmio", "kvm_pio"].into_iter().filter_map(tracepoint);
             let accesses = accesses.map(|id| count(id, thread, None)).collect::<Result<_>>()?;
@@ -169,6 +173,7 @@ impl<'a> Counters<'a> {
             let schedstat = path.join("schedstat");
             threads.push(Thread {
                 schedstat,
+                cpu_ns: Cell::new(0),
                 is_vcpu,
                 events: events.collect::<Result<_>>()?,
                 accesses,
@@ -196,8 +201,10 @@ impl<'a> Counters<'a> {
                 *calls.entry(name).or_default() += value(event)?;
             }
             if !thread.is_vcpu {
-                let schedstat = std::fs::read_to_string(&thread.schedstat)?;
-                counts.cpu_ns += schedstat.split(' ').next().unwrap_or_default().parse::<u64>()?;
+                if let Ok(schedstat) = std::fs::read_to_string(&thread.schedstat) {
+                    thread.cpu_ns.set(schedstat.split(' ').next().unwrap_or_default().parse()?);
+                }
+                counts.cpu_ns += thread.cpu_ns.get();
             }
         }
         Ok(counts)

@@ -21,13 +21,19 @@ struct Case {
     transport: &'static str,
     flags: &'static [&'static str],
     engine: &'static str,
+    /// Past the host's page cache: what the disk does takes its time.
+    direct: bool,
 }
 
-const CASES: [Case; 4] = [
-    Case { transport: "mmio", flags: &[], engine: "Sync" },
-    Case { transport: "mmio", flags: &[], engine: "Async" },
-    Case { transport: "pci", flags: &["--enable-pci"], engine: "Sync" },
-    Case { transport: "pci", flags: &["--enable-pci"], engine: "Async" },
+const MMIO: Case = Case { transport: "mmio", flags: &[], engine: "Sync", direct: false };
+const PCI: Case = Case { transport: "pci", flags: &["--enable-pci"], ..MMIO };
+
+const CASES: [Case; 5] = [
+    MMIO,
+    Case { engine: "Async", ..MMIO },
+    Case { engine: "Async", direct: true, ..MMIO },
+    PCI,
+    Case { engine: "Async", ..PCI },
 ];
 
 /// What one load came to.
@@ -56,7 +62,11 @@ pub fn io(ours: &str, other: Option<&str>, linux: Option<Linux>) -> Result<()> {
         let loads: Vec<&Load> =
             loads.iter().filter(|load| case.engine == "Sync" || load.unit == Unit::Request).collect();
         println!();
-        println!("{guest} behind virtio-{}, engine {}: per request or frame", case.transport, case.engine);
+        let direct = if case.direct { ", direct I/O" } else { "" };
+        println!(
+            "{guest} behind virtio-{}, engine {}{direct}: per request or frame",
+            case.transport, case.engine
+        );
         let start = |binary, is_ours| machine(binary, is_ours, &folder.0, &case, linux.as_ref());
         let mut series = Vec::new();
         for (name, binary) in [("alula", Some(ours)), ("other", other)] {
@@ -89,18 +99,19 @@ fn machine(
             "boot_args": "console=ttyS0 panic=-1 quiet reboot=k alula.run=bench",
         }),
     };
+    let mut disk = json!({
+        "drive_id": "disk",
+        "path_on_host": folder.join("disk"),
+        "is_root_device": false,
+        "io_engine": case.engine,
+    });
+    if case.direct {
+        disk["direct_io"] = true.into();
+    }
     let config = [
         ("/boot-source", boot),
         ("/machine-config", json!({ "vcpu_count": 1, "mem_size_mib": 128 })),
-        (
-            "/drives/disk",
-            json!({
-                "drive_id": "disk",
-                "path_on_host": folder.join("disk"),
-                "is_root_device": false,
-                "io_engine": case.engine,
-            }),
-        ),
+        ("/drives/disk", disk),
         (
             "/network-interfaces/net",
             json!({ "iface_id": "net", "host_dev_name": loads::TAP, "guest_mac": "06:00:ac:10:00:02" }),
