@@ -21,6 +21,12 @@ pub struct Events {
     epoll: Epoll,
 }
 
+impl AsRawFd for Events {
+    fn as_raw_fd(&self) -> RawFd {
+        self.epoll.as_raw_fd()
+    }
+}
+
 /// One ready descriptor.
 #[derive(Clone, Copy, Debug)]
 pub struct Ready {

@@ -1,9 +1,10 @@
 //! An io_uring (io_uring(7)) for a worker of an event loop: operations are queued, one system call
 //! hands over all of them, and what is complete is taken without one.
 //!
-//! Its use: add [`Uring::event`] to the loop edge-triggered and never read it; queue with
-//! [`Uring::push`]; at the end of a turn repeat [`Uring::submit`] and [`Uring::next`] until
-//! [`Uring::rearm`] says that nothing is left.
+//! Its use: queue with [`Uring::push`], and take with [`Uring::next`]. In between, a loop either waits in
+//! the ring, by [`Uring::wait_beside`], which hands over in the same system call; or it waits elsewhere:
+//! then [`Uring::event`] is there edge-triggered and never read, and before each wait [`Uring::submit`]
+//! hands over, and [`Uring::rearm`] says whether something is complete already.
 
 use std::io::{Error as IoError, ErrorKind, Result as IoResult};
 use std::os::fd::{AsRawFd, RawFd};
@@ -17,6 +18,9 @@ use crate::event::EventFd;
 /// So many operations wait for one submission; a larger batch is handed over in parts. It need not
 /// grow with the operations in flight: an entry is free again once it is handed over.
 const BATCH: u32 = 64;
+
+/// User data of the ring's own: the loop's descriptor is ready.
+const BESIDE: u64 = u64::MAX;
 
 /// What the kernel is asked to do. Offsets and lengths are in bytes; a file without offsets (a TAP)
 /// takes [`Operation::NO_OFFSET`].
@@ -79,17 +83,21 @@ pub struct Uring {
     ring: IoUring,
     event: EventFd,
     in_flight: usize,
+    /// The kernel watches the loop's descriptor.
+    watches: bool,
+    /// It was ready.
+    woke: bool,
 }
 
 impl Uring {
     /// A ring for at most `in_flight` operations at a time. It takes 4 KiB for submissions and 16
     /// bytes for each operation in flight.
     pub fn new(in_flight: u32) -> Result<Self> {
-        // Completions wait until we ask for them, in one go: without interrupting the loop's waits,
-        // and with the locks left out that several submitters would need (Linux 6.1).
-        let mut deferred = IoUring::builder();
-        deferred.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag();
-        match Self::build(deferred, in_flight) {
+        // The kernel ends operations whenever we are in it anyway: no interrupt, no call for that alone
+        // (Linux 6.0).
+        let mut cooperative = IoUring::builder();
+        cooperative.setup_single_issuer().setup_coop_taskrun().setup_taskrun_flag();
+        match Self::build(cooperative, in_flight) {
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
                 Self::build(IoUring::builder(), in_flight)
             }
@@ -110,7 +118,7 @@ impl Uring {
         };
         let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
         ring.submitter().register_eventfd(event.as_raw_fd())?;
-        Ok(Self { ring, event, in_flight: 0 })
+        Ok(Self { ring, event, in_flight: 0, watches: false, woke: false })
     }
 
     /// Written to by the kernel when something is complete, except between a [`Self::submit`] and
@@ -132,13 +140,43 @@ impl Uring {
     /// completion with this user data was taken.
     #[allow(unsafe_code)]
     pub unsafe fn push(&mut self, operation: Operation, user_data: u64) -> IoResult<()> {
-        let entry = operation.entry().user_data(user_data);
         // SAFETY: the caller promises what the kernel needs of the entry's parameters.
-        while unsafe { self.ring.submission().push(&entry) }.is_err() {
-            self.submit()?;
-        }
+        unsafe { self.add(&operation.entry().user_data(user_data)) }?;
         self.in_flight += 1;
         Ok(())
+    }
+
+    /// # Safety
+    /// As for [`Self::push`].
+    #[allow(unsafe_code)]
+    unsafe fn add(&mut self, entry: &squeue::Entry) -> IoResult<()> {
+        // SAFETY: as the caller promises.
+        while unsafe { self.ring.submission().push(entry) }.is_err() {
+            self.submit()?;
+        }
+        Ok(())
+    }
+
+    /// Hands over what is queued, and returns when something can be taken or `beside`, a loop's set of
+    /// descriptors, is ready: one system call. [`Self::woke`] tells of the latter when all was taken.
+    #[allow(unsafe_code)]
+    pub fn wait_beside(&mut self, beside: RawFd) -> IoResult<()> {
+        self.ring.completion().disable_eventfd();
+        self.woke = false;
+        if !std::mem::replace(&mut self.watches, true) {
+            let watch = opcode::PollAdd::new(types::Fd(beside), libc::POLLIN as u32);
+            // SAFETY: no memory of ours is in it.
+            unsafe { self.add(&watch.build().user_data(BESIDE)) }?;
+        }
+        match self.ring.submit_and_wait(1) {
+            Err(error) if error.kind() != ErrorKind::Interrupted => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether the descriptor of the last [`Self::wait_beside`] is ready.
+    pub fn woke(&self) -> bool {
+        self.woke
     }
 
     /// Hands over what is queued and lets the kernel finish what it deferred: one system call, or
@@ -177,7 +215,11 @@ impl Uring {
     /// Takes a completion, if there is one: no system call.
     #[allow(clippy::should_implement_trait, reason = "more come after a None")]
     pub fn next(&mut self) -> Option<Completion> {
-        let entry = self.ring.completion().next()?;
+        let mut entry = self.ring.completion().next()?;
+        if entry.user_data() == BESIDE {
+            (self.watches, self.woke) = (false, true);
+            entry = self.ring.completion().next()?;
+        }
         self.in_flight -= 1;
         let result = u32::try_from(entry.result()).map_err(|_| IoError::from_raw_os_error(-entry.result()));
         Some(Completion { user_data: entry.user_data(), result })
@@ -237,9 +279,11 @@ fn refused(error: IoError) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::event::{Events, Interest};
     use std::fs::File;
     use std::io::Read;
     use std::os::unix::net::UnixStream;
+    use std::time::Duration;
 
     fn rings(in_flight: u32) -> [Uring; 2] {
         [Uring::new(in_flight).unwrap(), Uring::build(IoUring::builder(), in_flight).unwrap()]
@@ -343,6 +387,35 @@ mod tests {
             ring.submit().unwrap();
             assert!(ring.rearm());
             assert_eq!(all(&mut ring), [(2, Some(1))]);
+        }
+    }
+
+    #[test]
+    fn a_wait_in_the_ring_ends_by_what_is_complete_and_by_what_is_ready_beside_it() {
+        for mut ring in rings(8) {
+            let (reader, writer) = UnixStream::pair().unwrap();
+            let (events, kick) = (Events::new().unwrap(), EventFd::new(libc::EFD_NONBLOCK).unwrap());
+            events.add(&kick, Interest::IN | Interest::EDGE_TRIGGERED, 1).unwrap();
+            let mut byte = [0];
+            let vectors = &vector(&mut byte);
+            let file = reader.as_raw_fd();
+            for round in 0..3 {
+                push(
+                    &mut ring,
+                    Operation::Read { file, vectors, count: 1, offset: Operation::NO_OFFSET },
+                    round,
+                );
+                kick.write(1).unwrap();
+                ring.wait_beside(events.as_raw_fd()).unwrap();
+                assert!(ring.next().is_none() && ring.woke());
+                let mut ready = Vec::new();
+                events.wait(Some(Duration::ZERO), &mut ready).unwrap();
+                assert_eq!(ready.len(), 1);
+                std::io::Write::write_all(&mut &writer, b"x").unwrap();
+                ring.wait_beside(events.as_raw_fd()).unwrap();
+                assert_eq!(ring.next().unwrap().user_data, round);
+                assert!(ring.next().is_none() && !ring.woke());
+            }
         }
     }
 

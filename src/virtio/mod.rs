@@ -20,9 +20,10 @@ use crate::host::Host;
 use crate::memory::Memory;
 use crate::metrics::Group;
 use crate::snapshot::SaveState;
+use crate::uring::Uring;
 
 pub use queue::{Chain, Queue};
-pub use workers::Registrar;
+pub use workers::{RING, Registrar};
 
 /// A device, without its queues: what it is, and how it starts.
 ///
@@ -81,6 +82,11 @@ pub trait Worker: Send {
     /// Something registered with `token` is ready. An error is the driver's fault: the device stops
     /// and asks to be reset.
     fn handle(&mut self, token: u32) -> Result<()>;
+    /// A ring of its own that it queues operations in and takes them from: the loop hands them over, and
+    /// calls `handle` with [`RING`] when some are complete.
+    fn ring(&mut self) -> Option<&mut Uring> {
+        None
+    }
     /// Finishes what is in flight, or gives it back to its queue, tells the driver, and gives the
     /// queues back. Nothing it waits for is on the loop any more. What a device needs of the guest to
     /// finish must not be waited for: the guest may be paused.

@@ -8,9 +8,13 @@ use std::time::Duration;
 
 use super::transport::Transport;
 use super::{Queue, Worker};
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 use crate::event::{EventFd, Events, Interest, Ready};
 use crate::log;
+use crate::uring::Uring;
+
+/// The token by which a worker is told that its [`Worker::ring`] has completions.
+pub const RING: u32 = u32::MAX;
 
 pub(super) type Shared = Arc<Mutex<Transport>>;
 
@@ -143,7 +147,7 @@ impl ByHand {
     /// Does what there is to do, once; false: there was nothing.
     pub fn turn(&mut self) -> Result<bool> {
         let mut ready = Vec::new();
-        self.running.events.wait(Some(Duration::ZERO), &mut ready)?;
+        self.running.look(Some(Duration::ZERO), &mut ready)?;
         let anything = !ready.is_empty();
         self.running.handle_all(&self.event_loop, &mut ready);
         Ok(anything)
@@ -166,6 +170,38 @@ struct Place {
     failed: bool,
 }
 
+impl Place {
+    fn ring(&mut self) -> Option<&mut Uring> {
+        self.worker.ring()
+    }
+
+    /// Hands over what its ring has queued; true: something is complete that its event will not tell of.
+    fn hand_over(&mut self) -> bool {
+        let Some(ring) = self.worker.ring() else { return false };
+        match ring.submit() {
+            Ok(()) => ring.rearm(),
+            Err(error) => {
+                self.fail(&refused(error));
+                false
+            }
+        }
+    }
+
+    fn fail(&mut self, error: &Error) {
+        self.failed = true;
+        self.transport.lock().unwrap_or_else(PoisonError::into_inner).fail(error);
+    }
+}
+
+fn refused(error: std::io::Error) -> Error {
+    Error::host(format!("use io_uring: {error}"))
+}
+
+/// What a slot's events carry.
+fn token(slot: usize, token: u32) -> u64 {
+    (slot as u64 + 1) << 32 | u64::from(token)
+}
+
 /// What a worker tells the loop to wait for. Descriptors must stay open until the worker is stopped.
 pub struct Registrar<'a> {
     events: &'a Events,
@@ -176,7 +212,7 @@ pub struct Registrar<'a> {
 impl Registrar<'_> {
     /// Calls `handle` with `token` when `fd` is ready for `interest`.
     pub fn add(&mut self, fd: &impl AsRawFd, interest: Interest, token: u32) -> Result<()> {
-        self.events.add(fd, interest, (self.slot as u64 + 1) << 32 | u64::from(token))?;
+        self.events.add(fd, interest, self::token(self.slot, token))?;
         self.waits.push(fd.as_raw_fd());
         Ok(())
     }
@@ -206,11 +242,62 @@ impl Running {
     fn run(&mut self, this: &Loop) -> Result<()> {
         let mut ready = Vec::new();
         loop {
-            self.events.wait(None, &mut ready)?;
+            self.wait(&mut ready)?;
             if self.handle_all(this, &mut ready) {
                 return Ok(());
             }
         }
+    }
+
+    /// The places whose rings have something queued or in flight.
+    fn busy(&mut self) -> impl Iterator<Item = (usize, &mut Place)> {
+        let places = self.slots.iter_mut().enumerate();
+        places.filter_map(|(slot, place)| {
+            let place = place.as_mut().filter(|place| !place.failed)?;
+            (place.ring()?.in_flight() > 0).then_some((slot, place))
+        })
+    }
+
+    /// Waits for something to do. Where one ring alone is busy, in that: what is queued is handed over by
+    /// the same system call.
+    fn wait(&mut self, ready: &mut Vec<Ready>) -> Result<()> {
+        let mut busy = self.busy().map(|(slot, _)| slot);
+        let (first, second) = (busy.next(), busy.next());
+        drop(busy);
+        match (first, second) {
+            (Some(slot), None) if !self.wait_in_ring(slot) => Ok(()),
+            (Some(_), None) => self.events.wait(Some(Duration::ZERO), ready),
+            _ => self.look(None, ready),
+        }
+    }
+
+    /// Waits in a worker's ring and handles what it has; true: the loop's own events are ready, too.
+    fn wait_in_ring(&mut self, slot: usize) -> bool {
+        let events = self.events.as_raw_fd();
+        let Some(place) = self.slots.get_mut(slot).and_then(Option::as_mut) else { return true };
+        let Some(ring) = place.ring() else { return true };
+        if let Err(error) = ring.wait_beside(events) {
+            place.fail(&refused(error));
+            return true;
+        }
+        self.handle(slot, RING);
+        let place = self.slots.get_mut(slot).and_then(Option::as_mut);
+        place.and_then(Place::ring).is_none_or(|ring| ring.woke())
+    }
+
+    /// Hands over what all rings have queued, and waits for events; those of the rings are among them.
+    fn look(&mut self, timeout: Option<Duration>, ready: &mut Vec<Ready>) -> Result<()> {
+        let mut complete = false;
+        for (_, place) in self.busy() {
+            complete |= place.hand_over();
+        }
+        self.events.wait(if complete { Some(Duration::ZERO) } else { timeout }, ready)?;
+        if complete {
+            let rings = self.busy().filter_map(|(slot, place)| Some((slot, place.ring()?)));
+            let rings = rings.filter_map(|(slot, ring)| ring.rearm().then_some(slot));
+            ready.extend(rings.map(|slot| Ready { token: token(slot, RING), events: Interest::IN }));
+        }
+        Ok(())
     }
 
     /// Handles what is ready; true: that was the end.
@@ -249,8 +336,7 @@ impl Running {
             return;
         }
         if let Err(error) = place.worker.handle(token) {
-            place.failed = true;
-            place.transport.lock().unwrap_or_else(PoisonError::into_inner).fail(&error);
+            place.fail(&error);
         }
     }
 

@@ -15,11 +15,11 @@ use crate::event::Interest;
 use crate::events::{self, Event};
 use crate::log;
 use crate::memory::Regions;
-use crate::virtio::{Queue, Registrar, Worker};
+use crate::uring::Uring;
+use crate::virtio::{Queue, RING, Registrar, Worker};
 
 const KICK: u32 = 0;
-const RING: u32 = 1;
-const TIMER: u32 = 2;
+const TIMER: u32 = 1;
 
 /// What ended the taking of requests.
 #[derive(PartialEq)]
@@ -108,8 +108,7 @@ impl Running {
                     false
                 }
             };
-            let completed = self.ring.as_mut().is_some_and(|ring| ring.uring().rearm());
-            if !more && !completed {
+            if !more {
                 return Ok(());
             }
         }
@@ -192,10 +191,8 @@ impl Running {
         self.end(memory, index, result)
     }
 
-    /// Hands over what was started, and takes what is complete.
+    /// Takes what is complete.
     fn complete(&mut self, memory: &Regions) -> Result<()> {
-        let Some(ring) = &mut self.ring else { return Ok(()) };
-        ring.uring().submit().context("use io_uring")?;
         self.now = Instant::now();
         while let Some((index, result)) = self.ring.as_mut().and_then(Ring::next) {
             self.step(memory, index, result)?;
@@ -324,6 +321,10 @@ impl Worker for Running {
 
     fn handle(&mut self, _token: u32) -> Result<()> {
         self.turn()
+    }
+
+    fn ring(&mut self) -> Option<&mut Uring> {
+        self.ring.as_mut().map(Ring::uring)
     }
 
     fn stop(mut self: Box<Self>) -> Vec<Queue> {
