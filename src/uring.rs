@@ -19,8 +19,9 @@ use crate::event::EventFd;
 /// grow with the operations in flight: an entry is free again once it is handed over.
 const BATCH: u32 = 64;
 
-/// User data of the ring's own: the loop's descriptor is ready.
+/// User data of the ring's own: the loop's descriptor is ready; what waited was given back.
 const BESIDE: u64 = u64::MAX;
+const CANCELLED: u64 = u64::MAX - 1;
 
 /// What the kernel is asked to do. Offsets and lengths are in bytes; a file without offsets (a TAP)
 /// takes [`Operation::NO_OFFSET`].
@@ -29,17 +30,12 @@ const BESIDE: u64 = u64::MAX;
 pub enum Operation {
     /// Read into `count` vectors from `vectors` on.
     Read { file: RawFd, vectors: *const libc::iovec, count: u32, offset: u64 },
-    /// The same at a file's own place, with what is there now: EAGAIN when nothing is, EOPNOTSUPP when
-    /// the file's driver cannot tell (a TAP's can from Linux 6.4 on).
-    ReadNow { file: RawFd, vectors: *const libc::iovec, count: u32 },
     /// Write `count` vectors from `vectors` on.
     Write { file: RawFd, vectors: *const libc::iovec, count: u32, offset: u64 },
     /// fdatasync(2).
     Sync { file: RawFd },
     /// fallocate(2).
     Allocate { file: RawFd, mode: i32, offset: u64, length: u64 },
-    /// Let the operation with this user data end, if it is still in flight.
-    Cancel { user_data: u64 },
 }
 
 impl Operation {
@@ -51,10 +47,6 @@ impl Operation {
             Self::Read { file, vectors, count, offset } => {
                 opcode::Readv::new(types::Fd(file), vectors, count).offset(offset).build()
             }
-            Self::ReadNow { file, vectors, count } => opcode::Readv::new(types::Fd(file), vectors, count)
-                .offset(Self::NO_OFFSET)
-                .rw_flags(libc::RWF_NOWAIT)
-                .build(),
             Self::Write { file, vectors, count, offset } => {
                 opcode::Writev::new(types::Fd(file), vectors, count).offset(offset).build()
             }
@@ -64,7 +56,6 @@ impl Operation {
             Self::Allocate { file, mode, offset, length } => {
                 opcode::Fallocate::new(types::Fd(file), length).offset(offset).mode(mode).build()
             }
-            Self::Cancel { user_data } => opcode::AsyncCancel::new(user_data).build(),
         }
     }
 }
@@ -198,28 +189,33 @@ impl Uring {
         }
     }
 
-    /// Hands over what is queued and returns when all that is in flight can be taken: one system call.
-    /// The caller knows that nothing of it waits for an event that may never come.
-    pub fn complete(&mut self) -> IoResult<()> {
-        // We look at the completions next: no need to be told of them.
-        self.ring.completion().disable_eventfd();
-        while !self.ring.submission().is_empty() || self.ring.completion().len() < self.in_flight {
-            match self.ring.submit_and_wait(self.in_flight) {
-                Err(error) if error.kind() != ErrorKind::Interrupted => return Err(error),
-                _ => {}
-            }
-        }
-        Ok(())
+    /// Queues the end of all operations before it that wait for something: they complete with
+    /// `ECANCELED`, those that were about to be tried again perhaps only by the next one.
+    #[allow(unsafe_code)]
+    pub fn cancel(&mut self) -> IoResult<()> {
+        let entry = opcode::AsyncCancel2::new(types::CancelBuilder::any()).build();
+        // SAFETY: no memory of ours is in it.
+        unsafe { self.add(&entry.user_data(CANCELLED)) }
+    }
+
+    /// Whether this kernel knows of [`Self::cancel`] (Linux 5.19); nothing is in flight.
+    pub fn can_cancel(&mut self) -> bool {
+        let tried = self.cancel().and_then(|()| self.submit());
+        let result = self.ring.completion().next().map(|entry| entry.result());
+        tried.is_ok() && result.is_some_and(|result| result != -libc::EINVAL)
     }
 
     /// Takes a completion, if there is one: no system call.
     #[allow(clippy::should_implement_trait, reason = "more come after a None")]
     pub fn next(&mut self) -> Option<Completion> {
-        let mut entry = self.ring.completion().next()?;
-        if entry.user_data() == BESIDE {
-            (self.watches, self.woke) = (false, true);
-            entry = self.ring.completion().next()?;
-        }
+        let entry = loop {
+            let entry = self.ring.completion().next()?;
+            match entry.user_data() {
+                BESIDE => (self.watches, self.woke) = (false, true),
+                CANCELLED => {}
+                _ => break entry,
+            }
+        };
         self.in_flight -= 1;
         let result = u32::try_from(entry.result()).map_err(|_| IoError::from_raw_os_error(-entry.result()));
         Some(Completion { user_data: entry.user_data(), result })
@@ -420,40 +416,30 @@ mod tests {
     }
 
     #[test]
-    fn an_operation_that_would_never_end_can_be_cancelled() {
+    fn a_batch_takes_what_is_there_and_one_call_though_there_is_less_than_was_asked_for() {
         for mut ring in rings(8) {
-            let (reader, _writer) = std::io::pipe().unwrap();
-            let mut byte = [0];
-            let vectors = &vector(&mut byte);
-            let offset = Operation::NO_OFFSET;
-            push(&mut ring, Operation::Read { file: reader.as_raw_fd(), vectors, count: 1, offset }, 1);
-            ring.submit().unwrap();
-            push(&mut ring, Operation::Cancel { user_data: 1 }, 2);
-            assert_eq!(all(&mut ring), [(1, None), (2, Some(0))]);
-        }
-    }
-
-    #[test]
-    fn a_batch_is_complete_after_one_call_though_there_is_less_than_was_asked_for() {
-        for mut ring in rings(8) {
+            assert!(ring.can_cancel(), "Linux 5.19 is needed");
             let (reader, writer) = UnixStream::pair().unwrap();
-            std::io::Write::write_all(&mut &writer, b"xy").unwrap();
-            let mut bytes = [[0]; 4];
-            let vectors: Vec<_> = bytes.iter_mut().map(|byte| vector(byte)).collect();
-            let file = reader.as_raw_fd();
-            for (index, vectors) in vectors.iter().enumerate() {
-                push(&mut ring, Operation::ReadNow { file, vectors, count: 1 }, index as u64);
+            reader.set_nonblocking(true).unwrap();
+            for round in 0..3 {
+                std::io::Write::write_all(&mut &writer, b"xy").unwrap();
+                let mut bytes = [[0]; 4];
+                let vectors: Vec<_> = bytes.iter_mut().map(|byte| vector(byte)).collect();
+                let file = reader.as_raw_fd();
+                for (index, vectors) in vectors.iter().enumerate() {
+                    let offset = Operation::NO_OFFSET;
+                    push(&mut ring, Operation::Read { file, vectors, count: 1, offset }, index as u64);
+                }
+                ring.cancel().unwrap();
+                ring.submit().unwrap();
+                let mut done: Vec<_> = std::iter::from_fn(|| ring.next()).collect();
+                done.sort_by_key(|completion| completion.user_data);
+                let results: Vec<_> =
+                    done.iter().map(|done| done.result.as_ref().map_err(IoError::raw_os_error)).collect();
+                let nothing = Err(Some(libc::ECANCELED));
+                assert_eq!(results, [Ok(&1), Ok(&1), nothing, nothing], "{round}");
+                assert_eq!((ring.in_flight(), bytes), (0, [[b'x'], [b'y'], [0], [0]]));
             }
-            ring.complete().unwrap();
-            let mut done: Vec<_> = std::iter::from_fn(|| ring.next()).collect();
-            done.sort_by_key(|completion| completion.user_data);
-            let results: Vec<_> =
-                done.iter().map(|done| done.result.as_ref().map_err(IoError::raw_os_error)).collect();
-            let nothing = Err(Some(libc::EAGAIN));
-            // Older kernels cannot tell of any file that it has nothing now, and say so.
-            let unknown = [Err(Some(libc::EOPNOTSUPP)); 4];
-            assert!(results == [Ok(&1), Ok(&1), nothing, nothing] || results == unknown, "{results:?}");
-            assert_eq!(ring.in_flight(), 0);
         }
     }
 

@@ -23,7 +23,7 @@ use crate::snapshot::SaveState;
 use crate::uring::Uring;
 
 pub use queue::{Chain, Queue};
-pub use workers::{RING, Registrar};
+pub use workers::{RING, Registrar, Switch};
 
 /// A device, without its queues: what it is, and how it starts.
 ///

@@ -204,7 +204,7 @@ fn token(slot: usize, token: u32) -> u64 {
 
 /// What a worker tells the loop to wait for. Descriptors must stay open until the worker is stopped.
 pub struct Registrar<'a> {
-    events: &'a Events,
+    events: &'a Arc<Events>,
     slot: usize,
     waits: &'a mut Vec<RawFd>,
 }
@@ -217,6 +217,13 @@ impl Registrar<'_> {
         Ok(())
     }
 
+    /// As [`Self::add`]; the switch turns that off and on.
+    pub fn add_switched(&mut self, fd: &impl AsRawFd, interest: Interest, token: u32) -> Result<Switch> {
+        self.add(fd, interest, token)?;
+        let token = self::token(self.slot, token);
+        Ok(Switch { events: self.events.clone(), fd: fd.as_raw_fd(), interest, token, is_on: true })
+    }
+
     /// Calls `handle` with `token` once for every kick of `queue` (or for several). The event is
     /// edge-triggered and never read: that would be a system call for each.
     pub fn kick(&mut self, queue: &Queue, token: u32) -> Result<()> {
@@ -224,8 +231,28 @@ impl Registrar<'_> {
     }
 }
 
+/// Whether the loop waits for a descriptor: a worker that could do nothing now need not be told.
+pub struct Switch {
+    events: Arc<Events>,
+    fd: RawFd,
+    interest: Interest,
+    token: u64,
+    is_on: bool,
+}
+
+impl Switch {
+    /// Waits for it or not. On again, what is there already is an event.
+    pub fn set(&mut self, is_on: bool) -> Result<()> {
+        if std::mem::replace(&mut self.is_on, is_on) == is_on {
+            return Ok(());
+        }
+        let interest = if is_on { self.interest } else { Interest::EDGE_TRIGGERED };
+        self.events.change(&self.fd, interest, self.token)
+    }
+}
+
 struct Running {
-    events: Events,
+    events: Arc<Events>,
     /// A worker's place is part of its events' tokens; a free one is used again.
     slots: Vec<Option<Place>>,
 }
@@ -234,7 +261,7 @@ const WAKE: u64 = 0;
 
 impl Running {
     fn new(this: &Loop) -> Result<Self> {
-        let events = Events::new()?;
+        let events = Arc::new(Events::new()?);
         events.add(&this.wake, Interest::IN, WAKE)?;
         Ok(Self { events, slots: Vec::new() })
     }

@@ -248,6 +248,7 @@ impl Net {
             receiver: Receiver::new(memory.clone(), rx, mergeable, sizes, &held, rx_limit, metrics.clone())?,
             transmitter: Transmitter::new(memory.clone(), tx, tx_limit, metrics.clone()),
             port: Port::new(tap),
+            tap_events: None,
             link: (pair == 0).then(|| (self.status.clone(), interrupts.clone())),
             home,
             metrics: metrics.clone(),

@@ -8,14 +8,14 @@ use vmm_sys_util::timerfd::TimerFd;
 use super::limit::set;
 use super::metrics::Metrics;
 use super::port::Port;
-use super::receive::Receiver;
+use super::receive::{Left, Receiver};
 use super::status::Status;
 use super::transmit::Transmitter;
 use crate::error::Result;
 use crate::event::Interest;
 use crate::memory::{Memory, Regions};
 use crate::virtio::pool::Held;
-use crate::virtio::{Interrupts, Queue, Registrar, Worker};
+use crate::virtio::{Interrupts, Queue, Registrar, Switch, Worker};
 
 const RX: u32 = 0;
 const TX: u32 = 1;
@@ -37,6 +37,8 @@ pub struct Running {
     pub transmitter: Transmitter,
     /// The TAP's queue.
     pub port: Port,
+    /// Frames wait to be read. None: not yet registered.
+    pub tap_events: Option<Switch>,
     /// The interface's link, if this is the pair that looks after it.
     pub link: Option<(Arc<Status>, Arc<Interrupts>)>,
     /// For the receiver's buffers.
@@ -68,7 +70,8 @@ impl Worker for Running {
         }
         // Edge-triggered: frames that wait for the driver's buffers must not keep the loop awake; the
         // kick that brings buffers looks again.
-        registrar.add(self.port.tap(), edge, TAP)
+        self.tap_events = Some(registrar.add_switched(self.port.tap(), edge, TAP)?);
+        Ok(())
     }
 
     fn handle(&mut self, token: u32) -> Result<()> {
@@ -99,7 +102,13 @@ impl Worker for Running {
 
 impl Running {
     fn receive(&mut self, memory: &Regions) -> Result<()> {
-        let wait = self.receiver.receive(memory, &mut self.port)?;
+        let (left, wait) = self.receiver.receive(memory, &mut self.port)?;
+        if let Some(events) = &mut self.tap_events
+            && left != Left::Some
+        {
+            // Frames that keep coming while there is no room for them are no news.
+            events.set(left == Left::Nothing)?;
+        }
         set(&mut self.rx_timer, wait)
     }
 

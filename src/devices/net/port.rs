@@ -1,5 +1,5 @@
 //! Frames between a TAP and guest memory, many in one system call by io_uring, else one by one. A TAP
-//! gives one frame to a read: so several are posted, each for what is there now.
+//! gives one frame to a read: so several are posted, and those that find none are given back.
 
 use std::ops::Range;
 use std::os::fd::AsRawFd;
@@ -21,10 +21,8 @@ pub struct Port {
     ring: Option<Uring>,
     /// The ring was made, or could not be.
     is_tried: bool,
-    /// The kernel can read what is there now, and does not wait for what is not (for a TAP, Linux 6.4 on).
-    /// Else frames are read one by one: a read that waits can only be cancelled, and a frame that comes
-    /// at that moment would leave it waiting, and us with it.
-    reads_now: bool,
+    /// Reads that find no frame can be given back (Linux 5.19); else frames are read one by one.
+    can_cancel: bool,
     /// How many bytes each frame of the last batch has; none: it was not moved.
     results: Vec<Option<usize>>,
     /// How many system calls the last batch took.
@@ -38,7 +36,7 @@ impl Port {
             tap,
             ring: None,
             is_tried: false,
-            reads_now: true,
+            can_cancel: false,
             results: Vec::with_capacity(BATCH),
             calls: 0,
         }
@@ -58,7 +56,10 @@ impl Port {
     fn open(&mut self) {
         static TOLD: Once = Once::new();
         match Uring::new(BATCH as u32 + 1) {
-            Ok(ring) => self.ring = Some(ring),
+            Ok(mut ring) => {
+                self.can_cancel = ring.can_cancel();
+                self.ring = Some(ring);
+            }
             Err(error) => TOLD.call_once(|| {
                 log::line(format_args!("network frames go one by one, which is slower: {error}"));
             }),
@@ -84,8 +85,8 @@ impl Port {
     pub fn read(&mut self, pool: &Pool, frames: &[Range<usize>]) {
         self.calls = 0;
         self.results.clear();
-        if self.reads_now && self.has_ring_for(frames.len()) && self.read_batch(pool, frames) {
-            return;
+        if self.has_ring_for(frames.len()) && self.can_cancel {
+            return self.read_batch(pool, frames);
         }
         for vectors in frames {
             let moved = self.read_one(pool, vectors);
@@ -102,8 +103,8 @@ impl Port {
     pub fn write(&mut self, pool: &Pool, frames: &[Range<usize>]) {
         self.calls = 0;
         self.results.clear();
-        if self.has_ring_for(frames.len()) && self.write_batch(pool, frames) {
-            return;
+        if self.has_ring_for(frames.len()) {
+            return self.write_batch(pool, frames);
         }
         for vectors in frames {
             let moved = self.write_one(pool, vectors);
@@ -112,53 +113,45 @@ impl Port {
         }
     }
 
-    /// False: nothing was tried.
-    fn read_batch(&mut self, pool: &Pool, frames: &[Range<usize>]) -> bool {
-        let Some(ring) = &mut self.ring else { return false };
-        let file = self.tap.as_raw_fd();
+    fn read_batch(&mut self, pool: &Pool, frames: &[Range<usize>]) {
+        let (Some(ring), file) = (&mut self.ring, self.tap.as_raw_fd()) else { return };
         for (index, range) in frames.iter().enumerate() {
             let (vectors, count) = kernel(pool, range);
-            push(ring, Operation::ReadNow { file, vectors, count }, index as u64);
+            push(ring, Operation::Read { file, vectors, count, offset: Operation::NO_OFFSET }, index);
         }
-        self.reads_now = self.complete(frames.len());
-        if !self.reads_now {
-            self.results.clear();
-        }
-        self.reads_now
+        // By the same system call.
+        let _ = ring.cancel();
+        self.complete(frames.len());
     }
 
-    /// False: there is no ring.
-    fn write_batch(&mut self, pool: &Pool, frames: &[Range<usize>]) -> bool {
-        let Some(ring) = &mut self.ring else { return false };
-        let file = self.tap.as_raw_fd();
+    fn write_batch(&mut self, pool: &Pool, frames: &[Range<usize>]) {
+        let (Some(ring), file) = (&mut self.ring, self.tap.as_raw_fd()) else { return };
         for (index, range) in frames.iter().enumerate() {
             let (vectors, count) = kernel(pool, range);
-            let write = Operation::Write { file, vectors, count, offset: Operation::NO_OFFSET };
-            push(ring, write, index as u64);
+            push(ring, Operation::Write { file, vectors, count, offset: Operation::NO_OFFSET }, index);
         }
         self.complete(frames.len());
-        true
     }
 
-    /// Takes the results of a batch; false: the kernel cannot read what is there now.
-    fn complete(&mut self, frames: usize) -> bool {
-        let Some(ring) = &mut self.ring else { return true };
-        self.results.clear();
+    /// Takes the results of a batch. Nothing may be left in flight: what waits is given back. A frame that
+    /// comes at that moment may have a read tried again after that, which finds that another has got it
+    /// and waits: so that is repeated.
+    fn complete(&mut self, frames: usize) {
+        let Some(ring) = &mut self.ring else { return };
         self.results.resize(frames, None);
-        let mut is_known = true;
         while ring.in_flight() > 0 {
-            // The kernel takes what is queued sooner or later; nothing may be left in flight.
-            let _ = ring.complete();
+            // The kernel takes what is queued sooner or later.
+            let _ = ring.submit();
             self.calls += 1;
             while let Some(completion) = ring.next() {
-                let not_now = |error: &std::io::Error| error.raw_os_error() == Some(libc::EOPNOTSUPP);
-                is_known &= !completion.result.as_ref().is_err_and(not_now);
                 if let Some(place) = self.results.get_mut(completion.user_data as usize) {
                     *place = completion.result.ok().map(|count| count as usize);
                 }
             }
+            if ring.in_flight() > 0 {
+                let _ = ring.cancel();
+            }
         }
-        is_known
     }
 
     #[allow(unsafe_code)]
@@ -185,10 +178,10 @@ fn kernel(pool: &Pool, range: &Range<usize>) -> (*const libc::iovec, u32) {
 }
 
 #[allow(unsafe_code)]
-fn push(ring: &mut Uring, operation: Operation, user_data: u64) {
+fn push(ring: &mut Uring, operation: Operation, index: usize) {
     // SAFETY: the vectors lie in guest memory and in a pool that is borrowed until `complete` has taken
     // the completions of all that was pushed; the TAP is open for as long as the ring.
-    let pushed = unsafe { ring.push(operation, user_data) };
+    let pushed = unsafe { ring.push(operation, index as u64) };
     // An operation that was not taken has no result, as a frame that was not moved.
     drop(pushed);
 }

@@ -25,6 +25,17 @@ const fn frame_of(mtu: u16) -> usize {
 /// frame, without a system call of its own.
 const BATCH_MIN: usize = 2;
 
+/// What a turn has left in the TAP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Left {
+    /// It is empty.
+    Nothing,
+    /// There may be more frames.
+    Some,
+    /// There may be frames, and none could be moved.
+    All,
+}
+
 /// The driver's receive buffers and what waits for them.
 pub struct Receiver {
     /// Buffers come by it.
@@ -91,12 +102,12 @@ impl Receiver {
 
     /// Moves frames until the TAP is empty, the driver has no more buffers, or the limit is reached: then
     /// it is to be called again after so long.
-    pub fn receive(&mut self, memory: &Regions, port: &mut Port) -> Result<Option<Duration>> {
+    pub fn receive(&mut self, memory: &Regions, port: &mut Port) -> Result<(Left, Option<Duration>)> {
         if !self.queue.is_ready() {
-            return Ok(None);
+            return Ok((Left::Some, None));
         }
         self.queue.disable_kicks(memory)?;
-        let mut moved = 0;
+        let (mut moved, mut is_empty) = (0, false);
         let wait = loop {
             if let Some(wait) = self.deliver_late(memory)? {
                 break Some(wait);
@@ -121,6 +132,7 @@ impl Receiver {
             }
             if got < posted {
                 self.batch = (got + 1).clamp(BATCH_MIN, BATCH);
+                is_empty = true;
                 break None;
             }
             self.batch = (2 * posted).clamp(BATCH_MIN, BATCH);
@@ -130,7 +142,12 @@ impl Receiver {
             }
         };
         self.queue.notify(memory)?;
-        Ok(wait)
+        let left = match (is_empty, moved) {
+            (true, _) => Left::Nothing,
+            (_, 0) => Left::All,
+            _ => Left::Some,
+        };
+        Ok((left, wait))
     }
 
     /// Takes as many of the driver's buffers as the next batch can need.
