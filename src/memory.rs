@@ -9,6 +9,9 @@ use crate::error::{Context, Error, Result};
 /// The regions of guest memory; the bitmap notes pages that we dirty ourselves, when that is asked for.
 pub type Regions = GuestMemoryMmap<Option<AtomicBitmap>>;
 
+/// One of them.
+pub type Region = GuestRegionMmap<Option<AtomicBitmap>>;
+
 /// A piece of guest memory.
 pub type Slice<'m> = vm_memory::VolatileSlice<'m, vm_memory::bitmap::BS<'m, Option<AtomicBitmap>>>;
 
@@ -38,7 +41,7 @@ pub fn allocate(ranges: &[Range]) -> Result<Memory> {
     Ok(Memory::new(regions))
 }
 
-fn region(range: &Range) -> Result<GuestRegionMmap<Option<AtomicBitmap>>> {
+fn region(range: &Range) -> Result<Region> {
     let too_large = || {
         format!(
             "map {} MiB of guest memory: give the guest less (`mem_size_mib`, --memory)",

@@ -5,6 +5,7 @@
 use std::fs::File;
 use std::io::ErrorKind;
 use std::os::fd::AsRawFd;
+use std::ptr::NonNull;
 
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{
@@ -13,7 +14,7 @@ use vm_memory::{
 
 use super::Chain;
 use crate::error::{Error, Result};
-use crate::memory::Memory;
+use crate::memory::{Memory, Region, Regions};
 
 /// So many vectors the kernel takes at once (IOV_MAX).
 pub const VECTORS_MAX: usize = libc::UIO_MAXIOV as usize;
@@ -25,8 +26,6 @@ pub const VECTORS_MAX: usize = libc::UIO_MAXIOV as usize;
 pub struct Buffers {
     memory: Memory,
     vectors: Vec<libc::iovec>,
-    /// Where the guest has each vector.
-    addresses: Vec<GuestAddress>,
     /// Vectors before this one are taken away.
     first: usize,
     length: usize,
@@ -40,8 +39,7 @@ unsafe impl Send for Buffers {}
 /// One byte of guest memory.
 #[derive(Clone, Copy, Debug)]
 pub struct Byte {
-    pointer: *mut u8,
-    address: GuestAddress,
+    pointer: NonNull<u8>,
 }
 
 // SAFETY: as for `Buffers`.
@@ -51,19 +49,17 @@ unsafe impl Send for Byte {}
 impl Buffers {
     /// Nothing yet, of `memory`.
     pub fn new(memory: Memory) -> Self {
-        Self { memory, vectors: Vec::new(), addresses: Vec::new(), first: 0, length: 0 }
+        Self { memory, vectors: Vec::new(), first: 0, length: 0 }
     }
 
     /// Makes room for so many vectors.
     pub fn reserve(&mut self, vectors: usize) {
         self.vectors.reserve(vectors);
-        self.addresses.reserve(vectors);
     }
 
     /// Nothing again.
     pub fn clear(&mut self) {
         self.vectors.clear();
-        self.addresses.clear();
         (self.first, self.length) = (0, 0);
     }
 
@@ -104,24 +100,32 @@ impl Buffers {
 
     fn add(
         &mut self,
-        memory: &crate::memory::Regions,
+        memory: &Regions,
         address: GuestAddress,
         length: u32,
         access: Permissions,
     ) -> Result<()> {
         let outside = |error| Error::guest(format!("the driver gave a buffer at {:#x}: {error}", address.0));
-        let mut done = 0;
         for slice in GuestMemory::get_slices(memory, address, length as usize, access).map_err(outside)? {
             let slice = slice.map_err(outside)?;
             if !slice.is_empty() {
                 let pointer = slice.ptr_guard_mut().as_ptr().cast();
                 self.vectors.push(libc::iovec { iov_base: pointer, iov_len: slice.len() });
-                self.addresses.push(GuestAddress(address.0 + done));
-                done += slice.len() as u64;
+                self.length += slice.len();
             }
         }
-        self.length += done as usize;
         Ok(())
+    }
+
+    /// Takes what `other` has, which keeps its room for the next ones; this has no more than it needs.
+    pub fn take(&mut self, other: &mut Self) {
+        self.vectors.clear();
+        if other.vectors().len() > self.vectors.capacity() {
+            self.vectors.reserve_exact(other.vectors().len().next_power_of_two());
+        }
+        self.vectors.extend_from_slice(other.vectors());
+        (self.first, self.length) = (0, other.length);
+        other.clear();
     }
 
     /// Appends a piece of memory that the device may write, as an earlier chain named it.
@@ -132,8 +136,12 @@ impl Buffers {
 
     /// Address and length of each vector, as the guest has them: for [`Self::add_piece`].
     pub fn pieces(&self) -> impl Iterator<Item = (u64, u32)> {
+        let memory = self.memory.memory();
         // A vector is a part of one descriptor, whose length has 32 bits.
-        self.vectors().iter().zip(&self.addresses[self.first..]).map(|(v, at)| (at.0, v.iov_len as u32))
+        self.vectors().iter().map(move |vector| {
+            let (region, offset) = place(&memory, vector.iov_base).expect("the vectors lie in `memory`");
+            (region.start_addr().0 + offset as u64, vector.iov_len as u32)
+        })
     }
 
     /// Takes away the vectors for whose index `keep` is false.
@@ -141,14 +149,13 @@ impl Buffers {
         let mut kept = self.first;
         for at in self.first..self.vectors.len() {
             if keep(at - self.first) {
-                (self.vectors[kept], self.addresses[kept]) = (self.vectors[at], self.addresses[at]);
+                self.vectors[kept] = self.vectors[at];
                 kept += 1;
             } else {
                 self.length -= self.vectors[at].iov_len;
             }
         }
         self.vectors.truncate(kept);
-        self.addresses.truncate(kept);
     }
 
     /// How many bytes.
@@ -178,7 +185,6 @@ impl Buffers {
             let here = vector.iov_len.min(left);
             vector.iov_base = vector.iov_base.wrapping_byte_add(here);
             vector.iov_len -= here;
-            self.addresses[self.first].0 += here as u64;
             left -= here;
             if vector.iov_len == 0 {
                 self.first += 1;
@@ -201,27 +207,22 @@ impl Buffers {
         if self.length == 0 {
             return None;
         }
-        let (vector, address) = (self.vectors.last_mut()?, self.addresses.last()?);
+        let vector = self.vectors.last_mut()?;
         vector.iov_len -= 1;
-        let offset = vector.iov_len;
-        let byte = Byte {
-            pointer: vector.iov_base.wrapping_byte_add(offset).cast(),
-            address: GuestAddress(address.0 + offset as u64),
-        };
-        if offset == 0 {
+        let pointer = NonNull::new(vector.iov_base.wrapping_byte_add(vector.iov_len).cast());
+        if vector.iov_len == 0 {
             self.vectors.pop();
-            self.addresses.pop();
         }
         self.length -= 1;
-        Some(byte)
+        pointer.map(|pointer| Byte { pointer })
     }
 
     /// Writes a byte that was taken from here.
     #[allow(unsafe_code)]
     pub fn write_byte(&self, byte: Byte, value: u8) {
         // SAFETY: it lies in `memory` (see `Buffers`).
-        unsafe { byte.pointer.write_volatile(value) };
-        mark(&self.memory, byte.address, 1);
+        unsafe { byte.pointer.as_ptr().write_volatile(value) };
+        mark(&self.memory, byte.pointer.as_ptr().cast(), 1);
     }
 
     /// Copies the bytes out, as far as there is room.
@@ -246,7 +247,7 @@ impl Buffers {
     pub fn copy_from_vector(&self, vector: usize, mut offset: usize, bytes: &[u8]) {
         let mut rest = bytes;
         let from = self.first + vector;
-        for (vector, address) in self.vectors[from..].iter().zip(&self.addresses[from..]) {
+        for vector in &self.vectors[from..] {
             if offset >= vector.iov_len {
                 offset -= vector.iov_len;
                 continue;
@@ -256,7 +257,7 @@ impl Buffers {
             // SAFETY: the place and what follows, up to the vector's end, lies in `memory` (see
             // `Buffers`).
             unsafe { std::ptr::copy_nonoverlapping(here.as_ptr(), place, here.len()) };
-            mark(&self.memory, GuestAddress(address.0 + offset as u64), here.len());
+            mark(&self.memory, place.cast(), here.len());
             (rest, offset) = (after, 0);
             if rest.is_empty() {
                 break;
@@ -386,9 +387,9 @@ impl Buffers {
     /// The same from the vector of this index on.
     pub fn mark_vectors_dirty(&self, vector: usize, mut count: usize) {
         let from = self.first + vector;
-        for (vector, address) in self.vectors[from..].iter().zip(&self.addresses[from..]) {
+        for vector in &self.vectors[from..] {
             let here = vector.iov_len.min(count);
-            mark(&self.memory, *address, here);
+            mark(&self.memory, vector.iov_base, here);
             count -= here;
             if count == 0 {
                 break;
@@ -401,11 +402,69 @@ fn checked(result: isize) -> std::io::Result<usize> {
     usize::try_from(result).map_err(|_| std::io::Error::last_os_error())
 }
 
-/// Notes that `length` bytes at `address`, which lie in one region, were written.
-fn mark(memory: &Memory, address: GuestAddress, length: usize) {
+/// The region that a place of ours lies in, and where in it.
+fn place(memory: &Regions, pointer: *const libc::c_void) -> Option<(&Region, usize)> {
+    let offset = |region: &Region| (pointer as usize).wrapping_sub(region.as_ptr() as usize);
+    memory.iter().map(|region| (region, offset(region))).find(|(region, offset)| *offset < region.size())
+}
+
+/// Notes that `length` bytes from `pointer` on, which lie in one region, were written.
+fn mark(memory: &Memory, pointer: *const libc::c_void, length: usize) {
     if length > 0
-        && let Some((region, offset)) = memory.memory().to_region_addr(address)
+        && let Some((region, offset)) = place(&memory.memory(), pointer)
     {
-        region.bitmap().mark_dirty(offset.0 as usize, length);
+        region.bitmap().mark_dirty(offset, length);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::bitmap::AtomicBitmap;
+    use vm_memory::mmap::MmapRegionBuilder;
+
+    const PAGE: usize = 4096;
+
+    /// Two regions of four pages; what is written to them is noted.
+    fn memory() -> Memory {
+        let region = |start| {
+            let bitmap = AtomicBitmap::new(4 * PAGE, PAGE.try_into().unwrap());
+            let mapping = MmapRegionBuilder::new_with_bitmap(4 * PAGE, Some(bitmap))
+                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS)
+                .build()
+                .unwrap();
+            Region::new(mapping, GuestAddress(start)).unwrap()
+        };
+        Memory::new(Regions::from_regions(vec![region(0), region(1 << 30)]).unwrap())
+    }
+
+    fn dirty(memory: &Memory) -> Vec<u64> {
+        let pages = |region: &Region| {
+            let is_dirty = |page: &u64| region.bitmap().dirty_at(*page as usize * PAGE);
+            let first = region.start_addr().0;
+            (0..4).filter(is_dirty).map(|page| first + page * PAGE as u64).collect::<Vec<_>>()
+        };
+        memory.memory().iter().flat_map(pages).collect()
+    }
+
+    #[test]
+    fn what_is_written_is_noted_where_the_guest_has_it_and_vectors_are_told_as_it_gave_them() {
+        let (memory, high) = (memory(), 1 << 30);
+        let mut buffers = Buffers::new(memory.clone());
+        buffers.add_piece(0x1ff0, 0x20).unwrap();
+        buffers.add_piece(high + 0x1000, 0x1001).unwrap();
+        assert_eq!(buffers.pieces().collect::<Vec<_>>(), [(0x1ff0, 0x20), (high + 0x1000, 0x1001)]);
+        let last = buffers.take_last().unwrap();
+        buffers.write_byte(last, 7);
+        assert_eq!(dirty(&memory), [high + 0x2000]);
+        buffers.copy_from(0x18, &[1; 4]);
+        assert_eq!(dirty(&memory), [0x2000, high + 0x2000]);
+        let mut taken = Buffers::new(memory.clone());
+        taken.take(&mut buffers);
+        assert!(buffers.is_empty() && taken.advance(0x28));
+        assert_eq!(taken.pieces().collect::<Vec<_>>(), [(high + 0x1008, 0xff8)]);
+        taken.mark_dirty(1);
+        assert_eq!(dirty(&memory), [0x2000, high + 0x1000, high + 0x2000]);
     }
 }

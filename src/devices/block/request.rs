@@ -147,10 +147,7 @@ impl Request {
             OUT => return Ok(Err(Code::IoError)),
             _ => return Ok(Err(Code::Unsupported)),
         };
-        std::mem::swap(
-            &mut self.data,
-            if self.kind == Kind::Read || self.kind == Kind::Id { writable } else { readable },
-        );
+        self.data.take(if self.kind == Kind::Read || self.kind == Kind::Id { writable } else { readable });
         self.length = self.data.len() as u64;
         Ok(match self.kind {
             Kind::Read | Kind::Write => {

@@ -56,6 +56,7 @@ impl Running {
     /// A queue of `disk`; `refused` is told once if the host does not let us have a ring.
     pub fn new(queue: Queue, disk: Arc<Disk>, wants_ring: bool, refused: Arc<Once>) -> Self {
         let scratch = Scratch::new(&disk.memory);
+        let requests = Vec::with_capacity(queue.size().into());
         Self {
             ring: None,
             wants_ring,
@@ -63,7 +64,7 @@ impl Running {
             timer: None,
             queue,
             disk,
-            requests: Vec::new(),
+            requests,
             free: Vec::new(),
             scratch,
             bounce: Bounce::default(),
