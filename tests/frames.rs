@@ -538,30 +538,12 @@ fn a_frame_larger_than_was_reckoned_with_is_missed_once() {
     assert!(counted(&guest, "rx_count") > counted(&guest, "rx_packets_count"));
 }
 
-/// Lets io_uring_setup(2) fail with EPERM in this thread, and in those that it starts, from now on.
-#[allow(unsafe_code)]
-fn forbid_rings() {
-    let statement = |code: u32, k: u32, jf| libc::sock_filter { code: code as u16, jt: 0, jf, k };
-    let mut filter = [
-        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0),
-        statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, libc::SYS_io_uring_setup as u32, 1),
-        statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ERRNO | libc::EPERM as u32, 0),
-        statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW, 0),
-    ];
-    let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
-    // SAFETY: the calls read the local structures.
-    unsafe {
-        assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
-        assert_eq!(libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &program), 0);
-    }
-}
-
 #[test]
 fn a_host_that_forbids_rings_carries_frames_one_by_one() {
     let _alone = enter(0);
     let (mut guest, wire) = guest(Kind::Mmio, json!({}));
     // Before the loop's thread is started, which has it from here.
-    forbid_rings();
+    common::forbid(libc::SYS_io_uring_setup, libc::EPERM);
     guest.start(F_EVENT_IDX | F_MRG_RXBUF);
     for seed in 0..8 {
         let out = outgoing(&mut guest, seed);
