@@ -9,7 +9,8 @@ use std::ptr::NonNull;
 
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{
-    GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryBackend, GuestMemoryRegion, Permissions,
+    GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryBackend, GuestMemoryRegion, MmapRegion,
+    Permissions,
 };
 
 use super::Chain;
@@ -25,6 +26,8 @@ pub const VECTORS_MAX: usize = libc::UIO_MAXIOV as usize;
 /// regions of a machine are only added while its devices run.
 pub struct Buffers {
     memory: Memory,
+    /// What is written is noted, as was decided when the machine was built.
+    tracks: bool,
     vectors: Vec<libc::iovec>,
     /// Vectors before this one are taken away.
     first: usize,
@@ -49,7 +52,8 @@ unsafe impl Send for Byte {}
 impl Buffers {
     /// Nothing yet, of `memory`.
     pub fn new(memory: Memory) -> Self {
-        Self { memory, vectors: Vec::new(), first: 0, length: 0 }
+        let tracks = memory.memory().iter().any(|region| MmapRegion::bitmap(region).is_some());
+        Self { memory, tracks, vectors: Vec::new(), first: 0, length: 0 }
     }
 
     /// Makes room for so many vectors.
@@ -222,7 +226,7 @@ impl Buffers {
     pub fn write_byte(&self, byte: Byte, value: u8) {
         // SAFETY: it lies in `memory` (see `Buffers`).
         unsafe { byte.pointer.as_ptr().write_volatile(value) };
-        mark(&self.memory, byte.pointer.as_ptr().cast(), 1);
+        self.mark(byte.pointer.as_ptr().cast(), 1);
     }
 
     /// Copies the bytes out, as far as there is room.
@@ -257,7 +261,7 @@ impl Buffers {
             // SAFETY: the place and what follows, up to the vector's end, lies in `memory` (see
             // `Buffers`).
             unsafe { std::ptr::copy_nonoverlapping(here.as_ptr(), place, here.len()) };
-            mark(&self.memory, place.cast(), here.len());
+            self.mark(place.cast(), here.len());
             (rest, offset) = (after, 0);
             if rest.is_empty() {
                 break;
@@ -379,6 +383,16 @@ impl Buffers {
         self.vectors().iter().all(|vector| misaligned(vector) == 0)
     }
 
+    /// Notes that `length` bytes from `pointer` on, which lie in one region, were written.
+    fn mark(&self, pointer: *const libc::c_void, length: usize) {
+        if self.tracks
+            && length > 0
+            && let Some((region, offset)) = place(&self.memory.memory(), pointer)
+        {
+            region.bitmap().mark_dirty(offset, length);
+        }
+    }
+
     /// Notes that the kernel has written the first `count` bytes.
     pub fn mark_dirty(&self, count: usize) {
         self.mark_vectors_dirty(0, count);
@@ -389,7 +403,7 @@ impl Buffers {
         let from = self.first + vector;
         for vector in &self.vectors[from..] {
             let here = vector.iov_len.min(count);
-            mark(&self.memory, vector.iov_base, here);
+            self.mark(vector.iov_base, here);
             count -= here;
             if count == 0 {
                 break;
@@ -406,15 +420,6 @@ fn checked(result: isize) -> std::io::Result<usize> {
 fn place(memory: &Regions, pointer: *const libc::c_void) -> Option<(&Region, usize)> {
     let offset = |region: &Region| (pointer as usize).wrapping_sub(region.as_ptr() as usize);
     memory.iter().map(|region| (region, offset(region))).find(|(region, offset)| *offset < region.size())
-}
-
-/// Notes that `length` bytes from `pointer` on, which lie in one region, were written.
-fn mark(memory: &Memory, pointer: *const libc::c_void, length: usize) {
-    if length > 0
-        && let Some((region, offset)) = place(&memory.memory(), pointer)
-    {
-        region.bitmap().mark_dirty(offset, length);
-    }
 }
 
 #[cfg(test)]
