@@ -131,6 +131,11 @@ impl Host {
         self.disk.metadata().unwrap().blocks() * SECTOR as u64
     }
 
+    /// How long the disk's file is, holes and all.
+    pub fn disk_length(&self) -> u64 {
+        self.disk.metadata().unwrap().len()
+    }
+
     pub fn try_open(&self, device: &Device) -> Result<Box<dyn VirtioDevice>> {
         device.open("fuzz", &mut Lent(self))
     }

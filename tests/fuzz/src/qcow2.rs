@@ -17,6 +17,9 @@ const CLUSTER: usize = SECTOR;
 /// Each of the disk's clusters once, their tables, and what damage lets be allocated in vain.
 const FILE_MAX: u64 = 1 << 20;
 
+/// A header may claim so much of tables, and each move once.
+const TABLES_MAX: u64 = 256 << 20;
+
 /// Request types.
 const IN: u8 = 0;
 const OUT: u8 = 1;
@@ -99,6 +102,9 @@ fn use_disk(
 ) {
     let mut disk = Disk { guest: Guest::by_hand(Kind::Mmio, device, ground::memory()), read_only };
     disk.guest.start(0);
+    let mut sectors = [0; 8];
+    disk.guest.config(0, &mut sectors);
+    let capacity = u64::from_le_bytes(sectors).saturating_mul(SECTOR as u64).min(u64::MAX / 4);
     let mut expected = beneath.map(|beneath| {
         let mut content = vec![if beneath { BASE } else { 0 }; SECTORS * SECTOR];
         content[..CLUSTER].fill(DATA);
@@ -111,7 +117,8 @@ fn use_disk(
         }
         disk.step(&mut bytes, expected.as_mut()).expect("numbers end as zeros");
         assert_eq!(disk.guest.status() & NEEDS_RESET, 0);
-        // Damaged tables may have clusters far beyond the file's end: it is sparse then.
+        // Holes and all, at most what its disk could need, however large damage has made that, and tables.
+        assert!(host.disk_length() <= 2 * capacity + TABLES_MAX, "{} bytes", host.disk_length());
         assert!(host.disk_usage() <= FILE_MAX, "the file grew to {}", host.disk_usage());
     }
     if let Some(expected) = expected {
