@@ -255,27 +255,29 @@ fn what_a_guest_gives_back_is_free_on_the_host() {
 #[test]
 #[ignore = "a stock kernel: scripts/test runs it"]
 fn a_disk_is_swapped_while_the_guest_runs() {
-    let mut service = Service::start(&[]);
-    let mut client = service.client();
-    let boot = json!({
-        "kernel_image_path": asset(KERNELS[0]),
-        "initrd_path": asset("initramfs.cpio"),
-        "boot_args": command_line("disk-swap"),
-    });
-    client.ok("PUT", "/boot-source", &boot.to_string());
-    let empty = service.folder.write("empty", "");
-    let drive = json!({ "drive_id": "d", "is_root_device": false, "path_on_host": empty });
-    client.ok("PUT", "/drives/d", &drive.to_string());
-    client.ok("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#);
-    service.process.expect("disk: 0 sectors");
-    let mut content = b"another image...".to_vec();
-    content.resize(1 << 20, 0);
-    let other = service.folder.write("other", content);
-    client.ok("PATCH", "/drives/d", &json!({ "drive_id": "d", "path_on_host": other }).to_string());
-    service.process.expect("disk: now 2048 sectors, another image...");
-    let Service { process, folder, .. } = service;
-    assert_eq!(process.end().code, Some(0));
-    drop(folder);
+    for transport in TRANSPORTS {
+        let mut service = Service::start(transport);
+        let mut client = service.client();
+        let boot = json!({
+            "kernel_image_path": asset(KERNELS[0]),
+            "initrd_path": asset("initramfs.cpio"),
+            "boot_args": command_line("disk-swap"),
+        });
+        client.ok("PUT", "/boot-source", &boot.to_string());
+        let empty = service.folder.write("empty", "");
+        let drive = json!({ "drive_id": "d", "is_root_device": false, "path_on_host": empty });
+        client.ok("PUT", "/drives/d", &drive.to_string());
+        client.ok("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#);
+        service.process.expect("disk: 0 sectors");
+        let mut content = b"another image...".to_vec();
+        content.resize(1 << 20, 0);
+        let other = service.folder.write("other", content);
+        client.ok("PATCH", "/drives/d", &json!({ "drive_id": "d", "path_on_host": other }).to_string());
+        service.process.expect("disk: now 2048 sectors, another image...");
+        let Service { process, folder, .. } = service;
+        assert_eq!(process.end().code, Some(0));
+        drop(folder);
+    }
 }
 
 /// What a service says whose guest switches to the root file system on `disk`.
