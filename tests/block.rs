@@ -207,7 +207,7 @@ fn many_requests_in_flight_on_many_queues_all_reach_their_places() {
                 let mut disk = Disk::new(config(&path, engine, more)).unwrap();
                 assert_eq!(disk.config(34, 2), num_queues);
                 assert_eq!(disk.features() >> 12 & 1, u64::from(num_queues > 1));
-                shuffle(&mut disk, num_queues as usize, if direct_io { 1 } else { 4 });
+                shuffle(&mut disk, num_queues as usize, if direct_io { 1 } else { 2 });
             }
         }
     }
