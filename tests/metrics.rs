@@ -91,8 +91,6 @@ fn a_line_of_metrics_says_what_was_done_since_the_last() {
         "/uart/read_count",
         "/vcpu/exit_mmio_read",
         "/vcpu/exit_mmio_write",
-        // By the pause.
-        "/vcpu/exit_interrupted",
         "/entropy/entropy_bytes",
         "/entropy/entropy_event_count",
         "/api_server/request_agg/sum_us",

@@ -217,8 +217,18 @@ impl Process {
     }
 }
 
+/// So many characters of what a process said are told when a test fails.
+const SAID_LAST: usize = 2000;
+
 impl Drop for Process {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            // What it said last, and whether it has ended by itself, may be why.
+            let ended = self.child.try_wait();
+            let said = self.drain();
+            let from = said.len() - said.chars().rev().take(SAID_LAST).map(char::len_utf8).sum::<usize>();
+            println!("process {}: {ended:?}, not waited for: {}", self.child.id(), &said[from..]);
+        }
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
