@@ -375,10 +375,14 @@ impl Client {
         let mut head = Vec::new();
         let mut byte = [0];
         while !head.ends_with(b"\r\n\r\n") {
-            if self.stream.read(&mut byte).unwrap_or(0) == 0 {
-                break;
+            match self.stream.read(&mut byte) {
+                Ok(0) => break,
+                Ok(_) => head.push(byte[0]),
+                // With a timeout, a read is not begun again by the kernel (signal(7)).
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => break,
+                Err(error) => panic!("read a response: {error}"),
             }
-            head.push(byte[0]);
         }
         let head = String::from_utf8(head).unwrap();
         let length = head.lines().find_map(|line| line.strip_prefix("Content-Length: "));
