@@ -129,6 +129,10 @@ fn command(guest: &mut Guest, queue: usize, bytes: &[u8]) -> u8 {
     guest.bytes(ack)[0]
 }
 
+/// What an interface counts besides frames, whatever is behind it.
+const EVENTS: [&str; 5] =
+    ["tx_queue_event_count", "rx_queue_event_count", "rx_tap_event_count", "tx_call_count", "rx_call_count"];
+
 /// What the device counts.
 fn counted(guest: &Guest, name: &str) -> u64 {
     guest.transport.lock().unwrap().metrics(View::Total)[name].as_u64().unwrap()
@@ -389,13 +393,7 @@ fn what_an_interface_does_is_counted() {
     ] {
         assert_eq!(counted(&guest, name), expected, "{name}");
     }
-    for name in [
-        "tx_queue_event_count",
-        "rx_queue_event_count",
-        "rx_tap_event_count",
-        "tx_call_count",
-        "rx_call_count",
-    ] {
+    for name in EVENTS {
         assert!(counted(&guest, name) > 0, "{name}");
     }
     guest.resume();
@@ -612,13 +610,7 @@ fn passt_answers_costs_no_memory_and_its_end_is_the_links() {
         assert_eq!(counted(&guest, name), expected, "{name}");
     }
     assert!(counted(&guest, "rx_bytes_count") >= 200 * 42);
-    for name in [
-        "tx_queue_event_count",
-        "rx_queue_event_count",
-        "rx_tap_event_count",
-        "tx_call_count",
-        "rx_call_count",
-    ] {
+    for name in EVENTS {
         assert!(counted(&guest, name) > 0, "{name}");
     }
     guest.resume();
