@@ -10,7 +10,7 @@ use std::io::{Error as IoError, ErrorKind, Result as IoResult};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{Ordering, fence};
 
-use io_uring::{IoUring, opcode, squeue, types};
+use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
 use crate::error::{Context, Error, Result};
 use crate::event::EventFd;
@@ -19,9 +19,15 @@ use crate::event::EventFd;
 /// grow with the operations in flight: an entry is free again once it is handed over.
 const BATCH: u32 = 64;
 
-/// User data of the ring's own: the loop's descriptor is ready; what waited was given back.
+/// User data of the ring's own: the loop's descriptor is ready; what waited was given back; an event was
+/// written to, or one of others was.
 const BESIDE: u64 = u64::MAX;
 const CANCELLED: u64 = u64::MAX - 1;
+const WATCHED: u64 = u64::MAX - 2;
+const SIGNALLED: u64 = u64::MAX - 3;
+
+/// What an event's counter is raised by.
+static ONE: u64 = 1;
 
 /// What the kernel is asked to do. Offsets and lengths are in bytes; a file without offsets (a TAP)
 /// takes [`Operation::NO_OFFSET`].
@@ -74,10 +80,16 @@ pub struct Uring {
     ring: IoUring,
     event: EventFd,
     in_flight: usize,
+    /// This kernel has what [`Self::watch`] and [`Self::signal`] are made of (Linux 5.17).
+    can_signal: bool,
+    /// The kernel tells by `event` of what is complete.
+    is_armed: bool,
     /// The kernel watches the loop's descriptor.
     watches: bool,
     /// It was ready.
     woke: bool,
+    /// The event that [`Self::watch`] was called for, and whether the kernel watches it.
+    watched: Option<(RawFd, bool)>,
 }
 
 impl Uring {
@@ -109,7 +121,17 @@ impl Uring {
         };
         let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
         ring.submitter().register_eventfd(event.as_raw_fd())?;
-        Ok(Self { ring, event, in_flight: 0, watches: false, woke: false })
+        let can_signal = ring.params().is_feature_skip_cqe_on_success();
+        Ok(Self {
+            ring,
+            event,
+            in_flight: 0,
+            can_signal,
+            is_armed: true,
+            watches: false,
+            woke: false,
+            watched: None,
+        })
     }
 
     /// Written to by the kernel when something is complete, except between a [`Self::submit`] and
@@ -121,6 +143,57 @@ impl Uring {
     /// How many operations were pushed and not yet taken back by [`Self::next`].
     pub fn in_flight(&self) -> usize {
         self.in_flight
+    }
+
+    /// Whether something is queued or in flight.
+    pub fn is_busy(&mut self) -> bool {
+        self.in_flight > 0 || self.has_queued()
+    }
+
+    fn has_queued(&mut self) -> bool {
+        matches!(self.watched, Some((_, false))) || !self.ring.submission().is_empty()
+    }
+
+    /// Whether nothing is to be done but to wait for the event.
+    pub fn is_quiet(&mut self) -> bool {
+        !self.is_busy() && (self.is_armed || !self.rearm())
+    }
+
+    /// From now on the ring tells when `event` was written to, as of an operation that is complete, but
+    /// without a completion to be taken. The event is never read, and stays open as long as the ring.
+    /// False: this kernel cannot do that.
+    pub fn watch(&mut self, event: &EventFd) -> IoResult<bool> {
+        if self.can_signal {
+            self.watched = Some((event.as_raw_fd(), false));
+            self.watch_again()?;
+        }
+        Ok(self.can_signal)
+    }
+
+    /// The kernel ends what should go on when there is no room to tell.
+    fn watch_again(&mut self) -> IoResult<()> {
+        if let Some((event, false)) = self.watched {
+            let watch = opcode::PollAdd::new(types::Fd(event), libc::POLLIN as u32).multi(true);
+            self.watched = Some((event, true));
+            #[allow(unsafe_code)]
+            // SAFETY: no memory of ours is in it.
+            unsafe { self.add(&watch.build().user_data(WATCHED)) }?;
+        }
+        Ok(())
+    }
+
+    /// Queues a write of 1 to an event, which does not block and stays open until it is handed over:
+    /// there is no completion of it. False: this kernel cannot do that.
+    #[allow(unsafe_code)]
+    pub fn signal(&mut self, event: &EventFd) -> IoResult<bool> {
+        if self.can_signal {
+            let one = (&raw const ONE).cast();
+            let write = opcode::Write::new(types::Fd(event.as_raw_fd()), one, size_of_val(&ONE) as u32);
+            let write = write.build().flags(squeue::Flags::SKIP_SUCCESS).user_data(SIGNALLED);
+            // SAFETY: what is written from is there for ever.
+            unsafe { self.add(&write) }?;
+        }
+        Ok(self.can_signal)
     }
 
     /// Queues an operation; a batch that is full is handed over first. The caller keeps no more in
@@ -152,8 +225,9 @@ impl Uring {
     /// descriptors, is ready: one system call. [`Self::woke`] tells of the latter when all was taken.
     #[allow(unsafe_code)]
     pub fn wait_beside(&mut self, beside: RawFd) -> IoResult<()> {
-        self.ring.completion().disable_eventfd();
+        self.disarm();
         self.woke = false;
+        self.watch_again()?;
         if !std::mem::replace(&mut self.watches, true) {
             let watch = opcode::PollAdd::new(types::Fd(beside), libc::POLLIN as u32);
             // SAFETY: no memory of ours is in it.
@@ -173,14 +247,17 @@ impl Uring {
     /// Hands over what is queued and lets the kernel finish what it deferred: one system call, or
     /// none when there is neither.
     pub fn submit(&mut self) -> IoResult<()> {
+        self.watch_again()?;
         loop {
             // We look at the completions next: no need to be told of them.
-            self.ring.completion().disable_eventfd();
+            self.disarm();
             let queue = self.ring.submission();
-            if queue.is_empty() && !queue.taskrun() && !queue.cq_overflow() {
+            let (wants_call, overflow) = (!queue.is_empty() || queue.taskrun(), queue.cq_overflow());
+            drop(queue);
+            // Where there is no room for more completions, those that are there are taken first.
+            if !wants_call && !(overflow && self.ring.completion().is_empty()) {
                 return Ok(());
             }
-            drop(queue);
             match self.ring.submit() {
                 Ok(_) => {}
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
@@ -212,7 +289,12 @@ impl Uring {
             let entry = self.ring.completion().next()?;
             match entry.user_data() {
                 BESIDE => (self.watches, self.woke) = (false, true),
-                CANCELLED => {}
+                WATCHED => {
+                    let goes_on = cqueue::more(entry.flags());
+                    self.watched = self.watched.map(|(event, _)| (event, goes_on));
+                }
+                // A counter that is full says what it should.
+                CANCELLED | SIGNALLED => {}
                 _ => break entry,
             }
         };
@@ -227,10 +309,17 @@ impl Uring {
         self.ring.completion().enable_eventfd();
         // The kernel posts, then looks at the flag: we set the flag, then look at what is posted.
         fence(Ordering::SeqCst);
+        let left = self.has_queued();
         let queue = self.ring.submission();
-        let left = !queue.is_empty() || queue.taskrun() || queue.cq_overflow();
+        let left = left || queue.taskrun() || queue.cq_overflow();
         drop(queue);
-        left || !self.ring.completion().is_empty()
+        self.is_armed = !left && self.ring.completion().is_empty();
+        !self.is_armed
+    }
+
+    fn disarm(&mut self) {
+        self.ring.completion().disable_eventfd();
+        self.is_armed = false;
     }
 
     /// Returns when at least one completion can be taken; nothing in flight: at once.
@@ -273,206 +362,4 @@ fn refused(error: IoError) -> Error {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::event::{Events, Interest};
-    use std::fs::File;
-    use std::io::Read;
-    use std::os::unix::net::UnixStream;
-    use std::time::Duration;
-
-    fn rings(in_flight: u32) -> [Uring; 2] {
-        [Uring::new(in_flight).unwrap(), Uring::build(IoUring::builder(), in_flight).unwrap()]
-    }
-
-    fn file(content: &[u8]) -> File {
-        let file = vmm_sys_util::tempfile::TempFile::new().unwrap().into_file();
-        std::os::unix::fs::FileExt::write_all_at(&file, content, 0).unwrap();
-        file
-    }
-
-    fn vector(bytes: &mut [u8]) -> libc::iovec {
-        libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }
-    }
-
-    #[allow(unsafe_code)]
-    fn push(ring: &mut Uring, operation: Operation, user_data: u64) {
-        // SAFETY: the tests keep everything until the completions were taken.
-        unsafe { ring.push(operation, user_data) }.unwrap();
-    }
-
-    fn all(ring: &mut Uring) -> Vec<(u64, Option<u32>)> {
-        let mut done = Vec::new();
-        while ring.in_flight() > 0 {
-            ring.wait().unwrap();
-            while let Some(completion) = ring.next() {
-                done.push((completion.user_data, completion.result.ok()));
-            }
-        }
-        done.sort();
-        done
-    }
-
-    #[test]
-    fn more_operations_than_one_batch_complete_with_their_user_data() {
-        let content: Vec<u8> = (0..=255).cycle().take(200 * 512).collect();
-        let file = file(&content);
-        for mut ring in rings(200) {
-            let mut buffers = vec![[0; 512]; 200];
-            let vectors: Vec<_> = buffers.iter_mut().map(|buffer| vector(buffer)).collect();
-            for (index, vectors) in vectors.iter().enumerate() {
-                let offset = index as u64 * 512;
-                push(
-                    &mut ring,
-                    Operation::Read { file: file.as_raw_fd(), vectors, count: 1, offset },
-                    index as u64,
-                );
-            }
-            assert_eq!(ring.in_flight(), 200);
-            let expected: Vec<_> = (0..200).map(|index| (index, Some(512))).collect();
-            assert_eq!(all(&mut ring), expected);
-            assert!(buffers.concat() == content);
-        }
-    }
-
-    #[test]
-    fn writes_syncs_and_holes_reach_the_file_and_errors_reach_us() {
-        for mut ring in rings(8) {
-            let mut file = file(&[7; 8192]);
-            let mut bytes = [9; 4096];
-            let vectors = &vector(&mut bytes);
-            let fd = file.as_raw_fd();
-            push(&mut ring, Operation::Write { file: fd, vectors, count: 1, offset: 0 }, 1);
-            push(&mut ring, Operation::Sync { file: fd }, 2);
-            let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-            push(&mut ring, Operation::Allocate { file: fd, mode, offset: 4096, length: 4096 }, 3);
-            push(&mut ring, Operation::Sync { file: -1 }, 4);
-            assert_eq!(all(&mut ring), [(1, Some(4096)), (2, Some(0)), (3, Some(0)), (4, None)]);
-            let mut content = Vec::new();
-            file.read_to_end(&mut content).unwrap();
-            assert!(content == [[9; 4096], [0; 4096]].concat());
-        }
-    }
-
-    #[test]
-    fn the_event_tells_of_what_completes_after_a_turn_and_a_turn_is_told_of_what_came_in_it() {
-        for mut ring in rings(8) {
-            let (reader, writer) = UnixStream::pair().unwrap();
-            let mut byte = [0];
-            let read = |vectors| Operation::Read {
-                file: reader.as_raw_fd(),
-                vectors,
-                count: 1,
-                offset: Operation::NO_OFFSET,
-            };
-            let vectors = &vector(&mut byte);
-            push(&mut ring, read(vectors), 1);
-            ring.submit().unwrap();
-            assert!(ring.next().is_none() && !ring.rearm());
-            assert!(ring.event().read().is_err());
-            std::io::Write::write_all(&mut &writer, b"x").unwrap();
-            while ring.event().read().is_err() {
-                std::thread::yield_now();
-            }
-            ring.submit().unwrap();
-            assert_eq!(ring.next().unwrap().result.unwrap(), 1);
-            assert!(!ring.rearm());
-            // Complete at once: no event, but the end of the turn knows.
-            std::io::Write::write_all(&mut &writer, b"y").unwrap();
-            push(&mut ring, read(vectors), 2);
-            ring.submit().unwrap();
-            assert!(ring.rearm());
-            assert_eq!(all(&mut ring), [(2, Some(1))]);
-        }
-    }
-
-    #[test]
-    fn a_wait_in_the_ring_ends_by_what_is_complete_and_by_what_is_ready_beside_it() {
-        for mut ring in rings(8) {
-            let (reader, writer) = UnixStream::pair().unwrap();
-            let (events, kick) = (Events::new().unwrap(), EventFd::new(libc::EFD_NONBLOCK).unwrap());
-            events.add(&kick, Interest::IN | Interest::EDGE_TRIGGERED, 1).unwrap();
-            let mut byte = [0];
-            let vectors = &vector(&mut byte);
-            let file = reader.as_raw_fd();
-            for round in 0..3 {
-                push(
-                    &mut ring,
-                    Operation::Read { file, vectors, count: 1, offset: Operation::NO_OFFSET },
-                    round,
-                );
-                kick.write(1).unwrap();
-                ring.wait_beside(events.as_raw_fd()).unwrap();
-                assert!(ring.next().is_none() && ring.woke());
-                let mut ready = Vec::new();
-                events.wait(Some(Duration::ZERO), &mut ready).unwrap();
-                assert_eq!(ready.len(), 1);
-                std::io::Write::write_all(&mut &writer, b"x").unwrap();
-                ring.wait_beside(events.as_raw_fd()).unwrap();
-                assert_eq!(ring.next().unwrap().user_data, round);
-                assert!(ring.next().is_none() && !ring.woke());
-            }
-        }
-    }
-
-    #[test]
-    fn a_batch_takes_what_is_there_and_one_call_though_there_is_less_than_was_asked_for() {
-        for mut ring in rings(8) {
-            assert!(ring.can_cancel(), "Linux 5.19 is needed");
-            let (reader, writer) = UnixStream::pair().unwrap();
-            reader.set_nonblocking(true).unwrap();
-            for round in 0..3 {
-                std::io::Write::write_all(&mut &writer, b"xy").unwrap();
-                let mut bytes = [[0]; 4];
-                let vectors: Vec<_> = bytes.iter_mut().map(|byte| vector(byte)).collect();
-                let file = reader.as_raw_fd();
-                for (index, vectors) in vectors.iter().enumerate() {
-                    let offset = Operation::NO_OFFSET;
-                    push(&mut ring, Operation::Read { file, vectors, count: 1, offset }, index as u64);
-                }
-                ring.cancel().unwrap();
-                ring.submit().unwrap();
-                let mut done: Vec<_> = std::iter::from_fn(|| ring.next()).collect();
-                done.sort_by_key(|completion| completion.user_data);
-                let results: Vec<_> =
-                    done.iter().map(|done| done.result.as_ref().map_err(IoError::raw_os_error)).collect();
-                let nothing = Err(Some(libc::ECANCELED));
-                assert_eq!(results, [Ok(&1), Ok(&1), nothing, nothing], "{round}");
-                assert_eq!((ring.in_flight(), bytes), (0, [[b'x'], [b'y'], [0], [0]]));
-            }
-        }
-    }
-
-    /// Lets io_uring_setup(2) fail with `errno` in this thread from now on.
-    #[allow(unsafe_code)]
-    fn forbid(errno: i32) {
-        let statement = |code: u32, k: u32, jf| libc::sock_filter { code: code as u16, jt: 0, jf, k };
-        let mut filter = [
-            statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0),
-            statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, libc::SYS_io_uring_setup as u32, 1),
-            statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ERRNO | errno as u32, 0),
-            statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW, 0),
-        ];
-        let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
-        // SAFETY: the calls read the local structures and concern this thread alone.
-        unsafe {
-            assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
-            assert_eq!(libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &program), 0);
-        }
-    }
-
-    #[test]
-    fn a_host_that_forbids_it_is_an_error_that_says_so() {
-        for (errno, expected) in [
-            (libc::EPERM, "this process may not use io_uring: a seccomp filter"),
-            (libc::ENOSYS, "this kernel has no io_uring"),
-        ] {
-            let told = std::thread::spawn(move || {
-                forbid(errno);
-                Uring::new(8).err().map(|error| error.to_string())
-            });
-            let told = told.join().unwrap().unwrap();
-            assert!(told.contains(expected), "{told}");
-        }
-    }
-}
+mod tests;

@@ -132,18 +132,16 @@ impl Interrupts {
         Arc::new(Self { status: 0.into(), events, vectors, generation: 0.into() })
     }
 
-    fn raise(&self, bit: u32, vector: impl FnOnce(&(AtomicU16, Vec<AtomicU16>)) -> u16) {
+    /// Notes what to tell the driver; a write to the event, if there is one, tells it.
+    fn raise(&self, bit: u32, vector: impl FnOnce(&(AtomicU16, Vec<AtomicU16>)) -> u16) -> Option<&EventFd> {
         self.status.fetch_or(bit, Ordering::SeqCst);
         let index = self.vectors.as_ref().map_or(0, vector);
-        if let Some(event) = self.events.get(usize::from(index)) {
-            // A counter that is full has raised it already.
-            let _ = event.write(1);
-        }
+        self.events.get(usize::from(index))
     }
 
-    /// Tells the driver that buffers of a queue were used.
-    pub fn used_buffer(&self, queue: usize) {
-        self.raise(USED_BUFFER, |(_, queues)| queues[queue].load(Ordering::SeqCst));
+    /// Buffers of a queue were used: a write to the event, if there is one, tells the driver.
+    pub fn used_buffer(&self, queue: usize) -> Option<&EventFd> {
+        self.raise(USED_BUFFER, |(_, queues)| queues[queue].load(Ordering::SeqCst))
     }
 
     /// The device's configuration has changed: tells the driver, if it runs, to look at it.
@@ -154,7 +152,10 @@ impl Interrupts {
 
     /// Tells the driver to look at the device's configuration or status.
     fn configuration_change(&self) {
-        self.raise(CONFIGURATION_CHANGE, |(config, _)| config.load(Ordering::SeqCst));
+        if let Some(event) = self.raise(CONFIGURATION_CHANGE, |(config, _)| config.load(Ordering::SeqCst)) {
+            // A counter that is full has raised it already.
+            let _ = event.write(1);
+        }
     }
 
     fn status(&self) -> u32 {

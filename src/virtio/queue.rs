@@ -5,9 +5,10 @@ use std::sync::Arc;
 use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
 
 use super::Interrupts;
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::event::EventFd;
 use crate::memory::Regions;
+use crate::uring::Uring;
 
 /// A chain of descriptors: one request of the driver's.
 pub type Chain<'m> = DescriptorChain<&'m Regions>;
@@ -86,10 +87,27 @@ impl Queue {
 
     /// Interrupts the driver, if it wants to know of what was pushed.
     pub fn notify(&mut self, memory: &Regions) -> Result<()> {
-        if self.ring.ready() && self.ring.needs_notification(memory).map_err(broken)? {
-            self.interrupts.used_buffer(self.index);
+        if let Some(event) = self.interrupt(memory)? {
+            // A counter that is full has interrupted it already.
+            let _ = event.write(1);
         }
         Ok(())
+    }
+
+    /// As [`Self::notify`], by what `ring` hands over next.
+    pub fn notify_through(&mut self, memory: &Regions, ring: &mut Uring) -> Result<()> {
+        if let Some(event) = self.interrupt(memory)?
+            && !ring.signal(event).context("use io_uring")?
+        {
+            let _ = event.write(1);
+        }
+        Ok(())
+    }
+
+    /// The event that interrupts the driver, if it wants to know of what was pushed.
+    fn interrupt(&mut self, memory: &Regions) -> Result<Option<&EventFd>> {
+        let wanted = self.ring.ready() && self.ring.needs_notification(memory).map_err(broken)?;
+        Ok(wanted.then(|| self.interrupts.used_buffer(self.index)).flatten())
     }
 
     /// Asks the driver for kicks; true: requests came meanwhile and will not be kicked for.

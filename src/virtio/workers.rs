@@ -202,6 +202,11 @@ fn token(slot: usize, token: u32) -> u64 {
     (slot as u64 + 1) << 32 | u64::from(token)
 }
 
+/// Whose event it is.
+fn slot(token: u64) -> usize {
+    (token >> 32) as usize - 1
+}
+
 /// What a worker tells the loop to wait for. Descriptors must stay open until the worker is stopped.
 pub struct Registrar<'a> {
     events: &'a Arc<Events>,
@@ -229,6 +234,16 @@ impl Registrar<'_> {
     pub fn kick(&mut self, queue: &Queue, token: u32) -> Result<()> {
         self.add(queue.kick(), Interest::IN | Interest::EDGE_TRIGGERED, token)
     }
+
+    /// A ring of the worker's own: calls `handle` with [`RING`] when some of it is complete, and for
+    /// kicks of `queue`.
+    pub fn ring(&mut self, ring: &mut Uring, queue: &Queue) -> Result<()> {
+        self.add(ring.event(), Interest::IN | Interest::EDGE_TRIGGERED, RING)?;
+        match ring.watch(queue.kick()).context("use io_uring")? {
+            true => Ok(()),
+            false => self.kick(queue, RING),
+        }
+    }
 }
 
 /// Whether the loop waits for a descriptor: a worker that could do nothing now need not be told.
@@ -255,6 +270,8 @@ struct Running {
     events: Arc<Events>,
     /// A worker's place is part of its events' tokens; a free one is used again.
     slots: Vec<Option<Place>>,
+    /// The place whose ring had something last; none: another event came.
+    last: Option<usize>,
 }
 
 const WAKE: u64 = 0;
@@ -263,7 +280,7 @@ impl Running {
     fn new(this: &Loop) -> Result<Self> {
         let events = Arc::new(Events::new()?);
         events.add(&this.wake, Interest::IN, WAKE)?;
-        Ok(Self { events, slots: Vec::new() })
+        Ok(Self { events, slots: Vec::new(), last: None })
     }
 
     fn run(&mut self, this: &Loop) -> Result<()> {
@@ -276,25 +293,40 @@ impl Running {
         }
     }
 
-    /// The places whose rings have something queued or in flight.
-    fn busy(&mut self) -> impl Iterator<Item = (usize, &mut Place)> {
+    /// The places with rings.
+    fn rings(&mut self) -> impl Iterator<Item = (usize, &mut Place)> {
         let places = self.slots.iter_mut().enumerate();
         places.filter_map(|(slot, place)| {
             let place = place.as_mut().filter(|place| !place.failed)?;
-            (place.ring()?.in_flight() > 0).then_some((slot, place))
+            place.ring().is_some().then_some((slot, place))
         })
     }
 
     /// Waits for something to do. Where one ring alone is busy, in that: what is queued is handed over by
     /// the same system call.
     fn wait(&mut self, ready: &mut Vec<Ready>) -> Result<()> {
-        let mut busy = self.busy().map(|(slot, _)| slot);
-        let (first, second) = (busy.next(), busy.next());
-        drop(busy);
-        match (first, second) {
-            (Some(slot), None) if !self.wait_in_ring(slot) => Ok(()),
-            (Some(_), None) => self.events.wait(Some(Duration::ZERO), ready),
-            _ => self.look(None, ready),
+        match self.ring_to_wait_in() {
+            Some(slot) if !self.wait_in_ring(slot) => Ok(()),
+            Some(_) => {
+                self.last = None;
+                self.events.wait(Some(Duration::ZERO), ready)
+            }
+            None => self.look(None, ready),
+        }
+    }
+
+    /// The only busy one; where none is, the one that had something last may soon have more. The events
+    /// of the others tell of what comes to them.
+    fn ring_to_wait_in(&mut self) -> Option<usize> {
+        let last = self.last;
+        let mut loud = self.rings().filter_map(|(slot, place)| (!place.ring()?.is_quiet()).then_some(slot));
+        match (loud.next(), loud.next()) {
+            (Some(slot), None) => Some(slot),
+            (Some(_), Some(_)) => None,
+            (None, _) => {
+                drop(loud);
+                last.filter(|last| self.rings().any(|(slot, _)| slot == *last))
+            }
         }
     }
 
@@ -307,6 +339,7 @@ impl Running {
             place.fail(&refused(error));
             return true;
         }
+        self.last = Some(slot);
         self.handle(slot, RING);
         let place = self.slots.get_mut(slot).and_then(Option::as_mut);
         place.and_then(Place::ring).is_none_or(|ring| ring.woke())
@@ -315,15 +348,16 @@ impl Running {
     /// Hands over what all rings have queued, and waits for events; those of the rings are among them.
     fn look(&mut self, timeout: Option<Duration>, ready: &mut Vec<Ready>) -> Result<()> {
         let mut complete = false;
-        for (_, place) in self.busy() {
+        for (_, place) in self.rings() {
             complete |= place.hand_over();
         }
         self.events.wait(if complete { Some(Duration::ZERO) } else { timeout }, ready)?;
         if complete {
-            let rings = self.busy().filter_map(|(slot, place)| Some((slot, place.ring()?)));
+            let rings = self.rings().filter_map(|(slot, place)| Some((slot, place.ring()?)));
             let rings = rings.filter_map(|(slot, ring)| ring.rearm().then_some(slot));
             ready.extend(rings.map(|slot| Ready { token: token(slot, RING), events: Interest::IN }));
         }
+        self.last = ready.iter().find(|event| event.token as u32 == RING).map(|event| slot(event.token));
         Ok(())
     }
 
@@ -333,7 +367,7 @@ impl Running {
         for event in ready.drain(..) {
             match event.token {
                 WAKE => woken = true,
-                token => self.handle((token >> 32) as usize - 1, token as u32),
+                token => self.handle(slot(token), token as u32),
             }
         }
         let jobs = if woken { this.take_jobs() } else { Vec::new() };

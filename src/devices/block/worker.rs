@@ -16,7 +16,7 @@ use crate::events::{self, Event};
 use crate::log;
 use crate::memory::Regions;
 use crate::uring::Uring;
-use crate::virtio::{Queue, RING, Registrar, Worker};
+use crate::virtio::{Queue, Registrar, Worker};
 
 const KICK: u32 = 0;
 const TIMER: u32 = 1;
@@ -98,9 +98,12 @@ impl Running {
         let mut share = self.queue.size();
         loop {
             self.queue.disable_kicks(&memory)?;
+            if self.complete(&memory)? {
+                // Before the kernel does what is taken next: the driver waits for this.
+                self.notify(&memory)?;
+            }
             let taken = self.take(&memory, &mut share)?;
-            self.complete(&memory)?;
-            self.queue.notify(&memory)?;
+            self.notify(&memory)?;
             let more = match taken {
                 Taken::All => self.queue.enable_kicks(&memory)?,
                 Taken::Full | Taken::Throttled => false,
@@ -192,13 +195,22 @@ impl Running {
         self.end(memory, index, result)
     }
 
-    /// Takes what is complete.
-    fn complete(&mut self, memory: &Regions) -> Result<()> {
+    /// Takes what is complete, if anything is.
+    fn complete(&mut self, memory: &Regions) -> Result<bool> {
         self.now = Instant::now();
+        let mut anything = false;
         while let Some((index, result)) = self.ring.as_mut().and_then(Ring::next) {
+            anything = true;
             self.step(memory, index, result)?;
         }
-        Ok(())
+        Ok(anything)
+    }
+
+    fn notify(&mut self, memory: &Regions) -> Result<()> {
+        match &mut self.ring {
+            Some(ring) => self.queue.notify_through(memory, ring.uring()),
+            None => self.queue.notify(memory),
+        }
     }
 
     /// A step of a request is complete.
@@ -301,7 +313,13 @@ impl Running {
         let disk = self.disk.clone();
         let memory = disk.memory.memory();
         self.drain(&memory)?;
-        if self.queue.is_ready() { self.queue.notify(&memory) } else { Ok(()) }
+        if self.queue.is_ready() {
+            self.notify(&memory)?;
+        }
+        match &mut self.ring {
+            Some(ring) => ring.uring().submit().context("use io_uring"),
+            None => Ok(()),
+        }
     }
 }
 
@@ -310,14 +328,14 @@ impl Worker for Running {
         if self.wants_ring && self.queue.is_ready() {
             self.open_ring();
         }
-        if let Some(ring) = &mut self.ring {
-            registrar.add(ring.uring().event(), Interest::IN | Interest::EDGE_TRIGGERED, RING)?;
-        }
         if self.disk.limiter.is_some() {
             let timer = self.timer.insert(TimerFd::new().context("create a timer")?);
             registrar.add(timer, Interest::IN | Interest::EDGE_TRIGGERED, TIMER)?;
         }
-        registrar.kick(&self.queue, KICK)
+        match &mut self.ring {
+            Some(ring) => registrar.ring(ring.uring(), &self.queue),
+            None => registrar.kick(&self.queue, KICK),
+        }
     }
 
     fn handle(&mut self, _token: u32) -> Result<()> {
