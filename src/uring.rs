@@ -252,10 +252,11 @@ impl Uring {
             // We look at the completions next: no need to be told of them.
             self.disarm();
             let queue = self.ring.submission();
-            let (wants_call, overflow) = (!queue.is_empty() || queue.taskrun(), queue.cq_overflow());
+            let (left, overflow) = (!queue.is_empty() || queue.taskrun(), queue.cq_overflow());
             drop(queue);
             // Where there is no room for more completions, those that are there are taken first.
-            if !wants_call && !(overflow && self.ring.completion().is_empty()) {
+            let has_room = overflow && self.ring.completion().is_empty();
+            if !left && !has_room {
                 return Ok(());
             }
             match self.ring.submit() {

@@ -83,7 +83,9 @@ pub fn block(_: &Machine, _: &Words) -> bool {
 
 /// Two requests for random bytes give different ones.
 pub fn entropy(_: &Machine, _: &Words) -> bool {
-    let Some([queue]) = Device::find(4).and_then(|device| device.start::<1>()) else {
+    let device = Device::find(4);
+    let queue = device.and_then(|device| device.start::<1>());
+    let (Some(device), Some([queue])) = (device, queue) else {
         say!("expected a source of random bytes that starts, found none");
         return false;
     };
@@ -92,6 +94,10 @@ pub fn entropy(_: &Machine, _: &Words) -> bool {
         let count = queue.request(&[written_by_device(bytes)]);
         if count != Some(32) {
             say!("expected 32 bytes, found ", count.unwrap_or(0));
+            return false;
+        }
+        if !device.acknowledge() {
+            say!("expected an interrupt that can be acknowledged, found none");
             return false;
         }
     }

@@ -18,6 +18,8 @@ pub const CONFIG: u64 = 0x100;
 const QUEUE_DESC: u64 = 0x80;
 const QUEUE_DRIVER: u64 = 0x90;
 const QUEUE_DEVICE: u64 = 0xa0;
+const INTERRUPT_STATUS: u64 = 0x60;
+const INTERRUPT_ACKNOWLEDGE: u64 = 0x64;
 const DEVICE_FEATURES: u64 = 0x10;
 const DRIVER_FEATURES: u64 = 0x20;
 
@@ -174,6 +176,17 @@ impl Device {
             _ if offset >= CONFIG => write32(start + PCI_DEVICE + offset - CONFIG, value),
             _ => {}
         }
+    }
+
+    /// Acknowledges the interrupt for a used buffer, as a driver's handler does; false: there is none, or
+    /// it does not go. Behind PCI nothing is to be acknowledged.
+    #[inline(never)]
+    pub fn acknowledge(self) -> bool {
+        let Place::Mmio(_) = self.0 else { return true };
+        // Raised after the buffer is used.
+        let raised = wait_for(|| self.read(INTERRUPT_STATUS) == 1);
+        self.write(INTERRUPT_ACKNOWLEDGE, 1);
+        raised && self.read(INTERRUPT_STATUS) == 0
     }
 
     /// What kicks a queue, looked up once: behind PCI that takes exits.

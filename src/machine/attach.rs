@@ -2,6 +2,8 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use kvm_ioctls::VcpuFd;
+
 use crate::arch::layout;
 use crate::bus::Bus;
 use crate::devices::v2m::V2m;
@@ -11,7 +13,7 @@ use crate::memory::{Memory, Range};
 use crate::pci::msix::Msix;
 use crate::pci::root::{Ecam, Ports, Registers, Root};
 use crate::platform::{MmioDevice, Platform};
-use crate::virtio::mmio::{Mmio, QUEUE_NOTIFY};
+use crate::virtio::mmio::{INTERRUPT_ACKNOWLEDGE, Mmio, QUEUE_NOTIFY};
 use crate::virtio::transport::Transport;
 use crate::virtio::workers::Loop;
 use crate::virtio::{Interrupts, VirtioDevice, pci};
@@ -23,6 +25,8 @@ const REGISTERS: u64 = 0x1000;
 /// What devices are attached to.
 pub struct Slots<'a> {
     pub vm: &'a Arc<Vm>,
+    /// Any one of its vCPUs.
+    pub vcpu: &'a VcpuFd,
     pub mmio: &'a Bus,
     pub memory: &'a Memory,
     /// The loop of devices that have no threads of their own.
@@ -72,7 +76,8 @@ impl Slots<'_> {
         for (queue, kick) in kicks.iter().enumerate() {
             self.vm.kick(kick, registers.start + QUEUE_NOTIFY, queue as u32)?;
         }
-        let interrupts = Interrupts::line(self.vm.interrupt(gsi)?);
+        let acknowledged = self.vm.post(self.vcpu, registers.start + INTERRUPT_ACKNOWLEDGE);
+        let interrupts = Interrupts::line(self.vm.interrupt(gsi)?, acknowledged);
         let transport = self.transport(device, interrupts, kicks)?;
         self.mmio.attach(registers, Arc::new(Mutex::new(Mmio(transport.clone()))))?;
         self.platform.virtio_mmio.push(MmioDevice { registers, gsi });

@@ -78,8 +78,15 @@ pub fn build(id: &str, config: &Config, host: &mut dyn Host, prepared: Prepared)
         true => Some(pci_bus(&vm, &surroundings.mmio, &surroundings.pio, &platform)?),
         false => None,
     };
-    let mut slots =
-        Slots { vm: &vm, mmio: &surroundings.mmio, memory: &memory, io: &io, platform: &mut platform, root };
+    let mut slots = Slots {
+        vm: &vm,
+        vcpu: &vcpus[0],
+        mmio: &surroundings.mmio,
+        memory: &memory,
+        io: &io,
+        platform: &mut platform,
+        root,
+    };
     let mut devices = Vec::new();
     for device in config.devices() {
         let (name, place) = (device.name(), slots.free_place()?);

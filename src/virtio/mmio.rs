@@ -13,6 +13,8 @@ const VENDOR: u32 = u32::from_le_bytes(*b"ALUL");
 const CONFIG: u64 = 0x100;
 /// Where QueueNotify is: kicks arrive there.
 pub const QUEUE_NOTIFY: u64 = 0x50;
+/// Where InterruptACK is: nobody waits for what is written there.
+pub const INTERRUPT_ACKNOWLEDGE: u64 = 0x64;
 
 /// Offset to register (virtio 1.2, 4.2.2).
 fn register(offset: u64) -> Option<Register> {
@@ -27,7 +29,7 @@ fn register(offset: u64) -> Option<Register> {
         0x44 => Register::QueueReady,
         QUEUE_NOTIFY => Register::QueueNotify,
         0x60 => Register::InterruptStatus,
-        0x64 => Register::InterruptAcknowledge,
+        INTERRUPT_ACKNOWLEDGE => Register::InterruptAcknowledge,
         0x70 => Register::Status,
         0x80 => Register::QueueDescLow,
         0x84 => Register::QueueDescHigh,

@@ -21,6 +21,7 @@ use crate::memory::Memory;
 use crate::metrics::Group;
 use crate::snapshot::SaveState;
 use crate::uring::Uring;
+use crate::vm::posted::Posted;
 
 pub use queue::{Chain, Queue};
 pub use workers::{RING, Registrar, Switch};
@@ -111,6 +112,8 @@ struct InterruptState {
 /// vector of its own for each purpose (MSI-X).
 pub struct Interrupts {
     status: AtomicU32,
+    /// What the driver has acknowledged and `status` does not say yet.
+    acknowledged: Option<Posted>,
     /// The line, or the events of all vectors.
     events: Vec<EventFd>,
     /// With vectors: the one for configuration changes, and the queues' ones.
@@ -120,20 +123,24 @@ pub struct Interrupts {
 }
 
 impl Interrupts {
-    /// A line that writes to `event`.
-    pub fn line(event: EventFd) -> Arc<Self> {
-        Arc::new(Self { status: 0.into(), events: vec![event], vectors: None, generation: 0.into() })
+    /// A line that writes to `event`; of the driver's writes to InterruptACK, those that are posted are
+    /// found in `acknowledged`.
+    pub fn line(event: EventFd, acknowledged: Option<Posted>) -> Arc<Self> {
+        let (status, generation) = (0.into(), 0.into());
+        Arc::new(Self { status, acknowledged, events: vec![event], vectors: None, generation })
     }
 
     /// A vector per event, for a device with so many queues.
     pub fn vectors(events: Vec<EventFd>, queues: usize) -> Arc<Self> {
         let queues = (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect();
         let vectors = Some((AtomicU16::new(NO_VECTOR), queues));
-        Arc::new(Self { status: 0.into(), events, vectors, generation: 0.into() })
+        Arc::new(Self { status: 0.into(), acknowledged: None, events, vectors, generation: 0.into() })
     }
 
     /// Notes what to tell the driver; a write to the event, if there is one, tells it.
     fn raise(&self, bit: u32, vector: impl FnOnce(&(AtomicU16, Vec<AtomicU16>)) -> u16) -> Option<&EventFd> {
+        // The other way round, an older acknowledgement would be taken for one of this.
+        self.settle();
         self.status.fetch_or(bit, Ordering::SeqCst);
         let index = self.vectors.as_ref().map_or(0, vector);
         self.events.get(usize::from(index))
@@ -159,11 +166,19 @@ impl Interrupts {
     }
 
     fn status(&self) -> u32 {
+        self.settle();
         self.status.load(Ordering::SeqCst)
     }
 
     fn acknowledge(&self, bits: u32) {
+        self.settle();
         self.status.fetch_and(!bits, Ordering::SeqCst);
+    }
+
+    fn settle(&self) {
+        if let Some(acknowledged) = &self.acknowledged {
+            self.status.fetch_and(!acknowledged.take(), Ordering::SeqCst);
+        }
     }
 
     fn config_vector(&self) -> u16 {
@@ -190,6 +205,7 @@ impl Interrupts {
         own.iter()
             .zip(state.vectors)
             .for_each(|(own, saved)| own.store(self.checked(saved), Ordering::SeqCst));
+        self.settle();
         self.status.store(state.status, Ordering::SeqCst);
         if state.status != 0 && self.vectors.is_none() {
             // The pulse may have been lost with the old line; one too many is harmless.

@@ -3,11 +3,13 @@
 pub mod exit;
 pub mod gate;
 pub mod irq;
+pub mod posted;
 pub mod vcpu;
 
 use std::fs::File;
 use std::io::ErrorKind;
 use std::os::fd::{FromRawFd, IntoRawFd};
+use std::sync::{Arc, Mutex};
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
@@ -84,6 +86,8 @@ pub struct Vm {
     cpu_model: CpuModel,
     max_vcpus: usize,
     routes: irq::Routes,
+    /// Mapped for the first register that needs it.
+    posted: Mutex<Option<Arc<Mutex<posted::Writes>>>>,
     /// Where interrupt messages are written, if that is a frame of ours.
     message_frame: Option<MessageFrame>,
     /// What its start is made of.
@@ -107,6 +111,7 @@ impl Vm {
             cpu_model,
             max_vcpus,
             routes: irq::Routes::default(),
+            posted: Mutex::default(),
             message_frame: None,
             timeline,
             _controller: None,

@@ -166,7 +166,7 @@ impl Guest {
         let notes = Notes { rings: vec![Ring::default(); device.queue_sizes().len()], allocated: 0 };
         let (transport, registers) = match kind {
             Kind::Mmio => {
-                let interrupts = Interrupts::line(event());
+                let interrupts = Interrupts::line(event(), None);
                 let transport = transport(device, memory.clone(), event_loop, interrupts);
                 (transport.clone(), Registers::Mmio(Mmio(transport)))
             }
