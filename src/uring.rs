@@ -26,6 +26,9 @@ const CANCELLED: u64 = u64::MAX - 1;
 const WATCHED: u64 = u64::MAX - 2;
 const SIGNALLED: u64 = u64::MAX - 3;
 
+/// Room for so many completions of those.
+const OWN: u32 = 4;
+
 /// What an event's counter is raised by.
 static ONE: u64 = 1;
 
@@ -110,12 +113,14 @@ impl Uring {
     }
 
     fn build(mut builder: io_uring::Builder, in_flight: u32) -> IoResult<Self> {
+        // Beside operations, what they are told apart from by user data of ours.
+        let completions = in_flight.max(BATCH) + OWN;
         // An operation that cannot be started completes with its error; the ones after it go on.
-        let ring = builder.setup_submit_all().setup_clamp().setup_cqsize(in_flight.max(BATCH)).build(BATCH);
+        let ring = builder.setup_submit_all().setup_clamp().setup_cqsize(completions).build(BATCH);
         let ring = match ring {
             // Before Linux 5.18 there was no such flag.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-                IoUring::builder().setup_clamp().setup_cqsize(in_flight.max(BATCH)).build(BATCH)?
+                IoUring::builder().setup_clamp().setup_cqsize(completions).build(BATCH)?
             }
             result => result?,
         };

@@ -7,6 +7,7 @@ use std::io::ErrorKind;
 use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 
+use smallvec::SmallVec;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{
     GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryBackend, GuestMemoryRegion, MmapRegion,
@@ -28,9 +29,10 @@ pub struct Buffers {
     memory: Memory,
     /// What is written is noted, as was decided when the machine was built.
     tracks: bool,
-    vectors: Vec<libc::iovec>,
+    /// Most requests have one.
+    vectors: SmallVec<[libc::iovec; 1]>,
     /// Vectors before this one are taken away.
-    first: usize,
+    first: u32,
     length: usize,
 }
 
@@ -53,7 +55,7 @@ impl Buffers {
     /// Nothing yet, of `memory`.
     pub fn new(memory: Memory) -> Self {
         let tracks = memory.memory().iter().any(|region| MmapRegion::bitmap(region).is_some());
-        Self { memory, tracks, vectors: Vec::new(), first: 0, length: 0 }
+        Self { memory, tracks, vectors: SmallVec::new(), first: 0, length: 0 }
     }
 
     /// Makes room for so many vectors.
@@ -150,9 +152,10 @@ impl Buffers {
 
     /// Takes away the vectors for whose index `keep` is false.
     pub fn retain(&mut self, mut keep: impl FnMut(usize) -> bool) {
-        let mut kept = self.first;
-        for at in self.first..self.vectors.len() {
-            if keep(at - self.first) {
+        let first = self.first as usize;
+        let mut kept = first;
+        for at in first..self.vectors.len() {
+            if keep(at - first) {
                 self.vectors[kept] = self.vectors[at];
                 kept += 1;
             } else {
@@ -174,7 +177,7 @@ impl Buffers {
 
     /// For the kernel: none is empty. Valid for as long as this lives, cleared or not: guest memory is.
     pub fn vectors(&self) -> &[libc::iovec] {
-        &self.vectors[self.first..]
+        &self.vectors[self.first as usize..]
     }
 
     /// Takes the first `count` bytes away; false: there are fewer.
@@ -185,7 +188,7 @@ impl Buffers {
         self.length -= count;
         let mut left = count;
         while left > 0 {
-            let vector = &mut self.vectors[self.first];
+            let vector = &mut self.vectors[self.first as usize];
             let here = vector.iov_len.min(left);
             vector.iov_base = vector.iov_base.wrapping_byte_add(here);
             vector.iov_len -= here;
@@ -250,7 +253,7 @@ impl Buffers {
     #[allow(unsafe_code)]
     pub fn copy_from_vector(&self, vector: usize, mut offset: usize, bytes: &[u8]) {
         let mut rest = bytes;
-        let from = self.first + vector;
+        let from = self.first as usize + vector;
         for vector in &self.vectors[from..] {
             if offset >= vector.iov_len {
                 offset -= vector.iov_len;
@@ -327,8 +330,9 @@ impl Buffers {
 
     /// Calls with the vectors of the first `count` bytes, or of so many of them as fit one call.
     fn with_first<T>(&mut self, count: usize, call: impl FnOnce(&[libc::iovec]) -> T) -> T {
-        let (mut used, mut end) = (0, self.first);
-        while used < count && end < self.vectors.len() && end - self.first < VECTORS_MAX {
+        let first = self.first as usize;
+        let (mut used, mut end) = (0, first);
+        while used < count && end < self.vectors.len() && end - first < VECTORS_MAX {
             used += self.vectors[end].iov_len;
             end += 1;
         }
@@ -336,7 +340,7 @@ impl Buffers {
         if over > 0 {
             self.vectors[end - 1].iov_len -= over;
         }
-        let result = call(&self.vectors[self.first..end]);
+        let result = call(&self.vectors[first..end]);
         if over > 0 {
             self.vectors[end - 1].iov_len += over;
         }
@@ -400,7 +404,7 @@ impl Buffers {
 
     /// The same from the vector of this index on.
     pub fn mark_vectors_dirty(&self, vector: usize, mut count: usize) {
-        let from = self.first + vector;
+        let from = self.first as usize + vector;
         for vector in &self.vectors[from..] {
             let here = vector.iov_len.min(count);
             self.mark(vector.iov_base, here);

@@ -21,12 +21,17 @@ use crate::virtio::{Queue, Registrar, Worker};
 const KICK: u32 = 0;
 const TIMER: u32 = 1;
 
+/// So many requests of a queue are with the kernel at a time, and have their places from the start: what
+/// a guest has waiting beyond these costs the host nothing. A disk that takes 100 us for each does
+/// 640,000 a second so, which is more than one thread can ask for.
+const IN_FLIGHT_MAX: u16 = 64;
+
 /// What ended the taking of requests.
 #[derive(PartialEq)]
 enum Taken {
     /// There are no more.
     All,
-    /// As many are in flight as the queue has places: a completion makes room.
+    /// As many are in flight as there are places: a completion makes room.
     Full,
     /// A queue's worth was taken: others of the same loop have their turn.
     Share,
@@ -42,9 +47,9 @@ pub struct Running {
     timer: Option<TimerFd>,
     queue: Queue,
     disk: Arc<Disk>,
-    /// Requests in flight, and used ones for those to come: never more than the queue has places, each
-    /// of them with at most two vectors per descriptor that a driver may use.
-    requests: Vec<Request>,
+    /// Requests in flight, and places for those to come. They stay where they are: the kernel reads their
+    /// vectors, of which each has at most two per descriptor that a driver may use.
+    requests: Box<[Request]>,
     free: Vec<u16>,
     scratch: Scratch,
     bounce: Bounce,
@@ -56,16 +61,16 @@ impl Running {
     /// A queue of `disk`; `refused` is told once if the host does not let us have a ring.
     pub fn new(queue: Queue, disk: Arc<Disk>, wants_ring: bool, refused: Arc<Once>) -> Self {
         let scratch = Scratch::new(&disk.memory);
-        let requests = Vec::with_capacity(queue.size().into());
         Self {
             ring: None,
             wants_ring,
             refused,
             timer: None,
             queue,
+            // One is done at a time.
+            requests: [Request::new(&disk.memory)].into(),
+            free: vec![0],
             disk,
-            requests,
-            free: Vec::new(),
             scratch,
             bounce: Bounce::default(),
             now: Instant::now(),
@@ -75,11 +80,15 @@ impl Running {
     fn open_ring(&mut self) {
         // Clusters that one worker gives back may not be where another's operations are in flight.
         let ring = match self.disk.image.raw().is_some() || self.disk.workers == 1 {
-            true => Ring::new(self.queue.size()),
+            true => Ring::new(IN_FLIGHT_MAX),
             false => Err(Error::config("a qcow2 image with several queues is used by one request at a time")),
         };
         match ring {
-            Ok(ring) => self.ring = Some(ring),
+            Ok(ring) => {
+                self.ring = Some(ring);
+                self.requests = (0..IN_FLIGHT_MAX).map(|_| Request::new(&self.disk.memory)).collect();
+                self.free = (0..IN_FLIGHT_MAX).rev().collect();
+            }
             Err(error) => self.refused.call_once(|| {
                 let id = &self.disk.id;
                 log::line(format_args!("disk `{id}`: {error}: its `io_engine` is Sync instead of Async"))
@@ -122,7 +131,7 @@ impl Running {
     fn take(&mut self, memory: &Regions, share: &mut u16) -> Result<Taken> {
         self.now = Instant::now();
         loop {
-            let Some(index) = self.place() else { return Ok(Taken::Full) };
+            let Some(index) = self.free.pop() else { return Ok(Taken::Full) };
             if *share == 0 {
                 self.free.push(index);
                 return Ok(Taken::Share);
@@ -166,15 +175,6 @@ impl Running {
         let wait = wait.max(Duration::from_micros(1));
         let timer = self.timer.as_mut().expect("where there are limits there is a timer");
         timer.reset(wait, None).context("set a timer")
-    }
-
-    /// A place for one more request.
-    fn place(&mut self) -> Option<u16> {
-        if self.free.is_empty() && self.requests.len() < usize::from(self.queue.size()) {
-            self.free.push(self.requests.len() as u16);
-            self.requests.push(Request::new(&self.disk.memory));
-        }
-        self.free.pop()
     }
 
     /// Starts the next step of a request, or does all that is left.
