@@ -172,6 +172,9 @@ fn a_guest_sees_its_tap_go_down_and_up() {
     }
     let (mut guest, _wire) = guest(Kind::Mmio, json!({}));
     guest.start(F_EVENT_IDX);
+    // Its thread has started it.
+    let out = outgoing(&mut guest, 1);
+    guest.request(TX, &[(out, 0)]);
     common::output("ip", &["link", "del", "tap0"]);
     wait_for(|| !link_is_up(&mut guest));
 }
