@@ -146,6 +146,49 @@ fn a_flush_reaches_the_file_whatever_happens_then() {
 }
 
 #[test]
+fn what_is_around_a_write_stays_whatever_lies_beneath() {
+    // Neither the images nor what is beneath them end with a cluster.
+    const TOP: usize = SIZE - 1536;
+    let folder = Folder::new();
+    let mut base = pattern(1, SIZE / 2 + 2560);
+    base[100 << 10..300 << 10].fill(0);
+    folder.write("base", &base);
+    qemu_img(
+        &folder,
+        &["convert", "-q", "-c", "-f", "raw", "-O", "qcow2", "-o", "cluster_size=4k", "base", "small"],
+    );
+    let create = ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"];
+    qemu_img(&folder, &[&create[..], &["small", "-o", "cluster_size=512", "middle", "3M"]].concat());
+    qemu_img(&folder, &[&create[..], &["middle", "disk", &TOP.to_string()]].concat());
+    let mut expected = [base, vec![0; TOP]].concat();
+    expected.truncate(TOP);
+    // Pieces of each kind within the clusters of the image above.
+    let mut disk = Disk::new(config(&folder.path("middle"), json!({}))).unwrap();
+    for at in (0..3 << 20).step_by(40 << 10) {
+        let bytes = pattern(at as u64, 3072);
+        assert_eq!(disk.write((at / 512) as u64, &bytes), Ok(()));
+        expected[at..at + 3072].copy_from_slice(&bytes);
+        assert_eq!(disk.ranges(DISCARD, &[((at / 512) as u64 + 2, 1, 0)]), Ok(()));
+        expected[at + 1024..at + 1536].fill(0);
+    }
+    disk.end();
+    let mut disk = Disk::new(config(&folder.path("disk"), json!({}))).unwrap();
+    for cluster in 0..SIZE / CLUSTER {
+        // The front, the middle, the end, and beyond that.
+        let at = cluster * CLUSTER + [0, 20 << 10, 60 << 10, 40 << 10][cluster % 4];
+        let bytes = pattern(at as u64, [512, 5120, 4096, 30 << 10][cluster % 4].min(TOP - at));
+        assert_eq!(disk.write((at / 512) as u64, &bytes), Ok(()));
+        expected[at..at + bytes.len()].copy_from_slice(&bytes);
+        if cluster % 4 == 2 {
+            assert_eq!(disk.ranges(WRITE_ZEROES, &[((at / 512) as u64 + 1, 3, 0)]), Ok(()));
+            expected[at + 512..at + 2048].fill(0);
+        }
+    }
+    disk.end();
+    check(&folder, &expected);
+}
+
+#[test]
 fn discarded_clusters_are_given_back_to_the_host() {
     let folder = Folder::new();
     qemu_img(&folder, &["create", "-q", "-f", "qcow2", "disk", "4M"]);

@@ -13,6 +13,9 @@ use imago::storage::drivers::CommonStorageHelper;
 
 use crate::devices::block::holes;
 
+/// What is written where no holes can be.
+static ZEROS: [u8; 4096] = [0; 4096];
+
 /// An open file, and the bookkeeping that `imago` keeps with it.
 #[derive(Debug)]
 pub struct Layer {
@@ -51,6 +54,48 @@ impl Layer {
     pub fn file(&self) -> &File {
         &self.file
     }
+
+    /// Reads from byte `offset` on. What is beyond the end of the file reads as zeros, as `imago` asks.
+    pub fn read(&self, mut rest: &mut [u8], mut offset: u64) -> Result<()> {
+        while !rest.is_empty() {
+            match self.file.read_at(rest, offset) {
+                Ok(0) => {
+                    rest.fill(0);
+                    break;
+                }
+                Ok(count) => {
+                    rest = &mut rest[count..];
+                    offset += count as u64;
+                }
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes from byte `offset` on.
+    pub fn write(&self, bytes: &[u8], offset: u64) -> Result<()> {
+        self.check(offset, bytes.len() as u64)?;
+        self.file.write_all_at(bytes, offset)
+    }
+
+    /// Makes a range zeros; the file then reaches to its end at least.
+    pub fn zero(&self, offset: u64, length: u64) -> Result<()> {
+        self.check(offset, length)?;
+        match holes::zero(&self.file, offset, length, true) {
+            // A file system without holes.
+            Err(error) if error.kind() == ErrorKind::Unsupported => {
+                let end = offset + length;
+                let piece = |at: u64| &ZEROS[..ZEROS.len().min((end - at) as usize)];
+                let mut pieces = (offset..end).step_by(ZEROS.len());
+                pieces.try_for_each(|at| self.file.write_all_at(piece(at), at))
+            }
+            // A hole does not make a file longer.
+            Ok(()) if self.size()? < offset + length => self.file.set_len(offset + length),
+            result => result,
+        }
+    }
 }
 
 impl fmt::Display for Layer {
@@ -65,46 +110,24 @@ impl Storage for Layer {
         (&self.file).seek(SeekFrom::End(0))
     }
 
-    /// What is beyond the end of the file reads as zeros, as `imago` asks.
     unsafe fn pure_readv(&self, bufv: IoVectorMut<'_>, mut offset: u64) -> Result<()> {
         for mut slice in bufv.into_inner() {
-            let mut rest = &mut slice[..];
-            while !rest.is_empty() {
-                match self.file.read_at(rest, offset) {
-                    Ok(0) => {
-                        rest.fill(0);
-                        offset += rest.len() as u64;
-                        break;
-                    }
-                    Ok(count) => {
-                        rest = &mut rest[count..];
-                        offset += count as u64;
-                    }
-                    Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                    Err(error) => return Err(error),
-                }
-            }
+            self.read(&mut slice, offset)?;
+            offset += slice.len() as u64;
         }
         Ok(())
     }
 
     unsafe fn pure_writev(&self, bufv: IoVector<'_>, mut offset: u64) -> Result<()> {
-        self.check(offset, bufv.len())?;
         for slice in bufv.into_inner() {
-            self.file.write_all_at(&slice, offset)?;
+            self.write(&slice, offset)?;
             offset += slice.len() as u64;
         }
         Ok(())
     }
 
     unsafe fn pure_write_zeroes(&self, offset: u64, length: u64) -> Result<()> {
-        self.check(offset, length)?;
-        holes::zero(&self.file, offset, length, true)?;
-        // A hole does not make a file longer.
-        if self.size()? < offset + length {
-            self.file.set_len(offset + length)?;
-        }
-        Ok(())
+        self.zero(offset, length)
     }
 
     unsafe fn pure_discard(&self, offset: u64, length: u64) -> Result<()> {

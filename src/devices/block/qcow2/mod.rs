@@ -1,13 +1,14 @@
-//! A qcow2 image with those beneath it, by `imago`. Where a cluster is, `imago` says; its data then
-//! goes between the file and guest memory without it. New clusters, compressed ones and the tables
-//! are its own.
+//! A qcow2 image with those beneath it, by `imago`. Where a cluster is, or a new one is to be, `imago`
+//! says; its data then goes between the file and guest memory without it. Compressed clusters and the
+//! tables are its own.
 
 mod chain;
+mod growth;
 mod header;
 mod layer;
 
 use std::fs::File;
-use std::io::{ErrorKind, IoSlice, IoSliceMut, Result as IoResult};
+use std::io::{ErrorKind, IoSliceMut, Result as IoResult};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -20,6 +21,7 @@ use crate::error::{Context, Result};
 use crate::host::Host;
 use crate::virtio::buffers::Buffers;
 use chain::Chain;
+use growth::Growth;
 use header::Header;
 use layer::Layer;
 
@@ -27,6 +29,7 @@ use layer::Layer;
 pub struct Qcow2 {
     /// Requests on several threads only read the lock; what takes clusters away writes it.
     access: RwLock<FormatAccess<Layer>>,
+    growth: Growth,
     /// The topmost file, a second time: `imago` keeps its own.
     file: File,
     header: Header,
@@ -40,7 +43,7 @@ impl Qcow2 {
         let own = file.try_clone().context("duplicate a descriptor")?;
         let chain = Chain::new(&what, host, path, config.backing.as_deref())?;
         let image = chain.open(file, path, access)?;
-        Ok(Self { access: RwLock::new(image), file: own, header })
+        Ok(Self { access: RwLock::new(image), growth: Growth::default(), file: own, header })
     }
 
     /// The same image, as it is in the file now. The caller promises that nothing is in flight.
@@ -104,7 +107,7 @@ impl Qcow2 {
                 }
                 Mapping::Zero { .. } => buffers.zero(count),
                 _ => {
-                    access.readv(front(buffers, count, IoSliceMut::new).into(), offset)?;
+                    access.readv(front(buffers, count).into(), offset)?;
                     buffers.mark_dirty(count);
                     buffers.advance(count);
                 }
@@ -120,18 +123,16 @@ impl Qcow2 {
         while !buffers.is_empty() {
             let (mapping, length) = access.get_mapping(offset, buffers.len() as u64)?;
             let count = usize::try_from(length).map_or(buffers.len(), |length| length.min(buffers.len()));
-            match mapping {
+            let written = match mapping {
                 _ if count == 0 => return Err(ErrorKind::UnexpectedEof.into()),
                 Mapping::Raw { storage, offset, writable: true, .. } => {
                     storage.check(offset, count as u64)?;
                     buffers.write_some_at(storage.file(), offset, count)?;
+                    count
                 }
-                _ => {
-                    access.writev(front(buffers, count, |piece| IoSlice::new(piece)).into(), offset)?;
-                    buffers.advance(count);
-                }
-            }
-            offset += count as u64;
+                _ => self.growth.write(&access, self.header.cluster, buffers, offset, count)?,
+            };
+            offset += written as u64;
         }
         Ok(())
     }
@@ -199,9 +200,9 @@ impl Drop for Qcow2 {
     }
 }
 
-/// The first `count` bytes of `buffers`, each piece as `slice` makes it of memory.
+/// The first `count` bytes of `buffers`.
 #[allow(unsafe_code)]
-fn front<'a, T>(buffers: &'a mut Buffers, count: usize, slice: impl Fn(&'a mut [u8]) -> T) -> Vec<T> {
+fn front(buffers: &mut Buffers, count: usize) -> Vec<IoSliceMut<'_>> {
     let mut left = count;
     let piece = |vector: &libc::iovec| {
         let length = vector.iov_len.min(left);
@@ -210,5 +211,5 @@ fn front<'a, T>(buffers: &'a mut Buffers, count: usize, slice: impl Fn(&'a mut [
         // by system calls and plain copies; that the guest may write to it as well is its fault.
         (length > 0).then(|| unsafe { std::slice::from_raw_parts_mut(vector.iov_base.cast(), length) })
     };
-    buffers.vectors().iter().map_while(piece).map(slice).collect()
+    buffers.vectors().iter().map_while(piece).map(IoSliceMut::new).collect()
 }
