@@ -11,7 +11,7 @@ use std::path::Path;
 use std::process::Command;
 
 use common::Folder;
-use common::disk::{DISCARD, Disk, WRITE_ZEROES};
+use common::disk::{DISCARD, Disk, OUT, WRITE_ZEROES};
 use common::loopback::BlockDevice;
 use serde_json::{Value, json};
 
@@ -186,6 +186,44 @@ fn what_is_around_a_write_stays_whatever_lies_beneath() {
     }
     disk.end();
     check(&folder, &expected);
+}
+
+#[test]
+fn what_several_queues_write_to_the_same_new_clusters_is_all_there() {
+    for options in [&[][..], &["-o", "cluster_size=2M"]] {
+        let folder = Folder::new();
+        let mut expected = chain(&folder, options);
+        let more = json!({ "num_queues": 2, "threads": 2 });
+        let mut disk = Disk::new(config(&folder.path("disk"), more)).unwrap();
+        // 64 blocks at a time: every other one by the other queue, some of them made zeros.
+        for first in (0..SIZE / 4096).step_by(64) {
+            for (slot, block) in (first..first + 64).enumerate() {
+                let (queue, slot) = (slot % 2, (slot / 2) as u16);
+                let (sector, at) = ((block * 8) as u64, block * 4096);
+                if block % 5 == 0 {
+                    let range = [&sector.to_le_bytes()[..], &8_u32.to_le_bytes(), &[0; 4]].concat();
+                    disk.set_data(queue, slot, &range);
+                    disk.put(queue, slot, WRITE_ZEROES, 0, range.len());
+                    expected[at..at + 4096].fill(0);
+                } else {
+                    let bytes = pattern(at as u64, 4096);
+                    disk.set_data(queue, slot, &bytes);
+                    disk.put(queue, slot, OUT, sector, bytes.len());
+                    expected[at..at + 4096].copy_from_slice(&bytes);
+                }
+            }
+            (0..2).for_each(|queue| disk.kick(queue));
+            for _ in 0..32 {
+                for queue in 0..2 {
+                    let (slot, _) = disk.wait(queue);
+                    assert_eq!(disk.status(queue, slot), 0);
+                }
+            }
+        }
+        assert!(content(&mut disk) == expected);
+        disk.end();
+        check(&folder, &expected);
+    }
 }
 
 #[test]

@@ -187,7 +187,31 @@ impl Qcow2 {
         if unmap {
             self.discard(offset, length)?;
         }
-        self.shared().write_zeroes(offset, length)
+        let access = self.alone();
+        let (mut at, end, cluster) = (offset, offset + length, self.header.cluster);
+        while at < end {
+            let inner = at.is_multiple_of(cluster) && end - at >= cluster;
+            let next = if inner { end / cluster * cluster } else { end.min((at / cluster + 1) * cluster) };
+            // `imago` looks at the rest of a cluster, and then makes all of it zeros: nothing may be
+            // written there meanwhile.
+            if inner || !zero_part(&access, at, next - at)? {
+                access.write_zeroes(at, next - at)?;
+            }
+            at = next;
+        }
+        Ok(())
+    }
+}
+
+/// Makes a part of a cluster zeros, where its data is; false: it has none of its own, or the host cannot.
+fn zero_part(access: &FormatAccess<Layer>, at: u64, length: u64) -> IoResult<bool> {
+    let (Mapping::Raw { storage, offset, writable: true, .. }, _) = access.get_mapping(at, length)? else {
+        return Ok(false);
+    };
+    storage.check(offset, length)?;
+    match holes::zero(storage.file(), offset, length, false) {
+        Err(error) if error.kind() == ErrorKind::Unsupported => Ok(false),
+        result => result.map(|()| true),
     }
 }
 
