@@ -535,6 +535,44 @@ fn an_image_may_lie_where_nothing_is_taken_back() {
 }
 
 #[test]
+fn a_host_without_room_is_an_error_for_the_guest_and_no_harm_to_the_image() {
+    let test = || {
+        let folder = Folder::on_disk();
+        common::mount_tmpfs(&folder.0, 1 << 20);
+        qemu_img(&folder, &["create", "-q", "-f", "qcow2", "disk", "4M"]);
+        let mut disk = Disk::new(config(&folder.path("disk"), json!({}))).unwrap();
+        let mut expected = vec![0; SIZE];
+        let mut refused = 0;
+        for cluster in 0..SIZE / CLUSTER {
+            let at = cluster * CLUSTER;
+            let bytes = pattern(at as u64, CLUSTER);
+            match disk.write((at / 512) as u64, &bytes) {
+                Ok(()) => expected[at..at + CLUSTER].copy_from_slice(&bytes),
+                Err(_) => refused += 1,
+            }
+            if cluster == 0 {
+                // The tables have their places.
+                assert_eq!(disk.flush(), Ok(()));
+            }
+        }
+        assert!((40..60).contains(&refused), "{refused}");
+        assert!(content(&mut disk) == expected, "what was refused is as it was");
+        assert_eq!(disk.ranges(DISCARD, &[(0, 512, 0)]), Ok(()));
+        expected[..4 * CLUSTER].fill(0);
+        let bytes = pattern(5, 4096);
+        assert_eq!(disk.write(6144, &bytes), Ok(()), "there is room again");
+        expected[3 << 20..(3 << 20) + 4096].copy_from_slice(&bytes);
+        assert_eq!(disk.flush(), Ok(()));
+        disk.end();
+        let roomy = Folder::on_disk();
+        std::fs::copy(folder.path("disk"), roomy.path("disk")).unwrap();
+        check(&roomy, &expected);
+        common::output("umount", &["-l", folder.0.to_str().unwrap()]);
+    };
+    std::thread::spawn(test).join().unwrap();
+}
+
+#[test]
 fn an_image_may_be_in_a_block_device_however_large() {
     for (engine, length) in [("Sync", 64 << 20), ("Async", 5 << 30)] {
         let folder = Folder::on_disk();
