@@ -10,7 +10,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 
 use common::Folder;
-use common::disk::{DISCARD, Disk, FLUSH, IN, IN_FLIGHT_MAX, OUT};
+use common::disk::{DISCARD, Disk, FLUSH, IN, IN_FLIGHT_MAX, OUT, WRITE_ZEROES};
 use serde_json::{Value, json};
 
 /// Counts what is allocated, by all threads.
@@ -102,25 +102,107 @@ fn no_request_allocates_on_either_engine() {
     }
 }
 
+fn qemu_img(folder: &Folder, arguments: &[&str]) {
+    let status = std::process::Command::new("qemu-img").args(arguments).current_dir(&folder.0).status();
+    assert!(status.expect("qemu-img is needed: `apt-get install qemu-utils`").success());
+}
+
+fn qcow2(folder: &Folder, engine: &str) -> Disk {
+    Disk::new(json!({
+        "drive_id": "d", "is_root_device": false, "path_on_host": folder.path("image"), "format": "qcow2",
+        "io_engine": engine,
+    }))
+    .unwrap()
+}
+
 #[test]
 fn what_is_there_in_a_qcow2_image_is_read_and_written_without_allocations() {
     let _alone = ALONE.lock();
     for engine in ["Sync", "Async"] {
         let folder = Folder::new();
-        let path = folder.path("image");
-        let create = ["create", "-q", "-f", "qcow2"];
-        let made = std::process::Command::new("qemu-img").args(create).arg(&path).arg("8M").status();
-        assert!(made.expect("qemu-img is needed: `apt-get install qemu-utils`").success());
-        let mut disk = Disk::new(json!({
-            "drive_id": "d", "is_root_device": false, "path_on_host": path, "format": "qcow2",
-            "io_engine": engine,
-        }))
-        .unwrap();
+        qemu_img(&folder, &["create", "-q", "-f", "qcow2", "image", "8M"]);
+        let mut disk = qcow2(&folder, engine);
         for place in 0..128 {
             assert_eq!(disk.write(place * 128, &[1; 64 << 10]), Ok(()));
         }
         for kind in [IN, OUT] {
             assert_eq!(allocations(&mut disk, kind, 4096), 0.0, "{engine} {kind}");
+        }
+    }
+}
+
+/// Sectors of a cluster of 64 KiB.
+const CLUSTER: u64 = 128;
+
+/// How many allocations a request takes, of requests at these sectors, one after the other.
+fn at(disk: &mut Disk, kind: u32, length: usize, sectors: impl Iterator<Item = u64>) -> f64 {
+    let (mut requests, mut before) = (0, 0);
+    for sector in sectors {
+        if kind == DISCARD || kind == WRITE_ZEROES {
+            let mut range = [0; 16];
+            range[..8].copy_from_slice(&sector.to_le_bytes());
+            range[8] = if kind == DISCARD { CLUSTER as u8 } else { 8 };
+            disk.set_data(0, 0, &range);
+        }
+        if requests == 0 {
+            disk.put(0, 0, kind, sector, length);
+            before = COUNT.load(Ordering::Relaxed);
+        } else {
+            disk.set_sector(0, 0, sector);
+            disk.offer(0, 0);
+        }
+        disk.kick(0);
+        disk.wait(0);
+        assert_eq!(disk.status(0, 0), 0, "{kind} at {sector}");
+        requests += 1;
+    }
+    (COUNT.load(Ordering::Relaxed) - before) as f64 / f64::from(requests)
+}
+
+/// What `imago` allocates for a mapping that it prepares: the list of its clusters, and the box of both.
+const MAPPING: f64 = 2.0;
+/// What it allocates to give clusters back: a list of them, and the same again, sorted.
+const GIVING_BACK: f64 = 2.0;
+/// What it allocates to write a table: the list of the buffer's pieces, and the range that is written.
+/// (The buffer itself it has from the system's allocator, past this one.)
+const TABLE: f64 = 2.0;
+
+#[test]
+fn a_new_cluster_of_a_qcow2_image_takes_two_small_allocations_and_what_is_there_none() {
+    let _alone = ALONE.lock();
+    for engine in ["Sync", "Async"] {
+        for beneath in [&[][..], &["-b", "base", "-F", "raw"]] {
+            let folder = Folder::new();
+            folder.write("base", vec![1; 40 << 20]);
+            qemu_img(&folder, &[&["create", "-q", "-f", "qcow2"], beneath, &["image", "64M"]].concat());
+            let mut disk = qcow2(&folder, engine);
+            let what = format!("{engine} {beneath:?}");
+            // The tables, and room for what is copied, and for ranges.
+            assert_eq!(disk.write(8, &[1; 4096]), Ok(()));
+            assert_eq!(disk.ranges(WRITE_ZEROES, &[(8, 8, 0)]), Ok(()));
+            assert_eq!(disk.flush(), Ok(()));
+            // Somewhere within 256 clusters, in no order.
+            let scattered = |first: u64| (0..256).map(move |at| (first + at * 73 % 256) * CLUSTER + 24);
+            for length in [4096, 64 << 10] {
+                assert_eq!(at(&mut disk, IN, length, scattered(1)), 0.0, "{what}: what is not there");
+            }
+            let new = at(&mut disk, OUT, 4096, scattered(1));
+            assert!(new <= MAPPING, "{what}: {new} for a new cluster");
+            assert_eq!(at(&mut disk, OUT, 4096, scattered(1)), 0.0, "{what}: what is there");
+            assert_eq!(at(&mut disk, WRITE_ZEROES, 16, scattered(1)), 0.0, "{what}: zeros there");
+            let new = at(&mut disk, OUT, 64 << 10, (300..500).map(|cluster| cluster * CLUSTER));
+            assert!(new <= MAPPING, "{what}: {new} for a whole new cluster");
+            let new = at(&mut disk, OUT, 4096, (0..1600).map(|block| 500 * CLUSTER + block * 8));
+            assert!(new <= MAPPING / 16.0, "{what}: {new} for a block, one after the other");
+            // Of both kinds, that were dirty.
+            let tables = at(&mut disk, FLUSH, 0, std::iter::once(0));
+            assert!(tables > 0.0 && tables <= 2.0 * TABLE, "{what}: {tables} for a flush");
+            assert_eq!(at(&mut disk, FLUSH, 0, 0..10), 0.0, "{what}: nothing to flush");
+            let given_back = at(&mut disk, DISCARD, 16, (1..200).map(|cluster| cluster * CLUSTER));
+            // The first one writes tables.
+            assert!(given_back < GIVING_BACK + 0.1, "{what}: {given_back} to give a cluster back");
+            let again = at(&mut disk, OUT, 4096, scattered(1).filter(|sector| *sector < 200 * CLUSTER));
+            assert!(again < MAPPING + 0.1, "{what}: {again} for a cluster that is there again");
         }
     }
 }

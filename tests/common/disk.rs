@@ -155,6 +155,12 @@ impl Disk {
         self.offer(queue, slot);
     }
 
+    /// Changes where on the disk the request of `slot` begins.
+    pub fn set_sector(&self, queue: usize, slot: u16, sector: u64) {
+        let place = GuestAddress(self.place(queue, slot) + 8);
+        self.memory.memory().write_obj(sector.to_le(), place).unwrap();
+    }
+
     /// Makes the descriptors of `slot` available again, as they are.
     pub fn offer(&mut self, queue: usize, slot: u16) {
         let memory = self.memory.memory();
