@@ -214,6 +214,34 @@ fn many_requests_in_flight_on_many_queues_all_reach_their_places() {
 }
 
 #[test]
+fn more_data_than_may_be_in_flight_goes_one_after_the_other_and_too_much_at_once_not_at_all() {
+    const MIB: usize = 1 << 20;
+    for engine in ["Sync", "Async"] {
+        let folder = Folder::new();
+        let (path, file) = image(&folder, 0);
+        file.set_len(4 << 30).unwrap();
+        file.write_all_at(&[7; 512], 90 << 20).unwrap();
+        let mut disk = Disk::new(config(&path, engine, json!({}))).unwrap();
+        // Behind the headers of all.
+        disk.misalignment = 16 << 20;
+        for slot in 0..5 {
+            disk.put(0, slot, IN, 0, 80 * MIB + usize::from(slot) * 512);
+        }
+        disk.kick(0);
+        for slot in 0..5 {
+            assert_eq!(disk.wait(0).1 as usize, 80 * MIB + slot * 512 + 1, "{engine}");
+        }
+        for (times, expected) in [(12, 0), (13, 1)] {
+            disk.put_repeated(0, 0, IN, 0, 80 * MIB, times);
+            disk.kick(0);
+            disk.wait(0);
+            assert_eq!(disk.status(0, 0), expected, "{engine}, {times}");
+        }
+        assert_eq!(disk.read((90 << 20) / 512, 512), Ok(vec![7; 512]));
+    }
+}
+
+#[test]
 fn what_is_in_flight_is_finished_on_the_old_image_when_another_is_put_in_its_place() {
     for engine in ENGINES {
         let folder = Folder::on_disk();

@@ -128,6 +128,19 @@ impl Disk {
 
     /// Makes a request available in the descriptors of `slot`, without a kick.
     pub fn put(&mut self, queue: usize, slot: u16, kind: u32, sector: u64, length: usize) {
+        self.put_repeated(queue, slot, kind, sector, length, usize::from(length > 0));
+    }
+
+    /// The same, with its data named so many times; more than once takes descriptors of the next slots.
+    pub fn put_repeated(
+        &mut self,
+        queue: usize,
+        slot: u16,
+        kind: u32,
+        sector: u64,
+        length: usize,
+        times: usize,
+    ) {
         let memory = self.memory.memory();
         let rings = RINGS * (queue as u64 + 1);
         let place = self.place(queue, slot);
@@ -139,10 +152,9 @@ impl Disk {
         let writes = if kind == IN || kind == GET_ID { 2 } else { 0 };
         let first = slot * 3;
         let data = self.data(queue, slot).0;
-        let mut descriptors = [(place, 16, 0), (data, length as u32, writes), (place + 16, 1, 2)].to_vec();
-        if length == 0 {
-            descriptors.remove(1);
-        }
+        let mut descriptors = vec![(place, 16, 0)];
+        descriptors.extend(std::iter::repeat_n((data, length as u32, writes), times));
+        descriptors.push((place + 16, 1, 2));
         let count = descriptors.len();
         for (index, (address, length, flags)) in descriptors.into_iter().enumerate() {
             let next = if index + 1 < count { (1, first + index as u16 + 1) } else { (0, 0) };

@@ -19,6 +19,9 @@ const GET_ID: u32 = 8;
 const DISCARD: u32 = 11;
 const WRITE_ZEROES: u32 = 13;
 
+/// So many bytes in one request: descriptors that name the same memory again and again would make it as
+/// long as the disk, and a pause would wait for it. No driver asks for more (EDK II's limit is this).
+pub const DATA_MAX: u64 = 1 << 30;
 /// So many ranges in one discard or write of zeros: they are looked at before anything is done.
 pub const RANGES_MAX: u32 = 16;
 /// So many sectors in one range to discard, 1 GiB: a file system takes its time to free them.
@@ -149,6 +152,9 @@ impl Request {
         };
         self.data.take(if self.kind == Kind::Read || self.kind == Kind::Id { writable } else { readable });
         self.length = self.data.len() as u64;
+        if self.length > DATA_MAX {
+            return Ok(Err(Code::IoError));
+        }
         Ok(match self.kind {
             Kind::Read | Kind::Write => {
                 let place = place(&disk.image, sector, self.length);

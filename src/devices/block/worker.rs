@@ -26,12 +26,16 @@ const TIMER: u32 = 1;
 /// 640,000 a second so, which is more than one thread can ask for.
 const IN_FLIGHT_MAX: u16 = 64;
 
+/// So many bytes at a time, or one request: a pause waits for what is in flight, and a guest that read
+/// terabytes into the same few pages would keep its host waiting.
+const BYTES_IN_FLIGHT_MAX: u64 = 64 << 20;
+
 /// What ended the taking of requests.
 #[derive(PartialEq)]
 enum Taken {
     /// There are no more.
     All,
-    /// As many are in flight as there are places: a completion makes room.
+    /// As much is in flight as may be: a completion makes room.
     Full,
     /// A queue's worth was taken: others of the same loop have their turn.
     Share,
@@ -51,6 +55,7 @@ pub struct Running {
     /// vectors, of which each has at most two per descriptor that a driver may use.
     requests: Box<[Request]>,
     free: Vec<u16>,
+    bytes_in_flight: u64,
     scratch: Scratch,
     bounce: Bounce,
     /// The time, as far as it matters: looked at once for many requests.
@@ -70,6 +75,7 @@ impl Running {
             // One is done at a time.
             requests: [Request::new(&disk.memory)].into(),
             free: vec![0],
+            bytes_in_flight: 0,
             disk,
             scratch,
             bounce: Bounce::default(),
@@ -151,12 +157,19 @@ impl Running {
                     continue;
                 }
             }
-            if let Err(wait) = self.allow(self.requests[usize::from(index)].length) {
+            let length = self.requests[usize::from(index)].length;
+            if self.bytes_in_flight > 0 && self.bytes_in_flight + length > BYTES_IN_FLIGHT_MAX {
+                self.queue.undo_pop();
+                self.free.push(index);
+                return Ok(Taken::Full);
+            }
+            if let Err(wait) = self.allow(length) {
                 self.queue.undo_pop();
                 self.free.push(index);
                 self.throttle(wait)?;
                 return Ok(Taken::Throttled);
             }
+            self.bytes_in_flight += length;
             self.go_on(memory, index)?;
         }
     }
@@ -252,6 +265,7 @@ impl Running {
 
     fn end(&mut self, memory: &Regions, index: u16, result: IoResult<()>) -> Result<()> {
         let request = &self.requests[usize::from(index)];
+        self.bytes_in_flight -= request.length;
         let code = match result {
             Ok(()) => {
                 self.count(request);
