@@ -91,6 +91,7 @@ fn machine(
     case: &Case,
     linux: Option<&Linux>,
 ) -> Result<Monitor> {
+    settle(&folder.join("disk"))?;
     let boot = match linux {
         None => json!({ "kernel_image_path": folder.join("firmware"), "boot_args": "bench" }),
         Some((kernel, initrd)) => json!({
@@ -120,6 +121,15 @@ fn machine(
     let monitor = Monitor::start(binary, is_ours, &folder.join("api.socket"), case.flags, &config)?;
     monitor.expect(&["bench: ready"])?;
     Ok(monitor)
+}
+
+/// What is written is on stable storage, and all of it is in the page cache, whoever had the disk before:
+/// direct I/O takes there what it writes.
+fn settle(disk: &Path) -> Result<()> {
+    let mut file = std::fs::File::open(disk)?;
+    file.sync_all()?;
+    std::io::copy(&mut file, &mut std::io::sink())?;
+    Ok(())
 }
 
 fn measure(debug: &Debug, mut monitor: Monitor, loads: &[&Load]) -> Result<Vec<Measured>> {
