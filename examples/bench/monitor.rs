@@ -2,30 +2,40 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Stdio};
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use crate::Result;
 
-/// Starts a monitor whose guest's output is to be read.
+/// Starts a monitor whose guest's output is to be read. Another one is called by the name under which any
+/// version of ours, too, takes Firecracker's command line.
 pub fn spawn(binary: &str, is_ours: bool, socket: &Path, more: &[&str], stdin: Stdio) -> Result<Child> {
     let mut command = Command::new(binary);
     if is_ours {
         command.arg("serve");
+    } else {
+        command.arg0("firecracker");
     }
     command.arg("--api-sock").arg(socket).args(more);
     command.stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::null());
     Ok(command.spawn()?)
 }
 
-pub fn connect(socket: &Path) -> Result<UnixStream> {
+/// Connects to a monitor as soon as it listens.
+pub fn connect(child: &mut Child, socket: &Path) -> Result<UnixStream> {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
         match UnixStream::connect(socket) {
             Ok(stream) => return Ok(stream),
-            Err(error) if Instant::now() > deadline => return Err(error.into()),
+            Err(_) if let Some(status) = child.try_wait()? => {
+                return Err(format!("it ended instead of serving its API: {status}").into());
+            }
+            Err(error) if Instant::now() > deadline => {
+                return Err(format!("wait for its API: {error}").into());
+            }
             Err(_) => std::thread::sleep(Duration::from_micros(20)),
         }
     }
@@ -76,8 +86,8 @@ impl Monitor {
                 line.clear();
             }
         });
-        let monitor = Self { child, stdin: stdin.ok_or("no input")?, lines };
-        let mut client = connect(socket)?;
+        let mut monitor = Self { child, stdin: stdin.ok_or("no input")?, lines };
+        let mut client = connect(&mut monitor.child, socket)?;
         for (path, body) in config {
             request(&mut client, "PUT", path, &body.to_string())?;
         }
@@ -93,10 +103,14 @@ impl Monitor {
     pub fn expect(&self, starts: &[&str]) -> Result<String> {
         let mut seen = String::new();
         loop {
-            let line = self
-                .lines
-                .recv_timeout(Duration::from_secs(300))
-                .map_err(|_| format!("waited for `{}` of the guest, got:\n{seen}", starts.join("` or `")))?;
+            let line = self.lines.recv_timeout(Duration::from_secs(300)).map_err(|error| {
+                let how = match error {
+                    RecvTimeoutError::Timeout => "took too long",
+                    RecvTimeoutError::Disconnected => "ended",
+                };
+                let starts = starts.join("` or `");
+                format!("it {how} before its guest said `{starts}`; it said: `{}`", seen.trim())
+            })?;
             if starts.iter().any(|start| line.starts_with(start)) {
                 return Ok(line);
             }

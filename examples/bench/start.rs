@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
@@ -25,11 +25,12 @@ pub fn start(ours: &str, other: Option<&str>, runs: usize) -> Result<()> {
     let kernel = folder.join("firmware");
     std::fs::write(&kernel, alula::firmware::IMAGE)?;
 
-    let mut measured = vec![figures()];
-    measured.extend(other.map(|_| figures()));
+    let mut own_figures = figures();
+    let mut others = other.map(|binary| (binary, figures(), None));
     for _ in 0..runs {
-        for (binary, figures) in [Some(ours), other].into_iter().flatten().zip(&mut measured) {
-            one_start(binary, binary == ours, folder, &kernel, figures)?;
+        one_start(ours, true, folder, &kernel, &mut own_figures)?;
+        if let Some((binary, figures, cannot @ None)) = &mut others {
+            *cannot = one_start(binary, false, folder, &kernel, figures).err();
         }
         let (wall, cpu) = one_floor(&floor)?;
         floors[0].push(wall);
@@ -37,14 +38,17 @@ pub fn start(ours: &str, other: Option<&str>, runs: usize) -> Result<()> {
     }
     println!("start: 1 CPU, 128 MiB, medians of {runs} runs");
     println!("{:<44} {:>10} {:>10} {:>7}", "", "alula", if other.is_some() { "other" } else { "" }, "ratio");
-    for index in 0..measured[0].len() {
-        let Figure(name, unit, _) = measured[0][index];
-        let ours = median(&measured[0][index].2);
+    for (index, Figure(name, unit, values)) in own_figures.iter().enumerate() {
+        let ours = median(values);
         print!("{:<44} {ours:>10.2}", format!("{name}, {unit}"));
-        if let Some(theirs) = measured.get(1).map(|figures| median(&figures[index].2)) {
-            print!(" {theirs:>10.2} {:>7.2}", ours / theirs);
+        match others.as_ref().map(|(_, figures, _)| figures[index].2.as_slice()) {
+            None => println!(),
+            Some([]) => println!(" {:>10}", "cannot"),
+            Some(values) => println!(" {:>10.2} {:>7.2}", median(values), ours / median(values)),
         }
-        println!();
+    }
+    if let Some((binary, _, Some(error))) = &others {
+        println!("{binary} cannot do all of it: {error}");
     }
     println!(
         "{:<44} {:>10.2} / CPU {:.2}",
@@ -92,6 +96,7 @@ fn figures() -> Vec<Figure> {
     .into()
 }
 
+/// One more value of each figure, as far as this monitor comes.
 fn one_start(
     binary: &str,
     is_ours: bool,
@@ -102,10 +107,29 @@ fn one_start(
     let socket = folder.join("api.socket");
     let spawned = Instant::now();
     let mut child = spawn(binary, is_ours, &socket, &[], Stdio::null())?;
-    let mut client = connect(&socket)?;
+    let done = watch(&mut child, spawned, &socket, kernel, figures);
+    child.kill()?;
+    child.wait()?;
+    let _ = std::fs::remove_file(&socket);
+    done
+}
+
+fn watch(
+    child: &mut Child,
+    spawned: Instant,
+    socket: &Path,
+    kernel: &Path,
+    figures: &mut [Figure],
+) -> Result<()> {
+    let ms = |duration: Duration| duration.as_secs_f64() * 1e3;
+    let mut figures = figures.iter_mut();
+    let mut add = |value| figures.next().expect("there is a name for each").2.push(value);
+    let mut client = connect(child, socket)?;
     request(&mut client, "GET", "/", "")?;
     let answered = spawned.elapsed();
     let cpu = cpu_time(child.id())?;
+    add(ms(answered));
+    add(cpu);
     configure(&mut client, kernel)?;
     // A client that is no bench takes its time, too.
     std::thread::sleep(Duration::from_millis(100));
@@ -114,30 +138,27 @@ fn one_start(
     let (sender, first_byte) = channel();
     std::thread::spawn(move || {
         let mut byte = [0];
-        let _ = stdout.read_exact(&mut byte);
-        let _ = sender.send(Instant::now());
+        if stdout.read_exact(&mut byte).is_ok() {
+            let _ = sender.send(Instant::now());
+        }
         // Keep the pipe open and empty.
         let _ = std::io::copy(&mut stdout, &mut std::io::sink());
     });
     let asked = Instant::now();
     request(&mut client, "PUT", "/actions", r#"{"action_type":"InstanceStart"}"#)?;
     let start_answered = asked.elapsed();
-    let first_byte = first_byte.recv_timeout(Duration::from_secs(60))? - asked;
+    let first_byte = first_byte.recv_timeout(Duration::from_secs(60));
+    let first_byte = first_byte.map_err(|_| "its guest says nothing")? - asked;
+    add(ms(first_byte));
+    add(ms(start_answered));
     // What the start leaves behind, not what is under way.
     std::thread::sleep(Duration::from_millis(50));
     let (anonymous, file) = memory(child.id())?;
+    add(anonymous);
+    add(file);
     let asked = Instant::now();
     request(&mut client, "PATCH", "/vm", r#"{"state":"Paused"}"#)?;
-    let paused = asked.elapsed();
-    child.kill()?;
-    child.wait()?;
-    let _ = std::fs::remove_file(&socket);
-
-    let ms = |duration: Duration| duration.as_secs_f64() * 1e3;
-    let values = [ms(answered), cpu, ms(first_byte), ms(start_answered), anonymous, file, ms(paused)];
-    for (figure, value) in figures.iter_mut().zip(values) {
-        figure.2.push(value);
-    }
+    add(ms(asked.elapsed()));
     Ok(())
 }
 
@@ -186,7 +207,7 @@ fn syscalls(binary: &str, folder: &Path, kernel: &Path) -> Result<()> {
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn()?;
-    let mut client = connect(&socket)?;
+    let mut client = connect(&mut child, &socket)?;
     request(&mut client, "GET", "/", "")?;
     configure(&mut client, kernel)?;
     std::thread::sleep(Duration::from_millis(200));
