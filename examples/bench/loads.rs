@@ -47,13 +47,24 @@ pub struct Load {
     pub flood: Flood,
     /// Whether bytes count, rather than requests.
     pub is_bulk: bool,
-    /// At most so many system calls a unit with the io_uring engine (disk) or at all (network).
+    /// At most so many system calls a request with the io_uring engine, or a full-size frame.
     pub syscalls_max: Option<f64>,
-    /// At most so many exits a unit.
+    /// At most so many exits a request or full-size frame.
     pub exits_max: Option<f64>,
     /// Exits a unit of Firecracker 1.17-dev (MMIO, PCI) and Cloud Hypervisor (PCI), where they were
     /// measured: 1 CPU, 128 MiB, a small kernel.
     pub peers: Option<[f64; 3]>,
+}
+
+impl Load {
+    /// A number in its command, by its place.
+    pub fn number(&self, index: usize) -> Option<u64> {
+        self.command.split(' ').nth(index)?.parse().ok()
+    }
+    /// Its frames may carry many of full size.
+    pub fn is_tcp(&self) -> bool {
+        self.command.starts_with("tcp")
+    }
 }
 
 const REQUEST: Load = Load {

@@ -6,6 +6,7 @@ mod io;
 mod loads;
 mod monitor;
 mod start;
+mod table;
 
 type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
 
