@@ -11,7 +11,7 @@ use std::os::unix::process::CommandExt;
 
 use std::process::{Command, Stdio};
 
-use common::{Ended, Folder, Process, alula, run, wait_for};
+use common::{Ended, Folder, Process, alula, called, run, wait_for};
 
 const X86_64: bool = cfg!(target_arch = "x86_64");
 
@@ -58,6 +58,38 @@ fn wrong_arguments_are_told_with_a_code_of_their_own() {
         assert_eq!(ended.code, Some(153), "{arguments:?}: {}", ended.text);
         assert!(ended.text.contains("--help`\n"), "{}", ended.text);
     }
+}
+
+#[test]
+fn an_option_that_is_given_twice_is_refused_by_name() {
+    let folder = Folder::new();
+    let firecracker = called("firecracker", &folder);
+    let alula = alula();
+    for (program, line, option) in [
+        (&alula, "run --cpus 1 --memory 64M --cpus=1", "--cpus"),
+        (&alula, "run --entropy --entropy", "--entropy"),
+        (&alula, "run --level Info --log-path /dev/null --level Info", "--level"),
+        (&alula, "run --config a --config b", "--config"),
+        (&alula, "serve --api-sock /nonexistent/a --api-sock /nonexistent/b", "--api-sock"),
+        (&alula, "serve --no-seccomp --no-seccomp", "--no-seccomp"),
+        (&alula, "ctl --json status --json", "--json"),
+        (&firecracker, "--id a --api-sock /nonexistent/a --id b", "--id"),
+        (&firecracker, "--start-time-us 1 --start-time-us 1 --no-api", "--start-time-us"),
+    ] {
+        let mut command = Command::new(program);
+        command.args(line.split(' '));
+        let ended = Process::spawn(command).end();
+        assert_eq!(ended.code, Some(153), "{line}: {}", ended.text);
+        let expected = format!("alula: {option} is given twice: give it once; see `");
+        assert!(ended.text.starts_with(&expected), "{line}: {}", ended.text);
+    }
+    // There can be many of these: they are taken, and fail later.
+    for line in ["run --disk /nonexistent/a --disk /nonexistent/b", "run --net tap=a0 --net tap=a1"] {
+        assert_eq!(run(line.split(' ')).code, Some(125), "{line}");
+    }
+    let ended = run(["schema", "config", "openapi"]);
+    assert_eq!(ended.code, Some(153));
+    assert!(ended.text.contains("unexpected argument \"openapi\""), "{}", ended.text);
 }
 
 #[test]

@@ -155,11 +155,31 @@ fn schema(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
     let Some(argument) = parser.next()? else {
         return Err("one of `openapi` and `config` is expected".into());
     };
-    match argument {
-        Short('h') | Long("help") => Ok(Command::Print(SCHEMA_HELP.to_owned())),
-        Value(which) if which == "openapi" => Ok(Command::Show(OPENAPI)),
-        Value(which) if which == "config" => Ok(Command::Show(CONFIG_SCHEMA)),
-        other => Err(other.unexpected()),
+    let command = match argument {
+        Short('h') | Long("help") => return Ok(Command::Print(SCHEMA_HELP.to_owned())),
+        Value(which) if which == "openapi" => Command::Show(OPENAPI),
+        Value(which) if which == "config" => Command::Show(CONFIG_SCHEMA),
+        other => return Err(other.unexpected()),
+    };
+    match parser.next()? {
+        None => Ok(command),
+        Some(other) => Err(other.unexpected()),
+    }
+}
+
+/// The options that were given so far, of those that may be given but once.
+#[derive(Default)]
+struct Given(Vec<String>);
+
+impl Given {
+    /// Refuses an option that was given before: which of the two is meant, only the user knows.
+    fn once(&mut self, argument: &lexopt::Arg<'_>) -> Result<(), lexopt::Error> {
+        let Long(name) = *argument else { return Ok(()) };
+        if self.0.iter().any(|other| other == name) {
+            return Err(format!("--{name} is given twice: give it once").into());
+        }
+        self.0.push(name.to_owned());
+        Ok(())
     }
 }
 
@@ -224,6 +244,7 @@ mod tests {
             ("--start-time-us soon", "--start-time-us soon: expected a number"),
             ("--metadata m", "--metadata is not implemented yet"),
             ("--no-seccomp --seccomp-filter f", "cannot both be given"),
+            ("--id a --id=b", "--id is given twice: give it once; see `firecracker --help`"),
             ("-- --version --api-sock", ""),
         ] {
             match firecracker(line) {

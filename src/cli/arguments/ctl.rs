@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use lexopt::Arg::{Long, Short, Value};
 use lexopt::ValueExt;
 
-use super::Command;
+use super::{Command, Given};
 
 const HELP: &str = "\
 Ask a running microVM something, or tell it to do something, over its control socket.
@@ -61,7 +61,9 @@ pub enum Ask {
 /// Parses what comes after `alula ctl`.
 pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
     let (mut api_sock, mut json, mut words) = ("/run/firecracker.socket".into(), false, Vec::new());
+    let mut given = Given::default();
     while let Some(argument) = parser.next()? {
+        given.once(&argument)?;
         match argument {
             Long("api-sock") => api_sock = parser.value()?.into(),
             Long("json") => json = true,

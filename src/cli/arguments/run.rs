@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use lexopt::Arg::{Long, Short, Value};
 use lexopt::ValueExt;
 
-use super::{Command, default_id, id, number, value};
+use super::{Command, Given, default_id, id, number, value};
 use crate::arch;
 use crate::cli::outputs::{self, Outputs};
 use crate::config::{BootSource, Config};
@@ -82,8 +82,11 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
         outputs: Outputs::default(),
         id: default_id(),
     };
-    let mut ports = Vec::new();
+    let (mut ports, mut given) = (Vec::new(), Given::default());
     while let Some(argument) = parser.next()? {
+        if !matches!(argument, Long(name) if may_be_repeated(name)) {
+            given.once(&argument)?;
+        }
         match argument {
             Long("initrd") => run.initrd = Some(parser.value()?.into()),
             Long("cmdline") => run.cmdline = Some(parser.value()?.string()?),
@@ -114,6 +117,10 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
         return Err("--initrd needs a kernel".into());
     }
     Ok(Command::Run(run))
+}
+
+fn may_be_repeated(option: &str) -> bool {
+    option == "publish" || KINDS.iter().any(|kind| kind.many && kind.option.name == option)
 }
 
 /// The device that an option of the table adds to those before it.

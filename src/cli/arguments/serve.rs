@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use lexopt::Arg::{Long, Short};
 
-use super::{Command, default_id, id, number, value};
+use super::{Command, Given, default_id, id, number, value};
 use crate::api::{BODY_MAX, StartTime};
 use crate::arch;
 use crate::cli::outputs::{self, Outputs};
@@ -77,7 +77,9 @@ pub fn parse(parser: &mut lexopt::Parser, persona: Persona) -> Result<Command, l
     };
     let mut start = StartTime::default();
     let (mut custom_filter, mut no_seccomp) = (false, false);
+    let mut given = Given::default();
     while let Some(argument) = parser.next()? {
+        given.once(&argument)?;
         match argument {
             Long("api-sock") => serve.api_sock = parser.value()?.into(),
             Long("config-file") => serve.config_file = Some(parser.value()?.into()),
