@@ -106,6 +106,19 @@ fn a_line_of_metrics_says_what_was_done_since_the_last() {
 }
 
 #[test]
+fn a_cpu_that_could_not_go_on_is_counted() {
+    let folder = Folder::new();
+    for (end, code, expected) in [("fail", 123, 1), ("7", 7, 0)] {
+        let file = folder.path(end);
+        let words = format!("case=serial end={end}");
+        let ended = run(["run", "--cmdline", &words, "--metrics-path", file.to_str().unwrap()]);
+        assert_eq!(ended.code, Some(code), "{}", ended.text);
+        let lines = lines(&file);
+        assert_eq!(sum(&lines, "/vcpu/failures"), expected, "{}", lines[lines.len() - 1]);
+    }
+}
+
+#[test]
 fn a_log_file_has_what_happens_in_firecrackers_form() {
     let service = Service::start(&["--id", "vm-1"]);
     let file = service.folder.path("log");

@@ -9,7 +9,7 @@
 //! - `booted`: tell the boot timer.
 //! - `bench`: put the devices under the loads that are typed (bench.rs).
 //! - `echo`: before the cases, send back what is typed until a line ends.
-//! - `end=poweroff|reset|halt|crash|idle|spin|N`: how to end, instead of by the number of failed cases.
+//! - `end=poweroff|reset|halt|crash|fail|idle|spin|N`: how to end, instead of by the number of failed cases.
 
 #![no_std]
 #![no_main]
@@ -73,6 +73,7 @@ fn start(command_line: &'static [u8], read_tables: impl FnOnce() -> Machine) -> 
         Some(b"reset") => arch::reset(),
         Some(b"halt") => arch::halt(),
         Some(b"crash") => arch::crash(),
+        Some(b"fail") => arch::fail(),
         Some(b"idle") => arch::idle(),
         Some(b"spin") => loop {
             core::hint::spin_loop();

@@ -318,6 +318,11 @@ pub fn crash() -> ! {
     unsafe { asm!("lidt [{}]", "ud2", in(reg) &nothing, options(noreturn)) }
 }
 
+/// Runs the registers of a device as code, which KVM cannot read there.
+pub fn fail() -> ! {
+    unsafe { asm!("jmp {}", in(reg) BOOT_TIMER, options(noreturn)) }
+}
+
 #[unsafe(no_mangle)]
 unsafe extern "C" fn memcpy(to: *mut u8, from: *const u8, count: usize) -> *mut u8 {
     unsafe {
