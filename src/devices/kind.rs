@@ -90,6 +90,20 @@ pub trait Described: schemars::JsonSchema {}
 #[cfg(test)]
 impl<T: schemars::JsonSchema> Described for T {}
 
+/// Refuses a word of an option's value (`NAME` or `NAME=...`) that is there twice: which of the two is
+/// meant, only the user knows.
+pub fn check_words<'a>(words: impl Iterator<Item = &'a str>, may_be_repeated: &[&str]) -> Result<(), String> {
+    let mut given = Vec::new();
+    for word in words {
+        let name = word.split_once('=').map_or(word, |(name, _)| name);
+        if given.contains(&name) && !may_be_repeated.contains(&name) {
+            return Err(format!("`{word}`: `{name}` is given twice: give it once"));
+        }
+        given.push(name);
+    }
+    Ok(())
+}
+
 /// The body of a PATCH request.
 pub trait Patch: DeserializeOwned + Described + Send + 'static {
     /// There is such a request.

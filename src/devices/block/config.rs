@@ -152,6 +152,7 @@ impl DeviceConfig for Config {
         let mut words = text.split(',');
         let mut config = Self::new(format!("disk{number}"), words.next().unwrap_or_default());
         config.cache_type = CacheType::Writeback;
+        kind::check_words(words.clone(), &[])?;
         let count =
             |word: &str, text: &str| text.parse().map_err(|_| format!("`{word}` is not a small number"));
         for word in words {
@@ -371,6 +372,7 @@ mod tests {
             ("/d,queues=many", "`queues=many` is not a small number"),
             ("/d,queues=99", "`num_queues` is 99"),
             ("/d,ro=1", "`ro=1` is unknown"),
+            ("/d,queues=1,ro,queues=2", "`queues=2`: `queues` is given twice: give it once"),
         ] {
             let error = words(text).unwrap_err();
             assert!(error.contains(expected), "{text}: {error}");

@@ -1,7 +1,7 @@
 //! A network interface on the command line.
 
 use super::{Config, Publish, User};
-use crate::devices::kind::Device;
+use crate::devices::kind::{Device, check_words};
 
 /// The form of the value of `--net`.
 pub const FORM: &str = "tap=NAME|fd=N|user[,mac=MAC][,id=ID][,...]";
@@ -19,6 +19,7 @@ threads of their own. May be repeated";
 pub fn parse(text: &str, number: usize) -> Result<Config, String> {
     let mut config = Config::new(format!("net{number}"));
     let unknown = |part: &str| format!("`{part}` is unknown: expected {FORM}");
+    check_words(text.split(','), &["publish"])?;
     for part in text.split(',') {
         let (name, value) = part.split_once('=').map_or((part, None), |(name, value)| (name, Some(value)));
         match (name, value) {
@@ -97,6 +98,7 @@ mod tests {
             ("tap=t,publish=1:2", "`publish=1:2` is for a network of passt"),
             ("user,publish=80", "`80` is not of the form [ADDRESS:]HOST:GUEST[/udp]"),
             ("user,loopback=1", "`loopback=1` is unknown"),
+            ("tap=t,id=a,id=b", "`id=b`: `id` is given twice: give it once"),
         ] {
             let error = parse(text, 0).unwrap_err();
             assert!(error.contains(expected), "{text}: {error}");
