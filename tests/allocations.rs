@@ -5,40 +5,17 @@
 
 mod common;
 
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 
 use common::Folder;
+use common::allocator::{self, Counting};
 use common::disk::{DISCARD, Disk, FLUSH, IN, IN_FLIGHT_MAX, OUT, WRITE_ZEROES};
 use serde_json::{Value, json};
-
-/// Counts what is allocated, by all threads.
-struct Counting;
-
-static COUNT: AtomicU64 = AtomicU64::new(0);
-static BYTES: AtomicI64 = AtomicI64::new(0);
-
-#[allow(unsafe_code)]
-// SAFETY: all work is the system allocator's.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        COUNT.fetch_add(1, Ordering::Relaxed);
-        BYTES.fetch_add(layout.size() as i64, Ordering::Relaxed);
-        // SAFETY: the caller's promises are the same.
-        unsafe { System.alloc(layout) }
-    }
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        BYTES.fetch_sub(layout.size() as i64, Ordering::Relaxed);
-        // SAFETY: as above.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// One test at a time: they count for the whole program.
+/// One test at a time: all disks' threads are counted.
 static ALONE: Mutex<()> = Mutex::new(());
 
 fn disk(folder: &Folder, more: Value) -> Disk {
@@ -74,9 +51,9 @@ fn allocations(disk: &mut Disk, kind: u32, length: usize) -> f64 {
         assert_eq!(disk.status(0, slot), 0, "{kind}");
     }
     run(disk, in_flight, 1000);
-    let before = COUNT.load(Ordering::Relaxed);
+    let before = allocator::allocations();
     run(disk, in_flight, 1000);
-    (COUNT.load(Ordering::Relaxed) - before) as f64 / 1000.0
+    (allocator::allocations() - before) as f64 / 1000.0
 }
 
 #[test]
@@ -146,7 +123,7 @@ fn at(disk: &mut Disk, kind: u32, length: usize, sectors: impl Iterator<Item = u
         }
         if requests == 0 {
             disk.put(0, 0, kind, sector, length);
-            before = COUNT.load(Ordering::Relaxed);
+            before = allocator::allocations();
         } else {
             disk.set_sector(0, 0, sector);
             disk.offer(0, 0);
@@ -156,7 +133,7 @@ fn at(disk: &mut Disk, kind: u32, length: usize, sectors: impl Iterator<Item = u
         assert_eq!(disk.status(0, 0), 0, "{kind} at {sector}");
         requests += 1;
     }
-    (COUNT.load(Ordering::Relaxed) - before) as f64 / f64::from(requests)
+    (allocator::allocations() - before) as f64 / f64::from(requests)
 }
 
 /// What `imago` allocates for a mapping that it prepares: the list of its clusters, and the box of both.
@@ -217,10 +194,10 @@ fn a_queue_holds_no_more_however_much_is_in_flight() {
             disk.put(0, slot, IN, 0, 4096);
         }
         run(&mut disk, 1, 100);
-        let before = BYTES.load(Ordering::Relaxed);
+        let before = allocator::bytes();
         for in_flight in [2, 32, IN_FLIGHT_MAX] {
             run(&mut disk, in_flight, 2000);
-            assert_eq!(BYTES.load(Ordering::Relaxed) - before, 0, "{engine}, {in_flight}");
+            assert_eq!(allocator::bytes() - before, 0, "{engine}, {in_flight}");
         }
     }
 }

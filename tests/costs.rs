@@ -5,12 +5,12 @@
 
 mod common;
 
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 use alula::devices::KINDS as DEVICES;
 use alula::devices::kind::Device;
 use alula::host::Local;
+use common::allocator::{Counting, allocations, is_io_thread};
 use common::driver::{DATA, F_EVENT_IDX, F_VERSION_1, Guest, KINDS, MEMORY, WRITE};
 use common::network::{self, Wire};
 use common::{Folder, wait_for};
@@ -18,46 +18,17 @@ use serde_json::{Value, json};
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend};
 
 static IS_COUNTING: AtomicBool = AtomicBool::new(false);
-static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
 /// Of the driver's buffers; the rings are before them.
 static COPIED_BYTES: AtomicU64 = AtomicU64::new(0);
 /// Where the driver's buffers are here.
 static BUFFERS: AtomicU64 = AtomicU64::new(0);
 
-/// Whether this is an io thread while costs are counted. The driver and the test harness are not.
-#[allow(unsafe_code)]
-fn counts() -> bool {
-    if !IS_COUNTING.load(Relaxed) {
-        return false;
-    }
-    let mut name = [0_u8; 16];
-    // SAFETY: the call writes at most 16 bytes.
-    unsafe { libc::prctl(libc::PR_GET_NAME, &raw mut name) };
-    name[0] == b'i' && name[1] == b'o'
-}
-
-struct Counting;
-
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-// SAFETY: the system's allocator does it all; counting allocates nothing.
-#[allow(unsafe_code)]
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.fetch_add(counts().into(), Relaxed);
-        // SAFETY: as the caller promises.
-        unsafe { System.alloc(layout) }
-    }
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: as the caller promises.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        ALLOCATIONS.fetch_add(counts().into(), Relaxed);
-        // SAFETY: as the caller promises.
-        unsafe { System.realloc(pointer, layout, size) }
-    }
+/// Whether this is an io thread while costs are counted.
+fn counts() -> bool {
+    IS_COUNTING.load(Relaxed) && is_io_thread()
 }
 
 /// Takes the C library's place: every copy whose length the compiler does not know comes here.
@@ -228,7 +199,7 @@ fn a_warm_device_allocates_nothing_and_copies_only_headers() {
             let start = guest.memory.memory().get_host_address(GuestAddress(DATA)).unwrap();
             BUFFERS.store(start as u64, Relaxed);
             IS_COUNTING.store(true, Relaxed);
-            let before = ALLOCATIONS.load(Relaxed);
+            let before = allocations();
             guest.start(features);
             if device.kind().section == "network-interfaces" {
                 wire.settle("tap0");
@@ -239,11 +210,11 @@ fn a_warm_device_allocates_nothing_and_copies_only_headers() {
                     round(&mut guest, path, &wire);
                 }
             }
-            assert!(ALLOCATIONS.load(Relaxed) > before, "the io thread's start allocates: it is not counted");
+            assert!(allocations() > before, "the io thread's start allocates: it is not counted");
             for path in &all {
                 // What one way of use has warmed, another may need more of.
                 round(&mut guest, path, &wire);
-                let count = || (ALLOCATIONS.load(Relaxed), COPIED_BYTES.load(Relaxed));
+                let count = || (allocations(), COPIED_BYTES.load(Relaxed));
                 let before = count();
                 for _ in 0..ROUNDS {
                     round(&mut guest, path, &wire);

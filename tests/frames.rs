@@ -5,14 +5,13 @@
 
 mod common;
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use alula::devices::KINDS;
 use alula::host::Local;
 use alula::metrics::View;
 use alula::virtio::VirtioDevice;
+use common::allocator::{self, Counting};
 use common::driver::{F_EVENT_IDX, Guest, Kind, NEEDS_RESET, WRITE};
 use common::network::{self, Wire};
 use common::wait_for;
@@ -33,29 +32,10 @@ const F_GUEST_ANNOUNCE: u64 = 1 << 21;
 const F_MQ: u64 = 1 << 22;
 const F_CTRL_MAC_ADDR: u64 = 1 << 23;
 
-/// Counts what is allocated, by all threads.
-struct Counting;
-
-static COUNT: AtomicU64 = AtomicU64::new(0);
-
-#[allow(unsafe_code)]
-// SAFETY: all work is the system allocator's.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        COUNT.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: the caller's promises are the same.
-        unsafe { System.alloc(layout) }
-    }
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: as above.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// One test at a time: allocations are counted for the whole program.
+/// One test at a time: the io threads of all are counted.
 static ALONE: Mutex<()> = Mutex::new(());
 
 /// A network of the test's own, with a TAP of two queues.
@@ -409,9 +389,9 @@ fn what_an_interface_does_is_counted() {
 /// How many allocations `count` calls of `step` make, once warm.
 fn allocations(count: u64, mut step: impl FnMut()) -> u64 {
     (0..count).for_each(|_| step());
-    let before = COUNT.load(Ordering::Relaxed);
+    let before = allocator::allocations();
     (0..count).for_each(|_| step());
-    COUNT.load(Ordering::Relaxed) - before
+    allocator::allocations() - before
 }
 
 #[test]

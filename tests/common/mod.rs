@@ -1,6 +1,7 @@
 //! What the tests share: where the binary is, processes that end with the test, an API client.
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
+pub mod allocator;
 pub mod disk;
 pub mod driver;
 pub mod loopback;

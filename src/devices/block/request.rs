@@ -101,7 +101,13 @@ pub struct Scratch {
 
 impl Scratch {
     pub fn new(memory: &Memory) -> Self {
-        Self { readable: Buffers::new(memory.clone()), writable: Buffers::new(memory.clone()) }
+        // Most requests have two of each kind at most.
+        let buffers = || {
+            let mut buffers = Buffers::new(memory.clone());
+            buffers.reserve(2);
+            buffers
+        };
+        Self { readable: buffers(), writable: buffers() }
     }
 }
 
