@@ -178,15 +178,20 @@ impl Device {
         }
     }
 
-    /// Acknowledges the interrupt for a used buffer, as a driver's handler does; false: there is none, or
-    /// it does not go. Behind PCI nothing is to be acknowledged.
+    /// Takes the interrupt for a used buffer as a driver's handler does; false: there is none. Behind PCI
+    /// there is nothing to be taken.
     #[inline(never)]
     pub fn acknowledge(self) -> bool {
         let Place::Mmio(_) = self.0 else { return true };
         // Raised after the buffer is used.
-        let raised = wait_for(|| self.read(INTERRUPT_STATUS) == 1);
+        let raised = wait_for(|| self.is_interrupting());
         self.write(INTERRUPT_ACKNOWLEDGE, 1);
-        raised && self.read(INTERRUPT_STATUS) == 0
+        raised
+    }
+
+    /// Whether an interrupt is there that was not acknowledged.
+    pub fn is_interrupting(self) -> bool {
+        self.read(INTERRUPT_STATUS) != 0
     }
 
     /// What kicks a queue, looked up once: behind PCI that takes exits.
