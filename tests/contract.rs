@@ -569,6 +569,25 @@ fn a_full_host_is_an_error_of_the_write_that_found_it_full() {
 }
 
 #[test]
+fn a_driver_is_told_of_what_was_finished_when_its_disk_was_stopped() {
+    let host = Host::new();
+    let config = host.config();
+    let fast = config.devices().find(|device| device.id() == "fast").unwrap();
+    for kind in KINDS {
+        let opened = fast.open("contract", &mut Local::default()).unwrap();
+        let memory = memory::allocate(&[memory::Range { start: 0, size: driver::MEMORY }]).unwrap();
+        let mut guest = Guest::by_hand(kind, opened, memory);
+        guest.start(F_EVENT_IDX);
+        guest.turn();
+        host.offer(fast, &mut guest, 1);
+        guest.kick(0);
+        // Asked for before the disk has seen the request, in whose turn it then is.
+        guest.pause();
+        assert_eq!((guest.used_index(0), guest.is_interrupted(Some(0))), (1, true), "{kind:?}");
+    }
+}
+
+#[test]
 fn a_generator_whose_host_has_no_random_bytes_stops_and_says_so() {
     let test = || {
         let kind = DEVICES.iter().find(|kind| kind.section == "entropy").unwrap();
