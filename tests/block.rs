@@ -10,6 +10,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
 use alula::metrics::View;
+use alula::uring::Uring;
 use common::disk::{DISCARD, Disk, IN, IN_FLIGHT_MAX, OUT, WRITE_ZEROES};
 use common::loopback::BlockDevice;
 use common::{Folder, wait_for};
@@ -470,6 +471,21 @@ fn what_a_disk_does_is_counted() {
                 ["min_us", "max_us", "sum_us"].map(|what| metrics[name][what].as_u64().unwrap());
             assert!(0 < sum && min <= max && max <= sum, "{engine}: {name}: {metrics:?}");
         }
+    }
+}
+
+#[test]
+fn a_host_that_forbids_io_uring_is_an_error_that_says_so() {
+    for (errno, expected) in [
+        (libc::EPERM, "this process may not use io_uring: a seccomp filter"),
+        (libc::ENOSYS, "this kernel has no io_uring"),
+    ] {
+        let told = std::thread::spawn(move || {
+            common::forbid(libc::SYS_io_uring_setup, errno);
+            Uring::new(8).err().map(|error| error.to_string())
+        });
+        let told = told.join().unwrap().unwrap();
+        assert!(told.contains(expected), "{told}");
     }
 }
 

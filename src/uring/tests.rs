@@ -221,36 +221,3 @@ fn a_batch_takes_what_is_there_and_one_call_though_there_is_less_than_was_asked_
         }
     }
 }
-
-/// Lets io_uring_setup(2) fail with `errno` in this thread from now on.
-#[allow(unsafe_code)]
-fn forbid(errno: i32) {
-    let statement = |code: u32, k: u32, jf| libc::sock_filter { code: code as u16, jt: 0, jf, k };
-    let mut filter = [
-        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0),
-        statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, libc::SYS_io_uring_setup as u32, 1),
-        statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ERRNO | errno as u32, 0),
-        statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW, 0),
-    ];
-    let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
-    // SAFETY: the calls read the local structures and concern this thread alone.
-    unsafe {
-        assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
-        assert_eq!(libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &program), 0);
-    }
-}
-
-#[test]
-fn a_host_that_forbids_it_is_an_error_that_says_so() {
-    for (errno, expected) in [
-        (libc::EPERM, "this process may not use io_uring: a seccomp filter"),
-        (libc::ENOSYS, "this kernel has no io_uring"),
-    ] {
-        let told = std::thread::spawn(move || {
-            forbid(errno);
-            Uring::new(8).err().map(|error| error.to_string())
-        });
-        let told = told.join().unwrap().unwrap();
-        assert!(told.contains(expected), "{told}");
-    }
-}
