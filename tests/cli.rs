@@ -137,6 +137,14 @@ fn with(offset: usize, bytes: &[u8]) -> Vec<u8> {
     image
 }
 
+/// `image`, whose second program header is that of its PVH note, with PT_NULL there.
+fn without_note(mut image: Vec<u8>) -> Vec<u8> {
+    let header = u64::from_le_bytes(image[32..40].try_into().unwrap()) as usize + 56;
+    assert_eq!(image[header], 4, "the second program header is not PT_NOTE");
+    image[header] = 0;
+    image
+}
+
 #[test]
 fn a_kernel_that_does_not_fit_is_refused() {
     let folder = Folder::new();
@@ -151,7 +159,16 @@ fn a_kernel_that_does_not_fit_is_refused() {
             ("wrapping", with(header + 24, &(u64::MAX - 10).to_le_bytes()), "outside guest memory"),
             ("tables", with(header + 24, &0x7000u64.to_le_bytes()), "overlaps the boot tables"),
             ("huge", with(header + 40, &(1u64 << 40).to_le_bytes()), "outside guest memory"),
-            ("entry", with(24, &0x10u64.to_le_bytes()), "entry point 0x10 lies in none of its segments"),
+            (
+                "entry",
+                without_note(with(24, &0x10u64.to_le_bytes())),
+                "0x10 of its ELF header, for it has no PVH",
+            ),
+            (
+                "noted",
+                with(header + 56 + 32, &(1u64 << 40).to_le_bytes()),
+                "its notes have 1099511627776 bytes",
+            ),
             ("many", with(56, &9999u16.to_le_bytes()), "9999 program headers"),
             ("narrow", with(4, &[1]), "not a 64-bit little-endian ELF"),
             ("foreign", with(18, &243u16.to_le_bytes()), "ELF for machine 243"),

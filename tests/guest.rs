@@ -216,6 +216,19 @@ fn an_elf_kernel_without_a_pvh_note_boots_by_the_linux_protocol() {
     assert!(ended.text.contains("64-bit Linux boot protocol"), "{}", ended.text);
 }
 
+// FreeBSD and Hermit are such kernels.
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn a_pvh_kernel_with_a_virtual_entry_point_boots() {
+    let folder = Folder::new();
+    let mut image = alula::firmware::IMAGE.to_vec();
+    image[24..32].copy_from_slice(&0xffff_ffff_8020_0000u64.to_le_bytes());
+    let kernel = folder.write("vmlinux", image);
+    let ended = firmware(&[kernel.to_str().unwrap(), "--cmdline", "cpus=1 memory=128"]);
+    assert_eq!(ended.code, Some(0), "{}", ended.text);
+    assert!(ended.text.contains("7 cases, 0 failed"), "{}", ended.text);
+}
+
 // Only on x86_64 are there KVMs that emulate kernel code, and compilers that must be kept from SSE.
 #[cfg(target_arch = "x86_64")]
 #[test]

@@ -82,7 +82,24 @@ pub fn length(source: &mut impl Source) -> Result<u64> {
 /// Copies the whole of `initrd` to `range` in guest memory.
 pub fn load_initrd(memory: &Regions, initrd: &mut impl Source, range: Range) -> Result<()> {
     initrd.rewind().context("rewind the initrd")?;
-    memory
-        .read_exact_volatile_from(GuestAddress(range.start), initrd, range.size as usize)
-        .context("read the initrd into guest memory")
+    read(memory, initrd, range).context("read the initrd into guest memory")
+}
+
+/// Fills `range` of guest memory from where `source` stands. One system call reads at most 0x7ffff000
+/// bytes (read(2)), so what is larger takes several.
+pub fn read(memory: &Regions, source: &mut impl Source, range: Range) -> Result<()> {
+    let mut done = 0;
+    while done < range.size {
+        let rest = (range.size - done) as usize;
+        let read = memory
+            .read_volatile_from(GuestAddress(range.start + done), source, rest)
+            .context("read it into guest memory")?;
+        if read == 0 {
+            return Err(Error::config(format!(
+                "the file ends {rest} bytes early: it has become shorter since it was looked at"
+            )));
+        }
+        done += read as u64;
+    }
+    Ok(())
 }

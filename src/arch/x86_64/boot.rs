@@ -3,7 +3,7 @@
 
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use linux_loader::loader::elf::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
-use linux_loader::loader::{BzImage, Elf, KernelLoader, elf::PvhBootCapability};
+use linux_loader::loader::{BzImage, KernelLoader};
 use vm_memory::{ByteValued, Bytes, GuestAddress};
 
 use super::{acpi, elf, layout};
@@ -88,15 +88,10 @@ pub fn load(
 type Loaded = (Entry, Option<setup_header>, u64);
 
 fn load_elf(memory: &Regions, kernel: &mut impl Source, head: &[u8], platform: &Platform) -> Result<Loaded> {
-    let length = kernel::length(kernel)?;
-    let end = elf::check(kernel, head, length, &platform.memory)?;
-    let loaded = Elf::load(memory, None, kernel, Some(GuestAddress(layout::KERNEL_START)))
-        .context("load its segments")?;
-    let entry = match loaded.pvh_boot_cap {
-        PvhBootCapability::PvhEntryPresent(entry) => Entry { address: entry.0, protocol: Protocol::Pvh },
-        _ => Entry { address: loaded.kernel_load.0, protocol: Protocol::Linux64 },
-    };
-    Ok((entry, None, end))
+    let elf = elf::Kernel::read(kernel, head, &platform.memory)?;
+    elf.load(memory, kernel)?;
+    let protocol = if elf.pvh { Protocol::Pvh } else { Protocol::Linux64 };
+    Ok((Entry { address: elf.entry, protocol }, None, elf.end()))
 }
 
 fn load_bzimage(memory: &Regions, kernel: &mut impl Source, platform: &Platform) -> Result<Loaded> {

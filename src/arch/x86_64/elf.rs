@@ -1,34 +1,117 @@
-//! Looks at an ELF kernel before it is loaded: every segment must be in the file, in memory, above
-//! the boot tables and clear of the others, and the entry must be in one of them.
+//! An ELF kernel: what its program headers and notes say is checked before anything of it is loaded.
+//!
+//! Every segment must be in the file, in memory, above the boot tables and clear of the others. A note
+//! of type XEN_ELFNOTE_PHYS32_ENTRY says that the kernel is entered by PVH, and where (Xen's x86/HVM
+//! direct boot ABI); the entry point of the ELF header counts only without such a note, because
+//! kernels that have one may give a virtual address there. The address that is entered must lie in a segment.
 
 use std::io::SeekFrom;
 
 use super::layout;
-use crate::arch::kernel::Source;
+use crate::arch::kernel::{self, Source};
 use crate::error::{Context, Error, Result};
-use crate::memory::Range;
+use crate::memory::{Range, Regions};
 
 /// A kernel has a handful of segments; a header that claims many would cost a read each.
 const SEGMENTS_MAX: u16 = 64;
+/// A kernel has some hundred bytes of notes in one or two segments. A sparse file can claim
+/// terabytes of them, and reading those would keep the main thread from everything else.
+const NOTES_MAX: u64 = 64 << 10;
+const PROGRAM_HEADER: usize = 56;
 const PT_LOAD: u32 = 1;
+const PT_NOTE: u32 = 4;
+/// Type of the note with the 32-bit entry point, and the name it has.
+const XEN_ELFNOTE_PHYS32_ENTRY: u32 = 18;
+const XEN: &[u8] = b"Xen\0";
 
 struct Header {
+    kind: u32,
     offset: u64,
     address: u64,
     file_size: u64,
     memory_size: u64,
+    alignment: u64,
+}
+
+/// A kernel that was checked and not yet loaded.
+pub struct Kernel {
+    segments: Vec<Segment>,
+    /// The first instruction of the first CPU.
+    pub entry: u64,
+    /// The kernel is entered by PVH, else by the 64-bit Linux boot protocol.
+    pub pvh: bool,
+}
+
+/// A part of the file and where it goes. The memory behind the file's bytes is zero already.
+struct Segment {
+    offset: u64,
+    file_size: u64,
+    range: Range,
 }
 
 fn u16_at(bytes: &[u8], offset: usize) -> u16 {
     u16::from_le_bytes([bytes[offset], bytes[offset + 1]])
 }
 
+fn u32_at(bytes: &[u8], offset: usize) -> u32 {
+    u32::from_le_bytes(bytes[offset..offset + 4].try_into().expect("4 bytes"))
+}
+
 fn u64_at(bytes: &[u8], offset: usize) -> u64 {
     u64::from_le_bytes(bytes[offset..offset + 8].try_into().expect("8 bytes"))
 }
 
-/// Checks the kernel whose first bytes are `head` and returns where its last segment ends.
-pub fn check(kernel: &mut impl Source, head: &[u8], length: u64, memory: &[Range]) -> Result<u64> {
+impl Kernel {
+    /// Reads and checks what `kernel` says of itself; `head` is its first bytes.
+    pub fn read(kernel: &mut impl Source, head: &[u8], memory: &[Range]) -> Result<Self> {
+        let length = kernel::length(kernel)?;
+        let headers = program_headers(kernel, head)?;
+        let mut segments: Vec<Segment> = Vec::new();
+        for header in headers.iter().filter(|header| header.kind == PT_LOAD && header.memory_size > 0) {
+            let segment = segment(header, length, memory)?;
+            let range = segment.range;
+            let overlaps =
+                |other: &&Segment| other.range.start < range.end() && range.start < other.range.end();
+            if let Some(other) = segments.iter().find(overlaps) {
+                return Err(Error::config(format!(
+                    "the segments at {:#x} and {:#x} overlap",
+                    other.range.start, range.start
+                )));
+            }
+            segments.push(segment);
+        }
+
+        let note = pvh_entry(kernel, &headers, length)?;
+        let entry = note.unwrap_or_else(|| u64_at(head, 24));
+        let from = if note.is_some() { "its PVH note" } else { "its ELF header, for it has no PVH note," };
+        // By PVH the first CPU is in 32-bit mode.
+        let reachable = note.is_none() || u32::try_from(entry).is_ok();
+        let holds = |segment: &Segment| (segment.range.start..segment.range.end()).contains(&entry);
+        if !reachable || !segments.iter().any(holds) {
+            return Err(Error::config(format!(
+                "the entry point {entry:#x} of {from} lies in none of its segments"
+            )));
+        }
+        Ok(Self { segments, entry, pvh: note.is_some() })
+    }
+
+    /// Where the last segment ends.
+    pub fn end(&self) -> u64 {
+        self.segments.iter().map(|segment| segment.range.end()).max().expect("the entry lies in one")
+    }
+
+    /// Copies the segments from `kernel`, which was read, into guest memory.
+    pub fn load(&self, memory: &Regions, kernel: &mut impl Source) -> Result<()> {
+        for Segment { offset, file_size, range } in &self.segments {
+            kernel.seek(SeekFrom::Start(*offset)).context("find a segment")?;
+            kernel::read(memory, kernel, Range { start: range.start, size: *file_size })
+                .with_context(|| format!("load the segment at {:#x}", range.start))?;
+        }
+        Ok(())
+    }
+}
+
+fn program_headers(kernel: &mut impl Source, head: &[u8]) -> Result<Vec<Header>> {
     if head.len() < 64 {
         return Err(Error::config("the file ends within the ELF header: it is truncated"));
     }
@@ -36,48 +119,30 @@ pub fn check(kernel: &mut impl Source, head: &[u8], length: u64, memory: &[Range
         return Err(Error::config("it is not a 64-bit little-endian ELF file"));
     }
     let (table, size, count) = (u64_at(head, 32), u16_at(head, 54), u16_at(head, 56));
-    if size != 56 || count == 0 || count > SEGMENTS_MAX {
+    if usize::from(size) != PROGRAM_HEADER || count == 0 || count > SEGMENTS_MAX {
         return Err(Error::config(format!(
-            "the ELF header gives {count} program headers of {size} bytes: expected 1 to {SEGMENTS_MAX} of 56"
+            "the ELF header gives {count} program headers of {size} bytes: expected 1 to {SEGMENTS_MAX} of \
+             {PROGRAM_HEADER}"
         )));
     }
-    let mut headers = vec![0; usize::from(count) * 56];
+    let mut bytes = vec![0; usize::from(count) * PROGRAM_HEADER];
     kernel.seek(SeekFrom::Start(table)).context("find the program headers")?;
     kernel
-        .read_exact(&mut headers)
+        .read_exact(&mut bytes)
         .map_err(|_| Error::config("the file ends within the program headers: it is truncated"))?;
-
-    let mut loaded: Vec<Range> = Vec::new();
-    for raw in headers.chunks_exact(56).filter(|raw| raw[..4] == PT_LOAD.to_le_bytes()) {
-        let header = Header {
-            offset: u64_at(raw, 8),
-            address: u64_at(raw, 24),
-            file_size: u64_at(raw, 32),
-            memory_size: u64_at(raw, 40),
-        };
-        if header.memory_size == 0 {
-            continue;
-        }
-        let range = segment(&header, length, memory)?;
-        if let Some(other) =
-            loaded.iter().find(|other| other.start < range.end() && range.start < other.end())
-        {
-            return Err(Error::config(format!(
-                "the segments at {:#x} and {:#x} overlap",
-                other.start, range.start
-            )));
-        }
-        loaded.push(range);
-    }
-    let entry = u64_at(head, 24);
-    if !loaded.iter().any(|range| (range.start..range.end()).contains(&entry)) {
-        return Err(Error::config(format!("its entry point {entry:#x} lies in none of its segments")));
-    }
-    Ok(loaded.iter().map(Range::end).max().expect("the entry lies in one"))
+    let header = |raw: &[u8]| Header {
+        kind: u32_at(raw, 0),
+        offset: u64_at(raw, 8),
+        address: u64_at(raw, 24),
+        file_size: u64_at(raw, 32),
+        memory_size: u64_at(raw, 40),
+        alignment: u64_at(raw, 48),
+    };
+    Ok(bytes.chunks_exact(PROGRAM_HEADER).map(header).collect())
 }
 
-fn segment(header: &Header, length: u64, memory: &[Range]) -> Result<Range> {
-    let Header { offset, address, file_size, memory_size } = *header;
+fn segment(header: &Header, length: u64, memory: &[Range]) -> Result<Segment> {
+    let Header { offset, address, file_size, memory_size, .. } = *header;
     if offset.checked_add(file_size).is_none_or(|end| end > length) {
         return Err(Error::config(format!(
             "the segment at {address:#x} needs {file_size} bytes from offset {offset}, \
@@ -104,5 +169,173 @@ fn segment(header: &Header, length: u64, memory: &[Range]) -> Result<Range> {
              give the guest more (`mem_size_mib`, --memory)"
         )));
     }
-    Ok(range)
+    Ok(Segment { offset, file_size, range })
+}
+
+/// The entry point of the first note that gives one, in whichever of the note segments it stands.
+fn pvh_entry(kernel: &mut impl Source, headers: &[Header], length: u64) -> Result<Option<u64>> {
+    for header in headers.iter().filter(|header| header.kind == PT_NOTE) {
+        let Header { offset, file_size, alignment, .. } = *header;
+        if file_size > NOTES_MAX || offset.checked_add(file_size).is_none_or(|end| end > length) {
+            return Err(Error::config(format!(
+                "its notes have {file_size} bytes from offset {offset}: expected at most {NOTES_MAX}, within \
+                 the {length} bytes of the file"
+            )));
+        }
+        let mut notes = vec![0; file_size as usize];
+        kernel.seek(SeekFrom::Start(offset)).context("find its notes")?;
+        kernel.read_exact(&mut notes).context("read its notes")?;
+        // Linkers that join notes of both alignments say 8 for all of them, and mean it or not.
+        let both = if alignment == 8 { [8, 4] } else { [4, 4] };
+        let found = both.map(|alignment| pvh_entry_in(&notes, alignment));
+        match found {
+            [Ok(Some(entry)), _] | [_, Ok(Some(entry))] => return Ok(Some(entry)),
+            [Err(error), Err(_)] => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(None)
+}
+
+/// Walks the notes of one segment (System V gABI, "Note Section"): name and description begin at multiples
+/// of `alignment`.
+fn pvh_entry_in(notes: &[u8], alignment: usize) -> Result<Option<u64>> {
+    const NOTE_HEADER: usize = 12;
+    let mut at = 0;
+    while notes.len() - at >= NOTE_HEADER {
+        let size = |offset: usize| u32_at(notes, at + offset) as usize;
+        let name_at = at + NOTE_HEADER;
+        let description_at = (name_at + size(0)).next_multiple_of(alignment);
+        let end = description_at + size(4);
+        let Some(description) = notes.get(description_at..end) else {
+            return Err(Error::config(format!("the note at byte {at} of its notes ends outside of them")));
+        };
+        let is_entry = u32_at(notes, at + 8) == XEN_ELFNOTE_PHYS32_ENTRY
+            && notes[name_at..description_at].starts_with(XEN)
+            && size(0) == XEN.len();
+        if is_entry {
+            // The ABI means 32 bits; Linux gives 64, of which the upper half is 0.
+            return match description.len() {
+                4 => Ok(Some(u32_at(description, 0).into())),
+                8 => Ok(Some(u64_at(description, 0))),
+                size => Err(Error::config(format!("its PVH note has {size} bytes: expected 4 or 8"))),
+            };
+        }
+        at = end.next_multiple_of(alignment).min(notes.len());
+    }
+    Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Cursor;
+
+    use super::*;
+
+    const RAM: Range = Range { start: 0, size: 64 << 20 };
+    const START: u64 = layout::KERNEL_START;
+
+    /// A note of `name` (with its NUL) and type `kind`, laid out at multiples of `alignment`.
+    fn note(name: &[u8], kind: u32, description: &[u8], alignment: usize) -> Vec<u8> {
+        let mut note: Vec<u8> = [name.len() as u32, description.len() as u32, kind]
+            .into_iter()
+            .flat_map(u32::to_le_bytes)
+            .collect();
+        for part in [name, description] {
+            note.extend_from_slice(part);
+            note.resize(note.len().next_multiple_of(alignment), 0);
+        }
+        note
+    }
+
+    fn xen(entry: u64) -> Vec<u8> {
+        note(XEN, XEN_ELFNOTE_PHYS32_ENTRY, &entry.to_le_bytes(), 4)
+    }
+
+    /// A kernel of one page at `START` whose ELF header gives `entry`, with a segment for each of `notes`
+    /// (its bytes, its alignment, and the size that its program header claims).
+    fn elf(entry: u64, notes: &[(Vec<u8>, u64, Option<u64>)]) -> Vec<u8> {
+        let mut file = vec![0; 64 + PROGRAM_HEADER * (1 + notes.len())];
+        file[..6].copy_from_slice(b"\x7fELF\x02\x01");
+        file[24..32].copy_from_slice(&entry.to_le_bytes());
+        file[32..40].copy_from_slice(&64u64.to_le_bytes());
+        file[54..56].copy_from_slice(&(PROGRAM_HEADER as u16).to_le_bytes());
+        file[56..58].copy_from_slice(&(1 + notes.len() as u16).to_le_bytes());
+        let mut header = |index: usize, kind: u32, sizes: [u64; 2], alignment: u64, content: &[u8]| {
+            let at = 64 + PROGRAM_HEADER * index;
+            let offset = file.len() as u64;
+            file[at..at + 4].copy_from_slice(&kind.to_le_bytes());
+            for (field, value) in [(8, offset), (24, START), (32, sizes[0]), (40, sizes[1]), (48, alignment)]
+            {
+                file[at + field..at + field + 8].copy_from_slice(&value.to_le_bytes());
+            }
+            file.extend_from_slice(content);
+        };
+        header(0, PT_LOAD, [4096, 8192], 4096, &[0x90; 4096]);
+        for (index, (bytes, alignment, claimed)) in notes.iter().enumerate() {
+            header(1 + index, PT_NOTE, [claimed.unwrap_or(bytes.len() as u64), 0], *alignment, bytes);
+        }
+        file
+    }
+
+    fn read(file: Vec<u8>) -> Result<(u64, bool), String> {
+        let head = file[..file.len().min(0x264)].to_vec();
+        let kernel =
+            Kernel::read(&mut Cursor::new(file), &head, &[RAM]).map_err(|error| error.to_string())?;
+        Ok((kernel.entry, kernel.pvh))
+    }
+
+    #[test]
+    fn a_pvh_note_is_found_wherever_it_stands() {
+        let (other, build) = (note(b"GNU\0", 3, &[7; 20], 4), note(b"Linux\0", 257, &[0; 3], 4));
+        let padded = note(b"stapsdt\0", 3, &[1; 9], 8);
+        let aligned = note(XEN, XEN_ELFNOTE_PHYS32_ENTRY, &(START as u32).to_le_bytes(), 8);
+        let elsewhere = note(XEN, 17, &[0; 8], 4);
+        let impostor = note(b"XeN\0", XEN_ELFNOTE_PHYS32_ENTRY, &[9; 8], 4);
+        let one = |notes: &[&[u8]], alignment| vec![(notes.concat(), alignment, None)];
+        let cases = [
+            one(&[&xen(START)], 4),
+            one(&[&other, &build, &xen(START)], 4),
+            one(&[&elsewhere, &impostor, &xen(START), &other], 4),
+            // The segment with the entry comes first, in the middle, last; its alignment is 8, truly or not.
+            vec![(xen(START), 4, None), (other.clone(), 4, None)],
+            vec![(other.clone(), 4, None), (xen(START), 0, None), (build.clone(), 4, None)],
+            vec![(other.clone(), 4, None), (padded.clone(), 8, None), (xen(START), 1, None)],
+            one(&[&padded, &aligned], 8),
+            one(&[&build, &xen(START)], 8),
+            vec![(Vec::new(), 4, None), (xen(START), 4, None)],
+        ];
+        for (index, notes) in cases.into_iter().enumerate() {
+            // A virtual address that is in no segment: nobody enters there.
+            assert_eq!(read(elf(0xffff_ffff_8010_0000, &notes)), Ok((START, true)), "case {index}");
+        }
+    }
+
+    #[test]
+    fn without_a_pvh_note_the_elf_header_says_where_to_enter() {
+        let other = (note(b"GNU\0", 3, &[7; 20], 4), 4, None);
+        assert_eq!(read(elf(START + 8191, &[])), Ok((START + 8191, false)));
+        assert_eq!(read(elf(START, std::slice::from_ref(&other))), Ok((START, false)));
+        let error = read(elf(0xffff_ffff_8010_0000, &[other])).unwrap_err();
+        assert!(error.contains("0xffffffff80100000 of its ELF header, for it has no PVH note"), "{error}");
+    }
+
+    #[test]
+    fn notes_that_lie_are_refused() {
+        let with = |notes: Vec<u8>, claimed| read(elf(START, &[(notes, 4, claimed)])).unwrap_err();
+        for outside in [START - 1, START + 8192, 0, 1 << 32 | START] {
+            let error = with(xen(outside), None);
+            assert!(error.contains(&format!("{outside:#x} of its PVH note lies in none")), "{error}");
+        }
+        // A segment of a terabyte, one that ends behind the file, one that wraps round.
+        for claimed in [1 << 40, NOTES_MAX + 1, 4096, u64::MAX] {
+            let error = with(xen(START), Some(claimed));
+            assert!(error.contains(&format!("its notes have {claimed} bytes")), "{error}");
+        }
+        let mut long = xen(START);
+        long[4..8].copy_from_slice(&u32::MAX.to_le_bytes());
+        assert!(with(long, None).contains("the note at byte 0 of its notes ends outside of them"));
+        let short = note(XEN, XEN_ELFNOTE_PHYS32_ENTRY, &[0; 2], 4);
+        assert!(with(short, None).contains("its PVH note has 2 bytes"));
+    }
 }
