@@ -7,10 +7,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use vm_memory::GuestAddressSpace;
 
 use super::attach::{Slots, Unplaced, pci_bus};
+use super::command_line::command_line;
 use super::{Attached, Machine, State, halt};
 use crate::arch::{self, layout};
 use crate::bus::Bus;
-use crate::config::{BootSource, Config};
+use crate::config::Config;
 use crate::devices::boot_timer::BootTimer;
 use crate::devices::console::Console;
 use crate::devices::exit::ExitRegister;
@@ -164,24 +165,6 @@ fn attach_fixed_devices(
     Ok(FixedDevices { console, keyboard, gpio })
 }
 
-/// What the configuration says, and what it leaves to us; for the firmware guest, what it needs to check
-/// what it finds.
-fn command_line(config: &Config) -> String {
-    let machine = &config.machine_config;
-    let Some(source) = &config.boot_source else {
-        let words = config.firmware_words.as_deref().unwrap_or_default();
-        return format!("cpus={} memory={} {words}", machine.vcpu_count, machine.mem_size_mib);
-    };
-    let line = source.boot_args.as_deref().unwrap_or(BootSource::DEFAULT_BOOT_ARGS);
-    // What comes after a lone `--` is for the first program of the guest.
-    let init = if line.starts_with("-- ") { Some(0) } else { line.find(" -- ") };
-    let (kernel, init) = line.split_at(init.unwrap_or(line.len()));
-    let root = config.root_words();
-    let no_pci = arch::no_pci_words().filter(|_| !config.pci);
-    let words = root.as_deref().into_iter().chain(no_pci).filter(|words| !kernel.contains(words));
-    words.fold(kernel.to_owned(), |line, words| format!("{line} {words}")) + init
-}
-
 pub fn load(machine: &mut Machine, config: &Config, host: &mut dyn Host) -> Result<()> {
     let memory = &*machine.memory.memory();
     let platform = &mut machine.platform;
@@ -205,31 +188,4 @@ pub fn load(machine: &mut Machine, config: &Config, host: &mut dyn Host) -> Resu
     drop(vcpus);
     machine.timeline.mark("kernel and registers");
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_kernel_is_told_of_its_root_and_of_no_pci_before_what_is_for_init() {
-        let line = |boot_args: &str, pci: bool| {
-            let text = format!(
-                r#"{{"boot-source": {{"kernel_image_path": "k", "boot_args": {boot_args}}},
-                "drives": [{{"drive_id": "a", "path_on_host": "a", "is_root_device": true}}]}}"#
-            );
-            let mut config = Config::parse(text.as_bytes()).unwrap();
-            config.pci = pci;
-            command_line(&config)
-        };
-        let no_pci = arch::no_pci_words().map(|words| format!(" {words}")).unwrap_or_default();
-        assert_eq!(line(r#""quiet""#, false), format!("quiet root=/dev/vda rw{no_pci}"));
-        assert_eq!(line(r#""quiet -- a b""#, false), format!("quiet root=/dev/vda rw{no_pci} -- a b"));
-        assert_eq!(line(r#""root=/dev/vda rw pci=off""#, true), "root=/dev/vda rw pci=off");
-        assert_eq!(
-            line("null", true),
-            "reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux i8042.nomux i8042.dumbkbd swiotlb=noforce \
-             root=/dev/vda rw"
-        );
-    }
 }

@@ -2,6 +2,7 @@
 
 mod attach;
 mod build;
+mod command_line;
 mod halt;
 mod metrics;
 
