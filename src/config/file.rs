@@ -1,6 +1,7 @@
 //! A config file: one JSON object with a section for each resource. Sections, and the devices in their
 //! lists, are read one by one, so that everything wrong is told at once, with its place.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use serde::Deserialize;
@@ -13,6 +14,14 @@ use crate::error::{Context, Error, Result};
 
 /// A config file of more bytes is refused before it is read into memory.
 const CONFIG_FILE_MAX: u64 = 1 << 20;
+
+/// More problems of one file are not told: a file of CONFIG_FILE_MAX has room for hundreds of thousands, and
+/// the place of each is counted from the file's beginning.
+const PROBLEMS_MAX: usize = 100;
+
+/// More devices of a kind than any machine has room for: each is compared with those before it, and a file
+/// of CONFIG_FILE_MAX has room for tens of thousands.
+const DEVICES_MAX: usize = 1000;
 
 /// The sections of a config file that other monitors know and this one does not have yet: asked for,
 /// they are refused, so that no guest starts without a device that its owner counts on. A section of a
@@ -75,7 +84,8 @@ impl Config {
         sections.into_iter().map(|(name, _)| (name.clone(), is_known(&name))).collect()
     }
 
-    /// Reads and checks the text of a config file; the error is everything wrong with it.
+    /// Reads and checks the text of a config file; the error is everything wrong with it, PROBLEMS_MAX at most
+    /// and then a word that there are more.
     pub fn parse(text: &[u8]) -> Result<Self, Vec<Problem>> {
         let mut config = Self::default();
         let mut problems = Vec::new();
@@ -85,6 +95,12 @@ impl Config {
                 && let Err(problem) = config.read_section(&name, value)
             {
                 problems.extend(problem.into_iter().map(|problem| problem.moved(text, value)));
+            }
+            if problems.len() > PROBLEMS_MAX {
+                problems.truncate(PROBLEMS_MAX);
+                let message = "more is wrong with the file: mend this first".to_owned();
+                problems.push(Problem { message, place: None });
+                break;
             }
         }
         match problems.is_empty() {
@@ -119,9 +135,14 @@ impl Config {
                 true => serde_json::from_str(text).map_err(unreadable)?,
                 false => vec![value],
             };
+            if list.len() > DEVICES_MAX {
+                let message = format!("`{name}` has {} entries: at most {DEVICES_MAX} are read", list.len());
+                return Err(vec![Problem::new(message)]);
+            }
             let problems: Vec<_> = list
                 .into_iter()
                 .filter_map(|one| Some(self.read_device(kind, one).err()?.moved(text.as_bytes(), one)))
+                .take(PROBLEMS_MAX + 1)
                 .collect();
             if problems.is_empty() { Ok(()) } else { Err(problems) }
         } else if NOT_IMPLEMENTED.contains(&name) && !["[]", "[ ]"].contains(&text) {
@@ -162,8 +183,9 @@ impl<'a> Deserialize<'a> for Sections<'a> {
             }
             fn visit_map<A: serde::de::MapAccess<'a>>(self, mut map: A) -> Result<Self::Value, A::Error> {
                 let mut sections: Vec<(String, &RawValue)> = Vec::new();
+                let mut names = BTreeSet::new();
                 while let Some(name) = map.next_key::<String>()? {
-                    if sections.iter().any(|(other, _)| *other == name) {
+                    if !names.insert(name.clone()) {
                         return Err(serde::de::Error::custom(format_args!("duplicate field `{name}`")));
                     }
                     sections.push((name, map.next_value()?));
@@ -287,5 +309,25 @@ mod tests {
             let problems = Config::parse(text.as_bytes()).unwrap_err();
             assert!(problems[0].to_string().starts_with(expected), "{text}: {}", problems[0]);
         }
+    }
+
+    // Each of these took minutes when names, places or devices were compared with all before them.
+    #[test]
+    fn a_file_full_of_nonsense_is_read_in_bounded_steps() {
+        let list = |count: usize, one: &dyn Fn(usize) -> String| {
+            let all: Vec<_> = (0..count).map(one).collect();
+            all.join(",")
+        };
+        let sections = format!("{{{}}}", list(100_000, &|index| format!("\"{index:x}\":0")));
+        assert_eq!(Config::sections(sections.as_bytes()).len(), 100_000);
+        Config::parse(sections.as_bytes()).unwrap();
+
+        let many = format!(r#"{{"drives": [{}]}}"#, list(100_000, &|_| "{}".to_owned()));
+        let problems = Config::parse(many.as_bytes()).unwrap_err();
+        assert_eq!(problems[0].message, "`drives` has 100000 entries: at most 1000 are read");
+        let wrong = format!(r#"{{"drives": [{}]}}"#, list(1000, &|_| "{}".to_owned()));
+        let problems = Config::parse(wrong.as_bytes()).unwrap_err();
+        assert_eq!(problems.len(), PROBLEMS_MAX + 1);
+        assert_eq!(problems[PROBLEMS_MAX].to_string(), "more is wrong with the file: mend this first");
     }
 }
