@@ -152,7 +152,7 @@ fn events(count: usize) -> Result<Vec<EventFd>> {
 /// The PCI bus, reached by memory and, where there are such, by ports; its first device is the bridge
 /// to the CPUs.
 pub fn pci_bus(vm: &Arc<Vm>, mmio: &Arc<Bus>, pio: &Bus, platform: &Platform) -> Result<Arc<Mutex<Root>>> {
-    let mut root = Root::new(vm.clone(), mmio.clone());
+    let mut root = Root::new(vm.clone(), mmio);
     root.add(0, Arc::new(Mutex::new(pci::HostBridge::default())), None)?;
     let root = Arc::new(Mutex::new(root));
     mmio.attach(layout::ECAM, Arc::new(Mutex::new(Ecam(root.clone()))))?;

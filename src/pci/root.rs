@@ -1,7 +1,7 @@
 //! The root: finds the function behind a configuration access, and moves its registers on the bus when
 //! the guest moves its BAR.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use serde::{Deserialize, Serialize};
 
@@ -42,7 +42,8 @@ struct Slot {
 /// The bus: up to 32 devices of one function each.
 pub struct Root {
     vm: Arc<Vm>,
-    mmio: Arc<Bus>,
+    /// The bus has the root among its devices (configuration space is memory), so the root must not keep it.
+    mmio: Weak<Bus>,
     /// By device number.
     slots: [Option<Slot>; DEVICES_MAX],
     /// The address register of the port mechanism (x86).
@@ -51,8 +52,8 @@ pub struct Root {
 
 impl Root {
     /// An empty bus whose functions' registers appear on `mmio`.
-    pub fn new(vm: Arc<Vm>, mmio: Arc<Bus>) -> Self {
-        Self { vm, mmio, slots: [const { None }; DEVICES_MAX], address: 0 }
+    pub fn new(vm: Arc<Vm>, mmio: &Arc<Bus>) -> Self {
+        Self { vm, mmio: Arc::downgrade(mmio), slots: [const { None }; DEVICES_MAX], address: 0 }
     }
 
     /// The lowest device number that is free.
@@ -95,10 +96,12 @@ impl Root {
     }
 
     fn write_config(&mut self, address: u64, data: &[u8]) {
-        let (vm, mmio) = (self.vm.clone(), self.mmio.clone());
+        let (vm, mmio) = (self.vm.clone(), self.mmio.upgrade());
         let Some((slot, offset)) = self.slot(address) else { return };
         slot.function.lock().unwrap_or_else(PoisonError::into_inner).write_config(offset, data);
-        slot.place(&vm, &mmio);
+        if let Some(mmio) = mmio {
+            slot.place(&vm, &mmio);
+        }
     }
 }
 
@@ -141,7 +144,8 @@ impl Snapshot for Root {
     }
 
     fn restore(&mut self, state: State) -> Result<()> {
-        let (vm, mmio) = (self.vm.clone(), self.mmio.clone());
+        let vm = self.vm.clone();
+        let mmio = self.mmio.upgrade().ok_or_else(|| Error::host("the memory bus is gone"))?;
         self.address = state.address;
         for (number, bytes) in state.functions {
             let attempt = || format!("restore PCI device {number}");
