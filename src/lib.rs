@@ -20,8 +20,8 @@
 //! - [`api`]: the control socket: every operation once. [`cli`]: the command line and the main loop.
 //!
 //! Threads: `main` serves the socket, signals and standard input, and opens every file; one per vCPU
-//! runs guest code and passes accesses to the buses; `io`, from the first device that starts on, runs
-//! the devices' workers (a device can ask for threads of its own). A vCPU whose lock somebody else holds
+//! runs guest code and passes accesses to the buses; `io`, where there are devices, runs their workers (a
+//! device can ask for threads of its own). `main` starts all of them. A vCPU whose lock somebody else holds
 //! is paused; a device whose workers gave their queues back is paused. Pause, reset, save and a change
 //! by the user all are stop, then maybe start.
 //!

@@ -29,8 +29,10 @@ pub struct Slots<'a> {
     pub vcpu: &'a VcpuFd,
     pub mmio: &'a Bus,
     pub memory: &'a Memory,
-    /// The loop of devices that have no threads of their own.
-    pub io: &'a Arc<Loop>,
+    /// The loop of devices that have no threads of their own, once there is such a device.
+    pub io: Option<Arc<Loop>>,
+    /// All loops that devices were put on.
+    pub loops: Vec<Arc<Loop>>,
     pub platform: &'a mut Platform,
     /// The PCI bus, if there is one.
     pub root: Option<Arc<Mutex<Root>>>,
@@ -112,15 +114,25 @@ impl Slots<'_> {
     }
 
     fn transport(
-        &self,
+        &mut self,
         device: Unplaced,
         interrupts: Arc<Interrupts>,
         kicks: Vec<Arc<EventFd>>,
     ) -> Result<Arc<Mutex<Transport>>> {
         let Unplaced { name, device, threads } = device;
-        let loops = match threads {
-            0 => vec![self.io.clone()],
-            threads => (0..threads).map(|index| Loop::new(format!("io-{index}"))).collect::<Result<_>>()?,
+        let loops = match (threads, &self.io) {
+            (0, Some(io)) => vec![io.clone()],
+            (0, None) => {
+                let io = Loop::new("io")?;
+                self.loops.push(io.clone());
+                vec![self.io.insert(io).clone()]
+            }
+            _ => {
+                let own = (0..threads).map(|index| Loop::new(format!("io-{index}")));
+                let own = own.collect::<Result<Vec<_>>>()?;
+                self.loops.extend(own.iter().cloned());
+                own
+            }
         };
         Ok(Transport::new(name, device, self.memory.clone(), loops, interrupts, kicks))
     }

@@ -25,7 +25,6 @@ use crate::firmware;
 use crate::host::{Access, Host};
 use crate::memory;
 use crate::platform::Platform;
-use crate::virtio::workers::Loop;
 use crate::vm::exit::End;
 use crate::vm::gate::Gate;
 use crate::vm::vcpu::{Surroundings, Vcpu, register_kick};
@@ -74,7 +73,6 @@ pub fn build(id: &str, config: &Config, host: &mut dyn Host, prepared: Prepared)
     }
     let console_room = console.lock().unwrap_or_else(PoisonError::into_inner).room();
 
-    let io = Loop::new("io")?;
     let root = match config.pci {
         true => Some(pci_bus(&vm, &surroundings.mmio, &surroundings.pio, &platform)?),
         false => None,
@@ -84,7 +82,8 @@ pub fn build(id: &str, config: &Config, host: &mut dyn Host, prepared: Prepared)
         vcpu: &vcpus[0],
         mmio: &surroundings.mmio,
         memory: &memory,
-        io: &io,
+        io: None,
+        loops: Vec::new(),
         platform: &mut platform,
         root,
     };
@@ -97,6 +96,8 @@ pub fn build(id: &str, config: &Config, host: &mut dyn Host, prepared: Prepared)
         devices.push(Attached { name, kind, id: own_id, transport: slots.attach(opened, place)? });
     }
 
+    let Slots { loops, .. } = slots;
+
     register_kick()?;
     timeline.mark("devices");
     Ok(Machine {
@@ -108,7 +109,7 @@ pub fn build(id: &str, config: &Config, host: &mut dyn Host, prepared: Prepared)
         keyboard,
         gpio,
         platform,
-        io,
+        loops,
         devices,
         halt: halt::Watch::default(),
         timeline,

@@ -76,7 +76,8 @@ pub struct Machine {
     keyboard: Option<Arc<Mutex<Keyboard>>>,
     gpio: Option<Arc<Mutex<Gpio>>>,
     platform: Platform,
-    io: Arc<Loop>,
+    /// The threads on which devices run: the one that devices share, if any does, and those of their own.
+    loops: Vec<Arc<Loop>>,
     devices: Vec<Attached>,
     halt: halt::Watch,
     timeline: Timeline,
@@ -103,6 +104,7 @@ impl Machine {
         if self.surroundings.end.get().is_some() {
             return Err(Error::guest("resume the guest: it has ended"));
         }
+        self.loops.iter().try_for_each(Loop::start)?;
         for (index, vcpu) in self.vcpus.iter_mut().enumerate() {
             vcpu.start(index, &self.surroundings)?;
         }
@@ -116,6 +118,14 @@ impl Machine {
 
     /// Returns when no CPU runs any more. No effect on a paused machine.
     pub fn pause(&mut self) -> Result<()> {
+        self.stop_vcpus();
+        pause(&self.devices);
+        self.state = State::Paused;
+        Ok(())
+    }
+
+    /// Returns when no CPU runs any more, until the gate is opened. Devices go on.
+    fn stop_vcpus(&self) {
         self.surroundings.gate.close();
         for vcpu in &self.vcpus {
             vcpu.kick();
@@ -123,9 +133,6 @@ impl Machine {
         for vcpu in &self.vcpus {
             drop(vcpu.stopped());
         }
-        pause(&self.devices);
-        self.state = State::Paused;
-        Ok(())
     }
 
     /// What its start is made of, up to the first entry into the guest.
@@ -222,7 +229,6 @@ impl Drop for Machine {
         for vcpu in &mut self.vcpus {
             vcpu.join();
         }
-        let own: Vec<_> = self.devices.iter().flat_map(|device| device.lock().loops()).collect();
-        own.iter().chain([&self.io]).for_each(Loop::end);
+        self.loops.iter().for_each(Loop::end);
     }
 }

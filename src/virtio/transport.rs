@@ -165,11 +165,6 @@ impl Transport {
         self.device.device_type()
     }
 
-    /// The loops it runs on.
-    pub fn loops(&self) -> Vec<Arc<Loop>> {
-        self.loops.clone()
-    }
-
     /// What the device counts, and what is counted of every device.
     pub fn metrics(&self, view: View) -> Map<String, Value> {
         let mut all = Map::new();

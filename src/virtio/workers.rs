@@ -1,5 +1,6 @@
-//! The io threads: event loops on which the devices' workers live. A loop starts its thread with the
-//! first worker it gets.
+//! The io threads: event loops on which the devices' workers live. The owner of the machine starts them: a
+//! thread inherits the CPUs, the filter of system calls and whatever else binds the thread that starts it, and
+//! those of a vCPU's thread are not those of an io thread.
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -48,7 +49,7 @@ struct Inbox {
 }
 
 impl Loop {
-    /// A loop without a thread yet; `name` is what its thread will be called.
+    /// A loop without a thread yet, which takes no jobs; `name` is what its thread will be called.
     pub fn new(name: impl Into<String>) -> Result<Arc<Self>> {
         Self::build(name.into(), false)
     }
@@ -69,23 +70,20 @@ impl Loop {
         }
     }
 
+    /// Starts the loop's thread. No effect when it has one.
+    pub fn start(self: &Arc<Self>) -> Result<()> {
+        let mut inbox = self.inbox.lock().unwrap_or_else(PoisonError::into_inner);
+        if inbox.thread.is_none() {
+            let this = self.clone();
+            let thread = std::thread::Builder::new().name(self.name.clone()).spawn(move || this.run());
+            inbox.thread = Some(thread.with_context(|| format!("start the thread `{}`", self.name))?);
+        }
+        Ok(())
+    }
+
     /// Has something done, soon; false: nobody is there to do it. May be called with a transport locked.
     pub(super) fn post(self: &Arc<Self>, job: Job) -> bool {
         let mut inbox = self.inbox.lock().unwrap_or_else(PoisonError::into_inner);
-        let needs_thread = inbox.thread.is_none() && !self.by_hand && !inbox.ended;
-        if needs_thread && !matches!(job, Job::End | Job::Stop(_)) {
-            let this = self.clone();
-            match std::thread::Builder::new().name(self.name.clone()).spawn(move || this.run()) {
-                Ok(thread) => inbox.thread = Some(thread),
-                Err(error) => {
-                    log::line(format_args!(
-                        "start the thread `{}`: {error}: devices will not answer",
-                        self.name
-                    ));
-                    inbox.ended = true;
-                }
-            }
-        }
         let somebody = inbox.thread.is_some() || self.by_hand || matches!(job, Job::End);
         let is_there = !inbox.ended && somebody;
         if is_there {

@@ -63,6 +63,7 @@ impl Disk {
         };
         let memory = allocate(&[Range { start: 0, size: 128 << 20 }]).unwrap();
         let loops: Vec<_> = (0..config.threads.max(1)).map(|_| Loop::new("io").unwrap()).collect();
+        loops.iter().for_each(|event_loop| event_loop.start().unwrap());
         let event = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
         let queues = device.queue_sizes().len();
         let (interrupt, kicks) = (event(), (0..queues).map(|_| Arc::new(event())).collect());

@@ -149,7 +149,9 @@ impl Guest {
     /// A machine built anew with `device` in it, and memory full of zeros.
     pub fn new(kind: Kind, device: Box<dyn VirtioDevice>) -> Self {
         let memory = memory::allocate(&[Range { start: 0, size: MEMORY }]).unwrap();
-        Self::build(kind, device, memory, Io::Thread(Loop::new("io").unwrap()))
+        let event_loop = Loop::new("io").unwrap();
+        event_loop.start().unwrap();
+        Self::build(kind, device, memory, Io::Thread(event_loop))
     }
 
     /// The same over a memory that there is, and without a thread: the device works when something here
