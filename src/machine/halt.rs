@@ -38,12 +38,23 @@ pub fn check(machine: &mut Machine) -> Result<()> {
     watch.looked_ns = now;
     watch.next_wait = (watch.next_wait * 2).clamp(1, WAIT_MAX);
     watch.wait = watch.next_wait;
-    machine.pause()?;
-    for vcpu in &machine.vcpus {
-        if !arch::is_halted_for_good(&vcpu.stopped())? {
-            return machine.resume();
-        }
+    // Devices of a guest that waits for them go on while its CPUs are looked at.
+    machine.stop_vcpus();
+    let halted = all_halted(machine);
+    if !matches!(halted, Ok(true)) {
+        machine.surroundings.gate.open();
+        return halted.map(|_| ());
     }
+    machine.pause()?;
     machine.surroundings.end.set(Exit::Halted);
     Ok(())
+}
+
+fn all_halted(machine: &Machine) -> Result<bool> {
+    for vcpu in &machine.vcpus {
+        if !arch::is_halted_for_good(&vcpu.stopped())? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
