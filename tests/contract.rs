@@ -4,21 +4,29 @@
 
 mod common;
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use alula::config::Config;
 use alula::devices::KINDS as DEVICES;
 use alula::devices::block;
 use alula::devices::kind::Device;
+use alula::error::Result;
 use alula::host::Local;
 use alula::memory;
 use alula::metrics::View;
+use alula::snapshot::Snapshot;
+use alula::virtio::queue::DESCRIPTORS_PER_TURN;
+use alula::virtio::transport::Transport;
+use alula::virtio::{Io, Queue, Registrar, VirtioDevice, Worker};
 use common::driver::{
-    self, DRIVER_OK, F_EVENT_IDX, F_VERSION_1, FEATURES_OK, Guest, KINDS, Kind, NEEDS_RESET, NEXT, WRITE,
+    self, DRIVER_OK, F_EVENT_IDX, F_VERSION_1, FEATURES_OK, Guest, INDIRECT, KINDS, Kind, NEEDS_RESET, NEXT,
+    WRITE,
 };
 use common::network::{self, Wire};
 use common::{Folder, wait_for};
 use serde_json::json;
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 const SECTOR: usize = 512;
 const RX: usize = 0;
@@ -501,6 +509,185 @@ fn a_chain_that_goes_nowhere_ends_in_a_reset_or_an_answer() {
         guest.start(0);
         host.exercise(device, &mut guest, 1);
     });
+}
+
+#[test]
+fn a_chain_longer_than_its_queue_is_the_drivers_fault() {
+    const ENTRIES: usize = 65_535;
+    Host::new().each(|host, kind, device| {
+        let mut guest = host.guest(kind, device);
+        let room = guest.allocate(&[0; 16]);
+        let table = guest.allocate_table(&vec![(room, WRITE); ENTRIES]);
+        // Whether descriptor `index` is the last one of the table's.
+        let end = |guest: &Guest, index: usize, is_last: bool| {
+            let flags = if is_last { WRITE } else { WRITE | NEXT };
+            let place = GuestAddress(table.0 + 16 * index as u64 + 12);
+            guest.memory.memory().write_obj(flags, place).unwrap();
+        };
+        for queue in 0..guest.queues() {
+            guest.reset();
+            guest.write(0x30, 0x16, 2, queue as u32);
+            let max = guest.read(0x34, 0x18, 2) as usize;
+            // The ring itself has 16; a table may have room for more than is used of it.
+            for (count, is_fault) in [(1, false), (max, false), (max + 1, true), (ENTRIES, true)] {
+                guest.start(0);
+                end(&guest, count - 1, true);
+                guest.set_descriptor(queue, 0, table.0, table.1, INDIRECT, 0);
+                guest.make_available(queue, 0);
+                guest.kick(queue);
+                if is_net(device) && queue == RX {
+                    host.wire.send(&[0xff; 60]);
+                }
+                let mut seen = (false, false);
+                wait_for(|| {
+                    seen = (guest.used_index(queue) == 1, guest.status() & NEEDS_RESET != 0);
+                    seen != (false, false)
+                });
+                // One buffer of 16 bytes takes no frame, which then waits for another.
+                let is_small = is_net(device) && queue == RX && count == 1;
+                assert!(is_small || seen == (!is_fault, is_fault), "{count} in queue {queue}: {seen:?}");
+                end(&guest, count - 1, false);
+            }
+        }
+        guest.start(0);
+        if is_net(device) {
+            host.wire.discard();
+        }
+        host.exercise(device, &mut guest, 1);
+    });
+}
+
+#[test]
+fn a_turn_handles_no_more_descriptors_than_its_share() {
+    let host = Host::new();
+    let config = host.config();
+    for device in config.devices() {
+        let memory = memory::allocate(&[memory::Range { start: 0, size: driver::MEMORY }]).unwrap();
+        let opened = device.open("contract", &mut Local::default()).unwrap();
+        let sizes = opened.queue_sizes().to_vec();
+        let mut guest = Guest::by_hand(Kind::Mmio, opened, memory);
+        let room = guest.allocate(&[0; 16]);
+        for (queue, max) in sizes.into_iter().enumerate() {
+            if is_net(device) && queue == RX {
+                continue;
+            }
+            guest.start(F_EVENT_IDX);
+            guest.turn();
+            let table = guest.allocate_table(&vec![(room, WRITE); max.into()]);
+            (0..16).for_each(|_| _ = guest.offer(queue, &[(table, INDIRECT)]));
+            guest.kick(queue);
+            let (mut done, mut turns) = (0, 0);
+            while guest.turn_once() {
+                let now = guest.used_index(queue);
+                let descriptors = (now - done) * max;
+                assert!(descriptors <= DESCRIPTORS_PER_TURN, "{}: {descriptors}", device.name());
+                turns += u16::from(now > done);
+                done = now;
+            }
+            assert_eq!(done, 16, "{}: all are done in the end", device.name());
+            assert!(turns >= (16 * max).div_ceil(DESCRIPTORS_PER_TURN), "{}: {turns}", device.name());
+        }
+    }
+}
+
+#[test]
+fn a_turn_of_a_disk_ends_with_the_request_that_is_large() {
+    let host = Host::new();
+    let large = 64 << 20;
+    std::fs::File::create(host.folder.path("large")).unwrap().set_len(large).unwrap();
+    for engine in ["Sync", "Async"] {
+        let device = json!({
+            "drive_id": "disk", "path_on_host": host.folder.path("large"), "is_root_device": false,
+            "io_engine": engine,
+        });
+        let kind = DEVICES.iter().find(|kind| kind.section == "drives").unwrap();
+        let device = kind.parse(device.to_string().as_bytes()).unwrap();
+        let memory = memory::allocate(&[memory::Range { start: 0, size: driver::MEMORY }]).unwrap();
+        let opened = device.open("contract", &mut Local::default()).unwrap();
+        let mut guest = Guest::by_hand(Kind::Mmio, opened, memory);
+        guest.start(0);
+        guest.turn();
+        let (header, status) = (guest.allocate(&[0; 16]), guest.allocate(&[0xff]));
+        // One piece of memory again and again.
+        let room = guest.allocate(&vec![0; 1 << 20]);
+        let rooms = vec![(room, WRITE); large as usize >> 20];
+        let table = guest.allocate_table(&[&[(header, 0)][..], &rooms, &[(status, WRITE)]].concat());
+        (0..3).for_each(|_| _ = guest.offer(0, &[(table, INDIRECT)]));
+        guest.kick(0);
+        let mut done = 0;
+        guest.wait_for_each_turn(|guest| {
+            let now = guest.used_index(0);
+            assert!(now - done <= 1, "{engine}: {} at once", now - done);
+            done = now;
+            done == 3
+        });
+        assert_eq!(guest.bytes(status), [0]);
+    }
+}
+
+/// A device of two workers, whose user pauses it when the first of them is at work.
+struct Two {
+    transport: Arc<OnceLock<Arc<Mutex<Transport>>>>,
+    handled: Arc<AtomicU32>,
+}
+
+struct OneOfTwo {
+    queue: Queue,
+    transport: Arc<OnceLock<Arc<Mutex<Transport>>>>,
+    handled: Arc<AtomicU32>,
+}
+
+impl Snapshot for Two {
+    type State = ();
+    fn save(&self) -> Result<()> {
+        Ok(())
+    }
+    fn restore(&mut self, (): ()) -> Result<()> {
+        Ok(())
+    }
+}
+
+impl VirtioDevice for Two {
+    fn device_type(&self) -> u32 {
+        4
+    }
+    fn queue_sizes(&self) -> &[u16] {
+        &[16, 16]
+    }
+    fn start(&mut self, io: Io) -> Result<Vec<Box<dyn Worker>>> {
+        let worker = |queue| -> Box<dyn Worker> {
+            let (transport, handled) = (self.transport.clone(), self.handled.clone());
+            Box::new(OneOfTwo { queue, transport, handled })
+        };
+        Ok(io.queues.into_iter().map(worker).collect())
+    }
+}
+
+impl Worker for OneOfTwo {
+    fn register(&mut self, registrar: &mut Registrar<'_>) -> Result<()> {
+        registrar.kick(&self.queue, 0)
+    }
+    fn handle(&mut self, _token: u32) -> Result<()> {
+        self.handled.fetch_add(1, Ordering::SeqCst);
+        self.transport.get().unwrap().lock().unwrap().pause(std::sync::mpsc::channel().0);
+        Ok(())
+    }
+    fn stop(self: Box<Self>) -> Vec<Queue> {
+        vec![self.queue]
+    }
+}
+
+#[test]
+fn a_stop_waits_for_one_worker_not_for_all_that_are_ready() {
+    let (transport, handled) = (Arc::new(OnceLock::new()), Arc::new(AtomicU32::new(0)));
+    let memory = memory::allocate(&[memory::Range { start: 0, size: driver::MEMORY }]).unwrap();
+    let two = Box::new(Two { transport: transport.clone(), handled: handled.clone() });
+    let mut guest = Guest::by_hand(Kind::Mmio, two, memory);
+    assert!(transport.set(guest.transport.clone()).is_ok());
+    // Both are kicked by the start.
+    guest.start(0);
+    guest.turn();
+    assert_eq!(handled.load(Ordering::SeqCst), 1);
 }
 
 /// A disk that the guest can use, of this image.

@@ -9,10 +9,12 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use alula::devices::KINDS;
 use alula::host::Local;
+use alula::memory;
 use alula::metrics::View;
 use alula::virtio::VirtioDevice;
+use alula::virtio::queue::DESCRIPTORS_PER_TURN;
 use common::allocator::{self, Counting};
-use common::driver::{F_EVENT_IDX, Guest, Kind, NEEDS_RESET, WRITE};
+use common::driver::{self, F_EVENT_IDX, Guest, INDIRECT, Kind, NEEDS_RESET, WRITE};
 use common::network::{self, Wire};
 use common::wait_for;
 use serde_json::{Value, json};
@@ -542,6 +544,38 @@ fn a_host_that_forbids_rings_carries_frames_one_by_one() {
     }
 }
 
+#[test]
+fn the_longest_chains_leave_little_memory_behind() {
+    let _alone = enter(0);
+    for features in [0, F_MRG_RXBUF] {
+        let (mut guest, wire) = guest(Kind::Mmio, json!({}));
+        guest.start(features);
+        let out = outgoing(&mut guest, 1);
+        guest.request(TX, &[(out, 0)]);
+        let before = allocator::bytes();
+        // A header and 255 pieces of a frame, or 256 pieces of a room that takes it.
+        let piece = guest.allocate(&[0xff; 16]);
+        let whole = guest.allocate_table(&[&[(out, 0)][..], &[(piece, 0); 255]].concat());
+        let room = guest.allocate(&[0; 16]);
+        let rooms = guest.allocate_table(&[(room, WRITE); 256]);
+        for _ in 0..3 {
+            for _ in 0..16 {
+                guest.offer(TX, &[(whole, INDIRECT)]);
+                guest.offer(RX, &[(rooms, INDIRECT)]);
+            }
+            guest.kick(RX);
+            guest.kick(TX);
+            (0..16).for_each(|_| wire.send(&frame(1)));
+            (0..16).for_each(|_| _ = guest.next_used(TX));
+            (0..16).for_each(|_| _ = guest.next_used(RX));
+        }
+        let grown = allocator::bytes() - before;
+        println!("{features:#x}: {grown} bytes more");
+        assert!(grown < 512 << 10, "{features:#x}: {grown} bytes");
+        assert_eq!(guest.status() & NEEDS_RESET, 0);
+    }
+}
+
 /// An ARP request of the guest's for `target`.
 fn arp(target: [u8; 4]) -> Vec<u8> {
     let mut frame = [&[0; HEADER][..], &[0xff; 6], &MAC, &[8, 6, 0, 1, 8, 0, 6, 4, 0, 1], &MAC].concat();
@@ -608,6 +642,110 @@ fn passt_answers_costs_no_memory_and_its_end_is_the_links() {
     assert_eq!((counted(&guest, "tx_packets_count"), counted(&guest, "tx_fails")), (200, 1));
     drop(guest);
     wait_for(|| network::passts(mac).is_empty());
+}
+
+/// Makes requests available as fast as they are used, for as long as it lives, from a thread of its own:
+/// all of them begin with descriptor 0.
+struct Flood {
+    is_over: std::sync::Arc<std::sync::atomic::AtomicBool>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Flood {
+    fn new(guest: &Guest, queue: usize) -> Self {
+        use std::sync::atomic::Ordering;
+        use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
+        let (memory, [_, available, used]) = (guest.memory.clone(), Guest::parts(queue));
+        let is_over = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let ends = is_over.clone();
+        let flood = move || {
+            let memory = memory.memory();
+            while !ends.load(Ordering::Relaxed) {
+                let used: u16 = memory.load(GuestAddress(used + 2), Ordering::Acquire).unwrap();
+                let next = used.wrapping_add(16);
+                memory.store(next, GuestAddress(available + 2), Ordering::Release).unwrap();
+            }
+        };
+        Self { is_over, thread: Some(std::thread::spawn(flood)) }
+    }
+}
+
+impl Drop for Flood {
+    fn drop(&mut self) {
+        self.is_over.store(true, std::sync::atomic::Ordering::Relaxed);
+        self.thread.take().unwrap().join().unwrap();
+    }
+}
+
+#[test]
+fn a_flood_of_frames_that_are_none_costs_no_memory_and_no_pause() {
+    let _alone = enter(0);
+    network::add_uplink();
+    for user in [false, true] {
+        let config = if user { json!({ "user": {} }) } else { json!({ "host_dev_name": "tap0" }) };
+        let mut guest = Guest::new(Kind::Mmio, open(config));
+        guest.start(0);
+        // Shorter than a header, in as many pieces as there may be.
+        let piece = guest.allocate(&[0; 1]);
+        let nothing = guest.allocate(&[]);
+        let table = guest.allocate_table(&[&[(piece, 0); 5][..], &[(nothing, 0); 251]].concat());
+        guest.set_descriptor(TX, 0, table.0, table.1, INDIRECT, 0);
+        let flood = Flood::new(&guest, TX);
+        guest.kick(TX);
+        let tell = |guest: &Guest| counted(guest, "tx_malformed_frames");
+        // Where the flood is slower than the device, that waits for a kick.
+        let go_on = |guest: &mut Guest, count: u64| {
+            wait_for(|| {
+                guest.kick(TX);
+                tell(guest) > count
+            });
+        };
+        go_on(&mut guest, 100);
+        let before = allocator::bytes();
+        for _ in 0..20 {
+            let seen = tell(&guest);
+            go_on(&mut guest, seen + 50);
+            guest.pause();
+            guest.resume();
+        }
+        let grown = allocator::bytes() - before;
+        // A worker is made anew by each resume; its predecessor's memory is gone.
+        assert!(grown < 256 << 10, "user {user}: {grown} bytes");
+        drop(flood);
+        guest.pause();
+    }
+}
+
+#[test]
+fn frames_that_are_none_go_back_a_share_at_a_time_over_passt() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    network::enter();
+    network::add_uplink();
+    let memory = memory::allocate(&[memory::Range { start: 0, size: driver::MEMORY }]).unwrap();
+    let mut guest = Guest::by_hand(Kind::Mmio, open(json!({ "user": {} })), memory);
+    guest.start(F_MRG_RXBUF);
+    guest.turn();
+    let nothing = guest.allocate(&[]);
+    let table = guest.allocate_table(&[(nothing, 0); 256]);
+    (0..16).for_each(|_| _ = guest.offer(TX, &[(table, INDIRECT)]));
+    guest.kick(TX);
+    let mut done = 0;
+    while guest.turn_once() {
+        let now = guest.used_index(TX);
+        assert!((now - done) * 256 <= DESCRIPTORS_PER_TURN, "{} at once", now - done);
+        done = now;
+    }
+    assert_eq!(done, 16);
+    // A frame that would need more descriptors than are looked at for it is lost, in a turn that ends.
+    let room = guest.allocate(&[0; HEADER]);
+    let small = guest.allocate_table(&[&[(room, WRITE)][..], &[(nothing, WRITE); 255]].concat());
+    (0..5).for_each(|_| _ = guest.offer(RX, &[(small, INDIRECT)]));
+    guest.kick(RX);
+    let out = guest.allocate(&arp([10, 9, 8, 1]));
+    guest.request(TX, &[(out, 0)]);
+    guest.wait_for(|guest| counted(guest, "rx_fails") > 0);
+    guest.turn();
+    assert_eq!((guest.used_index(RX), guest.status() & NEEDS_RESET), (0, 0));
 }
 
 #[test]

@@ -14,7 +14,7 @@ use vm_memory::{
     Permissions,
 };
 
-use super::Chain;
+use super::chain::{Chain, Piece};
 use crate::error::{Error, Result};
 use crate::memory::{Memory, Region, Regions};
 
@@ -69,48 +69,37 @@ impl Buffers {
         (self.first, self.length) = (0, 0);
     }
 
-    /// Fills `readable` with what the device may read of a request, and `writable` with what it may
-    /// write: descriptors are looked at once, whatever the guest makes of them meanwhile.
+    /// Fills `readable` with what the device may read of a request, and `writable` with what it may write.
     pub fn split(chain: Chain<'_>, readable: &mut Self, writable: &mut Self) -> Result<()> {
         readable.clear();
         writable.clear();
-        let memory = chain.memory();
-        for descriptor in chain.clone() {
-            match descriptor.is_write_only() {
-                true => writable.add(memory, descriptor.addr(), descriptor.len(), Permissions::Write)?,
-                false => readable.add(memory, descriptor.addr(), descriptor.len(), Permissions::Read)?,
-            }
+        for piece in chain.pieces() {
+            if piece.is_writable { &mut *writable } else { &mut *readable }.add(chain.memory(), piece)?;
         }
         Ok(())
     }
 
     /// Appends what the device may write of a request, and returns how much that is.
     pub fn add_writable(&mut self, chain: Chain<'_>) -> Result<usize> {
-        let before = self.length;
-        let memory = chain.memory();
-        for descriptor in chain.clone().writable() {
-            self.add(memory, descriptor.addr(), descriptor.len(), Permissions::Write)?;
-        }
-        Ok(self.length - before)
+        self.add_all(chain, true)
     }
 
     /// Appends what the device may read of a request, and returns how much that is.
     pub fn add_readable(&mut self, chain: Chain<'_>) -> Result<usize> {
+        self.add_all(chain, false)
+    }
+
+    fn add_all(&mut self, chain: Chain<'_>, is_writable: bool) -> Result<usize> {
         let before = self.length;
-        let memory = chain.memory();
-        for descriptor in chain.clone().readable() {
-            self.add(memory, descriptor.addr(), descriptor.len(), Permissions::Read)?;
+        for piece in chain.pieces().iter().filter(|piece| piece.is_writable == is_writable) {
+            self.add(chain.memory(), piece)?;
         }
         Ok(self.length - before)
     }
 
-    fn add(
-        &mut self,
-        memory: &Regions,
-        address: GuestAddress,
-        length: u32,
-        access: Permissions,
-    ) -> Result<()> {
+    fn add(&mut self, memory: &Regions, piece: &Piece) -> Result<()> {
+        let Piece { address, length, is_writable } = *piece;
+        let access = if is_writable { Permissions::Write } else { Permissions::Read };
         let outside = |error| Error::guest(format!("the driver gave a buffer at {:#x}: {error}", address.0));
         for slice in GuestMemory::get_slices(memory, address, length as usize, access).map_err(outside)? {
             let slice = slice.map_err(outside)?;
@@ -137,7 +126,7 @@ impl Buffers {
     /// Appends a piece of memory that the device may write, as an earlier chain named it.
     pub fn add_piece(&mut self, address: u64, length: u32) -> Result<()> {
         let memory = self.memory.memory();
-        self.add(&memory, GuestAddress(address), length, Permissions::Write)
+        self.add(&memory, &Piece { address: GuestAddress(address), length, is_writable: true })
     }
 
     /// Address and length of each vector, as the guest has them: for [`Self::add_piece`].
@@ -345,26 +334,6 @@ impl Buffers {
             self.vectors[end - 1].iov_len += over;
         }
         result
-    }
-
-    /// Reads once, as much as there is: a frame.
-    #[allow(unsafe_code)]
-    pub fn read_frame(&self, file: &impl AsRawFd) -> std::io::Result<usize> {
-        let vectors = self.vectors();
-        let count = vectors.len().min(VECTORS_MAX) as i32;
-        // SAFETY: the vectors lie in `memory` (see `Buffers`); readv writes to them.
-        let count = checked(unsafe { libc::readv(file.as_raw_fd(), vectors.as_ptr(), count) })?;
-        self.mark_dirty(count);
-        Ok(count)
-    }
-
-    /// Writes once: a frame.
-    #[allow(unsafe_code)]
-    pub fn write_frame(&self, file: &impl AsRawFd) -> std::io::Result<usize> {
-        let vectors = self.vectors();
-        let count = vectors.len().min(VECTORS_MAX) as i32;
-        // SAFETY: the vectors lie in `memory` (see `Buffers`); writev reads them.
-        checked(unsafe { libc::writev(file.as_raw_fd(), vectors.as_ptr(), count) })
     }
 
     /// Makes the first `count` bytes zeros; they are then taken away.

@@ -1,6 +1,7 @@
 //! Virtio (virtio 1.2): what a device promises its transport, and what it works with.
 
 pub mod buffers;
+pub mod chain;
 pub mod mmio;
 pub mod pci;
 pub mod pool;
@@ -23,7 +24,8 @@ use crate::snapshot::SaveState;
 use crate::uring::Uring;
 use crate::vm::posted::Posted;
 
-pub use queue::{Chain, Queue};
+pub use chain::Chain;
+pub use queue::{Queue, Share};
 pub use workers::{RING, Registrar, Switch};
 
 /// A device, without its queues: what it is, and how it starts.

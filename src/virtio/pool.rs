@@ -45,12 +45,12 @@ impl Pool {
 
     /// Takes a chain for what the device may write to it; returns how much that is.
     pub fn add_writable(&mut self, chain: Chain<'_>) -> Result<usize> {
-        self.add(chain.head_index(), |buffers| buffers.add_writable(chain).map(drop))
+        self.add(chain.head(), |buffers| buffers.add_writable(chain).map(drop))
     }
 
     /// Takes a chain for what the device may read of it; returns how much that is.
     pub fn add_readable(&mut self, chain: Chain<'_>) -> Result<usize> {
-        self.add(chain.head_index(), |buffers| buffers.add_readable(chain).map(drop))
+        self.add(chain.head(), |buffers| buffers.add_readable(chain).map(drop))
     }
 
     /// Takes back what [`Self::hold`] gave.

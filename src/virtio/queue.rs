@@ -2,27 +2,51 @@
 
 use std::sync::Arc;
 
-use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
+use virtio_queue::{QueueOwnedT, QueueT};
+use vm_memory::GuestAddress;
 
 use super::Interrupts;
+use super::chain::{Chain, Piece, Table, fault};
 use crate::error::{Context, Error, Result};
 use crate::event::EventFd;
 use crate::memory::Regions;
 use crate::uring::Uring;
 
-/// A chain of descriptors: one request of the driver's.
-pub type Chain<'m> = DescriptorChain<&'m Regions>;
+/// So many descriptors a worker handles between two looks at its loop's inbox: a pause, a reset and the
+/// other devices of the loop wait for no more than these, however long a driver makes its requests.
+pub const DESCRIPTORS_PER_TURN: u16 = 1024;
+
+/// What a worker may take of its queues in one turn: then its loop has a look at its inbox.
+pub struct Share {
+    requests: u16,
+    descriptors: u16,
+    is_used_up: bool,
+}
+
+impl Share {
+    /// At most so many requests, of [`DESCRIPTORS_PER_TURN`] descriptors together.
+    pub fn new(requests: u16) -> Self {
+        Self { requests, descriptors: DESCRIPTORS_PER_TURN, is_used_up: false }
+    }
+
+    /// A request was wanted that was more than this: its queue is to be handled again in another turn.
+    pub fn is_used_up(&self) -> bool {
+        self.is_used_up
+    }
+}
 
 /// A queue of a running device.
 pub struct Queue {
     ring: virtio_queue::Queue,
+    /// Of the request popped last. It grows to the longest one that there was, which is bounded.
+    pieces: Vec<Piece>,
     kick: Arc<EventFd>,
     index: usize,
     interrupts: Arc<Interrupts>,
 }
 
 fn broken(error: virtio_queue::Error) -> Error {
-    Error::guest(format!("the driver broke the ring: {error}"))
+    fault(error)
 }
 
 impl Queue {
@@ -33,7 +57,7 @@ impl Queue {
         index: usize,
         interrupts: Arc<Interrupts>,
     ) -> Self {
-        Self { ring, kick, index, interrupts }
+        Self { ring, pieces: Vec::new(), kick, index, interrupts }
     }
 
     /// Its number among the device's queues.
@@ -67,12 +91,24 @@ impl Queue {
         let _ = self.kick.write(1);
     }
 
-    /// The next request, if there is one.
-    pub fn pop<'m>(&mut self, memory: &'m Regions) -> Result<Option<Chain<'m>>> {
+    /// The next request, if there is one and `share` has room for the longest that there can be.
+    pub fn pop<'q>(&'q mut self, memory: &'q Regions, share: &mut Share) -> Result<Option<Chain<'q>>> {
         if !self.ring.ready() {
             return Ok(None);
         }
-        Ok(self.ring.iter(memory).map_err(broken)?.next())
+        let pieces_max = self.ring.max_size();
+        // One more names the indirect table.
+        if share.requests == 0 || share.descriptors <= pieces_max {
+            share.is_used_up = true;
+            return Ok(None);
+        }
+        let next = self.ring.iter(memory).map_err(broken)?.next();
+        let Some(head) = next.map(|chain| chain.head_index()) else { return Ok(None) };
+        let (address, size) = (GuestAddress(self.ring.desc_table()), self.ring.size());
+        let read = Table { address, size, pieces_max }.read(memory, head, &mut self.pieces)?;
+        share.requests -= 1;
+        share.descriptors -= read;
+        Ok(Some(Chain::new(head, memory, &self.pieces)))
     }
 
     /// Gives the request popped last back: it will be popped again.
@@ -128,8 +164,8 @@ impl Queue {
     }
 
     /// After a kick: handles the requests there are, each with `handle`, which returns how many bytes
-    /// it wrote. A driver that never stops adding gets a ring's worth at a time, so that other
-    /// devices of the same loop have their turn.
+    /// it wrote. A driver that never stops adding gets a ring's worth at a time (see [`Share`]), so that
+    /// other devices of the same loop have their turn.
     pub fn serve(
         &mut self,
         memory: &Regions,
@@ -139,17 +175,14 @@ impl Queue {
             return Ok(());
         }
         self.disable_kicks(memory)?;
-        let mut left = self.ring.size();
+        let mut share = Share::new(self.ring.size());
         loop {
-            while left > 0
-                && let Some(chain) = self.pop(memory)?
-            {
-                let head = chain.head_index();
+            while let Some(chain) = self.pop(memory, &mut share)? {
+                let head = chain.head();
                 let written = handle(chain)?;
                 self.push(memory, head, written)?;
-                left -= 1;
             }
-            if left == 0 {
+            if share.is_used_up() {
                 self.kick_again();
                 break;
             }

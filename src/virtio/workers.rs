@@ -3,6 +3,7 @@
 //! those of a vCPU's thread are not those of an io thread.
 
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -37,6 +38,8 @@ pub struct Loop {
     /// Its owner turns it ([`ByHand`]): it never has a thread.
     by_hand: bool,
     inbox: Mutex<Inbox>,
+    /// Something is in the inbox: looked at after each event that is handled.
+    has_jobs: AtomicBool,
     wake: EventFd,
 }
 
@@ -57,7 +60,7 @@ impl Loop {
     fn build(name: String, by_hand: bool) -> Result<Arc<Self>> {
         let wake =
             EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).context("create an event descriptor")?;
-        Ok(Arc::new(Self { name, by_hand, inbox: Mutex::default(), wake }))
+        Ok(Arc::new(Self { name, by_hand, inbox: Mutex::default(), has_jobs: false.into(), wake }))
     }
 
     /// Ends the thread and all workers.
@@ -88,6 +91,7 @@ impl Loop {
         let is_there = !inbox.ended && somebody;
         if is_there {
             inbox.jobs.push(job);
+            self.has_jobs.store(true, Ordering::Release);
             // A counter that is full wakes as well.
             let _ = self.wake.write(1);
         }
@@ -118,7 +122,9 @@ impl Loop {
     fn take_jobs(&self) -> Vec<Job> {
         // Nothing written: somebody was faster.
         let _ = self.wake.read();
-        std::mem::take(&mut self.inbox.lock().unwrap_or_else(PoisonError::into_inner).jobs)
+        let mut inbox = self.inbox.lock().unwrap_or_else(PoisonError::into_inner);
+        self.has_jobs.store(false, Ordering::Relaxed);
+        std::mem::take(&mut inbox.jobs)
     }
 }
 
@@ -353,23 +359,35 @@ impl Running {
         if complete {
             let rings = self.rings().filter_map(|(slot, place)| Some((slot, place.ring()?)));
             let rings = rings.filter_map(|(slot, ring)| ring.rearm().then_some(slot));
-            ready.extend(rings.map(|slot| Ready { token: token(slot, RING), events: Interest::IN }));
+            // One whose event has told of it as well has one turn all the same.
+            for token in rings.map(|slot| token(slot, RING)) {
+                if ready.iter().all(|event| event.token != token) {
+                    ready.push(Ready { token, events: Interest::IN });
+                }
+            }
         }
         self.last = ready.iter().find(|event| event.token as u32 == RING).map(|event| slot(event.token));
         Ok(())
     }
 
-    /// Handles what is ready; true: that was the end.
+    /// Handles what is ready, and looks at the inbox after each event: who wants a device to stop waits for
+    /// one worker's turn, not for those of all. True: that was the end. A worker that came into a place
+    /// meanwhile may be told of what was ready for the one before it: for nothing, which does no harm.
     fn handle_all(&mut self, this: &Loop, ready: &mut Vec<Ready>) -> bool {
-        let mut woken = false;
         for event in ready.drain(..) {
-            match event.token {
-                WAKE => woken = true,
-                token => self.handle(slot(token), token as u32),
+            if event.token != WAKE {
+                self.handle(slot(event.token), event.token as u32);
+            }
+            if this.has_jobs.load(Ordering::Acquire) && self.do_jobs(this) {
+                return true;
             }
         }
-        let jobs = if woken { this.take_jobs() } else { Vec::new() };
-        for job in jobs {
+        false
+    }
+
+    /// Does what the loop is asked to do; true: that was the end.
+    fn do_jobs(&mut self, this: &Loop) -> bool {
+        for job in this.take_jobs() {
             match job {
                 Job::Start(transport) => start(&transport),
                 Job::Add(worker, transport) => self.add(worker, transport),

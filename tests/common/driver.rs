@@ -37,6 +37,7 @@ pub const F_VERSION_1: u64 = 1 << 32;
 
 pub const NEXT: u16 = 1;
 pub const WRITE: u16 = 2;
+pub const INDIRECT: u16 = 4;
 
 /// Which transport a device is behind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -196,6 +197,26 @@ impl Guest {
         if let Io::ByHand(by_hand) = &mut self.io {
             let _ = (0..TURNS_MAX).find(|_| !by_hand.turn().unwrap());
         }
+    }
+
+    /// The same once: what its loop does between two looks at what there is. False: there was nothing.
+    pub fn turn_once(&mut self) -> bool {
+        match &mut self.io {
+            Io::ByHand(by_hand) => by_hand.turn().unwrap(),
+            Io::Thread(_) => panic!("its thread turns it"),
+        }
+    }
+
+    /// Looks at `condition` after each turn, as long as it takes.
+    pub fn wait_for_each_turn(&mut self, mut condition: impl FnMut(&mut Self) -> bool) {
+        super::wait_for(|| {
+            while self.turn_once() {
+                if condition(self) {
+                    return true;
+                }
+            }
+            condition(self)
+        });
     }
 
     pub fn wait_for(&mut self, mut condition: impl FnMut(&mut Self) -> bool) {
@@ -375,6 +396,17 @@ impl Guest {
         self.notes.rings[queue].descriptors = place(buffers.len());
         self.make_available(queue, head);
         head
+    }
+
+    /// Writes an indirect table, of descriptors that follow each other; returns where it is.
+    pub fn allocate_table(&mut self, buffers: &[((u64, u32), u16)]) -> (u64, u32) {
+        let entry = |(index, ((address, length), flags)): (usize, &((u64, u32), u16))| {
+            let more = if index + 1 < buffers.len() { NEXT } else { 0 };
+            let tail = [flags | more, index as u16 + 1].map(u16::to_le_bytes).concat();
+            [&address.to_le_bytes()[..], &length.to_le_bytes(), &tail].concat()
+        };
+        let table: Vec<u8> = buffers.iter().enumerate().flat_map(entry).collect();
+        self.allocate(&table)
     }
 
     /// Puts `head` into the available ring.

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use super::bounce::Bounce;
 use super::image::Image;
-use super::{Metrics, SECTOR, SEGMENTS_MAX};
+use super::{Metrics, SECTOR};
 use crate::error::Result;
 use crate::limiter::Limiter;
 use crate::memory::Memory;
@@ -128,16 +128,10 @@ impl Request {
 
     /// Takes what `chain` asks for; Ok(Err): it is refused, and only to be answered.
     pub fn take(&mut self, chain: Chain<'_>, scratch: &mut Scratch, disk: &Disk) -> Result<Result<(), Code>> {
-        self.head = chain.head_index();
+        self.head = chain.head();
         (self.status, self.answer) = (None, 0);
         let Scratch { readable, writable } = scratch;
         Buffers::split(chain, readable, writable)?;
-        // More than the driver was told: an indirect table of 65535 entries for each request in flight
-        // would be 400 MiB of vectors.
-        if readable.vectors().len() + writable.vectors().len() > 2 * SEGMENTS_MAX as usize {
-            *scratch = Scratch::new(&disk.memory);
-            return Ok(Err(Code::IoError));
-        }
         self.status = writable.take_last();
         let mut header = [0; 16];
         if self.status.is_none() || !readable.read_front(&mut header) {
@@ -196,6 +190,14 @@ impl Request {
         }
         self.ranges.reverse();
         Ok(())
+    }
+
+    /// How many bytes of the disk are left to be read, written, given back or made zeros.
+    pub fn extent(&self) -> u64 {
+        match self.kind {
+            Kind::Discard | Kind::Zero => self.ranges.iter().map(|range| range.length).sum(),
+            _ => self.data.len() as u64,
+        }
     }
 
     /// Does what is left of it, here and now.

@@ -16,7 +16,7 @@ use crate::events::{self, Event};
 use crate::log;
 use crate::memory::Regions;
 use crate::uring::Uring;
-use crate::virtio::{Queue, Registrar, Worker};
+use crate::virtio::{Queue, Registrar, Share, Worker};
 
 const KICK: u32 = 0;
 const TIMER: u32 = 1;
@@ -30,6 +30,10 @@ const IN_FLIGHT_MAX: u16 = 64;
 /// terabytes into the same few pages would keep its host waiting.
 const BYTES_IN_FLIGHT_MAX: u64 = 64 << 20;
 
+/// So many bytes of the disk are read, written or made zeros in a turn, or one request's: where requests
+/// are done at once, a ring full of the largest would keep the loop from its inbox for minutes.
+const BYTES_PER_TURN: u64 = 64 << 20;
+
 /// What ended the taking of requests.
 #[derive(PartialEq)]
 enum Taken {
@@ -37,7 +41,7 @@ enum Taken {
     All,
     /// As much is in flight as may be: a completion makes room.
     Full,
-    /// A queue's worth was taken: others of the same loop have their turn.
+    /// As much was taken as may be in a turn: others of the same loop have theirs.
     Share,
     /// The rate limit is reached: the timer goes on.
     Throttled,
@@ -110,14 +114,14 @@ impl Running {
         let disk = self.disk.clone();
         let memory = disk.memory.memory();
         disk.metrics.queue_event_count.add(1);
-        let mut share = self.queue.size();
+        let (mut share, mut bytes) = (Share::new(self.queue.size()), 0);
         loop {
             self.queue.disable_kicks(&memory)?;
             if self.complete(&memory)? {
                 // Before the kernel does what is taken next: the driver waits for this.
                 self.notify(&memory)?;
             }
-            let taken = self.take(&memory, &mut share)?;
+            let taken = self.take(&memory, &mut share, &mut bytes)?;
             self.notify(&memory)?;
             let more = match taken {
                 Taken::All => self.queue.enable_kicks(&memory)?,
@@ -133,20 +137,19 @@ impl Running {
         }
     }
 
-    /// Starts the requests that there are, or does them at once.
-    fn take(&mut self, memory: &Regions, share: &mut u16) -> Result<Taken> {
+    /// Starts the requests that there are, or does them at once; `bytes` are those of this turn so far.
+    fn take(&mut self, memory: &Regions, share: &mut Share, bytes: &mut u64) -> Result<Taken> {
         self.now = Instant::now();
         loop {
             let Some(index) = self.free.pop() else { return Ok(Taken::Full) };
-            if *share == 0 {
+            if *bytes >= BYTES_PER_TURN {
                 self.free.push(index);
                 return Ok(Taken::Share);
             }
-            let Some(chain) = self.queue.pop(memory)? else {
+            let Some(chain) = self.queue.pop(memory, share)? else {
                 self.free.push(index);
-                return Ok(Taken::All);
+                return Ok(if share.is_used_up() { Taken::Share } else { Taken::All });
             };
-            *share -= 1;
             let request = &mut self.requests[usize::from(index)];
             request.begun = self.now;
             match request.take(chain, &mut self.scratch, &self.disk)? {
@@ -170,6 +173,7 @@ impl Running {
                 return Ok(Taken::Throttled);
             }
             self.bytes_in_flight += length;
+            *bytes += self.requests[usize::from(index)].extent();
             self.go_on(memory, index)?;
         }
     }

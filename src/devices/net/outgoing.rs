@@ -69,13 +69,16 @@ impl Outgoing {
         self.first = 0;
     }
 
-    /// Adds the frame in `chain`; false: it is none that a stream can carry, and is lost.
-    pub fn add(&mut self, chain: Chain<'_>) -> Result<bool> {
-        let (head, before) = (chain.head_index(), self.buffers.vectors().len());
-        let length = self.buffers.add_readable(chain)?.saturating_sub(header::SIZE);
-        if !(FRAME_MIN..=FRAME_MAX).contains(&length) {
-            return Ok(false);
-        }
+    /// How long the frame in `chain` is; none: it is none that a stream can carry.
+    pub fn length(chain: &Chain<'_>) -> Option<usize> {
+        let length = chain.readable_length().checked_sub(header::SIZE);
+        length.filter(|length| (FRAME_MIN..=FRAME_MAX).contains(length))
+    }
+
+    /// Adds the frame in `chain`, which has a [`Self::length`].
+    pub fn add(&mut self, chain: Chain<'_>) -> Result<()> {
+        let (head, before) = (chain.head(), self.buffers.vectors().len());
+        let length = self.buffers.add_readable(chain)? - header::SIZE;
         let place = &mut self.prefixes[self.frames.len()];
         *place = prefix(length);
         self.vectors.push(libc::iovec { iov_base: place.as_mut_ptr().cast(), iov_len: PREFIX });
@@ -93,7 +96,7 @@ impl Outgoing {
         }
         let length = PREFIX + length;
         self.frames.push_back(Frame { head, length, left: length });
-        Ok(true)
+        Ok(())
     }
 
     /// Sends as much as the other side takes now.
@@ -172,19 +175,20 @@ mod tests {
     use super::*;
     use crate::devices::net::framing::Decoder;
     use crate::memory::{Range, allocate};
+    use crate::virtio::chain::Piece;
     use std::io::Read;
     use std::os::unix::net::UnixStream;
-    use virtio_queue::desc::{RawDescriptor, split::Descriptor};
-    use virtio_queue::mock::MockSplitQueue;
     use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
     /// A frame with its header, in pieces that end where they like.
-    fn put(memory: &Memory, at: u64, seed: u8, length: usize) -> Vec<RawDescriptor> {
+    fn put(memory: &Memory, at: u64, seed: u8, length: usize) -> Vec<Piece> {
         let bytes = [&[0xee; header::SIZE][..], &vec![seed; length]].concat();
         memory.memory().write_slice(&bytes, GuestAddress(at)).unwrap();
-        let cuts = [0, 5, 13, 20, bytes.len()];
-        let piece = |cut: &[usize]| {
-            RawDescriptor::from(Descriptor::new(at + cut[0] as u64, (cut[1] - cut[0]) as u32, 0, 0))
+        let cuts = [0, 5, 13, 20, bytes.len()].map(|cut: usize| cut.min(bytes.len()));
+        let piece = |cut: &[usize]| Piece {
+            address: GuestAddress(at + cut[0] as u64),
+            length: (cut[1] - cut[0]) as u32,
+            is_writable: false,
         };
         cuts.windows(2).map(piece).collect()
     }
@@ -198,15 +202,15 @@ mod tests {
         let regions = memory.memory();
         let mut outgoing = Outgoing::new(memory.clone());
         for (index, length) in lengths.into_iter().enumerate() {
-            let queue =
-                MockSplitQueue::create(&*regions, GuestAddress(0x10_0000 + 0x1_0000 * index as u64), 16);
             let pieces = put(&memory, 0x20_0000 + 0x2_0000 * index as u64, index as u8, length);
-            let chain = queue.build_desc_chain(&pieces).unwrap();
-            assert!(outgoing.add(chain).unwrap());
+            let chain = Chain::new(index as u16, &regions, &pieces);
+            assert_eq!(Outgoing::length(&chain), Some(length));
+            outgoing.add(chain).unwrap();
         }
-        let too_short = MockSplitQueue::create(&*regions, GuestAddress(0x40_0000), 16);
-        let chain = too_short.build_desc_chain(&put(&memory, 0x50_0000, 0, 13)).unwrap();
-        assert!(!outgoing.add(chain).unwrap(), "13 bytes are no frame");
+        for length in [0, 13, FRAME_MAX + 1] {
+            let pieces = put(&memory, 0x50_0000, 0, length);
+            assert_eq!(Outgoing::length(&Chain::new(0, &regions, &pieces)), None, "{length} bytes");
+        }
         let (mut decoder, mut frames, mut sent) = (Decoder::default(), Vec::new(), 0);
         while frames.len() < lengths.len() {
             // A socket holds less than all of them.
@@ -235,11 +239,10 @@ mod tests {
         let memory = allocate(&[Range { start: 0, size: 8 << 20 }]).unwrap();
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let regions = memory.memory();
-        let queue = MockSplitQueue::create(&*regions, GuestAddress(0x10_0000), 16);
         let mut outgoing = Outgoing::new(memory.clone());
         for index in 0..8 {
             let pieces = put(&memory, 0x20_0000 + 0x2_0000 * index, index as u8, FRAME_MAX);
-            outgoing.add(queue.build_desc_chain(&pieces).unwrap()).unwrap();
+            outgoing.add(Chain::new(index as u16, &regions, &pieces)).unwrap();
         }
         assert!(outgoing.send(&ours).is_err(), "a socket holds half a megabyte");
         let mut complete = 0;

@@ -11,9 +11,9 @@ use super::metrics::Metrics;
 use super::port::{BATCH, Port};
 use crate::error::{Error, Result};
 use crate::memory::{Memory, Regions};
-use crate::virtio::Queue;
 use crate::virtio::buffers::VECTORS_MAX;
 use crate::virtio::pool::{Held, Pool};
+use crate::virtio::{Queue, Share};
 
 /// The largest frame with its header that a TAP gives: 64 KiB of segments and an Ethernet header.
 const FRAME_MAX: usize = header::SIZE + 14 + 65536;
@@ -24,6 +24,11 @@ const fn frame_of(mtu: u16) -> usize {
 /// Reads posted for a frame of which nothing is known: a second one sees that there is no second
 /// frame, without a system call of its own.
 const BATCH_MIN: usize = 2;
+
+/// No more buffers are taken ahead once they have so many vectors: a driver that gives them in the
+/// smallest pieces would have a megabyte of vectors kept. It is more than one read can take, so there is
+/// always one that can be posted.
+const VECTORS_AHEAD_MAX: usize = 2 * VECTORS_MAX;
 
 /// What a turn has left in the TAP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,15 +112,20 @@ impl Receiver {
             return Ok((Left::Some, None));
         }
         self.queue.disable_kicks(memory)?;
-        let (mut moved, mut is_empty) = (0, false);
+        // A frame may take several buffers: frames are counted, not requests.
+        let (mut moved, mut is_empty, mut share) = (0, false, Share::new(u16::MAX));
         let wait = loop {
             if let Some(wait) = self.deliver_late(memory)? {
                 break Some(wait);
             }
-            self.fill(memory)?;
+            self.fill(memory, &mut share)?;
             self.plan();
             let posted = self.vectors.len();
             if posted == 0 {
+                if share.is_used_up() {
+                    self.queue.kick_again();
+                    break None;
+                }
                 self.metrics.no_rx_avail_buffer.add(1);
                 if !self.queue.enable_kicks(memory)? {
                     break None;
@@ -136,7 +146,7 @@ impl Receiver {
                 break None;
             }
             self.batch = (2 * posted).clamp(BATCH_MIN, BATCH);
-            if moved >= TURN {
+            if moved >= TURN || share.is_used_up() {
                 self.queue.kick_again();
                 break None;
             }
@@ -151,14 +161,15 @@ impl Receiver {
     }
 
     /// Takes as many of the driver's buffers as the next batch can need.
-    fn fill(&mut self, memory: &Regions) -> Result<()> {
+    fn fill(&mut self, memory: &Regions, share: &mut Share) -> Result<()> {
         if self.limit.is_limited() {
             self.batch = 1;
         }
         let wanted = if self.mergeable { self.batch * self.frame_max } else { usize::MAX };
         while self.pool.length() < wanted
             && (self.mergeable || self.pool.entries().len() < self.batch)
-            && let Some(chain) = self.queue.pop(memory)?
+            && self.pool.vectors().len() < VECTORS_AHEAD_MAX
+            && let Some(chain) = self.queue.pop(memory, share)?
         {
             // Any of them may be a frame's first.
             if self.pool.add_writable(chain)? < header::SIZE {

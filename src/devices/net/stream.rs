@@ -20,13 +20,19 @@ use crate::host::passt::Passt;
 use crate::log;
 use crate::memory::{Memory, Regions};
 use crate::virtio::buffers::Buffers;
-use crate::virtio::{Interrupts, Queue, Registrar, Worker};
+use crate::virtio::queue::DESCRIPTORS_PER_TURN;
+use crate::virtio::{Interrupts, Queue, Registrar, Share, Worker};
 
 const RX: u32 = 0;
 const TX: u32 = 1;
 const SOCKET: u32 = 2;
 const RX_TIMER: u32 = 3;
 const TX_TIMER: u32 = 4;
+
+/// Reads of the stream in one turn: one that gives byte after byte never comes to an end.
+const READS: usize = 256;
+/// A frame that finds no room in buffers of so many descriptors is lost: they are taken in one turn.
+const DESCRIPTORS_MAX: usize = DESCRIPTORS_PER_TURN as usize / 2;
 
 /// A stream, with what is half read and half written of it.
 pub struct Stream {
@@ -131,11 +137,13 @@ impl Worker for Running {
             SOCKET => self.metrics.rx_tap_event_count.add(1),
             _ => {}
         }
+        // One for both: what the second one does not get it takes in a turn of its own.
+        let mut share = Share::new(2 * TURN as u16);
         if matches!(token, TX | TX_TIMER | SOCKET) {
-            self.transmit(&memory)?;
+            self.transmit(&memory, &mut share)?;
         }
         if matches!(token, RX | RX_TIMER | SOCKET) {
-            self.receive(&memory)?;
+            self.receive(&memory, &mut share)?;
         }
         Ok(())
     }
@@ -158,18 +166,23 @@ impl Worker for Running {
 
 impl Running {
     /// Moves frames until the stream is empty or the driver has no more buffers.
-    fn receive(&mut self, memory: &Regions) -> Result<()> {
+    fn receive(&mut self, memory: &Regions, share: &mut Share) -> Result<()> {
         if !self.rx.is_ready() {
             return Ok(());
         }
         self.rx.disable_kicks(memory)?;
-        let mut moved = 0;
+        let (mut moved, mut reads) = (0, 0);
         loop {
             let Ok(is_there) = self.stream.decoder.frame().map(|frame| frame.is_some()) else {
                 self.end();
                 break;
             };
             if !is_there {
+                if reads == READS {
+                    self.rx.kick_again();
+                    break;
+                }
+                reads += 1;
                 if self.read_ahead() {
                     continue;
                 }
@@ -185,13 +198,16 @@ impl Running {
             }
             // It may have to wait for buffers, and is not counted again then.
             self.is_paid = true;
-            if self.deliver(memory)? {
+            if self.deliver(memory, share)? {
                 self.is_paid = false;
                 moved += 1;
                 if moved == TURN {
                     self.rx.kick_again();
                     break;
                 }
+            } else if share.is_used_up() {
+                self.rx.kick_again();
+                break;
             } else {
                 self.metrics.no_rx_avail_buffer.add(1);
                 if !self.rx.enable_kicks(memory)? {
@@ -222,17 +238,22 @@ impl Running {
         false
     }
 
-    /// Copies the next frame to the driver's buffers; false: it has too few.
-    fn deliver(&mut self, memory: &Regions) -> Result<bool> {
+    /// Copies the next frame to the driver's buffers; false: it has too few, or more than `share` has room
+    /// for.
+    fn deliver(&mut self, memory: &Regions, share: &mut Share) -> Result<bool> {
         let Self { buffers, chains, rx, stream, mergeable, metrics, .. } = self;
         let Ok(Some(frame)) = stream.decoder.frame() else { return Ok(true) };
         let needed = header::SIZE + frame.len();
         buffers.clear();
         chains.clear();
-        while buffers.len() < needed && (*mergeable || chains.is_empty()) {
-            let Some(chain) = rx.pop(memory)? else { break };
-            let head = chain.head_index();
-            chains.push((head, buffers.add_writable(chain)?));
+        let mut descriptors = 0;
+        while buffers.len() < needed
+            && (*mergeable || chains.is_empty())
+            && descriptors < DESCRIPTORS_MAX
+            && let Some(chain) = rx.pop(memory, share)?
+        {
+            descriptors += chain.pieces().len();
+            chains.push((chain.head(), buffers.add_writable(chain)?));
         }
         let Some((_, first)) = chains.first() else { return Ok(false) };
         if *first < header::SIZE {
@@ -241,7 +262,8 @@ impl Running {
         if buffers.len() < needed {
             chains.iter().for_each(|_| rx.undo_pop());
             // More may come; but what would not even fit all of its buffers is lost.
-            let never = !*mergeable || chains.len() >= usize::from(rx.size());
+            let is_all = chains.len() >= usize::from(rx.size()) || descriptors >= DESCRIPTORS_MAX;
+            let never = !*mergeable || is_all;
             if never {
                 metrics.rx_fails.add(1);
                 stream.decoder.done();
@@ -264,17 +286,20 @@ impl Running {
     }
 
     /// Sends frames until there are no more or the stream takes no more; it tells when it does again.
-    fn transmit(&mut self, memory: &Regions) -> Result<()> {
+    fn transmit(&mut self, memory: &Regions, share: &mut Share) -> Result<()> {
         if !self.tx.is_ready() || !self.send_rest() {
             return Ok(());
         }
         self.tx.disable_kicks(memory)?;
-        let mut moved = 0;
         loop {
             if self.outgoing.is_empty() {
-                let wait = self.gather(memory)?;
+                let wait = self.gather(memory, share)?;
                 set(&mut self.tx_timer, wait)?;
                 if self.outgoing.is_empty() {
+                    if share.is_used_up() {
+                        self.tx.kick_again();
+                        break;
+                    }
                     if wait.is_some() || !self.tx.enable_kicks(memory)? {
                         break;
                     }
@@ -287,7 +312,6 @@ impl Running {
                 self.metrics.tx_packets_count.add(1);
                 self.metrics.tx_bytes_count.add(length as u64);
                 self.tx.push(memory, head, 0)?;
-                moved += 1;
             }
             while self.stream.ended
                 && let Some(head) = self.outgoing.give_up()
@@ -298,38 +322,35 @@ impl Running {
             if is_blocked && !self.stream.ended {
                 break;
             }
-            if moved >= TURN {
-                self.tx.kick_again();
-                break;
-            }
         }
         self.tx.notify(memory)
     }
 
     /// Takes a batch of the driver's frames; or how long the next one must wait.
-    fn gather(&mut self, memory: &Regions) -> Result<Option<Duration>> {
+    fn gather(&mut self, memory: &Regions, share: &mut Share) -> Result<Option<Duration>> {
         self.outgoing.clear();
         while self.outgoing.has_room()
-            && let Some(chain) = self.tx.pop(memory)?
+            && let Some(chain) = self.tx.pop(memory, share)?
         {
-            if self.tx_limit.is_limited()
-                && let Err(wait) = self.tx_limit.take(header::length_after(&chain))
-            {
-                self.tx.undo_pop();
-                self.metrics.tx_rate_limiter_throttled.add(1);
-                return Ok(Some(wait));
-            }
-            let head = chain.head_index();
-            if !self.outgoing.add(chain)? {
+            let Some(length) = Outgoing::length(&chain) else {
                 if !self.outgoing.is_empty() {
                     // Looked at again when those before it have gone: what goes back unsent are always
                     // the last.
                     self.tx.undo_pop();
                     break;
                 }
+                let head = chain.head();
                 self.metrics.tx_malformed_frames.add(1);
+                self.metrics.tx_count.add(1);
                 self.tx.push(memory, head, 0)?;
+                continue;
+            };
+            if let Err(wait) = self.tx_limit.take(length) {
+                self.tx.undo_pop();
+                self.metrics.tx_rate_limiter_throttled.add(1);
+                return Ok(Some(wait));
             }
+            self.outgoing.add(chain)?;
             self.metrics.tx_count.add(1);
         }
         Ok(None)

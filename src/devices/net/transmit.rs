@@ -11,8 +11,9 @@ use super::metrics::Metrics;
 use super::port::{BATCH, Port};
 use crate::error::Result;
 use crate::memory::{Memory, Regions};
-use crate::virtio::Queue;
+use crate::virtio::buffers::VECTORS_MAX;
 use crate::virtio::pool::Pool;
+use crate::virtio::{Queue, Share};
 
 /// The longest frame with its header; a chain can name the same memory many times, and ask the host to
 /// gather gigabytes.
@@ -44,10 +45,14 @@ impl Transmitter {
             return Ok(None);
         }
         self.queue.disable_kicks(memory)?;
-        let mut moved = 0;
+        let mut share = Share::new(TURN as u16);
         let wait = loop {
-            let wait = self.gather(memory)?;
+            let wait = self.gather(memory, &mut share)?;
             if self.pool.entries().is_empty() {
+                if share.is_used_up() {
+                    self.queue.kick_again();
+                    break None;
+                }
                 if wait.is_some() || !self.queue.enable_kicks(memory)? {
                     break wait;
                 }
@@ -59,13 +64,8 @@ impl Transmitter {
             for entry in self.pool.entries() {
                 self.queue.push(memory, entry.head, 0)?;
             }
-            moved += self.pool.entries().len();
             if wait.is_some() {
                 break wait;
-            }
-            if moved >= TURN {
-                self.queue.kick_again();
-                break None;
             }
         };
         self.queue.notify(memory)?;
@@ -86,15 +86,16 @@ impl Transmitter {
     }
 
     /// Takes a batch of the driver's frames; or how long the next one must wait.
-    fn gather(&mut self, memory: &Regions) -> Result<Option<Duration>> {
+    fn gather(&mut self, memory: &Regions, share: &mut Share) -> Result<Option<Duration>> {
         self.pool.clear();
         self.frames.clear();
         let mut vector = 0;
         while self.pool.entries().len() < BATCH
-            && let Some(chain) = self.queue.pop(memory)?
+            && let Some(chain) = self.queue.pop(memory, share)?
         {
             if self.limit.is_limited()
-                && let Err(wait) = self.limit.take(header::length_after(&chain))
+                && let length @ header::SIZE..=FRAME_MAX = chain.readable_length()
+                && let Err(wait) = self.limit.take(length - header::SIZE)
             {
                 self.queue.undo_pop();
                 self.metrics.tx_rate_limiter_throttled.add(1);
@@ -102,8 +103,9 @@ impl Transmitter {
             }
             let length = self.pool.add_readable(chain)?;
             let end = self.pool.vectors().len();
-            // What cannot be a frame goes back unsent.
-            if (header::SIZE..=FRAME_MAX).contains(&length) {
+            // What cannot be a frame goes back unsent, and so does one that the kernel takes only a part
+            // of at once: what it would send then is another frame.
+            if (header::SIZE..=FRAME_MAX).contains(&length) && end - vector <= VECTORS_MAX {
                 self.frames.push(vector..end);
             }
             vector = end;
