@@ -230,6 +230,8 @@ impl Controller {
     fn put_device(&mut self, device: Device) -> Result<Response, String> {
         let fault = fault(device.kind().fault);
         device.check().map_err(&fault)?;
+        // What is refused holds nothing of the host's.
+        self.config.check_beside(&device).map_err(&fault)?;
         device.hold(&mut self.host).map_err(&fault)?;
         self.config.put(device).map_err(&fault)?;
         Ok(Response::Done)
@@ -241,6 +243,8 @@ impl Controller {
         let unknown = || Error::config(format!("there is no {}", kind.name(&change.id)));
         let device = device.ok_or_else(unknown).map_err(&fault)?.clone();
         let changed = device.patched(&change).map_err(&fault)?;
+        // Before the device has it: a change that is refused changes nothing.
+        self.config.check_beside(&changed).map_err(&fault)?;
         let machine = self.machine.as_mut().expect("what needs a machine is refused before the start");
         machine.patch_device(&device.name(), &change.body, &mut self.host).map_err(&fault)?;
         self.config.put(changed).map_err(&fault)?;

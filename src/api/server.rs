@@ -94,8 +94,8 @@ impl Server {
             Some(interest) => {
                 let answered = connection.answered > answered;
                 if interest != connection.interest {
-                    connection.interest = interest;
                     events.change(&connection.stream, interest, ready_token(self.token, index))?;
+                    connection.interest = interest;
                 }
                 Ok(answered)
             }

@@ -65,10 +65,15 @@ impl Config {
         machine.check(self.vcpus_max)
     }
 
+    /// Whether `device` can be beside those that it does not replace.
+    pub fn check_beside(&self, device: &Device) -> Result<()> {
+        let mut others = self.devices.iter().filter(|other| !device.replaces(other));
+        others.try_for_each(|other| device.check_beside(other))
+    }
+
     /// Puts a device into the configuration, in the place of one that it replaces.
     pub fn put(&mut self, device: Device) -> Result<()> {
-        let mut others = self.devices.iter().filter(|other| !device.replaces(other));
-        others.try_for_each(|other| device.check_beside(other))?;
+        self.check_beside(&device)?;
         match self.devices.iter_mut().find(|other| device.replaces(other)) {
             Some(place) => *place = device,
             None => self.devices.push(device),

@@ -101,10 +101,11 @@ impl Msix {
 
     fn disconnect(&mut self, index: usize) {
         let vector = &mut self.vectors[index];
-        if std::mem::replace(&mut vector.connected, false)
-            && let Err(error) = self.vm.hold_back(&vector.event, vector.gsi)
-        {
-            log::guest_line(error);
+        if vector.connected {
+            match self.vm.hold_back(&vector.event, vector.gsi) {
+                Ok(()) => vector.connected = false,
+                Err(error) => log::guest_line(error),
+            }
         }
     }
 

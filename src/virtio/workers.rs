@@ -262,11 +262,12 @@ pub struct Switch {
 impl Switch {
     /// Waits for it or not. On again, what is there already is an event.
     pub fn set(&mut self, is_on: bool) -> Result<()> {
-        if std::mem::replace(&mut self.is_on, is_on) == is_on {
-            return Ok(());
+        if self.is_on != is_on {
+            let interest = if is_on { self.interest } else { Interest::EDGE_TRIGGERED };
+            self.events.change(&self.fd, interest, self.token)?;
+            self.is_on = is_on;
         }
-        let interest = if is_on { self.interest } else { Interest::EDGE_TRIGGERED };
-        self.events.change(&self.fd, interest, self.token)
+        Ok(())
     }
 }
 

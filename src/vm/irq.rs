@@ -30,6 +30,25 @@ pub struct Routes {
     messages: Mutex<BTreeMap<u32, Option<Message>>>,
 }
 
+impl Routes {
+    /// Has `take` take all messages, this one among them, and notes it once that is done. One that KVM
+    /// refused (a guest can write any) would stand in every later table, and no device's interrupts could
+    /// change any more.
+    fn set(
+        &self,
+        gsi: u32,
+        message: Message,
+        take: impl FnOnce(&BTreeMap<u32, Option<Message>>) -> Result<()>,
+    ) -> Result<()> {
+        let mut messages = self.messages.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut new = messages.clone();
+        new.insert(gsi, Some(message));
+        take(&new)?;
+        *messages = new;
+        Ok(())
+    }
+}
+
 impl Vm {
     /// A number for an interrupt that is a message.
     pub fn allocate_message(&self) -> Result<u32> {
@@ -50,15 +69,17 @@ impl Vm {
 
     /// From here on a write to `event` sends `message`; what was written before is sent now.
     pub fn send_by(&self, event: &EventFd, gsi: u32, message: Message) -> Result<()> {
-        // A frame of ours is unknown to KVM: the message's line instead of the message.
-        let line = self.message_frame.map(|_| self.line_of(message)).transpose()?;
-        {
-            let mut messages = self.routes.messages.lock().unwrap_or_else(PoisonError::into_inner);
-            if messages.insert(gsi, Some(message)) != Some(Some(message)) && line.is_none() {
-                self.fd.set_gsi_routing(&table(&messages)?).context("route an interrupt message")?;
+        let connect = |line| self.fd.register_irqfd(event, line).context("connect an interrupt message");
+        match self.message_frame {
+            // A frame of ours is unknown to KVM: the message's line instead of the message.
+            Some(_) => self.routes.set(gsi, message, |_| connect(self.line_of(message)?)),
+            None => {
+                let give = |routing: &KvmIrqRouting| self.fd.set_gsi_routing(routing);
+                let give = |routing: &_| give(routing).context("route an interrupt message");
+                self.routes.set(gsi, message, |messages| give(&table(messages)?))?;
+                connect(gsi)
             }
         }
-        self.fd.register_irqfd(event, line.unwrap_or(gsi)).context("connect an interrupt message")
     }
 
     fn line_of(&self, message: Message) -> Result<u32> {
@@ -100,4 +121,30 @@ fn table(messages: &BTreeMap<u32, Option<Message>>) -> Result<KvmIrqRouting> {
         entries.push(entry);
     }
     KvmIrqRouting::from_entries(&entries).map_err(|_| Error::host("too many interrupt routes"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_that_is_refused_stands_in_no_later_table() {
+        let routes = Routes::default();
+        let message = |address| Message { address, data: 1, device: 8 };
+        let told = |gsi, address, is_taken| {
+            let mut told = Vec::new();
+            let result = routes.set(gsi, message(address), |messages| {
+                let messages = messages.iter().map(|(gsi, message)| (*gsi, message.map(|one| one.address)));
+                told = messages.collect();
+                if is_taken { Ok(()) } else { Err(Error::host("no")) }
+            });
+            assert_eq!(result.is_ok(), is_taken);
+            told
+        };
+        assert_eq!(told(24, 1, true), [(24, Some(1))]);
+        assert_eq!(told(25, 2, false), [(24, Some(1)), (25, Some(2))]);
+        // Neither a new one nor one in the place of another.
+        assert_eq!(told(24, 3, false), [(24, Some(3))]);
+        assert_eq!(told(26, 4, true), [(24, Some(1)), (26, Some(4))]);
+    }
 }

@@ -106,8 +106,8 @@ impl Vm {
             None => posted.insert(Arc::new(Mutex::new(Writes::map(vcpu).ok()?))).clone(),
         };
         let bits = Arc::new(AtomicU32::new(0));
-        writes.lock().unwrap_or_else(PoisonError::into_inner).registers.insert(address, bits.clone());
         self.fd.register_coalesced_mmio(IoEventAddress::Mmio(address), REGISTER).ok()?;
+        writes.lock().unwrap_or_else(PoisonError::into_inner).registers.insert(address, bits.clone());
         Some(Posted { writes, bits })
     }
 }

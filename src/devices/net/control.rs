@@ -205,7 +205,12 @@ impl Control {
             },
             _ => false,
         };
-        if !is_known || new.apply(taps, features).is_err() {
+        if !is_known {
+            return ERR;
+        }
+        if new.apply(taps, features).is_err() {
+            // The host has done a part of it: the driver is told that nothing has changed.
+            let _ = state.apply(taps, features);
             return ERR;
         }
         *state = new;
