@@ -162,12 +162,13 @@ impl Output {
     }
 }
 
+/// Bytes that there is no room for are lost: the count of those written says so.
 impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        let room = KEPT_MAX - self.kept.len();
-        self.kept.extend(&bytes[..bytes.len().min(room)]);
+        let count = bytes.len().min(KEPT_MAX - self.kept.len());
+        self.kept.extend(&bytes[..count]);
         self.write_kept(READER_WAIT_MS);
-        Ok(bytes.len())
+        Ok(count)
     }
 
     /// Writes what the reader takes now.
@@ -212,8 +213,8 @@ mod tests {
         output.write_all(&vec![b'a'; capacity]).unwrap();
         // The pipe is full: from here on bytes are kept, and in the end lost.
         output.kept.extend(vec![b'b'; KEPT_MAX - 1]);
-        output.write_all(b"cd").unwrap();
-        assert_eq!(output.kept.len(), KEPT_MAX);
+        assert_eq!(output.write(b"cd").unwrap(), 1, "a byte is lost, and that is told");
+        assert_eq!((output.kept.len(), output.write(b"e").unwrap()), (KEPT_MAX, 0));
         let drain = std::thread::spawn(move || {
             let mut all = Vec::new();
             reader.read_to_end(&mut all).unwrap();

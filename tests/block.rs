@@ -11,7 +11,7 @@ use std::path::Path;
 
 use alula::metrics::View;
 use alula::uring::Uring;
-use common::disk::{DISCARD, Disk, IN, IN_FLIGHT_MAX, OUT, WRITE_ZEROES};
+use common::disk::{DISCARD, Disk, GET_ID, IN, IN_FLIGHT_MAX, OUT, WRITE_ZEROES};
 use common::loopback::BlockDevice;
 use common::{Folder, wait_for};
 use serde_json::{Value, json};
@@ -69,6 +69,12 @@ fn reads_writes_flushes_and_names_are_answered_and_what_is_outside_is_not_touche
                 assert!(disk.read(2040, 4096).unwrap() == content(&file, 2040 * 512, 4096));
             }
             assert_eq!(disk.id()[..2], *b"d\0");
+            // What is told to be written is, beyond the name as well.
+            disk.set_data(0, 0, &[0xff; 100]);
+            disk.put(0, 0, GET_ID, 0, 100);
+            disk.kick(0);
+            assert_eq!((disk.wait(0), disk.status(0, 0)), ((0, 101), 0));
+            assert_eq!(disk.get_data(0, 0, 100), [&b"d"[..], &[0; 99]].concat());
             let before = content(&file, 0, 1 << 20);
             for (sector, length) in
                 [(2048, 512), (2041, 4096), (u64::MAX, 512), (u64::MAX / 512, 4096), (0, 100)]

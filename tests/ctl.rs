@@ -4,6 +4,8 @@
 
 mod common;
 
+use std::io::{Read, Write};
+
 use common::{Folder, Process, Service, run};
 use serde_json::{Value, json};
 
@@ -72,6 +74,37 @@ fn what_is_refused_is_said_with_the_faults_words() {
         assert_eq!(ended, Some(code), "{words:?}: {text}");
         assert!(text.contains(expected), "{words:?}: {text}");
     }
+}
+
+#[test]
+fn half_a_body_is_none_in_either_direction() {
+    let folder = Folder::new();
+    let socket = folder.path("socket");
+    let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let ctl =
+        |words: [&'static str; 3]| [&["ctl", "--api-sock", socket.to_str().unwrap()][..], &words].concat();
+    // Valid as far as it goes, and more was promised.
+    let answer = "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{}";
+    let server = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let _ = stream.read(&mut [0; 1000]).unwrap();
+        stream.write_all(answer.as_bytes()).unwrap();
+        drop(stream);
+        listener
+    });
+    let ended = run(ctl(["get", "/vm/config", "--json"]));
+    assert_eq!(ended.code, Some(1), "{}", ended.text);
+    assert!(ended.text.contains("the monitor hung up"), "{}", ended.text);
+    let _listener = server.join().unwrap();
+    let mut process = Process::start(ctl(["put", "/machine-config", "-"]));
+    let mut stdin = process.stdin.take().unwrap();
+    let body = [&b"{}"[..], &vec![b' '; 17 << 20]].concat();
+    // It is not read to its end.
+    let _ = stdin.write_all(&body);
+    drop(stdin);
+    let ended = process.end();
+    assert_eq!(ended.code, Some(1), "{}", ended.text);
+    assert!(ended.text.contains("standard input has more than 16777216 bytes"), "{}", ended.text);
 }
 
 #[test]

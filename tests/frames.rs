@@ -5,7 +5,8 @@
 
 mod common;
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use alula::devices::KINDS;
 use alula::host::Local;
@@ -18,6 +19,7 @@ use common::driver::{self, F_EVENT_IDX, Guest, INDIRECT, Kind, NEEDS_RESET, WRIT
 use common::network::{self, Wire};
 use common::wait_for;
 use serde_json::{Value, json};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 const RX: usize = 0;
 const TX: usize = 1;
@@ -552,9 +554,10 @@ fn the_longest_chains_leave_little_memory_behind() {
         guest.start(features);
         let out = outgoing(&mut guest, 1);
         guest.request(TX, &[(out, 0)]);
+        wire.receive();
         let before = allocator::bytes();
         // A header and 255 pieces of a frame, or 256 pieces of a room that takes it.
-        let piece = guest.allocate(&[0xff; 16]);
+        let piece = guest.allocate(&[0xff; 4]);
         let whole = guest.allocate_table(&[&[(out, 0)][..], &[(piece, 0); 255]].concat());
         let room = guest.allocate(&[0; 16]);
         let rooms = guest.allocate_table(&[(room, WRITE); 256]);
@@ -566,7 +569,10 @@ fn the_longest_chains_leave_little_memory_behind() {
             guest.kick(RX);
             guest.kick(TX);
             (0..16).for_each(|_| wire.send(&frame(1)));
-            (0..16).for_each(|_| _ = guest.next_used(TX));
+            for _ in 0..16 {
+                guest.next_used(TX);
+                assert_eq!(wire.receive().len(), 60 + 255 * 4, "a frame is whole or it is none");
+            }
             (0..16).for_each(|_| _ = guest.next_used(RX));
         }
         let grown = allocator::bytes() - before;
@@ -604,7 +610,6 @@ fn passt_answers_costs_no_memory_and_its_end_is_the_links() {
             let room = rooms[next % rooms.len()];
             next += 1;
             let mut head = [0; HEADER + 22];
-            use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
             guest.memory.memory().read_slice(&mut head, GuestAddress(room.0)).unwrap();
             guest.offer(RX, &[(room, WRITE)]);
             guest.kick(RX);
@@ -644,35 +649,39 @@ fn passt_answers_costs_no_memory_and_its_end_is_the_links() {
     wait_for(|| network::passts(mac).is_empty());
 }
 
-/// Makes requests available as fast as they are used, for as long as it lives, from a thread of its own:
-/// all of them begin with descriptor 0.
-struct Flood {
-    is_over: std::sync::Arc<std::sync::atomic::AtomicBool>,
+/// A CPU of the guest's that does one thing again and again while the device is at work.
+struct Busy {
+    is_over: Arc<AtomicBool>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
-impl Flood {
-    fn new(guest: &Guest, queue: usize) -> Self {
-        use std::sync::atomic::Ordering;
-        use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
-        let (memory, [_, available, used]) = (guest.memory.clone(), Guest::parts(queue));
-        let is_over = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+impl Busy {
+    fn new(mut step: impl FnMut() + Send + 'static) -> Self {
+        let is_over = Arc::new(AtomicBool::new(false));
         let ends = is_over.clone();
-        let flood = move || {
-            let memory = memory.memory();
+        let run = move || {
             while !ends.load(Ordering::Relaxed) {
-                let used: u16 = memory.load(GuestAddress(used + 2), Ordering::Acquire).unwrap();
-                let next = used.wrapping_add(16);
-                memory.store(next, GuestAddress(available + 2), Ordering::Release).unwrap();
+                step();
             }
         };
-        Self { is_over, thread: Some(std::thread::spawn(flood)) }
+        Self { is_over, thread: Some(std::thread::spawn(run)) }
+    }
+
+    /// Makes requests available as fast as they are used; all of them begin with descriptor 0.
+    fn flood(guest: &Guest, queue: usize) -> Self {
+        let (memory, [_, available, used]) = (guest.memory.clone(), Guest::parts(queue));
+        Self::new(move || {
+            let memory = memory.memory();
+            let used: u16 = memory.load(GuestAddress(used + 2), Ordering::Acquire).unwrap();
+            let next = used.wrapping_add(16);
+            memory.store(next, GuestAddress(available + 2), Ordering::Release).unwrap();
+        })
     }
 }
 
-impl Drop for Flood {
+impl Drop for Busy {
     fn drop(&mut self) {
-        self.is_over.store(true, std::sync::atomic::Ordering::Relaxed);
+        self.is_over.store(true, Ordering::Relaxed);
         self.thread.take().unwrap().join().unwrap();
     }
 }
@@ -690,7 +699,7 @@ fn a_flood_of_frames_that_are_none_costs_no_memory_and_no_pause() {
         let nothing = guest.allocate(&[]);
         let table = guest.allocate_table(&[&[(piece, 0); 5][..], &[(nothing, 0); 251]].concat());
         guest.set_descriptor(TX, 0, table.0, table.1, INDIRECT, 0);
-        let flood = Flood::new(&guest, TX);
+        let flood = Busy::flood(&guest, TX);
         guest.kick(TX);
         let tell = |guest: &Guest| counted(guest, "tx_malformed_frames");
         // Where the flood is slower than the device, that waits for a kick.
@@ -713,6 +722,43 @@ fn a_flood_of_frames_that_are_none_costs_no_memory_and_no_pause() {
         assert!(grown < 256 << 10, "user {user}: {grown} bytes");
         drop(flood);
         guest.pause();
+    }
+}
+
+#[test]
+fn a_limit_holds_whatever_a_guest_makes_of_a_frame_meanwhile() {
+    const LIMIT: u64 = 200_000;
+    let _alone = enter(0);
+    network::add_uplink();
+    let limit = json!({ "bandwidth": { "size": LIMIT, "refill_time": 3_600_000_000_u64 } });
+    for user in [false, true] {
+        let mut config = json!({ "tx_rate_limiter": limit });
+        let (key, value) = if user { ("user", json!({})) } else { ("host_dev_name", json!("tap0")) };
+        config[key] = value;
+        let mut guest = Guest::new(Kind::Mmio, open(config));
+        guest.start(0);
+        let out = guest.allocate(&[&[0; HEADER][..], &frame(1), &[0; 1440]].concat());
+        (0..16).for_each(|index| guest.set_descriptor(TX, index, out.0, out.1, 0, 0));
+        // As long as it is wherever it is looked at.
+        let (memory, mut is_long) = (guest.memory.clone(), false);
+        let _busy = Busy::new(move || {
+            is_long = !is_long;
+            let length = if is_long { out.1 } else { HEADER as u32 + 60 };
+            for index in 0..16 {
+                let place = GuestAddress(Guest::parts(TX)[0] + 16 * index + 8);
+                memory.memory().store(length, place, Ordering::Relaxed).unwrap();
+            }
+        });
+        wait_for(|| {
+            let (available, size) = guest.available(TX);
+            for index in available - guest.used_index(TX)..size {
+                guest.make_available(TX, index);
+            }
+            guest.kick(TX);
+            counted(&guest, "tx_rate_limiter_throttled") > 0
+        });
+        let sent = counted(&guest, "tx_bytes_count");
+        assert!((LIMIT - 1500..=LIMIT).contains(&sent), "user {user}: {sent} bytes");
     }
 }
 

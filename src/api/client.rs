@@ -41,8 +41,17 @@ impl Client {
         self.send(method, path, body)?;
         let (status, length) = self.head().map_err(|error| no_answer(method, path, error))?;
         let mut text = Vec::new();
-        let body = self.stream.by_ref().take(length.unwrap_or(0).min(BODY_MAX));
-        body.take(BODY_MAX).read_to_end(&mut text).map_err(|error| no_answer(method, path, error))?;
+        let length = length.unwrap_or(0);
+        // Half an answer is none.
+        let read = match length {
+            0..=BODY_MAX => self.stream.by_ref().take(length).read_to_end(&mut text),
+            _ => Err(std::io::Error::other(format!("it has {length} bytes, {BODY_MAX} at most are read"))),
+        };
+        let whole = read.and_then(|count| match count as u64 == length {
+            true => Ok(()),
+            false => Err(ErrorKind::UnexpectedEof.into()),
+        });
+        whole.map_err(|error| no_answer(method, path, error))?;
         Ok(Answer { status, body: String::from_utf8_lossy(&text).into_owned() })
     }
 

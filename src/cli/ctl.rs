@@ -152,8 +152,14 @@ fn says_something(value: &Value) -> bool {
 
 fn standard_input() -> Result<String> {
     let mut body = String::new();
-    std::io::stdin().lock().take(STDIN_MAX).read_to_string(&mut body).context("read standard input")?;
-    Ok(body)
+    let read = std::io::stdin().lock().take(STDIN_MAX + 1).read_to_string(&mut body);
+    match read.context("read standard input")? as u64 {
+        // A part of it would be another body.
+        count if count > STDIN_MAX => Err(Error::config(format!(
+            "standard input has more than {STDIN_MAX} bytes: no request is so long"
+        ))),
+        _ => Ok(body),
+    }
 }
 
 fn say(line: &str) -> Result<()> {

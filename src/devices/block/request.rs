@@ -221,6 +221,9 @@ impl Request {
                 let count = disk.id.len().min(ID_LENGTH);
                 id[..count].copy_from_slice(&disk.id.as_bytes()[..count]);
                 self.data.copy_from(0, &id);
+                // The driver is told that all of its buffer was written.
+                self.data.advance(ID_LENGTH.min(self.data.len()));
+                self.data.zero(self.data.len());
                 Ok(())
             }
         }

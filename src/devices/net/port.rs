@@ -8,7 +8,6 @@ use std::sync::Once;
 use crate::host::tap::Tap;
 use crate::log;
 use crate::uring::{Operation, Uring};
-use crate::virtio::buffers::VECTORS_MAX;
 use crate::virtio::pool::Pool;
 
 /// Frames moved by one system call at most.
@@ -171,10 +170,11 @@ impl Port {
     }
 }
 
-/// A range of the pool's vectors as the kernel wants it.
+/// A range of the pool's vectors as the kernel wants it. All of them, always: more than it takes at once
+/// (IOV_MAX) it refuses, where a part of a frame would go as another frame.
 fn kernel(pool: &Pool, range: &Range<usize>) -> (*const libc::iovec, u32) {
     let vectors = &pool.vectors()[range.clone()];
-    (vectors.as_ptr(), vectors.len().min(VECTORS_MAX) as u32)
+    (vectors.as_ptr(), vectors.len() as u32)
 }
 
 #[allow(unsafe_code)]

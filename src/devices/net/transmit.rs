@@ -11,7 +11,6 @@ use super::metrics::Metrics;
 use super::port::{BATCH, Port};
 use crate::error::Result;
 use crate::memory::{Memory, Regions};
-use crate::virtio::buffers::VECTORS_MAX;
 use crate::virtio::pool::Pool;
 use crate::virtio::{Queue, Share};
 
@@ -103,9 +102,8 @@ impl Transmitter {
             }
             let length = self.pool.add_readable(chain)?;
             let end = self.pool.vectors().len();
-            // What cannot be a frame goes back unsent, and so does one that the kernel takes only a part
-            // of at once: what it would send then is another frame.
-            if (header::SIZE..=FRAME_MAX).contains(&length) && end - vector <= VECTORS_MAX {
+            // What cannot be a frame goes back unsent.
+            if (header::SIZE..=FRAME_MAX).contains(&length) {
                 self.frames.push(vector..end);
             }
             vector = end;
