@@ -22,6 +22,9 @@ const SOCKETS_MAX: usize = 32;
 const TURN: usize = 16;
 /// How much is read at once.
 const CHUNK: usize = 2048;
+/// Reads of one connection before the others get their turn: a client whose request comes byte after byte,
+/// and never to its end, would keep the main thread to itself.
+const READS: usize = 16;
 
 /// Who serves: method, path and body to response.
 pub type Service<'a> = dyn FnMut(&str, &str, &[u8]) -> Response + 'a;
@@ -267,6 +270,7 @@ impl Connection {
     /// client is gone.
     fn go_on(&mut self, body_max: usize, service: &mut Service<'_>) -> Option<Interest> {
         let turn_end = self.answered + TURN as u64;
+        let mut reads = 0;
         loop {
             // A client that does not read its answers is not read from.
             if !self.flush()? || self.answered == turn_end {
@@ -279,8 +283,12 @@ impl Connection {
                 return self.tell();
             }
             self.serve_one(body_max, service);
-            if self.output.is_empty() && !self.fill()? {
-                return Some(Interest::IN);
+            if self.output.is_empty() {
+                // Level-triggered: what is still there is told of again.
+                if reads == READS || !self.fill()? {
+                    return Some(Interest::IN);
+                }
+                reads += 1;
             }
         }
     }
@@ -375,5 +383,36 @@ impl Connection {
             self.shut = true;
         }
         self.listen()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_client_that_never_stops_sending_lets_others_have_their_turn() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let mut connection = Connection::new(ours);
+        let length = 3 * READS * CHUNK;
+        let head = format!("PUT /x HTTP/1.1\r\nContent-Length: {length}\r\n\r\n");
+        theirs.write_all(head.as_bytes()).unwrap();
+        theirs.write_all(&vec![b'x'; length]).unwrap();
+        let mut served = Vec::new();
+        for turn in 1..4 {
+            let mut service = |_: &str, _: &str, body: &[u8]| {
+                served.push(body.len());
+                Response::Done
+            };
+            assert_eq!(connection.go_on(length, &mut service), Some(Interest::IN));
+            assert_eq!(connection.input.len(), turn * READS * CHUNK, "turn {turn}");
+        }
+        let mut service = |_: &str, _: &str, body: &[u8]| {
+            served.push(body.len());
+            Response::Done
+        };
+        connection.go_on(length, &mut service).unwrap();
+        assert_eq!(served, [length]);
     }
 }

@@ -6,6 +6,9 @@ use super::tap::{InterfaceRequest, Tap, checked};
 
 /// So much is read at once; what does not fit is cut off, and nothing of it is looked at.
 const MESSAGE: usize = 64;
+/// So many are taken in one turn: somebody who changes the interface all the time must not keep a device's
+/// thread from its other work. A socket that is waited for as long as it is readable tells of the rest.
+const MESSAGES: usize = 64;
 /// Where the index of its interface is in an RTM_NEWLINK or RTM_DELLINK message: after struct nlmsghdr
 /// and the first two fields of struct ifinfomsg.
 const INDEX: u32 = 16 + 4;
@@ -40,11 +43,11 @@ impl Link {
         flags.is_ok_and(|flags| u32::from(flags.flags()) & libc::IFF_UP as u32 != 0)
     }
 
-    /// Takes all there is to hear.
+    /// Takes what there is to hear, or so much of it that others have their turn before the rest.
     #[allow(unsafe_code)]
     pub fn drain(&self) {
         let mut message = [0_u8; MESSAGE];
-        loop {
+        for _ in 0..MESSAGES {
             // SAFETY: the call writes at most the length of the local array.
             let count = unsafe {
                 libc::recv(self.socket.as_raw_fd(), message.as_mut_ptr().cast(), MESSAGE, libc::MSG_DONTWAIT)
