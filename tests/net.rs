@@ -6,6 +6,7 @@ mod common;
 
 use std::fs::File;
 
+use alula::host::tap::Tap;
 use common::{Process, Service, network, run};
 use serde_json::json;
 
@@ -68,6 +69,62 @@ fn what_is_no_tap_of_ours_is_refused_with_a_way_on() {
         client.ok("PUT", "/network-interfaces/n", &body);
     }
     drop(busy);
+}
+
+#[test]
+fn a_tap_of_several_queues_has_one_user_as_any_other() {
+    network::enter();
+    network::add_interface("several0", network::TAP | libc::IFF_MULTI_QUEUE);
+    let put = |service: &Service, queue_pairs: u16| {
+        let body = json!({ "iface_id": "n", "host_dev_name": "several0", "queue_pairs": queue_pairs });
+        service.client().request("PUT", "/network-interfaces/n", &body.to_string())
+    };
+    let refused = "open TAP interface `several0` (`host_dev_name`, --net): another process uses it";
+    let (first, second) = (Service::start(&[]), Service::start(&[]));
+    for (ours, theirs) in [(1, 1), (2, 1), (1, 2), (3, 2)] {
+        // The same one may ask again, also for more or for less.
+        for again in [ours, 4, ours] {
+            assert_eq!(put(&first, again).status(), "204", "{again}");
+        }
+        let fault = put(&second, theirs).fault();
+        assert!(fault.contains(refused), "{ours} and {theirs}: {fault}");
+    }
+    // Attached or not: a queue that is left to others for now is somebody's all the same.
+    let other = network::open_tap("several0", network::TAP | libc::IFF_MULTI_QUEUE);
+    let fault = put(&first, 2).fault();
+    assert!(fault.contains(refused), "{fault}");
+    network::detach_queue(&other);
+    let fault = put(&first, 2).fault();
+    assert!(fault.contains(refused), "{fault}");
+    drop(other);
+    assert_eq!(put(&second, 2).status(), "204");
+    drop(second);
+    assert_eq!(put(&first, 16).status(), "204");
+}
+
+#[test]
+fn of_two_that_come_at_once_at_most_one_gets_a_tap() {
+    network::enter();
+    network::add_interface("several0", network::TAP | libc::IFF_MULTI_QUEUE);
+    let mut had = 0;
+    for _ in 0..100 {
+        let both = std::sync::Barrier::new(2);
+        let open = || {
+            both.wait();
+            let taps = Tap::open("several0", 2);
+            // Until the other one has looked, too.
+            both.wait();
+            taps.is_ok()
+        };
+        let got = std::thread::scope(|scope| {
+            let other = scope.spawn(open);
+            [open(), other.join().unwrap()]
+        });
+        assert_ne!(got, [true, true]);
+        had += usize::from(got.contains(&true));
+    }
+    println!("one of both had it in {had} rounds of 100");
+    assert_eq!(Tap::open("several0", 2).unwrap().len(), 2, "nothing of them is left");
 }
 
 #[test]

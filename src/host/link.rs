@@ -1,4 +1,4 @@
-//! Whether an interface of the host is up, and word of its changes (rtnetlink(7)).
+//! Whether an interface of the host is up, word of its changes, and who uses it (rtnetlink(7)).
 
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
@@ -105,6 +105,61 @@ fn socket() -> std::io::Result<OwnedFd> {
     }
 }
 
+/// Attributes of a TAP's link that libc does not name (linux/if_link.h).
+const IFLA_TUN_NUM_QUEUES: u16 = 8;
+const IFLA_TUN_NUM_DISABLED_QUEUES: u16 = 9;
+/// The fixed part of an RTM_NEWLINK message: struct nlmsghdr and struct ifinfomsg.
+const FIXED: usize = 32;
+/// What all attributes of a link take at most, with its statistics.
+const ANSWER: usize = 32 << 10;
+
+/// How many queues of a TAP for several are attached, by whomever, in use or not. None: the interface with
+/// this index is none, or the kernel does not say (before Linux 4.16).
+pub(super) fn attached_queues(index: u32) -> Option<u32> {
+    let answer = ask_for_link(index).ok()?;
+    let data = attribute(answer.get(FIXED..)?, libc::IFLA_LINKINFO)
+        .and_then(|info| attribute(info, libc::IFLA_INFO_DATA))?;
+    let number = |kind| Some(u32::from_ne_bytes(attribute(data, kind)?.try_into().ok()?));
+    Some(number(IFLA_TUN_NUM_QUEUES)? + number(IFLA_TUN_NUM_DISABLED_QUEUES)?)
+}
+
+/// The RTM_NEWLINK message about an interface.
+#[allow(unsafe_code)]
+fn ask_for_link(index: u32) -> std::io::Result<Vec<u8>> {
+    let socket = socket()?;
+    let mut request = [0; FIXED];
+    request[..4].copy_from_slice(&(FIXED as u32).to_ne_bytes());
+    request[4..6].copy_from_slice(&libc::RTM_GETLINK.to_ne_bytes());
+    request[6..8].copy_from_slice(&(libc::NLM_F_REQUEST as u16).to_ne_bytes());
+    request[20..24].copy_from_slice(&index.to_ne_bytes());
+    let mut answer = vec![0; ANSWER];
+    // SAFETY: the calls read and write at most the lengths of the local buffers. The kernel answers within
+    // the first one.
+    let count = unsafe {
+        let sent = libc::send(socket.as_raw_fd(), request.as_ptr().cast(), request.len(), 0);
+        checked(sent as i32)?;
+        libc::recv(socket.as_raw_fd(), answer.as_mut_ptr().cast(), answer.len(), 0)
+    };
+    checked(count as i32)?;
+    answer.truncate(count as usize);
+    Ok(answer)
+}
+
+/// What an attribute of this kind has in it: each is a length and a kind of 16 bits, then so much, and
+/// begins at a multiple of 4.
+fn attribute(mut bytes: &[u8], kind: u16) -> Option<&[u8]> {
+    loop {
+        let (header, _) = bytes.split_first_chunk::<4>()?;
+        let [length, this] = [0, 2].map(|at| u16::from_ne_bytes([header[at], header[at + 1]]));
+        let content = bytes.get(4..length.into())?;
+        // The upper bits say how it is made.
+        if this & 0x3fff == kind {
+            return Some(content);
+        }
+        bytes = bytes.get(usize::from(length).next_multiple_of(4)..)?;
+    }
+}
+
 /// Asks something of the interface called `name`, of a socket or a TAP.
 #[allow(unsafe_code)]
 fn interface(fd: RawFd, what: libc::Ioctl, name: &[u8; libc::IFNAMSIZ]) -> std::io::Result<InterfaceRequest> {
@@ -123,5 +178,31 @@ impl InterfaceRequest {
     /// ifr_ifindex
     fn index(&self) -> u32 {
         u32::from_ne_bytes(self.value[..4].try_into().expect("these are 4"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_attribute_is_found_among_others_and_damage_is_none() {
+        let one = |kind: u16, content: &[u8]| {
+            let length = 4 + content.len() as u16;
+            let mut bytes = [&length.to_ne_bytes()[..], &kind.to_ne_bytes(), content].concat();
+            bytes.resize(bytes.len().next_multiple_of(4), 0);
+            bytes
+        };
+        let bytes = [one(1, b"abc"), one(7 | 0x8000, b"nested"), one(9, b"")].concat();
+        assert_eq!(attribute(&bytes, 1), Some(&b"abc"[..]));
+        assert_eq!(attribute(&bytes, 7), Some(&b"nested"[..]));
+        assert_eq!(attribute(&bytes, 9), Some(&b""[..]));
+        assert_eq!(attribute(&bytes, 3), None);
+        for length in 0..bytes.len() - 4 {
+            assert_eq!(attribute(&bytes[..length], 9), None, "{length}");
+        }
+        // A length that does not even cover itself.
+        assert_eq!(attribute(&[0; 8], 1), None);
+        assert_eq!(attribute(&[3, 0, 2, 0, 0, 0, 0, 0], 1), None);
     }
 }

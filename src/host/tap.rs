@@ -6,9 +6,11 @@ use std::io::Error as IoError;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 
+use super::link::attached_queues;
 use crate::error::{Context, Error, Result};
 
 const TUN_DEVICE: &str = "/dev/net/tun";
+const IN_USE: &str = "another process uses it";
 const IFF_TAP: u16 = libc::IFF_TAP as u16;
 const IFF_MULTI_QUEUE: u16 = libc::IFF_MULTI_QUEUE as u16;
 const IFF_NO_PI: u16 = libc::IFF_NO_PI as u16;
@@ -152,9 +154,11 @@ fn attach(name: &str, queues: usize) -> Result<Vec<Tap>> {
     // SAFETY: the name ends with a zero, being shorter than its array. Not /sys, which shows the
     // network namespace that it was mounted in.
     #[allow(unsafe_code)]
-    if unsafe { libc::if_nametoindex(request.name.as_ptr().cast()) } == 0 {
+    let index = unsafe { libc::if_nametoindex(request.name.as_ptr().cast()) };
+    if index == 0 {
         return Err(Error::config(format!("there is no such interface: {create}")));
     }
+    check_alone(index, 0)?;
     let mut taps = Vec::with_capacity(queues);
     let mut flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | if queues > 1 { IFF_MULTI_QUEUE } else { 0 };
     while taps.len() < queues {
@@ -168,10 +172,34 @@ fn attach(name: &str, queues: usize) -> Result<Vec<Tap>> {
             }
             Err(number) => return Err(refused(number, queues, &create)),
         }
+        check_given(&tap, &request, flags)?;
         tap.set_header_size()?;
         taps.push(tap);
     }
+    // Somebody may have come at the same moment.
+    check_alone(index, queues)?;
     Ok(taps)
+}
+
+/// Whether the interface with this index has our queues attached and no other's. One for a single queue has
+/// no count: the kernel itself lets nobody else in there. One for several takes whoever comes, and deals
+/// the frames out: each of two guests would get some of the other's.
+fn check_alone(index: u32, ours: usize) -> Result<()> {
+    match attached_queues(index) {
+        Some(count) if count as usize != ours => Err(Error::config(IN_USE)),
+        _ => Ok(()),
+    }
+}
+
+/// Whether the kernel gave what was asked for: an interface of this name that has these flags. Another may
+/// have come into its place, and another process may have attached to it in its own way.
+fn check_given(tap: &Tap, request: &InterfaceRequest, flags: u16) -> Result<()> {
+    let given = tap.request().context("ask what was attached to")?;
+    check_flags(given.flags())?;
+    match given.name == request.name && given.flags() & IFF_MULTI_QUEUE == flags & IFF_MULTI_QUEUE {
+        true => Ok(()),
+        false => Err(Error::config("another interface has come into its place meanwhile: try it again")),
+    }
 }
 
 fn open_device() -> Result<File> {
@@ -189,7 +217,7 @@ fn attach_queue(tap: &Tap, mut request: InterfaceRequest) -> std::result::Result
 
 fn refused(number: i32, queues: usize, create: &str) -> Error {
     Error::config(match number {
-        libc::EBUSY => "another process uses it".to_owned(),
+        libc::EBUSY => IN_USE.to_owned(),
         libc::EPERM => format!("this user may not use it: {create}"),
         libc::EINVAL if queues > 1 => {
             format!("it is not a TAP interface with several queues (`queue_pairs`): {create}")

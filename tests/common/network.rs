@@ -29,6 +29,16 @@ pub fn open_tap(name: &str, flags: i32) -> File {
     tap
 }
 
+/// Leaves the frames of a TAP to its other queues.
+#[allow(unsafe_code)]
+pub fn detach_queue(tap: &File) {
+    let mut request = [0_u8; 40];
+    request[16..18].copy_from_slice(&(libc::IFF_DETACH_QUEUE as u16).to_ne_bytes());
+    // SAFETY: the call reads and writes a structure of 40 bytes.
+    let detached = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETQUEUE, &mut request) };
+    assert_eq!(detached, 0, "{}", std::io::Error::last_os_error());
+}
+
 /// Makes a TAP interface that lives as long as the namespace, with an address of the host's.
 pub fn add_tap(name: &str, address: &str) {
     add_interface(name, TAP);
