@@ -2,7 +2,7 @@
 //! can change a descriptor at any time: who reads it twice may see two requests.
 
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileMemory};
 
 use crate::error::{Error, Result};
 use crate::memory::Regions;
@@ -110,7 +110,13 @@ impl Table {
 fn read(memory: &Regions, table: GuestAddress, index: u16) -> Result<Descriptor> {
     let offset = u64::from(index) * size_of::<Descriptor>() as u64;
     let address = table.0.checked_add(offset).map(GuestAddress);
-    let descriptor = address.and_then(|address| memory.read_obj(address).ok());
+    let descriptor = address.and_then(|address| {
+        // Where it lies in one region, which is nearly always, it is read in one piece: a read that may go on
+        // in another region takes several times the instructions.
+        let slice = memory.get_slice(address, size_of::<Descriptor>()).ok();
+        let whole = slice.and_then(|slice| Some(slice.get_ref(0).ok()?.load()));
+        whole.or_else(|| memory.read_obj(address).ok())
+    });
     descriptor.ok_or_else(|| fault(format_args!("a table of descriptors at {:#x} is not in memory", table.0)))
 }
 
@@ -178,6 +184,22 @@ mod tests {
         let regions = memory.memory();
         let pieces = [piece(0, 5, false), piece(0, 7, true), piece(0, u32::MAX, false)];
         assert_eq!(Chain::new(0, &regions, &pieces).readable_length(), 5 + u32::MAX as usize);
+    }
+
+    #[test]
+    fn a_table_may_lie_across_two_regions() {
+        let memory = allocate(&[Range { start: 0, size: 8192 }, Range { start: 8192, size: 8192 }]).unwrap();
+        let regions = memory.memory();
+        // The first descriptor begins in one region and ends in the other.
+        for (index, flags) in [(0, NEXT), (1, WRITE)] {
+            let descriptor = Descriptor::new(0x100, 8, flags, 1);
+            regions.write_obj(descriptor, GuestAddress(8184 + 16 * index)).unwrap();
+        }
+        let table = Table { address: GuestAddress(8184), size: 2, pieces_max: 2 };
+        let mut pieces = Vec::new();
+        assert_eq!(table.read(&regions, 0, &mut pieces).unwrap(), 2);
+        let piece = |is_writable| Piece { address: GuestAddress(0x100), length: 8, is_writable };
+        assert_eq!(pieces, [piece(false), piece(true)]);
     }
 
     #[test]
