@@ -20,7 +20,7 @@ fn firmware(options: &[&str]) -> common::Ended {
 
 #[test]
 fn it_finds_the_machine_it_was_promised() {
-    for (cpus, memory) in [("1", "128M"), ("4", "64M"), ("2", "2M"), ("3", "1G")] {
+    for (cpus, memory) in [("1", "128M"), ("4", "64M"), ("2", "2M"), ("1", "3M"), ("3", "1G")] {
         let ended = firmware(&["--cpus", cpus, "--memory", memory]);
         assert_eq!(ended.code, Some(0), "{}", ended.text);
         assert!(ended.text.contains(&format!("cpus: ok ({cpus} started)")), "{}", ended.text);
@@ -50,6 +50,43 @@ fn memory_goes_around_the_gap_below_4_gib() {
     assert_eq!(ended.code, Some(0), "{}", ended.text);
     let top = if X86_64 { "0x100000000-0x17fffffff" } else { "0x40000000-0x17fffffff" };
     assert!(ended.text.contains(top), "{}", ended.text);
+}
+
+#[test]
+fn guest_memory_has_the_pages_that_were_asked_for() {
+    // As the kernel abbreviates the advice to have huge pages, or none (proc(5), smaps).
+    for (pages, expected) in [("None", None), ("Transparent", Some("hg")), ("Never", Some("nh"))] {
+        let mut service = Service::start(&[]);
+        let machine = format!(r#"{{"vcpu_count": 1, "mem_size_mib": 78, "huge_pages": "{pages}"}}"#);
+        service.client().ok("PUT", "/machine-config", &machine);
+        service.boot_source("case=serial end=idle");
+        service.client().ok("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#);
+        service.process.expect("1 cases, 0 failed");
+        if !Path::new("/sys/kernel/mm/transparent_hugepage").exists() {
+            // Such a kernel has no flags to show: the advice is refused, and the guest runs all the same.
+            continue;
+        }
+        let maps = std::fs::read_to_string(format!("/proc/{}/smaps", service.process.child.id())).unwrap();
+        let mut advised = Vec::new();
+        let mut mapping = ("", 0);
+        for line in maps.lines() {
+            let mut words = line.split_whitespace();
+            match words.next().unwrap() {
+                "Size:" => mapping.1 = words.next().unwrap().parse().unwrap(),
+                "VmFlags:" => advised.extend(
+                    words.filter(|flag| ["hg", "nh"].contains(flag)).map(|flag| (mapping.0, mapping.1, flag)),
+                ),
+                first if first.contains('-') => mapping.0 = first,
+                _ => {}
+            }
+        }
+        let of_the_guest: Vec<_> = advised.iter().filter(|(_, kib, _)| *kib >= 78 << 10).collect();
+        assert_eq!(of_the_guest.len(), usize::from(expected.is_some()), "{pages}: {advised:?}");
+        for (place, kib, flag) in of_the_guest {
+            let start = u64::from_str_radix(place.split('-').next().unwrap(), 16).unwrap();
+            assert_eq!((start % (2 << 20), *kib, Some(*flag)), (0, 78 << 10, expected), "{pages}");
+        }
+    }
 }
 
 #[test]

@@ -11,7 +11,7 @@ use super::command_line::command_line;
 use super::{Attached, Machine, State, halt};
 use crate::arch::{self, layout};
 use crate::bus::Bus;
-use crate::config::Config;
+use crate::config::{Config, HugePages};
 use crate::devices::boot_timer::BootTimer;
 use crate::devices::console::Console;
 use crate::devices::exit::ExitRegister;
@@ -23,7 +23,8 @@ use crate::devices::rtc::Clock;
 use crate::error::{Context, Error, Result};
 use crate::firmware;
 use crate::host::{Access, Host};
-use crate::memory;
+use crate::log;
+use crate::memory::{self, Memory};
 use crate::platform::Platform;
 use crate::vm::exit::End;
 use crate::vm::gate::Gate;
@@ -47,6 +48,7 @@ pub fn build(id: &str, config: &Config, host: &mut dyn Host, prepared: Prepared)
     })?;
     let ranges = layout::memory(size);
     let memory = memory::allocate(&ranges)?;
+    choose_pages(&memory, machine.huge_pages);
     let mut platform = Platform {
         cpus: machine.vcpu_count,
         smt: machine.smt,
@@ -116,6 +118,22 @@ pub fn build(id: &str, config: &Config, host: &mut dyn Host, prepared: Prepared)
         _vm: vm,
         memory,
     })
+}
+
+/// Pages come when they are touched, and KVM maps them as they come: this is before both.
+fn choose_pages(memory: &Memory, pages: HugePages) {
+    let wanted = match pages {
+        HugePages::Transparent => true,
+        HugePages::Never => false,
+        HugePages::None | HugePages::Huge2M => return,
+    };
+    match memory::ask_for_huge_pages(memory, wanted) {
+        Err(error) if wanted => {
+            log::line(format_args!("ask for transparent huge pages: {error}: the guest has small ones"));
+        }
+        // A kernel that has none gives none.
+        _ => {}
+    }
 }
 
 /// Those of the fixed devices that the machine itself talks to.

@@ -398,6 +398,7 @@ fn place(memory: &Regions, pointer: *const libc::c_void) -> Option<(&Region, usi
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vm_memory::GuestRegionMmap;
     use vm_memory::bitmap::AtomicBitmap;
     use vm_memory::mmap::MmapRegionBuilder;
 
@@ -412,7 +413,7 @@ mod tests {
                 .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS)
                 .build()
                 .unwrap();
-            Region::new(mapping, GuestAddress(start)).unwrap()
+            GuestRegionMmap::new(mapping, GuestAddress(start)).unwrap().into()
         };
         Memory::new(Regions::from_regions(vec![region(0), region(1 << 30)]).unwrap())
     }

@@ -2,7 +2,7 @@
 
 use std::sync::OnceLock;
 
-use alula::memory::{Memory, Regions};
+use alula::memory::{Memory, Region, Regions};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestRegionMmap};
 
@@ -58,11 +58,11 @@ fn reserve(size: usize) -> usize {
     }
 }
 
-fn region(start: u64, place: usize, size: usize) -> GuestRegionMmap<Option<vm_memory::bitmap::AtomicBitmap>> {
+fn region(start: u64, place: usize, size: usize) -> Region {
     let builder = MmapRegionBuilder::new_with_bitmap(size, None)
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
         .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
     // SAFETY: the mapping is there for ever.
     let builder = unsafe { builder.with_raw_mmap_pointer(place as *mut u8) };
-    GuestRegionMmap::new(builder.build().unwrap(), GuestAddress(start)).unwrap()
+    GuestRegionMmap::new(builder.build().unwrap(), GuestAddress(start)).unwrap().into()
 }
