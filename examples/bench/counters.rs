@@ -43,6 +43,23 @@ impl Debug {
         std::fs::read_to_string(self.0.join(path)).ok()?.trim().parse().ok()
     }
 
+    /// What a boot came to by now, by KVM's statistics of the virtual machine of process `pid`: all exits,
+    /// and page faults by what was mapped for them. Pages are those that are mapped now.
+    pub fn boot(&self, pid: u32) -> Result<Boot> {
+        let folder = self.machine(pid)?;
+        let number = |file: &str| {
+            let path = folder.join(file);
+            self.number(&path).ok_or_else(|| format!("KVM does not tell {}", path.display()))
+        };
+        Ok(Boot {
+            exits: number("exits")?,
+            host_interrupts: number("irq_exits")?,
+            faults: number("pf_fixed")?,
+            huge_pages: number("pages_2m")?,
+            small_pages: number("pages_4k")?,
+        })
+    }
+
     /// KVM's statistics of the virtual machine of process `pid`: all exits, and those of each kind. Which
     /// kinds there are differs by architecture.
     fn exits(&self, pid: u32) -> Result<Calls> {
@@ -57,16 +74,32 @@ impl Debug {
             ("hypercalls", &["hypercalls", "hvc_exit_stat"]),
             ("signals", &["signal_exits", "exits_signal"]),
         ];
-        let machines = std::fs::read_dir(self.0.join("kvm"))?;
-        let mut names = machines.flatten().map(|entry| entry.path());
-        let folder = names
-            .find(|path| {
-                path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&format!("{pid}-")))
-            })
-            .ok_or("KVM shows no statistics of this virtual machine")?;
+        let folder = self.machine(pid)?;
         let sum = |files: &[&str]| files.iter().filter_map(|file| self.number(folder.join(file))).sum();
         Ok(KINDS.iter().map(|(name, files)| (*name, sum(files))).collect())
     }
+
+    /// Where KVM shows the statistics of the virtual machine of process `pid`.
+    fn machine(&self, pid: u32) -> Result<PathBuf> {
+        let machines = std::fs::read_dir(self.0.join("kvm"))?;
+        let mut names = machines.flatten().map(|entry| entry.path());
+        let found = names.find(|path| {
+            path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&format!("{pid}-")))
+        });
+        Ok(found.ok_or("KVM shows no statistics of this virtual machine")?)
+    }
+}
+
+/// What a boot costs.
+pub struct Boot {
+    pub exits: u64,
+    /// Exits that come with the host's time: a busy host makes a boot take longer, and more of them.
+    pub host_interrupts: u64,
+    /// Page faults for which KVM mapped a page.
+    pub faults: u64,
+    /// Pages of 2 MiB and of 4 KiB that are mapped.
+    pub huge_pages: u64,
+    pub small_pages: u64,
 }
 
 /// System calls that are told apart; numbers differ by architecture, names do not.

@@ -9,7 +9,7 @@ use crate::counters::{Counters, Debug, own_memory};
 use crate::host::network;
 use crate::loads::{self, FIRMWARE, Flood, LINUX, Load, Sender, Unit};
 use crate::monitor::Monitor;
-use crate::table::{Measured, Series, show};
+use crate::table::{Measured, Series, show, show_boot};
 use crate::{Folder, Result};
 
 const DISK_SIZE: usize = 128 << 20;
@@ -119,8 +119,17 @@ fn machine<'a>(
             json!({ "iface_id": "net", "host_dev_name": loads::TAP, "guest_mac": "06:00:ac:10:00:02" }),
         ),
     ];
+    let begun = Instant::now();
     let mut monitor = Monitor::start(binary, is_ours, &folder.join("api.socket"), case.flags, &config)?;
     monitor.expect(&["bench: ready"])?;
+    let time = begun.elapsed();
+    if linux.is_some() && case.engine == "Sync" {
+        let name = if is_ours { "alula" } else { "other" };
+        match debug.boot(monitor.pid()) {
+            Ok(boot) => show_boot(name, case.transport, &boot, time),
+            Err(error) => println!("boot, {name}: not measured: {error}"),
+        }
+    }
     // The first request starts threads and fills what is filled once.
     monitor.command("read 4096 1 10")?;
     let counters = Counters::new(debug, monitor.pid())?;
