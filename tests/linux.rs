@@ -25,8 +25,11 @@ fn asset(name: &str) -> PathBuf {
 }
 
 fn command_line(what: &str) -> String {
-    let end = if X86_64 { "reboot=k" } else { "" };
-    format!("console=ttyS0 panic=-1 quiet {end} alula.run={what}")
+    command_line_with(if X86_64 { "reboot=k" } else { "" }, what)
+}
+
+fn command_line_with(words: &str, what: &str) -> String {
+    format!("console=ttyS0 panic=-1 quiet {words} alula.run={what}")
 }
 
 fn boot(kernel: &str, cpus: u32, what: &str) -> Ended {
@@ -93,15 +96,8 @@ fn a_kernel_alone_needs_no_further_option() {
 #[test]
 #[ignore = "a stock kernel: scripts/test runs it"]
 fn every_end_of_a_linux_guest_is_understood() {
-    let reset = "alula: the guest asked for a reset";
     let mut ends = vec![
-        ("reboot", 120, reset),
         ("exit=5", 5, "alula: the guest ended with code 5"),
-        // panic=-1: a panic reboots at once. Only x86_64's kernel has a driver for pvpanic.
-        match X86_64 {
-            true => ("crash", 120, "alula: the guest panicked and asked for a reset"),
-            false => ("crash", 120, "Kernel panic - not syncing: sysrq triggered crash"),
-        },
         ("modules", 0, "alula: the guest powered off"),
     ];
     if X86_64 {
@@ -112,6 +108,37 @@ fn every_end_of_a_linux_guest_is_understood() {
         let ended = boot(KERNELS[0], 2, what);
         assert_eq!(ended.code, Some(code), "{what}: {}", ended.text);
         assert!(ended.text.contains(line), "{what}: {}", ended.text);
+    }
+}
+
+#[test]
+#[ignore = "a stock kernel: scripts/test runs it"]
+fn every_way_that_linux_reboots_ends_the_guest() {
+    let reset = "alula: the guest asked for a reset";
+    // panic=-1: a panic reboots at once. Only x86_64's kernel has a driver for pvpanic.
+    let ways: &[_] = match X86_64 {
+        true => &[
+            ("", "reboot", 120, reset),
+            ("", "crash", 120, "alula: the guest panicked and asked for a reset"),
+            ("reboot=b", "reboot", 120, reset),
+            ("reboot=a", "reboot", 120, reset),
+            ("reboot=k", "reboot", 120, reset),
+            ("reboot=t", "reboot", 122, "alula: the guest crashed: triple fault"),
+        ],
+        false => &[
+            ("", "reboot", 120, reset),
+            ("", "crash", 120, "Kernel panic - not syncing: sysrq triggered crash"),
+        ],
+    };
+    let (kernel, initrd) = (asset(KERNELS[0]), asset("initramfs.cpio"));
+    for (words, what, code, said) in ways {
+        let line = command_line_with(words, what);
+        let arguments = ["run", kernel.to_str().unwrap(), "--initrd", initrd.to_str().unwrap()];
+        // One CPU boots sooner; Linux' own choice has another CPU to stop, too.
+        let cpus = if words.is_empty() { "2" } else { "1" };
+        let ended = run([&arguments[..], &["--cpus", cpus, "--memory", "256M", "--cmdline", &line]].concat());
+        assert_eq!(ended.code, Some(*code), "{what} {words}: {}", ended.text);
+        assert!(ended.text.contains(said), "{what} {words}: {}", ended.text);
     }
 }
 

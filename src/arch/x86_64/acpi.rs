@@ -21,6 +21,9 @@ const OEM_TABLE: [u8; 8] = *b"MICROVM ";
 /// FADT, IAPC boot flags (5.2.9.3): there is an 8042, no VGA, no CMOS clock.
 const BOOT_FLAGS: u16 = 1 << 1 | 1 << 2 | 1 << 5;
 
+/// The reset register among the power registers (devices/power.rs).
+const RESET_REGISTER: u16 = 2;
+
 struct Bytes(Vec<u8>);
 impl AmlSink for Bytes {
     fn byte(&mut self, byte: u8) {
@@ -31,34 +34,52 @@ impl AmlSink for Bytes {
     }
 }
 
-/// All tables, to be loaded at `layout::ACPI`; the first bytes are the RSDP.
-pub fn tables(platform: &Platform) -> Vec<u8> {
-    let mut all = Bytes(vec![0; Rsdp::len().next_multiple_of(16)]);
-    let dsdt = append(&mut all, &dsdt(platform));
-    let fadt = append(&mut all, &fadt(dsdt));
-    let madt = append(&mut all, &madt(platform));
+/// What a kernel finds in the place of a PC's firmware when it leaves a reset to that, in real mode: the
+/// reset register is written, as the FADT says.
+fn reset_code() -> [u8; 7] {
+    let power = layout::POWER.expect("x86_64 has it");
+    let [low, high] = (power.ports.start as u16 + RESET_REGISTER).to_le_bytes();
+    // mov dx, port; mov al, value; out dx, al; hlt
+    [0xba, low, high, 0xb0, power.reset_value, 0xee, 0xf4]
+}
+
+/// The tables and the code after them, as they lie in guest memory.
+pub struct Tables {
+    /// The guest physical address of the first byte, where the RSDP is.
+    pub start: u64,
+    /// All of them.
+    pub bytes: Vec<u8>,
+}
+
+/// All tables, down from the reset vector.
+pub fn tables(platform: &Platform) -> Tables {
+    let mut all = Tables { start: layout::RESET_VECTOR, bytes: reset_code().into() };
+    let dsdt = all.prepend(&dsdt(platform));
+    let fadt = all.prepend(&fadt(dsdt));
+    let madt = all.prepend(&madt(platform));
     let mut xsdt = XSDT::new(OEM, OEM_TABLE, 1);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
     if platform.pci {
         let mut mcfg = MCFG::new(OEM, OEM_TABLE, 1);
         mcfg.add_ecam(layout::ECAM.start, 0, 0, 0);
-        xsdt.add_entry(append(&mut all, &mcfg));
+        xsdt.add_entry(all.prepend(&mcfg));
     }
-    let xsdt = append(&mut all, &xsdt);
-
-    let mut rsdp = Bytes(Vec::new());
-    Rsdp::new(OEM, xsdt).to_aml_bytes(&mut rsdp);
-    all.0[..rsdp.0.len()].copy_from_slice(&rsdp.0);
-    all.0
+    let xsdt = all.prepend(&xsdt);
+    all.prepend(&Rsdp::new(OEM, xsdt));
+    all
 }
 
-/// Appends a table and returns its guest physical address.
-fn append(all: &mut Bytes, table: &dyn Aml) -> u64 {
-    all.0.resize(all.0.len().next_multiple_of(16), 0);
-    let address = layout::ACPI + all.0.len() as u64;
-    table.to_aml_bytes(all);
-    address
+impl Tables {
+    /// Puts a table before the others and returns its guest physical address.
+    fn prepend(&mut self, table: &dyn Aml) -> u64 {
+        let mut new = Bytes(Vec::new());
+        table.to_aml_bytes(&mut new);
+        new.0.resize(new.0.len().next_multiple_of(16), 0);
+        self.start -= new.0.len() as u64;
+        self.bytes.splice(..0, new.0);
+        self.start
+    }
 }
 
 fn fadt(dsdt: u64) -> impl Aml {
@@ -70,7 +91,7 @@ fn fadt(dsdt: u64) -> impl Aml {
     fadt.iapc_boot_arch = BOOT_FLAGS.into();
     fadt.sleep_control_reg = port(0);
     fadt.sleep_status_reg = port(1);
-    fadt.reset_reg = port(2);
+    fadt.reset_reg = port(RESET_REGISTER.into());
     fadt.reset_value = power.reset_value;
     fadt.finalize()
 }
@@ -243,9 +264,9 @@ mod tests {
     }
 
     /// The table at a guest physical address, with its checksum checked.
-    fn table(all: &[u8], address: u64) -> &[u8] {
-        let start = (address - layout::ACPI) as usize;
-        let table = &all[start..start + u32_at(all, start + 4) as usize];
+    fn table(all: &Tables, address: u64) -> &[u8] {
+        let start = (address - all.start) as usize;
+        let table = &all.bytes[start..start + u32_at(&all.bytes, start + 4) as usize];
         assert_eq!(table.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte)), 0);
         table
     }
@@ -253,14 +274,27 @@ mod tests {
     #[test]
     fn every_table_is_reached_from_the_rsdp_with_a_right_checksum() {
         let all = tables(&platform(2));
-        assert_eq!(&all[..8], b"RSD PTR ");
-        assert_eq!(all[..20].iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte)), 0);
-        let xsdt = table(&all, u64_at(&all, 24));
+        let rsdp = &all.bytes;
+        assert_eq!((&rsdp[..8], all.start % 16), (&b"RSD PTR "[..], 0));
+        assert_eq!(rsdp[..20].iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte)), 0);
+        let xsdt = table(&all, u64_at(rsdp, 24));
         assert_eq!(&xsdt[..4], b"XSDT");
         let found: Vec<_> = xsdt[36..].chunks(8).map(|entry| table(&all, u64_at(entry, 0))).collect();
         assert_eq!(found.iter().map(|table| &table[..4]).collect::<Vec<_>>(), [b"FACP", b"APIC", b"MCFG"]);
         assert_eq!(&table(&all, u64_at(found[0], 140))[..4], b"DSDT");
         assert_eq!(u32_at(found[0], 112) & 1 << 20, 1 << 20, "hardware-reduced");
+    }
+
+    #[test]
+    fn the_reset_vector_resets_and_shares_its_page_with_the_tables() {
+        let all = tables(&platform(2));
+        let code = &all.bytes[(layout::RESET_VECTOR - all.start) as usize..];
+        assert_eq!(code, [0xba, 0x02, 0x06, 0xb0, 0x01, 0xee, 0xf4]);
+        let page = layout::RESET_VECTOR & !0xfff;
+        assert!(all.start >= page, "{:#x} costs every guest a page more", all.start);
+        // The tables of a machine as large as any grow down.
+        let large = tables(&platform(4096));
+        assert!((layout::LOW_RAM_END..page).contains(&large.start), "{:#x}", large.start);
     }
 
     #[test]

@@ -72,13 +72,12 @@ pub fn load(
     }
 
     write_command_line(memory, &platform.command_line)?;
-    memory
-        .write_slice(&acpi::tables(platform), GuestAddress(layout::ACPI))
-        .context("write the ACPI tables")?;
+    let tables = acpi::tables(platform);
+    memory.write_slice(&tables.bytes, GuestAddress(tables.start)).context("write the ACPI tables")?;
     match entry.protocol {
-        Protocol::Pvh => write_start_info(memory, platform),
+        Protocol::Pvh => write_start_info(memory, platform, tables.start),
         Protocol::Linux64 => {
-            write_boot_params(memory, platform, header).and_then(|()| write_cpu_tables(memory))
+            write_boot_params(memory, platform, header, tables.start).and_then(|()| write_cpu_tables(memory))
         }
     }
     .context("write the boot parameters")?;
@@ -178,7 +177,7 @@ fn memory_map(platform: &Platform) -> Vec<(Range, u32)> {
     map
 }
 
-fn write_start_info(memory: &Regions, platform: &Platform) -> Result<()> {
+fn write_start_info(memory: &Regions, platform: &Platform, rsdp: u64) -> Result<()> {
     // The start info, then the module list (one: the initrd), then the memory map.
     let modules = layout::PVH_START_INFO + 64;
     let map = modules + 32;
@@ -190,7 +189,7 @@ fn write_start_info(memory: &Regions, platform: &Platform) -> Result<()> {
         nr_modules: platform.initrd.is_some().into(),
         modlist_paddr: if platform.initrd.is_some() { modules } else { 0 },
         cmdline_paddr: layout::COMMAND_LINE,
-        rsdp_paddr: layout::ACPI,
+        rsdp_paddr: rsdp,
         memmap_paddr: map,
         memmap_entries: entries.len() as u32,
         ..Default::default()
@@ -207,7 +206,12 @@ fn write_start_info(memory: &Regions, platform: &Platform) -> Result<()> {
     memory.write_slice(&bytes, GuestAddress(layout::PVH_START_INFO)).context("write the PVH start info")
 }
 
-fn write_boot_params(memory: &Regions, platform: &Platform, header: Option<setup_header>) -> Result<()> {
+fn write_boot_params(
+    memory: &Regions,
+    platform: &Platform,
+    header: Option<setup_header>,
+    rsdp: u64,
+) -> Result<()> {
     let mut params = boot_params {
         hdr: header.unwrap_or(setup_header {
             boot_flag: 0xaa55,
@@ -216,7 +220,7 @@ fn write_boot_params(memory: &Regions, platform: &Platform, header: Option<setup
             kernel_alignment: 0x100_0000,
             ..Default::default()
         }),
-        acpi_rsdp_addr: layout::ACPI,
+        acpi_rsdp_addr: rsdp,
         ..Default::default()
     };
     params.hdr.type_of_loader = 0xff;

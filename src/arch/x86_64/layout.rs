@@ -71,7 +71,9 @@ const _: () = assert!(COMMAND_LINE + COMMAND_LINE_SIZE as u64 <= BOOT_PARAMS);
 pub const PAGE_TABLES: u64 = 0x9000;
 /// The first 640 KiB less one, where PCs keep the extended BIOS data area.
 pub const LOW_RAM_END: u64 = 0x9_fc00;
-pub const ACPI: u64 = 0xe_0000;
+/// The ACPI tables are below this, in the page that this is in as far as they fit. It is where the firmware of
+/// a PC begins in real mode (FFFF:0): a kernel that wants the firmware to reset the machine goes there.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 pub const KERNEL_START: u64 = 0x10_0000;
 
 /// The ranges that `size` bytes of memory lie in.
