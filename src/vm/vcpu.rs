@@ -12,6 +12,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 use crate::arch;
 use crate::bus::Bus;
 use crate::error::{Context, Result};
+use crate::log;
 use crate::metrics::{Counter, metrics};
 use crate::vm::exit::{End, Exit};
 use crate::vm::gate::Gate;
@@ -112,8 +113,10 @@ impl Vcpu {
             let thread = std::thread::Builder::new()
                 .name(format!("vcpu{index}"))
                 .spawn(move || {
+                    let mut stood_still = false;
                     while surroundings.gate.pass() {
-                        run(&shared, &surroundings, index);
+                        run(&shared, &surroundings, index, stood_still);
+                        stood_still = true;
                     }
                 })
                 .with_context(|| format!("start the thread of vCPU {index}"))?;
@@ -167,8 +170,12 @@ impl Vcpu {
 
 /// Runs guest code until the gate closes. KVM finishes an I/O instruction only in the KVM_RUN after
 /// its exit, so the vCPU is stopped when KVM_RUN was interrupted, not when an exit was handled.
-fn run(shared: &Shared, surroundings: &Surroundings, index: usize) {
+/// `stood_still`: the guest ran before, and the gate was closed since.
+fn run(shared: &Shared, surroundings: &Surroundings, index: usize, stood_still: bool) {
     let mut fd = shared.fd.lock().unwrap_or_else(PoisonError::into_inner);
+    if stood_still {
+        tell_that_it_stood_still(&fd, index);
+    }
     // Undoes the kick that stopped it. A pause that comes now closes the gate before it kicks: either
     // the gate is seen closed below, or the kick comes after this.
     shared.immediate_exit.set(0);
@@ -199,6 +206,11 @@ fn run(shared: &Shared, surroundings: &Surroundings, index: usize) {
                 if !surroundings.gate.is_open() {
                     return;
                 }
+                if error.errno() == libc::EINTR {
+                    // A signal that stops the process, a debugger, the freezer of a control group or of a
+                    // host that sleeps: each interrupts KVM_RUN, and holds this thread until it is over.
+                    tell_that_it_stood_still(&fd, index);
+                }
                 shared.immediate_exit.set(0);
             }
             other => {
@@ -224,5 +236,12 @@ fn run(shared: &Shared, surroundings: &Surroundings, index: usize) {
                 return;
             }
         }
+    }
+}
+
+/// A guest that finds its clock far ahead would blame its own CPUs for it.
+fn tell_that_it_stood_still(fd: &VcpuFd, index: usize) {
+    if let Err(error) = arch::tell_that_it_stood_still(fd) {
+        log::line(format_args!("tell CPU {index} of the guest that it stood still: {error}"));
     }
 }

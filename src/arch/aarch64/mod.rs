@@ -99,6 +99,12 @@ pub fn is_halted_for_good(vcpu: &VcpuFd) -> Result<bool> {
     Ok(vcpu.get_mp_state().context("get the CPU's run state")?.mp_state == KVM_MP_STATE_STOPPED)
 }
 
+/// KVM has no means to tell a guest of this architecture: its watchdogs may speak up
+/// (docs/troubleshooting.md).
+pub fn tell_that_it_stood_still(_vcpu: &VcpuFd) -> Result<()> {
+    Ok(())
+}
+
 /// What KVM says of an internal error.
 pub fn internal_error(vcpu: &mut VcpuFd, index: usize) -> String {
     let mut pc = [0; 8];

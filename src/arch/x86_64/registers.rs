@@ -100,6 +100,16 @@ pub fn is_halted_for_good(vcpu: &VcpuFd) -> Result<bool> {
     })
 }
 
+/// Has this CPU's guest told, by its KVM clock, that it stood still: its watchdogs then let the time pass
+/// that it cannot account for (KVM api, KVM_KVMCLOCK_CTRL).
+pub fn tell_that_it_stood_still(vcpu: &VcpuFd) -> Result<()> {
+    match vcpu.kvmclock_ctrl() {
+        // The guest has no KVM clock, or none yet.
+        Err(error) if error.errno() == libc::EINVAL => Ok(()),
+        result => result.context("KVM_KVMCLOCK_CTRL"),
+    }
+}
+
 /// What KVM says of an internal error (KVM api, 5, KVM_EXIT_INTERNAL_ERROR), with what can be done.
 #[allow(unsafe_code)]
 pub fn internal_error(vcpu: &mut VcpuFd, index: usize) -> String {
