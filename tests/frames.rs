@@ -524,6 +524,45 @@ fn a_frame_larger_than_was_reckoned_with_is_missed_once() {
 }
 
 #[test]
+fn a_frame_longer_than_its_buffer_is_lost_and_not_cut_off() {
+    const ROOM: usize = 1600;
+    let _alone = enter(0);
+    common::output("ip", &["link", "set", "tap0", "mtu", "4000"]);
+    // Alone, and in a batch that goes by a ring.
+    for batch in [1, 8] {
+        let (mut guest, wire) = guest(Kind::Mmio, json!({}));
+        guest.start(F_EVENT_IDX);
+        let long = |seed: u8, length: usize| {
+            let mut frame = frame(seed).to_vec();
+            frame.resize(length, seed);
+            frame
+        };
+        guest.pause();
+        for seed in 0..batch {
+            wire.send(&long(100 + seed, ROOM - HEADER + 1));
+            wire.send(&long(100 + seed, 3000));
+            wire.send(&long(seed, ROOM - HEADER));
+        }
+        let rooms = rooms(&mut guest, RX, 14, ROOM);
+        guest.resume();
+        for seed in 0..batch {
+            // Others are the host's own.
+            let (length, room) = loop {
+                // One that a frame was lost from serves the next one, and the others come back before it.
+                let (head, length) = guest.next_used(RX);
+                let room = rooms[usize::from(head)];
+                if guest.bytes(room)[HEADER + 12..HEADER + 14] == ETHER_TYPE.to_be_bytes() {
+                    break (length as usize, room);
+                }
+            };
+            assert_eq!(length, ROOM);
+            assert!(guest.bytes(room)[HEADER..] == long(seed, ROOM - HEADER), "{seed} of {batch}");
+        }
+        wait_for(|| counted(&guest, "rx_fails") == 2 * u64::from(batch));
+    }
+}
+
+#[test]
 fn a_host_that_forbids_rings_carries_frames_one_by_one() {
     let _alone = enter(0);
     let (mut guest, wire) = guest(Kind::Mmio, json!({}));

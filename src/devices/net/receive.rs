@@ -133,7 +133,10 @@ impl Receiver {
                 self.queue.disable_kicks(memory)?;
                 continue;
             }
-            port.read(&self.pool, &self.vectors);
+            match self.mergeable {
+                true => port.read(&self.pool, &self.vectors),
+                false => port.read_beyond(&self.pool, &self.vectors),
+            }
             self.metrics.rx_call_count.add(port.calls());
             let (got, wait) = self.deliver_all(memory, port.results())?;
             moved += got;
@@ -251,6 +254,11 @@ impl Receiver {
             // was thought; the next one will fit.
             self.metrics.rx_fails.add(1);
             (self.frame_max, self.is_ample) = (FRAME_MAX, false);
+            return Ok(());
+        }
+        if length > capacity {
+            // One buffer for a frame, and this one is longer: half a frame is none.
+            self.metrics.rx_fails.add(1);
             return Ok(());
         }
         self.pool.mark_dirty(vector, length);
