@@ -143,7 +143,10 @@ fn every_end_has_its_exit_code_and_its_line() {
         ("halt", 121, "the guest halted for good: no CPU can wake any more"),
         ("7", 7, "the guest ended with code 7"),
         ("300", 300 & 0xff, "the guest ended with code 300"),
-        ("fail", 123, "the guest could not go on: KVM"),
+        match common::is_software_kvm() {
+            true => ("fail", 123, "the guest could not go on: KVM"),
+            false => ("fail", 101, "the guest ended with code 101"),
+        },
         match X86_64 {
             true => ("crash", 122, "the guest crashed: triple fault"),
             false => ("crash", 101, "the guest ended with code 101"),
@@ -151,9 +154,26 @@ fn every_end_has_its_exit_code_and_its_line() {
     ] {
         let ended = firmware(&["--cpus", "2", "--cmdline", &format!("case=cpus end={end}")]);
         assert_eq!(ended.code, Some(code), "{end}: {}", ended.text);
-        let line = format!("alula: {line}") + if end == "fail" { "" } else { "\n" };
+        let line = format!("alula: {line}") + if code == 123 { "" } else { "\n" };
         assert!(ended.text.contains(&line), "{end}: {}", ended.text);
     }
+}
+
+#[test]
+fn an_instruction_that_kvm_cannot_do_does_not_end_the_guest() {
+    let ended = firmware(&["--cmdline", "case=serial,refused"]);
+    if common::is_software_kvm() {
+        assert_eq!(ended.code, Some(123), "{}", ended.text);
+        assert!(ended.text.contains("alula: the guest could not go on: KVM could not"), "{}", ended.text);
+        return;
+    }
+    assert_eq!(ended.code, Some(0), "{}", ended.text);
+    assert!(
+        ended.text.contains("refused: ok (") && ended.text.contains("2 cases, 0 failed"),
+        "{}",
+        ended.text
+    );
+    assert!(ended.text.contains("alula: KVM could not"), "{}", ended.text);
 }
 
 #[test]

@@ -13,6 +13,7 @@ const LAYERS: &[&str] = &[
 ];
 
 const UNSAFE: &[&str] = &[
+    "src/arch/aarch64/mod.rs",
     "src/arch/x86_64/registers.rs",
     "src/cli/monitor.rs",
     "src/cli/signals.rs",

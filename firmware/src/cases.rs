@@ -27,8 +27,8 @@ const DEVICE_CASES: [(&str, u32, Case); 3] =
     [("block", 2, devices::block), ("net", 1, devices::net), ("entropy", 4, devices::entropy)];
 
 /// Cases that run only where they are asked for by name.
-const CHOSEN_CASES: [(&str, Case); 3] =
-    [("hostile", hostile::run), ("hostile-net", hostile_net::run), ("pvpanic", pvpanic)];
+const CHOSEN_CASES: [(&str, Case); 4] =
+    [("hostile", hostile::run), ("hostile-net", hostile_net::run), ("pvpanic", pvpanic), ("refused", refused)];
 
 /// Runs the cases that the command line names, or all but the chosen ones; returns how many failed.
 pub fn run(machine: &Machine, words: &Words) -> u32 {
@@ -176,6 +176,19 @@ fn pvpanic(_: &Machine, _: &Words) -> bool {
     arch::write_pvpanic(1);
     arch::write_pvpanic(2);
     say!("ok");
+    true
+}
+
+/// What KVM cannot do for the guest raises an exception, and the guest goes on. (A KVM that emulates all code
+/// of kernels ends it.)
+fn refused(_: &Machine, _: &Words) -> bool {
+    match arch::be_refused() {
+        Ok(count) => say!("ok (", count, " exceptions)"),
+        Err(what) => {
+            say!("expected an exception, found none of the right kind for ", what);
+            return false;
+        }
+    }
     true
 }
 

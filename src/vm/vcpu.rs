@@ -213,6 +213,12 @@ fn run(shared: &Shared, surroundings: &Surroundings, index: usize, stood_still: 
                 }
                 shared.immediate_exit.set(0);
             }
+            Ok(VcpuExit::InternalError | VcpuExit::Unsupported(_)) => {
+                match arch::refuse_instruction(&mut fd, index) {
+                    Ok(done) => log::guest_line(done),
+                    Err(reason) => return end(shared, surroundings, Exit::Failed(reason)),
+                }
+            }
             other => {
                 let exit = match other {
                     Ok(VcpuExit::Shutdown) => Exit::TripleFault,
@@ -221,22 +227,24 @@ fn run(shared: &Shared, surroundings: &Surroundings, index: usize, stood_still: 
                     Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_CRASH, _)) => {
                         Exit::Failed("it reported its own crash to KVM".to_owned())
                     }
-                    Ok(VcpuExit::InternalError) => Exit::Failed(arch::internal_error(&mut fd, index)),
                     Ok(VcpuExit::FailEntry(reason, _)) => Exit::Failed(format!(
                         "the processor refused to enter the guest on CPU {index} (reason {reason:#x})"
                     )),
                     Ok(unknown) => Exit::Failed(format!("KVM_RUN on CPU {index} returned {unknown:?}")),
                     Err(error) => Exit::Failed(format!("KVM_RUN on CPU {index}: {error}")),
                 };
-                if matches!(exit, Exit::Failed(_)) {
-                    shared.metrics.failures.add(1);
-                }
-                surroundings.end.set(exit);
-                // The vCPU is in no state to be entered again, not even to be interrupted.
-                return;
+                return end(shared, surroundings, exit);
             }
         }
     }
+}
+
+/// The guest ends by this vCPU, which is in no state to be entered again, not even to be interrupted.
+fn end(shared: &Shared, surroundings: &Surroundings, exit: Exit) {
+    if matches!(exit, Exit::Failed(_)) {
+        shared.metrics.failures.add(1);
+    }
+    surroundings.end.set(exit);
 }
 
 /// A guest that finds its clock far ahead would blame its own CPUs for it.

@@ -308,6 +308,12 @@ impl Service {
     }
 }
 
+/// Whether this host's KVM emulates all code of kernels: it ends a guest whose code it cannot do. Any other lets
+/// the guest go on with an exception.
+pub fn is_software_kvm() -> bool {
+    Path::new("/sys/module/kvm_pvm").exists()
+}
+
 pub fn wait_for(mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !condition() {

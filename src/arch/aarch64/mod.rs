@@ -9,8 +9,9 @@ mod unpack;
 use std::ops::Deref;
 
 use kvm_bindings::{
-    KVM_ARM_VCPU_POWER_OFF, KVM_ARM_VCPU_PSCI_0_2, KVM_MP_STATE_STOPPED, KVM_REG_ARM_CORE, KVM_REG_ARM64,
-    KVM_REG_SIZE_U64, kvm_vcpu_init,
+    KVM_ARM_VCPU_POWER_OFF, KVM_ARM_VCPU_PSCI_0_2, KVM_CAP_ARM_NISV_TO_USER, KVM_EXIT_ARM_NISV,
+    KVM_EXIT_INTERNAL_ERROR, KVM_MP_STATE_STOPPED, KVM_REG_ARM_CORE, KVM_REG_ARM64, KVM_REG_SIZE_U64,
+    kvm_enable_cap, kvm_vcpu_events, kvm_vcpu_init,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
@@ -71,9 +72,11 @@ pub fn create_vm(kvm: &Kvm) -> Result<VmFd, kvm_ioctls::Error> {
     }
 }
 
-/// What must exist before the vCPUs do: nothing here.
-pub fn before_vcpus(_vm: &VmFd, _platform: &Platform) -> Result<()> {
-    Ok(())
+/// What must be set up before the vCPUs exist: an access that KVM cannot do comes to `refuse_instruction`,
+/// instead of ending KVM_RUN with an error.
+pub fn before_vcpus(vm: &VmFd, _platform: &Platform) -> Result<()> {
+    let refusals = kvm_enable_cap { cap: KVM_CAP_ARM_NISV_TO_USER, ..Default::default() };
+    vm.enable_cap(&refusals).context("enable KVM_CAP_ARM_NISV_TO_USER (since Linux 5.5)")
 }
 
 /// A core register by its offset in `struct kvm_regs` (KVM api, 4.68).
@@ -105,11 +108,32 @@ pub fn tell_that_it_stood_still(_vcpu: &VcpuFd) -> Result<()> {
     Ok(())
 }
 
-/// What KVM says of an internal error.
-pub fn internal_error(vcpu: &mut VcpuFd, index: usize) -> String {
+/// Lets the guest go on after a load or store outside of memory of which the processor tells KVM too little
+/// to do it (of two registers, or with write-back): it gets an external abort, as from a bus where nobody
+/// answers. Says what was done, or why it cannot be: KVM went out of the guest for another reason.
+#[allow(unsafe_code)]
+pub fn refuse_instruction(vcpu: &mut VcpuFd, index: usize) -> Result<String, String> {
+    let run = vcpu.get_kvm_run();
+    let reason = run.exit_reason;
+    // SAFETY: for this exit the kernel fills in this member of the union, of plain numbers; for another
+    // it is not used.
+    let address = unsafe { run.__bindgen_anon_1.arm_nisv.fault_ipa };
     let mut pc = [0; 8];
-    match vcpu.get_one_reg(core_register(PC), &mut pc) {
-        Ok(_) => format!("KVM reports an internal error on CPU {index} at {:#x}", u64::from_le_bytes(pc)),
-        Err(_) => format!("KVM reports an internal error on CPU {index}"),
+    let pc = match vcpu.get_one_reg(core_register(PC), &mut pc) {
+        Ok(_) => format!("{:#x}", u64::from_le_bytes(pc)),
+        Err(_) => "an unknown address".to_owned(),
+    };
+    match reason {
+        KVM_EXIT_ARM_NISV => {
+            let mut events = kvm_vcpu_events::default();
+            events.exception.ext_dabt_pending = 1;
+            let text = format!("KVM could not do the access to {address:#x} at {pc} on CPU {index}");
+            match vcpu.set_vcpu_events(&events) {
+                Ok(()) => Ok(format!("{text}; the guest gets an external abort for it")),
+                Err(error) => Err(format!("{text}; set the CPU's events: {error}")),
+            }
+        }
+        KVM_EXIT_INTERNAL_ERROR => Err(format!("KVM reports an internal error on CPU {index} at {pc}")),
+        _ => Err(format!("KVM_RUN on CPU {index} returned an exit of the unknown kind {reason} at {pc}")),
     }
 }

@@ -15,7 +15,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 pub use boot::{Entry, load};
-pub use registers::{boot, internal_error, is_halted_for_good, tell_that_it_stood_still};
+pub use registers::{boot, is_halted_for_good, refuse_instruction, tell_that_it_stood_still};
 
 use crate::error::{Context, Result};
 use crate::platform::Platform;

@@ -4,7 +4,7 @@
 use std::ops::Deref;
 
 use kvm_bindings::{
-    KVM_INTERNAL_ERROR_EMULATION, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED,
+    KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_EMULATION, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED,
     KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_msr_entry, kvm_regs, kvm_segment,
 };
 use kvm_ioctls::VcpuFd;
@@ -110,9 +110,40 @@ pub fn tell_that_it_stood_still(vcpu: &VcpuFd) -> Result<()> {
     }
 }
 
-/// What KVM says of an internal error (KVM api, 5, KVM_EXIT_INTERNAL_ERROR), with what can be done.
+/// Invalid opcode, the exception for an instruction that a processor does not have.
+const INVALID_OPCODE: u8 = 6;
+
+/// Lets the guest go on after an instruction that KVM had to do for it and could not, an unusual access to
+/// registers of a device or code outside of memory: it gets an exception. Says what was done, or why it
+/// cannot be: KVM went out of the guest for another reason, or this host's KVM is the one to blame.
+pub fn refuse_instruction(vcpu: &mut VcpuFd, index: usize) -> Result<String, String> {
+    let reason = vcpu.get_kvm_run().exit_reason;
+    if reason != KVM_EXIT_INTERNAL_ERROR {
+        return Err(format!("KVM_RUN on CPU {index} returned an exit of the unknown kind {reason}"));
+    }
+    let (text, is_instruction) = internal_error(vcpu, index);
+    if !is_instruction || is_software_kvm() {
+        return Err(text);
+    }
+    raise_invalid_opcode(vcpu).map_err(|error| format!("{text}; {error}"))?;
+    Ok(format!("{text}; it gets an exception for it"))
+}
+
+/// KVM has done so itself in most cases before it told us.
+fn raise_invalid_opcode(vcpu: &VcpuFd) -> Result<()> {
+    let mut events = vcpu.get_vcpu_events().context("get the CPU's events")?;
+    let exception = &mut events.exception;
+    if exception.injected == 0 && exception.pending == 0 {
+        (exception.injected, exception.nr, exception.has_error_code) = (1, INVALID_OPCODE, 0);
+        vcpu.set_vcpu_events(&events).context("set the CPU's events")?;
+    }
+    Ok(())
+}
+
+/// What KVM says of an internal error (KVM api, 5, KVM_EXIT_INTERNAL_ERROR), with what can be done; and
+/// whether it is about one instruction.
 #[allow(unsafe_code)]
-pub fn internal_error(vcpu: &mut VcpuFd, index: usize) -> String {
+fn internal_error(vcpu: &mut VcpuFd, index: usize) -> (String, bool) {
     // SAFETY: the last KVM_RUN returned KVM_EXIT_INTERNAL_ERROR, for which the kernel fills in this
     // member of the union; it is plain numbers, and `ndata` is bounded below.
     let internal = unsafe { vcpu.get_kvm_run().__bindgen_anon_1.internal };
@@ -124,7 +155,10 @@ pub fn internal_error(vcpu: &mut VcpuFd, index: usize) -> String {
         _ => ("an unknown address".to_owned(), "unknown mode".to_owned()),
     };
     if internal.suberror != KVM_INTERNAL_ERROR_EMULATION {
-        return format!("KVM reports internal error {} on CPU {index} at {rip} ({mode})", internal.suberror);
+        return (
+            format!("KVM reports internal error {} on CPU {index} at {rip} ({mode})", internal.suberror),
+            false,
+        );
     }
     // data[0] is flags; bit 0: the instruction's bytes follow, a length byte first.
     let bytes: Vec<u8> = internal.data[1..internal.ndata.clamp(1, 16) as usize]
@@ -138,11 +172,21 @@ pub fn internal_error(vcpu: &mut VcpuFd, index: usize) -> String {
         }
         _ => String::new(),
     };
-    let hint = if std::path::Path::new("/sys/module/kvm_pvm").exists() {
+    let hint = if is_software_kvm() {
         "this host's KVM (kvm_pvm) has no hardware virtualisation and emulates kernel code instruction by \
          instruction: it runs only kernels built for it; run a stock kernel on a host with hardware virtualisation"
     } else {
         "the guest ran code that this host's processor or KVM does not support, or jumped to a wrong address"
     };
-    format!("KVM could not emulate the instruction{instruction} at {rip} on CPU {index} ({mode}): {hint}")
+    (
+        format!(
+            "KVM could not emulate the instruction{instruction} at {rip} on CPU {index} ({mode}): {hint}"
+        ),
+        true,
+    )
+}
+
+/// Whether this host's KVM emulates all code of kernels: what it cannot do is no fault of the guest's.
+fn is_software_kvm() -> bool {
+    std::path::Path::new("/sys/module/kvm_pvm").exists()
 }
