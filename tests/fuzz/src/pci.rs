@@ -135,7 +135,7 @@ impl World {
     fn new(host: &Host) -> Self {
         let (mmio, pio) = (Arc::new(Bus::default()), Bus::default());
         let by_hand = ByHand::new().unwrap();
-        let mut root = Root::new(driver::vm(), mmio.clone());
+        let mut root = Root::new(driver::vm(), &mmio);
         root.add(0, Arc::new(Mutex::new(HostBridge::default())), None).unwrap();
         let (mut transports, mut queues) = (Vec::new(), Vec::new());
         for (index, place) in PLACES.into_iter().enumerate() {
