@@ -1,16 +1,17 @@
 //! Where files come from: opened here, or (after a live upgrade) inherited from the process we replace.
 
+pub mod file;
 pub mod link;
 pub mod passt;
 pub mod tap;
 
 use std::collections::VecDeque;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Result};
 use crate::sink::Sink;
 use passt::Passt;
 use tap::Tap;
@@ -187,18 +188,7 @@ impl Drop for Output {
 }
 
 fn open(what: &str, path: &Path, access: Access) -> Result<File> {
-    let attempt = || format!("open {what} `{}`", path.display());
-    let directory = || Error::config("it is a directory, a file is needed");
-    let file = match OpenOptions::new().read(true).write(access == Access::ReadWrite).open(path) {
-        Err(error) if error.kind() == std::io::ErrorKind::IsADirectory => {
-            Err(directory()).with_context(attempt)?
-        }
-        result => result.with_context(attempt)?,
-    };
-    if file.metadata().with_context(attempt)?.is_dir() {
-        return Err(directory()).with_context(attempt);
-    }
-    Ok(file)
+    file::open(path, access, || format!("open {what} `{}`", path.display()))
 }
 
 #[cfg(test)]
@@ -247,7 +237,7 @@ mod tests {
         host.file("kernel", &path, Access::Read).unwrap().read_to_string(&mut text).unwrap();
         assert_eq!(text, "first");
         let error = host.hold("kernel", &folder, Access::Read).unwrap_err().to_string();
-        assert!(error.contains("it is a directory, a file is needed"), "{error}");
+        assert!(error.contains("it is a directory, a file or block device is needed"), "{error}");
         std::fs::remove_dir_all(&folder).unwrap();
     }
 }

@@ -7,7 +7,7 @@ mod common;
 use std::io::Read;
 use std::os::unix::net::UnixStream;
 
-use common::{Client, Service, network, run, wait_for};
+use common::{Client, Service, network, output, run, wait_for};
 use serde_json::json;
 
 const START: &str = r#"{"action_type": "InstanceStart"}"#;
@@ -426,6 +426,46 @@ fn a_guest_that_floods_its_console_can_be_paused_though_nobody_reads() {
 }
 
 #[test]
+fn a_fifo_or_character_device_as_a_file_is_refused_at_once() {
+    let mut service = Service::start(&[]);
+    let mut client = service.client();
+    let fifo = service.folder.path("fifo");
+    output("mkfifo", &[fifo.to_str().unwrap()]);
+    let kernel = service.folder.firmware();
+    let disk = service.folder.write("disk", [0; 4096]);
+    let drive = |path: &std::path::Path, read_only: bool| {
+        json!({ "drive_id": "d", "is_root_device": false, "path_on_host": path, "is_read_only": read_only })
+            .to_string()
+    };
+    for (path, kind) in [(fifo.as_path(), "a FIFO"), ("/dev/zero".as_ref(), "a character device")] {
+        for (resource, body) in [
+            ("/boot-source", json!({ "kernel_image_path": path }).to_string()),
+            ("/boot-source", json!({ "kernel_image_path": kernel, "initrd_path": path }).to_string()),
+            ("/drives/d", drive(path, true)),
+            ("/drives/d", drive(path, false)),
+        ] {
+            let fault = client.request("PUT", resource, &body).fault();
+            let expected = format!("`{}`: it is {kind}, a file or block device is needed", path.display());
+            assert!(fault.contains(&expected), "{body}: {fault}");
+        }
+        let path = path.to_str().unwrap();
+        for arguments in [vec!["check", path], vec!["serve", "--no-api", "--config-file", path]] {
+            let refused = run(arguments);
+            let expected = format!("read config file `{path}`: it is {kind}");
+            assert!(refused.text.contains(&expected), "{}", refused.text);
+        }
+    }
+    client.ok("PUT", "/drives/d", &drive(&disk, false));
+    service.boot_source("hello");
+    client.ok("PUT", "/actions", START);
+    let patch = json!({ "drive_id": "d", "path_on_host": fifo }).to_string();
+    let fault = client.request("PATCH", "/drives/d", &patch).fault();
+    assert!(fault.contains("it is a FIFO"), "{fault}");
+    service.process.send(libc::SIGTERM);
+    service.process.end();
+}
+
+#[test]
 fn disks_and_interfaces_are_checked_where_they_are_named() {
     let service = Service::start(&[]);
     let mut client = service.client();
@@ -440,7 +480,11 @@ fn disks_and_interfaces_are_checked_where_they_are_named() {
     for (path, body, expected) in [
         ("/drives/b", drive(json!({})), "The id from the path does not match the id from the body!"),
         ("/drives/a", drive(json!({ "path_on_host": "/none" })), "open disk `a` `/none`: No such file"),
-        ("/drives/a", drive(json!({ "path_on_host": "/dev" })), "it is a directory, a file is needed"),
+        (
+            "/drives/a",
+            drive(json!({ "path_on_host": "/dev" })),
+            "it is a directory, a file or block device is needed",
+        ),
         ("/drives/a", drive(json!({ "path_on_host": null })), "`path_on_host` is missing"),
         ("/drives/a", drive(json!({ "io_engine": "Quick" })), "unknown variant `Quick`"),
         ("/drives/a", drive(json!({ "rate_limiter": { "speed": 1 } })), "unknown field `speed`"),

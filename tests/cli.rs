@@ -101,7 +101,7 @@ fn a_kernel_that_is_none_is_refused() {
         false => "compressed with gzip: unpack it first",
     };
     refused_with(&["/nonexistent/kernel"], "open kernel `/nonexistent/kernel`: No such file");
-    refused_with(&["/"], "open kernel `/`: it is a directory, a file is needed");
+    refused_with(&["/"], "open kernel `/`: it is a directory, a file or block device is needed");
     for (name, content, expected) in [
         ("empty", vec![], "the file is empty"),
         ("text", b"just some text".to_vec(), "not a kernel image: expected ELF"),

@@ -30,6 +30,7 @@ const UNSAFE: &[&str] = &[
     "src/devices/net/outgoing.rs",
     "src/devices/net/port.rs",
     "src/host.rs",
+    "src/host/file.rs",
     "src/host/link.rs",
     "src/host/passt.rs",
     "src/host/tap.rs",

@@ -2,6 +2,7 @@
 //! lists, are read one by one, so that everything wrong is told at once, with its place.
 
 use std::collections::BTreeSet;
+use std::io::Read;
 use std::path::Path;
 
 use serde::Deserialize;
@@ -11,6 +12,7 @@ use super::{BOOT_SOURCE, BootSource, Config, LOGGER, MACHINE_CONFIG, METRICS, SE
 use crate::devices::KINDS;
 use crate::devices::kind::Kind;
 use crate::error::{Context, Error, Result};
+use crate::host::{Access, file};
 
 /// A config file of more bytes is refused before it is read into memory.
 const CONFIG_FILE_MAX: u64 = 1 << 20;
@@ -52,12 +54,15 @@ impl Config {
     /// The text of a config file.
     pub fn read(path: &Path) -> Result<Vec<u8>> {
         let attempt = || format!("read config file `{}`", path.display());
-        let length = std::fs::metadata(path).with_context(attempt)?.len();
-        if length > CONFIG_FILE_MAX {
-            return Err(Error::config(format!("its {length} bytes are more than {CONFIG_FILE_MAX}")))
+        let file = file::open(path, Access::Read, attempt)?;
+        let mut text = Vec::new();
+        // A file can grow while it is read, and a block device has no length of its own.
+        file.take(CONFIG_FILE_MAX + 1).read_to_end(&mut text).with_context(attempt)?;
+        if text.len() as u64 > CONFIG_FILE_MAX {
+            return Err(Error::config(format!("it has more than {CONFIG_FILE_MAX} bytes")))
                 .with_context(attempt);
         }
-        std::fs::read(path).with_context(attempt)
+        Ok(text)
     }
 
     /// Reads and checks a config file.
