@@ -39,60 +39,96 @@ pub trait Host {
     fn console(&mut self) -> Result<Box<dyn Write + Send>>;
 }
 
+/// A file that waits for its machine.
+struct Held {
+    /// The resource that it belongs to, as errors name it.
+    what: String,
+    path: PathBuf,
+    access: Access,
+    file: File,
+}
+
+/// An attached TAP interface that waits for its machine.
+struct HeldTap {
+    /// The network interface that it belongs to.
+    interface: String,
+    name: String,
+    queues: Vec<Tap>,
+}
+
 /// The host as this process finds it.
 #[derive(Default)]
 pub struct Local {
     /// Files opened ahead of the machine, when they were named: what is at the path then is what
-    /// the machine gets, whatever is put there later.
-    held: Vec<(PathBuf, Access, File)>,
-    held_taps: Vec<(String, Vec<Tap>)>,
+    /// the machine gets, whatever is put there later. One for each resource, so that naming other
+    /// files again and again does not use up the descriptors that a process may have.
+    held: Vec<Held>,
+    held_taps: Vec<HeldTap>,
     held_console: Option<Sink>,
 }
 
 impl Local {
-    /// Opens a file now, so that a wrong path is refused where it is named.
-    pub fn hold(&mut self, what: &str, path: &Path, access: Access) -> Result<()> {
-        let file = open(what, path, access)?;
-        self.release(path, access);
-        self.held.push((path.to_owned(), access, file));
-        Ok(())
-    }
-
-    /// The same for a TAP interface.
-    pub fn hold_tap(&mut self, name: &str, queues: usize) -> Result<()> {
-        // Attached already: a queue can be only once.
-        if !self.held_taps.iter().any(|(held, taps)| held == name && taps.len() == queues) {
-            self.held_taps.retain(|(held, _)| held != name);
-            let taps = Tap::open(name, queues)?;
-            self.held_taps.push((name.to_owned(), taps));
+    /// Opens the files of these resources now, so that a wrong path is refused where it is named. They
+    /// replace what the resources had, all of them or none; a resource without a path has no file any more.
+    pub fn hold(&mut self, files: &[(&str, Option<&Path>)], access: Access) -> Result<()> {
+        let mut opened = Vec::new();
+        for &(what, path) in files {
+            if let Some(path) = path {
+                let file = open(what, path, access)?;
+                opened.push(Held { what: what.to_owned(), path: path.to_owned(), access, file });
+            }
         }
+        self.held.retain(|held| files.iter().all(|(what, _)| held.what != *what));
+        self.held.extend(opened);
         Ok(())
     }
 
-    /// Where the guest's serial console is to write, instead of standard output.
-    pub fn hold_console(&mut self, path: &Path) -> Result<()> {
-        self.held_console = Some(Sink::open("serial output", path)?);
+    /// The same for the TAP interface `name` of a network interface.
+    pub fn hold_tap(&mut self, interface: &str, name: &str, queues: usize) -> Result<()> {
+        // Attached already: a queue can be only once.
+        let same = |held: &HeldTap| held.name == name && held.queues.len() == queues;
+        let tap = match self.held_taps.iter().position(same) {
+            Some(place) => self.held_taps.swap_remove(place).queues,
+            None => {
+                self.held_taps.retain(|held| held.name != name);
+                Tap::open(name, queues)?
+            }
+        };
+        self.release_tap(interface);
+        self.held_taps.push(HeldTap { interface: interface.to_owned(), name: name.to_owned(), queues: tap });
         Ok(())
     }
 
-    /// Takes back what is held.
-    fn release(&mut self, path: &Path, access: Access) -> Option<File> {
-        let place = self.held.iter().position(|held| held.0 == path && held.1 == access)?;
-        Some(self.held.swap_remove(place).2)
+    /// A network interface has no TAP interface any more.
+    pub fn release_tap(&mut self, interface: &str) {
+        self.held_taps.retain(|held| held.interface != interface);
+    }
+
+    /// Closes all that no machine took.
+    pub fn release(&mut self) {
+        let Self { held, held_taps, held_console } = self;
+        (*held, *held_taps, *held_console) = (Vec::new(), Vec::new(), None);
+    }
+
+    /// Where the guest's serial console is to write, instead of standard output; none: there.
+    pub fn hold_console(&mut self, path: Option<&Path>) -> Result<()> {
+        self.held_console = path.map(|path| Sink::open("serial output", path)).transpose()?;
+        Ok(())
     }
 }
 
 impl Host for Local {
     fn file(&mut self, what: &str, path: &Path, access: Access) -> Result<File> {
-        match self.release(path, access) {
-            Some(file) => Ok(file),
+        let same = |held: &Held| held.what == what && held.path == path && held.access == access;
+        match self.held.iter().position(same) {
+            Some(place) => Ok(self.held.swap_remove(place).file),
             None => open(what, path, access),
         }
     }
 
     fn tap(&mut self, name: &str, queues: usize) -> Result<Vec<Tap>> {
-        if let Some(place) = self.held_taps.iter().position(|(held, _)| held == name) {
-            let (_, taps) = self.held_taps.swap_remove(place);
+        if let Some(place) = self.held_taps.iter().position(|held| held.name == name) {
+            let taps = self.held_taps.swap_remove(place).queues;
             if taps.len() == queues {
                 return Ok(taps);
             }
@@ -231,12 +267,12 @@ mod tests {
         let path = folder.join("file");
         std::fs::write(&path, "first").unwrap();
         let mut host = Local::default();
-        host.hold("kernel", &path, Access::Read).unwrap();
+        host.hold(&[("kernel", Some(&path))], Access::Read).unwrap();
         std::fs::remove_file(&path).unwrap();
         let mut text = String::new();
         host.file("kernel", &path, Access::Read).unwrap().read_to_string(&mut text).unwrap();
         assert_eq!(text, "first");
-        let error = host.hold("kernel", &folder, Access::Read).unwrap_err().to_string();
+        let error = host.hold(&[("kernel", Some(&folder))], Access::Read).unwrap_err().to_string();
         assert!(error.contains("it is a directory, a file or block device is needed"), "{error}");
         std::fs::remove_dir_all(&folder).unwrap();
     }

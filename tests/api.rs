@@ -466,6 +466,48 @@ fn a_fifo_or_character_device_as_a_file_is_refused_at_once() {
 }
 
 #[test]
+fn what_was_replaced_or_is_not_needed_is_closed() {
+    let service = Service::start(&[]);
+    let mut client = service.client();
+    let pid = service.process.child.id();
+    let folder = service.folder.0.to_string_lossy().into_owned();
+    let open = || {
+        let links = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+        let links = links.filter_map(|link| std::fs::read_link(link.unwrap().path()).ok());
+        let names = links.filter_map(|link| Some(link.to_str()?.strip_prefix(&folder)?[1..].to_owned()));
+        let mut names: Vec<_> = names.filter(|name| name != "api.socket").collect();
+        names.sort();
+        names
+    };
+    let kernel = service.folder.firmware();
+    for number in 0..5 {
+        let path = |name: &str| service.folder.write(&format!("{name}{number}"), alula::firmware::IMAGE);
+        let source = json!({
+            "kernel_image_path": path("kernel"), "initrd_path": path("initrd"), "boot_args": "hello"
+        });
+        client.ok("PUT", "/boot-source", &source.to_string());
+        for read_only in [true, false] {
+            let drive = json!({
+                "drive_id": "d", "is_root_device": false, "path_on_host": path("disk"), "is_read_only": read_only
+            });
+            client.ok("PUT", "/drives/d", &drive.to_string());
+        }
+        client.ok("PUT", "/serial", &json!({ "serial_out_path": path("serial") }).to_string());
+        let expected = ["disk", "initrd", "kernel", "serial"].map(|name| format!("{name}{number}"));
+        assert_eq!(open(), expected);
+    }
+    // A change that is refused changes nothing: not the half of it that could be done.
+    let refused = json!({ "kernel_image_path": kernel, "initrd_path": "/none" }).to_string();
+    client.request("PUT", "/boot-source", &refused).fault();
+    assert_eq!(open(), ["disk4", "initrd4", "kernel4", "serial4"]);
+    service.boot_source("hello");
+    client.ok("PUT", "/serial", "{}");
+    assert_eq!(open(), ["disk4", "firmware"]);
+    client.ok("PUT", "/actions", START);
+    assert_eq!(open(), ["disk4"]);
+}
+
+#[test]
 fn disks_and_interfaces_are_checked_where_they_are_named() {
     let service = Service::start(&[]);
     let mut client = service.client();

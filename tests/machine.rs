@@ -32,7 +32,7 @@ fn machine(folder: &Folder, pci: bool, words: &str) -> Machine {
     config.pci = pci;
     config.firmware_words = Some(words.to_owned());
     let mut host = Local::default();
-    host.hold_console(&folder.path("console")).unwrap();
+    host.hold_console(Some(&folder.path("console"))).unwrap();
     let mut machine = Machine::build("test", &config, &mut host, Prepared::new().unwrap()).unwrap();
     machine.load(&config, &mut host).unwrap();
     machine

@@ -1,6 +1,5 @@
 //! Does what requests ask: holds the configuration before the start and the machine after it.
 
-use std::path::Path;
 use std::time::Instant;
 
 use serde_json::Value;
@@ -89,10 +88,11 @@ impl Controller {
             None => Prepared::new()?,
         };
         if let Some(path) = self.config.serial.as_ref().and_then(|serial| serial.serial_out_path.as_ref()) {
-            self.host.hold_console(path)?;
+            self.host.hold_console(Some(path))?;
         }
         let mut machine = Machine::build(&self.id, &self.config, &mut self.host, prepared)?;
         machine.load(&self.config, &mut self.host)?;
+        self.host.release();
         // Told first: what the guest does comes after it.
         events::tell(|| Event::Started { reason });
         machine.resume()?;
@@ -189,13 +189,9 @@ impl Controller {
     /// now is what boots.
     fn set_boot_source(&mut self, source: BootSource) -> Result<Response, String> {
         source.check().map_err(fault("Boot source error"))?;
-        let mut hold = |what: &str, path: &Path| {
-            self.host.hold(what, path, Access::Read).map_err(fault("Boot source error"))
-        };
-        hold("kernel", &source.kernel_image_path)?;
-        if let Some(initrd) = &source.initrd_path {
-            hold("initrd", initrd)?;
-        }
+        let files =
+            [("kernel", Some(source.kernel_image_path.as_path())), ("initrd", source.initrd_path.as_deref())];
+        self.host.hold(&files, Access::Read).map_err(fault("Boot source error"))?;
         self.config.boot_source = Some(source);
         Ok(Response::Done)
     }
@@ -219,9 +215,8 @@ impl Controller {
 
     /// The file is opened now, as the kernel is.
     fn set_serial(&mut self, serial: console::Config) -> Result<Response, String> {
-        if let Some(path) = &serial.serial_out_path {
-            self.host.hold_console(path).map_err(fault("Serial config error"))?;
-        }
+        let path = serial.serial_out_path.as_deref();
+        self.host.hold_console(path).map_err(fault("Serial config error"))?;
         self.config.serial = Some(serial);
         Ok(Response::Done)
     }

@@ -223,7 +223,7 @@ impl DeviceConfig for Config {
     /// The image is opened, as a kernel is. Its lock is taken at the start.
     fn hold(&self, host: &mut Local) -> Result<()> {
         let (what, path, access) = self.file();
-        host.hold(&what, path, access)
+        host.hold(&[(&what, Some(path))], access)
     }
 
     fn open(&self, _: &str, host: &mut dyn Host) -> Result<Box<dyn VirtioDevice>> {

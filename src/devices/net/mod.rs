@@ -179,8 +179,12 @@ impl DeviceConfig for Config {
 
     fn hold(&self, host: &mut Local) -> Result<()> {
         match self.carrier()? {
-            Carrier::Tap(name) => host.hold_tap(name, self.queue_pairs().into()),
-            Carrier::User(user) => user.check_host(),
+            Carrier::Tap(name) => host.hold_tap(&self.iface_id, name, self.queue_pairs().into()),
+            Carrier::User(user) => {
+                user.check_host()?;
+                host.release_tap(&self.iface_id);
+                Ok(())
+            }
         }
     }
 
