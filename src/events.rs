@@ -299,12 +299,18 @@ pub fn open(id: &str) {
 #[track_caller]
 pub fn tell(event: impl FnOnce() -> Event) {
     let (is_kept, is_logged) = (OPEN.load(Ordering::Acquire), log::wants(log::Level::Info));
-    if !is_kept && !is_logged {
+    if !is_kept && !log::wants(log::Level::Warning) {
         return;
     }
     let event = event();
+    if let Event::ApiError { request, reason } = &event {
+        log::line(format_args!("`{request}` was refused: {reason}"));
+    }
     // Those are in the log in their own words.
-    let has_words = matches!(event, Event::DeviceError { .. } | Event::Booted { .. } | Event::Ended { .. });
+    let has_words = matches!(
+        event,
+        Event::ApiError { .. } | Event::DeviceError { .. } | Event::Booted { .. } | Event::Ended { .. }
+    );
     if is_logged && !has_words {
         log::info(serde_json::to_string(&event).expect("names, numbers and texts are JSON"));
     }

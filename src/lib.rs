@@ -3,7 +3,8 @@
 //! The modules, low to high; each uses only those before it:
 //! - [`error`]: the one error type. [`clock`]: the time of day. [`metrics`]: counters. [`process`]: what
 //!   this process costs. [`sink`]: where lines for the outside go. [`log`]: messages. [`timeline`]: what a
-//!   start is made of.
+//!   start is made of. [`json`]: values as clients write them.
+//!   [`dialect`]: whose API is spoken.
 //! - [`snapshot`]: state that outlives the process. [`limiter`]: rate limits.
 //! - [`event`]: the core of an event loop. [`events`]: what happens to the microVM, for its readers.
 //!   [`uring`]: io_uring for an event loop. [`host`]: where files come from. [`memory`]: guest memory.
@@ -36,11 +37,13 @@ pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod devices;
+pub mod dialect;
 pub mod error;
 pub mod event;
 pub mod events;
 pub mod firmware;
 pub mod host;
+pub mod json;
 pub mod limiter;
 pub mod log;
 pub mod machine;

@@ -2,16 +2,16 @@
 
 use std::time::{Duration, Instant};
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 
 /// `size` tokens come back in `refill_time` milliseconds; either of them 0: no limit.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "TokenBucket"))]
+#[serde(expecting = "struct TokenBucketConfig")]
 pub struct TokenBucket {
     /// How many tokens there are at most.
     pub size: u64,
     /// Tokens beyond them that are there once, at the beginning.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub one_time_burst: Option<u64>,
     /// In how many milliseconds an empty bucket is full again.
     pub refill_time: u64,
@@ -19,15 +19,26 @@ pub struct TokenBucket {
 
 /// Limits of a device or of one direction of it.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-#[serde(deny_unknown_fields)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "RateLimiter"))]
+#[serde(deny_unknown_fields, expecting = "struct RateLimiterConfig")]
 pub struct RateLimiter {
     /// Tokens are bytes.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(serialize_with = "tell")]
     pub bandwidth: Option<TokenBucket>,
     /// Tokens are requests or frames.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(serialize_with = "tell")]
     pub ops: Option<TokenBucket>,
+}
+
+/// A bucket as it is told: one that is no limit, as none.
+fn tell<S: Serializer>(bucket: &Option<TokenBucket>, serializer: S) -> Result<S::Ok, S::Error> {
+    bucket.filter(TokenBucket::is_limit).serialize(serializer)
+}
+
+impl TokenBucket {
+    fn is_limit(&self) -> bool {
+        self.size > 0 && self.refill_time > 0
+    }
 }
 
 impl RateLimiter {
@@ -52,7 +63,7 @@ struct Bucket {
 impl Bucket {
     fn new(config: TokenBucket, now: Instant) -> Option<Self> {
         let TokenBucket { size, one_time_burst, refill_time } = config;
-        (size > 0 && refill_time > 0).then(|| Self {
+        config.is_limit().then(|| Self {
             size,
             refill: Duration::from_millis(refill_time),
             tokens: size.into(),

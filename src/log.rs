@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::clock::Utc;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::metrics::{Counter, metrics};
 use crate::sink::Sink;
 
@@ -67,7 +67,7 @@ impl<'de> Deserialize<'de> for Level {
 /// Body of `PUT /logger`; what is left out has its default.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "Logger"))]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "struct LoggerConfig")]
 pub struct Config {
     /// A file, created if it is missing, or a FIFO; none: standard error.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -131,21 +131,39 @@ static LOG: Mutex<Log> = Mutex::new(Log {
 /// The level, to be read without the lock. Without a log of its own, the terminal has what matters.
 static LEVEL: AtomicU8 = AtomicU8::new(Level::Warning as u8);
 
-/// Configures the log, which can be done once; `id` is the microVM's name.
+impl Config {
+    /// This with what `other` says: what it leaves out stays.
+    pub fn changed(self, other: &Self) -> Self {
+        let Self { log_path, level, show_level, show_log_origin, module } = other.clone();
+        Self {
+            log_path: log_path.or(self.log_path),
+            level: level.or(self.level),
+            show_level: show_level.or(self.show_level),
+            show_log_origin: show_log_origin.or(self.show_log_origin),
+            module: module.or(self.module),
+        }
+    }
+}
+
+/// Configures the log; `id` is the microVM's name. Done again, it changes what `config` says, and nothing
+/// if that cannot be done.
 pub fn configure(id: &str, config: &Config) -> Result<()> {
     let mut log = lock();
-    if log.configured {
-        return Err(Error::config("Reinitialization of logger not allowed."));
-    }
     if let Some(path) = &config.log_path {
         log.sink = Some(Sink::open("log file", path)?);
     }
     log.id = id.to_owned();
-    log.show_level = config.show_level.unwrap_or(false);
-    log.show_log_origin = config.show_log_origin.unwrap_or(false);
-    log.module.clone_from(&config.module);
+    log.show_level = config.show_level.unwrap_or(log.show_level);
+    log.show_log_origin = config.show_log_origin.unwrap_or(log.show_log_origin);
+    if let Some(module) = &config.module {
+        log.module = Some(module.clone());
+    }
+    // The first time, a log that was asked for has more than the terminal.
+    let level = if log.configured { None } else { Some(Level::Info) };
+    if let Some(level) = config.level.or(level) {
+        LEVEL.store(level as u8, Ordering::Relaxed);
+    }
     log.configured = true;
-    LEVEL.store(config.level.unwrap_or(Level::Info) as u8, Ordering::Relaxed);
     Ok(())
 }
 

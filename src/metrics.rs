@@ -20,6 +20,7 @@
 //! Names are those of Firecracker's metrics where it counts the same; a name ends with its unit
 //! (`_bytes`, `_us`), or it is a count.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -27,19 +28,22 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-/// Body of `PUT /metrics`: where a line of metrics is written every minute.
+use crate::json;
+
+/// Body of `PUT /metrics`: where a line of metrics is written every minute. What else it has is ignored,
+/// as clients of Firecracker know it.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "Metrics"))]
-#[serde(deny_unknown_fields)]
+#[serde(expecting = "struct MetricsConfig")]
 pub struct Config {
     /// A file, created if it is missing, or a FIFO.
     pub metrics_path: PathBuf,
     /// Lines have the microVM's name.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "json::or_default")]
     pub emit_id: bool,
-    /// Lines have these too.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub properties: Option<Map<String, Value>>,
+    /// Lines have these too: names and texts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub properties: Option<BTreeMap<String, String>>,
 }
 
 /// What of a metric is asked for.

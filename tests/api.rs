@@ -577,7 +577,7 @@ fn two_root_devices_are_refused_and_one_can_be_replaced() {
     assert_eq!(drives.as_array().unwrap().len(), 1);
     assert_eq!((&drives[0]["drive_id"], &drives[0]["cache_type"]), (&json!("a"), &json!("Unsafe")));
     client.ok("PUT", "/entropy", "{}");
-    assert_eq!(client.ok("GET", "/vm/config", "").json()["entropy"], json!({}));
+    assert_eq!(client.ok("GET", "/vm/config", "").json()["entropy"], json!({ "rate_limiter": null }));
 }
 
 #[test]
@@ -944,4 +944,77 @@ fn an_image_is_replaced_only_by_one_that_can_be_had() {
     assert_eq!(first.code, Some(0), "{}", first.text);
     let second = run(["run", "--disk", other.to_str().unwrap(), "--cmdline", "case=serial"]);
     assert!(second.text.contains("it is in use by process"), "{}", second.text);
+}
+
+#[test]
+fn called_firecracker_it_is_that_monitor_alone() {
+    let folder = common::Folder::new();
+    let firecracker = common::called("firecracker", &folder);
+    let socket = folder.path("s");
+    let mut command = std::process::Command::new(&firecracker);
+    command.args(["--id", "vm-8", "--api-sock"]).arg(&socket);
+    let mut process = common::Process::spawn(command);
+    wait_for(|| UnixStream::connect(&socket).is_ok());
+    let mut client = Client::connect(&socket);
+    let disk = folder.write("disk", [0; 4096]);
+    let drive = json!({ "drive_id": "d", "is_root_device": false, "path_on_host": disk, "format": "raw" });
+    let fault = client.request("PUT", "/drives/d", &drive.to_string()).fault();
+    assert!(fault.contains("unknown field `format`, expected one of `drive_id`, "), "{fault}");
+    let shutdown = r#"{"action_type": "Shutdown"}"#;
+    let fault = client.request("PUT", "/actions", shutdown).fault();
+    assert!(fault.contains("unknown variant `Shutdown`"), "{fault}");
+    // A guest that has halted stays, and may be paused and resumed; its readers of events know.
+    let mut reader = Client::connect(&socket);
+    reader.send("GET /events HTTP/1.1\r\n\r\n");
+    let body = json!({ "kernel_image_path": folder.firmware(), "boot_args": "case=serial end=halt" });
+    client.ok("PUT", "/boot-source", &body.to_string());
+    client.ok("PUT", "/actions", START);
+    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(&reader.stream));
+    assert!(lines.any(|line| line.unwrap().contains(r#""event":"halted""#)));
+    for state in ["Paused", "Resumed"] {
+        client.ok("PATCH", "/vm", &json!({ "state": state }).to_string());
+    }
+    assert_eq!(client.ok("GET", "/", "").json()["state"], "Running");
+    assert!(process.is_running() && socket.exists());
+    for (more, expected) in [
+        (json!({}), "missing field `drives`"),
+        (json!({ "drives": [drive] }), "`drives`: unknown field `format`, expected one of"),
+    ] {
+        let mut config = json!({ "boot-source": body });
+        config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let file = folder.write("vm.json", config.to_string());
+        let mut command = std::process::Command::new(&firecracker);
+        command.args(["--no-api", "--config-file"]).arg(&file);
+        let ended = common::Process::spawn(command).end();
+        assert_eq!(ended.code, Some(1), "{}", ended.text);
+        assert!(ended.text.contains(expected), "{}", ended.text);
+    }
+}
+
+#[test]
+fn the_configuration_is_told_whole_with_the_root_drive_first() {
+    let service = Service::start(&[]);
+    let mut client = service.client();
+    let disk = service.folder.write("disk", [0; 4096]);
+    let put = |client: &mut Client, id: &str, more: serde_json::Value| {
+        let mut body = json!({ "drive_id": id, "is_root_device": false, "path_on_host": disk });
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        client.ok("PUT", &format!("/drives/{id}"), &body.to_string());
+    };
+    let bucket = |size: u64| json!({ "size": size, "refill_time": 5 });
+    let limits = json!({ "bandwidth": bucket(7), "ops": bucket(0) });
+    put(&mut client, "data", json!({ "rate_limiter": limits, "is_read_only": null, "io_engine": null }));
+    put(&mut client, "root", json!({ "is_root_device": true, "partuuid": "1-2" }));
+    let drives = client.ok("GET", "/vm/config/", "").json()["drives"].clone();
+    let drive = |id: &str, is_root: bool, partuuid: Option<&str>, rate_limiter: serde_json::Value| {
+        json!({
+            "drive_id": id, "partuuid": partuuid, "is_root_device": is_root, "cache_type": "Unsafe",
+            "is_read_only": false, "path_on_host": disk, "rate_limiter": rate_limiter, "io_engine": "Sync",
+            "socket": null
+        })
+    };
+    let told = json!({ "bandwidth": { "size": 7, "one_time_burst": null, "refill_time": 5 }, "ops": null });
+    let expected = json!([drive("root", true, Some("1-2"), json!(null)), drive("data", false, None, told)]);
+    assert_eq!(drives, expected);
+    assert_eq!(client.ok("GET", "/version/more", "").json()["firecracker_version"], "1.17.0");
 }

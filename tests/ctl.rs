@@ -209,7 +209,7 @@ fn a_config_file_is_checked_whole_and_nothing_starts() {
     assert_eq!(code, Some(1), "{text}");
     for expected in [
         "vm.json: `drive` is no section of a config file: nobody reads it",
-        "vm.json:2:40: `machine-config`: `vcpu_count`: invalid type: string \"two\", expected u16",
+        "vm.json:2:40: `machine-config`: `vcpu_count`: invalid type: string \"two\", expected u8",
         "vm.json:4:52: `drives`: unknown field `path`",
         "vm.json:5:5: disk `b`: ",
         "vm.json: `boot-source` is missing",

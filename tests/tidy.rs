@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 
 /// The layers, low to high: a module uses only those before it (src/lib.rs tells the same).
 const LAYERS: &[&str] = &[
-    "error", "clock", "metrics", "process", "sink", "log", "timeline", "snapshot", "limiter", "event",
-    "events", "uring", "memory", "host", "platform", "bus", "arch", "vm", "pci", "virtio", "devices",
-    "config", "firmware", "machine", "api", "cli",
+    "error", "clock", "json", "dialect", "metrics", "process", "sink", "log", "timeline", "snapshot",
+    "limiter", "event", "events", "uring", "memory", "host", "platform", "bus", "arch", "vm", "pci",
+    "virtio", "devices", "config", "firmware", "machine", "api", "cli",
 ];
 
 const UNSAFE: &[&str] = &[

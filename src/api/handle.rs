@@ -104,7 +104,7 @@ impl Controller {
     /// Parses a request and does it.
     pub fn serve(&mut self, method: &str, path: &str, body: &[u8]) -> Response {
         let begun = Instant::now();
-        let request = routes::route(method, path, body);
+        let request = routes::route(self.config.dialect, method, path, body);
         let deprecated = request.as_ref().is_ok_and(Request::is_deprecated);
         let response = request.and_then(|request| self.handle(request)).unwrap_or_else(Response::Fault);
         observe::served(method, path, &response, begun.elapsed());
@@ -199,7 +199,7 @@ impl Controller {
     fn set_logger(&mut self, logger: log::Config) -> Result<Response, String> {
         const FAULT: &str = "Logger error: Cannot initialize the logging system due to bad user input";
         log::configure(&self.id, &logger).map_err(fault(FAULT))?;
-        self.config.logger = Some(logger);
+        self.config.logger = Some(self.config.logger.take().unwrap_or_default().changed(&logger));
         Ok(Response::Done)
     }
 
@@ -335,8 +335,10 @@ mod tests {
         });
         assert_eq!(controller.serve("GET", "/machine-config", b""), Response::Value(expected.clone()));
         let whole = json!({
-            "machine-config": expected, "drives": [], "network-interfaces": [],
-            "boot-source": null, "entropy": null, "logger": null, "metrics": null, "serial": null
+            "boot-source": { "kernel_image_path": "", "initrd_path": null, "boot_args": null },
+            "machine-config": expected, "drives": [], "network-interfaces": [], "pmem": [],
+            "balloon": null, "cpu-config": null, "entropy": null, "logger": null, "memory-hotplug": null,
+            "metrics": null, "mmds-config": null, "vsock": null
         });
         assert_eq!(controller.serve("GET", "/vm/config", b""), Response::Value(whole));
     }

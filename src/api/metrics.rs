@@ -49,7 +49,7 @@ impl Output {
             line.insert("id".to_owned(), id.into());
         }
         if let Some(properties) = &self.config.properties {
-            line.insert("properties".to_owned(), Value::Object(properties.clone()));
+            line.insert("properties".to_owned(), json!(properties));
         }
         let line = format!("{}\n", Value::Object(line));
         if !self.sink.write_line(line.as_bytes()) {

@@ -7,6 +7,8 @@ mod handle;
 pub mod http;
 mod metrics;
 mod observe;
+#[cfg(test)]
+mod published;
 pub mod routes;
 #[cfg(test)]
 mod schema;

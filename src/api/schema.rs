@@ -10,6 +10,7 @@ use super::routes::{ActionBody, VmBody, route};
 use super::{API_VERSION, FirecrackerVersion, InstanceInfo};
 use crate::config::{BootSource, MachineConfig, MachinePatch};
 use crate::devices::{KINDS, console};
+use crate::dialect::Dialect;
 use crate::log;
 use crate::metrics;
 
@@ -44,7 +45,11 @@ fn operations(generator: &mut SchemaGenerator) -> Vec<Operation> {
         get("/", "The microVM and its state", Answer::Json(of::<InstanceInfo>(generator))),
         get("/version", "The version of the API", Answer::Json(of::<FirecrackerVersion>(generator))),
         get("/machine-config", "CPUs and memory", Answer::Json(of::<MachineConfig>(generator))),
-        get("/vm/config", "The whole configuration, as a config file has it", Answer::Json(config)),
+        get(
+            "/vm/config",
+            "The whole configuration; `logger` and `metrics` are always null",
+            Answer::Json(config),
+        ),
         get(
             "/metrics",
             "What the microVM has done since its start",
@@ -74,7 +79,7 @@ fn operations(generator: &mut SchemaGenerator) -> Vec<Operation> {
         of::<MachinePatch>(generator),
     );
     change("put", "/boot-source", &format!("Set what boots, {before}"), of::<BootSource>(generator));
-    change("put", "/logger", "Set the log, once", of::<log::Config>(generator));
+    change("put", "/logger", "Set the log; again, what is to be changed of it", of::<log::Config>(generator));
     change("put", "/metrics", "Set where metrics go, once", of::<metrics::Config>(generator));
     change(
         "put",
@@ -117,14 +122,23 @@ fn config_properties(generator: &mut SchemaGenerator) -> Schema {
     schemars::json_schema!({ "type": "object", "properties": sections })
 }
 
-/// A config file's sections as they are told back: what was not given is null.
+/// The configuration as it is told: all sections of Firecracker's, what was not given as null.
 fn config_told_back(generator: &mut SchemaGenerator) -> Schema {
     let mut config = config_properties(generator).to_value();
-    for (section, schema) in config["properties"].as_object_mut().into_iter().flatten() {
-        if schema["items"].is_null() && section != "machine-config" {
-            *schema = json!({ "nullable": true, "allOf": [schema.take()] });
+    let sections = config["properties"].as_object_mut().expect("it has sections");
+    sections.remove("serial");
+    for section in ["balloon", "cpu-config", "memory-hotplug", "mmds-config", "vsock"] {
+        sections.insert(section.to_owned(), json!({ "type": "object" }));
+    }
+    for (section, schema) in sections.iter_mut() {
+        if schema["items"].is_null() && !["machine-config", "boot-source"].contains(&section.as_str()) {
+            *schema = match schema["type"].is_null() {
+                true => json!({ "nullable": true, "allOf": [schema.take()] }),
+                false => json!({ "nullable": true, "type": "object" }),
+            };
         }
     }
+    sections.insert("pmem".to_owned(), json!({ "type": "array", "items": { "type": "object" } }));
     config.try_into().expect("an object is a schema")
 }
 
@@ -197,7 +211,8 @@ fn markdown(api: &Value) -> String {
 Made from Alula's own types (`resources/openapi.json` is the same for programs, `alula schema openapi`
 prints it). Requests go to the control socket as HTTP/1.1 with JSON bodies. What succeeds answers 200 with
 JSON or 204 with nothing, what does not 400 with `{\"fault_message\": \"...\"}`. Fields that are not listed
-are refused.
+are refused, but for those of `Metrics` and `TokenBucket`, which are ignored. Called `firecracker`, it knows
+only what Firecracker has.
 
 ## Requests
 
@@ -224,12 +239,11 @@ are refused.
     }
     text += "\n## Config file\n\nA JSON object; `alula check` looks for everything wrong with one.\n\n";
     text += "| section | what it holds |\n|---|---|\n";
-    let config =
-        &api["paths"]["/vm/config"]["get"]["responses"]["200"]["content"]["application/json"]["schema"];
+    let config = config_properties(&mut SchemaSettings::openapi3().into_generator()).to_value();
     for (section, schema) in config["properties"].as_object().into_iter().flatten() {
         let what = match schema["items"].is_object() {
             true => format!("a list of {}", link(&name_of(&schema["items"]))),
-            false => link(&name_of(schema.pointer("/allOf/0").unwrap_or(schema))),
+            false => link(&name_of(schema)),
         };
         text += &format!("| `{section}` | {what} |\n");
     }
@@ -323,7 +337,8 @@ fn every_operation_of_the_schema_is_served() {
         for method in methods.as_object().unwrap().keys().filter(|name| *name != "parameters") {
             let method = method.to_uppercase();
             let body: &[u8] = if method == "GET" { b"" } else { b"{}" };
-            let error = route(&method, &path.replace("{id}", "a"), body).err().unwrap_or_default();
+            let error =
+                route(Dialect::Alula, &method, &path.replace("{id}", "a"), body).err().unwrap_or_default();
             assert!(!error.contains("Invalid request") && !error.contains("not implemented"), "{error}");
         }
     }

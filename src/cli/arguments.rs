@@ -213,6 +213,7 @@ fn id(text: &str) -> Result<String, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::dialect::Dialect;
 
     fn parsed(line: &str) -> Result<Command, String> {
         parse(std::iter::once("alula").chain(line.split_whitespace()).map(OsString::from))
@@ -228,7 +229,10 @@ mod tests {
                     --start-time-cpu-us 2 --parent-cpu-time-us 3 --http-api-max-payload-size 9 \
                     --mmds-size-limit 10 -- run anything";
         let Ok(Command::Serve(serve)) = firecracker(line) else { panic!("not a service") };
-        assert_eq!((serve.id.as_str(), serve.api_sock, serve.vcpus_max), ("a-b", "/s".into(), Some(32)));
+        assert_eq!(
+            (serve.id.as_str(), serve.api_sock, serve.dialect),
+            ("a-b", "/s".into(), Dialect::Firecracker)
+        );
         assert!(serve.no_api && serve.enable_pci && serve.http_api_max_payload_size == 9);
         let Ok(Command::Serve(serve)) = firecracker("") else { panic!("not a service") };
         assert_eq!(serve.api_sock, std::path::PathBuf::from("/run/firecracker.socket"));
@@ -243,7 +247,8 @@ mod tests {
             ("run", "unexpected argument \"run\"; see `firecracker --help`"),
             ("--start-time-us soon", "--start-time-us soon: expected a number"),
             ("--metadata m", "--metadata is not implemented yet"),
-            ("--no-seccomp --seccomp-filter f", "cannot both be given"),
+            ("--seccomp-filter f", "--seccomp-filter is not implemented yet: no filter would be set up"),
+            ("--no-seccomp --seccomp-filter=f", "--seccomp-filter is not implemented yet"),
             ("--id a --id=b", "--id is given twice: give it once; see `firecracker --help`"),
             ("-- --version --api-sock", ""),
         ] {

@@ -147,7 +147,7 @@ fn serve(arguments: Serve, feed: &mut Option<Feed>) -> Result<Ending> {
     let starts_at_once = config.is_some();
     let mut config = config.unwrap_or_default();
     config.pci = arguments.enable_pci;
-    config.vcpus_max = arguments.vcpus_max;
+    config.dialect = arguments.dialect;
     arguments.outputs.configure(&mut config);
     let mut controller = Controller::new(arguments.id.clone(), config);
     controller.open_outputs()?;

@@ -75,14 +75,7 @@ impl Outputs {
     pub fn configure(&self, config: &mut Config) {
         config.boot_timer = self.boot_timer;
         if let Some(log) = self.log.clone() {
-            let file = config.logger.take().unwrap_or_default();
-            config.logger = Some(log::Config {
-                log_path: log.log_path.or(file.log_path),
-                level: log.level.or(file.level),
-                show_level: log.show_level.or(file.show_level),
-                show_log_origin: log.show_log_origin.or(file.show_log_origin),
-                module: log.module.or(file.module),
-            });
+            config.logger = Some(config.logger.take().unwrap_or_default().changed(&log));
         }
         if let Some(metrics_path) = self.metrics.clone() {
             let file = config.metrics.take();

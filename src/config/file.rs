@@ -11,6 +11,7 @@ use serde_json::value::RawValue;
 use super::{BOOT_SOURCE, BootSource, Config, LOGGER, MACHINE_CONFIG, METRICS, SERIAL};
 use crate::devices::KINDS;
 use crate::devices::kind::Kind;
+use crate::dialect::Dialect;
 use crate::error::{Context, Error, Result};
 use crate::host::{Access, file};
 
@@ -67,8 +68,13 @@ impl Config {
 
     /// Reads and checks a config file.
     pub fn from_file(path: &Path) -> Result<Self> {
+        Self::from_file_as(Dialect::Alula, path)
+    }
+
+    /// The same, written in this dialect.
+    pub fn from_file_as(dialect: Dialect, path: &Path) -> Result<Self> {
         let text = Self::read(path)?;
-        Self::parse(&text)
+        Self::parse_as(dialect, &text)
             .map_err(|problems| {
                 let first = problems.first().expect("no configuration without a problem");
                 match problems.len() - 1 {
@@ -92,9 +98,17 @@ impl Config {
     /// Reads and checks the text of a config file; the error is everything wrong with it, PROBLEMS_MAX at most
     /// and then a word that there are more.
     pub fn parse(text: &[u8]) -> Result<Self, Vec<Problem>> {
-        let mut config = Self::default();
+        Self::parse_as(Dialect::Alula, text)
+    }
+
+    /// The same, written in this dialect.
+    pub fn parse_as(dialect: Dialect, text: &[u8]) -> Result<Self, Vec<Problem>> {
+        let mut config = Self { dialect, ..Self::default() };
         let mut problems = Vec::new();
         let Sections(sections) = serde_json::from_slice(text).map_err(|error| vec![unreadable(&error)])?;
+        if dialect == Dialect::Firecracker && !sections.iter().any(|(name, _)| name == "drives") {
+            problems.push(Problem::new("missing field `drives`: give an empty list for none".to_owned()));
+        }
         for (name, value) in sections {
             if value.get() != "null"
                 && let Err(problem) = config.read_section(&name, value)
@@ -160,8 +174,9 @@ impl Config {
 
     fn read_device(&mut self, kind: &Kind, value: &RawValue) -> Result<(), Problem> {
         let text = value.get();
-        let device =
-            kind.parse(text.as_bytes()).map_err(|error| unreadable_in(kind.section, text, &error))?;
+        let device = kind
+            .parse_as(self.dialect, text.as_bytes())
+            .map_err(|error| unreadable_in(kind.section, text, &error))?;
         let problem = |error: Error| Problem::new(format!("{}: {error}", device.name()));
         device.check().map_err(problem)?;
         if self.device(kind, device.id()).is_some() {

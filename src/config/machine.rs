@@ -5,15 +5,18 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::json;
 
 /// What the guest boots.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-#[serde(deny_unknown_fields)]
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "BootSource"))]
+#[serde(deny_unknown_fields, expecting = "struct BootSourceConfig")]
 pub struct BootSource {
     /// The kernel: ELF `vmlinux` or bzImage (x86_64), Image, compressed or not (aarch64).
+    #[serde(deserialize_with = "json::path")]
     pub kernel_image_path: PathBuf,
     /// The initial ramdisk.
+    #[serde(default, deserialize_with = "json::path_or_null")]
     pub initrd_path: Option<PathBuf>,
     /// The kernel's command line; none: Firecracker's, for a guest that says nothing and
     /// reboots when it panics.
@@ -53,20 +56,22 @@ impl BootSource {
 #[serde(deny_unknown_fields)]
 pub struct MachineConfig {
     /// How many CPUs.
+    #[serde(deserialize_with = "json::cpus")]
     pub vcpu_count: u16,
     /// Memory in MiB.
+    #[serde(deserialize_with = "json::size")]
     pub mem_size_mib: u64,
     /// Two CPUs per core (x86_64).
-    #[serde(default)]
+    #[serde(default, deserialize_with = "json::or_default")]
     pub smt: bool,
     /// Note which pages the guest dirties.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "json::or_default")]
     pub track_dirty_pages: bool,
     /// A named set of CPU features.
     #[serde(default, skip_serializing_if = "is_no_template")]
     pub cpu_template: Option<CpuTemplate>,
     /// What backs guest memory.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "json::or_default")]
     pub huge_pages: HugePages,
 }
 
@@ -119,9 +124,6 @@ impl Default for MachineConfig {
 }
 
 impl MachineConfig {
-    /// Of the monitor that we can stand in for.
-    pub const FIRECRACKERS_VCPUS_MAX: u16 = 32;
-
     /// Whether it makes sense in itself, whatever the host can do; `vcpus_max` is a limit of the API
     /// that is spoken.
     pub fn check(&self, vcpus_max: Option<u16>) -> Result<()> {
@@ -181,10 +183,12 @@ impl MachineConfig {
 /// Body of `PATCH /machine-config`: what is to be changed of it.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq)]
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "PartialMachineConfiguration"))]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "struct MachineConfigUpdate")]
 #[allow(missing_docs, reason = "as in `MachineConfig`")]
 pub struct MachinePatch {
+    #[serde(default, deserialize_with = "json::cpus_or_null")]
     pub vcpu_count: Option<u16>,
+    #[serde(default, deserialize_with = "json::size_or_null")]
     pub mem_size_mib: Option<u64>,
     pub smt: Option<bool>,
     pub track_dirty_pages: Option<bool>,

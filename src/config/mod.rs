@@ -10,6 +10,7 @@ use serde::{Serialize, Serializer};
 use crate::devices::KINDS;
 use crate::devices::console;
 use crate::devices::kind::{Device, Kind};
+use crate::dialect::Dialect;
 use crate::error::{Context, Result};
 use crate::log;
 use crate::metrics;
@@ -23,8 +24,15 @@ const LOGGER: &str = "logger";
 const METRICS: &str = "metrics";
 const SERIAL: &str = "serial";
 
-/// A microVM's whole configuration. As JSON it is a config file, with one section for each kind of
-/// device; what is not there is null, as Firecracker's clients find it.
+/// Sections that are always null when a configuration is told: where messages and metrics go is never
+/// told by Firecracker, and the devices of the others are not there yet. Its clients look for all of them.
+const NOT_TOLD: [&str; 7] =
+    [LOGGER, METRICS, "balloon", "cpu-config", "memory-hotplug", "mmds-config", "vsock"];
+/// The same for lists of devices.
+const EMPTY: [&str; 1] = ["pmem"];
+
+/// A microVM's whole configuration. As JSON it has the sections of a config file, as Firecracker tells
+/// them: all of its own, what is not there as null, and the root drive first.
 #[derive(Clone, Debug, Default)]
 pub struct Config {
     /// The guest's kernel; none: the embedded firmware guest.
@@ -41,8 +49,8 @@ pub struct Config {
     pub boot_timer: bool,
     /// Devices are on a PCI bus instead of behind virtio-mmio (`--enable-pci`); not in a file.
     pub pci: bool,
-    /// No microVM may have more CPUs than this; not in a file.
-    pub vcpus_max: Option<u16>,
+    /// Whose API is spoken; not in a file.
+    pub dialect: Dialect,
     /// What the embedded firmware guest is told beyond the machine's size (`alula run --cmdline`);
     /// not in a file.
     pub firmware_words: Option<String>,
@@ -62,7 +70,7 @@ impl Config {
 
     /// Whether `machine` makes sense here.
     pub fn check_machine(&self, machine: &MachineConfig) -> Result<()> {
-        machine.check(self.vcpus_max)
+        machine.check(self.dialect.vcpus_max())
     }
 
     /// Whether `device` can be beside those that it does not replace.
@@ -107,13 +115,19 @@ impl Config {
 impl Serialize for Config {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let mut sections = serializer.serialize_map(None)?;
-        sections.serialize_entry(BOOT_SOURCE, &self.boot_source)?;
+        match &self.boot_source {
+            Some(source) => sections.serialize_entry(BOOT_SOURCE, source)?,
+            None => sections.serialize_entry(BOOT_SOURCE, &BootSource::default())?,
+        }
         sections.serialize_entry(MACHINE_CONFIG, &self.machine_config)?;
-        sections.serialize_entry(LOGGER, &self.logger)?;
-        sections.serialize_entry(METRICS, &self.metrics)?;
-        sections.serialize_entry(SERIAL, &self.serial)?;
+        for name in NOT_TOLD {
+            sections.serialize_entry(name, &())?;
+        }
+        for name in EMPTY {
+            sections.serialize_entry(name, &[(); 0])?;
+        }
         for kind in KINDS {
-            let devices: Vec<_> = self.devices_of(kind).collect();
+            let devices: Vec<_> = self.devices().filter(|device| device.kind() == kind).collect();
             match devices.as_slice() {
                 devices if kind.many => sections.serialize_entry(kind.section, devices)?,
                 devices => sections.serialize_entry(kind.section, &devices.first())?,

@@ -21,7 +21,7 @@ const DATA: u8 = 0;
 /// Body of `PUT /serial`.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "SerialDevice"))]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "struct SerialConfig")]
 pub struct Config {
     /// A file, created if it is missing, or a FIFO; none: standard output.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -4,10 +4,14 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use vm_memory::GuestAddressSpace;
+use vmm_sys_util::timerfd::TimerFd;
 
 use super::kind::{CliOption, DeviceConfig, NotPatchable};
+use super::limit::{self, Limit};
 use crate::error::{Context, Result};
+use crate::event::Interest;
 use crate::host::Host;
+use crate::limiter::RateLimiter;
 use crate::memory::Memory;
 use crate::metrics::{Counter, Group, metrics};
 use crate::snapshot::Snapshot;
@@ -20,11 +24,17 @@ const REQUEST_MAX: usize = 64 << 10;
 /// How much is asked of the host at once.
 const CHUNK: usize = 4096;
 
+const KICK: u32 = 0;
+const TIMER: u32 = 1;
+
 /// Body of `PUT /entropy`.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "EntropyDevice"))]
-#[serde(deny_unknown_fields)]
-pub struct Config {}
+#[serde(deny_unknown_fields, expecting = "struct EntropyDeviceConfig")]
+pub struct Config {
+    /// Limits of what it gives: bytes, and requests.
+    pub rate_limiter: Option<RateLimiter>,
+}
 
 impl DeviceConfig for Config {
     const SECTION: &'static str = "entropy";
@@ -33,14 +43,16 @@ impl DeviceConfig for Config {
     const FAULT: &'static str = "Entropy config error";
     const OPTION: CliOption = CliOption { name: "entropy", value: "", help: "A source of random bytes" };
     const EXAMPLE: &'static str = "{}";
+    const PUBLISHED: &'static [&'static str] = &["rate_limiter"];
     type Patch = NotPatchable;
 
     fn from_option(_: &str, _: usize) -> Result<Self, String> {
-        Ok(Self {})
+        Ok(Self::default())
     }
 
     fn open(&self, _: &str, _: &mut dyn Host) -> Result<Box<dyn VirtioDevice>> {
-        Ok(Box::<Entropy>::default())
+        let limit = Limit::new(self.rate_limiter);
+        Ok(Box::new(Entropy { limit, metrics: Arc::default() }))
     }
 }
 
@@ -53,12 +65,17 @@ metrics! {
         entropy_bytes: Counter,
         /// The host gave none.
         host_rng_fails: Counter,
+        /// Requests that had to wait for the rate limit.
+        entropy_rate_limiter_throttled: Counter,
+        /// The rate limit lets some through again.
+        rate_limiter_event_count: Counter,
     }
 }
 
 /// The device.
-#[derive(Default)]
 struct Entropy {
+    /// What the guest has used of it is used, whatever its driver does.
+    limit: Limit,
     metrics: Arc<Metrics>,
 }
 
@@ -84,7 +101,8 @@ impl VirtioDevice for Entropy {
         let Io { memory, queues, .. } = io;
         let [queue] = <[Queue; 1]>::try_from(queues).ok().expect("one queue was asked for");
         let buffers = Buffers::new(memory.clone());
-        Ok(vec![Box::new(Running { memory, queue, buffers, metrics: self.metrics.clone() })])
+        let (limit, timer, metrics) = (self.limit.clone(), self.limit.timer()?, self.metrics.clone());
+        Ok(vec![Box::new(Running { memory, queue, buffers, limit, timer, metrics })])
     }
     fn metrics(&self) -> Option<Arc<dyn Group>> {
         Some(self.metrics.clone())
@@ -95,24 +113,40 @@ struct Running {
     memory: Memory,
     queue: Queue,
     buffers: Buffers,
+    limit: Limit,
+    timer: Option<TimerFd>,
     metrics: Arc<Metrics>,
 }
 
 impl Worker for Running {
     fn register(&mut self, registrar: &mut Registrar<'_>) -> Result<()> {
-        registrar.kick(&self.queue, 0)
+        if let Some(timer) = &self.timer {
+            registrar.add(timer, Interest::IN | Interest::EDGE_TRIGGERED, TIMER)?;
+        }
+        registrar.kick(&self.queue, KICK)
     }
 
-    fn handle(&mut self, _token: u32) -> Result<()> {
-        let Self { memory, queue, buffers, metrics } = self;
-        metrics.entropy_event_count.add(1);
+    fn handle(&mut self, token: u32) -> Result<()> {
+        let Self { memory, queue, buffers, limit, timer, metrics } = self;
+        match token {
+            TIMER => metrics.rate_limiter_event_count.add(1),
+            _ => metrics.entropy_event_count.add(1),
+        }
+        let mut wait = None;
         queue.serve(&memory.memory(), |chain| {
             buffers.clear();
             buffers.add_writable(chain)?;
-            let count = fill(buffers).inspect_err(|_| metrics.host_rng_fails.add(1))?;
-            metrics.entropy_bytes.add(count.into());
-            Ok(count)
-        })
+            let count = buffers.len().min(REQUEST_MAX);
+            if let Err(time) = limit.take(count) {
+                metrics.entropy_rate_limiter_throttled.add(1);
+                wait = Some(time);
+                return Ok(None);
+            }
+            fill(buffers, count).inspect_err(|_| metrics.host_rng_fails.add(1))?;
+            metrics.entropy_bytes.add(count as u64);
+            Ok(Some(count as u32))
+        })?;
+        limit::set(timer, wait)
     }
 
     fn stop(self: Box<Self>) -> Vec<Queue> {
@@ -120,15 +154,14 @@ impl Worker for Running {
     }
 }
 
-fn fill(buffers: &Buffers) -> Result<u32> {
-    let count = buffers.len().min(REQUEST_MAX);
+fn fill(buffers: &Buffers, count: usize) -> Result<()> {
     let mut bytes = [0; CHUNK];
     for offset in (0..count).step_by(CHUNK) {
         let chunk = &mut bytes[..CHUNK.min(count - offset)];
         random(chunk)?;
         buffers.copy_from(offset, chunk);
     }
-    Ok(count as u32)
+    Ok(())
 }
 
 #[allow(unsafe_code)]

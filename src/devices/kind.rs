@@ -11,6 +11,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 
 use super::KINDS;
+use crate::dialect::Dialect;
 use crate::error::{Context, Error, Result};
 use crate::host::{Host, Local};
 use crate::virtio::VirtioDevice;
@@ -36,6 +37,8 @@ pub trait DeviceConfig:
     const OPTION: CliOption;
     /// One that makes sense in itself, as JSON: for the documentation and the tests.
     const EXAMPLE: &'static str;
+    /// The fields that Firecracker's API has; the others are ours, and unknown where that is spoken.
+    const PUBLISHED: &'static [&'static str];
     /// The body of its PATCH request; [`NotPatchable`] if there is none.
     type Patch: Patch;
 
@@ -165,7 +168,7 @@ pub struct Kind {
     /// The schemas of its PUT and PATCH bodies.
     #[cfg(test)]
     pub schemas: fn(&mut schemars::SchemaGenerator) -> (schemars::Schema, Option<schemars::Schema>),
-    parse: fn(&[u8]) -> serde_json::Result<Device>,
+    parse: fn(&[u8], Dialect) -> serde_json::Result<Device>,
     parse_patch: fn(&[u8]) -> serde_json::Result<Change>,
     from_option: fn(&str, usize) -> Result<Device, String>,
 }
@@ -189,7 +192,10 @@ impl Kind {
                 let body = generator.subschema_for::<C>();
                 (body, C::Patch::EXISTS.then(|| generator.subschema_for::<C::Patch>()))
             },
-            parse: |text| serde_json::from_slice::<C>(text).map(Device::new),
+            parse: |text, dialect| {
+                dialect.check_fields(text, C::PUBLISHED)?;
+                serde_json::from_slice::<C>(text).map(Device::new)
+            },
             parse_patch: Change::parse::<C>,
             from_option: |text, number| C::from_option(text, number).map(Device::new),
         }
@@ -197,7 +203,12 @@ impl Kind {
 
     /// A device from JSON.
     pub fn parse(&self, text: &[u8]) -> serde_json::Result<Device> {
-        (self.parse)(text)
+        self.parse_as(Dialect::Alula, text)
+    }
+
+    /// The same in this dialect.
+    pub fn parse_as(&self, dialect: Dialect, text: &[u8]) -> serde_json::Result<Device> {
+        (self.parse)(text, dialect)
     }
 
     /// A change to a device from JSON.

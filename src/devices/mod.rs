@@ -8,6 +8,7 @@ pub mod exit;
 pub mod gpio;
 pub mod keyboard;
 pub mod kind;
+pub mod limit;
 pub mod net;
 pub mod power;
 pub mod pvpanic;

@@ -20,6 +20,7 @@ use crate::devices::keyboard::Keyboard;
 use crate::devices::power::Power;
 use crate::devices::pvpanic::PvPanic;
 use crate::devices::rtc::Clock;
+use crate::dialect::Dialect;
 use crate::error::{Context, Error, Result};
 use crate::firmware;
 use crate::host::{Access, Host};
@@ -114,6 +115,7 @@ pub fn build(id: &str, config: &Config, host: &mut dyn Host, prepared: Prepared)
         loops,
         devices,
         halt: halt::Watch::default(),
+        stays_when_halted: config.dialect == Dialect::Firecracker,
         timeline,
         _vm: vm,
         memory,

@@ -3,6 +3,8 @@
 
 use crate::arch;
 use crate::error::Result;
+use crate::events;
+use crate::log;
 use crate::machine::{Machine, State};
 use crate::vm::exit::Exit;
 
@@ -19,10 +21,12 @@ pub struct Watch {
     looked_ns: u64,
     wait: u32,
     next_wait: u32,
+    /// The guest has halted and stays; that was told.
+    is_over: bool,
 }
 
 pub fn check(machine: &mut Machine) -> Result<()> {
-    if machine.state != State::Running {
+    if machine.state != State::Running || machine.halt.is_over {
         return Ok(());
     }
     let now = machine.vcpus.iter().map(|vcpu| vcpu.cpu_time_ns()).sum::<u64>();
@@ -44,6 +48,13 @@ pub fn check(machine: &mut Machine) -> Result<()> {
     if !matches!(halted, Ok(true)) {
         machine.surroundings.gate.open();
         return halted.map(|_| ());
+    }
+    if machine.stays_when_halted {
+        machine.halt.is_over = true;
+        log::guest_line(&Exit::Halted);
+        events::tell(|| Exit::Halted.event());
+        machine.surroundings.gate.open();
+        return Ok(());
     }
     machine.pause()?;
     machine.surroundings.end.set(Exit::Halted);

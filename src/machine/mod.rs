@@ -80,6 +80,8 @@ pub struct Machine {
     loops: Vec<Arc<Loop>>,
     devices: Vec<Attached>,
     halt: halt::Watch,
+    /// A guest whose CPUs have all halted for good is told of and left alone, as in Firecracker.
+    stays_when_halted: bool,
     timeline: Timeline,
     _vm: Arc<Vm>,
     memory: Memory,

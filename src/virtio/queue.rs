@@ -164,12 +164,13 @@ impl Queue {
     }
 
     /// After a kick: handles the requests there are, each with `handle`, which returns how many bytes
-    /// it wrote. A driver that never stops adding gets a ring's worth at a time (see [`Share`]), so that
-    /// other devices of the same loop have their turn.
+    /// it wrote, or none: the request has to wait, and those after it with it. A driver that never stops
+    /// adding gets a ring's worth at a time (see [`Share`]), so that other devices of the same loop have
+    /// their turn.
     pub fn serve(
         &mut self,
         memory: &Regions,
-        mut handle: impl FnMut(Chain<'_>) -> Result<u32>,
+        mut handle: impl FnMut(Chain<'_>) -> Result<Option<u32>>,
     ) -> Result<()> {
         if !self.ring.ready() {
             return Ok(());
@@ -179,7 +180,10 @@ impl Queue {
         loop {
             while let Some(chain) = self.pop(memory, &mut share)? {
                 let head = chain.head();
-                let written = handle(chain)?;
+                let Some(written) = handle(chain)? else {
+                    self.undo_pop();
+                    return self.notify(memory);
+                };
                 self.push(memory, head, written)?;
             }
             if share.is_used_up() {

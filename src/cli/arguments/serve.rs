@@ -9,9 +9,9 @@ use crate::api::{BODY_MAX, StartTime};
 use crate::arch;
 use crate::cli::outputs::{self, Outputs};
 use crate::cli::persona::Persona;
-use crate::config::{Config, MachineConfig};
+use crate::config::Config;
+use crate::dialect::Dialect;
 use crate::error::{Context, Error, Result};
-use crate::log;
 
 const HELP: &str = "\
 Wait for requests on a control socket (Firecracker's API). The guest's serial console is standard input
@@ -32,7 +32,7 @@ Options:
       --start-time-us N, --start-time-cpu-us N, --parent-cpu-time-us N
                            When the caller began to start this process, by the monotonic clock and by
                            CPU time, and its own CPU time: for `process_startup_time_us` in metrics
-      --no-seccomp, --seccomp-filter FILE, --mmds-size-limit N
+      --no-seccomp, --mmds-size-limit N
                            Accepted, without effect yet
   -h, --help               Print this
 
@@ -59,8 +59,8 @@ pub struct Serve {
     pub outputs: Outputs,
     pub id: String,
     pub http_api_max_payload_size: usize,
-    /// No microVM may have more CPUs.
-    pub vcpus_max: Option<u16>,
+    /// Whose API is spoken.
+    pub dialect: Dialect,
 }
 
 /// Parses what comes after `alula serve`, or `firecracker`.
@@ -73,10 +73,9 @@ pub fn parse(parser: &mut lexopt::Parser, persona: Persona) -> Result<Command, l
         outputs: Outputs::default(),
         id: default_id(),
         http_api_max_payload_size: BODY_MAX,
-        vcpus_max: (persona == Persona::Firecracker).then_some(MachineConfig::FIRECRACKERS_VCPUS_MAX),
+        dialect: if persona == Persona::Firecracker { Dialect::Firecracker } else { Dialect::Alula },
     };
     let mut start = StartTime::default();
-    let (mut custom_filter, mut no_seccomp) = (false, false);
     let mut given = Given::default();
     while let Some(argument) = parser.next()? {
         given.once(&argument)?;
@@ -95,10 +94,14 @@ pub fn parse(parser: &mut lexopt::Parser, persona: Persona) -> Result<Command, l
             Long("start-time-cpu-us") => start.cpu_us = Some(value(parser, "--start-time-cpu-us", number)?),
             Long("parent-cpu-time-us") => start.parent_us = value(parser, "--parent-cpu-time-us", number)?,
             Long("mmds-size-limit") => drop(value(parser, "--mmds-size-limit", number::<u64>)?),
-            Long("no-seccomp") => no_seccomp = true,
+            Long("no-seccomp") => {}
+            // Who gives one counts on it.
             Long("seccomp-filter") => {
-                parser.value()?;
-                custom_filter = true;
+                return Err(
+                    "--seccomp-filter is not implemented yet: no filter would be set up; leave it out, \
+                            or say --no-seccomp"
+                        .into(),
+                );
             }
             Long(name) if let Some(name) = Outputs::named(name) => serve.outputs.take(name, parser)?,
             Long(name @ ("metadata" | "snapshot-version" | "describe-snapshot")) => {
@@ -106,12 +109,6 @@ pub fn parse(parser: &mut lexopt::Parser, persona: Persona) -> Result<Command, l
             }
             other => return Err(other.unexpected()),
         }
-    }
-    if no_seccomp && custom_filter {
-        return Err("--no-seccomp and --seccomp-filter cannot both be given".into());
-    }
-    if custom_filter {
-        log::line("--seccomp-filter has no effect: no filter is set up yet");
     }
     if serve.no_api && serve.config_file.is_none() {
         return Err("--no-api needs --config-file".into());
@@ -124,8 +121,7 @@ impl Serve {
     /// What the config file says, if there is one.
     pub fn config(&self) -> Result<Option<Config>> {
         let Some(path) = &self.config_file else { return Ok(None) };
-        let mut config = Config::from_file(path)?;
-        config.vcpus_max = self.vcpus_max;
+        let config = Config::from_file_as(self.dialect, path)?;
         config.check().with_context(|| format!("read config file `{}`", path.display()))?;
         match config.boot_source {
             Some(_) => Ok(Some(config)),

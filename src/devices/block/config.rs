@@ -8,6 +8,7 @@ use crate::devices::check_id;
 use crate::devices::kind::{self, CliOption, DeviceConfig};
 use crate::error::{Error, Result};
 use crate::host::{Access, Host, Local};
+use crate::json;
 use crate::limiter::RateLimiter;
 use crate::virtio::VirtioDevice;
 
@@ -17,30 +18,29 @@ pub const QUEUES_MAX: u16 = 16;
 /// Body of `PUT /drives/{drive_id}`.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "Drive"))]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "struct BlockDeviceConfig")]
 pub struct Config {
     /// Its name: letters, digits and underscores.
     pub drive_id: String,
     /// The file or block device.
+    #[serde(default, deserialize_with = "json::path_or_null")]
     pub path_on_host: Option<PathBuf>,
     /// The guest boots from it: `root=/dev/vda`, or `root=PARTUUID=` when `partuuid` is given.
     pub is_root_device: bool,
     /// The partition to boot from.
     pub partuuid: Option<String>,
     /// The guest cannot write to it.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "json::or_default")]
     pub is_read_only: bool,
     /// Whether the guest can have its writes on stable storage.
     #[serde(default)]
     pub cache_type: CacheType,
     /// How the host does the work.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "json::or_default")]
     pub io_engine: IoEngine,
     /// Limits of all its queues together; bytes are those read and written.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub rate_limiter: Option<RateLimiter>,
     /// Not implemented yet: vhost-user.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub socket: Option<PathBuf>,
     /// Whether the guest can give blocks back (discard, write zeroes); left out: if the disk can be
     /// written and its file or device takes blocks back.
@@ -141,6 +141,18 @@ impl DeviceConfig for Config {
     };
     const EXAMPLE: &'static str =
         r#"{"drive_id": "root", "path_on_host": "root.img", "is_root_device": true}"#;
+    const PUBLISHED: &'static [&'static str] = &[
+        "drive_id",
+        "partuuid",
+        "is_root_device",
+        "cache_type",
+        "is_read_only",
+        "path_on_host",
+        "rate_limiter",
+        "io_engine",
+        "socket",
+        "discard",
+    ];
     type Patch = Patch;
 
     fn id(&self) -> &str {
@@ -282,7 +294,7 @@ impl Config {
 /// Body of `PATCH /drives/{drive_id}`.
 #[derive(Clone, Debug, Deserialize, PartialEq)]
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "PartialDrive"))]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "struct BlockDeviceUpdateConfig")]
 pub struct Patch {
     /// The disk.
     pub drive_id: String,
@@ -339,7 +351,7 @@ mod tests {
         ] {
             let config = body(more).unwrap();
             let shown = serde_json::to_string(&config).unwrap();
-            assert!(shown.ends_with(&format!(r#""io_engine":"Sync"{more}}}"#)), "{shown}");
+            assert!(shown.ends_with(&format!(r#""rate_limiter":null,"socket":null{more}}}"#)), "{shown}");
             assert_eq!(serde_json::from_str::<Config>(&shown).unwrap(), config);
         }
     }
@@ -388,10 +400,10 @@ mod tests {
             let limits = serde_json::to_string(&patched.rate_limiter).unwrap();
             Ok::<_, String>((patched.path_on_host.unwrap(), limits))
         };
-        let same = r#"{"bandwidth":{"size":3,"refill_time":4},"ops":{"size":1,"refill_time":2}}"#;
+        let same = r#"{"bandwidth":{"size":3,"one_time_burst":null,"refill_time":4},"ops":{"size":1,"one_time_burst":null,"refill_time":2}}"#;
         assert_eq!(patch(r#","path_on_host":"/e""#), Ok(("/e".into(), same.to_owned())));
         let ops = r#","rate_limiter":{"ops":{"size":0,"refill_time":0}}"#;
-        let changed = r#"{"bandwidth":{"size":3,"refill_time":4},"ops":{"size":0,"refill_time":0}}"#;
+        let changed = r#"{"bandwidth":{"size":3,"one_time_burst":null,"refill_time":4},"ops":null}"#;
         assert_eq!(patch(ops), Ok(("/d".into(), changed.to_owned())));
         assert!(patch("").unwrap_err().contains("nothing is to be changed"));
     }

@@ -260,7 +260,7 @@ impl Worker for Running {
             readable.copy_to(&mut command[..length]);
             let ack = control.act(&command[..length], taps, *features, *pairs);
             writable.copy_from(0, &[ack]);
-            Ok(writable.len().min(1) as u32)
+            Ok(Some(writable.len().min(1) as u32))
         })
     }
 

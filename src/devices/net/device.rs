@@ -7,7 +7,6 @@ use serde_json::Value;
 
 use super::control::{self, Control};
 use super::features::{self, has};
-use super::limit::Limit;
 use super::mac::Mac;
 use super::metrics::Metrics;
 use super::port::Port;
@@ -15,6 +14,7 @@ use super::receive::Receiver;
 use super::status::Status;
 use super::transmit::Transmitter;
 use super::{Config, Patch, pair, stream};
+use crate::devices::limit::Limit;
 use crate::error::{Context, Error, Result};
 use crate::host::Host;
 use crate::host::passt::Passt;

@@ -6,7 +6,6 @@ mod device;
 mod features;
 pub mod framing;
 mod header;
-mod limit;
 mod mac;
 mod metrics;
 mod option;
@@ -42,12 +41,11 @@ const TURN: usize = 256;
 /// Body of `PUT /network-interfaces/{iface_id}`.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "NetworkInterface"))]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "struct NetworkInterfaceConfig")]
 pub struct Config {
     /// Its name: letters, digits and underscores.
     pub iface_id: String,
     /// The TAP interface of the host, by its name, or `fd:N`: an open descriptor of one.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub host_dev_name: Option<String>,
     /// Instead of a TAP: a network that passt makes, without any rights.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -56,7 +54,6 @@ pub struct Config {
     #[cfg_attr(test, schemars(with = "Option<String>"))]
     pub guest_mac: Option<Mac>,
     /// The largest packet, in bytes.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub mtu: Option<u16>,
     /// So many pairs of queues, each with a queue of the TAP's: what several CPUs of the guest send and
     /// receive at the same time. None: one.
@@ -66,10 +63,8 @@ pub struct Config {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub threads: Option<u16>,
     /// The limit of what the guest receives.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub rx_rate_limiter: Option<RateLimiter>,
     /// The limit of what it sends.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub tx_rate_limiter: Option<RateLimiter>,
 }
 
@@ -124,6 +119,8 @@ impl DeviceConfig for Config {
     const OPTION: CliOption = CliOption { name: "net", value: option::FORM, help: option::HELP };
     const EXAMPLE: &'static str =
         r#"{"iface_id": "eth0", "host_dev_name": "tap0", "guest_mac": "06:00:ac:10:00:02"}"#;
+    const PUBLISHED: &'static [&'static str] =
+        &["iface_id", "host_dev_name", "guest_mac", "rx_rate_limiter", "tx_rate_limiter", "mtu"];
     type Patch = Patch;
 
     fn id(&self) -> &str {
@@ -219,7 +216,7 @@ impl DeviceConfig for Config {
 /// Body of `PATCH /network-interfaces/{iface_id}`: with the name alone, nothing changes.
 #[derive(Clone, Debug, Deserialize, PartialEq)]
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "PartialNetworkInterface"))]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "struct NetworkInterfaceUpdateConfig")]
 pub struct Patch {
     /// The interface.
     pub iface_id: String,

@@ -5,12 +5,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::timerfd::TimerFd;
 
-use super::limit::set;
 use super::metrics::Metrics;
 use super::port::Port;
 use super::receive::{Left, Receiver};
 use super::status::Status;
 use super::transmit::Transmitter;
+use crate::devices::limit::set;
 use crate::error::Result;
 use crate::event::Interest;
 use crate::memory::{Memory, Regions};

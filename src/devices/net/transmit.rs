@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use super::TURN;
 use super::header;
-use super::limit::Limit;
 use super::metrics::Metrics;
 use super::port::{BATCH, Port};
+use crate::devices::limit::Limit;
 use crate::error::Result;
 use crate::memory::{Memory, Regions};
 use crate::virtio::pool::Pool;

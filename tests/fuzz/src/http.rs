@@ -3,6 +3,7 @@
 
 use alula::api::http::{HEAD_MAX, Parsed, parse, response_bytes};
 use alula::api::{BODY_MAX, Request, Response, routes};
+use alula::dialect::Dialect;
 
 pub fn run(bytes: &[u8]) {
     let mut rest = bytes;
@@ -11,7 +12,7 @@ pub fn run(bytes: &[u8]) {
         assert!(path.starts_with('/') && !method.is_empty());
         assert!(body.len() <= BODY_MAX && body.start <= HEAD_MAX && body.end <= rest.len());
         check_cuts(rest, body.end);
-        match routes::route(method, path, &rest[body.clone()]) {
+        match routes::route(Dialect::Alula, method, path, &rest[body.clone()]) {
             Ok(request) => check(request),
             Err(message) => check_response(&Response::Fault(message)),
         }

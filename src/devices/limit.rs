@@ -1,4 +1,4 @@
-//! A direction's rate limit: one for all queue pairs of an interface.
+//! A rate limit of a device or of one direction of it: one for all workers that it limits.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -43,7 +43,7 @@ impl Limit {
         self.is_limited.then(timer).transpose()
     }
 
-    /// A frame of so many bytes is to pass: now, or after so long.
+    /// A frame or request of so many bytes is to pass: now, or after so long.
     pub fn take(&self, bytes: usize) -> std::result::Result<(), Duration> {
         if !self.is_limited {
             return Ok(());

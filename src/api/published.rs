@@ -1,0 +1,305 @@
+//! Every property of every body that Firecracker's published schema has, for what we have of it: each is
+//! done, refused by name, or taken as null, and none is unknown. What is not in this table is ours, and
+//! unknown to who is called by Firecracker's name.
+
+use serde_json::{Map, Value, json};
+
+use super::Request;
+use super::routes::route;
+use crate::dialect::Dialect;
+
+/// What becomes of a value.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Becomes {
+    /// It is what was asked for.
+    Done,
+    /// It is refused by the property's name, as not implemented yet.
+    NotYet,
+    /// Its type has no such value.
+    Refused,
+}
+use Becomes::{Done, NotYet, Refused};
+
+/// A body: how it is sent, and its properties.
+struct Body {
+    method: &'static str,
+    path: &'static str,
+    /// What must be there, as JSON.
+    required: &'static str,
+    /// The body is this property of the one that is sent.
+    within: &'static str,
+    /// A property, a value of it as JSON, what becomes of that, and what of null.
+    properties: &'static [(&'static str, &'static str, Becomes, Becomes)],
+}
+
+const LIMITER: &str = r#"{"bandwidth": {"size": 1, "refill_time": 1}, "ops": null}"#;
+const BUCKET: &str = r#"{"size": 1, "refill_time": 1, "one_time_burst": 1}"#;
+const DRIVE: &str = r#"{"drive_id": "a", "is_root_device": false, "path_on_host": "/a"}"#;
+const INTERFACE: &str = r#"{"iface_id": "a", "host_dev_name": "tap0"}"#;
+
+const fn body(
+    method: &'static str,
+    path: &'static str,
+    required: &'static str,
+    properties: &'static [(&'static str, &'static str, Becomes, Becomes)],
+) -> Body {
+    Body { method, path, required, within: "", properties }
+}
+
+const MACHINE: &[(&str, &str, Becomes, Becomes)] = &[
+    ("vcpu_count", "2", Done, Refused),
+    ("mem_size_mib", "256", Done, Refused),
+    ("smt", "false", Done, Done),
+    ("track_dirty_pages", "true", NotYet, Done),
+    ("cpu_template", r#""T2""#, NotYet, Done),
+    ("cpu_template", r#""None""#, Done, Done),
+    ("huge_pages", r#""2M""#, NotYet, Done),
+];
+
+const BODIES: &[Body] = &[
+    body(
+        "PUT",
+        "/boot-source",
+        r#"{"kernel_image_path": "/k"}"#,
+        &[
+            ("kernel_image_path", r#""/l""#, Done, Refused),
+            ("initrd_path", r#""/i""#, Done, Done),
+            ("boot_args", r#""quiet""#, Done, Done),
+        ],
+    ),
+    body("PUT", "/machine-config", r#"{"vcpu_count": 1, "mem_size_mib": 128}"#, MACHINE),
+    body(
+        "PUT",
+        "/drives/a",
+        DRIVE,
+        &[
+            ("drive_id", r#""a""#, Done, Refused),
+            ("partuuid", r#""0eaa91a0-01""#, Done, Done),
+            ("is_root_device", "true", Done, Refused),
+            ("cache_type", r#""Writeback""#, Done, Refused),
+            ("is_read_only", "true", Done, Done),
+            ("path_on_host", r#""/b""#, Done, Refused),
+            ("rate_limiter", LIMITER, Done, Done),
+            ("io_engine", r#""Async""#, Done, Done),
+            ("socket", r#""/s""#, NotYet, Done),
+            ("discard", "true", Done, Done),
+        ],
+    ),
+    body(
+        "PATCH",
+        "/drives/a",
+        r#"{"drive_id": "a"}"#,
+        &[
+            ("drive_id", r#""a""#, Done, Refused),
+            ("path_on_host", r#""/b""#, Done, Done),
+            ("rate_limiter", LIMITER, Done, Done),
+        ],
+    ),
+    body(
+        "PUT",
+        "/network-interfaces/a",
+        INTERFACE,
+        &[
+            ("iface_id", r#""a""#, Done, Refused),
+            ("host_dev_name", r#""tap1""#, Done, Refused),
+            ("guest_mac", r#""06:00:ac:10:00:02""#, Done, Done),
+            ("mtu", "1500", Done, Done),
+            ("rx_rate_limiter", LIMITER, Done, Done),
+            ("tx_rate_limiter", LIMITER, Done, Done),
+        ],
+    ),
+    body(
+        "PATCH",
+        "/network-interfaces/a",
+        r#"{"iface_id": "a"}"#,
+        &[
+            ("iface_id", r#""a""#, Done, Refused),
+            ("rx_rate_limiter", LIMITER, Done, Done),
+            ("tx_rate_limiter", LIMITER, Done, Done),
+        ],
+    ),
+    body("PUT", "/entropy", "{}", &[("rate_limiter", LIMITER, Done, Done)]),
+    Body { within: "rate_limiter", ..body("PUT", "/entropy", "{}", LIMITERS) },
+    Body { within: "rate_limiter", ..body("PUT", "/drives/a", DRIVE, LIMITERS) },
+    Body { within: "rx_rate_limiter", ..body("PUT", "/network-interfaces/a", INTERFACE, LIMITERS) },
+    Body { within: "rate_limiter", ..body("PATCH", "/drives/a", r#"{"drive_id": "a"}"#, LIMITERS) },
+    body(
+        "PUT",
+        "/serial",
+        "{}",
+        &[("serial_out_path", r#""/c""#, Done, Done), ("rate_limiter", BUCKET, Done, Done)],
+    ),
+    Body {
+        within: "rate_limiter",
+        ..body(
+            "PUT",
+            "/serial",
+            r#"{"rate_limiter": {"size": 1, "refill_time": 1}}"#,
+            &[
+                ("size", "2", Done, Refused),
+                ("refill_time", "2", Done, Refused),
+                ("one_time_burst", "2", Done, Done),
+            ],
+        )
+    },
+    body(
+        "PUT",
+        "/logger",
+        "{}",
+        &[
+            ("level", r#""Info""#, Done, Done),
+            ("log_path", r#""/l""#, Done, Done),
+            ("show_level", "true", Done, Done),
+            ("show_log_origin", "true", Done, Done),
+            ("module", r#""api""#, Done, Done),
+        ],
+    ),
+    body(
+        "PUT",
+        "/metrics",
+        r#"{"metrics_path": "/m"}"#,
+        &[
+            ("metrics_path", r#""/n""#, Done, Refused),
+            ("emit_id", "true", Done, Done),
+            ("properties", r#"{"a": "b"}"#, Done, Done),
+        ],
+    ),
+    body(
+        "PUT",
+        "/actions",
+        r#"{"action_type": "InstanceStart"}"#,
+        &[
+            ("action_type", r#""FlushMetrics""#, Done, Refused),
+            ("action_type", r#""SendCtrlAltDel""#, Done, Refused),
+        ],
+    ),
+    body("PATCH", "/vm", r#"{"state": "Paused"}"#, &[("state", r#""Resumed""#, Done, Refused)]),
+];
+
+const LIMITERS: &[(&str, &str, Becomes, Becomes)] =
+    &[("bandwidth", BUCKET, Done, Done), ("ops", BUCKET, Done, Done)];
+
+/// What becomes of a request before anything of the host is looked at.
+fn becomes(dialect: Dialect, method: &str, path: &str, body: &Value) -> Result<(), String> {
+    match route(dialect, method, path, body.to_string().as_bytes())? {
+        Request::PutDevice(device) => device.check(),
+        Request::PutBootSource(source) => source.check(),
+        Request::PutMachineConfig(machine) => machine.check(dialect.vcpus_max()),
+        _ => Ok(()),
+    }
+    .map_err(|error| error.to_string())
+}
+
+impl Body {
+    /// With this value of a property.
+    fn with(&self, property: &str, value: Value) -> Value {
+        let mut body: Value = serde_json::from_str(self.required).unwrap();
+        let place = if self.within.is_empty() { &mut body } else { &mut body[self.within] };
+        if place.is_null() {
+            *place = json!({});
+        }
+        place[property] = value;
+        body
+    }
+}
+
+#[test]
+fn every_published_property_is_done_refused_by_name_or_null() {
+    for body in BODIES {
+        let Body { method, path, properties, .. } = body;
+        for (property, value, given, null) in *properties {
+            let value = serde_json::from_str(value).unwrap();
+            for (value, expected) in [(value, given), (Value::Null, null)] {
+                let sent = body.with(property, value);
+                for dialect in [Dialect::Alula, Dialect::Firecracker] {
+                    let result = becomes(dialect, method, path, &sent);
+                    let holds = match (expected, &result) {
+                        (Done, Ok(())) => true,
+                        (NotYet, Err(error)) => {
+                            error.contains(&format!("`{property}` is not implemented yet"))
+                        }
+                        (Refused, Err(error)) => !error.contains("unknown field"),
+                        _ => false,
+                    };
+                    assert!(holds, "{dialect:?} {method} {path} {sent}: {expected:?}, but {result:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn fields_that_are_not_published_are_ours_alone() {
+    let api: Value = serde_json::from_str(super::OPENAPI).unwrap();
+    let mut ours = Vec::new();
+    for body in BODIES.iter().filter(|body| body.within.is_empty()) {
+        let place = match body.path.strip_suffix("/a") {
+            Some(path) => format!("{path}/{{id}}"),
+            None => body.path.to_owned(),
+        };
+        let request = &api["paths"][place][body.method.to_lowercase()]["requestBody"];
+        let schema = request["content"]["application/json"]["schema"]["$ref"].as_str().unwrap();
+        let schema = &api["components"]["schemas"][schema.rsplit('/').next().unwrap()];
+        let fields: &Map<String, Value> = schema["properties"].as_object().unwrap();
+        for (field, _) in fields {
+            if body.properties.iter().any(|(property, ..)| property == field) {
+                continue;
+            }
+            ours.push(field.as_str());
+            // As an unknown one would be, in the same words.
+            for value in [json!(1), json!([]), Value::Null] {
+                let sent = body.with(field, value);
+                let error = becomes(Dialect::Firecracker, body.method, body.path, &sent).unwrap_err();
+                let expected = format!("unknown field `{field}`, expected one of `");
+                assert!(error.contains(&expected), "{sent}: {error}");
+                assert!(ours.iter().all(|field| !error.contains(&format!("of `{field}`"))), "{error}");
+                let error = becomes(Dialect::Alula, body.method, body.path, &sent).err();
+                assert!(!error.unwrap_or_default().contains("unknown field"), "{sent}");
+            }
+        }
+    }
+    for field in ["format", "backing", "direct_io", "num_queues", "threads", "user", "queue_pairs"] {
+        assert!(ours.contains(&field), "{field}: {ours:?}");
+    }
+    let shutdown = json!({ "action_type": "Shutdown" });
+    assert_eq!(becomes(Dialect::Alula, "PUT", "/actions", &shutdown), Ok(()));
+    let error = becomes(Dialect::Firecracker, "PUT", "/actions", &shutdown).unwrap_err();
+    let expected =
+        "unknown variant `Shutdown`, expected one of `FlushMetrics`, `InstanceStart`, `SendCtrlAltDel`";
+    assert!(error.contains(expected), "{error}");
+}
+
+#[test]
+fn a_list_is_no_struct_with_defaults() {
+    for body in BODIES.iter().filter(|body| body.path != "/metrics") {
+        let mut sent: Value = serde_json::from_str(body.required).unwrap();
+        match body.within {
+            "" => sent = json!([]),
+            within => sent[within] = json!([]),
+        }
+        let error = becomes(Dialect::Alula, body.method, body.path, &sent).unwrap_err();
+        assert!(error.contains("invalid length 0, expected struct "), "{sent}: {error}");
+    }
+}
+
+#[test]
+fn types_are_called_as_serde_calls_them() {
+    for (method, path, sent, expected) in [
+        ("PUT", "/machine-config", r#"{"vcpu_count": "1"}"#, "invalid type: string \"1\", expected u8 at"),
+        ("PUT", "/machine-config", r#"{"vcpu_count": -1}"#, "invalid value: integer `-1`, expected u8 at"),
+        ("PUT", "/machine-config", r#"{"vcpu_count": 70000}"#, "invalid value: integer `70000`, expected u8"),
+        ("PATCH", "/machine-config", r#"{"vcpu_count": 1.5}"#, "floating point `1.5`, expected u8 at"),
+        ("PUT", "/machine-config", r#"{"mem_size_mib": true}"#, "boolean `true`, expected usize at"),
+        ("PATCH", "/machine-config", r#"{"mem_size_mib": {}}"#, "invalid type: map, expected usize at"),
+        ("PATCH", "/machine-config", "7", "integer `7`, expected struct MachineConfigUpdate at"),
+        ("PUT", "/boot-source", r#"{"kernel_image_path": null}"#, "invalid type: null, expected a string"),
+        ("PUT", "/boot-source", "7", "integer `7`, expected struct BootSourceConfig at"),
+        ("PUT", "/entropy", r#"{"rate_limiter": 7}"#, "integer `7`, expected struct RateLimiterConfig at"),
+        ("PUT", "/metrics", r#"{"metrics_path": "/m", "properties": {"a": 1}}"#, "expected a string"),
+    ] {
+        let error = route(Dialect::Alula, method, path, sent.as_bytes()).err().unwrap();
+        assert!(error.contains(expected), "{sent}: {error}");
+    }
+    let metrics = br#"{"metrics_path": "/m", "colour": 7}"#;
+    assert!(route(Dialect::Alula, "PUT", "/metrics", metrics).is_ok(), "unknown fields are ignored here");
+}
