@@ -30,11 +30,12 @@ pub enum Exit {
 }
 
 impl Exit {
-    /// What `alula run` returns (docs/exit-codes.md). Of a code, its low 8 bits: more a process cannot return.
+    /// What `alula run` returns (docs/exit-codes.md). A code of more than 8 bits, which a process cannot
+    /// return, is 255: it must not become 0.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::PoweredOff => 0,
-            Self::Code(code) => *code as u8,
+            Self::Code(code) => u8::try_from(*code).unwrap_or(u8::MAX),
             Self::Reset | Self::PanicReset => 120,
             Self::Halted => 121,
             Self::TripleFault => 122,
