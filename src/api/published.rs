@@ -184,7 +184,7 @@ fn becomes(dialect: Dialect, method: &str, path: &str, body: &Value) -> Result<(
     match route(dialect, method, path, body.to_string().as_bytes())? {
         Request::PutDevice(device) => device.check(),
         Request::PutBootSource(source) => source.check(),
-        Request::PutMachineConfig(machine) => machine.check(dialect.vcpus_max()),
+        Request::PutMachineConfig(machine) => machine.check(dialect),
         _ => Ok(()),
     }
     .map_err(|error| error.to_string())

@@ -139,7 +139,7 @@ impl Config {
             source.check().map_err(in_section)
         } else if name == MACHINE_CONFIG {
             self.machine_config = serde_json::from_str(text).map_err(unreadable)?;
-            self.machine_config.check(None).map_err(in_section)
+            self.check_machine(&self.machine_config).map_err(in_section)
         } else if name == LOGGER {
             self.logger = Some(serde_json::from_str(text).map_err(unreadable)?);
             Ok(())

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::dialect::Dialect;
 use crate::error::{Error, Result};
 use crate::json;
 
@@ -124,10 +125,9 @@ impl Default for MachineConfig {
 }
 
 impl MachineConfig {
-    /// Whether it makes sense in itself, whatever the host can do; `vcpus_max` is a limit of the API
-    /// that is spoken.
-    pub fn check(&self, vcpus_max: Option<u16>) -> Result<()> {
-        let cpus = self.vcpu_count;
+    /// Whether it makes sense in itself and in the API that is spoken, whatever the host can do.
+    pub fn check(&self, dialect: Dialect) -> Result<()> {
+        let (cpus, vcpus_max) = (self.vcpu_count, dialect.vcpus_max());
         let too_many = vcpus_max.is_some_and(|most| cpus > most);
         if cpus == 0 || too_many || self.smt && cpus > 1 && !cpus.is_multiple_of(2) {
             let most = vcpus_max.map_or(String::new(), |most| format!(", less than {most}"));
@@ -136,7 +136,7 @@ impl MachineConfig {
                  enabled. (`vcpu_count`, --cpus)"
             )));
         }
-        if vcpus_max.is_some() && self.huge_pages == HugePages::Never {
+        if dialect == Dialect::Firecracker && self.huge_pages == HugePages::Never {
             return Err(Error::config(
                 "unknown variant `Never`, expected one of `None`, `Transparent`, `2M` (`huge_pages`)",
             ));
@@ -202,7 +202,7 @@ mod tests {
 
     fn machine(text: &str) -> Result<MachineConfig, String> {
         let machine: MachineConfig = serde_json::from_str(text).map_err(|error| error.to_string())?;
-        machine.check(None).map_err(|error| error.to_string())?;
+        machine.check(Dialect::Alula).map_err(|error| error.to_string())?;
         Ok(machine)
     }
 
@@ -240,11 +240,10 @@ mod tests {
             serde_json::from_str(&text).unwrap()
         };
         for (pages, mib) in [("None", 3), ("Never", 3), ("Transparent", 2)] {
-            machine(pages, mib).check(None).unwrap();
+            machine(pages, mib).check(Dialect::Alula).unwrap();
         }
-        let firecracker = Some(MachineConfig::FIRECRACKERS_VCPUS_MAX);
-        machine("Transparent", 2).check(firecracker).unwrap();
-        let error = machine("Never", 2).check(firecracker).unwrap_err().to_string();
+        machine("Transparent", 2).check(Dialect::Firecracker).unwrap();
+        let error = machine("Never", 2).check(Dialect::Firecracker).unwrap_err().to_string();
         assert!(error.starts_with("unknown variant `Never`"), "{error}");
     }
 

@@ -70,7 +70,7 @@ impl Config {
 
     /// Whether `machine` makes sense here.
     pub fn check_machine(&self, machine: &MachineConfig) -> Result<()> {
-        machine.check(self.dialect.vcpus_max())
+        machine.check(self.dialect)
     }
 
     /// Whether `device` can be beside those that it does not replace.
