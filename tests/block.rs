@@ -129,6 +129,29 @@ fn blocks_are_given_back_to_the_host_and_zeros_are_written() {
 }
 
 #[test]
+fn large_ranges_are_given_back_one_turn_after_the_other() {
+    for engine in ENGINES {
+        let folder = Folder::on_disk();
+        let path = folder.path("sparse");
+        File::create(&path).unwrap().set_len(4 << 30).unwrap();
+        let mut disk = Disk::new(config(&path, engine, json!({}))).unwrap();
+        for kind in [DISCARD, WRITE_ZEROES] {
+            // A gigabyte, or as much as may be zeros: more than a turn's share, each.
+            let sectors: u32 = if kind == DISCARD { 2 << 20 } else { 128 << 10 };
+            for slot in 0..32 {
+                let sector = u64::from(slot % 4) * u64::from(sectors);
+                let range = [&sector.to_le_bytes()[..], &sectors.to_le_bytes(), &[0; 4]].concat();
+                disk.set_data(0, slot, &range);
+                disk.put(0, slot, kind, 0, range.len());
+            }
+            disk.kick(0);
+            (0..32).for_each(|_| _ = disk.wait(0));
+            assert!((0..32).all(|slot| disk.status(0, slot) == 0), "{engine} {kind}");
+        }
+    }
+}
+
+#[test]
 fn a_disk_that_cannot_be_written_or_is_told_not_to_offers_no_discard() {
     let folder = Folder::on_disk();
     let (path, file) = image(&folder, 1 << 20);
