@@ -134,7 +134,12 @@ struct Thread {
     accesses: Vec<File>,
     /// Of a vCPU: exits that have to do with time.
     clock: Option<File>,
+    /// Of a vCPU: interrupts by its own timer.
+    timer: Option<File>,
 }
+
+/// An interrupt comes to a local APIC: Linux' LOCAL_TIMER_VECTOR, from the vCPU's thread.
+const TIMER: (&str, &str) = ("kvm_apic_accept_irq", "vec == 0xec");
 
 /// Exits of a kind that KVM's statistics do not tell apart, but a tracepoint does: the guest sets its clock
 /// (MSR TSC_DEADLINE), or an interrupt of the host's comes, which most often is a clock's.
@@ -157,6 +162,8 @@ pub type Calls = BTreeMap<&'static str, u64>;
 #[derive(Clone, Debug, Default)]
 pub struct Counts {
     pub exits: Calls,
+    /// Interrupts that KVM gave to the guest's CPUs, but those of their timers (x86_64).
+    pub interrupts: Option<u64>,
     /// System calls of vCPU threads and of all others, by name; `all` is their sum.
     pub vcpu_calls: Calls,
     pub other_calls: Calls,
@@ -177,6 +184,7 @@ impl Counts {
         };
         Self {
             exits: minus(&self.exits, &before.exits),
+            interrupts: self.interrupts.zip(before.interrupts).map(|(now, then)| now.saturating_sub(then)),
             vcpu_calls: minus(&self.vcpu_calls, &before.vcpu_calls),
             other_calls: minus(&self.other_calls, &before.other_calls),
             cpu_ns: self.cpu_ns - before.cpu_ns,
@@ -201,6 +209,8 @@ impl<'a> Counters<'a> {
             let accesses = accesses.map(|id| count(id, thread, None)).collect::<Result<_>>()?;
             let clock = tracepoint(CLOCK.1).filter(|_| is_vcpu);
             let clock = clock.map(|id| count(id, thread, Some(CLOCK.2.to_owned()))).transpose()?;
+            let timer = tracepoint(TIMER.0).filter(|_| is_vcpu);
+            let timer = timer.map(|id| count(id, thread, Some(TIMER.1.to_owned()))).transpose()?;
             let filters = CALLS.iter().map(|(_, number)| Some(format!("id == {number}")));
             let events = [None].into_iter().chain(filters).map(|filter| count(id, thread, filter));
             let schedstat = path.join("schedstat");
@@ -211,13 +221,15 @@ impl<'a> Counters<'a> {
                 events: events.collect::<Result<_>>()?,
                 accesses,
                 clock,
+                timer,
             });
         }
         Ok(Self { debug, pid, threads })
     }
 
     pub fn read(&self) -> Result<Counts> {
-        let mut counts = Counts { exits: self.debug.exits(self.pid)?, ..Counts::default() };
+        let interrupts = self.debug.number(self.debug.machine(self.pid)?.join("irq_injections"));
+        let mut counts = Counts { exits: self.debug.exits(self.pid)?, interrupts, ..Counts::default() };
         let names = ["all"].into_iter().chain(CALLS.iter().map(|(name, _)| *name));
         // A software KVM does not leave the guest as hardware does, and counts nothing: there, what would
         // be an exit on hardware is.
@@ -225,6 +237,9 @@ impl<'a> Counters<'a> {
         for thread in &self.threads {
             for event in thread.accesses.iter().filter(|_| !is_counted) {
                 *counts.exits.entry("all").or_default() += value(event)?;
+            }
+            if let (Some(timer), Some(interrupts)) = (&thread.timer, &mut counts.interrupts) {
+                *interrupts = interrupts.saturating_sub(value(timer)?);
             }
             if let Some(clock) = &thread.clock {
                 *counts.exits.entry(CLOCK.0).or_default() += value(clock)?;

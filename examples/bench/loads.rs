@@ -51,6 +51,8 @@ pub struct Load {
     pub syscalls_max: Option<f64>,
     /// At most so many exits a request or full-size frame.
     pub exits_max: Option<f64>,
+    /// At most so many interrupts a request or full-size frame.
+    pub interrupts_max: Option<f64>,
     /// Exits a unit of Firecracker 1.17-dev (MMIO, PCI) and Cloud Hypervisor (PCI), where they were
     /// measured: 1 CPU, 128 MiB, a small kernel.
     pub peers: Option<[f64; 3]>,
@@ -75,11 +77,15 @@ const REQUEST: Load = Load {
     is_bulk: false,
     syscalls_max: None,
     exits_max: None,
+    interrupts_max: None,
     peers: None,
 };
 
 /// Under load, by EVENT_IDX.
 const EXITS_MAX: Option<f64> = Some(0.2);
+/// Of a full-size frame of TCP, which goes with many others in one of the TAP's.
+const TCP_EXITS_MAX: Option<f64> = Some(0.08);
+const TCP_INTERRUPTS_MAX: Option<f64> = Some(0.02);
 /// One system call per 8 requests, and per 2 frames.
 const REQUEST_MAX: Option<f64> = Some(0.125);
 const FRAME_MAX: Option<f64> = Some(0.5);
@@ -179,7 +185,8 @@ pub const LINUX: [Load; 9] = [
         unit: Unit::FrameOut,
         is_bulk: true,
         syscalls_max: FRAME_MAX,
-        exits_max: EXITS_MAX,
+        exits_max: TCP_EXITS_MAX,
+        interrupts_max: TCP_INTERRUPTS_MAX,
         ..REQUEST
     },
     Load {
@@ -188,7 +195,8 @@ pub const LINUX: [Load; 9] = [
         unit: Unit::FrameIn,
         is_bulk: true,
         syscalls_max: FRAME_MAX,
-        exits_max: EXITS_MAX,
+        exits_max: TCP_EXITS_MAX,
+        interrupts_max: TCP_INTERRUPTS_MAX,
         ..REQUEST
     },
     Load {

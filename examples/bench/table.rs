@@ -194,6 +194,9 @@ fn bars(load: &Load, engine: &str, row: &Measured) -> String {
     if let Some(max) = load.exits_max {
         bar("exits of the load", row.exits() - row.clock_exits(), max);
     }
+    if let (Some(max), Some(interrupts)) = (load.interrupts_max, row.counts.interrupts) {
+        bar("interrupts", row.per(interrupts), max);
+    }
     // The bar of requests is io_uring's.
     if let Some(max) = load.syscalls_max.filter(|_| load.unit != Unit::Request || engine == "Async") {
         bar("syscalls", row.calls(), max);
