@@ -662,3 +662,47 @@ fn two_hundred_damaged_images_are_refused_or_read_and_nothing_worse() {
     let grown = peak() - before;
     assert!(grown < 100 << 20, "{} MiB more were needed", grown >> 20);
 }
+
+#[test]
+fn a_shrunk_image_opens_and_a_marked_one_is_only_read() {
+    let folder = Folder::new();
+    // Blocks of reference counts that tell of nothing are gone, but not the last one.
+    let expected = pattern(3, SIZE);
+    folder.write("raw", &expected);
+    let options = "cluster_size=512,refcount_bits=64";
+    qemu_img(&folder, &["convert", "-q", "-f", "raw", "-O", "qcow2", "-o", options, "raw", "disk"]);
+    qemu_img(&folder, &["resize", "-q", "--shrink", "-f", "qcow2", "disk", "1M"]);
+    let image = File::options().read(true).write(true).open(folder.path("disk")).unwrap();
+    let entry = |at: u64| {
+        let mut entry = [0; 8];
+        image.read_exact_at(&mut entry, at).unwrap();
+        u64::from_be_bytes(entry)
+    };
+    let blocks: Vec<u64> = (0..64).map(|index| entry(entry(48) + index * 8)).collect();
+    assert!(blocks.contains(&0), "{blocks:?}");
+    let mut disk = Disk::new(config(&folder.path("disk"), json!({}))).unwrap();
+    let mut expected = expected[..1 << 20].to_vec();
+    for at in (0..1 << 20).step_by(CLUSTER) {
+        let bytes = pattern(at as u64, 8192);
+        assert_eq!(disk.write((at / 512) as u64, &bytes), Ok(()));
+        expected[at..at + 8192].copy_from_slice(&bytes);
+    }
+    disk.end();
+    check(&folder, &expected);
+    // Marked, it is read, itself and beneath another one.
+    qemu_img(&folder, &["create", "-q", "-f", "qcow2", "-b", "disk", "-F", "qcow2", "above", "1M"]);
+    for (mark, reason) in [(1, "its reference counts are not in order"), (2, "it is marked as corrupt")] {
+        image.write_all_at(&[mark], 79).unwrap();
+        let error = refused(config(&folder.path("disk"), json!({})));
+        assert!(error.contains(reason) && error.contains("it can only be read (`is_read_only`"), "{error}");
+        for (name, read_only) in [("disk", true), ("above", false)] {
+            let more = json!({ "is_read_only": read_only });
+            let mut disk = Disk::new(config(&folder.path(name), more)).unwrap();
+            assert!(disk.read(128, CLUSTER).unwrap() == expected[CLUSTER..2 * CLUSTER], "{name} {mark}");
+        }
+        image.write_all_at(&[0], 79).unwrap();
+    }
+    image.write_all_at(&[1], 7).unwrap();
+    let error = refused(config(&folder.path("disk"), json!({ "is_read_only": true })));
+    assert!(error.contains("it is a qcow image of version 1, which is not supported"), "{error}");
+}

@@ -27,6 +27,11 @@ pub fn punch(file: &File, offset: u64, length: u64) -> Result<()> {
     }
 }
 
+/// Gives the blocks of a range back, which reads as zeros then, of a file or of a device.
+pub fn punch_zeros(file: &File, offset: u64, length: u64) -> Result<()> {
+    allocate(file, PUNCH, offset, length)
+}
+
 /// Makes a range zeros; `unmap`: its blocks may be given back.
 pub fn zero(file: &File, offset: u64, length: u64, unmap: bool) -> Result<()> {
     let mode = if unmap { PUNCH } else { ZERO };

@@ -45,10 +45,10 @@ impl<'a> Chain<'a> {
         Ok(Self { what, host, folder, named: named.map(<[_]>::iter), seen: Vec::new() })
     }
 
-    /// The topmost image, in `file`, with all that is beneath it.
-    pub fn open(mut self, file: File, path: &Path, access: Access) -> Result<FormatAccess<Layer>> {
-        self.enter(&file)?;
-        let image = self.image(file, path, access)?;
+    /// The topmost image, in `layer`, with all that is beneath it.
+    pub fn open(mut self, layer: Layer, path: &Path, access: Access) -> Result<FormatAccess<Layer>> {
+        self.enter(layer.file())?;
+        let image = self.image(layer, path, access)?;
         match self.named.as_mut().and_then(Iterator::next) {
             Some(left) => Err(Error::config(format!(
                 "`backing` names `{}`, but no image says that something is beneath it",
@@ -58,9 +58,8 @@ impl<'a> Chain<'a> {
         }
     }
 
-    fn image(&mut self, file: File, path: &Path, access: Access) -> Result<FormatAccess<Layer>> {
-        let end = Header::read(&file, measure(&file, path)?, access)?.end;
-        let mut image = Qcow2::<Layer>::open_image(Layer::new(file, end), access == Access::ReadWrite)
+    fn image(&mut self, layer: Layer, path: &Path, access: Access) -> Result<FormatAccess<Layer>> {
+        let mut image = Qcow2::<Layer>::open_image(layer, access == Access::ReadWrite)
             .map_err(|error| Error::config(error.to_string()))?;
         image.set_data_file(None);
         let name = image.implicit_backing_file().cloned();
@@ -105,9 +104,13 @@ impl<'a> Chain<'a> {
         self.enter(&file)?;
         lock(&file, Access::Read)?;
         match format {
-            Format::Qcow2 => self.image(file, &path, Access::Read),
+            Format::Qcow2 => {
+                let header = Header::read(&file, measure(&file, &path)?, Access::Read)?;
+                header.warn(&path);
+                self.image(Layer::image(file), &path, Access::Read)
+            }
             Format::Raw => {
-                let raw = Raw::open_image(Layer::read_only(file), false).context("measure it")?;
+                let raw = Raw::open_image(Layer::raw(file), false).context("measure it")?;
                 Ok(FormatAccess::new(raw))
             }
         }

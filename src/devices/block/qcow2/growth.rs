@@ -1,14 +1,15 @@
 //! New clusters. `imago` finds a place for them and notes it in the tables; what they hold goes there
 //! without it: the data of a request, and around that what the disk had there before.
 
-use std::io::{ErrorKind, Result};
+use std::io::{Error, ErrorKind, Result};
 use std::ops::Range;
 use std::ptr;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use imago::{FormatAccess, Mapping};
+use imago::{FormatAccess, Mapping, PreparedDataMapping};
 
 use super::layer::Layer;
+use super::tables::Tables;
 use crate::virtio::buffers::Buffers;
 
 /// So much is copied at once.
@@ -28,40 +29,117 @@ struct Place<'a> {
     start: u64,
 }
 
+/// What a new cluster gets.
+pub enum Data<'a> {
+    /// What a guest writes, which is taken away.
+    Guest(&'a mut Buffers),
+    Zeros,
+}
+
+impl Data<'_> {
+    fn put(&mut self, layer: &Layer, offset: u64, count: usize) -> Result<()> {
+        match self {
+            Self::Guest(buffers) => layer.put(buffers, offset, count),
+            Self::Zeros => layer.zero(offset, count as u64),
+        }
+    }
+}
+
 impl Growth {
-    /// Writes the front of `buffers`, `count` bytes at most, from byte `offset` of the disk on, where
-    /// clusters of `cluster` bytes are not written in place. Returns how many it were: none, if another
-    /// request made them meanwhile.
+    /// Writes the front of `data`, `count` bytes at most, from byte `offset` of the disk on, where
+    /// clusters are not written in place. Returns how many it were: none, if another request made them
+    /// meanwhile.
     pub fn write(
         &self,
         access: &FormatAccess<Layer>,
-        cluster: u64,
-        buffers: &mut Buffers,
+        image: &Writable,
+        data: &mut Data<'_>,
         offset: u64,
         count: usize,
     ) -> Result<usize> {
         let mut room = self.room.lock().unwrap_or_else(PoisonError::into_inner);
         let (mapping, length) = access.get_mapping(offset, count as u64)?;
-        let data = offset..offset + length;
+        let part = offset..offset + length;
+        let mut is_compressed = false;
         let whole = match mapping {
             Mapping::Raw { writable: true, .. } => return Ok(0),
             // Compressed in this image: what is there cannot be read while a mapping is prepared.
-            Mapping::Special { layer, .. } if ptr::eq(layer, access) => data.clone(),
-            _ => offset / cluster * cluster..data.end.next_multiple_of(cluster).min(access.size()),
+            Mapping::Special { layer, .. } if ptr::eq(layer, access) => {
+                is_compressed = true;
+                part.start..part.end.min((offset / image.cluster + 1) * image.cluster)
+            }
+            mapping => {
+                let cluster = image.cluster;
+                let start = offset / cluster * cluster;
+                // A table that is shared with a snapshot is copied first, which may free clusters of others: a
+                // second cluster of the same call could bring tables that take their place.
+                // Zeros may have a cluster already, which `imago` frees if it does not follow on the one before.
+                let is_one = matches!(mapping, Mapping::Zero { explicit: true, .. }) || image.has_snapshots;
+                let end = if is_one { start + cluster } else { part.end.next_multiple_of(cluster) };
+                start..end.min(access.size())
+            }
         };
-        // Dropped before it is committed, it gives the clusters back.
-        let prepared = access.prepare_data_mapping(whole.start, whole.end - whole.start, true)?;
+        let prepared = image.prepare(access, &whole)?;
         let place = Place { layer: prepared.storage(), offset: prepared.offset(), start: whole.start };
         place.layer.check(place.offset, prepared.length())?;
+        image.tables.release(place.offset..place.offset + prepared.length())?;
         let whole = whole.start..whole.start + prepared.length();
-        let data = data.start..data.end.min(whole.end);
-        place.surround(access, &whole, &data, &mut room)?;
-        let count = (data.end - data.start) as usize;
-        buffers.write_some_at(place.layer.file(), place.at(data.start), count)?;
+        let part = part.start..part.end.min(whole.end);
+        place.surround(access, &whole, &part, &mut room)?;
+        let count = (part.end - part.start) as usize;
+        data.put(place.layer, place.at(part.start), count)?;
+        if is_compressed {
+            image.tables.note_freed();
+        }
         access.commit_data_mapping(prepared)?;
         Ok(count)
     }
+
+    /// Puts the tables into the file, while no request makes new clusters; `last`: returns when everything
+    /// is on stable storage.
+    pub fn commit(&self, access: &FormatAccess<Layer>, image: &Writable, last: bool) -> Result<()> {
+        let _alone = self.room.lock().unwrap_or_else(PoisonError::into_inner);
+        image.commit(access, last)
+    }
 }
+
+/// An image that is written.
+pub struct Writable {
+    pub tables: Arc<Tables>,
+    /// Bytes per cluster.
+    pub cluster: u64,
+    pub has_snapshots: bool,
+}
+
+impl Writable {
+    fn commit(&self, access: &FormatAccess<Layer>, last: bool) -> Result<()> {
+        access.flush()?;
+        self.tables.commit(last)
+    }
+
+    /// Finds a place for a range of the disk: clusters that the file does not name. Dropped before it is
+    /// committed, it gives the clusters back.
+    fn prepare<'a>(
+        &self,
+        access: &'a FormatAccess<Layer>,
+        range: &Range<u64>,
+    ) -> Result<PreparedDataMapping<'a, Layer>> {
+        for _ in 0..TRIES {
+            if self.tables.may_allocate() {
+                let prepared = access.prepare_data_mapping(range.start, range.end - range.start, true)?;
+                if self.tables.may_allocate() {
+                    return Ok(prepared);
+                }
+                self.tables.forget(prepared.offset()..prepared.offset() + prepared.length());
+            }
+            self.commit(access, false)?;
+        }
+        Err(Error::other("its tables do not settle: `qemu-img check` it"))
+    }
+}
+
+/// What was freed before is written at the first, tables that were moved at the second.
+const TRIES: usize = 4;
 
 impl Place<'_> {
     /// Where byte `at` of the disk will be.

@@ -1,0 +1,193 @@
+//! The file of an image, as everything that reads or writes it does: within its bounds, and where a test
+//! can see what reaches it, and when.
+
+use std::fs::File;
+use std::io::{Error, ErrorKind, Result, Seek, SeekFrom};
+use std::os::unix::fs::FileExt;
+
+use crate::devices::block::holes;
+use crate::virtio::buffers::Buffers;
+
+/// What is written where no holes can be.
+static ZEROS: [u8; 4096] = [0; 4096];
+
+/// An open file, and where it ends at the latest.
+#[derive(Debug)]
+pub struct Medium {
+    file: File,
+    /// The file never becomes longer. A damaged table may name a place a million gigabytes away.
+    end: u64,
+}
+
+impl Medium {
+    /// A file that is written up to `end`; 0: it is only read.
+    pub fn new(file: File, end: u64) -> Self {
+        Self { file, end }
+    }
+
+    /// The file itself, to read from.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Whether it can be written there.
+    pub fn check(&self, offset: u64, length: u64) -> Result<()> {
+        match offset.checked_add(length).is_some_and(|end| end <= self.end) {
+            true => Ok(()),
+            false => Err(Error::new(
+                ErrorKind::FileTooLarge,
+                format!(
+                    "its tables name byte {offset} of the file, which sound ones keep below {}: \
+                     `qemu-img check -r all` it",
+                    self.end
+                ),
+            )),
+        }
+    }
+
+    /// How many bytes it has.
+    pub fn size(&self) -> Result<u64> {
+        (&self.file).seek(SeekFrom::End(0))
+    }
+
+    /// Reads from byte `offset` on. What is beyond the end of the file reads as zeros, as `imago` asks.
+    pub fn read(&self, mut rest: &mut [u8], mut offset: u64) -> Result<()> {
+        while !rest.is_empty() {
+            match self.file.read_at(rest, offset) {
+                Ok(0) => {
+                    rest.fill(0);
+                    break;
+                }
+                Ok(count) => {
+                    rest = &mut rest[count..];
+                    offset += count as u64;
+                }
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes from byte `offset` on.
+    pub fn write(&self, bytes: &[u8], offset: u64) -> Result<()> {
+        self.check(offset, bytes.len() as u64)?;
+        self.file.write_all_at(bytes, offset)?;
+        self.note(offset, bytes.len() as u64);
+        Ok(())
+    }
+
+    /// Writes the first `count` bytes of a guest's buffers, which are then taken away.
+    pub fn put(&self, buffers: &mut Buffers, offset: u64, count: usize) -> Result<()> {
+        self.check(offset, count as u64)?;
+        buffers.write_some_at(&self.file, offset, count)?;
+        self.note(offset, count as u64);
+        Ok(())
+    }
+
+    /// Makes a range zeros; the file then reaches to its end at least.
+    pub fn zero(&self, offset: u64, length: u64) -> Result<()> {
+        self.check(offset, length)?;
+        match holes::zero(&self.file, offset, length, true) {
+            // A file system without holes.
+            Err(error) if error.kind() == ErrorKind::Unsupported => {
+                let end = offset + length;
+                let piece = |at: u64| &ZEROS[..ZEROS.len().min((end - at) as usize)];
+                let mut pieces = (offset..end).step_by(ZEROS.len());
+                pieces.try_for_each(|at| self.file.write_all_at(piece(at), at))?;
+            }
+            // A hole does not make a file longer.
+            Ok(()) if self.size()? < offset + length => self.file.set_len(offset + length)?,
+            result => result?,
+        }
+        self.note(offset, length);
+        Ok(())
+    }
+
+    /// Makes a range zeros that keeps its blocks.
+    pub fn zero_in_place(&self, offset: u64, length: u64) -> Result<()> {
+        self.check(offset, length)?;
+        holes::zero(&self.file, offset, length, false)?;
+        self.note(offset, length);
+        Ok(())
+    }
+
+    /// Gives the blocks of a range back, which reads as zeros then. The tables may still name it: a device
+    /// that would not promise zeros does nothing.
+    pub fn punch(&self, offset: u64, length: u64) -> Result<()> {
+        holes::punch_zeros(&self.file, offset, length)?;
+        self.note(offset, length);
+        Ok(())
+    }
+
+    /// Makes the file longer or shorter.
+    pub fn resize(&self, length: u64) -> Result<()> {
+        self.check(length, 0)?;
+        self.file.set_len(length)
+    }
+
+    /// Returns when all that was written is on stable storage.
+    pub fn sync(&self) -> Result<()> {
+        self.file.sync_data()?;
+        #[cfg(test)]
+        record::synced();
+        Ok(())
+    }
+
+    #[cfg(not(test))]
+    fn note(&self, _: u64, _: u64) {}
+
+    #[cfg(test)]
+    fn note(&self, offset: u64, length: u64) {
+        record::wrote(self, offset, length);
+    }
+}
+
+/// What reaches the files of this thread, for tests.
+#[cfg(test)]
+pub mod record {
+    use std::cell::RefCell;
+
+    use super::Medium;
+
+    /// One step of what reached a file.
+    pub enum Step {
+        Write { offset: u64, bytes: Vec<u8> },
+        Sync,
+    }
+
+    thread_local! {
+        static STEPS: RefCell<Option<Vec<Step>>> = const { RefCell::new(None) };
+    }
+
+    /// Begins to record.
+    pub fn begin() {
+        STEPS.set(Some(Vec::new()));
+    }
+
+    /// How many steps there were.
+    pub fn count() -> usize {
+        STEPS.with_borrow(|steps| steps.as_ref().map_or(0, Vec::len))
+    }
+
+    /// Ends; returns the steps.
+    pub fn end() -> Vec<Step> {
+        STEPS.take().expect("it was begun")
+    }
+
+    fn add(step: impl FnOnce() -> Step) {
+        STEPS.with_borrow_mut(|steps| steps.as_mut().map(|steps| steps.push(step())));
+    }
+
+    pub(super) fn wrote(medium: &Medium, offset: u64, length: u64) {
+        add(|| {
+            let mut bytes = vec![0; length as usize];
+            medium.read(&mut bytes, offset).expect("it was written just now");
+            Step::Write { offset, bytes }
+        });
+    }
+
+    pub(super) fn synced() {
+        add(|| Step::Sync);
+    }
+}
