@@ -98,6 +98,15 @@ pub enum Event {
         /// The new image.
         path: PathBuf,
     },
+    /// The image of a disk is used although somebody else uses it, and one of both writes.
+    DiskShared {
+        /// The disk, as messages name it.
+        device: String,
+        /// The image.
+        path: PathBuf,
+        /// Who uses it.
+        reason: String,
+    },
     /// Something else of a device was changed while it is in use.
     DeviceChanged {
         /// The device.

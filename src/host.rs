@@ -25,10 +25,21 @@ pub enum Access {
     ReadWrite,
 }
 
+/// What becomes of a file that is to be written, or is written, by somebody else.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sharing {
+    /// It is an error.
+    Refused,
+    /// It is used all the same, with a line in the log and an event.
+    Warned,
+}
+
 /// Gives a machine under construction what it needs of the host.
 pub trait Host {
     /// The file at `path`, open; `what` names it in errors ("kernel", "disk `root`").
-    fn file(&mut self, what: &str, path: &Path, access: Access) -> Result<File>;
+    fn file(&mut self, what: &str, path: &Path, access: Access, sharing: Sharing) -> Result<File>;
+    /// What becomes of a disk's file that somebody else uses; `lock`: its owner wants it alone.
+    fn sharing(&self, lock: bool) -> Sharing;
     /// The TAP interface of this name, or the open descriptors of one (`fd:N`), for so many queues.
     fn tap(&mut self, name: &str, queues: usize) -> Result<Vec<Tap>>;
     /// A user-mode network: a passt that is started with these arguments.
@@ -65,16 +76,18 @@ pub struct Local {
     held: Vec<Held>,
     held_taps: Vec<HeldTap>,
     held_console: Option<Sink>,
+    /// A disk that somebody else uses is only warned of, whatever its configuration says.
+    warns_of_sharing: bool,
 }
 
 impl Local {
     /// Opens the files of these resources now, so that a wrong path is refused where it is named. They
     /// replace what the resources had, all of them or none; a resource without a path has no file any more.
-    pub fn hold(&mut self, files: &[(&str, Option<&Path>)], access: Access) -> Result<()> {
+    pub fn hold(&mut self, files: &[(&str, Option<&Path>)], access: Access, sharing: Sharing) -> Result<()> {
         let mut opened = Vec::new();
         for &(what, path) in files {
             if let Some(path) = path {
-                let file = open(what, path, access)?;
+                let file = self.open(what, path, access, sharing)?;
                 opened.push(Held { what: what.to_owned(), path: path.to_owned(), access, file });
             }
         }
@@ -104,9 +117,26 @@ impl Local {
         self.held_taps.retain(|held| held.interface != interface);
     }
 
+    /// Lets disks be shared with others, with a warning: what other monitors do, without one.
+    pub fn warn_of_sharing(&mut self) {
+        self.warns_of_sharing = true;
+    }
+
+    /// Opens a file, or gives what is held: a device that its resource has claimed cannot be claimed again.
+    fn open(&self, what: &str, path: &Path, access: Access, sharing: Sharing) -> Result<File> {
+        let attempt = || format!("open {what} `{}`", path.display());
+        let is_held = |held: &&Held| {
+            held.what == what && held.access == access && file::is_same_device(&held.file, path)
+        };
+        match self.held.iter().find(is_held) {
+            Some(held) => held.file.try_clone().with_context(attempt),
+            None => file::open(path, access, sharing, what, attempt),
+        }
+    }
+
     /// Closes all that no machine took.
     pub fn release(&mut self) {
-        let Self { held, held_taps, held_console } = self;
+        let Self { held, held_taps, held_console, warns_of_sharing: _ } = self;
         (*held, *held_taps, *held_console) = (Vec::new(), Vec::new(), None);
     }
 
@@ -118,12 +148,16 @@ impl Local {
 }
 
 impl Host for Local {
-    fn file(&mut self, what: &str, path: &Path, access: Access) -> Result<File> {
+    fn file(&mut self, what: &str, path: &Path, access: Access, sharing: Sharing) -> Result<File> {
         let same = |held: &Held| held.what == what && held.path == path && held.access == access;
         match self.held.iter().position(same) {
             Some(place) => Ok(self.held.swap_remove(place).file),
-            None => open(what, path, access),
+            None => self.open(what, path, access, sharing),
         }
+    }
+
+    fn sharing(&self, lock: bool) -> Sharing {
+        if lock && !self.warns_of_sharing { Sharing::Refused } else { Sharing::Warned }
     }
 
     fn tap(&mut self, name: &str, queues: usize) -> Result<Vec<Tap>> {
@@ -223,10 +257,6 @@ impl Drop for Output {
     }
 }
 
-fn open(what: &str, path: &Path, access: Access) -> Result<File> {
-    file::open(path, access, || format!("open {what} `{}`", path.display()))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -267,12 +297,16 @@ mod tests {
         let path = folder.join("file");
         std::fs::write(&path, "first").unwrap();
         let mut host = Local::default();
-        host.hold(&[("kernel", Some(&path))], Access::Read).unwrap();
+        host.hold(&[("kernel", Some(&path))], Access::Read, Sharing::Refused).unwrap();
         std::fs::remove_file(&path).unwrap();
         let mut text = String::new();
-        host.file("kernel", &path, Access::Read).unwrap().read_to_string(&mut text).unwrap();
+        host.file("kernel", &path, Access::Read, Sharing::Refused)
+            .unwrap()
+            .read_to_string(&mut text)
+            .unwrap();
         assert_eq!(text, "first");
-        let error = host.hold(&[("kernel", Some(&folder))], Access::Read).unwrap_err().to_string();
+        let error =
+            host.hold(&[("kernel", Some(&folder))], Access::Read, Sharing::Refused).unwrap_err().to_string();
         assert!(error.contains("it is a directory, a file or block device is needed"), "{error}");
         std::fs::remove_dir_all(&folder).unwrap();
     }

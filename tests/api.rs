@@ -915,6 +915,57 @@ fn one_image_has_one_writer() {
 }
 
 #[test]
+fn two_disks_over_one_file_are_told_of_each_other() {
+    let folder = common::Folder::new();
+    let file = folder.write("disk", [0; 4096]);
+    let disk = file.to_str().unwrap();
+    let events = folder.path("events");
+    let two = |first: &str, second: &str| {
+        let (first, second) = (format!("{disk}{first}"), format!("{disk}{second}"));
+        let _ = std::fs::remove_file(&events);
+        let events = events.to_str().unwrap();
+        run(["run", "--disk", &first, "--disk", &second, "--cmdline", "case=serial", "--events", events])
+    };
+    for (first, second) in [("", ""), ("", ",ro"), (",ro", ""), (",lock=off", "")] {
+        let refused = two(first, second);
+        assert_eq!(refused.code, Some(125), "{}", refused.text);
+        let expected =
+            format!("use disk image `{disk}`: it is in use by another disk of this microVM: stop that");
+        assert!(refused.text.contains(&expected), "{}", refused.text);
+    }
+    for (first, second, warned) in
+        [("", ",lock=off", true), ("", ",ro,lock=off", true), (",ro", ",ro", false)]
+    {
+        let shared = two(first, second);
+        assert_eq!(shared.code, Some(0), "{}", shared.text);
+        let warning =
+            "it is in use by another disk of this microVM, and used all the same: its content may be damaged";
+        assert_eq!(shared.text.contains(warning), warned, "{}", shared.text);
+        let told = std::fs::read_to_string(&events).unwrap();
+        assert_eq!(told.contains(r#""event":"disk_shared""#), warned, "{told}");
+    }
+    // Called as Firecracker, which takes no locks, we only say it: within a microVM and between two.
+    let mut writer = common::Process::start(["run", "--disk", disk, "--cmdline", "hello"]);
+    writer.expect("A");
+    let socket = folder.path("s");
+    let mut command = std::process::Command::new(common::called("firecracker", &folder));
+    command.arg("--api-sock").arg(&socket);
+    let mut process = common::Process::spawn(command);
+    wait_for(|| UnixStream::connect(&socket).is_ok());
+    let mut client = Client::connect(&socket);
+    let source = json!({ "kernel_image_path": folder.firmware(), "boot_args": "hello" });
+    client.ok("PUT", "/boot-source", &source.to_string());
+    for id in ["a", "b"] {
+        let drive = json!({ "drive_id": id, "is_root_device": false, "path_on_host": disk });
+        client.ok("PUT", &format!("/drives/{id}"), &drive.to_string());
+    }
+    client.ok("PUT", "/actions", START);
+    let user = format!("it is in use by process {} (alula), and used all the same", writer.child.id());
+    process.expect(&format!("disk `a` `{disk}`: {user}"));
+    process.expect(&format!("disk `b` `{disk}`: {user}"));
+}
+
+#[test]
 fn an_image_is_replaced_only_by_one_that_can_be_had() {
     let service = Service::start(&[]);
     service.boot_source("hello");

@@ -13,7 +13,7 @@ use alula::metrics::View;
 use alula::uring::Uring;
 use common::disk::{DISCARD, Disk, GET_ID, IN, IN_FLIGHT_MAX, OUT, WRITE_ZEROES};
 use common::loopback::BlockDevice;
-use common::{Folder, wait_for};
+use common::{Folder, mount_tmpfs, output, wait_for};
 use serde_json::{Value, json};
 
 const ENGINES: [&str; 2] = ["Sync", "Async"];
@@ -401,6 +401,46 @@ fn many_requests_in_flight_on_a_block_device_all_reach_their_places() {
             shuffle(&mut disk, 2, 1);
         }
     }
+}
+
+#[test]
+fn a_block_device_that_is_in_use_is_not_written() {
+    let folder = Folder::on_disk();
+    let (path, _) = image(&folder, 1 << 20);
+    let device = BlockDevice::new(&path, 512);
+    let node = device.path.to_str().unwrap();
+    let open = |more| Disk::new(config(&device.path, "Sync", more));
+    output("mke2fs", &["-q", "-F", node]);
+    // Mounted on the host, if only for reading.
+    let place = folder.path("mounted");
+    std::fs::create_dir(&place).unwrap();
+    mount_tmpfs(&place, 4096);
+    let mounted = place.to_str().unwrap();
+    for options in ["rw", "ro"] {
+        output("mount", &["-o", options, node, mounted]);
+        let error = open(json!({})).err().unwrap();
+        assert!(error.contains(&format!("open disk `d` `{node}`: it is in use by")), "{error}");
+        assert!(error.contains(&format!("mounted at `{mounted}`")), "{error}");
+        assert!(error.contains("`\"lock\": false`, `lock=off`"), "{error}");
+        assert!(open(json!({ "is_read_only": true })).is_ok());
+        assert!(open(json!({ "lock": false })).is_ok());
+        output("umount", &[mounted]);
+    }
+    // Ours, by another node of the same device: a lock on a node's inode does not tell.
+    let mut disk = open(json!({})).unwrap();
+    let other = folder.path("node");
+    let number = std::fs::metadata(&device.path).unwrap().rdev();
+    let (major, minor) = (libc::major(number).to_string(), libc::minor(number).to_string());
+    output("mknod", &[other.to_str().unwrap(), "b", &major, &minor]);
+    let error = Disk::new(config(&other, "Sync", json!({}))).err().unwrap();
+    assert!(error.contains("it is in use by another disk of this microVM"), "{error}");
+    for path in [&device.path, &other] {
+        disk.patch(json!({ "drive_id": "d", "path_on_host": path })).unwrap();
+        assert_eq!(disk.write(0, &[1; 512]), OK);
+    }
+    drop(disk);
+    assert!(open(json!({})).is_ok(), "the device is still claimed");
+    output("umount", &[mounted]);
 }
 
 #[test]

@@ -12,15 +12,18 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use alula::config::Config;
 use alula::error::Result;
-use alula::host::{Access, Host, Local};
+use alula::host::{Access, Host, Local, Sharing};
 use alula::machine::{Machine, Prepared};
 
 /// A host whose console counts bytes.
 struct Counter(Arc<AtomicU64>);
 
 impl Host for Counter {
-    fn file(&mut self, what: &str, path: &Path, access: Access) -> Result<File> {
-        Local::default().file(what, path, access)
+    fn file(&mut self, what: &str, path: &Path, access: Access, sharing: Sharing) -> Result<File> {
+        Local::default().file(what, path, access, sharing)
+    }
+    fn sharing(&self, lock: bool) -> Sharing {
+        Local::default().sharing(lock)
     }
     fn tap(&mut self, name: &str, queues: usize) -> Result<Vec<alula::host::tap::Tap>> {
         Local::default().tap(name, queues)

@@ -8,7 +8,7 @@ use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use alula::config::Config;
-use alula::host::{Access, Host, Local};
+use alula::host::{Access, Host, Local, Sharing};
 use alula::machine::{Machine, Prepared};
 
 use crate::monitor::{connect, request, spawn};
@@ -232,8 +232,17 @@ fn syscalls(binary: &str, folder: &Path, kernel: &Path) -> Result<()> {
 struct Listener(Local, std::sync::mpsc::Sender<Instant>);
 
 impl Host for Listener {
-    fn file(&mut self, what: &str, path: &Path, access: Access) -> alula::error::Result<std::fs::File> {
-        self.0.file(what, path, access)
+    fn file(
+        &mut self,
+        what: &str,
+        path: &Path,
+        access: Access,
+        sharing: Sharing,
+    ) -> alula::error::Result<std::fs::File> {
+        self.0.file(what, path, access, sharing)
+    }
+    fn sharing(&self, lock: bool) -> Sharing {
+        self.0.sharing(lock)
     }
     fn tap(&mut self, name: &str, queues: usize) -> alula::error::Result<Vec<alula::host::tap::Tap>> {
         self.0.tap(name, queues)

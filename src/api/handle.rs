@@ -14,7 +14,7 @@ use crate::devices::console;
 use crate::devices::kind::{Change, Device, Kind};
 use crate::error::{Error, Result};
 use crate::events::{self, Event};
-use crate::host::{Access, Local};
+use crate::host::{Access, Local, Sharing};
 use crate::log;
 use crate::machine::{Machine, Prepared, State};
 use crate::metrics::{self as counted, View};
@@ -36,6 +36,11 @@ impl Controller {
     /// Controls the microVM that `config` describes, not started yet.
     pub fn new(id: String, config: Config) -> Self {
         Self { id, config, host: Local::default(), metrics: None, prepared: None, machine: None }
+    }
+
+    /// Lets disks be shared with others, with a warning.
+    pub fn warn_of_sharing(&mut self) {
+        self.host.warn_of_sharing();
     }
 
     /// Opens where the configuration, as it was given, says that messages and metrics go.
@@ -191,7 +196,7 @@ impl Controller {
         source.check().map_err(fault("Boot source error"))?;
         let files =
             [("kernel", Some(source.kernel_image_path.as_path())), ("initrd", source.initrd_path.as_deref())];
-        self.host.hold(&files, Access::Read).map_err(fault("Boot source error"))?;
+        self.host.hold(&files, Access::Read, Sharing::Refused).map_err(fault("Boot source error"))?;
         self.config.boot_source = Some(source);
         Ok(Response::Done)
     }

@@ -150,6 +150,9 @@ fn serve(arguments: Serve, feed: &mut Option<Feed>) -> Result<Ending> {
     config.dialect = arguments.dialect;
     arguments.outputs.configure(&mut config);
     let mut controller = Controller::new(arguments.id.clone(), config);
+    if arguments.dialect == Dialect::Firecracker {
+        controller.warn_of_sharing();
+    }
     controller.open_outputs()?;
     if let Some(path) = &arguments.config_file {
         events::tell(|| Event::Configured { what: events::text(path.display()) });

@@ -13,7 +13,7 @@ use crate::devices::KINDS;
 use crate::devices::kind::Kind;
 use crate::dialect::Dialect;
 use crate::error::{Context, Error, Result};
-use crate::host::{Access, file};
+use crate::host::{Access, Sharing, file};
 
 /// A config file of more bytes is refused before it is read into memory.
 const CONFIG_FILE_MAX: u64 = 1 << 20;
@@ -55,7 +55,7 @@ impl Config {
     /// The text of a config file.
     pub fn read(path: &Path) -> Result<Vec<u8>> {
         let attempt = || format!("read config file `{}`", path.display());
-        let file = file::open(path, Access::Read, attempt)?;
+        let file = file::open(path, Access::Read, Sharing::Refused, "config file", attempt)?;
         let mut text = Vec::new();
         // A file can grow while it is read, and a block device has no length of its own.
         file.take(CONFIG_FILE_MAX + 1).read_to_end(&mut text).with_context(attempt)?;

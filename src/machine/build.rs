@@ -23,7 +23,7 @@ use crate::devices::rtc::Clock;
 use crate::dialect::Dialect;
 use crate::error::{Context, Error, Result};
 use crate::firmware;
-use crate::host::{Access, Host};
+use crate::host::{Access, Host, Sharing};
 use crate::log;
 use crate::memory::{self, Memory};
 use crate::platform::Platform;
@@ -195,9 +195,10 @@ pub fn load(machine: &mut Machine, config: &Config, host: &mut dyn Host) -> Resu
             arch::load(memory, &mut kernel, None::<&mut File>, platform).context("load the firmware guest")?
         }
         Some(source) => {
-            let mut kernel = host.file("kernel", &source.kernel_image_path, Access::Read)?;
+            let mut kernel =
+                host.file("kernel", &source.kernel_image_path, Access::Read, Sharing::Refused)?;
             let mut initrd = match &source.initrd_path {
-                Some(path) => Some(host.file("initrd", path, Access::Read)?),
+                Some(path) => Some(host.file("initrd", path, Access::Read, Sharing::Refused)?),
                 None => None,
             };
             arch::load(memory, &mut kernel, initrd.as_mut(), platform)

@@ -63,6 +63,10 @@ pub struct Config {
     /// one.
     #[serde(default, skip_serializing_if = "is_default")]
     pub threads: u16,
+    /// Whether an image that somebody else uses is refused, if one of both writes; else it is used all
+    /// the same, with a warning.
+    #[serde(default = "yes", skip_serializing_if = "is_yes")]
+    pub lock: bool,
 }
 
 /// One image beneath a qcow2 image; it is only read.
@@ -120,6 +124,14 @@ fn one() -> u16 {
     1
 }
 
+fn yes() -> bool {
+    true
+}
+
+fn is_yes(value: &bool) -> bool {
+    *value
+}
+
 fn is_one(value: &u16) -> bool {
     *value == 1
 }
@@ -136,8 +148,8 @@ impl DeviceConfig for Config {
         help: "A disk from an image or a block device; `ro`: read-only, `root`: the guest\n\
                boots from it, `format=qcow2`: not a raw image, `engine=async`: by\n\
                io_uring, `queues=N`, `threads=N`, `direct`: past the host's page cache,\n\
-               `nodiscard`: blocks are not given back. Flushed data is on stable storage.\n\
-               May be repeated",
+               `nodiscard`: blocks are not given back, `lock=off`: also if somebody\n\
+               else uses it. Flushed data is on stable storage. May be repeated",
     };
     const EXAMPLE: &'static str =
         r#"{"drive_id": "root", "path_on_host": "root.img", "is_root_device": true}"#;
@@ -178,11 +190,13 @@ impl DeviceConfig for Config {
                 ("format", "qcow2") => config.format = Format::Qcow2,
                 ("engine", "sync") => config.io_engine = IoEngine::Sync,
                 ("engine", "async") => config.io_engine = IoEngine::Async,
+                ("lock", "on") => config.lock = true,
+                ("lock", "off") => config.lock = false,
                 ("queues", text) => config.num_queues = count(word, text)?,
                 ("threads", text) => config.threads = count(word, text)?,
                 _ => {
                     let words = "PATH[,ro][,root][,id=ID][,format=raw|qcow2][,engine=sync|async][,queues=N]\
-                                 [,threads=N][,direct][,nodiscard]";
+                                 [,threads=N][,direct][,nodiscard][,lock=on|off]";
                     return Err(format!("`{word}` is unknown: expected {words}"));
                 }
             }
@@ -235,7 +249,7 @@ impl DeviceConfig for Config {
     /// The image is opened, as a kernel is. Its lock is taken at the start.
     fn hold(&self, host: &mut Local) -> Result<()> {
         let (what, path, access) = self.file();
-        host.hold(&[(&what, Some(path))], access)
+        host.hold(&[(&what, Some(path))], access, host.sharing(self.lock))
     }
 
     fn open(&self, _: &str, host: &mut dyn Host) -> Result<Box<dyn VirtioDevice>> {
@@ -276,6 +290,7 @@ impl Config {
             direct_io: false,
             num_queues: 1,
             threads: 0,
+            lock: true,
         }
     }
 
@@ -347,7 +362,7 @@ mod tests {
         for more in [
             "",
             r#","discard":false,"format":"qcow2","backing":[{"path_on_host":"/b","format":"raw"}]"#,
-            r#","direct_io":true,"num_queues":4,"threads":2"#,
+            r#","direct_io":true,"num_queues":4,"threads":2,"lock":false"#,
         ] {
             let config = body(more).unwrap();
             let shown = serde_json::to_string(&config).unwrap();
@@ -372,9 +387,13 @@ mod tests {
             threads: 2,
             discard: Some(false),
             direct_io: true,
+            lock: false,
             ..Config::new("x", "/d")
         };
-        assert_eq!(words("/d,ro,root,id=x,engine=async,queues=2,threads=2,nodiscard,direct"), Ok(expected));
+        assert_eq!(
+            words("/d,ro,root,id=x,engine=async,queues=2,threads=2,nodiscard,direct,lock=off"),
+            Ok(expected)
+        );
         let qcow2 = words("/d,format=qcow2").unwrap();
         assert_eq!((qcow2.format, qcow2.drive_id.as_str()), (Format::Qcow2, "disk3"));
         for (text, expected) in [

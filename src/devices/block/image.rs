@@ -13,6 +13,7 @@ use super::qcow2::Qcow2;
 use super::raw::Raw;
 use super::{SECTOR, device, holes};
 use crate::error::{Context, Error, Result};
+use crate::host::file::is_same_device;
 use crate::host::{Access, Host};
 use crate::log;
 use crate::virtio::buffers::Buffers;
@@ -38,7 +39,8 @@ impl Image {
     /// The image that `config` names.
     pub fn open(config: &Config, host: &mut dyn Host) -> Result<Self> {
         let (what, path, access) = config.file();
-        let file = host.file(&what, path, access)?;
+        let sharing = host.sharing(config.lock);
+        let file = host.file(&what, path, access, sharing)?;
         let attempt = || format!("use disk image `{}`", path.display());
         if access == Access::ReadWrite && device::is_read_only(&file) {
             let reason = "the device cannot be written: `is_read_only` (`ro`), if it is only to be read";
@@ -47,7 +49,7 @@ impl Image {
         let length = measure(&file, path)?;
         // Orchestrators put empty files where a disk will be swapped in later; many may share one.
         if length > 0 {
-            lock(&file, access).with_context(attempt)?;
+            lock(&file, access, sharing, &what, path).with_context(attempt)?;
         }
         let content = match config.format {
             Format::Qcow2 => Qcow2::open(config, file, host).map(Content::Qcow2),
@@ -61,7 +63,7 @@ impl Image {
     pub fn again(&self, config: &Config, host: &mut dyn Host) -> Option<Result<Self>> {
         let (_, path, _) = config.file();
         let (own, other) = (self.file().metadata().ok()?, std::fs::metadata(path).ok()?);
-        let same = (own.dev(), own.ino()) == (other.dev(), other.ino());
+        let same = (own.dev(), own.ino()) == (other.dev(), other.ino()) || is_same_device(self.file(), path);
         // An empty one is not locked yet.
         (same && self.sectors > 0).then(|| {
             let attempt = || format!("use disk image `{}` again", path.display());

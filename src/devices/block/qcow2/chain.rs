@@ -16,7 +16,7 @@ use crate::devices::block::config::{Backing, Format};
 use crate::devices::block::image::measure;
 use crate::devices::block::lock::lock;
 use crate::error::{Context, Error, Result};
-use crate::host::{Access, Host};
+use crate::host::{Access, Host, Sharing};
 
 /// Each image beneath costs descriptors, caches, and a step for what none above it has.
 const DEPTH_MAX: usize = 16;
@@ -25,6 +25,7 @@ const DEPTH_MAX: usize = 16;
 pub struct Chain<'a> {
     what: &'a str,
     host: &'a mut dyn Host,
+    sharing: Sharing,
     /// The folder of the topmost image, without symbolic links: other images lie within it...
     folder: PathBuf,
     /// ...unless the configuration names them.
@@ -37,12 +38,14 @@ impl<'a> Chain<'a> {
     pub fn new(
         what: &'a str,
         host: &'a mut dyn Host,
+        lock: bool,
         path: &Path,
         named: Option<&'a [Backing]>,
     ) -> Result<Self> {
         let path = path.canonicalize().context("find its folder")?;
         let folder = path.parent().unwrap_or(Path::new("/")).to_owned();
-        Ok(Self { what, host, folder, named: named.map(<[_]>::iter), seen: Vec::new() })
+        let sharing = host.sharing(lock);
+        Ok(Self { what, host, sharing, folder, named: named.map(<[_]>::iter), seen: Vec::new() })
     }
 
     /// The topmost image, in `layer`, with all that is beneath it.
@@ -100,9 +103,9 @@ impl<'a> Chain<'a> {
             }
             None => (self.within_folder(name, above)?, told(format)?),
         };
-        let file = self.host.file(self.what, &path, Access::Read)?;
+        let file = self.host.file(self.what, &path, Access::Read, self.sharing)?;
         self.enter(&file)?;
-        lock(&file, Access::Read)?;
+        lock(&file, Access::Read, self.sharing, self.what, &path)?;
         match format {
             Format::Qcow2 => {
                 let header = Header::read(&file, measure(&file, &path)?, Access::Read)?;

@@ -67,7 +67,7 @@ impl Qcow2 {
         let (what, path, access) = config.file();
         let header = Header::read(&file, measure(&file, path)?, access)?;
         let own = file.try_clone().context("duplicate a descriptor")?;
-        let chain = Chain::new(&what, host, path, config.backing.as_deref())?;
+        let chain = Chain::new(&what, host, config.lock, path, config.backing.as_deref())?;
         let writable = (access == Access::ReadWrite).then(|| {
             let medium = Arc::new(Medium::new(file.try_clone()?, header.end));
             // `imago` would write all of the header anew.
