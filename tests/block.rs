@@ -390,6 +390,42 @@ fn a_block_device_is_a_disk_whose_blocks_go_to_it_and_are_given_back() {
 }
 
 #[test]
+fn after_a_flush_that_failed_no_flush_succeeds() {
+    let folder = Folder::on_disk();
+    let place = folder.path("small");
+    std::fs::create_dir(&place).unwrap();
+    // A device over a hole of a full file system takes what is written, and finds no room for it when it is
+    // written back: the host tells that once.
+    mount_tmpfs(&place, 64 << 10);
+    let images: Vec<_> = (0..2 * ENGINES.len()).map(|number| place.join(format!("image{number}"))).collect();
+    for image in &images {
+        File::create(image).unwrap().set_len(1 << 20).unwrap();
+    }
+    assert!(std::fs::write(place.join("filler"), vec![0; 65 << 10]).is_err());
+    for (number, (engine, queues)) in ENGINES.iter().flat_map(|e| [(e, 1), (e, 2)]).enumerate() {
+        let what = format!("{engine}, {queues} queues");
+        let device = BlockDevice::new(&images[number], 512);
+        let mut disk = Disk::new(config(&device.path, engine, json!({ "num_queues": queues }))).unwrap();
+        assert_eq!(disk.flush(), OK, "{what}");
+        for sector in [0, 128, 256, 384] {
+            assert_eq!(disk.write(sector, &pattern(sector, 64 << 10)), OK, "{what}");
+        }
+        assert_eq!(disk.flush(), IO_ERROR, "{what}");
+        for _ in 0..3 {
+            assert_eq!(disk.flush(), IO_ERROR, "a flush succeeds though data is gone: {what}");
+        }
+        assert_eq!(disk.write(0, &[1; 512]).and(disk.read(0, 512).map(drop)), OK, "{what}");
+        assert_eq!(disk.flush(), IO_ERROR, "{what}");
+        assert!(!disk.is_broken());
+        // Whoever names an image says that what is in it now is what is wanted.
+        let (other, _) = image(&folder, 1 << 20);
+        disk.patch(json!({ "drive_id": "d", "path_on_host": other })).unwrap();
+        assert_eq!(disk.write(0, &[1; 512]).and(disk.flush()), OK, "{what}");
+    }
+    output("umount", &["-l", place.to_str().unwrap()]);
+}
+
+#[test]
 fn many_requests_in_flight_on_a_block_device_all_reach_their_places() {
     for engine in ENGINES {
         for (direct_io, block) in [(false, 512), (true, 512), (true, 4096)] {

@@ -5,6 +5,7 @@ use std::io::{Seek, SeekFrom};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::bounce::Bounce;
 use super::config::{Config, Format};
@@ -33,6 +34,8 @@ pub struct Image {
     block: u64,
     /// The smallest range that can be given back to the host; none: nothing can.
     hole: Option<u64>,
+    /// A flush has failed: the host tells of data that it could not write once, and drops it.
+    has_lost: AtomicBool,
 }
 
 impl Image {
@@ -104,7 +107,13 @@ impl Image {
                 bytes % block
             ));
         }
-        Ok(Self { content, sectors: bytes / block * (block / SECTOR), block, hole })
+        Ok(Self {
+            content,
+            sectors: bytes / block * (block / SECTOR),
+            block,
+            hole,
+            has_lost: AtomicBool::new(false),
+        })
     }
 
     fn file(&self) -> &File {
@@ -175,6 +184,17 @@ impl Image {
             Content::Raw(_) => Ok(()),
             Content::Qcow2(image) => image.flush(durable),
         }
+    }
+
+    /// Notes that a flush failed: from now on no flush of this image succeeds, until it is opened anew.
+    /// Returns whether it is the first.
+    pub fn note_loss(&self) -> bool {
+        !self.has_lost.swap(true, Ordering::AcqRel)
+    }
+
+    /// Whether a flush has failed. The next one would find nothing left to write and call that a success.
+    pub fn has_lost(&self) -> bool {
+        self.has_lost.load(Ordering::Acquire)
     }
 
     /// Gives the blocks of a range back.

@@ -250,6 +250,10 @@ impl Running {
                 request.ranges.pop();
                 Ok(request.ranges.is_empty())
             }
+            // Another queue's flush was told of the loss while this one was on its way.
+            (Ok(_), Kind::Flush) if self.disk.image.has_lost() => {
+                Err(std::io::Error::other("another flush failed meanwhile"))
+            }
             (Ok(_), _) => Ok(true),
             (Err(error), _) => match error.kind() {
                 ErrorKind::Interrupted | ErrorKind::WouldBlock => Ok(false),
@@ -277,9 +281,20 @@ impl Running {
             }
             Err(error) => {
                 self.disk.metrics.execute_fails.add(1);
-                let reason = format!("{} at byte {}: {error}", request.kind.name(), request.offset);
                 let device = format!("disk `{}`", self.disk.id);
-                log::guest_line(format_args!("{device}: {reason}"));
+                let reason = match request.kind {
+                    Kind::Flush => format!("flush: {error}"),
+                    kind => format!("{} at byte {}: {error}", kind.name(), request.offset),
+                };
+                if request.kind == Kind::Flush && self.disk.image.note_loss() {
+                    log::line(format_args!(
+                        "{device}: {reason}: data that the guest wrote may be lost, so that its flushes fail from \
+                         now on, until PATCH /drives/{} names an image",
+                        self.disk.id
+                    ));
+                } else {
+                    log::guest_line(format_args!("{device}: {reason}"));
+                }
                 events::tell(|| Event::DeviceError { device, reason, needs_reset: false });
                 Code::IoError
             }
