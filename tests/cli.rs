@@ -195,11 +195,14 @@ fn an_initrd_that_is_missing_or_too_large_is_refused() {
     let kernel = kernel.to_str().unwrap();
     let large = folder.path("initrd");
     File::create(&large).unwrap().set_len(100 << 20).unwrap();
+    let empty = folder.write("empty", "");
+    let empty = empty.to_str().unwrap();
+    refused_with(&[kernel, "--initrd", empty], &format!("load initrd `{empty}`: it is empty: make it again"));
     refused_with(&[kernel, "--initrd", "/nonexistent"], "open initrd `/nonexistent`: No such file");
     let large = large.to_str().unwrap();
     refused_with(
         &[kernel, "--initrd", large, "--memory", "64M"],
-        "the initrd of 104857600 bytes does not fit",
+        &format!("with initrd `{large}`: the initrd of 104857600 bytes does not fit"),
     );
 }
 

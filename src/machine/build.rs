@@ -1,7 +1,8 @@
 //! The only recipe for a machine: wire the parts together, then load content into them.
 
 use std::fs::File;
-use std::io::Cursor;
+use std::io::{Cursor, Seek, SeekFrom};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use vm_memory::GuestAddressSpace;
@@ -198,11 +199,16 @@ pub fn load(machine: &mut Machine, config: &Config, host: &mut dyn Host) -> Resu
             let mut kernel =
                 host.file("kernel", &source.kernel_image_path, Access::Read, Sharing::Refused)?;
             let mut initrd = match &source.initrd_path {
-                Some(path) => Some(host.file("initrd", path, Access::Read, Sharing::Refused)?),
+                Some(path) => Some(open_initrd(path, host)?),
                 None => None,
             };
-            arch::load(memory, &mut kernel, initrd.as_mut(), platform)
-                .with_context(|| format!("load kernel `{}`", source.kernel_image_path.display()))?
+            let initrd_name = match &source.initrd_path {
+                Some(path) => format!(" with initrd `{}`", path.display()),
+                None => String::new(),
+            };
+            arch::load(memory, &mut kernel, initrd.as_mut(), platform).with_context(|| {
+                format!("load kernel `{}`{initrd_name}", source.kernel_image_path.display())
+            })?
         }
     };
     let vcpus: Vec<_> = machine.vcpus.iter().map(Vcpu::stopped).collect();
@@ -210,4 +216,15 @@ pub fn load(machine: &mut Machine, config: &Config, host: &mut dyn Host) -> Resu
     drop(vcpus);
     machine.timeline.mark("kernel and registers");
     Ok(())
+}
+
+/// The initrd at `path`. One of 0 bytes, the rest of a download or a build that failed, would be a guest
+/// without a root file system that does not say why.
+fn open_initrd(path: &Path, host: &mut dyn Host) -> Result<File> {
+    let mut file = host.file("initrd", path, Access::Read, Sharing::Refused)?;
+    let attempt = || format!("load initrd `{}`", path.display());
+    match file.seek(SeekFrom::End(0)).with_context(attempt)? {
+        0 => Err(Error::config("it is empty: make it again, or leave it out")).with_context(attempt),
+        _ => Ok(file),
+    }
 }
