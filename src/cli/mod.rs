@@ -13,6 +13,7 @@ use std::io::Write;
 
 use crate::api::{Controller, Server};
 use crate::clock;
+use crate::dialect::Dialect;
 use crate::error::{Context, Result};
 use crate::events::{self, Event, Feed};
 use crate::firmware;
