@@ -754,8 +754,8 @@ fn a_victim_writes_until_it_is_killed() {
             in_flight[queue] += 1;
         }
         (0..QUEUES).for_each(|queue| disk.kick(queue));
-        for queue in 0..QUEUES {
-            (0..in_flight[queue]).for_each(|_| assert_eq!(disk.wait(queue).1, 1));
+        for (queue, in_flight) in in_flight.into_iter().enumerate() {
+            (0..in_flight).for_each(|_| assert_eq!(disk.wait(queue).1, 1));
         }
         assert_eq!(disk.flush(), Ok(()));
         eprintln!("flushed {round}");
