@@ -340,6 +340,186 @@ fn a_reset_device_is_like_a_new_one() {
     });
 }
 
+/// The two ways in which a driver tells a device to touch its memory no more: true, the device is behind PCI.
+fn stop_by(guest: &mut Guest, by_mastering: bool) {
+    match by_mastering {
+        true => assert!(guest.set_bus_master(false)),
+        false => guest.set_status(0),
+    }
+}
+
+#[test]
+fn nothing_is_written_once_a_driver_has_stopped_its_device() {
+    Host::new().each(|host, kind, device| {
+        let mut guest = host.guest(kind, device);
+        for round in 0..20_u8 {
+            let by_mastering = kind == Kind::Pci && round % 2 == 1;
+            if kind == Kind::Pci {
+                guest.set_bus_master(true);
+            }
+            guest.start(F_EVENT_IDX);
+            // As many requests as the smallest ring holds: some are done by then, some are not.
+            for request in 0..5 {
+                host.offer(device, &mut guest, 5 * round + request);
+            }
+            kick_all(&mut guest);
+            if is_net(device) {
+                (0..5).for_each(|_| host.wire.send(&[0xff; 60]));
+            }
+            std::thread::sleep(std::time::Duration::from_micros(40 * u64::from(round)));
+            stop_by(&mut guest, by_mastering);
+            // The memory is somebody else's now.
+            guest.fill(0, driver::MEMORY, round);
+            assert_eq!(guest.status() & DRIVER_OK, 0, "it still runs");
+            if !by_mastering {
+                assert_eq!(guest.status(), 0);
+                guest.write(0x30, 0x16, 2, 0);
+                assert_eq!(
+                    [guest.read(0x44, 0x1c, 2), guest.read(0x80, 0x20, 4)],
+                    [0, 0],
+                    "queue 0 is set up"
+                );
+            }
+            // Long enough for a device that goes on to show it.
+            std::thread::sleep(std::time::Duration::from_millis(10));
+            let written = guest.bytes((0, driver::MEMORY as u32)).iter().position(|byte| *byte != round);
+            assert_eq!(written, None, "round {round}: the device wrote to memory that was taken from it");
+            guest.notes.allocated = 0;
+        }
+        if kind == Kind::Pci {
+            guest.set_bus_master(true);
+        }
+        guest.start(0);
+        if is_net(device) {
+            host.wire.discard();
+        }
+        host.exercise(device, &mut guest, 101);
+    });
+}
+
+#[test]
+fn a_device_whose_bus_mastering_was_taken_waits_for_its_driver() {
+    Host::new().each(|host, kind, device| {
+        if kind != Kind::Pci {
+            return;
+        }
+        let mut guest = host.guest(kind, device);
+        guest.set_bus_master(true);
+        guest.start(F_EVENT_IDX);
+        host.exercise(device, &mut guest, 1);
+        guest.set_bus_master(false);
+        // The next kernel gives it back before it resets the device, whose rings are gone.
+        let before = used(&guest);
+        let check = host.offer(device, &mut guest, 2);
+        kick_all(&mut guest);
+        guest.set_bus_master(true);
+        guest.pause();
+        let suspended = guest.suspend();
+        let mut guest = host.guest(kind, device);
+        guest.take_over(&suspended).unwrap();
+        guest.resume();
+        guest.pause();
+        guest.resume();
+        assert_eq!(used(&guest), before, "it went on without its driver");
+        // Its driver says that it is ready, while it may not and then may reach memory.
+        guest.set_bus_master(false);
+        guest.set_status(11 | DRIVER_OK);
+        guest.pause();
+        guest.resume();
+        assert_eq!(used(&guest), before, "it went on without bus mastering");
+        guest.set_bus_master(true);
+        host.check(&mut guest, check);
+    });
+}
+
+/// A device whose worker has something in flight when it is stopped, for as long as the test says.
+struct Lingering(Arc<InFlight>);
+
+#[derive(Default)]
+struct InFlight {
+    /// How many workers were started, asked to stop, may, and have.
+    started: AtomicU32,
+    asked: AtomicU32,
+    may: AtomicU32,
+    done: AtomicU32,
+}
+
+struct LingeringWorker(Queue, Arc<InFlight>);
+
+impl Snapshot for Lingering {
+    type State = ();
+    fn save(&self) -> Result<()> {
+        Ok(())
+    }
+    fn restore(&mut self, (): ()) -> Result<()> {
+        Ok(())
+    }
+}
+
+impl VirtioDevice for Lingering {
+    fn device_type(&self) -> u32 {
+        4
+    }
+    fn queue_sizes(&self) -> &[u16] {
+        &[16]
+    }
+    fn start(&mut self, io: Io) -> Result<Vec<Box<dyn Worker>>> {
+        let worker = |queue| -> Box<dyn Worker> { Box::new(LingeringWorker(queue, self.0.clone())) };
+        Ok(io.queues.into_iter().map(worker).collect())
+    }
+}
+
+impl Worker for LingeringWorker {
+    fn register(&mut self, registrar: &mut Registrar<'_>) -> Result<()> {
+        self.1.started.fetch_add(1, Ordering::SeqCst);
+        registrar.kick(&self.0, 0)
+    }
+    fn handle(&mut self, _token: u32) -> Result<()> {
+        Ok(())
+    }
+    fn stop(self: Box<Self>) -> Vec<Queue> {
+        let asked = self.1.asked.fetch_add(1, Ordering::SeqCst) + 1;
+        wait_for(|| self.1.may.load(Ordering::SeqCst) >= asked);
+        self.1.done.fetch_add(1, Ordering::SeqCst);
+        vec![self.0]
+    }
+}
+
+#[test]
+fn a_vcpu_waits_for_what_is_in_flight_and_nobody_for_the_vcpu() {
+    for (kind, by_mastering) in [(Kind::Mmio, false), (Kind::Pci, false), (Kind::Pci, true)] {
+        let in_flight = Arc::new(InFlight::default());
+        let mut guest = Guest::new(kind, Box::new(Lingering(in_flight.clone())));
+        let transport = guest.transport.clone();
+        for round in 1..=3 {
+            guest.set_bus_master(true);
+            guest.start(0);
+            wait_for(|| in_flight.started.load(Ordering::SeqCst) == round);
+            std::thread::scope(|scope| {
+                let vcpu = scope.spawn(|| {
+                    stop_by(&mut guest, by_mastering);
+                    in_flight.done.load(Ordering::SeqCst)
+                });
+                wait_for(|| in_flight.asked.load(Ordering::SeqCst) == round);
+                // Meanwhile the user looks at the machine and pauses it.
+                let (sender, stopped) = std::sync::mpsc::channel();
+                drop(transport.lock().unwrap().metrics(View::Total));
+                transport.lock().unwrap().pause(sender);
+                assert_eq!(stopped.try_recv(), Err(std::sync::mpsc::TryRecvError::Empty));
+                in_flight.may.store(round, Ordering::SeqCst);
+                assert_eq!(
+                    vcpu.join().unwrap(),
+                    round,
+                    "{kind:?}: the write returned before the device stopped"
+                );
+                assert!(stopped.recv().is_err());
+                transport.lock().unwrap().resume();
+            });
+        }
+        assert_eq!(in_flight.started.load(Ordering::SeqCst), 3, "it was started again by itself");
+    }
+}
+
 #[test]
 fn a_device_that_was_reset_while_paused_waits_for_the_machine() {
     Host::new().each(|host, kind, device| {

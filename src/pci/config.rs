@@ -116,6 +116,11 @@ impl ConfigSpace {
         }
     }
 
+    /// Whether the guest lets the function reach memory.
+    pub fn is_master(&self) -> bool {
+        self.bytes[COMMAND] & COMMAND_MASTER != 0
+    }
+
     /// Where the BAR is, while the guest has memory decoding on.
     pub fn bar(&self) -> Option<u64> {
         let bytes = self.bytes[BAR0..BAR0 + 8].try_into().expect("8 bytes");

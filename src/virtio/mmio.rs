@@ -73,7 +73,11 @@ impl BusDevice for Mmio {
             return transport.write_config(offset, data);
         }
         match (register(offset), <[u8; 4]>::try_from(data)) {
-            (Some(register), Ok(data)) => transport.write(register, u32::from_le_bytes(data)),
+            (Some(register), Ok(data)) => {
+                let stopping = transport.write(register, u32::from_le_bytes(data));
+                drop(transport);
+                stopping.wait();
+            }
             (_, Err(_)) => log_width(),
             (None, _) => {}
         }

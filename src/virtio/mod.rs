@@ -92,7 +92,7 @@ pub trait Worker: Send {
     }
     /// Finishes what is in flight, or gives it back to its queue, tells the driver, and gives the
     /// queues back. Nothing it waits for is on the loop any more. What a device needs of the guest to
-    /// finish must not be waited for: the guest may be paused.
+    /// finish must not be waited for: the guest may be paused, and a vCPU that resets the device waits for this.
     fn stop(self: Box<Self>) -> Vec<Queue>;
 }
 

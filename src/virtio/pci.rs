@@ -150,7 +150,14 @@ impl Function for Pci {
     }
 
     fn write_config(&mut self, offset: usize, data: &[u8]) {
+        let was_master = self.space.is_master();
         self.space.write(offset, data);
+        if self.space.is_master() != was_master {
+            let mut transport = self.transport.lock().unwrap_or_else(PoisonError::into_inner);
+            let stopping = transport.set_bus_master(!was_master);
+            drop(transport);
+            stopping.wait();
+        }
         let window = self.window + CAP_BODY;
         if (window..window + 4).contains(&offset)
             && let Some((at, length)) = self.target()
@@ -239,14 +246,22 @@ impl Bar {
         }
     }
 
+    fn write_register(&self, register: Register, value: u32) {
+        let stopping = self.transport.lock().unwrap_or_else(PoisonError::into_inner).write(register, value);
+        stopping.wait();
+    }
+
     fn write_common(&self, offset: u64, data: &[u8]) {
-        let mut transport = self.transport.lock().unwrap_or_else(PoisonError::into_inner);
+        let transport = self.transport.lock().unwrap_or_else(PoisonError::into_inner);
         let mut bytes = [0; 4];
         let count = data.len().min(4);
         bytes[..count].copy_from_slice(&data[..count]);
         let value = u32::from_le_bytes(bytes);
         match (offset, register(offset)) {
-            (_, Some((register, width))) if width == data.len() => transport.write(register, value),
+            (_, Some((register, width))) if width == data.len() => {
+                drop(transport);
+                self.write_register(register, value);
+            }
             (CONFIG_VECTOR, _) if data.len() == 2 => self.interrupts.set_config_vector(value as u16),
             (QUEUE_VECTOR, _) if data.len() == 2 => {
                 self.interrupts.set_queue_vector(transport.read(Register::QueueSelect), value as u16);
@@ -299,8 +314,7 @@ impl BusDevice for Bar {
                 transport.write_config(offset - DEVICE, data);
             }
             NOTIFY..TABLE => {
-                let mut transport = self.transport.lock().unwrap_or_else(PoisonError::into_inner);
-                transport.write(Register::QueueNotify, ((offset - NOTIFY) / NOTIFY_MULTIPLIER) as u32);
+                self.write_register(Register::QueueNotify, ((offset - NOTIFY) / NOTIFY_MULTIPLIER) as u32);
             }
             TABLE..PENDING => {
                 self.msix.lock().unwrap_or_else(PoisonError::into_inner).write_table(offset - TABLE, data);

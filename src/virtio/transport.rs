@@ -5,7 +5,7 @@ mod life;
 mod saved;
 
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::Sender;
+use std::sync::mpsc::{Receiver, Sender};
 use std::sync::{Arc, Mutex, Weak};
 
 use serde::{Deserialize, Serialize};
@@ -110,6 +110,8 @@ pub struct Transport {
     resetting: bool,
     /// Dropped when it is stopped.
     waiting: Vec<Sender<()>>,
+    /// The device may reach memory: a PCI driver has not taken bus mastering away from it.
+    is_master: bool,
     this: Weak<Mutex<Transport>>,
     // Guest-visible
     status: u32,
@@ -118,6 +120,22 @@ pub struct Transport {
     driver_features: u64,
     queue_select: u32,
     queues: Vec<QueueRegisters>,
+}
+
+/// A device that the driver has told to stop. The driver reuses the memory as soon as its write has returned, so
+/// the vCPU waits here: without the transport's lock, which the loops take to give the queues back.
+#[must_use = "the device may still reach memory"]
+pub struct Stopping(Option<Receiver<()>>);
+
+impl Stopping {
+    /// Returns when the device touches neither guest memory nor interrupts any more, at once if it does not
+    /// run. What is in flight bounds the time: the loops look at their inboxes after each event.
+    pub fn wait(self) {
+        if let Some(stopped) = self.0 {
+            // An error: the sender was dropped, which is the signal.
+            let _ = stopped.recv();
+        }
+    }
 }
 
 impl Transport {
@@ -147,6 +165,7 @@ impl Transport {
                 paused: false,
                 resetting: false,
                 waiting: Vec::new(),
+                is_master: true,
                 this: this.clone(),
                 status: 0,
                 device_features_select: 0,
@@ -215,8 +234,9 @@ impl Transport {
         }
     }
 
-    /// The driver writes a register. What it may not write now is ignored.
-    pub fn write(&mut self, register: Register, value: u32) {
+    /// The driver writes a register. What it may not write now is ignored. The write is done when the device
+    /// that it stopped, if any, has been waited for.
+    pub fn write(&mut self, register: Register, value: u32) -> Stopping {
         match register {
             Register::DeviceFeaturesSelect => self.device_features_select = value,
             Register::DriverFeaturesSelect => self.driver_features_select = value,
@@ -233,9 +253,11 @@ impl Transport {
                 }
             }
             Register::InterruptAcknowledge => self.interrupts.acknowledge(value),
-            Register::Status => self.set_status(value),
+            Register::Status if value & 0xff == 0 => return self.reset(),
+            Register::Status => self.set_status(value & 0xff),
             other => self.set_up_queue(other, value),
         }
+        Stopping(None)
     }
 
     /// The driver reads device configuration.
@@ -284,10 +306,6 @@ impl Transport {
     }
 
     fn set_status(&mut self, value: u32) {
-        let value = value & 0xff;
-        if value == 0 {
-            return self.reset();
-        }
         let mut new = value & !self.status & !NEEDS_RESET;
         let accepted = self.driver_features & !self.offered == 0 && self.driver_features & F_VERSION_1 != 0;
         if new & FEATURES_OK != 0 && !accepted {
@@ -297,13 +315,12 @@ impl Transport {
         self.go_on();
     }
 
-    fn reset(&mut self) {
+    fn reset(&mut self) -> Stopping {
         self.resetting = true;
-        match self.phase {
-            Phase::Idle => self.stopped(),
-            Phase::Starting | Phase::Running => self.stop(),
-            Phase::Stopping(_) => {}
+        if self.phase == Phase::Idle {
+            self.stopped();
         }
+        self.stop_for_driver()
     }
 
     fn this(&self) -> Arc<Mutex<Self>> {

@@ -84,6 +84,11 @@ impl Loop {
         Ok(())
     }
 
+    /// Whether the loop turns without its owner, now or once it is started.
+    pub(super) fn has_thread(&self) -> bool {
+        !self.by_hand
+    }
+
     /// Has something done, soon; false: nobody is there to do it. May be called with a transport locked.
     pub(super) fn post(self: &Arc<Self>, job: Job) -> bool {
         let mut inbox = self.inbox.lock().unwrap_or_else(PoisonError::into_inner);

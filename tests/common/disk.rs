@@ -77,7 +77,8 @@ impl Disk {
     }
 
     fn register(&self, register: Register, value: u32) {
-        self.transport.lock().unwrap().write(register, value);
+        let stopping = self.transport.lock().unwrap().write(register, value);
+        stopping.wait();
     }
 
     /// What the device offers.

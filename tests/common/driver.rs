@@ -292,10 +292,15 @@ impl Guest {
         features
     }
 
-    /// Resets the device and waits for it.
+    /// Resets the device: one with a thread has stopped when the write returns.
     pub fn reset(&mut self) {
         self.set_status(0);
-        self.wait_for(|guest| guest.status() == 0);
+        match self.io {
+            Io::Thread(_) => {
+                assert_eq!(self.status(), 0, "the write of 0 returned before the reset was done")
+            }
+            Io::ByHand(_) => self.wait_for(|guest| guest.status() == 0),
+        }
         self.notes.rings.fill(Ring::default());
     }
 
@@ -515,6 +520,12 @@ impl Guest {
         self.memory.memory().write_slice(&suspended.memory, GuestAddress(0)).unwrap();
         self.notes = suspended.notes.clone();
         self.restore(&suspended.state)
+    }
+
+    /// Gives the function bus mastering, or takes it away; false: the device is not behind PCI.
+    pub fn set_bus_master(&mut self, is_master: bool) -> bool {
+        let command = if is_master { 6_u16 } else { 2 };
+        self.function().map(|function| function.write_config(4, &command.to_le_bytes())).is_some()
     }
 
     /// Configuration space of the function, for PCI.

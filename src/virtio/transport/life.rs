@@ -1,12 +1,12 @@
 //! Whether a device runs: started on its loops, stopped with its queues given back, and why.
 
-use std::sync::mpsc::Sender;
+use std::sync::mpsc::{Sender, channel};
 
 use serde_json::Value;
 use virtio_queue::QueueT;
 use vm_memory::GuestAddressSpace;
 
-use super::{DRIVER_OK, F_EVENT_IDX, FEATURES_OK, NEEDS_RESET, Phase, QueueRegisters, Transport};
+use super::{DRIVER_OK, F_EVENT_IDX, FEATURES_OK, NEEDS_RESET, Phase, QueueRegisters, Stopping, Transport};
 use crate::error::{Error, Result};
 use crate::events::{self, Event};
 use crate::host::Host;
@@ -18,7 +18,7 @@ impl Transport {
     /// Starts it, soon, if everything is for it.
     pub(super) fn go_on(&mut self) {
         let wanted = self.status & (DRIVER_OK | FEATURES_OK | NEEDS_RESET) == DRIVER_OK | FEATURES_OK;
-        if wanted && !self.paused && !self.resetting && self.phase == Phase::Idle {
+        if wanted && self.is_master && !self.paused && !self.resetting && self.phase == Phase::Idle {
             self.phase = Phase::Starting;
             self.loops[0].post(Job::Start(self.this()));
         }
@@ -95,6 +95,33 @@ impl Transport {
             0 => self.returned(Vec::new()),
             asked => self.phase = Phase::Stopping(asked),
         }
+    }
+
+    /// The driver wants the device to reach its memory no more.
+    pub(super) fn stop_for_driver(&mut self) -> Stopping {
+        if matches!(self.phase, Phase::Starting | Phase::Running) {
+            self.stop();
+        }
+        // Who turns a loop by hand would wait for himself.
+        let is_waited_for = self.phase != Phase::Idle && self.loops.iter().all(|it| it.has_thread());
+        Stopping(is_waited_for.then(|| {
+            let (sender, stopped) = channel();
+            self.waiting.push(sender);
+            stopped
+        }))
+    }
+
+    /// The driver gives the function bus mastering, or takes it away (PCI Local Bus 3.0, 6.2.2). A device from
+    /// which it was taken stops, and is no longer ready: a kernel that is started over this one gives bus
+    /// mastering back before it resets the device, whose rings are not there any more.
+    pub fn set_bus_master(&mut self, is_master: bool) -> Stopping {
+        self.is_master = is_master;
+        if is_master {
+            self.go_on();
+            return Stopping(None);
+        }
+        self.status &= !DRIVER_OK;
+        self.stop_for_driver()
     }
 
     /// Called by each loop: none of the device's workers is left there, and these are their queues.

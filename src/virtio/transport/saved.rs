@@ -13,6 +13,7 @@ use crate::virtio::InterruptState;
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
 pub struct State {
     status: u32,
+    is_master: bool,
     device_features_select: u32,
     driver_features_select: u32,
     driver_features: u64,
@@ -42,6 +43,7 @@ impl Snapshot for Transport {
             paused: _,
             resetting: _,
             waiting: _,
+            is_master,
             this: _,
             status,
             device_features_select,
@@ -55,6 +57,7 @@ impl Snapshot for Transport {
         }
         Ok(State {
             status: *status,
+            is_master: *is_master,
             device_features_select: *device_features_select,
             driver_features_select: *driver_features_select,
             driver_features: *driver_features,
@@ -74,6 +77,7 @@ impl Snapshot for Transport {
             return Err(other).context(attempt);
         }
         self.status = state.status;
+        self.is_master = state.is_master;
         self.device_features_select = state.device_features_select;
         self.driver_features_select = state.driver_features_select;
         self.driver_features = state.driver_features;
