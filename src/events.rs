@@ -114,6 +114,13 @@ pub enum Event {
         /// The body of the request.
         change: Value,
     },
+    /// A TAP interface that was named was not there, and was made.
+    TapMade {
+        /// Its name.
+        host_dev_name: String,
+        /// How it is.
+        reason: &'static str,
+    },
     /// A request of the API was refused.
     ApiError {
         /// The request.

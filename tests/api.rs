@@ -539,8 +539,8 @@ fn disks_and_interfaces_are_checked_where_they_are_named() {
         ),
         (
             "/network-interfaces/n",
-            json!({ "iface_id": "n", "host_dev_name": "notap9" }),
-            "there is no such interface: `ip tuntap add dev notap9 mode tap",
+            json!({ "iface_id": "n", "host_dev_name": "lo" }),
+            "it is not a TAP interface: `ip tuntap add dev lo mode tap",
         ),
         (
             "/network-interfaces/n",
@@ -768,7 +768,7 @@ fn faults_are_those_that_clients_know() {
         (
             "PUT",
             "/network-interfaces/a",
-            r#"{"iface_id": "a", "host_dev_name": "none9", "guest_mac": null}"#,
+            r#"{"iface_id": "a", "host_dev_name": "lo", "guest_mac": null}"#,
             "Network config error: ".to_owned(),
         ),
         (

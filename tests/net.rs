@@ -47,7 +47,7 @@ fn what_is_no_tap_of_ours_is_refused_with_a_way_on() {
     let service = Service::start(&[]);
     let mut client = service.client();
     for (name, expected) in [
-        ("none0".to_owned(), "there is no such interface: `ip tuntap add dev none0 mode tap user"),
+        ("none%d".to_owned(), "`%` in the name of an interface"),
         ("busy0".to_owned(), "open TAP interface `busy0` (`host_dev_name`, --net): another process uses it"),
         ("lo".to_owned(), "it is not a TAP interface: `ip tuntap add dev lo mode tap"),
         ("tun0".to_owned(), "it is not a TAP interface: `ip tuntap add"),
@@ -69,6 +69,28 @@ fn what_is_no_tap_of_ours_is_refused_with_a_way_on() {
         client.ok("PUT", "/network-interfaces/n", &body);
     }
     drop(busy);
+}
+
+#[test]
+fn a_tap_that_is_not_there_is_made_and_goes_again() {
+    network::enter();
+    let is_there = |name: &str| {
+        let name = std::ffi::CString::new(name).unwrap();
+        let listed = std::process::Command::new("ip").args(["link", "show", name.to_str().unwrap()]).output();
+        listed.unwrap().status.success()
+    };
+    let mut service = Service::start(&[]);
+    let mut client = service.client();
+    for (name, pairs) in [("new0", 1), ("new0", 1), ("new1", 2), ("new2", 1)] {
+        let body = json!({ "iface_id": "n", "host_dev_name": name, "queue_pairs": pairs }).to_string();
+        client.ok("PUT", "/network-interfaces/n", &body);
+        let there: Vec<_> = ["new0", "new1", "new2"].into_iter().filter(|name| is_there(name)).collect();
+        assert_eq!(there, [name]);
+    }
+    service.process.expect("TAP interface `new2` was not there: made, down, without an address");
+    service.process.send(libc::SIGTERM);
+    assert_eq!(service.process.end().code, Some(128 + libc::SIGTERM));
+    assert!(!is_there("new2"));
 }
 
 #[test]

@@ -8,8 +8,13 @@ use std::os::unix::fs::OpenOptionsExt;
 
 use super::link::attached_queues;
 use crate::error::{Context, Error, Result};
+use crate::events::{self, Event};
+use crate::log;
 
 const TUN_DEVICE: &str = "/dev/net/tun";
+const MADE: &str = "made, down, without an address";
+/// The interface must not be there yet (linux/if_tun.h).
+const IFF_TUN_EXCL: u16 = 0x8000;
 const IN_USE: &str = "another process uses it";
 const IFF_TAP: u16 = libc::IFF_TAP as u16;
 const IFF_MULTI_QUEUE: u16 = libc::IFF_MULTI_QUEUE as u16;
@@ -40,6 +45,11 @@ impl InterfaceRequest {
 
     /// About the interface called `name`.
     fn new(name: &str) -> Result<Self> {
+        if name.contains('%') {
+            return Err(Error::config(
+                "`%` in the name of an interface would have the kernel choose another: name it without",
+            ));
+        }
         if name.is_empty() || name.len() >= libc::IFNAMSIZ || name.contains(['/', '\0', ' ']) {
             let longest = libc::IFNAMSIZ - 1;
             return Err(Error::config(format!("interface names have 1 to {longest} characters")));
@@ -145,8 +155,29 @@ pub(super) fn checked(result: i32) -> std::io::Result<()> {
     if result < 0 { Err(IoError::last_os_error()) } else { Ok(()) }
 }
 
-/// Attaches to an interface that exists: one that we would make would go with us, and nobody could
-/// have given it an address.
+/// Makes an interface, which goes with the last descriptor of it. Who configures it afterwards finds it by
+/// its name; who has forgotten to make it is told.
+fn make(name: &str, request: &InterfaceRequest, queues: usize, create: &str) -> Result<Vec<Tap>> {
+    let several = if queues > 1 { IFF_MULTI_QUEUE } else { 0 };
+    let mut taps = Vec::with_capacity(queues);
+    while taps.len() < queues {
+        let tap = Tap { file: open_device()? };
+        // The first of them makes it, and does not attach to one that somebody else makes at this moment.
+        let new = if taps.is_empty() { IFF_TUN_EXCL } else { 0 };
+        let flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | several | new;
+        attach_queue(&tap, request.with_flags(flags)).map_err(|number| match number {
+            libc::EPERM => Error::config(format!("there is no such interface: {create}")),
+            number => refused(number, queues, create),
+        })?;
+        tap.set_header_size()?;
+        taps.push(tap);
+    }
+    log::line(format_args!("TAP interface `{name}` was not there: {MADE}"));
+    events::tell(|| Event::TapMade { host_dev_name: name.to_owned(), reason: MADE });
+    Ok(taps)
+}
+
+/// Attaches to an interface, or makes one if there is none of this name.
 fn attach(name: &str, queues: usize) -> Result<Vec<Tap>> {
     let request = InterfaceRequest::new(name)?;
     let several = if queues > 1 { " multi_queue" } else { "" };
@@ -156,7 +187,7 @@ fn attach(name: &str, queues: usize) -> Result<Vec<Tap>> {
     #[allow(unsafe_code)]
     let index = unsafe { libc::if_nametoindex(request.name.as_ptr().cast()) };
     if index == 0 {
-        return Err(Error::config(format!("there is no such interface: {create}")));
+        return make(name, &request, queues, &create);
     }
     check_alone(index, 0)?;
     let mut taps = Vec::with_capacity(queues);
