@@ -12,6 +12,9 @@ use crate::error::{Context, Error, Result};
 /// Names a descriptor that the process was started with instead of a path: `fd:3`.
 const DESCRIPTOR: &str = "fd:";
 
+const NO_FOLDER: &str = "its folder is missing: create it";
+const IS_FOLDER: &str = "it is a directory, a file or FIFO is needed";
+
 /// A destination of lines.
 #[derive(Debug)]
 pub struct Sink {
@@ -31,6 +34,25 @@ impl Sink {
             None => open(path),
         };
         Ok(Self { file: file.with_context(attempt)?, rest: Vec::new() })
+    }
+
+    /// Whether `path` could be opened so, without creating it. A descriptor is that of the process that
+    /// will be started with it: this one cannot tell.
+    pub fn look(what: &str, path: &Path) -> Result<()> {
+        if path.to_str().is_some_and(|text| text.starts_with(DESCRIPTOR)) {
+            return Ok(());
+        }
+        let folder = match path.parent() {
+            Some(folder) if !folder.as_os_str().is_empty() => folder,
+            _ => Path::new("."),
+        };
+        let looked = match (std::fs::metadata(path), folder.is_dir()) {
+            (Ok(metadata), _) if metadata.is_dir() => Err(Error::config(IS_FOLDER)),
+            (Ok(_), _) => check_writable(path),
+            (Err(_), true) => check_writable(folder),
+            (Err(_), false) => Err(Error::config(NO_FOLDER)),
+        };
+        looked.with_context(|| format!("write {what} to `{}`", path.display()))
     }
 
     /// Writes a line, which ends with a newline, or keeps it if the other side has no room now. False: it
@@ -101,14 +123,25 @@ fn open(path: &Path) -> Result<File> {
         // Open for reading too, so that it neither needs a reader to be opened nor breaks without one.
         Ok(metadata) if metadata.file_type().is_fifo() => options.read(true).open(path),
         Ok(metadata) if metadata.is_dir() => {
-            return Err(Error::config("it is a directory, a file or FIFO is needed"));
+            return Err(Error::config(IS_FOLDER));
         }
         _ => options.append(true).create(true).open(path),
     }
     .map_err(|error| match error.kind() {
-        ErrorKind::NotFound => Error::config("its folder is missing: create it"),
+        ErrorKind::NotFound => Error::config(NO_FOLDER),
         _ => Error::host(error.to_string()),
     })
+}
+
+/// Whether this user may write there.
+#[allow(unsafe_code)]
+fn check_writable(path: &Path) -> Result<()> {
+    let name = std::ffi::CString::new(path.as_os_str().as_encoded_bytes()).context("read its path")?;
+    // SAFETY: the name is a string that ends with a zero.
+    match unsafe { libc::access(name.as_ptr(), libc::W_OK) } {
+        0 => Ok(()),
+        _ => Err(Error::host(io::Error::last_os_error().to_string())),
+    }
 }
 
 /// The descriptor with this number. It may be shared with other processes, whose writes must not

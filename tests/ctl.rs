@@ -192,8 +192,11 @@ fn a_config_file_is_checked_whole_and_nothing_starts() {
         let ended = run(["check", file.to_str().unwrap()]);
         (ended.code, ended.text.replace(file.to_str().unwrap(), "vm.json"))
     };
-    let good = r#"{"boot-source": {"kernel_image_path": "k"}, "drives": [], "comment": "ours"}"#;
-    let (code, text) = check(good);
+    let kernel = folder.firmware();
+    let good = format!(
+        r#"{{"$schema": "s", "_note": 1, "boot-source": {{"kernel_image_path": {kernel:?}}}, "comment": "ours"}}"#
+    );
+    let (code, text) = check(&good);
     assert_eq!(code, Some(0), "{text}");
     assert_eq!(text, "vm.json: `comment` is no section of a config file: nobody reads it\nvm.json: ok\n");
     let (code, text) = check(
@@ -211,16 +214,131 @@ fn a_config_file_is_checked_whole_and_nothing_starts() {
         "vm.json: `drive` is no section of a config file: nobody reads it",
         "vm.json:2:40: `machine-config`: `vcpu_count`: invalid type: string \"two\", expected u8",
         "vm.json:4:52: `drives`: unknown field `path`",
-        "vm.json:5:5: disk `b`: ",
+        "vm.json:4:5: disk `a`: `path_on_host` is missing",
+        "vm.json:5:5: disk `b`: `socket` is not implemented yet",
+        "vm.json: disk `b`: open disk `b` `x`: No such file",
         "vm.json: `boot-source` is missing",
     ] {
         assert!(text.contains(expected), "{expected}: {text}");
     }
-    assert_eq!(text.lines().count(), 5, "{text}");
+    assert_eq!(text.lines().count(), 7, "{text}");
     let (code, text) = check("{\n  \"drives\": [,]\n}");
     assert_eq!((code, text.as_str()), (Some(1), "vm.json:2:14: expected value\n"));
     let missing = run(["check", "/nonexistent.json"]);
     assert_eq!(missing.code, Some(1));
     assert!(missing.text.contains("read config file `/nonexistent.json`: No such file"), "{}", missing.text);
     assert_eq!(run(["check"]).code, Some(153));
+}
+
+/// What `alula check` says of a file with this text, without the file's name.
+fn checked(folder: &Folder, text: &str) -> (Option<i32>, Vec<String>) {
+    let file = folder.write("vm.json", text);
+    let ended = run(["check", file.to_str().unwrap()]);
+    let name = format!("{}:", file.display());
+    (ended.code, ended.text.lines().map(|line| line.replace(&name, "").trim().to_owned()).collect())
+}
+
+/// Each expected text is in a line of its own, and there are no more lines.
+fn assert_told(lines: &[String], expected: &[&str]) {
+    for text in expected {
+        assert!(lines.iter().any(|line| line.contains(text)), "{text}: {lines:#?}");
+    }
+    assert_eq!(lines.len(), expected.len(), "{lines:#?}");
+}
+
+#[test]
+fn everything_wrong_with_one_resource_is_told_at_once() {
+    let folder = Folder::new();
+    let kernel = folder.firmware();
+    let text = format!(
+        r#"{{
+  "boot-source": {{"kernel_image_path": {kernel:?}, "boot_arg": "x", "initrd": 1}},
+  "machine-config": {{"vcpu_count": 0, "speed": 3,
+    "mem_size_mib": "much", "huge_pages": "2M", "track_dirty_pages": true}},
+  "drives": [{{"drive_id": "a", "is_root_device": 7, "cache_type": "Unsafe", "cache_type": "Unsafe", "num_queues": 99,
+    "path_on_host": "/none", "rate_limiter": {{"bandwith": 1}}}}],
+  "logger": {{"level": "loud", "show_level": 1}},
+  "network-interfaces": [{{"host_dev_name": "none", "user": {{}}, "mtu": 1, "guest_mac": "x"}}]
+}}"#
+    );
+    let (code, lines) = checked(&folder, &text);
+    assert_eq!(code, Some(1), "{lines:#?}");
+    let expected = [
+        "`boot-source`: unknown field `boot_arg`",
+        "`boot-source`: unknown field `initrd`",
+        "(`vcpu_count`, --cpus)",
+        "`machine-config`: unknown field `speed`",
+        "`machine-config`: `mem_size_mib`: invalid type: string \"much\"",
+        "`track_dirty_pages` is not implemented yet",
+        "`huge_pages` is not implemented yet",
+        "`is_root_device`: invalid type: integer `7`",
+        "`drives`: duplicate field `cache_type`",
+        "`num_queues` is 99",
+        "`drives`: unknown field `bandwith`",
+        "`logger`: `level`: unknown level `loud`",
+        "`logger`: `show_level`: invalid type",
+        "missing field `iface_id`",
+        "`host_dev_name` and `user` exclude each other",
+        "an `mtu` of 1 is too small",
+        "`network-interfaces`: `guest_mac`",
+    ];
+    assert_told(&lines, &expected);
+}
+
+#[test]
+fn what_a_config_file_names_is_looked_for_and_not_changed() {
+    let folder = Folder::new();
+    let (kernel, disk) = (folder.firmware(), folder.write("disk", vec![0; 512]));
+    let path = |name: &str| folder.path(name).display().to_string();
+    let config = |kernel: &str, disk: &str, tap: &str, log: &str| {
+        serde_json::json!({
+            "boot-source": { "kernel_image_path": kernel, "initrd_path": kernel },
+            "drives": [{ "drive_id": "d", "is_root_device": false, "path_on_host": disk }],
+            "network-interfaces": [{ "iface_id": "n", "host_dev_name": tap }],
+            "logger": { "log_path": log },
+            "metrics": { "metrics_path": log },
+            "serial": { "serial_out_path": log },
+        })
+        .to_string()
+    };
+    let (code, lines) =
+        checked(&folder, &config(kernel.to_str().unwrap(), disk.to_str().unwrap(), "fd:3", &path("new log")));
+    assert_eq!(code, Some(0), "{lines:#?}");
+    assert!(!folder.path("new log").exists(), "a log was created");
+    let (code, lines) = checked(&folder, &config(&path("none"), &path("none"), "alula%d", &path("no/log")));
+    assert_eq!(code, Some(1), "{lines:#?}");
+    assert_told(
+        &lines,
+        &[
+            "open kernel `",
+            "open initrd `",
+            "disk `d`: open disk `d` `",
+            "network interface `n`: look for TAP interface `alula%d` (`host_dev_name`): ",
+            "write log to `",
+            "write metrics to `",
+            "write serial output to `",
+        ],
+    );
+    assert!(lines.iter().filter(|line| line.contains("its folder is missing")).count() == 3, "{lines:#?}");
+    let here = folder.0.to_str().unwrap();
+    let (_, lines) = checked(&folder, &config(here, here, "fd:3", here));
+    assert!(lines.iter().filter(|line| line.contains("it is a directory")).count() == 6, "{lines:#?}");
+}
+
+#[test]
+fn a_config_file_without_a_kernel_is_no_self_test() {
+    let folder = Folder::new();
+    let file = folder.write("vm.json", r#"{"boot_source": {}, "machine-config": null, "_note": 1}"#);
+    let file = file.to_str().unwrap();
+    let ended = run(["run", "--config", file]);
+    assert_eq!(ended.code, Some(125), "{}", ended.text);
+    for expected in
+        ["`boot_source` is no section of a config file", "`boot-source` is missing", "--self-test"]
+    {
+        assert!(ended.text.contains(expected), "{expected}: {}", ended.text);
+    }
+    assert!(!ended.text.contains("_note"), "{}", ended.text);
+    let ended = run(["run", "--config", file, "--self-test", "--cmdline", "case=serial end=7"]);
+    assert_eq!(ended.code, Some(7), "{}", ended.text);
+    assert_eq!(run(["run", "--config", file, "--self-test", "vmlinux"]).code, Some(153));
 }

@@ -194,9 +194,9 @@ impl Controller {
     /// now is what boots.
     fn set_boot_source(&mut self, source: BootSource) -> Result<Response, String> {
         source.check().map_err(fault("Boot source error"))?;
-        let files =
-            [("kernel", Some(source.kernel_image_path.as_path())), ("initrd", source.initrd_path.as_deref())];
-        self.host.hold(&files, Access::Read, Sharing::Refused).map_err(fault("Boot source error"))?;
+        self.host
+            .hold(&source.files(), Access::Read, Sharing::Refused)
+            .map_err(fault("Boot source error"))?;
         self.config.boot_source = Some(source);
         Ok(Response::Done)
     }

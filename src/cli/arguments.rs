@@ -47,8 +47,10 @@ Look for everything wrong with a config file, without starting anything.
 
 Usage: alula check CONFIG
 
-Each problem is a line on standard output: file, line and column where it cannot be read, the section
-and the field. Files that the configuration names are looked for, and not changed.
+Each problem is a line on standard output: file, line and column, the section and the field. What the
+configuration names is looked for, and not changed: kernel, initial ramdisk, disks, TAP interfaces, and
+the folders that output goes to. Sections that nobody reads are told of; `$schema`, and notes whose name
+begins with `_`, are not.
 
 The exit code is 0 if there is none, 1 if there are some, 153 for wrong arguments.
 ";
@@ -280,6 +282,7 @@ mod tests {
             ("run --cpus 70000", "--cpus 70000: expected a number: number too large"),
             ("run --memory much", "--memory much: expected a size like 256M or 2G"),
             ("run --initrd i", "--initrd needs a kernel"),
+            ("run --self-test k", "give no kernel beside it"),
             ("serve --no-api", "--no-api needs --config-file"),
             ("firmware x", "takes no arguments"),
         ] {

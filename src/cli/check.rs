@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use crate::config::{Config, Problem};
+use crate::dialect::Dialect;
 
 /// Prints a line for each problem; returns the exit code.
 pub fn run(path: &Path) -> u8 {
@@ -14,15 +15,17 @@ pub fn run(path: &Path) -> u8 {
             return super::FAILED_SERVE;
         }
     };
-    let mut problems = Config::parse(&text).err().unwrap_or_default();
+    let (config, mut problems) = Config::examine(Dialect::Alula, &text);
     let sections = Config::sections(&text);
     for (section, _) in sections.iter().filter(|(_, known)| !known) {
-        println!("{file}: `{section}` is no section of a config file: nobody reads it");
+        println!("{file}: {}", Config::unknown(section));
     }
     if !sections.iter().any(|(section, _)| section == "boot-source") && is_object(&text) {
         let message = "`boot-source` is missing: it names the kernel to boot".to_owned();
         problems.push(Problem { message, place: None });
     }
+    let missing = config.look().into_iter();
+    problems.extend(missing.map(|error| Problem { message: error.to_string(), place: None }));
     for Problem { message, place } in &problems {
         match place {
             Some((line, column)) => println!("{file}:{line}:{column}: {message}"),

@@ -6,14 +6,17 @@ use std::io::Read;
 use std::path::Path;
 
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
 
-use super::{BOOT_SOURCE, BootSource, Config, LOGGER, MACHINE_CONFIG, METRICS, SERIAL};
+use super::mend::{Judged, judge};
+use super::{BOOT_SOURCE, BootSource, Config, LOGGER, MACHINE_CONFIG, METRICS, MachineConfig, SERIAL};
 use crate::devices::KINDS;
 use crate::devices::kind::Kind;
 use crate::dialect::Dialect;
 use crate::error::{Context, Error, Result};
 use crate::host::{Access, Sharing, file};
+use crate::log;
 
 /// A config file of more bytes is refused before it is read into memory.
 const CONFIG_FILE_MAX: u64 = 1 << 20;
@@ -74,6 +77,10 @@ impl Config {
     /// The same, written in this dialect.
     pub fn from_file_as(dialect: Dialect, path: &Path) -> Result<Self> {
         let text = Self::read(path)?;
+        for (section, _) in Self::sections(&text).iter().filter(|(_, known)| !known).take(PROBLEMS_MAX) {
+            let path = path.display();
+            log::line(format_args!("config file `{path}`: {}", Self::unknown(section)));
+        }
         Self::parse_as(dialect, &text)
             .map_err(|problems| {
                 let first = problems.first().expect("no configuration without a problem");
@@ -86,13 +93,19 @@ impl Config {
     }
 
     /// The sections that a text has, if it can be read at all, and whether anybody reads them, here or in
-    /// other monitors: others are misspelled, or somebody's notes.
+    /// other monitors: others are misspelled. Notes begin with `_`, and `$schema` is for editors.
     pub fn sections(text: &[u8]) -> Vec<(String, bool)> {
         let known = [BOOT_SOURCE, MACHINE_CONFIG, LOGGER, METRICS, SERIAL].into_iter().chain(NOT_IMPLEMENTED);
         let known: Vec<_> = known.chain(KINDS.iter().map(|kind| kind.section)).collect();
         let Sections(sections) = serde_json::from_slice(text).unwrap_or(Sections(Vec::new()));
-        let is_known = |name: &String| known.contains(&name.as_str());
+        let is_note = |name: &String| name.starts_with('_') || name == "$schema";
+        let is_known = |name: &String| known.contains(&name.as_str()) || is_note(name);
         sections.into_iter().map(|(name, _)| (name.clone(), is_known(&name))).collect()
+    }
+
+    /// What is said of a section that nobody reads.
+    pub fn unknown(section: &str) -> String {
+        format!("`{section}` is no section of a config file: nobody reads it")
     }
 
     /// Reads and checks the text of a config file; the error is everything wrong with it, PROBLEMS_MAX at most
@@ -103,17 +116,27 @@ impl Config {
 
     /// The same, written in this dialect.
     pub fn parse_as(dialect: Dialect, text: &[u8]) -> Result<Self, Vec<Problem>> {
+        match Self::examine(dialect, text) {
+            (config, problems) if problems.is_empty() => Ok(config),
+            (_, problems) => Err(problems),
+        }
+    }
+
+    /// What makes sense of the text of a config file, and everything wrong with it.
+    pub fn examine(dialect: Dialect, text: &[u8]) -> (Self, Vec<Problem>) {
         let mut config = Self { dialect, ..Self::default() };
         let mut problems = Vec::new();
-        let Sections(sections) = serde_json::from_slice(text).map_err(|error| vec![unreadable(&error)])?;
+        let sections = match serde_json::from_slice(text) {
+            Ok(Sections(sections)) => sections,
+            Err(error) => return (config, vec![unreadable(&error)]),
+        };
         if dialect == Dialect::Firecracker && !sections.iter().any(|(name, _)| name == "drives") {
             problems.push(Problem::new("missing field `drives`: give an empty list for none".to_owned()));
         }
         for (name, value) in sections {
-            if value.get() != "null"
-                && let Err(problem) = config.read_section(&name, value)
-            {
-                problems.extend(problem.into_iter().map(|problem| problem.moved(text, value)));
+            if value.get() != "null" {
+                let wrong = config.read_section(&name, value);
+                problems.extend(wrong.into_iter().map(|problem| problem.moved(text, value)));
             }
             if problems.len() > PROBLEMS_MAX {
                 problems.truncate(PROBLEMS_MAX);
@@ -122,72 +145,105 @@ impl Config {
                 break;
             }
         }
-        match problems.is_empty() {
-            true => Ok(config),
-            false => Err(problems),
-        }
+        (config, problems)
     }
 
     /// Reads and checks one section of a file. Places in problems count from the section's beginning.
-    fn read_section(&mut self, name: &str, value: &RawValue) -> Result<(), Vec<Problem>> {
+    fn read_section(&mut self, name: &str, value: &RawValue) -> Vec<Problem> {
         let text = value.get();
-        let in_section = |error: Error| vec![Problem::new(format!("`{name}`: {error}"))];
-        let unreadable = |error| vec![unreadable_in(name, text, &error)];
         if name == BOOT_SOURCE {
-            let source: BootSource = serde_json::from_str(text).map_err(unreadable)?;
-            self.boot_source = Some(source.clone());
-            source.check().map_err(in_section)
+            let Judged { value, problems } = section(name, text, BootSource::EXAMPLE, BootSource::check);
+            self.boot_source = value;
+            problems
         } else if name == MACHINE_CONFIG {
-            self.machine_config = serde_json::from_str(text).map_err(unreadable)?;
-            self.check_machine(&self.machine_config).map_err(in_section)
+            let dialect = self.dialect;
+            let check = |machine: &MachineConfig| machine.check(dialect);
+            let Judged { value, problems } = section(name, text, MachineConfig::EXAMPLE, check);
+            self.machine_config = value.unwrap_or_default();
+            problems
         } else if name == LOGGER {
-            self.logger = Some(serde_json::from_str(text).map_err(unreadable)?);
-            Ok(())
+            let Judged { value, problems } = section(name, text, "{}", |_| Ok(()));
+            self.logger = value;
+            problems
         } else if name == METRICS {
-            self.metrics = Some(serde_json::from_str(text).map_err(unreadable)?);
-            Ok(())
+            let Judged { value, problems } = section(name, text, r#"{"metrics_path": "m"}"#, |_| Ok(()));
+            self.metrics = value;
+            problems
         } else if name == SERIAL {
-            self.serial = Some(serde_json::from_str(text).map_err(unreadable)?);
-            Ok(())
+            let Judged { value, problems } = section(name, text, "{}", |_| Ok(()));
+            self.serial = value;
+            problems
         } else if let Some(kind) = KINDS.iter().find(|kind| kind.section == name) {
-            let list: Vec<&RawValue> = match kind.many {
-                true => serde_json::from_str(text).map_err(unreadable)?,
-                false => vec![value],
-            };
-            if list.len() > DEVICES_MAX {
-                let message = format!("`{name}` has {} entries: at most {DEVICES_MAX} are read", list.len());
-                return Err(vec![Problem::new(message)]);
-            }
-            let problems: Vec<_> = list
-                .into_iter()
-                .filter_map(|one| Some(self.read_device(kind, one).err()?.moved(text.as_bytes(), one)))
-                .take(PROBLEMS_MAX + 1)
-                .collect();
-            if problems.is_empty() { Ok(()) } else { Err(problems) }
+            self.read_devices(kind, value)
         } else if NOT_IMPLEMENTED.contains(&name) && !["[]", "[ ]"].contains(&text) {
             // An empty list asks for nothing.
-            Err(vec![Problem::new(format!("`{name}` is not implemented yet: remove it"))])
+            vec![Problem::new(format!("`{name}` is not implemented yet: remove it"))]
         } else {
-            Ok(())
+            Vec::new()
         }
     }
 
-    fn read_device(&mut self, kind: &Kind, value: &RawValue) -> Result<(), Problem> {
-        let text = value.get();
-        let device = kind
-            .parse_as(self.dialect, text.as_bytes())
-            .map_err(|error| unreadable_in(kind.section, text, &error))?;
-        let problem = |error: Error| Problem::new(format!("{}: {error}", device.name()));
-        device.check().map_err(problem)?;
-        if self.device(kind, device.id()).is_some() {
-            return Err(Problem::new(format!(
-                "two {}s are called `{}`: each needs a name of its own",
-                kind.noun,
-                device.id()
-            )));
+    fn read_devices(&mut self, kind: &Kind, value: &RawValue) -> Vec<Problem> {
+        let (name, text) = (kind.section, value.get());
+        let list: Vec<&RawValue> = match kind.many {
+            false => vec![value],
+            true => match serde_json::from_str(text) {
+                Ok(list) => list,
+                Err(error) => return vec![unreadable_in(name, text, &error)],
+            },
+        };
+        if list.len() > DEVICES_MAX {
+            let message = format!("`{name}` has {} entries: at most {DEVICES_MAX} are read", list.len());
+            return vec![Problem::new(message)];
         }
-        self.put(device.clone()).map_err(problem)
+        let mut problems = Vec::new();
+        for one in list {
+            problems.extend(self.read_device(kind, one).into_iter().map(|it| it.moved(text.as_bytes(), one)));
+            if problems.len() > PROBLEMS_MAX {
+                break;
+            }
+        }
+        problems
     }
+
+    fn read_device(&mut self, kind: &Kind, value: &RawValue) -> Vec<Problem> {
+        let Judged { value, mut problems } = judge(value.get(), kind.example, |text, made_up| {
+            let device = kind
+                .parse_as(self.dialect, text.as_bytes())
+                .map_err(|error| unreadable_in(kind.section, text, &error))?;
+            match device.check() {
+                Ok(()) => Ok(device),
+                Err(error) if made_up => Err(Problem::new(format!("`{}`: {error}", kind.section))),
+                Err(error) => Err(Problem::new(format!("{}: {error}", device.name()))),
+            }
+        });
+        if let Some(device) = value {
+            if self.device(kind, device.id()).is_some() {
+                let (noun, id) = (kind.noun, device.id());
+                let message = format!("two {noun}s are called `{id}`: each needs a name of its own");
+                problems.push(Problem::new(message));
+            } else if let Err(error) = self.put(device.clone()) {
+                problems.push(Problem::new(format!("{}: {error}", device.name())));
+            }
+        }
+        problems
+    }
+}
+
+/// Judges the text of a section that is one resource.
+fn section<T: DeserializeOwned>(
+    name: &str,
+    text: &str,
+    example: &str,
+    check: impl Fn(&T) -> Result<()>,
+) -> Judged<T> {
+    judge(text, example, |text, _| {
+        let value = serde_json::from_str(text).map_err(|error| unreadable_in(name, text, &error))?;
+        match check(&value) {
+            Ok(()) => Ok(value),
+            Err(error) => Err(Problem::new(format!("`{name}`: {error}"))),
+        }
+    })
 }
 
 /// A config file's sections as they stand in its text.
@@ -263,7 +319,7 @@ impl Problem {
     }
 
     /// The same, its place counted from the beginning of `whole` instead of `part`, which is in it.
-    fn moved(self, whole: &[u8], part: &RawValue) -> Self {
+    pub(super) fn moved(self, whole: &[u8], part: &RawValue) -> Self {
         let start = part.get().as_ptr() as usize - whole.as_ptr() as usize;
         let before = &whole[..start];
         let lines = before.iter().filter(|byte| **byte == b'\n').count();
@@ -308,7 +364,9 @@ mod tests {
         for (problem, expected) in problems.iter().zip([
             "`machine-config`: The number of vCPUs must be greater than 0",
             "`drives`: unknown field `path`, expected one of",
+            "disk `a`: `path_on_host` is missing",
             "disk `b c`: API Resource IDs can only contain alphanumeric characters",
+            "`drives`: `path_on_host` is missing",
             "two disks are called `d`: each needs a name of its own",
             "disk `f`: A root block device already exists! (`is_root_device`)",
             "`network-interfaces`: invalid type: map, expected a sequence",
@@ -317,10 +375,10 @@ mod tests {
         ]) {
             assert!(problem.starts_with(expected), "{problem}");
         }
-        assert_eq!(problems.len(), 8, "{problems:#?}");
+        assert_eq!(problems.len(), 10, "{problems:#?}");
         assert!(problems[1].ends_with(" at line 5 column 11"), "{}", problems[1]);
-        assert!(problems[2].ends_with(" at line 6 column 5"), "{}", problems[2]);
-        assert!(problems[5].ends_with(" at line 11 column 24"), "{}", problems[5]);
+        assert!(problems[3].ends_with(" at line 6 column 5"), "{}", problems[3]);
+        assert!(problems[7].ends_with(" at line 11 column 24"), "{}", problems[7]);
         for (text, expected) in [
             ("{\n\"a\": }", "expected value at line 2 column 6"),
             (r#"{"drives": [], "drives": []}"#, "duplicate field `drives` at line 1 column 23"),
@@ -349,5 +407,14 @@ mod tests {
         let problems = Config::parse(wrong.as_bytes()).unwrap_err();
         assert_eq!(problems.len(), PROBLEMS_MAX + 1);
         assert_eq!(problems[PROBLEMS_MAX].to_string(), "more is wrong with the file: mend this first");
+
+        // An object is read anew for each of its faults, and for each field that could be at fault: only a
+        // short one is.
+        let long = |value: usize| {
+            let fields = list(30, &|index| format!("\"f{index}\":\"{}\"", "x".repeat(value)));
+            let text = format!(r#"{{"drives": [{}]}}"#, list(100, &|_| format!("{{{fields}}}")));
+            Config::parse(text.as_bytes()).unwrap_err().len()
+        };
+        assert_eq!((long(250), long(300)), (PROBLEMS_MAX + 1, 100));
     }
 }

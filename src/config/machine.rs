@@ -1,11 +1,12 @@
 //! The resources that every microVM has: what it boots, CPUs and memory.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use crate::dialect::Dialect;
 use crate::error::{Error, Result};
+use crate::host::{Access, Local, Sharing};
 use crate::json;
 
 /// What the guest boots.
@@ -25,6 +26,20 @@ pub struct BootSource {
 }
 
 impl BootSource {
+    /// One that makes sense in itself, as JSON.
+    pub(super) const EXAMPLE: &'static str = r#"{"kernel_image_path": "vmlinux"}"#;
+
+    /// Its files, by name.
+    pub fn files(&self) -> [(&'static str, Option<&Path>); 2] {
+        [("kernel", Some(&self.kernel_image_path)), ("initrd", self.initrd_path.as_deref())]
+    }
+
+    /// What stands in the way of opening its files.
+    pub(super) fn look(&self) -> impl Iterator<Item = Error> {
+        let hold = |file| Local::default().hold(&[file], Access::Read, Sharing::Refused).err();
+        self.files().into_iter().filter_map(hold)
+    }
+
     /// Longest command line that both architectures' Linux takes: COMMAND_LINE_SIZE without the NUL.
     pub const BOOT_ARGS_MAX: usize = 2047;
 
@@ -125,6 +140,9 @@ impl Default for MachineConfig {
 }
 
 impl MachineConfig {
+    /// One that makes sense in itself, as JSON.
+    pub(super) const EXAMPLE: &'static str = r#"{"vcpu_count": 1, "mem_size_mib": 128}"#;
+
     /// Whether it makes sense in itself and in the API that is spoken, whatever the host can do.
     pub fn check(&self, dialect: Dialect) -> Result<()> {
         let (cpus, vcpus_max) = (self.vcpu_count, dialect.vcpus_max());

@@ -3,6 +3,7 @@
 
 mod file;
 mod machine;
+mod mend;
 
 use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
@@ -11,9 +12,10 @@ use crate::devices::KINDS;
 use crate::devices::console;
 use crate::devices::kind::{Device, Kind};
 use crate::dialect::Dialect;
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 use crate::log;
 use crate::metrics;
+use crate::sink::Sink;
 
 pub use file::Problem;
 pub use machine::{BootSource, CpuTemplate, HugePages, MachineConfig, MachinePatch};
@@ -104,6 +106,23 @@ impl Config {
             let root = self.devices_of(kind).filter(|device| device.root_words().is_some());
             root.chain(self.devices_of(kind).filter(|device| device.root_words().is_none()))
         })
+    }
+
+    /// Looks for everything that it names of the host, and changes nothing: what is not there, or may not be
+    /// used by this user.
+    pub fn look(&self) -> Vec<Error> {
+        let mut wrong = Vec::new();
+        if let Some(source) = &self.boot_source {
+            wrong.extend(source.look());
+        }
+        wrong.extend(self.devices().filter_map(|device| device.look().err()));
+        let log = self.logger.as_ref().and_then(|logger| logger.log_path.as_deref());
+        let metrics = self.metrics.as_ref().map(|metrics| metrics.metrics_path.as_path());
+        let serial = self.serial.as_ref().and_then(|serial| serial.serial_out_path.as_deref());
+        let outputs = [("log", log), ("metrics", metrics), ("serial output", serial)];
+        let outputs = outputs.into_iter().filter_map(|(what, path)| Some((what, path?)));
+        wrong.extend(outputs.filter_map(|(what, path)| Sink::look(what, path).err()));
+        wrong
     }
 
     /// What the command line must say of the root device.

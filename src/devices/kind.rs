@@ -69,6 +69,10 @@ pub trait DeviceConfig:
     fn hold(&self, _host: &mut Local) -> Result<()> {
         Ok(())
     }
+    /// Looks for what it needs of the host, and changes nothing. It was checked before.
+    fn look(&self) -> Result<()> {
+        self.hold(&mut Local::default())
+    }
     /// Opens what it needs of the host; `vm` is the microVM's name. It was checked before.
     fn open(&self, vm: &str, host: &mut dyn Host) -> Result<Box<dyn VirtioDevice>>;
     /// This configuration with a change that makes sense; the device itself is changed by
@@ -301,6 +305,11 @@ impl Device {
         self.0.hold(host)
     }
 
+    /// Looks for what it needs of the host, and changes nothing.
+    pub fn look(&self) -> Result<()> {
+        self.0.look().with_context(|| self.name())
+    }
+
     /// Opens what it needs of the host; `vm` is the microVM's name.
     pub fn open(&self, vm: &str, host: &mut dyn Host) -> Result<Box<dyn VirtioDevice>> {
         self.0.open(vm, host).with_context(|| format!("set up {}", self.name()))
@@ -349,6 +358,7 @@ trait AnyConfig: Any + fmt::Debug + Send + Sync {
     fn root_words(&self) -> Option<String>;
     fn threads(&self) -> usize;
     fn hold(&self, host: &mut Local) -> Result<()>;
+    fn look(&self) -> Result<()>;
     fn open(&self, vm: &str, host: &mut dyn Host) -> Result<Box<dyn VirtioDevice>>;
     fn to_value(&self) -> Value;
 }
@@ -374,6 +384,9 @@ impl<C: DeviceConfig> AnyConfig for C {
     }
     fn hold(&self, host: &mut Local) -> Result<()> {
         DeviceConfig::hold(self, host)
+    }
+    fn look(&self) -> Result<()> {
+        DeviceConfig::look(self)
     }
     fn open(&self, vm: &str, host: &mut dyn Host) -> Result<Box<dyn VirtioDevice>> {
         DeviceConfig::open(self, vm, host)

@@ -77,6 +77,25 @@ impl Tap {
         .with_context(|| format!("open TAP interface `{name}` (`host_dev_name`, --net)"))
     }
 
+    /// Whether there is such an interface, or this process may make one, without attaching to it. Descriptors
+    /// are those of the process that will be started with them: this one cannot tell.
+    pub fn look(name: &str, queues: usize) -> Result<()> {
+        if name.starts_with("fd:") {
+            return Ok(());
+        }
+        let attempt = || format!("look for TAP interface `{name}` (`host_dev_name`)");
+        let request = InterfaceRequest::new(name).with_context(attempt)?;
+        match index(&request) {
+            Some(_) => Ok(()),
+            None if may_make() => {
+                log::line(format_args!("TAP interface `{name}` is not there: it will be {MADE}"));
+                Ok(())
+            }
+            None => Err(Error::config(format!("there is no such interface: {}", creation(name, queues))))
+                .with_context(attempt),
+        }
+    }
+
     /// Lets the TAP give frames that its reader can take: `libc::TUN_F_..`.
     #[allow(unsafe_code)]
     pub fn set_offloads(&self, offloads: u32) -> std::io::Result<()> {
@@ -177,18 +196,34 @@ fn make(name: &str, request: &InterfaceRequest, queues: usize, create: &str) -> 
     Ok(taps)
 }
 
+/// How an interface is made.
+fn creation(name: &str, queues: usize) -> String {
+    let several = if queues > 1 { " multi_queue" } else { "" };
+    format!("`ip tuntap add dev {name} mode tap{several} user $(id -un)` creates one")
+}
+
+/// The number of the interface that a request names; none: there is no such interface.
+#[allow(unsafe_code)]
+fn index(request: &InterfaceRequest) -> Option<u32> {
+    // SAFETY: the name ends with a zero, being shorter than its array. Not /sys, which shows the
+    // network namespace that it was mounted in.
+    Some(unsafe { libc::if_nametoindex(request.name.as_ptr().cast()) }).filter(|index| *index != 0)
+}
+
+/// Whether this process may make interfaces: CAP_NET_ADMIN is among its effective capabilities (proc(5)).
+fn may_make() -> bool {
+    const CAP_NET_ADMIN: u64 = 12;
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let effective = effective.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok());
+    effective.is_some_and(|bits| bits >> CAP_NET_ADMIN & 1 == 1)
+}
+
 /// Attaches to an interface, or makes one if there is none of this name.
 fn attach(name: &str, queues: usize) -> Result<Vec<Tap>> {
     let request = InterfaceRequest::new(name)?;
-    let several = if queues > 1 { " multi_queue" } else { "" };
-    let create = format!("`ip tuntap add dev {name} mode tap{several} user $(id -un)` creates one");
-    // SAFETY: the name ends with a zero, being shorter than its array. Not /sys, which shows the
-    // network namespace that it was mounted in.
-    #[allow(unsafe_code)]
-    let index = unsafe { libc::if_nametoindex(request.name.as_ptr().cast()) };
-    if index == 0 {
-        return make(name, &request, queues, &create);
-    }
+    let create = creation(name, queues);
+    let Some(index) = index(&request) else { return make(name, &request, queues, &create) };
     check_alone(index, 0)?;
     let mut taps = Vec::with_capacity(queues);
     let mut flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | if queues > 1 { IFF_MULTI_QUEUE } else { 0 };

@@ -11,7 +11,7 @@ use crate::cli::outputs::{self, Outputs};
 use crate::config::{BootSource, Config};
 use crate::devices::kind::{CliOption, Device, Kind};
 use crate::devices::{KINDS, net};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 const RUN_HELP_BEFORE_DEVICES: &str = "\
 Boot a guest, put its console on this terminal and return how it ended. Ctrl-A X leaves.
@@ -36,6 +36,7 @@ const RUN_HELP_AFTER_DEVICES: &str = "\
       --enable-pci       Devices on a PCI bus instead of behind virtio-mmio
       --config FILE      Read the configuration from this JSON file (Firecracker's format); other
                          options override it
+      --self-test        Boot the firmware guest, whatever the file says of a kernel
       --api-sock SOCKET  Also serve the control API on this socket
       --id ID            The microVM's name in the API: 1 to 64 letters, digits and hyphens
                          [default: anonymous-instance]
@@ -62,6 +63,7 @@ pub struct Run {
     pub devices: Vec<Device>,
     pub enable_pci: bool,
     pub config: Option<PathBuf>,
+    pub self_test: bool,
     pub api_sock: Option<PathBuf>,
     pub outputs: Outputs,
     pub id: String,
@@ -78,6 +80,7 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
         devices: Vec::new(),
         enable_pci: false,
         config: None,
+        self_test: false,
         api_sock: None,
         outputs: Outputs::default(),
         id: default_id(),
@@ -94,6 +97,7 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
             Long("memory") => run.memory_mib = Some(value(parser, "--memory", mebibytes)?),
             Long("enable-pci") => run.enable_pci = true,
             Long("config") => run.config = Some(parser.value()?.into()),
+            Long("self-test") => run.self_test = true,
             Long("api-sock") => run.api_sock = Some(parser.value()?.into()),
             Long("id") => run.id = value(parser, "--id", id)?,
             Short('h') | Long("help") => return Ok(Command::Print(run_help())),
@@ -115,6 +119,9 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
     net::publish(&mut run.devices, &ports)?;
     if run.initrd.is_some() && run.kernel.is_none() {
         return Err("--initrd needs a kernel".into());
+    }
+    if run.self_test && run.kernel.is_some() {
+        return Err("--self-test boots the firmware guest: give no kernel beside it".into());
     }
     Ok(Command::Run(run))
 }
@@ -162,6 +169,18 @@ impl Run {
                 initrd_path: self.initrd.clone(),
                 boot_args: None,
             });
+        }
+        match (&config.boot_source, &self.config) {
+            // A file says what a guest is: one without a kernel is misspelled, not a self-test.
+            (None, Some(path)) if !self.self_test => {
+                return Err(Error::config(format!(
+                    "read config file `{}`: `boot-source` is missing: it names the kernel to boot (KERNEL here \
+                     overrides it, --self-test boots the firmware guest)",
+                    path.display()
+                )));
+            }
+            _ if self.self_test => config.boot_source = None,
+            _ => {}
         }
         match &mut config.boot_source {
             Some(source) if self.cmdline.is_some() => source.boot_args = self.cmdline.clone(),

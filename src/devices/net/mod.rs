@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 
 use super::kind::{CliOption, DeviceConfig};
 use crate::error::{Error, Result};
-use crate::host::{Host, Local};
+use crate::host::{Host, Local, tap};
 use crate::limiter::RateLimiter;
 use crate::virtio::VirtioDevice;
 pub use mac::Mac;
@@ -182,6 +182,14 @@ impl DeviceConfig for Config {
                 host.release_tap(&self.iface_id);
                 Ok(())
             }
+        }
+    }
+
+    /// A TAP is not attached to: that would keep another from it for a moment.
+    fn look(&self) -> Result<()> {
+        match self.carrier()? {
+            Carrier::Tap(name) => tap::Tap::look(name, self.queue_pairs().into()),
+            Carrier::User(user) => user.check_host(),
         }
     }
 

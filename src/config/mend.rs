@@ -1,0 +1,141 @@
+//! Everything wrong with one JSON object, where reading it stops at the first fault: what was found is
+//! mended, and the object judged again.
+
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+use super::file::Problem;
+
+/// So many faults of one object are told at most: with FIELDS_MAX and BYTES_MAX this bounds how often a
+/// hostile file is read.
+const FAULTS_MAX: usize = 16;
+/// An object of more fields is not mended: no resource has so many.
+const FIELDS_MAX: usize = 32;
+/// Nor is one of more bytes: command lines and paths are shorter.
+const BYTES_MAX: usize = 8 << 10;
+
+/// What was read, and everything wrong with it.
+pub struct Judged<T> {
+    /// Without the fields at fault; nothing if not even that makes sense, or if a field that must be
+    /// there had to be made up.
+    pub value: Option<T>,
+    /// In the order found. Places count from the object's beginning.
+    pub problems: Vec<Problem>,
+}
+
+/// Judges an object by `read`, again and again, without the fields at fault: those that must be there get
+/// the value that they have in `example`, which makes sense. `read` is told whether that was done: names in
+/// its message, before a colon, are then not the user's.
+pub fn judge<T>(text: &str, example: &str, read: impl Fn(&str, bool) -> Result<T, Problem>) -> Judged<T> {
+    let mut problem = match read(text, false) {
+        Ok(value) => return Judged { value: Some(value), problems: Vec::new() },
+        Err(problem) => problem,
+    };
+    let mut problems = vec![problem.clone()];
+    let (Ok(Fields(mut fields)), Ok(Fields(example))) =
+        (serde_json::from_str(text), serde_json::from_str(example))
+    else {
+        return Judged { value: None, problems };
+    };
+    if fields.len() > FIELDS_MAX || text.len() > BYTES_MAX {
+        return Judged { value: None, problems };
+    }
+    let mut made_up = false;
+    while problems.len() < FAULTS_MAX {
+        let read = |text: &str, now: bool| read(text, made_up || now);
+        let Some((mended, result)) = mend(&fields, &example, &problem.message, read) else { break };
+        made_up |= mended.len() >= fields.len();
+        match result {
+            Ok(value) => return Judged { value: (!made_up).then_some(value), problems },
+            Err(next) => {
+                // A place in the text that was mended says nothing. What was given by the user has one.
+                let raw = mended.iter().find(|(name, _)| quoted(&next.message).any(|word| word == name));
+                let told = Problem { place: Some((1, 1)), ..next.clone() };
+                let bytes = text.as_bytes();
+                problems.push(
+                    match raw.filter(|(_, raw)| bytes.as_ptr_range().contains(&raw.get().as_ptr())) {
+                        Some((_, raw)) => told.moved(bytes, raw),
+                        None => told,
+                    },
+                );
+                (fields, problem) = (mended, next);
+            }
+        }
+    }
+    Judged { value: None, problems }
+}
+
+type List<'a> = Vec<(String, &'a RawValue)>;
+
+/// The first change of one field that leads to another verdict: fields that `message` names are tried first.
+fn mend<'a, T>(
+    fields: &List<'a>,
+    example: &List<'a>,
+    message: &str,
+    read: impl Fn(&str, bool) -> Result<T, Problem>,
+) -> Option<(List<'a>, Result<T, Problem>)> {
+    let named: Vec<_> = quoted(message).collect();
+    let others = fields.iter().map(|(name, _)| name.as_str()).filter(|name| !named.contains(name));
+    named.iter().copied().chain(others).find_map(|name| {
+        let made_up = example.iter().find(|(other, _)| other == name);
+        // What may have to be there is replaced rather than removed. Of a field that is there twice, one
+        // goes at a time.
+        let place = fields.iter().position(|(other, _)| other == name);
+        let removed: List<'_> = fields
+            .iter()
+            .enumerate()
+            .filter(|(at, _)| Some(*at) != place)
+            .map(|(_, one)| one.clone())
+            .collect();
+        let replaced = made_up.map(|made_up| removed.iter().chain([made_up]).cloned().collect());
+        [replaced, Some(removed)].into_iter().flatten().find_map(|mended| {
+            let result = read(&write(&mended), mended.len() >= fields.len());
+            match &result {
+                // It was there, and must be.
+                Err(next) if next.message.contains(&format!("missing field `{name}`")) => None,
+                Err(next) if next.message.contains(&format!("`{name}` is missing")) => None,
+                Err(next) if reason(&next.message) == reason(message) => None,
+                _ => Some((mended, result)),
+            }
+        })
+    })
+}
+
+/// A message without the name of what it is about.
+fn reason(message: &str) -> &str {
+    message.split_once(": ").map_or(message, |(_, reason)| reason)
+}
+
+/// The words in backticks.
+fn quoted(message: &str) -> impl Iterator<Item = &str> {
+    message.split('`').skip(1).step_by(2)
+}
+
+fn write(fields: &List<'_>) -> String {
+    let name = |name: &String| serde_json::Value::from(name.as_str()).to_string();
+    let fields: Vec<_> = fields.iter().map(|(key, value)| format!("{}:{}", name(key), value.get())).collect();
+    format!("{{{}}}", fields.join(","))
+}
+
+/// The fields of an object, the same one more than once if it is there so.
+struct Fields<'a>(List<'a>);
+
+impl<'a> Deserialize<'a> for Fields<'a> {
+    fn deserialize<D: serde::Deserializer<'a>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+        impl<'a> serde::de::Visitor<'a> for Visitor {
+            type Value = Fields<'a>;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("an object")
+            }
+            fn visit_map<A: serde::de::MapAccess<'a>>(self, mut map: A) -> Result<Fields<'a>, A::Error> {
+                let mut fields = Vec::new();
+                while let Some(field) = map.next_entry()? {
+                    fields.push(field);
+                }
+                Ok(Fields(fields))
+            }
+        }
+        deserializer.deserialize_map(Visitor)
+    }
+}
