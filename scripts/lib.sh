@@ -4,6 +4,17 @@ set -euo pipefail
 # A failure inside `$(...)` is one, too.
 shopt -s inherit_errexit
 
+# The comment at a script's head is its help.
+for argument in "$@"; do
+    case $argument in
+        --) break ;;
+        -h | --help)
+            sed -n '2,${/^#/!q;/^# shellcheck/d;s/^# \{0,1\}//p;}' "$0"
+            exit 0
+            ;;
+    esac
+done
+
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # Downloads and what is made of them: kept outside the checkout, nothing is fetched twice.
 CACHE=${ALULA_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/alula}

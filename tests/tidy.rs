@@ -185,3 +185,26 @@ fn links_in_the_documentation_lead_somewhere() {
         }
     }
 }
+
+#[test]
+fn every_script_tells_how_it_is_used_and_does_nothing_else() {
+    let cache = std::env::temp_dir().join(format!("alula-tidy-{}", std::process::id()));
+    for script in std::fs::read_dir(root().join("scripts")).unwrap() {
+        let script = script.unwrap().path();
+        let name = format!("scripts/{}", script.file_name().unwrap().to_str().unwrap());
+        if name == "scripts/lib.sh" {
+            continue;
+        }
+        for option in ["--help", "-h"] {
+            let told =
+                std::process::Command::new(&script).arg(option).env("ALULA_CACHE", &cache).output().unwrap();
+            let text = String::from_utf8_lossy(&told.stdout).into_owned();
+            assert!(told.status.success() && told.stderr.is_empty(), "{name}: {told:?}");
+            assert!(
+                text.starts_with(&format!("Usage: {name}")) && text.lines().count() > 2,
+                "{name}: {text}"
+            );
+        }
+    }
+    assert!(!cache.exists(), "a script that was asked for its help went on");
+}
