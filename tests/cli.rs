@@ -368,6 +368,15 @@ fn the_terminal_is_raw_for_the_guest_and_restored_on_every_way_out() {
 }
 
 #[test]
+fn the_firmware_is_not_written_to_a_terminal() {
+    let terminal = Terminal::new();
+    let mut child = terminal.start(&["firmware"]);
+    assert_eq!(child.wait().unwrap().code(), Some(153));
+    let output = Command::new(alula()).arg("firmware").output().unwrap();
+    assert!(output.status.success() && output.stdout.len() > 1000);
+}
+
+#[test]
 fn ctrl_a_x_leaves_a_guest_that_does_not_read() {
     let mut terminal = Terminal::new();
     let mut child = terminal.start(&["run", "--cmdline", "case=serial end=spin"]);

@@ -31,15 +31,30 @@ Commands:
   check     Look for everything wrong with a config file, without starting anything
   schema    Print the schema of the API or of config files, for programs
   firmware  Write the image of the embedded firmware guest to standard output
+  help      Print this, or the help of the command that follows
+  version   Print the version
 
 `alula COMMAND --help` tells more. -V, --version prints the version.
+";
+
+const COMMANDS: &str = "run, serve, ctl, check, schema, firmware, help or version; see `alula --help`";
+
+const FIRMWARE_HELP: &str = "\
+Write the image of the embedded firmware guest to standard output.
+
+It is a kernel, for `/boot-source`, that looks at the machine it finds itself in.
+
+Usage: alula firmware > FILE
 ";
 
 const SCHEMA_HELP: &str = "\
 Print a schema, for programs: code generators, editors.
 
-Usage: alula schema openapi   The API, as an OpenAPI 3 document
-       alula schema config    Config files, as a JSON Schema
+Usage: alula schema WHICH
+
+Schemas:
+  openapi  The API, as an OpenAPI 3 document
+  config   Config files, as a JSON Schema
 ";
 
 const CHECK_HELP: &str = "\
@@ -116,10 +131,7 @@ fn alula(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, Strin
             return Err(format!("{}: a command comes first; see `alula --help`", other.unexpected()));
         }
         None => {
-            return Err(
-                "a command is missing: run, serve, ctl, check, schema or firmware; see `alula --help`"
-                    .to_owned(),
-            );
+            return Err(format!("a command is missing: {COMMANDS}"));
         }
     };
     let (parsed, name) = match command.to_str() {
@@ -128,17 +140,32 @@ fn alula(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, Strin
         Some("ctl") => (ctl::parse(&mut parser), "ctl"),
         Some("check") => (check(&mut parser), "check"),
         Some("schema") => (schema(&mut parser), "schema"),
-        Some("firmware") => match parser.next() {
-            Ok(None) => return Ok(Command::Firmware),
-            _ => return Err("`alula firmware` takes no arguments".to_owned()),
+        Some("firmware") => (
+            alone(&mut parser, FIRMWARE_HELP.to_owned()).map(|help| help.unwrap_or(Command::Firmware)),
+            "firmware",
+        ),
+        Some("help") => match parser.next() {
+            // Of a command: what the command says.
+            Ok(Some(Value(command))) => return alula([command, "--help".into()]),
+            Ok(None | Some(Short('h') | Long("help"))) => return Ok(Command::Print(HELP.to_owned())),
+            _ => return Err("`alula help` takes the name of a command".to_owned()),
         },
-        _ => {
-            return Err(format!(
-                "there is no command {command:?}: run, serve, ctl, check, schema or firmware; see `alula --help`"
-            ));
+        Some("version") => {
+            let version = || Command::Print(Persona::Alula.version());
+            (alone(&mut parser, HELP.to_owned()).map(|help| help.unwrap_or_else(version)), "version")
         }
+        _ => return Err(format!("there is no command {command:?}: {COMMANDS}")),
     };
     parsed.map_err(|error| format!("{error}; see `alula {name} --help`"))
+}
+
+/// What comes after a command without arguments: nothing, or the wish for its help.
+fn alone(parser: &mut lexopt::Parser, help: String) -> Result<Option<Command>, lexopt::Error> {
+    match parser.next()? {
+        None => Ok(None),
+        Some(Short('h') | Long("help")) => Ok(Some(Command::Print(help))),
+        Some(other) => Err(other.unexpected()),
+    }
 }
 
 fn check(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
@@ -284,11 +311,33 @@ mod tests {
             ("run --initrd i", "--initrd needs a kernel"),
             ("run --self-test k", "give no kernel beside it"),
             ("serve --no-api", "--no-api needs --config-file"),
-            ("firmware x", "takes no arguments"),
+            ("firmware x", "unexpected argument \"x\"; see `alula firmware --help`"),
+            ("version x", "unexpected argument \"x\""),
+            ("help dance", "there is no command \"dance\""),
+            ("help --x", "takes the name of a command"),
         ] {
             let error = parsed(line).expect_err(line);
             assert!(error.contains(expected), "{line}: {error}");
         }
+    }
+
+    #[test]
+    fn every_command_has_a_help_by_either_way_to_ask_for_it() {
+        let text = |line: &str| match parsed(line) {
+            Ok(Command::Print(text)) => text,
+            other => panic!("{line}: {other:?}"),
+        };
+        let commands = HELP.split("Commands:\n").nth(1).unwrap().split("\n\n").next().unwrap();
+        let names: Vec<_> = commands.lines().filter_map(|line| line.split_whitespace().next()).collect();
+        assert!(names.len() == 8 && names.iter().all(|name| COMMANDS.contains(name)), "{names:?}");
+        for name in names {
+            let help = text(&format!("{name} --help"));
+            assert_eq!(help, text(&format!("help {name}")), "{name}");
+            assert!(help.contains("Usage: alula"), "{name}: {help}");
+            assert!(help.lines().all(|line| !line.starts_with('-')), "an option without its indent: {help}");
+        }
+        assert_eq!(text("help"), HELP);
+        assert_eq!(text("version"), text("--version"));
     }
 
     #[test]

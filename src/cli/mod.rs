@@ -9,7 +9,7 @@ mod persona;
 mod signals;
 mod terminal;
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 
 use crate::api::{Controller, Server};
 use crate::clock;
@@ -56,6 +56,10 @@ pub fn main() -> u8 {
         Command::Check(path) => check::run(&path),
         Command::Print(text) => print(text.as_bytes()),
         Command::Show(text) => print(text.as_bytes()),
+        Command::Firmware if std::io::stdout().is_terminal() => {
+            eprintln!("alula: the image is binary, and standard output a terminal: `alula firmware > FILE`");
+            WRONG_ARGUMENTS
+        }
         Command::Firmware => print(firmware::IMAGE),
     }
 }

@@ -29,8 +29,8 @@ Options:
       --memory SIZE      Memory with its unit, M or G (MiB, GiB); a bare number is MiB [default: 128M]
 ";
 
-const RUN_HELP_AFTER_DEVICES: &str = "\
-      --publish [ADDRESS:]HOST:GUEST[/udp]
+// Without a backslash at its beginning, which would take the indent away.
+const RUN_HELP_AFTER_DEVICES: &str = "      --publish [ADDRESS:]HOST:GUEST[/udp]
                          For the first `--net user`: this port of this host leads to that port of the
                          guest. May be repeated
       --enable-pci       Devices on a PCI bus instead of behind virtio-mmio

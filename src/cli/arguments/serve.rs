@@ -39,7 +39,7 @@ Options:
 The exit code is 0 when the guest powered off or reset, else as `alula run` returns it; 1 on errors, 153
 for wrong arguments.
 
-Example:
+Examples:
   alula serve --api-sock /tmp/alula.sock &
   curl --unix-socket /tmp/alula.sock http://localhost/
 ";
