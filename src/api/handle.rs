@@ -254,10 +254,8 @@ impl Controller {
 
     /// Adding and removing devices while the guest runs needs a bus that knows of it.
     fn cannot_hotplug(&self, what: &str) -> String {
-        match self.config.pci {
-            false => format!("PCI is not enabled: {what} needs it, and is not implemented yet."),
-            true => format!("{what} is not implemented yet."),
-        }
+        let reason = if self.config.pci { "" } else { "PCI is not enabled: " };
+        format!("{reason}{what} is not implemented yet.")
     }
 
     fn act(&mut self, action: Action) -> Result<Response, String> {

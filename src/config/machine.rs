@@ -80,10 +80,10 @@ pub struct MachineConfig {
     /// Two CPUs per core (x86_64).
     #[serde(default, deserialize_with = "json::or_default")]
     pub smt: bool,
-    /// Note which pages the guest dirties.
+    /// Not implemented yet: note which pages the guest dirties.
     #[serde(default, deserialize_with = "json::or_default")]
     pub track_dirty_pages: bool,
-    /// A named set of CPU features.
+    /// Not implemented yet, except `None`: a named set of CPU features.
     #[serde(default, skip_serializing_if = "is_no_template")]
     pub cpu_template: Option<CpuTemplate>,
     /// What backs guest memory.
@@ -119,7 +119,7 @@ pub enum HugePages {
     None,
     /// Transparent huge pages, unless the host's policy is never to give them.
     Transparent,
-    /// hugetlbfs pages of 2 MiB.
+    /// Not implemented yet: hugetlbfs pages of 2 MiB.
     #[serde(rename = "2M")]
     Huge2M,
     /// Small pages whatever the host's policy is, for many small guests on one host.
