@@ -115,9 +115,9 @@ pub fn entropy(_: &Machine, _: &Words) -> bool {
     true
 }
 
-/// A frame goes out and one comes in. The other side is a test, which answers what it gets: both
-/// frames have the EtherType for local experiments.
-pub fn net(_: &Machine, _: &Words) -> bool {
+/// A frame goes out, and where this case was asked for, one comes in: then the other side is a test, which
+/// answers what it gets. No other network does: both frames have the EtherType for local experiments.
+pub fn net(_: &Machine, words: &Words) -> bool {
     const HEADER: usize = 12;
     const ETHER_TYPE: [u8; 2] = [0x88, 0xb5];
     /// Other frames of the host's come too.
@@ -141,6 +141,10 @@ pub fn net(_: &Machine, _: &Words) -> bool {
     if tx.request(&[read_by_device(&frame)]).is_none() {
         say!("expected a frame to be sent, found it waiting");
         return false;
+    }
+    if words.value("case").is_none() {
+        say!("ok (a frame of ", frame.len() - HEADER, " bytes out)");
+        return true;
     }
     for _ in 0..FRAMES {
         let mut received = [0; HEADER + 1514];

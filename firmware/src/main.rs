@@ -1,7 +1,7 @@
 //! A bare-metal guest that looks at the machine it finds itself in: a table of cases, each of which
 //! prints `ok` or what was expected and what was found. The exit code is the number of failed cases.
 //!
-//! Its command line says what to expect and what to do:
+//! Its command line says what to expect and what to do (`src/firmware.rs` refuses other words):
 //! - `cpus=N`, `memory=MIB`: what the machine was given.
 //! - `case=NAME,NAME`: only these cases.
 //! - `hello`: print one line at once and idle: what start-up benches wait for.

@@ -12,6 +12,7 @@ use crate::config::{BootSource, Config};
 use crate::devices::kind::{CliOption, Device, Kind};
 use crate::devices::{KINDS, net};
 use crate::error::{Error, Result};
+use crate::firmware;
 
 const RUN_HELP_BEFORE_DEVICES: &str = "\
 Boot a guest, put its console on this terminal and return how it ended. Ctrl-A X leaves.
@@ -188,7 +189,10 @@ impl Run {
             Some(source) => {
                 source.boot_args.get_or_insert_with(|| arch::DEFAULT_COMMAND_LINE.to_owned());
             }
-            None => config.firmware_words = self.cmdline.clone(),
+            None => {
+                firmware::check_words(self.cmdline.as_deref().unwrap_or_default())?;
+                config.firmware_words = self.cmdline.clone();
+            }
         }
         for device in &self.devices {
             config.put(device.clone())?;
