@@ -84,7 +84,7 @@ fn an_option_that_is_given_twice_is_refused_by_name() {
         assert!(ended.text.starts_with(&expected), "{line}: {}", ended.text);
     }
     // There can be many of these: they are taken, and fail later.
-    for line in ["run --disk /nonexistent/a --disk /nonexistent/b", "run --net tap=a0 --net tap=a1"] {
+    for line in ["run --disk /nonexistent/a --disk /nonexistent/b", "run --net tap=a%0 --net tap=a%1"] {
         assert_eq!(run(line.split(' ')).code, Some(125), "{line}");
     }
     let ended = run(["schema", "config", "openapi"]);

@@ -486,7 +486,7 @@ impl Worker for LingeringWorker {
 }
 
 #[test]
-fn a_vcpu_waits_for_what_is_in_flight_and_nobody_for_the_vcpu() {
+fn a_vcpu_waits_for_what_is_in_flight_and_nobody_for_it() {
     for (kind, by_mastering) in [(Kind::Mmio, false), (Kind::Pci, false), (Kind::Pci, true)] {
         let in_flight = Arc::new(InFlight::default());
         let mut guest = Guest::new(kind, Box::new(Lingering(in_flight.clone())));
@@ -718,13 +718,13 @@ fn a_chain_longer_than_its_queue_is_the_drivers_fault() {
                 if is_net(device) && queue == RX {
                     host.wire.send(&[0xff; 60]);
                 }
+                // One buffer of 16 bytes takes no frame: the frame is lost, or waits for another buffer.
+                let is_small = is_net(device) && queue == RX && count == 1;
                 let mut seen = (false, false);
                 wait_for(|| {
                     seen = (guest.used_index(queue) == 1, guest.status() & NEEDS_RESET != 0);
-                    seen != (false, false)
+                    is_small || seen != (false, false)
                 });
-                // One buffer of 16 bytes takes no frame, which then waits for another.
-                let is_small = is_net(device) && queue == RX && count == 1;
                 assert!(is_small || seen == (!is_fault, is_fault), "{count} in queue {queue}: {seen:?}");
                 end(&guest, count - 1, false);
             }

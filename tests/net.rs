@@ -146,7 +146,8 @@ fn of_two_that_come_at_once_at_most_one_gets_a_tap() {
         had += usize::from(got.contains(&true));
     }
     println!("one of both had it in {had} rounds of 100");
-    assert_eq!(Tap::open("several0", 2).unwrap().len(), 2, "nothing of them is left");
+    // A process that another test starts has our descriptors until it runs its program.
+    common::wait_for(|| Tap::open("several0", 2).is_ok_and(|taps| taps.len() == 2));
 }
 
 #[test]

@@ -413,7 +413,7 @@ fn a_table_of_reference_counts_may_move_wherever_it_is_cut_off() {
     for has_snapshot in [false, true] {
         // A cluster of the table tells of 2 MiB.
         let kind = Kind { version: 3, order: 6, sectors: 4800, has_snapshot, full: 3900 };
-        let run = run(kind, CacheType::Writeback, 14, 30, &mut random);
+        let run = run(kind, CacheType::Writeback, 30, 30, &mut random);
         let is_header = |step: &Step| matches!(step, Step::Write { offset: 0, .. });
         assert!(run.steps.iter().any(is_header), "it did not move");
         println!("{} cuts", run.cut(true, &mut random, &format!("{kind:?}")));
