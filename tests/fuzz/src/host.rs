@@ -12,9 +12,9 @@ use alula::config::Config;
 use alula::devices::KINDS as DEVICES;
 use alula::devices::kind::Device;
 use alula::error::Result;
-use alula::host::Access;
 use alula::host::passt::Passt;
 use alula::host::tap::Tap;
+use alula::host::{Access, Sharing};
 use alula::log;
 use alula::virtio::VirtioDevice;
 use serde_json::{Value, json};
@@ -257,9 +257,12 @@ fn devices() -> Vec<Device> {
 struct Lent<'a>(&'a Host);
 
 impl alula::host::Host for Lent<'_> {
-    fn file(&mut self, _: &str, path: &Path, _: Access) -> Result<File> {
+    fn file(&mut self, _: &str, path: &Path, _: Access, _: Sharing) -> Result<File> {
         let file = if path.ends_with(BASE_NAME) { &self.0.base } else { &self.0.disk };
         Ok(file.try_clone().unwrap())
+    }
+    fn sharing(&self, _: bool) -> Sharing {
+        Sharing::Refused
     }
     fn tap(&mut self, _: &str, queues: usize) -> Result<Vec<Tap>> {
         let numbers: Vec<_> = self.0.taps.iter().map(|tap| tap.as_raw_fd().to_string()).collect();
