@@ -16,6 +16,15 @@ use crate::Result;
 /// Where the kernel shows its statistics: mounted by us, for us alone.
 pub struct Debug(PathBuf);
 
+impl Drop for Debug {
+    /// A folder that something is mounted on cannot be removed.
+    fn drop(&mut self) {
+        let place = std::ffi::CString::new(self.0.as_os_str().as_encoded_bytes()).expect("as when mounted");
+        // SAFETY: the call reads a text and a number.
+        unsafe { libc::umount2(place.as_ptr(), libc::MNT_DETACH) };
+    }
+}
+
 impl Debug {
     /// Leaves the mounts of the system and has its own.
     pub fn mount(folder: &Path) -> Result<Self> {
