@@ -73,6 +73,12 @@ impl Folder {
 
 impl Drop for Folder {
     fn drop(&mut self) {
+        // What this thread sees mounted on it, or in it, keeps it from being removed.
+        let mounts = std::fs::read_to_string("/proc/thread-self/mounts").unwrap_or_default();
+        let places = mounts.lines().filter_map(|line| line.split(' ').nth(1));
+        for place in places.filter(|place| Path::new(place).starts_with(&self.0)) {
+            let _ = Command::new("umount").args(["-l", place]).status();
+        }
         let _ = std::fs::remove_dir_all(&self.0);
     }
 }
