@@ -9,8 +9,10 @@ use std::path::Path;
 
 use crate::error::{Context, Error, Result};
 
-/// Names a descriptor that the process was started with instead of a path: `fd:3`.
-const DESCRIPTOR: &str = "fd:";
+/// Name descriptors that the process was started with instead of a path: `fd:3`. What the system shows of
+/// them as files counts, too: opened by its path, a file would be written from a second position.
+const DESCRIPTORS: [&str; 3] = ["fd:", "/dev/fd/", "/proc/self/fd/"];
+const STANDARD: [(&str, &str); 2] = [("/dev/stdout", "1"), ("/dev/stderr", "2")];
 
 const NO_FOLDER: &str = "its folder is missing: create it";
 const IS_FOLDER: &str = "it is a directory, a file or FIFO is needed";
@@ -28,8 +30,7 @@ impl Sink {
     /// whether it has a reader yet or not; `fd:N` is an inherited descriptor. `what` names it in errors.
     pub fn open(what: &str, path: &Path) -> Result<Self> {
         let attempt = || format!("open {what} `{}`", path.display());
-        let number = path.to_str().and_then(|text| text.strip_prefix(DESCRIPTOR));
-        let file = match number {
+        let file = match descriptor(path) {
             Some(number) => inherit(number),
             None => open(path),
         };
@@ -39,7 +40,7 @@ impl Sink {
     /// Whether `path` could be opened so, without creating it. A descriptor is that of the process that
     /// will be started with it: this one cannot tell.
     pub fn look(what: &str, path: &Path) -> Result<()> {
-        if path.to_str().is_some_and(|text| text.starts_with(DESCRIPTOR)) {
+        if descriptor(path).is_some() {
             return Ok(());
         }
         let folder = match path.parent() {
@@ -144,8 +145,17 @@ fn check_writable(path: &Path) -> Result<()> {
     }
 }
 
+/// The number of the descriptor that `path` names, as text.
+fn descriptor(path: &Path) -> Option<&str> {
+    let text = path.to_str()?;
+    let standard = STANDARD.iter().find_map(|(name, number)| (text == *name).then_some(*number));
+    standard.or_else(|| DESCRIPTORS.iter().find_map(|prefix| text.strip_prefix(prefix)))
+}
+
 /// The descriptor with this number. It may be shared with other processes, whose writes must not
-/// become non-blocking: where that is possible it is opened anew.
+/// become non-blocking: where that is possible it is opened anew. A regular file never blocks, and is written
+/// where the others are: opened anew it would have a position of its own, and each would write over what
+/// the others wrote.
 #[allow(unsafe_code)]
 fn inherit(number: &str) -> Result<File> {
     let fd: RawFd = match number.parse() {
@@ -160,6 +170,15 @@ fn inherit(number: &str) -> Result<File> {
     if flags & libc::O_ACCMODE == libc::O_RDONLY {
         return Err(Error::config("it is not open for writing"));
     }
+    // SAFETY: as above.
+    let copy = match unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) } {
+        // SAFETY: the descriptor was just made and is given away whole.
+        copy @ 0.. => unsafe { File::from_raw_fd(copy) },
+        _ => return Err(io::Error::last_os_error()).context("use the descriptor"),
+    };
+    if copy.metadata().is_ok_and(|metadata| metadata.is_file()) {
+        return Ok(copy);
+    }
     let anew = OpenOptions::new()
         .append(true)
         .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
@@ -169,13 +188,10 @@ fn inherit(number: &str) -> Result<File> {
     }
     // A socket cannot be opened.
     // SAFETY: as above.
-    let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };
-    // SAFETY: as above.
-    if copy < 0 || unsafe { libc::fcntl(fd, libc::F_SETFL, flags | libc::O_NONBLOCK) } < 0 {
+    if unsafe { libc::fcntl(fd, libc::F_SETFL, flags | libc::O_NONBLOCK) } < 0 {
         return Err(io::Error::last_os_error()).context("use the descriptor");
     }
-    // SAFETY: the descriptor was just made and is given away whole.
-    Ok(unsafe { File::from_raw_fd(copy) })
+    Ok(copy)
 }
 
 #[cfg(test)]

@@ -279,6 +279,25 @@ fn an_inherited_descriptor_gets_every_line() {
 }
 
 #[test]
+fn standard_output_as_a_file_gets_the_console_and_every_line() {
+    let folder = Folder::new();
+    for (index, name) in ["fd:1", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"].into_iter().enumerate() {
+        let file = folder.path(&index.to_string());
+        let mut command = Command::new("sh");
+        // What was in the file before is none of ours.
+        let script = r#"exec "$0" run --events "$2" --cmdline case=serial >"$1""#;
+        command.args(["-c", script]).arg(alula()).arg(&file).arg(name);
+        assert_eq!(Process::spawn(command).end().code, Some(0), "{name}");
+        let text = std::fs::read_to_string(&file).unwrap();
+        // The guest's words may stand in the line before an event.
+        let events: Vec<_> = text.lines().filter_map(|line| Some(&line[line.find("{\"")?..])).collect();
+        let events = parse(&events.join("\n"));
+        assert_eq!(names(&events), ["configured", "started", "exited", "ended"], "{name}: {text}");
+        assert!(text.contains("1 cases, 0 failed"), "{name}: {text}");
+    }
+}
+
+#[test]
 fn a_reader_that_never_reads_does_not_keep_the_process_from_ending() {
     let service = Service::running("hello");
     let mut client = service.client();
