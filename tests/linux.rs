@@ -113,7 +113,7 @@ fn a_kernel_alone_needs_no_further_option() {
 #[test]
 #[ignore = "a stock kernel: scripts/test runs it"]
 fn a_guest_that_halts_has_ended() {
-    ends(&boot(KERNELS[0], 2, "halt"), 121, "halted for good\n");
+    ends(&boot(KERNELS[0], 2, "halt"), 121, "halted for good: no CPU can wake any more\n");
 }
 
 #[test]
