@@ -218,8 +218,9 @@ impl Output {
         unsafe { libc::poll(&mut poll, 1, timeout_ms) == 1 }
     }
 
-    /// Writes what was kept as far as the reader takes it; a reader that is gone takes everything.
-    fn write_kept(&mut self, mut timeout_ms: i32) {
+    /// Writes what was kept as far as the reader takes it, and returns how many bytes are lost: all of them
+    /// where a file may not grow. A reader that is gone takes everything.
+    fn write_kept(&mut self, mut timeout_ms: i32) -> usize {
         while !self.kept.is_empty() && self.is_writable(timeout_ms) {
             timeout_ms = 0;
             // Up to PIPE_BUF bytes do not block where poll said so (POSIX).
@@ -227,9 +228,11 @@ impl Output {
             match self.file.write(&front[..front.len().min(libc::PIPE_BUF)]) {
                 Ok(written) => drop(self.kept.drain(..written)),
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(_) => self.kept.clear(),
+                Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => self.kept.clear(),
+                Err(_) => return self.kept.drain(..).count(),
             }
         }
+        0
     }
 }
 
@@ -238,13 +241,13 @@ impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
         let count = bytes.len().min(KEPT_MAX - self.kept.len());
         self.kept.extend(&bytes[..count]);
-        self.write_kept(READER_WAIT_MS);
-        Ok(count)
+        let lost = self.write_kept(READER_WAIT_MS);
+        Ok(count.saturating_sub(lost))
     }
 
     /// Writes what the reader takes now.
     fn flush(&mut self) -> std::io::Result<()> {
-        self.write_kept(0);
+        let _ = self.write_kept(0);
         Ok(())
     }
 }

@@ -398,3 +398,140 @@ fn a_failed_start_leaves_the_terminal_and_the_socket_path_alone() {
     assert_eq!(terminal.modes(), before);
     assert!(!socket.exists());
 }
+
+#[test]
+fn a_paste_reaches_the_guest_whole() {
+    let mut terminal = Terminal::new();
+    let mut child = terminal.start(&["run", "--cmdline", "case=serial echo end=6"]);
+    terminal.read_until("alula firmware");
+    wait_for(|| terminal.is_raw());
+    let paste: String = (0..60).map(|number| format!("{number:04} ")).collect();
+    terminal.user.write_all(format!("{paste}\r").as_bytes()).unwrap();
+    terminal.read_until(&paste);
+    assert_eq!(child.wait().unwrap().code(), Some(6));
+}
+
+#[test]
+fn what_a_guest_never_reads_is_lost_at_a_limit_with_one_line() {
+    let mut terminal = Terminal::new();
+    let folder = Folder::new();
+    let log = folder.path("log");
+    let arguments =
+        ["run", "--cmdline", "case=serial end=spin", "--log-path", log.to_str().unwrap(), "--level", "Info"];
+    let mut child = terminal.start(&arguments);
+    terminal.read_until("0 failed");
+    wait_for(|| terminal.is_raw());
+    for _ in 0..100 {
+        terminal.user.write_all(&[b'x'; 1024]).unwrap();
+    }
+    terminal.user.write_all(b"\x01x").unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    let log = std::fs::read_to_string(&log).unwrap();
+    let said = "the guest does not read its console: what is typed beyond 64 KiB is lost";
+    assert_eq!(log.matches(said).count(), 1, "{log}");
+}
+
+/// A command whose process has these limits.
+fn limited(arguments: &[&str], limits: &'static [(libc::__rlimit_resource_t, u64)]) -> Command {
+    use std::os::unix::process::CommandExt;
+    let mut command = Command::new(alula());
+    command.args(arguments);
+    // SAFETY: between fork and exec the closure makes system calls alone.
+    #[allow(unsafe_code)]
+    unsafe {
+        command.pre_exec(move || {
+            for (resource, most) in limits {
+                let limit = libc::rlimit { rlim_cur: *most, rlim_max: libc::RLIM_INFINITY };
+                if libc::setrlimit(*resource, &limit) != 0 {
+                    return Err(std::io::Error::last_os_error());
+                }
+            }
+            Ok(())
+        });
+    }
+    command
+}
+
+#[test]
+fn a_limit_of_file_sizes_is_an_error_of_what_is_written() {
+    const LIMIT: &[(libc::__rlimit_resource_t, u64)] = &[(libc::RLIMIT_FSIZE, 512)];
+    let folder = Folder::new();
+    let disk = folder.write("disk", vec![0; 1 << 20]);
+    // The guest's case writes the disk's second sector.
+    let disk = format!("{},engine=sync", disk.display());
+    let ended = Process::spawn(limited(&["run", "--disk", &disk, "--cmdline", "case=block"], LIMIT)).end();
+    assert_eq!(ended.code, Some(1), "{}", ended.text);
+    assert!(ended.text.contains("expected status 0 for a write, found 1"), "{}", ended.text);
+    // Console, log, events and metrics go to files that may not grow, and the guest ends as it would.
+    let path = |name: &str| folder.path(name).display().to_string();
+    let (log, events, metrics) = (path("log"), path("events"), path("metrics"));
+    let arguments =
+        ["run", "--log-path", &log, "--events", &events, "--metrics-path", &metrics, "--cmdline", "end=7"];
+    let mut command = limited(&arguments, LIMIT);
+    command.stdout(File::create(folder.path("console")).unwrap()).stderr(Stdio::null()).stdin(Stdio::null());
+    assert_eq!(command.status().unwrap().code(), Some(7));
+    let size = |name: &str| std::fs::metadata(folder.path(name)).unwrap().len();
+    let sizes = ["console", "log", "events", "metrics"].map(size);
+    assert!(sizes.iter().all(|size| (1..=512).contains(size)), "{sizes:?}");
+    assert!(sizes[1..].contains(&512), "nothing was cut off: {sizes:?}");
+}
+
+#[test]
+fn a_limit_of_cpu_time_ends_the_process_with_words() {
+    const LIMIT: &[(libc::__rlimit_resource_t, u64)] = &[(libc::RLIMIT_CPU, 1)];
+    let ended = Process::spawn(limited(&["run", "--cmdline", "case=serial end=spin"], LIMIT)).end();
+    assert_eq!(ended.code, Some(154), "{}", ended.text);
+    let said = "alula: the limit of CPU time (RLIMIT_CPU, ulimit -t) is used up\n";
+    assert!(ended.text.contains(said), "{}", ended.text);
+}
+
+#[test]
+fn a_signal_that_was_ignored_at_the_start_stays_ignored() {
+    let mut command = Command::new("sh");
+    let script = r#"trap "" HUP INT QUIT; exec "$0" run --cmdline "case=serial end=idle""#;
+    command.args(["-c", script]).arg(alula());
+    let mut process = Process::spawn(command);
+    process.expect("0 failed");
+    for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT] {
+        process.send(signal);
+    }
+    process.send(libc::SIGTERM);
+    let ended = process.end();
+    assert_eq!(ended.code, Some(128 + libc::SIGTERM), "{}", ended.text);
+}
+
+#[test]
+fn a_background_job_leaves_its_terminal_alone() {
+    use std::os::unix::process::CommandExt;
+    let terminal = Terminal::new();
+    let folder = Folder::new();
+    let socket = folder.path("s");
+    let side = || Stdio::from(terminal.monitor.try_clone().unwrap());
+    // A shell with job control, which has the terminal; its job has a process group of its own.
+    let mut command = Command::new("sh");
+    let script = r#"set -m; "$0" serve --api-sock "$1" & read -r line; kill $!; wait $!; exit $?"#;
+    command.args(["-c", script]).arg(alula()).arg(&socket);
+    command.stdin(side()).stdout(side()).stderr(Stdio::null());
+    // SAFETY: between fork and exec the closure makes system calls alone.
+    #[allow(unsafe_code)]
+    unsafe {
+        command.pre_exec(|| {
+            libc::setsid();
+            libc::ioctl(0, libc::TIOCSCTTY, 0);
+            Ok(())
+        });
+    }
+    let mut shell = command.spawn().unwrap();
+    wait_for(|| socket.exists());
+    let mut client = common::Client::connect(&socket);
+    let boot = serde_json::json!({
+        "kernel_image_path": folder.firmware(), "boot_args": "case=serial end=idle",
+    });
+    client.ok("PUT", "/boot-source", &boot.to_string());
+    client.ok("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#);
+    let state = client.request("GET", "/", "").json()["state"].clone();
+    assert_eq!(state, "Running");
+    assert!(!terminal.is_raw(), "a background process changed its terminal");
+    (&terminal.user).write_all(b"end\n").unwrap();
+    assert_eq!(shell.wait().unwrap().code(), Some(128 + libc::SIGTERM));
+}

@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 
 use crate::api::{Controller, Server};
 use crate::cli::signals::Signals;
-use crate::cli::terminal::{Keys, Raw};
+use crate::cli::terminal::{self, Keys, Raw};
 use crate::error::Result;
 use crate::event::{Events, Interest, Ready};
 use crate::events::{self, Event, Feed};
+use crate::log;
 use crate::machine::{Exit, Machine};
 
 const SIGNALS: u64 = 0;
@@ -25,8 +26,11 @@ const API: u64 = 6;
 const LOOK: Duration = Duration::from_secs(1);
 /// A service that nobody asks anything for so long after its start prepares for the guest to come.
 const IDLE: Duration = Duration::from_millis(50);
-/// What is read of standard input at once, and at most kept: about what the guest's UART takes.
-const TYPED_MAX: usize = 64;
+/// What is read of standard input at once: about what the guest's UART takes.
+const READ_MAX: usize = 64;
+/// What is kept of a terminal's input for a guest that has no room for it now: a paste. A terminal is read
+/// on, so that Ctrl-A X always works, and a guest that never reads must not make us grow.
+const KEPT_MAX: usize = 64 << 10;
 /// How long the end waits for readers of events that are not up to date: a reader that hangs must
 /// not keep the process from ending.
 const LAST_WORDS: Duration = Duration::from_millis(500);
@@ -167,6 +171,10 @@ impl Monitor {
                 if self.look_at <= Instant::now() {
                     machine.check_halted()?;
                     machine.flush_console();
+                    // Not every shell says so when it brings a running job to the foreground.
+                    if self.input.is_elsewhere {
+                        self.input.go_on(&self.events);
+                    }
                     self.look_at = Instant::now() + LOOK;
                 }
                 if self.input.type_on(machine, &self.events)? {
@@ -197,7 +205,10 @@ impl Monitor {
 
     fn handle(&mut self, event: Ready, controller: &mut Controller) -> Result<Option<Outcome>> {
         match event.token {
-            SIGNALS => return Ok(self.signals.next().map(Outcome::Signal)),
+            SIGNALS => match self.signals.next() {
+                Some(signal) if i32::from(signal) == libc::SIGCONT => self.input.go_on(&self.events),
+                signal => return Ok(signal.map(Outcome::Signal)),
+            },
             STDIN => self.input.is_ready = true,
             CONSOLE_ROOM => {
                 if let Some(machine) = controller.machine() {
@@ -250,12 +261,38 @@ struct Input {
     is_file: bool,
     on_events: bool,
     ended: bool,
+    /// What the guest has no room for is being lost, and that was told.
+    is_losing: bool,
+    /// Standard input is the guest's: the machine runs.
+    is_wanted: bool,
+    /// Standard input is a terminal that others have now.
+    is_elsewhere: bool,
 }
 
 impl Input {
     fn enter(&mut self, events: &Events) {
-        self.raw = Raw::enter();
-        self.await_more(events);
+        self.is_wanted = true;
+        self.go_on(events);
+    }
+
+    /// Takes the terminal, if standard input is one and this process is in its foreground; else leaves it
+    /// alone, since a background process that touches its terminal is stopped (termios(3), `tcsetattr`, SIGTTIN).
+    /// To be called again when the process goes on (SIGCONT): the shell may have moved it, and has changed the
+    /// terminal.
+    fn go_on(&mut self, events: &Events) {
+        if !self.is_wanted {
+            return;
+        }
+        // What was is over, whoever has the terminal now.
+        self.raw.take().into_iter().for_each(Raw::forget);
+        self.is_elsewhere = terminal::is_in_background();
+        if self.is_elsewhere {
+            self.stop_waiting(events);
+            self.is_ready = false;
+        } else {
+            self.raw = Raw::enter();
+            self.await_more(events);
+        }
     }
 
     fn leave(&mut self, events: &Events) {
@@ -265,7 +302,7 @@ impl Input {
 
     /// Waits for more; a file that epoll refuses is read at once.
     fn await_more(&mut self, events: &Events) {
-        if !self.on_events && !self.is_file && !self.ended {
+        if !self.on_events && !self.is_file && !self.ended && !self.is_elsewhere {
             match events.add(&*borrow_stdin(), Interest::IN, STDIN) {
                 Ok(()) => self.on_events = true,
                 Err(_) => self.is_file = true,
@@ -287,6 +324,7 @@ impl Input {
             if !self.typed.is_empty() {
                 let count = machine.type_on_console(&self.typed);
                 self.typed.drain(..count);
+                self.is_losing &= !self.typed.is_empty();
                 if !self.typed.is_empty() && self.raw.is_none() {
                     // The guest must read first; nothing is read ahead. A terminal is, so that
                     // Ctrl-A X always works.
@@ -306,7 +344,7 @@ impl Input {
     }
 
     fn read(&mut self, events: &Events) -> bool {
-        let mut bytes = [0; TYPED_MAX];
+        let mut bytes = [0; READ_MAX];
         // Our own buffer instead of the library's: what it reads ahead, epoll does not tell of.
         let count = match borrow_stdin().read(&mut bytes) {
             Ok(count) => count,
@@ -323,8 +361,15 @@ impl Input {
             return false;
         }
         let left = self.keys.filter(&bytes[..count], &mut self.typed);
-        // Keys that a guest which does not read has no room for are lost, as on a real keyboard.
-        self.typed.truncate(TYPED_MAX);
+        if self.typed.len() > KEPT_MAX {
+            self.typed.truncate(KEPT_MAX);
+            if !std::mem::replace(&mut self.is_losing, true) {
+                log::line(format_args!(
+                    "the guest does not read its console: what is typed beyond {} KiB is lost",
+                    KEPT_MAX >> 10
+                ));
+            }
+        }
         left
     }
 }

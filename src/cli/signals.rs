@@ -1,4 +1,4 @@
-//! The signals that end the process, as a descriptor to wait for.
+//! The signals that end the process, or tell that it goes on, as a descriptor to wait for.
 
 use std::fs::File;
 use std::io::Read;
@@ -6,11 +6,28 @@ use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 
 use crate::error::{Context, Result};
 
-const ENDING: [i32; 4] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];
+const ENDING: [i32; 5] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT, libc::SIGXCPU];
 
-/// Signals that would end the process wait here to be read.
+/// Signals wait here to be read: those that would end the process, unless they were ignored when it was
+/// started (nohup(1), a background job of a script), and SIGCONT.
 pub struct Signals {
     file: File,
+    set: libc::sigset_t,
+}
+
+/// Makes a write beyond RLIMIT_FSIZE fail with EFBIG instead of ending the process. The handler does
+/// nothing; a program that this process starts has the default again, which it would not if the signal were
+/// ignored (execve(2)).
+#[allow(unsafe_code)]
+pub fn survive_file_size_limit() {
+    extern "C" fn on_signal(_: i32) {}
+    // SAFETY: the handler touches nothing; the structure is plain data of which zeros are valid.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = on_signal as *const () as usize;
+        action.sa_flags = libc::SA_RESTART;
+        libc::sigaction(libc::SIGXFSZ, &action, std::ptr::null_mut());
+    }
 }
 
 impl Signals {
@@ -20,13 +37,13 @@ impl Signals {
         // SAFETY: the calls only read the local set and change this thread's signal mask; the new
         // descriptor is given away whole.
         unsafe {
-            let set = ending();
+            let set = awaited();
             libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut());
             let fd = libc::signalfd(-1, &set, libc::SFD_NONBLOCK | libc::SFD_CLOEXEC);
             if fd < 0 {
                 return Err(std::io::Error::last_os_error()).context("wait for signals");
             }
-            Ok(Self { file: File::from_raw_fd(fd) })
+            Ok(Self { file: File::from_raw_fd(fd), set })
         }
     }
 
@@ -34,7 +51,7 @@ impl Signals {
     #[allow(unsafe_code)]
     pub fn unblock(&mut self) {
         // SAFETY: the call only changes this thread's signal mask.
-        unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, &ending(), std::ptr::null_mut()) };
+        unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, &self.set, std::ptr::null_mut()) };
     }
 
     /// The signal that came, if one did.
@@ -53,13 +70,19 @@ impl AsRawFd for Signals {
 }
 
 #[allow(unsafe_code)]
-fn ending() -> libc::sigset_t {
-    // SAFETY: `sigset_t` is plain data that sigemptyset initialises.
+fn awaited() -> libc::sigset_t {
+    // SAFETY: `sigset_t` is plain data that sigemptyset initialises; the other calls read and write locals.
     unsafe {
         let mut set: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&mut set);
+        libc::sigaddset(&mut set, libc::SIGCONT);
         for signal in ENDING {
-            libc::sigaddset(&mut set, signal);
+            let mut action: libc::sigaction = std::mem::zeroed();
+            libc::sigaction(signal, std::ptr::null(), &mut action);
+            // A blocked signal waits to be read even where it is ignored.
+            if action.sa_sigaction != libc::SIG_IGN {
+                libc::sigaddset(&mut set, signal);
+            }
         }
         set
     }

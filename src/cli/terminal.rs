@@ -1,14 +1,25 @@
 //! The terminal as the guest's console: raw while the guest has it, as it was on every way out.
 
-use std::sync::Mutex;
-use std::sync::PoisonError;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, Once, PoisonError};
 
 const STDIN: i32 = libc::STDIN_FILENO;
 /// Ctrl-A: the next key is for us. Ctrl-A X leaves, Ctrl-A Ctrl-A is a Ctrl-A for the guest.
 const ESCAPE: u8 = 0x01;
 
-/// How the terminal was before we changed it; kept here for the panic hook too.
+/// How the terminal was before it was first changed here; kept for the panic hook too.
 static ORIGINAL: Mutex<Option<libc::termios>> = Mutex::new(None);
+/// The terminal is ours, and not as it was.
+static IS_RAW: AtomicBool = AtomicBool::new(false);
+
+/// Whether standard input is a terminal in whose background this process is (tcgetpgrp(3)).
+#[allow(unsafe_code)]
+pub fn is_in_background() -> bool {
+    // SAFETY: the calls take and return numbers.
+    let (foreground, own) = unsafe { (libc::tcgetpgrp(STDIN), libc::getpgrp()) };
+    // No terminal, or not the one that controls this process: nobody is stopped for using it.
+    foreground >= 0 && foreground != own
+}
 
 /// The terminal in raw mode; as it was again when this is dropped.
 pub struct Raw(());
@@ -24,18 +35,28 @@ impl Raw {
             if libc::tcgetattr(STDIN, &mut mode) != 0 {
                 return None;
             }
-            *ORIGINAL.lock().unwrap_or_else(PoisonError::into_inner) = Some(mode);
+            // A shell may have made it raw again, as it was when this process was stopped.
+            mode = *ORIGINAL.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(mode);
             mode.c_lflag &= !(libc::ICANON | libc::ECHO | libc::ISIG | libc::IEXTEN);
             mode.c_iflag &=
                 !(libc::ICRNL | libc::INLCR | libc::IGNCR | libc::IXON | libc::ISTRIP | libc::BRKINT);
+            IS_RAW.store(true, Ordering::SeqCst);
             libc::tcsetattr(STDIN, libc::TCSANOW, &mode);
         }
-        let report = std::panic::take_hook();
-        std::panic::set_hook(Box::new(move |panic| {
-            restore();
-            report(panic);
-        }));
+        static HOOK: Once = Once::new();
+        HOOK.call_once(|| {
+            let report = std::panic::take_hook();
+            std::panic::set_hook(Box::new(move |panic| {
+                restore();
+                report(panic);
+            }));
+        });
         Some(Self(()))
+    }
+
+    /// Leaves the terminal as it is: others have it now.
+    pub fn forget(self) {
+        IS_RAW.store(false, Ordering::SeqCst);
     }
 }
 
@@ -47,9 +68,11 @@ impl Drop for Raw {
 
 #[allow(unsafe_code)]
 fn restore() {
-    if let Some(mode) = ORIGINAL.lock().unwrap_or_else(PoisonError::into_inner).take() {
-        // SAFETY: the call only reads the local copy of what tcgetattr returned.
-        unsafe { libc::tcsetattr(STDIN, libc::TCSANOW, &mode) };
+    if IS_RAW.swap(false, Ordering::SeqCst)
+        && let Some(mode) = &*ORIGINAL.lock().unwrap_or_else(PoisonError::into_inner)
+    {
+        // SAFETY: the call only reads what tcgetattr returned.
+        unsafe { libc::tcsetattr(STDIN, libc::TCSANOW, mode) };
     }
 }
 
