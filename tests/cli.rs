@@ -481,7 +481,7 @@ fn a_limit_of_cpu_time_ends_the_process_with_words() {
     const LIMIT: &[(libc::__rlimit_resource_t, u64)] = &[(libc::RLIMIT_CPU, 1)];
     let ended = Process::spawn(limited(&["run", "--cmdline", "case=serial end=spin"], LIMIT)).end();
     assert_eq!(ended.code, Some(154), "{}", ended.text);
-    let said = "alula: the limit of CPU time (RLIMIT_CPU, ulimit -t) is used up\n";
+    let said = "alula: the soft limit of CPU time (RLIMIT_CPU, `ulimit -S -t`) is used up\n";
     assert!(ended.text.contains(said), "{}", ended.text);
 }
 

@@ -33,7 +33,7 @@ const WRONG_ARGUMENTS: u8 = 153;
 /// A signal's number is added to this, as shells do.
 const SIGNAL_BASE: u8 = 128;
 
-/// The limit of CPU time is used up (Firecracker's code).
+/// The soft limit of CPU time is used up (Firecracker's code). At the hard limit the kernel kills.
 const OUT_OF_CPU_TIME: u8 = 154;
 
 /// Runs the command that the process was started with, and returns its exit code.
@@ -104,7 +104,7 @@ fn conclude(outcome: &Result<Outcome>, failed: u8, code: impl Fn(&Exit) -> u8) -
         Ok(Outcome::Ended(exit)) => (exit.to_string(), code(exit)),
         Ok(Outcome::Left) => ("you left the guest".to_owned(), LEFT),
         Ok(Outcome::Signal(signal)) if i32::from(*signal) == libc::SIGXCPU => {
-            ("the limit of CPU time (RLIMIT_CPU, ulimit -t) is used up".to_owned(), OUT_OF_CPU_TIME)
+            ("the soft limit of CPU time (RLIMIT_CPU, `ulimit -S -t`) is used up".to_owned(), OUT_OF_CPU_TIME)
         }
         Ok(Outcome::Signal(signal)) => {
             (format!("ended by signal {signal}"), SIGNAL_BASE.saturating_add(*signal))

@@ -26,7 +26,12 @@ pub fn survive_file_size_limit() {
         let mut action: libc::sigaction = std::mem::zeroed();
         action.sa_sigaction = on_signal as *const () as usize;
         action.sa_flags = libc::SA_RESTART;
-        libc::sigaction(libc::SIGXFSZ, &action, std::ptr::null_mut());
+        let mut before: libc::sigaction = std::mem::zeroed();
+        libc::sigaction(libc::SIGXFSZ, &action, &mut before);
+        // What was ignored at the start stays so, here and in programs started from here.
+        if before.sa_sigaction == libc::SIG_IGN {
+            libc::sigaction(libc::SIGXFSZ, &before, std::ptr::null_mut());
+        }
     }
 }
 
