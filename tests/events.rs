@@ -218,6 +218,7 @@ fn readers_leave_the_connections_to_clients() {
     let mut clients: Vec<_> = (0..10).map(|_| service.client()).collect();
     for client in &mut clients {
         client.ok("GET", "/", "");
+        client.send("GET / HTTP/1.1\r\n");
     }
     assert_eq!(service.client().receive().status(), "503");
     drop(clients);

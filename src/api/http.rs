@@ -26,13 +26,23 @@ pub enum Parsed<'a> {
         path: &'a str,
         /// Where the body is.
         body: Range<usize>,
+        /// The connection ends with the answer (RFC 9112, 9.3).
+        closes: bool,
+    },
+    /// The head of a request whose body comes in chunks ([`super::chunks`]).
+    Chunked {
+        /// Where the first chunk begins.
+        head: usize,
+        /// As in `Incomplete`.
+        expects_continue: bool,
     },
     /// Not HTTP, or more than is allowed: after this nothing can be made of what follows.
     Bad(String),
 }
 
-/// Looks at `input`, which begins where a request begins.
-pub fn parse(input: &[u8], body_max: usize) -> Parsed<'_> {
+/// Looks at `input`, which begins where a request begins. `put_together` is the length of a body that came in
+/// chunks and lies behind the head now.
+pub fn parse(input: &[u8], body_max: usize, put_together: Option<usize>) -> Parsed<'_> {
     let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
     let mut request = httparse::Request::new(&mut headers);
     // The parser would skip empty lines before the request line.
@@ -51,15 +61,21 @@ pub fn parse(input: &[u8], body_max: usize) -> Parsed<'_> {
         }
         Err(error) => return bad(&format!("Invalid HTTP request: {error}.")),
     };
-    let (length, expects_continue) = match framing(request.headers) {
+    let is_old = request.version == Some(0);
+    let Framing { length, is_chunked, expects_continue, closes } = match framing(request.headers, is_old) {
         Ok(framing) => framing,
         Err(message) => return bad(message),
     };
+    let length = match put_together {
+        None if is_chunked => {
+            let expects_continue = expects_continue && input.len() == head;
+            return Parsed::Chunked { head, expects_continue };
+        }
+        None => length,
+        Some(length) => length as u64,
+    };
     if length > body_max as u64 {
-        return bad(&format!(
-            "Request payload with size {length} is larger than the limit of {body_max} allowed by server.\n\
-             All previous unanswered requests will be dropped."
-        ));
+        return bad(&too_large(length, body_max));
     }
     let body = head..head + length as usize;
     if input.len() < body.end {
@@ -67,7 +83,7 @@ pub fn parse(input: &[u8], body_max: usize) -> Parsed<'_> {
     }
     let (method, target) = (request.method.expect("complete"), request.path.expect("complete"));
     match path(target) {
-        Some(path) => Parsed::Request { method, path, body },
+        Some(path) => Parsed::Request { method, path, body, closes },
         None => bad("Invalid URI: an absolute path is needed."),
     }
 }
@@ -76,11 +92,33 @@ fn bad(message: &str) -> Parsed<'static> {
     Parsed::Bad(message.to_owned())
 }
 
-/// The body's length, and whether the client waits for a 100.
-fn framing(headers: &[httparse::Header<'_>]) -> Result<(u64, bool), &'static str> {
-    let (mut length, mut expects_continue) = (None, false);
+/// Why a body of `length` bytes is refused.
+pub fn too_large(length: u64, body_max: usize) -> String {
+    format!(
+        "Request payload with size {length} is larger than the limit of {body_max} allowed by server.\n\
+         All previous unanswered requests will be dropped."
+    )
+}
+
+/// What a head says of the body and of the connection.
+#[derive(Default)]
+struct Framing {
+    length: u64,
+    is_chunked: bool,
+    /// The client waits for a 100.
+    expects_continue: bool,
+    closes: bool,
+}
+
+/// `is_old`: of HTTP/1.0, whose connections end with an answer unless the client says otherwise.
+fn framing(headers: &[httparse::Header<'_>], is_old: bool) -> Result<Framing, &'static str> {
+    let mut framing = Framing { closes: is_old, ..Default::default() };
+    let mut length = None;
     for header in headers {
-        if header.name.eq_ignore_ascii_case("Content-Length") {
+        let is = |name: &str| header.name.eq_ignore_ascii_case(name);
+        let mut words = header.value.split(|byte| *byte == b',').map(<[u8]>::trim_ascii);
+        let mut says = |word: &[u8]| words.any(|one| one.eq_ignore_ascii_case(word));
+        if is("Content-Length") {
             let text = std::str::from_utf8(header.value).unwrap_or_default().trim();
             let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
             let value = if digits { text.parse::<u64>().ok() } else { None };
@@ -89,13 +127,23 @@ fn framing(headers: &[httparse::Header<'_>]) -> Result<(u64, bool), &'static str
                 return Err("Two different Content-Length headers.");
             }
             length = Some(value);
-        } else if header.name.eq_ignore_ascii_case("Transfer-Encoding") {
-            return Err("Transfer-Encoding is not supported: send a Content-Length.");
-        } else if header.name.eq_ignore_ascii_case("Expect") {
-            expects_continue = header.value.eq_ignore_ascii_case(b"100-continue");
+        } else if is("Transfer-Encoding") {
+            if framing.is_chunked || !header.value.trim_ascii().eq_ignore_ascii_case(b"chunked") {
+                return Err("Only `chunked` is supported as Transfer-Encoding.");
+            }
+            framing.is_chunked = true;
+        } else if is("Expect") {
+            framing.expects_continue = says(b"100-continue");
+        } else if is("Connection") {
+            framing.closes = if is_old { !says(b"keep-alive") } else { framing.closes || says(b"close") };
         }
     }
-    Ok((length.unwrap_or(0), expects_continue))
+    // Somebody between the client and us may have gone by the other one (RFC 9112, 6.3).
+    if framing.is_chunked && (length.is_some() || is_old) {
+        return Err("A chunked request has no Content-Length and is of HTTP/1.1.");
+    }
+    framing.length = length.unwrap_or(0);
+    Ok(framing)
 }
 
 /// The path of a request target in origin or absolute form (RFC 9112, 3.2).
@@ -134,6 +182,23 @@ pub fn response_bytes(response: &Response) -> Vec<u8> {
     }
 }
 
+/// The same response as the last one of a connection.
+pub fn last(mut response: Vec<u8>) -> Vec<u8> {
+    const STAYS: &[u8] = b"Connection: keep-alive";
+    if let Some(at) = response.windows(STAYS.len()).position(|bytes| bytes == STAYS) {
+        response.splice(at..at + STAYS.len(), *b"Connection: close");
+    }
+    response
+}
+
+/// The same response without its body: to HEAD.
+pub fn without_body(mut response: Vec<u8>) -> Vec<u8> {
+    if let Some(at) = response.windows(4).position(|bytes| bytes == b"\r\n\r\n") {
+        response.truncate(at + 4);
+    }
+    response
+}
+
 /// The answer to what is not a request: in the server's own words, which are not JSON-escaped.
 pub fn error_bytes(status: &str, message: &str) -> Vec<u8> {
     with_body(status, &format!("{{ \"error\": \"{message}\" }}"))
@@ -155,7 +220,7 @@ mod tests {
     use super::*;
 
     fn request(text: &str) -> Parsed<'_> {
-        parse(text.as_bytes(), 100)
+        parse(text.as_bytes(), 100, None)
     }
 
     #[test]
@@ -165,7 +230,7 @@ mod tests {
         for end in 1..body.end {
             assert_eq!(request(&text[..end]), Parsed::Incomplete { expects_continue: false }, "{end}");
         }
-        assert_eq!(request(text), Parsed::Request { method: "PUT", path: "/actions", body });
+        assert_eq!(request(text), Parsed::Request { method: "PUT", path: "/actions", body, closes: false });
     }
 
     #[test]
@@ -184,7 +249,10 @@ mod tests {
             "\r\nGET / HTTP/1.1\r\n\r\n",
             "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
             "hello\r\n\r\n",
-            "PUT / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+            "PUT / HTTP/1.1\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+            "PUT / HTTP/1.1\r\nTransfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n",
+            "PUT / HTTP/1.1\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+            "PUT / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
             "PUT / HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
             "PUT / HTTP/1.1\r\nContent-Length: +1\r\n\r\n",
             "PUT / HTTP/1.1\r\nContent-Length: 99999999999999999999\r\n\r\n",
@@ -203,6 +271,39 @@ mod tests {
                  unanswered requests will be dropped."
                     .to_owned()
             )
+        );
+    }
+
+    #[test]
+    fn a_connection_lasts_as_long_as_its_client_says() {
+        for (head, expected) in [
+            ("HTTP/1.1", false),
+            ("HTTP/1.1\r\nConnection: close", true),
+            ("HTTP/1.1\r\nconnection: Upgrade, CLOSE", true),
+            ("HTTP/1.1\r\nConnection: keep-alive", false),
+            ("HTTP/1.1\r\nConnection: closed", false),
+            ("HTTP/1.0", true),
+            ("HTTP/1.0\r\nConnection: Keep-Alive", false),
+            ("HTTP/1.0\r\nConnection: close", true),
+        ] {
+            match request(&format!("GET / {head}\r\n\r\n")) {
+                Parsed::Request { closes, .. } => assert_eq!(closes, expected, "{head}"),
+                other => panic!("{head}: {other:?}"),
+            }
+        }
+        let answer = last(response_bytes(&Response::Done));
+        assert_eq!(answer, b"HTTP/1.1 204 \r\nServer: Firecracker API\r\nConnection: close\r\n\r\n");
+    }
+
+    #[test]
+    fn a_chunked_head_says_where_its_chunks_begin() {
+        let head = "PUT /a HTTP/1.1\r\nTransfer-Encoding: Chunked\r\n\r\n";
+        let expected = Parsed::Chunked { head: head.len(), expects_continue: false };
+        assert_eq!(request(&format!("{head}2\r\n{{}}\r\n0\r\n\r\n")), expected);
+        let body = head.len()..head.len() + 2;
+        assert_eq!(
+            parse(format!("{head}{{}}").as_bytes(), 100, Some(2)),
+            Parsed::Request { method: "PUT", path: "/a", body, closes: false }
         );
     }
 

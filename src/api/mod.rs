@@ -2,7 +2,9 @@
 //! `routes` turns a method, path and body into a `Request`, `handle` does it, `observe` counts it,
 //! `metrics` tells what was counted, `server` owns the sockets. `client` is the other side.
 
+mod chunks;
 pub mod client;
+mod connection;
 mod handle;
 pub mod http;
 mod metrics;

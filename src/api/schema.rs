@@ -214,6 +214,11 @@ JSON or 204 with nothing, what does not 400 with `{\"fault_message\": \"...\"}`.
 are refused, but for those of `Metrics` and `TokenBucket`, which are ignored. Called `firecracker`, it knows
 only what Firecracker has.
 
+On the wire a few things are meant otherwise than in Firecracker: `Connection: close` and HTTP/1.0 are
+answered and closed, HEAD is answered as GET without the body, bodies may come in chunks, and of ten
+connections the one that has been idle longest gives way to a new client. Ten clients in the middle of a
+request still mean 503, and half a request is given up after 30 s with 408. Readers of events are never closed.
+
 ## Requests
 
 | request | what it does | body |

@@ -1,9 +1,11 @@
 //! The API's sockets: a listener and its connections, non-blocking, on the main event loop.
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::ErrorKind;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
+use super::connection::Connection;
 use super::{Response, http};
 use crate::error::{Context, Error, Result};
 use crate::event::{Events, Interest, Ready};
@@ -18,13 +20,9 @@ const READERS_MAX: usize = 256;
 /// Sockets in all, beside the readers': connections that are being let go wait for their client to
 /// hang up. A client that does not is cut off for the next.
 const SOCKETS_MAX: usize = 32;
-/// Requests that one connection may have answered before the others get their turn.
-const TURN: usize = 16;
-/// How much is read at once.
-const CHUNK: usize = 2048;
-/// Reads of one connection before the others get their turn: a client whose request comes byte after byte,
-/// and never to its end, would keep the main thread to itself.
-const READS: usize = 16;
+/// A request that has not come to its end so long after its first byte is given up: ten clients that send
+/// half of one would keep everybody else out for ever.
+const REQUEST_TIME: Duration = Duration::from_secs(30);
 
 /// Who serves: method, path and body to response.
 pub type Service<'a> = dyn FnMut(&str, &str, &[u8]) -> Response + 'a;
@@ -37,6 +35,8 @@ pub struct Server {
     /// Tokens on the event loop: this one for the listener, the next ones for the connections.
     token: u64,
     connections: Vec<Option<Connection>>,
+    /// Counts what clients have done, to tell which of them has been idle longest.
+    moves: u64,
 }
 
 impl Server {
@@ -48,7 +48,8 @@ impl Server {
         let listener = UnixListener::bind(path)
             .map_err(|error| cannot_bind(path, &error))
             .with_context(|| format!("listen on API socket `{}`", path.display()))?;
-        let server = Self { listener, path: path.to_owned(), body_max, token: 0, connections: Vec::new() };
+        let server =
+            Self { listener, path: path.to_owned(), body_max, token: 0, connections: Vec::new(), moves: 0 };
         server.listener.set_nonblocking(true).context("set up the API socket")?;
         Ok(server)
     }
@@ -96,6 +97,11 @@ impl Server {
         match interest {
             Some(interest) => {
                 let answered = connection.answered > answered;
+                connection.note_unfinished();
+                if answered {
+                    self.moves += 1;
+                    connection.moved = self.moves;
+                }
                 if interest != connection.interest {
                     events.change(&connection.stream, interest, ready_token(self.token, index))?;
                     connection.interest = interest;
@@ -107,6 +113,27 @@ impl Server {
                 Ok(true)
             }
         }
+    }
+
+    /// When a request that has begun will have had its time, unless it ends before.
+    pub fn expires_at(&self) -> Option<Instant> {
+        let begun = self.connections.iter().flatten().filter_map(|connection| connection.begun);
+        begun.min().map(|begun| begun + REQUEST_TIME)
+    }
+
+    /// Gives up requests that have had their time at `now`.
+    pub fn expire(&mut self, now: Instant, events: &Events) -> Result<()> {
+        for index in 0..self.connections.len() {
+            let Some(connection) = &mut self.connections[index] else { continue };
+            if connection.begun.is_some_and(|begun| now.saturating_duration_since(begun) >= REQUEST_TIME) {
+                let time = REQUEST_TIME.as_secs();
+                let message = format!("The request did not come to its end within {time} s.");
+                connection.end(http::error_bytes("408", &message));
+                // Nothing more is served on it.
+                self.advance(index, events, Some(&mut |_, _, _| Response::Done))?;
+            }
+        }
+        Ok(())
     }
 
     /// Tells readers of events what they have not read yet, as far as they read now.
@@ -166,15 +193,24 @@ impl Server {
             Err(_) => return Ok(None),
         };
         stream.set_nonblocking(true).context("set up an API connection")?;
-        let is_full = self.served().count() >= CONNECTIONS_MAX;
+        let is_full = self.served().count() >= CONNECTIONS_MAX && !self.let_an_idle_one_go();
         let index = self.free_place();
-        let mut connection = Connection::new(stream);
+        self.moves += 1;
+        let mut connection = Connection::new(stream, self.moves);
         if is_full {
-            connection.end(&http::error_bytes("503", "Too many open connections"));
+            connection.end(http::error_bytes("503", "Too many open connections"));
         }
         events.add(&connection.stream, connection.interest, ready_token(self.token, index))?;
         self.connections[index] = Some(connection);
         Ok(Some(index))
+    }
+
+    /// Closes the connection that has been idle longest; false: none is idle.
+    fn let_an_idle_one_go(&mut self) -> bool {
+        let open = |index: &usize| self.connections[*index].as_ref();
+        let idle = self.served().filter(|index| open(index).is_some_and(Connection::is_idle));
+        let longest = idle.min_by_key(|index| open(index).map(|connection| connection.moved));
+        longest.is_some_and(|index| self.connections[index].take().is_some())
     }
 
     fn free_place(&mut self) -> usize {
@@ -227,192 +263,48 @@ fn cannot_bind(path: &Path, error: &std::io::Error) -> Error {
     Error::config(message)
 }
 
-/// One client.
-struct Connection {
-    stream: UnixStream,
-    interest: Interest,
-    input: Vec<u8>,
-    output: Vec<u8>,
-    /// Nothing more is served; when the output is out, what still comes is thrown away.
-    ending: bool,
-    /// The client hangs up when it has read this far, or was told that we have.
-    shut: bool,
-    /// This request's client was told to go on with its body.
-    continued: bool,
-    answered: u64,
-    /// It asked for events: nothing else is served any more.
-    reader: Option<Reader>,
-}
-
-impl Connection {
-    fn new(stream: UnixStream) -> Self {
-        Self {
-            stream,
-            interest: Interest::IN,
-            input: Vec::new(),
-            output: Vec::new(),
-            ending: false,
-            shut: false,
-            continued: false,
-            answered: 0,
-            reader: None,
-        }
-    }
-
-    /// The last answer: nothing of what comes after it can be understood.
-    fn end(&mut self, answer: &[u8]) {
-        self.output.extend_from_slice(answer);
-        self.input = Vec::new();
-        self.ending = true;
-    }
-
-    /// Reads, serves and writes as far as it goes without waiting; says what to wait for. None: the
-    /// client is gone.
-    fn go_on(&mut self, body_max: usize, service: &mut Service<'_>) -> Option<Interest> {
-        let turn_end = self.answered + TURN as u64;
-        let mut reads = 0;
-        loop {
-            // A client that does not read its answers is not read from.
-            if !self.flush()? || self.answered == turn_end {
-                return Some(Interest::OUT);
-            }
-            if self.ending {
-                return self.discard();
-            }
-            if self.reader.is_some() {
-                return self.tell();
-            }
-            self.serve_one(body_max, service);
-            if self.output.is_empty() {
-                // Level-triggered: what is still there is told of again.
-                if reads == READS || !self.fill()? {
-                    return Some(Interest::IN);
-                }
-                reads += 1;
-            }
-        }
-    }
-
-    /// Serves the request that is in the input, if it is complete: then there is output.
-    fn serve_one(&mut self, body_max: usize, service: &mut Service<'_>) {
-        if self.input.is_empty() {
-            return;
-        }
-        match http::parse(&self.input, body_max) {
-            http::Parsed::Incomplete { expects_continue } => {
-                if expects_continue && !self.continued {
-                    self.continued = true;
-                    self.output = http::continue_bytes();
-                }
-            }
-            http::Parsed::Bad(message) => {
-                self.end(&http::error_bytes("400", &message));
-            }
-            http::Parsed::Request { method, path, body } => {
-                let end = body.end;
-                let response = service(method, path, &self.input[body]);
-                self.output = http::response_bytes(&response);
-                self.reader = (response == Response::Events).then(Reader::default);
-                self.input.drain(..end);
-                self.continued = false;
-                self.answered += 1;
-            }
-        }
-    }
-
-    /// Reads some more; false: nothing is there now. None: the client is gone.
-    fn fill(&mut self) -> Option<bool> {
-        let mut chunk = [0; CHUNK];
-        loop {
-            match self.stream.read(&mut chunk) {
-                Ok(0) => return None,
-                Ok(count) => {
-                    self.input.extend_from_slice(&chunk[..count]);
-                    return Some(true);
-                }
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Some(false),
-                Err(_) => return None,
-            }
-        }
-    }
-
-    /// Writes what is to be written; false: the client must read first. None: it is gone.
-    fn flush(&mut self) -> Option<bool> {
-        while !self.output.is_empty() {
-            match self.stream.write(&self.output) {
-                Ok(count) => drop(self.output.drain(..count)),
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Some(false),
-                Err(_) => return None,
-            }
-        }
-        Some(true)
-    }
-
-    /// Writes events as far as the client reads; says what to wait for. None: the client is gone.
-    fn tell(&mut self) -> Option<Interest> {
-        loop {
-            if !self.flush()? {
-                return Some(Interest::OUT);
-            }
-            let lines = self.reader.as_mut().map(|reader| reader.read(CHUNK)).unwrap_or_default();
-            if lines.is_empty() {
-                break;
-            }
-            self.output = lines.into_bytes();
-        }
-        self.listen()
-    }
-
-    /// Nothing more is expected of the client but that it hangs up.
-    fn listen(&mut self) -> Option<Interest> {
-        for _ in 0..TURN {
-            if !self.fill()? {
-                break;
-            }
-            self.input.clear();
-        }
-        Some(Interest::IN)
-    }
-
-    /// Everything is said: waits for the client to hang up, so that it can read the answer first.
-    fn discard(&mut self) -> Option<Interest> {
-        if !self.shut {
-            self.stream.shutdown(std::net::Shutdown::Write).ok()?;
-            self.shut = true;
-        }
-        self.listen()
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::io::{Read, Write};
+
     use super::*;
 
     #[test]
-    fn a_client_that_never_stops_sending_lets_others_have_their_turn() {
-        let (ours, mut theirs) = UnixStream::pair().unwrap();
-        ours.set_nonblocking(true).unwrap();
-        let mut connection = Connection::new(ours);
-        let length = 3 * READS * CHUNK;
-        let head = format!("PUT /x HTTP/1.1\r\nContent-Length: {length}\r\n\r\n");
-        theirs.write_all(head.as_bytes()).unwrap();
-        theirs.write_all(&vec![b'x'; length]).unwrap();
-        let mut served = Vec::new();
-        for turn in 1..4 {
-            let mut service = |_: &str, _: &str, body: &[u8]| {
-                served.push(body.len());
-                Response::Done
-            };
-            assert_eq!(connection.go_on(length, &mut service), Some(Interest::IN));
-            assert_eq!(connection.input.len(), turn * READS * CHUNK, "turn {turn}");
-        }
-        let mut service = |_: &str, _: &str, body: &[u8]| {
-            served.push(body.len());
-            Response::Done
+    fn half_a_request_is_given_up_after_its_time() {
+        let path = std::env::temp_dir().join(format!("alula-server-{}", std::process::id()));
+        let events = Events::new().unwrap();
+        let mut server = Server::bind(&path, 100).unwrap();
+        server.register(&events, 0).unwrap();
+        let mut ready = Vec::new();
+        let mut turn = |server: &mut Server| {
+            events.wait(Some(Duration::ZERO), &mut ready).unwrap();
+            for event in &ready {
+                server.handle(*event, &events, &mut |_, _, _| Response::Done).unwrap();
+            }
         };
-        connection.go_on(length, &mut service).unwrap();
-        assert_eq!(served, [length]);
+        let [mut half, mut idle, mut stream] = [(); 3].map(|()| UnixStream::connect(&path).unwrap());
+        (0..5).for_each(|_| turn(&mut server));
+        assert_eq!(server.expires_at(), None, "no request has begun");
+        half.write_all(b"PUT /a HTTP/1.1\r\nContent-Length: 9\r\n\r\n{").unwrap();
+        idle.write_all(b"PUT /a HTTP/1.1\r\n\r\n").unwrap();
+        stream.write_all(b"PUT /a HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n{\r\n").unwrap();
+        (0..5).for_each(|_| turn(&mut server));
+        let at = server.expires_at().expect("two requests have begun");
+        server.expire(at - Duration::from_secs(1), &events).unwrap();
+        assert_eq!(server.expires_at(), Some(at), "it is not yet time");
+        server.expire(at + REQUEST_TIME, &events).unwrap();
+        assert_eq!(server.expires_at(), None);
+        for client in [&mut half, &mut stream] {
+            let mut answer = String::new();
+            client.read_to_string(&mut answer).unwrap();
+            assert!(answer.starts_with("HTTP/1.1 408 ") && answer.contains("Connection: close"), "{answer}");
+        }
+        // One that has asked for nothing stays.
+        let mut bytes = [0; 13];
+        idle.read_exact(&mut bytes).unwrap();
+        assert_eq!(&bytes, b"HTTP/1.1 204 ");
+        idle.write_all(b"PUT /a HTTP/1.1\r\n\r\n").unwrap();
+        turn(&mut server);
+        assert_eq!(server.served().count(), 1);
     }
 }

@@ -185,6 +185,11 @@ impl Monitor {
                 self.prepare_at = None;
             }
             self.listen_for_events()?;
+            if let Some(server) = &mut self.server
+                && server.expires_at().is_some_and(|at| at <= Instant::now())
+            {
+                server.expire(Instant::now(), &self.events)?;
+            }
             self.events.wait(self.timeout(), &mut ready)?;
             if ready.is_empty() {
                 continue;
@@ -199,6 +204,8 @@ impl Monitor {
 
     fn timeout(&self) -> Option<Duration> {
         let at = if self.watching { Some(self.look_at) } else { self.prepare_at };
+        let expires_at = self.server.as_ref().and_then(Server::expires_at);
+        let at = at.into_iter().chain(expires_at).min();
         // A millisecond more than the rest: epoll rounds down.
         at.map(|at| at.saturating_duration_since(Instant::now()) + Duration::from_millis(1))
     }

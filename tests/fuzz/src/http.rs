@@ -8,7 +8,7 @@ use alula::dialect::Dialect;
 pub fn run(bytes: &[u8]) {
     let mut rest = bytes;
     // What follows a request is the next one.
-    while let Parsed::Request { method, path, body } = parse(rest, BODY_MAX) {
+    while let Parsed::Request { method, path, body, .. } = parse(rest, BODY_MAX, None) {
         assert!(path.starts_with('/') && !method.is_empty());
         assert!(body.len() <= BODY_MAX && body.start <= HEAD_MAX && body.end <= rest.len());
         check_cuts(rest, body.end);
@@ -18,7 +18,7 @@ pub fn run(bytes: &[u8]) {
         }
         rest = &rest[body.end..];
     }
-    if let Parsed::Bad(message) = parse(rest, BODY_MAX) {
+    if let Parsed::Bad(message) = parse(rest, BODY_MAX, None) {
         check_response(&Response::Fault(message));
     }
 }
@@ -27,9 +27,9 @@ pub fn run(bytes: &[u8]) {
 fn check_cuts(bytes: &[u8], end: usize) {
     let step = 1.max(end / 16);
     for cut in (0..end).step_by(step).chain([end - 1]) {
-        assert!(matches!(parse(&bytes[..cut], BODY_MAX), Parsed::Incomplete { .. }), "cut at {cut}");
+        assert!(matches!(parse(&bytes[..cut], BODY_MAX, None), Parsed::Incomplete { .. }), "cut at {cut}");
     }
-    assert!(parse(&bytes[..end], BODY_MAX) == parse(bytes, BODY_MAX));
+    assert!(parse(&bytes[..end], BODY_MAX, None) == parse(bytes, BODY_MAX, None));
 }
 
 /// What a device was configured with says the same when it is read again.
