@@ -86,8 +86,9 @@ fn a_guest_with_one_cpu_knows_what_time_it_is() {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
     let (_, rest) = ended.text.split_once("guest: does clock").unwrap();
     let told = rest.lines().find_map(|line| line.trim().parse::<u64>().ok());
-    // A power-off lies between the two.
-    assert!(told.is_some_and(|told| told <= now && now - told < 300), "{now}: {}", ended.text);
+    // A power-off lies between the two. Linux takes its clock to be in the middle of a second (rtc_hctosys), so
+    // it is ahead by half of one at most.
+    assert!(told.is_some_and(|told| told <= now + 1 && now < told + 300), "{now}: {}", ended.text);
 }
 
 #[test]
