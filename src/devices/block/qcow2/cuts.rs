@@ -419,3 +419,29 @@ fn a_table_of_reference_counts_may_move_wherever_it_is_cut_off() {
         println!("{} cuts", run.cut(true, &mut random, &format!("{kind:?}")));
     }
 }
+
+#[test]
+fn a_sync_that_failed_in_a_write_fails_every_flush_after_it() {
+    let kind = Kind { version: 3, order: 4, sectors: 700, has_snapshot: false, full: 0 };
+    let opened = open(&image(kind), CacheType::Writeback);
+    opened.write(1, 0, 4);
+    opened.qcow2.flush(true).unwrap();
+    // Acknowledged, and not yet flushed.
+    opened.write(2, 0, 1);
+    // What is given back must be durable before a cluster is allocated: the next write syncs.
+    opened.qcow2.discard(2 * CLUSTER as u64, CLUSTER as u64).unwrap();
+    record::fail_next_sync();
+    let mut buffers = Buffers::new(opened.memory.clone());
+    buffers.add_piece(0, CLUSTER as u32).unwrap();
+    opened.qcow2.write(&mut buffers, 300 * CLUSTER as u64).unwrap_err();
+    for _ in 0..3 {
+        opened.qcow2.flush(true).expect_err("the host has told of the loss, and only once");
+    }
+    // The image that is opened anew is written whole, and flushed again.
+    let mut config = Config::new("d", opened.file.as_path());
+    (config.format, config.cache_type) = (Format::Qcow2, CacheType::Writeback);
+    let again = opened.qcow2.again(&config, &mut Local::default()).unwrap();
+    again.flush(true).unwrap();
+    let content = walk(&std::fs::read(opened.file.as_path()).unwrap()).unwrap();
+    assert_eq!(content[..4], [2, 1, 0, 1]);
+}

@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::io::{Error, ErrorKind, Result, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::devices::block::holes;
 use crate::virtio::buffers::Buffers;
@@ -17,12 +18,16 @@ pub struct Medium {
     file: File,
     /// The file never becomes longer. A damaged table may name a place a million gigabytes away.
     end: u64,
+    /// A sync failed. The host tells of a writeback error once, so a later sync that succeeds says nothing.
+    failed: AtomicBool,
+    /// A sync has failed at some time: what is read back may be in the page cache alone.
+    doubted: AtomicBool,
 }
 
 impl Medium {
     /// A file that is written up to `end`; 0: it is only read.
     pub fn new(file: File, end: u64) -> Self {
-        Self { file, end }
+        Self { file, end, failed: AtomicBool::new(false), doubted: AtomicBool::new(false) }
     }
 
     /// The file itself, to read from.
@@ -126,12 +131,39 @@ impl Medium {
         self.file.set_len(length)
     }
 
-    /// Returns when all that was written is on stable storage.
+    /// Returns when all that was written is on stable storage. After one failure every sync fails, whoever
+    /// asks for it: data whose loss a write was told of must not be confirmed to a flush.
     pub fn sync(&self) -> Result<()> {
-        self.file.sync_data()?;
-        #[cfg(test)]
-        record::synced();
+        if self.failed.load(Ordering::Acquire) {
+            return Err(Error::other("an earlier write to stable storage failed"));
+        }
+        if let Err(error) = self.sync_data() {
+            self.failed.store(true, Ordering::Release);
+            self.doubted.store(true, Ordering::Release);
+            return Err(error);
+        }
         Ok(())
+    }
+
+    /// Syncs are tried again, because the user opens the image anew or it is closed.
+    pub fn try_again(&self) {
+        self.failed.store(false, Ordering::Release);
+    }
+
+    /// Whether what is read from the file may not be on stable storage although it was not changed since.
+    pub fn is_doubted(&self) -> bool {
+        self.doubted.load(Ordering::Acquire)
+    }
+
+    #[cfg(not(test))]
+    fn sync_data(&self) -> Result<()> {
+        self.file.sync_data()
+    }
+
+    #[cfg(test)]
+    fn sync_data(&self) -> Result<()> {
+        record::sync()?;
+        self.file.sync_data()
     }
 
     #[cfg(not(test))]
@@ -146,7 +178,7 @@ impl Medium {
 /// What reaches the files of this thread, for tests.
 #[cfg(test)]
 pub mod record {
-    use std::cell::RefCell;
+    use std::cell::{Cell, RefCell};
 
     use super::Medium;
 
@@ -187,7 +219,20 @@ pub mod record {
         });
     }
 
-    pub(super) fn synced() {
+    thread_local! {
+        static FAILS: Cell<bool> = const { Cell::new(false) };
+    }
+
+    /// Lets the next sync of this thread fail, as the host tells of a writeback error: once.
+    pub fn fail_next_sync() {
+        FAILS.set(true);
+    }
+
+    pub(super) fn sync() -> std::io::Result<()> {
+        if FAILS.take() {
+            return Err(std::io::Error::from_raw_os_error(libc::EIO));
+        }
         add(|| Step::Sync);
+        Ok(())
     }
 }

@@ -103,8 +103,16 @@ impl Qcow2 {
 
     /// The same image, as it is in the file now. The caller promises that nothing is in flight.
     pub fn again(&self, config: &Config, host: &mut dyn Host) -> Result<Self> {
-        self.flush(false).context("write its tables")?;
+        self.write_out().context("write its tables")?;
         Self::open(config, self.file.try_clone().context("duplicate a descriptor")?, host)
+    }
+
+    /// Writes the tables for whoever opens the file next, also after a sync that failed.
+    fn write_out(&self) -> IoResult<()> {
+        if let Some(writable) = &self.writable {
+            writable.tables.medium().try_again();
+        }
+        self.flush(false)
     }
 
     fn shared(&self) -> RwLockReadGuard<'_, FormatAccess<Layer>> {
@@ -320,7 +328,7 @@ impl Qcow2 {
 /// What is left to do when a worker that wrote here is gone.
 impl Drop for Qcow2 {
     fn drop(&mut self) {
-        if let Err(error) = self.flush(false) {
+        if let Err(error) = self.write_out() {
             crate::log::line(format_args!("write the tables of a qcow2 image: {error}: `qemu-img check` it"));
         }
     }
