@@ -52,7 +52,7 @@ impl Debug {
         std::fs::read_to_string(self.0.join(path)).ok()?.trim().parse().ok()
     }
 
-    /// What a boot came to by now, by KVM's statistics of the virtual machine of process `pid`: all exits,
+    /// The cost of a boot so far, by KVM's statistics of the virtual machine of process `pid`: all exits,
     /// and page faults by what was mapped for them. Pages are those that are mapped now.
     pub fn boot(&self, pid: u32) -> Result<Boot> {
         let folder = self.machine(pid)?;
@@ -99,7 +99,7 @@ impl Debug {
     }
 }
 
-/// What a boot costs.
+/// The cost of a boot.
 pub struct Boot {
     pub exits: u64,
     /// Exits that come with the host's time: a busy host makes a boot take longer, and more of them.

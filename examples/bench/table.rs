@@ -60,7 +60,7 @@ impl Measured {
 
 /// Exits of a stock guest's boot behind virtio-mmio, on a quiet host: 3414 in Firecracker 1.17-dev.
 const BOOT_EXITS_MAX: u64 = 3500;
-/// So much of the memory that it has touched is in huge pages, at least.
+/// The least part of the mapped memory of that guest which is in huge pages.
 const BOOT_HUGE_MIN: f64 = 0.9;
 
 /// Prints what a stock guest's boot came to, which took `time` from the monitor's start to the guest's first

@@ -51,7 +51,7 @@ pub fn run(machine: &Machine, words: &Words) -> u32 {
         ran += 1;
         virtio::forget_rings();
         let passed = case(machine, words);
-        // It would go on to look at rings that the next case, with another device, uses.
+        // A device that is not reset would go on to look at rings whose memory the next case uses.
         let is_reset = device.and_then(Device::find).is_none_or(Device::reset);
         if passed && !is_reset {
             say!(", expected the device to be reset in the end, found it running");
@@ -186,8 +186,8 @@ fn pvpanic(_: &Machine, _: &Words) -> bool {
     true
 }
 
-/// What KVM cannot do for the guest raises an exception, and the guest goes on. (A KVM that emulates all code
-/// of kernels ends it.)
+/// The case for instructions that KVM cannot carry out: each raises an exception, and the guest goes on. (A KVM
+/// that emulates all code of kernels ends the guest.)
 fn refused(_: &Machine, _: &Words) -> bool {
     match arch::be_refused() {
         Ok(count) => say!("ok (", count, " exceptions)"),

@@ -8,11 +8,11 @@ const LINE_MAX: usize = 256;
 /// Trailers, which nobody here needs, have at most so many bytes in all.
 const TRAILERS_MAX: usize = 1024;
 
-/// What comes next.
+/// The part of a chunked body that is read next.
 enum Next {
     /// A line with the size of a chunk.
     Size,
-    /// So many more bytes of a chunk.
+    /// The data of a chunk, of which this many bytes have not come yet.
     Data(usize),
     /// The end of the line after a chunk.
     DataEnd,
@@ -102,7 +102,7 @@ mod tests {
     /// A body, and what followed it.
     type Whole = (Vec<u8>, Vec<u8>);
 
-    /// What is made of `body` when it comes in pieces of `step` bytes; none: it has no end.
+    /// Reads `body` in pieces of `step` bytes; none: the body has no end.
     fn read(body: &[u8], step: usize) -> Result<Option<Whole>, String> {
         let (mut chunks, mut input) = (Chunks::new(HEAD.len()), HEAD.to_vec());
         let mut rest = body;
@@ -158,7 +158,7 @@ mod tests {
                 assert!(error.contains(expected), "{body}: {error}");
             }
         }
-        // What is too much in all is found with the chunk that makes it so.
+        // A body of small chunks is refused at the chunk that makes the body too large.
         let many = "32\r\n".to_owned() + &"x".repeat(50) + "\r\n33\r\n";
         assert!(read(many.as_bytes(), 1).unwrap_err().contains("size 101 is larger"));
     }

@@ -37,7 +37,7 @@ pub struct Connection {
     /// [`Server::moves`] when it was last answered, or taken in.
     pub moved: u64,
     pub answered: u64,
-    /// It asked for events: nothing else is served any more.
+    /// The client asked for events: nothing else is served on this connection any more.
     pub reader: Option<Reader>,
 }
 

@@ -230,7 +230,7 @@ impl Controller {
     fn put_device(&mut self, device: Device) -> Result<Response, String> {
         let fault = fault(device.kind().fault);
         device.check().map_err(&fault)?;
-        // What is refused holds nothing of the host's.
+        // A device that is refused must hold no file or interface of the host.
         self.config.check_beside(&device).map_err(&fault)?;
         device.hold(&mut self.host).map_err(&fault)?;
         self.config.put(device).map_err(&fault)?;

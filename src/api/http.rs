@@ -100,7 +100,7 @@ pub fn too_large(length: u64, body_max: usize) -> String {
     )
 }
 
-/// What a head says of the body and of the connection.
+/// The headers of a request that concern its body and its connection.
 #[derive(Default)]
 struct Framing {
     length: u64,
