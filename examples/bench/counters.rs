@@ -52,7 +52,7 @@ impl Debug {
         std::fs::read_to_string(self.0.join(path)).ok()?.trim().parse().ok()
     }
 
-    /// The cost of a boot so far, by KVM's statistics of the virtual machine of process `pid`: all exits,
+    /// The cost of a boot so far, by KVM's statistics of the virtual machine of process `pid`: exits by kind,
     /// and page faults by what was mapped for them. Pages are those that are mapped now.
     pub fn boot(&self, pid: u32) -> Result<Boot> {
         let folder = self.machine(pid)?;
@@ -61,8 +61,7 @@ impl Debug {
             self.number(&path).ok_or_else(|| format!("KVM does not tell {}", path.display()))
         };
         Ok(Boot {
-            exits: number("exits")?,
-            host_interrupts: number("irq_exits")?,
+            exits: self.exits(pid)?,
             faults: number("pf_fixed")?,
             huge_pages: number("pages_2m")?,
             small_pages: number("pages_4k")?,
@@ -101,9 +100,9 @@ impl Debug {
 
 /// The cost of a boot.
 pub struct Boot {
-    pub exits: u64,
-    /// Exits that come with the host's time: a busy host makes a boot take longer, and more of them.
-    pub host_interrupts: u64,
+    /// Exits by kind. Those by host interrupts come with the host's time: a busy host makes a boot take longer,
+    /// and more of them.
+    pub exits: Calls,
     /// Page faults for which KVM mapped a page.
     pub faults: u64,
     /// Pages of 2 MiB and of 4 KiB that are mapped.

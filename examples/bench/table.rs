@@ -66,14 +66,18 @@ const BOOT_HUGE_MIN: f64 = 0.9;
 /// Prints what a stock guest's boot came to, which took `time` from the monitor's start to the guest's first
 /// word.
 pub fn show_boot(name: &str, transport: &str, boot: &Boot, time: Duration) {
-    let Boot { exits, host_interrupts, faults, huge_pages, small_pages } = boot;
+    let Boot { exits: kinds, faults, huge_pages, small_pages } = boot;
+    let exits = kinds["all"];
     let bar = match transport {
-        "mmio" => format!(" <= {BOOT_EXITS_MAX}: {}", verdict(*exits <= BOOT_EXITS_MAX)),
+        "mmio" => format!(" <= {BOOT_EXITS_MAX}: {}", verdict(exits <= BOOT_EXITS_MAX)),
         _ => String::new(),
     };
     let huge = (huge_pages * 512) as f64 / (huge_pages * 512 + small_pages).max(1) as f64;
+    let of_kind = kinds.iter().filter(|(kind, count)| **kind != "all" && **count > 0);
+    let of_kind: Vec<_> = of_kind.map(|(kind, count)| format!("{kind} {count}")).collect();
+    let of_kind = of_kind.join(", ");
     println!(
-        "boot, {name}: {exits} exits{bar}, of them host interrupts {host_interrupts}; page faults {faults}, mapped \
+        "boot, {name}: {exits} exits{bar}, of them {of_kind}; page faults {faults}, mapped \
          {huge_pages} pages of 2 MiB, {small_pages} of 4 KiB: huge {huge:.3} >= {BOOT_HUGE_MIN}: {}; {:.2} s",
         verdict(huge >= BOOT_HUGE_MIN),
         time.as_secs_f64()
