@@ -1,4 +1,4 @@
-//! An event loop's core: which descriptors are waited for, and by which token each is known.
+//! The core of an event loop: an epoll set, in which each descriptor is known by a token.
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::time::Duration;
@@ -9,14 +9,14 @@ use crate::error::{Context, Result};
 
 pub use vmm_sys_util::eventfd::EventFd;
 
-/// What is waited for on a descriptor.
+/// What a loop waits for on a descriptor: readable, writable.
 pub type Interest = EventSet;
 
-/// How many events one wait can return; more are returned by the next.
+/// How many events one wait can return; the next wait returns more.
 const EVENTS: usize = 32;
 
-/// A set of descriptors to wait for. Level-triggered unless `Interest::EDGE_TRIGGERED` is given.
-/// A descriptor that is closed elsewhere leaves the set by itself (the kernel's rule for epoll).
+/// A set of descriptors to wait for, level-triggered unless `Interest::EDGE_TRIGGERED` is given. The kernel
+/// takes a descriptor out of the set when its last copy is closed (epoll(7)).
 pub struct Events {
     epoll: Epoll,
 }
@@ -32,7 +32,7 @@ impl AsRawFd for Events {
 pub struct Ready {
     /// The token given with the descriptor.
     pub token: u64,
-    /// What it is ready for.
+    /// What the descriptor is ready for.
     pub events: EventSet,
 }
 
@@ -47,12 +47,12 @@ impl Events {
         self.control(ControlOperation::Add, fd.as_raw_fd(), interest, token)
     }
 
-    /// Waits for something else from now on, or for nothing (an empty interest).
+    /// Changes what `fd` is waited for from now on: nothing, if `interest` is empty.
     pub fn change(&self, fd: &impl AsRawFd, interest: Interest, token: u64) -> Result<()> {
         self.control(ControlOperation::Modify, fd.as_raw_fd(), interest, token)
     }
 
-    /// Waits for nothing more on `fd`.
+    /// Takes `fd` out of the set.
     pub fn remove(&self, fd: &impl AsRawFd) -> Result<()> {
         self.control(ControlOperation::Delete, fd.as_raw_fd(), EventSet::empty(), 0)
     }

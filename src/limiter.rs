@@ -4,20 +4,20 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize, Serializer};
 
-/// `size` tokens come back in `refill_time` milliseconds; either of them 0: no limit.
+/// A bucket of `size` tokens that is refilled in `refill_time` milliseconds. It is no limit if either is 0.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "TokenBucket"))]
 #[serde(expecting = "struct TokenBucketConfig")]
 pub struct TokenBucket {
-    /// How many tokens there are at most.
+    /// How many tokens the bucket holds.
     pub size: u64,
-    /// Tokens beyond them that are there once, at the beginning.
+    /// Tokens beyond `size` that are there once, at the beginning, and are not refilled.
     pub one_time_burst: Option<u64>,
-    /// In how many milliseconds an empty bucket is full again.
+    /// The time in which an empty bucket is full again, in milliseconds.
     pub refill_time: u64,
 }
 
-/// Limits of a device or of one direction of it.
+/// The limits of a device, or of one direction of a network interface.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "RateLimiter"))]
 #[serde(deny_unknown_fields, expecting = "struct RateLimiterConfig")]
@@ -30,7 +30,7 @@ pub struct RateLimiter {
     pub ops: Option<TokenBucket>,
 }
 
-/// A bucket as it is told: one that is no limit, as none.
+/// Writes a bucket as the API tells it: a bucket that is no limit is told as null.
 fn tell<S: Serializer>(bucket: &Option<TokenBucket>, serializer: S) -> Result<S::Ok, S::Error> {
     bucket.filter(TokenBucket::is_limit).serialize(serializer)
 }
@@ -42,21 +42,22 @@ impl TokenBucket {
 }
 
 impl RateLimiter {
-    /// This with what `patch` says: a bucket left out stays, one of 0 is no limit.
+    /// These limits as changed by `patch`: a bucket that `patch` leaves out stays, one with a 0 is no limit.
     pub fn patched(self, patch: Self) -> Self {
         Self { bandwidth: patch.bandwidth.or(self.bandwidth), ops: patch.ops.or(self.ops) }
     }
 }
 
-/// One bucket at work.
+/// A bucket in use.
 #[derive(Clone, Debug)]
 struct Bucket {
     size: u64,
     refill: Duration,
-    /// Negative: more was taken than there was; nothing goes before it is paid back.
+    /// The number of tokens. It is negative after an operation that was larger than the bucket: nothing is
+    /// let through before the debt is refilled.
     tokens: i128,
     burst: u64,
-    /// Tokens are complete up to here.
+    /// The time up to which `tokens` is computed.
     filled: Instant,
 }
 
@@ -77,15 +78,15 @@ impl Bucket {
         let new = passed.as_nanos().saturating_mul(self.size.into()) / self.refill.as_nanos();
         if new > 0 {
             self.tokens = self.tokens.saturating_add_unsigned(new).min(self.size.into());
-            // What does not make a whole token counts next time.
+            // The part of `passed` that does not make a whole token counts next time.
             let used = new.saturating_mul(self.refill.as_nanos()).div_ceil(self.size.into());
             let used = Duration::from_nanos(u64::try_from(used).unwrap_or(u64::MAX));
             self.filled = self.filled.checked_add(used).unwrap_or(now).min(now);
         }
     }
 
-    /// How long until `count` can be taken; none: now. What is larger than the bucket goes when the
-    /// bucket is full, and is paid back afterwards: else it would never go.
+    /// How long it takes until `count` tokens can be taken; None if they can be taken now. A count larger
+    /// than the bucket is taken when the bucket is full, and leaves a debt: it could never be taken otherwise.
     fn wait(&self, count: u64) -> Option<Duration> {
         let missing = i128::from(count.saturating_sub(self.burst).min(self.size)) - self.tokens;
         if missing <= 0 {
@@ -102,7 +103,7 @@ impl Bucket {
     }
 }
 
-/// Limits at work. Without any, it costs nothing to ask.
+/// Limits in use. Where no limit is set, asking costs neither a system call nor a look at the clock.
 #[derive(Clone, Debug, Default)]
 pub struct Limiter {
     bandwidth: Option<Bucket>,
@@ -110,14 +111,14 @@ pub struct Limiter {
 }
 
 impl Limiter {
-    /// Buckets that are full.
+    /// A limiter with full buckets.
     pub fn new(config: RateLimiter) -> Self {
         let now = Instant::now();
         let bucket = |config: Option<TokenBucket>| config.and_then(|config| Bucket::new(config, now));
         Self { bandwidth: bucket(config.bandwidth), ops: bucket(config.ops) }
     }
 
-    /// Puts the buckets that `patch` names, full, in the place of those that there are.
+    /// Replaces the buckets that `patch` names by full ones.
     pub fn patch(&mut self, patch: RateLimiter) {
         let Self { bandwidth, ops } = Self::new(patch);
         if patch.bandwidth.is_some() {
@@ -128,12 +129,12 @@ impl Limiter {
         }
     }
 
-    /// Whether there are limits at all.
+    /// Whether any limit is set.
     pub fn is_limited(&self) -> bool {
         self.bandwidth.is_some() || self.ops.is_some()
     }
 
-    /// One operation of `bytes` bytes is to be done: it may be now, or after so long.
+    /// Takes the tokens of one operation of `bytes` bytes, or says how long it has to wait for them.
     pub fn take(&mut self, bytes: u64) -> Result<(), Duration> {
         if !self.is_limited() {
             return Ok(());

@@ -30,42 +30,42 @@ use serde_json::{Map, Value};
 
 use crate::json;
 
-/// Body of `PUT /metrics`: where a line of metrics is written every minute. What else it has is ignored,
-/// as clients of Firecracker know it.
+/// Body of `PUT /metrics`: where a line of metrics is written every minute. Fields other than these are
+/// ignored, as Firecracker does it.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "Metrics"))]
 #[serde(expecting = "struct MetricsConfig")]
 pub struct Config {
     /// A file, created if it is missing, or a FIFO.
     pub metrics_path: PathBuf,
-    /// Lines have the microVM's name.
+    /// Each line has the microVM's name.
     #[serde(default, deserialize_with = "json::or_default")]
     pub emit_id: bool,
-    /// Lines have these too: names and texts.
+    /// Names and texts that each line has, too.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub properties: Option<BTreeMap<String, String>>,
 }
 
-/// What of a metric is asked for.
+/// Which part of a count is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum View {
     /// Everything since the process started.
     Total,
-    /// What came since it was last asked for so: a line of the metrics file. There is one such asker.
+    /// The increase since the last request for `New`: a line of the metrics file. Only that file asks so.
     New,
 }
 
-/// Something that can be told as JSON: one metric, or a group of them.
+/// One metric, or a group of metrics, that can be written as JSON.
 pub trait Group: Send + Sync {
-    /// Its present value.
+    /// The present value as JSON.
     fn collect(&self, view: View) -> Value;
 }
 
-/// Counts up.
+/// A count that only grows.
 #[derive(Debug, Default)]
 pub struct Counter {
     value: AtomicU64,
-    /// What `View::New` has told of it.
+    /// The value that was told by the last `View::New`.
     told: AtomicU64,
 }
 
@@ -75,7 +75,7 @@ impl Counter {
         Self { value: AtomicU64::new(0), told: AtomicU64::new(0) }
     }
 
-    /// Counts `count` more.
+    /// Adds `count`.
     pub fn add(&self, count: u64) {
         self.value.fetch_add(count, Ordering::Relaxed);
     }
@@ -106,7 +106,7 @@ impl Gauge {
         Self(AtomicU64::new(0))
     }
 
-    /// It is `value` now.
+    /// Sets the present value.
     pub fn set(&self, value: u64) {
         self.0.store(value, Ordering::Relaxed);
     }
@@ -122,22 +122,23 @@ impl Group for Gauge {
 #[derive(Debug, Default)]
 pub struct Latency {
     sum_us: Counter,
-    /// Its complement, so that nothing timed yet is 0: what is all zeros is no part of the binary.
+    /// The bitwise complement of the shortest time. "Nothing was timed yet" is 0 in this form, and a static
+    /// variable of zeros takes no room in the binary.
     min_us: AtomicU64,
     max_us: AtomicU64,
 }
 
 impl Latency {
-    /// Nothing was timed yet.
+    /// A latency of which nothing was timed yet.
     pub const fn new() -> Self {
         Self { sum_us: Counter::new(), min_us: AtomicU64::new(0), max_us: AtomicU64::new(0) }
     }
 
-    /// It took so long this time.
+    /// Adds one measured time.
     pub fn add(&self, time: Duration) {
         let us = time.as_micros() as u64;
         self.sum_us.add(us);
-        // Most times are neither: a look costs less than an exchange.
+        // Most times are neither the shortest nor the longest, and a load costs less than an atomic exchange.
         if !us > self.min_us.load(Ordering::Relaxed) {
             self.min_us.fetch_max(!us, Ordering::Relaxed);
         }
@@ -163,7 +164,7 @@ impl Group for Latency {
     }
 }
 
-/// Declares a struct of metrics, all at 0 by `Default`, which is a `Group` of its fields.
+/// Declares a struct of metrics that implements `Default` (all at 0) and `Group` (its fields by name).
 #[macro_export]
 macro_rules! metrics {
     ($(#[$meta:meta])* $vis:vis struct $name:ident {
@@ -182,7 +183,7 @@ macro_rules! metrics {
         }
 
         impl $name {
-            /// All at 0.
+            /// All metrics at 0.
             pub const fn new() -> Self {
                 Self { $($field: <$kind>::new(),)* }
             }
@@ -202,7 +203,8 @@ macro_rules! metrics {
 }
 pub use metrics;
 
-/// Adds `part`, of one device, to `sum`, of all of its kind: counts are added, of times the extremes kept.
+/// Adds the metrics `part` of one device to `sum`, the metrics of all devices of its kind: counts are added,
+/// shortest and longest times are kept.
 pub fn add_up(sum: &mut Map<String, Value>, part: &Map<String, Value>) {
     for (name, value) in part {
         let Some(old) = sum.get_mut(name) else {
@@ -214,7 +216,7 @@ pub fn add_up(sum: &mut Map<String, Value>, part: &Map<String, Value>) {
         } else if let (Some(a), Some(b)) = (old.as_u64(), value.as_u64()) {
             *old = match name.as_str() {
                 "max_us" => a.max(b),
-                // 0: nothing was timed.
+                // The shortest time is 0 where nothing was timed.
                 "min_us" if a == 0 || b == 0 => a.max(b),
                 "min_us" => a.min(b),
                 _ => a.wrapping_add(b),

@@ -1,8 +1,8 @@
-//! What a start is made of: when each of its steps was done.
+//! The steps of a start, and how long each of them took.
 
 use std::time::{Duration, Instant};
 
-/// Steps and how long each took, in the order they were done.
+/// Steps in the order in which they were done, each with its duration.
 pub struct Timeline {
     last: Instant,
     steps: Vec<(&'static str, Duration)>,
@@ -15,14 +15,14 @@ impl Default for Timeline {
 }
 
 impl Timeline {
-    /// The step that began at the last mark is done.
+    /// Ends the step that began at the last mark.
     pub fn mark(&mut self, step: &'static str) {
         let now = Instant::now();
         self.steps.push((step, now - self.last));
         self.last = now;
     }
 
-    /// Time that passes before this belongs to no step.
+    /// The time since the last mark belongs to no step.
     pub fn skip(&mut self) {
         self.last = Instant::now();
     }

@@ -1,10 +1,11 @@
 //! An io_uring (io_uring(7)) for a worker of an event loop: operations are queued, one system call
-//! hands over all of them, and what is complete is taken without one.
+//! submits all of them to the kernel, and completions are taken without a system call.
 //!
-//! Its use: queue with [`Uring::push`], and take with [`Uring::next`]. In between, a loop either waits in
-//! the ring, by [`Uring::wait_beside`], which hands over in the same system call; or it waits elsewhere:
-//! then [`Uring::event`] is there edge-triggered and never read, and before each wait [`Uring::submit`]
-//! hands over, and [`Uring::rearm`] says whether something is complete already.
+//! A worker queues operations with [`Uring::push`] and takes completions with [`Uring::next`]. Between
+//! the two, its loop waits in one of two ways:
+//! - in the ring, by [`Uring::wait_beside`], which submits in the same system call;
+//! - in its epoll set, where [`Uring::event`] is watched edge-triggered and never read. Before each wait,
+//!   [`Uring::submit`] submits, and [`Uring::rearm`] says whether a completion is there already.
 
 use std::io::{Error as IoError, ErrorKind, Result as IoResult};
 use std::os::fd::{AsRawFd, RawFd};
@@ -15,21 +16,23 @@ use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use crate::error::{Context, Error, Result};
 use crate::event::EventFd;
 
-/// So many operations wait for one submission; a larger batch is handed over in parts. It need not
-/// grow with the operations in flight: an entry is free again once it is handed over.
+/// The size of the submission queue, in entries; a larger batch is submitted in parts. The queue need not
+/// grow with the number of operations in flight: an entry is free again once it is submitted.
 const BATCH: u32 = 64;
 
-/// User data of the ring's own: the loop's descriptor is ready; what waited was given back; an event was
-/// written to, or one of others was.
+/// User data of the completion that says: the loop's epoll set is ready ([`Uring::wait_beside`]).
 const BESIDE: u64 = u64::MAX;
+/// User data of the completion of a cancellation ([`Uring::cancel`]).
 const CANCELLED: u64 = u64::MAX - 1;
+/// User data of the completions that say: the watched event was written to ([`Uring::watch`]).
 const WATCHED: u64 = u64::MAX - 2;
+/// User data of a write to an event ([`Uring::signal`]); the kernel posts it only when the write failed.
 const SIGNALLED: u64 = u64::MAX - 3;
 
-/// Room for so many completions of those.
+/// How many completions with the user data above can be there at once.
 const OWN: u32 = 4;
 
-/// What an event's counter is raised by.
+/// The number that a write to an event adds to the event's counter.
 static ONE: u64 = 1;
 
 /// What the kernel is asked to do. Offsets and lengths are in bytes; a file without offsets (a TAP)
@@ -48,7 +51,7 @@ pub enum Operation {
 }
 
 impl Operation {
-    /// The file has no offsets: read or write at its own place.
+    /// The offset for a file that has no offsets, such as a TAP.
     pub const NO_OFFSET: u64 = u64::MAX;
 
     fn entry(self) -> squeue::Entry {
@@ -69,12 +72,12 @@ impl Operation {
     }
 }
 
-/// An operation that is done.
+/// The result of an operation.
 #[derive(Debug)]
 pub struct Completion {
-    /// What it was pushed with.
+    /// The user data that the operation was pushed with.
     pub user_data: u64,
-    /// What the system call would have returned.
+    /// What the system call of this operation would have returned.
     pub result: IoResult<u32>,
 }
 
@@ -83,15 +86,15 @@ pub struct Uring {
     ring: IoUring,
     event: EventFd,
     in_flight: usize,
-    /// This kernel has what [`Self::watch`] and [`Self::signal`] are made of (Linux 5.17).
+    /// The kernel has what [`Self::watch`] and [`Self::signal`] need (Linux 5.17).
     can_signal: bool,
-    /// The kernel tells by `event` of what is complete.
+    /// The kernel writes to `event` at each completion.
     is_armed: bool,
-    /// The kernel watches the loop's descriptor.
+    /// The kernel polls the descriptor of [`Self::wait_beside`].
     watches: bool,
-    /// It was ready.
+    /// The descriptor of [`Self::wait_beside`] was ready.
     woke: bool,
-    /// The event that [`Self::watch`] was called for, and whether the kernel watches it.
+    /// The event that [`Self::watch`] was called for, and whether the kernel's poll of it still goes on.
     watched: Option<(RawFd, bool)>,
 }
 
@@ -99,8 +102,8 @@ impl Uring {
     /// A ring for at most `in_flight` operations at a time. It takes 4 KiB for submissions and 16
     /// bytes for each operation in flight.
     pub fn new(in_flight: u32) -> Result<Self> {
-        // The kernel ends operations whenever we are in it anyway: no interrupt, no call for that alone
-        // (Linux 6.0).
+        // The kernel completes operations during system calls that this thread makes anyway, and neither
+        // interrupts the thread for it nor needs a call of its own (Linux 6.0).
         let mut cooperative = IoUring::builder();
         cooperative.setup_single_issuer().setup_coop_taskrun().setup_taskrun_flag();
         match Self::build(cooperative, in_flight) {
@@ -113,12 +116,13 @@ impl Uring {
     }
 
     fn build(mut builder: io_uring::Builder, in_flight: u32) -> IoResult<Self> {
-        // Beside operations, what they are told apart from by user data of ours.
+        // The completion queue has room for the operations and for the ring's own completions.
         let completions = in_flight.max(BATCH) + OWN;
-        // An operation that cannot be started completes with its error; the ones after it go on.
+        // With `submit_all`, an operation that cannot be started completes with its error, and the operations
+        // after it are started all the same.
         let ring = builder.setup_submit_all().setup_clamp().setup_cqsize(completions).build(BATCH);
         let ring = match ring {
-            // Before Linux 5.18 there was no such flag.
+            // Linux before 5.18 does not know `submit_all`.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
                 IoUring::builder().setup_clamp().setup_cqsize(completions).build(BATCH)?
             }
@@ -139,8 +143,8 @@ impl Uring {
         })
     }
 
-    /// Written to by the kernel when something is complete, except between a [`Self::submit`] and
-    /// the [`Self::rearm`] that follows.
+    /// The event that the kernel writes to at each completion, except between a [`Self::submit`] and the
+    /// [`Self::rearm`] that follows.
     pub fn event(&self) -> &EventFd {
         &self.event
     }
@@ -150,7 +154,7 @@ impl Uring {
         self.in_flight
     }
 
-    /// Whether something is queued or in flight.
+    /// Whether an operation is queued or in flight.
     pub fn is_busy(&mut self) -> bool {
         self.in_flight > 0 || self.has_queued()
     }
@@ -159,14 +163,14 @@ impl Uring {
         matches!(self.watched, Some((_, false))) || !self.ring.submission().is_empty()
     }
 
-    /// Whether nothing is to be done but to wait for the event.
+    /// Whether nothing is queued, in flight or complete, so that the loop can wait for the event.
     pub fn is_quiet(&mut self) -> bool {
         !self.is_busy() && (self.is_armed || !self.rearm())
     }
 
-    /// From now on the ring tells when `event` was written to, as of an operation that is complete, but
-    /// without a completion to be taken. The event is never read, and stays open as long as the ring.
-    /// False: this kernel cannot do that.
+    /// From now on a write to `event` ends a wait in the ring, or is told by [`Self::event`], as a completed
+    /// operation is; [`Self::next`] gives no completion for it. The caller never reads the event, and keeps
+    /// it open as long as the ring. Returns false if the kernel cannot do that.
     pub fn watch(&mut self, event: &EventFd) -> IoResult<bool> {
         if self.can_signal {
             self.watched = Some((event.as_raw_fd(), false));
@@ -175,34 +179,35 @@ impl Uring {
         Ok(self.can_signal)
     }
 
-    /// The kernel ends what should go on when there is no room to tell.
+    /// Arms the poll of the watched event again: the kernel ends a multishot poll when the completion queue
+    /// has overflowed.
     fn watch_again(&mut self) -> IoResult<()> {
         if let Some((event, false)) = self.watched {
             let watch = opcode::PollAdd::new(types::Fd(event), libc::POLLIN as u32).multi(true);
             self.watched = Some((event, true));
             #[allow(unsafe_code)]
-            // SAFETY: no memory of ours is in it.
+            // SAFETY: the entry of a poll names no memory.
             unsafe { self.add(&watch.build().user_data(WATCHED)) }?;
         }
         Ok(())
     }
 
-    /// Queues a write of 1 to an event, which does not block and stays open until it is handed over:
-    /// there is no completion of it. False: this kernel cannot do that.
+    /// Queues a write of 1 to `event`; [`Self::next`] gives no completion for it. The caller keeps the event,
+    /// which is non-blocking, open until the write is submitted. Returns false if the kernel cannot do that.
     #[allow(unsafe_code)]
     pub fn signal(&mut self, event: &EventFd) -> IoResult<bool> {
         if self.can_signal {
             let one = (&raw const ONE).cast();
             let write = opcode::Write::new(types::Fd(event.as_raw_fd()), one, size_of_val(&ONE) as u32);
             let write = write.build().flags(squeue::Flags::SKIP_SUCCESS).user_data(SIGNALLED);
-            // SAFETY: what is written from is there for ever.
+            // SAFETY: the write reads a static variable.
             unsafe { self.add(&write) }?;
         }
         Ok(self.can_signal)
     }
 
-    /// Queues an operation; a batch that is full is handed over first. The caller keeps no more in
-    /// flight than the ring was made for.
+    /// Queues an operation; a submission queue that is full is submitted first. The caller keeps no more
+    /// operations in flight than the ring was made for.
     ///
     /// # Safety
     /// The vectors and the memory that they name must stay valid, and the file open, until the
@@ -226,8 +231,9 @@ impl Uring {
         Ok(())
     }
 
-    /// Hands over what is queued, and returns when something can be taken or `beside`, a loop's set of
-    /// descriptors, is ready: one system call. [`Self::woke`] tells of the latter when all was taken.
+    /// Submits what is queued, and returns when a completion can be taken or `beside`, the descriptor of a
+    /// loop's epoll set, is ready: one system call. Once all completions are taken, [`Self::woke`] says
+    /// whether `beside` is ready.
     #[allow(unsafe_code)]
     pub fn wait_beside(&mut self, beside: RawFd) -> IoResult<()> {
         self.disarm();
@@ -235,7 +241,7 @@ impl Uring {
         self.watch_again()?;
         if !std::mem::replace(&mut self.watches, true) {
             let watch = opcode::PollAdd::new(types::Fd(beside), libc::POLLIN as u32);
-            // SAFETY: no memory of ours is in it.
+            // SAFETY: the entry of a poll names no memory.
             unsafe { self.add(&watch.build().user_data(BESIDE)) }?;
         }
         match self.ring.submit_and_wait(1) {
@@ -249,17 +255,17 @@ impl Uring {
         self.woke
     }
 
-    /// Hands over what is queued and lets the kernel finish what it deferred: one system call, or
-    /// none when there is neither.
+    /// Submits what is queued and lets the kernel finish work that it deferred: one system call, or none when
+    /// there is neither.
     pub fn submit(&mut self) -> IoResult<()> {
         self.watch_again()?;
         loop {
-            // We look at the completions next: no need to be told of them.
+            // The caller looks at the completions next: the kernel need not write to the event for them.
             self.disarm();
             let queue = self.ring.submission();
             let (left, overflow) = (!queue.is_empty() || queue.taskrun(), queue.cq_overflow());
             drop(queue);
-            // Where there is no room for more completions, those that are there are taken first.
+            // Completions that overflowed come into the queue only once the caller has emptied it.
             let has_room = overflow && self.ring.completion().is_empty();
             if !left && !has_room {
                 return Ok(());
@@ -272,24 +278,25 @@ impl Uring {
         }
     }
 
-    /// Queues the end of all operations before it that wait for something: they complete with
-    /// `ECANCELED`, those that were about to be tried again perhaps only by the next one.
+    /// Queues the cancellation of all operations that wait in the kernel (for a frame, for example): they
+    /// complete with `ECANCELED`. An operation that the kernel is just trying again may miss it; the next
+    /// cancellation takes it.
     #[allow(unsafe_code)]
     pub fn cancel(&mut self) -> IoResult<()> {
         let entry = opcode::AsyncCancel2::new(types::CancelBuilder::any()).build();
-        // SAFETY: no memory of ours is in it.
+        // SAFETY: the entry of a cancellation names no memory.
         unsafe { self.add(&entry.user_data(CANCELLED)) }
     }
 
-    /// Whether this kernel knows of [`Self::cancel`] (Linux 5.19); nothing is in flight.
+    /// Whether the kernel can do [`Self::cancel`] (Linux 5.19). To be called while nothing is in flight.
     pub fn can_cancel(&mut self) -> bool {
         let tried = self.cancel().and_then(|()| self.submit());
         let result = self.ring.completion().next().map(|entry| entry.result());
         tried.is_ok() && result.is_some_and(|result| result != -libc::EINVAL)
     }
 
-    /// Takes a completion, if there is one: no system call.
-    #[allow(clippy::should_implement_trait, reason = "more come after a None")]
+    /// Takes a completion, if there is one, without a system call.
+    #[allow(clippy::should_implement_trait, reason = "an iterator ends at a None, completions do not")]
     pub fn next(&mut self) -> Option<Completion> {
         let entry = loop {
             let entry = self.ring.completion().next()?;
@@ -299,7 +306,7 @@ impl Uring {
                     let goes_on = cqueue::more(entry.flags());
                     self.watched = self.watched.map(|(event, _)| (event, goes_on));
                 }
-                // A counter that is full says what it should.
+                // A write to an event fails only when the event's counter is full: its reader is woken anyway.
                 CANCELLED | SIGNALLED => {}
                 _ => break entry,
             }
@@ -309,11 +316,12 @@ impl Uring {
         Some(Completion { user_data: entry.user_data(), result })
     }
 
-    /// Ends a turn: from now on the event tells of completions. True: something came meanwhile that
-    /// it will not tell of; submit and take it first.
+    /// Ends a turn: from now on the kernel writes to the event at each completion. Returns true if a
+    /// completion came before that, of which the event will not tell: the caller submits and takes it first.
     pub fn rearm(&mut self) -> bool {
         self.ring.completion().enable_eventfd();
-        // The kernel posts, then looks at the flag: we set the flag, then look at what is posted.
+        // The kernel posts a completion, then reads the flag. The flag is set here first, then the queue is
+        // read: with a full fence between the two, at least one side sees what the other did.
         fence(Ordering::SeqCst);
         let left = self.has_queued();
         let queue = self.ring.submission();
@@ -328,7 +336,7 @@ impl Uring {
         self.is_armed = false;
     }
 
-    /// Returns when at least one completion can be taken; nothing in flight: at once.
+    /// Returns when at least one completion can be taken, or at once when nothing is in flight.
     pub fn wait(&mut self) -> IoResult<()> {
         while self.in_flight > 0 && self.ring.completion().is_empty() {
             match self.ring.submit_and_wait(1) {
@@ -340,8 +348,9 @@ impl Uring {
     }
 }
 
-/// The kernel goes on with what is in flight when a ring is closed: memory that it names could be
-/// something else by then. Whoever has operations that may never end cancels them first.
+/// The kernel goes on with operations in flight when a ring is closed, and the memory that they name could
+/// be used for something else by then: so a ring that is dropped waits for them. The owner of operations
+/// that may never end cancels them first.
 impl Drop for Uring {
     fn drop(&mut self) {
         while self.in_flight > 0 && self.wait().is_ok() {
@@ -350,7 +359,7 @@ impl Drop for Uring {
     }
 }
 
-/// What a user can do about a host without io_uring.
+/// The error for a host that gives no io_uring, with what a user can do about it.
 fn refused(error: IoError) -> Error {
     let disabled = std::fs::read_to_string("/proc/sys/kernel/io_uring_disabled").unwrap_or_default();
     let reason = match (error.raw_os_error(), disabled.trim()) {
