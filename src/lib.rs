@@ -1,16 +1,14 @@
 //! Alula, a microVM monitor: one process runs one virtual machine on Linux KVM.
 //!
-//! The modules, low to high; each uses only those before it:
-//! - [`error`]: the one error type. [`clock`]: the time of day. [`metrics`]: counters. [`process`]: what
-//!   this process costs. [`sink`]: where lines for the outside go. [`log`]: messages. [`timeline`]: what a
-//!   start is made of. [`json`]: values as clients write them.
-//!   [`dialect`]: whose API is spoken.
+//! The modules, low to high; each uses only those before it (tests/tidy.rs reads this list):
+//! - [`error`]: the one error type. [`clock`]: the time of day. [`json`]: values as clients write them.
+//!   [`dialect`]: whose API is spoken. [`metrics`]: counters. [`process`]: what this process costs.
+//!   [`sink`]: where lines for the outside go. [`log`]: messages. [`timeline`]: the steps of a start.
 //! - [`snapshot`]: state that outlives the process. [`limiter`]: rate limits.
 //! - [`event`]: the core of an event loop. [`events`]: what happens to the microVM, for its readers.
-//!   [`uring`]: io_uring for an event loop. [`host`]: where files come from. [`memory`]: guest memory.
-//! - [`platform`]: what boot tables must say, as plain data.
+//!   [`uring`]: io_uring for an event loop. [`memory`]: guest memory. [`host`]: where files come from.
+//! - [`platform`]: what boot tables must say, as plain data. [`bus`]: address to device.
 //! - [`arch`]: everything that differs between x86_64 and aarch64, behind one set of names.
-//! - [`bus`]: address to device.
 //! - [`vm`]: one KVM virtual machine, its vCPUs and their gate, and how a guest ends.
 //! - [`pci`]: configuration space, MSI-X, and the root that moves registers on the bus.
 //! - [`virtio`]: what a virtio device promises, its registers and queues, and the io threads it lives on.
