@@ -123,8 +123,10 @@ fn counted(guest: &Guest, name: &str) -> u64 {
 }
 
 fn patch(guest: &mut Guest, body: Value) {
+    let kind = KINDS.iter().find(|kind| kind.section == "network-interfaces").unwrap();
+    let change = kind.parse_patch(body.to_string().as_bytes()).unwrap();
     guest.pause();
-    guest.transport.lock().unwrap().patch(&body, &mut Local::default()).unwrap();
+    guest.transport.lock().unwrap().patch(change.patch(), &mut Local::default()).unwrap();
     guest.resume();
 }
 

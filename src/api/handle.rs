@@ -246,7 +246,7 @@ impl Controller {
         // Before the device has it: a change that is refused changes nothing.
         self.config.check_beside(&changed).map_err(&fault)?;
         let machine = self.machine.as_mut().expect("what needs a machine is refused before the start");
-        machine.patch_device(&device.name(), &change.body, &mut self.host).map_err(&fault)?;
+        machine.patch_device(&device.name(), change.patch(), &mut self.host).map_err(&fault)?;
         self.config.put(changed).map_err(&fault)?;
         events::tell(|| observe::changed(&device, &change));
         Ok(Response::Done)

@@ -76,8 +76,8 @@ pub trait DeviceConfig:
     /// Opens what it needs of the host; `vm` is the microVM's name. It was checked before.
     fn open(&self, vm: &str, host: &mut dyn Host) -> Result<Box<dyn VirtioDevice>>;
     /// This configuration with a change that makes sense; the device itself is changed by
-    /// [`VirtioDevice::patch`], which gets the same body.
-    fn patched(&self, _patch: Self::Patch) -> Result<Self> {
+    /// [`VirtioDevice::patch`], which gets the same `Patch`.
+    fn patched(&self, _patch: &Self::Patch) -> Result<Self> {
         Err(Error::config("nothing of it can be changed while it runs"))
     }
     /// The fault for a path and a body that name two ids.
@@ -317,7 +317,7 @@ impl Device {
 
     /// This configuration with a change that makes sense.
     pub fn patched(&self, change: &Change) -> Result<Self> {
-        (change.apply)(self, &change.body)
+        (change.apply)(self, change.patch())
     }
 }
 
@@ -331,21 +331,29 @@ impl Serialize for Device {
 pub struct Change {
     /// The device's id.
     pub id: String,
-    /// What was asked for, in the form of the kind's `Patch`.
+    /// The words of the client, for who is told of the change.
     pub body: Value,
-    apply: fn(&Device, &Value) -> Result<Device>,
+    /// The same as the kind's `Patch`.
+    patch: Box<dyn Any + Send>,
+    apply: fn(&Device, &dyn Any) -> Result<Device>,
 }
 
 impl Change {
     fn parse<C: DeviceConfig>(text: &[u8]) -> serde_json::Result<Self> {
         // First as its own type, which knows of duplicate fields and tells where something is wrong.
-        let id = serde_json::from_slice::<C::Patch>(text)?.id().to_owned();
-        let apply = |device: &Device, body: &Value| {
-            let config: &C = device.config().expect("a device is changed by a change of its kind");
-            let patch = C::Patch::deserialize(body).context("read the change")?;
+        let patch: C::Patch = serde_json::from_slice(text)?;
+        let apply = |device: &Device, patch: &dyn Any| {
+            let config = device.config::<C>().zip(patch.downcast_ref());
+            let (config, patch) = config.expect("a device is changed by a change of its kind");
             config.patched(patch).map(Device::new)
         };
-        Ok(Self { id, body: serde_json::from_slice(text)?, apply })
+        let (id, body) = (patch.id().to_owned(), serde_json::from_slice(text)?);
+        Ok(Self { id, body, patch: Box::new(patch), apply })
+    }
+
+    /// What is to be changed, as the kind's `Patch`: what [`VirtioDevice::patch`] takes.
+    pub fn patch(&self) -> &dyn Any {
+        &*self.patch
     }
 }
 

@@ -6,6 +6,7 @@ mod command_line;
 mod halt;
 mod metrics;
 
+use std::any::Any;
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -188,14 +189,16 @@ impl Machine {
         &self.console_room
     }
 
-    /// Changes what can be changed of a device in use, by the body of the API's PATCH: the device is
-    /// stopped, changed, and goes on where it was.
-    pub fn patch_device(&mut self, name: &str, body: &Value, host: &mut dyn Host) -> Result<()> {
+    /// Changes what can be changed of a device in use, as [`VirtioDevice::patch`] says: the device is stopped,
+    /// changed, and goes on where it was.
+    ///
+    /// [`VirtioDevice::patch`]: crate::virtio::VirtioDevice::patch
+    pub fn patch_device(&mut self, name: &str, change: &dyn Any, host: &mut dyn Host) -> Result<()> {
         let place = self.devices.iter().position(|device| device.name == name);
         let place = place.ok_or_else(|| Error::config(format!("there is no {name}")))?;
         let device = &self.devices[place..=place];
         pause(device);
-        let result = device[0].lock().patch(body, host);
+        let result = device[0].lock().patch(change, host);
         if self.state == State::Running {
             device[0].lock().resume();
         }

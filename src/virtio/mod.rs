@@ -9,11 +9,11 @@ pub mod queue;
 pub mod transport;
 pub mod workers;
 
+use std::any::Any;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
 use crate::error::{Error, Result};
 use crate::event::EventFd;
@@ -53,10 +53,11 @@ pub trait VirtioDevice: SaveState + Send {
     /// The driver reset the device; no worker is left. State that the driver set goes back to how it
     /// was at power-on.
     fn reset(&mut self) {}
-    /// The user changes what can be changed of a device in use: `body` is that of the API's PATCH. The
-    /// caller promises that no worker is left; they start again afterwards, on the same queues.
-    /// Returns whether the driver must look at the configuration again. A refused patch changes nothing.
-    fn patch(&mut self, _body: &Value, _host: &mut dyn Host) -> Result<bool> {
+    /// The user changes what can be changed of a device in use; `change` is of the type that the device's
+    /// kind has for the body of the API's PATCH. The caller promises that no worker is left; they start again
+    /// afterwards, on the same queues. Returns whether the driver must look at the configuration again. A
+    /// change that is refused changes nothing.
+    fn patch(&mut self, _change: &dyn Any, _host: &mut dyn Host) -> Result<bool> {
         Err(Error::config("nothing of it can be changed once the guest runs"))
     }
     /// What it counts, shared with its workers; it goes on through resets.

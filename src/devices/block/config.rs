@@ -256,8 +256,8 @@ impl DeviceConfig for Config {
         Ok(Box::new(super::Block::open(self, host)?))
     }
 
-    fn patched(&self, patch: Patch) -> Result<Self> {
-        let Patch { path_on_host, rate_limiter, .. } = patch;
+    fn patched(&self, patch: &Patch) -> Result<Self> {
+        let Patch { path_on_host, rate_limiter, .. } = patch.clone();
         if path_on_host.is_none() && rate_limiter.is_none() {
             return Err(Error::config("nothing is to be changed: give `path_on_host` or `rate_limiter`"));
         }
@@ -415,7 +415,7 @@ mod tests {
         let patch = |more: &str| {
             let patch = serde_json::from_str(&format!(r#"{{"drive_id":"d"{more}}}"#)).unwrap();
             let limits = r#","rate_limiter":{"ops":{"size":1,"refill_time":2},"bandwidth":{"size":3,"refill_time":4}}"#;
-            let patched = body(limits).unwrap().patched(patch).map_err(|error| error.to_string())?;
+            let patched = body(limits).unwrap().patched(&patch).map_err(|error| error.to_string())?;
             let limits = serde_json::to_string(&patched.rate_limiter).unwrap();
             Ok::<_, String>((patched.path_on_host.unwrap(), limits))
         };

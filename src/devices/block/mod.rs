@@ -12,13 +12,11 @@ mod request;
 mod ring;
 mod worker;
 
+use std::any::Any;
 use std::sync::{Arc, Mutex, Once, PoisonError};
 
-use serde::Deserialize;
-use serde_json::Value;
-
 use super::kind::DeviceConfig;
-use crate::error::{Context, Result};
+use crate::error::Result;
 use crate::host::Host;
 use crate::limiter::Limiter;
 use crate::metrics::{Counter, Group, Latency};
@@ -108,15 +106,14 @@ impl Block {
 
     /// Another image, or the same one with another size; other limits. Returns whether the image is
     /// another.
-    fn change(&mut self, patch: Patch, host: &mut dyn Host) -> Result<bool> {
+    fn change(&mut self, patch: &Patch, host: &mut dyn Host) -> Result<bool> {
         let has_image = patch.path_on_host.is_some();
-        let limits = patch.rate_limiter;
         let new = self.config.patched(patch)?;
         if has_image {
             let image = self.image.again(&new, host).unwrap_or_else(|| Image::open(&new, host))?;
             self.image = Arc::new(image);
         }
-        if let Some(limits) = limits {
+        if let Some(limits) = patch.rate_limiter {
             self.limiter.lock().unwrap_or_else(PoisonError::into_inner).patch(limits);
         }
         self.config = new;
@@ -195,9 +192,9 @@ impl VirtioDevice for Block {
         Ok(io.queues.into_iter().map(worker).collect())
     }
 
-    fn patch(&mut self, body: &Value, host: &mut dyn Host) -> Result<bool> {
-        let changed =
-            Patch::deserialize(body).context("read the change").and_then(|patch| self.change(patch, host));
+    fn patch(&mut self, change: &dyn Any, host: &mut dyn Host) -> Result<bool> {
+        let patch = change.downcast_ref().expect("a device is changed by a change of its kind");
+        let changed = self.change(patch, host);
         match changed {
             Ok(_) => self.metrics.update_count.add(1),
             Err(_) => self.metrics.update_fails.add(1),

@@ -1,9 +1,9 @@
 //! The device: what it offers, its configuration space, and how it starts.
 
+use std::any::Any;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
 use super::control::{self, Control};
 use super::features::{self, has};
@@ -201,8 +201,8 @@ impl VirtioDevice for Net {
         Some(self.metrics.clone())
     }
 
-    fn patch(&mut self, body: &Value, _: &mut dyn Host) -> Result<bool> {
-        let patch = Patch::deserialize(body).context("read the change")?;
+    fn patch(&mut self, change: &dyn Any, _: &mut dyn Host) -> Result<bool> {
+        let patch: &Patch = change.downcast_ref().expect("a device is changed by a change of its kind");
         for (limit, patch) in
             [(&mut self.rx_limit, patch.rx_rate_limiter), (&mut self.tx_limit, patch.tx_rate_limiter)]
         {

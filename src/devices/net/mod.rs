@@ -204,7 +204,7 @@ impl DeviceConfig for Config {
         }))
     }
 
-    fn patched(&self, patch: Patch) -> Result<Self> {
+    fn patched(&self, patch: &Patch) -> Result<Self> {
         let patched = |old: Option<RateLimiter>, patch: Option<RateLimiter>| match patch {
             Some(patch) => Some(old.unwrap_or_default().patched(patch)),
             None => old,

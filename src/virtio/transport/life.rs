@@ -1,8 +1,8 @@
 //! Whether a device runs: started on its loops, stopped with its queues given back, and why.
 
+use std::any::Any;
 use std::sync::mpsc::{Sender, channel};
 
-use serde_json::Value;
 use virtio_queue::QueueT;
 use vm_memory::GuestAddressSpace;
 
@@ -185,8 +185,8 @@ impl Transport {
     }
 
     /// The user changes the device, which is paused (`VirtioDevice::patch`).
-    pub fn patch(&mut self, body: &Value, host: &mut dyn Host) -> Result<()> {
-        if self.device.patch(body, host)? {
+    pub fn patch(&mut self, change: &dyn Any, host: &mut dyn Host) -> Result<()> {
+        if self.device.patch(change, host)? {
             self.configuration_changed();
         }
         Ok(())
