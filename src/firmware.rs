@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 /// A kernel image of this architecture: ELF with a PVH note on x86_64, Image on aarch64.
 pub static IMAGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/firmware.bin"));
 
-const CASES: [&str; 15] = [
+const CASES: [&str; 16] = [
     "memory",
     "tables",
     "cpus",
@@ -21,6 +21,7 @@ const CASES: [&str; 15] = [
     "hostile-net",
     "pvpanic",
     "refused",
+    "features",
 ];
 const ENDS: [&str; 7] = ["poweroff", "reset", "halt", "crash", "fail", "idle", "spin"];
 const FLAGS: [&str; 5] = ["hello", "flood", "booted", "bench", "echo"];

@@ -36,6 +36,31 @@ impl Platform {
     }
 }
 
+/// A register that CPUID (x86_64) answers in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "names of registers")]
+pub enum CpuidRegister {
+    Eax,
+    Ebx,
+    Ecx,
+    Edx,
+}
+
+/// A change of one register of CPUID, against what the host's KVM supports (x86_64).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CpuidModifier {
+    /// The leaf (EAX).
+    pub leaf: u32,
+    /// The subleaf (ECX).
+    pub subleaf: u32,
+    /// The register that is changed.
+    pub register: CpuidRegister,
+    /// The bits that are changed.
+    pub mask: u32,
+    /// What these bits become; 0 outside of `mask`.
+    pub value: u32,
+}
+
 /// Arm's interrupt controller: which version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Gic {

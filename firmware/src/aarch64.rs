@@ -386,6 +386,11 @@ macro_rules! raised_by {
     };
 }
 
+/// There is no CPUID.
+pub fn features() -> Option<[u32; 2]> {
+    None
+}
+
 /// Accesses outside of memory of which the processor tells KVM too little to do them: each raises an external
 /// abort, after which the guest goes on. How many, or the one that did not.
 pub fn be_refused() -> Result<u64, &'static str> {

@@ -27,8 +27,13 @@ const DEVICE_CASES: [(&str, u32, Case); 3] =
     [("block", 2, devices::block), ("net", 1, devices::net), ("entropy", 4, devices::entropy)];
 
 /// Cases that run only where they are asked for by name.
-const CHOSEN_CASES: [(&str, Case); 4] =
-    [("hostile", hostile::run), ("hostile-net", hostile_net::run), ("pvpanic", pvpanic), ("refused", refused)];
+const CHOSEN_CASES: [(&str, Case); 5] = [
+    ("hostile", hostile::run),
+    ("hostile-net", hostile_net::run),
+    ("pvpanic", pvpanic),
+    ("refused", refused),
+    ("features", features),
+];
 
 /// Runs the cases that the command line names, or all but the chosen ones; returns how many failed.
 pub fn run(machine: &Machine, words: &Words) -> u32 {
@@ -196,6 +201,16 @@ fn refused(_: &Machine, _: &Words) -> bool {
             return false;
         }
     }
+    true
+}
+
+/// The features of the CPU are told, for who changed them (x86_64: leaf 1 of CPUID, in ECX and EDX).
+fn features(_: &Machine, _: &Words) -> bool {
+    let Some([ecx, edx]) = arch::features() else {
+        say!("expected a CPU that tells its features, found none");
+        return false;
+    };
+    say!("ok (ecx ", Hex(ecx.into()), ", edx ", Hex(edx.into()), ")");
     true
 }
 

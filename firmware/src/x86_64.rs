@@ -262,6 +262,13 @@ fn raised_by_code_at(address: u64) -> u64 {
     }
 }
 
+/// The features that leaf 1 of CPUID tells in ECX and EDX.
+pub fn features() -> Option<[u32; 2]> {
+    // Safe code: every CPU that runs in 64-bit mode has this leaf.
+    let leaf = core::arch::x86_64::__cpuid(1);
+    Some([leaf.ecx, leaf.edx])
+}
+
 /// Code outside of memory, which KVM cannot read to do it: each raises an exception, after which the guest
 /// goes on. How many, or the one that did not.
 pub fn be_refused() -> Result<u64, &'static str> {

@@ -9,7 +9,7 @@ use super::{
     API_VERSION, Action, FirecrackerVersion, InstanceInfo, Request, Response, VmState, metrics, routes,
 };
 use crate::arch;
-use crate::config::{BootSource, Config, MachineConfig};
+use crate::config::{BootSource, Config, CpuConfig, MachineConfig};
 use crate::devices::console;
 use crate::devices::kind::{Change, Device, Kind};
 use crate::error::{Error, Result};
@@ -123,6 +123,7 @@ impl Controller {
         match request {
             PutMachineConfig(_)
             | PatchMachineConfig(_)
+            | PutCpuConfig(_)
             | PutBootSource(_)
             | PutLogger(_)
             | PutMetrics(_)
@@ -165,6 +166,7 @@ impl Controller {
             PutSerial(serial) => self.set_serial(serial),
             PutMachineConfig(machine) => self.set_machine_config(machine),
             PatchMachineConfig(patch) => self.set_machine_config(self.config.machine_config.patched(&patch)),
+            PutCpuConfig(cpu) => self.set_cpu_config(cpu),
             PutBootSource(source) => self.set_boot_source(source),
             PutDevice(device) => self.put_device(device),
             PatchDevice(kind, change) => self.patch_device(kind, change),
@@ -187,6 +189,13 @@ impl Controller {
     fn set_machine_config(&mut self, machine: MachineConfig) -> Result<Response, String> {
         self.config.check_machine(&machine).map_err(fault("Machine config error"))?;
         self.config.machine_config = machine;
+        Ok(Response::Done)
+    }
+
+    /// Whether the host's CPUs have what is to be changed is known at the start.
+    fn set_cpu_config(&mut self, cpu: CpuConfig) -> Result<Response, String> {
+        cpu.check().map_err(fault("CPU config error"))?;
+        self.config.cpu_config = Some(cpu);
         Ok(Response::Done)
     }
 

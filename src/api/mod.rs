@@ -19,7 +19,7 @@ mod server;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::config::{BootSource, MachineConfig, MachinePatch};
+use crate::config::{BootSource, CpuConfig, MachineConfig, MachinePatch};
 use crate::devices::console;
 use crate::devices::kind::{Change, Device, Kind};
 use crate::log;
@@ -64,6 +64,8 @@ pub enum Request {
     PutMachineConfig(MachineConfig),
     /// `PATCH /machine-config`
     PatchMachineConfig(MachinePatch),
+    /// `PUT /cpu-config`
+    PutCpuConfig(CpuConfig),
     /// `PUT /boot-source`
     PutBootSource(BootSource),
     /// `PUT /{path of its kind}[/{id}]`

@@ -70,6 +70,18 @@ const BODIES: &[Body] = &[
     body("PUT", "/machine-config", r#"{"vcpu_count": 1, "mem_size_mib": 128}"#, MACHINE),
     body(
         "PUT",
+        "/cpu-config",
+        "{}",
+        &[
+            ("kvm_capabilities", r#"["!56"]"#, NotYet, Done),
+            ("cpuid_modifiers", "[]", Done, Done),
+            ("msr_modifiers", r#"[{"addr": "0x10", "bitmap": "0b1"}]"#, NotYet, Done),
+            ("reg_modifiers", r#"[{"addr": "0x10", "bitmap": "0b1"}]"#, NotYet, Done),
+            ("vcpu_features", r#"[{"index": 0, "bitmap": "0b1"}]"#, NotYet, Done),
+        ],
+    ),
+    body(
+        "PUT",
         "/drives/a",
         DRIVE,
         &[
@@ -184,6 +196,7 @@ fn becomes(dialect: Dialect, method: &str, path: &str, body: &Value) -> Result<(
     match route(dialect, method, path, body.to_string().as_bytes())? {
         Request::PutDevice(device) => device.check(),
         Request::PutBootSource(source) => source.check(),
+        Request::PutCpuConfig(cpu) => cpu.check(),
         Request::PutMachineConfig(machine) => machine.check(dialect),
         _ => Ok(()),
     }

@@ -10,8 +10,7 @@ use crate::devices::{self, KINDS};
 use crate::dialect::Dialect;
 
 /// First path tokens of Firecracker's API that are not served yet: refused as such, not as unknown.
-const NOT_IMPLEMENTED: [&str; 8] =
-    ["balloon", "cpu-config", "hotplug", "mmds", "pmem", "snapshot", "vsock", "gdb"];
+const NOT_IMPLEMENTED: [&str; 7] = ["balloon", "hotplug", "mmds", "pmem", "snapshot", "vsock", "gdb"];
 
 /// Body of `PUT /actions`.
 #[derive(Deserialize)]
@@ -69,6 +68,7 @@ pub fn route(dialect: Dialect, method: &str, path: &str, body: &[u8]) -> Result<
             }
             Request::PatchMachineConfig(patch)
         }
+        ("PUT", ["cpu-config", ..]) => Request::PutCpuConfig(parse(body)?),
         ("PUT", ["boot-source", ..]) => Request::PutBootSource(parse(body)?),
         ("PUT", ["actions", ..]) => match parse::<ActionBody>(body)?.action_type {
             // Ours; the words are those of serde.

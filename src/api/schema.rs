@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 
 use super::routes::{ActionBody, VmBody, route};
 use super::{API_VERSION, FirecrackerVersion, InstanceInfo};
-use crate::config::{BootSource, MachineConfig, MachinePatch};
+use crate::config::{BootSource, CpuConfig, MachineConfig, MachinePatch};
 use crate::devices::{KINDS, console};
 use crate::dialect::Dialect;
 use crate::log;
@@ -78,6 +78,12 @@ fn operations(generator: &mut SchemaGenerator) -> Vec<Operation> {
         &format!("Change some of it, {before}"),
         of::<MachinePatch>(generator),
     );
+    change(
+        "put",
+        "/cpu-config",
+        &format!("Set what the CPUs differ in from the host's, {before}"),
+        of::<CpuConfig>(generator),
+    );
     change("put", "/boot-source", &format!("Set what boots, {before}"), of::<BootSource>(generator));
     change("put", "/logger", "Set the log; again, what is to be changed of it", of::<log::Config>(generator));
     change("put", "/metrics", "Set where metrics go, once", of::<metrics::Config>(generator));
@@ -111,6 +117,7 @@ fn config_properties(generator: &mut SchemaGenerator) -> Schema {
     let mut section = |name: &str, schema: Schema| drop(sections.insert(name.to_owned(), schema.into()));
     section("boot-source", generator.subschema_for::<BootSource>());
     section("machine-config", generator.subschema_for::<MachineConfig>());
+    section("cpu-config", generator.subschema_for::<CpuConfig>());
     section("logger", generator.subschema_for::<log::Config>());
     section("metrics", generator.subschema_for::<metrics::Config>());
     section("serial", generator.subschema_for::<console::Config>());
@@ -127,7 +134,7 @@ fn config_told_back(generator: &mut SchemaGenerator) -> Schema {
     let mut config = config_properties(generator).to_value();
     let sections = config["properties"].as_object_mut().expect("it has sections");
     sections.remove("serial");
-    for section in ["balloon", "cpu-config", "memory-hotplug", "mmds-config", "vsock"] {
+    for section in ["balloon", "memory-hotplug", "mmds-config", "vsock"] {
         sections.insert(section.to_owned(), json!({ "type": "object" }));
     }
     for (section, schema) in sections.iter_mut() {

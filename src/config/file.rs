@@ -3,14 +3,17 @@
 
 use std::collections::BTreeSet;
 use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
 
 use super::mend::{Judged, judge};
-use super::{BOOT_SOURCE, BootSource, Config, LOGGER, MACHINE_CONFIG, METRICS, MachineConfig, SERIAL};
+use super::{
+    BOOT_SOURCE, BootSource, CPU_CONFIG, Config, CpuConfig, LOGGER, MACHINE_CONFIG, METRICS, MachineConfig,
+    SERIAL,
+};
 use crate::devices::KINDS;
 use crate::devices::kind::Kind;
 use crate::dialect::Dialect;
@@ -32,8 +35,7 @@ const DEVICES_MAX: usize = 1000;
 /// The sections of a config file that other monitors know and this one does not have yet: asked for,
 /// they are refused, so that no guest starts without a device that its owner counts on. A section of a
 /// device in the table is not looked for here.
-const NOT_IMPLEMENTED: [&str; 7] =
-    ["vsock", "balloon", "mmds-config", "cpu-config", "pmem", "memory-hotplug", "mmds"];
+const NOT_IMPLEMENTED: [&str; 6] = ["vsock", "balloon", "mmds-config", "pmem", "memory-hotplug", "mmds"];
 
 /// Something wrong with a config file.
 #[derive(Clone, Debug, PartialEq)]
@@ -57,8 +59,13 @@ impl std::fmt::Display for Problem {
 impl Config {
     /// The text of a config file.
     pub fn read(path: &Path) -> Result<Vec<u8>> {
-        let attempt = || format!("read config file `{}`", path.display());
-        let file = file::open(path, Access::Read, Sharing::Refused, "config file", attempt)?;
+        Self::read_called("config file", path)
+    }
+
+    /// The text of a file of no more than CONFIG_FILE_MAX bytes, which errors call `what`.
+    fn read_called(what: &str, path: &Path) -> Result<Vec<u8>> {
+        let attempt = || format!("read {what} `{}`", path.display());
+        let file = file::open(path, Access::Read, Sharing::Refused, what, attempt)?;
         let mut text = Vec::new();
         // A file can grow while it is read, and a block device has no length of its own.
         file.take(CONFIG_FILE_MAX + 1).read_to_end(&mut text).with_context(attempt)?;
@@ -95,7 +102,8 @@ impl Config {
     /// The sections that a text has, if it can be read at all, and whether anybody reads them, here or in
     /// other monitors: others are misspelled. Notes begin with `_`, and `$schema` is for editors.
     pub fn sections(text: &[u8]) -> Vec<(String, bool)> {
-        let known = [BOOT_SOURCE, MACHINE_CONFIG, LOGGER, METRICS, SERIAL].into_iter().chain(NOT_IMPLEMENTED);
+        let known = [BOOT_SOURCE, MACHINE_CONFIG, CPU_CONFIG, LOGGER, METRICS, SERIAL];
+        let known = known.into_iter().chain(NOT_IMPLEMENTED);
         let known: Vec<_> = known.chain(KINDS.iter().map(|kind| kind.section)).collect();
         let Sections(sections) = serde_json::from_slice(text).unwrap_or(Sections(Vec::new()));
         let is_note = |name: &String| name.starts_with('_') || name == "$schema";
@@ -161,6 +169,8 @@ impl Config {
             let Judged { value, problems } = section(name, text, MachineConfig::EXAMPLE, check);
             self.machine_config = value.unwrap_or_default();
             problems
+        } else if name == CPU_CONFIG {
+            self.read_cpu_config(value)
         } else if name == LOGGER {
             let Judged { value, problems } = section(name, text, "{}", |_| Ok(()));
             self.logger = value;
@@ -181,6 +191,24 @@ impl Config {
         } else {
             Vec::new()
         }
+    }
+
+    /// Reads and checks the changes of the CPUs: an object, or the path of a file that has it.
+    fn read_cpu_config(&mut self, value: &RawValue) -> Vec<Problem> {
+        let judged = |text: &str| section(CPU_CONFIG, text, CpuConfig::EXAMPLE, CpuConfig::check);
+        let Judged { value, problems } = match serde_json::from_str::<PathBuf>(value.get()) {
+            Err(_) => judged(value.get()),
+            Ok(path) => match Self::read_called("CPU config", &path) {
+                Err(error) => Judged { value: None, problems: vec![Problem::new(error.to_string())] },
+                Ok(text) => {
+                    let Judged { value, problems } = judged(&String::from_utf8_lossy(&text));
+                    let of_file = |it: Problem| Problem::new(format!("`{}`: {it}", path.display()));
+                    Judged { value, problems: problems.into_iter().map(of_file).collect() }
+                }
+            },
+        };
+        self.cpu_config = value;
+        problems
     }
 
     fn read_devices(&mut self, kind: &Kind, value: &RawValue) -> Vec<Problem> {

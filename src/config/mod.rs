@@ -1,6 +1,7 @@
 //! Everything a microVM is made of, one serde type per resource: the bodies of the API, the sections
 //! of the config file, the answer of `GET /vm/config` and what the command line sets.
 
+mod cpu;
 mod file;
 mod machine;
 mod mend;
@@ -15,21 +16,23 @@ use crate::dialect::Dialect;
 use crate::error::{Context, Error, Result};
 use crate::log;
 use crate::metrics;
+use crate::platform::CpuidModifier;
 use crate::sink::Sink;
 
+pub use cpu::CpuConfig;
 pub use file::Problem;
 pub use machine::{BootSource, CpuTemplate, HugePages, MachineConfig, MachinePatch};
 
 const BOOT_SOURCE: &str = "boot-source";
 const MACHINE_CONFIG: &str = "machine-config";
+const CPU_CONFIG: &str = "cpu-config";
 const LOGGER: &str = "logger";
 const METRICS: &str = "metrics";
 const SERIAL: &str = "serial";
 
 /// Sections that are always null when a configuration is told: where messages and metrics go is never
 /// told by Firecracker, and the devices of the others are not there yet. Its clients look for all of them.
-const NOT_TOLD: [&str; 7] =
-    [LOGGER, METRICS, "balloon", "cpu-config", "memory-hotplug", "mmds-config", "vsock"];
+const NOT_TOLD: [&str; 6] = [LOGGER, METRICS, "balloon", "memory-hotplug", "mmds-config", "vsock"];
 /// The same for lists of devices.
 const EMPTY: [&str; 1] = ["pmem"];
 
@@ -41,6 +44,8 @@ pub struct Config {
     pub boot_source: Option<BootSource>,
     /// CPUs and memory.
     pub machine_config: MachineConfig,
+    /// What the CPUs are changed in; none: nothing.
+    pub cpu_config: Option<CpuConfig>,
     /// Where messages go.
     pub logger: Option<log::Config>,
     /// Where metrics go.
@@ -66,6 +71,9 @@ impl Config {
         self.check_machine(&self.machine_config).context("`machine-config`")?;
         if let Some(source) = &self.boot_source {
             source.check().context("`boot-source`")?;
+        }
+        if let Some(cpu) = &self.cpu_config {
+            cpu.check().context("`cpu-config`")?;
         }
         self.devices.iter().try_for_each(|device| device.check().with_context(|| device.name()))
     }
@@ -125,6 +133,11 @@ impl Config {
         wrong
     }
 
+    /// The changes of the CPUs' CPUID.
+    pub fn cpuid(&self) -> Vec<CpuidModifier> {
+        self.cpu_config.as_ref().map_or(Vec::new(), CpuConfig::cpuid)
+    }
+
     /// What the command line must say of the root device.
     pub fn root_words(&self) -> Option<String> {
         self.devices.iter().find_map(Device::root_words)
@@ -139,6 +152,7 @@ impl Serialize for Config {
             None => sections.serialize_entry(BOOT_SOURCE, &BootSource::default())?,
         }
         sections.serialize_entry(MACHINE_CONFIG, &self.machine_config)?;
+        sections.serialize_entry(CPU_CONFIG, &self.cpu_config)?;
         for name in NOT_TOLD {
             sections.serialize_entry(name, &())?;
         }

@@ -64,7 +64,7 @@ pub fn build(id: &str, config: &Config, host: &mut dyn Host, prepared: Prepared)
     };
 
     let mut vm = Vm::new(prepared, &memory.memory())?;
-    let vcpus = vm.create_vcpus(&mut platform)?;
+    let vcpus = vm.create_vcpus(&mut platform, &config.cpuid())?;
     let mut timeline = std::mem::take(&mut vm.timeline);
     let vm = Arc::new(vm);
 

@@ -19,7 +19,7 @@ use crate::arch::{self, CpuModel};
 use crate::error::{Context, Error, Result};
 use crate::event::EventFd;
 use crate::memory::Regions;
-use crate::platform::{MessageFrame, Platform};
+use crate::platform::{CpuidModifier, MessageFrame, Platform};
 use crate::timeline::Timeline;
 
 const KVM_DEVICE: &str = "/dev/kvm";
@@ -119,7 +119,12 @@ impl Vm {
     }
 
     /// Makes the interrupt controllers and the vCPUs; notes in `platform` what the host made of them.
-    pub fn create_vcpus(&mut self, platform: &mut Platform) -> Result<Vec<VcpuFd>> {
+    /// `modifiers` change their CPUID.
+    pub fn create_vcpus(
+        &mut self,
+        platform: &mut Platform,
+        modifiers: &[CpuidModifier],
+    ) -> Result<Vec<VcpuFd>> {
         let count = platform.cpus;
         if usize::from(count) > self.max_vcpus {
             return Err(Error::config(format!(
@@ -132,7 +137,7 @@ impl Vm {
         let vcpus = (0..u64::from(count))
             .map(|index| self.fd.create_vcpu(index).with_context(|| format!("create vCPU {index}")))
             .collect::<Result<Vec<_>>>()?;
-        self.cpu_model.apply(&self.fd, &vcpus, platform)?;
+        self.cpu_model.apply(&self.fd, &vcpus, platform, modifiers)?;
         self._controller = Some(arch::after_vcpus(&self.fd, &vcpus, platform)?);
         self.message_frame = platform.message_frame();
         self.timeline.mark("CPUs");

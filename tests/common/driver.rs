@@ -66,7 +66,7 @@ pub fn vm() -> Arc<Vm> {
             gic: None,
         };
         let mut vm = Vm::new(Prepared::new().expect("KVM"), &memory.memory()).unwrap();
-        vm.create_vcpus(&mut platform).unwrap();
+        vm.create_vcpus(&mut platform, &[]).unwrap();
         (Arc::new(vm), memory)
     });
     vm.clone()

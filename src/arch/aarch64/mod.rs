@@ -19,7 +19,7 @@ pub use boot::{Entry, load};
 pub use gic::{InterruptController, MESSAGES_NAME_THEIR_DEVICE, after_vcpus, default_routes};
 
 use crate::error::{Context, Result};
-use crate::platform::Platform;
+use crate::platform::{CpuidModifier, Platform};
 
 /// What uname calls this architecture.
 pub const NAME: &str = "aarch64";
@@ -31,6 +31,9 @@ pub fn no_pci_words() -> Option<&'static str> {
 
 /// Whether a core can be given two hardware threads.
 pub const HAS_SMT: bool = false;
+
+/// Whether CPUs have a CPUID instruction.
+pub const HAS_CPUID: bool = false;
 
 /// The command line a stock kernel gets when none is given: console on the serial port, and an end
 /// that the monitor notices.
@@ -52,7 +55,13 @@ impl CpuModel {
     }
 
     /// Tells KVM what the CPUs are, before they first run: all but the first wait for PSCI CPU_ON.
-    pub fn apply(&self, vm: &VmFd, vcpus: &[VcpuFd], _platform: &Platform) -> Result<()> {
+    pub fn apply(
+        &self,
+        vm: &VmFd,
+        vcpus: &[VcpuFd],
+        _platform: &Platform,
+        _modifiers: &[CpuidModifier],
+    ) -> Result<()> {
         let mut target = kvm_vcpu_init::default();
         vm.get_preferred_target(&mut target).context("ask KVM for its preferred CPU")?;
         target.features[0] |= 1 << KVM_ARM_VCPU_PSCI_0_2;

@@ -4,6 +4,7 @@
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
 use crate::error::{Error, Result};
+use crate::platform::{CpuidModifier, CpuidRegister};
 
 const LEAF_1_ECX_TSC_DEADLINE: u32 = 1 << 24;
 const LEAF_1_ECX_HYPERVISOR: u32 = 1 << 31;
@@ -58,6 +59,30 @@ pub fn machine(supported: &CpuId, topology: Topology, tsc_deadline: bool) -> Res
     for (slot, entry) in cpuid.as_mut_slice().iter_mut().zip(kept.copied().chain(ours)) {
         *slot = entry;
         adjust(slot, topology, tsc_deadline);
+    }
+    Ok(cpuid)
+}
+
+/// What KVM supports, changed by `modifiers`. It is changed before it is made this machine's, so that topology,
+/// APIC ids and the bits that tell of a virtual machine stay right whatever is changed.
+pub fn modified(supported: &CpuId, modifiers: &[CpuidModifier]) -> Result<CpuId> {
+    let mut cpuid = supported.clone();
+    for CpuidModifier { leaf, subleaf, register, mask, value } in modifiers {
+        let mut entries = cpuid.as_mut_slice().iter_mut();
+        let entry = entries.find(|entry| (entry.function, entry.index) == (*leaf, *subleaf));
+        let entry = entry.ok_or_else(|| {
+            Error::config(format!(
+                "change leaf {leaf:#x}, subleaf {subleaf:#x} of CPUID (`cpuid_modifiers`): this host's KVM does \
+                 not have it"
+            ))
+        })?;
+        let register = match register {
+            CpuidRegister::Eax => &mut entry.eax,
+            CpuidRegister::Ebx => &mut entry.ebx,
+            CpuidRegister::Ecx => &mut entry.ecx,
+            CpuidRegister::Edx => &mut entry.edx,
+        };
+        *register = *register & !mask | value;
     }
     Ok(cpuid)
 }
@@ -137,6 +162,23 @@ mod tests {
         assert_eq!(levels.map(|level| (level.eax, level.ebx, level.edx)), [(0, 1, 3), (2, 4, 3)]);
         assert_eq!(leaf(&cpuid, 0x8000_0008, 0).ecx, 2 << 12 | 3);
         assert!(cpuid.as_slice().iter().all(|leaf| leaf.function != 0x1f));
+    }
+
+    #[test]
+    fn a_change_sets_the_bits_that_it_names_and_no_others() {
+        let entry = kvm_cpuid_entry2 { function: 7, index: 1, ebx: 0b1100, ecx: 5, ..Default::default() };
+        let supported = CpuId::from_entries(&[entry]).unwrap();
+        let modifier = |leaf| CpuidModifier {
+            leaf,
+            subleaf: 1,
+            register: CpuidRegister::Ebx,
+            mask: 0b0110,
+            value: 0b0010,
+        };
+        let changed = leaf(&modified(&supported, &[modifier(7)]).unwrap(), 7, 1);
+        assert_eq!((changed.eax, changed.ebx, changed.ecx, changed.edx), (0, 0b1010, 5, 0));
+        let error = modified(&supported, &[modifier(0x21)]).unwrap_err().to_string();
+        assert!(error.contains("leaf 0x21, subleaf 0x1 of CPUID (`cpuid_modifiers`)"), "{error}");
     }
 
     #[test]

@@ -18,7 +18,7 @@ pub use boot::{Entry, load};
 pub use registers::{boot, is_halted_for_good, refuse_instruction, tell_that_it_stood_still};
 
 use crate::error::{Context, Result};
-use crate::platform::Platform;
+use crate::platform::{CpuidModifier, Platform};
 
 /// What uname calls this architecture.
 pub const NAME: &str = "x86_64";
@@ -30,6 +30,9 @@ pub fn no_pci_words() -> Option<&'static str> {
 
 /// Whether a core can be given two hardware threads.
 pub const HAS_SMT: bool = true;
+
+/// Whether CPUs have a CPUID instruction.
+pub const HAS_CPUID: bool = true;
 
 /// The command line a stock kernel gets when none is given: console on the serial port, and an end
 /// that the monitor notices.
@@ -62,10 +65,22 @@ impl CpuModel {
         Ok(Self { supported, tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer) })
     }
 
-    /// Tells KVM what the CPUs are, before they first run.
-    pub fn apply(&self, _vm: &VmFd, vcpus: &[VcpuFd], platform: &Platform) -> Result<()> {
+    /// Tells KVM what the CPUs are, before they first run: those of the host, changed by `modifiers`.
+    pub fn apply(
+        &self,
+        _vm: &VmFd,
+        vcpus: &[VcpuFd],
+        platform: &Platform,
+        modifiers: &[CpuidModifier],
+    ) -> Result<()> {
         let topology = cpuid::Topology { cpus: platform.cpus, threads: if platform.smt { 2 } else { 1 } };
-        let mut cpuid = cpuid::machine(&self.supported, topology, self.tsc_deadline)?;
+        let mut cpuid = match modifiers {
+            [] => cpuid::machine(&self.supported, topology, self.tsc_deadline)?,
+            modifiers => {
+                let changed = cpuid::modified(&self.supported, modifiers)?;
+                cpuid::machine(&changed, topology, self.tsc_deadline)?
+            }
+        };
         for (index, vcpu) in vcpus.iter().enumerate() {
             cpuid::set_apic_id(&mut cpuid, topology, index as u32);
             vcpu.set_cpuid2(&cpuid).with_context(|| format!("set the CPUID of vCPU {index}"))?;
