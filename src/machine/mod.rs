@@ -143,6 +143,11 @@ impl Machine {
         &self.timeline
     }
 
+    /// Guest memory, as it is now.
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
     /// What its parts count, by part: `vcpu`, `uart`, `block_{id}`, and `block` for all disks together.
     pub fn metrics(&self, view: View) -> Map<String, Value> {
         metrics::collect(self, view)
