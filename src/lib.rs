@@ -7,7 +7,8 @@
 //! - [`snapshot`]: state that outlives the process. [`limiter`]: rate limits.
 //! - [`event`]: the core of an event loop. [`events`]: what happens to the microVM, for its readers.
 //!   [`uring`]: io_uring for an event loop. [`memory`]: guest memory. [`host`]: where files come from.
-//! - [`platform`]: what boot tables must say, as plain data. [`bus`]: address to device.
+//! - [`platform`]: what boot tables must say, as plain data. [`part`]: what is done with every part of a
+//!   machine. [`bus`]: address to device.
 //! - [`arch`]: everything that differs between x86_64 and aarch64, behind one set of names.
 //! - [`vm`]: one KVM virtual machine, its vCPUs and their gate, and how a guest ends.
 //! - [`pci`]: configuration space, MSI-X, and the root that moves registers on the bus.
@@ -47,6 +48,7 @@ pub mod log;
 pub mod machine;
 pub mod memory;
 pub mod metrics;
+pub mod part;
 pub mod pci;
 pub mod platform;
 pub mod process;

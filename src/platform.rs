@@ -61,6 +61,38 @@ pub struct CpuidModifier {
     pub value: u32,
 }
 
+/// Where a part of the machine is, as the guest reaches it. Interrupt lines are GSIs: pins of the I/O APIC on
+/// x86_64, shared peripheral interrupts (SPIs) on aarch64.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// I/O ports (x86_64), and the interrupt line if there is one.
+    Ports {
+        /// The ports.
+        range: Range,
+        /// The interrupt line.
+        gsi: Option<u32>,
+    },
+    /// Memory-mapped registers, and the interrupt line if there is one.
+    Registers {
+        /// The guest physical addresses.
+        range: Range,
+        /// The interrupt line.
+        gsi: Option<u32>,
+    },
+    /// A device number of the PCI bus.
+    Pci(u32),
+}
+
+impl Place {
+    /// The interrupt line.
+    pub fn gsi(self) -> Option<u32> {
+        match self {
+            Self::Ports { gsi, .. } | Self::Registers { gsi, .. } => gsi,
+            Self::Pci(_) => None,
+        }
+    }
+}
+
 /// Arm's interrupt controller: which version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Gic {

@@ -11,6 +11,8 @@ use super::{
 use crate::arch;
 use crate::config::{BootSource, Config, CpuConfig, MachineConfig};
 use crate::devices::console;
+use crate::devices::fixed::FixedDevice;
+use crate::devices::keyboard::Keyboard;
 use crate::devices::kind::{Change, Device, Kind};
 use crate::error::{Error, Result};
 use crate::events::{self, Event};
@@ -273,7 +275,7 @@ impl Controller {
                 Err("Start microvm error: Cannot start microvm without kernel configuration.".to_owned())
             }
             Action::InstanceStart => self.start("InstanceStart").map_err(fault("Start microvm error")),
-            Action::SendCtrlAltDel if arch::layout::KEYBOARD.is_none() => {
+            Action::SendCtrlAltDel if arch::fixed_place(Keyboard::NAME).is_none() => {
                 Err(format!("SendCtrlAltDel does not supported on {}.", arch::NAME))
             }
             Action::SendCtrlAltDel => self.started().send_ctrl_alt_del().map_err(fault("Internal VMM error")),

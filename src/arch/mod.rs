@@ -16,3 +16,8 @@ pub use aarch64::*;
 pub use x86_64::*;
 
 mod kernel;
+
+/// The place of the fixed device of this name; none: this architecture does not have the device.
+pub fn fixed_place(name: &str) -> Option<crate::platform::Place> {
+    layout::FIXED.iter().find(|(other, _)| *other == name).map(|(_, place)| *place)
+}

@@ -3,15 +3,19 @@
 
 use std::time::{Duration, Instant};
 
+use super::fixed::{FixedDevice, Site};
 use crate::bus::BusDevice;
 use crate::clock;
+use crate::error::Result;
 use crate::events::{self, Event};
 use crate::log;
+use crate::part::Component;
+use crate::platform::Place;
 
 /// What a guest writes.
 const BOOTED: u8 = 123;
 
-/// One register, at `arch::layout::BOOT_TIMER`.
+/// One register.
 pub struct BootTimer {
     begun: Instant,
     cpu: Duration,
@@ -25,6 +29,16 @@ impl BootTimer {
         Self { begun: Instant::now(), cpu: clock::cpu_time(), is_told: false }
     }
 }
+
+impl FixedDevice for BootTimer {
+    const NAME: &'static str = "boot timer";
+
+    fn build(_: Place, site: &mut Site<'_>) -> Result<Option<Self>> {
+        Ok(site.boot_timer.take())
+    }
+}
+
+impl Component for BootTimer {}
 
 impl BusDevice for BootTimer {
     fn read(&mut self, _offset: u64, data: &mut [u8]) {

@@ -6,14 +6,18 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, Trigger};
 
+use super::fixed::{FixedDevice, Site};
 use crate::bus::BusDevice;
 use crate::error::{Context, Result};
 use crate::event::EventFd;
 use crate::limiter::{Limiter, RateLimiter, TokenBucket};
-use crate::metrics::{Counter, metrics};
+use crate::metrics::{Counter, Group, View, metrics};
+use crate::part::Component;
+use crate::platform::Place;
 
 /// The UART's data register.
 const DATA: u8 = 0;
@@ -117,6 +121,22 @@ impl Console {
     /// Readable once the guest has read all that was typed.
     pub fn room(&self) -> Arc<EventFd> {
         self.room.clone()
+    }
+}
+
+impl FixedDevice for Console {
+    const NAME: &'static str = "serial";
+    const METRICS: Option<&'static str> = Some("uart");
+
+    fn build(place: Place, site: &mut Site<'_>) -> Result<Option<Self>> {
+        let limit = site.serial.and_then(|serial| serial.rate_limiter);
+        Self::new(site.interrupt(place)?, site.host.console()?, limit).map(Some)
+    }
+}
+
+impl Component for Console {
+    fn metrics(&self, view: View) -> Option<Value> {
+        Some(self.metrics.collect(view))
     }
 }
 

@@ -1,12 +1,16 @@
 //! The exit register: a guest writes a code there and ends with it (docs/exit-codes.md).
 
+use super::fixed::{FixedDevice, Site};
 use crate::bus::BusDevice;
+use crate::error::Result;
+use crate::part::Component;
+use crate::platform::Place;
 use crate::vm::exit::{End, Exit};
 
 /// What a read of the register returns, so that a guest can tell that it is there: "ALUX".
 pub const IDENTIFICATION: u32 = u32::from_be_bytes(*b"ALUX");
 
-/// One 32-bit register at `arch::layout::EXIT`.
+/// One 32-bit register.
 pub struct ExitRegister {
     end: End,
 }
@@ -17,6 +21,16 @@ impl ExitRegister {
         Self { end }
     }
 }
+
+impl FixedDevice for ExitRegister {
+    const NAME: &'static str = "exit register";
+
+    fn build(_: Place, site: &mut Site<'_>) -> Result<Option<Self>> {
+        Ok(Some(Self::new(site.surroundings.end.clone())))
+    }
+}
+
+impl Component for ExitRegister {}
 
 impl BusDevice for ExitRegister {
     fn read(&mut self, offset: u64, data: &mut [u8]) {

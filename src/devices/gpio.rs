@@ -1,8 +1,15 @@
 //! The power key of aarch64 machines: a PL061 GPIO controller (Arm DDI 0190) with the key on one of its
 //! lines. The device tree's `gpio-keys` tells the guest so.
 
+use super::fixed::{FixedDevice, Site};
 use crate::bus::BusDevice;
+use crate::error::Result;
 use crate::event::EventFd;
+use crate::part::Component;
+use crate::platform::Place;
+
+/// The line that the power key is on.
+const KEY_LINE: u8 = 3;
 
 /// Eight lines.
 pub struct Gpio {
@@ -111,6 +118,16 @@ impl Gpio {
 fn lines_meant(offset: u64) -> u8 {
     (offset >> 2) as u8
 }
+
+impl FixedDevice for Gpio {
+    const NAME: &'static str = "gpio";
+
+    fn build(place: Place, site: &mut Site<'_>) -> Result<Option<Self>> {
+        Ok(Some(Self::new(site.interrupt(place)?, KEY_LINE)))
+    }
+}
+
+impl Component for Gpio {}
 
 impl BusDevice for Gpio {
     fn read(&mut self, offset: u64, data: &mut [u8]) {

@@ -3,9 +3,15 @@
 
 use std::collections::VecDeque;
 
+use serde_json::Value;
+
+use super::fixed::{FixedDevice, Site};
 use crate::bus::BusDevice;
+use crate::error::Result;
 use crate::event::EventFd;
-use crate::metrics::{Counter, metrics};
+use crate::metrics::{Counter, Group, View, metrics};
+use crate::part::Component;
+use crate::platform::Place;
 use crate::vm::exit::{End, Exit};
 
 const DATA: u64 = 0;
@@ -118,6 +124,21 @@ impl Keyboard {
                 _ => self.send(&[ACK]),
             },
         }
+    }
+}
+
+impl FixedDevice for Keyboard {
+    const NAME: &'static str = "keyboard";
+    const METRICS: Option<&'static str> = Some("i8042");
+
+    fn build(place: Place, site: &mut Site<'_>) -> Result<Option<Self>> {
+        Ok(Some(Self::new(site.interrupt(place)?, site.surroundings.end.clone())))
+    }
+}
+
+impl Component for Keyboard {
+    fn metrics(&self, view: View) -> Option<Value> {
+        Some(self.metrics.collect(view))
     }
 }
 

@@ -267,6 +267,13 @@ impl Device {
         self.kind().name(self.id())
     }
 
+    /// The groups of metrics that what it counts is added to: its own if there can be many, and its kind's.
+    pub fn metrics(&self) -> Vec<String> {
+        let kind = self.kind();
+        let own = kind.many.then(|| format!("{}_{}", kind.metrics, self.id()));
+        own.into_iter().chain([kind.metrics.to_owned()]).collect()
+    }
+
     /// As its own type.
     pub fn config<C: DeviceConfig>(&self) -> Option<&C> {
         (&*self.0 as &dyn Any).downcast_ref()

@@ -5,6 +5,7 @@ pub mod boot_timer;
 pub mod console;
 pub mod entropy;
 pub mod exit;
+pub mod fixed;
 pub mod gpio;
 pub mod keyboard;
 pub mod kind;
@@ -16,12 +17,28 @@ pub mod rtc;
 pub mod v2m;
 
 use crate::error::{Error, Result};
+use fixed::{Site, put};
 use kind::Kind;
 
 /// The devices that a configuration can list, in the order that guests find them: a new one is a file
 /// that implements [`kind::DeviceConfig`], its module above, and its line here.
 pub static KINDS: &[Kind] =
     &[Kind::of::<block::Config>(), Kind::of::<net::Config>(), Kind::of::<entropy::Config>()];
+
+/// Makes the devices at fixed places, in the order in which boot tables list them: a new one is a file that
+/// implements [`fixed::FixedDevice`], its module above, its line here, and its place in the `layout` of each
+/// architecture that has one.
+pub fn put_fixed(site: &mut Site<'_>) -> Result<()> {
+    put::<power::Power>(site)?;
+    put::<console::Console>(site)?;
+    put::<keyboard::Keyboard>(site)?;
+    put::<rtc::Clock>(site)?;
+    put::<gpio::Gpio>(site)?;
+    put::<exit::ExitRegister>(site)?;
+    put::<pvpanic::PvPanic>(site)?;
+    put::<boot_timer::BootTimer>(site)?;
+    put::<v2m::V2m>(site)
+}
 
 /// The part of `config` that is read at `offset`; beyond its end there are zeros.
 fn copy_config(config: &[u8], offset: u64, data: &mut [u8]) {

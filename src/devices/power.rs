@@ -1,27 +1,42 @@
 //! The ACPI sleep control, sleep status and reset registers (ACPI 6.5, 4.8.3.7 and 4.8.3.6), x86_64.
 
+use super::fixed::{FixedDevice, Site};
 use crate::bus::BusDevice;
+use crate::error::Result;
+use crate::part::Component;
+use crate::platform::Place;
 use crate::vm::exit::{End, Exit};
 
 /// Sleep control: SLP_EN, and where SLP_TYP begins.
 const SLEEP_ENABLE: u8 = 1 << 5;
 const SLEEP_TYPE_SHIFT: u8 = 2;
 
+/// What `_S5` says of the sleep type that is "off".
+const OFF: u8 = 5;
+/// What the FADT says must be written to the reset register.
+const RESET: u8 = 1;
+
 /// Three 8-bit registers: sleep control, sleep status, reset.
 pub struct Power {
     end: End,
-    /// What `_S5` says of the sleep type that is "off".
-    off: u8,
-    /// What the FADT says must be written to the reset register.
-    reset: u8,
 }
 
 impl Power {
-    /// Registers whose writes are noted in `end`; `off` and `reset` are the values the ACPI tables give.
-    pub fn new(end: End, off: u8, reset: u8) -> Self {
-        Self { end, off, reset }
+    /// Registers whose writes are noted in `end`.
+    pub fn new(end: End) -> Self {
+        Self { end }
     }
 }
+
+impl FixedDevice for Power {
+    const NAME: &'static str = "power";
+
+    fn build(_: Place, site: &mut Site<'_>) -> Result<Option<Self>> {
+        Ok(Some(Self::new(site.surroundings.end.clone())))
+    }
+}
+
+impl Component for Power {}
 
 impl BusDevice for Power {
     fn read(&mut self, _offset: u64, data: &mut [u8]) {
@@ -30,10 +45,8 @@ impl BusDevice for Power {
 
     fn write(&mut self, offset: u64, data: &[u8]) {
         match (offset, data[0]) {
-            (0, value) if value == SLEEP_ENABLE | self.off << SLEEP_TYPE_SHIFT => {
-                self.end.set(Exit::PoweredOff)
-            }
-            (2, value) if value == self.reset => self.end.set(Exit::Reset),
+            (0, value) if value == SLEEP_ENABLE | OFF << SLEEP_TYPE_SHIFT => self.end.set(Exit::PoweredOff),
+            (2, value) if value == RESET => self.end.set(Exit::Reset),
             _ => {}
         }
     }
@@ -45,7 +58,7 @@ mod tests {
 
     fn after(writes: &[(u64, u8)]) -> Option<Exit> {
         let end = End::new(Default::default()).unwrap();
-        let mut power = Power::new(end.clone(), 5, 1);
+        let mut power = Power::new(end.clone());
         for (offset, value) in writes {
             power.write(*offset, &[*value]);
         }

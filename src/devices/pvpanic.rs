@@ -1,7 +1,11 @@
 //! The pvpanic device (QEMU's docs/specs/pvpanic): by it a guest says that its kernel panicked. That is
 //! not its end: its own configuration decides whether it stops, resets or boots a crash kernel.
 
+use super::fixed::{FixedDevice, Site};
 use crate::bus::BusDevice;
+use crate::error::Result;
+use crate::part::Component;
+use crate::platform::Place;
 use crate::vm::exit::End;
 
 /// It panicked.
@@ -9,7 +13,7 @@ const PANICKED: u8 = 1 << 0;
 /// It panicked, and goes on with a crash kernel that it had loaded.
 const CRASH_LOADED: u8 = 1 << 1;
 
-/// One 8-bit register at `arch::layout::PVPANIC`.
+/// One 8-bit register.
 pub struct PvPanic {
     end: End,
 }
@@ -20,6 +24,16 @@ impl PvPanic {
         Self { end }
     }
 }
+
+impl FixedDevice for PvPanic {
+    const NAME: &'static str = "pvpanic";
+
+    fn build(_: Place, site: &mut Site<'_>) -> Result<Option<Self>> {
+        Ok(Some(Self::new(site.surroundings.end.clone())))
+    }
+}
+
+impl Component for PvPanic {}
 
 impl BusDevice for PvPanic {
     /// The events it understands.

@@ -3,7 +3,11 @@
 use vm_superio::Rtc;
 use vm_superio::rtc_pl031::NoEvents;
 
+use super::fixed::{FixedDevice, Site};
 use crate::bus::BusDevice;
+use crate::error::Result;
+use crate::part::Component;
+use crate::platform::Place;
 
 /// A PL031; it reads the host's time. Its alarm raises no interrupt: Linux does not ask for one.
 pub struct Clock {
@@ -15,6 +19,16 @@ impl Default for Clock {
         Self { rtc: Rtc::new() }
     }
 }
+
+impl FixedDevice for Clock {
+    const NAME: &'static str = "rtc";
+
+    fn build(_: Place, _: &mut Site<'_>) -> Result<Option<Self>> {
+        Ok(Some(Self::default()))
+    }
+}
+
+impl Component for Clock {}
 
 impl BusDevice for Clock {
     fn read(&mut self, offset: u64, data: &mut [u8]) {

@@ -5,10 +5,13 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use super::fixed::{FixedDevice, Site};
 use crate::bus::BusDevice;
+use crate::error::Result;
 use crate::event::EventFd;
 use crate::log;
-use crate::platform::MessageFrame;
+use crate::part::Component;
+use crate::platform::{MessageFrame, Place};
 use crate::vm::Vm;
 
 /// Which interrupts the frame has: the first, and how many.
@@ -31,7 +34,7 @@ impl V2m {
         Self { vm, frame, lines: BTreeMap::new() }
     }
 
-    fn raise(&mut self, line: u32) -> crate::error::Result<()> {
+    fn raise(&mut self, line: u32) -> Result<()> {
         if !self.lines.contains_key(&line) {
             self.lines.insert(line, self.vm.interrupt(line)?);
         }
@@ -40,6 +43,16 @@ impl V2m {
         Ok(())
     }
 }
+
+impl FixedDevice for V2m {
+    const NAME: &'static str = "v2m";
+
+    fn build(_: Place, site: &mut Site<'_>) -> Result<Option<Self>> {
+        Ok(site.message_frame.map(|frame| Self::new(site.vm.clone(), frame)))
+    }
+}
+
+impl Component for V2m {}
 
 impl BusDevice for V2m {
     fn read(&mut self, offset: u64, data: &mut [u8]) {

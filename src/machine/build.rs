@@ -3,30 +3,28 @@
 use std::fs::File;
 use std::io::{Cursor, Seek, SeekFrom};
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use vm_memory::GuestAddressSpace;
 
 use super::attach::{Slots, Unplaced, pci_bus};
 use super::command_line::command_line;
-use super::{Attached, Machine, State, halt};
+use super::parts::Parts;
+use super::{Machine, State, halt};
 use crate::arch::{self, layout};
 use crate::bus::Bus;
 use crate::config::{Config, HugePages};
 use crate::devices::boot_timer::BootTimer;
 use crate::devices::console::Console;
-use crate::devices::exit::ExitRegister;
-use crate::devices::gpio::Gpio;
-use crate::devices::keyboard::Keyboard;
-use crate::devices::power::Power;
-use crate::devices::pvpanic::PvPanic;
-use crate::devices::rtc::Clock;
+use crate::devices::fixed::{FixedDevice, Site};
+use crate::devices::put_fixed;
 use crate::dialect::Dialect;
 use crate::error::{Context, Error, Result};
 use crate::firmware;
 use crate::host::{Access, Host, Sharing};
 use crate::log;
 use crate::memory::{self, Memory};
+use crate::part::Part;
 use crate::platform::Platform;
 use crate::vm::exit::End;
 use crate::vm::gate::Gate;
@@ -71,14 +69,19 @@ pub fn build(id: &str, config: &Config, host: &mut dyn Host, prepared: Prepared)
     let gate = Arc::new(Gate::default());
     let end = End::new(gate.clone())?;
     let surroundings = Surroundings { mmio: Arc::default(), pio: Bus::default(), gate, end };
-    let FixedDevices { console, keyboard, gpio } = attach_fixed_devices(&vm, &surroundings, config, host)?;
-    if let Some(timer) = boot_timer {
-        surroundings.mmio.attach(layout::BOOT_TIMER, Arc::new(Mutex::new(timer)))?;
-    }
-    let console_room = console.lock().unwrap_or_else(PoisonError::into_inner).room();
-
+    let mut site = Site {
+        vm: &vm,
+        surroundings: &surroundings,
+        host,
+        serial: config.serial.as_ref(),
+        boot_timer,
+        message_frame: platform.message_frame(),
+        parts: Vec::new(),
+    };
+    put_fixed(&mut site)?;
+    let Site { host, mut parts, .. } = site;
     let root = match config.pci {
-        true => Some(pci_bus(&vm, &surroundings.mmio, &surroundings.pio, &platform)?),
+        true => Some(pci_bus(&vm, &surroundings, &mut parts)?),
         false => None,
     };
     let mut slots = Slots {
@@ -91,30 +94,29 @@ pub fn build(id: &str, config: &Config, host: &mut dyn Host, prepared: Prepared)
         platform: &mut platform,
         root,
     };
-    let mut devices = Vec::new();
     for device in config.devices() {
         let (name, place) = (device.name(), slots.free_place()?);
-        let (kind, own_id) = (device.kind(), device.id().to_owned());
         let opened =
             Unplaced { name: name.clone(), device: device.open(id, host)?, threads: device.threads() };
-        devices.push(Attached { name, kind, id: own_id, transport: slots.attach(opened, place)? });
+        let (component, place) = slots.attach(opened, place)?;
+        parts.push(Part { name, place, metrics: device.metrics(), component });
     }
 
     let Slots { loops, .. } = slots;
 
     register_kick()?;
+    let parts = Parts(parts);
+    let console_room = parts.with(Console::NAME, |console: &mut Console| console.room());
+    let console_room = console_room.ok_or_else(|| Error::host("the machine has no serial console"))?;
     timeline.mark("devices");
     Ok(Machine {
         state: State::Paused,
         vcpus: vcpus.into_iter().map(Vcpu::new).collect(),
         surroundings: Arc::new(surroundings),
-        console,
+        parts,
         console_room,
-        keyboard,
-        gpio,
         platform,
         loops,
-        devices,
         halt: halt::Watch::default(),
         stays_when_halted: config.dialect == Dialect::Firecracker,
         timeline,
@@ -137,54 +139,6 @@ fn choose_pages(memory: &Memory, pages: HugePages) {
         // A kernel that has none gives none.
         _ => {}
     }
-}
-
-/// Those of the fixed devices that the machine itself talks to.
-struct FixedDevices {
-    console: Arc<Mutex<Console>>,
-    keyboard: Option<Arc<Mutex<Keyboard>>>,
-    gpio: Option<Arc<Mutex<Gpio>>>,
-}
-
-/// The devices that every machine of this architecture has, at the places `layout` gives.
-fn attach_fixed_devices(
-    vm: &Vm,
-    surroundings: &Surroundings,
-    config: &Config,
-    host: &mut dyn Host,
-) -> Result<FixedDevices> {
-    let Surroundings { mmio, pio, end, .. } = surroundings;
-    let limit = config.serial.as_ref().and_then(|serial| serial.rate_limiter);
-    let console = Console::new(vm.interrupt(layout::SERIAL_GSI)?, host.console()?, limit)?;
-    let console = Arc::new(Mutex::new(console));
-    let tradition = if layout::SERIAL_IS_PORTS { pio } else { mmio };
-    tradition.attach(layout::SERIAL, console.clone())?;
-    tradition.attach(layout::PVPANIC, Arc::new(Mutex::new(PvPanic::new(end.clone()))))?;
-    mmio.attach(layout::EXIT, Arc::new(Mutex::new(ExitRegister::new(end.clone()))))?;
-    if let Some(registers) = layout::CLOCK {
-        mmio.attach(registers, Arc::new(Mutex::new(Clock::default())))?;
-    }
-    if let Some(power) = layout::POWER {
-        let device = Power::new(end.clone(), power.sleep_type_off, power.reset_value);
-        pio.attach(power.ports, Arc::new(Mutex::new(device)))?;
-    }
-    let keyboard = match layout::KEYBOARD {
-        Some((ports, gsi)) => {
-            let keyboard = Arc::new(Mutex::new(Keyboard::new(vm.interrupt(gsi)?, end.clone())));
-            pio.attach(ports, keyboard.clone())?;
-            Some(keyboard)
-        }
-        None => None,
-    };
-    let gpio = match layout::GPIO {
-        Some((registers, gsi, line)) => {
-            let gpio = Arc::new(Mutex::new(Gpio::new(vm.interrupt(gsi)?, line)));
-            mmio.attach(registers, gpio.clone())?;
-            Some(gpio)
-        }
-        None => None,
-    };
-    Ok(FixedDevices { console, keyboard, gpio })
 }
 
 pub fn load(machine: &mut Machine, config: &Config, host: &mut dyn Host) -> Result<()> {

@@ -5,18 +5,18 @@ mod build;
 mod command_line;
 mod halt;
 mod metrics;
+mod parts;
 
 use std::any::Any;
-use std::sync::mpsc::channel;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
 use crate::config::Config;
 use crate::devices::console::Console;
+use crate::devices::fixed::FixedDevice;
 use crate::devices::gpio::Gpio;
 use crate::devices::keyboard::Keyboard;
-use crate::devices::kind::Kind;
 use crate::error::{Error, Result};
 use crate::event::EventFd;
 use crate::host::Host;
@@ -28,6 +28,7 @@ use crate::virtio::transport::Transport;
 use crate::virtio::workers::Loop;
 use crate::vm::Vm;
 use crate::vm::vcpu::{Surroundings, Vcpu};
+use parts::Parts;
 
 pub use crate::vm::Prepared;
 pub use crate::vm::exit::Exit;
@@ -41,45 +42,16 @@ pub enum State {
     Paused,
 }
 
-/// A device on its bus.
-struct Attached {
-    /// What log lines and errors call it.
-    name: String,
-    kind: &'static Kind,
-    id: String,
-    transport: Arc<Mutex<Transport>>,
-}
-
-impl Attached {
-    fn lock(&self) -> std::sync::MutexGuard<'_, Transport> {
-        self.transport.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Stops these devices, which then touch neither guest memory nor interrupts.
-fn pause(devices: &[Attached]) {
-    let (sender, stopped) = channel();
-    for device in devices {
-        device.lock().pause(sender.clone());
-    }
-    drop(sender);
-    // An error: the last of them has dropped its sender.
-    let _ = stopped.recv();
-}
-
 /// One virtual machine. Fields are dropped in this order: nothing runs, then KVM goes, then memory.
 pub struct Machine {
     state: State,
     vcpus: Vec<Vcpu>,
     surroundings: Arc<Surroundings>,
-    console: Arc<Mutex<Console>>,
+    parts: Parts,
     console_room: Arc<EventFd>,
-    keyboard: Option<Arc<Mutex<Keyboard>>>,
-    gpio: Option<Arc<Mutex<Gpio>>>,
     platform: Platform,
     /// The threads on which devices run: the one that devices share, if any does, and those of their own.
     loops: Vec<Arc<Loop>>,
-    devices: Vec<Attached>,
     halt: halt::Watch,
     /// A guest whose CPUs have all halted for good is told of and left alone, as in Firecracker.
     stays_when_halted: bool,
@@ -112,7 +84,7 @@ impl Machine {
             vcpu.start(index, &self.surroundings)?;
         }
         if self.state == State::Paused {
-            self.devices.iter().for_each(|device| device.lock().resume());
+            self.parts.resume();
             self.surroundings.gate.open();
             self.state = State::Running;
         }
@@ -122,7 +94,7 @@ impl Machine {
     /// Returns when no CPU runs any more. No effect on a paused machine.
     pub fn pause(&mut self) -> Result<()> {
         self.stop_vcpus();
-        pause(&self.devices);
+        self.parts.pause();
         self.state = State::Paused;
         Ok(())
     }
@@ -181,12 +153,12 @@ impl Machine {
 
     /// Types `bytes` on the guest's serial console and returns how many there was room for.
     pub fn type_on_console(&mut self, bytes: &[u8]) -> usize {
-        self.console.lock().unwrap_or_else(PoisonError::into_inner).type_bytes(bytes)
+        self.parts.with(Console::NAME, |console: &mut Console| console.type_bytes(bytes)).unwrap_or(0)
     }
 
     /// Writes what the console keeps for a slow reader, as far as it reads now; to be called now and then.
     pub fn flush_console(&mut self) {
-        self.console.lock().unwrap_or_else(PoisonError::into_inner).flush();
+        self.parts.with(Console::NAME, Console::flush);
     }
 
     /// Readable when the console has room again after `type_on_console` took fewer bytes than given.
@@ -199,34 +171,28 @@ impl Machine {
     ///
     /// [`VirtioDevice::patch`]: crate::virtio::VirtioDevice::patch
     pub fn patch_device(&mut self, name: &str, change: &dyn Any, host: &mut dyn Host) -> Result<()> {
-        let place = self.devices.iter().position(|device| device.name == name);
-        let place = place.ok_or_else(|| Error::config(format!("there is no {name}")))?;
-        let device = &self.devices[place..=place];
-        pause(device);
-        let result = device[0].lock().patch(change, host);
+        let part = self.parts.get(name)?;
+        parts::pause(std::slice::from_ref(part));
+        let result = part.with(|device: &mut Transport| device.patch(change, host));
         if self.state == State::Running {
-            device[0].lock().resume();
+            part.lock().resume();
         }
-        result
+        result.unwrap_or_else(|| Err(Error::config(format!("{name} cannot be changed"))))
     }
 
     /// Asks the guest to shut down, by what the machine has for it: Ctrl-Alt-Del on x86_64, the power
     /// key on aarch64. What comes of it is the guest's own business.
     pub fn request_shutdown(&mut self) -> Result<()> {
-        match &self.gpio {
-            Some(gpio) => {
-                gpio.lock().unwrap_or_else(PoisonError::into_inner).press_power_key();
-                Ok(())
-            }
+        match self.parts.with(Gpio::NAME, Gpio::press_power_key) {
+            Some(()) => Ok(()),
             None => self.send_ctrl_alt_del(),
         }
     }
 
     /// Presses Ctrl-Alt-Del on the guest's keyboard (x86_64 only).
     pub fn send_ctrl_alt_del(&mut self) -> Result<()> {
-        let keyboard = self.keyboard.as_ref().ok_or_else(|| Error::config("this machine has no keyboard"))?;
-        keyboard.lock().unwrap_or_else(PoisonError::into_inner).press_ctrl_alt_del();
-        Ok(())
+        let pressed = self.parts.with(Keyboard::NAME, Keyboard::press_ctrl_alt_del);
+        pressed.ok_or_else(|| Error::config("this machine has no keyboard"))
     }
 }
 

@@ -12,6 +12,7 @@ use crate::error::{Context, Error, Result};
 use crate::event::EventFd;
 use crate::log;
 use crate::memory::Range;
+use crate::part::Component;
 use crate::snapshot::{SaveState, Snapshot};
 use crate::vm::Vm;
 
@@ -104,6 +105,8 @@ impl Root {
         }
     }
 }
+
+impl Component for Root {}
 
 impl Slot {
     /// Puts the registers where the function has them now. Its lock is not held: they can be reached
@@ -201,6 +204,8 @@ impl BusDevice for Ecam {
 
 /// Configuration space by ports 0xcf8 (address) and 0xcfc to 0xcff (data) (PCI Local Bus 3.0, 3.2.2.3.2).
 pub struct Ports(pub Arc<Mutex<Root>>);
+
+impl Component for Ports {}
 
 impl Ports {
     /// The ECAM offset of a data access, while the address register enables them.

@@ -2,6 +2,7 @@
 //! (virtio 1.2, 2.1 to 2.4, 3.1). A transport only finds the register behind an offset.
 
 mod life;
+mod part;
 mod saved;
 
 use std::sync::atomic::Ordering;

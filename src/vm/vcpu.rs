@@ -10,10 +10,11 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::arch;
-use crate::bus::Bus;
-use crate::error::{Context, Result};
+use crate::bus::{Bus, Shared as SharedDevice};
+use crate::error::{Context, Error, Result};
 use crate::log;
 use crate::metrics::{Counter, metrics};
+use crate::platform::Place;
 use crate::vm::exit::{End, Exit};
 use crate::vm::gate::Gate;
 
@@ -27,6 +28,17 @@ pub struct Surroundings {
     pub gate: Arc<Gate>,
     /// Where a vCPU notes the guest's end.
     pub end: End,
+}
+
+impl Surroundings {
+    /// Puts a device's registers at `place`.
+    pub fn attach(&self, place: Place, device: SharedDevice) -> Result<()> {
+        match place {
+            Place::Ports { range, .. } => self.pio.attach(range, device),
+            Place::Registers { range, .. } => self.mmio.attach(range, device),
+            Place::Pci(_) => Err(Error::host("registers of PCI devices are where the guest puts them")),
+        }
+    }
 }
 
 /// A vCPU. Its thread holds the lock of `fd` while guest code runs: who can take it knows it is stopped.

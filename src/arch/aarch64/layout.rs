@@ -3,7 +3,7 @@
 #![allow(missing_docs, reason = "the groups are documented by their first line")]
 
 use crate::memory::Range;
-use crate::platform::MessageFrame;
+use crate::platform::{MessageFrame, Place};
 
 /// The GIC: its distributor (a GICv2's takes the first 4 KiB of this).
 pub const GIC_DISTRIBUTOR: Range = Range { start: 0x0800_0000, size: 0x1_0000 };
@@ -20,8 +20,6 @@ pub const GIC_INTERRUPTS: u32 = 256;
 /// The 16550 UART; GSIs are shared peripheral interrupts (SPIs).
 pub const SERIAL: Range = Range { start: 0x0900_0000, size: 0x1000 };
 pub const SERIAL_GSI: u32 = 0;
-/// There are no I/O ports: the serial port's and pvpanic's registers are memory.
-pub const SERIAL_IS_PORTS: bool = false;
 /// The PL031 clock.
 pub const CLOCK: Option<Range> = Some(Range { start: 0x0901_0000, size: 0x1000 });
 /// The exit register (devices/exit.rs).
@@ -46,20 +44,20 @@ pub const MESSAGE_GSIS: u32 = GIC_INTERRUPTS;
 pub const MESSAGES_MAX: u32 = 1000;
 /// The GPIO controller (devices/gpio.rs), its interrupt, and the line that the power key is on.
 pub const GPIO: Option<(Range, u32, u8)> = Some((Range { start: 0x0904_0000, size: 0x1000 }, 1, 3));
-/// No keyboard and no ACPI registers: guests power off by PSCI.
-pub const KEYBOARD: Option<(Range, u32)> = None;
-pub const POWER: Option<Power> = None;
+/// The devices at fixed places. There is no keyboard, and there are no power registers: guests power off by
+/// PSCI.
+pub const FIXED: &[(&str, Place)] = &[
+    ("serial", Place::Registers { range: SERIAL, gsi: Some(SERIAL_GSI) }),
+    ("rtc", Place::Registers { range: Range { start: 0x0901_0000, size: 0x1000 }, gsi: None }),
+    ("gpio", Place::Registers { range: Range { start: 0x0904_0000, size: 0x1000 }, gsi: Some(1) }),
+    ("exit register", Place::Registers { range: EXIT, gsi: None }),
+    ("pvpanic", Place::Registers { range: PVPANIC, gsi: None }),
+    ("boot timer", Place::Registers { range: BOOT_TIMER, gsi: None }),
+    ("v2m", Place::Registers { range: GIC_MESSAGE_FRAME.registers, gsi: None }),
+];
 
 /// Memory starts here and is in one piece.
 pub const MEMORY_START: u64 = 0x4000_0000;
-
-/// The ACPI power registers of x86_64 (devices/power.rs).
-#[derive(Clone, Copy)]
-pub struct Power {
-    pub ports: Range,
-    pub sleep_type_off: u8,
-    pub reset_value: u8,
-}
 
 /// The ranges that `size` bytes of memory lie in.
 pub fn memory(size: u64) -> Vec<Range> {

@@ -3,6 +3,7 @@
 #![allow(missing_docs, reason = "the groups are documented by their first line")]
 
 use crate::memory::Range;
+use crate::platform::Place;
 
 /// Memory below this address is in one piece; what does not fit goes on above 4 GiB.
 pub const LOW_MEMORY_END: u64 = 0xc000_0000;
@@ -32,8 +33,6 @@ pub const KVM_TSS: usize = 0xfffb_d000;
 /// The 16550 UART known as COM1: ports and I/O APIC pin.
 pub const SERIAL: Range = Range { start: 0x3f8, size: 8 };
 pub const SERIAL_GSI: u32 = 4;
-/// The registers of the serial port and of pvpanic are I/O ports.
-pub const SERIAL_IS_PORTS: bool = true;
 /// The pvpanic register.
 pub const PVPANIC: Range = Range { start: 0x505, size: 1 };
 /// The i8042 keyboard controller: ports 0x60 (data) to 0x64 (command), and its pin.
@@ -41,10 +40,6 @@ pub const KEYBOARD: Option<(Range, u32)> = Some((Range { start: 0x60, size: 5 },
 /// ACPI sleep control, sleep status and reset registers.
 pub const POWER: Option<Power> =
     Some(Power { ports: Range { start: 0x600, size: 3 }, sleep_type_off: 5, reset_value: 1 });
-/// No power key: guests are asked to shut down by Ctrl-Alt-Del.
-pub const GPIO: Option<(Range, u32, u8)> = None;
-/// No memory-mapped clock: guests take the time from KVM's.
-pub const CLOCK: Option<Range> = None;
 
 /// The ACPI power registers (devices/power.rs) and what is written there.
 #[derive(Clone, Copy)]
@@ -55,6 +50,16 @@ pub struct Power {
     /// Written to the reset register, it resets.
     pub reset_value: u8,
 }
+
+/// The devices at fixed places.
+pub const FIXED: &[(&str, Place)] = &[
+    ("power", Place::Ports { range: Range { start: 0x600, size: 3 }, gsi: None }),
+    ("serial", Place::Ports { range: SERIAL, gsi: Some(SERIAL_GSI) }),
+    ("keyboard", Place::Ports { range: Range { start: 0x60, size: 5 }, gsi: Some(1) }),
+    ("exit register", Place::Registers { range: EXIT, gsi: None }),
+    ("pvpanic", Place::Ports { range: PVPANIC, gsi: None }),
+    ("boot timer", Place::Registers { range: BOOT_TIMER, gsi: None }),
+];
 
 /// I/O APIC pins for devices that are added: after those that PC tradition has given away.
 pub const DEVICE_GSIS: std::ops::Range<u32> = 5..24;

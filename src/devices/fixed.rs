@@ -1,0 +1,64 @@
+//! What the devices at fixed places have in common: each describes itself in its own file by
+//! [`FixedDevice`], and the architecture's `layout` says where it is.
+
+use std::sync::{Arc, Mutex};
+
+use super::boot_timer::BootTimer;
+use super::console;
+use crate::arch;
+use crate::bus::BusDevice;
+use crate::error::{Error, Result};
+use crate::event::EventFd;
+use crate::host::Host;
+use crate::part::{Component, Part};
+use crate::platform::{MessageFrame, Place};
+use crate::vm::Vm;
+use crate::vm::vcpu::Surroundings;
+
+/// A device that a machine has at the place that `layout` gives.
+pub trait FixedDevice: BusDevice + Component + Sized {
+    /// What `layout` and the machine call the device.
+    const NAME: &'static str;
+    /// The group of metrics that what the device counts is added to.
+    const METRICS: Option<&'static str> = None;
+
+    /// Makes the device for this place; None: the machine is not to have one.
+    fn build(place: Place, site: &mut Site<'_>) -> Result<Option<Self>>;
+}
+
+/// What fixed devices are made from, and the parts that have been made.
+pub struct Site<'a> {
+    /// The virtual machine.
+    pub vm: &'a Arc<Vm>,
+    /// The buses that devices are put on, and where they note the guest's end.
+    pub surroundings: &'a Surroundings,
+    /// Where the serial console's output goes.
+    pub host: &'a mut dyn Host,
+    /// How the serial console is configured.
+    pub serial: Option<&'a console::Config>,
+    /// The boot timer, which runs already, if the machine is to have one.
+    pub boot_timer: Option<BootTimer>,
+    /// Where interrupt messages of PCI devices are written, if that is a frame of ours.
+    pub message_frame: Option<MessageFrame>,
+    /// The parts that are at their places, in order.
+    pub parts: Vec<Part>,
+}
+
+impl Site<'_> {
+    /// An event that raises the interrupt line of `place`.
+    pub fn interrupt(&self, place: Place) -> Result<EventFd> {
+        let gsi = place.gsi().ok_or_else(|| Error::host("the device's place has no interrupt line"))?;
+        self.vm.interrupt(gsi)
+    }
+}
+
+/// Makes a device and puts it at its place, where this architecture has one.
+pub fn put<D: FixedDevice>(site: &mut Site<'_>) -> Result<()> {
+    let Some(place) = arch::fixed_place(D::NAME) else { return Ok(()) };
+    let Some(device) = D::build(place, site)? else { return Ok(()) };
+    let device = Arc::new(Mutex::new(device));
+    site.surroundings.attach(place, device.clone())?;
+    let metrics = D::METRICS.map(str::to_owned).into_iter().collect();
+    site.parts.push(Part { name: D::NAME.to_owned(), place, metrics, component: device });
+    Ok(())
+}

@@ -1,0 +1,63 @@
+//! The parts of a machine, and what is done with all of them, in the order in which they were built.
+
+use std::sync::mpsc::channel;
+
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result};
+use crate::metrics::{View, add_up};
+use crate::part::{Component, Part};
+
+/// A machine's list of parts. When the list is dropped, its parts are dropped in their order.
+#[derive(Default)]
+pub struct Parts(pub Vec<Part>);
+
+impl Parts {
+    /// The part of this name.
+    pub fn get(&self, name: &str) -> Result<&Part> {
+        let part = self.0.iter().find(|part| part.name == name);
+        part.ok_or_else(|| Error::config(format!("there is no {name}")))
+    }
+
+    /// Has `act` done with the part of this name, which is a `C`; None: this machine has no such part.
+    pub fn with<C: Component, R>(&self, name: &str, act: impl FnOnce(&mut C) -> R) -> Option<R> {
+        self.get(name).ok()?.with(act)
+    }
+
+    /// Stops all parts, which then touch neither guest memory nor interrupts.
+    pub fn pause(&self) {
+        pause(&self.0);
+    }
+
+    /// Lets all parts go on.
+    pub fn resume(&self) {
+        self.0.iter().for_each(|part| part.lock().resume());
+    }
+
+    /// Adds what the parts count to `all`, by the names of their groups.
+    pub fn metrics(&self, view: View, all: &mut Map<String, Value>) {
+        for part in self.0.iter().filter(|part| !part.metrics.is_empty()) {
+            let Some(counted) = part.lock().metrics(view) else { continue };
+            part.metrics.iter().for_each(|group| add(all, group, &counted));
+        }
+    }
+}
+
+/// Returns when these parts have stopped: they then touch neither guest memory nor interrupts.
+pub fn pause(parts: &[Part]) {
+    let (sender, stopped) = channel();
+    for part in parts {
+        part.lock().pause(sender.clone());
+    }
+    drop(sender);
+    // An error: the last of the parts has dropped its sender.
+    let _ = stopped.recv();
+}
+
+/// Adds what one part counts to what all parts of a group count.
+pub fn add(all: &mut Map<String, Value>, group: &str, counted: &Value) {
+    let sum = all.entry(group).or_insert_with(|| Value::Object(Map::new()));
+    if let (Value::Object(sum), Value::Object(counted)) = (sum, counted) {
+        add_up(sum, counted);
+    }
+}
