@@ -10,11 +10,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use serde_json::Value;
 
 use crate::metrics::View;
-use crate::platform::Place;
+use crate::platform::{Node, Place};
 
-/// What a part consists of, as its machine sees it. The defaults are those of a component that counts
-/// nothing and does nothing between two accesses of the guest.
+/// What a part consists of, as its machine sees it. The defaults are those of a component that boot
+/// tables do not name, that counts nothing, and that does nothing between two accesses of the guest.
 pub trait Component: Any + Send {
+    /// What boot tables say of the component when it is at `place`.
+    fn nodes(&self, _place: Place) -> Vec<Node> {
+        Vec::new()
+    }
     /// What the component counts.
     fn metrics(&self, _view: View) -> Option<Value> {
         None

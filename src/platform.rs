@@ -1,7 +1,10 @@
 //! What the boot tables must tell the guest, as plain data: the architecture writes ACPI or a device
 //! tree from it, as a pure function.
 
+pub mod node;
+
 use crate::memory::Range;
+pub use node::Node;
 
 /// The machine as the guest is told of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,8 +21,8 @@ pub struct Platform {
     pub initrd: Option<Range>,
     /// Fresh random bytes for the guest's generator; where a boot protocol can carry them, it does.
     pub random_seed: [u8; 32],
-    /// Devices behind virtio-mmio.
-    pub virtio_mmio: Vec<MmioDevice>,
+    /// What its parts say of themselves, in their order.
+    pub nodes: Vec<Node>,
     /// There is a PCI bus.
     pub pci: bool,
     /// Which interrupt controller there is, once it has been made (aarch64: what the host's KVM has).
@@ -27,6 +30,14 @@ pub struct Platform {
 }
 
 impl Platform {
+    /// Where configuration space of a PCI bus is memory.
+    pub fn ecam(&self) -> impl Iterator<Item = Range> {
+        self.nodes.iter().filter_map(|node| match node {
+            Node::Ecam(range) => Some(*range),
+            _ => None,
+        })
+    }
+
     /// Where interrupt messages of PCI devices are written, if that is a frame of ours.
     pub fn message_frame(&self) -> Option<MessageFrame> {
         match self.gic {
@@ -142,13 +153,4 @@ mod tests {
             assert_eq!(frame.line(address, data), None, "{address:#x} {data}");
         }
     }
-}
-
-/// A device with one block of registers and one interrupt.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MmioDevice {
-    /// Where its registers are.
-    pub registers: Range,
-    /// Its interrupt line: a GSI, which is an I/O APIC pin on x86_64 and an SPI on aarch64.
-    pub gsi: u32,
 }

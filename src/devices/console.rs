@@ -17,8 +17,11 @@ use crate::event::EventFd;
 use crate::limiter::{Limiter, RateLimiter, TokenBucket};
 use crate::metrics::{Counter, Group, View, metrics};
 use crate::part::Component;
-use crate::platform::Place;
+use crate::platform::node::{AcpiDevice, AcpiValue, TreeNode, stdout};
+use crate::platform::{Node, Place};
 
+/// The clock that the UART divides, as in PCs.
+const CLOCK_HZ: u32 = 1_843_200;
 /// The UART's data register.
 const DATA: u8 = 0;
 
@@ -135,6 +138,20 @@ impl FixedDevice for Console {
 }
 
 impl Component for Console {
+    fn nodes(&self, place: Place) -> Vec<Node> {
+        let acpi = AcpiDevice::new("COM1", AcpiValue::Eisa("PNP0501"), place.resources());
+        let tree = TreeNode::at("serial", place)
+            .texts("compatible", &["ns16550a"])
+            .registers(place)
+            .cells("clock-frequency", &[CLOCK_HZ])
+            .interrupt(place);
+        vec![
+            Node::Acpi(acpi.with("_UID", AcpiValue::Number(0))),
+            Node::Tree(tree),
+            Node::Chosen(stdout("serial", place)),
+        ]
+    }
+
     fn metrics(&self, view: View) -> Option<Value> {
         Some(self.metrics.collect(view))
     }

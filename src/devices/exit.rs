@@ -4,7 +4,8 @@ use super::fixed::{FixedDevice, Site};
 use crate::bus::BusDevice;
 use crate::error::Result;
 use crate::part::Component;
-use crate::platform::Place;
+use crate::platform::node::{AcpiDevice, AcpiValue, TreeNode};
+use crate::platform::{Node, Place};
 use crate::vm::exit::{End, Exit};
 
 /// What a read of the register returns, so that a guest can tell that it is there: "ALUX".
@@ -30,7 +31,13 @@ impl FixedDevice for ExitRegister {
     }
 }
 
-impl Component for ExitRegister {}
+impl Component for ExitRegister {
+    fn nodes(&self, place: Place) -> Vec<Node> {
+        let acpi = AcpiDevice::new("EXIT", AcpiValue::Text("ALUL0001"), place.resources());
+        let tree = TreeNode::at("exit", place).texts("compatible", &["alula,exit"]).registers(place);
+        vec![Node::Acpi(acpi), Node::Tree(tree)]
+    }
+}
 
 impl BusDevice for ExitRegister {
     fn read(&mut self, offset: u64, data: &mut [u8]) {

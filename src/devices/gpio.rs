@@ -6,10 +6,15 @@ use crate::bus::BusDevice;
 use crate::error::Result;
 use crate::event::EventFd;
 use crate::part::Component;
-use crate::platform::Place;
+use crate::platform::node::{TreeNode, phandle};
+use crate::platform::{Node, Place};
 
 /// The line that the power key is on.
 const KEY_LINE: u8 = 3;
+/// Linux's code of the power key (include/uapi/linux/input-event-codes.h).
+const KEY_POWER: u32 = 116;
+/// Linux' bindings, gpio: a line's flags.
+const ACTIVE_HIGH: u32 = 0;
 
 /// Eight lines.
 pub struct Gpio {
@@ -127,7 +132,26 @@ impl FixedDevice for Gpio {
     }
 }
 
-impl Component for Gpio {}
+impl Component for Gpio {
+    /// The controller, and a key on one of its lines that is pressed when the line is high.
+    fn nodes(&self, place: Place) -> Vec<Node> {
+        let controller = TreeNode::at("gpio", place)
+            .texts("compatible", &["arm,pl061", "arm,primecell"])
+            .registers(place)
+            .interrupt(place)
+            .flag("gpio-controller")
+            .cells("#gpio-cells", &[2])
+            .cells("clocks", &[phandle::CLOCK])
+            .texts("clock-names", &["apb_pclk"])
+            .cells("phandle", &[phandle::GPIO]);
+        let key = TreeNode::new("power")
+            .texts("label", &["Power"])
+            .cells("linux,code", &[KEY_POWER])
+            .cells("gpios", &[phandle::GPIO, KEY_LINE.into(), ACTIVE_HIGH]);
+        let keys = TreeNode::new("gpio-keys").texts("compatible", &["gpio-keys"]).child(key);
+        vec![Node::Tree(controller), Node::Tree(keys)]
+    }
+}
 
 impl BusDevice for Gpio {
     fn read(&mut self, offset: u64, data: &mut [u8]) {

@@ -9,13 +9,18 @@ use super::fixed::{FixedDevice, Site};
 use crate::bus::BusDevice;
 use crate::error::Result;
 use crate::event::EventFd;
+use crate::memory::Range;
 use crate::metrics::{Counter, Group, View, metrics};
 use crate::part::Component;
-use crate::platform::Place;
+use crate::platform::node::{AcpiDevice, AcpiValue, Resource};
+use crate::platform::{Node, Place};
 use crate::vm::exit::{End, Exit};
 
 const DATA: u64 = 0;
 const COMMAND: u64 = 4;
+
+/// FADT, IAPC boot architecture flags (ACPI 6.5, 5.2.9.3): there is an 8042.
+const BOOT_FLAG_8042: u16 = 1 << 1;
 
 /// Status: a byte waits in the data register; the self-test passed; the keyboard is not locked.
 const STATUS_OUTPUT_FULL: u8 = 1 << 0;
@@ -137,6 +142,15 @@ impl FixedDevice for Keyboard {
 }
 
 impl Component for Keyboard {
+    /// Of its ports, the first and the last are its own.
+    fn nodes(&self, place: Place) -> Vec<Node> {
+        let Place::Ports { range, .. } = place else { return Vec::new() };
+        let port = |offset| Resource::Ports(Range { start: range.start + offset, size: 1 });
+        let resources = [port(DATA), port(COMMAND)].into_iter().chain(place.gsi().map(Resource::Interrupt));
+        let device = AcpiDevice::new("PS2K", AcpiValue::Eisa("PNP0303"), resources.collect());
+        vec![Node::Acpi(AcpiDevice { boot_flags: BOOT_FLAG_8042, ..device })]
+    }
+
     fn metrics(&self, view: View) -> Option<Value> {
         Some(self.metrics.collect(view))
     }

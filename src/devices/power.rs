@@ -4,7 +4,8 @@ use super::fixed::{FixedDevice, Site};
 use crate::bus::BusDevice;
 use crate::error::Result;
 use crate::part::Component;
-use crate::platform::Place;
+use crate::platform::node::PowerRegisters;
+use crate::platform::{Node, Place};
 use crate::vm::exit::{End, Exit};
 
 /// Sleep control: SLP_EN, and where SLP_TYP begins.
@@ -36,7 +37,16 @@ impl FixedDevice for Power {
     }
 }
 
-impl Component for Power {}
+impl Component for Power {
+    fn nodes(&self, place: Place) -> Vec<Node> {
+        match place {
+            Place::Ports { range, .. } => {
+                vec![Node::Power(PowerRegisters { port: range.start as u16, off: OFF, reset: RESET })]
+            }
+            _ => Vec::new(),
+        }
+    }
+}
 
 impl BusDevice for Power {
     fn read(&mut self, _offset: u64, data: &mut [u8]) {

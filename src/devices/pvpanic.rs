@@ -5,7 +5,8 @@ use super::fixed::{FixedDevice, Site};
 use crate::bus::BusDevice;
 use crate::error::Result;
 use crate::part::Component;
-use crate::platform::Place;
+use crate::platform::node::{AcpiDevice, AcpiValue, TreeNode};
+use crate::platform::{Node, Place};
 use crate::vm::exit::End;
 
 /// It panicked.
@@ -33,7 +34,14 @@ impl FixedDevice for PvPanic {
     }
 }
 
-impl Component for PvPanic {}
+impl Component for PvPanic {
+    fn nodes(&self, place: Place) -> Vec<Node> {
+        let acpi = AcpiDevice::new("PEVT", AcpiValue::Text("QEMU0001"), place.resources());
+        let tree =
+            TreeNode::at("pvpanic", place).texts("compatible", &["qemu,pvpanic-mmio"]).registers(place);
+        vec![Node::Acpi(acpi), Node::Tree(tree)]
+    }
+}
 
 impl BusDevice for PvPanic {
     /// The events it understands.

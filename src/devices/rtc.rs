@@ -7,7 +7,8 @@ use super::fixed::{FixedDevice, Site};
 use crate::bus::BusDevice;
 use crate::error::Result;
 use crate::part::Component;
-use crate::platform::Place;
+use crate::platform::node::{TreeNode, phandle};
+use crate::platform::{Node, Place};
 
 /// A PL031; it reads the host's time. Its alarm raises no interrupt: Linux does not ask for one.
 pub struct Clock {
@@ -28,7 +29,16 @@ impl FixedDevice for Clock {
     }
 }
 
-impl Component for Clock {}
+impl Component for Clock {
+    fn nodes(&self, place: Place) -> Vec<Node> {
+        let tree = TreeNode::at("rtc", place)
+            .texts("compatible", &["arm,pl031", "arm,primecell"])
+            .registers(place)
+            .cells("clocks", &[phandle::CLOCK])
+            .texts("clock-names", &["apb_pclk"]);
+        vec![Node::Tree(tree)]
+    }
+}
 
 impl BusDevice for Clock {
     fn read(&mut self, offset: u64, data: &mut [u8]) {

@@ -11,7 +11,8 @@ use crate::error::Result;
 use crate::event::EventFd;
 use crate::log;
 use crate::part::Component;
-use crate::platform::{MessageFrame, Place};
+use crate::platform::node::{TreeNode, phandle};
+use crate::platform::{MessageFrame, Node, Place};
 use crate::vm::Vm;
 
 /// Which interrupts the frame has: the first, and how many.
@@ -52,7 +53,17 @@ impl FixedDevice for V2m {
     }
 }
 
-impl Component for V2m {}
+impl Component for V2m {
+    /// The frame itself says which interrupts it has (MSI_TYPER).
+    fn nodes(&self, place: Place) -> Vec<Node> {
+        let tree = TreeNode::at("v2m", place)
+            .texts("compatible", &["arm,gic-v2m-frame"])
+            .flag("msi-controller")
+            .registers(place)
+            .cells("phandle", &[phandle::MESSAGES]);
+        vec![Node::MessageTree(tree)]
+    }
+}
 
 impl BusDevice for V2m {
     fn read(&mut self, offset: u64, data: &mut [u8]) {

@@ -10,18 +10,16 @@ use crate::error::{Context, Error, Result};
 use crate::event::EventFd;
 use crate::memory::{Memory, Range};
 use crate::part::{Component, Part};
+use crate::pci::DEVICES_MAX;
 use crate::pci::msix::Msix;
 use crate::pci::root::{Ecam, Ports, Registers, Root};
-use crate::platform::{MmioDevice, Place, Platform};
-use crate::virtio::mmio::{INTERRUPT_ACKNOWLEDGE, Mmio, QUEUE_NOTIFY};
+use crate::platform::Place;
+use crate::virtio::mmio::{INTERRUPT_ACKNOWLEDGE, Mmio, QUEUE_NOTIFY, REGISTERS_SIZE};
 use crate::virtio::transport::Transport;
 use crate::virtio::workers::Loop;
 use crate::virtio::{Interrupts, VirtioDevice, pci};
 use crate::vm::Vm;
 use crate::vm::vcpu::Surroundings;
-
-/// Registers of one virtio-mmio device: a page, so that it could be mapped alone.
-const REGISTERS: u64 = 0x1000;
 
 /// What devices are attached to.
 pub struct Slots<'a> {
@@ -34,49 +32,43 @@ pub struct Slots<'a> {
     pub io: Option<Arc<Loop>>,
     /// All loops that devices were put on.
     pub loops: Vec<Arc<Loop>>,
-    pub platform: &'a mut Platform,
     /// The PCI bus, if there is one.
     pub root: Option<Arc<Mutex<Root>>>,
+    /// What has its place already.
+    pub parts: Vec<Part>,
 }
 
 impl Slots<'_> {
-    /// The lowest place that is free on the devices' bus: the number of a block of registers and its
-    /// interrupt line, or a PCI device number.
-    pub fn free_place(&self) -> Result<u32> {
+    /// The lowest place on the devices' bus that no part has.
+    pub fn free_place(&self) -> Result<Place> {
+        let is_free = |place: &Place| self.parts.iter().all(|part| part.place != *place);
         match &self.root {
-            Some(root) => {
-                let free = root.lock().unwrap_or_else(PoisonError::into_inner).free_device();
+            Some(_) => {
+                let free = (0..DEVICES_MAX as u32).map(Place::Pci).find(is_free);
                 free.ok_or_else(|| Error::config("the PCI bus has no free place"))
             }
             None => {
-                let taken = |place: &u32| {
-                    let registers = registers(*place);
-                    self.platform.virtio_mmio.iter().any(|device| device.registers == registers)
-                };
-                Ok((0..).find(|place| !taken(place)).expect("there are fewer devices than numbers"))
+                let most = layout::DEVICE_GSIS.len();
+                let free = (0..most as u32).map(registers).find(is_free);
+                free.ok_or_else(|| Error::config(format!("at most {most} devices have an interrupt line")))
             }
         }
     }
 
     /// Puts a device at `place`.
-    pub fn attach(&mut self, device: Unplaced, place: u32) -> Result<(Arc<Mutex<Transport>>, Place)> {
-        let attempt = format!("attach {}", device.name);
-        match self.root.clone() {
-            Some(root) => {
-                self.attach_pci(&root, device, place).map(|transport| (transport, Place::Pci(place)))
-            }
-            None => self.attach_mmio(device, place),
-        }
-        .context(attempt)
+    pub fn attach(&mut self, device: Unplaced, place: Place) -> Result<()> {
+        let (name, metrics) = (device.name.clone(), device.metrics.clone());
+        let attached = match (place, self.root.clone()) {
+            (Place::Pci(number), Some(root)) => self.attach_pci(&root, device, number),
+            (Place::Registers { range, gsi: Some(gsi) }, None) => self.attach_mmio(device, range, gsi),
+            _ => Err(Error::config("its place is on a bus that this machine does not have")),
+        };
+        let component = attached.with_context(|| format!("attach {name}"))?;
+        self.parts.push(Part { name, place, metrics, component });
+        Ok(())
     }
 
-    fn attach_mmio(&mut self, device: Unplaced, place: u32) -> Result<(Arc<Mutex<Transport>>, Place)> {
-        let registers = registers(place);
-        let gsi = layout::DEVICE_GSIS.start.saturating_add(place);
-        if gsi >= layout::DEVICE_GSIS.end {
-            let most = layout::DEVICE_GSIS.len();
-            return Err(Error::config(format!("at most {most} devices have an interrupt line")));
-        }
+    fn attach_mmio(&mut self, device: Unplaced, registers: Range, gsi: u32) -> Result<Arc<Mutex<Transport>>> {
         let kicks = shared(events(device.device.queue_sizes().len())?);
         for (queue, kick) in kicks.iter().enumerate() {
             self.vm.kick(kick, registers.start + QUEUE_NOTIFY, queue as u32)?;
@@ -85,8 +77,7 @@ impl Slots<'_> {
         let interrupts = Interrupts::line(self.vm.interrupt(gsi)?, acknowledged);
         let transport = self.transport(device, interrupts, kicks)?;
         self.mmio.attach(registers, Arc::new(Mutex::new(Mmio(transport.clone()))))?;
-        self.platform.virtio_mmio.push(MmioDevice { registers, gsi });
-        Ok((transport, Place::Registers { range: registers, gsi: Some(gsi) }))
+        Ok(transport)
     }
 
     fn attach_pci(
@@ -122,7 +113,7 @@ impl Slots<'_> {
         interrupts: Arc<Interrupts>,
         kicks: Vec<Arc<EventFd>>,
     ) -> Result<Arc<Mutex<Transport>>> {
-        let Unplaced { name, device, threads } = device;
+        let Unplaced { name, device, threads, .. } = device;
         let loops = match (threads, &self.io) {
             (0, Some(io)) => vec![io.clone()],
             (0, None) => {
@@ -145,14 +136,18 @@ impl Slots<'_> {
 pub struct Unplaced {
     /// What log lines call it.
     pub name: String,
+    /// The groups of metrics that what it counts is added to.
+    pub metrics: Vec<String>,
     pub device: Box<dyn VirtioDevice>,
     /// So many threads of its own its workers are to run on; 0: on the one that all share.
     pub threads: usize,
 }
 
-/// The registers of the virtio-mmio device with this number.
-fn registers(place: u32) -> Range {
-    Range { start: layout::VIRTIO_MMIO.start + u64::from(place) * REGISTERS, size: REGISTERS }
+/// The place of the virtio-mmio device with this number.
+fn registers(number: u32) -> Place {
+    let start = layout::VIRTIO_MMIO.start + u64::from(number) * REGISTERS_SIZE;
+    let gsi = Some(layout::DEVICE_GSIS.start + number);
+    Place::Registers { range: Range { start, size: REGISTERS_SIZE }, gsi }
 }
 
 fn shared(events: Vec<EventFd>) -> Vec<Arc<EventFd>> {
@@ -192,11 +187,14 @@ mod tests {
 
     #[test]
     fn a_kernel_that_must_be_told_finds_devices_where_the_documentation_says() {
-        let Range { start, size } = registers(0);
-        let word = format!("virtio_mmio.device={}K@{start:#x}:{}`", size >> 10, layout::DEVICE_GSIS.start);
+        let Place::Registers { range: Range { start, size }, gsi: Some(gsi) } = registers(0) else {
+            panic!()
+        };
+        let word = format!("virtio_mmio.device={}K@{start:#x}:{gsi}`", size >> 10);
         let text = include_str!("../../docs/troubleshooting.md");
         // Device trees tell every kernel of aarch64.
         assert!(text.contains(&word) || arch::NAME == "aarch64", "{word}");
-        assert_eq!(registers(1).start - start, 0x1000);
+        let second = Range { start: start + 0x1000, size };
+        assert_eq!(registers(1), Place::Registers { range: second, gsi: Some(gsi + 1) });
     }
 }

@@ -24,7 +24,6 @@ use crate::firmware;
 use crate::host::{Access, Host, Sharing};
 use crate::log;
 use crate::memory::{self, Memory};
-use crate::part::Part;
 use crate::platform::Platform;
 use crate::vm::exit::End;
 use crate::vm::gate::Gate;
@@ -56,7 +55,7 @@ pub fn build(id: &str, config: &Config, host: &mut dyn Host, prepared: Prepared)
         command_line: command_line(config),
         initrd: None,
         random_seed: host.random_seed()?,
-        virtio_mmio: Vec::new(),
+        nodes: Vec::new(),
         pci: config.pci,
         gic: None,
     };
@@ -91,18 +90,15 @@ pub fn build(id: &str, config: &Config, host: &mut dyn Host, prepared: Prepared)
         memory: &memory,
         io: None,
         loops: Vec::new(),
-        platform: &mut platform,
         root,
+        parts,
     };
     for device in config.devices() {
-        let (name, place) = (device.name(), slots.free_place()?);
-        let opened =
-            Unplaced { name: name.clone(), device: device.open(id, host)?, threads: device.threads() };
-        let (component, place) = slots.attach(opened, place)?;
-        parts.push(Part { name, place, metrics: device.metrics(), component });
+        let place = slots.free_place()?;
+        let (name, metrics, threads) = (device.name(), device.metrics(), device.threads());
+        slots.attach(Unplaced { name, metrics, device: device.open(id, host)?, threads }, place)?;
     }
-
-    let Slots { loops, .. } = slots;
+    let Slots { loops, parts, .. } = slots;
 
     register_kick()?;
     let parts = Parts(parts);
@@ -144,6 +140,7 @@ fn choose_pages(memory: &Memory, pages: HugePages) {
 pub fn load(machine: &mut Machine, config: &Config, host: &mut dyn Host) -> Result<()> {
     let memory = &*machine.memory.memory();
     let platform = &mut machine.platform;
+    platform.nodes = machine.parts.nodes();
     let entry = match &config.boot_source {
         None => {
             let mut kernel = Cursor::new(firmware::IMAGE);

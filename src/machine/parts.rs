@@ -7,6 +7,7 @@ use serde_json::{Map, Value};
 use crate::error::{Error, Result};
 use crate::metrics::{View, add_up};
 use crate::part::{Component, Part};
+use crate::platform::Node;
 
 /// A machine's list of parts. When the list is dropped, its parts are dropped in their order.
 #[derive(Default)]
@@ -32,6 +33,11 @@ impl Parts {
     /// Lets all parts go on.
     pub fn resume(&self) {
         self.0.iter().for_each(|part| part.lock().resume());
+    }
+
+    /// What boot tables say of the parts.
+    pub fn nodes(&self) -> Vec<Node> {
+        self.0.iter().flat_map(|part| part.lock().nodes(part.place)).collect()
     }
 
     /// Adds what the parts count to `all`, by the names of their groups.

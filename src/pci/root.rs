@@ -13,6 +13,8 @@ use crate::event::EventFd;
 use crate::log;
 use crate::memory::Range;
 use crate::part::Component;
+use crate::platform::node::{AcpiDevice, AcpiValue, Resource, TreeNode, phandle};
+use crate::platform::{Node, Place};
 use crate::snapshot::{SaveState, Snapshot};
 use crate::vm::Vm;
 
@@ -106,7 +108,35 @@ impl Root {
     }
 }
 
-impl Component for Root {}
+impl Component for Root {
+    /// Bus 0 with its windows. Its devices have no interrupt lines but messages, which name them by bus, device
+    /// and function.
+    fn nodes(&self, place: Place) -> Vec<Node> {
+        const MEMORY_32: u32 = 0x0200_0000;
+        let Place::Registers { range: ecam, .. } = place else { return Vec::new() };
+        let window = layout::PCI_MEMORY;
+        let ports = layout::PCI_PORTS.map(Resource::Ports);
+        let resources = [Resource::Bus].into_iter().chain(ports).chain([Resource::Window(window)]).collect();
+        let acpi = AcpiDevice::new("PCI0", AcpiValue::Eisa("PNP0A08"), resources)
+            .with("_CID", AcpiValue::Eisa("PNP0A03"))
+            .with("_UID", AcpiValue::Number(0))
+            .with("_SEG", AcpiValue::Number(0))
+            .with("_BBN", AcpiValue::Number(0))
+            .with("_CCA", AcpiValue::Number(1));
+        let (start, size) = (window.start as u32, window.size as u32);
+        let tree = TreeNode::at("pci", place)
+            .texts("compatible", &["pci-host-ecam-generic"])
+            .texts("device_type", &["pci"])
+            .flag("dma-coherent")
+            .cells("#address-cells", &[3])
+            .cells("#size-cells", &[2])
+            .cells("bus-range", &[0, 0])
+            .registers(place)
+            .cells("ranges", &[MEMORY_32, 0, start, 0, start, 0, size])
+            .cells("msi-map", &[0, phandle::MESSAGES, 0, 0x1_0000]);
+        vec![Node::Ecam(ecam), Node::Acpi(acpi), Node::Tree(tree)]
+    }
+}
 
 impl Slot {
     /// Puts the registers where the function has them now. Its lock is not held: they can be reached

@@ -3,7 +3,10 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::transport::{Register, Transport};
+use crate::arch::layout;
 use crate::bus::BusDevice;
+use crate::platform::node::{AcpiDevice, AcpiValue, TreeNode};
+use crate::platform::{Node, Place};
 
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VERSION: u32 = 2;
@@ -15,6 +18,24 @@ const CONFIG: u64 = 0x100;
 pub const QUEUE_NOTIFY: u64 = 0x50;
 /// Where InterruptACK is: nobody waits for what is written there.
 pub const INTERRUPT_ACKNOWLEDGE: u64 = 0x64;
+
+/// The registers of one device take a page, so that they could be mapped alone.
+pub const REGISTERS_SIZE: u64 = 0x1000;
+
+/// What boot tables say of a device behind virtio-mmio at this place.
+pub fn nodes(place: Place) -> Vec<Node> {
+    let Place::Registers { range, .. } = place else { return Vec::new() };
+    let number = (range.start - layout::VIRTIO_MMIO.start) / REGISTERS_SIZE;
+    let acpi = AcpiDevice::new(format!("V{number:03}"), AcpiValue::Text("LNRO0005"), place.resources())
+        .with("_UID", AcpiValue::Number(number as u32))
+        .with("_CCA", AcpiValue::Number(1));
+    let tree = TreeNode::at("virtio_mmio", place)
+        .texts("compatible", &["virtio,mmio"])
+        .flag("dma-coherent")
+        .registers(place)
+        .interrupt(place);
+    vec![Node::Acpi(acpi), Node::Tree(tree)]
+}
 
 /// Offset to register (virtio 1.2, 4.2.2).
 fn register(offset: u64) -> Option<Register> {

@@ -61,7 +61,7 @@ pub fn vm() -> Arc<Vm> {
             command_line: String::new(),
             initrd: None,
             random_seed: [0; 32],
-            virtio_mmio: Vec::new(),
+            nodes: Vec::new(),
             pci: true,
             gic: None,
         };

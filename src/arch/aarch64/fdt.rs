@@ -4,18 +4,10 @@ use vm_fdt::{Error, FdtWriter};
 
 use super::layout;
 use crate::memory::Range;
-use crate::platform::{Gic, MessageFrame, Platform};
+use crate::platform::node::{TreeNode, phandle};
+use crate::platform::{Gic, Node, Platform};
 
-const GIC: u32 = 1;
-const CLOCK: u32 = 2;
-/// What takes interrupt messages: a GICv3's ITS, a GICv2's message frame.
-const MESSAGES: u32 = 3;
-const GPIO: u32 = 4;
-/// Linux's code of the power key (include/uapi/linux/input-event-codes.h).
-const KEY_POWER: u32 = 116;
 const PRIVATE: u32 = 1;
-const SHARED: u32 = 0;
-const EDGE_RISING: u32 = 1;
 const LEVEL_HIGH: u32 = 4;
 
 /// MPIDR affinity of a CPU, as KVM gives it by index: 16 CPUs share the lowest level.
@@ -31,11 +23,15 @@ pub fn tree(platform: &Platform) -> Result<Vec<u8>, Error> {
     fdt.property_string("model", "Alula microVM")?;
     fdt.property_u32("#address-cells", 2)?;
     fdt.property_u32("#size-cells", 2)?;
-    fdt.property_u32("interrupt-parent", GIC)?;
+    fdt.property_u32("interrupt-parent", phandle::INTERRUPTS)?;
 
     let chosen = fdt.begin_node("chosen")?;
     fdt.property_string("bootargs", &platform.command_line)?;
-    fdt.property_string("stdout-path", &format!("/serial@{:x}", layout::SERIAL.start))?;
+    for node in &platform.nodes {
+        if let Node::Chosen((name, value)) = node {
+            fdt.property(name, value)?;
+        }
+    }
     fdt.property("rng-seed", &platform.random_seed)?;
     if let Some(initrd) = platform.initrd {
         fdt.property_u64("linux,initrd-start", initrd.start)?;
@@ -84,7 +80,7 @@ fn gic(fdt: &mut FdtWriter, platform: &Platform) -> Result<(), Error> {
     fdt.property_u32("#address-cells", 2)?;
     fdt.property_u32("#size-cells", 2)?;
     fdt.property_null("ranges")?;
-    fdt.property_phandle(GIC)?;
+    fdt.property_phandle(phandle::INTERRUPTS)?;
     match platform.gic {
         Some(Gic::V2(_)) => {
             let cpu = layout::GIC_CPU_INTERFACE;
@@ -98,10 +94,13 @@ fn gic(fdt: &mut FdtWriter, platform: &Platform) -> Result<(), Error> {
             fdt.property_array_u32("interrupts", &[PRIVATE, 9, LEVEL_HIGH])?;
         }
     }
-    match platform.message_frame() {
-        Some(frame) => message_frame(fdt, frame)?,
-        None if platform.pci => its(fdt)?,
-        None => {}
+    for part in &platform.nodes {
+        if let Node::MessageTree(part) = part {
+            self::node(fdt, part)?;
+        }
+    }
+    if platform.pci && platform.message_frame().is_none() {
+        its(fdt)?;
     }
     fdt.end_node(node)
 }
@@ -113,19 +112,8 @@ fn its(fdt: &mut FdtWriter) -> Result<(), Error> {
     fdt.property_null("msi-controller")?;
     fdt.property_u32("#msi-cells", 1)?;
     fdt.property_array_u64("reg", &[start, size])?;
-    fdt.property_phandle(MESSAGES)?;
+    fdt.property_phandle(phandle::MESSAGES)?;
     fdt.end_node(its)
-}
-
-/// The frame itself says which interrupts it has (MSI_TYPER).
-fn message_frame(fdt: &mut FdtWriter, frame: MessageFrame) -> Result<(), Error> {
-    let Range { start, size } = frame.registers;
-    let node = fdt.begin_node(&format!("v2m@{start:x}"))?;
-    fdt.property_string("compatible", "arm,gic-v2m-frame")?;
-    fdt.property_null("msi-controller")?;
-    fdt.property_array_u64("reg", &[start, size])?;
-    fdt.property_phandle(MESSAGES)?;
-    fdt.end_node(node)
 }
 
 fn cpus(fdt: &mut FdtWriter, platform: &Platform) -> Result<(), Error> {
@@ -143,97 +131,31 @@ fn cpus(fdt: &mut FdtWriter, platform: &Platform) -> Result<(), Error> {
     fdt.end_node(cpus)
 }
 
+/// What the parts say of themselves, after the clock that some of them refer to.
 fn devices(fdt: &mut FdtWriter, platform: &Platform) -> Result<(), Error> {
     let clock = fdt.begin_node("apb-pclk")?;
     fdt.property_string("compatible", "fixed-clock")?;
     fdt.property_u32("#clock-cells", 0)?;
     fdt.property_u32("clock-frequency", 24_000_000)?;
-    fdt.property_phandle(CLOCK)?;
+    fdt.property_phandle(phandle::CLOCK)?;
     fdt.end_node(clock)?;
-
-    let serial = fdt.begin_node(&format!("serial@{:x}", layout::SERIAL.start))?;
-    fdt.property_string("compatible", "ns16550a")?;
-    fdt.property_array_u64("reg", &[layout::SERIAL.start, layout::SERIAL.size])?;
-    fdt.property_u32("clock-frequency", 1_843_200)?;
-    fdt.property_array_u32("interrupts", &[SHARED, layout::SERIAL_GSI, EDGE_RISING])?;
-    fdt.end_node(serial)?;
-
-    if let Some(registers) = layout::CLOCK {
-        let rtc = fdt.begin_node(&format!("rtc@{:x}", registers.start))?;
-        fdt.property_string_list("compatible", vec!["arm,pl031".to_owned(), "arm,primecell".to_owned()])?;
-        fdt.property_array_u64("reg", &[registers.start, registers.size])?;
-        fdt.property_u32("clocks", CLOCK)?;
-        fdt.property_string("clock-names", "apb_pclk")?;
-        fdt.end_node(rtc)?;
-    }
-
-    if let Some((registers, gsi, line)) = layout::GPIO {
-        power_key(fdt, registers, gsi, line.into())?;
-    }
-
-    let exit = fdt.begin_node(&format!("exit@{:x}", layout::EXIT.start))?;
-    fdt.property_string("compatible", "alula,exit")?;
-    fdt.property_array_u64("reg", &[layout::EXIT.start, layout::EXIT.size])?;
-    fdt.end_node(exit)?;
-
-    let panic = fdt.begin_node(&format!("pvpanic@{:x}", layout::PVPANIC.start))?;
-    fdt.property_string("compatible", "qemu,pvpanic-mmio")?;
-    fdt.property_array_u64("reg", &[layout::PVPANIC.start, layout::PVPANIC.size])?;
-    fdt.end_node(panic)?;
-
-    if platform.pci {
-        pci(fdt)?;
-    }
-    for device in &platform.virtio_mmio {
-        let node = fdt.begin_node(&format!("virtio_mmio@{:x}", device.registers.start))?;
-        fdt.property_string("compatible", "virtio,mmio")?;
-        fdt.property_null("dma-coherent")?;
-        fdt.property_array_u64("reg", &[device.registers.start, device.registers.size])?;
-        fdt.property_array_u32("interrupts", &[SHARED, device.gsi, EDGE_RISING])?;
-        fdt.end_node(node)?;
+    for part in &platform.nodes {
+        if let Node::Tree(part) = part {
+            node(fdt, part)?;
+        }
     }
     Ok(())
 }
 
-/// A GPIO controller, and a key on one of its lines that is pressed when the line is high.
-fn power_key(fdt: &mut FdtWriter, registers: Range, gsi: u32, line: u32) -> Result<(), Error> {
-    const ACTIVE_HIGH: u32 = 0;
-    let gpio = fdt.begin_node(&format!("gpio@{:x}", registers.start))?;
-    fdt.property_string_list("compatible", vec!["arm,pl061".to_owned(), "arm,primecell".to_owned()])?;
-    fdt.property_array_u64("reg", &[registers.start, registers.size])?;
-    fdt.property_array_u32("interrupts", &[SHARED, gsi, EDGE_RISING])?;
-    fdt.property_null("gpio-controller")?;
-    fdt.property_u32("#gpio-cells", 2)?;
-    fdt.property_u32("clocks", CLOCK)?;
-    fdt.property_string("clock-names", "apb_pclk")?;
-    fdt.property_phandle(GPIO)?;
-    fdt.end_node(gpio)?;
-    let keys = fdt.begin_node("gpio-keys")?;
-    fdt.property_string("compatible", "gpio-keys")?;
-    let key = fdt.begin_node("power")?;
-    fdt.property_string("label", "Power")?;
-    fdt.property_u32("linux,code", KEY_POWER)?;
-    fdt.property_array_u32("gpios", &[GPIO, line, ACTIVE_HIGH])?;
-    fdt.end_node(key)?;
-    fdt.end_node(keys)
-}
-
-/// The PCI root: bus 0 by ECAM, its window, messages by bus, device and function.
-fn pci(fdt: &mut FdtWriter) -> Result<(), Error> {
-    const MEMORY_32: u32 = 0x0200_0000;
-    let (ecam, window) = (layout::ECAM, layout::PCI_MEMORY);
-    let node = fdt.begin_node(&format!("pci@{:x}", ecam.start))?;
-    fdt.property_string("compatible", "pci-host-ecam-generic")?;
-    fdt.property_string("device_type", "pci")?;
-    fdt.property_null("dma-coherent")?;
-    fdt.property_u32("#address-cells", 3)?;
-    fdt.property_u32("#size-cells", 2)?;
-    fdt.property_array_u32("bus-range", &[0, 0])?;
-    fdt.property_array_u64("reg", &[ecam.start, ecam.size])?;
-    let (start, size) = (window.start as u32, window.size as u32);
-    fdt.property_array_u32("ranges", &[MEMORY_32, 0, start, 0, start, 0, size])?;
-    fdt.property_array_u32("msi-map", &[0, MESSAGES, 0, 0x1_0000])?;
-    fdt.end_node(node)
+fn node(fdt: &mut FdtWriter, node: &TreeNode) -> Result<(), Error> {
+    let open = fdt.begin_node(&node.name)?;
+    for (name, value) in &node.properties {
+        fdt.property(name, value)?;
+    }
+    for child in &node.children {
+        self::node(fdt, child)?;
+    }
+    fdt.end_node(open)
 }
 
 #[cfg(test)]
@@ -253,7 +175,7 @@ mod tests {
             command_line: "console=ttyS0 marker".to_owned(),
             initrd: Some(Range { start: 0x4100_0000, size: 5 }),
             random_seed: [7; 32],
-            virtio_mmio: Vec::new(),
+            nodes: vec![Node::MessageTree(TreeNode::new("messages"))],
             pci: true,
             gic: Some(gic),
         }
@@ -272,11 +194,11 @@ mod tests {
     }
 
     #[test]
-    fn the_tree_names_the_gic_there_is_and_what_takes_its_messages() {
+    fn the_tree_names_the_gic_there_is_and_what_takes_messages() {
         let v3 = tree(&platform(Gic::V3)).unwrap();
         assert!(has(&v3, b"arm,gic-v3\0") && has(&v3, b"arm,gic-v3-its\0") && !has(&v3, b"arm,gic-400"));
         let v2 = tree(&platform(Gic::V2(layout::GIC_MESSAGE_FRAME))).unwrap();
-        assert!(has(&v2, b"arm,gic-400\0") && has(&v2, b"arm,gic-v2m-frame\0") && !has(&v2, b"arm,gic-v3"));
+        assert!(has(&v2, b"arm,gic-400\0") && has(&v2, b"messages\0") && !has(&v2, b"arm,gic-v3"));
         assert!(has(&v2, &0x704u32.to_be_bytes()), "the timer's interrupts go to 3 CPUs");
     }
 }

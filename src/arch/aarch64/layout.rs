@@ -17,17 +17,6 @@ pub const GIC_REDISTRIBUTOR_SIZE: u64 = 0x2_0000;
 /// Interrupts that the GIC has, the 32 private ones among them.
 pub const GIC_INTERRUPTS: u32 = 256;
 
-/// The 16550 UART; GSIs are shared peripheral interrupts (SPIs).
-pub const SERIAL: Range = Range { start: 0x0900_0000, size: 0x1000 };
-pub const SERIAL_GSI: u32 = 0;
-/// The PL031 clock.
-pub const CLOCK: Option<Range> = Some(Range { start: 0x0901_0000, size: 0x1000 });
-/// The exit register (devices/exit.rs).
-pub const EXIT: Range = Range { start: 0x0902_0000, size: 4 };
-/// The boot timer (devices/boot_timer.rs). Firecracker has it where memory begins here.
-pub const BOOT_TIMER: Range = Range { start: 0x0905_0000, size: 0x1000 };
-/// The pvpanic register.
-pub const PVPANIC: Range = Range { start: 0x0903_0000, size: 2 };
 /// Registers of virtio-mmio devices, one page each.
 pub const VIRTIO_MMIO: Range = Range { start: 0x0c00_0000, size: 0x10_0000 };
 /// Shared peripheral interrupts for devices that are added.
@@ -42,19 +31,25 @@ pub const PCI_PORTS: Option<Range> = None;
 /// Interrupts that are messages: their numbers come after the shared ones.
 pub const MESSAGE_GSIS: u32 = GIC_INTERRUPTS;
 pub const MESSAGES_MAX: u32 = 1000;
-/// The GPIO controller (devices/gpio.rs), its interrupt, and the line that the power key is on.
-pub const GPIO: Option<(Range, u32, u8)> = Some((Range { start: 0x0904_0000, size: 0x1000 }, 1, 3));
 /// The devices at fixed places. There is no keyboard, and there are no power registers: guests power off by
 /// PSCI.
 pub const FIXED: &[(&str, Place)] = &[
-    ("serial", Place::Registers { range: SERIAL, gsi: Some(SERIAL_GSI) }),
-    ("rtc", Place::Registers { range: Range { start: 0x0901_0000, size: 0x1000 }, gsi: None }),
-    ("gpio", Place::Registers { range: Range { start: 0x0904_0000, size: 0x1000 }, gsi: Some(1) }),
-    ("exit register", Place::Registers { range: EXIT, gsi: None }),
-    ("pvpanic", Place::Registers { range: PVPANIC, gsi: None }),
-    ("boot timer", Place::Registers { range: BOOT_TIMER, gsi: None }),
+    // The 16550 UART.
+    ("serial", registers(0x0900_0000, 0x1000, Some(0))),
+    // The PL031 clock.
+    ("rtc", registers(0x0901_0000, 0x1000, None)),
+    ("exit register", registers(0x0902_0000, 4, None)),
+    ("pvpanic", registers(0x0903_0000, 2, None)),
+    // The PL061 GPIO controller, which the power key is on.
+    ("gpio", registers(0x0904_0000, 0x1000, Some(1))),
+    // Firecracker has it where memory begins here.
+    ("boot timer", registers(0x0905_0000, 0x1000, None)),
     ("v2m", Place::Registers { range: GIC_MESSAGE_FRAME.registers, gsi: None }),
 ];
+
+const fn registers(start: u64, size: u64, gsi: Option<u32>) -> Place {
+    Place::Registers { range: Range { start, size }, gsi }
+}
 
 /// Memory starts here and is in one piece.
 pub const MEMORY_START: u64 = 0x4000_0000;

@@ -13,15 +13,17 @@ use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, AmlSink};
 
 use super::layout;
-use crate::platform::Platform;
+use crate::memory::Range;
+use crate::platform::node::{AcpiDevice, AcpiValue, PowerRegisters, Resource};
+use crate::platform::{Node, Platform};
 
 const OEM: [u8; 6] = *b"ALULA ";
 const OEM_TABLE: [u8; 8] = *b"MICROVM ";
 
-/// FADT, IAPC boot flags (5.2.9.3): there is an 8042, no VGA, no CMOS clock.
-const BOOT_FLAGS: u16 = 1 << 1 | 1 << 2 | 1 << 5;
+/// FADT, IAPC boot flags (5.2.9.3): there is no VGA, and no CMOS clock.
+const BOOT_FLAGS: u16 = 1 << 2 | 1 << 5;
 
-/// The reset register among the power registers (devices/power.rs).
+/// The reset register among the power registers.
 const RESET_REGISTER: u16 = 2;
 
 struct Bytes(Vec<u8>);
@@ -36,11 +38,19 @@ impl AmlSink for Bytes {
 
 /// What a kernel finds in the place of a PC's firmware when it leaves a reset to that, in real mode: the
 /// reset register is written, as the FADT says.
-fn reset_code() -> [u8; 7] {
-    let power = layout::POWER.expect("x86_64 has it");
-    let [low, high] = (power.ports.start as u16 + RESET_REGISTER).to_le_bytes();
+fn reset_code(platform: &Platform) -> [u8; 7] {
+    let power = power(platform);
+    let [low, high] = (power.port + RESET_REGISTER).to_le_bytes();
     // mov dx, port; mov al, value; out dx, al; hlt
-    [0xba, low, high, 0xb0, power.reset_value, 0xee, 0xf4]
+    [0xba, low, high, 0xb0, power.reset, 0xee, 0xf4]
+}
+
+fn power(platform: &Platform) -> PowerRegisters {
+    let power = platform.nodes.iter().find_map(|node| match node {
+        Node::Power(power) => Some(*power),
+        _ => None,
+    });
+    power.expect("every machine of this architecture has power registers")
 }
 
 /// The tables and the code after them, as they lie in guest memory.
@@ -53,16 +63,16 @@ pub struct Tables {
 
 /// All tables, down from the reset vector.
 pub fn tables(platform: &Platform) -> Tables {
-    let mut all = Tables { start: layout::RESET_VECTOR, bytes: reset_code().into() };
+    let mut all = Tables { start: layout::RESET_VECTOR, bytes: reset_code(platform).into() };
     let dsdt = all.prepend(&dsdt(platform));
-    let fadt = all.prepend(&fadt(dsdt));
+    let fadt = all.prepend(&fadt(platform, dsdt));
     let madt = all.prepend(&madt(platform));
     let mut xsdt = XSDT::new(OEM, OEM_TABLE, 1);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
-    if platform.pci {
+    for ecam in platform.ecam() {
         let mut mcfg = MCFG::new(OEM, OEM_TABLE, 1);
-        mcfg.add_ecam(layout::ECAM.start, 0, 0, 0);
+        mcfg.add_ecam(ecam.start, 0, 0, 0);
         xsdt.add_entry(all.prepend(&mcfg));
     }
     let xsdt = all.prepend(&xsdt);
@@ -82,17 +92,22 @@ impl Tables {
     }
 }
 
-fn fadt(dsdt: u64) -> impl Aml {
-    let power = layout::POWER.expect("x86_64 has it");
-    let port =
-        |offset| GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, power.ports.start + offset);
+fn fadt(platform: &Platform, dsdt: u64) -> impl Aml {
+    let power = power(platform);
+    let port = |offset: u16| {
+        GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, (power.port + offset).into())
+    };
+    let flags = platform.nodes.iter().map(|node| match node {
+        Node::Acpi(device) => device.boot_flags,
+        _ => 0,
+    });
     let mut fadt =
         FADTBuilder::new(OEM, OEM_TABLE, 1).dsdt_64(dsdt).flag(Flags::HwReducedAcpi).flag(Flags::ResetRegSup);
-    fadt.iapc_boot_arch = BOOT_FLAGS.into();
+    fadt.iapc_boot_arch = flags.fold(BOOT_FLAGS, |all, flags| all | flags).into();
     fadt.sleep_control_reg = port(0);
     fadt.sleep_status_reg = port(1);
-    fadt.reset_reg = port(RESET_REGISTER.into());
-    fadt.reset_value = power.reset_value;
+    fadt.reset_reg = port(RESET_REGISTER);
+    fadt.reset_value = power.reset;
     fadt.finalize()
 }
 
@@ -123,118 +138,53 @@ fn madt(platform: &Platform) -> Sdt {
 /// DSDT: the devices that a guest cannot find by probing, and how to power off.
 fn dsdt(platform: &Platform) -> Sdt {
     let mut aml = Bytes(Vec::new());
-    let power = layout::POWER.expect("x86_64 has it");
-    let (keyboard, keyboard_gsi) = layout::KEYBOARD.expect("x86_64 has it");
-    let irq = |gsi| Interrupt::new(true, true, false, false, gsi);
-    let port = |start: u64, len| IO::new(start as u16, start as u16, 1, len);
-    Name::new("_S5_".into(), &Package::new(vec![&power.sleep_type_off])).to_aml_bytes(&mut aml);
-    Device::new(
-        "_SB_.COM1".into(),
-        vec![
-            &Name::new("_HID".into(), &EISAName::new("PNP0501")),
-            &Name::new("_UID".into(), &0u8),
-            &Name::new(
-                "_CRS".into(),
-                &ResourceTemplate::new(vec![&port(layout::SERIAL.start, 8), &irq(layout::SERIAL_GSI)]),
-            ),
-        ],
-    )
-    .to_aml_bytes(&mut aml);
-    Device::new(
-        "_SB_.PS2K".into(),
-        vec![
-            &Name::new("_HID".into(), &EISAName::new("PNP0303")),
-            &Name::new(
-                "_CRS".into(),
-                &ResourceTemplate::new(vec![
-                    &port(keyboard.start, 1),
-                    &port(keyboard.start + 4, 1),
-                    &irq(keyboard_gsi),
-                ]),
-            ),
-        ],
-    )
-    .to_aml_bytes(&mut aml);
-    Device::new(
-        "_SB_.EXIT".into(),
-        vec![
-            &Name::new("_HID".into(), &"ALUL0001"),
-            &Name::new(
-                "_CRS".into(),
-                &ResourceTemplate::new(vec![&Memory32Fixed::new(
-                    true,
-                    layout::EXIT.start as u32,
-                    layout::EXIT.size as u32,
-                )]),
-            ),
-        ],
-    )
-    .to_aml_bytes(&mut aml);
-    Device::new(
-        "_SB_.PEVT".into(),
-        vec![
-            &Name::new("_HID".into(), &"QEMU0001"),
-            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&port(layout::PVPANIC.start, 1)])),
-        ],
-    )
-    .to_aml_bytes(&mut aml);
-    for (index, device) in platform.virtio_mmio.iter().enumerate() {
-        Device::new(
-            format!("_SB_.V{index:03}").as_str().into(),
-            vec![
-                &Name::new("_HID".into(), &"LNRO0005"),
-                &Name::new("_UID".into(), &(index as u32)),
-                &Name::new("_CCA".into(), &1u8),
-                &Name::new(
-                    "_CRS".into(),
-                    &ResourceTemplate::new(vec![
-                        &Memory32Fixed::new(
-                            true,
-                            device.registers.start as u32,
-                            device.registers.size as u32,
-                        ),
-                        &irq(device.gsi),
-                    ]),
-                ),
-            ],
-        )
-        .to_aml_bytes(&mut aml);
-    }
-    if platform.pci {
-        pci(&mut aml);
+    for node in &platform.nodes {
+        match node {
+            Node::Power(power) => {
+                Name::new("_S5_".into(), &Package::new(vec![&power.off])).to_aml_bytes(&mut aml);
+            }
+            Node::Acpi(node) => device(node, &mut aml),
+            _ => {}
+        }
     }
     let mut dsdt = Sdt::new(*b"DSDT", 36, 6, OEM, OEM_TABLE, 1);
     dsdt.append_slice(&aml.0);
     dsdt
 }
 
-/// The PCI root bridge: bus 0, its windows, no interrupt lines (devices have MSI-X).
-fn pci(aml: &mut Bytes) {
-    let window = layout::PCI_MEMORY;
-    let last = (window.end() - 1) as u32;
-    let memory =
-        Window::new_memory(AddressSpaceCacheable::NotCacheable, true, window.start as u32, last, None);
-    let ports = layout::PCI_PORTS.expect("x86_64 has them").start as u16;
-    Device::new(
-        "_SB_.PCI0".into(),
-        vec![
-            &Name::new("_HID".into(), &EISAName::new("PNP0A08")),
-            &Name::new("_CID".into(), &EISAName::new("PNP0A03")),
-            &Name::new("_UID".into(), &0u8),
-            &Name::new("_SEG".into(), &0u8),
-            &Name::new("_BBN".into(), &0u8),
-            &Name::new("_CCA".into(), &1u8),
-            &Name::new(
-                "_CRS".into(),
-                &ResourceTemplate::new(vec![
-                    &Window::new_bus_number(0u16, 0u16),
-                    &IO::new(ports, ports, 1, 8),
-                    &memory,
-                ]),
-            ),
-        ],
-    )
-    .to_aml_bytes(aml);
+fn device(node: &AcpiDevice, aml: &mut Bytes) {
+    let value = |value: &AcpiValue| -> Box<dyn Aml> {
+        match value {
+            AcpiValue::Eisa(id) => Box::new(EISAName::new(id)),
+            AcpiValue::Text(text) => Box::new(*text),
+            AcpiValue::Number(number) => Box::new(*number),
+        }
+    };
+    let resources: Vec<_> = node.resources.iter().map(resource).collect();
+    let resources = ResourceTemplate::new(resources.iter().map(Box::as_ref).collect());
+    let values: Vec<_> = node.objects.iter().map(|(name, object)| (*name, value(object))).collect();
+    let mut names: Vec<_> =
+        values.iter().map(|(name, value)| Name::new((*name).into(), value.as_ref())).collect();
+    names.push(Name::new("_CRS".into(), &resources));
+    let names = names.iter().map(|name| name as &dyn Aml).collect();
+    Device::new(format!("_SB_.{}", node.name).as_str().into(), names).to_aml_bytes(aml);
+}
+
+fn resource(resource: &Resource) -> Box<dyn Aml> {
+    match *resource {
+        Resource::Ports(Range { start, size }) => {
+            Box::new(IO::new(start as u16, start as u16, 1, size as u8))
+        }
+        Resource::Memory(Range { start, size }) => {
+            Box::new(Memory32Fixed::new(true, start as u32, size as u32))
+        }
+        Resource::Interrupt(gsi) => Box::new(Interrupt::new(true, true, false, false, gsi)),
+        Resource::Bus => Box::new(Window::new_bus_number(0u16, 0u16)),
+        Resource::Window(range) => {
+            let (first, last) = (range.start as u32, (range.end() - 1) as u32);
+            Box::new(Window::new_memory(AddressSpaceCacheable::NotCacheable, true, first, last, None))
+        }
+    }
 }
 
 #[cfg(test)]
@@ -249,7 +199,10 @@ mod tests {
             command_line: String::new(),
             initrd: None,
             random_seed: [0; 32],
-            virtio_mmio: Vec::new(),
+            nodes: vec![
+                Node::Power(PowerRegisters { port: 0x600, off: 5, reset: 1 }),
+                Node::Ecam(layout::ECAM),
+            ],
             pci: true,
             gic: None,
         }

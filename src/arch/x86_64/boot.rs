@@ -169,10 +169,8 @@ fn memory_map(platform: &Platform) -> Vec<(Range, u32)> {
         (between(layout::LOW_RAM_END, layout::KERNEL_START), E820_RESERVED),
         (between(layout::KERNEL_START, low), E820_RAM),
     ];
-    if platform.pci {
-        // Linux uses ECAM only where the memory map keeps other things away from it.
-        map.push((layout::ECAM, E820_RESERVED));
-    }
+    // Linux uses ECAM only where the memory map keeps other things away from it.
+    map.extend(platform.ecam().map(|ecam| (ecam, E820_RESERVED)));
     map.extend(platform.memory[1..].iter().map(|range| (*range, E820_RAM)));
     map
 }

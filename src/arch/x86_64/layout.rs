@@ -9,10 +9,6 @@ use crate::platform::Place;
 pub const LOW_MEMORY_END: u64 = 0xc000_0000;
 const HIGH_MEMORY_START: u64 = 0x1_0000_0000;
 
-/// The exit register (devices/exit.rs).
-pub const EXIT: Range = Range { start: 0xc000_2000, size: 4 };
-/// The boot timer (devices/boot_timer.rs), where Firecracker has it.
-pub const BOOT_TIMER: Range = Range { start: 0xc000_0000, size: 0x1000 };
 /// Registers of virtio-mmio devices, one page each.
 pub const VIRTIO_MMIO: Range = Range { start: 0xc010_0000, size: 0x10_0000 };
 /// PCI: configuration space of one bus (ECAM), and where functions' registers may be.
@@ -30,36 +26,27 @@ pub const LOCAL_APIC: u32 = 0xfee0_0000;
 pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
 pub const KVM_TSS: usize = 0xfffb_d000;
 
-/// The 16550 UART known as COM1: ports and I/O APIC pin.
-pub const SERIAL: Range = Range { start: 0x3f8, size: 8 };
-pub const SERIAL_GSI: u32 = 4;
-/// The pvpanic register.
-pub const PVPANIC: Range = Range { start: 0x505, size: 1 };
-/// The i8042 keyboard controller: ports 0x60 (data) to 0x64 (command), and its pin.
-pub const KEYBOARD: Option<(Range, u32)> = Some((Range { start: 0x60, size: 5 }, 1));
-/// ACPI sleep control, sleep status and reset registers.
-pub const POWER: Option<Power> =
-    Some(Power { ports: Range { start: 0x600, size: 3 }, sleep_type_off: 5, reset_value: 1 });
-
-/// The ACPI power registers (devices/power.rs) and what is written there.
-#[derive(Clone, Copy)]
-pub struct Power {
-    pub ports: Range,
-    /// The sleep type that `_S5` gives for "off".
-    pub sleep_type_off: u8,
-    /// Written to the reset register, it resets.
-    pub reset_value: u8,
-}
-
 /// The devices at fixed places.
 pub const FIXED: &[(&str, Place)] = &[
-    ("power", Place::Ports { range: Range { start: 0x600, size: 3 }, gsi: None }),
-    ("serial", Place::Ports { range: SERIAL, gsi: Some(SERIAL_GSI) }),
-    ("keyboard", Place::Ports { range: Range { start: 0x60, size: 5 }, gsi: Some(1) }),
-    ("exit register", Place::Registers { range: EXIT, gsi: None }),
-    ("pvpanic", Place::Ports { range: PVPANIC, gsi: None }),
-    ("boot timer", Place::Registers { range: BOOT_TIMER, gsi: None }),
+    // Sleep control, sleep status, reset.
+    ("power", ports(0x600, 3, None)),
+    // The 16550 UART known as COM1, and the I/O APIC's pin.
+    ("serial", ports(0x3f8, 8, Some(4))),
+    // The i8042: ports 0x60 (data) to 0x64 (command).
+    ("keyboard", ports(0x60, 5, Some(1))),
+    ("pvpanic", ports(0x505, 1, None)),
+    ("exit register", registers(0xc000_2000, 4)),
+    // Where Firecracker has it.
+    ("boot timer", registers(0xc000_0000, 0x1000)),
 ];
+
+const fn ports(start: u64, size: u64, gsi: Option<u32>) -> Place {
+    Place::Ports { range: Range { start, size }, gsi }
+}
+
+const fn registers(start: u64, size: u64) -> Place {
+    Place::Registers { range: Range { start, size }, gsi: None }
+}
 
 /// I/O APIC pins for devices that are added: after those that PC tradition has given away.
 pub const DEVICE_GSIS: std::ops::Range<u32> = 5..24;
