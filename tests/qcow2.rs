@@ -268,6 +268,28 @@ fn internal_snapshots_and_compressed_clusters_survive() {
 }
 
 #[test]
+fn what_is_around_a_write_to_a_compressed_cluster_stays() {
+    let folder = Folder::new();
+    let mut expected = pattern(4, SIZE / 2);
+    expected.chunks_exact_mut(8).for_each(|word| word[1..].fill(7));
+    expected.resize(SIZE, 0);
+    folder.write("raw", &expected);
+    qemu_img(&folder, &["convert", "-q", "-c", "-f", "raw", "-O", "qcow2", "raw", "disk"]);
+    let mut disk = Disk::new(config(&folder.path("disk"), json!({}))).unwrap();
+    // The front, the middle, the end of one cluster; then from the middle of one to that of a later one.
+    for (at, length) in [(0, 1), (5, 2), (3, 1), (7, 1), (16, 4), (28, 16), (44, 4)]
+        .map(|(at, sectors)| (at * 8192, sectors * 8192))
+    {
+        let bytes = pattern(at as u64, length);
+        assert_eq!(disk.write((at / 512) as u64, &bytes), Ok(()));
+        expected[at..at + length].copy_from_slice(&bytes);
+        assert!(content(&mut disk) == expected, "{at}");
+    }
+    disk.end();
+    check(&folder, &expected);
+}
+
+#[test]
 fn a_file_that_ends_in_the_middle_of_a_cluster_goes_on_with_zeros() {
     for engine in ["Sync", "Async"] {
         let folder = Folder::new();

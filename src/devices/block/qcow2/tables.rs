@@ -142,8 +142,10 @@ impl Tables {
         !self.freed.load(Ordering::Relaxed) && self.held().bytes <= HELD_MAX
     }
 
-    /// A range of the file becomes data, and what `imago` copied there with it.
+    /// A range of the file becomes data, and what `imago` copied there with it: into whole clusters, also where
+    /// the range begins in the middle of one.
     pub fn release(&self, range: Range<u64>) -> Result<()> {
+        let range = self.clusters(range);
         if self.held().tables.range(range.clone()).next().is_none() {
             return Ok(());
         }
@@ -157,7 +159,12 @@ impl Tables {
 
     /// A range of the file is not used after all, nor what `imago` copied there.
     pub fn forget(&self, range: Range<u64>) {
-        self.change().forget(range);
+        self.change().forget(self.clusters(range));
+    }
+
+    /// The clusters in which a range of the file lies, from the start of the first.
+    fn clusters(&self, range: Range<u64>) -> Range<u64> {
+        range.start / self.cluster * self.cluster..range.end
     }
 
     /// Puts what is held into the file; `last`: returns when everything is on stable storage. The caller
