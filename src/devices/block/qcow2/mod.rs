@@ -26,7 +26,11 @@ mod growth;
 mod header;
 mod layer;
 mod medium;
+#[cfg(test)]
+mod model;
 mod tables;
+#[cfg(test)]
+mod tests;
 
 use std::fs::File;
 use std::io::{ErrorKind, IoSliceMut, Result as IoResult};
