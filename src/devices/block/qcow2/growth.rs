@@ -59,14 +59,21 @@ impl Growth {
     ) -> Result<usize> {
         let mut room = self.room.lock().unwrap_or_else(PoisonError::into_inner);
         let (mapping, length) = access.get_mapping(offset, count as u64)?;
-        let part = offset..offset + length;
+        let mut part = offset..offset + length;
         let mut is_compressed = false;
         let whole = match mapping {
             Mapping::Raw { writable: true, .. } => return Ok(0),
-            // Compressed in this image: what is there cannot be read while a mapping is prepared.
+            // Compressed in this image: what is there cannot be read while a mapping is prepared, and `imago`
+            // copies it. Each call frees what was there, which is to be committed before the next one: one call
+            // takes all that follows, whatever it is now, where their table is not to be copied as well.
             Mapping::Special { layer, .. } if ptr::eq(layer, access) => {
                 is_compressed = true;
-                part.start..part.end.min((offset / image.cluster + 1) * image.cluster)
+                let next = (offset / image.cluster + 1) * image.cluster;
+                part.end = match image.tables.has_table(offset)? {
+                    true => offset + count as u64,
+                    false => part.end.min(next),
+                };
+                part.clone()
             }
             mapping => {
                 let cluster = image.cluster;

@@ -196,7 +196,10 @@ impl Qcow2 {
                     storage.put(buffers, offset, count)?;
                     count
                 }
-                _ => self.grow(&access, &mut Data::Guest(buffers), offset, count)?,
+                _ => {
+                    let rest = buffers.len();
+                    self.grow(&access, &mut Data::Guest(buffers), offset, rest)?
+                }
             };
             offset += written as u64;
         }
@@ -255,6 +258,17 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// Commits, if that must come before the table that tells of byte `at` is changed: where the table itself
+    /// needs a new cluster, or as much is held as may be. What is freed alone needs none: one request may free
+    /// many thousands of clusters.
+    fn make_room(&self, writable: &Writable, access: &FormatAccess<Layer>, at: u64) -> IoResult<()> {
+        let tables = &writable.tables;
+        if tables.is_full() || !tables.may_allocate() && !tables.has_table(at)? {
+            self.growth.commit(access, writable, false)?;
+        }
+        Ok(())
+    }
+
     /// Gives clusters back of which one table tells; `place`: where they are, if they are this image's alone.
     fn discard_piece(
         &self,
@@ -264,10 +278,7 @@ impl Qcow2 {
         length: u64,
         place: Option<u64>,
     ) -> IoResult<()> {
-        // What has a place is told by a table that is there, and is not shared.
-        if place.is_none() && !writable.tables.may_allocate() {
-            self.growth.commit(access, writable, false)?;
-        }
+        self.make_room(writable, access, at)?;
         let is_compressed = matches!(access.get_mapping(at, length)?, (Mapping::Special { .. }, _));
         if place.is_some() || is_compressed {
             writable.tables.note_freed();
@@ -302,10 +313,7 @@ impl Qcow2 {
                 _ if given == 0 => return Err(ErrorKind::UnexpectedEof.into()),
                 Mapping::Zero { .. } => given,
                 mapping if inner => {
-                    let is_there = matches!(mapping, Mapping::Raw { writable: true, .. });
-                    if !is_there && !writable.tables.may_allocate() {
-                        self.growth.commit(&access, writable, false)?;
-                    }
+                    self.make_room(writable, &access, at)?;
                     if let Mapping::Special { .. } = mapping {
                         writable.tables.note_freed();
                     }

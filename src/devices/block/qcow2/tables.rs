@@ -12,10 +12,16 @@ use super::medium::Medium;
 
 /// So much is held at most before it goes to the file, in bytes: a guest that writes all over a large
 /// disk and never flushes would have us hold all its tables.
+#[cfg(not(test))]
 const HELD_MAX: usize = 16 << 20;
+/// Tests have small disks.
+#[cfg(test)]
+pub const HELD_MAX: usize = 64 << 10;
 
 /// Where an entry of a table of tables or of reference counts points to.
 const PLACE: u64 = 0x00ff_ffff_ffff_fe00;
+/// An entry whose table or cluster is this image's alone.
+const COPIED: u64 = 1 << 63;
 /// An entry has so many bytes.
 const ENTRY: usize = 8;
 /// Where the header tells of the table of reference counts: its place, and how many clusters it has.
@@ -139,7 +145,27 @@ impl Tables {
 
     /// Whether clusters may be allocated now; else all is to be committed first.
     pub fn may_allocate(&self) -> bool {
-        !self.freed.load(Ordering::Relaxed) && self.held().bytes <= HELD_MAX
+        !self.freed.load(Ordering::Relaxed) && !self.is_full()
+    }
+
+    /// Whether as much is held as may be: all is to be committed before anything is changed.
+    pub fn is_full(&self) -> bool {
+        self.held().bytes > HELD_MAX
+    }
+
+    /// Whether the table that tells of byte `at` of the disk is there, and this image's alone: then nothing
+    /// is allocated where it is changed.
+    pub fn has_table(&self, at: u64) -> Result<bool> {
+        let held = self.held();
+        let clusters = self.cluster / ENTRY as u64;
+        let place = held.links.start + at / self.cluster / clusters * ENTRY as u64;
+        let mut entry = [0; ENTRY];
+        match held.entries.get(&place) {
+            Some(held) => entry = *held,
+            None => self.medium.read(&mut entry, place)?,
+        }
+        let entry = u64::from_be_bytes(entry);
+        Ok(entry & COPIED != 0 && entry & PLACE != 0)
     }
 
     /// A range of the file becomes data, and what `imago` copied there with it: into whole clusters, also where

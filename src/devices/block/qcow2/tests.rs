@@ -1,7 +1,8 @@
 //! What is done to the file of an image by one request, or by none.
 
-use super::medium::record;
-use super::model::{CLUSTER, PLAIN, image, open, walk};
+use super::medium::record::{self, Step};
+use super::model::{CLUSTER, Kind, Opened, PACKED_MAX, PLAIN, image, open, walk};
+use super::tables::HELD_MAX;
 use crate::devices::block::config::CacheType;
 use crate::host::Local;
 use crate::virtio::buffers::Buffers;
@@ -27,4 +28,67 @@ fn a_sync_that_failed_in_a_write_fails_every_flush_after_it() {
     again.flush(true).unwrap();
     let content = walk(&opened.content()).unwrap();
     assert_eq!(content[..4], [2, 1, 0, 1]);
+}
+
+/// How many syncs `work` brings to the file.
+fn syncs(work: impl FnOnce()) -> usize {
+    record::begin();
+    work();
+    record::end().iter().filter(|step| matches!(step, Step::Sync)).count()
+}
+
+#[test]
+fn a_request_for_many_compressed_clusters_commits_once() {
+    const LENGTH: u64 = PACKED_MAX as u64 * CLUSTER as u64;
+    type Work = fn(&Opened);
+    let works: [(&str, u64, Work); 4] = [
+        ("discard", 0, |opened| opened.qcow2.discard(0, LENGTH).unwrap()),
+        ("zero", 0, |opened| opened.qcow2.zero(0, LENGTH, false).unwrap()),
+        ("unmap", 0, |opened| opened.qcow2.zero(0, LENGTH, true).unwrap()),
+        ("write", 3, |opened| opened.write(3, 0, PACKED_MAX as u64)),
+    ];
+    for (what, number, work) in works {
+        for (has_snapshot, every) in [(false, 1), (false, 2), (true, 1), (true, 2)] {
+            let kind = Kind { order: 3, sectors: 200, packed: PACKED_MAX, has_snapshot, ..PLAIN };
+            let opened = open(&image(kind), CacheType::Writeback);
+            let what = format!("{what}, {has_snapshot}, one of {every}");
+            // Between them what does not follow on them: zeros, which have no place.
+            if every > 1 {
+                let sectors = (1..PACKED_MAX as u64).step_by(every);
+                sectors.for_each(|sector| {
+                    opened.qcow2.discard(sector * CLUSTER as u64, CLUSTER as u64).unwrap()
+                });
+                opened.qcow2.flush(true).unwrap();
+            }
+            let syncs = syncs(|| work(&opened));
+            // A commit, because a table was copied: three syncs at most.
+            assert!(syncs <= 3, "{what}: {syncs} syncs");
+            opened.qcow2.flush(true).unwrap();
+            let content = walk(&opened.content()).unwrap();
+            assert!(content[..PACKED_MAX].iter().all(|found| *found == number), "{what}");
+        }
+    }
+}
+
+#[test]
+fn one_request_to_give_back_own_clusters_holds_no_more() {
+    const TABLES: usize = HELD_MAX / CLUSTER * 4;
+    /// A table tells of so many sectors.
+    const TOLD: u64 = CLUSTER as u64 / 8;
+    let sectors = TABLES as u64 * TOLD;
+    for is_zero in [false, true] {
+        let opened = open(&image(Kind { sectors, ..PLAIN }), CacheType::Writeback);
+        for table in 0..TABLES as u64 {
+            opened.write(1, table * TOLD, 1);
+        }
+        opened.qcow2.flush(true).unwrap();
+        let length = sectors * CLUSTER as u64;
+        let syncs = syncs(|| match is_zero {
+            false => opened.qcow2.discard(0, length).unwrap(),
+            true => opened.qcow2.zero(0, length, false).unwrap(),
+        });
+        assert!(syncs > 0, "zero: {is_zero}: all is held");
+        opened.qcow2.flush(true).unwrap();
+        assert!(walk(&opened.content()).unwrap().iter().all(|number| *number == 0));
+    }
 }
