@@ -23,6 +23,7 @@ const REFCOUNT_TABLE_BYTES_MAX: u64 = 8 << 20;
 /// Where the features are that a reader must know, and those that a writer who does not know them clears.
 const FEATURES: u64 = 72;
 pub const AUTOCLEAR: u64 = 88;
+pub const AUTOCLEAR_LENGTH: usize = 8;
 
 const DIRTY: u64 = 1 << 0;
 const CORRUPT: u64 = 1 << 1;
@@ -186,6 +187,15 @@ pub fn hide_marks(bytes: &mut [u8], offset: u64) {
     let at = (FEATURES + 7).checked_sub(offset);
     if let Some(byte) = at.and_then(|at| bytes.get_mut(at as usize)) {
         *byte &= !(DIRTY | CORRUPT) as u8;
+    }
+}
+
+/// Hides autoclear features in what was read from byte `offset` of a header on.
+pub fn hide_autoclear(bytes: &mut [u8], offset: u64) {
+    for at in AUTOCLEAR..AUTOCLEAR + AUTOCLEAR_LENGTH as u64 {
+        if let Some(byte) = at.checked_sub(offset).and_then(|at| bytes.get_mut(at as usize)) {
+            *byte = 0;
+        }
     }
 }
 

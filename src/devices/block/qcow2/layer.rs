@@ -81,8 +81,10 @@ impl Storage for Layer {
                 Kind::Writable(tables) => tables.read(&mut slice, offset)?,
                 _ => self.medium.read(&mut slice, offset)?,
             }
-            if let Kind::Image = self.kind {
-                header::hide_marks(&mut slice, offset);
+            match self.kind {
+                Kind::Raw => {}
+                Kind::Image => header::hide_marks(&mut slice, offset),
+                Kind::Writable(_) => self.medium.hide_claims(&mut slice, offset),
             }
             offset += slice.len() as u64;
         }

@@ -5,7 +5,9 @@ use std::fs::File;
 use std::io::{Error, ErrorKind, Result, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 
+use super::header;
 use crate::devices::block::holes;
 use crate::virtio::buffers::Buffers;
 
@@ -22,12 +24,56 @@ pub struct Medium {
     failed: AtomicBool,
     /// A sync has failed at some time: what is read back may be in the page cache alone.
     doubted: AtomicBool,
+    /// Features are on in the header that the first write makes untrue, for whoever knows them.
+    claims: Option<Claims>,
+}
+
+/// The autoclear features of an image that was opened to be written, and may never be.
+#[derive(Debug)]
+struct Claims {
+    are_there: AtomicBool,
+    /// Held while they are taken away.
+    lock: Mutex<()>,
+    /// On stable storage before anything else is written.
+    durable: bool,
 }
 
 impl Medium {
     /// A file that is written up to `end`; 0: it is only read.
     pub fn new(file: File, end: u64) -> Self {
-        Self { file, end, failed: AtomicBool::new(false), doubted: AtomicBool::new(false) }
+        Self { file, end, failed: AtomicBool::new(false), doubted: AtomicBool::new(false), claims: None }
+    }
+
+    /// The same, of an image whose autoclear features are on, which the first write turns off; `durable`: for
+    /// good before it writes.
+    pub fn with_claims(self, durable: bool) -> Self {
+        Self { claims: Some(Claims { are_there: true.into(), lock: Mutex::default(), durable }), ..self }
+    }
+
+    /// The claims of the header that are still there and not to be seen, in what was read from byte `offset` on:
+    /// `imago` would write all of the header anew when it opens the image.
+    pub fn hide_claims(&self, bytes: &mut [u8], offset: u64) {
+        if self.claims.as_ref().is_some_and(|claims| claims.are_there.load(Ordering::Acquire)) {
+            header::hide_autoclear(bytes, offset);
+        }
+    }
+
+    /// Takes the claims of the header away, which what is written next makes untrue.
+    fn disclaim(&self) -> Result<()> {
+        let Some(claims) = &self.claims else { return Ok(()) };
+        if !claims.are_there.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let _alone = claims.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        if claims.are_there.load(Ordering::Acquire) {
+            self.file.write_all_at(&[0; header::AUTOCLEAR_LENGTH], header::AUTOCLEAR)?;
+            self.note(header::AUTOCLEAR, header::AUTOCLEAR_LENGTH as u64);
+            if claims.durable {
+                self.sync()?;
+            }
+            claims.are_there.store(false, Ordering::Release);
+        }
+        Ok(())
     }
 
     /// The file itself, to read from.
@@ -35,10 +81,10 @@ impl Medium {
         &self.file
     }
 
-    /// Whether it can be written there.
+    /// Makes ready to write there, if it can be: asked before each write, whoever does it.
     pub fn check(&self, offset: u64, length: u64) -> Result<()> {
         match offset.checked_add(length).is_some_and(|end| end <= self.end) {
-            true => Ok(()),
+            true => self.disclaim(),
             false => Err(Error::new(
                 ErrorKind::FileTooLarge,
                 format!(
@@ -120,6 +166,7 @@ impl Medium {
     /// Gives the blocks of a range back, which reads as zeros then. The tables may still name it: a device
     /// that would not promise zeros does nothing.
     pub fn punch(&self, offset: u64, length: u64) -> Result<()> {
+        self.check(offset, length)?;
         holes::punch_zeros(&self.file, offset, length)?;
         self.note(offset, length);
         Ok(())

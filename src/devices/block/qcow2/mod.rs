@@ -73,19 +73,17 @@ impl Qcow2 {
         let own = file.try_clone().context("duplicate a descriptor")?;
         let chain = Chain::new(&what, host, config.lock, path, config.backing.as_deref())?;
         let writable = (access == Access::ReadWrite).then(|| {
-            let medium = Arc::new(Medium::new(file.try_clone()?, header.end));
-            // `imago` would write all of the header anew.
-            if header.has_autoclear {
-                medium.write(&[0; 8], header::AUTOCLEAR)?;
-            }
-            let tables = Arc::new(Tables::new(medium, &header, config.cache_type == CacheType::Writeback));
+            let durable = config.cache_type == CacheType::Writeback;
+            let medium = Medium::new(file.try_clone()?, header.end);
+            let medium = if header.has_autoclear { medium.with_claims(durable) } else { medium };
+            let tables = Arc::new(Tables::new(Arc::new(medium), &header, durable));
             Ok::<_, std::io::Error>(Writable {
                 tables,
                 cluster: header.cluster,
                 has_snapshots: header.has_snapshots,
             })
         });
-        let writable = writable.transpose().context("write its header")?;
+        let writable = writable.transpose().context("duplicate a descriptor")?;
         let layer = match &writable {
             Some(writable) => Layer::writable(writable.tables.clone()),
             None => {

@@ -1,9 +1,9 @@
 //! What is done to the file of an image by one request, or by none.
 
 use super::medium::record::{self, Step};
-use super::model::{CLUSTER, Kind, Opened, PACKED_MAX, PLAIN, image, open, walk};
+use super::model::{CLUSTER, Kind, Opened, PACKED_MAX, PLAIN, image, open, open_again, walk};
 use super::tables::HELD_MAX;
-use crate::devices::block::config::CacheType;
+use crate::devices::block::config::{Backing, CacheType, Format};
 use crate::host::Local;
 use crate::virtio::buffers::Buffers;
 
@@ -90,5 +90,61 @@ fn one_request_to_give_back_own_clusters_holds_no_more() {
         assert!(syncs > 0, "zero: {is_zero}: all is held");
         opened.qcow2.flush(true).unwrap();
         assert!(walk(&opened.content()).unwrap().iter().all(|number| *number == 0));
+    }
+}
+
+/// An image whose autoclear features are on.
+fn claiming(kind: Kind) -> Vec<u8> {
+    let mut image = image(kind);
+    image[95] = 3;
+    image
+}
+
+#[test]
+fn an_image_that_is_only_opened_or_refused_stays_as_it_is() {
+    let before = claiming(PLAIN);
+    let opened = open(&before, CacheType::Writeback);
+    // Nor is one that is read, flushed, and asked for where a read may be.
+    let mut buffers = Buffers::new(opened.memory.clone());
+    buffers.add_piece(0, CLUSTER as u32).unwrap();
+    opened.qcow2.read(&mut buffers, 0).unwrap();
+    assert!(opened.qcow2.place(0, CLUSTER as u64, false).is_some());
+    opened.qcow2.flush(true).unwrap();
+    let Opened { qcow2, file, mut config, .. } = opened;
+    drop(qcow2);
+    let content = || std::fs::read(file.as_path()).unwrap();
+    assert!(content() == before, "opened, and read");
+    // Refused when all else is read: nothing is beneath it.
+    config.backing = Some(vec![Backing { path_on_host: file.as_path().to_owned(), format: Format::Raw }]);
+    open_again(&config).err().expect("it is refused");
+    assert!(content() == before, "refused");
+    (config.backing, config.is_read_only) = (None, true);
+    drop(open_again(&config).unwrap());
+    assert!(content() == before, "opened to be read");
+}
+
+#[test]
+fn autoclear_features_are_off_before_anything_is_written() {
+    type Work = fn(&Opened);
+    let works: [(&str, Work); 5] = [
+        ("write in place", |opened| opened.write(2, 0, 1)),
+        ("place", |opened| assert!(opened.qcow2.place(0, CLUSTER as u64, true).is_some())),
+        ("grow", |opened| opened.write(2, 300, 1)),
+        ("discard", |opened| opened.qcow2.discard(0, CLUSTER as u64).unwrap()),
+        ("zero", |opened| opened.qcow2.zero(0, CLUSTER as u64 / 2, false).unwrap()),
+    ];
+    for (what, work) in works {
+        for (cache_type, is_durable) in [(CacheType::Writeback, true), (CacheType::Unsafe, false)] {
+            let opened = open(&claiming(PLAIN), cache_type);
+            record::begin();
+            work(&opened);
+            let steps = record::end();
+            let is_off = |step: &Step| matches!(step, Step::Write { offset: 88, bytes } if *bytes == [0; 8]);
+            assert!(steps.first().is_some_and(is_off), "{what}");
+            let is_synced = steps.get(1).is_some_and(|step| matches!(step, Step::Sync));
+            assert_eq!(is_synced, is_durable, "{what}");
+            opened.qcow2.flush(true).unwrap();
+            assert_eq!(opened.content()[88..96], [0; 8], "{what}");
+        }
     }
 }
