@@ -46,7 +46,7 @@ impl Chunks {
             let rest = &input[at..];
             match self.next {
                 Next::Size => match httparse::parse_chunk_size(rest) {
-                    Ok(httparse::Status::Complete((line, size))) => {
+                    Ok(httparse::Status::Complete((line, size))) if is_size(&rest[..line]) => {
                         at += line;
                         if size > (body_max - self.length) as u64 {
                             return Err(too_large(size.saturating_add(self.length as u64), body_max));
@@ -91,6 +91,14 @@ impl Chunks {
         input.drain(self.head + self.length..at);
         Ok(is_whole)
     }
+}
+
+/// Whether this line, which the parser has accepted, is one to everybody: it has a digit, since no digit at
+/// all would be the end of the body, and its only line feed is its last byte. Somebody between the client
+/// and us who reads it in another way would see other requests than we do.
+fn is_size(line: &[u8]) -> bool {
+    let is_one = line.iter().position(|byte| *byte == b'\n') == Some(line.len() - 1);
+    is_one && line[0].is_ascii_hexdigit() && line.len() <= LINE_MAX
 }
 
 #[cfg(test)]
@@ -149,7 +157,13 @@ mod tests {
             ("-1\r\n", "its size cannot be read"),
             ("x\r\n", "its size cannot be read"),
             ("2\r\nabc\r\n", "it is longer than its size"),
+            ("\r\n", "its size cannot be read"),
+            (" \r\n", "its size cannot be read"),
+            (";name=value\r\n", "its size cannot be read"),
+            ("2;a\nhe\r\n0\r\n\r\n", "its size cannot be read"),
+            ("2\nhe\r\n", "its size cannot be read"),
             (&format!("1;{long}"), "its size cannot be read"),
+            (&format!("1;{long}\r\nx\r\n0\r\n\r\n"), "its size cannot be read"),
             (&format!("0\r\n{}", "a: b\r\n".repeat(TRAILERS_MAX)), "The trailers have more than 1024 bytes."),
             (&format!("0\r\n{}", "a".repeat(TRAILERS_MAX + 1)), "The trailers have more than 1024 bytes."),
         ] {
