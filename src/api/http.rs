@@ -74,10 +74,12 @@ pub fn parse(input: &[u8], body_max: usize, put_together: Option<usize>) -> Pars
         None => length,
         Some(length) => length as u64,
     };
-    if length > body_max as u64 {
+    // However large a limit the user has set: where the body would end must be a number.
+    let end = usize::try_from(length).ok().and_then(|length| head.checked_add(length));
+    let (Some(end), true) = (end, length <= body_max as u64) else {
         return bad(&too_large(length, body_max));
-    }
-    let body = head..head + length as usize;
+    };
+    let body = head..end;
     if input.len() < body.end {
         return Parsed::Incomplete { expects_continue: expects_continue && input.len() == head };
     }
@@ -133,7 +135,8 @@ fn framing(headers: &[httparse::Header<'_>], is_old: bool) -> Result<Framing, &'
             }
             framing.is_chunked = true;
         } else if is("Expect") {
-            framing.expects_continue = says(b"100-continue");
+            // A client of HTTP/1.0 knows no 100 (RFC 9110, 10.1.1).
+            framing.expects_continue = !is_old && says(b"100-continue");
         } else if is("Connection") {
             framing.closes = if is_old { !says(b"keep-alive") } else { framing.closes || says(b"close") };
         }
@@ -238,6 +241,16 @@ mod tests {
         let text = "PUT /a HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n";
         assert_eq!(request(text), Parsed::Incomplete { expects_continue: true });
         assert_eq!(request(&format!("{text}{{")), Parsed::Incomplete { expects_continue: false });
+        let old = text.replace("HTTP/1.1", "HTTP/1.0");
+        assert_eq!(request(&old), Parsed::Incomplete { expects_continue: false });
+    }
+
+    #[test]
+    fn a_limit_beyond_all_numbers_has_no_length_overflow() {
+        for length in [u64::MAX, u64::MAX - 1, u64::MAX - 40] {
+            let text = format!("PUT /a HTTP/1.1\r\nContent-Length: {length}\r\n\r\n");
+            assert!(matches!(parse(text.as_bytes(), usize::MAX, None), Parsed::Bad(_)), "{length}");
+        }
     }
 
     #[test]
