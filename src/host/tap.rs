@@ -315,16 +315,11 @@ fn from_descriptors(numbers: &str, queues: usize) -> Result<Vec<Tap>> {
 /// A copy of the descriptor, which stays open: a start that fails elsewhere can be tried again.
 #[allow(unsafe_code)]
 fn from_descriptor(fd: RawFd) -> Result<Tap> {
-    // SAFETY: the calls take numbers; whether it is open is what the first one asks.
-    unsafe {
-        if libc::fcntl(fd, libc::F_GETFD) < 0 {
-            return Err(Error::config(
-                "it is not open: start this process with it, and name it by its number there",
-            ));
-        }
-        // Programs that we start have no business with it.
-        libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC);
-        checked(libc::fcntl(fd, libc::F_SETFL, libc::O_RDWR | libc::O_NONBLOCK)).context("set its flags")?;
+    // SAFETY: the call takes numbers, and asks whether it is open.
+    if unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
+        return Err(Error::config(
+            "it is not open: start this process with it, and name it by its number there",
+        ));
     }
     // SAFETY: it is open, as was just seen, and the process keeps it open.
     let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
@@ -335,6 +330,13 @@ fn from_descriptor(fd: RawFd) -> Result<Tap> {
             _ => "it is not a TAP interface",
         })
     })?;
+    // Only now: a number that is none of a TAP can be that of anything this process works with.
+    // SAFETY: the calls take numbers.
+    unsafe {
+        // Programs that we start have no business with it.
+        libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC);
+        checked(libc::fcntl(fd, libc::F_SETFL, libc::O_RDWR | libc::O_NONBLOCK)).context("set its flags")?;
+    }
     check_flags(flags.flags())?;
     tap.set_header_size()?;
     Ok(tap)
@@ -357,9 +359,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn descriptors_that_are_no_taps_are_told_apart() {
+    #[allow(unsafe_code)]
+    fn descriptors_that_are_no_taps_are_left_as_they_are() {
         let file = File::open("/dev/null").unwrap();
         let (open, number) = (file.as_raw_fd(), |fd: RawFd| format!("fd:{fd}"));
+        // SAFETY: the calls take numbers.
+        let flags = || unsafe { [libc::F_GETFD, libc::F_GETFL].map(|what| libc::fcntl(open, what)) };
+        // SAFETY: as above.
+        unsafe { libc::fcntl(open, libc::F_SETFD, 0) };
+        let before = flags();
         for (name, expected) in [
             ("fd:".to_owned(), "`` is not the number of a descriptor"),
             ("fd:x".to_owned(), "`x` is not the number of a descriptor"),
@@ -371,6 +379,7 @@ mod tests {
             let error = Tap::open(&name, 1).unwrap_err().to_string();
             assert!(error.contains(expected), "{name}: {error}");
         }
+        assert_eq!(flags(), before);
     }
 
     #[test]
