@@ -8,11 +8,11 @@ pub mod tap;
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Context, Result};
-use crate::sink::Sink;
+use crate::sink::{Sink, has_room};
 use passt::Passt;
 use tap::Tap;
 
@@ -210,24 +210,18 @@ impl Output {
         Self { file: fd.into(), kept: VecDeque::new() }
     }
 
-    /// Whether a write would not block; waits for it at most `timeout_ms`, or until a signal.
-    #[allow(unsafe_code)]
-    fn is_writable(&self, timeout_ms: i32) -> bool {
-        let mut poll = libc::pollfd { fd: self.file.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
-        // SAFETY: the pointer is to one local `pollfd`, as the count says.
-        unsafe { libc::poll(&mut poll, 1, timeout_ms) == 1 }
-    }
-
     /// Writes what was kept as far as the reader takes it, and returns how many bytes are lost: all of them
     /// where a file may not grow. A reader that is gone takes everything.
     fn write_kept(&mut self, mut timeout_ms: i32) -> usize {
-        while !self.kept.is_empty() && self.is_writable(timeout_ms) {
+        while !self.kept.is_empty() && has_room(&self.file, timeout_ms) {
             timeout_ms = 0;
             // Up to PIPE_BUF bytes do not block where poll said so (POSIX).
             let (front, _) = self.kept.as_slices();
             match self.file.write(&front[..front.len().min(libc::PIPE_BUF)]) {
                 Ok(written) => drop(self.kept.drain(..written)),
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                // Whoever else has it open has made it non-blocking, and another one took the room.
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return 0,
                 Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => self.kept.clear(),
                 Err(_) => return self.kept.drain(..).count(),
             }
@@ -255,13 +249,17 @@ impl Write for Output {
 impl Drop for Output {
     /// Nothing of what the guest said is lost while somebody may still read it.
     fn drop(&mut self) {
-        let (front, back) = self.kept.as_slices();
-        let _ = self.file.write_all(front).and_then(|()| self.file.write_all(back));
+        // Not by `write_all`, which ends where the descriptor does not block.
+        while !self.kept.is_empty() {
+            self.write_kept(-1);
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsRawFd;
+
     use super::*;
 
     #[test]
@@ -282,6 +280,25 @@ mod tests {
         drop(output);
         let all = drain.join().unwrap();
         assert_eq!((all.len(), all.last()), (capacity + KEPT_MAX, Some(&b'c')));
+    }
+
+    #[test]
+    #[allow(unsafe_code)]
+    fn a_pipe_that_others_made_non_blocking_loses_nothing() {
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        // SAFETY: the call takes numbers.
+        assert_eq!(unsafe { libc::fcntl(writer.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) }, 0);
+        let mut output = Output::new(writer.into());
+        let text: Vec<u8> = (0..100_000_u32).map(|number| number as u8).collect();
+        assert_eq!(output.write(&text[..KEPT_MAX]).unwrap(), KEPT_MAX);
+        assert_eq!(output.write(&text[KEPT_MAX..]).unwrap(), text.len() - KEPT_MAX);
+        let drain = std::thread::spawn(move || {
+            let mut all = Vec::new();
+            reader.read_to_end(&mut all).unwrap();
+            all
+        });
+        drop(output);
+        assert!(drain.join().unwrap() == text);
     }
 
     #[test]

@@ -134,6 +134,15 @@ fn open(path: &Path) -> Result<File> {
     })
 }
 
+/// Whether a write of at most PIPE_BUF bytes to what is shared with others, and may block, would not; waits for
+/// room at most `timeout_ms`, or until a signal.
+#[allow(unsafe_code)]
+pub fn has_room(file: &impl AsRawFd, timeout_ms: i32) -> bool {
+    let mut poll = libc::pollfd { fd: file.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
+    // SAFETY: the pointer is to one local `pollfd`, as the count says.
+    unsafe { libc::poll(&mut poll, 1, timeout_ms) == 1 }
+}
+
 /// Whether this user may write there.
 #[allow(unsafe_code)]
 fn check_writable(path: &Path) -> Result<()> {
