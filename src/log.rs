@@ -3,6 +3,7 @@
 
 use std::fmt::{self, Display};
 use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::panic::Location;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -14,12 +15,18 @@ use serde::{Deserialize, Deserializer, Serialize};
 use crate::clock::Utc;
 use crate::error::Result;
 use crate::metrics::{Counter, metrics};
-use crate::sink::Sink;
+use crate::sink::{Sink, has_room};
 
 /// So many lines that guests cause are written in one period; a guest that breaks its rings in a
 /// loop would write millions.
 const LINES_MAX: u32 = 20;
 const PERIOD: Duration = Duration::from_secs(10);
+/// How long a line waits for the reader of standard error, in milliseconds: then it is lost, and so are the next
+/// ones at once until there is room. Who started this process with a pipe and does not read it must not
+/// have a client that sends faults stop the API, the signals and the guest.
+const READER_WAIT_MS: i32 = 100;
+/// The same for the last line of all.
+const LAST_WAIT_MS: i32 = 1000;
 /// A message is cut at this length: parts of some come from clients.
 const MESSAGE_MAX: usize = 4096;
 
@@ -199,9 +206,11 @@ pub fn debug(message: impl Display) {
 /// Says how the process ends: on standard error whatever the level, and in the log file.
 #[track_caller]
 pub fn end(message: impl Display) {
-    // Nobody to tell if standard error is gone.
-    let _ = writeln!(std::io::stderr(), "alula: {message}");
-    let has_file = lock().sink.is_some();
+    let has_file = {
+        let mut log = lock();
+        log.write_to_shared(&std::io::stderr(), &message, LAST_WAIT_MS);
+        log.sink.is_some()
+    };
     if has_file {
         write(Level::Info, &message, Location::caller());
     }
@@ -250,8 +259,8 @@ fn write(level: Level, message: &dyn Display, place: &Location<'_>) {
         let line = log.line(level, message, place);
         log.write_to_sink(&line);
     } else {
-        // Nobody to tell if standard error is gone.
-        let _ = writeln!(std::io::stderr(), "alula: {message}");
+        let wait_ms = if log.lost == 0 { READER_WAIT_MS } else { 0 };
+        log.write_to_shared(&std::io::stderr(), message, wait_ms);
     }
 }
 
@@ -277,6 +286,25 @@ impl Log {
         }
         line.truncate(line.floor_char_boundary(begin + MESSAGE_MAX));
         line + "\n"
+    }
+
+    /// Writes to what others use too, and which may block, if its reader makes room within `wait_ms`.
+    fn write_to_shared<F: AsRawFd>(&mut self, file: &F, message: &dyn Display, wait_ms: i32)
+    where
+        for<'a> &'a F: Write,
+    {
+        let mut line = format!("alula: {message}");
+        if self.lost > 0 {
+            line.insert_str(0, &format!("alula: {} lines were lost here\n", self.lost));
+        }
+        line += "\n";
+        let mut pieces = line.as_bytes().chunks(libc::PIPE_BUF);
+        if pieces.all(|piece| has_room(file, wait_ms) && (&*file).write_all(piece).is_ok()) {
+            self.lost = 0;
+        } else {
+            self.lost += 1;
+            METRICS.missed_log_count.add(1);
+        }
     }
 
     fn write_to_sink(&mut self, line: &str) {
@@ -356,6 +384,30 @@ mod tests {
             assert!(!is_of("src/virtio/workers.rs", module), "{module}");
         }
         assert!(is_of("src/virtio/mod.rs", "virtio") && is_of("src/log.rs", "log"));
+    }
+
+    #[test]
+    fn a_pipe_that_nobody_reads_loses_lines_and_holds_nobody_up() {
+        use std::io::Read;
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        let mut log = log();
+        let message = "x".repeat(3000);
+        let mut told = 0;
+        while log.lost == 0 {
+            log.write_to_shared(&writer, &message, 0);
+            told += 1;
+        }
+        // It comes back, though the pipe blocks.
+        log.write_to_shared(&writer, &message, 1);
+        assert_eq!(log.lost, 2);
+        let mut all = vec![0; (told - 1) * (message.len() + "alula: \n".len())];
+        reader.read_exact(&mut all).unwrap();
+        log.write_to_shared(&writer, &"after", 0);
+        drop(writer);
+        let mut rest = String::new();
+        reader.read_to_string(&mut rest).unwrap();
+        assert_eq!(rest, "alula: 2 lines were lost here\nalula: after\n");
+        assert_eq!(log.lost, 0);
     }
 
     #[test]

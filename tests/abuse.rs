@@ -82,6 +82,35 @@ fn a_slow_sender_gets_its_answer_and_holds_nobody_up() {
 }
 
 #[test]
+fn messages_that_nobody_reads_hold_up_neither_clients_nor_signals() {
+    use std::process::{Command, Stdio};
+    let folder = common::Folder::new();
+    let socket = folder.path("s");
+    let mut command = Command::new(common::alula());
+    command.args(["serve", "--api-sock", socket.to_str().unwrap()]);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    wait_for(|| std::os::unix::net::UnixStream::connect(&socket).is_ok());
+    let mut client = Client::connect(&socket);
+    // More than a pipe takes.
+    let path = format!("/{}", "x".repeat(400));
+    (0..300).for_each(|_| drop(client.request("GET", &path, "").fault()));
+    let lost = client.ok("GET", "/metrics", "").json()["logger"]["missed_log_count"].as_u64().unwrap();
+    assert!(lost > 0, "the pipe took it all");
+    // SAFETY: the process is our child and has not been waited for.
+    #[allow(unsafe_code)]
+    unsafe {
+        libc::kill(child.id() as i32, libc::SIGTERM);
+    }
+    wait_for(|| child.try_wait().unwrap().is_some());
+    assert_eq!(child.wait().unwrap().code(), Some(128 + libc::SIGTERM));
+    assert!(!socket.exists());
+    let mut messages = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut messages).unwrap();
+    assert_eq!(messages.lines().count() as u64, 300 - lost);
+}
+
+#[test]
 fn a_body_of_100_mb_is_refused_unread() {
     let mut service = Service::running(STEADY);
     let before = holdings(&service);
