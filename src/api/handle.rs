@@ -373,6 +373,21 @@ mod tests {
     }
 
     #[test]
+    fn a_client_cannot_configure_devices_without_end() {
+        let mut controller = controller();
+        let mut put = |number: usize| {
+            let body = json!({ "iface_id": format!("n{number}"), "user": {} }).to_string();
+            controller.serve("PUT", &format!("/network-interfaces/n{number}"), body.as_bytes())
+        };
+        for number in 0..1000 {
+            assert_eq!(put(number), Response::Done, "{number}");
+        }
+        let refused = fault_of(put(1000));
+        assert!(refused.contains("there are 1000 devices already"), "{refused}");
+        assert_eq!(put(7), Response::Done, "one that is there can be replaced");
+    }
+
+    #[test]
     fn what_needs_a_running_machine_is_refused_before_the_start() {
         let mut controller = controller();
         for (method, path, body) in [

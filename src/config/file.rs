@@ -11,8 +11,8 @@ use serde_json::value::RawValue;
 
 use super::mend::{Judged, judge};
 use super::{
-    BOOT_SOURCE, BootSource, CPU_CONFIG, Config, CpuConfig, LOGGER, MACHINE_CONFIG, METRICS, MachineConfig,
-    SERIAL,
+    BOOT_SOURCE, BootSource, CPU_CONFIG, Config, CpuConfig, DEVICES_MAX, LOGGER, MACHINE_CONFIG, METRICS,
+    MachineConfig, SERIAL,
 };
 use crate::devices::KINDS;
 use crate::devices::kind::Kind;
@@ -27,10 +27,6 @@ const CONFIG_FILE_MAX: u64 = 1 << 20;
 /// More problems of one file are not told: a file of CONFIG_FILE_MAX has room for hundreds of thousands, and
 /// the place of each is counted from the file's beginning.
 const PROBLEMS_MAX: usize = 100;
-
-/// More devices of a kind than any machine has room for: each is compared with those before it, and a file
-/// of CONFIG_FILE_MAX has room for tens of thousands.
-const DEVICES_MAX: usize = 1000;
 
 /// The sections of a config file that other monitors know and this one does not have yet: asked for,
 /// they are refused, so that no guest starts without a device that its owner counts on. A section of a

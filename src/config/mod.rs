@@ -23,6 +23,10 @@ pub use cpu::CpuConfig;
 pub use file::Problem;
 pub use machine::{BootSource, CpuTemplate, HugePages, MachineConfig, MachinePatch};
 
+/// More devices than any machine has room for. A client that configures more and more would have us grow, and
+/// each is compared with those before it; a file of CONFIG_FILE_MAX has room for tens of thousands.
+const DEVICES_MAX: usize = 1000;
+
 const BOOT_SOURCE: &str = "boot-source";
 const MACHINE_CONFIG: &str = "machine-config";
 const CPU_CONFIG: &str = "cpu-config";
@@ -86,6 +90,11 @@ impl Config {
     /// Whether `device` can be beside those that it does not replace.
     pub fn check_beside(&self, device: &Device) -> Result<()> {
         let mut others = self.devices.iter().filter(|other| !device.replaces(other));
+        if others.clone().count() >= DEVICES_MAX {
+            return Err(Error::config(format!(
+                "there are {DEVICES_MAX} devices already, more than any machine takes"
+            )));
+        }
         others.try_for_each(|other| device.check_beside(other))
     }
 
