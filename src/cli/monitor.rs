@@ -146,8 +146,12 @@ impl Monitor {
     fn listen_for_events(&mut self) -> Result<()> {
         let is_wanted = || self.feed.is_some() || self.server.as_ref().is_some_and(Server::has_readers);
         if !self.telling && is_wanted() {
-            self.events.add(events::wake()?, Interest::IN, HAPPENED)?;
-            self.telling = true;
+            // Clients can have used up all descriptors, and must not end the guest by that: until there is
+            // one again, what happens is told when the loop turns for another reason.
+            if let Ok(wake) = events::wake() {
+                self.events.add(wake, Interest::IN, HAPPENED)?;
+                self.telling = true;
+            }
             // What came before does not wake.
             self.tell()?;
         }
