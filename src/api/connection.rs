@@ -32,7 +32,7 @@ pub struct Connection {
     continued: bool,
     /// The body that is coming in chunks.
     chunks: Option<Chunks>,
-    /// When the first byte of a request came that has not come to its end.
+    /// Since when the client is awaited: to send the rest of a request, or to read its answer.
     pub begun: Option<Instant>,
     /// [`Server::moves`] when it was last answered, or taken in.
     pub moved: u64,
@@ -72,10 +72,10 @@ impl Connection {
         self.input.is_empty() && self.output.is_empty()
     }
 
-    /// Notes whether a part of a request waits for the rest.
+    /// Notes whether a part of a request waits for the rest, or an answer for its reader.
     pub fn note_unfinished(&mut self) {
-        let is_unfinished = !self.ending && self.reader.is_none() && !self.input.is_empty();
-        match is_unfinished && self.output.is_empty() {
+        let is_served = !self.ending && self.reader.is_none();
+        match is_served && !self.is_idle() {
             true => drop(self.begun.get_or_insert_with(Instant::now)),
             false => self.begun = None,
         }
@@ -141,6 +141,8 @@ impl Connection {
                     bytes = http::without_body(bytes);
                 }
                 self.answered += 1;
+                // What is awaited now is something else.
+                self.begun = None;
                 let is_stream = response == Response::Events;
                 // A stream of events says in its head that the connection ends with it.
                 if closes && !is_stream || is_head && is_stream {
@@ -231,6 +233,26 @@ impl Connection {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_time_of_a_request_is_not_that_of_those_before_it() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let mut connection = Connection::new(ours, 0);
+        let mut service = |_: &str, _: &str, _: &[u8]| Response::Done;
+        let mut begun = None;
+        for rest in ["GET /a HTTP/1.1\r\n", "\r\nGET /b HTTP/1.1\r\n", "\r\nGET /c HTTP/1.1\r\n"] {
+            theirs.write_all(rest.as_bytes()).unwrap();
+            connection.go_on(100, &mut service).unwrap();
+            connection.note_unfinished();
+            assert!(connection.begun.is_some() && connection.begun > begun, "{rest}");
+            begun = connection.begun;
+        }
+        theirs.write_all(b"\r\n").unwrap();
+        connection.go_on(100, &mut service).unwrap();
+        connection.note_unfinished();
+        assert_eq!((connection.answered, connection.begun), (3, None));
+    }
 
     #[test]
     fn a_client_that_never_stops_sending_lets_others_have_their_turn() {

@@ -20,8 +20,8 @@ const READERS_MAX: usize = 256;
 /// Sockets in all, beside the readers': connections that are being let go wait for their client to
 /// hang up. A client that does not is cut off for the next.
 const SOCKETS_MAX: usize = 32;
-/// A request that has not come to its end so long after its first byte is given up: ten clients that send
-/// half of one would keep everybody else out for ever.
+/// A request that has not come to its end so long after its first byte is given up, and so is an answer that
+/// is not read: ten clients that send half of one, or that never read, would keep everybody else out for ever.
 const REQUEST_TIME: Duration = Duration::from_secs(30);
 
 /// Who serves: method, path and body to response.
@@ -48,8 +48,14 @@ impl Server {
         let listener = UnixListener::bind(path)
             .map_err(|error| cannot_bind(path, &error))
             .with_context(|| format!("listen on API socket `{}`", path.display()))?;
-        let server =
-            Self { listener, path: path.to_owned(), body_max, token: 0, connections: Vec::new(), moves: 0 };
+        let server = Self {
+            listener,
+            path: path.to_owned(),
+            body_max,
+            token: 0,
+            connections: Vec::new(),
+            moves: 0,
+        };
         server.listener.set_nonblocking(true).context("set up the API socket")?;
         Ok(server)
     }
@@ -115,20 +121,22 @@ impl Server {
         }
     }
 
-    /// When a request that has begun will have had its time, unless it ends before.
+    /// When a request that has begun, or an answer that waits, will have had its time, unless it ends before.
     pub fn expires_at(&self) -> Option<Instant> {
         let begun = self.connections.iter().flatten().filter_map(|connection| connection.begun);
         begun.min().map(|begun| begun + REQUEST_TIME)
     }
 
-    /// Gives up requests that have had their time at `now`.
+    /// Gives up requests and answers that have had their time at `now`.
     pub fn expire(&mut self, now: Instant, events: &Events) -> Result<()> {
         for index in 0..self.connections.len() {
             let Some(connection) = &mut self.connections[index] else { continue };
             if connection.begun.is_some_and(|begun| now.saturating_duration_since(begun) >= REQUEST_TIME) {
                 let time = REQUEST_TIME.as_secs();
                 let message = format!("The request did not come to its end within {time} s.");
-                connection.end(http::error_bytes("408", &message));
+                // Who does not read has what it may still read.
+                let is_deaf = !connection.output.is_empty();
+                connection.end(if is_deaf { Vec::new() } else { http::error_bytes("408", &message) });
                 // Nothing more is served on it.
                 self.advance(index, events, Some(&mut |_, _, _| Response::Done))?;
             }
@@ -184,13 +192,14 @@ impl Server {
     fn accept(&mut self, events: &Events) -> Result<Option<usize>> {
         let stream = match self.listener.accept() {
             Ok((stream, _)) => stream,
-            Err(error) if error.raw_os_error() == Some(libc::EMFILE) => {
-                // With no descriptor left the client waits; the next connection that ends lets it in.
-                std::thread::sleep(std::time::Duration::from_millis(1));
+            // The client went away, or a signal came.
+            Err(error) if GONE.contains(&error.kind()) => return Ok(None),
+            Err(_) => {
+                // With no descriptor or memory left, here or in the whole system, the client waits: what ends
+                // next lets it in. We are told of it again at once, and must not spin.
+                std::thread::sleep(Duration::from_millis(1));
                 return Ok(None);
             }
-            // The client went away, or a signal came.
-            Err(_) => return Ok(None),
         };
         stream.set_nonblocking(true).context("set up an API connection")?;
         let is_full = self.served().count() >= CONNECTIONS_MAX && !self.let_an_idle_one_go();
@@ -225,6 +234,9 @@ impl Server {
         self.connections.iter().position(ending).expect("10 of those that are not readers are not ending")
     }
 }
+
+/// How an accept ends that finds nobody.
+const GONE: [ErrorKind; 3] = [ErrorKind::WouldBlock, ErrorKind::Interrupted, ErrorKind::ConnectionAborted];
 
 fn ready_token(base: u64, index: usize) -> u64 {
     base + 1 + index as u64
@@ -268,6 +280,43 @@ mod tests {
     use std::io::{Read, Write};
 
     use super::*;
+
+    #[test]
+    fn clients_that_never_read_are_given_up_after_their_time() {
+        let path = std::env::temp_dir().join(format!("alula-server-deaf-{}", std::process::id()));
+        let events = Events::new().unwrap();
+        let mut server = Server::bind(&path, 100).unwrap();
+        server.register(&events, 0).unwrap();
+        let mut ready = Vec::new();
+        let mut turn = |server: &mut Server| {
+            events.wait(Some(Duration::ZERO), &mut ready).unwrap();
+            for event in &ready {
+                let answer = Response::Value("x".repeat(100_000).into());
+                server.handle(*event, &events, &mut |_, _, _| answer.clone()).unwrap();
+            }
+        };
+        let deaf = [(); CONNECTIONS_MAX].map(|()| UnixStream::connect(&path).unwrap());
+        let request = b"GET /a HTTP/1.1\r\n\r\n";
+        deaf.iter().for_each(|mut stream| stream.write_all(&request.repeat(20)).unwrap());
+        (0..50).for_each(|_| turn(&mut server));
+        assert_eq!(server.served().count(), CONNECTIONS_MAX);
+        let mut late = UnixStream::connect(&path).unwrap();
+        (0..5).for_each(|_| turn(&mut server));
+        let mut answer = String::new();
+        late.read_to_string(&mut answer).unwrap();
+        assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");
+        let at = server.expires_at().expect("answers wait to be read");
+        server.expire(at - Duration::from_secs(1), &events).unwrap();
+        assert_eq!(server.served().count(), CONNECTIONS_MAX, "it is not yet time");
+        server.expire(at + REQUEST_TIME, &events).unwrap();
+        assert_eq!((server.served().count(), server.expires_at()), (0, None));
+        let mut late = UnixStream::connect(&path).unwrap();
+        late.write_all(request).unwrap();
+        (0..5).for_each(|_| turn(&mut server));
+        let mut bytes = [0; 13];
+        late.read_exact(&mut bytes).unwrap();
+        assert_eq!(&bytes, b"HTTP/1.1 200 ");
+    }
 
     #[test]
     fn half_a_request_is_given_up_after_its_time() {
