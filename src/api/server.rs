@@ -1,6 +1,7 @@
 //! The API's sockets: a listener and its connections, non-blocking, on the main event loop.
 
 use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -31,6 +32,8 @@ pub type Service<'a> = dyn FnMut(&str, &str, &[u8]) -> Response + 'a;
 pub struct Server {
     listener: UnixListener,
     path: PathBuf,
+    /// Device and inode of the socket there.
+    file: Option<(u64, u64)>,
     body_max: usize,
     /// Tokens on the event loop: this one for the listener, the next ones for the connections.
     token: u64,
@@ -51,6 +54,7 @@ impl Server {
         let server = Self {
             listener,
             path: path.to_owned(),
+            file: identity(path),
             body_max,
             token: 0,
             connections: Vec::new(),
@@ -238,14 +242,21 @@ impl Server {
 /// How an accept ends that finds nobody.
 const GONE: [ErrorKind; 3] = [ErrorKind::WouldBlock, ErrorKind::Interrupted, ErrorKind::ConnectionAborted];
 
+/// Device and inode of what is at a path.
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    std::fs::symlink_metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()))
+}
+
 fn ready_token(base: u64, index: usize) -> u64 {
     base + 1 + index as u64
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // Somebody may have removed it already.
-        let _ = std::fs::remove_file(&self.path);
+        // Somebody may have removed it already, and another one may listen there now.
+        if self.file.is_some() && identity(&self.path) == self.file {
+            let _ = std::fs::remove_file(&self.path);
+        }
     }
 }
 
@@ -280,6 +291,18 @@ mod tests {
     use std::io::{Read, Write};
 
     use super::*;
+
+    #[test]
+    fn the_socket_of_another_one_at_the_same_path_is_left() {
+        let path = std::env::temp_dir().join(format!("alula-server-other-{}", std::process::id()));
+        let first = Server::bind(&path, 100).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let second = Server::bind(&path, 100).unwrap();
+        drop(first);
+        UnixStream::connect(&path).expect("the second one still listens there");
+        drop(second);
+        assert!(!path.exists());
+    }
 
     #[test]
     fn clients_that_never_read_are_given_up_after_their_time() {
