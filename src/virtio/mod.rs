@@ -173,6 +173,13 @@ impl Interrupts {
         self.status.load(Ordering::SeqCst)
     }
 
+    /// The driver reads what for, and acknowledges what it is told by that: in one step, for what comes between
+    /// two would be acknowledged by a driver that has not heard of it.
+    fn take_status(&self) -> u32 {
+        self.settle();
+        self.status.swap(0, Ordering::SeqCst)
+    }
+
     fn acknowledge(&self, bits: u32) {
         self.settle();
         self.status.fetch_and(!bits, Ordering::SeqCst);
@@ -180,7 +187,9 @@ impl Interrupts {
 
     fn settle(&self) {
         if let Some(acknowledged) = &self.acknowledged {
-            self.status.fetch_and(!acknowledged.take(), Ordering::SeqCst);
+            acknowledged.take(|bits| {
+                self.status.fetch_and(!bits, Ordering::SeqCst);
+            });
         }
     }
 

@@ -290,8 +290,7 @@ impl BusDevice for Bar {
             }
             // Reading the ISR acknowledges it (4.1.4.5).
             ISR => {
-                data[0] = self.interrupts.status() as u8;
-                self.interrupts.acknowledge(u32::MAX);
+                data[0] = self.interrupts.take_status() as u8;
             }
             DEVICE..NOTIFY => {
                 let transport = self.transport.lock().unwrap_or_else(PoisonError::into_inner);

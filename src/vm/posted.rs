@@ -25,10 +25,13 @@ pub struct Posted {
 }
 
 impl Posted {
-    /// The bits that were written since the last time, of all values.
-    pub fn take(&self) -> u32 {
-        self.writes.lock().unwrap_or_else(PoisonError::into_inner).sort();
-        self.bits.swap(0, Ordering::SeqCst)
+    /// Has `apply` do with the bits that were written since the last time, of all values, what they say. Nobody
+    /// else is told that there are no more of them before that is done: a device that went on meanwhile would
+    /// see older bits applied to what it has done since.
+    pub fn take(&self, apply: impl FnOnce(u32)) {
+        let mut writes = self.writes.lock().unwrap_or_else(PoisonError::into_inner);
+        writes.sort();
+        apply(self.bits.swap(0, Ordering::SeqCst));
     }
 }
 
@@ -158,14 +161,33 @@ mod tests {
         }
     }
 
+    /// The bits that are there.
+    fn taken(posted: &Posted) -> u32 {
+        let mut taken = 0;
+        posted.take(|bits| taken = bits);
+        taken
+    }
+
+    #[test]
+    fn bits_are_applied_before_anybody_hears_that_there_are_none() {
+        let mut kvm = Kvm::new(0x1064);
+        assert!(kvm.write(0x1064, &1u32.to_le_bytes()));
+        let posted = kvm.posted.clone();
+        kvm.posted.take(|bits| {
+            assert_eq!(bits, 1);
+            assert!(posted.writes.try_lock().is_err(), "another one would find no bits by now");
+        });
+        assert_eq!(taken(&kvm.posted), 0);
+    }
+
     #[test]
     fn the_bits_of_a_register_are_those_of_all_writes_to_it_and_of_no_others() {
         let mut kvm = Kvm::new(0x1064);
-        assert_eq!(kvm.posted.take(), 0);
+        assert_eq!(taken(&kvm.posted), 0);
         assert!(kvm.write(0x1064, &1u32.to_le_bytes()) && kvm.write(0x1064, &0x8000_0000u32.to_le_bytes()));
         // A part of it, and another.
         assert!(kvm.write(0x1064, &[2]) && kvm.write(0x1066, &[2, 2]) && kvm.write(0x2064, &[4, 0, 0, 0]));
-        assert_eq!((kvm.posted.take(), kvm.posted.take()), (0x8000_0001, 0));
+        assert_eq!((taken(&kvm.posted), taken(&kvm.posted)), (0x8000_0001, 0));
     }
 
     #[test]
@@ -174,7 +196,7 @@ mod tests {
         for round in 1..=5 {
             let written = (0..).take_while(|_| kvm.write(0, &u32::to_le_bytes(round))).count();
             assert_eq!(written as u32, kvm.capacity - 1);
-            assert_eq!(kvm.posted.take(), round);
+            assert_eq!(taken(&kvm.posted), round);
         }
     }
 }
