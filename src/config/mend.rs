@@ -74,7 +74,14 @@ fn mend<'a, T>(
     message: &str,
     read: impl Fn(&str, bool) -> Result<T, Problem>,
 ) -> Option<(List<'a>, Result<T, Problem>)> {
-    let named: Vec<_> = quoted(message).collect();
+    // A message quotes what the user wrote, too: hundreds of words that are no fields.
+    let mut named: Vec<&str> = Vec::new();
+    for word in quoted(message) {
+        let is_field = fields.iter().chain(example).any(|(name, _)| name == word);
+        if is_field && !named.contains(&word) {
+            named.push(word);
+        }
+    }
     let others = fields.iter().map(|(name, _)| name.as_str()).filter(|name| !named.contains(name));
     named.iter().copied().chain(others).find_map(|name| {
         let made_up = example.iter().find(|(other, _)| other == name);
@@ -137,5 +144,31 @@ impl<'a> Deserialize<'a> for Fields<'a> {
             }
         }
         deserializer.deserialize_map(Visitor)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    #[test]
+    fn words_that_are_no_fields_are_not_tried() {
+        let words = "`a`b".repeat(1000);
+        for message in [words.clone(), format!("{words}`id`"), "`id` ".repeat(1000)] {
+            let reads = Cell::new(0);
+            let text = r#"{"id": 1, "size": 2}"#;
+            let judged = judge(text, r#"{"id": 0}"#, |text, _| {
+                reads.set(reads.get() + 1);
+                match text.contains("\"id\":0") && !text.contains("size") {
+                    true => Ok(()),
+                    false => Err(Problem { message: message.clone(), place: None }),
+                }
+            });
+            assert_eq!(judged.problems.len(), 1);
+            // The text, and each field replaced or removed.
+            assert!(reads.get() <= 1 + 2 * 2, "{} reads", reads.get());
+        }
     }
 }
