@@ -896,6 +896,37 @@ fn limits_hold_frames_of_passt_back_until_they_are_changed() {
 }
 
 #[test]
+fn a_frame_of_passt_waits_in_peace_until_there_is_room_for_all() {
+    const TURNS: usize = 100;
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    network::enter();
+    network::add_uplink();
+    for features in [F_MRG_RXBUF, F_MRG_RXBUF | F_EVENT_IDX] {
+        let memory = memory::allocate(&[memory::Range { start: 0, size: driver::MEMORY }]).unwrap();
+        let mut guest = Guest::by_hand(Kind::Mmio, open(json!({ "user": {} })), memory);
+        guest.start(features);
+        let small = rooms(&mut guest, RX, 1, HEADER + 8)[0];
+        let out = guest.allocate(&arp([10, 9, 8, 1]));
+        guest.request(TX, &[(out, 0)]);
+        guest.wait_for(|guest| counted(guest, "no_rx_avail_buffer") > 0);
+        let turns = (0..TURNS).take_while(|_| guest.turn_once()).count();
+        assert!(turns < TURNS, "it looks at the same buffer again and again");
+        // It is to be kicked for the next one.
+        let (offered, size) = guest.available(RX);
+        let [_, _, used] = Guest::parts(RX);
+        let memory = guest.memory.memory();
+        let flags: u16 = memory.read_obj(GuestAddress(used)).unwrap();
+        let event: u16 = memory.read_obj(GuestAddress(used + 4 + 8 * u64::from(size))).unwrap();
+        assert_eq!((flags, event), (0, if features & F_EVENT_IDX == 0 { 0 } else { offered }));
+        let rest = rooms(&mut guest, RX, 1, 1600)[0];
+        let lengths = [(); 2].map(|()| guest.next_used(RX).1);
+        assert_eq!(lengths[0], small.1);
+        assert_eq!(guest.bytes(small)[10..12], [2, 0], "it fills two buffers");
+        assert!(guest.bytes(rest).iter().any(|byte| *byte != 0));
+    }
+}
+
+#[test]
 fn frames_of_passt_that_fit_no_buffer_are_lost_and_counted() {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     network::enter();

@@ -50,6 +50,15 @@ impl Stream {
     }
 }
 
+/// What became of a frame for the driver.
+enum Delivery {
+    /// It is delivered, or lost.
+    Done,
+    /// The driver gave too few buffers, or more than the turn's share has room for. More came meanwhile, or
+    /// it will kick for them.
+    Short { more: bool },
+}
+
 /// Where the stream is while no worker has it.
 pub type Home = Arc<Mutex<Option<Stream>>>;
 
@@ -198,22 +207,26 @@ impl Running {
             }
             // It may have to wait for buffers, and is not counted again then.
             self.is_paid = true;
-            if self.deliver(memory, share)? {
-                self.is_paid = false;
-                moved += 1;
-                if moved == TURN {
+            match self.deliver(memory, share)? {
+                Delivery::Done => {
+                    self.is_paid = false;
+                    moved += 1;
+                    if moved == TURN {
+                        self.rx.kick_again();
+                        break;
+                    }
+                }
+                Delivery::Short { .. } if share.is_used_up() => {
                     self.rx.kick_again();
                     break;
                 }
-            } else if share.is_used_up() {
-                self.rx.kick_again();
-                break;
-            } else {
-                self.metrics.no_rx_avail_buffer.add(1);
-                if !self.rx.enable_kicks(memory)? {
-                    break;
+                Delivery::Short { more } => {
+                    self.metrics.no_rx_avail_buffer.add(1);
+                    if !more {
+                        break;
+                    }
+                    self.rx.disable_kicks(memory)?;
                 }
-                self.rx.disable_kicks(memory)?;
             }
         }
         self.rx.notify(memory)
@@ -238,11 +251,10 @@ impl Running {
         false
     }
 
-    /// Copies the next frame to the driver's buffers; false: it has too few, or more than `share` has room
-    /// for.
-    fn deliver(&mut self, memory: &Regions, share: &mut Share) -> Result<bool> {
+    /// Copies the next frame to the driver's buffers.
+    fn deliver(&mut self, memory: &Regions, share: &mut Share) -> Result<Delivery> {
         let Self { buffers, chains, rx, stream, mergeable, metrics, .. } = self;
-        let Ok(Some(frame)) = stream.decoder.frame() else { return Ok(true) };
+        let Ok(Some(frame)) = stream.decoder.frame() else { return Ok(Delivery::Done) };
         let needed = header::SIZE + frame.len();
         buffers.clear();
         chains.clear();
@@ -255,20 +267,23 @@ impl Running {
             descriptors += chain.pieces().len();
             chains.push((chain.head(), buffers.add_writable(chain)?));
         }
-        let Some((_, first)) = chains.first() else { return Ok(false) };
-        if *first < header::SIZE {
+        if chains.first().is_some_and(|(_, first)| *first < header::SIZE) {
             return Err(Error::guest("the driver gave a receive buffer too small for a header"));
         }
         if buffers.len() < needed {
-            chains.iter().for_each(|_| rx.undo_pop());
             // More may come; but what would not even fit all of its buffers is lost.
             let is_all = chains.len() >= usize::from(rx.size()) || descriptors >= DESCRIPTORS_MAX;
-            let never = !*mergeable || is_all;
-            if never {
-                metrics.rx_fails.add(1);
-                stream.decoder.done();
+            let never = is_all || !*mergeable && !chains.is_empty();
+            // The driver is asked before its buffers are given back: after that, the same ones would be news,
+            // and this would look at them again and again.
+            let more = !never && rx.enable_kicks(memory)?;
+            chains.iter().for_each(|_| rx.undo_pop());
+            if !never {
+                return Ok(Delivery::Short { more });
             }
-            return Ok(never);
+            metrics.rx_fails.add(1);
+            stream.decoder.done();
+            return Ok(Delivery::Done);
         }
         metrics.rx_packets_count.add(1);
         metrics.rx_bytes_count.add(frame.len() as u64);
@@ -282,7 +297,7 @@ impl Running {
             left -= here;
         }
         stream.decoder.done();
-        Ok(true)
+        Ok(Delivery::Done)
     }
 
     /// Sends frames until there are no more or the stream takes no more; it tells when it does again.
