@@ -1,19 +1,22 @@
 //! Unpacks compressed Image kernels into guest memory.
 
-use std::io::{ErrorKind, Read, SeekFrom};
+use std::io::{BufReader, ErrorKind, Read, SeekFrom};
 
 use flate2::read::GzDecoder;
 use ruzstd::decoding::StreamingDecoder;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::boot::{Header, place};
-use crate::arch::kernel::{Packed, Source};
+use crate::arch::kernel::{self, Packed, Source};
 use crate::error::{Context, Error, Result};
 use crate::memory::{Range, Regions};
 
 /// Far more than any kernel has. A file of a few kilobytes could unpack to gigabytes and fill guest
 /// memory, which is the host's.
 const IMAGE_MAX: u64 = 512 << 20;
+/// More than any kernel has packed. A frame of zstd may have blocks of nothing without end, and a sparse file
+/// has room for terabytes of them: reading those would keep the main thread from everything else.
+const PACKED_MAX: u64 = 256 << 20;
 /// zstd asks for memory of this size while it unpacks; this is what `zstd --ultra -22` asks for, with
 /// which kernels are made. A file could ask for terabytes.
 const WINDOW_MAX: u64 = 128 << 20;
@@ -23,8 +26,15 @@ const PIECE: usize = 64 << 10;
 /// Unpacks the Image in `kernel` to where it belongs in `ram`; returns where it begins and ends.
 pub fn load(memory: &Regions, kernel: &mut impl Source, packed: Packed, ram: Range) -> Result<(u64, u64)> {
     let attempt = || format!("unpack it with {}", packed.how);
+    let size = kernel::length(kernel)?.saturating_sub(packed.start).min(packed.size);
+    if size > PACKED_MAX {
+        let most = PACKED_MAX >> 20;
+        return Err(Error::config(format!("it has {size} bytes, a kernel has less than {most} MiB")))
+            .with_context(attempt);
+    }
     kernel.seek(SeekFrom::Start(packed.start)).with_context(attempt)?;
-    let bytes = kernel.take(packed.size);
+    // A file that grows meanwhile has no more than that either.
+    let bytes = BufReader::with_capacity(PIECE, kernel.take(size));
     match packed.how {
         "gzip" => copy(memory, &mut GzDecoder::new(bytes), ram),
         "zstd" => {
@@ -82,6 +92,7 @@ mod tests {
     use flate2::{Compression, write::GzEncoder};
     use ruzstd::encoding::{CompressionLevel, compress_to_vec};
     use vm_memory::GuestAddressSpace;
+    use vmm_sys_util::tempfile::TempFile;
 
     use super::*;
     use crate::arch::kernel::{Format, format};
@@ -192,6 +203,20 @@ mod tests {
         let frame = [0x28, 0xb5, 0x2f, 0xfd, 0, 31 << 3, 1, 0, 0];
         let error = load_into(&memory(), &frame).unwrap_err().to_string();
         assert!(error.contains("unpack it with zstd") && error.contains("window"), "{error}");
+    }
+
+    #[test]
+    fn blocks_of_nothing_without_end_are_refused() {
+        // RFC 8878: a window of 1 MiB, no checksum; a block of zeros is one of no bytes that is not the last.
+        let mut file = TempFile::new().unwrap().into_file();
+        file.write_all(&[0x28, 0xb5, 0x2f, 0xfd, 0, 10 << 3]).unwrap();
+        file.set_len(1 << 40).unwrap();
+        let Format::Compressed(packed) = format(&mut file).unwrap().0 else { panic!("it is zstd") };
+        let error = load(&memory(), &mut file, packed, RAM).unwrap_err().to_string();
+        assert!(error.contains("it has 1099511627776 bytes, a kernel has less than 256 MiB"), "{error}");
+        file.set_len(1 << 20).unwrap();
+        let error = load(&memory(), &mut file, packed, RAM).unwrap_err().to_string();
+        assert!(error.contains("the file is damaged or not whole"), "{error}");
     }
 
     #[test]
