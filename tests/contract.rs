@@ -429,6 +429,18 @@ fn a_device_whose_bus_mastering_was_taken_waits_for_its_driver() {
         assert_eq!(used(&guest), before, "it went on without bus mastering");
         guest.set_bus_master(true);
         host.check(&mut guest, check);
+        // A function that says that it has it, and a device that has not, would stand still for ever.
+        guest.pause();
+        let with = guest.save();
+        guest.set_bus_master(false);
+        let without = guest.save();
+        drop(guest);
+        let restore = |one: &[Vec<u8>], other: &[Vec<u8>]| {
+            host.guest(kind, device).restore(&[one[0].clone(), other[1].clone()])
+        };
+        restore(&without, &without).unwrap();
+        let error = restore(&without, &with).unwrap_err().to_string();
+        assert!(error.contains("is a bus master, and its saved device is not"), "{error}");
     });
 }
 

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::Interrupts;
 use super::transport::{Register, Transport};
 use crate::bus::BusDevice;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::memory::Range;
 use crate::part::Component;
 use crate::pci::config::{self, ConfigSpace, Identity};
@@ -193,8 +193,14 @@ impl Snapshot for Pci {
         Ok(State { space: self.space.save()?, msix: msix.save()? })
     }
 
+    /// The transport was restored before.
     fn restore(&mut self, state: State) -> Result<()> {
         self.space.restore(state.space)?;
+        // A driver that gave bus mastering does not give it again: its device would stand still for ever.
+        let is_master = self.transport.lock().unwrap_or_else(PoisonError::into_inner).is_master();
+        if self.space.is_master() && !is_master {
+            return Err(Error::config("the saved function is a bus master, and its saved device is not"));
+        }
         self.msix.lock().unwrap_or_else(PoisonError::into_inner).restore(state.msix)
     }
 }

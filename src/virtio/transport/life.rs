@@ -124,6 +124,11 @@ impl Transport {
         self.stop_for_driver()
     }
 
+    /// Whether it may reach memory, as far as its driver has said by bus mastering.
+    pub fn is_master(&self) -> bool {
+        self.is_master
+    }
+
     /// Called by each loop: none of the device's workers is left there, and these are their queues.
     pub(in crate::virtio) fn returned(&mut self, queues: Vec<Queue>) {
         for queue in queues {

@@ -31,6 +31,8 @@ pub fn run(bytes: &[u8]) {
         } else {
             guest = host.guest_anew(device, guest);
         }
+        // What was taken over may lack it, as after a kernel that has ended.
+        guest.set_bus_master(true);
         guest.start(0);
         host.exercise(device, &mut guest);
     });
