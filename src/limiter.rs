@@ -142,6 +142,32 @@ impl Limiter {
         self.take_at(bytes, Instant::now())
     }
 
+    /// One operation of `bytes` bytes is done, whatever the limits say: what is missing is owed.
+    pub fn owe(&mut self, bytes: u64) {
+        for (bucket, count) in [(&mut self.bandwidth, bytes), (&mut self.ops, 1)] {
+            if let Some(bucket) = bucket {
+                bucket.take(count);
+            }
+        }
+    }
+
+    /// How long until nothing is owed any more; none: nothing is.
+    pub fn debt(&mut self) -> Option<Duration> {
+        if !self.is_limited() {
+            return None;
+        }
+        self.debt_at(Instant::now())
+    }
+
+    fn debt_at(&mut self, now: Instant) -> Option<Duration> {
+        let buckets = [&mut self.bandwidth, &mut self.ops].into_iter().flatten();
+        let waits = buckets.filter_map(|bucket| {
+            bucket.fill(now);
+            bucket.wait(0)
+        });
+        waits.max()
+    }
+
     fn take_at(&mut self, bytes: u64, now: Instant) -> Result<(), Duration> {
         let mut buckets = [(&mut self.bandwidth, bytes), (&mut self.ops, 1)];
         let mut wait = None;
@@ -194,6 +220,20 @@ mod tests {
         assert_eq!(limiter.take_at(3000, start), Ok(()));
         assert_eq!(limiter.take_at(1, start + 200 * MS), Err(MS / 10));
         assert_eq!(limiter.take_at(1, start + 201 * MS), Ok(()));
+    }
+
+    #[test]
+    fn what_is_owed_is_paid_back_before_anything_goes() {
+        let (mut limiter, start) = limiter((1000, 100), Some((10, 100)), None);
+        limiter.owe(900);
+        assert_eq!(limiter.debt_at(start), None);
+        limiter.owe(200);
+        assert_eq!(limiter.debt_at(start), Some(10 * MS));
+        (0..10).for_each(|_| limiter.owe(0));
+        assert_eq!(limiter.debt_at(start), Some(20 * MS), "two operations more than there are");
+        assert_eq!(limiter.take_at(0, start), Err(30 * MS));
+        assert_eq!(limiter.debt_at(start + 20 * MS), None);
+        assert_eq!(Limiter::default().debt(), None);
     }
 
     #[test]

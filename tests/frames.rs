@@ -347,6 +347,27 @@ fn limits_hold_frames_back_until_they_are_changed() {
 }
 
 #[test]
+fn a_driver_that_resets_its_device_gets_no_more_frames_than_may() {
+    let _alone = enter(0);
+    // Two frames, and then nothing for an hour.
+    let limit = json!({ "ops": { "size": 2, "refill_time": 3_600_000 } });
+    let device = open(json!({ "host_dev_name": "tap0", "rx_rate_limiter": limit }));
+    let wire = Wire::new("tap0", ETHER_TYPE);
+    wire.settle("tap0");
+    let memory = memory::allocate(&[memory::Range { start: 0, size: driver::MEMORY }]).unwrap();
+    let mut guest = Guest::by_hand(Kind::Mmio, device, memory);
+    (1..=12).for_each(|seed| wire.send(&frame(seed)));
+    for _ in 0..6 {
+        guest.start(F_EVENT_IDX);
+        rooms(&mut guest, RX, 8, 1600);
+        guest.turn();
+        guest.reset();
+    }
+    // The one that waited when it was reset for the first time is owed.
+    assert_eq!(counted(&guest, "rx_packets_count"), 3);
+}
+
+#[test]
 fn what_an_interface_does_is_counted() {
     let _alone = enter(0);
     let (mut guest, wire) = guest(Kind::Mmio, json!({}));

@@ -50,6 +50,19 @@ impl Limit {
         }
         self.limiter.lock().unwrap_or_else(PoisonError::into_inner).take(bytes as u64)
     }
+
+    /// A frame or request of so many bytes has passed that should have waited.
+    pub fn owe(&self, bytes: usize) {
+        self.limiter.lock().unwrap_or_else(PoisonError::into_inner).owe(bytes as u64);
+    }
+
+    /// How long until what should have waited is paid back; none: nothing is owed.
+    pub fn debt(&self) -> Option<Duration> {
+        if !self.is_limited {
+            return None;
+        }
+        self.limiter.lock().unwrap_or_else(PoisonError::into_inner).debt()
+    }
 }
 
 /// Lets a timer go off after `wait`, if there is something to wait for. It is never read: setting it anew

@@ -98,7 +98,9 @@ impl Receiver {
     /// Gives back the queue and the buffers that no frame has filled.
     pub fn stop(mut self, memory: &Regions) -> (Queue, Vec<Held>) {
         if let Some(length) = self.late.take() {
-            // Limits or not, it is not lost. A ring that is broken is noticed when it is used again.
+            // Limits or not, it is not lost, but it is owed: a driver could reset the device for each frame.
+            self.limit.owe(length.saturating_sub(header::SIZE));
+            // A ring that is broken is noticed when it is used again.
             let _ = self.deliver(memory, 0, length).and_then(|()| self.queue.notify(memory));
             self.pool.remove_used();
         }
@@ -115,7 +117,7 @@ impl Receiver {
         // A frame may take several buffers: frames are counted, not requests.
         let (mut moved, mut is_empty, mut share) = (0, false, Share::new(u16::MAX));
         let wait = loop {
-            if let Some(wait) = self.deliver_late(memory)? {
+            if let Some(wait) = self.deliver_late(memory)?.or_else(|| self.limit.debt()) {
                 break Some(wait);
             }
             self.fill(memory, &mut share)?;
