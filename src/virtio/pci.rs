@@ -183,24 +183,28 @@ impl Function for Pci {
 pub struct State {
     space: config::State,
     msix: msix::State,
+    /// Its device may reach memory.
+    is_master: bool,
 }
 
 impl Snapshot for Pci {
     type State = State;
 
     fn save(&self) -> Result<State> {
-        let msix = self.msix.lock().unwrap_or_else(PoisonError::into_inner);
-        Ok(State { space: self.space.save()?, msix: msix.save()? })
+        let msix = self.msix.lock().unwrap_or_else(PoisonError::into_inner).save()?;
+        let is_master = self.transport.lock().unwrap_or_else(PoisonError::into_inner).is_master();
+        Ok(State { space: self.space.save()?, msix, is_master })
     }
 
-    /// The transport was restored before.
     fn restore(&mut self, state: State) -> Result<()> {
         self.space.restore(state.space)?;
         // A driver that gave bus mastering does not give it again: its device would stand still for ever.
-        let is_master = self.transport.lock().unwrap_or_else(PoisonError::into_inner).is_master();
-        if self.space.is_master() && !is_master {
-            return Err(Error::config("the saved function is a bus master, and its saved device is not"));
+        if self.space.is_master() && !state.is_master {
+            return Err(Error::config("the saved function is a bus master, and its device is not"));
         }
+        let mut transport = self.transport.lock().unwrap_or_else(PoisonError::into_inner);
+        transport.restore_bus_master(state.is_master);
+        drop(transport);
         self.msix.lock().unwrap_or_else(PoisonError::into_inner).restore(state.msix)
     }
 }

@@ -124,9 +124,14 @@ impl Transport {
         self.stop_for_driver()
     }
 
-    /// Whether it may reach memory, as far as its driver has said by bus mastering.
+    /// Whether it may reach memory: its driver has not taken bus mastering away.
     pub fn is_master(&self) -> bool {
         self.is_master
+    }
+
+    /// The same as saved state has it, before it runs for the first time.
+    pub fn restore_bus_master(&mut self, is_master: bool) {
+        self.is_master = is_master;
     }
 
     /// Called by each loop: none of the device's workers is left there, and these are their queues.

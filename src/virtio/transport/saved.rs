@@ -13,7 +13,6 @@ use crate::virtio::InterruptState;
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
 pub struct State {
     status: u32,
-    is_master: bool,
     device_features_select: u32,
     driver_features_select: u32,
     driver_features: u64,
@@ -43,7 +42,8 @@ impl Snapshot for Transport {
             paused: _,
             resetting: _,
             waiting: _,
-            is_master,
+            // Saved with its function, where there is one.
+            is_master: _,
             this: _,
             status,
             device_features_select,
@@ -57,7 +57,6 @@ impl Snapshot for Transport {
         }
         Ok(State {
             status: *status,
-            is_master: *is_master,
             device_features_select: *device_features_select,
             driver_features_select: *driver_features_select,
             driver_features: *driver_features,
@@ -77,7 +76,6 @@ impl Snapshot for Transport {
             return Err(other).context(attempt);
         }
         self.status = state.status;
-        self.is_master = state.is_master;
         self.device_features_select = state.device_features_select;
         self.driver_features_select = state.driver_features_select;
         self.driver_features = state.driver_features;
