@@ -204,6 +204,11 @@ fn an_initrd_that_is_missing_or_too_large_is_refused() {
         &[kernel, "--initrd", large, "--memory", "64M"],
         &format!("with initrd `{large}`: the initrd of 104857600 bytes does not fit"),
     );
+    // Where memory goes on elsewhere, more of it is no help.
+    if let [low, _] = alula::arch::layout::memory(5 << 30)[..] {
+        File::create(large).unwrap().set_len(low.size).unwrap();
+        refused_with(&[kernel, "--initrd", large, "--memory", "5G"], "no initrd can be: make it smaller");
+    }
 }
 
 #[test]

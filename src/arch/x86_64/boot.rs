@@ -90,7 +90,8 @@ fn load_elf(memory: &Regions, kernel: &mut impl Source, head: &[u8], platform: &
     let elf = elf::Kernel::read(kernel, head, &platform.memory)?;
     elf.load(memory, kernel)?;
     let protocol = if elf.pvh { Protocol::Pvh } else { Protocol::Linux64 };
-    Ok((Entry { address: elf.entry, protocol }, None, elf.end()))
+    // The initrd will be in the first range, too.
+    Ok((Entry { address: elf.entry, protocol }, None, elf.end_in(platform.memory[0])))
 }
 
 fn load_bzimage(memory: &Regions, kernel: &mut impl Source, platform: &Platform) -> Result<Loaded> {
@@ -136,11 +137,15 @@ fn load_bzimage(memory: &Regions, kernel: &mut impl Source, platform: &Platform)
 fn place_initrd(size: u64, kernel_end: u64, platform: &Platform) -> Result<Range> {
     let end = platform.memory[0].end();
     let start = end.checked_sub(size.next_multiple_of(PAGE)).filter(|start| *start >= kernel_end);
+    let advice = match end {
+        layout::LOW_MEMORY_END => "more memory would be above that, where no initrd can be: make it smaller",
+        _ => "give the guest more (`mem_size_mib`, --memory)",
+    };
     match start {
         Some(start) => Ok(Range { start, size }),
         None => Err(Error::config(format!(
             "the initrd of {size} bytes does not fit into memory above the kernel, which ends at {kernel_end:#x} \
-             of {end:#x}: give the guest more (`mem_size_mib`, --memory)"
+             of {end:#x}: {advice}"
         ))),
     }
 }

@@ -95,9 +95,10 @@ impl Kernel {
         Ok(Self { segments, entry, pvh: note.is_some() })
     }
 
-    /// Where the last segment ends.
-    pub fn end(&self) -> u64 {
-        self.segments.iter().map(|segment| segment.range.end()).max().expect("the entry lies in one")
+    /// Where the last segment ends of those in `memory`, one of the ranges that it was read for.
+    pub fn end_in(&self, memory: Range) -> u64 {
+        let ends = self.segments.iter().map(|segment| segment.range.end());
+        ends.filter(|end| *end <= memory.end()).max().unwrap_or(layout::KERNEL_START)
     }
 
     /// Copies the segments from `kernel`, which was read, into guest memory.
@@ -309,6 +310,19 @@ mod tests {
             // A virtual address that is in no segment: nobody enters there.
             assert_eq!(read(elf(0xffff_ffff_8010_0000, &notes)), Ok((START, true)), "case {index}");
         }
+    }
+
+    #[test]
+    fn a_segment_above_the_gap_leaves_the_memory_below_it_free() {
+        let high = Range { start: 4 << 30, size: 1 << 30 };
+        let segment = |start| Segment { offset: 0, file_size: 0, range: Range { start, size: 4096 } };
+        let end_in = |starts: &[u64], memory| {
+            let segments = starts.iter().map(|start| segment(*start)).collect();
+            Kernel { segments, entry: 0, pvh: false }.end_in(memory)
+        };
+        assert_eq!(end_in(&[START + 4096, high.start, START], RAM), START + 8192);
+        assert_eq!(end_in(&[RAM.end() - 4096], RAM), RAM.end());
+        assert_eq!(end_in(&[high.start], RAM), START);
     }
 
     #[test]
