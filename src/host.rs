@@ -12,6 +12,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Context, Result};
+use crate::log;
 use crate::sink::{Sink, has_room};
 use passt::Passt;
 use tap::Tap;
@@ -143,6 +144,9 @@ impl Local {
     /// Where the guest's serial console is to write, instead of standard output; none: there.
     pub fn hold_console(&mut self, path: Option<&Path>) -> Result<()> {
         self.held_console = path.map(|path| Sink::open("serial output", path)).transpose()?;
+        if let Some(path) = path {
+            log::debug(format_args!("opened serial output `{}` to write", path.display()));
+        }
         Ok(())
     }
 }

@@ -17,9 +17,10 @@ use crate::error::Result;
 use crate::metrics::{Counter, metrics};
 use crate::sink::{Sink, has_room};
 
-/// So many lines that guests cause are written in one period; a guest that breaks its rings in a
-/// loop would write millions.
-const LINES_MAX: u32 = 20;
+/// So many lines of a level that guests cause are written in one period; a guest that breaks its rings,
+/// resets its devices or reads registers in a loop would write millions. What is written of one level takes
+/// nothing away from the others.
+const GUEST_LINES_MAX: [(Level, u32); 3] = [(Level::Warning, 20), (Level::Debug, 100), (Level::Trace, 1000)];
 const PERIOD: Duration = Duration::from_secs(10);
 /// How long a line waits for the reader of standard error, in milliseconds: then it is lost, and so are the next
 /// ones at once until there is room. Who started this process with a pipe and does not read it must not
@@ -116,7 +117,8 @@ struct Log {
     configured: bool,
     /// Lines lost since the last that was not.
     lost: u64,
-    guest: Period,
+    /// As [`GUEST_LINES_MAX`].
+    guest: [Period; GUEST_LINES_MAX.len()],
 }
 
 struct Period {
@@ -132,8 +134,11 @@ static LOG: Mutex<Log> = Mutex::new(Log {
     module: None,
     configured: false,
     lost: 0,
-    guest: Period { begun: None, lines: 0 },
+    guest: NO_LINES,
 });
+
+const NO_LINES: [Period; GUEST_LINES_MAX.len()] =
+    [const { Period { begun: None, lines: 0 } }; GUEST_LINES_MAX.len()];
 
 /// The level, to be read without the lock. Without a log of its own, the terminal has what matters.
 static LEVEL: AtomicU8 = AtomicU8::new(Level::Warning as u8);
@@ -179,7 +184,7 @@ pub fn wants(level: Level) -> bool {
     level as u8 <= LEVEL.load(Ordering::Relaxed)
 }
 
-/// Something could not be done.
+/// Says that something is lost: a guest's data, a device, the microVM.
 #[track_caller]
 pub fn error(message: impl Display) {
     write(Level::Error, &message, Location::caller());
@@ -197,49 +202,74 @@ pub fn info(message: impl Display) {
     write(Level::Info, &message, Location::caller());
 }
 
-/// Says more of it.
+/// Says what is done for the user, and with what, for who looks for a fault: files that are opened, requests
+/// that are served. Only what users cause: what a guest can cause is [`guest_debug`]. A message that nobody
+/// wants is not made: pass `format_args!`, and nothing that costs more than to name it.
 #[track_caller]
 pub fn debug(message: impl Display) {
     write(Level::Debug, &message, Location::caller());
 }
 
-/// Says how the process ends: on standard error whatever the level, and in the log file.
+/// Says what clients of the API do between their requests.
 #[track_caller]
-pub fn end(message: impl Display) {
+pub fn trace(message: impl Display) {
+    write(Level::Trace, &message, Location::caller());
+}
+
+/// Says how the process ends: on standard error whatever the level, and in the log file at this one.
+#[track_caller]
+pub fn end(level: Level, message: impl Display) {
     let has_file = {
         let mut log = lock();
         log.write_to_shared(&std::io::stderr(), &message, LAST_WAIT_MS);
         log.sink.is_some()
     };
     if has_file {
-        write(Level::Info, &message, Location::caller());
+        write(level, &message, Location::caller());
     }
 }
 
-/// Says something that a guest caused, unless it causes too much.
+/// Says something that a guest caused and that its user should know, unless it causes too much.
 #[track_caller]
 pub fn guest_line(message: impl Display) {
-    let place = Location::caller();
-    if !wants(Level::Warning) {
+    guest(0, &message, Location::caller());
+}
+
+/// Says what the guest does with its devices: drivers that start, reset and stop them.
+#[track_caller]
+pub fn guest_debug(message: impl Display) {
+    guest(1, &message, Location::caller());
+}
+
+/// Says each thing that the guest does: accesses of its CPUs, notifications of its queues. Not what is read
+/// or written, which may be what somebody types.
+#[track_caller]
+pub fn guest_trace(message: impl Display) {
+    guest(2, &message, Location::caller());
+}
+
+/// `kind`: an index of [`GUEST_LINES_MAX`].
+fn guest(kind: usize, message: &dyn Display, place: &Location<'_>) {
+    let (level, most) = GUEST_LINES_MAX[kind];
+    if !wants(level) {
         return;
     }
     let lines = {
-        let period = &mut lock().guest;
-        let now = Instant::now();
-        if period.begun.is_none_or(|begun| now - begun > PERIOD) {
-            *period = Period { begun: Some(now), lines: 0 };
+        let log = &mut lock();
+        // Of lines that are not wanted none is counted.
+        if !log.is_of_interest(place) {
+            return;
         }
-        period.lines = period.lines.saturating_add(1);
-        period.lines
+        log.guest[kind].count(Instant::now())
     };
-    match lines {
-        1..LINES_MAX => write(Level::Warning, &message, place),
-        LINES_MAX => {
-            let seconds = PERIOD.as_secs();
-            let message = format_args!("{message}; more such lines are left out for {seconds} s");
-            write(Level::Warning, &message, place);
-        }
-        _ => {}
+    if lines < most {
+        write(level, message, place);
+    } else if lines == most {
+        let seconds = PERIOD.as_secs();
+        let last = format_args!(
+            "{message}; more lines of level {level:?} about what the guest does are left out for {seconds} s"
+        );
+        write(level, &last, place);
     }
 }
 
@@ -252,7 +282,7 @@ fn write(level: Level, message: &dyn Display, place: &Location<'_>) {
         return;
     }
     let mut log = lock();
-    if log.module.as_ref().is_some_and(|module| !is_of(place.file(), module)) {
+    if !log.is_of_interest(place) {
         return;
     }
     if log.sink.is_some() {
@@ -264,7 +294,23 @@ fn write(level: Level, message: &dyn Display, place: &Location<'_>) {
     }
 }
 
+impl Period {
+    /// One more line at `now`: how many there are in this period.
+    fn count(&mut self, now: Instant) -> u32 {
+        if self.begun.is_none_or(|begun| now - begun > PERIOD) {
+            *self = Self { begun: Some(now), lines: 0 };
+        }
+        self.lines = self.lines.saturating_add(1);
+        self.lines
+    }
+}
+
 impl Log {
+    /// Whether messages from this place are wanted.
+    fn is_of_interest(&self, place: &Location<'_>) -> bool {
+        self.module.as_ref().is_none_or(|module| is_of(place.file(), module))
+    }
+
     /// `time [id:thread:LEVEL:file:line] message`
     fn line(&self, level: Level, message: &dyn Display, place: &Location<'_>) -> String {
         use fmt::Write;
@@ -345,7 +391,7 @@ mod tests {
             module: None,
             configured: true,
             lost: 0,
-            guest: Period { begun: None, lines: 0 },
+            guest: NO_LINES,
         }
     }
 
@@ -373,6 +419,32 @@ mod tests {
         assert!(Level::Off < Level::Error && Level::Debug < Level::Trace);
         let config: Config = serde_json::from_str(r#"{"level": "tRaCe", "show_level": true}"#).unwrap();
         assert_eq!((config.level, config.show_level), (Some(Level::Trace), Some(true)));
+    }
+
+    #[test]
+    fn a_message_that_nobody_wants_is_not_made() {
+        struct Costly;
+        impl Display for Costly {
+            fn fmt(&self, _: &mut fmt::Formatter<'_>) -> fmt::Result {
+                panic!("it was made")
+            }
+        }
+        assert!(wants(Level::Warning) && !wants(Level::Info));
+        for say in [info, debug, trace, guest_debug, guest_trace] {
+            say(Costly);
+        }
+        assert!(std::panic::catch_unwind(|| guest_line(Costly)).is_err());
+    }
+
+    #[test]
+    fn what_guests_cause_is_counted_by_period_and_level() {
+        let (mut log, now) = (log(), Instant::now());
+        for number in 1..=5000 {
+            assert_eq!(log.guest[2].count(now + PERIOD / 2), number);
+        }
+        assert_eq!(log.guest[1].count(now + PERIOD / 2), 1);
+        assert_eq!(log.guest[2].count(now + 2 * PERIOD), 1);
+        assert!(GUEST_LINES_MAX.is_sorted_by_key(|(level, most)| (*level, *most)));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The steps of a start, and how long each of them took.
 
+use std::fmt;
 use std::time::{Duration, Instant};
 
 /// Steps in the order in which they were done, each with its duration.
@@ -30,5 +31,16 @@ impl Timeline {
     /// The steps done so far.
     pub fn steps(&self) -> &[(&'static str, Duration)] {
         &self.steps
+    }
+}
+
+/// As the log has it.
+impl fmt::Display for Timeline {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, (step, time)) in self.steps.iter().enumerate() {
+            let separator = if index == 0 { "" } else { ", " };
+            write!(f, "{separator}{step} {} us", time.as_micros())?;
+        }
+        Ok(())
     }
 }

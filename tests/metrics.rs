@@ -162,6 +162,116 @@ fn a_log_file_has_what_happens_in_firecrackers_form() {
     assert!(line.contains("[vm-1:main:"), "what was not given again stays: {line}");
 }
 
+/// What the log has at `level` of a guest that uses a disk, is paused and resumed, while clients make
+/// mistakes.
+fn logged(level: &str) -> String {
+    let service = Service::start(&["--id", "vm-1"]);
+    let file = service.folder.path("log");
+    let mut client = service.client();
+    let body = json!({ "log_path": file, "level": level, "show_level": true });
+    client.ok("PUT", "/logger", &body.to_string());
+    let disk = service.folder.write("disk", vec![0; 1 << 20]);
+    let drive = json!({ "drive_id": "d", "path_on_host": disk, "is_root_device": false });
+    client.ok("PUT", "/drives/d", &drive.to_string());
+    assert_eq!(client.request("PUT", "/drives/e", "{}").status(), "400");
+    let mut stranger = service.client();
+    stranger.send("nonsense\r\n\r\n");
+    assert_eq!(stranger.receive().status(), "400");
+    service.boot_source("case=block echo");
+    client.ok("PUT", "/actions", START);
+    client.ok("PATCH", "/vm", r#"{"state": "Paused"}"#);
+    client.ok("PATCH", "/vm", r#"{"state": "Resumed"}"#);
+    let patch = json!({ "drive_id": "d", "path_on_host": disk });
+    client.ok("PATCH", "/drives/d", &patch.to_string());
+    let Service { mut process, folder: _folder, .. } = service;
+    process.stdin.as_mut().unwrap().write_all(b"x\n").unwrap();
+    assert_eq!(process.end().code, Some(0));
+    std::fs::read_to_string(&file).unwrap()
+}
+
+#[test]
+fn debug_tells_what_is_done_and_trace_every_access() {
+    const DEBUG: [&str; 16] = [
+        "`PUT /drives/d` was done in ",
+        "`PUT /drives/e` was refused in ",
+        "`PATCH /vm` was done in ",
+        "a client of the API was refused: ",
+        "opened disk `d` `",
+        "opened kernel `",
+        "attach disk `d` at 0x",
+        "allocated 128 MiB of guest memory for 1 CPUs",
+        "the kernel is entered at 0x",
+        "built the machine: ",
+        "the guest's CPUs and devices run",
+        "the guest's CPUs and devices stand still",
+        "disk `d` starts: its driver wants features 0x",
+        "disk `d` is stopped",
+        "disk `d` is reset by its driver",
+        "disk `d` stood still and was changed",
+    ];
+    const TRACE: [&str; 5] = [
+        "CPU 0 writes 4 bytes at address 0x",
+        "CPU 0 reads ",
+        "disk `d`: event 0 is ready",
+        "connection 1 of the API is open",
+        "connection 2 of the API is closed",
+    ];
+    for level in ["Info", "Debug", "Trace"] {
+        let text = logged(level);
+        let has = |tag: &str, message: &str| {
+            let mark = format!(":{tag}] {message}");
+            text.lines().any(|line| line.contains(&mark))
+        };
+        for (tag, messages, from) in [("DEBUG", &DEBUG[..], "Debug"), ("TRACE", &TRACE[..], "Trace")] {
+            let wanted = level == from || level == "Trace";
+            assert_eq!(text.contains(&format!(":{tag}]")), wanted, "{level}: {text}");
+            for message in messages {
+                assert_eq!(has(tag, message), wanted, "{level}: `{message}`: {text}");
+            }
+        }
+        assert!(
+            has("INFO", "{\"event\":\"paused\"") && has("WARN", "`PUT /drives/e` was refused: "),
+            "{text}"
+        );
+    }
+}
+
+#[test]
+fn a_guest_that_never_rests_fills_no_disk_with_traces() {
+    let service = Service::start(&[]);
+    let file = service.folder.path("log");
+    let mut client = service.client();
+    client.ok("PUT", "/logger", &json!({ "log_path": file, "level": "Trace" }).to_string());
+    service.boot_source("flood");
+    client.ok("PUT", "/actions", START);
+    let text = || std::fs::read_to_string(&file).unwrap();
+    const LAST: &str = "; more lines of level Trace about what the guest does are left out for 10 s";
+    common::wait_for(|| text().contains(LAST));
+    // Far more accesses than there may be lines.
+    common::wait_for(|| {
+        let total = client.ok("GET", "/metrics", "").json();
+        let count = |field: &str| total["vcpu"][field].as_u64().unwrap();
+        count("exit_io_out") + count("exit_mmio_write") > 20_000
+    });
+    let text = text();
+    let (lines, periods) = (text.matches("] CPU 0 ").count(), text.matches(LAST).count());
+    assert!((1000..=1000 * (periods + 1)).contains(&lines), "{lines} lines in {periods} periods");
+}
+
+#[test]
+fn a_log_of_errors_alone_says_why_a_guest_could_not_start() {
+    let folder = Folder::new();
+    let log = folder.path("log");
+    let arguments = ["run", "/nonexistent", "--log-path", log.to_str().unwrap(), "--level", "Error"];
+    assert_eq!(run([&arguments[..], &["--show-level"]].concat()).code, Some(125));
+    let text = std::fs::read_to_string(&log).unwrap();
+    assert!(text.contains(":ERROR] start the guest: open kernel `/nonexistent`: No such file"), "{text}");
+    assert_eq!(text.lines().count(), 1, "{text}");
+    std::fs::remove_file(&log).unwrap();
+    assert_eq!(run([&["run"][..], &arguments[2..], &["--cmdline", "end=3"]].concat()).code, Some(3));
+    assert_eq!(std::fs::read_to_string(&log).unwrap(), "", "how a guest ends is no error");
+}
+
 #[test]
 fn options_say_where_the_log_and_the_metrics_go() {
     let folder = Folder::new();
@@ -173,10 +283,13 @@ fn options_say_where_the_log_and_the_metrics_go() {
     let text = std::fs::read_to_string(&log).unwrap();
     assert!(text.contains(" [anonymous-instance:main] {\"event\":\"started\""), "{text}");
     assert!(sum(&lines(&metrics), "/uart/write_count") > 0);
-    arguments.extend(["--module", "virtio"]);
+    arguments.extend(["--entropy", "--show-log-origin", "--module", "virtio"]);
+    arguments[2] = "case=entropy";
     std::fs::remove_file(&log).unwrap();
     assert_eq!(run(&arguments).code, Some(0));
-    assert_eq!(std::fs::read_to_string(&log).unwrap(), "");
+    let text = std::fs::read_to_string(&log).unwrap();
+    assert!(text.contains("entropy device starts"), "{text}");
+    assert!(text.lines().all(|line| line.contains(":src/virtio/")), "{text}");
     for (arguments, code, expected) in [
         (["--level", "loud"], 153, "--level loud: unknown level `loud`"),
         (["--log-path", "/"], 125, "open log file `/`: it is a directory"),

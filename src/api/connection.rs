@@ -9,6 +9,7 @@ use super::server::Service;
 use super::{Response, http};
 use crate::event::Interest;
 use crate::events::Reader;
+use crate::log;
 
 /// Requests that one connection may have answered before the others get their turn.
 const TURN: usize = 16;
@@ -67,6 +68,12 @@ impl Connection {
         self.ending = true;
     }
 
+    /// What the client sends is no request of the API.
+    fn refuse(&mut self, message: &str) {
+        log::debug(format_args!("a client of the API was refused: {message}"));
+        self.end(http::error_bytes("400", message));
+    }
+
     /// Whether no byte of a request was read, and no answer is owed.
     pub fn is_idle(&self) -> bool {
         self.input.is_empty() && self.output.is_empty()
@@ -118,7 +125,7 @@ impl Connection {
             match chunks.advance(&mut self.input, body_max) {
                 Ok(false) => return,
                 Ok(true) => put_together = Some(chunks.length()),
-                Err(message) => return self.end(http::error_bytes("400", &message)),
+                Err(message) => return self.refuse(&message),
             }
             self.chunks = None;
         }
@@ -131,7 +138,7 @@ impl Connection {
                     self.serve_one(body_max, service);
                 }
             }
-            http::Parsed::Bad(message) => self.end(http::error_bytes("400", &message)),
+            http::Parsed::Bad(message) => self.refuse(&message),
             http::Parsed::Request { method, path, body, closes } => {
                 let end = body.end;
                 let is_head = method == "HEAD";

@@ -28,6 +28,7 @@ impl Output {
     /// Opens the file or FIFO. The first line is written when the machine starts.
     pub fn open(config: Config) -> Result<Self> {
         let sink = Sink::open("metrics file", &config.metrics_path)?;
+        log::debug(format_args!("opened metrics file `{}` to write", config.metrics_path.display()));
         Ok(Self { config, sink, due: Instant::now() + PERIOD })
     }
 

@@ -8,6 +8,7 @@ use super::Response;
 use crate::clock;
 use crate::devices::kind::{Change, Device};
 use crate::events::{self, Event};
+use crate::log;
 use crate::metrics::{Counter, Gauge, Group, Latency, View, metrics};
 
 metrics! {
@@ -131,6 +132,8 @@ pub fn served(method: &str, path: &str, response: &Response, time: Duration) {
         class.fails.add(fails);
         class.time.add(time);
     }
+    let outcome = if fails == 0 { "done" } else { "refused" };
+    log::debug(format_args!("`{method} {path}` was {outcome} in {} us", time.as_micros()));
     tell(method, path, response);
 }
 

@@ -11,6 +11,7 @@ use super::{Response, http};
 use crate::error::{Context, Error, Result};
 use crate::event::{Events, Interest, Ready};
 use crate::events::Reader;
+use crate::log;
 
 /// Open connections that are served (Firecracker's limit); one more is told so and let go. Readers of
 /// events do not count among them: they stay, and must not lock out who wants something done.
@@ -120,6 +121,7 @@ impl Server {
             }
             None => {
                 self.connections[index] = None;
+                log::trace(format_args!("connection {index} of the API is closed"));
                 Ok(true)
             }
         }
@@ -138,6 +140,7 @@ impl Server {
             if connection.begun.is_some_and(|begun| now.saturating_duration_since(begun) >= REQUEST_TIME) {
                 let time = REQUEST_TIME.as_secs();
                 let message = format!("The request did not come to its end within {time} s.");
+                log::debug(format_args!("connection {index} of the API: {message}"));
                 // Who does not read has what it may still read.
                 let is_deaf = !connection.output.is_empty();
                 connection.end(if is_deaf { Vec::new() } else { http::error_bytes("408", &message) });
@@ -210,7 +213,9 @@ impl Server {
         let index = self.free_place();
         self.moves += 1;
         let mut connection = Connection::new(stream, self.moves);
+        log::trace(format_args!("connection {index} of the API is open"));
         if is_full {
+            log::debug(format_args!("{CONNECTIONS_MAX} clients of the API are served: one more is refused"));
             connection.end(http::error_bytes("503", "Too many open connections"));
         }
         events.add(&connection.stream, connection.interest, ready_token(self.token, index))?;

@@ -17,7 +17,7 @@ use crate::dialect::Dialect;
 use crate::error::{Context, Result};
 use crate::events::{self, Event, Feed};
 use crate::firmware;
-use crate::log;
+use crate::log::{self, Level};
 use crate::machine::Exit;
 use arguments::{Command, Run, Serve};
 use monitor::{Ending, Monitor, Outcome};
@@ -111,7 +111,11 @@ fn conclude(outcome: &Result<Outcome>, failed: u8, code: impl Fn(&Exit) -> u8) -
         }
         Err(error) => (error.to_string(), failed),
     };
-    Ending { reason, code }
+    let level = match outcome {
+        Err(_) | Ok(Outcome::Ended(Exit::Failed(_))) => Level::Error,
+        Ok(_) => Level::Info,
+    };
+    Ending { reason, level, code }
 }
 
 /// Does what `body` does, says in one line how it ended, and returns it as an exit code. What fails
@@ -130,9 +134,8 @@ fn finish(
             }
         })
     });
-    let Ending { reason, code } =
-        ending.unwrap_or_else(|error| Ending { reason: error.to_string(), code: failed });
-    log::end(&reason);
+    let Ending { reason, level, code } = ending.unwrap_or_else(|error| conclude(&Err(error), failed, |_| 0));
+    log::end(level, &reason);
     code
 }
 

@@ -45,9 +45,10 @@ pub enum Outcome {
     Signal(u8),
 }
 
-/// How the process ends: in words, and its exit code.
+/// How the process ends: in words, how much they matter, and its exit code.
 pub struct Ending {
     pub reason: String,
+    pub level: log::Level,
     pub code: u8,
 }
 
@@ -218,7 +219,10 @@ impl Monitor {
         match event.token {
             SIGNALS => match self.signals.next() {
                 Some(signal) if i32::from(signal) == libc::SIGCONT => self.input.go_on(&self.events),
-                signal => return Ok(signal.map(Outcome::Signal)),
+                signal => {
+                    signal.iter().for_each(|signal| log::debug(format_args!("signal {signal} came")));
+                    return Ok(signal.map(Outcome::Signal));
+                }
             },
             STDIN => self.input.is_ready = true,
             CONSOLE_ROOM => {
@@ -365,6 +369,7 @@ impl Input {
         if count == 0 {
             self.stop_waiting(events);
             self.ended = true;
+            log::debug("standard input has ended");
             return false;
         }
         if self.raw.is_none() {

@@ -15,8 +15,8 @@ Options for those who watch it:
       --events PATH      Write what happens to the guest there, a JSON object a line: to a file, a
                          FIFO, or `fd:N`, an inherited descriptor
       --log-path PATH    Write messages there (file, FIFO, `fd:N`) instead of standard error
-      --level LEVEL      Which messages: Error, Warning, Info, Debug, Trace or Off [default: Info in a
-                         log file, Warning on standard error]
+      --level LEVEL      Which messages: Error, Warning, Info, Debug, Trace or Off; docs/observing.md
+                         says what each adds [default: Info in a log file, Warning on standard error]
       --show-level       Lines of the log have their level
       --show-log-origin  Lines of the log have the place in Alula's source that wrote them
       --module MODULE    Only messages of this module of Alula's source, such as `virtio`

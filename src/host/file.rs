@@ -47,6 +47,8 @@ pub fn open(
     }
     let file = opened.with_context(&attempt)?;
     let_it_wait(&file).with_context(attempt)?;
+    let (how, fd) = (if write { "read and write" } else { "read" }, file.as_raw_fd());
+    log::debug(format_args!("opened {what} `{}` to {how}, as descriptor {fd}", path.display()));
     Ok(file)
 }
 

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
 use crate::error::{Context, Error, Result};
+use crate::log;
 
 /// What is read of its last words.
 const WORDS_MAX: usize = 4096;
@@ -49,6 +50,7 @@ impl Passt {
         set_nonblocking(&its_words)?;
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(its_words);
         let child = command.spawn().with_context(|| format!("start `{}`", program.display()))?;
+        log::debug(format_args!("started `{}` as process {}", program.display(), child.id()));
         Ok(Self { stream, child, words })
     }
 

@@ -70,11 +70,13 @@ impl Tap {
     /// Attaches to the interface `name` with so many queues, or takes the descriptors that `fd:N[:N..]`
     /// names, one for each queue.
     pub fn open(name: &str, queues: usize) -> Result<Vec<Self>> {
-        match name.strip_prefix("fd:") {
+        let taps = match name.strip_prefix("fd:") {
             Some(numbers) => from_descriptors(numbers, queues),
             None => attach(name, queues),
         }
-        .with_context(|| format!("open TAP interface `{name}` (`host_dev_name`, --net)"))
+        .with_context(|| format!("open TAP interface `{name}` (`host_dev_name`, --net)"))?;
+        log::debug(format_args!("opened TAP interface `{name}`, pairs of queues: {queues}"));
+        Ok(taps)
     }
 
     /// Whether there is such an interface, or this process may make one, without attaching to it. Descriptors

@@ -8,6 +8,7 @@ use crate::arch::layout;
 use crate::bus::Bus;
 use crate::error::{Context, Error, Result};
 use crate::event::EventFd;
+use crate::log;
 use crate::memory::{Memory, Range};
 use crate::part::{Component, Part};
 use crate::pci::DEVICES_MAX;
@@ -58,6 +59,12 @@ impl Slots<'_> {
     /// Puts a device at `place`.
     pub fn attach(&mut self, device: Unplaced, place: Place) -> Result<()> {
         let (name, metrics) = (device.name.clone(), device.metrics.clone());
+        match place {
+            Place::Pci(number) => log::debug(format_args!("attach {name} as PCI device {number}")),
+            Place::Ports { range, .. } | Place::Registers { range, .. } => {
+                log::debug(format_args!("attach {name} at {:#x}", range.start));
+            }
+        }
         let attached = match (place, self.root.clone()) {
             (Place::Pci(number), Some(root)) => self.attach_pci(&root, device, number),
             (Place::Registers { range, gsi: Some(gsi) }, None) => self.attach_mmio(device, range, gsi),

@@ -48,6 +48,10 @@ pub fn build(id: &str, config: &Config, host: &mut dyn Host, prepared: Prepared)
     let ranges = layout::memory(size);
     let memory = memory::allocate(&ranges)?;
     choose_pages(&memory, machine.huge_pages);
+    log::debug(format_args!(
+        "allocated {} MiB of guest memory for {} CPUs",
+        machine.mem_size_mib, machine.vcpu_count
+    ));
     let mut platform = Platform {
         cpus: machine.vcpu_count,
         smt: machine.smt,
@@ -162,10 +166,15 @@ pub fn load(machine: &mut Machine, config: &Config, host: &mut dyn Host) -> Resu
             })?
         }
     };
+    log::debug(format_args!(
+        "the kernel is entered at {:#x} with `{}`",
+        entry.address, platform.command_line
+    ));
     let vcpus: Vec<_> = machine.vcpus.iter().map(Vcpu::stopped).collect();
     arch::boot(&vcpus, &entry).context("set up the CPUs")?;
     drop(vcpus);
     machine.timeline.mark("kernel and registers");
+    log::debug(format_args!("built the machine: {}", machine.timeline));
     Ok(())
 }
 

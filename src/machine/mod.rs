@@ -20,6 +20,7 @@ use crate::devices::keyboard::Keyboard;
 use crate::error::{Error, Result};
 use crate::event::EventFd;
 use crate::host::Host;
+use crate::log;
 use crate::memory::Memory;
 use crate::metrics::View;
 use crate::platform::Platform;
@@ -87,6 +88,7 @@ impl Machine {
             self.parts.resume();
             self.surroundings.gate.open();
             self.state = State::Running;
+            log::debug("the guest's CPUs and devices run");
         }
         Ok(())
     }
@@ -96,6 +98,7 @@ impl Machine {
         self.stop_vcpus();
         self.parts.pause();
         self.state = State::Paused;
+        log::debug("the guest's CPUs and devices stand still");
         Ok(())
     }
 
@@ -174,6 +177,8 @@ impl Machine {
         let part = self.parts.get(name)?;
         parts::pause(std::slice::from_ref(part));
         let result = part.with(|device: &mut Transport| device.patch(change, host));
+        let outcome = if matches!(result, Some(Ok(()))) { "was changed" } else { "stays as it was" };
+        log::debug(format_args!("{name} stood still and {outcome}"));
         if self.state == State::Running {
             part.lock().resume();
         }

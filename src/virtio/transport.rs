@@ -180,6 +180,11 @@ impl Transport {
         })
     }
 
+    /// What log lines call it.
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
     /// The device's type.
     pub fn device_type(&self) -> u32 {
         self.device.device_type()

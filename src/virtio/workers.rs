@@ -105,7 +105,7 @@ impl Loop {
 
     fn run(&self) {
         if let Err(error) = Running::new(self).and_then(|mut running| running.run(self)) {
-            log::line(format_args!("the io thread ended: {error}: devices will not answer"));
+            log::error(format_args!("the io thread ended: {error}: devices will not answer"));
         }
         self.conclude();
     }
@@ -193,6 +193,15 @@ impl Place {
                 self.fail(&refused(error));
                 false
             }
+        }
+    }
+
+    /// Tells whose turn it is, and for what.
+    fn trace(&self, token: u32) {
+        let transport = self.transport.lock().unwrap_or_else(PoisonError::into_inner);
+        match token {
+            RING => log::guest_trace(format_args!("{}: its io_uring is ready", transport.name())),
+            token => log::guest_trace(format_args!("{}: event {token} is ready", transport.name())),
         }
     }
 
@@ -417,6 +426,9 @@ impl Running {
         let Some(place) = self.slots.get_mut(slot).and_then(Option::as_mut) else { return };
         if place.failed {
             return;
+        }
+        if log::wants(log::Level::Trace) {
+            place.trace(token);
         }
         if let Err(error) = place.worker.handle(token) {
             place.fail(&error);

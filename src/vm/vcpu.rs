@@ -198,18 +198,22 @@ fn run(shared: &Shared, surroundings: &Surroundings, index: usize, stood_still: 
         match fd.run() {
             Ok(VcpuExit::MmioRead(address, data)) => {
                 shared.metrics.exit_mmio_read.add(1);
+                trace(index, "reads", data.len(), "address", address);
                 surroundings.mmio.read(address, data);
             }
             Ok(VcpuExit::MmioWrite(address, data)) => {
                 shared.metrics.exit_mmio_write.add(1);
+                trace(index, "writes", data.len(), "address", address);
                 surroundings.mmio.write(address, data);
             }
             Ok(VcpuExit::IoIn(port, data)) => {
                 shared.metrics.exit_io_in.add(1);
+                trace(index, "reads", data.len(), "port", port.into());
                 surroundings.pio.read(port.into(), data);
             }
             Ok(VcpuExit::IoOut(port, data)) => {
                 shared.metrics.exit_io_out.add(1);
+                trace(index, "writes", data.len(), "port", port.into());
                 surroundings.pio.write(port.into(), data);
             }
             // EAGAIN: a secondary CPU that has just been woken by its start-up interrupt.
@@ -249,6 +253,11 @@ fn run(shared: &Shared, surroundings: &Surroundings, index: usize, stood_still: 
             }
         }
     }
+}
+
+/// Tells of an access of the guest's to registers.
+fn trace(index: usize, what: &str, length: usize, space: &str, address: u64) {
+    log::guest_trace(format_args!("CPU {index} {what} {length} bytes at {space} {address:#x}"));
 }
 
 /// The guest ends by this vCPU, which is in no state to be entered again, not even to be interrupted.

@@ -287,7 +287,7 @@ impl Running {
                     kind => format!("{} at byte {}: {error}", kind.name(), request.offset),
                 };
                 if request.kind == Kind::Flush && self.disk.image.note_loss() {
-                    log::line(format_args!(
+                    log::error(format_args!(
                         "{device}: {reason}: data that the guest wrote may be lost, so that its flushes fail from \
                          now on, until PATCH /drives/{} names an image",
                         self.disk.id
@@ -383,7 +383,7 @@ impl Worker for Running {
         let disk = self.disk.clone();
         let flush = |()| disk.image.flush(false).context("write the image's tables");
         if let Err(error) = self.finish().and_then(flush) {
-            log::line(format_args!("disk `{}`: stop it: {error}", self.disk.id));
+            log::error(format_args!("disk `{}`: stop it: {error}", self.disk.id));
         }
         let Self { ring, queue, .. } = *self;
         drop(ring);

@@ -30,6 +30,10 @@ impl Transport {
         if self.phase != Phase::Starting {
             return;
         }
+        log::guest_debug(format_args!(
+            "{} starts: its driver wants features {:#x}",
+            self.name, self.driver_features
+        ));
         self.phase = Phase::Running;
         let (memory, features) = (self.memory.clone(), self.driver_features);
         let interrupts = self.interrupts.clone();
@@ -144,6 +148,7 @@ impl Transport {
             Phase::Stopping(left @ 2..) => self.phase = Phase::Stopping(left - 1),
             _ => {
                 self.phase = Phase::Idle;
+                log::guest_debug(format_args!("{} is stopped", self.name));
                 self.stopped();
             }
         }
@@ -153,6 +158,7 @@ impl Transport {
         if std::mem::take(&mut self.resetting) {
             self.device.reset();
             self.reset_registers();
+            log::guest_debug(format_args!("{} is reset by its driver", self.name));
         }
         self.waiting.clear();
         self.go_on();

@@ -339,7 +339,9 @@ impl Qcow2 {
 impl Drop for Qcow2 {
     fn drop(&mut self) {
         if let Err(error) = self.write_out() {
-            crate::log::line(format_args!("write the tables of a qcow2 image: {error}: `qemu-img check` it"));
+            crate::log::error(format_args!(
+                "write the tables of a qcow2 image: {error}: `qemu-img check` it"
+            ));
         }
     }
 }
