@@ -20,7 +20,7 @@ use crate::clock::{self, Utc};
 use crate::error::{Context, Result};
 use crate::event::EventFd;
 use crate::log;
-use crate::sink::Sink;
+use crate::sink::{Purpose, Sink};
 
 /// So many events are kept: a client or a guest that causes them for ever must not make us grow.
 const KEPT_MAX: usize = 256;
@@ -267,7 +267,7 @@ pub struct Feed {
 impl Feed {
     /// Opens it, as any sink.
     pub fn open(path: &Path) -> Result<Self> {
-        Ok(Self { sink: Sink::open("events file", path)?, reader: Reader::default() })
+        Ok(Self { sink: Sink::open(Purpose::Events, path)?, reader: Reader::default() })
     }
 
     /// Writes what it has not got yet, as far as it goes without waiting.

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Context, Result};
 use crate::log;
-use crate::sink::{Sink, has_room};
+use crate::sink::{Purpose, Sink, has_room};
 use passt::Passt;
 use tap::Tap;
 
@@ -143,7 +143,7 @@ impl Local {
 
     /// Where the guest's serial console is to write, instead of standard output; none: there.
     pub fn hold_console(&mut self, path: Option<&Path>) -> Result<()> {
-        self.held_console = path.map(|path| Sink::open("serial output", path)).transpose()?;
+        self.held_console = path.map(|path| Sink::open(Purpose::Serial, path)).transpose()?;
         if let Some(path) = path {
             log::debug(format_args!("opened serial output `{}` to write", path.display()));
         }

@@ -15,7 +15,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use crate::clock::Utc;
 use crate::error::Result;
 use crate::metrics::{Counter, metrics};
-use crate::sink::{Sink, has_room};
+use crate::sink::{Purpose, Sink, has_room};
 
 /// So many lines of a level that guests cause are written in one period; a guest that breaks its rings,
 /// resets its devices or reads registers in a loop would write millions. What is written of one level takes
@@ -162,7 +162,7 @@ impl Config {
 pub fn configure(id: &str, config: &Config) -> Result<()> {
     let mut log = lock();
     if let Some(path) = &config.log_path {
-        log.sink = Some(Sink::open("log file", path)?);
+        log.sink = Some(Sink::open(Purpose::Log, path)?);
     }
     log.id = id.to_owned();
     log.show_level = config.show_level.unwrap_or(log.show_level);
@@ -488,7 +488,7 @@ mod tests {
         let (mut reader, writer) = std::os::unix::net::UnixStream::pair().unwrap();
         let name = format!("fd:{}", std::os::fd::AsRawFd::as_raw_fd(&writer));
         let mut log = log();
-        log.sink = Some(Sink::open("log file", std::path::Path::new(&name)).unwrap());
+        log.sink = Some(Sink::open(Purpose::Log, std::path::Path::new(&name)).unwrap());
         let line = format!("{}\n", "x".repeat(4000));
         while log.lost == 0 {
             log.write_to_sink(&line);

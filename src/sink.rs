@@ -8,14 +8,37 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
 use crate::error::{Context, Error, Result};
+use crate::paths;
 
 /// Name descriptors that the process was started with instead of a path: `fd:3`. What the system shows of
 /// them as files counts, too: opened by its path, a file would be written from a second position.
 const DESCRIPTORS: [&str; 3] = ["fd:", "/dev/fd/", "/proc/self/fd/"];
 const STANDARD: [(&str, &str); 2] = [("/dev/stdout", "1"), ("/dev/stderr", "2")];
 
-const NO_FOLDER: &str = "its folder is missing: create it";
 const IS_FOLDER: &str = "it is a directory, a file or FIFO is needed";
+
+/// What lines are of.
+#[derive(Clone, Copy, Debug)]
+#[allow(missing_docs, reason = "names of what a user can send somewhere")]
+pub enum Purpose {
+    Log,
+    Metrics,
+    Events,
+    Serial,
+}
+
+impl Purpose {
+    /// For errors: what it is, where, and the fields and options that say so.
+    fn attempt(self, path: &Path) -> String {
+        let path = path.display();
+        match self {
+            Self::Log => format!("open log file `{path}` (`log_path`, --log-path)"),
+            Self::Metrics => format!("open metrics file `{path}` (`metrics_path`, --metrics-path)"),
+            Self::Events => format!("open events file `{path}` (--events)"),
+            Self::Serial => format!("open serial output `{path}` (`serial_out_path`)"),
+        }
+    }
+}
 
 /// A destination of lines.
 #[derive(Debug)]
@@ -27,9 +50,9 @@ pub struct Sink {
 
 impl Sink {
     /// Opens `path`: appends to a file, which is created if it is missing, or writes to a FIFO,
-    /// whether it has a reader yet or not; `fd:N` is an inherited descriptor. `what` names it in errors.
-    pub fn open(what: &str, path: &Path) -> Result<Self> {
-        let attempt = || format!("open {what} `{}`", path.display());
+    /// whether it has a reader yet or not; `fd:N` is an inherited descriptor.
+    pub fn open(purpose: Purpose, path: &Path) -> Result<Self> {
+        let attempt = || purpose.attempt(path);
         let file = match descriptor(path) {
             Some(number) => inherit(number),
             None => open(path),
@@ -39,21 +62,19 @@ impl Sink {
 
     /// Whether `path` could be opened so, without creating it. A descriptor is that of the process that
     /// will be started with it: this one cannot tell.
-    pub fn look(what: &str, path: &Path) -> Result<()> {
+    pub fn look(purpose: Purpose, path: &Path) -> Result<()> {
         if descriptor(path).is_some() {
             return Ok(());
         }
-        let folder = match path.parent() {
-            Some(folder) if !folder.as_os_str().is_empty() => folder,
-            _ => Path::new("."),
+        let writable = match std::fs::metadata(path) {
+            Ok(metadata) if metadata.is_dir() => {
+                return Err(Error::config(IS_FOLDER)).with_context(|| purpose.attempt(path));
+            }
+            Ok(_) => check_writable(path),
+            Err(_) => check_writable(paths::folder(path)),
         };
-        let looked = match (std::fs::metadata(path), folder.is_dir()) {
-            (Ok(metadata), _) if metadata.is_dir() => Err(Error::config(IS_FOLDER)),
-            (Ok(_), _) => check_writable(path),
-            (Err(_), true) => check_writable(folder),
-            (Err(_), false) => Err(Error::config(NO_FOLDER)),
-        };
-        looked.with_context(|| format!("write {what} to `{}`", path.display()))
+        let looked = writable.map_err(|error| paths::cannot_make(path, &error));
+        looked.with_context(|| purpose.attempt(path))
     }
 
     /// Writes a line, which ends with a newline, or keeps it if the other side has no room now. False: it
@@ -128,10 +149,7 @@ fn open(path: &Path) -> Result<File> {
         }
         _ => options.append(true).create(true).open(path),
     }
-    .map_err(|error| match error.kind() {
-        ErrorKind::NotFound => Error::config(NO_FOLDER),
-        _ => Error::host(error.to_string()),
-    })
+    .map_err(|error| paths::cannot_make(path, &error))
 }
 
 /// Whether a write of at most PIPE_BUF bytes to what is shared with others, and may block, would not; waits for
@@ -145,12 +163,12 @@ pub fn has_room(file: &impl AsRawFd, timeout_ms: i32) -> bool {
 
 /// Whether this user may write there.
 #[allow(unsafe_code)]
-fn check_writable(path: &Path) -> Result<()> {
-    let name = std::ffi::CString::new(path.as_os_str().as_encoded_bytes()).context("read its path")?;
+fn check_writable(path: &Path) -> io::Result<()> {
+    let name = std::ffi::CString::new(path.as_os_str().as_encoded_bytes())?;
     // SAFETY: the name is a string that ends with a zero.
     match unsafe { libc::access(name.as_ptr(), libc::W_OK) } {
         0 => Ok(()),
-        _ => Err(Error::host(io::Error::last_os_error().to_string())),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 
@@ -238,13 +256,16 @@ mod tests {
         let folder = Folder::new("file");
         let path = folder.0.join("log");
         for line in ["a\n", "b\n"] {
-            assert!(Sink::open("log file", &path).unwrap().write_line(line.as_bytes()));
+            assert!(Sink::open(Purpose::Log, &path).unwrap().write_line(line.as_bytes()));
         }
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "a\nb\n");
-        let error = Sink::open("log file", &folder.0).unwrap_err().to_string();
+        let error = Sink::open(Purpose::Log, &folder.0).unwrap_err().to_string();
         assert!(error.ends_with("it is a directory, a file or FIFO is needed"), "{error}");
-        let error = Sink::open("log file", &path.join("x/y")).unwrap_err().to_string();
-        assert!(error.starts_with(&format!("open log file `{}/x/y`: ", path.display())), "{error}");
+        let error = Sink::open(Purpose::Log, &path.join("x/y")).unwrap_err().to_string();
+        assert!(
+            error.starts_with(&format!("open log file `{}/x/y` (`log_path`, --log-path): ", path.display())),
+            "{error}"
+        );
     }
 
     #[test]
@@ -252,7 +273,7 @@ mod tests {
         let folder = Folder::new("fifo");
         let path = folder.0.join("fifo");
         fifo(&path);
-        let mut sink = Sink::open("log file", &path).unwrap();
+        let mut sink = Sink::open(Purpose::Log, &path).unwrap();
         // Longer than what a pipe takes in one piece.
         let line = |number: u32| format!("{number} {}\n", "x".repeat(9000));
         let written = (0..20).take_while(|number| sink.write_line(line(*number).as_bytes())).count();
@@ -276,7 +297,7 @@ mod tests {
     fn an_inherited_descriptor_is_named_by_its_number() {
         let (mut ours, theirs) = UnixStream::pair().unwrap();
         let name = format!("fd:{}", theirs.as_raw_fd());
-        let mut sink = Sink::open("events", Path::new(&name)).unwrap();
+        let mut sink = Sink::open(Purpose::Events, Path::new(&name)).unwrap();
         assert!(sink.write_line(b"hello\n"));
         let mut bytes = [0; 6];
         ours.read_exact(&mut bytes).unwrap();
@@ -286,7 +307,7 @@ mod tests {
             ("fd:-1", "expected a number after `fd:`"),
             ("fd:19999", "no descriptor of this number was inherited"),
         ] {
-            let error = Sink::open("events", Path::new(name)).unwrap_err().to_string();
+            let error = Sink::open(Purpose::Events, Path::new(name)).unwrap_err().to_string();
             assert!(error.ends_with(expected), "{error}");
         }
     }

@@ -314,12 +314,12 @@ fn what_a_config_file_names_is_looked_for_and_not_changed() {
             "open initrd `",
             "disk `d`: open disk `d` `",
             "network interface `n`: look for TAP interface `alula%d` (`host_dev_name`): ",
-            "write log to `",
-            "write metrics to `",
-            "write serial output to `",
+            "open log file `",
+            "open metrics file `",
+            "open serial output `",
         ],
     );
-    assert!(lines.iter().filter(|line| line.contains("its folder is missing")).count() == 3, "{lines:#?}");
+    assert!(lines.iter().filter(|line| line.ends_with("/no`: create it")).count() == 3, "{lines:#?}");
     let here = folder.0.to_str().unwrap();
     let (_, lines) = checked(&folder, &config(here, here, "fd:3", here));
     assert!(lines.iter().filter(|line| line.contains("it is a directory")).count() == 6, "{lines:#?}");

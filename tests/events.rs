@@ -270,9 +270,12 @@ fn an_inherited_descriptor_gets_every_line() {
     let events = parse(&std::fs::read_to_string(&file).unwrap());
     assert_eq!(names(&events), ["configured", "started", "exited", "ended"]);
     for (path, expected) in [
-        ("fd:99", "open events file `fd:99`: no descriptor of this number was inherited"),
-        ("/", "open events file `/`: it is a directory, a file or FIFO is needed"),
-        ("/nonexistent/x", "open events file `/nonexistent/x`: its folder is missing: create it"),
+        ("fd:99", "open events file `fd:99` (--events): no descriptor of this number was inherited"),
+        ("/", "open events file `/` (--events): it is a directory, a file or FIFO is needed"),
+        (
+            "/nonexistent/x",
+            "open events file `/nonexistent/x` (--events): there is no folder `/nonexistent`: create it",
+        ),
     ] {
         let ended = run(["run", "--events", path]);
         assert_eq!((ended.code, ended.text.as_str()), (Some(125), format!("alula: {expected}\n").as_str()));

@@ -292,8 +292,12 @@ fn options_say_where_the_log_and_the_metrics_go() {
     assert!(text.lines().all(|line| line.contains(":src/virtio/")), "{text}");
     for (arguments, code, expected) in [
         (["--level", "loud"], 153, "--level loud: unknown level `loud`"),
-        (["--log-path", "/"], 125, "open log file `/`: it is a directory"),
-        (["--metrics-path", "/none/x"], 125, "open metrics file `/none/x`: its folder is missing"),
+        (["--log-path", "/"], 125, "open log file `/` (`log_path`, --log-path): it is a directory"),
+        (
+            ["--metrics-path", "/none/x"],
+            125,
+            "open metrics file `/none/x` (`metrics_path`, --metrics-path): there is no folder `/none`: create it",
+        ),
     ] {
         let ended = run([&["run"][..], &arguments].concat());
         assert_eq!(ended.code, Some(code), "{}", ended.text);

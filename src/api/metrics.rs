@@ -12,7 +12,7 @@ use crate::log;
 use crate::machine::Machine;
 use crate::metrics::{Config, Group, View};
 use crate::process;
-use crate::sink::Sink;
+use crate::sink::{Purpose, Sink};
 
 /// How often a line is written by itself.
 const PERIOD: Duration = Duration::from_secs(60);
@@ -27,7 +27,7 @@ pub struct Output {
 impl Output {
     /// Opens the file or FIFO. The first line is written when the machine starts.
     pub fn open(config: Config) -> Result<Self> {
-        let sink = Sink::open("metrics file", &config.metrics_path)?;
+        let sink = Sink::open(Purpose::Metrics, &config.metrics_path)?;
         log::debug(format_args!("opened metrics file `{}` to write", config.metrics_path.display()));
         Ok(Self { config, sink, due: Instant::now() + PERIOD })
     }

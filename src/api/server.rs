@@ -1,7 +1,7 @@
 //! The API's sockets: a listener and its connections, non-blocking, on the main event loop.
 
 use std::io::ErrorKind;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -12,6 +12,7 @@ use crate::error::{Context, Error, Result};
 use crate::event::{Events, Interest, Ready};
 use crate::events::Reader;
 use crate::log;
+use crate::paths;
 
 /// Open connections that are served (Firecracker's limit); one more is told so and let go. Readers of
 /// events do not count among them: they stay, and must not lock out who wants something done.
@@ -271,24 +272,25 @@ fn cannot_bind(path: &Path, error: &std::io::Error) -> Error {
     let message = match error.kind() {
         ErrorKind::AddrInUse => match UnixStream::connect(path) {
             Ok(_) => "another process serves it: choose another path".to_owned(),
-            Err(refused) if refused.kind() == ErrorKind::ConnectionRefused => format!(
+            // So is who connects to what is no socket.
+            Err(refused) if refused.kind() == ErrorKind::ConnectionRefused && is_socket(path) => format!(
                 "a socket is left there by a process that has ended: remove it (`rm '{}'`)",
                 path.display()
             ),
-            Err(_) => "there is something already: remove it or choose another path".to_owned(),
+            Err(_) => "there is something else already: choose another path, or move that away".to_owned(),
         },
-        ErrorKind::NotFound => {
-            let folder = path.parent().unwrap_or(path).display();
-            format!("there is no folder `{folder}`: create it")
-        }
         ErrorKind::InvalidInput => {
             format!(
                 "its {length} bytes are too long for a socket (107 at most) or contain a NUL: choose a shorter path"
             )
         }
-        _ => error.to_string(),
+        _ => return paths::cannot_make(path, error),
     };
     Error::config(message)
+}
+
+fn is_socket(path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket())
 }
 
 #[cfg(test)]

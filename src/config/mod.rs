@@ -17,7 +17,7 @@ use crate::error::{Context, Error, Result};
 use crate::log;
 use crate::metrics;
 use crate::platform::CpuidModifier;
-use crate::sink::Sink;
+use crate::sink::{Purpose, Sink};
 
 pub use cpu::CpuConfig;
 pub use file::Problem;
@@ -136,9 +136,9 @@ impl Config {
         let log = self.logger.as_ref().and_then(|logger| logger.log_path.as_deref());
         let metrics = self.metrics.as_ref().map(|metrics| metrics.metrics_path.as_path());
         let serial = self.serial.as_ref().and_then(|serial| serial.serial_out_path.as_deref());
-        let outputs = [("log", log), ("metrics", metrics), ("serial output", serial)];
-        let outputs = outputs.into_iter().filter_map(|(what, path)| Some((what, path?)));
-        wrong.extend(outputs.filter_map(|(what, path)| Sink::look(what, path).err()));
+        let outputs = [(Purpose::Log, log), (Purpose::Metrics, metrics), (Purpose::Serial, serial)];
+        let outputs = outputs.into_iter().filter_map(|(purpose, path)| Some((purpose, path?)));
+        wrong.extend(outputs.filter_map(|(purpose, path)| Sink::look(purpose, path).err()));
         wrong
     }
 

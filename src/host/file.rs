@@ -10,6 +10,7 @@ use super::{Access, Sharing};
 use crate::error::{Context, Error, Result};
 use crate::events::{self, Event};
 use crate::log;
+use crate::paths;
 
 /// Opens the regular file or block device at `path`, which is what `what`, the name of a resource, is made
 /// of. The open of a FIFO waits for its other end, and a terminal can become the one that controls the process: both are
@@ -45,7 +46,7 @@ pub fn open(
         let reason = format!("it is {kind}, a file or block device is needed");
         return Err(Error::config(reason)).with_context(attempt);
     }
-    let file = opened.with_context(&attempt)?;
+    let file = opened.map_err(|error| paths::cannot_open(path, &error, write)).with_context(&attempt)?;
     let_it_wait(&file).with_context(attempt)?;
     let (how, fd) = (if write { "read and write" } else { "read" }, file.as_raw_fd());
     log::debug(format_args!("opened {what} `{}` to {how}, as descriptor {fd}", path.display()));

@@ -1,0 +1,112 @@
+//! What a newcomer gets wrong is told in words that lead on: what was attempted, on what, why not, what to do.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by it")]
+
+mod common;
+
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::net::UnixListener;
+use std::process::Command;
+
+use common::{Folder, Process, alula};
+
+/// How `command` ends without input: its code and its words.
+fn ended(command: Command) -> (Option<i32>, String) {
+    let mut process = Process::spawn(command);
+    process.stdin = None;
+    let ended = process.end();
+    (ended.code, ended.text)
+}
+
+/// The same of the monitor, in `folder`, with these arguments.
+fn tried(folder: &Folder, line: &str) -> (Option<i32>, String) {
+    let mut command = Command::new(alula());
+    command.args(line.split(' ')).current_dir(&folder.0);
+    ended(command)
+}
+
+#[test]
+fn a_path_that_leads_nowhere_is_told_with_where_it_breaks_off() {
+    let folder = Folder::new();
+    symlink("gone", folder.path("link")).unwrap();
+    let here = folder.0.display();
+    for (line, expected) in [
+        (
+            "run vmlinux",
+            format!(
+                "open kernel `vmlinux`: No such file or directory (os error 2): it was looked for in `{here}`\n"
+            ),
+        ),
+        ("run images/vmlinux", format!("(os error 2): there is no folder `images` in `{here}`\n")),
+        ("run link", "(os error 2): it is a link to `gone`, which is not there\n".to_owned()),
+        (
+            "run --disk d.img",
+            format!(
+                "open disk `disk0` `d.img`: No such file or directory (os error 2): it was looked for in `{here}`\n"
+            ),
+        ),
+        (
+            "run --config vm.json",
+            format!(
+                "read config file `vm.json`: No such file or directory (os error 2): it was looked for in `{here}`\n"
+            ),
+        ),
+        (
+            "run --log-path logs/x",
+            "open log file `logs/x` (`log_path`, --log-path): there is no folder `logs`: create it\n"
+                .to_owned(),
+        ),
+        ("run --api-sock s/x", "listen on API socket `s/x`: there is no folder `s`: create it\n".to_owned()),
+    ] {
+        let (code, text) = tried(&folder, line);
+        assert_eq!(code, Some(125), "{line}: {text}");
+        assert!(text.ends_with(&expected), "{line}: {text}");
+    }
+}
+
+#[test]
+fn what_a_user_may_not_use_is_told_with_what_to_do() {
+    common::open_devices();
+    let folder = Folder::new();
+    std::fs::set_permissions(&folder.0, PermissionsExt::from_mode(0o755)).unwrap();
+    let readable = folder.write("readable", vec![0; 512]);
+    let secret = folder.write("secret", vec![0; 512]);
+    std::fs::set_permissions(&readable, PermissionsExt::from_mode(0o644)).unwrap();
+    std::fs::set_permissions(&secret, PermissionsExt::from_mode(0o600)).unwrap();
+    let (readable, secret) = (readable.to_str().unwrap(), secret.to_str().unwrap());
+    let own = folder.path("own");
+    let own = own.to_str().unwrap();
+    let nobody = "this user may not";
+    for (arguments, code, expected) in [
+        (&["run", secret][..], 125, format!("{nobody} open it, or not enter its folder\n")),
+        (&["run", "--disk", readable], 125, "give it read-only (`is_read_only`, `ro`)".to_owned()),
+        (&["run", "--disk", secret], 125, format!("{nobody} open it, or not enter its folder\n")),
+        (&["run", "--log-path", secret], 125, format!("{nobody} write it\n")),
+        (&["run", "--log-path", own], 125, format!("{nobody} make files in `{}`", folder.0.display())),
+        (&["run", "--api-sock", own], 125, format!("{nobody} make files in `{}`", folder.0.display())),
+        (&["serve", "--api-sock", own], 1, format!("{nobody} make files in `{}`", folder.0.display())),
+    ] {
+        let (ended_with, text) = ended(common::as_nobody(&folder, arguments));
+        assert_eq!(ended_with, Some(code), "{arguments:?}: {text}");
+        assert!(text.contains("Permission denied") && text.contains(&expected), "{arguments:?}: {text}");
+    }
+}
+
+#[test]
+fn what_is_at_the_sockets_path_is_told_as_what_it_is() {
+    let folder = Folder::new();
+    let _listener = UnixListener::bind(folder.path("busy")).unwrap();
+    drop(UnixListener::bind(folder.path("left")).unwrap());
+    folder.write("file", "precious");
+    std::fs::create_dir(folder.path("folder")).unwrap();
+    for (name, expected) in [
+        ("busy", "another process serves it: choose another path"),
+        ("left", "a socket is left there by a process that has ended: remove it (`rm 'left'`)"),
+        ("file", "there is something else already: choose another path, or move that away"),
+        ("folder", "there is something else already: choose another path, or move that away"),
+    ] {
+        let (code, text) = tried(&folder, &format!("serve --api-sock {name}"));
+        assert_eq!(code, Some(1), "{name}: {text}");
+        assert_eq!(text, format!("alula: listen on API socket `{name}`: {expected}\n"));
+    }
+}
