@@ -1,9 +1,9 @@
 //! Alula, a microVM monitor: one process runs one virtual machine on Linux KVM.
 //!
 //! The modules, low to high; each uses only those before it (tests/tidy.rs reads this list):
-//! - [`error`]: the one error type. [`paths`]: why a path could not be opened. [`clock`]: the time of day.
-//!   [`json`]: values as clients write them. [`dialect`]: whose API is spoken. [`metrics`]: counters.
-//!   [`process`]: what this process costs.
+//! - [`error`]: the one error type. [`paths`]: why a path could not be opened. [`spelling`]: what a
+//!   misspelled word was meant to be. [`clock`]: the time of day. [`json`]: values as clients write them.
+//!   [`dialect`]: whose API is spoken. [`metrics`]: counters. [`process`]: what this process costs.
 //!   [`sink`]: where lines for the outside go. [`log`]: messages. [`timeline`]: the steps of a start.
 //! - [`snapshot`]: state that outlives the process. [`limiter`]: rate limits.
 //! - [`event`]: the core of an event loop. [`events`]: what happens to the microVM, for its readers.
@@ -56,6 +56,7 @@ pub mod platform;
 pub mod process;
 pub mod sink;
 pub mod snapshot;
+pub mod spelling;
 pub mod timeline;
 pub mod uring;
 pub mod virtio;

@@ -12,6 +12,7 @@ use lexopt::ValueExt;
 
 use crate::api::{CONFIG_SCHEMA, OPENAPI};
 use crate::cli::persona::Persona;
+use crate::spelling;
 
 pub use run::Run;
 pub use serve::Serve;
@@ -111,8 +112,9 @@ fn other(persona: Persona, mut arguments: Vec<OsString>) -> Result<Command, Stri
             if let Some(end) = arguments.iter().position(|argument| argument == "--") {
                 arguments.truncate(end);
             }
-            serve::parse(&mut lexopt::Parser::from_args(arguments), persona)
-                .map_err(|error| format!("{error}; see `firecracker --help`"))
+            serve::parse(&mut lexopt::Parser::from_args(arguments), persona).map_err(|error| {
+                format!("{}; see `firecracker --help`", with_meant_option(&error, serve::help))
+            })
         }
         _ => Err("only --version is implemented yet under this name: what this program does comes later"
             .to_owned()),
@@ -154,9 +156,34 @@ fn alula(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, Strin
             let version = || Command::Print(Persona::Alula.version());
             (alone(&mut parser, HELP.to_owned()).map(|help| help.unwrap_or_else(version)), "version")
         }
-        _ => return Err(format!("there is no command {command:?}: {COMMANDS}")),
+        _ => {
+            let message = format!("there is no command {command:?}");
+            let commands = COMMANDS.split([',', ' ', ';']);
+            let message = spelling::with_hint(message, &command.to_string_lossy(), commands);
+            return Err(format!("{message}: {COMMANDS}"));
+        }
     };
-    parsed.map_err(|error| format!("{error}; see `alula {name} --help`"))
+    parsed.map_err(|error| {
+        let help = || match alula([name.into(), "--help".into()]) {
+            Ok(Command::Print(help)) => help,
+            _ => String::new(),
+        };
+        format!("{}; see `alula {name} --help`", with_meant_option(&error, help))
+    })
+}
+
+/// The error, and the option of those in the help that was meant, if it is about one that there is not.
+fn with_meant_option(error: &lexopt::Error, help: impl FnOnce() -> String) -> String {
+    let message = error.to_string();
+    match error {
+        lexopt::Error::UnexpectedOption(option) => {
+            let is_none = |letter: char| !(letter.is_ascii_alphanumeric() || letter == '-');
+            let help = help();
+            let options = help.split(is_none).filter(|word| word.len() > 2 && word.starts_with("--"));
+            spelling::with_hint(message, option, options)
+        }
+        _ => message,
+    }
 }
 
 /// What comes after a command without arguments: nothing, or the wish for its help.
@@ -188,6 +215,9 @@ fn schema(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
         Short('h') | Long("help") => return Ok(Command::Print(SCHEMA_HELP.to_owned())),
         Value(which) if which == "openapi" => Command::Show(OPENAPI),
         Value(which) if which == "config" => Command::Show(CONFIG_SCHEMA),
+        Value(which) => {
+            return Err(format!("there is no schema {which:?}: expected `openapi` or `config`").into());
+        }
         other => return Err(other.unexpected()),
     };
     match parser.next()? {
@@ -274,6 +304,7 @@ mod tests {
         }
         for (line, expected) in [
             ("run", "unexpected argument \"run\"; see `firecracker --help`"),
+            ("--api-socket s", "invalid option '--api-socket': is `--api-sock` meant?; see `firecracker"),
             ("--start-time-us soon", "--start-time-us soon: expected a number"),
             ("--metadata m", "--metadata is not implemented yet"),
             ("--seccomp-filter f", "--seccomp-filter is not implemented yet: no filter would be set up"),
@@ -304,7 +335,13 @@ mod tests {
             ("dance", "there is no command \"dance\""),
             ("--cpus 1", "a command comes first"),
             ("run a b", "unexpected argument \"b\""),
-            ("run --cpu 1", "invalid option '--cpu'; see `alula run --help`"),
+            ("rnu", "there is no command \"rnu\": is `run` meant?: run, serve"),
+            ("run --cpu 1", "invalid option '--cpu': is `--cpus` meant?; see `alula run --help`"),
+            ("run --frobnicate", "invalid option '--frobnicate'; see `alula run --help`"),
+            ("run --dsik x", "invalid option '--dsik': is `--disk` meant?"),
+            ("serve --config x", "invalid option '--config': is `--config-file` meant?"),
+            ("ctl stats", "there is no command `stats`, or it has too many words: is `status` meant?"),
+            ("schema x", "there is no schema \"x\": expected `openapi` or `config`"),
             ("run --cpus", "missing argument for option '--cpus'"),
             ("run --cpus 70000", "--cpus 70000: expected a number: number too large"),
             ("run --memory much", "--memory much: expected a size like 256M or 2G"),

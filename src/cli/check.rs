@@ -17,8 +17,8 @@ pub fn run(path: &Path) -> u8 {
     };
     let (config, mut problems) = Config::examine(Dialect::Alula, &text);
     let sections = Config::sections(&text);
-    for (section, _) in sections.iter().filter(|(_, known)| !known) {
-        println!("{file}: {}", Config::unknown(section));
+    for unread in Config::unread(&sections) {
+        println!("{file}: {unread}");
     }
     if !sections.iter().any(|(section, _)| section == "boot-source") && is_object(&text) {
         let message = "`boot-source` is missing: it names the kernel to boot".to_owned();

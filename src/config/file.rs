@@ -20,6 +20,7 @@ use crate::dialect::Dialect;
 use crate::error::{Context, Error, Result};
 use crate::host::{Access, Sharing, file};
 use crate::log;
+use crate::spelling;
 
 /// A config file of more bytes is refused before it is read into memory.
 const CONFIG_FILE_MAX: u64 = 1 << 20;
@@ -52,6 +53,13 @@ impl std::fmt::Display for Problem {
     }
 }
 
+/// The sections that are read here or in other monitors.
+fn known_sections() -> Vec<&'static str> {
+    let known = [BOOT_SOURCE, MACHINE_CONFIG, CPU_CONFIG, LOGGER, METRICS, SERIAL];
+    let known = known.into_iter().chain(NOT_IMPLEMENTED);
+    known.chain(KINDS.iter().map(|kind| kind.section)).collect()
+}
+
 impl Config {
     /// The text of a config file.
     pub fn read(path: &Path) -> Result<Vec<u8>> {
@@ -80,9 +88,8 @@ impl Config {
     /// The same, written in this dialect.
     pub fn from_file_as(dialect: Dialect, path: &Path) -> Result<Self> {
         let text = Self::read(path)?;
-        for (section, _) in Self::sections(&text).iter().filter(|(_, known)| !known).take(PROBLEMS_MAX) {
-            let path = path.display();
-            log::line(format_args!("config file `{path}`: {}", Self::unknown(section)));
+        for unread in Self::unread(&Self::sections(&text)) {
+            log::line(format_args!("config file `{}`: {unread}", path.display()));
         }
         Self::parse_as(dialect, &text)
             .map_err(|problems| {
@@ -98,18 +105,25 @@ impl Config {
     /// The sections that a text has, if it can be read at all, and whether anybody reads them, here or in
     /// other monitors: others are misspelled. Notes begin with `_`, and `$schema` is for editors.
     pub fn sections(text: &[u8]) -> Vec<(String, bool)> {
-        let known = [BOOT_SOURCE, MACHINE_CONFIG, CPU_CONFIG, LOGGER, METRICS, SERIAL];
-        let known = known.into_iter().chain(NOT_IMPLEMENTED);
-        let known: Vec<_> = known.chain(KINDS.iter().map(|kind| kind.section)).collect();
+        let known = known_sections();
         let Sections(sections) = serde_json::from_slice(text).unwrap_or(Sections(Vec::new()));
         let is_note = |name: &String| name.starts_with('_') || name == "$schema";
         let is_known = |name: &String| known.contains(&name.as_str()) || is_note(name);
         sections.into_iter().map(|(name, _)| (name.clone(), is_known(&name))).collect()
     }
 
-    /// What is said of a section that nobody reads.
-    pub fn unknown(section: &str) -> String {
-        format!("`{section}` is no section of a config file: nobody reads it")
+    /// What is said of those that nobody reads, PROBLEMS_MAX at most and then a word that there are more.
+    pub fn unread(sections: &[(String, bool)]) -> Vec<String> {
+        let known = known_sections();
+        let mut unread = sections.iter().filter(|(_, is_known)| !is_known).map(|(section, _)| {
+            let message = format!("`{section}` is no section of a config file: nobody reads it");
+            spelling::with_hint(message, section, known.iter().copied())
+        });
+        let mut told: Vec<_> = unread.by_ref().take(PROBLEMS_MAX).collect();
+        if unread.next().is_some() {
+            told.push("there are more sections that nobody reads".to_owned());
+        }
+        told
     }
 
     /// Reads and checks the text of a config file; the error is everything wrong with it, PROBLEMS_MAX at most
@@ -421,7 +435,9 @@ mod tests {
             all.join(",")
         };
         let sections = format!("{{{}}}", list(100_000, &|index| format!("\"{index:x}\":0")));
-        assert_eq!(Config::sections(sections.as_bytes()).len(), 100_000);
+        let sections_found = Config::sections(sections.as_bytes());
+        let unread = Config::unread(&sections_found);
+        assert_eq!((sections_found.len(), unread.len()), (100_000, PROBLEMS_MAX + 1));
         Config::parse(sections.as_bytes()).unwrap();
 
         let many = format!(r#"{{"drives": [{}]}}"#, list(100_000, &|_| "{}".to_owned()));

@@ -6,6 +6,7 @@ use lexopt::Arg::{Long, Short, Value};
 use lexopt::ValueExt;
 
 use super::{Command, Given};
+use crate::spelling;
 
 const HELP: &str = "\
 Ask a running microVM something, or tell it to do something, over its control socket.
@@ -35,6 +36,9 @@ Examples:
   alula ctl --api-sock /tmp/alula.sock status
   alula ctl put /boot-source '{\"kernel_image_path\": \"vmlinux\"}'
 ";
+
+const COMMANDS: [&str; 11] =
+    ["status", "config", "metrics", "events", "pause", "resume", "shutdown", "get", "put", "patch", "delete"];
 
 /// `alula ctl`.
 #[derive(Debug)]
@@ -89,7 +93,10 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
         [] => return Err("a command is missing: status, config, metrics, events, pause, ...".into()),
         ["put" | "patch", ..] => return Err("a path and a body in JSON are expected".into()),
         ["get" | "delete", ..] => return Err("one path is expected".into()),
-        [word, ..] => return Err(format!("there is no command `{word}`, or it has too many words").into()),
+        [word, ..] => {
+            let message = format!("there is no command `{word}`, or it has too many words");
+            return Err(spelling::with_hint(message, word, COMMANDS).into());
+        }
     };
     Ok(Command::Ctl(Ctl { api_sock, json, ask }))
 }
