@@ -632,7 +632,7 @@ fn disks_and_interfaces_are_checked_where_they_are_named() {
         (
             "/network-interfaces/n",
             json!({ "iface_id": "n", "host_dev_name": "lo" }),
-            "it is not a TAP interface: `ip tuntap add dev lo mode tap",
+            "it is not a TAP interface: name one that is",
         ),
         (
             "/network-interfaces/n",

@@ -110,3 +110,37 @@ fn what_is_at_the_sockets_path_is_told_as_what_it_is() {
         assert_eq!(text, format!("alula: listen on API socket `{name}`: {expected}\n"));
     }
 }
+
+#[test]
+fn a_raw_image_that_looks_like_another_kind_is_warned_of() {
+    let folder = Folder::new();
+    let image = |begin: &[u8]| [begin, &vec![0; 1 << 20][begin.len()..]].concat();
+    for (begin, format, expected) in [
+        (
+            &b"QFI\xfb"[..],
+            "",
+            "begins like a qcow2 image: if it is one, say `format=qcow2` (`\"format\": \"qcow2\"`)",
+        ),
+        (b"KDMV", "", "begins like a VMDK image: if it is one, convert it (`qemu-img convert -O raw`)"),
+        (b"\x1f\x8b\x08", ",direct", "begins like a file of gzip: if it is one, unpack it"),
+        (b"\xfd7zXZ\0", ",ro", "begins like a file of xz: if it is one, unpack it"),
+        (b"\x28\xb5\x2f\xfd", "", "begins like a file of zstd: if it is one, unpack it"),
+        (b"EFI PART", "", ""),
+        (b"", "", ""),
+    ] {
+        folder.write("image", image(begin));
+        let (code, text) = tried(&folder, &format!("run --disk image{format} --cmdline case=serial"));
+        assert_eq!(code, Some(0), "{text}");
+        assert_eq!(text.contains("is used as a raw one"), !expected.is_empty(), "{text}");
+        assert!(text.contains(expected), "{text}");
+    }
+}
+
+#[test]
+fn more_memory_than_kvm_takes_is_told_as_that() {
+    let (code, text) = tried(&Folder::new(), "run --memory 9999G");
+    assert_eq!(code, Some(125), "{text}");
+    // Some hosts have no room for the mapping, others no KVM for it.
+    let said = ["give the guest less (`mem_size_mib`, --memory)", "of guest memory: give the guest less"];
+    assert!(said.iter().any(|said| text.contains(said)), "{text}");
+}

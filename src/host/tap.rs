@@ -288,9 +288,12 @@ fn refused(number: i32, queues: usize, create: &str) -> Error {
         libc::EBUSY => IN_USE.to_owned(),
         libc::EPERM => format!("this user may not use it: {create}"),
         libc::EINVAL if queues > 1 => {
-            format!("it is not a TAP interface with several queues (`queue_pairs`): {create}")
+            format!(
+                "it is not a TAP interface with several queues (`queue_pairs`): name another, or remove it, and \
+                 {create}"
+            )
         }
-        libc::EINVAL => format!("it is not a TAP interface: {create}"),
+        libc::EINVAL => "it is not a TAP interface: name one that is, or that is not there yet".to_owned(),
         libc::E2BIG => format!("{queues} queues are more than it has left (`queue_pairs`)"),
         _ => return Error::host(IoError::from_raw_os_error(number).to_string()),
     })

@@ -182,7 +182,16 @@ fn map(fd: &VmFd, slot: u32, region: &impl GuestMemoryRegion) -> Result<()> {
         userspace_addr: host as u64,
     };
     // SAFETY: the range is mapped as guest memory, which the machine keeps for longer than `fd`.
-    unsafe { fd.set_user_memory_region(kvm_region) }.with_context(|| {
-        format!("give KVM {} MiB of guest memory at {:#x}", region.len() >> 20, region.start_addr().0)
-    })
+    let given = unsafe { fd.set_user_memory_region(kvm_region) };
+    given
+        .map_err(|error| match error.errno() {
+            // aarch64 says EFAULT of what is beyond its guests' addresses.
+            libc::EINVAL | libc::EFAULT => {
+                Error::config("it takes less: give the guest less (`mem_size_mib`, --memory)")
+            }
+            _ => Error::host(error.to_string()),
+        })
+        .with_context(|| {
+            format!("give KVM {} MiB of guest memory at {:#x}", region.len() >> 20, region.start_addr().0)
+        })
 }

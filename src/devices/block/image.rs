@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -50,6 +50,9 @@ impl Image {
             return Err(Error::config(reason)).with_context(attempt);
         }
         let length = measure(&file, path)?;
+        if config.format == Format::Raw {
+            warn_of_container(&file, path);
+        }
         // Orchestrators put empty files where a disk will be swapped in later; many may share one.
         if length > 0 {
             lock(&file, access, sharing, &what, path).with_context(attempt)?;
@@ -217,4 +220,27 @@ impl Image {
 /// How many bytes a file or a block device has.
 pub fn measure(mut file: &File, path: &Path) -> Result<u64> {
     file.seek(SeekFrom::End(0)).with_context(|| format!("find the size of disk image `{}`", path.display()))
+}
+
+/// How other kinds of images, and compressed ones, begin.
+const CONTAINERS: [(&[u8], &str); 6] = [
+    (b"QFI\xfb", "a qcow2 image: if it is one, say `format=qcow2` (`\"format\": \"qcow2\"`)"),
+    (b"KDMV", "a VMDK image: if it is one, convert it (`qemu-img convert -O raw`)"),
+    (b"vhdxfile", "a VHDX image: if it is one, convert it (`qemu-img convert -O raw`)"),
+    (b"\x1f\x8b\x08", "a file of gzip: if it is one, unpack it"),
+    (b"\xfd7zXZ\0", "a file of xz: if it is one, unpack it"),
+    (b"\x28\xb5\x2f\xfd", "a file of zstd: if it is one, unpack it"),
+];
+
+/// Says so if a raw image looks like one that is not: the guest would see the container instead of a disk. No
+/// more than that, as a guest may write whatever it likes there.
+fn warn_of_container(file: &File, path: &Path) {
+    let mut head = [0; 8];
+    let count = file.read_at(&mut head, 0).unwrap_or(0);
+    if let Some((_, what)) = CONTAINERS.iter().find(|(begin, _)| head[..count].starts_with(begin)) {
+        log::line(format_args!(
+            "disk image `{}` is used as a raw one, and begins like {what}",
+            path.display()
+        ));
+    }
 }
