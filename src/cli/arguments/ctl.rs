@@ -21,9 +21,9 @@ Commands:
   pause, resume      Stop its CPUs and devices, let them go on
   shutdown           Ask the guest to power off: Ctrl-Alt-Del on x86_64, the power key on aarch64
   get PATH           Any request of the API (docs/api.md), like `get /machine-config`
-  put PATH JSON      `-` for JSON reads it from standard input
-  patch PATH JSON
-  delete PATH
+  put PATH JSON      With this body; `-` reads it from standard input
+  patch PATH JSON    The same
+  delete PATH        Without a body
 
 Options:
       --api-sock SOCKET  The socket [default: /run/firecracker.socket]
