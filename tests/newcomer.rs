@@ -9,6 +9,7 @@ use std::os::unix::net::UnixListener;
 use std::process::Command;
 
 use common::{Folder, Process, alula};
+use serde_json::json;
 
 /// How `command` ends without input: its code and its words.
 fn ended(command: Command) -> (Option<i32>, String) {
@@ -143,4 +144,37 @@ fn more_memory_than_kvm_takes_is_told_as_that() {
     // Some hosts have no room for the mapping, others no KVM for it.
     let said = ["give the guest less (`mem_size_mib`, --memory)", "of guest memory: give the guest less"];
     assert!(said.iter().any(|said| text.contains(said)), "{text}");
+}
+
+#[test]
+fn outputs_of_a_config_file_are_refused_before_the_guest_runs() {
+    let folder = Folder::new();
+    for (section, expected) in [
+        (json!({ "logger": { "log_path": "none/x" } }), "open log file `none/x` (`log_path`, --log-path)"),
+        (
+            json!({ "metrics": { "metrics_path": "none/x" } }),
+            "open metrics file `none/x` (`metrics_path`, --metrics-path)",
+        ),
+        (
+            json!({ "serial": { "serial_out_path": "none/x" } }),
+            "start the guest: open serial output `none/x` (`serial_out_path`)",
+        ),
+    ] {
+        let mut config = json!({
+            "boot-source": { "kernel_image_path": folder.firmware(), "boot_args": "case=serial" },
+        });
+        config.as_object_mut().unwrap().extend(section.as_object().unwrap().clone());
+        folder.write("vm.json", config.to_string());
+        for (line, failed) in [
+            ("run --config vm.json", 125),
+            ("run --config vm.json --api-sock s", 125),
+            ("serve --no-api --config-file vm.json", 1),
+            ("serve --api-sock s --config-file vm.json", 1),
+        ] {
+            let (code, text) = tried(&folder, line);
+            let said = format!("alula: {expected}: there is no folder `none`: create it\n");
+            assert_eq!((code, text), (Some(failed), said), "{line}");
+            assert!(!folder.path("s").exists(), "{line}: its socket is left");
+        }
+    }
 }

@@ -1,17 +1,32 @@
-//! The README's examples of the control socket, as a newcomer types them.
+//! The README: its examples of the control socket, as a newcomer types them, what it says is not there yet, and
+//! its figures, as far as they need no clock.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by it")]
 
 mod common;
 
+use std::collections::BTreeSet;
+use std::os::unix::net::UnixStream;
 use std::process::Command;
 
-use common::{Folder, called};
+use common::{Client, Folder, Process, Service, alula, called, wait_for};
+use serde_json::json;
+
+const README: &str = include_str!("../README.md");
+
+/// The rows of the table with this head, as cells.
+fn table(head: &str) -> Vec<Vec<&'static str>> {
+    let lines = README.lines().skip_while(|line| !line.starts_with(head)).skip(2);
+    let rows = lines.take_while(|line| line.starts_with('|'));
+    let rows: Vec<Vec<_>> =
+        rows.map(|row| row.trim_matches('|').split('|').map(str::trim).collect()).collect();
+    assert!(!rows.is_empty(), "there is no table `{head}`");
+    rows
+}
 
 /// The block of shell that contains `text`.
 fn example(text: &str) -> String {
-    let readme = include_str!("../README.md");
-    let blocks = readme.split("```sh\n").skip(1).map(|rest| rest.split("```").next().unwrap());
+    let blocks = README.split("```sh\n").skip(1).map(|rest| rest.split("```").next().unwrap());
     blocks.into_iter().find(|block| block.contains(text)).unwrap().to_owned()
 }
 
@@ -47,4 +62,171 @@ kill %1";
         assert!(text.contains(expected), "{expected}: {text}");
     }
     assert!(output.status.success() && !text.contains("fault_message"), "{text}");
+}
+
+/// What is refused because it is not there yet: of a service, by its path.
+fn is_path_refused(client: &mut Client, path: &str) -> bool {
+    let answers = ["GET", "PUT", "PATCH"].map(|method| client.request(method, path, "{}"));
+    answers.iter().any(|answer| answer.body.contains("is not implemented yet"))
+}
+
+#[test]
+fn what_is_not_there_yet_is_what_is_refused() {
+    /// Where Firecracker's API begins.
+    const PATHS: [&str; 18] = [
+        "/actions",
+        "/balloon",
+        "/boot-source",
+        "/cpu-config",
+        "/drives",
+        "/entropy",
+        "/hotplug",
+        "/logger",
+        "/machine-config",
+        "/metrics",
+        "/mmds",
+        "/network-interfaces",
+        "/pmem",
+        "/serial",
+        "/snapshot",
+        "/version",
+        "/vm",
+        "/vsock",
+    ];
+    /// The options of its command line.
+    const OPTIONS: [&str; 18] = [
+        "--api-sock",
+        "--boot-timer",
+        "--config-file",
+        "--describe-snapshot",
+        "--enable-pci",
+        "--id",
+        "--level",
+        "--log-path",
+        "--metadata",
+        "--metrics-path",
+        "--mmds-size-limit",
+        "--module",
+        "--no-api",
+        "--no-seccomp",
+        "--seccomp-filter",
+        "--show-level",
+        "--show-log-origin",
+        "--snapshot-version",
+    ];
+    let rows = table("| not yet |");
+    let quoted = |cell: &'static str| cell.split('`').skip(1).step_by(2);
+    let names = |happens: &str| -> BTreeSet<&str> {
+        rows.iter().filter(|row| row[1].starts_with(happens)).flat_map(|row| quoted(row[0])).collect()
+    };
+    let mut refused = names("refused");
+    assert_eq!(names("taken, without effect"), BTreeSet::from(["--mmds-size-limit"]));
+    assert_eq!(names("under these names"), BTreeSet::from(["jailer", "snapshot-editor"]));
+
+    let service = Service::start(&[]);
+    let mut client = service.client();
+    // All of it but one property.
+    let capabilities = r#"{"cpuid_modifiers": [], "kvm_capabilities": ["1"]}"#;
+    let fault = client.request("PUT", "/cpu-config", capabilities).fault();
+    assert!(fault.contains("`kvm_capabilities` is not implemented yet"), "{fault}");
+    client.ok("PUT", "/cpu-config", r#"{"cpuid_modifiers": []}"#);
+    assert!(refused.remove("/cpu-config") && refused.remove("cpuid_modifiers"));
+    for path in PATHS {
+        assert_eq!(is_path_refused(&mut client, path), refused.remove(path), "{path}");
+    }
+    let folder = Folder::new();
+    let firecracker = called("firecracker", &folder);
+    for option in OPTIONS {
+        let output = Command::new(&firecracker).args([option, "x", "--nonsense"]).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        let is_refused = text.contains(&format!("{option} is not implemented yet"));
+        assert_eq!(is_refused, refused.remove(option), "{option}: {text}");
+    }
+    let machine = |field: &str, value| json!({ "vcpu_count": 1, "mem_size_mib": 128, field: value });
+    let drive = json!({ "drive_id": "a", "is_root_device": false, "socket": "/s" });
+    for (name, path, body) in [
+        ("track_dirty_pages", "/machine-config", machine("track_dirty_pages", json!(true))),
+        ("cpu_template", "/machine-config", machine("cpu_template", json!("T2"))),
+        ("huge_pages", "/machine-config", machine("huge_pages", json!("2M"))),
+        ("socket", "/drives/a", drive),
+    ] {
+        let fault = client.request("PUT", path, &body.to_string()).fault();
+        assert!(fault.contains(&format!("`{name}` is not implemented yet")), "{name}: {fault}");
+        assert!(refused.remove(name), "{name} is refused, and not in the README's table");
+    }
+    assert_eq!(refused, BTreeSet::from(["2M"]), "nothing here looks for these");
+    for name in ["jailer", "snapshot-editor"] {
+        let folder = Folder::new();
+        let program = called(name, &folder);
+        let status = |option: &str| Command::new(&program).arg(option).output().unwrap().status.success();
+        assert!(status("--version") && status("--help") && !status("--id"), "{name}");
+    }
+}
+
+/// The numbers in the row of the README's figures that begins so.
+fn figures(begin: &str) -> Vec<f64> {
+    let rows = table("| figure |");
+    let row = rows.iter().find(|row| row[0].starts_with(begin)).unwrap_or_else(|| panic!("no `{begin}`"));
+    row[1].split(' ').filter_map(|word| word.parse().ok()).collect()
+}
+
+/// A service whose firmware guest has written its first byte, started by `program` with `arguments` before the
+/// service's own.
+fn started(folder: &Folder, program: &str, arguments: &[&str]) -> Process {
+    let socket = folder.path("api.socket");
+    let mut command = Command::new(program);
+    command.args(arguments).args(["serve", "--api-sock"]).arg(&socket);
+    let mut process = Process::spawn(command);
+    let mut stream = None;
+    wait_for(|| {
+        stream = UnixStream::connect(&socket).ok();
+        stream.is_some()
+    });
+    let mut client = Client { stream: stream.unwrap() };
+    client.ok("GET", "/", "");
+    let boot = json!({ "kernel_image_path": folder.firmware(), "boot_args": "hello" });
+    client.ok("PUT", "/boot-source", &boot.to_string());
+    client.ok("PUT", "/machine-config", r#"{"vcpu_count": 1, "mem_size_mib": 128}"#);
+    client.ok("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#);
+    process.expect("A");
+    process
+}
+
+#[test]
+#[ignore = "figures are those of a release: scripts/test names it in ALULA"]
+fn the_figures_are_true() {
+    /// A figure may be so much better or worse than it says.
+    const OFF_MAX: f64 = 0.1;
+    let assert_true = |what: &str, figure: f64, found: f64| {
+        let off = (found - figure).abs() / figure;
+        assert!(off <= OFF_MAX, "{what}: the README says {figure}, found {found}");
+    };
+    let binary = alula();
+    let bytes = std::fs::metadata(&binary).unwrap().len() as f64;
+    assert_true("the binary, MiB", figures("the binary")[0], bytes / f64::from(1 << 20));
+
+    let folder = Folder::new();
+    let process = started(&folder, binary.to_str().unwrap(), &[]);
+    let memory = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", process.child.id())).unwrap();
+    let anonymous = memory.lines().find_map(|line| line.strip_prefix("Anonymous:")).unwrap();
+    let anonymous = anonymous.trim().trim_end_matches(" kB").parse().unwrap();
+    assert_true("anonymous memory, KiB", figures("anonymous memory")[0], anonymous);
+    drop(process);
+
+    let folder = Folder::new();
+    let trace = folder.path("trace");
+    let arguments = ["-f", "-qq", "-o", trace.to_str().unwrap(), binary.to_str().unwrap()];
+    let mut process = started(&folder, "strace", &arguments);
+    let text = std::fs::read_to_string(&trace).unwrap();
+    let calls: Vec<_> = text.lines().filter(|line| line.contains('(')).collect();
+    let answer = calls.iter().position(|line| line.contains("HTTP/1.1 200")).unwrap() + 1;
+    let byte = calls.iter().position(|line| line.contains("write(") && line.contains("\"A\"")).unwrap() + 1;
+    let [to_answer, to_byte] = figures("system calls")[..] else { panic!("two figures of system calls") };
+    assert_true("system calls to the first answer", to_answer, answer as f64);
+    assert_true("system calls to the first byte", to_byte, byte as f64);
+    // strace ends with its child, which it started and we may signal.
+    let traced = text.split_whitespace().next().unwrap();
+    assert!(Command::new("kill").arg(traced).status().unwrap().success());
+    process.stdin = None;
+    process.end();
 }
