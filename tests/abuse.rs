@@ -5,7 +5,7 @@
 
 mod common;
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::time::Duration;
 
 use common::{Client, Service, wait_for};
@@ -97,17 +97,37 @@ fn messages_that_nobody_reads_hold_up_neither_clients_nor_signals() {
     (0..300).for_each(|_| drop(client.request("GET", &path, "").fault()));
     let lost = client.ok("GET", "/metrics", "").json()["logger"]["missed_log_count"].as_u64().unwrap();
     assert!(lost > 0, "the pipe took it all");
-    // SAFETY: the process is our child and has not been waited for.
-    #[allow(unsafe_code)]
-    unsafe {
-        libc::kill(child.id() as i32, libc::SIGTERM);
-    }
+    common::send(&child, libc::SIGTERM);
     wait_for(|| child.try_wait().unwrap().is_some());
     assert_eq!(child.wait().unwrap().code(), Some(128 + libc::SIGTERM));
     assert!(!socket.exists());
     let mut messages = String::new();
     child.stderr.take().unwrap().read_to_string(&mut messages).unwrap();
     assert_eq!(messages.lines().count() as u64, 300 - lost);
+}
+
+#[test]
+fn a_reader_of_events_with_no_descriptor_left_ends_no_guest() {
+    let mut service = Service::running(STEADY);
+    let (mut reader, mut client) = (service.client(), service.client());
+    for one in [&mut reader, &mut client] {
+        one.ok("GET", "/", "");
+    }
+    let enough = service.process.limit_descriptors(0);
+    reader.send("GET /events HTTP/1.1\r\n\r\n");
+    assert_eq!(reader.receive().status(), "200");
+    let mut lines = BufReader::new(reader.stream).lines();
+    let mut expect = |text: &str| assert!(lines.any(|line| line.unwrap().contains(text)), "{text}");
+    expect("started");
+    for state in ["Paused", "Resumed"] {
+        client.ok("PATCH", "/vm", &json!({ "state": state }).to_string());
+        expect(&state.to_lowercase());
+    }
+    service.process.limit_descriptors(enough);
+    client.ok("PATCH", "/vm", r#"{"state": "Paused"}"#);
+    client.ok("PATCH", "/vm", r#"{"state": "Resumed"}"#);
+    ["paused", "resumed"].into_iter().for_each(expect);
+    assert_undisturbed(&mut service);
 }
 
 #[test]

@@ -22,7 +22,6 @@ const UNSAFE: &[&str] = &[
     "src/devices/entropy.rs",
     "src/devices/net/outgoing.rs",
     "src/devices/net/port.rs",
-    "src/host.rs",
     "src/host/file.rs",
     "src/host/link.rs",
     "src/host/passt.rs",

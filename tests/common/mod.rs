@@ -101,6 +101,13 @@ pub fn forbid(call: libc::c_long, errno: i32) {
     }
 }
 
+/// Sends a signal to a child that has not been waited for.
+#[allow(unsafe_code)]
+pub fn send(child: &Child, signal: i32) {
+    // SAFETY: the call takes numbers.
+    unsafe { libc::kill(child.id() as i32, signal) };
+}
+
 /// A running process, killed when the test ends.
 pub struct Process {
     pub child: Child,
@@ -177,10 +184,21 @@ impl Process {
     }
 
     pub fn send(&mut self, signal: i32) {
-        // SAFETY: the process is our child and has not been waited for.
-        #[allow(unsafe_code)]
+        send(&self.child, signal);
+    }
+
+    /// Lets it open no descriptor whose number is `soft` or more from now on. Returns what the limit was.
+    #[allow(unsafe_code)]
+    pub fn limit_descriptors(&self, soft: u64) -> u64 {
+        let pid = self.child.id() as i32;
+        let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        // SAFETY: the calls read and write the local structure.
         unsafe {
-            libc::kill(self.child.id() as i32, signal);
+            assert_eq!(libc::prlimit(pid, libc::RLIMIT_NOFILE, std::ptr::null(), &mut limit), 0);
+            let before = limit.rlim_cur;
+            limit.rlim_cur = soft;
+            assert_eq!(libc::prlimit(pid, libc::RLIMIT_NOFILE, &limit, std::ptr::null_mut()), 0);
+            before
         }
     }
 
