@@ -262,30 +262,38 @@ impl Reader {
 pub struct Feed {
     sink: Sink,
     reader: Reader,
+    /// The last line could not be written, and not because there is no room now: the other side is gone.
+    is_broken: bool,
 }
 
 impl Feed {
     /// Opens it, as any sink.
     pub fn open(path: &Path) -> Result<Self> {
-        Ok(Self { sink: Sink::open(Purpose::Events, path)?, reader: Reader::default() })
+        Ok(Self { sink: Sink::open(Purpose::Events, path)?, reader: Reader::default(), is_broken: false })
     }
 
     /// Writes what it has not got yet, as far as it goes without waiting.
     pub fn tell(&mut self) {
         // Only what is written counts as read: the history keeps the rest.
         let mut ahead = self.reader;
+        self.is_broken = false;
         while self.sink.flush() {
             let lines = ahead.read(1);
-            if lines.is_empty() || !self.sink.write_line(lines.as_bytes()) {
+            if lines.is_empty() {
+                return;
+            }
+            // There was room.
+            self.is_broken = !self.sink.write_line(lines.as_bytes());
+            if self.is_broken {
                 return;
             }
             self.reader = ahead;
         }
     }
 
-    /// Whether it has not got everything.
+    /// Whether it has not got everything, and may still get it.
     pub fn is_behind(&mut self) -> bool {
-        !self.sink.flush() || self.reader.is_behind()
+        !self.is_broken && (!self.sink.flush() || self.reader.is_behind())
     }
 }
 
@@ -388,6 +396,17 @@ mod tests {
         for (number, line) in seen.iter().enumerate() {
             assert_eq!(line["request"], format!("GET /{number}"));
         }
+    }
+
+    #[test]
+    fn nobody_waits_for_a_feed_whose_reader_is_gone() {
+        lock().add(Event::PoweredOff);
+        let (reader, writer) = std::io::pipe().unwrap();
+        let mut feed = Feed::open(Path::new(&format!("fd:{}", writer.as_raw_fd()))).unwrap();
+        assert!(feed.is_behind());
+        drop(reader);
+        feed.tell();
+        assert!(!feed.is_behind());
     }
 
     #[test]
