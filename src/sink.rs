@@ -46,6 +46,8 @@ pub struct Sink {
     file: File,
     /// The rest of a line that there was no room for yet: at most that one line.
     rest: Vec<u8>,
+    /// What was written last was only a part of a line. Without the rest, the next one would go on in it.
+    is_part: bool,
 }
 
 impl Sink {
@@ -57,7 +59,7 @@ impl Sink {
             Some(number) => inherit(number),
             None => open(path),
         };
-        Ok(Self { file: file.with_context(attempt)?, rest: Vec::new() })
+        Ok(Self { file: file.with_context(attempt)?, rest: Vec::new(), is_part: false })
     }
 
     /// Whether `path` could be opened so, without creating it. A descriptor is that of the process that
@@ -80,12 +82,14 @@ impl Sink {
     /// Writes a line, which ends with a newline, or keeps it if the other side has no room now. False: it
     /// is lost, because another one is kept already, or for good.
     pub fn write_line(&mut self, line: &[u8]) -> bool {
-        if !self.flush() {
+        if !self.flush() || self.is_part && self.put(b"\n").is_err() {
             return false;
         }
+        self.is_part = false;
         match self.put(line) {
             Ok(count) => {
                 self.rest.extend_from_slice(&line[count..]);
+                self.is_part = !self.rest.is_empty();
                 true
             }
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
@@ -100,9 +104,12 @@ impl Sink {
     pub fn flush(&mut self) -> bool {
         while !self.rest.is_empty() {
             match self.put(&self.rest) {
-                Ok(count) => drop(self.rest.drain(..count)),
+                Ok(count) => {
+                    self.rest.drain(..count);
+                    self.is_part = !self.rest.is_empty();
+                }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return false,
-                // Nobody will ever read it.
+                // Nobody will ever read it, or a file has no room.
                 Err(_) => self.rest.clear(),
             }
         }
@@ -291,6 +298,29 @@ mod tests {
         assert!(text == expected.as_bytes(), "{} bytes instead of {}", text.len(), expected.len());
         let count = reader.read(&mut chunk).unwrap();
         assert_eq!(&chunk[..count], b"again\n");
+    }
+
+    #[test]
+    fn after_a_line_that_was_cut_short_comes_a_new_one() {
+        let folder = Folder::new("torn");
+        let path = folder.0.join("fifo");
+        fifo(&path);
+        let mut sink = Sink::open(Purpose::Log, &path).unwrap();
+        let line = format!("{}\n", "x".repeat(9000));
+        while sink.rest.is_empty() {
+            assert!(sink.write_line(line.as_bytes()));
+        }
+        // Of the last one a part is out; what is left cannot be written, as on a disk that is full.
+        let file = std::mem::replace(&mut sink.file, File::open("/dev/null").unwrap());
+        assert!(!sink.write_line(b"lost\n"));
+        sink.file = file;
+        let mut reader = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&path).unwrap();
+        let mut text = vec![0; 1 << 20];
+        let count = reader.read(&mut text).unwrap();
+        assert!(!text[..count].ends_with(b"\n"));
+        assert!(sink.write_line(b"next\n") && sink.write_line(b"last\n"));
+        let count = reader.read(&mut text).unwrap();
+        assert_eq!(&text[..count], b"\nnext\nlast\n");
     }
 
     #[test]
