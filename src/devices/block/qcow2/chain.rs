@@ -110,7 +110,7 @@ impl<'a> Chain<'a> {
             Format::Qcow2 => {
                 let header = Header::read(&file, measure(&file, &path)?, Access::Read)?;
                 header.warn(&path);
-                self.image(Layer::image(file), &path, Access::Read)
+                self.image(Layer::image(file, header.mark.is_some()), &path, Access::Read)
             }
             Format::Raw => {
                 let raw = Raw::open_image(Layer::raw(file), false).context("measure it")?;

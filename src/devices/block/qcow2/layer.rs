@@ -26,10 +26,10 @@ pub struct Layer {
 
 #[derive(Debug)]
 enum Kind {
-    /// Anything: it is only read.
+    /// Anything: it is only read, as it is.
     Raw,
-    /// A qcow2 image that is only read. `imago` does not see marks that forbid no more than writing.
-    Image,
+    /// A qcow2 image that is only read. `imago` does not see the marks that forbid no more than writing.
+    Marked,
     /// A qcow2 image that is written: its tables are held until they may be in the file.
     Writable(Arc<Tables>),
 }
@@ -40,9 +40,10 @@ impl Layer {
         Self::new(Arc::new(Medium::new(file, 0)), Kind::Raw)
     }
 
-    /// A qcow2 image that is only read.
-    pub fn image(file: File) -> Self {
-        Self::new(Arc::new(Medium::new(file, 0)), Kind::Image)
+    /// A qcow2 image that is only read; `is_marked`: as one that must not be written.
+    pub fn image(file: File, is_marked: bool) -> Self {
+        // Version 2 has no marks, and other things in their place.
+        Self::new(Arc::new(Medium::new(file, 0)), if is_marked { Kind::Marked } else { Kind::Raw })
     }
 
     /// A qcow2 image that is written.
@@ -83,7 +84,7 @@ impl Storage for Layer {
             }
             match self.kind {
                 Kind::Raw => {}
-                Kind::Image => header::hide_marks(&mut slice, offset),
+                Kind::Marked => header::hide_marks(&mut slice, offset),
                 Kind::Writable(_) => self.medium.hide_claims(&mut slice, offset),
             }
             offset += slice.len() as u64;

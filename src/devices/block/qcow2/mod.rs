@@ -88,7 +88,7 @@ impl Qcow2 {
             Some(writable) => Layer::writable(writable.tables.clone()),
             None => {
                 header.warn(path);
-                Layer::image(file)
+                Layer::image(file, header.mark.is_some())
             }
         };
         let image = chain.open(layer, path, access)?;

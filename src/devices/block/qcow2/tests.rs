@@ -148,3 +148,18 @@ fn autoclear_features_are_off_before_anything_is_written() {
         }
     }
 }
+
+#[test]
+fn an_image_of_version_2_is_read_as_it_is() {
+    let mut image = image(Kind { version: 2, has_base: true, ..PLAIN });
+    // The name of what is beneath lies where later versions have their marks.
+    let name = b"backing-name";
+    image[8..16].copy_from_slice(&72_u64.to_be_bytes());
+    image[16..20].copy_from_slice(&(name.len() as u32).to_be_bytes());
+    image[72..72 + name.len()].copy_from_slice(name);
+    let Opened { file, mut config, .. } = open(&image, CacheType::Writeback);
+    (config.backing, config.is_read_only) = (None, true);
+    let error = open_again(&config).err().expect("nobody says where that is");
+    assert!(error.to_string().contains("`backing-name`"), "{error}");
+    assert!(std::fs::read(file.as_path()).unwrap() == image);
+}
