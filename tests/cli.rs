@@ -5,12 +5,12 @@
 mod common;
 
 use std::fs::File;
-use std::io::{Read, Write};
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::io::Write;
 use std::os::unix::process::CommandExt;
 
 use std::process::{Command, Stdio};
 
+use common::terminal::Terminal;
 use common::{Ended, Folder, Process, alula, called, run, wait_for};
 
 const X86_64: bool = cfg!(target_arch = "x86_64");
@@ -282,60 +282,6 @@ fn a_user_who_may_not_use_kvm_is_told_how_to() {
     assert!(ended.text.contains("usermod -aG kvm"), "{}", ended.text);
 }
 
-/// A terminal: the user's side, and the side that the monitor gets.
-struct Terminal {
-    user: File,
-    monitor: OwnedFd,
-}
-
-impl Terminal {
-    #[allow(unsafe_code)]
-    fn new() -> Self {
-        let (mut user, mut monitor) = (0, 0);
-        let null = std::ptr::null_mut();
-        // SAFETY: the call writes the two descriptors, which are then owned here.
-        unsafe {
-            assert_eq!(libc::openpty(&mut user, &mut monitor, null, null.cast(), null.cast()), 0);
-            Self { user: File::from_raw_fd(user), monitor: OwnedFd::from_raw_fd(monitor) }
-        }
-    }
-
-    /// The input and local modes, of which raw mode changes some.
-    #[allow(unsafe_code)]
-    fn modes(&self) -> (u32, u32) {
-        use std::os::fd::AsRawFd;
-        // SAFETY: `termios` is plain data that the call fills in.
-        unsafe {
-            let mut mode: libc::termios = std::mem::zeroed();
-            assert_eq!(libc::tcgetattr(self.monitor.as_raw_fd(), &mut mode), 0);
-            (mode.c_iflag, mode.c_lflag)
-        }
-    }
-
-    fn is_raw(&self) -> bool {
-        self.modes().1 & (libc::ICANON | libc::ECHO | libc::ISIG) == 0
-    }
-
-    fn start(&self, arguments: &[&str]) -> std::process::Child {
-        let side = || Stdio::from(self.monitor.try_clone().unwrap());
-        Command::new(alula())
-            .args(arguments)
-            .stdin(side())
-            .stdout(side())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap()
-    }
-
-    fn read_until(&mut self, text: &str) {
-        let (mut seen, mut byte) = (Vec::new(), [0]);
-        while !String::from_utf8_lossy(&seen).contains(text) {
-            self.user.read_exact(&mut byte).unwrap();
-            seen.push(byte[0]);
-        }
-    }
-}
-
 #[test]
 fn the_terminal_is_raw_for_the_guest_and_restored_on_every_way_out() {
     type WayOut = fn(&mut Terminal, &mut std::process::Child);
@@ -488,55 +434,4 @@ fn a_limit_of_cpu_time_ends_the_process_with_words() {
     assert_eq!(ended.code, Some(154), "{}", ended.text);
     let said = "alula: the soft limit of CPU time (RLIMIT_CPU, `ulimit -S -t`) is used up\n";
     assert!(ended.text.contains(said), "{}", ended.text);
-}
-
-#[test]
-fn a_signal_that_was_ignored_at_the_start_stays_ignored() {
-    let mut command = Command::new("sh");
-    let script = r#"trap "" HUP INT QUIT; exec "$0" run --cmdline "case=serial end=idle""#;
-    command.args(["-c", script]).arg(alula());
-    let mut process = Process::spawn(command);
-    process.expect("0 failed");
-    for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT] {
-        process.send(signal);
-    }
-    process.send(libc::SIGTERM);
-    let ended = process.end();
-    assert_eq!(ended.code, Some(128 + libc::SIGTERM), "{}", ended.text);
-}
-
-#[test]
-fn a_background_job_leaves_its_terminal_alone() {
-    use std::os::unix::process::CommandExt;
-    let terminal = Terminal::new();
-    let folder = Folder::new();
-    let socket = folder.path("s");
-    let side = || Stdio::from(terminal.monitor.try_clone().unwrap());
-    // A shell with job control, which has the terminal; its job has a process group of its own.
-    let mut command = Command::new("sh");
-    let script = r#"set -m; "$0" serve --api-sock "$1" & read -r line; kill $!; wait $!; exit $?"#;
-    command.args(["-c", script]).arg(alula()).arg(&socket);
-    command.stdin(side()).stdout(side()).stderr(Stdio::null());
-    // SAFETY: between fork and exec the closure makes system calls alone.
-    #[allow(unsafe_code)]
-    unsafe {
-        command.pre_exec(|| {
-            libc::setsid();
-            libc::ioctl(0, libc::TIOCSCTTY, 0);
-            Ok(())
-        });
-    }
-    let mut shell = command.spawn().unwrap();
-    wait_for(|| socket.exists());
-    let mut client = common::Client::connect(&socket);
-    let boot = serde_json::json!({
-        "kernel_image_path": folder.firmware(), "boot_args": "case=serial end=idle",
-    });
-    client.ok("PUT", "/boot-source", &boot.to_string());
-    client.ok("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#);
-    let state = client.request("GET", "/", "").json()["state"].clone();
-    assert_eq!(state, "Running");
-    assert!(!terminal.is_raw(), "a background process changed its terminal");
-    (&terminal.user).write_all(b"end\n").unwrap();
-    assert_eq!(shell.wait().unwrap().code(), Some(128 + libc::SIGTERM));
 }

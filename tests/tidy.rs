@@ -42,9 +42,11 @@ const UNSAFE: &[&str] = &[
     "tests/common/loopback.rs",
     "tests/common/mod.rs",
     "tests/common/network.rs",
+    "tests/common/terminal.rs",
     "tests/costs.rs",
     "tests/fuzz/src/ground.rs",
     "tests/fuzz/src/host.rs",
+    "tests/signals.rs",
 ];
 
 fn root() -> PathBuf {

@@ -6,6 +6,7 @@ pub mod disk;
 pub mod driver;
 pub mod loopback;
 pub mod network;
+pub mod terminal;
 
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Read, Write};

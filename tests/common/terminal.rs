@@ -1,0 +1,79 @@
+//! Terminals of the tests (pty(7)), and shells that have one.
+
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+
+use super::alula;
+
+/// A terminal: the user's side, and the side that the monitor gets.
+pub struct Terminal {
+    pub user: File,
+    pub monitor: OwnedFd,
+}
+
+impl Terminal {
+    #[allow(unsafe_code)]
+    pub fn new() -> Self {
+        let (mut user, mut monitor) = (0, 0);
+        let null = std::ptr::null_mut();
+        // SAFETY: the call writes the two descriptors, which are then owned here.
+        unsafe {
+            assert_eq!(libc::openpty(&mut user, &mut monitor, null, null.cast(), null.cast()), 0);
+            Self { user: File::from_raw_fd(user), monitor: OwnedFd::from_raw_fd(monitor) }
+        }
+    }
+
+    /// The input and local modes, of which raw mode changes some.
+    #[allow(unsafe_code)]
+    pub fn modes(&self) -> (u32, u32) {
+        // SAFETY: `termios` is plain data that the call fills in.
+        unsafe {
+            let mut mode: libc::termios = std::mem::zeroed();
+            assert_eq!(libc::tcgetattr(self.monitor.as_raw_fd(), &mut mode), 0);
+            (mode.c_iflag, mode.c_lflag)
+        }
+    }
+
+    pub fn is_raw(&self) -> bool {
+        self.modes().1 & (libc::ICANON | libc::ECHO | libc::ISIG) == 0
+    }
+
+    /// The monitor with this terminal.
+    pub fn start(&self, arguments: &[&str]) -> Child {
+        self.with(Command::new(alula()).args(arguments)).spawn().unwrap()
+    }
+
+    /// A shell with job control that has the terminal. It runs `script`, whose `$0` is the monitor: its jobs
+    /// have process groups of their own.
+    #[allow(unsafe_code)]
+    pub fn shell(&self, script: &str, arguments: &[&str]) -> Child {
+        let mut command = Command::new("sh");
+        command.args(["-c", &format!("set -m; {script}")]).arg(alula()).args(arguments);
+        // SAFETY: between fork and exec the closure makes system calls alone.
+        unsafe {
+            command.pre_exec(|| {
+                libc::setsid();
+                libc::ioctl(0, libc::TIOCSCTTY, 0);
+                Ok(())
+            });
+        }
+        self.with(&mut command).spawn().unwrap()
+    }
+
+    /// `command` with this terminal.
+    pub fn with<'a>(&self, command: &'a mut Command) -> &'a mut Command {
+        let side = || Stdio::from(self.monitor.try_clone().unwrap());
+        command.stdin(side()).stdout(side()).stderr(Stdio::null())
+    }
+
+    pub fn read_until(&mut self, text: &str) {
+        let (mut seen, mut byte) = (Vec::new(), [0]);
+        while !String::from_utf8_lossy(&seen).contains(text) {
+            self.user.read_exact(&mut byte).unwrap();
+            seen.push(byte[0]);
+        }
+    }
+}
