@@ -1,6 +1,8 @@
 //! The core of an event loop: an epoll set, in which each descriptor is known by a token.
 
+use std::io::{Error, ErrorKind};
 use std::os::fd::{AsRawFd, RawFd};
+use std::ptr;
 use std::time::Duration;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -14,6 +16,18 @@ pub type Interest = EventSet;
 
 /// How many events one wait can return; the next wait returns more.
 const EVENTS: usize = 32;
+
+/// Blocks all signals in this thread: other threads take those that are sent to the process. For a thread
+/// that may be held by a disk that does not answer, where only SIGKILL reaches it.
+#[allow(unsafe_code)]
+pub fn leave_signals_to_others() {
+    // SAFETY: `sigset_t` is plain data that sigfillset initialises; the call changes this thread's mask.
+    unsafe {
+        let mut all: libc::sigset_t = std::mem::zeroed();
+        libc::sigfillset(&mut all);
+        libc::pthread_sigmask(libc::SIG_BLOCK, &all, ptr::null_mut());
+    }
+}
 
 /// A set of descriptors to wait for, level-triggered unless `Interest::EDGE_TRIGGERED` is given. The kernel
 /// takes a descriptor out of the set when its last copy is closed (epoll(7)).
@@ -64,16 +78,45 @@ impl Events {
     /// Waits until something is ready, or until `timeout` (none: for ever), and puts what is ready
     /// into `ready`. An interrupting signal returns an empty set.
     pub fn wait(&self, timeout: Option<Duration>, ready: &mut Vec<Ready>) -> Result<()> {
+        self.wait_with(timeout, ready, None)
+    }
+
+    /// As [`Self::wait`], with the signal mask `mask` while this thread waits, and its own before and after.
+    pub fn wait_masked(
+        &self,
+        timeout: Option<Duration>,
+        ready: &mut Vec<Ready>,
+        mask: &libc::sigset_t,
+    ) -> Result<()> {
+        self.wait_with(timeout, ready, Some(mask))
+    }
+
+    #[allow(unsafe_code)]
+    fn wait_with(
+        &self,
+        timeout: Option<Duration>,
+        ready: &mut Vec<Ready>,
+        mask: Option<&libc::sigset_t>,
+    ) -> Result<()> {
         ready.clear();
-        let mut events = [EpollEvent::default(); EVENTS];
+        let mut events = [libc::epoll_event { events: 0, u64: 0 }; EVENTS];
         let timeout_ms = timeout.map_or(-1, |timeout| timeout.as_millis().try_into().unwrap_or(i32::MAX));
-        match self.epoll.wait(timeout_ms, &mut events) {
-            Ok(count) => ready.extend(
-                events[..count].iter().map(|event| Ready { token: event.data(), events: event.event_set() }),
-            ),
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error).context("wait for events"),
-        }
+        let mask = mask.map_or(ptr::null(), ptr::from_ref);
+        // SAFETY: the call writes at most as many events as there is room for, and only reads the mask.
+        let count = unsafe {
+            libc::epoll_pwait(self.as_raw_fd(), events.as_mut_ptr(), EVENTS as i32, timeout_ms, mask)
+        };
+        let Ok(count) = usize::try_from(count) else {
+            return match Error::last_os_error() {
+                error if error.kind() == ErrorKind::Interrupted => Ok(()),
+                error => Err(error).context("wait for events"),
+            };
+        };
+        let read = |event: &libc::epoll_event| Ready {
+            token: event.u64,
+            events: EventSet::from_bits_truncate(event.events),
+        };
+        ready.extend(events[..count].iter().map(read));
         Ok(())
     }
 }

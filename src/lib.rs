@@ -22,9 +22,10 @@
 //!
 //! Threads: `main` serves the socket, signals and standard input, and opens every file; one per vCPU
 //! runs guest code and passes accesses to the buses; `io`, where there are devices, runs their workers (a
-//! device can ask for threads of its own). `main` starts all of them. A vCPU whose lock somebody else holds
-//! is paused; a device whose workers gave their queues back is paused. Pause, reset, save and a change
-//! by the user all are stop, then maybe start.
+//! device can ask for threads of its own). `main` starts all of them, and handles the signals that end the
+//! process; while it is held up, a vCPU's thread does. A vCPU whose lock somebody else holds is paused; a
+//! device whose workers gave their queues back is paused. Pause, reset, save and a change by the user all
+//! are stop, then maybe start.
 //!
 //! Invariants (tests/tidy.rs checks what can be checked): modules use only lower ones; `arch/mod.rs`
 //! alone asks for the architecture; `unsafe` is only in listed files; a device without its queues

@@ -1,11 +1,16 @@
-//! Signals: those that end the process, and those of job control, which give the terminal to whom it belongs.
+//! Signals that end the process do so whatever its threads do, and leave nothing behind; those of job
+//! control give the terminal to whom it belongs.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by it")]
 
 mod common;
 
-use std::io::Write;
-use std::process::{Child, Command};
+use std::fs::File;
+use std::io::{PipeReader, Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
 
 use common::terminal::Terminal;
 use common::{Client, Folder, Process, alula, wait_for};
@@ -16,6 +21,10 @@ const TERM: i32 = libc::SIGTERM;
 struct Guarded(Child);
 
 impl Guarded {
+    fn id(&self) -> i32 {
+        self.0.id() as i32
+    }
+
     /// Its exit code; waits for the end.
     fn end(&mut self) -> Option<i32> {
         let mut status = None;
@@ -40,6 +49,207 @@ fn send(process: i32, signal: i32) {
     unsafe { libc::kill(process, signal) };
 }
 
+/// The state of its main thread (proc(5), stat); none: there is no such process.
+fn state(process: i32) -> Option<char> {
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+    stat.rsplit(") ").next()?.chars().next()
+}
+
+/// A set of signals in /proc/PID/status, or in that of a thread of it: `SigBlk`, `ShdPnd`...
+fn signals(process: &str, set: &str) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix(set)?.strip_prefix(":\t"));
+    u64::from_str_radix(line.unwrap(), 16).unwrap()
+}
+
+fn bit(signal: i32) -> u64 {
+    1 << (signal - 1)
+}
+
+/// Whether the main thread of a process waits to write to this pipe (proc(5), syscall).
+fn writes_to(process: i32, pipe: &impl AsRawFd) -> bool {
+    let call = std::fs::read_to_string(format!("/proc/{process}/syscall")).unwrap();
+    let mut words = call.split(' ');
+    if words.next() != Some(&libc::SYS_write.to_string()) {
+        return false;
+    }
+    let fd = words.next().and_then(|fd| i32::from_str_radix(fd.strip_prefix("0x")?, 16).ok()).unwrap();
+    let link = |process: &str, fd: i32| std::fs::read_link(format!("/proc/{process}/fd/{fd}")).ok();
+    link(&process.to_string(), fd) == link("self", pipe.as_raw_fd())
+}
+
+/// Writes to the pipe until there is room for nothing more.
+fn fill(pipe: &impl AsRawFd) {
+    // By a description of its own, so that the other one goes on waiting for room.
+    let path = format!("/proc/self/fd/{}", pipe.as_raw_fd());
+    let mut pipe = File::options().write(true).custom_flags(libc::O_NONBLOCK).open(path).unwrap();
+    for piece in [&[b'x'; 4096][..], &[b'x']] {
+        while pipe.write(piece).is_ok() {}
+    }
+}
+
+/// What comes up to and with `text`.
+fn read_until(pipe: &mut impl Read, text: &str) -> String {
+    let (mut seen, mut byte) = (Vec::new(), [0]);
+    while !String::from_utf8_lossy(&seen).contains(text) {
+        pipe.read_exact(&mut byte).unwrap();
+        seen.push(byte[0]);
+    }
+    String::from_utf8(seen).unwrap()
+}
+
+#[test]
+fn a_main_thread_that_waits_for_a_reader_does_not_hold_signals_up() {
+    // The second one decides, where the timer does not.
+    let cases: [(&[i32], i32); 4] =
+        [(&[TERM], 143), (&[TERM, TERM], 143), (&[TERM, libc::SIGHUP], 129), (&[libc::SIGXCPU], 154)];
+    for (sent, code) in cases {
+        let mut terminal = Terminal::new();
+        let before = terminal.modes();
+        let folder = Folder::new();
+        let socket = folder.path("s");
+        let (_reader, errors) = std::io::pipe().unwrap();
+        let mut command = Command::new(alula());
+        command.args(["run", "--cmdline", "case=serial end=idle", "--api-sock"]).arg(&socket);
+        let process = terminal.with(&mut command).stderr(errors.try_clone().unwrap()).spawn().unwrap();
+        let mut process = Guarded(process);
+        terminal.read_until("0 failed");
+        wait_for(|| terminal.is_raw());
+        fill(&errors);
+        // That it is refused is said on standard error.
+        Client::connect(&socket).send("GET /nothing HTTP/1.1\r\n\r\n");
+        wait_for(|| writes_to(process.id(), &errors));
+        for signal in sent {
+            send(process.id(), *signal);
+            // One that waits would swallow another of its kind, and come in the order of their numbers.
+            wait_for(|| {
+                process.0.try_wait().unwrap().is_some()
+                    || signals(&process.id().to_string(), "ShdPnd") & bit(*signal) == 0
+            });
+        }
+        assert_eq!(process.end(), Some(code), "{sent:?}");
+        assert_eq!(terminal.modes(), before, "{sent:?}");
+        assert!(!socket.exists(), "{sent:?}");
+    }
+}
+
+/// Mounts a file system whose server never answers, not even who it is, at `place`, for this thread and what
+/// it starts from now on. Whoever looks into it waits until the file returned is closed.
+#[allow(unsafe_code)]
+fn mount_silent(place: &std::path::Path) -> File {
+    let needed = "FUSE is needed: the rights of root, and `modprobe fuse`";
+    let server = File::options().read(true).write(true).open("/dev/fuse").expect(needed);
+    let options = format!("fd={},rootmode=40000,user_id=0,group_id=0", server.as_raw_fd());
+    let text = |text: &str| std::ffi::CString::new(text).unwrap();
+    let (options, place) = (text(&options), text(place.to_str().unwrap()));
+    let (root, kind, none) = (c"/".as_ptr(), c"fuse".as_ptr(), std::ptr::null::<libc::c_char>());
+    // SAFETY: the calls take strings that end with a zero, and change this thread's mounts only.
+    unsafe {
+        assert_eq!(libc::unshare(libc::CLONE_NEWNS), 0, "a mount namespace");
+        let private = libc::MS_REC | libc::MS_PRIVATE;
+        assert_eq!(libc::mount(none, root, none, private, none.cast()), 0);
+        let mounted = libc::mount(kind, place.as_ptr(), kind, 0, options.as_ptr().cast());
+        assert_eq!(mounted, 0, "{needed}: {}", std::io::Error::last_os_error());
+    }
+    server
+}
+
+#[test]
+fn a_file_system_that_does_not_answer_does_not_hold_signals_up() {
+    let folder = Folder::new();
+    let (silent, socket) = (folder.path("silent"), folder.path("s"));
+    std::fs::create_dir(&silent).unwrap();
+    let _server = mount_silent(&silent);
+    let disk = folder.write("disk", [0; 4096]);
+    for (sent, code) in [(&[TERM][..], 143), (&[TERM, libc::SIGHUP], 129)] {
+        let mut command = Command::new(alula());
+        command.args(["run", "--cmdline", "case=serial end=idle", "--api-sock"]).arg(&socket);
+        command.arg("--disk").arg(&disk);
+        let mut process = Process::spawn(command);
+        process.expect("0 failed");
+        let pid = process.child.id() as i32;
+        let body =
+            serde_json::json!({ "drive_id": "disk0", "path_on_host": silent.join("disk") }).to_string();
+        let head = format!("PATCH /drives/disk0 HTTP/1.1\r\nContent-Length: {}\r\n\r\n", body.len());
+        Client::connect(&socket).send(&(head + &body));
+        // Only SIGKILL reaches it there: `D` (proc(5)).
+        wait_for(|| state(pid) == Some('D'));
+        // So others take signals, but for those that a disk can hold in the same way.
+        for thread in std::fs::read_dir(format!("/proc/{pid}/task")).unwrap() {
+            let path = thread.unwrap().path();
+            let name = std::fs::read_to_string(path.join("comm")).unwrap();
+            let thread = path.strip_prefix("/proc").unwrap().to_str().unwrap().to_owned();
+            let takes = signals(&thread, "SigBlk") & bit(TERM) == 0;
+            assert_eq!(takes, name.starts_with("vcpu"), "{name}");
+        }
+        for signal in sent {
+            process.send(*signal);
+            wait_for(|| !process.is_running() || signals(&pid.to_string(), "ShdPnd") & bit(*signal) == 0);
+        }
+        let ended = process.end();
+        assert_eq!(ended.code, Some(code), "{sent:?}: {}", ended.text);
+        let why = if sent.len() > 1 { " by a second signal" } else { ": the main thread was held up" };
+        assert!(ended.text.contains(&format!("alula: ended at once{why}")), "{}", ended.text);
+        assert!(!socket.exists());
+    }
+}
+
+/// A guest whose console nobody reads, its errors, and its API's socket.
+fn unread(words: &str, folder: &Folder) -> (Guarded, PipeReader, PipeReader) {
+    let ((output, console), (errors, its_errors)) = (std::io::pipe().unwrap(), std::io::pipe().unwrap());
+    fill(&console);
+    let mut command = Command::new(alula());
+    command.args(["run", "--cmdline", words, "--api-sock"]).arg(folder.path("s"));
+    command.stdin(Stdio::null()).stdout(console).stderr(its_errors);
+    (Guarded(command.spawn().unwrap()), output, errors)
+}
+
+#[test]
+fn an_end_that_has_much_to_write_says_so_and_can_be_cut_short() {
+    let folder = Folder::new();
+    let (mut process, _output, mut errors) = unread("case=serial end=idle", &folder);
+    wait_for(|| folder.path("s").exists());
+    let mut client = Client::connect(&folder.path("s"));
+    wait_for(|| client.request("GET", "/metrics", "").json()["uart"]["write_count"].as_u64() > Some(0));
+    send(process.id(), TERM);
+    let said = read_until(&mut errors, "another signal ends alula at once, without the rest\n");
+    assert!(said.starts_with("alula: the end takes longer: what the guest wrote is still"), "{said}");
+    assert!(!folder.path("s").exists());
+    assert!(process.0.try_wait().unwrap().is_none());
+    send(process.id(), libc::SIGHUP);
+    assert_eq!(process.end(), Some(129));
+    let said = read_until(&mut errors, "\n");
+    assert!(said.starts_with("alula: ended at once by a second signal"), "{said}");
+}
+
+#[test]
+fn an_end_that_has_much_to_write_is_cut_short_by_a_first_signal() {
+    let folder = Folder::new();
+    let (mut process, output, _errors) = unread("case=serial end=5", &folder);
+    // The guest has ended.
+    wait_for(|| writes_to(process.id(), &output));
+    send(process.id(), TERM);
+    assert_eq!(process.end(), Some(143));
+}
+
+#[test]
+fn an_end_that_is_only_slow_comes_to_its_end() {
+    let folder = Folder::new();
+    let (mut process, mut output, mut errors) = unread("case=serial end=idle", &folder);
+    wait_for(|| folder.path("s").exists());
+    let mut client = Client::connect(&folder.path("s"));
+    wait_for(|| client.request("GET", "/metrics", "").json()["uart"]["write_count"].as_u64() > Some(0));
+    send(process.id(), TERM);
+    read_until(&mut errors, "without the rest\n");
+    // The reader reads on after all.
+    let mut text = Vec::new();
+    output.read_to_end(&mut text).unwrap();
+    assert_eq!(process.end(), Some(143));
+    let written = text.iter().position(|byte| *byte != b'x').unwrap();
+    assert!(b"alula firmware".starts_with(&text[written..]), "{:?}", &text[written..]);
+    assert_eq!(read_until(&mut errors, "\n"), "alula: ended by signal 15\n");
+}
+
 #[test]
 fn a_signal_that_was_ignored_at_the_start_stays_ignored() {
     let mut command = Command::new("sh");
@@ -53,6 +263,59 @@ fn a_signal_that_was_ignored_at_the_start_stays_ignored() {
     process.send(TERM);
     let ended = process.end();
     assert_eq!(ended.code, Some(128 + TERM), "{}", ended.text);
+}
+
+#[test]
+fn signals_that_were_blocked_at_the_start_come_in() {
+    let folder = Folder::new();
+    let socket = folder.path("s");
+    let mut command = Command::new(alula());
+    command.args(["run", "--cmdline", "case=serial end=spin", "--api-sock"]).arg(&socket);
+    // SAFETY: between fork and exec the closure makes system calls alone, with a set of its own.
+    #[allow(unsafe_code)]
+    unsafe {
+        command.pre_exec(|| {
+            let mut all = std::mem::zeroed();
+            libc::sigfillset(&mut all);
+            libc::sigprocmask(libc::SIG_BLOCK, &all, std::ptr::null_mut());
+            Ok(())
+        });
+    }
+    let mut process = Process::spawn(command);
+    process.expect("0 failed");
+    // A pause takes a signal to the vCPU's thread.
+    Client::connect(&socket).ok("PATCH", "/vm", r#"{"state": "Paused"}"#);
+    process.send(TERM);
+    let ended = process.end();
+    assert_eq!(ended.code, Some(128 + TERM), "{}", ended.text);
+    assert!(ended.text.ends_with("alula: ended by signal 15\n"), "{}", ended.text);
+}
+
+#[test]
+fn a_program_that_is_started_has_signals_as_usual() {
+    let folder = Folder::new();
+    let status = folder.path("status");
+    let passt =
+        folder.write("passt", format!("#!/bin/sh\nexec cat /proc/self/status >{}\n", status.display()));
+    std::fs::set_permissions(&passt, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let mut command = Command::new(alula());
+    command.args(["run", "--net", "user", "--cmdline", "case=serial end=idle"]);
+    let path = std::env::var("PATH").unwrap();
+    command.env("PATH", format!("{}:{path}", folder.path("").display()));
+    let mut process = Process::spawn(command);
+    process.expect("0 failed");
+    wait_for(|| std::fs::read_to_string(&status).is_ok_and(|text| text.contains("SigCgt:")));
+    let text = std::fs::read_to_string(&status).unwrap();
+    let set = |name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        u64::from_str_radix(line, 16).unwrap()
+    };
+    assert_eq!(set("SigBlk:\t"), 0, "{text}");
+    for signal in [TERM, libc::SIGHUP, libc::SIGXCPU, libc::SIGALRM, libc::SIGPIPE] {
+        assert_eq!(set("SigIgn:\t") & bit(signal), 0, "signal {signal}: {text}");
+    }
+    process.send(TERM);
+    assert_eq!(process.end().code, Some(128 + TERM));
 }
 
 #[test]
@@ -102,4 +365,18 @@ fn a_job_that_returns_to_the_foreground_has_the_terminal_again() {
     terminal.user.write_all(b"line\r").unwrap();
     assert_eq!(shell.end(), Some(6));
     assert_eq!(terminal.modes(), before);
+}
+
+#[test]
+fn a_stopped_job_that_is_ended_leaves_its_terminal_alone() {
+    let (mut terminal, folder) = (Terminal::new(), Folder::new());
+    let (mut shell, job) = stopped_job(&mut terminal, &folder, "exit 3");
+    let before = terminal.modes();
+    send(job, TERM);
+    // As the `kill` of most shells does. The job must not be stopped anew, for touching the terminal.
+    send(job, libc::SIGCONT);
+    wait_for(|| [None, Some('Z')].contains(&state(job)));
+    assert_eq!(terminal.modes(), before);
+    terminal.user.write_all(b"go on\n").unwrap();
+    assert_eq!(shell.end(), Some(3));
 }

@@ -10,6 +10,7 @@ mod signals;
 mod terminal;
 
 use std::io::{IsTerminal, Write};
+use std::path::Path;
 
 use crate::api::{Controller, Server};
 use crate::clock;
@@ -21,6 +22,7 @@ use crate::log::{self, Level};
 use crate::machine::Exit;
 use arguments::{Command, Run, Serve};
 use monitor::{Ending, Monitor, Outcome};
+use signals::{Signals, SocketFile};
 
 /// The monitor itself could not do what was asked (`alula run`): not a code of the guest's.
 const FAILED_RUN: u8 = 125;
@@ -30,11 +32,6 @@ const LEFT: u8 = 130;
 const FAILED_SERVE: u8 = 1;
 /// Wrong arguments (Firecracker's code).
 const WRONG_ARGUMENTS: u8 = 153;
-/// A signal's number is added to this, as shells do.
-const SIGNAL_BASE: u8 = 128;
-
-/// The soft limit of CPU time is used up (Firecracker's code). At the hard limit the kernel kills.
-const OUT_OF_CPU_TIME: u8 = 154;
 
 /// Runs the command that the process was started with, and returns its exit code.
 pub fn main() -> u8 {
@@ -103,12 +100,7 @@ fn conclude(outcome: &Result<Outcome>, failed: u8, code: impl Fn(&Exit) -> u8) -
     let (reason, code) = match outcome {
         Ok(Outcome::Ended(exit)) => (exit.to_string(), code(exit)),
         Ok(Outcome::Left) => ("you left the guest".to_owned(), LEFT),
-        Ok(Outcome::Signal(signal)) if i32::from(*signal) == libc::SIGXCPU => {
-            ("the soft limit of CPU time (RLIMIT_CPU, `ulimit -S -t`) is used up".to_owned(), OUT_OF_CPU_TIME)
-        }
-        Ok(Outcome::Signal(signal)) => {
-            (format!("ended by signal {signal}"), SIGNAL_BASE.saturating_add(*signal))
-        }
+        Ok(Outcome::Signal(signal)) => (signals::words(*signal), signals::exit_code(*signal)),
         Err(error) => (error.to_string(), failed),
     };
     let level = match outcome {
@@ -139,25 +131,30 @@ fn finish(
     code
 }
 
+/// Serves at `path`, where no end leaves a file behind.
+fn listen(path: &Path, body_max: usize) -> Result<(Server, SocketFile)> {
+    let server = Server::bind(path, body_max)?;
+    Ok((server, SocketFile::own(path)?))
+}
+
 fn run(arguments: Run, feed: &mut Option<Feed>) -> Result<Ending> {
     let config = arguments.config()?;
-    let server = match &arguments.api_sock {
-        Some(path) => Some(Server::bind(path, crate::api::BODY_MAX)?),
-        None => None,
-    };
+    let signals = Signals::take_over()?;
+    let server = arguments.api_sock.as_deref().map(|path| listen(path, crate::api::BODY_MAX)).transpose()?;
     let mut controller = Controller::new(arguments.id.clone(), config);
     controller.open_outputs()?;
     events::tell(|| Event::Configured { what: "command line".to_owned() });
-    let mut monitor = Monitor::new(server, feed.take())?;
+    let mut monitor = Monitor::new(signals, server, feed.take())?;
     let start = |controller: &mut Controller| controller.start("command line").context("start the guest");
     Ok(monitor.run(controller, start, |outcome| conclude(outcome, FAILED_RUN, Exit::exit_code)))
 }
 
 fn serve(arguments: Serve, feed: &mut Option<Feed>) -> Result<Ending> {
     let config = arguments.config()?;
+    let signals = Signals::take_over()?;
     let server = match arguments.no_api {
         true => None,
-        false => Some(Server::bind(&arguments.api_sock, arguments.http_api_max_payload_size)?),
+        false => Some(listen(&arguments.api_sock, arguments.http_api_max_payload_size)?),
     };
     let starts_at_once = config.is_some();
     let mut config = config.unwrap_or_default();
@@ -172,7 +169,7 @@ fn serve(arguments: Serve, feed: &mut Option<Feed>) -> Result<Ending> {
     if let Some(path) = &arguments.config_file {
         events::tell(|| Event::Configured { what: events::text(path.display()) });
     }
-    let mut monitor = Monitor::new(server, feed.take())?;
+    let mut monitor = Monitor::new(signals, server, feed.take())?;
     let start = |controller: &mut Controller| match starts_at_once {
         true => controller.start("config file").context("start the guest"),
         false => Ok(()),

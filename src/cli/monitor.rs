@@ -6,7 +6,7 @@ use std::os::fd::FromRawFd;
 use std::time::{Duration, Instant};
 
 use crate::api::{Controller, Server};
-use crate::cli::signals::Signals;
+use crate::cli::signals::{Signals, SocketFile};
 use crate::cli::terminal::{self, Keys, Raw};
 use crate::error::Result;
 use crate::event::{Events, Interest, Ready};
@@ -57,6 +57,7 @@ pub struct Monitor {
     events: Events,
     signals: Signals,
     server: Option<Server>,
+    socket: Option<SocketFile>,
     feed: Option<Feed>,
     /// What happens to the microVM wakes the loop: somebody wants to know.
     telling: bool,
@@ -69,11 +70,14 @@ pub struct Monitor {
 }
 
 impl Monitor {
-    /// Waits for signals and `server`'s clients, and tells `feed` what happens; from here on signals no
-    /// longer end the process by themselves.
-    pub fn new(mut server: Option<Server>, feed: Option<Feed>) -> Result<Self> {
+    /// Waits for `signals` and the clients of `listening`, and tells `feed` what happens.
+    pub fn new(
+        signals: Signals,
+        listening: Option<(Server, SocketFile)>,
+        feed: Option<Feed>,
+    ) -> Result<Self> {
         let events = Events::new()?;
-        let signals = Signals::block()?;
+        let (mut server, socket) = listening.unzip();
         events.add(&signals, Interest::IN, SIGNALS)?;
         if let Some(server) = &mut server {
             server.register(&events, API)?;
@@ -88,6 +92,7 @@ impl Monitor {
             events,
             signals,
             server,
+            socket,
             feed,
             telling: false,
             input,
@@ -107,15 +112,16 @@ impl Monitor {
         conclude: impl FnOnce(&Result<Outcome>) -> Ending,
     ) -> Ending {
         let outcome = start(&mut controller).and_then(|()| self.wait(&mut controller));
-        // In this order: a reader of our output that hangs must not keep the terminal, the socket or
-        // a deadly signal waiting.
+        self.signals.begin_end();
+        // In this order: a reader of our output that hangs must not keep the terminal or the socket waiting.
         self.input.leave(&self.events);
         controller.write_metrics();
         let ending = conclude(&outcome);
         self.say_last_words(&ending);
         self.server = None;
-        self.signals.unblock();
+        self.socket = None;
         drop(controller);
+        self.signals.conclude();
         ending
     }
 
@@ -195,7 +201,7 @@ impl Monitor {
             {
                 server.expire(Instant::now(), &self.events)?;
             }
-            self.events.wait(self.timeout(), &mut ready)?;
+            self.signals.wait(&self.events, self.timeout(), &mut ready)?;
             if ready.is_empty() {
                 continue;
             }
@@ -256,6 +262,8 @@ impl Monitor {
     fn watch(&mut self, machine: &Machine) -> Result<()> {
         self.events.add(machine.exit_fd(), Interest::IN, EXIT)?;
         self.events.add(machine.console_room_fd(), Interest::IN, CONSOLE_ROOM)?;
+        self.signals.share();
+        self.signals.tell_of_going_on();
         self.input.enter(&self.events);
         self.look_at = Instant::now() + LOOK;
         self.watching = true;

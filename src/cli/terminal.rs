@@ -1,14 +1,15 @@
 //! The terminal as the guest's console: raw while the guest has it, as it was on every way out.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, Once, PoisonError};
+use std::sync::{Once, OnceLock};
 
 const STDIN: i32 = libc::STDIN_FILENO;
 /// Ctrl-A: the next key is for us. Ctrl-A X leaves, Ctrl-A Ctrl-A is a Ctrl-A for the guest.
 const ESCAPE: u8 = 0x01;
 
-/// How the terminal was before it was first changed here; kept for the panic hook too.
-static ORIGINAL: Mutex<Option<libc::termios>> = Mutex::new(None);
+/// How the terminal was before it was first changed here; kept for the panic hook and signals too, which
+/// cannot wait for a lock.
+static ORIGINAL: OnceLock<libc::termios> = OnceLock::new();
 /// The terminal is ours, and not as it was.
 static IS_RAW: AtomicBool = AtomicBool::new(false);
 
@@ -36,7 +37,7 @@ impl Raw {
                 return None;
             }
             // A shell may have made it raw again, as it was when this process was stopped.
-            mode = *ORIGINAL.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(mode);
+            mode = *ORIGINAL.get_or_init(|| mode);
             mode.c_lflag &= !(libc::ICANON | libc::ECHO | libc::ISIG | libc::IEXTEN);
             mode.c_iflag &=
                 !(libc::ICRNL | libc::INLCR | libc::IGNCR | libc::IXON | libc::ISTRIP | libc::BRKINT);
@@ -66,14 +67,19 @@ impl Drop for Raw {
     }
 }
 
+/// Gives the terminal its modes back, unless others have it now: they have set their own, and a background
+/// process that sets them is stopped (SIGTTOU). A signal handler may call this.
 #[allow(unsafe_code)]
-fn restore() {
-    if IS_RAW.swap(false, Ordering::SeqCst)
-        && let Some(mode) = &*ORIGINAL.lock().unwrap_or_else(PoisonError::into_inner)
+pub fn restore() {
+    if IS_RAW.load(Ordering::SeqCst)
+        && !is_in_background()
+        && let Some(mode) = ORIGINAL.get()
     {
         // SAFETY: the call only reads what tcgetattr returned.
         unsafe { libc::tcsetattr(STDIN, libc::TCSANOW, mode) };
     }
+    // Last: a signal that comes before this ends the process with the terminal restored, once or twice.
+    IS_RAW.store(false, Ordering::SeqCst);
 }
 
 /// What is typed, without the keys that are for us.

@@ -11,7 +11,7 @@ use std::time::Duration;
 use super::transport::Transport;
 use super::{Queue, Worker};
 use crate::error::{Context, Error, Result};
-use crate::event::{EventFd, Events, Interest, Ready};
+use crate::event::{self, EventFd, Events, Interest, Ready};
 use crate::log;
 use crate::uring::Uring;
 
@@ -78,7 +78,10 @@ impl Loop {
         let mut inbox = self.inbox.lock().unwrap_or_else(PoisonError::into_inner);
         if inbox.thread.is_none() {
             let this = self.clone();
-            let thread = std::thread::Builder::new().name(self.name.clone()).spawn(move || this.run());
+            let thread = std::thread::Builder::new().name(self.name.clone()).spawn(move || {
+                event::leave_signals_to_others();
+                this.run();
+            });
             inbox.thread = Some(thread.with_context(|| format!("start the thread `{}`", self.name))?);
         }
         Ok(())

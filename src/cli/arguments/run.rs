@@ -45,7 +45,7 @@ const RUN_HELP_AFTER_DEVICES: &str = "      --publish [ADDRESS:]HOST:GUEST[/udp]
 
 The exit code is the guest's own (docs/exit-codes.md): 0 powered off, N the code it wrote to the exit
 register, 120 reset, 121 halted for good, 122 triple fault, 123 KVM could not go on running it; 125 it
-could not be started, 130 left by Ctrl-A X, 153 wrong arguments.
+could not be started, 130 left by Ctrl-A X, 128 + S ended by signal S, 153 wrong arguments.
 
 Examples:
   alula run
