@@ -10,8 +10,11 @@
 mod common;
 
 use std::io::{BufRead, Read, Write};
-use std::net::TcpListener;
+use std::net::{TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use common::disk::Disk;
@@ -148,6 +151,9 @@ fn every_way_that_linux_reboots_ends_the_guest() {
     }
 }
 
+/// A guest's network device.
+const MAC: &str = "06:00:ac:10:00:02";
+
 /// Both transports.
 const TRANSPORTS: [&[&str]; 2] = [&[], &["--enable-pci"]];
 
@@ -177,6 +183,86 @@ fn a_guest_uses_disk_network_and_entropy() {
         line_of(&text, "0000000").to_owned()
     });
     assert!(random[0].len() > 40 && random[0] != random[1], "{random:?}");
+}
+
+/// Sends datagrams to every guest, whether it wants them or not, and takes what is sent, until `over`.
+fn traffic(over: &Arc<AtomicBool>) -> [JoinHandle<()>; 2] {
+    let host = UdpSocket::bind("172.16.0.1:9").unwrap();
+    // To everybody: none of them waits until a guest has said that it has the address.
+    host.set_broadcast(true).unwrap();
+    host.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+    let (taker, sender) = (host.try_clone().unwrap(), host);
+    let (over, ends) = (over.clone(), over.clone());
+    let send = move || {
+        while !over.load(Ordering::Relaxed) {
+            // A TAP that is full takes no more.
+            let _ = sender.send_to(&[0x5a; 1400], "172.16.0.255:9");
+            std::thread::sleep(Duration::from_millis(4));
+        }
+    };
+    let take = move || {
+        while !ends.load(Ordering::Relaxed) {
+            // Nothing came for a while.
+            let _ = taker.recv(&mut [0; 2048]);
+        }
+    };
+    [std::thread::spawn(send), std::thread::spawn(take)]
+}
+
+/// How many times as often drivers go and come back, if that is told.
+const TIMES: &str = "ALULA_TEST_TIMES";
+
+#[test]
+#[ignore = "a stock kernel: scripts/test runs it"]
+fn drivers_and_a_kernel_come_and_go_under_traffic() {
+    network::enter();
+    network::add_tap("tap0", "172.16.0.1/24");
+    let times = std::env::var(TIMES).map_or(1, |times| times.parse().unwrap());
+    // Eight times five devices, six times five modules.
+    let (rebind, reload) = (vec!["rebind=8"; times], vec!["reload=6"; times]);
+    let words = [&["disk-write"], &rebind[..], &["network"], &reload, &["disk-check", "next-kernel"]];
+    let over = Arc::new(AtomicBool::new(false));
+    let threads = traffic(&over);
+    for transport in TRANSPORTS {
+        let folder = Folder::new();
+        let disk = |name: &str, size: u64| {
+            let path = folder.path(name);
+            std::fs::File::create(&path).unwrap().set_len(size).unwrap();
+            path
+        };
+        let (data, big) = (disk("data", 32 << 20), disk("big", 16 << 30));
+        let (kernel, initrd) = (asset(KERNELS[0]), asset("initramfs-kexec.cpio"));
+        // Grace periods that do not wait, and no memory that is kept for devices' long buffers.
+        let more = "rcupdate.rcu_expedited=1 cma=0 log_buf_len=1M";
+        let next = "alula.next=fill,disk-check,network,entropy,filled";
+        let line = format!("{} {more} {next}", command_line(&words.concat().join(",")));
+        let arguments = ["run", kernel.to_str().unwrap(), "--initrd", initrd.to_str().unwrap()];
+        let machine = ["--memory", "256M", "--cmdline", &line, "--entropy"];
+        let net = format!("tap=tap0,mac={MAC}");
+        let disks = ["--disk", data.to_str().unwrap(), "--disk", big.to_str().unwrap(), "--net", &net];
+        let mut guest = Process::start([&arguments[..], &machine, &disks, transport].concat());
+        for word in rebind.iter().chain(&reload) {
+            let (what, rounds) = word.split_once('=').unwrap();
+            guest.expect(&format!("{what}: {rounds} of {rounds} times under traffic"));
+            guest.expect("kernel: no complaint");
+        }
+        let Ended { code, text } = guest.end();
+        assert_eq!(code, Some(0), "{text}");
+        let again = text.split_once("guest: does next-kernel").unwrap().1;
+        for said in
+            ["guest: does fill", "disk: read and", "network: pinged", "virtio_rng.0", " 0 bytes changed"]
+        {
+            assert!(again.contains(said), "no `{said}`: {text}");
+        }
+        assert_eq!(text.matches("disk: read and written").count(), 3, "{text}");
+        assert_eq!(text.matches("network: pinged").count(), 2, "{text}");
+        assert!(!text.contains("waits for a reset"), "{text}");
+        let mut written = vec![0; 4 << 20];
+        std::fs::File::open(&big).unwrap().read_exact(&mut written).unwrap();
+        assert!(b"alula\n".iter().cycle().take(written.len()).eq(&written), "the second disk's head changed");
+    }
+    over.store(true, Ordering::Relaxed);
+    threads.into_iter().for_each(|thread| thread.join().unwrap());
 }
 
 /// What the writers of `alula.run=disk-scatter=write` (resources/guest-init) leave on a disk of 32 MiB.
