@@ -1,21 +1,21 @@
 //! Messages: on standard error, or in a log file when one is configured. What a guest can cause is
 //! limited, so that it cannot fill a disk; a log that nobody reads holds nobody up.
 
+mod config;
+
 use std::fmt::{self, Display};
 use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::panic::Location;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
-
-use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::clock::Utc;
 use crate::error::Result;
 use crate::metrics::{Counter, metrics};
 use crate::sink::{Purpose, Sink, has_room};
+pub use config::{Config, Level};
 
 /// So many lines of a level that guests cause are written in one period; a guest that breaks its rings,
 /// resets its devices or reads registers in a loop would write millions. What is written of one level takes
@@ -30,69 +30,6 @@ const READER_WAIT_MS: i32 = 100;
 const LAST_WAIT_MS: i32 = 1000;
 /// A message is cut at this length: parts of some come from clients.
 const MESSAGE_MAX: usize = 4096;
-
-/// How much a message matters; a log has those up to its own level.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "LogLevel"))]
-#[allow(missing_docs, reason = "names of the API")]
-pub enum Level {
-    Off,
-    Error,
-    Warning,
-    Info,
-    Debug,
-    Trace,
-}
-
-impl Level {
-    const ALL: [Self; 6] = [Self::Off, Self::Error, Self::Warning, Self::Info, Self::Debug, Self::Trace];
-
-    /// As a log line has it.
-    fn tag(self) -> &'static str {
-        ["OFF", "ERROR", "WARN", "INFO", "DEBUG", "TRACE"][self as usize]
-    }
-}
-
-impl std::str::FromStr for Level {
-    type Err = String;
-    fn from_str(text: &str) -> Result<Self, String> {
-        let is = |level: &&Self| format!("{level:?}").eq_ignore_ascii_case(text);
-        match text.to_ascii_lowercase().as_str() {
-            "warn" => Ok(Self::Warning),
-            _ => Self::ALL.iter().find(is).copied().ok_or_else(|| {
-                format!("unknown level `{text}`: expected Error, Warning, Info, Debug, Trace or Off")
-            }),
-        }
-    }
-}
-
-impl<'de> Deserialize<'de> for Level {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
-    }
-}
-
-/// Body of `PUT /logger`; what is left out has its default.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "Logger"))]
-#[serde(deny_unknown_fields, expecting = "struct LoggerConfig")]
-pub struct Config {
-    /// A file, created if it is missing, or a FIFO; none: standard error.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub log_path: Option<PathBuf>,
-    /// Messages up to this level; none: Info.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub level: Option<Level>,
-    /// Lines have their level.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub show_level: Option<bool>,
-    /// Lines have the place in the source that wrote them.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub show_log_origin: Option<bool>,
-    /// Only messages of this module and of those in it: `virtio` or `alula::virtio::workers`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub module: Option<String>,
-}
 
 metrics! {
     /// What became of lines for the outside; names as in Firecracker's metrics.
@@ -142,20 +79,6 @@ const NO_LINES: [Period; GUEST_LINES_MAX.len()] =
 
 /// The level, to be read without the lock. Without a log of its own, the terminal has what matters.
 static LEVEL: AtomicU8 = AtomicU8::new(Level::Warning as u8);
-
-impl Config {
-    /// This with what `other` says: what it leaves out stays.
-    pub fn changed(self, other: &Self) -> Self {
-        let Self { log_path, level, show_level, show_log_origin, module } = other.clone();
-        Self {
-            log_path: log_path.or(self.log_path),
-            level: level.or(self.level),
-            show_level: show_level.or(self.show_level),
-            show_log_origin: show_log_origin.or(self.show_log_origin),
-            module: module.or(self.module),
-        }
-    }
-}
 
 /// Configures the log; `id` is the microVM's name. Done again, it changes what `config` says, and nothing
 /// if that cannot be done.

@@ -83,7 +83,7 @@ fn fill(pipe: &impl AsRawFd) {
     // By a description of its own, so that the other one goes on waiting for room.
     let path = format!("/proc/self/fd/{}", pipe.as_raw_fd());
     let mut pipe = File::options().write(true).custom_flags(libc::O_NONBLOCK).open(path).unwrap();
-    for piece in [&[b'x'; 4096][..], &[b'x']] {
+    for piece in [&[b'x'; 4096][..], b"x"] {
         while pipe.write(piece).is_ok() {}
     }
 }
