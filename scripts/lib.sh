@@ -59,6 +59,7 @@ debian_arch() {
     case $1 in
         x86_64) echo amd64 ;;
         aarch64) echo arm64 ;;
+        "") die "an architecture is missing: x86_64 or aarch64 (--help tells more)" ;;
         *) die "unknown architecture \`$1\`: x86_64 or aarch64" ;;
     esac
 }

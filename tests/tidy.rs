@@ -221,3 +221,34 @@ fn every_script_tells_how_it_is_used_and_does_nothing_else() {
     }
     assert!(!cache.exists(), "a script that was asked for its help went on");
 }
+
+#[test]
+fn a_script_that_is_used_wrongly_says_so_in_words_of_its_own() {
+    for (line, expected) in [
+        ("rig", "rig: an architecture is missing: x86_64 or aarch64"),
+        ("rig mips", "rig: unknown architecture `mips`: x86_64 or aarch64"),
+        ("rig x86_64 --cpus", "rig: an option lacks its value; usage: scripts/rig"),
+        ("rig x86_64 --frobnicate 1 -- true", "rig: unknown option --frobnicate; usage: scripts/rig"),
+        ("rig x86_64 --copy /nonexistent -- true", "rig: --copy /nonexistent: there is no such file"),
+        ("demo mips", "demo: unknown architecture `mips`"),
+        ("guest mips", "guest: unknown architecture `mips`"),
+        ("release-docs", "release-docs: a folder is missing; usage: scripts/release-docs"),
+        (
+            "release-docs /nonexistent /nonexistent/x",
+            "release-docs: /nonexistent/x: there is no such program",
+        ),
+        ("bench", "bench: what to measure is missing; usage: scripts/bench"),
+        ("bench io --rig", "bench: an option lacks its value; usage: scripts/bench"),
+        ("bench io --rig mips", "bench: unknown architecture `mips`"),
+        ("bench io --vs /nonexistent", "bench: --vs /nonexistent: there is no such program"),
+        ("fuzz soon", "fuzz: usage: scripts/fuzz SECONDS"),
+        ("test --frobnicate", "test: unknown option --frobnicate; usage: scripts/test"),
+    ] {
+        let mut words = line.split(' ');
+        let script = root().join("scripts").join(words.next().unwrap());
+        let output = std::process::Command::new(script).args(words).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && text.starts_with(expected), "scripts/{line}: {text}");
+        assert!(text.lines().count() == 1 && output.stdout.is_empty(), "scripts/{line}: {output:?}");
+    }
+}
