@@ -37,7 +37,6 @@ const UNSAFE: &[&str] = &[
     "src/vm/mod.rs",
     "src/vm/posted.rs",
     "src/vm/vcpu.rs",
-    "tests/abuse.rs",
     "tests/api.rs",
     "tests/cli.rs",
     "tests/common/allocator.rs",
