@@ -149,8 +149,8 @@ impl Signals {
         unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &self.nothing, ptr::null_mut()) };
     }
 
-    /// What may take longer is done. The rest is little, and may be held up all the same: standard error
-    /// may be a pipe that nobody reads.
+    /// What may take longer is done. The rest is little, and may be held up all the same: a log file's
+    /// disk may not answer.
     pub fn conclude(&self) {
         IS_ENDING.store(false, SeqCst);
         if CAME.load(SeqCst) != 0 && !IS_URGENT.load(SeqCst) {
