@@ -381,6 +381,22 @@ fn a_signal_ends_the_service_and_removes_its_socket() {
 }
 
 #[test]
+#[allow(unsafe_code)]
+fn a_socket_path_of_somebody_who_hangs_is_refused_too() {
+    use std::os::fd::AsRawFd;
+    let folder = common::Folder::new();
+    let socket = folder.path("s");
+    let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    // SAFETY: the call takes numbers. One client may wait, the next one does so in its connect.
+    assert_eq!(unsafe { libc::listen(listener.as_raw_fd(), 0) }, 0);
+    let _waiting = UnixStream::connect(&socket).unwrap();
+    let ended = run(["serve", "--api-sock", socket.to_str().unwrap()]);
+    assert_eq!(ended.code, Some(1));
+    assert!(ended.text.contains("another process serves it: choose another path"), "{}", ended.text);
+    assert!(socket.exists());
+}
+
+#[test]
 fn a_socket_path_that_is_taken_is_refused_with_advice() {
     let service = Service::start(&[]);
     let socket = service.socket.to_str().unwrap();

@@ -27,6 +27,9 @@ const SOCKETS_MAX: usize = 32;
 /// is not read: ten clients that send half of one, or that never read, would keep everybody else out for ever.
 const REQUEST_TIME: Duration = Duration::from_secs(30);
 
+/// How long somebody who listens at a path has to let us in.
+const ANSWER_TIME: Duration = Duration::from_secs(1);
+
 /// Who serves: method, path and body to response.
 pub type Service<'a> = dyn FnMut(&str, &str, &[u8]) -> Response + 'a;
 
@@ -270,14 +273,14 @@ impl Drop for Server {
 fn cannot_bind(path: &Path, error: &std::io::Error) -> Error {
     let length = path.as_os_str().len();
     let message = match error.kind() {
-        ErrorKind::AddrInUse => match UnixStream::connect(path) {
-            Ok(_) => "another process serves it: choose another path".to_owned(),
+        ErrorKind::AddrInUse => match try_to_connect(path) {
+            None => "another process serves it: choose another path".to_owned(),
             // So is who connects to what is no socket.
-            Err(refused) if refused.kind() == ErrorKind::ConnectionRefused && is_socket(path) => format!(
+            Some(ErrorKind::ConnectionRefused) if is_socket(path) => format!(
                 "a socket is left there by a process that has ended: remove it (`rm '{}'`)",
                 path.display()
             ),
-            Err(_) => "there is something else already: choose another path, or move that away".to_owned(),
+            Some(_) => "there is something else already: choose another path, or move that away".to_owned(),
         },
         ErrorKind::InvalidInput => {
             format!(
@@ -287,6 +290,15 @@ fn cannot_bind(path: &Path, error: &std::io::Error) -> Error {
         _ => return paths::cannot_make(path, error),
     };
     Error::config(message)
+}
+
+/// How a connection to what is at `path` fails. None: somebody listens there. Who hangs, and has more clients
+/// waiting than the kernel lets in, would keep one more waiting for ever; that one is left behind.
+fn try_to_connect(path: &Path) -> Option<ErrorKind> {
+    let (sender, answer) = std::sync::mpsc::channel();
+    let path = path.to_owned();
+    std::thread::spawn(move || sender.send(UnixStream::connect(path).err().map(|error| error.kind())));
+    answer.recv_timeout(ANSWER_TIME).unwrap_or(None)
 }
 
 fn is_socket(path: &Path) -> bool {
