@@ -381,6 +381,24 @@ fn a_signal_ends_the_service_and_removes_its_socket() {
 }
 
 #[test]
+fn a_signal_at_the_start_leaves_no_socket_behind() {
+    let folder = common::Folder::new();
+    // Each comes at another moment after the socket is there, most of them before anything else is.
+    for number in 0..60 {
+        let socket = folder.path(&number.to_string());
+        let mut process = common::Process::start(["serve", "--api-sock", socket.to_str().unwrap()]);
+        while !socket.exists() {
+            assert!(process.is_running());
+            std::thread::yield_now();
+        }
+        process.send(libc::SIGTERM);
+        let ended = process.end();
+        assert_eq!(ended.code, Some(128 + libc::SIGTERM), "{number}: {}", ended.text);
+        assert!(!socket.exists(), "{number}");
+    }
+}
+
+#[test]
 #[allow(unsafe_code)]
 fn a_socket_path_of_somebody_who_hangs_is_refused_too() {
     use std::os::fd::AsRawFd;

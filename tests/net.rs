@@ -160,6 +160,9 @@ fn passt_lives_as_long_as_the_monitor_whatever_ends_it() {
         let parent = guest.child.id();
         common::wait_for(|| network::passts(parent).len() == 1);
         let passt = network::passts(parent)[0];
+        // Who ends it by itself can: no signal is blocked there as it is in the monitor.
+        let status = std::fs::read_to_string(format!("/proc/{passt}/status")).unwrap();
+        assert!(status.contains("SigBlk:\t0000000000000000\n"), "{status}");
         guest.send(signal);
         guest.end();
         common::wait_for(|| !std::path::Path::new(&format!("/proc/{passt}")).exists());
