@@ -213,8 +213,14 @@ fn write(level: Level, message: &dyn Display, place: &Location<'_>) {
         log.write_to_sink(&line);
     } else {
         let wait_ms = if log.lost == 0 { READER_WAIT_MS } else { 0 };
-        log.write_to_shared(&std::io::stderr(), message, wait_ms);
+        log.write_to_shared(&std::io::stderr(), &in_one_line(message), wait_ms);
     }
+}
+
+/// A text for people, parts of which can be the words of clients and guests: those must not begin a line of
+/// their own, or give a terminal commands (ECMA-48, 5.2).
+pub fn in_one_line(text: impl Display) -> String {
+    text.to_string().replace(char::is_control, " ")
 }
 
 impl Period {
@@ -248,11 +254,7 @@ impl Log {
         }
         line += "] ";
         let begin = line.len();
-        let _ = write!(line, "{message}");
-        // A client's words must not begin a line of their own.
-        if line[begin..].contains('\n') {
-            line = line.replace('\n', " ");
-        }
+        line += &in_one_line(message);
         line.truncate(line.floor_char_boundary(begin + MESSAGE_MAX));
         line + "\n"
     }
@@ -331,6 +333,12 @@ mod tests {
         (log.show_level, log.show_log_origin) = (false, false);
         let long = log.line(Level::Info, &"ä".repeat(MESSAGE_MAX), place);
         assert!(long.contains("] ä") && long.len() < MESSAGE_MAX + 200, "{}", long.len());
+    }
+
+    #[test]
+    fn words_of_clients_begin_no_line_and_give_a_terminal_no_commands() {
+        let line = log().line(Level::Warning, &"no field `a\r\nb\x1b[2J\u{9b}2J`\tä", Location::caller());
+        assert!(line.ends_with("] no field `a  b [2J 2J` ä\n"), "{line:?}");
     }
 
     #[test]

@@ -92,6 +92,8 @@ fn messages_that_nobody_reads_hold_up_neither_clients_nor_signals() {
     let mut child = command.spawn().unwrap();
     wait_for(|| std::os::unix::net::UnixStream::connect(&socket).is_ok());
     let mut client = Client::connect(&socket);
+    // Words that would begin a line of their own, and clear the screen.
+    client.request("PUT", "/actions", r#"{"\nalula: it \u001b[2J": 1}"#).fault();
     // More than a pipe takes.
     let path = format!("/{}", "x".repeat(400));
     (0..300).for_each(|_| drop(client.request("GET", &path, "").fault()));
@@ -103,7 +105,8 @@ fn messages_that_nobody_reads_hold_up_neither_clients_nor_signals() {
     assert!(!socket.exists());
     let mut messages = String::new();
     child.stderr.take().unwrap().read_to_string(&mut messages).unwrap();
-    assert_eq!(messages.lines().count() as u64, 300 - lost);
+    assert_eq!(messages.lines().count() as u64, 301 - lost);
+    assert!(messages.contains("unknown field ` alula: it  [2J`"), "{}", messages.lines().next().unwrap());
 }
 
 #[test]

@@ -7,6 +7,7 @@ use serde_json::Value;
 use super::arguments::ctl::{Ask, Ctl};
 use crate::api::client::{Answer, Client};
 use crate::error::{Context, Error, Result};
+use crate::log::in_one_line;
 
 /// A body on standard input of more bytes is refused before it is kept: no monitor takes it.
 const STDIN_MAX: u64 = 16 << 20;
@@ -106,7 +107,7 @@ fn event(line: &str, json: bool) -> Result<()> {
         .into_iter()
         .flatten()
         .map(|(name, value)| match value.as_str() {
-            Some(text) => format!("{name}: {text}"),
+            Some(text) => format!("{name}: {}", in_one_line(text)),
             None => format!("{name}: {value}"),
         })
         .collect();
@@ -127,13 +128,13 @@ fn write_lines(value: &Value, depth: usize, sparse: bool, text: &mut String) {
             *text += &format!("{indent}{head}\n");
             write_lines(value, depth + 1, sparse, text);
         }
-        Value::String(value) => *text += &format!("{indent}{head} {value}\n"),
+        Value::String(value) => *text += &format!("{indent}{head} {}\n", in_one_line(value)),
         value => *text += &format!("{indent}{head} {value}\n"),
     };
     match value {
         Value::Object(fields) => {
             let fields = fields.iter().filter(|(_, value)| !sparse || says_something(value));
-            fields.for_each(|(name, value)| line(text, &format!("{name}:"), value));
+            fields.for_each(|(name, value)| line(text, &format!("{}:", in_one_line(name)), value));
         }
         Value::Array(list) => list.iter().for_each(|value| line(text, "-", value)),
         value => line(text, "", value),
@@ -174,12 +175,12 @@ mod tests {
     #[test]
     fn json_is_lines_for_people() {
         let value = serde_json::json!({
-            "a": 1, "b": { "c": "x", "d": null }, "e": [{ "f": true }], "g": { "h": 0 }
+            "a": 1, "b": { "c": "x\u{1b}[2J\ny", "d": null }, "e": [{ "f": true }], "g": { "h": 0 }
         });
         assert_eq!(
             readable(&value, false),
-            "a: 1\nb:\n  c: x\n  d: null\ne:\n  -\n    f: true\ng:\n  h: 0\n"
+            "a: 1\nb:\n  c: x [2J y\n  d: null\ne:\n  -\n    f: true\ng:\n  h: 0\n"
         );
-        assert_eq!(readable(&value, true), "a: 1\nb:\n  c: x\ne:\n  -\n    f: true\n");
+        assert_eq!(readable(&value, true), "a: 1\nb:\n  c: x [2J y\ne:\n  -\n    f: true\n");
     }
 }
