@@ -547,6 +547,19 @@ fn a_frame_larger_than_was_reckoned_with_is_missed_once() {
 }
 
 #[test]
+fn a_driver_that_fills_up_half_empty_rings_does_not_wait_for_ever() {
+    let _alone = enter(0);
+    let (mut guest, wire) = guest(Kind::Mmio, json!({}));
+    guest.start(F_MRG_RXBUF | F_GUEST_CSUM | F_GUEST_TSO4);
+    // Together they have room for one large packet, and not for another one after that.
+    let mut rooms = rooms(&mut guest, RX, 16, 5000).into_iter();
+    for seed in 1..=8 {
+        wire.send(&frame(seed));
+        while received(&mut guest, RX, &mut rooms) != seed {}
+    }
+}
+
+#[test]
 fn a_frame_longer_than_its_buffer_is_lost_and_not_cut_off() {
     const ROOM: usize = 1600;
     let _alone = enter(0);

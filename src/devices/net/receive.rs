@@ -30,6 +30,10 @@ const BATCH_MIN: usize = 2;
 /// always one that can be posted.
 const VECTORS_AHEAD_MAX: usize = 2 * VECTORS_MAX;
 
+/// A driver that has given so many times the largest frame has enough for one in the half of its ring that it
+/// may leave before it fills it up. One that gave less might wait for frames, as these would for buffers.
+const AMPLE: usize = 2;
+
 /// What a turn has left in the TAP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Left {
@@ -53,8 +57,8 @@ pub struct Receiver {
     limit: Limit,
     metrics: Arc<Metrics>,
     batch: usize,
-    /// The driver gave enough for the largest frame once: it will again, and what there is now is kept
-    /// for it. Others get what fits.
+    /// The driver gave ample buffers once: it will again, and what there is now is kept for the largest frame.
+    /// Others get what fits.
     is_ample: bool,
     /// A frame that was read and may not be delivered yet: so many bytes in the first plan.
     late: Option<usize>,
@@ -170,7 +174,7 @@ impl Receiver {
         if self.limit.is_limited() {
             self.batch = 1;
         }
-        let wanted = if self.mergeable { self.batch * self.frame_max } else { usize::MAX };
+        let wanted = if self.mergeable { self.batch.max(AMPLE) * self.frame_max } else { usize::MAX };
         while self.pool.length() < wanted
             && (self.mergeable || self.pool.entries().len() < self.batch)
             && self.pool.vectors().len() < VECTORS_AHEAD_MAX
@@ -181,7 +185,7 @@ impl Receiver {
                 return Err(Error::guest("the driver gave a receive buffer too small for a header"));
             }
         }
-        self.is_ample |= self.pool.length() >= self.frame_max;
+        self.is_ample |= self.pool.length() >= AMPLE * self.frame_max;
         Ok(())
     }
 
