@@ -197,7 +197,8 @@ fn traffic(over: &Arc<AtomicBool>) -> [JoinHandle<()>; 2] {
         while !over.load(Ordering::Relaxed) {
             // A TAP that is full takes no more.
             let _ = sender.send_to(&[0x5a; 1400], "172.16.0.255:9");
-            std::thread::sleep(Duration::from_millis(4));
+            // The buffers that a driver has left to a device last until the next kernel is up.
+            std::thread::sleep(Duration::from_millis(40));
         }
     };
     let take = move || {
@@ -244,8 +245,9 @@ fn drivers_and_a_kernel_come_and_go_under_traffic() {
         for word in rebind.iter().chain(&reload) {
             let (what, rounds) = word.split_once('=').unwrap();
             guest.expect(&format!("{what}: {rounds} of {rounds} times under traffic"));
-            guest.expect("kernel: no complaint");
+            assert_eq!(guest.expect("kernel: ").trim(), "kernel: no complaint", "{}", guest.drain());
         }
+        guest.expect("guest: does fill");
         let Ended { code, text } = guest.end();
         assert_eq!(code, Some(0), "{text}");
         let again = text.split_once("guest: does next-kernel").unwrap().1;
