@@ -1,5 +1,5 @@
-//! What the guest's CPUs are changed in against those of the host: the body of `PUT /cpu-config`, the
-//! custom CPU template of Firecracker.
+//! Changes of the guest's CPUs against those of the host: the body of `PUT /cpu-config`, the custom CPU
+//! template of Firecracker.
 
 use std::fmt;
 

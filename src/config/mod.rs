@@ -48,7 +48,7 @@ pub struct Config {
     pub boot_source: Option<BootSource>,
     /// CPUs and memory.
     pub machine_config: MachineConfig,
-    /// What the CPUs are changed in; none: nothing.
+    /// Changes of the CPUs against those of the host; none: the CPUs are those that KVM supports.
     pub cpu_config: Option<CpuConfig>,
     /// Where messages go.
     pub logger: Option<log::Config>,

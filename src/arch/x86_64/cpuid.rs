@@ -63,8 +63,8 @@ pub fn machine(supported: &CpuId, topology: Topology, tsc_deadline: bool) -> Res
     Ok(cpuid)
 }
 
-/// What KVM supports, changed by `modifiers`. It is changed before it is made this machine's, so that topology,
-/// APIC ids and the bits that tell of a virtual machine stay right whatever is changed.
+/// The CPUID that KVM supports, changed by `modifiers`. The changes come before the CPUID is made this
+/// machine's, so that topology, APIC ids and the bits that tell of a virtual machine stay right.
 pub fn modified(supported: &CpuId, modifiers: &[CpuidModifier]) -> Result<CpuId> {
     let mut cpuid = supported.clone();
     for CpuidModifier { leaf, subleaf, register, mask, value } in modifiers {
