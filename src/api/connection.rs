@@ -68,7 +68,7 @@ impl Connection {
         self.ending = true;
     }
 
-    /// What the client sends is no request of the API.
+    /// Answers bytes that are no request of the API with 400 and `message`, and ends the connection.
     fn refuse(&mut self, message: &str) {
         log::debug(format_args!("a client of the API was refused: {message}"));
         self.end(http::error_bytes("400", message));
@@ -148,7 +148,7 @@ impl Connection {
                     bytes = http::without_body(bytes);
                 }
                 self.answered += 1;
-                // What is awaited now is something else.
+                // The time that was measured is that of the request just answered.
                 self.begun = None;
                 let is_stream = response == Response::Events;
                 // A stream of events says in its head that the connection ends with it.

@@ -275,7 +275,7 @@ fn cannot_bind(path: &Path, error: &std::io::Error) -> Error {
     let message = match error.kind() {
         ErrorKind::AddrInUse => match try_to_connect(path) {
             None => "another process serves it: choose another path".to_owned(),
-            // So is who connects to what is no socket.
+            // The kernel also refuses a connection to a file that is no socket.
             Some(ErrorKind::ConnectionRefused) if is_socket(path) => format!(
                 "a socket is left there by a process that has ended: remove it (`rm '{}'`)",
                 path.display()

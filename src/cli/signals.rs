@@ -97,7 +97,7 @@ impl Signals {
         let wake = WAKE.get_or_init(|| wake);
         for signal in ENDING {
             if !handle_unless_ignored(signal, on_ending) {
-                // It may have come just now.
+                // An ignored signal may have reached the handler while that was installed: it is forgotten.
                 let _ = CAME.compare_exchange(signal, 0, SeqCst, SeqCst);
             }
         }
@@ -149,8 +149,8 @@ impl Signals {
         unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &self.nothing, ptr::null_mut()) };
     }
 
-    /// What may take longer is done. The rest is little, and may be held up all the same: a log file's
-    /// disk may not answer.
+    /// Ends the part of an orderly end that may take long. The steps that are left are short, but a disk that
+    /// does not answer, below a log file for example, can hold them up: a signal gets its 2 s again.
     pub fn conclude(&self) {
         IS_ENDING.store(false, SeqCst);
         if CAME.load(SeqCst) != 0 && !IS_URGENT.load(SeqCst) {
@@ -213,7 +213,7 @@ extern "C" fn on_going_on(_: i32) {
 
 extern "C" fn on_timer(_: i32) {
     keep_errno(|| match (CAME.load(SeqCst), IS_URGENT.load(SeqCst)) {
-        // It turned out to be one that is ignored.
+        // No signal is noted: the one that armed the timer was an ignored one, and was forgotten.
         (0, _) => {}
         (_, false) if IS_ENDING.load(SeqCst) => say(WRITING),
         (signal, is_urgent) => end_at_once(signal, if is_urgent { INSISTED } else { HELD_UP }),

@@ -112,7 +112,8 @@ impl Config {
         sections.into_iter().map(|(name, _)| (name.clone(), is_known(&name))).collect()
     }
 
-    /// What is said of those that nobody reads, PROBLEMS_MAX at most and then a word that there are more.
+    /// A message for each of the `sections` that nobody reads: PROBLEMS_MAX at most, and then one message that
+    /// there are more.
     pub fn unread(sections: &[(String, bool)]) -> Vec<String> {
         let known = known_sections();
         let mut unread = sections.iter().filter(|(_, is_known)| !is_known).map(|(section, _)| {

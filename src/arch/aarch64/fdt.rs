@@ -131,7 +131,7 @@ fn cpus(fdt: &mut FdtWriter, platform: &Platform) -> Result<(), Error> {
     fdt.end_node(cpus)
 }
 
-/// What the parts say of themselves, after the clock that some of them refer to.
+/// Writes the nodes of the machine's parts. The clock comes first: some of these nodes refer to it.
 fn devices(fdt: &mut FdtWriter, platform: &Platform) -> Result<(), Error> {
     let clock = fdt.begin_node("apb-pclk")?;
     fdt.property_string("compatible", "fixed-clock")?;

@@ -44,8 +44,8 @@ impl Medium {
         Self { file, end, failed: AtomicBool::new(false), doubted: AtomicBool::new(false), claims: None }
     }
 
-    /// The same, of an image whose autoclear features are on, which the first write turns off; `durable`: for
-    /// good before it writes.
+    /// This file as that of an image whose autoclear features are on: the first write turns them off. If
+    /// `durable`, the header without them is synced before that write.
     pub fn with_claims(self, durable: bool) -> Self {
         Self { claims: Some(Claims { are_there: true.into(), lock: Mutex::default(), durable }), ..self }
     }

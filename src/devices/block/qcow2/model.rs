@@ -20,11 +20,12 @@ const COPIED: u64 = 1 << 63;
 const COMPRESSED: u64 = 1 << 62;
 const PLACE: u64 = 0x00ff_ffff_ffff_fe00;
 
-/// What a compressed cluster is, as deflate allows: one block that is stored as it is, after this.
+/// The head of a compressed cluster of these images: deflate (RFC 1951, 3.2.4) allows a block that is stored
+/// without compression, and the cluster's bytes follow this head.
 const STORED: [u8; 5] = [1, 0, 2, 0xff, 0xfd];
 const PACKED: usize = STORED.len() + CLUSTER;
 
-/// What an image is like at first.
+/// The form and the first content of an image.
 #[derive(Clone, Copy, Debug)]
 pub struct Kind {
     pub version: u32,
@@ -34,9 +35,9 @@ pub struct Kind {
     pub has_snapshot: bool,
     /// There is a raw image beneath.
     pub has_base: bool,
-    /// So many sectors, from the second on, are compressed, at most [`PACKED_MAX`].
+    /// The number of sectors, counted from the second one, that are compressed: at most [`PACKED_MAX`].
     pub packed: usize,
-    /// So many sectors are written before what is recorded.
+    /// The number of sectors that are written before the recorder begins.
     pub full: u64,
 }
 
