@@ -190,6 +190,16 @@ impl Transport {
         self.device.device_type()
     }
 
+    /// The events by which its driver kicks its queues.
+    pub fn kicks(&self) -> &[Arc<EventFd>] {
+        &self.kicks
+    }
+
+    /// The loops that its workers live on.
+    pub fn loops(&self) -> &[Arc<Loop>] {
+        &self.loops
+    }
+
     /// What the device counts, and what is counted of every device.
     pub fn metrics(&self, view: View) -> Map<String, Value> {
         let mut all = Map::new();
@@ -324,7 +334,7 @@ impl Transport {
     fn reset(&mut self) -> Stopping {
         self.resetting = true;
         if self.phase == Phase::Idle {
-            self.stopped();
+            drop(self.stopped());
         }
         self.stop_for_driver()
     }

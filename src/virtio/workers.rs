@@ -409,7 +409,7 @@ impl Running {
             match job {
                 Job::Start(transport) => start(&transport),
                 Job::Add(worker, transport) => self.add(worker, transport),
-                Job::Stop(transport) => self.stop(&transport),
+                Job::Stop(transport) => self.stop(transport),
                 Job::End => {
                     self.end();
                     return true;
@@ -453,10 +453,10 @@ impl Running {
         }
     }
 
-    fn stop(&mut self, transport: &Shared) {
+    fn stop(&mut self, transport: Shared) {
         let mut queues = Vec::new();
         for slot in &mut self.slots {
-            if let Some(place) = slot.take_if(|place| Arc::ptr_eq(&place.transport, transport)) {
+            if let Some(place) = slot.take_if(|place| Arc::ptr_eq(&place.transport, &transport)) {
                 for fd in place.waits {
                     // A descriptor that was closed has left the set by itself.
                     let _ = self.events.remove(&fd);
@@ -464,7 +464,9 @@ impl Running {
                 queues.extend(place.worker.stop());
             }
         }
-        transport.lock().unwrap_or_else(PoisonError::into_inner).returned(queues);
+        let waiting = transport.lock().unwrap_or_else(PoisonError::into_inner).returned(queues);
+        drop(transport);
+        drop(waiting);
     }
 }
 

@@ -96,7 +96,7 @@ impl Transport {
         let asked = self.loops.iter().filter(|event_loop| event_loop.post(Job::Stop(self.this()))).count();
         match asked {
             // There is no thread to run on.
-            0 => self.returned(Vec::new()),
+            0 => drop(self.returned(Vec::new())),
             asked => self.phase = Phase::Stopping(asked),
         }
     }
@@ -138,30 +138,37 @@ impl Transport {
         self.is_master = is_master;
     }
 
-    /// Called by each loop: none of the device's workers is left there, and these are their queues.
-    pub(in crate::virtio) fn returned(&mut self, queues: Vec<Queue>) {
+    /// Called by each loop: none of the device's workers is left there, and these are their queues. Whoever waits
+    /// for the device to stop is told when the answer is dropped: by a loop once it has let go of the device,
+    /// which may be closed then.
+    pub(in crate::virtio) fn returned(&mut self, queues: Vec<Queue>) -> Vec<Sender<()>> {
         for queue in queues {
             let registers = &mut self.queues[queue.index()];
             (registers.next_avail, registers.next_used) = queue.position();
         }
         match self.phase {
-            Phase::Stopping(left @ 2..) => self.phase = Phase::Stopping(left - 1),
+            Phase::Stopping(left @ 2..) => {
+                self.phase = Phase::Stopping(left - 1);
+                Vec::new()
+            }
             _ => {
                 self.phase = Phase::Idle;
                 log::guest_debug(format_args!("{} is stopped", self.name));
-                self.stopped();
+                self.stopped()
             }
         }
     }
 
-    pub(super) fn stopped(&mut self) {
+    /// The device has stopped. Whoever waits for that is told when the answer is dropped.
+    pub(super) fn stopped(&mut self) -> Vec<Sender<()>> {
         if std::mem::take(&mut self.resetting) {
             self.device.reset();
             self.reset_registers();
             log::guest_debug(format_args!("{} is reset by its driver", self.name));
         }
-        self.waiting.clear();
+        let waiting = std::mem::take(&mut self.waiting);
         self.go_on();
+        waiting
     }
 
     /// The device cannot go on: it asks its driver for a reset (virtio 1.2, 2.1.2).
