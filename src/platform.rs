@@ -3,6 +3,8 @@
 
 pub mod node;
 
+use std::fmt;
+
 use crate::memory::Range;
 pub use node::Node;
 
@@ -92,6 +94,20 @@ pub enum Place {
     },
     /// A device number of the PCI bus.
     Pci(u32),
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Ports { range, .. } => write!(f, "port {:#x}", range.start)?,
+            Self::Registers { range, .. } => write!(f, "address {:#x}", range.start)?,
+            Self::Pci(number) => write!(f, "PCI device {number}")?,
+        }
+        match self.gsi() {
+            Some(gsi) => write!(f, " with interrupt line {gsi}"),
+            None => Ok(()),
+        }
+    }
 }
 
 impl Place {

@@ -6,35 +6,64 @@
 mod common;
 
 use std::fs;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use alula::arch::layout;
+use alula::bus::{Bus, BusDevice};
 use alula::config::Config;
+use alula::devices::KINDS;
+use alula::event::EventFd;
 use alula::host::Local;
-use alula::machine::{Machine, Prepared};
+use alula::machine::{Machine, Places, Prepared};
+use alula::memory::{self, Range};
 use alula::metrics::View;
+use alula::pci::root::{Ecam, Registers, Root};
+use alula::platform::Place;
+use alula::virtio::pci::NOTIFY;
+use alula::virtio::workers::ByHand;
 
-use common::Folder;
+use common::{Folder, driver};
 
 fn turn() -> MutexGuard<'static, ()> {
     static TURN: Mutex<()> = Mutex::new(());
     TURN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A machine with a disk, an entropy device and two CPUs, loaded with the firmware guest, whose console
-/// goes to `folder`.
-fn machine(folder: &Folder, pci: bool, words: &str) -> Machine {
-    let disk = folder.write("disk", vec![0; 1 << 20]);
+/// Two CPUs, an entropy device and these disks, for the firmware guest.
+fn config(folder: &Folder, pci: bool, words: &str, disks: &[&str]) -> Config {
+    let disks: Vec<_> = disks
+        .iter()
+        .map(|id| {
+            let path = folder.write(id, vec![0; 1 << 20]);
+            format!(r#"{{"drive_id": "{id}", "path_on_host": {path:?}, "is_root_device": false}}"#)
+        })
+        .collect();
     let text = format!(
-        r#"{{"machine-config": {{"vcpu_count": 2, "mem_size_mib": 64}}, "entropy": {{}},
-            "drives": [{{"drive_id": "disk", "path_on_host": {disk:?}, "is_root_device": false}}]}}"#
+        r#"{{"machine-config": {{"vcpu_count": 2, "mem_size_mib": 64}}, "entropy": {{}}, "drives": [{}]}}"#,
+        disks.join(", ")
     );
     let mut config = Config::parse(text.as_bytes()).unwrap();
     config.pci = pci;
     config.firmware_words = Some(words.to_owned());
+    config
+}
+
+/// A host whose serial console writes to `folder`.
+fn host(folder: &Folder) -> Local {
     let mut host = Local::default();
     host.hold_console(Some(&folder.path("console"))).unwrap();
-    let mut machine = Machine::build("test", &config, &mut host, Prepared::new().unwrap()).unwrap();
-    machine.load(&config, &mut host).unwrap();
+    host
+}
+
+fn build(folder: &Folder, config: &Config, places: &Places) -> alula::error::Result<Machine> {
+    Machine::build_at(places, "test", config, &mut host(folder), Prepared::new().unwrap())
+}
+
+/// A machine with a disk, loaded with the firmware guest, whose console goes to `folder`.
+fn machine(folder: &Folder, pci: bool, words: &str) -> Machine {
+    let config = config(folder, pci, words, &["disk"]);
+    let mut machine = build(folder, &config, &Places::new()).unwrap();
+    machine.load(&config, &mut host(folder)).unwrap();
     machine
 }
 
@@ -52,34 +81,51 @@ fn threads() -> Vec<String> {
     threads
 }
 
-/// Of this process: open descriptors, address space in KiB, threads.
-fn costs() -> [usize; 3] {
+/// What this process has.
+#[derive(Clone, Copy, Debug)]
+struct Costs {
+    descriptors: usize,
+    threads: usize,
+    mappings: usize,
+    address_space_kib: usize,
+}
+
+fn costs() -> Costs {
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let size = status.lines().find_map(|line| line.strip_prefix("VmSize:")).unwrap();
-    let size = size.trim().trim_end_matches(" kB").parse().unwrap();
-    [fs::read_dir("/proc/self/fd").unwrap().count(), size, threads().len()]
+    Costs {
+        descriptors: fs::read_dir("/proc/self/fd").unwrap().count(),
+        threads: threads().len(),
+        mappings: fs::read_to_string("/proc/self/maps").unwrap().lines().count(),
+        address_space_kib: size.trim().trim_end_matches(" kB").parse().unwrap(),
+    }
 }
 
 #[test]
 fn machines_that_are_dropped_leave_nothing_behind() {
     let _turn = turn();
     let folder = Folder::new();
-    let build_and_drop = |pci| {
-        let mut machine = machine(&folder, pci, "case=block,entropy end=idle");
-        machine.resume().unwrap();
-        wait_for_console(&folder, "2 cases, 0 failed");
-        drop(machine);
-        fs::remove_file(folder.path("console")).unwrap();
-    };
     for pci in [false, true] {
+        let build_and_drop = |runs: bool| {
+            let mut machine = machine(&folder, pci, "case=block,entropy end=idle");
+            if runs {
+                machine.resume().unwrap();
+                wait_for_console(&folder, "2 cases, 0 failed");
+            }
+            drop(machine);
+            fs::remove_file(folder.path("console")).unwrap();
+        };
         // The first machines leave what the process keeps for the next ones: the allocator's arenas.
-        (0..3).for_each(|_| build_and_drop(pci));
+        (0..3).for_each(|_| build_and_drop(true));
         let before = costs();
-        (0..10).for_each(|_| build_and_drop(pci));
+        (0..100).for_each(|number| build_and_drop(number % 10 == 0));
         let after = costs();
-        assert_eq!((before[0], before[2]), (after[0], after[2]), "descriptors and threads (PCI: {pci})");
-        // One machine's memory has 64 MiB, and a thread's stack 2.
-        assert!(after[1] < before[1] + (32 << 10), "{before:?} to {after:?} (PCI: {pci})");
+        let what = format!("{before:?} to {after:?} (PCI: {pci})");
+        assert_eq!((before.descriptors, before.threads), (after.descriptors, after.threads), "{what}");
+        // The allocator and the stacks of threads that ended come and go in mappings of their own, a few of
+        // them; a machine has at least its memory, its CPUs and its ring of posted writes.
+        assert!(after.mappings < before.mappings + 10, "{what}");
+        assert!(after.address_space_kib < before.address_space_kib + (32 << 10), "{what}");
     }
 }
 
@@ -116,4 +162,178 @@ fn an_idle_guests_devices_are_not_stopped_to_look_at_its_cpus() {
         std::thread::yield_now();
     }
     assert_eq!(fails(&machine), before);
+}
+
+#[test]
+fn a_machine_that_lost_a_disk_keeps_every_other_part_in_place() {
+    let _turn = turn();
+    let folder = Folder::new();
+    for pci in [false, true] {
+        let whole = config(&folder, pci, "case=block,entropy", &["a", "b", "c"]);
+        let places = build(&folder, &whole, &Places::new()).unwrap().places();
+        let left = config(&folder, pci, "case=block,entropy", &["a", "c"]);
+        let moved = build(&folder, &left, &Places::new()).unwrap().places();
+        assert_ne!(moved["disk `c`"], places["disk `c`"], "places follow the configuration by themselves");
+        // A new disk gets the first place that was nobody's: not that of the lost one, which may come back.
+        let config = config(&folder, pci, "case=block,entropy", &["a", "d", "c"]);
+        let found = build(&folder, &config, &places).unwrap().places();
+        let mut expected = places.clone();
+        expected.remove("disk `b`");
+        let new = found["disk `d`"];
+        assert!(places.values().all(|place| *place != new), "{new}");
+        expected.insert("disk `d`".to_owned(), new);
+        assert_eq!(found, expected);
+        // The order of the configuration does not matter then, and a guest finds the devices where they are.
+        let config = self::config(&folder, pci, "case=block,entropy", &["c", "b", "a"]);
+        let mut machine = build(&folder, &config, &places).unwrap();
+        assert_eq!(machine.places(), places);
+        machine.load(&config, &mut host(&folder)).unwrap();
+        machine.resume().unwrap();
+        wait_for_console(&folder, "2 cases, 0 failed");
+        fs::remove_file(folder.path("console")).unwrap();
+    }
+}
+
+#[test]
+fn places_that_cannot_be_are_refused() {
+    let _turn = turn();
+    let folder = Folder::new();
+    for pci in [false, true] {
+        let config = config(&folder, pci, "", &["a", "b"]);
+        let places = build(&folder, &config, &Places::new()).unwrap().places();
+        // A place in the table belongs to a device of that name. The last two devices are not in every machine.
+        for (name, place) in layout::FIXED.iter().filter(|(name, _)| !["boot timer", "v2m"].contains(name)) {
+            assert_eq!(places.get(*name), Some(place), "{name}");
+        }
+        let refused = |name: &str, place: Place, why: &str| {
+            let mut places = places.clone();
+            places.insert(name.to_owned(), place);
+            let error = build(&folder, &config, &places).err().unwrap().to_string();
+            assert!(error.contains(why), "{error}");
+        };
+        let memory = Place::Registers { range: Range { start: 0, size: 0x1000 }, gsi: Some(5) };
+        let strange = [
+            Place::Pci(32),
+            Place::Pci(u32::MAX),
+            memory,
+            Place::Registers { range: Range { start: u64::MAX, size: u64::MAX }, gsi: Some(u32::MAX) },
+        ];
+        for place in strange.into_iter().chain([places["disk `b`"], places["serial"]]) {
+            refused("disk `a`", place, "is taken, or is none for a device of this machine");
+        }
+        refused("disk `a`", if pci { Place::Pci(0) } else { Place::Pci(1) }, "PCI device");
+        refused("serial", places["exit register"], "serial was at address");
+    }
+}
+
+#[test]
+fn a_device_that_is_taken_away_leaves_nothing_behind() {
+    let _turn = turn();
+    let folder = Folder::new();
+    for pci in [false, true] {
+        let words = "case=block,entropy end=idle";
+        let mut config = config(&folder, pci, words, &["disk", "other"]);
+        let path = folder.path("other");
+        let other = format!(
+            r#"{{"drive_id": "other", "path_on_host": {path:?}, "is_root_device": false, "num_queues": 2,
+                "threads": 2}}"#
+        );
+        let [drives, ..] = KINDS else { panic!() };
+        let other = drives.parse(other.as_bytes()).unwrap();
+        config.put(other.clone()).unwrap();
+        let disk = config.devices().next().unwrap().clone();
+        let mut machine = build(&folder, &config, &Places::new()).unwrap();
+        machine.load(&config, &mut host(&folder)).unwrap();
+        let places = machine.places();
+        // Devices that were taken away and came back before the guest began work as those that stayed.
+        machine.detach("disk `disk`").unwrap();
+        machine.attach(&disk, &Places::new(), &mut Local::default()).unwrap();
+        assert_eq!(machine.places(), places);
+        machine.resume().unwrap();
+        wait_for_console(&folder, "2 cases, 0 failed");
+        machine.pause().unwrap();
+        let is_open = |path: &std::path::Path| {
+            let files = fs::read_dir("/proc/self/fd").unwrap();
+            files.flatten().any(|file| fs::read_link(file.path()).is_ok_and(|to| to == path))
+        };
+        let mut before = None;
+        for _ in 0..20 {
+            for device in [&disk, &other] {
+                machine.detach(&device.name()).unwrap();
+            }
+            // Threads make what they need when they begin, and these have ended.
+            let (before, after) = (*before.get_or_insert_with(costs), costs());
+            let what = format!("{before:?} to {after:?} (PCI: {pci})");
+            assert_eq!((before.descriptors, before.threads), (after.descriptors, after.threads), "{what}");
+            assert!(after.mappings < before.mappings + 10, "{what}");
+            assert!(!is_open(&path) && !is_open(&folder.path("disk")), "a detached disk's file is open");
+            assert!(!threads().iter().any(|name| name.starts_with("io-")), "{:?}", threads());
+            // In the other order: each has the other one's place then, where its registers are not taken.
+            machine.attach(&other, &Places::new(), &mut Local::default()).unwrap();
+            machine.attach(&disk, &places, &mut Local::default()).unwrap_err();
+            machine.attach(&disk, &Places::new(), &mut Local::default()).unwrap();
+            machine.detach(&other.name()).unwrap();
+            machine.detach(&disk.name()).unwrap();
+            machine.attach(&disk, &places, &mut Local::default()).unwrap();
+            machine.attach(&other, &places, &mut Local::default()).unwrap();
+            machine.resume().unwrap();
+            machine.pause().unwrap();
+        }
+        assert_eq!(machine.places(), places);
+        // What cannot be taken away or come twice is refused, and nothing changes.
+        for fixed in ["serial", "PCI host bridge", "disk `none`"] {
+            machine.detach(fixed).unwrap_err();
+        }
+        machine.attach(&disk, &Places::new(), &mut Local::default()).unwrap_err();
+        machine.resume().unwrap();
+        machine.attach(&disk, &Places::new(), &mut Local::default()).unwrap_err();
+        assert_eq!(machine.places(), places);
+        // Devices can go while the guest runs, and are closed then.
+        for device in [&disk, &other] {
+            machine.detach(&device.name()).unwrap();
+        }
+        assert!(!is_open(&path) && !is_open(&folder.path("disk")), "a detached disk's file is open");
+        drop(machine);
+        fs::remove_file(folder.path("console")).unwrap();
+    }
+}
+
+#[test]
+fn a_pci_function_that_is_removed_is_nowhere_any_more() {
+    const DEVICE: u32 = 3;
+    let _turn = turn();
+    let (mmio, by_hand) = (Arc::new(Bus::default()), ByHand::new().unwrap());
+    let memory = memory::allocate(&[Range { start: 0, size: 1 << 20 }]).unwrap();
+    let root = Arc::new(Mutex::new(Root::new(driver::vm(), &mmio)));
+    let mut ecam = Ecam(root.clone());
+    let config = u64::from(DEVICE << 15);
+    let bar = layout::PCI_MEMORY.start;
+    let is_there = |ecam: &mut Ecam| {
+        let (mut id, mut queues) = ([0; 4], [0; 2]);
+        ecam.read(config, &mut id);
+        mmio.read(bar + 0x12, &mut queues);
+        (id != [0xff; 4], queues != [0xff; 2])
+    };
+    for _ in 0..2 {
+        let entropy = KINDS.iter().find(|kind| kind.section == "entropy").unwrap();
+        let device = entropy.parse(b"{}").unwrap().open("test", &mut Local::default()).unwrap();
+        let (_, function) = driver::function(device, memory.clone(), by_hand.event_loop(), DEVICE);
+        let kick = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).unwrap());
+        let registers = Registers {
+            device: Arc::new(Mutex::new(function.registers())),
+            kicks: vec![(NOTIFY, kick.clone())],
+        };
+        root.lock().unwrap().add(DEVICE, Arc::new(Mutex::new(function)), Some(registers)).unwrap();
+        ecam.write(config + 0x10, &bar.to_le_bytes());
+        ecam.write(config + 4, &[2, 0]);
+        assert_eq!(is_there(&mut ecam), (true, true));
+        // KVM has the kick: it takes no second one for that address.
+        driver::vm().kick_any(&kick, bar + NOTIFY).unwrap_err();
+        root.lock().unwrap().remove(DEVICE).unwrap();
+        assert_eq!(is_there(&mut ecam), (false, false));
+        driver::vm().kick_any(&kick, bar + NOTIFY).unwrap();
+        driver::vm().unkick_any(&kick, bar + NOTIFY).unwrap();
+        root.lock().unwrap().remove(DEVICE).unwrap_err();
+        assert_eq!(Arc::strong_count(&kick), 1);
+    }
 }

@@ -1,15 +1,17 @@
-//! Puts virtio devices on a machine's bus, by MMIO or by PCI: registers, interrupts, kicks.
+//! The one recipe for a device of the configuration: opened, given a place on the machine's bus by MMIO or by
+//! PCI (registers, interrupts, kicks), and taken away again.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use kvm_ioctls::VcpuFd;
-
+use super::parts::{self, Places};
+use super::{Machine, State};
 use crate::arch::layout;
-use crate::bus::Bus;
+use crate::devices::kind::Device;
 use crate::error::{Context, Error, Result};
 use crate::event::EventFd;
+use crate::host::Host;
 use crate::log;
-use crate::memory::{Memory, Range};
+use crate::memory::Range;
 use crate::part::{Component, Part};
 use crate::pci::DEVICES_MAX;
 use crate::pci::msix::Msix;
@@ -22,78 +24,131 @@ use crate::virtio::{Interrupts, VirtioDevice, pci};
 use crate::vm::Vm;
 use crate::vm::vcpu::Surroundings;
 
-/// What devices are attached to.
-pub struct Slots<'a> {
-    pub vm: &'a Arc<Vm>,
-    /// Any one of its vCPUs.
-    pub vcpu: &'a VcpuFd,
-    pub mmio: &'a Bus,
-    pub memory: &'a Memory,
-    /// The loop of devices that have no threads of their own, once there is such a device.
-    pub io: Option<Arc<Loop>>,
-    /// All loops that devices were put on.
-    pub loops: Vec<Arc<Loop>>,
-    /// The PCI bus, if there is one.
-    pub root: Option<Arc<Mutex<Root>>>,
-    /// What has its place already.
-    pub parts: Vec<Part>,
+/// A device that is open and has no place yet.
+struct Opened {
+    name: String,
+    device: Box<dyn VirtioDevice>,
+    /// Where its workers will live.
+    loops: Vec<Arc<Loop>>,
 }
 
-impl Slots<'_> {
-    /// The lowest place on the devices' bus that no part has.
-    pub fn free_place(&self) -> Result<Place> {
-        let is_free = |place: &Place| self.parts.iter().all(|part| part.place != *place);
-        match &self.root {
-            Some(_) => {
-                let free = (0..DEVICES_MAX as u32).map(Place::Pci).find(is_free);
-                free.ok_or_else(|| Error::config("the PCI bus has no free place"))
-            }
-            None => {
-                let most = layout::DEVICE_GSIS.len();
-                let free = (0..most as u32).map(registers).find(is_free);
-                free.ok_or_else(|| Error::config(format!("at most {most} devices have an interrupt line")))
-            }
+impl Machine {
+    /// Opens a device and puts it in the place that `places` gives it, or else in the lowest one that no part
+    /// has and that `places` gives to nobody. The machine must be paused. After an error the machine is as it
+    /// was before.
+    pub fn attach(&mut self, device: &Device, places: &Places, host: &mut dyn Host) -> Result<()> {
+        let name = device.name();
+        let attempt = || format!("attach {name}");
+        if self.state != State::Paused {
+            return Err(Error::config("the machine runs: pause it first")).with_context(attempt);
         }
-    }
-
-    /// Puts a device at `place`.
-    pub fn attach(&mut self, device: Unplaced, place: Place) -> Result<()> {
-        let (name, metrics) = (device.name.clone(), device.metrics.clone());
+        if self.parts.get(&name).is_ok() {
+            return Err(Error::config("the machine has it already")).with_context(attempt);
+        }
+        let place = self.place_for(&name, places).with_context(attempt)?;
         match place {
             Place::Pci(number) => log::debug(format_args!("attach {name} as PCI device {number}")),
             Place::Ports { range, .. } | Place::Registers { range, .. } => {
                 log::debug(format_args!("attach {name} at {:#x}", range.start));
             }
         }
-        let attached = match (place, self.root.clone()) {
-            (Place::Pci(number), Some(root)) => self.attach_pci(&root, device, number),
-            (Place::Registers { range, gsi: Some(gsi) }, None) => self.attach_mmio(device, range, gsi),
-            _ => Err(Error::config("its place is on a bus that this machine does not have")),
+        let loops = self.loops_for(device.threads())?;
+        let opened =
+            Opened { name: name.clone(), device: device.open(&self.id, host)?, loops: loops.clone() };
+        let component = match (place, &self.root) {
+            (Place::Pci(number), Some(root)) => self.put_on_pci(root, opened, number),
+            (Place::Registers { range, gsi: Some(gsi) }, None) => self.put_on_mmio(opened, range, gsi),
+            _ => unreachable!("a place for a device is on the machine's bus"),
         };
-        let component = attached.with_context(|| format!("attach {name}"))?;
-        self.parts.push(Part { name, place, metrics, component });
+        let component = component.with_context(attempt)?;
+        if device.threads() == 0 {
+            self.io = Some(loops[0].clone());
+        } else {
+            self.own_loops.extend(loops);
+        }
+        self.parts.0.push(Part { name, place, metrics: device.metrics(), component });
         Ok(())
     }
 
-    fn attach_mmio(&mut self, device: Unplaced, registers: Range, gsi: u32) -> Result<Arc<Mutex<Transport>>> {
-        let kicks = shared(events(device.device.queue_sizes().len())?);
-        for (queue, kick) in kicks.iter().enumerate() {
-            self.vm.kick(kick, registers.start + QUEUE_NOTIFY, queue as u32)?;
+    /// Stops the device called `name`, takes it from its bus, ends its own threads, and closes what it has of
+    /// the host. Its place is free again.
+    pub fn detach(&mut self, name: &str) -> Result<()> {
+        let part = self.parts.get(name)?;
+        let held = part.with(|device: &mut Transport| (device.kicks().to_vec(), device.loops().to_vec()));
+        let (kicks, loops) =
+            held.ok_or_else(|| Error::config(format!("detach {name}: it is a fixed part of the machine")))?;
+        parts::pause(std::slice::from_ref(part));
+        match (part.place, &self.root) {
+            (Place::Pci(number), Some(root)) => {
+                root.lock().unwrap_or_else(PoisonError::into_inner).remove(number)?;
+            }
+            (Place::Registers { range, .. }, None) => {
+                self.surroundings.mmio.detach(range.start);
+                disconnect(&self.vm, range, &kicks);
+            }
+            _ => unreachable!("a device is on the machine's bus"),
         }
-        let acknowledged = self.vm.post(self.vcpu, registers.start + INTERRUPT_ACKNOWLEDGE);
-        let interrupts = Interrupts::line(self.vm.interrupt(gsi)?, acknowledged);
-        let transport = self.transport(device, interrupts, kicks)?;
-        self.mmio.attach(registers, Arc::new(Mutex::new(Mmio(transport.clone()))))?;
-        Ok(transport)
+        self.parts.0.retain(|part| part.name != name);
+        let is_its = |own: &Arc<Loop>| loops.iter().any(|used| Arc::ptr_eq(used, own));
+        self.own_loops.iter().filter(|own| is_its(own)).for_each(Loop::end);
+        self.own_loops.retain(|own| !is_its(own));
+        Ok(())
     }
 
-    fn attach_pci(
-        &mut self,
-        root: &Mutex<Root>,
-        device: Unplaced,
-        number: u32,
-    ) -> Result<Arc<Mutex<Transport>>> {
-        let mut root = root.lock().unwrap_or_else(PoisonError::into_inner);
+    /// All places on the bus that devices are attached to.
+    fn device_places(&self) -> impl Iterator<Item = Place> + use<> {
+        let is_pci = self.root.is_some();
+        let count = if is_pci { DEVICES_MAX } else { layout::DEVICE_GSIS.len() };
+        (0..count as u32).map(move |number| if is_pci { Place::Pci(number) } else { mmio_place(number) })
+    }
+
+    fn place_for(&self, name: &str, places: &Places) -> Result<Place> {
+        let is_free = |place: &Place| self.parts.0.iter().all(|part| part.place != *place);
+        let is_for_nobody = |place: &Place| places.values().all(|other| other != place);
+        match places.get(name) {
+            Some(given) if self.device_places().any(|place| place == *given) && is_free(given) => Ok(*given),
+            Some(given) => Err(Error::config(format!(
+                "its place, {given}, is taken, or is none for a device of this machine"
+            ))),
+            None => {
+                self.device_places().find(|place| is_free(place) && is_for_nobody(place)).ok_or_else(|| {
+                    Error::config(match self.root {
+                        Some(_) => "the PCI bus has no free place".to_owned(),
+                        None => {
+                            format!("at most {} devices have an interrupt line", layout::DEVICE_GSIS.len())
+                        }
+                    })
+                })
+            }
+        }
+    }
+
+    /// So many loops of a device's own; 0: the one that devices share.
+    fn loops_for(&self, threads: usize) -> Result<Vec<Arc<Loop>>> {
+        match (threads, &self.io) {
+            (0, Some(io)) => Ok(vec![io.clone()]),
+            (0, None) => Ok(vec![Loop::new("io")?]),
+            _ => (0..threads).map(|index| Loop::new(format!("io-{index}"))).collect(),
+        }
+    }
+
+    fn put_on_mmio(&self, device: Opened, registers: Range, gsi: u32) -> Result<Arc<Mutex<Transport>>> {
+        let kicks = shared(events(device.device.queue_sizes().len())?);
+        let put = || -> Result<_> {
+            for (queue, kick) in kicks.iter().enumerate() {
+                self.vm.kick(kick, registers.start + QUEUE_NOTIFY, queue as u32)?;
+            }
+            let acknowledged =
+                self.vm.post(&self.vcpus[0].stopped(), registers.start + INTERRUPT_ACKNOWLEDGE);
+            let interrupts = Interrupts::line(self.vm.interrupt(gsi)?, acknowledged);
+            let transport = self.transport(device, interrupts, kicks.clone());
+            self.surroundings.mmio.attach(registers, Arc::new(Mutex::new(Mmio(transport.clone()))))?;
+            Ok(transport)
+        };
+        put().inspect_err(|_| disconnect(&self.vm, registers, &kicks))
+    }
+
+    fn put_on_pci(&self, root: &Mutex<Root>, device: Opened, number: u32) -> Result<Arc<Mutex<Transport>>> {
         let queues = device.device.queue_sizes().len();
         let kicks = shared(events(queues)?);
         // One for configuration changes, one for each queue.
@@ -106,52 +161,37 @@ impl Slots<'_> {
         let msix = Arc::new(Mutex::new(Msix::new(self.vm.clone(), number << 3, vectors)?));
         let at = |queue: usize| pci::NOTIFY + queue as u64 * pci::NOTIFY_MULTIPLIER;
         let kicked = kicks.iter().cloned().enumerate().map(|(queue, kick)| (at(queue), kick)).collect();
-        let transport = self.transport(device, interrupts.clone(), kicks)?;
+        let transport = self.transport(device, interrupts.clone(), kicks);
         let bar = layout::PCI_MEMORY.start + u64::from(number) * pci::BAR_SIZE;
         let function = pci::Pci::new(transport.clone(), interrupts, msix, bar);
         let registers = Registers { device: Arc::new(Mutex::new(function.registers())), kicks: kicked };
+        let mut root = root.lock().unwrap_or_else(PoisonError::into_inner);
         root.add(number, Arc::new(Mutex::new(function)), Some(registers))?;
         Ok(transport)
     }
 
     fn transport(
-        &mut self,
-        device: Unplaced,
+        &self,
+        device: Opened,
         interrupts: Arc<Interrupts>,
         kicks: Vec<Arc<EventFd>>,
-    ) -> Result<Arc<Mutex<Transport>>> {
-        let Unplaced { name, device, threads, .. } = device;
-        let loops = match (threads, &self.io) {
-            (0, Some(io)) => vec![io.clone()],
-            (0, None) => {
-                let io = Loop::new("io")?;
-                self.loops.push(io.clone());
-                vec![self.io.insert(io).clone()]
-            }
-            _ => {
-                let own = (0..threads).map(|index| Loop::new(format!("io-{index}")));
-                let own = own.collect::<Result<Vec<_>>>()?;
-                self.loops.extend(own.iter().cloned());
-                own
-            }
-        };
-        Ok(Transport::new(name, device, self.memory.clone(), loops, interrupts, kicks))
+    ) -> Arc<Mutex<Transport>> {
+        let Opened { name, device, loops } = device;
+        Transport::new(name, device, self.memory.clone(), loops, interrupts, kicks)
     }
 }
 
-/// A device that is open, and has no place yet.
-pub struct Unplaced {
-    /// What log lines call it.
-    pub name: String,
-    /// The groups of metrics that what it counts is added to.
-    pub metrics: Vec<String>,
-    pub device: Box<dyn VirtioDevice>,
-    /// So many threads of its own its workers are to run on; 0: on the one that all share.
-    pub threads: usize,
+/// Undoes what KVM was told of the registers of a virtio-mmio device; its interrupt goes with its event.
+fn disconnect(vm: &Vm, registers: Range, kicks: &[Arc<EventFd>]) {
+    for (queue, kick) in kicks.iter().enumerate() {
+        // A kick that could not be connected cannot be disconnected.
+        let _ = vm.unkick(kick, registers.start + QUEUE_NOTIFY, queue as u32);
+    }
+    vm.unpost(registers.start + INTERRUPT_ACKNOWLEDGE);
 }
 
 /// The place of the virtio-mmio device with this number.
-fn registers(number: u32) -> Place {
+fn mmio_place(number: u32) -> Place {
     let start = layout::VIRTIO_MMIO.start + u64::from(number) * REGISTERS_SIZE;
     let gsi = Some(layout::DEVICE_GSIS.start + number);
     Place::Registers { range: Range { start, size: REGISTERS_SIZE }, gsi }
@@ -194,7 +234,7 @@ mod tests {
 
     #[test]
     fn a_kernel_that_must_be_told_finds_devices_where_the_documentation_says() {
-        let Place::Registers { range: Range { start, size }, gsi: Some(gsi) } = registers(0) else {
+        let Place::Registers { range: Range { start, size }, gsi: Some(gsi) } = mmio_place(0) else {
             panic!()
         };
         let word = format!("virtio_mmio.device={}K@{start:#x}:{gsi}`", size >> 10);
@@ -202,6 +242,6 @@ mod tests {
         // Device trees tell every kernel of aarch64.
         assert!(text.contains(&word) || arch::NAME == "aarch64", "{word}");
         let second = Range { start: start + 0x1000, size };
-        assert_eq!(registers(1), Place::Registers { range: second, gsi: Some(gsi + 1) });
+        assert_eq!(mmio_place(1), Place::Registers { range: second, gsi: Some(gsi + 1) });
     }
 }

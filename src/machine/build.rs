@@ -7,9 +7,9 @@ use std::sync::Arc;
 
 use vm_memory::GuestAddressSpace;
 
-use super::attach::{Slots, Unplaced, pci_bus};
+use super::attach::pci_bus;
 use super::command_line::command_line;
-use super::parts::Parts;
+use super::parts::{Parts, Places};
 use super::{Machine, State, halt};
 use crate::arch::{self, layout};
 use crate::bus::Bus;
@@ -33,7 +33,13 @@ use crate::vm::{Prepared, Vm};
 /// Less than the boot tables, a kernel and its FDT need.
 const MEMORY_MIN: u64 = 2 << 20;
 
-pub fn build(id: &str, config: &Config, host: &mut dyn Host, prepared: Prepared) -> Result<Machine> {
+pub fn build(
+    places: &Places,
+    id: &str,
+    config: &Config,
+    host: &mut dyn Host,
+    prepared: Prepared,
+) -> Result<Machine> {
     let boot_timer = config.boot_timer.then(BootTimer::start);
     let machine = &config.machine_config;
     let size = machine.mem_size_mib.checked_mul(1 << 20).filter(|size| *size >= MEMORY_MIN);
@@ -66,7 +72,7 @@ pub fn build(id: &str, config: &Config, host: &mut dyn Host, prepared: Prepared)
 
     let mut vm = Vm::new(prepared, &memory.memory())?;
     let vcpus = vm.create_vcpus(&mut platform, &config.cpuid())?;
-    let mut timeline = std::mem::take(&mut vm.timeline);
+    let timeline = std::mem::take(&mut vm.timeline);
     let vm = Arc::new(vm);
 
     let gate = Arc::new(Gate::default());
@@ -75,54 +81,42 @@ pub fn build(id: &str, config: &Config, host: &mut dyn Host, prepared: Prepared)
     let mut site = Site {
         vm: &vm,
         surroundings: &surroundings,
-        host,
+        host: &mut *host,
         serial: config.serial.as_ref(),
         boot_timer,
         message_frame: platform.message_frame(),
         parts: Vec::new(),
     };
     put_fixed(&mut site)?;
-    let Site { host, mut parts, .. } = site;
+    let mut parts = site.parts;
     let root = match config.pci {
         true => Some(pci_bus(&vm, &surroundings, &mut parts)?),
         false => None,
     };
-    let mut slots = Slots {
-        vm: &vm,
-        vcpu: &vcpus[0],
-        mmio: &surroundings.mmio,
-        memory: &memory,
-        io: None,
-        loops: Vec::new(),
-        root,
-        parts,
-    };
-    for device in config.devices() {
-        let place = slots.free_place()?;
-        let (name, metrics, threads) = (device.name(), device.metrics(), device.threads());
-        slots.attach(Unplaced { name, metrics, device: device.open(id, host)?, threads }, place)?;
-    }
-    let Slots { loops, parts, .. } = slots;
-
-    register_kick()?;
     let parts = Parts(parts);
+    parts.check_places(places)?;
     let console_room = parts.with(Console::NAME, |console: &mut Console| console.room());
-    let console_room = console_room.ok_or_else(|| Error::host("the machine has no serial console"))?;
-    timeline.mark("devices");
-    Ok(Machine {
+    let mut machine = Machine {
+        id: id.to_owned(),
         state: State::Paused,
         vcpus: vcpus.into_iter().map(Vcpu::new).collect(),
         surroundings: Arc::new(surroundings),
         parts,
-        console_room,
+        console_room: console_room.ok_or_else(|| Error::host("the machine has no serial console"))?,
         platform,
-        loops,
+        io: None,
+        own_loops: Vec::new(),
+        root,
         halt: halt::Watch::default(),
         stays_when_halted: config.dialect == Dialect::Firecracker,
         timeline,
-        _vm: vm,
+        vm,
         memory,
-    })
+    };
+    config.devices().try_for_each(|device| machine.attach(device, places, host))?;
+    register_kick()?;
+    machine.timeline.mark("devices");
+    Ok(machine)
 }
 
 /// Pages come when they are touched, and KVM maps them as they come: this is before both.

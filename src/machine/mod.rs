@@ -8,7 +8,7 @@ mod metrics;
 mod parts;
 
 use std::any::Any;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use serde_json::{Map, Value};
 
@@ -23,6 +23,7 @@ use crate::host::Host;
 use crate::log;
 use crate::memory::Memory;
 use crate::metrics::View;
+use crate::pci::root::Root;
 use crate::platform::Platform;
 use crate::timeline::Timeline;
 use crate::virtio::transport::Transport;
@@ -33,6 +34,7 @@ use parts::Parts;
 
 pub use crate::vm::Prepared;
 pub use crate::vm::exit::Exit;
+pub use parts::Places;
 
 /// Whether the guest's CPUs may run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,19 +47,25 @@ pub enum State {
 
 /// One virtual machine. Fields are dropped in this order: nothing runs, then KVM goes, then memory.
 pub struct Machine {
+    /// The name of the microVM.
+    id: String,
     state: State,
     vcpus: Vec<Vcpu>,
     surroundings: Arc<Surroundings>,
     parts: Parts,
     console_room: Arc<EventFd>,
     platform: Platform,
-    /// The threads on which devices run: the one that devices share, if any does, and those of their own.
-    loops: Vec<Arc<Loop>>,
+    /// The thread on which the workers of devices run that have none of their own, once there is such a device.
+    io: Option<Arc<Loop>>,
+    /// The threads that devices have of their own.
+    own_loops: Vec<Arc<Loop>>,
+    /// The PCI bus, if there is one.
+    root: Option<Arc<Mutex<Root>>>,
     halt: halt::Watch,
     /// A guest whose CPUs have all halted for good is told of and left alone, as in Firecracker.
     stays_when_halted: bool,
     timeline: Timeline,
-    _vm: Arc<Vm>,
+    vm: Arc<Vm>,
     memory: Memory,
 }
 
@@ -65,7 +73,24 @@ impl Machine {
     /// Wires a machine together from `config`; it has no content yet and does not run. `id` is its
     /// name: addresses of its interfaces are derived from it.
     pub fn build(id: &str, config: &Config, host: &mut dyn Host, prepared: Prepared) -> Result<Self> {
-        build::build(id, config, host, prepared)
+        Self::build_at(&Places::new(), id, config, host, prepared)
+    }
+
+    /// The same, with every part that `places` names in the place that it gives: [`Machine::places`] of a
+    /// machine that was, for one whose devices stay where its guest knows them.
+    pub fn build_at(
+        places: &Places,
+        id: &str,
+        config: &Config,
+        host: &mut dyn Host,
+        prepared: Prepared,
+    ) -> Result<Self> {
+        build::build(places, id, config, host, prepared)
+    }
+
+    /// Where its parts are.
+    pub fn places(&self) -> Places {
+        self.parts.places()
     }
 
     /// Gives it its content: kernel, initrd, boot tables, registers. A `boot_source` of none loads
@@ -80,7 +105,7 @@ impl Machine {
         if self.surroundings.end.get().is_some() {
             return Err(Error::guest("resume the guest: it has ended"));
         }
-        self.loops.iter().try_for_each(Loop::start)?;
+        self.loops().try_for_each(Loop::start)?;
         for (index, vcpu) in self.vcpus.iter_mut().enumerate() {
             vcpu.start(index, &self.surroundings)?;
         }
@@ -100,6 +125,10 @@ impl Machine {
         self.state = State::Paused;
         log::debug("the guest's CPUs and devices stand still");
         Ok(())
+    }
+
+    fn loops(&self) -> impl Iterator<Item = &Arc<Loop>> {
+        self.io.iter().chain(&self.own_loops)
     }
 
     /// Returns when no CPU runs any more, until the gate is opened. Devices go on.
@@ -210,6 +239,6 @@ impl Drop for Machine {
         for vcpu in &mut self.vcpus {
             vcpu.join();
         }
-        self.loops.iter().for_each(Loop::end);
+        self.loops().for_each(Loop::end);
     }
 }

@@ -1,5 +1,6 @@
 //! The parts of a machine, and what is done with all of them, in the order in which they were built.
 
+use std::collections::BTreeMap;
 use std::sync::mpsc::channel;
 
 use serde_json::{Map, Value};
@@ -7,7 +8,10 @@ use serde_json::{Map, Value};
 use crate::error::{Error, Result};
 use crate::metrics::{View, add_up};
 use crate::part::{Component, Part};
-use crate::platform::Node;
+use crate::platform::{Node, Place};
+
+/// Where the parts of a machine are, by their names.
+pub type Places = BTreeMap<String, Place>;
 
 /// A machine's list of parts. When the list is dropped, its parts are dropped in their order.
 #[derive(Default)]
@@ -23,6 +27,25 @@ impl Parts {
     /// Has `act` done with the part of this name, which is a `C`; None: this machine has no such part.
     pub fn with<C: Component, R>(&self, name: &str, act: impl FnOnce(&mut C) -> R) -> Option<R> {
         self.get(name).ok()?.with(act)
+    }
+
+    /// Where the parts are.
+    pub fn places(&self) -> Places {
+        self.0.iter().map(|part| (part.name.clone(), part.place)).collect()
+    }
+
+    /// An error if a part is elsewhere than `places` says.
+    pub fn check_places(&self, places: &Places) -> Result<()> {
+        for Part { name, place, .. } in &self.0 {
+            if let Some(other) = places.get(name)
+                && other != place
+            {
+                return Err(Error::config(format!(
+                    "{name} was at {other}, and is at {place} in this version"
+                )));
+            }
+        }
+        Ok(())
     }
 
     /// Stops all parts, which then touch neither guest memory nor interrupts.

@@ -59,11 +59,6 @@ impl Root {
         Self { vm, mmio: Arc::downgrade(mmio), slots: [const { None }; DEVICES_MAX], address: 0 }
     }
 
-    /// The lowest device number that is free.
-    pub fn free_device(&self) -> Option<u32> {
-        self.slots.iter().position(Option::is_none).map(|number| number as u32)
-    }
-
     /// Adds a function as this device.
     pub fn add(
         &mut self,
@@ -79,6 +74,17 @@ impl Root {
             Some(_) => Err(Error::config(format!("PCI device {device} is taken"))),
             None => Err(Error::config(format!("PCI device {device}: the bus has {DEVICES_MAX}"))),
         }
+    }
+
+    /// Takes the function of this device away, with its registers wherever they are.
+    pub fn remove(&mut self, device: u32) -> Result<()> {
+        let slot = self.slots.get_mut(device as usize).and_then(Option::take);
+        let slot = slot.ok_or_else(|| Error::config(format!("there is no PCI device {device}")))?;
+        if let (Some(registers), Some(place), Some(mmio)) = (slot.registers, slot.placed, self.mmio.upgrade())
+        {
+            take_away(&self.vm, &mmio, &registers, place);
+        }
+        Ok(())
     }
 
     /// `address` is an offset in ECAM: bus 0, device, function 0, register.

@@ -158,6 +158,12 @@ impl Vm {
         self.fd.register_ioevent(event, &address, value).context("connect a queue's kick")
     }
 
+    /// Undoes `kick`.
+    pub fn unkick(&self, event: &EventFd, address: u64, value: u32) -> Result<()> {
+        let address = IoEventAddress::Mmio(address);
+        self.fd.unregister_ioevent(event, &address, value).context("disconnect a queue's kick")
+    }
+
     /// Writes to `event` when the guest writes anything at `address`.
     pub fn kick_any(&self, event: &EventFd, address: u64) -> Result<()> {
         let address = IoEventAddress::Mmio(address);

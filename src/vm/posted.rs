@@ -113,6 +113,15 @@ impl Vm {
         writes.lock().unwrap_or_else(PoisonError::into_inner).registers.insert(address, bits.clone());
         Some(Posted { writes, bits })
     }
+
+    /// Undoes `post`: each write to the register at `address` is an exit again.
+    pub fn unpost(&self, address: u64) {
+        let posted = self.posted.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(writes) = &*posted else { return };
+        // A register that could not be posted is none whose writes KVM keeps.
+        let _ = self.fd.unregister_coalesced_mmio(IoEventAddress::Mmio(address), REGISTER);
+        writes.lock().unwrap_or_else(PoisonError::into_inner).registers.remove(&address);
+    }
 }
 
 #[cfg(test)]
