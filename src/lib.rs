@@ -17,7 +17,7 @@
 //! - [`devices`]: the devices.
 //! - [`config`]: everything a microVM is made of.
 //! - [`firmware`]: the guest of our own that is carried along.
-//! - [`machine`]: the machine and its run states: build, then load.
+//! - [`machine`]: the machine and its run states: a list of parts, built, then loaded.
 //! - [`api`]: the control socket: every operation once. [`cli`]: the command line and the main loop.
 //!
 //! Threads: `main` serves the socket, signals and standard input, and opens every file; one per vCPU
@@ -26,6 +26,22 @@
 //! process; while it is held up, a vCPU's thread does. A vCPU whose lock somebody else holds is paused; a
 //! device whose workers gave their queues back is paused. Pause, reset, save and a change by the user all
 //! are stop, then maybe start.
+//!
+//! A machine is a list of parts ([`part::Part`]: a name, a place, a component), in the order in which they are
+//! built: devices at fixed places, the PCI bus, then what the configuration lists. Pause, resume, metrics and
+//! boot tables (each component gives its own nodes, which `arch` prints) walk that list. A device comes by
+//! [`machine::Machine::attach`] and goes by `detach`, in a build as later.
+//!
+//! Where something new goes:
+//! - A virtio device: a file in `devices/` that implements [`devices::kind::DeviceConfig`] and
+//!   [`virtio::VirtioDevice`], and in `devices/mod.rs` its module and its line of `KINDS`. The config file, the
+//!   API, the command line, metrics and the machine take all they need from there.
+//! - A device at a fixed place: a file in `devices/` that implements [`devices::fixed::FixedDevice`], in
+//!   `devices/mod.rs` its module and its line of `put_fixed`, and its place in `FIXED` in the `layout.rs` of
+//!   each architecture that has the device.
+//! - An API call: a variant of [`api::Request`], its line in `api/routes.rs`, its arm in `api/handle.rs`, and
+//!   its line in `api/schema.rs`, from which the OpenAPI file and `docs/api.md` are made.
+//! - A word of the command line: the file of its command in `cli/arguments/`, with the text of the help.
 //!
 //! Invariants (tests/tidy.rs checks what can be checked): modules use only lower ones; `arch/mod.rs`
 //! alone asks for the architecture; `unsafe` is only in listed files; a device without its queues
