@@ -30,6 +30,9 @@ use crate::vm::gate::Gate;
 use crate::vm::vcpu::{Surroundings, Vcpu, register_kick};
 use crate::vm::{Prepared, Vm};
 
+/// The list of parts begins with room for this many, which few machines have: a list that grows is copied, and
+/// each copy may touch one more page of memory.
+const PARTS: usize = 16;
 /// Less than the boot tables, a kernel and its FDT need.
 const MEMORY_MIN: u64 = 2 << 20;
 
@@ -85,7 +88,7 @@ pub fn build(
         serial: config.serial.as_ref(),
         boot_timer,
         message_frame: platform.message_frame(),
-        parts: Vec::new(),
+        parts: Vec::with_capacity(PARTS),
     };
     put_fixed(&mut site)?;
     let mut parts = site.parts;

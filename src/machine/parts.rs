@@ -5,6 +5,7 @@ use std::sync::mpsc::channel;
 
 use serde_json::{Map, Value};
 
+use crate::arch;
 use crate::error::{Error, Result};
 use crate::metrics::{View, add_up};
 use crate::part::{Component, Part};
@@ -58,9 +59,13 @@ impl Parts {
         self.0.iter().for_each(|part| part.lock().resume());
     }
 
-    /// What boot tables say of the parts.
+    /// What the boot tables of this architecture say of the parts.
     pub fn nodes(&self) -> Vec<Node> {
-        self.0.iter().flat_map(|part| part.lock().nodes(part.place)).collect()
+        let mut all = Vec::with_capacity(self.0.len());
+        for part in &self.0 {
+            all.extend(part.lock().nodes(part.place).into_iter().filter(arch::prints));
+        }
+        all
     }
 
     /// Adds what the parts count to `all`, by the names of their groups.

@@ -19,7 +19,7 @@ pub use boot::{Entry, load};
 pub use gic::{InterruptController, MESSAGES_NAME_THEIR_DEVICE, after_vcpus, default_routes};
 
 use crate::error::{Context, Result};
-use crate::platform::{CpuidModifier, Platform};
+use crate::platform::{CpuidModifier, Node, Platform};
 
 /// What uname calls this architecture.
 pub const NAME: &str = "aarch64";
@@ -27,6 +27,11 @@ pub const NAME: &str = "aarch64";
 /// The device tree says whether there is a PCI bus.
 pub fn no_pci_words() -> Option<&'static str> {
     None
+}
+
+/// Whether boot tables of this architecture say this.
+pub fn prints(node: &Node) -> bool {
+    matches!(node, Node::Tree(_) | Node::MessageTree(_) | Node::Chosen(_))
 }
 
 /// Whether a core can be given two hardware threads.

@@ -18,7 +18,7 @@ pub use boot::{Entry, load};
 pub use registers::{boot, is_halted_for_good, refuse_instruction, tell_that_it_stood_still};
 
 use crate::error::{Context, Result};
-use crate::platform::{CpuidModifier, Platform};
+use crate::platform::{CpuidModifier, Node, Platform};
 
 /// What uname calls this architecture.
 pub const NAME: &str = "x86_64";
@@ -26,6 +26,11 @@ pub const NAME: &str = "x86_64";
 /// Keeps a kernel from searching a PCI bus that is not there.
 pub fn no_pci_words() -> Option<&'static str> {
     Some("pci=off")
+}
+
+/// Whether boot tables of this architecture say this.
+pub fn prints(node: &Node) -> bool {
+    matches!(node, Node::Acpi(_) | Node::Power(_) | Node::Ecam(_))
 }
 
 /// Whether a core can be given two hardware threads.
