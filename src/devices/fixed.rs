@@ -1,5 +1,4 @@
-//! What the devices at fixed places have in common: each describes itself in its own file by
-//! [`FixedDevice`], and the architecture's `layout` says where it is.
+//! The devices at fixed places: each describes itself in its own file by [`FixedDevice`], and the architecture's `layout` says where it is.
 
 use std::sync::{Arc, Mutex};
 
@@ -17,7 +16,7 @@ use crate::vm::vcpu::Surroundings;
 
 /// A device that a machine has at the place that `layout` gives.
 pub trait FixedDevice: BusDevice + Component + Sized {
-    /// What `layout` and the machine call the device.
+    /// The name of the device in `layout` and in the machine.
     const NAME: &'static str;
     /// The group of metrics that what the device counts is added to.
     const METRICS: Option<&'static str> = None;

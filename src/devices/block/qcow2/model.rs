@@ -45,10 +45,11 @@ pub struct Kind {
 pub const PLAIN: Kind =
     Kind { version: 3, order: 4, sectors: 700, has_snapshot: false, has_base: false, packed: 0, full: 0 };
 
-/// They have one table, and start in the first 507 bytes of a cluster, so that each lies in two.
+/// Most compressed clusters that an image has: they share one table, and each starts in the first 507 bytes of a
+/// cluster, so that each lies in two.
 pub const PACKED_MAX: usize = 60;
 
-/// What a sector holds at first that is compressed, and one of the image beneath.
+/// The number that a compressed sector holds at first, and the number that one of the image beneath holds.
 pub fn packed(sector: u64) -> u64 {
     4000 + sector
 }
@@ -114,7 +115,7 @@ pub fn image(kind: Kind) -> Vec<u8> {
         let at = front * CLUSTER + index * PACKED;
         put(at, &STORED);
         put(at + STORED.len(), &value(packed(1 + index as u64)));
-        // It reaches into one more sector, 1 in the bit above the place.
+        // The cluster reaches into one more sector: the bit above the place says so.
         put(table * CLUSTER + (1 + index) * 8, &(COMPRESSED | 1 << 61 | at as u64).to_be_bytes());
         (0..2).for_each(|next| names[at / CLUSTER + next] += 1);
     }
@@ -126,14 +127,14 @@ pub fn image(kind: Kind) -> Vec<u8> {
     image
 }
 
-/// What the `number`th request writes to a sector; 0: zeros.
+/// The number that the `number`th request writes to a sector; 0: zeros.
 pub fn value(number: u64) -> [u8; CLUSTER] {
     let mut value = [0; CLUSTER];
     value.chunks_exact_mut(8).for_each(|word| word.copy_from_slice(&number.to_be_bytes()));
     value
 }
 
-/// What an image says of its clusters.
+/// The clusters of an image, as its tables say.
 struct Walk<'a> {
     image: &'a [u8],
     /// How often each cluster is named, and how often by compressed ones that lie in it.
@@ -207,7 +208,7 @@ fn place_of_packed(entry: u64) -> usize {
     (entry & (COMPRESSED - 1) & !(1 << 61)) as usize
 }
 
-/// What a compressed cluster holds.
+/// The content of a compressed cluster.
 fn unpack(image: &[u8], entry: u64) -> Result<u64, String> {
     let bytes = image.get(place_of_packed(entry)..).and_then(|rest| rest.get(..PACKED));
     let data = bytes.and_then(|bytes| bytes.strip_prefix(&STORED));
@@ -215,7 +216,7 @@ fn unpack(image: &[u8], entry: u64) -> Result<u64, String> {
     number.ok_or(format!("an entry is {entry:#x}, where nothing is compressed"))
 }
 
-/// What each sector of the disk holds, if the image is sound.
+/// The number that each sector of the disk holds, if the image is sound.
 pub fn walk(image: &[u8]) -> Result<Vec<u64>, String> {
     let mut walk = Walk { image, named: BTreeMap::new(), packed: BTreeMap::new() };
     walk.name(0, 1)?;
@@ -323,7 +324,7 @@ impl Opened {
         self.qcow2.write(&mut buffers, sector * CLUSTER as u64).unwrap();
     }
 
-    /// What the file holds.
+    /// The content of the file.
     pub fn content(&self) -> Vec<u8> {
         std::fs::read(self.file.as_path()).unwrap()
     }

@@ -1,4 +1,4 @@
-//! What is done to the file of an image by one request, or by none.
+//! Tests of how the file of an image is read and written, by one request or by none.
 
 use super::medium::record::{self, Step};
 use super::model::{CLUSTER, Kind, Opened, PACKED_MAX, PLAIN, image, open, open_again, walk};
@@ -14,7 +14,7 @@ fn a_sync_that_failed_in_a_write_fails_every_flush_after_it() {
     opened.qcow2.flush(true).unwrap();
     // Acknowledged, and not yet flushed.
     opened.write(2, 0, 1);
-    // What is given back must be durable before a cluster is allocated: the next write syncs.
+    // Clusters that were given back must be durable before one is allocated again: the next write syncs.
     opened.qcow2.discard(2 * CLUSTER as u64, CLUSTER as u64).unwrap();
     record::fail_next_sync();
     let mut buffers = Buffers::new(opened.memory.clone());
