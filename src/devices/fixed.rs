@@ -1,4 +1,5 @@
-//! The devices at fixed places: each describes itself in its own file by [`FixedDevice`], and the architecture's `layout` says where it is.
+//! The devices at fixed places: each describes itself in its own file by [`FixedDevice`], and the architecture's
+//! `layout` says where the device is.
 
 use std::sync::{Arc, Mutex};
 
