@@ -3,6 +3,7 @@
 pub mod file;
 pub mod link;
 pub mod passt;
+pub mod socket;
 pub mod tap;
 
 use std::collections::VecDeque;

@@ -8,6 +8,7 @@
 //! - [`snapshot`]: state that outlives the process. [`limiter`]: rate limits.
 //! - [`event`]: the core of an event loop. [`events`]: what happens to the microVM, for its readers.
 //!   [`uring`]: io_uring for an event loop. [`memory`]: guest memory. [`host`]: where files come from.
+//!   [`errands`]: what io threads have `main` do.
 //! - [`platform`]: what boot tables must say, as plain data. [`part`]: what is done with every part of a
 //!   machine. [`bus`]: address to device.
 //! - [`arch`]: everything that differs between x86_64 and aarch64, behind one set of names.
@@ -55,6 +56,7 @@ pub mod clock;
 pub mod config;
 pub mod devices;
 pub mod dialect;
+pub mod errands;
 pub mod error;
 pub mod event;
 pub mod events;

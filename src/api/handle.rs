@@ -79,6 +79,13 @@ impl Controller {
         self.machine.as_mut()
     }
 
+    /// Does what the machine wants done; to be called when its `wake_fd` is readable.
+    pub fn attend(&mut self) {
+        if let Some(machine) = &mut self.machine {
+            machine.attend(&mut self.host);
+        }
+    }
+
     /// Does what does not depend on the configuration, ahead, while nobody waits. What stands in the
     /// way is told by `start`.
     pub fn prepare(&mut self) {

@@ -17,7 +17,7 @@ use crate::machine::{Exit, Machine};
 const SIGNALS: u64 = 0;
 const STDIN: u64 = 1;
 const EXIT: u64 = 2;
-const CONSOLE_ROOM: u64 = 3;
+const MACHINE: u64 = 3;
 const HAPPENED: u64 = 4;
 const FEED: u64 = 5;
 const API: u64 = 6;
@@ -231,12 +231,7 @@ impl Monitor {
                 }
             },
             STDIN => self.input.is_ready = true,
-            CONSOLE_ROOM => {
-                if let Some(machine) = controller.machine() {
-                    // Another look at the room may have taken the count away.
-                    let _ = machine.console_room_fd().read();
-                }
-            }
+            MACHINE => controller.attend(),
             HAPPENED => {
                 // Another look may have taken the count away.
                 let _ = events::wake()?.read();
@@ -261,7 +256,7 @@ impl Monitor {
 
     fn watch(&mut self, machine: &Machine) -> Result<()> {
         self.events.add(machine.exit_fd(), Interest::IN, EXIT)?;
-        self.events.add(machine.console_room_fd(), Interest::IN, CONSOLE_ROOM)?;
+        self.events.add(machine.wake_fd(), Interest::IN, MACHINE)?;
         self.signals.share();
         self.signals.tell_of_going_on();
         self.input.enter(&self.events);

@@ -127,8 +127,8 @@ impl Machine {
     fn loops_for(&self, threads: usize) -> Result<Vec<Arc<Loop>>> {
         match (threads, &self.io) {
             (0, Some(io)) => Ok(vec![io.clone()]),
-            (0, None) => Ok(vec![Loop::new("io")?]),
-            _ => (0..threads).map(|index| Loop::new(format!("io-{index}"))).collect(),
+            (0, None) => Ok(vec![Loop::new("io", &self.errands)?]),
+            _ => (0..threads).map(|index| Loop::new(format!("io-{index}"), &self.errands)).collect(),
         }
     }
 

@@ -19,6 +19,7 @@ use crate::devices::console::Console;
 use crate::devices::fixed::{FixedDevice, Site};
 use crate::devices::put_fixed;
 use crate::dialect::Dialect;
+use crate::errands::Errands;
 use crate::error::{Context, Error, Result};
 use crate::firmware;
 use crate::host::{Access, Host, Sharing};
@@ -99,13 +100,15 @@ pub fn build(
     let parts = Parts(parts);
     parts.check_places(places)?;
     let console_room = parts.with(Console::NAME, |console: &mut Console| console.room());
+    let wake = console_room.ok_or_else(|| Error::host("the machine has no serial console"))?;
     let mut machine = Machine {
         id: id.to_owned(),
         state: State::Paused,
         vcpus: vcpus.into_iter().map(Vcpu::new).collect(),
         surroundings: Arc::new(surroundings),
         parts,
-        console_room: console_room.ok_or_else(|| Error::host("the machine has no serial console"))?,
+        errands: Errands::new(wake.clone()),
+        wake,
         platform,
         io: None,
         own_loops: Vec::new(),

@@ -17,6 +17,7 @@ use crate::devices::console::Console;
 use crate::devices::fixed::FixedDevice;
 use crate::devices::gpio::Gpio;
 use crate::devices::keyboard::Keyboard;
+use crate::errands::Errands;
 use crate::error::{Error, Result};
 use crate::event::EventFd;
 use crate::host::Host;
@@ -53,7 +54,9 @@ pub struct Machine {
     vcpus: Vec<Vcpu>,
     surroundings: Arc<Surroundings>,
     parts: Parts,
-    console_room: Arc<EventFd>,
+    /// Written to when `main` is to look after the machine.
+    wake: Arc<EventFd>,
+    errands: Arc<Errands>,
     platform: Platform,
     /// The thread on which the workers of devices run that have none of their own, once there is such a device.
     io: Option<Arc<Loop>>,
@@ -193,9 +196,17 @@ impl Machine {
         self.parts.with(Console::NAME, Console::flush);
     }
 
-    /// Readable when the console has room again after `type_on_console` took fewer bytes than given.
-    pub fn console_room_fd(&self) -> &EventFd {
-        &self.console_room
+    /// Readable when `main` is to call [`Machine::attend`].
+    pub fn wake_fd(&self) -> &EventFd {
+        &self.wake
+    }
+
+    /// Does some of what devices ask `main` for. That, or that the console has room again after
+    /// `type_on_console` took fewer bytes than given, is what [`Machine::wake_fd`] tells of.
+    pub fn attend(&mut self, host: &mut dyn Host) {
+        // Nothing written: another look may have taken the count away.
+        let _ = self.wake.read();
+        self.errands.turn(host);
     }
 
     /// Changes what can be changed of a device in use, as [`VirtioDevice::patch`] says: the device is stopped,

@@ -26,7 +26,7 @@ use crate::vm::posted::Posted;
 
 pub use chain::Chain;
 pub use queue::{Queue, Share};
-pub use workers::{RING, Registrar, Switch};
+pub use workers::{Desk, RING, Registrar, Switch, Watched};
 
 /// A device, without its queues: what it is, and how it starts.
 ///
@@ -81,7 +81,8 @@ pub struct Io {
 /// The running half of a device: owns its queues and descriptors, lives on one event loop.
 pub trait Worker: Send {
     /// Tells the loop what to wait for: kicks, a tap, a timer. Every queue that is ready has been kicked:
-    /// buffers may wait already.
+    /// buffers may wait already. For descriptors that come and go later, and for what only `main` may do, the
+    /// worker keeps the registrar's [`Desk`].
     fn register(&mut self, registrar: &mut Registrar<'_>) -> Result<()>;
     /// Something registered with `token` is ready. An error is the driver's fault: the device stops
     /// and asks to be reset.

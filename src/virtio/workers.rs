@@ -2,18 +2,23 @@
 //! thread inherits the CPUs, the filter of system calls and whatever else binds the thread that starts it, and
 //! those of a vCPU's thread are not those of an io thread.
 
+mod registrar;
+
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use super::Worker;
 use super::transport::Transport;
-use super::{Queue, Worker};
+use crate::errands::{Answered, Errands};
 use crate::error::{Context, Error, Result};
 use crate::event::{self, EventFd, Events, Interest, Ready};
 use crate::log;
 use crate::uring::Uring;
+
+pub use registrar::{Desk, Registrar, Switch, Watched};
 
 /// The token by which a worker is told that its [`Worker::ring`] has completions.
 pub const RING: u32 = u32::MAX;
@@ -28,6 +33,8 @@ pub(super) enum Job {
     Add(Box<dyn Worker>, Shared),
     /// Ends the device's workers here and gives their queues back to it.
     Stop(Shared),
+    /// Tells the worker in this slot, by this token, that an errand of its is answered.
+    Tell(usize, u32, Answered),
     /// Ends all workers, and the thread.
     End,
 }
@@ -37,6 +44,8 @@ pub struct Loop {
     name: String,
     /// Its owner turns it ([`ByHand`]): it never has a thread.
     by_hand: bool,
+    /// Where its workers ask `main`.
+    errands: Arc<Errands>,
     inbox: Mutex<Inbox>,
     /// Something is in the inbox: looked at after each event that is handled.
     has_jobs: AtomicBool,
@@ -52,15 +61,15 @@ struct Inbox {
 }
 
 impl Loop {
-    /// A loop without a thread yet, which takes no jobs; `name` is what its thread will be called.
-    pub fn new(name: impl Into<String>) -> Result<Arc<Self>> {
-        Self::build(name.into(), false)
+    /// A loop without a thread yet, which takes no jobs; `name` is what its thread will be called. Its workers
+    /// ask `main` by `errands`.
+    pub fn new(name: impl Into<String>, errands: &Arc<Errands>) -> Result<Arc<Self>> {
+        Self::build(name.into(), errands.clone(), false)
     }
 
-    fn build(name: String, by_hand: bool) -> Result<Arc<Self>> {
-        let wake =
-            EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).context("create an event descriptor")?;
-        Ok(Arc::new(Self { name, by_hand, inbox: Mutex::default(), has_jobs: false.into(), wake }))
+    fn build(name: String, errands: Arc<Errands>, by_hand: bool) -> Result<Arc<Self>> {
+        let (inbox, has_jobs, wake) = (Mutex::default(), false.into(), event()?);
+        Ok(Arc::new(Self { name, by_hand, errands, inbox, has_jobs, wake }))
     }
 
     /// Ends the thread and all workers.
@@ -106,7 +115,7 @@ impl Loop {
         is_there
     }
 
-    fn run(&self) {
+    fn run(self: &Arc<Self>) {
         if let Err(error) = Running::new(self).and_then(|mut running| running.run(self)) {
             log::error(format_args!("the io thread ended: {error}: devices will not answer"));
         }
@@ -146,7 +155,8 @@ pub struct ByHand {
 impl ByHand {
     /// A loop that nobody has turned yet.
     pub fn new() -> Result<Self> {
-        let event_loop = Loop::build(String::new(), true)?;
+        let errands = Errands::new(Arc::new(event()?));
+        let event_loop = Loop::build(String::new(), errands, true)?;
         let running = Running::new(&event_loop)?;
         Ok(Self { event_loop, running })
     }
@@ -154,6 +164,11 @@ impl ByHand {
     /// For the transports whose devices live on it.
     pub fn event_loop(&self) -> Arc<Loop> {
         self.event_loop.clone()
+    }
+
+    /// The errands that its workers ask for. Nobody does them but who calls [`Errands::turn`].
+    pub fn errands(&self) -> &Errands {
+        &self.event_loop.errands
     }
 
     /// Does what there is to do, once; false: there was nothing.
@@ -214,6 +229,10 @@ impl Place {
     }
 }
 
+fn event() -> Result<EventFd> {
+    EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).context("create an event descriptor")
+}
+
 fn refused(error: std::io::Error) -> Error {
     Error::host(format!("use io_uring: {error}"))
 }
@@ -226,66 +245,6 @@ fn token(slot: usize, token: u32) -> u64 {
 /// Whose event it is.
 fn slot(token: u64) -> usize {
     (token >> 32) as usize - 1
-}
-
-/// What a worker tells the loop to wait for. Descriptors must stay open until the worker is stopped.
-pub struct Registrar<'a> {
-    events: &'a Arc<Events>,
-    slot: usize,
-    waits: &'a mut Vec<RawFd>,
-}
-
-impl Registrar<'_> {
-    /// Calls `handle` with `token` when `fd` is ready for `interest`.
-    pub fn add(&mut self, fd: &impl AsRawFd, interest: Interest, token: u32) -> Result<()> {
-        self.events.add(fd, interest, self::token(self.slot, token))?;
-        self.waits.push(fd.as_raw_fd());
-        Ok(())
-    }
-
-    /// As [`Self::add`]; the switch turns that off and on.
-    pub fn add_switched(&mut self, fd: &impl AsRawFd, interest: Interest, token: u32) -> Result<Switch> {
-        self.add(fd, interest, token)?;
-        let token = self::token(self.slot, token);
-        Ok(Switch { events: self.events.clone(), fd: fd.as_raw_fd(), interest, token, is_on: true })
-    }
-
-    /// Calls `handle` with `token` once for every kick of `queue` (or for several). The event is
-    /// edge-triggered and never read: that would be a system call for each.
-    pub fn kick(&mut self, queue: &Queue, token: u32) -> Result<()> {
-        self.add(queue.kick(), Interest::IN | Interest::EDGE_TRIGGERED, token)
-    }
-
-    /// A ring of the worker's own: calls `handle` with [`RING`] when some of it is complete, and for
-    /// kicks of `queue`.
-    pub fn ring(&mut self, ring: &mut Uring, queue: &Queue) -> Result<()> {
-        self.add(ring.event(), Interest::IN | Interest::EDGE_TRIGGERED, RING)?;
-        match ring.watch(queue.kick()).context("use io_uring")? {
-            true => Ok(()),
-            false => self.kick(queue, RING),
-        }
-    }
-}
-
-/// Whether the loop waits for a descriptor: a worker that could do nothing now need not be told.
-pub struct Switch {
-    events: Arc<Events>,
-    fd: RawFd,
-    interest: Interest,
-    token: u64,
-    is_on: bool,
-}
-
-impl Switch {
-    /// Waits for it or not. On again, what is there already is an event.
-    pub fn set(&mut self, is_on: bool) -> Result<()> {
-        if self.is_on != is_on {
-            let interest = if is_on { self.interest } else { Interest::EDGE_TRIGGERED };
-            self.events.change(&self.fd, interest, self.token)?;
-            self.is_on = is_on;
-        }
-        Ok(())
-    }
 }
 
 struct Running {
@@ -305,7 +264,7 @@ impl Running {
         Ok(Self { events, slots: Vec::new(), last: None })
     }
 
-    fn run(&mut self, this: &Loop) -> Result<()> {
+    fn run(&mut self, this: &Arc<Loop>) -> Result<()> {
         let mut ready = Vec::new();
         loop {
             self.wait(&mut ready)?;
@@ -391,7 +350,7 @@ impl Running {
     /// Handles what is ready, and looks at the inbox after each event: who wants a device to stop waits for
     /// one worker's turn, not for those of all. True: that was the end. A worker that came into a place
     /// meanwhile may be told of what was ready for the one before it: for nothing, which does no harm.
-    fn handle_all(&mut self, this: &Loop, ready: &mut Vec<Ready>) -> bool {
+    fn handle_all(&mut self, this: &Arc<Loop>, ready: &mut Vec<Ready>) -> bool {
         for event in ready.drain(..) {
             if event.token != WAKE {
                 self.handle(slot(event.token), event.token as u32);
@@ -404,11 +363,13 @@ impl Running {
     }
 
     /// Does what the loop is asked to do; true: that was the end.
-    fn do_jobs(&mut self, this: &Loop) -> bool {
+    fn do_jobs(&mut self, this: &Arc<Loop>) -> bool {
         for job in this.take_jobs() {
             match job {
                 Job::Start(transport) => start(&transport),
-                Job::Add(worker, transport) => self.add(worker, transport),
+                Job::Add(worker, transport) => self.add(this, worker, transport),
+                Job::Tell(slot, token, answered) if answered.is_wanted() => self.handle(slot, token),
+                Job::Tell(..) => {}
                 Job::Stop(transport) => self.stop(transport),
                 Job::End => {
                     self.end();
@@ -438,10 +399,11 @@ impl Running {
         }
     }
 
-    fn add(&mut self, mut worker: Box<dyn Worker>, transport: Shared) {
+    fn add(&mut self, this: &Arc<Loop>, mut worker: Box<dyn Worker>, transport: Shared) {
         let slot = self.slots.iter().position(Option::is_none).unwrap_or(self.slots.len());
         let mut waits = Vec::new();
-        let registered = worker.register(&mut Registrar { events: &self.events, slot, waits: &mut waits });
+        let desk = Desk::new(&self.events, this, slot);
+        let registered = worker.register(&mut Registrar::new(desk, &mut waits));
         let failed = registered.is_err();
         if let Err(error) = registered {
             transport.lock().unwrap_or_else(PoisonError::into_inner).fail(&error);

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use alula::devices::block::Config;
 use alula::devices::kind::{DeviceConfig, Kind};
+use alula::errands::Errands;
 use alula::event::EventFd;
 use alula::host::Local;
 use alula::memory::{Memory, Range, allocate};
@@ -62,7 +63,9 @@ impl Disk {
             }
         };
         let memory = allocate(&[Range { start: 0, size: 128 << 20 }]).unwrap();
-        let loops: Vec<_> = (0..config.threads.max(1)).map(|_| Loop::new("io").unwrap()).collect();
+        // Disks ask `main` for nothing.
+        let errands = Errands::new(Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap()));
+        let loops: Vec<_> = (0..config.threads.max(1)).map(|_| Loop::new("io", &errands).unwrap()).collect();
         loops.iter().for_each(|event_loop| event_loop.start().unwrap());
         let event = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
         let queues = device.queue_sizes().len();

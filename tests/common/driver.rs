@@ -5,8 +5,10 @@ use std::sync::mpsc::{TryRecvError, channel};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use alula::bus::BusDevice;
+use alula::errands::Errands;
 use alula::error::Result;
 use alula::event::EventFd;
+use alula::host::Local;
 use alula::memory::{self, Memory, Range};
 use alula::pci::msix::Msix;
 use alula::pci::root::Function;
@@ -98,7 +100,7 @@ pub struct Notes {
 
 /// Where the device's running half lives.
 enum Io {
-    Thread(Arc<Loop>),
+    Thread(Arc<Loop>, Arc<Errands>),
     /// Nothing happens but in `Guest::turn`.
     ByHand(ByHand),
 }
@@ -150,9 +152,10 @@ impl Guest {
     /// A machine built anew with `device` in it, and memory full of zeros.
     pub fn new(kind: Kind, device: Box<dyn VirtioDevice>) -> Self {
         let memory = memory::allocate(&[Range { start: 0, size: MEMORY }]).unwrap();
-        let event_loop = Loop::new("io").unwrap();
+        let errands = Errands::new(Arc::new(event()));
+        let event_loop = Loop::new("io", &errands).unwrap();
         event_loop.start().unwrap();
-        Self::build(kind, device, memory, Io::Thread(event_loop))
+        Self::build(kind, device, memory, Io::Thread(event_loop, errands))
     }
 
     /// The same over a memory that there is, and without a thread: the device works when something here
@@ -163,7 +166,7 @@ impl Guest {
 
     fn build(kind: Kind, device: Box<dyn VirtioDevice>, memory: Memory, io: Io) -> Self {
         let event_loop = match &io {
-            Io::Thread(event_loop) => event_loop.clone(),
+            Io::Thread(event_loop, _) => event_loop.clone(),
             Io::ByHand(by_hand) => by_hand.event_loop(),
         };
         let notes = Notes { rings: vec![Ring::default(); device.queue_sizes().len()], allocated: 0 };
@@ -192,10 +195,20 @@ impl Guest {
         self.notes.rings.len()
     }
 
-    /// Lets the device do what it has to do now; one with a thread needs nobody's leave.
+    /// Lets the device do what it has to do now, and does what it asks `main` for; one with a thread needs
+    /// nobody's leave for the rest.
     pub fn turn(&mut self) {
-        if let Io::ByHand(by_hand) = &mut self.io {
-            let _ = (0..TURNS_MAX).find(|_| !by_hand.turn().unwrap());
+        match &mut self.io {
+            Io::ByHand(_) => drop((0..TURNS_MAX).find(|_| !(self.turn_once() | self.do_errands()))),
+            Io::Thread(..) => drop(self.do_errands()),
+        }
+    }
+
+    /// One turn of `main`; false: the device asks for nothing.
+    pub fn do_errands(&self) -> bool {
+        match &self.io {
+            Io::ByHand(by_hand) => by_hand.errands().turn(&mut Local::default()),
+            Io::Thread(_, errands) => errands.turn(&mut Local::default()),
         }
     }
 
@@ -203,7 +216,7 @@ impl Guest {
     pub fn turn_once(&mut self) -> bool {
         match &mut self.io {
             Io::ByHand(by_hand) => by_hand.turn().unwrap(),
-            Io::Thread(_) => panic!("its thread turns it"),
+            Io::Thread(..) => panic!("its thread turns it"),
         }
     }
 
@@ -296,7 +309,7 @@ impl Guest {
     pub fn reset(&mut self) {
         self.set_status(0);
         match self.io {
-            Io::Thread(_) => {
+            Io::Thread(..) => {
                 assert_eq!(self.status(), 0, "the write of 0 returned before the reset was done")
             }
             Io::ByHand(_) => self.wait_for(|guest| guest.status() == 0),
@@ -481,7 +494,7 @@ impl Guest {
         let (sender, stopped) = channel();
         self.transport.lock().unwrap().pause(sender);
         match self.io {
-            Io::Thread(_) => drop(stopped.recv()),
+            Io::Thread(..) => drop(stopped.recv()),
             Io::ByHand(_) => self.wait_for(|_| stopped.try_recv() == Err(TryRecvError::Disconnected)),
         }
     }
@@ -547,7 +560,7 @@ pub struct Suspended {
 impl Drop for Guest {
     fn drop(&mut self) {
         // A test that has failed does not wait for what may be the reason.
-        if let Io::Thread(event_loop) = &self.io
+        if let Io::Thread(event_loop, _) = &self.io
             && !std::thread::panicking()
         {
             event_loop.end();

@@ -1,0 +1,91 @@
+//! Connections to programs of this host that listen on a Unix socket.
+
+use std::io::{Error as IoError, ErrorKind};
+use std::mem::offset_of;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+use crate::error::{Context, Error, Result};
+
+/// Connects to whoever listens at `path`, and waits for nobody: a listener that does not take its clients is an
+/// error once the kernel keeps no more of them waiting (unix(7)). The stream does not block.
+pub fn connect(path: &Path) -> Result<UnixStream> {
+    let attempt = || format!("connect to `{}`", path.display());
+    let bytes = path.as_os_str().as_bytes();
+    let mut address = libc::sockaddr_un { sun_family: libc::AF_UNIX as _, sun_path: [0; 108] };
+    // The path ends with a zero.
+    if bytes.is_empty() || bytes.contains(&0) || bytes.len() >= address.sun_path.len() {
+        return Err(Error::config("a socket's path has 1 to 107 bytes, and no NUL")).with_context(attempt);
+    }
+    address.sun_path.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from as libc::c_char);
+    let socket = stream().with_context(attempt)?;
+    let length = offset_of!(libc::sockaddr_un, sun_path) + bytes.len() + 1;
+    #[allow(unsafe_code)]
+    // SAFETY: the call reads the local structure, of which `length` bytes are not more than all.
+    let result = unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), length as u32) };
+    match result {
+        0 => Ok(socket.into()),
+        _ => Err(refused(IoError::last_os_error())).with_context(attempt),
+    }
+}
+
+#[allow(unsafe_code)]
+fn stream() -> std::io::Result<OwnedFd> {
+    let kind = libc::SOCK_STREAM | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
+    // SAFETY: the calls take numbers; the descriptor is new and nobody else's.
+    unsafe {
+        match libc::socket(libc::AF_UNIX, kind, 0) {
+            -1 => Err(IoError::last_os_error()),
+            fd => Ok(OwnedFd::from_raw_fd(fd)),
+        }
+    }
+}
+
+fn refused(error: IoError) -> Error {
+    Error::host(match error.kind() {
+        ErrorKind::NotFound => "there is no socket: start what shall listen there first".to_owned(),
+        ErrorKind::ConnectionRefused => "nobody listens there: start what shall".to_owned(),
+        ErrorKind::WouldBlock => {
+            "who listens there does not take its clients, and many wait already".to_owned()
+        }
+        _ => error.to_string(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    fn error(path: &Path) -> String {
+        connect(path).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_connection_waits_for_nobody() {
+        let path = std::env::temp_dir().join(format!("alula-socket-{}", std::process::id()));
+        assert!(error(&path).contains("there is no socket"), "{}", error(&path));
+        let listener = UnixListener::bind(&path).unwrap();
+        let mut stream = connect(&path).unwrap();
+        assert_eq!(stream.read(&mut [0]).unwrap_err().kind(), ErrorKind::WouldBlock);
+        stream.write_all(b"x").unwrap();
+        listener.accept().unwrap().0.read_exact(&mut [0]).unwrap();
+        // As many as the kernel keeps for who does not take them.
+        let mut waiting = Vec::new();
+        let full = loop {
+            match connect(&path) {
+                Ok(stream) => waiting.push(stream),
+                Err(error) => break error.to_string(),
+            }
+        };
+        assert!(full.contains("does not take its clients"), "{full}");
+        drop(listener);
+        assert!(error(&path).contains("nobody listens there"), "{}", error(&path));
+        std::fs::remove_file(&path).unwrap();
+        assert!(error(Path::new(&"x".repeat(108))).contains("1 to 107 bytes"));
+    }
+}
