@@ -101,6 +101,12 @@ impl Bucket {
         self.burst -= from_burst;
         self.tokens -= i128::from(count - from_burst);
     }
+
+    /// No more than the bucket holds, and nothing to the burst: a guest that has operations undone again and
+    /// again would have its burst as often.
+    fn put_back(&mut self, count: u64) {
+        self.tokens = (self.tokens + i128::from(count)).min(self.size.into());
+    }
 }
 
 /// Limits in use. Where no limit is set, asking costs neither a system call nor a look at the clock.
@@ -147,6 +153,15 @@ impl Limiter {
         for (bucket, count) in [(&mut self.bandwidth, bytes), (&mut self.ops, 1)] {
             if let Some(bucket) = bucket {
                 bucket.take(count);
+            }
+        }
+    }
+
+    /// One operation of `bytes` bytes that was let through is not done: it will ask again.
+    pub fn refund(&mut self, bytes: u64) {
+        for (bucket, count) in [(&mut self.bandwidth, bytes), (&mut self.ops, 1)] {
+            if let Some(bucket) = bucket {
+                bucket.put_back(count);
             }
         }
     }
@@ -234,6 +249,20 @@ mod tests {
         assert_eq!(limiter.take_at(0, start), Err(30 * MS));
         assert_eq!(limiter.debt_at(start + 20 * MS), None);
         assert_eq!(Limiter::default().debt(), None);
+    }
+
+    #[test]
+    fn what_is_undone_can_be_taken_again_and_no_more() {
+        let (mut limiter, start) = limiter((1000, 100), Some((2, 100)), Some(100));
+        assert_eq!(limiter.take_at(1100, start), Ok(()));
+        limiter.refund(1100);
+        assert_eq!(limiter.take_at(1000, start), Ok(()), "what the bucket holds, and the burst is used up");
+        assert_eq!(limiter.take_at(1, start + MS), Ok(()), "of operations the burst is left");
+        assert_eq!(limiter.take_at(10, start + MS), Err(MS / 10));
+        (0..5).for_each(|_| limiter.refund(u64::MAX));
+        assert_eq!(limiter.take_at(1000, start + MS), Ok(()));
+        assert!(limiter.take_at(1, start + MS).is_err(), "more than full");
+        Limiter::default().refund(1);
     }
 
     #[test]

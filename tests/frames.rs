@@ -930,6 +930,49 @@ fn limits_hold_frames_of_passt_back_until_they_are_changed() {
 }
 
 #[test]
+fn frames_that_wait_for_passt_over_pauses_are_charged_once() {
+    const FRAMES: u16 = 12;
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    network::enter();
+    network::add_uplink();
+    let limit = |size| json!({ "ops": { "size": size, "refill_time": 3_600_000 } });
+    let config = json!({ "user": {}, "rx_rate_limiter": limit(1), "tx_rate_limiter": limit(FRAMES + 3) });
+    let mut guest = Guest::new(Kind::Mmio, open(config));
+    guest.start(0);
+    let pauses = |guest: &mut Guest| {
+        for _ in 0..5 {
+            guest.pause();
+            guest.resume();
+        }
+    };
+    // Of what comes, one may pass, as soon as it has a buffer.
+    let out = guest.allocate(&arp([10, 9, 8, 1]));
+    guest.request(TX, &[(out, 0)]);
+    wait_for(|| counted(&guest, "no_rx_avail_buffer") > 0);
+    pauses(&mut guest);
+    rooms(&mut guest, RX, 1, 1600);
+    wait_for(|| guest.used_index(RX) == 1);
+    // A passt that stands still takes some, and the rest waits for it.
+    let passt = network::passts(std::process::id())[0].to_string();
+    common::output("kill", &["-STOP", &passt]);
+    let long = guest.allocate(&[&[0; HEADER][..], &frame(1), &[0; 50_000]].concat());
+    (0..FRAMES).for_each(|_| _ = guest.offer(TX, &[(long, 0)]));
+    guest.kick(TX);
+    wait_for(|| guest.used_index(TX) > 1);
+    assert!(guest.used_index(TX) < 1 + FRAMES, "its socket takes all of them");
+    pauses(&mut guest);
+    common::output("kill", &["-CONT", &passt]);
+    wait_for(|| guest.used_index(TX) == 1 + FRAMES);
+    assert_eq!(counted(&guest, "tx_rate_limiter_throttled"), 0);
+    assert_eq!(counted(&guest, "tx_count"), u64::from(1 + FRAMES));
+    // Two more are within the limit.
+    (0..3).for_each(|_| _ = guest.offer(TX, &[(out, 0)]));
+    guest.kick(TX);
+    wait_for(|| guest.used_index(TX) == 3 + FRAMES && counted(&guest, "tx_rate_limiter_throttled") > 0);
+    assert_eq!(guest.available(TX).0, 4 + FRAMES);
+}
+
+#[test]
 fn a_frame_of_passt_waits_in_peace_until_there_is_room_for_all() {
     const TURNS: usize = 100;
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);

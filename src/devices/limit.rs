@@ -56,6 +56,11 @@ impl Limit {
         self.limiter.lock().unwrap_or_else(PoisonError::into_inner).owe(bytes as u64);
     }
 
+    /// A frame or request of so many bytes that was let through is not done: it will ask again.
+    pub fn refund(&self, bytes: usize) {
+        self.limiter.lock().unwrap_or_else(PoisonError::into_inner).refund(bytes as u64);
+    }
+
     /// How long until what should have waited is paid back; none: nothing is owed.
     pub fn debt(&self) -> Option<Duration> {
         if !self.is_limited {

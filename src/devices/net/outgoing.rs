@@ -164,9 +164,9 @@ impl Outgoing {
         Some(bytes)
     }
 
-    /// How many frames are left.
-    pub fn len(&self) -> usize {
-        self.frames.len()
+    /// Takes away the last frame, which has not begun; its length.
+    pub fn undo(&mut self) -> Option<usize> {
+        self.frames.pop_back().map(|frame| frame.length - PREFIX)
     }
 }
 

@@ -162,11 +162,21 @@ impl Worker for Running {
         if let Some(rest) = self.outgoing.rest_of_first() {
             self.stream.rest = rest;
             if let Some(head) = self.outgoing.give_up() {
+                self.metrics.tx_count.add(1);
                 // A ring that is broken by now is noticed when it is used again.
                 let _ = self.tx.push(&memory, head, 0).and_then(|()| self.tx.notify(&memory));
             }
         }
-        (0..self.outgoing.len()).for_each(|_| self.tx.undo_pop());
+        // These go, and what has come is delivered, when there is a worker again: it asks the limits anew.
+        while let Some(length) = self.outgoing.undo() {
+            self.tx.undo_pop();
+            self.tx_limit.refund(length);
+        }
+        if self.is_paid
+            && let Ok(Some(frame)) = self.stream.decoder.frame()
+        {
+            self.rx_limit.refund(frame.len());
+        }
         let Self { rx, tx, stream, home, .. } = *self;
         *home.lock().unwrap_or_else(PoisonError::into_inner) = Some(stream);
         vec![rx, tx]
@@ -326,12 +336,14 @@ impl Running {
             while let Some((head, length)) = self.outgoing.done() {
                 self.metrics.tx_packets_count.add(1);
                 self.metrics.tx_bytes_count.add(length as u64);
+                self.metrics.tx_count.add(1);
                 self.tx.push(memory, head, 0)?;
             }
             while self.stream.ended
                 && let Some(head) = self.outgoing.give_up()
             {
                 self.metrics.tx_fails.add(1);
+                self.metrics.tx_count.add(1);
                 self.tx.push(memory, head, 0)?;
             }
             if is_blocked && !self.stream.ended {
@@ -366,7 +378,6 @@ impl Running {
                 return Ok(Some(wait));
             }
             self.outgoing.add(chain)?;
-            self.metrics.tx_count.add(1);
         }
         Ok(None)
     }
