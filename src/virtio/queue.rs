@@ -85,6 +85,11 @@ impl Queue {
         &self.kick
     }
 
+    /// The kick, for whoever the device waits for: it is written to when there is something to do again.
+    pub fn waker(&self) -> &Arc<EventFd> {
+        &self.kick
+    }
+
     /// Handles the queue again in the next turn, as if the driver had kicked: not all was done.
     pub fn kick_again(&self) {
         // A counter that is full says the same.

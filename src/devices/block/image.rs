@@ -5,10 +5,11 @@ use std::io::{Seek, SeekFrom};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
 
 use super::bounce::Bounce;
 use super::config::{Config, Format};
+use super::flushes::Flushes;
 use super::lock::lock;
 use super::qcow2::Qcow2;
 use super::raw::Raw;
@@ -34,8 +35,7 @@ pub struct Image {
     block: u64,
     /// The smallest range that can be given back to the host; none: nothing can.
     hole: Option<u64>,
-    /// A flush has failed: the host tells of data that it could not write once, and drops it.
-    has_lost: AtomicBool,
+    flushes: Arc<Flushes>,
 }
 
 impl Image {
@@ -110,13 +110,7 @@ impl Image {
                 bytes % block
             ));
         }
-        Ok(Self {
-            content,
-            sectors: bytes / block * (block / SECTOR),
-            block,
-            hole,
-            has_lost: AtomicBool::new(false),
-        })
+        Ok(Self { content, sectors: bytes / block * (block / SECTOR), block, hole, flushes: Arc::default() })
     }
 
     fn file(&self) -> &File {
@@ -180,7 +174,8 @@ impl Image {
         }
     }
 
-    /// Hands everything written to the host; `durable`: returns when it is on stable storage.
+    /// Hands everything written to the host; `durable`: returns when it is on stable storage. A flush of the
+    /// guest's is the caller's turn ([`Self::flushes`]).
     pub fn flush(&self, durable: bool) -> std::io::Result<()> {
         match &self.content {
             Content::Raw(raw) if durable => raw.sync(),
@@ -189,15 +184,9 @@ impl Image {
         }
     }
 
-    /// Notes that a flush failed: from now on no flush of this image succeeds, until it is opened anew.
-    /// Returns whether it is the first.
-    pub fn note_loss(&self) -> bool {
-        !self.has_lost.swap(true, Ordering::AcqRel)
-    }
-
-    /// Whether a flush has failed. The next one would find nothing left to write and call that a success.
-    pub fn has_lost(&self) -> bool {
-        self.has_lost.load(Ordering::Acquire)
+    /// Whose turn it is to flush, among the queues of the disk.
+    pub fn flushes(&self) -> &Arc<Flushes> {
+        &self.flushes
     }
 
     /// Gives the blocks of a range back.

@@ -3,6 +3,7 @@
 mod bounce;
 mod config;
 mod device;
+mod flushes;
 mod holes;
 mod image;
 mod lock;

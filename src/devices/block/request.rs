@@ -206,7 +206,6 @@ impl Request {
         match self.kind {
             Kind::Read => image.read(&mut self.data, self.offset, bounce),
             Kind::Write => image.write(&mut self.data, self.offset, bounce),
-            Kind::Flush if image.has_lost() => Err(std::io::Error::other("an earlier flush failed")),
             Kind::Flush => image.flush(disk.durable),
             Kind::Discard | Kind::Zero => {
                 while let Some(Range { offset, length, unmap }) = self.ranges.pop() {

@@ -40,9 +40,7 @@ impl Ring {
             (Kind::Write, ..) => {
                 place(true).map(|(file, offset)| Operation::Write { file, vectors, count, offset })
             }
-            (Kind::Flush, Some(raw), _) if durable && !image.has_lost() => {
-                Some(Operation::Sync { file: raw.file().as_raw_fd() })
-            }
+            (Kind::Flush, Some(raw), _) if durable => Some(Operation::Sync { file: raw.file().as_raw_fd() }),
             (Kind::Discard | Kind::Zero, Some(raw), Some(range)) if !device::is_block_device(raw.file()) => {
                 let (file, Range { offset, length, unmap }) = (raw.file().as_raw_fd(), *range);
                 let mode = if request.kind == Kind::Zero && !unmap { holes::ZERO } else { holes::PUNCH };

@@ -8,6 +8,7 @@ use vm_memory::GuestAddressSpace;
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::bounce::Bounce;
+use super::flushes::{Flushing, Turn};
 use super::request::{Code, Disk, Kind, Request, Scratch};
 use super::ring::Ring;
 use crate::error::{Context, Error, Result};
@@ -45,6 +46,18 @@ enum Taken {
     Share,
     /// The rate limit is reached: the timer goes on.
     Throttled,
+    /// Another queue's flush is under way: its end is a kick.
+    Waits,
+}
+
+/// What becomes of a request that was taken.
+enum Way {
+    /// It is done.
+    On,
+    /// It is answered by this.
+    Answered(IoResult<()>),
+    /// It waits for the flush that is under way, by this number.
+    Wait(u64),
 }
 
 /// One queue of a running disk. The ring is dropped first: it waits for what names the rest.
@@ -60,6 +73,11 @@ pub struct Running {
     requests: Box<[Request]>,
     free: Vec<u16>,
     bytes_in_flight: u64,
+    /// The flush that this queue has under way.
+    flushing: Option<Flushing>,
+    /// The request taken last, if it is a flush that waits for another one: its place, and the number by which it
+    /// waits. The limits have let it through; nothing is taken before it goes on.
+    waiting: Option<(u16, u64)>,
     scratch: Scratch,
     bounce: Bounce,
     /// The time, as far as it matters: looked at once for many requests.
@@ -80,6 +98,8 @@ impl Running {
             requests: [Request::new(&disk.memory)].into(),
             free: vec![0],
             bytes_in_flight: 0,
+            flushing: None,
+            waiting: None,
             disk,
             scratch,
             bounce: Bounce::default(),
@@ -125,7 +145,7 @@ impl Running {
             self.notify(&memory)?;
             let more = match taken {
                 Taken::All => self.queue.enable_kicks(&memory)?,
-                Taken::Full | Taken::Throttled => false,
+                Taken::Full | Taken::Throttled | Taken::Waits => false,
                 Taken::Share => {
                     self.queue.kick_again();
                     false
@@ -141,41 +161,95 @@ impl Running {
     fn take(&mut self, memory: &Regions, share: &mut Share, bytes: &mut u64) -> Result<Taken> {
         self.now = Instant::now();
         loop {
-            let Some(index) = self.free.pop() else { return Ok(Taken::Full) };
-            if *bytes >= BYTES_PER_TURN {
+            let (index, asked) = match self.waiting.take() {
+                Some((index, number)) => (index, Some(number)),
+                None => match self.next(memory, share, *bytes)? {
+                    Ok(index) => (index, None),
+                    Err(taken) => return Ok(taken),
+                },
+            };
+            let way = self.way(index, asked);
+            if let Way::Wait(number) = way {
+                self.waiting = Some((index, number));
+                return Ok(Taken::Waits);
+            }
+            let request = &self.requests[usize::from(index)];
+            self.bytes_in_flight += request.length;
+            *bytes += request.extent();
+            match way {
+                Way::Answered(result) => self.end(memory, index, result)?,
+                _ => self.go_on(memory, index)?,
+            }
+        }
+    }
+
+    /// Reads the next request that is one, and has the limits let it through: its place, or why there is none.
+    /// `bytes` are those of this turn so far.
+    fn next(
+        &mut self,
+        memory: &Regions,
+        share: &mut Share,
+        bytes: u64,
+    ) -> Result<std::result::Result<u16, Taken>> {
+        loop {
+            let Some(index) = self.free.pop() else { return Ok(Err(Taken::Full)) };
+            if bytes >= BYTES_PER_TURN {
                 self.free.push(index);
-                return Ok(Taken::Share);
+                return Ok(Err(Taken::Share));
             }
             let Some(chain) = self.queue.pop(memory, share)? else {
                 self.free.push(index);
-                return Ok(if share.is_used_up() { Taken::Share } else { Taken::All });
+                return Ok(Err(if share.is_used_up() { Taken::Share } else { Taken::All }));
             };
             let request = &mut self.requests[usize::from(index)];
             request.begun = self.now;
-            match request.take(chain, &mut self.scratch, &self.disk)? {
-                Ok(()) => {}
-                Err(code) => {
-                    self.disk.metrics.invalid_reqs_count.add(1);
-                    self.answer(memory, index, code)?;
-                    continue;
-                }
+            if let Err(code) = request.take(chain, &mut self.scratch, &self.disk)? {
+                self.disk.metrics.invalid_reqs_count.add(1);
+                self.answer(memory, index, code)?;
+                continue;
             }
-            let length = self.requests[usize::from(index)].length;
+            let length = request.length;
             if self.bytes_in_flight > 0 && self.bytes_in_flight + length > BYTES_IN_FLIGHT_MAX {
                 self.queue.undo_pop();
                 self.free.push(index);
-                return Ok(Taken::Full);
+                return Ok(Err(Taken::Full));
             }
             if let Err(wait) = self.allow(length) {
                 self.queue.undo_pop();
                 self.free.push(index);
                 self.throttle(wait)?;
-                return Ok(Taken::Throttled);
+                return Ok(Err(Taken::Throttled));
             }
-            self.bytes_in_flight += length;
-            *bytes += self.requests[usize::from(index)].extent();
-            self.go_on(memory, index)?;
+            return Ok(Ok(index));
         }
+    }
+
+    /// Whether a request is to be done now: a flush has its turn among those of all queues. `asked`: the number
+    /// by which it has waited for that.
+    fn way(&mut self, index: u16, asked: Option<u64>) -> Way {
+        if self.requests[usize::from(index)].kind != Kind::Flush {
+            return Way::On;
+        }
+        match self.disk.image.flushes().enter(asked, self.queue.waker()) {
+            Turn::Begin(flushing) => {
+                self.flushing = Some(flushing);
+                Way::On
+            }
+            Turn::Done => Way::Answered(Ok(())),
+            Turn::Failed => Way::Answered(Err(std::io::Error::other("an earlier flush failed"))),
+            Turn::Wait(number) => Way::Wait(number),
+        }
+    }
+
+    /// Gives the flush that waits back to the queue: whoever has the queue next reads it again.
+    fn give_back(&mut self) {
+        let Some((index, _)) = self.waiting.take() else { return };
+        let length = self.requests[usize::from(index)].length;
+        if let Some(limiter) = &self.disk.limiter {
+            limiter.lock().unwrap_or_else(PoisonError::into_inner).refund(length);
+        }
+        self.queue.undo_pop();
+        self.free.push(index);
     }
 
     /// Whether the rate limit lets `bytes` more through now; else after so long.
@@ -250,10 +324,6 @@ impl Running {
                 request.ranges.pop();
                 Ok(request.ranges.is_empty())
             }
-            // Another queue's flush was told of the loss while this one was on its way.
-            (Ok(_), Kind::Flush) if self.disk.image.has_lost() => {
-                Err(std::io::Error::other("another flush failed meanwhile"))
-            }
             (Ok(_), _) => Ok(true),
             (Err(error), _) => match error.kind() {
                 ErrorKind::Interrupted | ErrorKind::WouldBlock => Ok(false),
@@ -274,6 +344,8 @@ impl Running {
     fn end(&mut self, memory: &Regions, index: u16, result: IoResult<()>) -> Result<()> {
         let request = &self.requests[usize::from(index)];
         self.bytes_in_flight -= request.length;
+        let flushing = if request.kind == Kind::Flush { self.flushing.take() } else { None };
+        let is_first_loss = flushing.is_some_and(|flushing| flushing.end(result.is_ok()));
         let code = match result {
             Ok(()) => {
                 self.count(request);
@@ -286,7 +358,7 @@ impl Running {
                     Kind::Flush => format!("flush: {error}"),
                     kind => format!("{} at byte {}: {error}", kind.name(), request.offset),
                 };
-                if request.kind == Kind::Flush && self.disk.image.note_loss() {
+                if is_first_loss {
                     log::error(format_args!(
                         "{device}: {reason}: data that the guest wrote may be lost, so that its flushes fail from \
                          now on, until PATCH /drives/{} names an image",
@@ -345,6 +417,7 @@ impl Running {
     fn finish(&mut self) -> Result<()> {
         let disk = self.disk.clone();
         let memory = disk.memory.memory();
+        self.give_back();
         self.drain(&memory)?;
         if self.queue.is_ready() {
             self.notify(&memory)?;

@@ -20,8 +20,9 @@ pub struct Medium {
     file: File,
     /// The file never becomes longer. A damaged table may name a place a million gigabytes away.
     end: u64,
-    /// A sync failed. The host tells of a writeback error once, so a later sync that succeeds says nothing.
-    failed: AtomicBool,
+    /// A sync failed. The host tells of a writeback error once, so a later sync that succeeds says nothing, nor
+    /// one at the same time: locked during each.
+    failed: Mutex<bool>,
     /// A sync has failed at some time: what is read back may be in the page cache alone.
     doubted: AtomicBool,
     /// Features are on in the header that the first write makes untrue, for whoever knows them.
@@ -41,7 +42,7 @@ struct Claims {
 impl Medium {
     /// A file that is written up to `end`; 0: it is only read.
     pub fn new(file: File, end: u64) -> Self {
-        Self { file, end, failed: AtomicBool::new(false), doubted: AtomicBool::new(false), claims: None }
+        Self { file, end, failed: Mutex::default(), doubted: AtomicBool::new(false), claims: None }
     }
 
     /// This file as that of an image whose autoclear features are on: the first write turns them off. If
@@ -181,11 +182,12 @@ impl Medium {
     /// Returns when all that was written is on stable storage. After one failure every sync fails, whoever
     /// asks for it: data whose loss a write was told of must not be confirmed to a flush.
     pub fn sync(&self) -> Result<()> {
-        if self.failed.load(Ordering::Acquire) {
+        let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        if *failed {
             return Err(Error::other("an earlier write to stable storage failed"));
         }
         if let Err(error) = self.sync_data() {
-            self.failed.store(true, Ordering::Release);
+            *failed = true;
             self.doubted.store(true, Ordering::Release);
             return Err(error);
         }
@@ -194,7 +196,7 @@ impl Medium {
 
     /// Syncs are tried again, because the user opens the image anew or it is closed.
     pub fn try_again(&self) {
-        self.failed.store(false, Ordering::Release);
+        *self.failed.lock().unwrap_or_else(PoisonError::into_inner) = false;
     }
 
     /// Whether what is read from the file may not be on stable storage although it was not changed since.
