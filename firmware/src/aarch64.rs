@@ -13,7 +13,7 @@ pub const EXIT: u64 = 0x0902_0000;
 /// The boot timer, where there is one.
 pub const BOOT_TIMER: u64 = 0x0905_0000;
 /// Registers of virtio-mmio devices, a page each.
-pub const VIRTIO_MMIO: u64 = 0x0c00_0000;
+pub const VIRTIO_MMIO: u64 = 0x0e00_0000;
 /// Configuration space of PCI bus 0.
 pub const ECAM: u64 = 0x1000_0000;
 const SERIAL: u64 = 0x0900_0000;

@@ -14,11 +14,14 @@ pub const GIC_MESSAGE_FRAME: MessageFrame =
 /// GICv3: one redistributor of 128 KiB per CPU from here.
 pub const GIC_REDISTRIBUTORS: u64 = 0x0a00_0000;
 pub const GIC_REDISTRIBUTOR_SIZE: u64 = 0x2_0000;
+/// KVM's GICv3 serves no more CPUs than this (VGIC_V3_MAX_CPUS).
+const GIC_CPUS_MAX: u64 = 512;
+const _: () = assert!(GIC_REDISTRIBUTORS + GIC_CPUS_MAX * GIC_REDISTRIBUTOR_SIZE <= VIRTIO_MMIO.start);
 /// Interrupts that the GIC has, the 32 private ones among them.
 pub const GIC_INTERRUPTS: u32 = 256;
 
 /// Registers of virtio-mmio devices, one page each.
-pub const VIRTIO_MMIO: Range = Range { start: 0x0c00_0000, size: 0x10_0000 };
+pub const VIRTIO_MMIO: Range = Range { start: 0x0e00_0000, size: 0x10_0000 };
 /// Shared peripheral interrupts for devices that are added.
 pub const DEVICE_GSIS: std::ops::Range<u32> = 8..128;
 /// GICv3: the ITS, which takes interrupt messages.
