@@ -398,7 +398,9 @@ fn flush_at_once(disk: &mut Disk, queues: usize, pauses: bool) -> Vec<u8> {
         disk.pause();
         disk.resume();
     }
-    all(queues).for_each(|(queue, _)| drop(disk.wait(queue)));
+    for (queue, _) in all(queues) {
+        disk.wait(queue);
+    }
     all(queues).map(|(queue, slot)| disk.status(queue, slot)).collect()
 }
 
