@@ -456,6 +456,13 @@ struct InFlight {
     done: AtomicU32,
 }
 
+impl InFlight {
+    /// Nothing is in flight when it is stopped.
+    fn free() -> Self {
+        Self { may: u32::MAX.into(), ..Self::default() }
+    }
+}
+
 struct LingeringWorker(Queue, Arc<InFlight>);
 
 impl Snapshot for Lingering {
@@ -880,6 +887,100 @@ fn a_stop_waits_for_one_worker_not_for_all_that_are_ready() {
     guest.start(0);
     guest.turn();
     assert_eq!(handled.load(Ordering::SeqCst), 1);
+}
+
+/// A device that notes by which thread it is started and reset, and does not start with a feature of its own.
+#[derive(Clone, Default)]
+struct Placed(Arc<Mutex<Vec<String>>>);
+
+impl Placed {
+    const FAILS: u64 = 1;
+
+    fn note(&self, what: &str) {
+        let thread = std::thread::current();
+        self.0.lock().unwrap().push(format!("{what} by {}", thread.name().unwrap_or_default()));
+    }
+}
+
+impl Snapshot for Placed {
+    type State = ();
+    fn save(&self) -> Result<()> {
+        Ok(())
+    }
+    fn restore(&mut self, (): ()) -> Result<()> {
+        Ok(())
+    }
+}
+
+impl VirtioDevice for Placed {
+    fn device_type(&self) -> u32 {
+        4
+    }
+    fn features(&self) -> u64 {
+        Self::FAILS
+    }
+    fn queue_sizes(&self) -> &[u16] {
+        &[16]
+    }
+    fn start(&mut self, io: Io) -> Result<Vec<Box<dyn Worker>>> {
+        self.note("start");
+        if io.features & Self::FAILS != 0 {
+            return Err(alula::error::Error::host("it cannot"));
+        }
+        let worker =
+            |queue| -> Box<dyn Worker> { Box::new(LingeringWorker(queue, Arc::new(InFlight::free()))) };
+        Ok(io.queues.into_iter().map(worker).collect())
+    }
+    fn reset(&mut self) {
+        self.note("reset");
+    }
+}
+
+#[test]
+fn a_device_is_reset_by_the_thread_that_starts_it() {
+    for kind in KINDS {
+        let device = Placed::default();
+        let mut guest = Guest::new(kind, Box::new(device.clone()));
+        let noted = || std::mem::take(&mut *device.0.lock().unwrap());
+        // At power-on there is nothing to reset.
+        guest.reset();
+        assert!(noted().is_empty());
+        let start = |guest: &mut Guest, features: u64| {
+            guest.start(features);
+            wait_for(|| noted_by(&device) == ["start by io"]);
+        };
+        start(&mut guest, 0);
+        guest.reset();
+        assert_eq!(noted(), ["start by io", "reset by io"], "it ran");
+        start(&mut guest, Placed::FAILS);
+        wait_for(|| guest.status() & NEEDS_RESET != 0);
+        guest.reset();
+        guest.reset();
+        assert_eq!(noted(), ["start by io", "reset by io"], "it could not run, and is reset once");
+        guest.set_config(0, &[1]);
+        guest.reset();
+        assert_eq!(noted(), ["reset by io"], "its configuration was written");
+        if kind == Kind::Pci {
+            start(&mut guest, 0);
+            guest.set_bus_master(false);
+            guest.reset();
+            guest.set_bus_master(true);
+            assert_eq!(noted(), ["start by io", "reset by io"], "it was stopped before");
+        }
+        // In a machine built anew over its state, before anything else.
+        start(&mut guest, 0);
+        guest.pause();
+        let state = guest.save();
+        let again = Placed::default();
+        let mut guest = Guest::new(kind, Box::new(again.clone()));
+        guest.restore(&state).unwrap();
+        guest.reset();
+        assert_eq!(noted_by(&again), ["reset by io"]);
+    }
+}
+
+fn noted_by(device: &Placed) -> Vec<String> {
+    device.0.lock().unwrap().clone()
 }
 
 /// A disk that the guest can use, of this image.

@@ -109,6 +109,8 @@ pub struct Transport {
     paused: bool,
     /// The driver has reset it, and sees that complete once it is stopped.
     resetting: bool,
+    /// The device itself may be other than at power-on: a reset of it is work for its loop.
+    is_used: bool,
     /// Dropped when it is stopped.
     waiting: Vec<Sender<()>>,
     /// The device may reach memory: a PCI driver has not taken bus mastering away from it.
@@ -165,6 +167,7 @@ impl Transport {
                 phase: Phase::Idle,
                 paused: false,
                 resetting: false,
+                is_used: false,
                 waiting: Vec::new(),
                 is_master: true,
                 this: this.clone(),
@@ -284,6 +287,7 @@ impl Transport {
 
     /// The driver writes device configuration.
     pub fn write_config(&mut self, offset: u64, data: &[u8]) {
+        self.is_used = true;
         self.device.write_config(offset, data);
     }
 
@@ -333,8 +337,12 @@ impl Transport {
 
     fn reset(&mut self) -> Stopping {
         self.resetting = true;
-        if self.phase == Phase::Idle {
-            drop(self.stopped());
+        // A device is reset where it is started, by its loop: a vCPU's thread has nothing to do with what a
+        // device has of the host. One that is as it was at power-on has nothing to reset.
+        match self.phase {
+            Phase::Idle if self.is_used => self.stop(),
+            Phase::Idle => drop(self.stopped()),
+            _ => {}
         }
         self.stop_for_driver()
     }

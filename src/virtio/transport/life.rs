@@ -35,6 +35,7 @@ impl Transport {
             self.name, self.driver_features
         ));
         self.phase = Phase::Running;
+        self.is_used = true;
         let (memory, features) = (self.memory.clone(), self.driver_features);
         let interrupts = self.interrupts.clone();
         match self
@@ -162,7 +163,9 @@ impl Transport {
     /// The device has stopped. Whoever waits for that is told when the answer is dropped.
     pub(super) fn stopped(&mut self) -> Vec<Sender<()>> {
         if std::mem::take(&mut self.resetting) {
-            self.device.reset();
+            if std::mem::take(&mut self.is_used) {
+                self.device.reset();
+            }
             self.reset_registers();
             log::guest_debug(format_args!("{} is reset by its driver", self.name));
         }

@@ -41,6 +41,7 @@ impl Snapshot for Transport {
             phase,
             paused: _,
             resetting: _,
+            is_used: _,
             waiting: _,
             // Saved with its function, where there is one.
             is_master: _,
@@ -75,6 +76,7 @@ impl Snapshot for Transport {
             let other = Error::config("the saved state is of a device with other queues or features");
             return Err(other).context(attempt);
         }
+        self.is_used = true;
         self.status = state.status;
         self.device_features_select = state.device_features_select;
         self.driver_features_select = state.driver_features_select;
