@@ -21,12 +21,14 @@
 //! - [`machine`]: the machine and its run states: a list of parts, built, then loaded.
 //! - [`api`]: the control socket: every operation once. [`cli`]: the command line and the main loop.
 //!
-//! Threads: `main` serves the socket, signals and standard input, and opens every file; one per vCPU
-//! runs guest code and passes accesses to the buses; `io`, where there are devices, runs their workers (a
-//! device can ask for threads of its own). `main` starts all of them, and handles the signals that end the
-//! process; while it is held up, a vCPU's thread does. A vCPU whose lock somebody else holds is paused; a
-//! device whose workers gave their queues back is paused. Pause, reset, save and a change by the user all
-//! are stop, then maybe start.
+//! Threads: `main` serves the socket, signals and standard input, and alone opens files and sockets and starts
+//! threads; one per vCPU runs guest code and passes accesses to the buses; `io`, where there are devices, runs
+//! their workers (a device can ask for threads of its own). An io thread makes what its workers wait by: rings
+//! of io_uring, timers, event descriptors, an epoll set; for anything else a worker asks `main` by an errand.
+//! `main` handles the signals that end the process; while it is held up, a vCPU's thread does. A vCPU whose lock
+//! somebody else holds is paused; a device whose workers gave their queues back is paused. Pause, reset, save
+//! and a change by the user all are stop, then maybe start: on the device's loop, for which a vCPU that resets
+//! the device waits.
 //!
 //! A machine is a list of parts ([`part::Part`]: a name, a place, a component), in the order in which they are
 //! built: devices at fixed places, the PCI bus, then what the configuration lists. Pause, resume, metrics and

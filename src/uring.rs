@@ -359,21 +359,33 @@ impl Drop for Uring {
     }
 }
 
-/// The error for a host that gives no io_uring, with what a user can do about it.
+/// The error for a host that gives no io_uring, with what a user can do about it. The thread that tells is one
+/// that opens no file, so it does not look at the sysctl itself: a filter gives the same error, and where there
+/// is none, it is the sysctl.
 fn refused(error: IoError) -> Error {
-    let disabled = std::fs::read_to_string("/proc/sys/kernel/io_uring_disabled").unwrap_or_default();
-    let reason = match (error.raw_os_error(), disabled.trim()) {
-        (Some(libc::EPERM), "1" | "2") => {
-            "this host forbids io_uring (`sysctl kernel.io_uring_disabled` is not 0)".to_owned()
+    let reason = match error.raw_os_error() {
+        Some(libc::EPERM) if !is_filtered() => {
+            "this host forbids io_uring (`sysctl kernel.io_uring_disabled` is not 0)"
         }
-        (Some(libc::EPERM | libc::EACCES), _) => {
-            "this process may not use io_uring: a seccomp filter or a security module forbids it".to_owned()
+        Some(libc::EPERM) => {
+            "this process may not use io_uring: a seccomp filter, a security module or \
+             `sysctl kernel.io_uring_disabled` forbids it"
         }
-        (Some(libc::ENOSYS), _) => "this kernel has no io_uring: Linux 5.6 or later is needed".to_owned(),
-        (Some(libc::ENOMEM), _) => "not enough locked memory for io_uring: raise `ulimit -l`".to_owned(),
+        Some(libc::EACCES) => {
+            "this process may not use io_uring: a seccomp filter or a security module forbids it"
+        }
+        Some(libc::ENOSYS) => "this kernel has no io_uring: Linux 5.6 or later is needed",
+        Some(libc::ENOMEM) => "not enough locked memory for io_uring: raise `ulimit -l`",
         _ => return Err::<(), _>(error).context("set up io_uring").expect_err("it is one"),
     };
     Error::host(reason)
+}
+
+/// Whether a filter of system calls is laid upon this thread. One that does not even let it ask is one.
+#[allow(unsafe_code)]
+fn is_filtered() -> bool {
+    // SAFETY: the call takes numbers.
+    unsafe { libc::prctl(libc::PR_GET_SECCOMP) != 0 }
 }
 
 #[cfg(test)]
