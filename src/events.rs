@@ -402,7 +402,7 @@ mod tests {
     fn nobody_waits_for_a_feed_whose_reader_is_gone() {
         lock().add(Event::PoweredOff);
         let (reader, writer) = std::io::pipe().unwrap();
-        let mut feed = Feed::open(Path::new(&format!("fd:{}", writer.as_raw_fd()))).unwrap();
+        let mut feed = Feed::open(Path::new(&crate::descriptors::hand_over(&writer))).unwrap();
         assert!(feed.is_behind());
         drop(reader);
         feed.tell();

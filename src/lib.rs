@@ -4,6 +4,7 @@
 //! - [`error`]: the one error type. [`paths`]: why a path could not be opened. [`spelling`]: what a
 //!   misspelled word was meant to be. [`clock`]: the time of day. [`json`]: values as clients write them.
 //!   [`dialect`]: whose API is spoken. [`metrics`]: counters. [`process`]: what this process costs.
+//!   [`descriptors`]: what this process was started with.
 //!   [`sink`]: where lines for the outside go. [`log`]: messages. [`timeline`]: the steps of a start.
 //! - [`snapshot`]: state that outlives the process. [`limiter`]: rate limits.
 //! - [`event`]: the core of an event loop. [`events`]: what happens to the microVM, for its readers.
@@ -56,6 +57,7 @@ pub mod bus;
 pub mod cli;
 pub mod clock;
 pub mod config;
+pub mod descriptors;
 pub mod devices;
 pub mod dialect;
 pub mod errands;

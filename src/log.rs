@@ -417,7 +417,7 @@ mod tests {
     fn lines_that_nobody_reads_are_counted_and_told() {
         use std::io::Read;
         let (mut reader, writer) = std::os::unix::net::UnixStream::pair().unwrap();
-        let name = format!("fd:{}", std::os::fd::AsRawFd::as_raw_fd(&writer));
+        let name = crate::descriptors::hand_over(&writer);
         let mut log = log();
         log.sink = Some(Sink::open(Purpose::Log, std::path::Path::new(&name)).unwrap());
         let line = format!("{}\n", "x".repeat(4000));

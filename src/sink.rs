@@ -3,17 +3,13 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Write};
-use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
+use crate::descriptors;
 use crate::error::{Context, Error, Result};
 use crate::paths;
-
-/// Name descriptors that the process was started with instead of a path: `fd:3`. What the system shows of
-/// them as files counts, too: opened by its path, a file would be written from a second position.
-const DESCRIPTORS: [&str; 3] = ["fd:", "/dev/fd/", "/proc/self/fd/"];
-const STANDARD: [(&str, &str); 2] = [("/dev/stdout", "1"), ("/dev/stderr", "2")];
 
 const IS_FOLDER: &str = "it is a directory, a file or FIFO is needed";
 
@@ -55,7 +51,7 @@ impl Sink {
     /// whether it has a reader yet or not; `fd:N` is an inherited descriptor.
     pub fn open(purpose: Purpose, path: &Path) -> Result<Self> {
         let attempt = || purpose.attempt(path);
-        let file = match descriptor(path) {
+        let file = match descriptors::number(path) {
             Some(number) => inherit(number),
             None => open(path),
         };
@@ -65,7 +61,7 @@ impl Sink {
     /// Whether `path` could be opened so, without creating it. A descriptor is that of the process that
     /// will be started with it: this one cannot tell.
     pub fn look(purpose: Purpose, path: &Path) -> Result<()> {
-        if descriptor(path).is_some() {
+        if descriptors::number(path).is_some() {
             return Ok(());
         }
         let writable = match std::fs::metadata(path) {
@@ -179,52 +175,28 @@ fn check_writable(path: &Path) -> io::Result<()> {
     }
 }
 
-/// The number of the descriptor that `path` names, as text.
-fn descriptor(path: &Path) -> Option<&str> {
-    let text = path.to_str()?;
-    let standard = STANDARD.iter().find_map(|(name, number)| (text == *name).then_some(*number));
-    standard.or_else(|| DESCRIPTORS.iter().find_map(|prefix| text.strip_prefix(prefix)))
-}
-
-/// The descriptor with this number. It may be shared with other processes, whose writes must not
+/// The inherited descriptor with this number. It may be shared with other processes, whose writes must not
 /// become non-blocking: where that is possible it is opened anew. A regular file never blocks, and is written
 /// where the others are: opened anew it would have a position of its own, and each would write over what
 /// the others wrote.
-#[allow(unsafe_code)]
 fn inherit(number: &str) -> Result<File> {
-    let fd: RawFd = match number.parse() {
-        Ok(fd) if fd >= 0 => fd,
-        _ => return Err(Error::config("expected a number after `fd:`")),
-    };
-    // SAFETY: the calls take numbers.
-    let flags = unsafe { libc::fcntl(fd, libc::F_GETFL) };
-    if flags < 0 {
-        return Err(Error::config("no descriptor of this number was inherited"));
-    }
-    if flags & libc::O_ACCMODE == libc::O_RDONLY {
+    let inherited = descriptors::inherited(number)?;
+    if !inherited.is_writable() {
         return Err(Error::config("it is not open for writing"));
     }
-    // SAFETY: as above.
-    let copy = match unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) } {
-        // SAFETY: the descriptor was just made and is given away whole.
-        copy @ 0.. => unsafe { File::from_raw_fd(copy) },
-        _ => return Err(io::Error::last_os_error()).context("use the descriptor"),
-    };
+    let copy = File::from(inherited.copy()?);
     if copy.metadata().is_ok_and(|metadata| metadata.is_file()) {
         return Ok(copy);
     }
     let anew = OpenOptions::new()
         .append(true)
         .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-        .open(format!("/proc/self/fd/{fd}"));
+        .open(format!("/proc/self/fd/{}", inherited.as_raw_fd()));
     if let Ok(file) = anew {
         return Ok(file);
     }
     // A socket cannot be opened.
-    // SAFETY: as above.
-    if unsafe { libc::fcntl(fd, libc::F_SETFL, flags | libc::O_NONBLOCK) } < 0 {
-        return Err(io::Error::last_os_error()).context("use the descriptor");
-    }
+    inherited.set_nonblocking().context("use the descriptor")?;
     Ok(copy)
 }
 
@@ -326,19 +298,26 @@ mod tests {
     #[test]
     fn an_inherited_descriptor_is_named_by_its_number() {
         let (mut ours, theirs) = UnixStream::pair().unwrap();
-        let name = format!("fd:{}", theirs.as_raw_fd());
+        let name = descriptors::hand_over(&theirs);
         let mut sink = Sink::open(Purpose::Events, Path::new(&name)).unwrap();
         assert!(sink.write_line(b"hello\n"));
         let mut bytes = [0; 6];
         ours.read_exact(&mut bytes).unwrap();
         assert_eq!(&bytes, b"hello\n");
+        // What this process has opened itself is not to be written to.
+        let own = File::options().append(true).open("/dev/null").unwrap();
         for (name, expected) in [
-            ("fd:x", "expected a number after `fd:`"),
-            ("fd:-1", "expected a number after `fd:`"),
-            ("fd:19999", "no descriptor of this number was inherited"),
+            ("fd:x".to_owned(), "`x` is not the number of a descriptor"),
+            ("fd:19999".to_owned(), "no descriptor of this number was inherited"),
+            (format!("fd:{}", own.as_raw_fd()), "no descriptor of this number was inherited"),
+            (format!("/proc/self/fd/{}", own.as_raw_fd()), "no descriptor of this number was inherited"),
+            (
+                format!("/proc/thread-self/fd/{}", own.as_raw_fd()),
+                "no descriptor of this number was inherited",
+            ),
         ] {
-            let error = Sink::open(Purpose::Events, Path::new(name)).unwrap_err().to_string();
-            assert!(error.ends_with(expected), "{error}");
+            let error = Sink::open(Purpose::Events, Path::new(&name)).unwrap_err().to_string();
+            assert!(error.contains(expected), "{name}: {error}");
         }
     }
 }

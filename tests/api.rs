@@ -634,6 +634,40 @@ fn what_was_replaced_or_is_not_needed_is_closed() {
 }
 
 #[test]
+fn a_client_cannot_have_lines_written_to_our_descriptors() {
+    /// The descriptor is closed when a program starts, so this process has opened it (proc(5): octal).
+    const CLOEXEC: u32 = 0o2_000_000;
+    let service = Service::start(&[]);
+    let mut client = service.client();
+    let drive = json!({
+        "drive_id": "d", "is_root_device": false, "path_on_host": service.folder.write("disk", [7; 4096])
+    });
+    client.ok("PUT", "/drives/d", &drive.to_string());
+    let pid = service.process.child.id();
+    let is_ours = |number: &String| {
+        let info = std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}")).unwrap();
+        let flags = info.lines().find_map(|line| line.strip_prefix("flags:")).unwrap();
+        u32::from_str_radix(flags.trim(), 8).unwrap() & CLOEXEC != 0
+    };
+    let open = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+    let open = open.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let ours: Vec<String> = open.filter(is_ours).collect();
+    assert!(ours.len() > 4, "a disk, signals, a socket and its client: {ours:?}");
+    for number in ours {
+        for name in ["fd:", "/dev/fd/", "/proc/self/fd/", "/proc/thread-self/fd/"] {
+            let name = format!("{name}{number}");
+            for (path, field) in
+                [("/logger", "log_path"), ("/metrics", "metrics_path"), ("/serial", "serial_out_path")]
+            {
+                let fault = client.request("PUT", path, &json!({ field: name }).to_string()).fault();
+                assert!(fault.contains("no descriptor of this number was inherited"), "{name}: {fault}");
+            }
+        }
+    }
+    assert_eq!(std::fs::read(service.folder.path("disk")).unwrap(), [7; 4096]);
+}
+
+#[test]
 fn disks_and_interfaces_are_checked_where_they_are_named() {
     let service = Service::start(&[]);
     let mut client = service.client();

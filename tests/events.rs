@@ -270,7 +270,11 @@ fn an_inherited_descriptor_gets_every_line() {
     let events = parse(&std::fs::read_to_string(&file).unwrap());
     assert_eq!(names(&events), ["configured", "started", "exited", "ended"]);
     for (path, expected) in [
-        ("fd:99", "open events file `fd:99` (--events): no descriptor of this number was inherited"),
+        (
+            "fd:99",
+            "open events file `fd:99` (--events): no descriptor of this number was inherited: start this process \
+             with it, and name it by its number there",
+        ),
         ("/", "open events file `/` (--events): it is a directory, a file or FIFO is needed"),
         (
             "/nonexistent/x",

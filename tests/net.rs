@@ -52,7 +52,7 @@ fn what_is_no_tap_of_ours_is_refused_with_a_way_on() {
         ("lo".to_owned(), "it is not a TAP interface: name one that is"),
         ("tun0".to_owned(), "it is not a TAP interface: name one that is"),
         ("".to_owned(), "interface names have 1 to 15 characters"),
-        ("fd:250".to_owned(), "take over descriptor 250: it is not open"),
+        ("fd:250".to_owned(), "take over descriptor 250: no descriptor of this number was inherited"),
         ("fd:x".to_owned(), "`x` is not the number of a descriptor"),
         (null, "it is not a TAP interface"),
         (unattached, "it is /dev/net/tun without an interface"),

@@ -12,6 +12,7 @@ const UNSAFE: &[&str] = &[
     "src/cli/signals.rs",
     "src/cli/terminal.rs",
     "src/clock.rs",
+    "src/descriptors.rs",
     "src/devices/block/bounce.rs",
     "src/devices/block/device.rs",
     "src/devices/block/holes.rs",

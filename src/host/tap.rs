@@ -3,10 +3,11 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::Error as IoError;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 
 use super::link::attached_queues;
+use crate::descriptors::{self, Inherited};
 use crate::error::{Context, Error, Result};
 use crate::events::{self, Event};
 use crate::log;
@@ -303,10 +304,13 @@ fn refused(number: i32, queues: usize, create: &str) -> Error {
 fn from_descriptors(numbers: &str, queues: usize) -> Result<Vec<Tap>> {
     let mut taps = Vec::new();
     for number in numbers.split(':') {
-        let fd: RawFd = number.parse().ok().filter(|fd| *fd > 2).ok_or_else(|| {
-            Error::config(format!("`{number}` is not the number of a descriptor above 2, as in `fd:3`"))
-        })?;
-        taps.push(from_descriptor(fd).with_context(|| format!("take over descriptor {fd}"))?);
+        let attempt = || format!("take over descriptor {number}");
+        let inherited = descriptors::inherited(number).with_context(attempt)?;
+        if inherited.as_raw_fd() <= libc::STDERR_FILENO {
+            let reason = format!("`{number}` is not the number of a descriptor above 2, as in `fd:3`");
+            return Err(Error::config(reason));
+        }
+        taps.push(from_descriptor(inherited).with_context(attempt)?);
     }
     if taps.len() != queues {
         return Err(Error::config(format!(
@@ -318,30 +322,17 @@ fn from_descriptors(numbers: &str, queues: usize) -> Result<Vec<Tap>> {
 }
 
 /// A copy of the descriptor, which stays open: a start that fails elsewhere can be tried again.
-#[allow(unsafe_code)]
-fn from_descriptor(fd: RawFd) -> Result<Tap> {
-    // SAFETY: the call takes numbers, and asks whether it is open.
-    if unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
-        return Err(Error::config(
-            "it is not open: start this process with it, and name it by its number there",
-        ));
-    }
-    // SAFETY: it is open, as was just seen, and the process keeps it open.
-    let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
-    let tap = Tap { file: borrowed.try_clone_to_owned().context("duplicate it")?.into() };
+fn from_descriptor(inherited: Inherited) -> Result<Tap> {
+    let tap = Tap { file: inherited.copy()?.into() };
     let flags = tap.request().map_err(|error| {
         Error::config(match error.raw_os_error() {
             Some(libc::EBADFD) => "it is /dev/net/tun without an interface: attach it to one (TUNSETIFF)",
             _ => "it is not a TAP interface",
         })
     })?;
-    // Only now: a number that is none of a TAP can be that of anything this process works with.
-    // SAFETY: the calls take numbers.
-    unsafe {
-        // Programs that we start have no business with it.
-        libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC);
-        checked(libc::fcntl(fd, libc::F_SETFL, libc::O_RDWR | libc::O_NONBLOCK)).context("set its flags")?;
-    }
+    // Only now: what is no TAP is left as it is.
+    inherited.keep();
+    inherited.set_nonblocking().context("set its flags")?;
     check_flags(flags.flags())?;
     tap.set_header_size()?;
     Ok(tap)
@@ -367,19 +358,17 @@ mod tests {
     #[allow(unsafe_code)]
     fn descriptors_that_are_no_taps_are_left_as_they_are() {
         let file = File::open("/dev/null").unwrap();
-        let (open, number) = (file.as_raw_fd(), |fd: RawFd| format!("fd:{fd}"));
+        let (open, name) = (file.as_raw_fd(), descriptors::hand_over(&file));
         // SAFETY: the calls take numbers.
         let flags = || unsafe { [libc::F_GETFD, libc::F_GETFL].map(|what| libc::fcntl(open, what)) };
-        // SAFETY: as above.
-        unsafe { libc::fcntl(open, libc::F_SETFD, 0) };
         let before = flags();
         for (name, expected) in [
             ("fd:".to_owned(), "`` is not the number of a descriptor"),
             ("fd:x".to_owned(), "`x` is not the number of a descriptor"),
             ("fd:1".to_owned(), "`1` is not the number of a descriptor above 2"),
             ("fd:-1".to_owned(), "`-1` is not the number"),
-            ("fd:99999".to_owned(), "take over descriptor 99999: it is not open"),
-            (number(open), "it is not a TAP interface"),
+            ("fd:99999".to_owned(), "take over descriptor 99999: no descriptor of this number was inherited"),
+            (name, "it is not a TAP interface"),
         ] {
             let error = Tap::open(&name, 1).unwrap_err().to_string();
             assert!(error.contains(expected), "{name}: {error}");

@@ -265,7 +265,7 @@ impl alula::host::Host for Lent<'_> {
         Sharing::Refused
     }
     fn tap(&mut self, _: &str, queues: usize) -> Result<Vec<Tap>> {
-        let numbers: Vec<_> = self.0.taps.iter().map(|tap| tap.as_raw_fd().to_string()).collect();
+        let numbers: Vec<_> = self.0.taps.iter().map(|tap| network::hand_over(tap).to_string()).collect();
         Tap::open(&format!("fd:{}", numbers.join(":")), queues)
     }
     fn passt(&mut self, _: Vec<String>) -> Result<Passt> {

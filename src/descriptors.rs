@@ -1,0 +1,186 @@
+//! Descriptors that this process was started with: users name them by number, as `fd:N`.
+
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::io::{self, ErrorKind};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+
+use crate::error::{Context, Error, Result};
+
+/// How a descriptor is named where a path could be.
+const PREFIX: &str = "fd:";
+/// What the system shows of this process's descriptors as files names them, too: a file that is opened by such
+/// a path would be written from a second position.
+const FOLDERS: [&str; 2] = ["/dev/fd", "/proc/self/fd"];
+const STANDARD: [(&str, &str); 2] = [("/dev/stdout", "1"), ("/dev/stderr", "2")];
+
+/// Inherited descriptors that programs started here do not inherit in turn: see [`Inherited::keep`].
+static KEPT: Mutex<BTreeSet<RawFd>> = Mutex::new(BTreeSet::new());
+
+/// The number, as text, of the descriptor that `path` names; None: `path` is that of a file.
+pub fn number(path: &Path) -> Option<&str> {
+    let text = path.to_str()?;
+    let standard = STANDARD.iter().find_map(|(name, number)| (text == *name).then_some(*number));
+    standard.or_else(|| text.strip_prefix(PREFIX)).or_else(|| number_in_folder(path))
+}
+
+/// The name of a file in a folder that shows the descriptors of this process: `/dev/fd`, `/proc/self/fd`, or
+/// another path of the same folder, as `/proc/thread-self/fd` and `/proc/PID/fd` are.
+fn number_in_folder(path: &Path) -> Option<&str> {
+    let folder = path.parent()?;
+    let is_shown = || {
+        let real = folder.canonicalize().ok()?;
+        let rest = real.strip_prefix(format!("/proc/{}", std::process::id())).ok()?;
+        // Of the process, or of one of its threads: `task/TID/fd`.
+        (rest.file_name() == Some(OsStr::new("fd"))).then_some(())
+    };
+    let is_theirs = FOLDERS.iter().any(|shown| folder == Path::new(shown))
+        || folder.file_name() == Some(OsStr::new("fd")) && is_shown().is_some();
+    if is_theirs { path.file_name()?.to_str() } else { None }
+}
+
+/// A descriptor that this process was started with. Nothing here ever closes one.
+#[derive(Clone, Copy, Debug)]
+pub struct Inherited(BorrowedFd<'static>);
+
+/// The descriptor with this number, if whoever started this process has handed it over. An API client could
+/// otherwise name a descriptor that the monitor has opened itself, a disk or its own socket, and have lines
+/// written there. The kernel knows which are which: a descriptor that is closed when a program starts
+/// (FD_CLOEXEC) cannot have come from before this program, and everything that this process opens is.
+///
+/// # Errors
+/// `number` is no number, or that of no inherited descriptor.
+#[allow(unsafe_code)]
+pub fn inherited(number: &str) -> Result<Inherited> {
+    let fd: RawFd = number.parse().ok().filter(|fd| *fd >= 0).ok_or_else(|| {
+        Error::config(format!("`{number}` is not the number of a descriptor, as in `{PREFIX}3`"))
+    })?;
+    // SAFETY: the call takes numbers.
+    let flags = unsafe { libc::fcntl(fd, libc::F_GETFD) };
+    let is_kept = || KEPT.lock().unwrap_or_else(PoisonError::into_inner).contains(&fd);
+    if flags < 0 || flags & libc::FD_CLOEXEC != 0 && !is_kept() {
+        return Err(Error::config(
+            "no descriptor of this number was inherited: start this process with it, and name it by its \
+             number there",
+        ));
+    }
+    // SAFETY: it is open, as was just seen, and inherited descriptors are never closed.
+    Ok(Inherited(unsafe { BorrowedFd::borrow_raw(fd) }))
+}
+
+impl Inherited {
+    /// Another descriptor of the same open file, which can be closed.
+    ///
+    /// # Errors
+    /// The process has as many descriptors as it may have.
+    pub fn copy(self) -> Result<OwnedFd> {
+        self.0.try_clone_to_owned().context("duplicate the descriptor")
+    }
+
+    /// Keeps the descriptor from programs that are started from now on.
+    #[allow(unsafe_code)]
+    pub fn keep(self) {
+        KEPT.lock().unwrap_or_else(PoisonError::into_inner).insert(self.as_raw_fd());
+        // SAFETY: the call takes numbers.
+        unsafe { libc::fcntl(self.as_raw_fd(), libc::F_SETFD, libc::FD_CLOEXEC) };
+    }
+
+    /// Whether what is written to it goes anywhere.
+    pub fn is_writable(self) -> bool {
+        self.status().is_ok_and(|status| status & libc::O_ACCMODE != libc::O_RDONLY)
+    }
+
+    /// Lets calls on it fail where they would wait. Whoever else has the open file is subject to it.
+    ///
+    /// # Errors
+    /// The kernel's, of fcntl(2).
+    #[allow(unsafe_code)]
+    pub fn set_nonblocking(self) -> io::Result<()> {
+        let status = self.status()?;
+        // SAFETY: the call takes numbers.
+        match unsafe { libc::fcntl(self.as_raw_fd(), libc::F_SETFL, status | libc::O_NONBLOCK) } {
+            0.. => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    /// The file status flags: `libc::O_...`.
+    #[allow(unsafe_code)]
+    fn status(self) -> io::Result<i32> {
+        // SAFETY: the call takes numbers.
+        match unsafe { libc::fcntl(self.as_raw_fd(), libc::F_GETFL) } {
+            status @ 0.. => Ok(status),
+            _ => Err(ErrorKind::InvalidInput.into()),
+        }
+    }
+}
+
+impl AsRawFd for Inherited {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+/// Makes `fd` look inherited, and gives its name, for a test.
+#[cfg(test)]
+#[allow(unsafe_code)]
+pub fn hand_over(fd: &impl AsRawFd) -> String {
+    // SAFETY: the call takes numbers.
+    assert_eq!(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, 0) }, 0);
+    format!("{PREFIX}{}", fd.as_raw_fd())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use super::*;
+
+    #[test]
+    fn a_descriptor_is_named_in_every_way_the_system_shows_it() {
+        let own = format!("/proc/{}/fd/7", std::process::id());
+        let thread = format!("/proc/self/task/{}/fd/7", std::process::id());
+        for (path, expected) in [
+            ("fd:7", Some("7")),
+            ("fd:x", Some("x")),
+            ("/dev/stderr", Some("2")),
+            ("/dev/fd/7", Some("7")),
+            ("/proc/self/fd/7", Some("7")),
+            ("/proc/thread-self/fd/7", Some("7")),
+            ("/proc/self/fd/../fd/7", Some("7")),
+            (&own, Some("7")),
+            (&thread, Some("7")),
+            ("/proc/1/fd/7", None),
+            ("/tmp/fd/7", None),
+            ("fd", None),
+            ("/7", None),
+            ("/", None),
+        ] {
+            assert_eq!(number(Path::new(path)), expected, "{path}");
+        }
+    }
+
+    #[test]
+    fn only_what_was_inherited_can_be_named() {
+        let file = File::open("/dev/null").unwrap();
+        let number = file.as_raw_fd().to_string();
+        let refused = |number: &str| inherited(number).unwrap_err().to_string();
+        assert!(refused(&number).contains("no descriptor of this number was inherited"));
+        hand_over(&file);
+        let given = inherited(&number).unwrap();
+        assert!(!given.is_writable());
+        given.keep();
+        // It can be named again: the one that was given, not what came into its place.
+        assert_eq!(inherited(&number).unwrap().as_raw_fd(), file.as_raw_fd());
+        assert!(refused("19999").contains("no descriptor of this number was inherited"));
+        for number in ["", "x", "-1", "99999999999"] {
+            assert_eq!(
+                refused(number),
+                format!("`{number}` is not the number of a descriptor, as in `fd:3`")
+            );
+        }
+        KEPT.lock().unwrap().remove(&file.as_raw_fd());
+    }
+}
