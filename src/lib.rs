@@ -10,6 +10,7 @@
 //! - [`event`]: the core of an event loop. [`events`]: what happens to the microVM, for its readers.
 //!   [`uring`]: io_uring for an event loop. [`memory`]: guest memory. [`host`]: where files come from.
 //!   [`errands`]: what io threads have `main` do.
+//! - [`archive`]: files and trees as tar streams.
 //! - [`platform`]: what boot tables must say, as plain data. [`part`]: what is done with every part of a
 //!   machine. [`bus`]: address to device.
 //! - [`arch`]: everything that differs between x86_64 and aarch64, behind one set of names.
@@ -53,6 +54,7 @@
 
 pub mod api;
 pub mod arch;
+pub mod archive;
 pub mod bus;
 pub mod cli;
 pub mod clock;
