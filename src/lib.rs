@@ -11,6 +11,7 @@
 //!   [`uring`]: io_uring for an event loop. [`memory`]: guest memory. [`host`]: where files come from.
 //!   [`errands`]: what io threads have `main` do.
 //! - [`archive`]: files and trees as tar streams.
+//!   [`agent`]: what this program does inside a guest: an init that starts programs for the host.
 //! - [`platform`]: what boot tables must say, as plain data. [`part`]: what is done with every part of a
 //!   machine. [`bus`]: address to device.
 //! - [`arch`]: everything that differs between x86_64 and aarch64, behind one set of names.
@@ -52,6 +53,7 @@
 //! alone asks for the architecture; `unsafe` is only in listed files; a device without its queues
 //! touches neither guest memory nor interrupts; what a guest does ends at most itself or its device.
 
+pub mod agent;
 pub mod api;
 pub mod arch;
 pub mod archive;

@@ -1,5 +1,6 @@
 //! What can be said on the command line, with its help, and the configuration that comes of it.
 
+pub mod agent;
 pub mod ctl;
 mod run;
 mod serve;
@@ -29,6 +30,7 @@ Commands:
   run       Boot a guest, put its console on this terminal and return how it ended
   serve     Wait for requests on a control socket (Firecracker's API)
   ctl       Ask a running microVM something, or tell it to do something
+  agent     Be the agent in a guest: start programs there for the host
   check     Look for everything wrong with a config file, without starting anything
   schema    Print the schema of the API or of config files, for programs
   firmware  Write the image of the embedded firmware guest to standard output
@@ -38,7 +40,7 @@ Commands:
 `alula COMMAND --help` tells more. -V, --version prints the version.
 ";
 
-const COMMANDS: &str = "run, serve, ctl, check, schema, firmware, help or version; see `alula --help`";
+const COMMANDS: &str = "run, serve, ctl, agent, check, schema, firmware, help or version; see `alula --help`";
 
 const FIRMWARE_HELP: &str = "\
 Write the image of the embedded firmware guest to standard output.
@@ -77,6 +79,7 @@ pub enum Command {
     Run(Run),
     Serve(Serve),
     Ctl(ctl::Ctl),
+    Agent(agent::Agent),
     /// Validate the config file at this path.
     Check(PathBuf),
     Firmware,
@@ -140,6 +143,7 @@ fn alula(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, Strin
         Some("run") => (run::parse(&mut parser), "run"),
         Some("serve") => (serve::parse(&mut parser, Persona::Alula), "serve"),
         Some("ctl") => (ctl::parse(&mut parser), "ctl"),
+        Some("agent") => (agent::parse(&mut parser), "agent"),
         Some("check") => (check(&mut parser), "check"),
         Some("schema") => (schema(&mut parser), "schema"),
         Some("firmware") => (
@@ -366,7 +370,7 @@ mod tests {
         };
         let commands = HELP.split("Commands:\n").nth(1).unwrap().split("\n\n").next().unwrap();
         let names: Vec<_> = commands.lines().filter_map(|line| line.split_whitespace().next()).collect();
-        assert!(names.len() == 8 && names.iter().all(|name| COMMANDS.contains(name)), "{names:?}");
+        assert!(names.len() == 9 && names.iter().all(|name| COMMANDS.contains(name)), "{names:?}");
         for name in names {
             let help = text(&format!("{name} --help"));
             assert_eq!(help, text(&format!("help {name}")), "{name}");

@@ -1,5 +1,6 @@
 //! The command line: arguments to a microVM, its console on the terminal, its end to an exit code.
 
+mod agent;
 mod arguments;
 mod check;
 mod ctl;
@@ -54,6 +55,7 @@ pub fn main() -> u8 {
             finish(feed, FAILED_SERVE, |feed| serve(arguments, feed))
         }
         Command::Ctl(arguments) => told(ctl::run(&arguments)),
+        Command::Agent(arguments) => told(agent::run(arguments)),
         Command::Check(path) => check::run(&path),
         Command::Print(text) => print(text.as_bytes()),
         Command::Show(text) => print(text.as_bytes()),

@@ -3,6 +3,7 @@
 //! of the contract tests, its device turned by hand: the same bytes always do the same.
 #![allow(clippy::unwrap_used, reason = "a target fails by it")]
 
+pub mod agent;
 pub mod config;
 pub mod device;
 pub mod ground;

@@ -1,0 +1,82 @@
+//! The machine that the agent is in: what is set, what is told of it, and its end.
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use super::request::{Info, Memory, Set};
+use super::system;
+use crate::error::{Context, Error, Result};
+
+/// How long processes have to end when the guest does.
+const LAST_WORDS: Duration = Duration::from_secs(3);
+
+/// Sets what is said.
+pub fn set(set: &Set) -> Result<()> {
+    let Set { hostname, clock_ns, seed, address } = set;
+    if let Some(name) = hostname {
+        system::set_hostname(name).with_context(|| format!("set the hostname `{name}`"))?;
+    }
+    if let Some(ns) = clock_ns {
+        system::set_clock(*ns).context("set the clock")?;
+    }
+    if let Some(seed) = seed {
+        system::add_randomness(seed).context("add random bytes to the kernel's generator")?;
+    }
+    if let Some(given) = address {
+        let attempt = || format!("give `{}` the address {}", given.interface, given.address);
+        system::bring_up(&given.interface, Some((given.address, given.prefix))).with_context(attempt)?;
+        if let Some(gateway) = given.gateway {
+            system::set_gateway(gateway).with_context(|| format!("make {gateway} the gateway"))?;
+        }
+    }
+    Ok(())
+}
+
+/// How the guest is.
+pub fn info() -> Info {
+    let text = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let uptime = text("/proc/uptime");
+    let seconds: f64 = uptime.split(' ').next().and_then(|number| number.parse().ok()).unwrap_or(0.0);
+    let memory = text("/proc/meminfo");
+    let line = |name: &str| {
+        let number = memory.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default();
+        number.trim().trim_end_matches(" kB").parse().unwrap_or(0)
+    };
+    Info {
+        uptime_ms: (seconds * 1000.0) as u64,
+        memory_kib: Memory { total: line("MemTotal:"), available: line("MemAvailable:") },
+        addresses: system::addresses(),
+        hostname: text("/proc/sys/kernel/hostname").trim().to_owned(),
+    }
+}
+
+/// Ends the guest. As process 1 this returns only if that fails; beside another init, that one is asked.
+pub fn end(reboot: bool) -> Result<()> {
+    if std::process::id() != 1 {
+        let program = if reboot { "reboot" } else { "poweroff" };
+        let asked = Command::new(program).status().with_context(|| format!("start `{program}`"))?;
+        return match asked.success() {
+            true => Ok(()),
+            false => Err(Error::guest(format!("`{program}` failed: {asked}"))),
+        };
+    }
+    system::signal_all(libc::SIGTERM);
+    let deadline = Instant::now() + LAST_WORDS;
+    while has_processes() && Instant::now() < deadline {
+        while system::reap().is_some() {}
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    system::signal_all(libc::SIGKILL);
+    // The file system is clean then, whether it is on a disk or not.
+    let _ = system::mount("", "/", "", libc::MS_REMOUNT | libc::MS_RDONLY, "");
+    system::end(reboot).context("end the guest")
+}
+
+/// Whether there are processes besides this one and the kernel's threads, which have no program.
+fn has_processes() -> bool {
+    let Ok(list) = std::fs::read_dir("/proc") else { return false };
+    list.flatten().any(|entry| {
+        let is_number = entry.file_name().to_string_lossy().bytes().all(|byte| byte.is_ascii_digit());
+        is_number && entry.file_name() != "1" && entry.path().join("exe").read_link().is_ok()
+    })
+}

@@ -1,0 +1,165 @@
+//! What is asked of the agent, and its greeting: the first frames of a connection, in JSON (docs/agent.md).
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// The version of the protocol.
+pub const PROTOCOL: u32 = 1;
+
+/// The client's first frame.
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Request {
+    /// The version of the protocol that the client speaks.
+    pub protocol: u32,
+    /// What it wants.
+    pub ask: Ask,
+}
+
+/// What a client can want.
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase", deny_unknown_fields)]
+pub enum Ask {
+    /// A program is to run.
+    Run(Run),
+    /// A file or tree is to be read.
+    Read(Read),
+    /// A file or tree is to be written.
+    Write(Write),
+    /// The guest is to be set up.
+    Set(Set),
+    /// How the guest is.
+    Info {},
+    /// The guest is to end.
+    End {
+        /// By a reboot.
+        #[serde(default)]
+        reboot: bool,
+    },
+}
+
+/// A program.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Run {
+    /// Its name or path, and its arguments.
+    pub argv: Vec<String>,
+    /// `NAME=VALUE`, on top of what the agent sets.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub env: Vec<String>,
+    /// The folder that it starts in; none: its user's home, or `/`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub workdir: Option<PathBuf>,
+    /// `USER[:GROUP]`, names or numbers; none: who the agent is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
+    /// It has a terminal of this size instead of pipes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub terminal: Option<Window>,
+}
+
+/// The size of a terminal, in characters.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Window {
+    /// Its height; 0: unknown.
+    pub rows: u16,
+    /// Its width; 0: unknown.
+    pub columns: u16,
+}
+
+/// A file or tree to send.
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Read {
+    /// Where it is.
+    pub path: PathBuf,
+    /// As which user.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
+}
+
+/// A file or tree to receive.
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Write {
+    /// Where it goes.
+    pub path: PathBuf,
+    /// What it is called if `path` is a folder.
+    pub name: String,
+    /// As which user.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
+}
+
+/// What the host knows better than the guest.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Set {
+    /// The guest's name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hostname: Option<String>,
+    /// The time, in nanoseconds since 1970 UTC.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clock_ns: Option<u64>,
+    /// Random bytes for the kernel's generator, counted as random.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seed: Option<Vec<u8>>,
+    /// An address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address: Option<Address>,
+}
+
+/// An interface's IPv4 address.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Address {
+    /// The interface's name, `eth0`.
+    pub interface: String,
+    /// The address.
+    pub address: std::net::Ipv4Addr,
+    /// How many bits of it are the network's.
+    pub prefix: u8,
+    /// The way to other networks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gateway: Option<std::net::Ipv4Addr>,
+}
+
+/// The agent's first frame. A client takes what it knows of it: later agents may say more.
+#[derive(Debug, Default, Deserialize, PartialEq, Serialize)]
+pub struct Greeting {
+    /// The version of the protocol that the agent speaks.
+    pub protocol: u32,
+    /// The version of the program.
+    #[serde(default)]
+    pub agent: String,
+    /// The process that runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pid: Option<u32>,
+    /// How the guest is, when that was asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub info: Option<Info>,
+}
+
+/// How a guest is.
+#[derive(Debug, Default, Deserialize, PartialEq, Serialize)]
+pub struct Info {
+    /// How long it has been up.
+    pub uptime_ms: u64,
+    /// Its memory.
+    pub memory_kib: Memory,
+    /// Its addresses, without that of the loopback interface.
+    pub addresses: Vec<std::net::IpAddr>,
+    /// Its name.
+    pub hostname: String,
+}
+
+/// How much memory there is.
+#[derive(Debug, Default, Deserialize, PartialEq, Serialize)]
+pub struct Memory {
+    /// In all.
+    pub total: u64,
+    /// For programs that start now, without swapping.
+    pub available: u64,
+}
