@@ -8,7 +8,7 @@
 //!   [`sink`]: where lines for the outside go. [`log`]: messages. [`timeline`]: the steps of a start.
 //! - [`snapshot`]: state that outlives the process. [`limiter`]: rate limits.
 //! - [`event`]: the core of an event loop. [`events`]: what happens to the microVM, for its readers.
-//!   [`uring`]: io_uring for an event loop. [`memory`]: guest memory. [`host`]: where files come from.
+//!   [`uring`]: io_uring for an event loop. [`memory`]: guest memory. [`host`]: what a machine needs of the host.
 //!   [`errands`]: what io threads have `main` do.
 //! - [`archive`]: files and trees as tar streams.
 //!   [`agent`]: what this program does inside a guest: an init that starts programs for the host.

@@ -12,13 +12,11 @@
 mod common;
 
 use std::fs::File;
-use std::io::Write;
 use std::path::Path;
 
 use alula::arch;
 use alula::config::Config;
-use alula::error::Result;
-use alula::host::{Access, Host, Local, Sharing, passt::Passt, tap::Tap};
+use alula::host::{Access, Host, RANDOM_SEED, Resource};
 use alula::machine::{Machine, Prepared};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
@@ -47,27 +45,13 @@ const TABLES: &[(&str, &[u8])] = tables![
 ];
 
 /// A host whose random numbers are known, and whose console says nothing.
-struct Known(Local);
-
-impl Host for Known {
-    fn file(&mut self, what: &str, path: &Path, access: Access, sharing: Sharing) -> Result<File> {
-        self.0.file(what, path, access, sharing)
-    }
-    fn sharing(&self, lock: bool) -> Sharing {
-        self.0.sharing(lock)
-    }
-    fn tap(&mut self, name: &str, queues: usize) -> Result<Vec<Tap>> {
-        self.0.tap(name, queues)
-    }
-    fn passt(&mut self, arguments: Vec<String>) -> Result<Passt> {
-        self.0.passt(arguments)
-    }
-    fn random_seed(&mut self) -> Result<[u8; 32]> {
-        Ok(std::array::from_fn(|index| index as u8))
-    }
-    fn console(&mut self) -> Result<Box<dyn Write + Send>> {
-        Ok(Box::new(std::io::sink()))
-    }
+fn known(folder: &Folder) -> Host {
+    let path = folder.write("seed", std::array::from_fn::<u8, 32, _>(|index| index as u8));
+    let file = File::open(&path).unwrap();
+    let mut host = Host::default();
+    host.give(RANDOM_SEED, Resource::File { path, access: Access::Read, file });
+    host.give_console(Box::new(std::io::sink()));
+    host
 }
 
 /// A machine with a disk and a network interface, loaded with the firmware guest.
@@ -80,7 +64,7 @@ fn machine(folder: &Folder, cpus: u16, pci: bool) -> Machine {
     );
     let mut config = Config::parse(text.as_bytes()).unwrap();
     config.pci = pci;
-    let mut host = Known(Local::default());
+    let mut host = known(folder);
     let mut machine = Machine::build("test", &config, &mut host, Prepared::new().unwrap()).unwrap();
     machine.load(&config, &mut host).unwrap();
     machine

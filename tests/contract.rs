@@ -12,7 +12,7 @@ use alula::devices::KINDS as DEVICES;
 use alula::devices::block;
 use alula::devices::kind::Device;
 use alula::error::Result;
-use alula::host::Local;
+use alula::host;
 use alula::memory;
 use alula::metrics::View;
 use alula::snapshot::Snapshot;
@@ -85,7 +85,7 @@ impl Host {
     }
 
     fn guest(&self, kind: Kind, device: &Device) -> Guest {
-        let opened = device.open("contract", &mut Local::default()).unwrap();
+        let opened = device.open("contract", &mut host::Host::default()).unwrap();
         if is_net(device) {
             self.wire.settle("tap0");
         }
@@ -762,7 +762,7 @@ fn a_turn_handles_no_more_descriptors_than_its_share() {
     let config = host.config();
     for device in config.devices() {
         let memory = memory::allocate(&[memory::Range { start: 0, size: driver::MEMORY }]).unwrap();
-        let opened = device.open("contract", &mut Local::default()).unwrap();
+        let opened = device.open("contract", &mut host::Host::default()).unwrap();
         let sizes = opened.queue_sizes().to_vec();
         let mut guest = Guest::by_hand(Kind::Mmio, opened, memory);
         let room = guest.allocate(&[0; 16]);
@@ -802,7 +802,7 @@ fn a_turn_of_a_disk_ends_with_the_request_that_is_large() {
         let kind = DEVICES.iter().find(|kind| kind.section == "drives").unwrap();
         let device = kind.parse(device.to_string().as_bytes()).unwrap();
         let memory = memory::allocate(&[memory::Range { start: 0, size: driver::MEMORY }]).unwrap();
-        let opened = device.open("contract", &mut Local::default()).unwrap();
+        let opened = device.open("contract", &mut host::Host::default()).unwrap();
         let mut guest = Guest::by_hand(Kind::Mmio, opened, memory);
         guest.start(0);
         guest.turn();
@@ -1054,7 +1054,7 @@ fn a_driver_is_told_of_what_was_finished_when_its_disk_was_stopped() {
     let config = host.config();
     let fast = config.devices().find(|device| device.id() == "fast").unwrap();
     for kind in KINDS {
-        let opened = fast.open("contract", &mut Local::default()).unwrap();
+        let opened = fast.open("contract", &mut host::Host::default()).unwrap();
         let memory = memory::allocate(&[memory::Range { start: 0, size: driver::MEMORY }]).unwrap();
         let mut guest = Guest::by_hand(kind, opened, memory);
         guest.start(F_EVENT_IDX);
@@ -1071,7 +1071,7 @@ fn a_driver_is_told_of_what_was_finished_when_its_disk_was_stopped() {
 fn a_generator_whose_host_has_no_random_bytes_stops_and_says_so() {
     let test = || {
         let kind = DEVICES.iter().find(|kind| kind.section == "entropy").unwrap();
-        let device = kind.parse(b"{}").unwrap().open("contract", &mut Local::default()).unwrap();
+        let device = kind.parse(b"{}").unwrap().open("contract", &mut host::Host::default()).unwrap();
         let memory = memory::allocate(&[memory::Range { start: 0, size: driver::MEMORY }]).unwrap();
         let mut guest = Guest::by_hand(Kind::Mmio, device, memory);
         guest.start(0);
@@ -1101,7 +1101,8 @@ fn a_generator_gives_no_more_than_its_rate_limit_lets_through() {
         (json!(null), 8),
     ] {
         let body = json!({ "rate_limiter": limits }).to_string();
-        let device = kind.parse(body.as_bytes()).unwrap().open("contract", &mut Local::default()).unwrap();
+        let device =
+            kind.parse(body.as_bytes()).unwrap().open("contract", &mut host::Host::default()).unwrap();
         let memory = memory::allocate(&[memory::Range { start: 0, size: driver::MEMORY }]).unwrap();
         let mut guest = Guest::by_hand(Kind::Mmio, device, memory);
         guest.start(0);

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 use alula::devices::KINDS as DEVICES;
 use alula::devices::kind::Device;
-use alula::host::Local;
+use alula::host::Host;
 use common::allocator::{Counting, allocations, is_io_thread};
 use common::driver::{DATA, F_EVENT_IDX, F_VERSION_1, Guest, KINDS, MEMORY, WRITE};
 use common::network::{self, Wire};
@@ -194,7 +194,7 @@ fn a_warm_device_allocates_nothing_and_copies_only_headers() {
     println!("cost: per request or frame, inside the io thread: allocations, bytes copied");
     for (name, device) in configurations(&folder) {
         for kind in KINDS {
-            let mut guest = Guest::new(kind, device.open("it", &mut Local::default()).unwrap());
+            let mut guest = Guest::new(kind, device.open("it", &mut Host::default()).unwrap());
             let features = guest.features() & (F_EVENT_IDX | F_VERSION_1 | 1 << 15);
             let start = guest.memory.memory().get_host_address(GuestAddress(DATA)).unwrap();
             BUFFERS.store(start as u64, Relaxed);

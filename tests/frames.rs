@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use alula::devices::KINDS;
-use alula::host::Local;
+use alula::host::Host;
 use alula::memory;
 use alula::metrics::View;
 use alula::virtio::VirtioDevice;
@@ -57,7 +57,7 @@ fn open(more: Value) -> Box<dyn VirtioDevice> {
     let kind = KINDS.iter().find(|kind| kind.section == "network-interfaces").unwrap();
     let device = kind.parse(config.to_string().as_bytes()).unwrap();
     device.check().unwrap();
-    device.open("frames", &mut Local::default()).unwrap()
+    device.open("frames", &mut Host::default()).unwrap()
 }
 
 /// A guest with an interface over `tap0`, which carries frames.
@@ -126,7 +126,7 @@ fn patch(guest: &mut Guest, body: Value) {
     let kind = KINDS.iter().find(|kind| kind.section == "network-interfaces").unwrap();
     let change = kind.parse_patch(body.to_string().as_bytes()).unwrap();
     guest.pause();
-    guest.transport.lock().unwrap().patch(change.patch(), &mut Local::default()).unwrap();
+    guest.transport.lock().unwrap().patch(change.patch(), &mut Host::default()).unwrap();
     guest.resume();
 }
 

@@ -13,7 +13,7 @@ use alula::bus::{Bus, BusDevice};
 use alula::config::Config;
 use alula::devices::KINDS;
 use alula::event::EventFd;
-use alula::host::Local;
+use alula::host::Host;
 use alula::machine::{Machine, Places, Prepared};
 use alula::memory::{self, Range};
 use alula::metrics::View;
@@ -49,8 +49,8 @@ fn config(folder: &Folder, pci: bool, words: &str, disks: &[&str]) -> Config {
 }
 
 /// A host whose serial console writes to `folder`.
-fn host(folder: &Folder) -> Local {
-    let mut host = Local::default();
+fn host(folder: &Folder) -> Host {
+    let mut host = Host::default();
     host.hold_console(Some(&folder.path("console"))).unwrap();
     host
 }
@@ -247,7 +247,7 @@ fn a_device_that_is_taken_away_leaves_nothing_behind() {
         let places = machine.places();
         // Devices that were taken away and came back before the guest began work as those that stayed.
         machine.detach("disk `disk`").unwrap();
-        machine.attach(&disk, &Places::new(), &mut Local::default()).unwrap();
+        machine.attach(&disk, &Places::new(), &mut Host::default()).unwrap();
         assert_eq!(machine.places(), places);
         machine.resume().unwrap();
         wait_for_console(&folder, "2 cases, 0 failed");
@@ -269,13 +269,13 @@ fn a_device_that_is_taken_away_leaves_nothing_behind() {
             assert!(!is_open(&path) && !is_open(&folder.path("disk")), "a detached disk's file is open");
             assert!(!threads().iter().any(|name| name.starts_with("io-")), "{:?}", threads());
             // In the other order: each has the other one's place then, where its registers are not taken.
-            machine.attach(&other, &Places::new(), &mut Local::default()).unwrap();
-            machine.attach(&disk, &places, &mut Local::default()).unwrap_err();
-            machine.attach(&disk, &Places::new(), &mut Local::default()).unwrap();
+            machine.attach(&other, &Places::new(), &mut Host::default()).unwrap();
+            machine.attach(&disk, &places, &mut Host::default()).unwrap_err();
+            machine.attach(&disk, &Places::new(), &mut Host::default()).unwrap();
             machine.detach(&other.name()).unwrap();
             machine.detach(&disk.name()).unwrap();
-            machine.attach(&disk, &places, &mut Local::default()).unwrap();
-            machine.attach(&other, &places, &mut Local::default()).unwrap();
+            machine.attach(&disk, &places, &mut Host::default()).unwrap();
+            machine.attach(&other, &places, &mut Host::default()).unwrap();
             machine.resume().unwrap();
             machine.pause().unwrap();
         }
@@ -284,9 +284,9 @@ fn a_device_that_is_taken_away_leaves_nothing_behind() {
         for fixed in ["serial", "PCI host bridge", "disk `none`"] {
             machine.detach(fixed).unwrap_err();
         }
-        machine.attach(&disk, &Places::new(), &mut Local::default()).unwrap_err();
+        machine.attach(&disk, &Places::new(), &mut Host::default()).unwrap_err();
         machine.resume().unwrap();
-        machine.attach(&disk, &Places::new(), &mut Local::default()).unwrap_err();
+        machine.attach(&disk, &Places::new(), &mut Host::default()).unwrap_err();
         assert_eq!(machine.places(), places);
         // Devices can go while the guest runs, and are closed then.
         for device in [&disk, &other] {
@@ -316,7 +316,7 @@ fn a_pci_function_that_is_removed_is_nowhere_any_more() {
     };
     for _ in 0..2 {
         let entropy = KINDS.iter().find(|kind| kind.section == "entropy").unwrap();
-        let device = entropy.parse(b"{}").unwrap().open("test", &mut Local::default()).unwrap();
+        let device = entropy.parse(b"{}").unwrap().open("test", &mut Host::default()).unwrap();
         let (_, function) = driver::function(device, memory.clone(), by_hand.event_loop(), DEVICE);
         let kick = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).unwrap());
         let registers = Registers {

@@ -72,6 +72,46 @@ fn what_is_no_tap_of_ours_is_refused_with_a_way_on() {
 }
 
 #[test]
+fn another_count_of_queues_is_had_or_the_tap_is_kept() {
+    const SEVERAL: i32 = network::TAP | libc::IFF_MULTI_QUEUE;
+    network::enter();
+    network::add_tap("single0", "172.16.0.1/24");
+    network::add_interface("several0", SEVERAL);
+    let service = Service::start(&[]);
+    let mut client = service.client();
+    let pid = service.process.child.id();
+    let attached = |name: &str| {
+        let infos = std::fs::read_dir(format!("/proc/{pid}/fdinfo")).unwrap();
+        let is_its = |info: &String| info.lines().any(|line| line == format!("iff:\t{name}"));
+        infos.filter_map(|info| std::fs::read_to_string(info.unwrap().path()).ok()).filter(is_its).count()
+    };
+    let mut put = |name: &str, queues: usize| {
+        let body = json!({ "iface_id": "n", "host_dev_name": name, "queue_pairs": queues }).to_string();
+        client.request("PUT", "/network-interfaces/n", &body)
+    };
+    for queues in [2, 4, 4, 1, 3] {
+        assert_eq!(put("several0", queues).status(), "204");
+        assert_eq!(attached("several0"), queues);
+    }
+    // Somebody else comes: nothing can be added to what we have, which stays.
+    let other = network::open_tap("several0", SEVERAL);
+    let fault = put("several0", 4).fault();
+    assert!(fault.contains("another process uses it"), "{fault}");
+    assert_eq!(attached("several0"), 3);
+    drop(other);
+    assert_eq!(put("single0", 1).status(), "204");
+    assert_eq!((attached("several0"), attached("single0")), (0, 1));
+    let fault = put("single0", 2).fault();
+    assert!(fault.contains("it is not a TAP interface with several queues"), "{fault}");
+    assert_eq!(attached("single0"), 1);
+    // One that is made for the interface is made again for more queues.
+    for queues in [1, 2, 1] {
+        assert_eq!(put("made0", queues).status(), "204");
+        assert_eq!((attached("single0"), attached("made0")), (0, queues));
+    }
+}
+
+#[test]
 fn a_tap_that_is_not_there_is_made_and_goes_again() {
     network::enter();
     let is_there = |name: &str| {
@@ -119,9 +159,12 @@ fn a_tap_of_several_queues_has_one_user_as_any_other() {
     let fault = put(&first, 2).fault();
     assert!(fault.contains(refused), "{fault}");
     drop(other);
-    assert_eq!(put(&second, 2).status(), "204");
-    drop(second);
+    // What was refused took nothing from the first one.
+    let fault = put(&second, 2).fault();
+    assert!(fault.contains(refused), "{fault}");
     assert_eq!(put(&first, 16).status(), "204");
+    drop(first);
+    assert_eq!(put(&second, 2).status(), "204");
 }
 
 #[test]

@@ -4,41 +4,15 @@
 
 mod common;
 
-use std::fs::File;
 use std::io::Write;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use alula::config::Config;
-use alula::error::Result;
-use alula::host::{Access, Host, Local, Sharing};
+use alula::host::Host;
 use alula::machine::{Machine, Prepared};
 
-/// A host whose console counts bytes.
-struct Counter(Arc<AtomicU64>);
-
-impl Host for Counter {
-    fn file(&mut self, what: &str, path: &Path, access: Access, sharing: Sharing) -> Result<File> {
-        Local::default().file(what, path, access, sharing)
-    }
-    fn sharing(&self, lock: bool) -> Sharing {
-        Local::default().sharing(lock)
-    }
-    fn tap(&mut self, name: &str, queues: usize) -> Result<Vec<alula::host::tap::Tap>> {
-        Local::default().tap(name, queues)
-    }
-    fn passt(&mut self, arguments: Vec<String>) -> Result<alula::host::passt::Passt> {
-        Local::default().passt(arguments)
-    }
-    fn random_seed(&mut self) -> Result<[u8; 32]> {
-        Ok([0; 32])
-    }
-    fn console(&mut self) -> Result<Box<dyn Write + Send>> {
-        Ok(Box::new(Counted(self.0.clone())))
-    }
-}
-
+/// A console that counts bytes.
 struct Counted(Arc<AtomicU64>);
 
 impl Write for Counted {
@@ -63,7 +37,8 @@ fn a_guest_goes_on_after_every_resume_and_stands_still_in_every_pause() {
         let count = Arc::new(AtomicU64::new(0));
         let mut config = Config::default();
         config.firmware_words = Some("flood".to_owned());
-        let mut host = Counter(count.clone());
+        let mut host = Host::default();
+        host.give_console(Box::new(Counted(count.clone())));
         let mut machine = Machine::build("test", &config, &mut host, Prepared::new().unwrap()).unwrap();
         machine.load(&config, &mut host).unwrap();
         for round in 0..50 {

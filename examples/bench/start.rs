@@ -8,7 +8,7 @@ use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use alula::config::Config;
-use alula::host::{Access, Host, Local, Sharing};
+use alula::host::Host;
 use alula::machine::{Machine, Prepared};
 
 use crate::monitor::{connect, request, spawn};
@@ -228,36 +228,7 @@ fn syscalls(binary: &str, folder: &Path, kernel: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A host whose console tells when the guest's first byte comes.
-struct Listener(Local, std::sync::mpsc::Sender<Instant>);
-
-impl Host for Listener {
-    fn file(
-        &mut self,
-        what: &str,
-        path: &Path,
-        access: Access,
-        sharing: Sharing,
-    ) -> alula::error::Result<std::fs::File> {
-        self.0.file(what, path, access, sharing)
-    }
-    fn sharing(&self, lock: bool) -> Sharing {
-        self.0.sharing(lock)
-    }
-    fn tap(&mut self, name: &str, queues: usize) -> alula::error::Result<Vec<alula::host::tap::Tap>> {
-        self.0.tap(name, queues)
-    }
-    fn passt(&mut self, arguments: Vec<String>) -> alula::error::Result<alula::host::passt::Passt> {
-        self.0.passt(arguments)
-    }
-    fn random_seed(&mut self) -> alula::error::Result<[u8; 32]> {
-        self.0.random_seed()
-    }
-    fn console(&mut self) -> alula::error::Result<Box<dyn Write + Send>> {
-        Ok(Box::new(Notifier(self.1.clone())))
-    }
-}
-
+/// A console that tells when the guest's first byte comes.
 struct Notifier(std::sync::mpsc::Sender<Instant>);
 
 impl Write for Notifier {
@@ -281,7 +252,8 @@ fn split(runs: usize) -> Result<()> {
     };
     for _ in 0..runs {
         let (sender, first_byte) = channel();
-        let mut host = Listener(Local::default(), sender);
+        let mut host = Host::default();
+        host.give_console(Box::new(Notifier(sender)));
         let mut config = Config::default();
         config.firmware_words = Some("hello".to_owned());
         let prepared = Prepared::new()?;

@@ -16,7 +16,7 @@ use crate::devices::keyboard::Keyboard;
 use crate::devices::kind::{Change, Device, Kind};
 use crate::error::{Error, Result};
 use crate::events::{self, Event};
-use crate::host::{Access, Local, Sharing};
+use crate::host::{Access, Host, Sharing};
 use crate::log;
 use crate::machine::{Machine, Prepared, State};
 use crate::metrics::{self as counted, View};
@@ -28,7 +28,7 @@ const BEFORE_START: &str = "The requested operation is not supported before star
 pub struct Controller {
     id: String,
     config: Config,
-    host: Local,
+    host: Host,
     metrics: Option<metrics::Output>,
     prepared: Option<Prepared>,
     machine: Option<Machine>,
@@ -37,7 +37,7 @@ pub struct Controller {
 impl Controller {
     /// Controls the microVM that `config` describes, not started yet.
     pub fn new(id: String, config: Config) -> Self {
-        Self { id, config, host: Local::default(), metrics: None, prepared: None, machine: None }
+        Self { id, config, host: Host::default(), metrics: None, prepared: None, machine: None }
     }
 
     /// Lets disks be shared with others, with a warning.
@@ -101,12 +101,9 @@ impl Controller {
             Some(prepared) => prepared,
             None => Prepared::new()?,
         };
-        if let Some(path) = self.config.serial.as_ref().and_then(|serial| serial.serial_out_path.as_ref()) {
-            self.host.hold_console(Some(path))?;
-        }
         let mut machine = Machine::build(&self.id, &self.config, &mut self.host, prepared)?;
         machine.load(&self.config, &mut self.host)?;
-        self.host.release();
+        self.host.release_all();
         // Told first: what the guest does comes after it.
         events::tell(|| Event::Started { reason });
         machine.resume()?;

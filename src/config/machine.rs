@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::dialect::Dialect;
 use crate::error::{Error, Result};
-use crate::host::{Access, Local, Sharing};
+use crate::host::{Access, Host, Sharing};
 use crate::json;
 
 /// What the guest boots.
@@ -36,7 +36,7 @@ impl BootSource {
 
     /// What stands in the way of opening its files.
     pub(super) fn look(&self) -> impl Iterator<Item = Error> {
-        let hold = |file| Local::default().hold(&[file], Access::Read, Sharing::Refused).err();
+        let hold = |file| Host::default().hold(&[file], Access::Read, Sharing::Refused).err();
         self.files().into_iter().filter_map(hold)
     }
 

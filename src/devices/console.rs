@@ -133,7 +133,8 @@ impl FixedDevice for Console {
 
     fn build(place: Place, site: &mut Site<'_>) -> Result<Option<Self>> {
         let limit = site.serial.and_then(|serial| serial.rate_limiter);
-        Self::new(site.interrupt(place)?, site.host.console()?, limit).map(Some)
+        let path = site.serial.and_then(|serial| serial.serial_out_path.as_deref());
+        Self::new(site.interrupt(place)?, site.host.console(path)?, limit).map(Some)
     }
 }
 

@@ -50,7 +50,7 @@ impl DeviceConfig for Config {
         Ok(Self::default())
     }
 
-    fn open(&self, _: &str, _: &mut dyn Host) -> Result<Box<dyn VirtioDevice>> {
+    fn open(&self, _: &str, _: &mut Host) -> Result<Box<dyn VirtioDevice>> {
         let limit = Limit::new(self.rate_limiter);
         Ok(Box::new(Entropy { limit, metrics: Arc::default() }))
     }

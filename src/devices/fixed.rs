@@ -33,7 +33,7 @@ pub struct Site<'a> {
     /// The buses that devices are put on, and where they note the guest's end.
     pub surroundings: &'a Surroundings,
     /// Where the serial console's output goes.
-    pub host: &'a mut dyn Host,
+    pub host: &'a mut Host,
     /// How the serial console is configured.
     pub serial: Option<&'a console::Config>,
     /// The boot timer, which runs already, if the machine is to have one.

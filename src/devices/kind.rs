@@ -13,7 +13,7 @@ use serde_json::Value;
 use super::KINDS;
 use crate::dialect::Dialect;
 use crate::error::{Context, Error, Result};
-use crate::host::{Host, Local};
+use crate::host::Host;
 use crate::virtio::VirtioDevice;
 
 /// One device as its owner writes it down: the body of its PUT request, an element of its section of
@@ -66,15 +66,15 @@ pub trait DeviceConfig:
         0
     }
     /// Opens ahead of the start what must be there when it is named. It was checked before.
-    fn hold(&self, _host: &mut Local) -> Result<()> {
+    fn hold(&self, _host: &mut Host) -> Result<()> {
         Ok(())
     }
     /// Looks for what it needs of the host, and changes nothing. It was checked before.
     fn look(&self) -> Result<()> {
-        self.hold(&mut Local::default())
+        self.hold(&mut Host::default())
     }
     /// Opens what it needs of the host; `vm` is the microVM's name. It was checked before.
-    fn open(&self, vm: &str, host: &mut dyn Host) -> Result<Box<dyn VirtioDevice>>;
+    fn open(&self, vm: &str, host: &mut Host) -> Result<Box<dyn VirtioDevice>>;
     /// This configuration with a change that makes sense; the device itself is changed by
     /// [`VirtioDevice::patch`], which gets the same `Patch`.
     fn patched(&self, _patch: &Self::Patch) -> Result<Self> {
@@ -308,7 +308,7 @@ impl Device {
     }
 
     /// Opens ahead of the start what must be there when it is named.
-    pub fn hold(&self, host: &mut Local) -> Result<()> {
+    pub fn hold(&self, host: &mut Host) -> Result<()> {
         self.0.hold(host)
     }
 
@@ -318,7 +318,7 @@ impl Device {
     }
 
     /// Opens what it needs of the host; `vm` is the microVM's name.
-    pub fn open(&self, vm: &str, host: &mut dyn Host) -> Result<Box<dyn VirtioDevice>> {
+    pub fn open(&self, vm: &str, host: &mut Host) -> Result<Box<dyn VirtioDevice>> {
         self.0.open(vm, host).with_context(|| format!("set up {}", self.name()))
     }
 
@@ -372,9 +372,9 @@ trait AnyConfig: Any + fmt::Debug + Send + Sync {
     fn check_beside(&self, other: &Device) -> Result<()>;
     fn root_words(&self) -> Option<String>;
     fn threads(&self) -> usize;
-    fn hold(&self, host: &mut Local) -> Result<()>;
+    fn hold(&self, host: &mut Host) -> Result<()>;
     fn look(&self) -> Result<()>;
-    fn open(&self, vm: &str, host: &mut dyn Host) -> Result<Box<dyn VirtioDevice>>;
+    fn open(&self, vm: &str, host: &mut Host) -> Result<Box<dyn VirtioDevice>>;
     fn to_value(&self) -> Value;
 }
 
@@ -397,13 +397,13 @@ impl<C: DeviceConfig> AnyConfig for C {
     fn threads(&self) -> usize {
         DeviceConfig::threads(self)
     }
-    fn hold(&self, host: &mut Local) -> Result<()> {
+    fn hold(&self, host: &mut Host) -> Result<()> {
         DeviceConfig::hold(self, host)
     }
     fn look(&self) -> Result<()> {
         DeviceConfig::look(self)
     }
-    fn open(&self, vm: &str, host: &mut dyn Host) -> Result<Box<dyn VirtioDevice>> {
+    fn open(&self, vm: &str, host: &mut Host) -> Result<Box<dyn VirtioDevice>> {
         DeviceConfig::open(self, vm, host)
     }
     fn to_value(&self) -> Value {

@@ -17,6 +17,10 @@ const MADE: &str = "made, down, without an address";
 /// The interface must not be there yet (linux/if_tun.h).
 const IFF_TUN_EXCL: u16 = 0x8000;
 const IN_USE: &str = "another process uses it";
+/// How descriptors of an interface are named.
+const DESCRIPTORS: &str = "fd:";
+/// The interface stays when nobody is attached to it (linux/if_tun.h).
+const IFF_PERSIST: u16 = 0x0800;
 const IFF_TAP: u16 = libc::IFF_TAP as u16;
 const IFF_MULTI_QUEUE: u16 = libc::IFF_MULTI_QUEUE as u16;
 const IFF_NO_PI: u16 = libc::IFF_NO_PI as u16;
@@ -36,6 +40,11 @@ impl InterfaceRequest {
     /// ifr_flags
     pub(super) fn flags(&self) -> u16 {
         u16::from_ne_bytes([self.value[0], self.value[1]])
+    }
+
+    /// Whether it is about the interface called `name`.
+    fn is_called(&self, name: &str) -> bool {
+        self.name.split(|byte| *byte == 0).next() == Some(name.as_bytes())
     }
 
     fn with_flags(&self, flags: u16) -> Self {
@@ -71,19 +80,47 @@ impl Tap {
     /// Attaches to the interface `name` with so many queues, or takes the descriptors that `fd:N[:N..]`
     /// names, one for each queue.
     pub fn open(name: &str, queues: usize) -> Result<Vec<Self>> {
-        let taps = match name.strip_prefix("fd:") {
+        let taps = match name.strip_prefix(DESCRIPTORS) {
             Some(numbers) => from_descriptors(numbers, queues),
-            None => attach(name, queues),
+            None => attach(name, queues, 0),
         }
         .with_context(|| format!("open TAP interface `{name}` (`host_dev_name`, --net)"))?;
         log::debug(format_args!("opened TAP interface `{name}`, pairs of queues: {queues}"));
         Ok(taps)
     }
 
+    /// Makes `taps`, queues of the interface `name`, as many as `queues`. A queue of an interface can be attached
+    /// once, so what is attached stays, and others come beside it.
+    ///
+    /// # Errors
+    /// The interface has fewer: `taps` are as they were.
+    pub fn set_count(taps: &mut Vec<Self>, name: &str, queues: usize) -> Result<()> {
+        if taps.len() == queues {
+            return Ok(());
+        }
+        let attempt = || format!("open TAP interface `{name}` (`host_dev_name`, --net)");
+        match taps.first().and_then(|tap| tap.request().ok()) {
+            // Made for one queue, it goes with that.
+            Some(given) if given.is_called(name) && given.flags() & (IFF_PERSIST | IFF_MULTI_QUEUE) == 0 => {
+                make_again(taps, name, queues).with_context(attempt)
+            }
+            Some(given) if given.is_called(name) => {
+                taps.extend(attach(name, queues, taps.len()).with_context(attempt)?);
+                taps.truncate(queues);
+                Ok(())
+            }
+            // Descriptors, or an interface that is called something else by now.
+            _ => {
+                *taps = Self::open(name, queues)?;
+                Ok(())
+            }
+        }
+    }
+
     /// Whether there is such an interface, or this process may make one, without attaching to it. Descriptors
     /// are those of the process that will be started with them: this one cannot tell.
     pub fn look(name: &str, queues: usize) -> Result<()> {
-        if name.starts_with("fd:") {
+        if name.starts_with(DESCRIPTORS) {
             return Ok(());
         }
         let attempt = || format!("look for TAP interface `{name}` (`host_dev_name`)");
@@ -222,15 +259,16 @@ fn may_make() -> bool {
     effective.is_some_and(|bits| bits >> CAP_NET_ADMIN & 1 == 1)
 }
 
-/// Attaches to an interface, or makes one if there is none of this name.
-fn attach(name: &str, queues: usize) -> Result<Vec<Tap>> {
+/// Attaches to an interface of which `held` queues are attached here already, and nobody else's, until there are
+/// at least `queues`, and returns the new ones; makes one if there is none of this name.
+fn attach(name: &str, queues: usize, held: usize) -> Result<Vec<Tap>> {
     let request = InterfaceRequest::new(name)?;
     let create = creation(name, queues);
     let Some(index) = index(&request) else { return make(name, &request, queues, &create) };
-    check_alone(index, 0)?;
-    let mut taps = Vec::with_capacity(queues);
+    check_alone(index, held)?;
+    let mut taps = Vec::with_capacity(queues.saturating_sub(held));
     let mut flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | if queues > 1 { IFF_MULTI_QUEUE } else { 0 };
-    while taps.len() < queues {
+    while held + taps.len() < queues {
         let tap = Tap { file: open_device()? };
         match attach_queue(&tap, request.with_flags(flags)) {
             Ok(()) => {}
@@ -246,8 +284,22 @@ fn attach(name: &str, queues: usize) -> Result<Vec<Tap>> {
         taps.push(tap);
     }
     // Somebody may have come at the same moment.
-    check_alone(index, queues)?;
+    check_alone(index, held + taps.len())?;
     Ok(taps)
+}
+
+/// Makes an interface that was made for one queue, and goes with it, once more for several. If it cannot be
+/// made, it is as it was.
+fn make_again(taps: &mut Vec<Tap>, name: &str, queues: usize) -> Result<()> {
+    let before = taps.len();
+    taps.clear();
+    let made = attach(name, queues, 0);
+    let (now, result) = match made {
+        Ok(made) => (made, Ok(())),
+        Err(error) => (attach(name, before, 0)?, Err(error)),
+    };
+    *taps = now;
+    result
 }
 
 /// Whether the interface with this index has our queues attached and no other's. One for a single queue has

@@ -36,7 +36,7 @@ impl Machine {
     /// Opens a device and puts it in the place that `places` gives it, or else in the lowest one that no part
     /// has and that `places` gives to nobody. The machine must be paused. After an error the machine is as it
     /// was before.
-    pub fn attach(&mut self, device: &Device, places: &Places, host: &mut dyn Host) -> Result<()> {
+    pub fn attach(&mut self, device: &Device, places: &Places, host: &mut Host) -> Result<()> {
         let name = device.name();
         let attempt = || format!("attach {name}");
         if self.state != State::Paused {

@@ -41,7 +41,7 @@ pub fn build(
     places: &Places,
     id: &str,
     config: &Config,
-    host: &mut dyn Host,
+    host: &mut Host,
     prepared: Prepared,
 ) -> Result<Machine> {
     let boot_timer = config.boot_timer.then(BootTimer::start);
@@ -85,7 +85,7 @@ pub fn build(
     let mut site = Site {
         vm: &vm,
         surroundings: &surroundings,
-        host: &mut *host,
+        host,
         serial: config.serial.as_ref(),
         boot_timer,
         message_frame: platform.message_frame(),
@@ -141,7 +141,7 @@ fn choose_pages(memory: &Memory, pages: HugePages) {
     }
 }
 
-pub fn load(machine: &mut Machine, config: &Config, host: &mut dyn Host) -> Result<()> {
+pub fn load(machine: &mut Machine, config: &Config, host: &mut Host) -> Result<()> {
     let memory = &*machine.memory.memory();
     let platform = &mut machine.platform;
     platform.nodes = machine.parts.nodes();
@@ -180,7 +180,7 @@ pub fn load(machine: &mut Machine, config: &Config, host: &mut dyn Host) -> Resu
 
 /// The initrd at `path`. One of 0 bytes, the rest of a download or a build that failed, would be a guest
 /// without a root file system that does not say why.
-fn open_initrd(path: &Path, host: &mut dyn Host) -> Result<File> {
+fn open_initrd(path: &Path, host: &mut Host) -> Result<File> {
     let mut file = host.file("initrd", path, Access::Read, Sharing::Refused)?;
     let attempt = || format!("load initrd `{}`", path.display());
     match file.seek(SeekFrom::End(0)).with_context(attempt)? {

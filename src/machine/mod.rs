@@ -75,7 +75,7 @@ pub struct Machine {
 impl Machine {
     /// Wires a machine together from `config`; it has no content yet and does not run. `id` is its
     /// name: addresses of its interfaces are derived from it.
-    pub fn build(id: &str, config: &Config, host: &mut dyn Host, prepared: Prepared) -> Result<Self> {
+    pub fn build(id: &str, config: &Config, host: &mut Host, prepared: Prepared) -> Result<Self> {
         Self::build_at(&Places::new(), id, config, host, prepared)
     }
 
@@ -85,7 +85,7 @@ impl Machine {
         places: &Places,
         id: &str,
         config: &Config,
-        host: &mut dyn Host,
+        host: &mut Host,
         prepared: Prepared,
     ) -> Result<Self> {
         build::build(places, id, config, host, prepared)
@@ -98,7 +98,7 @@ impl Machine {
 
     /// Gives it its content: kernel, initrd, boot tables, registers. A `boot_source` of none loads
     /// the embedded firmware guest.
-    pub fn load(&mut self, config: &Config, host: &mut dyn Host) -> Result<()> {
+    pub fn load(&mut self, config: &Config, host: &mut Host) -> Result<()> {
         build::load(self, config, host)
     }
 
@@ -213,7 +213,7 @@ impl Machine {
     /// changed, and goes on where it was.
     ///
     /// [`VirtioDevice::patch`]: crate::virtio::VirtioDevice::patch
-    pub fn patch_device(&mut self, name: &str, change: &dyn Any, host: &mut dyn Host) -> Result<()> {
+    pub fn patch_device(&mut self, name: &str, change: &dyn Any, host: &mut Host) -> Result<()> {
         let part = self.parts.get(name)?;
         parts::pause(std::slice::from_ref(part));
         let result = part.with(|device: &mut Transport| device.patch(change, host));

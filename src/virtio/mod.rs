@@ -57,7 +57,7 @@ pub trait VirtioDevice: SaveState + Send {
     /// kind has for the body of the API's PATCH. The caller promises that no worker is left; they start again
     /// afterwards, on the same queues. Returns whether the driver must look at the configuration again. A
     /// change that is refused changes nothing.
-    fn patch(&mut self, _change: &dyn Any, _host: &mut dyn Host) -> Result<bool> {
+    fn patch(&mut self, _change: &dyn Any, _host: &mut Host) -> Result<bool> {
         Err(Error::config("nothing of it can be changed once the guest runs"))
     }
     /// What it counts, shared with its workers; it goes on through resets.

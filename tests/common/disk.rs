@@ -8,7 +8,7 @@ use alula::devices::block::Config;
 use alula::devices::kind::{DeviceConfig, Kind};
 use alula::errands::Errands;
 use alula::event::EventFd;
-use alula::host::Local;
+use alula::host::Host;
 use alula::memory::{Memory, Range, allocate};
 use alula::virtio::Interrupts;
 use alula::virtio::transport::{Register, Transport};
@@ -54,7 +54,7 @@ impl Disk {
         config.check().map_err(|error| error.to_string())?;
         let begun = Instant::now();
         let device = loop {
-            match config.open("vm", &mut Local::default()).map_err(|error| error.to_string()) {
+            match config.open("vm", &mut Host::default()).map_err(|error| error.to_string()) {
                 // Another test starts a program: its new process has what we just closed for a moment.
                 Err(error) if error.contains("it is in use by process ") && begun.elapsed() < PATIENCE => {
                     std::thread::yield_now();
@@ -313,7 +313,7 @@ impl Disk {
         let kind = Kind::of::<Config>();
         let change = kind.parse_patch(body.to_string().as_bytes()).map_err(|error| error.to_string())?;
         self.pause();
-        let result = self.transport.lock().unwrap().patch(change.patch(), &mut Local::default());
+        let result = self.transport.lock().unwrap().patch(change.patch(), &mut Host::default());
         self.resume();
         result.map_err(|error| error.to_string())
     }

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::devices::check_id;
 use crate::devices::kind::{self, CliOption, DeviceConfig};
 use crate::error::{Error, Result};
-use crate::host::{Access, Host, Local};
+use crate::host::{Access, Host};
 use crate::json;
 use crate::limiter::RateLimiter;
 use crate::virtio::VirtioDevice;
@@ -247,12 +247,12 @@ impl DeviceConfig for Config {
     }
 
     /// The image is opened, as a kernel is. Its lock is taken at the start.
-    fn hold(&self, host: &mut Local) -> Result<()> {
+    fn hold(&self, host: &mut Host) -> Result<()> {
         let (what, path, access) = self.file();
         host.hold(&[(&what, Some(path))], access, host.sharing(self.lock))
     }
 
-    fn open(&self, _: &str, host: &mut dyn Host) -> Result<Box<dyn VirtioDevice>> {
+    fn open(&self, _: &str, host: &mut Host) -> Result<Box<dyn VirtioDevice>> {
         Ok(Box::new(super::Block::open(self, host)?))
     }
 

@@ -40,7 +40,7 @@ pub struct Image {
 
 impl Image {
     /// The image that `config` names.
-    pub fn open(config: &Config, host: &mut dyn Host) -> Result<Self> {
+    pub fn open(config: &Config, host: &mut Host) -> Result<Self> {
         let (what, path, access) = config.file();
         let sharing = host.sharing(config.lock);
         let file = host.file(&what, path, access, sharing)?;
@@ -66,7 +66,7 @@ impl Image {
     }
 
     /// The same image, if that is what `config` names, with the size that it has now.
-    pub fn again(&self, config: &Config, host: &mut dyn Host) -> Option<Result<Self>> {
+    pub fn again(&self, config: &Config, host: &mut Host) -> Option<Result<Self>> {
         let (_, path, _) = config.file();
         let (own, other) = (self.file().metadata().ok()?, std::fs::metadata(path).ok()?);
         let same = (own.dev(), own.ino()) == (other.dev(), other.ino()) || is_same_device(self.file(), path);

@@ -89,7 +89,7 @@ pub struct Block {
 }
 
 impl Block {
-    fn open(config: &Config, host: &mut dyn Host) -> Result<Self> {
+    fn open(config: &Config, host: &mut Host) -> Result<Self> {
         Ok(Self {
             queue_sizes: vec![QUEUE_SIZE; config.num_queues.into()],
             image: Arc::new(Image::open(config, host)?),
@@ -107,7 +107,7 @@ impl Block {
 
     /// Another image, or the same one with another size; other limits. Returns whether the image is
     /// another.
-    fn change(&mut self, patch: &Patch, host: &mut dyn Host) -> Result<bool> {
+    fn change(&mut self, patch: &Patch, host: &mut Host) -> Result<bool> {
         let has_image = patch.path_on_host.is_some();
         let new = self.config.patched(patch)?;
         if has_image {
@@ -193,7 +193,7 @@ impl VirtioDevice for Block {
         Ok(io.queues.into_iter().map(worker).collect())
     }
 
-    fn patch(&mut self, change: &dyn Any, host: &mut dyn Host) -> Result<bool> {
+    fn patch(&mut self, change: &dyn Any, host: &mut Host) -> Result<bool> {
         let patch = change.downcast_ref().expect("a device is changed by a change of its kind");
         let changed = self.change(patch, host);
         match changed {

@@ -201,7 +201,7 @@ impl VirtioDevice for Net {
         Some(self.metrics.clone())
     }
 
-    fn patch(&mut self, change: &dyn Any, _: &mut dyn Host) -> Result<bool> {
+    fn patch(&mut self, change: &dyn Any, _: &mut Host) -> Result<bool> {
         let patch: &Patch = change.downcast_ref().expect("a device is changed by a change of its kind");
         for (limit, patch) in
             [(&mut self.rx_limit, patch.rx_rate_limiter), (&mut self.tx_limit, patch.tx_rate_limiter)]

@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 
 use super::kind::{CliOption, DeviceConfig};
 use crate::error::{Error, Result};
-use crate::host::{Host, Local, tap};
+use crate::host::{Host, tap};
 use crate::limiter::RateLimiter;
 use crate::virtio::VirtioDevice;
 pub use mac::Mac;
@@ -77,6 +77,11 @@ enum Carrier<'a> {
 }
 
 impl Config {
+    /// What the interface is called in errors, and whose a TAP is that is held for it.
+    fn what(&self) -> String {
+        format!("{} `{}`", Self::NOUN, self.iface_id)
+    }
+
     fn new(iface_id: String) -> Self {
         Self {
             iface_id,
@@ -174,12 +179,12 @@ impl DeviceConfig for Config {
         self.threads.unwrap_or(0).into()
     }
 
-    fn hold(&self, host: &mut Local) -> Result<()> {
+    fn hold(&self, host: &mut Host) -> Result<()> {
         match self.carrier()? {
-            Carrier::Tap(name) => host.hold_tap(&self.iface_id, name, self.queue_pairs().into()),
+            Carrier::Tap(name) => host.hold_tap(&self.what(), name, self.queue_pairs().into()),
             Carrier::User(user) => {
                 user.check_host()?;
-                host.release_tap(&self.iface_id);
+                host.release(&self.what());
                 Ok(())
             }
         }
@@ -193,10 +198,13 @@ impl DeviceConfig for Config {
         }
     }
 
-    fn open(&self, vm: &str, host: &mut dyn Host) -> Result<Box<dyn VirtioDevice>> {
+    fn open(&self, vm: &str, host: &mut Host) -> Result<Box<dyn VirtioDevice>> {
         let mac = self.guest_mac.unwrap_or_else(|| Mac::derived(vm, &self.iface_id));
         Ok(Box::new(match self.carrier()? {
-            Carrier::Tap(tap) => device::Net::over_taps(self, mac, host.tap(tap, self.queue_pairs().into())?),
+            Carrier::Tap(name) => {
+                let taps = host.tap(&self.what(), name, self.queue_pairs().into())?;
+                device::Net::over_taps(self, mac, taps)
+            }
             Carrier::User(user) => {
                 user.check_host()?;
                 device::Net::over_passt(self, mac, host.passt(user.passt_arguments(self.mtu))?)

@@ -211,7 +211,7 @@ impl Transport {
     }
 
     /// The user changes the device, which is paused (`VirtioDevice::patch`).
-    pub fn patch(&mut self, change: &dyn Any, host: &mut dyn Host) -> Result<()> {
+    pub fn patch(&mut self, change: &dyn Any, host: &mut Host) -> Result<()> {
         if self.device.patch(change, host)? {
             self.configuration_changed();
         }

@@ -3,8 +3,8 @@
 
 use std::cell::Cell;
 use std::fs::File;
-use std::io::{Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd};
+use std::io::Read;
+use std::os::fd::FromRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -12,9 +12,8 @@ use alula::config::Config;
 use alula::devices::KINDS as DEVICES;
 use alula::devices::kind::Device;
 use alula::error::Result;
-use alula::host::passt::Passt;
 use alula::host::tap::Tap;
-use alula::host::{Access, Sharing};
+use alula::host::{Access, Resource};
 use alula::log;
 use alula::virtio::VirtioDevice;
 use serde_json::{Value, json};
@@ -34,6 +33,8 @@ const NET_HEADER: usize = 12;
 /// Where the disk and what is beneath it are said to be: names that there are, of files that are not opened.
 pub const DISK: &str = "/dev/null";
 pub const BASE_NAME: &str = "zero";
+const BASE_PATH: &str = "/dev/zero";
+const TAP: &str = "tap0";
 /// What all of the latter is.
 pub const BASE: u8 = 0x33;
 
@@ -72,18 +73,17 @@ impl Host {
         network::enter();
         // The host says nothing by itself.
         let _ = std::fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1");
-        let taps = [0; 2].map(|_| network::open_tap("tap0", network::TAP | libc::IFF_MULTI_QUEUE));
-        crate::output("ip", &["addr", "add", "172.16.0.1/24", "dev", "tap0"]);
-        crate::output("ip", &["link", "set", "tap0", "up"]);
+        let taps = [0; 2].map(|_| network::open_tap(TAP, network::TAP | libc::IFF_MULTI_QUEUE));
+        crate::output("ip", &["addr", "add", "172.16.0.1/24", "dev", TAP]);
+        crate::output("ip", &["link", "set", TAP, "up"]);
         let (disk, base) = (memory_file(), memory_file());
         base.write_all_at(&[BASE; SECTORS * SECTOR], 0).unwrap();
-        let wire = Wire::new("tap0", ETHER_TYPE);
-        wire.settle("tap0");
+        let wire = Wire::new(TAP, ETHER_TYPE);
+        wire.settle(TAP);
         let devices = devices();
         let host =
             Self { disk, base, taps, wire, devices, inputs: Cell::default(), descriptors: Cell::default() };
-        // They do not block from here on.
-        drop(alula::host::Host::tap(&mut Lent(&host), "tap0", 2).unwrap());
+        drop(host.taps());
         host
     }
 
@@ -136,8 +136,37 @@ impl Host {
         self.disk.metadata().unwrap().len()
     }
 
+    /// One for each queue pair. They do not block from here on.
+    fn taps(&self) -> Vec<Tap> {
+        let numbers: Vec<_> = self.taps.iter().map(|tap| network::hand_over(tap).to_string()).collect();
+        Tap::open(&format!("fd:{}", numbers.join(":")), self.taps.len()).unwrap()
+    }
+
+    /// The host as `device` sees it: what is open here, instead of what is at its paths.
+    fn lent(&self, device: &Device) -> alula::host::Host {
+        let mut host = alula::host::Host::default();
+        match device.kind().section {
+            "drives" => {
+                let file = |path: &str, access: Access, file: &File| Resource::File {
+                    path: path.into(),
+                    access,
+                    file: file.try_clone().unwrap(),
+                };
+                for access in [Access::Read, Access::ReadWrite] {
+                    host.give(device.name(), file(DISK, access, &self.disk));
+                }
+                host.give(device.name(), file(BASE_PATH, Access::Read, &self.base));
+            }
+            "network-interfaces" => {
+                host.give(device.name(), Resource::Tap { name: TAP.to_owned(), queues: self.taps() });
+            }
+            _ => {}
+        }
+        host
+    }
+
     pub fn try_open(&self, device: &Device) -> Result<Box<dyn VirtioDevice>> {
-        device.open("fuzz", &mut Lent(self))
+        device.open("fuzz", &mut self.lent(device))
     }
 
     pub fn open(&self, device: &Device) -> Box<dyn VirtioDevice> {
@@ -242,7 +271,7 @@ fn devices() -> Vec<Device> {
             disk("fixed", json!({ "is_read_only": true })),
             disk("fast", json!({ "io_engine": "Async", "num_queues": 2, "cache_type": "Writeback" })),
         ],
-        "network-interfaces": [{ "iface_id": "net", "host_dev_name": "tap0", "mtu": 1500, "queue_pairs": 2 }],
+        "network-interfaces": [{ "iface_id": "net", "host_dev_name": TAP, "mtu": 1500, "queue_pairs": 2 }],
         "entropy": {},
     });
     let config = Config::parse(config.to_string().as_bytes()).unwrap();
@@ -251,30 +280,4 @@ fn devices() -> Vec<Device> {
         assert!(config.devices().any(lists), "teach this a configuration with `{}`", kind.section);
     }
     config.devices().cloned().collect()
-}
-
-/// The host as devices see it.
-struct Lent<'a>(&'a Host);
-
-impl alula::host::Host for Lent<'_> {
-    fn file(&mut self, _: &str, path: &Path, _: Access, _: Sharing) -> Result<File> {
-        let file = if path.ends_with(BASE_NAME) { &self.0.base } else { &self.0.disk };
-        Ok(file.try_clone().unwrap())
-    }
-    fn sharing(&self, _: bool) -> Sharing {
-        Sharing::Refused
-    }
-    fn tap(&mut self, _: &str, queues: usize) -> Result<Vec<Tap>> {
-        let numbers: Vec<_> = self.0.taps.iter().map(|tap| network::hand_over(tap).to_string()).collect();
-        Tap::open(&format!("fd:{}", numbers.join(":")), queues)
-    }
-    fn passt(&mut self, _: Vec<String>) -> Result<Passt> {
-        unreachable!("no device here asks for it: `passt` is a target of its own")
-    }
-    fn random_seed(&mut self) -> Result<[u8; 32]> {
-        Ok([0; 32])
-    }
-    fn console(&mut self) -> Result<Box<dyn Write + Send>> {
-        Ok(Box::new(std::io::sink()))
-    }
 }

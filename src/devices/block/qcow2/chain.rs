@@ -24,7 +24,7 @@ const DEPTH_MAX: usize = 16;
 /// Opens the images of a chain, one after the other.
 pub struct Chain<'a> {
     what: &'a str,
-    host: &'a mut dyn Host,
+    host: &'a mut Host,
     sharing: Sharing,
     /// The folder of the topmost image, without symbolic links: other images lie within it...
     folder: PathBuf,
@@ -37,7 +37,7 @@ impl<'a> Chain<'a> {
     /// A chain whose topmost image is at `path`.
     pub fn new(
         what: &'a str,
-        host: &'a mut dyn Host,
+        host: &'a mut Host,
         lock: bool,
         path: &Path,
         named: Option<&'a [Backing]>,

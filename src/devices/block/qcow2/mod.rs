@@ -67,7 +67,7 @@ pub struct Qcow2 {
 
 impl Qcow2 {
     /// The image in `file`, and those beneath it.
-    pub fn open(config: &Config, file: File, host: &mut dyn Host) -> Result<Self> {
+    pub fn open(config: &Config, file: File, host: &mut Host) -> Result<Self> {
         let (what, path, access) = config.file();
         let header = Header::read(&file, measure(&file, path)?, access)?;
         let own = file.try_clone().context("duplicate a descriptor")?;
@@ -104,7 +104,7 @@ impl Qcow2 {
     }
 
     /// The same image, as it is in the file now. The caller promises that nothing is in flight.
-    pub fn again(&self, config: &Config, host: &mut dyn Host) -> Result<Self> {
+    pub fn again(&self, config: &Config, host: &mut Host) -> Result<Self> {
         self.write_out().context("write its tables")?;
         Self::open(config, self.file.try_clone().context("duplicate a descriptor")?, host)
     }

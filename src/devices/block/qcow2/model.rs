@@ -10,7 +10,7 @@ use vmm_sys_util::tempfile::TempFile;
 
 use super::Qcow2;
 use crate::devices::block::config::{Backing, CacheType, Config, Format};
-use crate::host::Local;
+use crate::host::Host;
 use crate::memory::{Memory, Range, allocate};
 use crate::virtio::buffers::Buffers;
 
@@ -311,7 +311,7 @@ pub fn open(image: &[u8], cache_type: CacheType) -> Opened {
 /// The image that `config` names.
 pub fn open_again(config: &Config) -> crate::error::Result<Qcow2> {
     let file = File::options().read(true).write(!config.is_read_only).open(config.file().1).unwrap();
-    Qcow2::open(config, file, &mut Local::default())
+    Qcow2::open(config, file, &mut Host::default())
 }
 
 impl Opened {

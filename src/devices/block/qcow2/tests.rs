@@ -4,7 +4,7 @@ use super::medium::record::{self, Step};
 use super::model::{CLUSTER, Kind, Opened, PACKED_MAX, PLAIN, image, open, open_again, walk};
 use super::tables::HELD_MAX;
 use crate::devices::block::config::{Backing, CacheType, Format};
-use crate::host::Local;
+use crate::host::Host;
 use crate::virtio::buffers::Buffers;
 
 #[test]
@@ -24,7 +24,7 @@ fn a_sync_that_failed_in_a_write_fails_every_flush_after_it() {
         opened.qcow2.flush(true).expect_err("the host has told of the loss, and only once");
     }
     // The image that is opened anew is written whole, and flushed again.
-    let again = opened.qcow2.again(&opened.config, &mut Local::default()).unwrap();
+    let again = opened.qcow2.again(&opened.config, &mut Host::default()).unwrap();
     again.flush(true).unwrap();
     let content = walk(&opened.content()).unwrap();
     assert_eq!(content[..4], [2, 1, 0, 1]);

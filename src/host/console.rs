@@ -1,0 +1,131 @@
+//! Where the guest's serial console writes when no file is named: standard output, which may have a slow reader.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::OwnedFd;
+
+use crate::sink::has_room;
+
+/// How long one byte of the guest's waits for a reader before it is kept: the guest is slowed down
+/// to its reader's pace, and a pause never waits longer than this for a vCPU.
+const READER_WAIT_MS: i32 = 100;
+/// What is kept for a reader that does not read. More is lost: a guest that floods its console
+/// must not make us grow.
+const KEPT_MAX: usize = 64 << 10;
+
+/// A descriptor that the guest's console is written to, without ever blocking for long.
+pub struct Output {
+    file: File,
+    kept: VecDeque<u8>,
+}
+
+impl Output {
+    /// Writes to `fd`.
+    pub fn new(fd: OwnedFd) -> Self {
+        Self { file: fd.into(), kept: VecDeque::new() }
+    }
+
+    /// Writes what was kept as far as the reader takes it, and returns how many bytes are lost: all of them
+    /// where a file may not grow. A reader that is gone takes everything.
+    fn write_kept(&mut self, mut timeout_ms: i32) -> usize {
+        while !self.kept.is_empty() && has_room(&self.file, timeout_ms) {
+            timeout_ms = 0;
+            // Up to PIPE_BUF bytes do not block where poll said so (POSIX).
+            let (front, _) = self.kept.as_slices();
+            match self.file.write(&front[..front.len().min(libc::PIPE_BUF)]) {
+                Ok(written) => drop(self.kept.drain(..written)),
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                // Whoever else has it open has made it non-blocking, and another one took the room.
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return 0,
+                Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => self.kept.clear(),
+                Err(_) => return self.kept.drain(..).count(),
+            }
+        }
+        0
+    }
+}
+
+/// Bytes that there is no room for are lost: the count of those written says so.
+impl Write for Output {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let count = bytes.len().min(KEPT_MAX - self.kept.len());
+        self.kept.extend(&bytes[..count]);
+        let lost = self.write_kept(READER_WAIT_MS);
+        Ok(count.saturating_sub(lost))
+    }
+
+    /// Writes what the reader takes now.
+    fn flush(&mut self) -> std::io::Result<()> {
+        let _ = self.write_kept(0);
+        Ok(())
+    }
+}
+
+impl Drop for Output {
+    /// Nothing of what the guest said is lost while somebody may still read it.
+    fn drop(&mut self) {
+        // Not by `write_all`, which ends where the descriptor does not block.
+        while !self.kept.is_empty() {
+            self.write_kept(-1);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn a_reader_that_does_not_read_costs_neither_time_nor_memory_without_end() {
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        let mut output = Output::new(writer.into());
+        let capacity = 64 << 10;
+        output.write_all(&vec![b'a'; capacity]).unwrap();
+        // The pipe is full: from here on bytes are kept, and in the end lost.
+        output.kept.extend(vec![b'b'; KEPT_MAX - 1]);
+        assert_eq!(output.write(b"cd").unwrap(), 1, "a byte is lost, and that is told");
+        assert_eq!((output.kept.len(), output.write(b"e").unwrap()), (KEPT_MAX, 0));
+        let drain = std::thread::spawn(move || {
+            let mut all = Vec::new();
+            reader.read_to_end(&mut all).unwrap();
+            all
+        });
+        drop(output);
+        let all = drain.join().unwrap();
+        assert_eq!((all.len(), all.last()), (capacity + KEPT_MAX, Some(&b'c')));
+    }
+
+    #[test]
+    fn what_others_made_non_blocking_loses_nothing() {
+        let (mut reader, writer) = UnixStream::pair().unwrap();
+        writer.set_nonblocking(true).unwrap();
+        let mut text = Vec::new();
+        // Until the other side takes no more; then some is kept.
+        while let Ok(count) = (&writer).write(&[b'a'; 4096]) {
+            text.extend(vec![b'a'; count]);
+        }
+        let mut output = Output::new(writer.into());
+        output.write_all(&[b'b'; 10_000]).unwrap();
+        text.extend([b'b'; 10_000]);
+        let drain = std::thread::spawn(move || {
+            let mut all = Vec::new();
+            reader.read_to_end(&mut all).unwrap();
+            all
+        });
+        drop(output);
+        assert!(drain.join().unwrap() == text);
+    }
+
+    #[test]
+    fn a_reader_that_is_gone_is_no_error() {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let mut output = Output::new(writer.into());
+        output.write_all(b"x").unwrap();
+        assert!(output.kept.is_empty());
+    }
+}
