@@ -9,7 +9,7 @@
 //! - [`snapshot`]: state that outlives the process. [`limiter`]: rate limits.
 //! - [`event`]: the core of an event loop. [`events`]: what happens to the microVM, for its readers.
 //!   [`uring`]: io_uring for an event loop. [`memory`]: guest memory. [`host`]: what a machine needs of the host.
-//!   [`errands`]: what io threads have `main` do.
+//!   [`errands`]: what io threads have `main` do. [`jobs`]: what `main` has others do.
 //! - [`archive`]: files and trees as tar streams.
 //!   [`agent`]: what this program does inside a guest: an init that starts programs for the host.
 //! - [`platform`]: what boot tables must say, as plain data. [`part`]: what is done with every part of a
@@ -70,6 +70,7 @@ pub mod event;
 pub mod events;
 pub mod firmware;
 pub mod host;
+pub mod jobs;
 pub mod json;
 pub mod limiter;
 pub mod log;

@@ -6,9 +6,10 @@ use std::time::Instant;
 
 use super::chunks::Chunks;
 use super::server::Service;
-use super::{Response, http};
+use super::{Reply, Response, http};
 use crate::event::Interest;
 use crate::events::Reader;
+use crate::jobs::Ticket;
 use crate::log;
 
 /// Requests that one connection may have answered before the others get their turn.
@@ -18,6 +19,15 @@ const CHUNK: usize = 2048;
 /// Reads of one connection before the others get their turn: a client whose request comes byte after byte,
 /// and never to its end, would keep the main thread to itself.
 const READS: usize = 16;
+
+/// How a request wants its answer.
+#[derive(Clone, Copy)]
+struct Manner {
+    /// Without a body (HEAD).
+    is_head: bool,
+    /// As the last one of the connection.
+    closes: bool,
+}
 
 /// One client.
 pub struct Connection {
@@ -38,6 +48,8 @@ pub struct Connection {
     /// [`Server::moves`] when it was last answered, or taken in.
     pub moved: u64,
     pub answered: u64,
+    /// The job that the client waits for: until it is done nothing more is read.
+    waits_for: Option<(Ticket, Manner)>,
     /// The client asked for events: nothing else is served on this connection any more.
     pub reader: Option<Reader>,
 }
@@ -56,6 +68,7 @@ impl Connection {
             begun: None,
             moved,
             answered: 0,
+            waits_for: None,
             reader: None,
         }
     }
@@ -76,12 +89,18 @@ impl Connection {
 
     /// Whether no byte of a request was read, and no answer is owed.
     pub fn is_idle(&self) -> bool {
-        self.input.is_empty() && self.output.is_empty()
+        self.input.is_empty() && self.output.is_empty() && self.waits_for.is_none()
     }
 
-    /// Notes whether a part of a request waits for the rest, or an answer for its reader.
+    /// The job that the client waits for.
+    pub fn waits_for(&self) -> Option<Ticket> {
+        self.waits_for.map(|(ticket, _)| ticket)
+    }
+
+    /// Notes whether a part of a request waits for the rest, or an answer for its reader. A client that waits
+    /// for a job has nothing to do meanwhile.
     pub fn note_unfinished(&mut self) {
-        let is_served = !self.ending && self.reader.is_none();
+        let is_served = !self.ending && self.reader.is_none() && self.waits_for.is_none();
         match is_served && !self.is_idle() {
             true => drop(self.begun.get_or_insert_with(Instant::now)),
             false => self.begun = None,
@@ -101,11 +120,15 @@ impl Connection {
             if self.ending {
                 return self.discard();
             }
+            if self.waits_for.is_some() {
+                // It is told of all the same that the client hangs up.
+                return Some(Interest::empty());
+            }
             if self.reader.is_some() {
                 return self.tell();
             }
             self.serve_one(body_max, service);
-            if self.output.is_empty() {
+            if self.output.is_empty() && self.waits_for.is_none() {
                 // Level-triggered: what is still there is told of again.
                 if reads == READS || !self.fill()? {
                     return Some(Interest::IN);
@@ -140,27 +163,41 @@ impl Connection {
             }
             http::Parsed::Bad(message) => self.refuse(&message),
             http::Parsed::Request { method, path, body, closes } => {
-                let end = body.end;
-                let is_head = method == "HEAD";
-                let response = service(if is_head { "GET" } else { method }, path, &self.input[body]);
-                let mut bytes = http::response_bytes(&response);
-                if is_head {
-                    bytes = http::without_body(bytes);
-                }
-                self.answered += 1;
-                // The time that was measured is that of the request just answered.
-                self.begun = None;
-                let is_stream = response == Response::Events;
-                // A stream of events says in its head that the connection ends with it.
-                if closes && !is_stream || is_head && is_stream {
-                    return self.end(bytes);
-                }
-                self.output = bytes;
-                self.reader = is_stream.then(Reader::default);
+                let (end, is_head) = (body.end, method == "HEAD");
+                let reply = service(if is_head { "GET" } else { method }, path, &self.input[body]);
                 self.input.drain(..end);
                 self.continued = false;
+                // The time that was measured is that of the request just served.
+                self.begun = None;
+                let manner = Manner { is_head, closes };
+                match reply {
+                    Reply::Now(response) => self.answer(&response, manner),
+                    Reply::Later(ticket) => self.waits_for = Some((ticket, manner)),
+                }
             }
         }
+    }
+
+    /// Answers the request that waits for its job; it is written when the connection goes on.
+    pub fn answer_waiting(&mut self, response: &Response) {
+        if let Some((_, manner)) = self.waits_for.take() {
+            self.answer(response, manner);
+        }
+    }
+
+    fn answer(&mut self, response: &Response, Manner { is_head, closes }: Manner) {
+        let mut bytes = http::response_bytes(response);
+        if is_head {
+            bytes = http::without_body(bytes);
+        }
+        self.answered += 1;
+        let is_stream = *response == Response::Events;
+        // A stream of events says in its head that the connection ends with it.
+        if closes && !is_stream || is_head && is_stream {
+            return self.end(bytes);
+        }
+        self.output = bytes;
+        self.reader = is_stream.then(Reader::default);
     }
 
     /// Tells a client that waits with its body to send it, once.
@@ -246,7 +283,7 @@ mod tests {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
         let mut connection = Connection::new(ours, 0);
-        let mut service = |_: &str, _: &str, _: &[u8]| Response::Done;
+        let mut service = |_: &str, _: &str, _: &[u8]| Response::Done.into();
         let mut begun = None;
         for rest in ["GET /a HTTP/1.1\r\n", "\r\nGET /b HTTP/1.1\r\n", "\r\nGET /c HTTP/1.1\r\n"] {
             theirs.write_all(rest.as_bytes()).unwrap();
@@ -274,14 +311,14 @@ mod tests {
         for turn in 1..4 {
             let mut service = |_: &str, _: &str, body: &[u8]| {
                 served.push(body.len());
-                Response::Done
+                Response::Done.into()
             };
             assert_eq!(connection.go_on(length, &mut service), Some(Interest::IN));
             assert_eq!(connection.input.len(), turn * READS * CHUNK, "turn {turn}");
         }
         let mut service = |_: &str, _: &str, body: &[u8]| {
             served.push(body.len());
-            Response::Done
+            Response::Done.into()
         };
         connection.go_on(length, &mut service).unwrap();
         assert_eq!(served, [length]);

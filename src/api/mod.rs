@@ -22,6 +22,7 @@ use serde_json::Value;
 use crate::config::{BootSource, CpuConfig, MachineConfig, MachinePatch};
 use crate::devices::console;
 use crate::devices::kind::{Change, Device, Kind};
+use crate::jobs::Ticket;
 use crate::log;
 use crate::metrics as counted;
 
@@ -132,6 +133,20 @@ pub struct InstanceInfo {
 pub struct FirecrackerVersion {
     /// The version of Firecracker's API that is spoken.
     firecracker_version: &'static str,
+}
+
+/// How a request is served.
+pub enum Reply {
+    /// It is answered.
+    Now(Response),
+    /// It is answered when this job is done; the client's next request waits for that.
+    Later(Ticket),
+}
+
+impl From<Response> for Reply {
+    fn from(response: Response) -> Self {
+        Self::Now(response)
+    }
 }
 
 /// What a client is answered.

@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::connection::Connection;
-use super::{Response, http};
+use super::{Reply, Response, http};
 use crate::error::{Context, Error, Result};
 use crate::event::{Events, Interest, Ready};
 use crate::events::Reader;
+use crate::jobs::Ticket;
 use crate::log;
 use crate::paths;
 
@@ -30,8 +31,8 @@ const REQUEST_TIME: Duration = Duration::from_secs(30);
 /// How long somebody who listens at a path has to let us in.
 const ANSWER_TIME: Duration = Duration::from_secs(1);
 
-/// Who serves: method, path and body to response.
-pub type Service<'a> = dyn FnMut(&str, &str, &[u8]) -> Response + 'a;
+/// Who serves: method, path and body to reply.
+pub type Service<'a> = dyn FnMut(&str, &str, &[u8]) -> Reply + 'a;
 
 /// The listening socket and its connections. Its file is removed when it is dropped.
 pub struct Server {
@@ -87,7 +88,36 @@ impl Server {
             }
             Some(index) => index as usize,
         };
+        let place = self.connections.get_mut(index);
+        if let Some(place) = place
+            && ready.events.intersects(Interest::HANG_UP | Interest::ERROR)
+            && place.as_ref().is_some_and(|connection| connection.waits_for().is_some())
+        {
+            // Who went away while its job is done has no answer.
+            *place = None;
+            return Ok(false);
+        }
         self.advance(index, events, Some(service))
+    }
+
+    /// Answers the client that waits for this job, if it is still there, and goes on with its next request.
+    pub fn answer(
+        &mut self,
+        ticket: Ticket,
+        response: &Response,
+        events: &Events,
+        service: &mut Service<'_>,
+    ) -> Result<()> {
+        let waits = |place: &Option<Connection>| {
+            place.as_ref().is_some_and(|connection| connection.waits_for() == Some(ticket))
+        };
+        let Some(index) = self.connections.iter().position(waits) else { return Ok(()) };
+        if let Some(connection) = &mut self.connections[index] {
+            connection.answer_waiting(response);
+            self.moves += 1;
+            connection.moved = self.moves;
+        }
+        self.advance(index, events, Some(service)).map(drop)
     }
 
     /// Goes on with a connection as far as it can without waiting; whether a request was answered.
@@ -100,10 +130,10 @@ impl Server {
         let interest = match (&mut connection.reader, service) {
             (None, Some(service)) => {
                 let mut service = |method: &str, path: &str, body: &[u8]| match service(method, path, body) {
-                    Response::Events if readers >= READERS_MAX => {
-                        Response::Fault(format!("There are {READERS_MAX} readers of events already."))
+                    Reply::Now(Response::Events) if readers >= READERS_MAX => {
+                        Response::Fault(format!("There are {READERS_MAX} readers of events already.")).into()
                     }
-                    response => response,
+                    reply => reply,
                 };
                 connection.go_on(self.body_max, &mut service)
             }
@@ -149,7 +179,7 @@ impl Server {
                 let is_deaf = !connection.output.is_empty();
                 connection.end(if is_deaf { Vec::new() } else { http::error_bytes("408", &message) });
                 // Nothing more is served on it.
-                self.advance(index, events, Some(&mut |_, _, _| Response::Done))?;
+                self.advance(index, events, Some(&mut |_, _, _| Response::Done.into()))?;
             }
         }
         Ok(())
@@ -334,7 +364,7 @@ mod tests {
             events.wait(Some(Duration::ZERO), &mut ready).unwrap();
             for event in &ready {
                 let answer = Response::Value("x".repeat(100_000).into());
-                server.handle(*event, &events, &mut |_, _, _| answer.clone()).unwrap();
+                server.handle(*event, &events, &mut |_, _, _| answer.clone().into()).unwrap();
             }
         };
         let deaf = [(); CONNECTIONS_MAX].map(|()| UnixStream::connect(&path).unwrap());
@@ -370,7 +400,7 @@ mod tests {
         let mut turn = |server: &mut Server| {
             events.wait(Some(Duration::ZERO), &mut ready).unwrap();
             for event in &ready {
-                server.handle(*event, &events, &mut |_, _, _| Response::Done).unwrap();
+                server.handle(*event, &events, &mut |_, _, _| Response::Done.into()).unwrap();
             }
         };
         let [mut half, mut idle, mut stream] = [(); 3].map(|()| UnixStream::connect(&path).unwrap());

@@ -241,7 +241,7 @@ impl Monitor {
             token if (API..API + Server::TOKENS).contains(&token) => {
                 if let Some(server) = &mut self.server {
                     let mut serve =
-                        |method: &str, path: &str, body: &[u8]| controller.serve(method, path, body);
+                        |method: &str, path: &str, body: &[u8]| controller.serve(method, path, body).into();
                     if server.handle(event, &self.events, &mut serve)? && self.prepare_at.is_some() {
                         // The first answer is out; its client needs a moment for the next request.
                         self.prepare_at = Some(Instant::now());
