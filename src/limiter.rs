@@ -4,6 +4,9 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize, Serializer};
 
+use crate::error::{self, Error};
+use crate::snapshot::Snapshot;
+
 /// A bucket of `size` tokens that is refilled in `refill_time` milliseconds. It is no limit if either is 0.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "TokenBucket"))]
@@ -204,6 +207,57 @@ impl Limiter {
     }
 }
 
+/// What is in a bucket.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+struct Tokens {
+    tokens: i128,
+    burst: u64,
+}
+
+impl Tokens {
+    /// A bucket that owes more than this owes this much: waits are computed from the debt.
+    const OWED_MAX: i128 = u64::MAX as i128;
+}
+
+/// What is in the buckets of a limiter, where they are limits.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+pub struct State {
+    bandwidth: Option<Tokens>,
+    ops: Option<Tokens>,
+}
+
+/// A guest that is saved and restored gets no full buckets by that. The time in between does not fill them.
+impl Snapshot for Limiter {
+    type State = State;
+
+    fn save(&self) -> error::Result<State> {
+        let now = Instant::now();
+        let tokens = |bucket: &Option<Bucket>| {
+            bucket.clone().map(|mut bucket| {
+                bucket.fill(now);
+                Tokens { tokens: bucket.tokens, burst: bucket.burst }
+            })
+        };
+        Ok(State { bandwidth: tokens(&self.bandwidth), ops: tokens(&self.ops) })
+    }
+
+    fn restore(&mut self, state: State) -> error::Result<()> {
+        for (bucket, saved) in [(&mut self.bandwidth, state.bandwidth), (&mut self.ops, state.ops)] {
+            match (bucket, saved) {
+                (None, None) => {}
+                (Some(bucket), Some(saved))
+                    if saved.tokens <= bucket.size.into() && saved.burst <= bucket.burst =>
+                {
+                    bucket.tokens = saved.tokens.max(-Tokens::OWED_MAX);
+                    (bucket.burst, bucket.filled) = (saved.burst, Instant::now());
+                }
+                _ => return Err(Error::config("the saved state is of other rate limits")),
+            }
+        }
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -305,6 +359,33 @@ mod tests {
         assert_eq!(limiter.take_at(1000, start), Err(100 * MS), "the bandwidth is as used as it was");
         limiter.patch(RateLimiter { bandwidth: none, ops: None });
         assert!(!limiter.is_limited());
+    }
+
+    #[test]
+    fn restored_limits_have_what_was_left_in_the_buckets() {
+        const LONG: u64 = 1 << 40;
+        let new = || limiter((1000, LONG), Some((2, LONG)), Some(100)).0;
+        let (mut old, mut other) = (new(), new());
+        old.take(1050).unwrap();
+        (0..101).for_each(|_| old.owe(0));
+        let state = old.save().unwrap();
+        other.restore(state).unwrap();
+        assert_eq!(other.save().unwrap(), state);
+        assert!(other.take(1).is_err(), "both operations are used up");
+        assert!(new().take(1).is_ok());
+
+        let refused = |limiter: &mut Limiter, state| {
+            let error = limiter.restore(state).unwrap_err().to_string();
+            assert!(error.contains("of other rate limits"), "{error}");
+        };
+        let tokens = |tokens, burst| State { bandwidth: Some(Tokens { tokens, burst }), ..state };
+        refused(&mut Limiter::default(), state);
+        refused(&mut new(), State { ops: None, ..state });
+        refused(&mut new(), tokens(1001, 0));
+        refused(&mut new(), tokens(0, 101));
+        let mut poor = new();
+        poor.restore(tokens(i128::MIN, 0)).unwrap();
+        assert!(poor.take(u64::MAX).is_err() && poor.debt().is_some());
     }
 
     #[test]

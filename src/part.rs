@@ -11,10 +11,13 @@ use serde_json::Value;
 
 use crate::metrics::View;
 use crate::platform::{Node, Place};
+use crate::snapshot::SaveState;
 
 /// What a part consists of, as its machine sees it. The defaults are those of a component that boot
-/// tables do not name, that counts nothing, and that does nothing between two accesses of the guest.
-pub trait Component: Any + Send {
+/// tables do not name, that counts nothing, and that does nothing between two accesses of the guest. What the
+/// guest can change of a component is its state, which every component saves while it is paused, and takes
+/// back before the guest runs ([`Snapshot`](crate::snapshot::Snapshot)).
+pub trait Component: Any + SaveState + Send {
     /// What boot tables say of the component when it is at `place`.
     fn nodes(&self, _place: Place) -> Vec<Node> {
         Vec::new()

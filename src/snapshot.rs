@@ -21,6 +21,22 @@ pub trait Snapshot {
     fn restore(&mut self, state: Self::State) -> Result<()>;
 }
 
+/// Says of types that a guest changes nothing of them: all that there is of them is configuration.
+macro_rules! stateless {
+    ($($name:ty),*) => {
+        $(impl $crate::snapshot::Snapshot for $name {
+            type State = ();
+            fn save(&self) -> $crate::error::Result<()> {
+                Ok(())
+            }
+            fn restore(&mut self, (): ()) -> $crate::error::Result<()> {
+                Ok(())
+            }
+        })*
+    };
+}
+pub(crate) use stateless;
+
 /// The same with the type of the state erased: version, then the state, as `postcard` writes them.
 pub trait SaveState {
     /// The state as bytes.

@@ -8,17 +8,18 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use vm_superio::serial::SerialEvents;
-use vm_superio::{Serial, Trigger};
+use vm_superio::{Serial, SerialState, Trigger};
 
 use super::fixed::{FixedDevice, Site};
 use crate::bus::BusDevice;
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 use crate::event::EventFd;
-use crate::limiter::{Limiter, RateLimiter, TokenBucket};
+use crate::limiter::{self, Limiter, RateLimiter, TokenBucket};
 use crate::metrics::{Counter, Group, View, metrics};
 use crate::part::Component;
 use crate::platform::node::{AcpiDevice, AcpiValue, TreeNode, stdout};
 use crate::platform::{Node, Place};
+use crate::snapshot::Snapshot;
 
 /// The clock that the UART divides, as in PCs.
 const CLOCK_HZ: u32 = 1_843_200;
@@ -39,7 +40,8 @@ pub struct Config {
 }
 
 /// The interrupt line, as the UART pulls it.
-struct Line(EventFd);
+#[derive(Clone)]
+struct Line(Arc<EventFd>);
 
 impl Trigger for Line {
     type E = io::Error;
@@ -90,7 +92,7 @@ pub struct Console {
 impl Console {
     /// A UART that raises `interrupt` and writes what the guest sends to `output`.
     pub fn new(
-        interrupt: EventFd,
+        interrupt: Arc<EventFd>,
         output: Box<dyn Write + Send>,
         limit: Option<TokenBucket>,
     ) -> Result<Self> {
@@ -135,6 +137,79 @@ impl FixedDevice for Console {
         let limit = site.serial.and_then(|serial| serial.rate_limiter);
         let path = site.serial.and_then(|serial| serial.serial_out_path.as_deref());
         Self::new(site.interrupt(place)?, site.host.console(path)?, limit).map(Some)
+    }
+}
+
+/// What is saved of the UART: its registers, what was typed and not read, and what the limit lets through.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
+pub struct State {
+    divisor: [u8; 2],
+    interrupt_enable: u8,
+    /// That the transmitter is empty stands here until the guest has read so: a driver in the middle of a
+    /// transmission waits for that.
+    interrupt_identification: u8,
+    line_control: u8,
+    line_status: u8,
+    modem_control: u8,
+    modem_status: u8,
+    scratch: u8,
+    typed: Vec<u8>,
+    limits: limiter::State,
+}
+
+impl Snapshot for Console {
+    type State = State;
+
+    fn save(&self) -> Result<State> {
+        let SerialState {
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable,
+            interrupt_identification,
+            line_control,
+            line_status,
+            modem_control,
+            modem_status,
+            scratch,
+            in_buffer,
+        } = self.serial.state();
+        Ok(State {
+            divisor: [baud_divisor_low, baud_divisor_high],
+            interrupt_enable,
+            interrupt_identification,
+            line_control,
+            line_status,
+            modem_control,
+            modem_status,
+            scratch,
+            typed: in_buffer,
+            limits: self.serial.writer().limiter.save()?,
+        })
+    }
+
+    /// An interrupt that the guest may not have seen is raised again.
+    fn restore(&mut self, state: State) -> Result<()> {
+        let registers = SerialState {
+            baud_divisor_low: state.divisor[0],
+            baud_divisor_high: state.divisor[1],
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            in_buffer: state.typed,
+        };
+        let (line, room) = (self.serial.interrupt_evt().clone(), Room(self.room.clone()));
+        let nowhere: Box<dyn Write + Send> = Box::new(io::sink());
+        let nowhere = Output { output: nowhere, limiter: Limiter::default(), metrics: self.metrics.clone() };
+        let mut serial = Serial::from_state(&registers, line, room, nowhere)
+            .map_err(|error| Error::config(format!("the saved serial console cannot be: {error}")))?;
+        std::mem::swap(serial.writer_mut(), self.serial.writer_mut());
+        serial.writer_mut().limiter.restore(state.limits)?;
+        self.serial = serial;
+        Ok(())
     }
 }
 
@@ -232,7 +307,7 @@ mod tests {
 
     fn console() -> (Console, Host) {
         let output = Host::default();
-        let interrupt = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let interrupt = Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
         (Console::new(interrupt, Box::new(output.clone()), None).unwrap(), output)
     }
 
@@ -261,17 +336,56 @@ mod tests {
         console.room().read().unwrap();
         assert_eq!(console.type_bytes(b"y"), 1);
     }
+
+    #[test]
+    fn a_restored_console_goes_on_in_the_middle_of_a_transmission() {
+        const IER: u64 = 1;
+        const IIR: u64 = 2;
+        let read = |console: &mut Console, offset| {
+            let mut byte = [0];
+            console.read(offset, &mut byte);
+            byte[0]
+        };
+        let (mut console, output) = console();
+        // The driver waits for the interrupts of received data and of the empty transmitter.
+        console.write(IER, &[3]);
+        console.write(0, b"h");
+        assert_eq!(console.type_bytes(b"typed"), 5);
+        assert_eq!(read(&mut console, 0), b't');
+        let state = console.save().unwrap();
+        drop(console);
+
+        let raised = Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
+        let mut other = Console::new(raised.clone(), Box::new(output.clone()), None).unwrap();
+        other.restore(state.clone()).unwrap();
+        assert_eq!(other.save().unwrap(), state);
+        raised.read().expect("the interrupt may not have been seen");
+        assert_eq!(read(&mut other, IIR) & 6, 2, "the transmitter is empty");
+        other.write(0, b"i");
+        raised.read().expect("the transmitter is empty again");
+        assert_eq!([(); 4].map(|()| read(&mut other, 0)), *b"yped");
+        other.room().read().unwrap();
+        assert_eq!(*output.0.lock().unwrap(), b"hi");
+
+        let full = State { typed: vec![0; 1000], ..state.clone() };
+        assert!(other.restore(full).unwrap_err().to_string().contains("cannot be: No space left in FIFO"));
+    }
+
     #[test]
     fn what_goes_beyond_the_limit_is_dropped_and_counted() {
         let output = Host::default();
-        let interrupt = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let interrupt = || Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
         let limit = TokenBucket { size: 10, one_time_burst: None, refill_time: 1 << 40 };
-        let mut console = Console::new(interrupt, Box::new(output.clone()), Some(limit)).unwrap();
+        let mut console = Console::new(interrupt(), Box::new(output.clone()), Some(limit)).unwrap();
         for _ in 0..25 {
             console.write(0, b"x");
         }
         console.write(0, b"xx");
         assert_eq!(output.0.lock().unwrap().len(), 10);
+        let mut other = Console::new(interrupt(), Box::new(output.clone()), Some(limit)).unwrap();
+        other.restore(console.save().unwrap()).unwrap();
+        other.write(0, b"x");
+        assert_eq!(output.0.lock().unwrap().len(), 10, "what was used up stays used up");
         let count = |counter: &Counter| counter.total();
         let Metrics { write_count, rate_limiter_dropped_bytes, error_count, .. } = &*console.metrics;
         assert_eq!((count(write_count), count(rate_limiter_dropped_bytes), count(error_count)), (25, 15, 1));

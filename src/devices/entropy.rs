@@ -11,7 +11,7 @@ use super::limit::{self, Limit};
 use crate::error::{Context, Result};
 use crate::event::Interest;
 use crate::host::Host;
-use crate::limiter::RateLimiter;
+use crate::limiter::{self, RateLimiter};
 use crate::memory::Memory;
 use crate::metrics::{Counter, Group, metrics};
 use crate::snapshot::Snapshot;
@@ -79,14 +79,16 @@ struct Entropy {
     metrics: Arc<Metrics>,
 }
 
-/// It has none.
+/// What the limit lets through.
 impl Snapshot for Entropy {
-    type State = ();
-    fn save(&self) -> Result<()> {
-        Ok(())
+    type State = limiter::State;
+
+    fn save(&self) -> Result<limiter::State> {
+        self.limit.save()
     }
-    fn restore(&mut self, (): ()) -> Result<()> {
-        Ok(())
+
+    fn restore(&mut self, state: limiter::State) -> Result<()> {
+        self.limit.restore(state)
     }
 }
 

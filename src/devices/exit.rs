@@ -6,6 +6,7 @@ use crate::error::Result;
 use crate::part::Component;
 use crate::platform::node::{AcpiDevice, AcpiValue, TreeNode};
 use crate::platform::{Node, Place};
+use crate::snapshot::stateless;
 use crate::vm::exit::{End, Exit};
 
 /// What a read of the register returns, so that a guest can tell that it is there: "ALUX".
@@ -30,6 +31,9 @@ impl FixedDevice for ExitRegister {
         Ok(Some(Self::new(site.surroundings.end.clone())))
     }
 }
+
+// A guest that has written its code has ended, and is not saved.
+stateless!(ExitRegister);
 
 impl Component for ExitRegister {
     fn nodes(&self, place: Place) -> Vec<Node> {

@@ -46,7 +46,7 @@ pub struct Site<'a> {
 
 impl Site<'_> {
     /// An event that raises the interrupt line of `place`.
-    pub fn interrupt(&self, place: Place) -> Result<EventFd> {
+    pub fn interrupt(&self, place: Place) -> Result<Arc<EventFd>> {
         let gsi = place.gsi().ok_or_else(|| Error::host("the device's place has no interrupt line"))?;
         self.vm.interrupt(gsi)
     }

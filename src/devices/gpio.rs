@@ -1,6 +1,10 @@
 //! The power key of aarch64 machines: a PL061 GPIO controller (Arm DDI 0190) with the key on one of its
 //! lines. The device tree's `gpio-keys` tells the guest so.
 
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
 use super::fixed::{FixedDevice, Site};
 use crate::bus::BusDevice;
 use crate::error::Result;
@@ -8,6 +12,7 @@ use crate::event::EventFd;
 use crate::part::Component;
 use crate::platform::node::{TreeNode, phandle};
 use crate::platform::{Node, Place};
+use crate::snapshot::Snapshot;
 
 /// The line that the power key is on.
 const KEY_LINE: u8 = 3;
@@ -22,8 +27,14 @@ pub struct Gpio {
     /// The line that the key pulls up, as a bit.
     key: u8,
     // Host
-    interrupt: EventFd,
+    interrupt: Arc<EventFd>,
     // Guest-visible
+    state: State,
+}
+
+/// What the guest can see of the controller, which is what is saved.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+pub struct State {
     pressed: bool,
     /// What the guest gives out on the lines that it made outputs.
     output: u8,
@@ -33,7 +44,7 @@ pub struct Gpio {
 }
 
 /// The registers that only keep what is written (3.2): one bit for each line.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
 struct Registers {
     /// 1: an output.
     direction: u8,
@@ -64,9 +75,8 @@ const IDENTIFIERS: [u8; 8] = [0x61, 0x10, 0x04, 0x00, 0x0d, 0xf0, 0x05, 0xb1];
 
 impl Gpio {
     /// A controller that raises `interrupt`, with a key, not pressed, on line `line`.
-    pub fn new(interrupt: EventFd, line: u8) -> Self {
-        let registers = Registers::default();
-        Self { key: 1 << line, interrupt, pressed: false, output: 0, registers, edges: 0 }
+    pub fn new(interrupt: Arc<EventFd>, line: u8) -> Self {
+        Self { key: 1 << line, interrupt, state: State::default() }
     }
 
     /// Presses the power key. It is released once the guest has seen it: no clock decides what a guest
@@ -76,30 +86,30 @@ impl Gpio {
     }
 
     fn set_key(&mut self, pressed: bool) {
-        if self.pressed != pressed {
-            self.pressed = pressed;
-            let Registers { sense, both, event, .. } = self.registers;
+        if self.state.pressed != pressed {
+            self.state.pressed = pressed;
+            let Registers { sense, both, event, .. } = self.state.registers;
             let wanted = both | if pressed { event } else { !event };
-            self.edges |= self.key & wanted & !sense;
+            self.state.edges |= self.key & wanted & !sense;
             self.raise();
         }
     }
 
     /// The levels of all lines.
     fn lines(&self) -> u8 {
-        let inputs = if self.pressed { self.key } else { 0 };
-        let direction = self.registers.direction;
-        inputs & !direction | self.output & direction
+        let inputs = if self.state.pressed { self.key } else { 0 };
+        let direction = self.state.registers.direction;
+        inputs & !direction | self.state.output & direction
     }
 
     fn raw_status(&self) -> u8 {
-        let Registers { sense, event, .. } = self.registers;
-        self.edges | sense & !(self.lines() ^ event)
+        let Registers { sense, event, .. } = self.state.registers;
+        self.state.edges | sense & !(self.lines() ^ event)
     }
 
     /// The interrupt line knows edges only: whatever is left is told again.
     fn raise(&self) {
-        if self.raw_status() & self.registers.mask != 0 {
+        if self.raw_status() & self.state.registers.mask != 0 {
             // A counter that is full has raised it already.
             let _ = self.interrupt.write(1);
         }
@@ -108,12 +118,12 @@ impl Gpio {
     /// The register that only keeps what is written, at `offset`.
     fn register(&mut self, offset: u64) -> Option<&mut u8> {
         Some(match offset {
-            DIRECTION => &mut self.registers.direction,
-            SENSE => &mut self.registers.sense,
-            BOTH => &mut self.registers.both,
-            EVENT => &mut self.registers.event,
-            MASK => &mut self.registers.mask,
-            ALTERNATE => &mut self.registers.alternate,
+            DIRECTION => &mut self.state.registers.direction,
+            SENSE => &mut self.state.registers.sense,
+            BOTH => &mut self.state.registers.both,
+            EVENT => &mut self.state.registers.event,
+            MASK => &mut self.state.registers.mask,
+            ALTERNATE => &mut self.state.registers.alternate,
             _ => return None,
         })
     }
@@ -129,6 +139,20 @@ impl FixedDevice for Gpio {
 
     fn build(place: Place, site: &mut Site<'_>) -> Result<Option<Self>> {
         Ok(Some(Self::new(site.interrupt(place)?, KEY_LINE)))
+    }
+}
+
+impl Snapshot for Gpio {
+    type State = State;
+
+    fn save(&self) -> Result<State> {
+        Ok(self.state)
+    }
+
+    fn restore(&mut self, state: State) -> Result<()> {
+        self.state = state;
+        self.raise();
+        Ok(())
     }
 }
 
@@ -158,13 +182,13 @@ impl BusDevice for Gpio {
         let value = match offset {
             0..DIRECTION => self.lines() & lines_meant(offset),
             RAW_STATUS => self.raw_status(),
-            MASKED_STATUS => self.raw_status() & self.registers.mask,
+            MASKED_STATUS => self.raw_status() & self.state.registers.mask,
             IDENTIFICATION.. => IDENTIFIERS[(offset - IDENTIFICATION) as usize / 4],
             _ => self.register(offset).copied().unwrap_or(0),
         };
         data.fill(0);
         data[0] = value;
-        if offset < DIRECTION && value & self.key & !self.registers.direction != 0 {
+        if offset < DIRECTION && value & self.key & !self.state.registers.direction != 0 {
             self.set_key(false);
         }
     }
@@ -173,10 +197,10 @@ impl BusDevice for Gpio {
         let value = data[0];
         match offset {
             0..DIRECTION => {
-                let meant = lines_meant(offset) & self.registers.direction;
-                self.output = self.output & !meant | value & meant;
+                let meant = lines_meant(offset) & self.state.registers.direction;
+                self.state.output = self.state.output & !meant | value & meant;
             }
-            CLEAR => self.edges &= !value,
+            CLEAR => self.state.edges &= !value,
             _ => {
                 if let Some(register) = self.register(offset) {
                     *register = value;
@@ -196,7 +220,7 @@ mod tests {
     const KEY_DATA: u64 = (KEY as u64) << 2;
 
     fn gpio() -> Gpio {
-        Gpio::new(EventFd::new(libc::EFD_NONBLOCK).unwrap(), LINE)
+        Gpio::new(Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap()), LINE)
     }
 
     fn read(gpio: &mut Gpio, offset: u64) -> u8 {
@@ -238,6 +262,24 @@ mod tests {
         gpio.write(CLEAR, &[0xff]);
         assert_eq!(read(&mut gpio, KEY_DATA), 0);
         assert!(!interrupted(&gpio));
+    }
+
+    #[test]
+    fn a_restored_controller_has_the_key_as_it_was() {
+        let mut gpio = gpio();
+        gpio.write(BOTH, &[KEY]);
+        gpio.write(MASK, &[KEY]);
+        gpio.write(DIRECTION, &[0x80]);
+        gpio.write(0x3fc, &[0x80]);
+        gpio.press_power_key();
+        let state = gpio.save().unwrap();
+        let mut other = Gpio::new(Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap()), LINE);
+        other.restore(state).unwrap();
+        assert!(interrupted(&other));
+        assert_eq!(other.save().unwrap(), state);
+        assert_eq!((read(&mut other, MASKED_STATUS), read(&mut other, 0x3fc)), (KEY, KEY | 0x80));
+        // The key is released, as it has been seen.
+        assert_eq!(read(&mut other, 0x3fc), 0x80);
     }
 
     #[test]

@@ -2,18 +2,21 @@
 //! Technical Reference, 1-38; scan codes are set 2, untranslated).
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::fixed::{FixedDevice, Site};
 use crate::bus::BusDevice;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::event::EventFd;
 use crate::memory::Range;
 use crate::metrics::{Counter, Group, View, metrics};
 use crate::part::Component;
 use crate::platform::node::{AcpiDevice, AcpiValue, Resource};
 use crate::platform::{Node, Place};
+use crate::snapshot::Snapshot;
 use crate::vm::exit::{End, Exit};
 
 const DATA: u64 = 0;
@@ -54,7 +57,7 @@ metrics! {
 /// The controller and its keyboard.
 pub struct Keyboard {
     // Host
-    interrupt: EventFd,
+    interrupt: Arc<EventFd>,
     end: End,
     /// What it counts.
     pub metrics: Metrics,
@@ -67,7 +70,7 @@ pub struct Keyboard {
 
 impl Keyboard {
     /// A controller that raises `interrupt`, and notes a reset in `end`.
-    pub fn new(interrupt: EventFd, end: End) -> Self {
+    pub fn new(interrupt: Arc<EventFd>, end: End) -> Self {
         let command_byte = COMMAND_BYTE_SYSTEM | COMMAND_BYTE_INTERRUPT;
         Self { interrupt, end, metrics: Metrics::new(), command_byte, pending: None, output: VecDeque::new() }
     }
@@ -141,6 +144,35 @@ impl FixedDevice for Keyboard {
     }
 }
 
+/// What is saved of the controller.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
+pub struct State {
+    command_byte: u8,
+    pending: Option<u8>,
+    output: Vec<u8>,
+}
+
+impl Snapshot for Keyboard {
+    type State = State;
+
+    fn save(&self) -> Result<State> {
+        let Self { interrupt: _, end: _, metrics: _, command_byte, pending, output } = self;
+        let output = output.iter().copied().collect();
+        Ok(State { command_byte: *command_byte, pending: *pending, output })
+    }
+
+    fn restore(&mut self, state: State) -> Result<()> {
+        if state.output.len() > OUTPUT_MAX {
+            return Err(Error::config("the saved keyboard holds more bytes than there is room for"));
+        }
+        (self.command_byte, self.pending) = (state.command_byte, state.pending);
+        self.output = state.output.into();
+        // One interrupt too many does no harm to a driver that reads the status first.
+        self.raise();
+        Ok(())
+    }
+}
+
 impl Component for Keyboard {
     /// Of its ports, the first and the last are its own.
     fn nodes(&self, place: Place) -> Vec<Node> {
@@ -190,7 +222,7 @@ mod tests {
 
     fn keyboard() -> (Keyboard, End) {
         let end = End::new(Default::default()).unwrap();
-        (Keyboard::new(EventFd::new(libc::EFD_NONBLOCK).unwrap(), end.clone()), end)
+        (Keyboard::new(Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap()), end.clone()), end)
     }
 
     fn read(keyboard: &mut Keyboard, offset: u64) -> u8 {
@@ -224,6 +256,27 @@ mod tests {
             assert_eq!(read(&mut keyboard, DATA), expected);
         }
         assert!(keyboard.interrupt.read().is_err());
+    }
+
+    #[test]
+    fn a_restored_keyboard_goes_on_with_the_next_key() {
+        let (mut keyboard, end) = keyboard();
+        keyboard.press_ctrl_alt_del();
+        assert_eq!(read(&mut keyboard, DATA), CTRL_ALT_DEL[0]);
+        keyboard.write(COMMAND, &[0x60]);
+        let state = keyboard.save().unwrap();
+        let mut other = Keyboard::new(Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap()), end);
+        other.restore(state.clone()).unwrap();
+        assert_eq!(other.save().unwrap(), state);
+        assert_eq!(other.interrupt.read().unwrap(), 1, "a byte waits");
+        assert_eq!(read(&mut other, DATA), CTRL_ALT_DEL[1]);
+        // The command that was begun gets its byte: no interrupts any more.
+        other.write(DATA, &[0]);
+        let _ = other.interrupt.read();
+        assert_eq!(read(&mut other, DATA), CTRL_ALT_DEL[2]);
+        assert!(other.interrupt.read().is_err());
+        let full = State { output: vec![0; OUTPUT_MAX + 1], ..state };
+        assert!(other.restore(full).unwrap_err().to_string().contains("more bytes than there is room for"));
     }
 
     #[test]

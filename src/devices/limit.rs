@@ -6,7 +6,8 @@ use std::time::Duration;
 use vmm_sys_util::timerfd::TimerFd;
 
 use crate::error::{Context, Error, Result};
-use crate::limiter::{Limiter, RateLimiter};
+use crate::limiter::{Limiter, RateLimiter, State};
+use crate::snapshot::Snapshot;
 
 /// A limit that several workers share.
 #[derive(Clone)]
@@ -67,6 +68,18 @@ impl Limit {
             return None;
         }
         self.limiter.lock().unwrap_or_else(PoisonError::into_inner).debt()
+    }
+}
+
+impl Snapshot for Limit {
+    type State = State;
+
+    fn save(&self) -> Result<State> {
+        self.limiter.lock().unwrap_or_else(PoisonError::into_inner).save()
+    }
+
+    fn restore(&mut self, state: State) -> Result<()> {
+        self.limiter.lock().unwrap_or_else(PoisonError::into_inner).restore(state)
     }
 }
 

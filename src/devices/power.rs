@@ -6,6 +6,7 @@ use crate::error::Result;
 use crate::part::Component;
 use crate::platform::node::PowerRegisters;
 use crate::platform::{Node, Place};
+use crate::snapshot::stateless;
 use crate::vm::exit::{End, Exit};
 
 /// Sleep control: SLP_EN, and where SLP_TYP begins.
@@ -36,6 +37,8 @@ impl FixedDevice for Power {
         Ok(Some(Self::new(site.surroundings.end.clone())))
     }
 }
+
+stateless!(Power);
 
 impl Component for Power {
     fn nodes(&self, place: Place) -> Vec<Node> {

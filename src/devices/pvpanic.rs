@@ -7,6 +7,7 @@ use crate::error::Result;
 use crate::part::Component;
 use crate::platform::node::{AcpiDevice, AcpiValue, TreeNode};
 use crate::platform::{Node, Place};
+use crate::snapshot::Snapshot;
 use crate::vm::exit::End;
 
 /// It panicked.
@@ -31,6 +32,20 @@ impl FixedDevice for PvPanic {
 
     fn build(_: Place, site: &mut Site<'_>) -> Result<Option<Self>> {
         Ok(Some(Self::new(site.surroundings.end.clone())))
+    }
+}
+
+impl Snapshot for PvPanic {
+    /// The guest's kernel has panicked.
+    type State = bool;
+
+    fn save(&self) -> Result<bool> {
+        Ok(self.end.panicked())
+    }
+
+    fn restore(&mut self, panicked: bool) -> Result<()> {
+        self.end.restore_panicked(panicked);
+        Ok(())
     }
 }
 

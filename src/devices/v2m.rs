@@ -13,6 +13,7 @@ use crate::log;
 use crate::part::Component;
 use crate::platform::node::{TreeNode, phandle};
 use crate::platform::{MessageFrame, Node, Place};
+use crate::snapshot::stateless;
 use crate::vm::Vm;
 
 /// Which interrupts the frame has: the first, and how many.
@@ -26,7 +27,7 @@ pub struct V2m {
     vm: Arc<Vm>,
     frame: MessageFrame,
     /// The lines that the guest has raised by hand: at most the frame's count.
-    lines: BTreeMap<u32, EventFd>,
+    lines: BTreeMap<u32, Arc<EventFd>>,
 }
 
 impl V2m {
@@ -52,6 +53,9 @@ impl FixedDevice for V2m {
         Ok(site.message_frame.map(|frame| Self::new(site.vm.clone(), frame)))
     }
 }
+
+// A line is connected whenever the guest raises it, and what it raised is the interrupt controller's state.
+stateless!(V2m);
 
 impl Component for V2m {
     /// The frame itself says which interrupts it has (MSI_TYPER).

@@ -15,7 +15,7 @@ use crate::memory::Range;
 use crate::part::{Component, Part};
 use crate::pci::DEVICES_MAX;
 use crate::pci::msix::Msix;
-use crate::pci::root::{Ecam, Ports, Registers, Root};
+use crate::pci::root::{Ecam, Fixture, Ports, Registers, Root};
 use crate::platform::Place;
 use crate::virtio::mmio::{INTERRUPT_ACKNOWLEDGE, Mmio, QUEUE_NOTIFY, REGISTERS_SIZE};
 use crate::virtio::transport::Transport;
@@ -133,7 +133,7 @@ impl Machine {
     }
 
     fn put_on_mmio(&self, device: Opened, registers: Range, gsi: u32) -> Result<Arc<Mutex<Transport>>> {
-        let kicks = shared(events(device.device.queue_sizes().len())?);
+        let kicks = events(device.device.queue_sizes().len())?;
         let put = || -> Result<_> {
             for (queue, kick) in kicks.iter().enumerate() {
                 self.vm.kick(kick, registers.start + QUEUE_NOTIFY, queue as u32)?;
@@ -150,14 +150,10 @@ impl Machine {
 
     fn put_on_pci(&self, root: &Mutex<Root>, device: Opened, number: u32) -> Result<Arc<Mutex<Transport>>> {
         let queues = device.device.queue_sizes().len();
-        let kicks = shared(events(queues)?);
+        let kicks = events(queues)?;
         // One for configuration changes, one for each queue.
         let vectors = events(1 + queues)?;
-        let copies = |events: &[EventFd]| {
-            let copies = events.iter().map(EventFd::try_clone).collect::<std::io::Result<Vec<_>>>();
-            copies.context("duplicate an event descriptor")
-        };
-        let interrupts = Interrupts::vectors(copies(&vectors)?, queues);
+        let interrupts = Interrupts::vectors(vectors.clone(), queues);
         let msix = Arc::new(Mutex::new(Msix::new(self.vm.clone(), number << 3, vectors)?));
         let at = |queue: usize| pci::NOTIFY + queue as u64 * pci::NOTIFY_MULTIPLIER;
         let kicked = kicks.iter().cloned().enumerate().map(|(queue, kick)| (at(queue), kick)).collect();
@@ -197,12 +193,8 @@ fn mmio_place(number: u32) -> Place {
     Place::Registers { range: Range { start, size: REGISTERS_SIZE }, gsi }
 }
 
-fn shared(events: Vec<EventFd>) -> Vec<Arc<EventFd>> {
-    events.into_iter().map(Arc::new).collect()
-}
-
-fn events(count: usize) -> Result<Vec<EventFd>> {
-    let events = (0..count).map(|_| EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC));
+fn events(count: usize) -> Result<Vec<Arc<EventFd>>> {
+    let events = (0..count).map(|_| EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map(Arc::new));
     events.collect::<std::io::Result<Vec<_>>>().context("create an event descriptor")
 }
 
@@ -222,8 +214,8 @@ pub fn pci_bus(vm: &Arc<Vm>, surroundings: &Surroundings, parts: &mut Vec<Part>)
         part("PCI ports", place, ports);
     }
     let bridge = Arc::new(Mutex::new(pci::HostBridge::default()));
-    root.lock().unwrap_or_else(PoisonError::into_inner).add(0, bridge.clone(), None)?;
-    part("PCI host bridge", Place::Pci(0), bridge);
+    root.lock().unwrap_or_else(PoisonError::into_inner).add(0, bridge, None)?;
+    part("PCI host bridge", Place::Pci(0), Arc::new(Mutex::new(Fixture)));
     Ok(root)
 }
 

@@ -17,7 +17,7 @@ pub const ENTRY: u64 = 16;
 const MASKED: u32 = 1;
 
 struct Vector {
-    event: EventFd,
+    event: Arc<EventFd>,
     gsi: u32,
     /// Address low and high, data, control.
     registers: [u32; 4],
@@ -38,7 +38,7 @@ pub struct Msix {
 
 impl Msix {
     /// Vectors for `events`, all masked.
-    pub fn new(vm: Arc<Vm>, device: u32, events: Vec<EventFd>) -> Result<Self> {
+    pub fn new(vm: Arc<Vm>, device: u32, events: Vec<Arc<EventFd>>) -> Result<Self> {
         let vectors = events
             .into_iter()
             .map(|event| {

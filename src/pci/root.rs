@@ -15,7 +15,7 @@ use crate::memory::Range;
 use crate::part::Component;
 use crate::platform::node::{AcpiDevice, AcpiValue, Resource, TreeNode, phandle};
 use crate::platform::{Node, Place};
-use crate::snapshot::{SaveState, Snapshot};
+use crate::snapshot::{SaveState, Snapshot, stateless};
 use crate::vm::Vm;
 
 /// A function of the bus.
@@ -241,7 +241,14 @@ impl BusDevice for Ecam {
 /// Configuration space by ports 0xcf8 (address) and 0xcfc to 0xcff (data) (PCI Local Bus 3.0, 3.2.2.3.2).
 pub struct Ports(pub Arc<Mutex<Root>>);
 
+/// A function that is no device, as a part of its machine: its state is in that of the bus, which places the
+/// registers of all functions when it is restored.
+pub struct Fixture;
+
+// The address register is the bus's own.
+stateless!(Ports, Fixture);
 impl Component for Ports {}
+impl Component for Fixture {}
 
 impl Ports {
     /// The ECAM offset of a data access, while the address register enables them.

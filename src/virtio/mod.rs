@@ -119,7 +119,7 @@ pub struct Interrupts {
     /// What the driver has acknowledged and `status` does not say yet.
     acknowledged: Option<Posted>,
     /// The line, or the events of all vectors.
-    events: Vec<EventFd>,
+    events: Vec<Arc<EventFd>>,
     /// With vectors: the one for configuration changes, and the queues' ones.
     vectors: Option<(AtomicU16, Vec<AtomicU16>)>,
     /// One more whenever the configuration changes: who read half of it before reads again (2.5.3).
@@ -129,13 +129,13 @@ pub struct Interrupts {
 impl Interrupts {
     /// A line that writes to `event`; of the driver's writes to InterruptACK, those that are posted are
     /// found in `acknowledged`.
-    pub fn line(event: EventFd, acknowledged: Option<Posted>) -> Arc<Self> {
+    pub fn line(event: Arc<EventFd>, acknowledged: Option<Posted>) -> Arc<Self> {
         let (status, generation) = (0.into(), 0.into());
         Arc::new(Self { status, acknowledged, events: vec![event], vectors: None, generation })
     }
 
     /// A vector per event, for a device with so many queues.
-    pub fn vectors(events: Vec<EventFd>, queues: usize) -> Arc<Self> {
+    pub fn vectors(events: Vec<Arc<EventFd>>, queues: usize) -> Arc<Self> {
         let queues = (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect();
         let vectors = Some((AtomicU16::new(NO_VECTOR), queues));
         Arc::new(Self { status: 0.into(), acknowledged: None, events, vectors, generation: 0.into() })
@@ -147,7 +147,7 @@ impl Interrupts {
         self.settle();
         self.status.fetch_or(bit, Ordering::SeqCst);
         let index = self.vectors.as_ref().map_or(0, vector);
-        self.events.get(usize::from(index))
+        self.events.get(usize::from(index)).map(|event| &**event)
     }
 
     /// Buffers of a queue were used: a write to the event, if there is one, tells the driver.

@@ -9,7 +9,6 @@ use super::transport::{Register, Transport};
 use crate::bus::BusDevice;
 use crate::error::{Error, Result};
 use crate::memory::Range;
-use crate::part::Component;
 use crate::pci::config::{self, ConfigSpace, Identity};
 use crate::pci::msix::{self, Msix};
 use crate::pci::root::Function;
@@ -355,8 +354,6 @@ impl Snapshot for HostBridge {
         self.0.restore(state)
     }
 }
-
-impl Component for HostBridge {}
 
 impl Function for HostBridge {
     fn read_config(&mut self, offset: usize, data: &mut [u8]) {

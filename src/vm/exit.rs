@@ -117,6 +117,11 @@ impl End {
         }
     }
 
+    /// Notes whether the guest's kernel had panicked when its state was saved, which was told at that time.
+    pub fn restore_panicked(&self, panicked: bool) {
+        self.shared.panicked.store(panicked, Ordering::SeqCst);
+    }
+
     /// Whether the guest's kernel has panicked, as far as it said so.
     pub fn panicked(&self) -> bool {
         self.shared.panicked.load(Ordering::SeqCst)

@@ -1,7 +1,7 @@
 //! Message-signalled interrupts: which event sends which message (KVM api, 4.52).
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use kvm_bindings::{
     KVM_IRQ_ROUTING_MSI, KVM_MSI_VALID_DEVID, KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_msi,
@@ -49,7 +49,50 @@ impl Routes {
     }
 }
 
+/// The events that KVM turns into interrupts while they live, with the line or message of each.
+#[derive(Default)]
+pub struct Connections(Mutex<Vec<(u32, Weak<EventFd>)>>);
+
 impl Vm {
+    /// An event that raises the interrupt line `gsi` for a moment when written: an edge.
+    pub fn interrupt(&self, gsi: u32) -> Result<Arc<EventFd>> {
+        let event =
+            EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).context("create an event descriptor")?;
+        let event = Arc::new(event);
+        self.connect(&event, gsi).with_context(|| format!("connect interrupt line {gsi}"))?;
+        Ok(event)
+    }
+
+    fn connect(&self, event: &Arc<EventFd>, gsi: u32) -> Result<(), kvm_ioctls::Error> {
+        self.fd.register_irqfd(event, gsi)?;
+        let mut connected = self.connections.0.lock().unwrap_or_else(PoisonError::into_inner);
+        connected.retain(|(_, other)| other.strong_count() > 0);
+        connected.push((gsi, Arc::downgrade(event)));
+        Ok(())
+    }
+
+    fn disconnect(&self, event: &Arc<EventFd>, gsi: u32) -> Result<(), kvm_ioctls::Error> {
+        self.fd.unregister_irqfd(event, gsi)?;
+        let mut connected = self.connections.0.lock().unwrap_or_else(PoisonError::into_inner);
+        connected.retain(|(_, other)| other.as_ptr() != Arc::as_ptr(event));
+        Ok(())
+    }
+
+    /// Returns when each event that was written to has reached the interrupt controllers. KVM raises a line by a
+    /// work queue, which may take milliseconds: until then the interrupt is in no state that KVM gives. To
+    /// disconnect an event waits for what is under way. What is written meanwhile comes when the event is
+    /// connected again.
+    pub fn settle_interrupts(&self) -> Result<()> {
+        let connected = self.connections.0.lock().unwrap_or_else(PoisonError::into_inner);
+        for (gsi, event) in connected.iter().filter_map(|(gsi, event)| Some((*gsi, event.upgrade()?))) {
+            let again = self.fd.unregister_irqfd(&event, gsi);
+            again
+                .and_then(|()| self.fd.register_irqfd(&event, gsi))
+                .with_context(|| format!("wait for what interrupt {gsi} has under way"))?;
+        }
+        Ok(())
+    }
+
     /// A number for an interrupt that is a message.
     pub fn allocate_message(&self) -> Result<u32> {
         let mut messages = self.routes.messages.lock().unwrap_or_else(PoisonError::into_inner);
@@ -68,8 +111,8 @@ impl Vm {
     }
 
     /// From here on a write to `event` sends `message`; what was written before is sent now.
-    pub fn send_by(&self, event: &EventFd, gsi: u32, message: Message) -> Result<()> {
-        let connect = |line| self.fd.register_irqfd(event, line).context("connect an interrupt message");
+    pub fn send_by(&self, event: &Arc<EventFd>, gsi: u32, message: Message) -> Result<()> {
+        let connect = |line| self.connect(event, line).context("connect an interrupt message");
         match self.message_frame {
             // A frame of ours is unknown to KVM: the message's line instead of the message.
             Some(_) => self.routes.set(gsi, message, |_| connect(self.line_of(message)?)),
@@ -93,13 +136,13 @@ impl Vm {
     }
 
     /// From here on writes to `event` stay there.
-    pub fn hold_back(&self, event: &EventFd, gsi: u32) -> Result<()> {
+    pub fn hold_back(&self, event: &Arc<EventFd>, gsi: u32) -> Result<()> {
         let sent = self.routes.messages.lock().unwrap_or_else(PoisonError::into_inner).get(&gsi).copied();
         let line = match (self.message_frame, sent.flatten()) {
             (Some(_), Some(message)) => self.line_of(message)?,
             _ => gsi,
         };
-        self.fd.unregister_irqfd(event, line).context("disconnect an interrupt message")
+        self.disconnect(event, line).context("disconnect an interrupt message")
     }
 }
 

@@ -86,6 +86,7 @@ pub struct Vm {
     cpu_model: CpuModel,
     max_vcpus: usize,
     routes: irq::Routes,
+    connections: irq::Connections,
     /// Mapped for the first register that needs it.
     posted: Mutex<Option<Arc<Mutex<posted::Writes>>>>,
     /// Where interrupt messages are written, if that is a frame of ours.
@@ -111,6 +112,7 @@ impl Vm {
             cpu_model,
             max_vcpus,
             routes: irq::Routes::default(),
+            connections: irq::Connections::default(),
             posted: Mutex::default(),
             message_frame: None,
             timeline,
@@ -142,14 +144,6 @@ impl Vm {
         self.message_frame = platform.message_frame();
         self.timeline.mark("CPUs");
         Ok(vcpus)
-    }
-
-    /// An event that raises the interrupt line `gsi` for a moment when written: an edge.
-    pub fn interrupt(&self, gsi: u32) -> Result<EventFd> {
-        let event =
-            EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).context("create an event descriptor")?;
-        self.fd.register_irqfd(&event, gsi).with_context(|| format!("connect interrupt line {gsi}"))?;
-        Ok(event)
     }
 
     /// Writes to `event` when the guest writes the 32-bit `value` at `address`, without leaving KVM.

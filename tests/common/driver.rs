@@ -117,8 +117,8 @@ pub struct Guest {
     registers: Registers,
 }
 
-fn event() -> EventFd {
-    EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).unwrap()
+fn event() -> Arc<EventFd> {
+    Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).unwrap())
 }
 
 fn transport(
@@ -127,7 +127,7 @@ fn transport(
     event_loop: Arc<Loop>,
     interrupts: Arc<Interrupts>,
 ) -> Arc<Mutex<Transport>> {
-    let kicks = device.queue_sizes().iter().map(|_| Arc::new(event())).collect();
+    let kicks = device.queue_sizes().iter().map(|_| event()).collect();
     Transport::new("it".to_owned(), device, memory, vec![event_loop], interrupts, kicks)
 }
 
@@ -140,8 +140,7 @@ pub fn function(
 ) -> (Arc<Mutex<Transport>>, Pci) {
     let queues = device.queue_sizes().len();
     let vectors: Vec<_> = (0..=queues).map(|_| event()).collect();
-    let copies = vectors.iter().map(|event| event.try_clone().unwrap()).collect();
-    let interrupts = Interrupts::vectors(copies, queues);
+    let interrupts = Interrupts::vectors(vectors.clone(), queues);
     let msix = Arc::new(Mutex::new(Msix::new(vm(), number << 3, vectors).unwrap()));
     let transport = transport(device, memory, event_loop, interrupts.clone());
     let function = Pci::new(transport.clone(), interrupts, msix, 0xc000_0000);

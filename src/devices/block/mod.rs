@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex, Once, PoisonError};
 use super::kind::DeviceConfig;
 use crate::error::Result;
 use crate::host::Host;
-use crate::limiter::Limiter;
+use crate::limiter::{self, Limiter};
 use crate::metrics::{Counter, Group, Latency};
 use crate::snapshot::Snapshot;
 use crate::virtio::{Io, VirtioDevice, Worker};
@@ -122,14 +122,16 @@ impl Block {
     }
 }
 
-/// It has none: what the guest sees is in the configuration and the image.
+/// What the limit lets through: all else that the guest sees is in the configuration and the image.
 impl Snapshot for Block {
-    type State = ();
-    fn save(&self) -> Result<()> {
-        Ok(())
+    type State = limiter::State;
+
+    fn save(&self) -> Result<limiter::State> {
+        self.limiter.lock().unwrap_or_else(PoisonError::into_inner).save()
     }
-    fn restore(&mut self, (): ()) -> Result<()> {
-        Ok(())
+
+    fn restore(&mut self, state: limiter::State) -> Result<()> {
+        self.limiter.lock().unwrap_or_else(PoisonError::into_inner).restore(state)
     }
 }
 

@@ -19,6 +19,7 @@ use crate::error::{Context, Error, Result};
 use crate::host::Host;
 use crate::host::passt::Passt;
 use crate::host::tap::Tap;
+use crate::limiter;
 use crate::metrics::Group;
 use crate::snapshot::Snapshot;
 use crate::virtio::pool::Held;
@@ -63,8 +64,12 @@ enum Carrier {
 /// What the guest sees of it beyond its configuration and its queues.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 pub struct State {
+    /// The address at power-on: one that nobody gave follows the microVM's name, which may be another one now.
+    mac: [u8; 6],
     control: control::State,
     held: Vec<Vec<Held>>,
+    rx_limit: limiter::State,
+    tx_limit: limiter::State,
 }
 
 impl Net {
@@ -115,7 +120,13 @@ impl Snapshot for Net {
 
     fn save(&self) -> Result<State> {
         let held = self.held.iter().map(|held| held.lock().unwrap_or_else(PoisonError::into_inner).clone());
-        Ok(State { control: self.control.state().clone(), held: held.collect() })
+        Ok(State {
+            mac: self.mac.0,
+            control: self.control.state().clone(),
+            held: held.collect(),
+            rx_limit: self.rx_limit.save()?,
+            tx_limit: self.tx_limit.save()?,
+        })
     }
 
     fn restore(&mut self, state: State) -> Result<()> {
@@ -123,6 +134,9 @@ impl Snapshot for Net {
         if !fits || state.held.len() != self.held.len() || !state.control.fits(self.pairs) {
             return Err(Error::config("the saved state is of an interface with other queue pairs"));
         }
+        self.mac = Mac::new(state.mac).map_err(Error::config)?;
+        self.rx_limit.restore(state.rx_limit).context("what it receives")?;
+        self.tx_limit.restore(state.tx_limit).context("what it sends")?;
         self.control = Arc::new(Control::new(state.control));
         self.held = state.held.into_iter().map(|held| Arc::new(Mutex::new(held))).collect();
         self.moved = true;

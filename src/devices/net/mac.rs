@@ -7,6 +7,15 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 pub struct Mac(pub [u8; 6]);
 
 impl Mac {
+    /// The address of one interface; the error says why `bytes` are none.
+    pub fn new(bytes: [u8; 6]) -> Result<Self, String> {
+        let mac = Self(bytes);
+        match bytes[0] & 1 {
+            0 => Ok(mac),
+            _ => Err(format!("`{mac}` is a group's MAC address, an interface needs its own")),
+        }
+    }
+
     /// A locally administered address that is always the same for the same names.
     pub fn derived(id: &str, iface_id: &str) -> Self {
         // FNV-1a, 64 bits.
@@ -29,11 +38,7 @@ impl std::str::FromStr for Mac {
             return Err(wrong());
         }
         let bytes: Vec<u8> = bytes.into_iter().collect::<Result<_, _>>().map_err(|_| wrong())?;
-        let bytes: [u8; 6] = bytes.try_into().map_err(|_| wrong())?;
-        if bytes[0] & 1 != 0 {
-            return Err(format!("`{text}` is a group's MAC address, an interface needs its own"));
-        }
-        Ok(Self(bytes))
+        Self::new(bytes.try_into().map_err(|_| wrong())?)
     }
 }
 
