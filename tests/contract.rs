@@ -280,6 +280,62 @@ fn a_device_goes_on_in_a_machine_built_anew() {
 }
 
 #[test]
+fn a_queue_half_processed_is_processed_once_after_a_restore() {
+    const REQUESTS: u16 = 16;
+    let open = |device: &Device, name: &str| device.open(name, &mut Local::default()).unwrap();
+    let memory = || memory::allocate(&[memory::Range { start: 0, size: driver::MEMORY }]).unwrap();
+    Host::new().each(|_, kind, device| {
+        let sizes = open(device, "contract").queue_sizes().to_vec();
+        for (queue, max) in sizes.into_iter().enumerate().filter(|(queue, _)| !is_net(device) || *queue != RX)
+        {
+            let mut guest = Guest::by_hand(kind, open(device, "contract"), memory());
+            guest.start(F_EVENT_IDX);
+            guest.turn();
+            // A turn handles a few requests of as many descriptors as there can be.
+            let room = guest.allocate(&[0; 16]);
+            let table = guest.allocate_table(&vec![(room, WRITE); max.into()]);
+            let heads: Vec<_> = (0..REQUESTS).map(|_| guest.offer(queue, &[(table, INDIRECT)])).collect();
+            guest.kick(queue);
+            while guest.used_index(queue) == 0 {
+                guest.turn_once();
+            }
+            let suspended = guest.suspend();
+            // An address that follows the microVM's name stays when that is another one.
+            let mut guest = Guest::by_hand(kind, open(device, "another name"), memory());
+            guest.take_over(&suspended).unwrap();
+            assert_eq!(guest.save(), suspended.state, "what was restored is not what was saved");
+            let done = guest.used_index(queue);
+            assert!(done < REQUESTS || max < 256, "{}: queue {queue} was done", device.name());
+            guest.resume();
+            let mut used: Vec<_> = heads.iter().map(|_| guest.next_used(queue).0).collect();
+            used.sort_unstable();
+            assert_eq!(used, heads, "{}: each comes back once", device.name());
+            guest.turn();
+            assert_eq!(guest.used_index(queue), REQUESTS);
+        }
+    });
+}
+
+#[test]
+fn a_restored_device_interrupts_for_each_of_its_queues() {
+    Host::new().each(|host, kind, device| {
+        let mut guest = host.guest(kind, device);
+        guest.start(F_EVENT_IDX);
+        // An interrupt that was under way when the device was saved may have been lost.
+        let suspended = guest.suspend();
+        let mut guest = host.guest(kind, device);
+        guest.take_over(&suspended).unwrap();
+        let interrupted = |guest: &mut Guest| {
+            (0..guest.queues()).filter(|queue| guest.is_interrupted(Some(*queue))).count()
+        };
+        assert_eq!(interrupted(&mut guest), 0);
+        guest.resume();
+        assert_eq!(interrupted(&mut guest), guest.queues());
+        host.exercise(device, &mut guest, 1);
+    });
+}
+
+#[test]
 fn damaged_state_is_refused_or_harmless() {
     Host::new().each(|host, kind, device| {
         let mut guest = host.guest(kind, device);
@@ -1122,5 +1178,15 @@ fn a_generator_gives_no_more_than_its_rate_limit_lets_through() {
         assert_eq!(metrics["entropy_bytes"], json!(32 * u64::from(done)), "{body}");
         let throttled = metrics["entropy_rate_limiter_throttled"].as_u64().unwrap() > 0;
         assert!(throttled || done == 8, "{body}: {metrics:?}");
+        // A restore fills no bucket.
+        let suspended = guest.suspend();
+        let device = kind.parse(body.as_bytes()).unwrap().open("contract", &mut Local::default()).unwrap();
+        let memory = memory::allocate(&[memory::Range { start: 0, size: driver::MEMORY }]).unwrap();
+        let mut guest = Guest::by_hand(Kind::Mmio, device, memory);
+        guest.take_over(&suspended).unwrap();
+        guest.resume();
+        guest.kick(0);
+        guest.turn();
+        assert_eq!(guest.used_index(0), done, "{body}");
     }
 }

@@ -113,6 +113,8 @@ pub struct Transport {
     is_used: bool,
     /// Dropped when it is stopped.
     waiting: Vec<Sender<()>>,
+    /// The device was restored, and its driver may have missed an interrupt.
+    was_restored: bool,
     /// The device may reach memory: a PCI driver has not taken bus mastering away from it.
     is_master: bool,
     this: Weak<Mutex<Transport>>,
@@ -169,6 +171,7 @@ impl Transport {
                 resetting: false,
                 is_used: false,
                 waiting: Vec::new(),
+                was_restored: false,
                 is_master: true,
                 this: this.clone(),
                 status: 0,

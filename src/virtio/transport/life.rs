@@ -204,9 +204,19 @@ impl Transport {
         }
     }
 
-    /// Lets it go on, on the same queues.
+    /// Lets it go on, on the same queues. A device that was restored interrupts for each of its queues: an
+    /// interrupt may have been under way when the device was saved. One too many finds nothing used, which
+    /// drivers are made for (virtio 1.2, 2.7.7.1).
     pub fn resume(&mut self) {
         self.paused = false;
+        if std::mem::take(&mut self.was_restored) && self.status & DRIVER_OK != 0 {
+            for (index, _) in self.queues.iter().enumerate().filter(|(_, queue)| queue.ready) {
+                if let Some(event) = self.interrupts.used_buffer(index) {
+                    // A counter that is full has interrupted the driver already.
+                    let _ = event.write(1);
+                }
+            }
+        }
         self.go_on();
     }
 

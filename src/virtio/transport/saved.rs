@@ -38,6 +38,7 @@ impl Snapshot for Transport {
             loops: _,
             interrupts,
             kicks: _,
+            was_restored: _,
             phase,
             paused: _,
             resetting: _,
@@ -86,6 +87,7 @@ impl Snapshot for Transport {
         self.interrupts.generation.store(state.config_generation, Ordering::SeqCst);
         self.interrupts.restore(state.interrupts).context(attempt.clone())?;
         self.device.restore_state(&state.device).context(attempt.clone())?;
+        self.was_restored = true;
         let runs = state.status & (DRIVER_OK | NEEDS_RESET) == DRIVER_OK;
         let rings = if runs { 0..self.queues.len() } else { 0..0 };
         rings.into_iter().try_for_each(|index| self.ring(index).map(drop)).context(attempt)
