@@ -136,7 +136,8 @@ fn finish(
 /// Serves at `path`, where no end leaves a file behind.
 fn listen(path: &Path, body_max: usize) -> Result<(Server, SocketFile)> {
     let server = Server::bind(path, body_max)?;
-    Ok((server, SocketFile::own(path)?))
+    let file = SocketFile::own(path, server.file())?;
+    Ok((server, file))
 }
 
 fn run(arguments: Run, feed: &mut Option<Feed>) -> Result<Ending> {

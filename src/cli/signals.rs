@@ -11,7 +11,7 @@
 //! all signals: a disk can hold them in the same way. Before its guest runs, the process has one thread,
 //! and such a file system leaves it to SIGKILL.
 
-use std::ffi::{CString, c_char};
+use std::ffi::CString;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
 use std::ptr;
@@ -52,8 +52,14 @@ static IS_ENDING: AtomicBool = AtomicBool::new(false);
 static GOES_ON: AtomicBool = AtomicBool::new(false);
 /// Wakes the main loop.
 static WAKE: OnceLock<EventFd> = OnceLock::new();
-/// The path of the socket's file; null: there is none.
-static SOCKET: AtomicPtr<c_char> = AtomicPtr::new(ptr::null_mut());
+/// The socket's file; null: there is none.
+static SOCKET: AtomicPtr<Socket> = AtomicPtr::new(ptr::null_mut());
+
+/// The file of a socket: where it is, and its device and inode.
+struct Socket {
+    path: CString,
+    identity: (u64, u64),
+}
 
 /// The exit code of a process that this signal ended.
 pub fn exit_code(signal: u8) -> u8 {
@@ -170,11 +176,13 @@ impl AsRawFd for Signals {
 pub struct SocketFile(());
 
 impl SocketFile {
-    /// There is a socket at `path`, and it is ours.
-    pub fn own(path: &Path) -> Result<Self> {
+    /// The socket at `path` is ours, of this device and inode; none: it is gone already.
+    pub fn own(path: &Path, identity: Option<(u64, u64)>) -> Result<Self> {
         let path = CString::new(path.as_os_str().as_encoded_bytes()).context("read the socket's path")?;
-        // Never freed: a handler may be using it.
-        SOCKET.store(path.into_raw(), SeqCst);
+        if let Some(identity) = identity {
+            // Never freed: a handler may be using it.
+            SOCKET.store(Box::into_raw(Box::new(Socket { path, identity })), SeqCst);
+        }
         Ok(Self(()))
     }
 }
@@ -228,15 +236,26 @@ fn end_at_once(signal: i32, words: &[u8]) {
     unsafe { libc::sigaction(libc::SIGALRM, &kill, ptr::null_mut()) };
     start_timer(GRACE);
     terminal::restore();
-    let socket = SOCKET.load(SeqCst);
-    if !socket.is_null() {
-        // SAFETY: it is a string that ends with a zero and is never freed.
-        unsafe { libc::unlink(socket) };
+    // SAFETY: it is null or what was leaked by `SocketFile::own`, and never changes.
+    if let Some(socket) = unsafe { SOCKET.load(SeqCst).as_ref() } {
+        remove(socket);
     }
     say(words);
     let code = u8::try_from(signal).map_or(u8::MAX, exit_code);
     // SAFETY: the call takes a number, and does not return.
     unsafe { libc::_exit(code.into()) };
+}
+
+/// Removes the socket's file, unless somebody else has theirs at its path by now.
+#[allow(unsafe_code)]
+fn remove(Socket { path, identity }: &Socket) {
+    // SAFETY: `stat` is plain data of which zeros are valid; the calls use it and a string that ends with a zero.
+    unsafe {
+        let mut found: libc::stat = std::mem::zeroed();
+        if libc::lstat(path.as_ptr(), &mut found) == 0 && (found.st_dev, found.st_ino) == *identity {
+            libc::unlink(path.as_ptr());
+        }
+    }
 }
 
 /// Says it on standard error, if that does not wait for its reader.
