@@ -7,6 +7,7 @@ mod common;
 
 use std::fs::OpenOptions;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::net::Shutdown;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::process::Command;
@@ -227,6 +228,43 @@ fn readers_leave_the_connections_to_clients() {
     wait_for(|| service.client().request("GET", "/nothing", "").status() == "400");
     let open = || std::fs::read_dir(format!("/proc/{}/fd", service.process.child.id())).unwrap().count();
     wait_for(|| open() < 20);
+}
+
+#[test]
+fn a_reader_that_sends_nothing_more_still_reads() {
+    let service = Service::start(&[]);
+    let pid = service.process.child.id();
+    let sockets = || {
+        let files = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+        let targets = files.filter_map(|file| std::fs::read_link(file.unwrap().path()).ok());
+        targets.filter(|target| target.to_str().unwrap().starts_with("socket:")).count()
+    };
+    let before = sockets();
+    let mut client = service.client();
+    client.send("GET /events HTTP/1.1\r\n\r\n");
+    client.stream.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(client.receive().status(), "200");
+    let mut streams = [Stream(BufReader::new(client.stream)), Stream::open(&service)];
+    streams[1].0.get_ref().shutdown(Shutdown::Write).unwrap();
+    for number in 0..20 {
+        let request = format!("GET /nothing-{number}");
+        assert_eq!(service.client().request("GET", &request[4..], "").status(), "400");
+        for stream in &mut streams {
+            assert_eq!(stream.next().unwrap()["request"], request);
+        }
+    }
+    // They keep nobody awake meanwhile: user and system time in hundredths of a second (proc(5), stat).
+    let busy = || {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+        let fields: Vec<_> = stat.rsplit(") ").next().unwrap().split(' ').collect();
+        fields[11..13].iter().map(|field| field.parse::<u64>().unwrap()).sum::<u64>()
+    };
+    let begun = busy();
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    assert!(busy() - begun < 5, "it spins");
+    // Who hangs up is gone, though there is nothing to tell.
+    drop(streams);
+    wait_for(|| sockets() == before);
 }
 
 #[test]

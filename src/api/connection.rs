@@ -2,7 +2,7 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::chunks::Chunks;
 use super::server::Service;
@@ -45,11 +45,18 @@ pub struct Connection {
     chunks: Option<Chunks>,
     /// Since when the client is awaited: to send the rest of a request, or to read its answer.
     pub begun: Option<Instant>,
+    /// How long the client was awaited before that, less the time in which it then had nothing under way: one
+    /// that has the next request begin where the last one ends has had all this time.
+    awaited: Duration,
+    /// When it was last awaited.
+    rested: Instant,
     /// [`Server::moves`] when it was last answered, or taken in.
     pub moved: u64,
     pub answered: u64,
     /// The job that the client waits for: until it is done nothing more is read.
     waits_for: Option<(Ticket, Manner)>,
+    /// The client has said that it sends nothing more.
+    is_mute: bool,
     /// The client asked for events: nothing else is served on this connection any more.
     pub reader: Option<Reader>,
 }
@@ -66,9 +73,12 @@ impl Connection {
             continued: false,
             chunks: None,
             begun: None,
+            awaited: Duration::ZERO,
+            rested: Instant::now(),
             moved,
             answered: 0,
             waits_for: None,
+            is_mute: false,
             reader: None,
         }
     }
@@ -101,10 +111,26 @@ impl Connection {
     /// for a job has nothing to do meanwhile.
     pub fn note_unfinished(&mut self) {
         let is_served = !self.ending && self.reader.is_none() && self.waits_for.is_none();
-        match is_served && !self.is_idle() {
-            true => drop(self.begun.get_or_insert_with(Instant::now)),
-            false => self.begun = None,
+        if !is_served || self.is_idle() {
+            self.rest();
+        } else if self.begun.is_none() {
+            let now = Instant::now();
+            self.begun = Some(now);
+            self.awaited = self.awaited.saturating_sub(now.saturating_duration_since(self.rested));
         }
+    }
+
+    /// The client is not awaited any more.
+    fn rest(&mut self) {
+        if let Some(begun) = self.begun.take() {
+            self.rested = Instant::now();
+            self.awaited += self.rested.saturating_duration_since(begun);
+        }
+    }
+
+    /// How long the client was awaited in all.
+    pub fn awaited(&self) -> Duration {
+        self.awaited + self.begun.map(|begun| begun.elapsed()).unwrap_or_default()
     }
 
     /// Reads, serves and writes as far as it goes without waiting; says what to wait for. None: the
@@ -168,7 +194,7 @@ impl Connection {
                 self.input.drain(..end);
                 self.continued = false;
                 // The time that was measured is that of the request just served.
-                self.begun = None;
+                self.rest();
                 let manner = Manner { is_head, closes };
                 match reply {
                     Reply::Now(response) => self.answer(&response, manner),
@@ -213,7 +239,10 @@ impl Connection {
         let mut chunk = [0; CHUNK];
         loop {
             match self.stream.read(&mut chunk) {
-                Ok(0) => return None,
+                Ok(0) => {
+                    self.is_mute = true;
+                    return None;
+                }
                 Ok(count) => {
                     self.input.extend_from_slice(&chunk[..count]);
                     return Some(true);
@@ -250,7 +279,11 @@ impl Connection {
             }
             self.output = lines.into_bytes();
         }
-        self.listen()
+        // A client that sends nothing more still reads. That it hangs up is told without being asked for.
+        match self.is_mute {
+            true => Some(Interest::empty()),
+            false => self.listen().or(self.is_mute.then(Interest::empty)),
+        }
     }
 
     /// Nothing more is expected of the client but that it hangs up.

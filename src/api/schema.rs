@@ -224,8 +224,9 @@ only what Firecracker has.
 On the wire a few things are meant otherwise than in Firecracker: `Connection: close` and HTTP/1.0 are
 answered and closed, HEAD is answered as GET without the body, bodies may come in chunks, and of ten
 connections the one that has been idle longest gives way to a new client. Ten clients in the middle of a
-request still mean 503, and half a request is given up after 30 s with 408, an answer that is not read
-after as long without a word. Readers of events are never closed.
+request still mean 503, until one of them has been waited for 30 s in all: that one gives way. Half a request is
+given up after 30 s with 408, an answer that is not read after as long without a word. Readers of events are
+never closed, and may shut their side for sending.
 
 ## Requests
 

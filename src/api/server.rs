@@ -91,7 +91,12 @@ impl Server {
                     None => return Ok(false),
                 }
             }
-            Some(index) => index as usize,
+            Some(index) => {
+                if ready.events.contains(Interest::HANG_UP) {
+                    self.let_a_reader_go(index as usize);
+                }
+                index as usize
+            }
         };
         let place = self.connections.get_mut(index);
         if let Some(place) = place
@@ -177,17 +182,23 @@ impl Server {
         for index in 0..self.connections.len() {
             let Some(connection) = &mut self.connections[index] else { continue };
             if connection.begun.is_some_and(|begun| now.saturating_duration_since(begun) >= REQUEST_TIME) {
-                let time = REQUEST_TIME.as_secs();
-                let message = format!("The request did not come to its end within {time} s.");
-                log::debug(format_args!("connection {index} of the API: {message}"));
-                // Who does not read has what it may still read.
-                let is_deaf = !connection.output.is_empty();
-                connection.end(if is_deaf { Vec::new() } else { http::error_bytes("408", &message) });
-                // Nothing more is served on it.
-                self.advance(index, events, Some(&mut |_, _, _| Response::Done.into()))?;
+                self.give_up(index, events)?;
             }
         }
         Ok(())
+    }
+
+    /// Waits no longer for the rest of a request, or for the reader of an answer.
+    fn give_up(&mut self, index: usize, events: &Events) -> Result<()> {
+        let Some(connection) = &mut self.connections[index] else { return Ok(()) };
+        let time = REQUEST_TIME.as_secs();
+        let message = format!("The request did not come to its end within {time} s.");
+        log::debug(format_args!("connection {index} of the API: {message}"));
+        // Who does not read has what it may still read.
+        let is_deaf = !connection.output.is_empty();
+        connection.end(if is_deaf { Vec::new() } else { http::error_bytes("408", &message) });
+        // Nothing more is served on it.
+        self.advance(index, events, Some(&mut |_, _, _| Response::Done.into())).map(drop)
     }
 
     /// Tells readers of events what they have not read yet, as far as they read now.
@@ -248,7 +259,9 @@ impl Server {
             }
         };
         stream.set_nonblocking(true).context("set up an API connection")?;
-        let is_full = self.served().count() >= CONNECTIONS_MAX && !self.let_an_idle_one_go();
+        let is_full = self.served().count() >= CONNECTIONS_MAX
+            && !self.let_an_idle_one_go()
+            && !self.let_a_slow_one_go(events)?;
         let index = self.free_place();
         self.moves += 1;
         let mut connection = Connection::new(stream, self.moves);
@@ -268,6 +281,24 @@ impl Server {
         let idle = self.served().filter(|index| open(index).is_some_and(Connection::is_idle));
         let longest = idle.min_by_key(|index| open(index).map(|connection| connection.moved));
         longest.is_some_and(|index| self.connections[index].take().is_some())
+    }
+
+    /// Ends the connection whose client was awaited longest, if that was longer than one request may take: ten
+    /// clients that end a request just in time, and begin the next one with it, would keep everybody else out.
+    /// False: there is none.
+    fn let_a_slow_one_go(&mut self, events: &Events) -> Result<bool> {
+        let awaited = |index: &usize| self.connections[*index].as_ref().map(Connection::awaited);
+        let longest = self.served().max_by_key(awaited);
+        let longest = longest.filter(|index| awaited(index).is_some_and(|time| time >= REQUEST_TIME));
+        longest.map_or(Ok(()), |index| self.give_up(index, events))?;
+        Ok(longest.is_some())
+    }
+
+    /// Closes the connection of a reader of events that has hung up: there is nothing that it could still read.
+    fn let_a_reader_go(&mut self, index: usize) {
+        if let Some(place) = self.connections.get_mut(index) {
+            *place = place.take().filter(|connection| connection.reader.is_none());
+        }
     }
 
     fn free_place(&mut self) -> usize {
@@ -393,6 +424,56 @@ mod tests {
         let mut bytes = [0; 13];
         late.read_exact(&mut bytes).unwrap();
         assert_eq!(&bytes, b"HTTP/1.1 200 ");
+    }
+
+    #[test]
+    fn clients_that_always_have_a_request_under_way_make_room_in_time() {
+        let path = std::env::temp_dir().join(format!("alula-server-slow-{}", std::process::id()));
+        let events = Events::new().unwrap();
+        let mut server = Server::bind(&path, 100).unwrap();
+        server.register(&events, 0).unwrap();
+        let mut ready = Vec::new();
+        let mut turn = |server: &mut Server| {
+            for _ in 0..2 * CONNECTIONS_MAX {
+                events.wait(Some(Duration::ZERO), &mut ready).unwrap();
+                for event in &ready {
+                    server.handle(*event, &events, &mut |_, _, _| Response::Done).unwrap();
+                }
+            }
+        };
+        let passed = |server: &mut Server, time| {
+            for connection in server.connections.iter_mut().flatten() {
+                connection.begun = connection.begun.map(|begun| begun - time);
+            }
+        };
+        let answer = |stream: &mut UnixStream| {
+            let mut bytes = [0; 13];
+            stream.read_exact(&mut bytes).unwrap();
+            String::from_utf8(bytes.to_vec()).unwrap()
+        };
+        let mut slow = [(); CONNECTIONS_MAX].map(|()| UnixStream::connect(&path).unwrap());
+        slow.iter_mut().for_each(|stream| stream.write_all(b"GET /a HTTP").unwrap());
+        turn(&mut server);
+        let begun = server.expires_at().expect("requests have begun");
+        passed(&mut server, REQUEST_TIME - Duration::from_secs(1));
+        let mut early = UnixStream::connect(&path).unwrap();
+        turn(&mut server);
+        assert_eq!(answer(&mut early), "HTTP/1.1 503 ");
+        // The third of them has been slow all the time, the others have come to rest in between.
+        for (index, stream) in slow.iter_mut().enumerate() {
+            let rests = index != 3;
+            stream.write_all(if rests { b"/1.1\r\n\r\n" } else { b"/1.1\r\n\r\nG" }).unwrap();
+        }
+        turn(&mut server);
+        slow.iter_mut().for_each(|stream| assert_eq!(answer(stream), "HTTP/1.1 204 "));
+        assert!(server.expires_at() > Some(begun), "the next request has its own time");
+        slow.iter_mut().for_each(|stream| stream.write_all(b"G").unwrap());
+        turn(&mut server);
+        passed(&mut server, Duration::from_secs(2));
+        let mut late = UnixStream::connect(&path).unwrap();
+        late.write_all(b"GET /a HTTP/1.1\r\n\r\n").unwrap();
+        turn(&mut server);
+        assert_eq!(answer(&mut late), "HTTP/1.1 204 ");
     }
 
     #[test]
