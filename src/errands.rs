@@ -25,7 +25,7 @@ const PER_TURN: usize = 8;
 /// How an errand ends.
 pub type Answer = Result<OwnedFd>;
 
-type Work = Box<dyn FnOnce(&mut dyn Host) -> Answer + Send>;
+type Work = Box<dyn FnOnce(&mut Host) -> Answer + Send>;
 type Tell = Box<dyn FnOnce(Answered) + Send>;
 type Cell = Mutex<Option<Answer>>;
 
@@ -95,7 +95,7 @@ impl Errands {
     /// `tell` only passes on that it is there. An error: too many errands are under way.
     pub fn ask(
         &self,
-        work: impl FnOnce(&mut dyn Host) -> Answer + Send + 'static,
+        work: impl FnOnce(&mut Host) -> Answer + Send + 'static,
         tell: impl FnOnce(Answered) + Send + 'static,
     ) -> Result<Pending> {
         let permit = Permit::take(&self.under_way).ok_or_else(|| {
@@ -112,7 +112,7 @@ impl Errands {
 
     /// Does some of the errands that wait, and has `main` woken for those that are left. To be called by `main`
     /// after each time that it was woken. Returns whether there was an errand.
-    pub fn turn(&self, host: &mut dyn Host) -> bool {
+    pub fn turn(&self, host: &mut Host) -> bool {
         let next = || self.waiting.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
         let done = std::iter::from_fn(next).take(PER_TURN).map(|errand| errand.run(host)).count();
         if done == PER_TURN {
@@ -123,7 +123,7 @@ impl Errands {
 }
 
 impl Errand {
-    fn run(self, host: &mut dyn Host) {
+    fn run(self, host: &mut Host) {
         let Self { work, cell, tell, permit } = self;
         // Who asked may have taken the errand back.
         if let Some(cell) = cell.upgrade() {

@@ -203,7 +203,7 @@ impl Machine {
 
     /// Does some of what devices ask `main` for. That, or that the console has room again after
     /// `type_on_console` took fewer bytes than given, is what [`Machine::wake_fd`] tells of.
-    pub fn attend(&mut self, host: &mut dyn Host) {
+    pub fn attend(&mut self, host: &mut Host) {
         // Nothing written: another look may have taken the count away.
         let _ = self.wake.read();
         self.errands.turn(host);

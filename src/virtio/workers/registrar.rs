@@ -118,7 +118,7 @@ impl Desk {
     pub fn ask(
         &self,
         token: u32,
-        work: impl FnOnce(&mut dyn Host) -> Answer + Send + 'static,
+        work: impl FnOnce(&mut Host) -> Answer + Send + 'static,
     ) -> Result<Pending> {
         let (event_loop, slot) = (self.event_loop.clone(), self.slot);
         self.errands.ask(work, move |answered| {
