@@ -517,6 +517,38 @@ fn a_block_device_that_is_in_use_is_not_written() {
 }
 
 #[test]
+fn a_disk_of_which_a_partition_is_in_use_is_not_written() {
+    let folder = Folder::on_disk();
+    let (path, _) = image(&folder, 4 << 20);
+    let (device, part) = BlockDevice::with_partition(&path, 1 << 20, 2 << 20);
+    let whole = device.path.clone();
+    output("mke2fs", &["-q", "-F", part.to_str().unwrap()]);
+    let place = folder.path("mounted");
+    std::fs::create_dir(&place).unwrap();
+    mount_tmpfs(&place, 4096);
+    let mounted = place.to_str().unwrap();
+    let open = |path: &Path, more| Disk::new(config(path, "Sync", more)).map(drop);
+    for options in ["rw", "ro"] {
+        output("mount", &["-o", options, part.to_str().unwrap(), mounted]);
+        for (path, what) in [(&whole, "a part of it"), (&part, "it")] {
+            let error = open(path, json!({})).unwrap_err();
+            let reason = format!("it is in use by the host, which has {what} mounted at `{mounted}`");
+            assert!(error.contains(&reason), "{error}");
+            open(path, json!({ "is_read_only": true })).unwrap();
+            open(path, json!({ "lock": false })).unwrap();
+        }
+        output("umount", &[mounted]);
+    }
+    // Of a disk and its partition, one is written at a time.
+    let of_part = Disk::new(config(&part, "Sync", json!({}))).unwrap();
+    let error = open(&whole, json!({})).unwrap_err();
+    assert!(error.contains("it is in use by"), "{error}");
+    drop(of_part);
+    open(&whole, json!({})).unwrap();
+    output("umount", &[mounted]);
+}
+
+#[test]
 fn a_block_device_that_cannot_be_written_is_only_read() {
     for engine in ENGINES {
         let folder = Folder::on_disk();

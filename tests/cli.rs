@@ -409,10 +409,14 @@ fn a_limit_of_file_sizes_is_an_error_of_what_is_written() {
     let folder = Folder::new();
     let disk = folder.write("disk", vec![0; 1 << 20]);
     // The guest's case writes the disk's second sector.
-    let disk = format!("{},engine=sync", disk.display());
-    let ended = Process::spawn(limited(&["run", "--disk", &disk, "--cmdline", "case=block"], LIMIT)).end();
-    assert_eq!(ended.code, Some(1), "{}", ended.text);
-    assert!(ended.text.contains("expected status 0 for a write, found 1"), "{}", ended.text);
+    for engine in ["sync", "async"] {
+        let disk = format!("{},engine={engine}", disk.display());
+        let ended =
+            Process::spawn(limited(&["run", "--disk", &disk, "--cmdline", "case=block"], LIMIT)).end();
+        assert_eq!(ended.code, Some(1), "{engine}: {}", ended.text);
+        assert!(ended.text.contains("expected status 0 for a write, found 1"), "{engine}: {}", ended.text);
+        assert!(!ended.text.contains("instead of Async"), "{}", ended.text);
+    }
     // Console, log, events and metrics go to files that may not grow, and the guest ends as it would.
     let path = |name: &str| folder.path(name).display().to_string();
     let (log, events, metrics) = (path("log"), path("events"), path("metrics"));

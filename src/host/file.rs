@@ -1,6 +1,7 @@
 //! The one way in which the files that a configuration names are opened: nothing at a path keeps the
 //! process waiting, and only what has content with an end is taken.
 
+use std::ffi::OsString;
 use std::fs::{File, FileType, Metadata, OpenOptions};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
@@ -87,19 +88,41 @@ impl Sharing {
 fn claimant(path: &Path) -> String {
     let unknown = "the host (it or a part of it is mounted, or belongs to another device) or another process";
     let Ok(metadata) = std::fs::metadata(path) else { return unknown.to_owned() };
-    let (major, minor) = (libc::major(metadata.rdev()), libc::minor(metadata.rdev()));
+    let number = format!("{}:{}", libc::major(metadata.rdev()), libc::minor(metadata.rdev()));
     let mounts = std::fs::read_to_string("/proc/thread-self/mountinfo").unwrap_or_default();
     // proc_pid_mountinfo(5): the third word is the device, the fifth where it is mounted.
-    let place = mounts.lines().find_map(|line| {
-        let mut words = line.split(' ').skip(2);
-        (words.next()? == format!("{major}:{minor}")).then(|| words.nth(1)).flatten()
-    });
+    let mounted = |number: &str| {
+        mounts.lines().find_map(|line| {
+            let mut words = line.split(' ').skip(2);
+            (words.next()? == number).then(|| words.nth(1)).flatten()
+        })
+    };
+    if let Some(place) = mounted(&number) {
+        return format!("the host, which has it mounted at `{place}`");
+    }
+    // A partition has a folder in that of its disk, and what is made of a device is in its `holders`.
+    let folder = Path::new("/sys/dev/block").join(number);
+    let parts = names(&folder).map(|name| folder.join(name)).filter(|part| part.join("partition").exists());
+    let parts: Vec<_> = parts.collect();
+    for part in &parts {
+        let number = std::fs::read_to_string(part.join("dev")).unwrap_or_default();
+        if let Some(place) = mounted(number.trim()) {
+            return format!("the host, which has a part of it mounted at `{place}`");
+        }
+    }
+    if let Some(holder) =
+        parts.iter().chain([&folder]).find_map(|device| names(&device.join("holders")).next())
+    {
+        return format!("`{}`, a device of the host that is made of it", holder.display());
+    }
     let same =
         |_: &Path, other: &Metadata| other.file_type().is_block_device() && other.rdev() == metadata.rdev();
-    match place {
-        Some(place) => format!("the host, which has it mounted at `{place}`"),
-        None => user(same).unwrap_or_else(|| unknown.to_owned()),
-    }
+    user(same).unwrap_or_else(|| unknown.to_owned())
+}
+
+/// What is in a folder; nothing, if it cannot be looked at.
+fn names(folder: &Path) -> impl Iterator<Item = OsString> {
+    std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.file_name())
 }
 
 /// Who holds a lock on `file`, as far as can be told; not by this descriptor.
