@@ -104,7 +104,7 @@ impl Client {
     fn next(&mut self) -> Option<(Type, Vec<u8>)> {
         let mut bytes = [0; 1 << 16];
         loop {
-            if let Some((kind, content)) = self.inbox.next().unwrap() {
+            if let Some((kind, content)) = self.inbox.pop().unwrap() {
                 return Some((kind, content.to_vec()));
             }
             match self.stream.read(&mut bytes) {

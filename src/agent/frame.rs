@@ -118,7 +118,7 @@ impl Inbox {
     }
 
     /// The next whole frame, if there is one.
-    pub fn next(&mut self) -> Result<Option<(Type, &[u8])>> {
+    pub fn pop(&mut self) -> Result<Option<(Type, &[u8])>> {
         match first(&self.bytes[self.used..])? {
             Some((kind, content, length)) => {
                 self.used += length;
@@ -154,7 +154,7 @@ mod tests {
             let (mut inbox, mut seen) = (Inbox::default(), Vec::new());
             for bytes in stream.chunks(piece) {
                 inbox.push(bytes);
-                while let Some((kind, content)) = inbox.next().unwrap() {
+                while let Some((kind, content)) = inbox.pop().unwrap() {
                     seen.push((kind, content.to_vec()));
                 }
                 inbox.shrink();

@@ -3,10 +3,11 @@
 
 pub mod frame;
 mod host;
+pub mod init;
 mod process;
 pub mod request;
 mod session;
-mod system;
+pub mod system;
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -77,7 +78,7 @@ impl Agent {
     /// An agent for those that connect to `listener`.
     pub fn new(listener: Listener) -> Result<Self> {
         let events = Events::new()?;
-        let children = system::child_ends().context("watch for the end of processes")?.into();
+        let children = system::watch(&[libc::SIGCHLD]).context("watch for the end of processes")?.into();
         events.add(&listener.0, Interest::IN, LISTENER)?;
         events.add(&children, Interest::IN, CHILDREN)?;
         Ok(Self {

@@ -198,7 +198,7 @@ impl Session {
         };
         let mut inbox = std::mem::take(&mut self.inbox);
         inbox.push(&scratch[..count]);
-        while let Some((kind, content)) = inbox.next()?
+        while let Some((kind, content)) = inbox.pop()?
             && !self.is_over
         {
             self.take(kind, content)?;

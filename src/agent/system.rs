@@ -76,16 +76,37 @@ pub fn accept(listener: &impl AsRawFd) -> Result<(OwnedFd, Option<u32>)> {
     Ok((stream, is_vsock.then_some(address.svm_cid)))
 }
 
-/// A descriptor that is readable when a child has ended; SIGCHLD is blocked for it, which programs that are
+/// A descriptor that is readable when one of these signals has come. They are blocked for it, which programs that are
 /// started do not inherit (`std::process::Command` gives them an empty mask).
-pub fn child_ends() -> Result<OwnedFd> {
+pub fn watch(signals: &[i32]) -> Result<OwnedFd> {
     // SAFETY: the set is plain data that sigemptyset initialises; the calls use it, and change this thread's mask.
     unsafe {
         let mut set: libc::sigset_t = mem::zeroed();
         libc::sigemptyset(&mut set);
-        libc::sigaddset(&mut set, libc::SIGCHLD);
+        for signal in signals {
+            libc::sigaddset(&mut set, *signal);
+        }
         libc::pthread_sigmask(libc::SIG_BLOCK, &set, ptr::null_mut());
         owned(libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK))
+    }
+}
+
+/// The next signal that came to such a descriptor.
+pub fn next_signal(mut watched: impl std::io::Read) -> Option<u8> {
+    let mut told = [0; mem::size_of::<libc::signalfd_siginfo>()];
+    let count = watched.read(&mut told).ok()?;
+    // Its first field is the number (signalfd(2)).
+    let number = told[..count].first_chunk().map(|number| u32::from_ne_bytes(*number))?;
+    u8::try_from(number).ok()
+}
+
+/// The size of the terminal that this is, if it is one.
+pub fn window(terminal: &impl AsRawFd) -> Option<Window> {
+    // SAFETY: the structure is plain data of which zeros are valid, and the call writes it.
+    unsafe {
+        let mut size: libc::winsize = mem::zeroed();
+        check(libc::ioctl(terminal.as_raw_fd(), libc::TIOCGWINSZ, &mut size)).ok()?;
+        Some(Window { rows: size.ws_row, columns: size.ws_col })
     }
 }
 
@@ -272,8 +293,8 @@ pub fn bring_up(interface: &str, address: Option<(Ipv4Addr, u8)>) -> Result<()> 
     for (to, from) in request.ifr_name.iter_mut().zip(interface.bytes()) {
         *to = from as _;
     }
-    // SAFETY: the call reads and writes the local structure.
     let tell = |call: libc::c_ulong, request: &mut libc::ifreq| {
+        // SAFETY: the call reads and writes the local structure.
         check(unsafe { libc::ioctl(socket.as_raw_fd(), call as _, ptr::from_mut(request)) })
     };
     if let Some((address, prefix)) = address {
@@ -331,4 +352,25 @@ pub fn addresses() -> Vec<IpAddr> {
         libc::freeifaddrs(list);
     }
     found
+}
+/// Makes the folder that this process is in, a mount point, the root of everything.
+pub fn become_root() -> Result<()> {
+    mount(".", "/", "", libc::MS_MOVE, "")?;
+    // SAFETY: the call reads a static string.
+    check(unsafe { libc::chroot(c".".as_ptr()) })?;
+    std::env::set_current_dir("/")
+}
+
+/// Loads a kernel module; one that is there already is no error.
+pub fn load_module(file: &impl AsRawFd, is_compressed: bool) -> Result<()> {
+    /// The kernel unpacks it (linux/module.h, MODULE_INIT_COMPRESSED_FILE; since Linux 5.17).
+    const COMPRESSED: libc::c_int = 4;
+    let flags = if is_compressed { COMPRESSED } else { 0 };
+    // SAFETY: the call takes numbers and a static string.
+    let returned =
+        unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), c"".as_ptr(), flags) } as i32;
+    match check(returned) {
+        Err(error) if error.raw_os_error() != Some(libc::EEXIST) => Err(error),
+        _ => Ok(()),
+    }
 }

@@ -13,6 +13,7 @@ mod terminal;
 use std::io::{IsTerminal, Write};
 use std::path::Path;
 
+use crate::agent::init;
 use crate::api::{Controller, Server};
 use crate::clock;
 use crate::dialect::Dialect;
@@ -38,6 +39,9 @@ const WRONG_ARGUMENTS: u8 = 153;
 pub fn main() -> u8 {
     clock::begin();
     signals::survive_file_size_limit();
+    if init::is_init(&std::env::args_os().next().unwrap_or_default()) {
+        return told(init::run());
+    }
     let command = match arguments::parse(std::env::args_os()) {
         Ok(command) => command,
         Err(message) => {

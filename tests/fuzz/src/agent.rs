@@ -10,7 +10,7 @@ fn frames(stream: &[u8], piece: usize) -> (Vec<(Type, Vec<u8>)>, bool) {
     for bytes in stream.chunks(piece) {
         inbox.push(bytes);
         loop {
-            match inbox.next() {
+            match inbox.pop() {
                 Ok(Some((kind, content))) => seen.push((kind, content.to_vec())),
                 Ok(None) => break,
                 Err(_) => return (seen, true),

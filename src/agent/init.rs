@@ -1,0 +1,189 @@
+//! Process 1 of a guest: from the kernel's first program to a system that others can run in.
+
+use std::fs;
+use std::io::{ErrorKind, Result as IoResult};
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+use super::{Agent, Listener, PORT, host, request::Set, system};
+use crate::error::{Context, Error, Result};
+
+/// Where an initial ramdisk has what is ours: this program, [`Boot`], modules.
+pub const FOLDER: &str = ".alula";
+/// What the program is called there. Process 1 is an init only by this name.
+pub const NAME: &str = "init";
+/// What [`Boot`] is called there, as JSON.
+pub const BOOT: &str = "boot.json";
+/// The folder of modules there.
+pub const MODULES: &str = "modules";
+/// How long a disk may take to appear once its driver is loaded.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// What the init is to do.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Boot {
+    /// Files of modules, in the order to load them.
+    #[serde(default)]
+    pub modules: Vec<String>,
+    /// The disk that the root file system is on; none: it is the initial ramdisk.
+    #[serde(default)]
+    pub disk: Option<Disk>,
+    /// What else the guest is told.
+    #[serde(default)]
+    pub hostname: Option<String>,
+}
+
+/// A disk with a root file system.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Disk {
+    /// `/dev/vda`.
+    pub device: String,
+    /// Its file system's types, of which one is the right one.
+    pub types: Vec<String>,
+    /// What is written goes to the disk; else to memory.
+    pub writable: bool,
+}
+
+/// Whether this process, started by this name, is a guest's init.
+pub fn is_init(program: &std::ffi::OsStr) -> bool {
+    std::process::id() == 1 && Path::new(program).file_name().is_some_and(|name| name == NAME)
+}
+
+/// Sets the guest up, and is its agent for ever. What fails is told on the console.
+pub fn run() -> Result<()> {
+    let ours = Path::new("/").join(FOLDER);
+    mount_kernel_file_systems().context("mount /proc, /sys and /dev")?;
+    let path = ours.join(BOOT);
+    let boot: Boot = match fs::read(&path) {
+        Ok(text) => serde_json::from_slice(&text).with_context(|| format!("read `{}`", path.display()))?,
+        // An initial ramdisk of somebody else's, with this program in it.
+        Err(_) => Boot::default(),
+    };
+    load_modules(&ours.join(MODULES), &boot.modules)?;
+    if let Some(disk) = &boot.disk {
+        enter(disk).with_context(|| format!("make {} the root file system", disk.device))?;
+    }
+    mount_others().context("mount the file systems that programs expect")?;
+    system::bring_up("lo", None).context("bring the loopback interface up")?;
+    host::set(&Set { hostname: boot.hostname, ..Set::default() })?;
+    Agent::new(Listener::vsock(PORT)?)?.run()
+}
+
+fn make_folder(path: &str) -> IoResult<()> {
+    match fs::create_dir(path) {
+        // Of a file system that cannot be written, which has it or can do without.
+        Err(error) if matches!(error.kind(), ErrorKind::AlreadyExists | ErrorKind::ReadOnlyFilesystem) => {
+            Ok(())
+        }
+        result => result,
+    }
+}
+
+fn mount_kernel_file_systems() -> IoResult<()> {
+    let nothing = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
+    for (kind, path, flags) in
+        [("proc", "/proc", nothing), ("sysfs", "/sys", nothing), ("devtmpfs", "/dev", libc::MS_NOSUID)]
+    {
+        make_folder(path)?;
+        match system::mount(kind, path, kind, flags, "") {
+            // A kernel mounts /dev by itself if it was built so.
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {}
+            result => result?,
+        }
+    }
+    Ok(())
+}
+
+fn load_modules(folder: &Path, names: &[String]) -> Result<()> {
+    for name in names {
+        let path = folder.join(name);
+        let is_compressed = !name.ends_with(".ko");
+        let file = fs::File::open(&path).with_context(|| format!("open `{}`", path.display()))?;
+        if let Err(error) = system::load_module(&file, is_compressed) {
+            // The guest may do without it; what needs it says so.
+            eprintln!("alula: load module `{name}`: {error}");
+        }
+        // Its memory is the guest's.
+        let _ = fs::remove_file(path);
+    }
+    Ok(())
+}
+
+/// Goes on with the file system on a disk as the root: the disk itself, or memory over it.
+fn enter(disk: &Disk) -> Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    while !Path::new(&disk.device).exists() {
+        if Instant::now() > deadline {
+            return Err(Error::guest("the disk does not appear: is the driver of its device loaded?"));
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let (lower, memory, root) = ("/.alula/disk", "/.alula/memory", "/.alula/root");
+    for folder in [lower, memory, root] {
+        make_folder(folder).with_context(|| format!("create `{folder}`"))?;
+    }
+    let place = if disk.writable { root } else { lower };
+    let flags = if disk.writable { 0 } else { libc::MS_RDONLY };
+    let mut result = Err(ErrorKind::InvalidInput.into());
+    for kind in &disk.types {
+        result = system::mount(&disk.device, place, kind, flags, "");
+        if result.is_ok() {
+            break;
+        }
+    }
+    result.with_context(|| format!("mount it as {}", disk.types.join(" or ")))?;
+    if !disk.writable {
+        system::mount("tmpfs", memory, "tmpfs", 0, "mode=755").context("mount memory")?;
+        let (upper, work) = ("/.alula/memory/upper", "/.alula/memory/work");
+        for folder in [upper, work] {
+            make_folder(folder).with_context(|| format!("create `{folder}`"))?;
+        }
+        let options = format!("lowerdir={lower},upperdir={upper},workdir={work}");
+        system::mount("overlay", root, "overlay", 0, &options)
+            .context("mount memory over it (it needs overlayfs in the kernel)")?;
+    }
+    for folder in ["dev", "proc", "sys"] {
+        let to = format!("{root}/{folder}");
+        make_folder(&to).with_context(|| format!("create `{to}`"))?;
+        system::mount(&format!("/{folder}"), &to, "", libc::MS_MOVE, "")
+            .with_context(|| format!("move /{folder} there"))?;
+    }
+    std::env::set_current_dir(root).and_then(|()| system::become_root()).context("enter it")
+}
+
+fn mount_others() -> IoResult<()> {
+    let nothing = libc::MS_NOSUID | libc::MS_NODEV;
+    for (path, mode) in [("/tmp", 0o1777), ("/run", 0o755), ("/dev/shm", 0o1777)] {
+        make_folder(path)?;
+        // What a root file system brings stays visible.
+        if fs::read_dir(path)?.next().is_none() {
+            system::mount("tmpfs", path, "tmpfs", nothing, &format!("mode={mode:o}"))?;
+        } else {
+            // One that cannot be written stays as it is.
+            let _ = fs::set_permissions(path, fs::Permissions::from_mode(mode));
+        }
+    }
+    make_folder("/dev/pts")?;
+    system::mount(
+        "devpts",
+        "/dev/pts",
+        "devpts",
+        libc::MS_NOSUID | libc::MS_NOEXEC,
+        "mode=620,ptmxmode=666",
+    )?;
+    for (name, target) in [
+        ("/dev/fd", "/proc/self/fd"),
+        ("/dev/stdin", "/proc/self/fd/0"),
+        ("/dev/stdout", "/proc/self/fd/1"),
+        ("/dev/stderr", "/proc/self/fd/2"),
+    ] {
+        // There already.
+        let _ = symlink(target, name);
+    }
+    Ok(())
+}
