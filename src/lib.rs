@@ -12,6 +12,7 @@
 //!   [`errands`]: what io threads have `main` do. [`jobs`]: what `main` has others do.
 //! - [`archive`]: files and trees as tar streams.
 //!   [`agent`]: what this program does inside a guest: an init that starts programs for the host.
+//!   [`guest`]: what the host asks of it, and what a guest is made of in which it is.
 //! - [`platform`]: what boot tables must say, as plain data. [`part`]: what is done with every part of a
 //!   machine. [`bus`]: address to device.
 //! - [`arch`]: everything that differs between x86_64 and aarch64, behind one set of names.
@@ -69,6 +70,7 @@ pub mod error;
 pub mod event;
 pub mod events;
 pub mod firmware;
+pub mod guest;
 pub mod host;
 pub mod jobs;
 pub mod json;

@@ -2,6 +2,7 @@
 
 pub mod agent;
 pub mod ctl;
+pub mod exec;
 mod run;
 mod serve;
 
@@ -30,6 +31,9 @@ Commands:
   run       Boot a guest, put its console on this terminal and return how it ended
   serve     Wait for requests on a control socket (Firecracker's API)
   ctl       Ask a running microVM something, or tell it to do something
+  exec      Run a command in a guest that is up
+  cp        Copy files into a guest that is up, or out of it
+  wait      Wait until the agent in a guest answers
   agent     Be the agent in a guest: start programs there for the host
   check     Look for everything wrong with a config file, without starting anything
   schema    Print the schema of the API or of config files, for programs
@@ -40,7 +44,8 @@ Commands:
 `alula COMMAND --help` tells more. -V, --version prints the version.
 ";
 
-const COMMANDS: &str = "run, serve, ctl, agent, check, schema, firmware, help or version; see `alula --help`";
+const COMMANDS: &str =
+    "run, serve, ctl, exec, cp, wait, agent, check, schema, firmware, help or version; see `alula --help`";
 
 const FIRMWARE_HELP: &str = "\
 Write the image of the embedded firmware guest to standard output.
@@ -80,6 +85,9 @@ pub enum Command {
     Serve(Serve),
     Ctl(ctl::Ctl),
     Agent(agent::Agent),
+    Exec(exec::Exec),
+    Copy(exec::Copy),
+    Wait(exec::Wait),
     /// Validate the config file at this path.
     Check(PathBuf),
     Firmware,
@@ -143,6 +151,9 @@ fn alula(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, Strin
         Some("run") => (run::parse(&mut parser), "run"),
         Some("serve") => (serve::parse(&mut parser, Persona::Alula), "serve"),
         Some("ctl") => (ctl::parse(&mut parser), "ctl"),
+        Some("exec") => (exec::exec(&mut parser), "exec"),
+        Some("cp") => (exec::cp(&mut parser), "cp"),
+        Some("wait") => (exec::wait(&mut parser), "wait"),
         Some("agent") => (agent::parse(&mut parser), "agent"),
         Some("check") => (check(&mut parser), "check"),
         Some("schema") => (schema(&mut parser), "schema"),
@@ -370,7 +381,7 @@ mod tests {
         };
         let commands = HELP.split("Commands:\n").nth(1).unwrap().split("\n\n").next().unwrap();
         let names: Vec<_> = commands.lines().filter_map(|line| line.split_whitespace().next()).collect();
-        assert!(names.len() == 9 && names.iter().all(|name| COMMANDS.contains(name)), "{names:?}");
+        assert!(names.len() == 12 && names.iter().all(|name| COMMANDS.contains(name)), "{names:?}");
         for name in names {
             let help = text(&format!("{name} --help"));
             assert_eq!(help, text(&format!("help {name}")), "{name}");

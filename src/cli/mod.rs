@@ -4,9 +4,11 @@ mod agent;
 mod arguments;
 mod check;
 mod ctl;
+mod exec;
 mod monitor;
 mod outputs;
 mod persona;
+mod session;
 mod signals;
 mod terminal;
 
@@ -59,6 +61,9 @@ pub fn main() -> u8 {
             finish(feed, FAILED_SERVE, |feed| serve(arguments, feed))
         }
         Command::Ctl(arguments) => told(ctl::run(&arguments)),
+        Command::Exec(arguments) => exec::exec(arguments),
+        Command::Copy(arguments) => told(exec::copy(&arguments)),
+        Command::Wait(arguments) => exec::wait(&arguments),
         Command::Agent(arguments) => told(agent::run(arguments)),
         Command::Check(path) => check::run(&path),
         Command::Print(text) => print(text.as_bytes()),

@@ -1,0 +1,5 @@
+//! What the host does with the agent in a guest (docs/agent.md), and what a guest is made of whose first program the
+//! agent is.
+
+pub mod call;
+pub mod runtime;
