@@ -140,7 +140,7 @@ mod tests {
     use std::os::unix::net::UnixStream;
 
     use super::*;
-    use crate::host::Local;
+    use crate::host::Host;
 
     fn errands() -> Arc<Errands> {
         Errands::new(Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap()))
@@ -178,7 +178,7 @@ mod tests {
         }
         for turn in 1..=UNDER_WAY_MAX / PER_TURN {
             errands.wake.read().expect("main is woken for those that are left");
-            assert!(errands.turn(&mut Local::default()));
+            assert!(errands.turn(&mut Host::default()));
             assert_eq!(told.lock().unwrap().len(), turn * PER_TURN);
         }
         assert!(ask().is_err(), "none of the answers has reached its worker");
@@ -189,8 +189,8 @@ mod tests {
         assert!(ask().is_err());
         // Taken back before it was done: its place is free once main has seen that.
         drop(next);
-        assert!(errands.turn(&mut Local::default()));
-        assert!(!errands.turn(&mut Local::default()));
+        assert!(errands.turn(&mut Host::default()));
+        assert!(!errands.turn(&mut Host::default()));
         assert!(ask().is_ok());
     }
 
@@ -204,7 +204,7 @@ mod tests {
         let tell = told.clone();
         let late =
             errands.ask(|_| Ok(given), move |answered| *tell.lock().unwrap() = Some(answered)).unwrap();
-        errands.turn(&mut Local::default());
+        errands.turn(&mut Host::default());
         let answered = told.lock().unwrap().take().unwrap();
         assert!(answered.is_wanted() && !is_closed(&end));
         drop(late);

@@ -282,7 +282,7 @@ fn a_device_goes_on_in_a_machine_built_anew() {
 #[test]
 fn a_queue_half_processed_is_processed_once_after_a_restore() {
     const REQUESTS: u16 = 16;
-    let open = |device: &Device, name: &str| device.open(name, &mut Local::default()).unwrap();
+    let open = |device: &Device, name: &str| device.open(name, &mut alula::host::Host::default()).unwrap();
     let memory = || memory::allocate(&[memory::Range { start: 0, size: driver::MEMORY }]).unwrap();
     Host::new().each(|_, kind, device| {
         let sizes = open(device, "contract").queue_sizes().to_vec();
@@ -1180,7 +1180,8 @@ fn a_generator_gives_no_more_than_its_rate_limit_lets_through() {
         assert!(throttled || done == 8, "{body}: {metrics:?}");
         // A restore fills no bucket.
         let suspended = guest.suspend();
-        let device = kind.parse(body.as_bytes()).unwrap().open("contract", &mut Local::default()).unwrap();
+        let device =
+            kind.parse(body.as_bytes()).unwrap().open("contract", &mut alula::host::Host::default()).unwrap();
         let memory = memory::allocate(&[memory::Range { start: 0, size: driver::MEMORY }]).unwrap();
         let mut guest = Guest::by_hand(Kind::Mmio, device, memory);
         guest.take_over(&suspended).unwrap();

@@ -89,7 +89,7 @@ impl Calling {
         }
         if self.pending.is_none() && self.stream.is_none() {
             let path = self.caller.path.clone();
-            let connect = move |_: &mut dyn alula::host::Host| Ok(socket::connect(&path)?.into());
+            let connect = move |_: &mut alula::host::Host| Ok(socket::connect(&path)?.into());
             self.pending = Some(self.desk.as_ref().unwrap().ask(ANSWER, connect)?);
             self.caller.notes.asked.fetch_add(1, SeqCst);
         }

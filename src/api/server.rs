@@ -437,7 +437,7 @@ mod tests {
             for _ in 0..2 * CONNECTIONS_MAX {
                 events.wait(Some(Duration::ZERO), &mut ready).unwrap();
                 for event in &ready {
-                    server.handle(*event, &events, &mut |_, _, _| Response::Done).unwrap();
+                    server.handle(*event, &events, &mut |_, _, _| Response::Done.into()).unwrap();
                 }
             }
         };

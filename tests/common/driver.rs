@@ -8,7 +8,7 @@ use alula::bus::BusDevice;
 use alula::errands::Errands;
 use alula::error::Result;
 use alula::event::EventFd;
-use alula::host::Local;
+use alula::host::Host;
 use alula::memory::{self, Memory, Range};
 use alula::pci::msix::Msix;
 use alula::pci::root::Function;
@@ -151,7 +151,7 @@ impl Guest {
     /// A machine built anew with `device` in it, and memory full of zeros.
     pub fn new(kind: Kind, device: Box<dyn VirtioDevice>) -> Self {
         let memory = memory::allocate(&[Range { start: 0, size: MEMORY }]).unwrap();
-        let errands = Errands::new(Arc::new(event()));
+        let errands = Errands::new(event());
         let event_loop = Loop::new("io", &errands).unwrap();
         event_loop.start().unwrap();
         Self::build(kind, device, memory, Io::Thread(event_loop, errands))
@@ -206,8 +206,8 @@ impl Guest {
     /// One turn of `main`; false: the device asks for nothing.
     pub fn do_errands(&self) -> bool {
         match &self.io {
-            Io::ByHand(by_hand) => by_hand.errands().turn(&mut Local::default()),
-            Io::Thread(_, errands) => errands.turn(&mut Local::default()),
+            Io::ByHand(by_hand) => by_hand.errands().turn(&mut Host::default()),
+            Io::Thread(_, errands) => errands.turn(&mut Host::default()),
         }
     }
 
