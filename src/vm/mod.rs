@@ -4,6 +4,7 @@ pub mod exit;
 pub mod gate;
 pub mod irq;
 pub mod posted;
+pub mod state;
 pub mod vcpu;
 
 use std::fs::File;
@@ -82,6 +83,8 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd> {
 
 /// A virtual machine.
 pub struct Vm {
+    /// What is asked of KVM itself when the machine is saved.
+    kvm: Kvm,
     fd: VmFd,
     cpu_model: CpuModel,
     max_vcpus: usize,
@@ -93,8 +96,8 @@ pub struct Vm {
     message_frame: Option<MessageFrame>,
     /// What its start is made of.
     pub timeline: Timeline,
-    /// KVM's device for it lives as long as this (aarch64).
-    _controller: Option<arch::InterruptController>,
+    /// Made with the CPUs.
+    controller: Option<arch::InterruptController>,
 }
 
 impl Vm {
@@ -108,6 +111,7 @@ impl Vm {
         }
         timeline.mark("memory");
         Ok(Self {
+            kvm,
             fd,
             cpu_model,
             max_vcpus,
@@ -116,7 +120,7 @@ impl Vm {
             posted: Mutex::default(),
             message_frame: None,
             timeline,
-            _controller: None,
+            controller: None,
         })
     }
 
@@ -140,7 +144,7 @@ impl Vm {
             .map(|index| self.fd.create_vcpu(index).with_context(|| format!("create vCPU {index}")))
             .collect::<Result<Vec<_>>>()?;
         self.cpu_model.apply(&self.fd, &vcpus, platform, modifiers)?;
-        self._controller = Some(arch::after_vcpus(&self.fd, &vcpus, platform)?);
+        self.controller = Some(arch::after_vcpus(&self.fd, &vcpus, platform)?);
         self.message_frame = platform.message_frame();
         self.timeline.mark("CPUs");
         Ok(vcpus)

@@ -4,8 +4,11 @@ mod acpi;
 mod boot;
 mod cpuid;
 mod elf;
+mod ioctls;
 pub mod layout;
+mod msrs;
 mod registers;
+mod state;
 
 use kvm_bindings::{
     CpuId, KVM_CAP_X2APIC_API, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
@@ -16,6 +19,7 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 pub use boot::{Entry, load};
 pub use registers::{boot, is_halted_for_good, refuse_instruction, tell_that_it_stood_still};
+pub use state::{VcpuState, VmState, restore_vcpus, restore_vm, save_vcpus, save_vm};
 
 use crate::error::{Context, Result};
 use crate::platform::{CpuidModifier, Node, Platform};

@@ -1,0 +1,229 @@
+//! What KVM holds of a guest, as plain data: the only place that says in which order it is read and written
+//! back. The CPUs must not run, and no device may raise an interrupt meanwhile.
+
+use std::ops::Deref;
+
+use kvm_bindings::{
+    CpuId, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES,
+    kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_regs,
+    kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use serde::{Deserialize, Serialize};
+
+use super::{InterruptController, ioctls, msrs, tell_that_it_stood_still};
+use crate::error::{Context, Error, Result};
+
+/// More model-specific registers than any KVM has: a saved state cannot keep KVM busy with more.
+const MSRS_MAX: usize = 1024;
+
+/// The interrupt controllers of a machine; which stands where in [`VmState::chips`].
+const CHIPS: [(u32, &str); 3] = [
+    (KVM_IRQCHIP_PIC_MASTER, "the first PIC"),
+    (KVM_IRQCHIP_PIC_SLAVE, "the second PIC"),
+    (KVM_IRQCHIP_IOAPIC, "the I/O APIC"),
+];
+
+const CR0_PG: u64 = 1 << 31;
+const CR4_PAE: u64 = 1 << 5;
+const EFER_LMA: u64 = 1 << 10;
+
+/// What KVM holds of a machine beside its CPUs.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct VmState {
+    chips: [kvm_irqchip; CHIPS.len()],
+    /// With what KVM tells beside: the host's time of day and time stamp counter at that moment.
+    clock: kvm_clock_data,
+}
+
+/// What KVM holds of a CPU.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct VcpuState {
+    mp_state: kvm_mp_state,
+    regs: kvm_regs,
+    sregs: kvm_sregs,
+    /// The page directory pointers of a CPU in PAE mode.
+    pdptrs: Option<[u64; 4]>,
+    xsave: Vec<u32>,
+    xcrs: kvm_xcrs,
+    debug: kvm_debugregs,
+    lapic: kvm_lapic_state,
+    cpuid: Vec<kvm_cpuid_entry2>,
+    tsc_khz: u32,
+    /// None: KVM does not tell.
+    tsc_offset: Option<u64>,
+    msrs: Vec<msrs::Msr>,
+    events: kvm_vcpu_events,
+}
+
+/// What KVM holds of a machine; its lines and devices are quiet.
+pub fn save_vm(vm: &VmFd, _controller: &InterruptController) -> Result<VmState> {
+    let mut chips = [kvm_irqchip::default(); CHIPS.len()];
+    for (chip, (id, name)) in chips.iter_mut().zip(CHIPS) {
+        chip.chip_id = id;
+        vm.get_irqchip(chip).with_context(|| format!("get the state of {name}"))?;
+    }
+    let clock = vm.get_clock().context("get the guest's KVM clock")?;
+    Ok(VmState { chips, clock })
+}
+
+/// Gives a machine that was just built the state of another one.
+pub fn restore_vm(vm: &VmFd, _controller: &InterruptController, state: &VmState) -> Result<()> {
+    let VmState { chips, clock } = state;
+    // Before the CPUs: what an I/O APIC has pending it sends to local APICs, which are then overwritten by what
+    // they had received when they were saved.
+    for (chip, (id, name)) in chips.iter().zip(CHIPS) {
+        let chip = kvm_irqchip { chip_id: id, ..*chip };
+        vm.set_irqchip(&chip).with_context(|| format!("set the state of {name}"))?;
+    }
+    // Without flags the clock goes on where it was: with the host's time of day, it would jump by the time
+    // since then. Before the CPUs: their clock registers make KVM write the time into the guest's memory.
+    let clock = kvm_clock_data { clock: clock.clock, ..Default::default() };
+    vm.set_clock(&clock).context("set the guest's KVM clock")
+}
+
+/// What KVM holds of the CPUs.
+pub fn save_vcpus(
+    kvm: &Kvm,
+    vm: &VmFd,
+    vcpus: &[impl Deref<Target = VcpuFd>],
+) -> Result<Vec<VcpuState>> {
+    let Some(first) = vcpus.first() else { return Ok(Vec::new()) };
+    let (indices, words) = (msrs::of_cpus(kvm, first)?, ioctls::xsave_words(vm));
+    let save = |(index, vcpu): (usize, &_)| {
+        save_vcpu(vm, vcpu, &indices, words).with_context(|| format!("save CPU {index}"))
+    };
+    vcpus.iter().map(Deref::deref).enumerate().map(save).collect()
+}
+
+fn save_vcpu(vm: &VmFd, vcpu: &VcpuFd, indices: &[u32], xsave_words: usize) -> Result<VcpuState> {
+    // First: KVM lets a CPU take start-up interrupts that it has not seen yet, which sets other registers.
+    let mp_state = vcpu.get_mp_state().context("get the run state")?;
+    let regs = vcpu.get_regs().context("get the registers")?;
+    let sregs = vcpu.get_sregs().context("get the system registers")?;
+    let is_pae = sregs.cr0 & CR0_PG != 0 && sregs.cr4 & CR4_PAE != 0 && sregs.efer & EFER_LMA == 0;
+    let pdptrs = match is_pae && vm.check_extension_raw(kvm_bindings::KVM_CAP_SREGS2.into()) > 0 {
+        true => ioctls::page_directory_pointers(vcpu).context("get the page directory pointers")?,
+        false => None,
+    };
+    let xsave = ioctls::xsave(vcpu, xsave_words).context("get the registers of the FPU (XSAVE)")?;
+    let xcrs = vcpu.get_xcrs().context("get the extended control registers")?;
+    let debug = vcpu.get_debug_regs().context("get the debug registers")?;
+    let cpuid = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).context("get the CPUID")?;
+    let tsc_khz = vcpu.get_tsc_khz().context("get the rate of the time stamp counter")?;
+    let tsc_offset = ioctls::tsc_offset(vcpu);
+    // The deadline of the timer before the local APIC: a timer that goes off between the two interrupts twice,
+    // which guests bear, and in the other order not at all.
+    let msrs = msrs::get(vcpu, indices)?;
+    let lapic = vcpu.get_lapic().context("get the local APIC")?;
+    // Last: each ioctl above may turn what is pending into something else.
+    let events = vcpu.get_vcpu_events().context("get the pending events")?;
+    let cpuid = cpuid.as_slice().to_vec();
+    Ok(VcpuState {
+        mp_state,
+        regs,
+        sregs,
+        pdptrs,
+        xsave,
+        xcrs,
+        debug,
+        lapic,
+        cpuid,
+        tsc_khz,
+        tsc_offset,
+        msrs,
+        events,
+    })
+}
+
+/// Gives CPUs that have not run yet the state of others. Whatever the state says, KVM or this function refuses
+/// it, or the CPU is as if it had come there by itself.
+pub fn restore_vcpus(
+    vm: &VmFd,
+    vcpus: &[impl Deref<Target = VcpuFd>],
+    states: &[VcpuState],
+) -> Result<()> {
+    let words = ioctls::xsave_words(vm);
+    // The saved and the new offset of the first CPU's time stamp counter.
+    let mut first = None;
+    for (index, (vcpu, state)) in vcpus.iter().zip(states).enumerate() {
+        let restored = restore_vcpu(vm, vcpu, state, words, first);
+        let offset = restored.with_context(|| format!("restore CPU {index}"))?;
+        first = first.or(state.tsc_offset.zip(offset));
+    }
+    Ok(())
+}
+
+/// Returns the offset of the CPU's time stamp counter, if KVM tells.
+fn restore_vcpu(
+    vm: &VmFd,
+    vcpu: &VcpuFd,
+    state: &VcpuState,
+    xsave_words: usize,
+    first: Option<(u64, u64)>,
+) -> Result<Option<u64>> {
+    check(state, xsave_words)?;
+    let VcpuState { mp_state, regs, sregs, pdptrs, xsave, xcrs, debug, lapic, .. } = state;
+    let VcpuState { cpuid, tsc_khz, tsc_offset, msrs, events, .. } = state;
+    // First: it says which registers there are.
+    let cpuid = CpuId::from_entries(cpuid).expect("their number has been checked");
+    vcpu.set_cpuid2(&cpuid).context("set the CPUID")?;
+    if vcpu.get_tsc_khz().context("get the rate of the time stamp counter")? != *tsc_khz {
+        let attempt = || format!("set the rate of the time stamp counter to {tsc_khz} kHz");
+        vcpu.set_tsc_khz(*tsc_khz).with_context(attempt)?;
+    }
+    vcpu.set_mp_state(*mp_state).context("set the run state")?;
+    // Before the local APIC: they hold its mode.
+    match pdptrs {
+        Some(pdptrs) => ioctls::set_sregs2(vcpu, sregs, *pdptrs),
+        None => vcpu.set_sregs(sregs),
+    }
+    .context("set the system registers")?;
+    vcpu.set_regs(regs).context("set the registers")?;
+    ioctls::set_xsave(vm, vcpu, xsave).context("set the registers of the FPU (XSAVE)")?;
+    vcpu.set_xcrs(xcrs).context("set the extended control registers")?;
+    vcpu.set_debug_regs(debug).context("set the debug registers")?;
+    // Before the model-specific registers: KVM ignores a deadline of a timer that is in another mode.
+    vcpu.set_lapic(lapic).context("set the local APIC")?;
+    // The time stamp counter before everything that is measured by it, the deadline above all. KVM gives CPUs
+    // that are set to nearly the same the same offset; where it tells, they are made as far apart as they were.
+    let (tsc, others): (Vec<_>, Vec<_>) = msrs.iter().partition(|(index, _)| *index == msrs::TSC);
+    msrs::set(vcpu, &tsc)?;
+    if let (Some((first_saved, first_now)), Some(saved)) = (first, tsc_offset) {
+        let offset = first_now.wrapping_add(saved.wrapping_sub(first_saved));
+        ioctls::set_tsc_offset(vcpu, offset).context("set the offset of the time stamp counter")?;
+    }
+    let (deadline, others): (Vec<_>, Vec<_>) =
+        others.into_iter().partition(|(index, _)| *index == msrs::TSC_DEADLINE);
+    msrs::set(vcpu, &others)?;
+    msrs::set(vcpu, &deadline)?;
+    // Last: what was set above may have raised or dropped some.
+    vcpu.set_vcpu_events(events).context("set the pending events")?;
+    // The guest's clock register is set by now: its watchdogs learn of the time that it did not run.
+    tell_that_it_stood_still(vcpu)?;
+    Ok(ioctls::tsc_offset(vcpu))
+}
+
+/// Refuses what would have no end, or would have KVM read beyond an end.
+fn check(state: &VcpuState, xsave_words: usize) -> Result<()> {
+    let VcpuState { xsave, cpuid, msrs, .. } = state;
+    if xsave.len() != xsave_words {
+        return Err(Error::config(format!(
+            "its saved FPU registers have {} bytes, and this host's KVM has {}: the host's processor must be \
+             like that of the host that saved it",
+            xsave.len() * 4,
+            xsave_words * 4
+        )));
+    }
+    for (what, count, most) in [
+        ("entries of CPUID", cpuid.len(), KVM_MAX_CPUID_ENTRIES),
+        ("model-specific registers", msrs.len(), MSRS_MAX),
+    ] {
+        if count > most {
+            return Err(Error::config(format!(
+                "the saved state has {count} {what}, there are at most {most}"
+            )));
+        }
+    }
+    Ok(())
+}
