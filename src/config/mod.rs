@@ -5,6 +5,7 @@ mod cpu;
 mod file;
 mod machine;
 mod mend;
+mod saved;
 
 use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
@@ -111,6 +112,11 @@ impl Config {
     /// The device of `kind` called `id`.
     pub fn device(&self, kind: &Kind, id: &str) -> Option<&Device> {
         self.devices.iter().find(|device| device.kind() == kind && device.id() == id)
+    }
+
+    /// Takes the device out that log lines and errors call `name`.
+    pub fn remove(&mut self, name: &str) {
+        self.devices.retain(|device| device.name() != name);
     }
 
     fn devices_of<'a>(&'a self, kind: &'a Kind) -> impl Iterator<Item = &'a Device> {

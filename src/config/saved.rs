@@ -1,0 +1,253 @@
+//! A configuration as saved state: whole, with what no config file says. It is written as JSON, for many types
+//! in it can only be read from a format that describes itself.
+
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+use super::{BootSource, Config, CpuConfig, MachineConfig};
+use crate::devices::KINDS;
+use crate::devices::console;
+use crate::dialect::Dialect;
+use crate::error::{Context, Error, Result};
+use crate::log;
+use crate::metrics;
+
+/// All that [`Config`] has, field by field.
+#[derive(Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+struct Fields {
+    boot_source: Option<BootSource>,
+    machine_config: MachineConfig,
+    cpu_config: Option<CpuConfig>,
+    logger: Option<log::Config>,
+    metrics: Option<metrics::Config>,
+    serial: Option<console::Config>,
+    boot_timer: bool,
+    pci: bool,
+    dialect: Dialect,
+    firmware_words: Option<String>,
+    devices: Vec<SavedDevice>,
+}
+
+/// A device by the section of its kind.
+#[derive(Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+struct SavedDevice {
+    section: String,
+    config: Box<RawValue>,
+}
+
+impl Config {
+    /// The whole configuration as a text, which [`Config::from_saved`] reads.
+    pub fn saved(&self) -> Result<String> {
+        let Self {
+            boot_source,
+            machine_config,
+            cpu_config,
+            logger,
+            metrics,
+            serial,
+            boot_timer,
+            pci,
+            dialect,
+            firmware_words,
+            devices,
+        } = self.clone();
+        let saved = |device: &super::Device| {
+            let config = serde_json::value::to_raw_value(device)?;
+            Ok(SavedDevice { section: device.kind().section.to_owned(), config })
+        };
+        let devices = devices.iter().map(saved).collect::<serde_json::Result<_>>();
+        let fields = |devices| Fields {
+            boot_source,
+            machine_config,
+            cpu_config,
+            logger,
+            metrics,
+            serial,
+            boot_timer,
+            pci,
+            dialect,
+            firmware_words,
+            devices,
+        };
+        devices.and_then(|devices| serde_json::to_string(&fields(devices))).context("write the configuration")
+    }
+
+    /// The configuration that [`Config::saved`] wrote. It is checked as one that somebody gives.
+    pub fn from_saved(text: &str) -> Result<Self> {
+        Self::read_saved(text).context("read the saved configuration")
+    }
+
+    fn read_saved(text: &str) -> Result<Self> {
+        let wrong = |error: serde_json::Error| Error::config(error.to_string());
+        let Fields {
+            boot_source,
+            machine_config,
+            cpu_config,
+            logger,
+            metrics,
+            serial,
+            boot_timer,
+            pci,
+            dialect,
+            firmware_words,
+            devices,
+        } = serde_json::from_str(text).map_err(wrong)?;
+        let mut config = Self {
+            boot_source,
+            machine_config,
+            cpu_config,
+            logger,
+            metrics,
+            serial,
+            boot_timer,
+            pci,
+            dialect,
+            firmware_words,
+            devices: Vec::new(),
+        };
+        for SavedDevice { section, config: device } in devices {
+            let kind = KINDS.iter().find(|kind| kind.section == section);
+            let kind = kind.ok_or_else(|| Error::config(format!("`{section}` is no kind of devices")))?;
+            let device = kind.parse(device.get().as_bytes()).map_err(wrong)?;
+            if config.device(kind, device.id()).is_some() {
+                return Err(Error::config(format!("{} is there twice", device.name())));
+            }
+            config.put(device)?;
+        }
+        config.check()?;
+        Ok(config)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use schemars::SchemaGenerator;
+    use serde_json::{Map, Value};
+
+    use super::*;
+
+    /// Every field of every type is something else than what it is by itself, as far as they go together.
+    fn config() -> Config {
+        let bucket = |size: u64| format!(r#"{{"size": {size}, "one_time_burst": 3, "refill_time": 7}}"#);
+        let limits = format!(r#"{{"bandwidth": {}, "ops": {}}}"#, bucket(5), bucket(6));
+        let cpuid = match crate::arch::HAS_CPUID {
+            true => {
+                r#"[{"leaf": "0x1", "subleaf": "0x2", "flags": 3,
+                "modifiers": [{"register": "ecx", "bitmap": "0b1x0"}]}]"#
+            }
+            false => "[]",
+        };
+        let text = format!(
+            r#"{{
+            "boot-source": {{"kernel_image_path": "k", "initrd_path": "i", "boot_args": "quiet"}},
+            "machine-config": {{"vcpu_count": 4, "mem_size_mib": 64, "smt": {smt}, "huge_pages": "Never"}},
+            "cpu-config": {{"cpuid_modifiers": {cpuid}, "kvm_capabilities": [], "msr_modifiers": [],
+                "reg_modifiers": [], "vcpu_features": []}},
+            "logger": {{"log_path": "l", "level": "Debug", "show_level": true, "show_log_origin": true,
+                "module": "virtio"}},
+            "metrics": {{"metrics_path": "m", "emit_id": true, "properties": {{"a": "b"}}}},
+            "serial": {{"serial_out_path": "s", "rate_limiter": {bucket}}},
+            "drives": [
+                {{"drive_id": "data", "path_on_host": "/d", "is_root_device": false, "cache_type": "Writeback",
+                  "io_engine": "Async", "num_queues": 3, "threads": 2, "direct_io": true, "discard": true,
+                  "rate_limiter": {limits}}},
+                {{"drive_id": "root", "path_on_host": "/r", "is_root_device": true, "is_read_only": true,
+                  "partuuid": "0eaa91a0-01", "format": "qcow2", "lock": false,
+                  "backing": [{{"path_on_host": "/b", "format": "qcow2"}}]}}
+            ],
+            "network-interfaces": [
+                {{"iface_id": "net", "host_dev_name": "tap0", "guest_mac": "06:00:ac:10:00:02", "mtu": 1400,
+                  "queue_pairs": 2, "threads": 2, "rx_rate_limiter": {limits}, "tx_rate_limiter": {limits}}},
+                {{"iface_id": "user", "user": {{"publish": ["8080:80"], "loopback": true}}}}
+            ],
+            "entropy": {{"rate_limiter": {limits}}}
+        }}"#,
+            smt = crate::arch::HAS_SMT,
+            bucket = bucket(4),
+        );
+        let mut config = Config::parse(text.as_bytes()).unwrap();
+        (config.boot_timer, config.pci, config.dialect) = (true, true, Dialect::Alula);
+        config.firmware_words = Some("case=memory".to_owned());
+        config
+    }
+
+    /// The names of all fields that any type of a configuration has, but for those that cannot be given yet.
+    fn fields() -> BTreeSet<String> {
+        let generator = &mut SchemaGenerator::default();
+        generator.subschema_for::<BootSource>();
+        generator.subschema_for::<MachineConfig>();
+        generator.subschema_for::<CpuConfig>();
+        generator.subschema_for::<log::Config>();
+        generator.subschema_for::<metrics::Config>();
+        generator.subschema_for::<console::Config>();
+        KINDS.iter().for_each(|kind| drop((kind.schemas)(generator)));
+        let types = generator.take_definitions(true);
+        let fields = types.values().filter_map(|one| one["properties"].as_object()).flat_map(Map::keys);
+        let only_x86_64 = ["smt", "leaf", "subleaf", "flags", "modifiers", "register"];
+        let cannot = |field: &str| {
+            ["track_dirty_pages", "cpu_template", "socket", "addr", "index", "bitmap"].contains(&field)
+                || !crate::arch::HAS_CPUID && only_x86_64.contains(&field)
+        };
+        fields.filter(|field| !cannot(field)).cloned().collect()
+    }
+
+    /// Notes the fields of `value` that say something else than their default.
+    fn note_said(value: &Value, said: &mut BTreeSet<String>) {
+        match value {
+            Value::Object(map) => {
+                for (name, value) in map {
+                    // A disk is locked by itself.
+                    if !matches!(value, Value::Null | Value::Bool(false)) || name == "lock" {
+                        said.insert(name.clone());
+                    }
+                    note_said(value, said);
+                }
+            }
+            Value::Array(list) => list.iter().for_each(|value| note_said(value, said)),
+            _ => {}
+        }
+    }
+
+    #[test]
+    fn a_configuration_comes_back_whole() {
+        let config = config();
+        let text = config.saved().unwrap();
+        let other = Config::from_saved(&text).unwrap();
+        assert_eq!(format!("{other:?}"), format!("{config:?}"));
+        assert_eq!(other.saved().unwrap(), text);
+        let config = Config { dialect: Dialect::Firecracker, devices: Vec::new(), ..Config::default() };
+        let other = Config::from_saved(&config.saved().unwrap()).unwrap();
+        assert_eq!(format!("{other:?}"), format!("{config:?}"));
+        let mut said = BTreeSet::new();
+        note_said(&serde_json::from_str(&text).unwrap(), &mut said);
+        let silent: Vec<_> = fields().into_iter().filter(|field| !said.contains(field)).collect();
+        assert!(silent.is_empty(), "teach this test a value of {silent:?}");
+        for kind in KINDS {
+            assert!(text.contains(kind.section), "teach this test a configuration with `{}`", kind.section);
+        }
+    }
+
+    #[test]
+    fn a_saved_configuration_is_checked_as_a_given_one() {
+        let text = config().saved().unwrap();
+        for (from, to, expected) in [
+            (r#""pci":true"#, r#""pci":1"#, "invalid type: integer `1`"),
+            (r#""pci":true,"#, "", "missing field `pci`"),
+            (r#""pci":true"#, r#""pci":true,"speed":1"#, "unknown field `speed`"),
+            (r#""vcpu_count":4"#, r#""vcpu_count":0"#, "`machine-config`: The number of vCPUs"),
+            (r#""section":"entropy""#, r#""section":"toaster""#, "`toaster` is no kind of devices"),
+            (r#""drive_id":"root""#, r#""drive_id":"data""#, "disk `data` is there twice"),
+            (r#""is_root_device":false"#, r#""is_root_device":true"#, "A root block device already exists"),
+            (r#""queue_pairs":2"#, r#""queue_pairs":0"#, "0 `queue_pairs` cannot be"),
+        ] {
+            assert!(text.contains(from), "{from}: {text}");
+            let error = Config::from_saved(&text.replacen(from, to, 1)).unwrap_err().to_string();
+            assert!(error.starts_with("read the saved configuration: "), "{error}");
+            assert!(error.contains(expected), "{to}: {error}");
+        }
+    }
+}
