@@ -103,3 +103,92 @@ pub fn read(memory: &Regions, source: &mut impl Source, range: Range) -> Result<
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Cursor, ErrorKind, Result as IoResult};
+
+    use vm_memory::bitmap::BitmapSlice;
+    use vm_memory::{GuestAddressSpace, VolatileMemoryError, VolatileSlice};
+
+    use super::*;
+    use crate::memory::allocate;
+
+    /// As many bytes as one system call reads at most (read(2)).
+    const MOST: usize = 0x7fff_f000;
+
+    /// A file that is read as the kernel reads one: `most` bytes at a time, and now and then a signal comes
+    /// instead. Its bytes say in which read they came; of a read, only the first and the last are written.
+    struct Short {
+        length: usize,
+        most: usize,
+        reads: Vec<usize>,
+        interrupts: bool,
+    }
+
+    impl Read for Short {
+        fn read(&mut self, _: &mut [u8]) -> IoResult<usize> {
+            unreachable!("it is read into guest memory");
+        }
+    }
+
+    impl Seek for Short {
+        fn seek(&mut self, _: SeekFrom) -> IoResult<u64> {
+            Ok(0)
+        }
+    }
+
+    impl ReadVolatile for Short {
+        fn read_volatile<B: BitmapSlice>(
+            &mut self,
+            to: &mut VolatileSlice<B>,
+        ) -> Result<usize, VolatileMemoryError> {
+            self.interrupts = !self.interrupts;
+            if self.interrupts {
+                return Err(VolatileMemoryError::IOError(ErrorKind::Interrupted.into()));
+            }
+            let count = to.len().min(self.most).min(self.length - self.reads.iter().sum::<usize>());
+            if count > 0 {
+                self.reads.push(count);
+                let number = self.reads.len() as u8;
+                to.write_obj(number, 0)?;
+                to.write_obj(number, count - 1)?;
+            }
+            Ok(count)
+        }
+    }
+
+    #[test]
+    fn what_takes_several_reads_is_read_to_its_end() {
+        const GIB: usize = 1 << 30;
+        let start = 0x1000;
+        let cases = [(3 * GIB, MOST, 2), (2 * MOST, MOST, 2), (MOST, MOST, 1), (1000, 300, 4), (1, 1, 1)];
+        let memory = allocate(&[Range { start: 0, size: 5 * GIB as u64 }]).unwrap();
+        let memory = memory.memory();
+        for (length, most, reads) in cases {
+            let mut file = Short { length, most, reads: Vec::new(), interrupts: false };
+            load_initrd(&memory, &mut file, Range { start, size: length as u64 }).unwrap();
+            assert_eq!((file.reads.len(), file.reads.iter().sum::<usize>()), (reads, length));
+            let mut at = start;
+            for (index, count) in file.reads.iter().enumerate() {
+                for place in [at, at + *count as u64 - 1] {
+                    let found: u8 = memory.read_obj(GuestAddress(place)).unwrap();
+                    assert_eq!(found, index as u8 + 1, "{length} bytes, at {place:#x}");
+                }
+                at += *count as u64;
+            }
+        }
+    }
+
+    #[test]
+    fn a_file_that_has_become_shorter_is_an_error() {
+        let memory = allocate(&[Range { start: 0, size: 1 << 20 }]).unwrap();
+        let memory = memory.memory();
+        let range = Range { start: 0, size: 1000 };
+        let mut file = Short { length: 990, most: 300, reads: Vec::new(), interrupts: false };
+        let error = load_initrd(&memory, &mut file, range).unwrap_err().to_string();
+        let expected = "read the initrd into guest memory: the file ends 10 bytes early";
+        assert!(error.starts_with(expected), "{error}");
+        read(&memory, &mut Cursor::new([7; 1000]), range).unwrap();
+    }
+}
