@@ -143,38 +143,40 @@ static mut last_exception: u64 = 0;
 /// The secondary CPU that was started last and is up; CPUs are started one after the other.
 static mut STARTED: u32 = u32::MAX;
 
-// SAFETY, for this whole file: there is no other program here. Memory and devices are where the
-// machine's layout says, mapped one to one; statics that two CPUs share are single words, written by
-// one and read by the other through single loads and stores that no cache holds.
+// What the reasons below stand on: there is no other program here. Memory and devices are where the machine's
+// layout says, at their physical addresses. Statics that two CPUs share, or code and an interrupt, are single
+// words, which one writes and the other reads, by single loads and stores that no cache holds.
 
 #[unsafe(no_mangle)]
 extern "C" fn first_cpu(tree: u64) -> ! {
     crate::start(fdt::command_line(tree), || {
         let mut machine = Machine::new("Image", "FDT");
+        // SAFETY: no other CPU runs yet, and no interrupt is let in.
         unsafe { cpu_interface = fdt::read(&mut machine, tree) };
         machine
     })
 }
 
+// These are one plain load or store each: KVM cannot tell us of an access with several registers or write-back.
+
 pub fn read32(address: u64) -> u32 {
     let value;
+    // SAFETY: the address is one of memory or of a device; every value is valid.
     unsafe { asm!("ldr {:w}, [{}]", out(reg) value, in(reg) address, options(nostack)) };
     value
 }
 
 pub fn write32(address: u64, value: u32) {
+    // SAFETY: the address is that of a register, or of memory that the caller has to itself.
     unsafe { asm!("str {:w}, [{}]", in(reg) value, in(reg) address, options(nostack)) };
 }
 
-// One plain load or store: KVM cannot tell us of an access with several registers or write-back.
 pub fn read_serial(register: u64) -> u8 {
-    let value: u32;
-    unsafe { asm!("ldrb {:w}, [{}]", out(reg) value, in(reg) SERIAL + register, options(nostack)) };
-    value as u8
+    read8(SERIAL + register)
 }
 
 pub fn write_serial(register: u64, value: u8) {
-    unsafe { asm!("strb {:w}, [{}]", in(reg) u32::from(value), in(reg) SERIAL + register, options(nostack)) };
+    write8(SERIAL + register, value);
 }
 
 pub fn read_pvpanic() -> u8 {
@@ -198,6 +200,8 @@ pub fn is_writable(address: u64) -> bool {
 /// A call of the Power State Coordination Interface (Arm DEN 0022).
 fn psci(function: u64, arguments: [u64; 3]) -> u64 {
     let result;
+    // SAFETY: the call changes no register but those given (Arm DEN 0028, 2.6) and no memory. A CPU that it
+    // starts has code and a stack of its own.
     unsafe {
         asm!("hvc #0", inout("x0") function => result, inout("x1") arguments[0] => _,
             inout("x2") arguments[1] => _, inout("x3") arguments[2] => _, options(nostack))
@@ -218,6 +222,7 @@ pub fn start_cpu(id: u32) -> bool {
 #[unsafe(no_mangle)]
 extern "C" fn secondary_cpu() -> ! {
     let id: u64;
+    // SAFETY: the register can be read here, and nothing changes.
     unsafe { asm!("mrs {}, mpidr_el1", out(reg) id, options(nomem, nostack)) };
     write32((&raw const STARTED) as u64, id as u32 & 0xff_ffff);
     halt()
@@ -226,6 +231,8 @@ extern "C" fn secondary_cpu() -> ! {
 /// From here on an exception is told and ends the guest.
 pub fn catch_exceptions() {
     let vectors = (&raw const exception_vectors) as u64;
+    // SAFETY: the vectors are aligned as they must be, and keep what the interrupted code has in its
+    // registers.
     unsafe { asm!("msr vbar_el1, {}", "isb", in(reg) vectors, options(nostack)) };
 }
 
@@ -235,9 +242,15 @@ extern "C" fn unexpected(syndrome: u64, address: u64) -> ! {
     exit(EXCEPTION)
 }
 
+/// Where a GICv2's CPU interface is; 0: it is a GICv3.
+fn gic_v2() -> u64 {
+    // SAFETY: it is written once, before the first interrupt is let in.
+    unsafe { cpu_interface }
+}
+
 /// Lets the virtual timer's interrupt through.
 fn enable_timer_interrupt() {
-    match unsafe { cpu_interface } {
+    match gic_v2() {
         0 => enable_by_v3(),
         interface => enable_by_v2(interface),
     }
@@ -261,6 +274,7 @@ fn enable_by_v3() {
     write32(private + 0x80, 1 << TIMER_INTERRUPT); // GICR_IGROUPR0
     write32(private + 0x400 + 24, 0x8080_8080); // GICR_IPRIORITYR6: interrupts 24 to 27
     write32(private + 0x100, 1 << TIMER_INTERRUPT); // GICR_ISENABLER0
+    // SAFETY: the registers are a GICv3's, which is there: what they let through comes by the vectors.
     unsafe {
         asm!(
             "msr S3_0_C12_C12_5, {one}", // ICC_SRE_EL1
@@ -276,6 +290,7 @@ fn enable_by_v3() {
 }
 
 fn arm_timer(ticks: u64) {
+    // SAFETY: the timer is this CPU's own; its interrupt comes by the vectors.
     unsafe { asm!("msr cntv_tval_el0, {}", "msr cntv_ctl_el0, {}", "isb", in(reg) ticks, in(reg) 1u64) };
 }
 
@@ -286,8 +301,10 @@ pub fn wait_for_timer() -> Result<&'static str, &'static str> {
     let fired = || read32((&raw const timer_fired) as u64) == TIMER_INTERRUPT;
     enable_timer_interrupt();
     arm_timer(TICKS);
+    // SAFETY: what can interrupt is the timer, whose handler changes `timer_fired` alone.
     unsafe { asm!("msr daifclr, #2") };
     let came = (0..PATIENCE).any(|_| fired());
+    // SAFETY: it only keeps interrupts out.
     unsafe { asm!("msr daifset, #2") };
     if !came {
         return Err("none");
@@ -295,8 +312,9 @@ pub fn wait_for_timer() -> Result<&'static str, &'static str> {
     write32((&raw const timer_fired) as u64, 0);
     arm_timer(TICKS);
     // WFI ends when an interrupt is pending, let in or not.
+    // SAFETY: what can interrupt is the timer, as above.
     unsafe { asm!("wfi", "msr daifclr, #2", "isb", "msr daifset, #2") };
-    match (fired(), unsafe { cpu_interface }) {
+    match (fired(), gic_v2()) {
         (false, _) => Err("that WFI was left without it"),
         (true, 0) => Ok("virtual timer by GICv3, at work and from WFI"),
         (true, _) => Ok("virtual timer by GICv2, at work and from WFI"),
@@ -364,18 +382,23 @@ pub fn halt() -> ! {
 /// Waits for interrupts that do not come.
 pub fn idle() -> ! {
     loop {
+        // SAFETY: the CPU waits, and nothing changes.
         unsafe { asm!("wfi", options(nomem, nostack)) };
     }
 }
 
 /// An undefined instruction.
 pub fn crash() -> ! {
+    // SAFETY: the guest is to end by this, and does.
     unsafe { asm!("udf #0", options(noreturn)) }
 }
 
 /// Does an access and tells the exception that it raised; 1: none.
 macro_rules! raised_by {
     ($access:literal, $address:expr) => {
+        // SAFETY: an exception that is expected changes `last_exception` alone and goes on with the next
+        // instruction. An access that raises none reads or writes 16 bytes of a device, and the registers
+        // given.
         unsafe {
             (&raw mut last_exception).write_volatile(1);
             asm!($access, inout(reg) $address => _, out("x10") _, out("x11") _, out("v0") _);
@@ -417,6 +440,7 @@ pub fn be_refused() -> Result<u64, &'static str> {
 
 /// Reads two registers of a device at once, of which the processor tells KVM too little to do it.
 pub fn fail() -> ! {
+    // SAFETY: two registers of a device are read into two that are given.
     unsafe { asm!("ldp {}, {}, [{}]", out(reg) _, out(reg) _, in(reg) BOOT_TIMER, options(nostack)) };
     halt()
 }
@@ -425,6 +449,7 @@ pub fn fail() -> ! {
 unsafe extern "C" fn memcpy(to: *mut u8, from: *const u8, count: usize) -> *mut u8 {
     for index in 0..count {
         // Volatile: else the compiler makes a call to this function of it.
+        // SAFETY: the caller promises `count` bytes at both places.
         unsafe { to.add(index).write_volatile(from.add(index).read()) };
     }
     to
@@ -433,6 +458,7 @@ unsafe extern "C" fn memcpy(to: *mut u8, from: *const u8, count: usize) -> *mut 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn memset(to: *mut u8, byte: i32, count: usize) -> *mut u8 {
     for index in 0..count {
+        // SAFETY: the caller promises `count` bytes.
         unsafe { to.add(index).write_volatile(byte as u8) };
     }
     to
@@ -440,6 +466,7 @@ unsafe extern "C" fn memset(to: *mut u8, byte: i32, count: usize) -> *mut u8 {
 
 /// Orders memory accesses as devices see them.
 pub fn barrier() {
+    // SAFETY: it only orders accesses.
     unsafe { asm!("dmb sy", options(nostack)) };
 }
 
@@ -454,26 +481,31 @@ pub const PATIENCE_TICKS: u64 = 20_000_000_000;
 /// The virtual counter, in nanoseconds.
 pub fn ticks() -> u64 {
     let (count, frequency): (u64, u64);
+    // SAFETY: both registers can be read here, and nothing changes.
     unsafe { asm!("mrs {}, cntvct_el0", "mrs {}, cntfrq_el0", out(reg) count, out(reg) frequency) };
     count * (1_000_000_000 / frequency.clamp(1, 1_000_000_000))
 }
 
 pub fn read8(address: u64) -> u8 {
     let value: u32;
+    // SAFETY: as in `read32`.
     unsafe { asm!("ldrb {:w}, [{}]", out(reg) value, in(reg) address, options(nostack)) };
     value as u8
 }
 
 pub fn write8(address: u64, value: u8) {
+    // SAFETY: as in `write32`.
     unsafe { asm!("strb {:w}, [{}]", in(reg) u32::from(value), in(reg) address, options(nostack)) };
 }
 
 pub fn read16(address: u64) -> u16 {
     let value: u32;
+    // SAFETY: as in `read32`.
     unsafe { asm!("ldrh {:w}, [{}]", out(reg) value, in(reg) address, options(nostack)) };
     value as u16
 }
 
 pub fn write16(address: u64, value: u16) {
+    // SAFETY: as in `write32`.
     unsafe { asm!("strh {:w}, [{}]", in(reg) u32::from(value), in(reg) address, options(nostack)) };
 }

@@ -41,13 +41,14 @@ const DATA: u64 = 0x1_0000;
 const AREA: u64 = 64 << 20;
 const CLEAR: u64 = 16 << 20;
 
-// SAFETY, for this file: the memory from `CLEAR` on is nobody else's; the device reads and writes it too,
-// so all accesses are volatile.
 fn load<T: Copy>(address: u64) -> T {
+    // SAFETY: the addresses are in the memory from `CLEAR` on, which is nobody else's; the device reads and
+    // writes it, too, so the access is volatile. Every value of the integers there is valid.
     unsafe { read_volatile(address as *const T) }
 }
 
 fn store<T>(address: u64, value: T) {
+    // SAFETY: as in `load`.
     unsafe { write_volatile(address as *mut T, value) }
 }
 
@@ -72,7 +73,15 @@ impl Queue {
         let size = device.read(QUEUE_SIZE_MAX).min(SIZE);
         device.set_vector(index, index as u16 + 1);
         device.set_queue(index, size, ring, ring + AVAILABLE, ring + USED);
-        Self { doorbell: device.doorbell(index), ring, size: size.into(), each, available: 0, published: 0, seen: 0 }
+        Self {
+            doorbell: device.doorbell(index),
+            ring,
+            size: size.into(),
+            each,
+            available: 0,
+            published: 0,
+            seen: 0,
+        }
     }
 
     #[inline(never)]

@@ -58,7 +58,7 @@ fn walk(tree: u64, mut visit: impl FnMut(&[&[u8]; DEPTH], &[u8], u64, u64)) -> b
                 let (length, name) = (u64::from(u32_at(at)), strings + u64::from(u32_at(at + 4)));
                 // SAFETY: as above.
                 visit(&path, unsafe { text_at(name) }, at + 8, length);
-                at += 8 + (length + 3 & !3);
+                at += 8 + ((length + 3) & !3);
             }
             NOP => {}
             _ => return false,

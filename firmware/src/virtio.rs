@@ -23,7 +23,6 @@ const INTERRUPT_ACKNOWLEDGE: u64 = 0x64;
 const DEVICE_FEATURES: u64 = 0x10;
 const DRIVER_FEATURES: u64 = 0x20;
 
-pub const NEEDS_RESET: u32 = 64;
 const FEATURES_OK: u32 = 8;
 const F_VERSION_1: u64 = 1 << 32;
 
@@ -199,7 +198,9 @@ impl Device {
         let start = self.start_of_registers();
         match self.0 {
             Place::Mmio(_) => Doorbell { at: start + QUEUE_NOTIFY, is_wide: true, queue },
-            Place::Pci(_) => Doorbell { at: start + PCI_NOTIFY + u64::from(queue) * 4, is_wide: false, queue },
+            Place::Pci(_) => {
+                Doorbell { at: start + PCI_NOTIFY + u64::from(queue) * 4, is_wide: false, queue }
+            }
         }
     }
 
@@ -215,14 +216,6 @@ impl Device {
     fn write64(self, offset: u64, value: u64) {
         self.write(offset, value as u32);
         self.write(offset + 4, (value >> 32) as u32);
-    }
-
-    pub fn features(self) -> u64 {
-        let half = |select| {
-            self.write(DEVICE_FEATURES + 4, select);
-            u64::from(self.read(DEVICE_FEATURES))
-        };
-        half(0) | half(1) << 32
     }
 
     /// Resets the device; false: it does not come back.
@@ -321,6 +314,8 @@ pub fn forget_rings() {
 pub struct Queue {
     device: Device,
     index: u32,
+    /// One of [`RINGS`], which no other queue has. The device reads and writes it, too: all accesses to what
+    /// both use are volatile.
     ring: *mut Ring,
 }
 
@@ -342,10 +337,10 @@ pub fn written_by_device(bytes: &mut [u8]) -> Buffer {
     Buffer { address: bytes.as_mut_ptr() as u64, length: bytes.len() as u32, flags: WRITE }
 }
 
-// SAFETY, for this file: the rings are statics that only the CPU that runs the cases uses, by volatile
-// accesses, as the device reads and writes them too.
 impl Queue {
     fn new(device: Device, index: u32) -> Self {
+        // SAFETY: one CPU runs the cases, which take no more rings than there are, each once until all are
+        // forgotten.
         unsafe {
             let ring = (&raw mut RINGS).cast::<Ring>().add(RINGS_TAKEN);
             RINGS_TAKEN += 1;
@@ -356,6 +351,7 @@ impl Queue {
 
     /// The addresses of the three parts.
     pub fn parts(&self) -> [u64; 3] {
+        // SAFETY: the ring is one of `RINGS`; only addresses are taken.
         unsafe {
             [
                 (&raw const (*self.ring).descriptors) as u64,
@@ -372,15 +368,18 @@ impl Queue {
 
     #[inline(never)]
     pub fn set_descriptor(&self, index: usize, descriptor: Descriptor) {
+        // SAFETY: the ring is one of `RINGS`, and the index is looked at.
         unsafe { write_volatile(&raw mut (*self.ring).descriptors[index], descriptor) };
     }
 
     pub fn available_index(&self) -> u16 {
+        // SAFETY: the ring is one of `RINGS`.
         unsafe { read_volatile(&raw const (*self.ring).available_index) }
     }
 
     pub fn set_available_index(&self, index: u16) {
         arch::barrier();
+        // SAFETY: the ring is one of `RINGS`.
         unsafe { write_volatile(&raw mut (*self.ring).available_index, index) };
         arch::barrier();
     }
@@ -389,6 +388,7 @@ impl Queue {
     #[inline(never)]
     pub fn offer(&self, head: u16) {
         let index = self.available_index();
+        // SAFETY: the ring is one of `RINGS`, and the index is below its size.
         unsafe { write_volatile(&raw mut (*self.ring).available[index as usize % SIZE], head) };
         self.set_available_index(index.wrapping_add(1));
         self.kick();
@@ -399,6 +399,7 @@ impl Queue {
     }
 
     fn used_index(&self) -> u16 {
+        // SAFETY: the ring is one of `RINGS`.
         unsafe { read_volatile(&raw const (*self.ring).used_index) }
     }
 
@@ -427,11 +428,7 @@ impl Queue {
     pub fn wait_used(&self, before: u16) -> Option<u32> {
         let answered = wait_for(|| self.used_index() != before);
         arch::barrier();
+        // SAFETY: the ring is one of `RINGS`, and the index is below its size.
         answered.then(|| unsafe { read_volatile(&raw const (*self.ring).used[before as usize % SIZE][1]) })
-    }
-
-    /// The number of requests that the device has used.
-    pub fn used(&self) -> u16 {
-        self.used_index()
     }
 }

@@ -59,6 +59,7 @@ static mut timer_fired: u8 = 0;
 /// The secondary CPU that was started last and is up; CPUs are started one after the other.
 static mut STARTED: u32 = 0;
 static mut IDT: [[u64; 2]; TIMER_VECTOR + 1] = [[0; 2]; TIMER_VECTOR + 1];
+const GATES_SIZE: u16 = 16 * (TIMER_VECTOR as u16 + 1);
 
 #[repr(C, packed)]
 struct TablePointer {
@@ -66,27 +67,36 @@ struct TablePointer {
     base: u64,
 }
 
-// SAFETY, for this whole file: there is no other program here. Addresses below 1 GiB and from 3 to
-// 4 GiB are mapped one to one; the loader put its tables where its protocol says; statics that two
-// CPUs share are single words, written by one and read by the other through volatile accesses.
+// What the reasons below stand on: there is no other program here. Addresses below 1 GiB and from 3 to 4 GiB
+// are mapped one to one. The loader put its tables where its protocol says. Statics that two CPUs share, or
+// code and an interrupt, are single words, which one writes and the other reads, by volatile accesses.
 
 #[unsafe(no_mangle)]
 extern "C" fn first_cpu(info: u64, protocol: u64) -> ! {
     if protocol == 0 {
-        crate::start(unsafe { text_at(u64_at(info + 24)) }, || read_pvh(info))
+        crate::start(command_line(u64_at(info + 24)), || read_pvh(info))
     } else {
-        crate::start(unsafe { text_at(u32_at(info + 0x228).into()) }, || read_linux64(info))
+        crate::start(command_line(u32_at(info + 0x228).into()), || read_linux64(info))
     }
+}
+
+fn command_line(address: u64) -> &'static [u8] {
+    // SAFETY: both protocols name a text that ends with a zero, which nobody writes to later.
+    unsafe { text_at(address) }
 }
 
 /// Maps the last of the first four GiB one to one: devices are there.
 fn map_devices() {
-    for index in 0..512 {
-        unsafe { write_volatile(&raw mut pd_high[index], DEVICES + index as u64 * HUGE_PAGE | PRESENT_HUGE_PAGE) };
+    let first = (&raw mut pd_high).cast::<u64>();
+    for page in 0..512 {
+        // SAFETY: the table has 512 entries, of which the CPU has used none yet: they map addresses that
+        // nothing has looked at.
+        unsafe { write_volatile(first.add(page), (DEVICES + page as u64 * HUGE_PAGE) | PRESENT_HUGE_PAGE) };
     }
 }
 
 fn u32_at(address: u64) -> u32 {
+    // SAFETY: the address is one of memory or of a device, mapped one to one; every value is valid.
     unsafe { read_volatile(address as *const u32) }
 }
 
@@ -124,11 +134,13 @@ fn read_linux64(params: u64) -> Machine {
 }
 
 fn write_port(port: u16, value: u8) {
+    // SAFETY: a port of the machine's is written, which changes nothing in memory.
     unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack)) };
 }
 
 fn read_port(port: u16) -> u8 {
     let value;
+    // SAFETY: a port of the machine's is read, which changes nothing in memory.
     unsafe { asm!("in al, dx", in("dx") port, out("al") value, options(nomem, nostack)) };
     value
 }
@@ -154,23 +166,29 @@ pub fn read32(address: u64) -> u32 {
 }
 
 pub fn write32(address: u64, value: u32) {
+    // SAFETY: the address is that of a register, or of memory that the caller has to itself.
     unsafe { write_volatile(address as *mut u32, value) };
 }
 
 fn read_msr(register: u32) -> u64 {
     let (low, high): (u32, u32);
+    // SAFETY: the registers named in this file are there on every CPU with an x2APIC.
     unsafe { asm!("rdmsr", in("ecx") register, out("eax") low, out("edx") high, options(nomem, nostack)) };
     u64::from(low) | u64::from(high) << 32
 }
 
 fn write_msr(register: u32, value: u64) {
     let (low, high) = (value as u32, (value >> 32) as u32);
+    // SAFETY: the registers are those of the local APIC: memory stays as it is, and interrupts come where a
+    // gate is.
     unsafe { asm!("wrmsr", in("ecx") register, in("eax") low, in("edx") high, options(nomem, nostack)) };
 }
 
 /// Whether the 8 bytes at `address`, wherever it is, keep what is written; they stay as they were.
 pub fn is_writable(address: u64) -> bool {
     const PATTERN: u64 = 0x5aa5_1234_8765_a55a;
+    // SAFETY: the first entry of the table maps the 2 MiB of `WINDOW`, and only this function looks through
+    // them. What it writes there is undone at once, while nobody else uses that memory.
     unsafe {
         (&raw mut window).cast::<u64>().write_volatile(address & !(HUGE_PAGE - 1) | PRESENT_HUGE_PAGE);
         asm!("invlpg [{}]", in(reg) WINDOW, options(nostack));
@@ -192,6 +210,9 @@ pub fn start_cpu(id: u32) -> bool {
     const INIT: u64 = 0x4500;
     const STARTUP: u64 = 0x4600 | TRAMPOLINE >> 12;
     const PATIENCE: u32 = 20_000_000;
+    // SAFETY: the two symbols are the ends of one piece of code, and the page below 1 MiB where it goes is
+    // nobody else's. The CPU that is started uses a stack of its own, and says by `STARTED` alone that it
+    // runs.
     unsafe {
         let (from, to) = (&raw const trampoline, &raw const trampoline_end);
         core::ptr::copy_nonoverlapping(from, TRAMPOLINE as *mut u8, to.offset_from(from) as usize);
@@ -209,6 +230,8 @@ pub fn start_cpu(id: u32) -> bool {
 /// What a secondary CPU does: it says who it is (CPUID leaf 0xb), and waits for nothing.
 #[unsafe(no_mangle)]
 extern "C" fn secondary_cpu() -> ! {
+    // SAFETY: CPUs with an x2APIC have this leaf; `STARTED` is written by one CPU at a time, as they are
+    // started one after the other.
     unsafe {
         let id = core::arch::x86_64::__cpuid_count(0xb, 0).edx;
         write_volatile(&raw mut STARTED, id);
@@ -218,14 +241,15 @@ extern "C" fn secondary_cpu() -> ! {
 
 /// From here on an exception is told and ends the guest.
 pub fn catch_exceptions() {
+    // SAFETY: the stubs are 16 bytes each, and keep what the interrupted code has in its registers. The table
+    // is a static, and is complete before the CPU is told of it.
     unsafe {
         let stubs = (&raw const exceptions) as u64;
         for vector in 0..32 {
             set_gate(vector, stubs + 16 * vector as u64);
         }
         set_gate(TIMER_VECTOR, timer_interrupt as *const () as u64);
-        let pointer =
-            TablePointer { limit: size_of_val(&*(&raw const IDT)) as u16 - 1, base: (&raw const IDT) as u64 };
+        let pointer = TablePointer { limit: GATES_SIZE - 1, base: (&raw const IDT) as u64 };
         asm!("lidt [{}]", in(reg) &pointer, options(nostack));
     }
 }
@@ -233,6 +257,7 @@ pub fn catch_exceptions() {
 /// A 64-bit interrupt gate to our code segment (Intel SDM 3A, 6.14.1).
 unsafe fn set_gate(vector: usize, handler: u64) {
     let low = handler & 0xffff | 0x10 << 16 | 0x8e << 40 | (handler >> 16 & 0xffff) << 48;
+    // SAFETY: `vector` is below the table's length, and only this CPU uses the table.
     unsafe { (&raw mut IDT).cast::<[u64; 2]>().add(vector).write([low, handler >> 32]) };
 }
 
@@ -246,6 +271,9 @@ static mut RAISED: u64 = 0;
 
 /// Runs what is at `address` as code, where none can be; the exception that this raises.
 fn raised_by_code_at(address: u64) -> u64 {
+    // SAFETY: the code at the address cannot be read, so it raises an exception, whose handler goes on at the
+    // label with the stack of this place; all registers that a call may change are given as changed, the
+    // others are on the stack.
     unsafe {
         asm!(
             "push rbx", "push rbp", "push r12", "push r13", "push r14", "push r15",
@@ -286,6 +314,8 @@ pub fn be_refused() -> Result<u64, &'static str> {
 
 #[unsafe(no_mangle)]
 extern "C" fn unexpected(vector: u64, frame: *const u64) -> ! {
+    // SAFETY: an exception that is expected interrupted `raised_by_code_at`, which has noted where to go on
+    // and with which stack; both are still there.
     unsafe {
         let (at, with) = (read_volatile(&raw const go_on_at), read_volatile(&raw const go_on_with));
         if at != 0 {
@@ -296,6 +326,8 @@ extern "C" fn unexpected(vector: u64, frame: *const u64) -> ! {
     }
     // These push an error code below the instruction pointer.
     let has_code = matches!(vector, 8 | 10..=14 | 17 | 21 | 29 | 30);
+    // SAFETY: the stub gives the stack as the CPU left it, with the error code, if there is one, and the
+    // instruction pointer on it.
     let rip = unsafe { *frame.add(if has_code { 2 } else { 1 }) };
     say!("exception ", vector, " at ", Hex(rip), "\n");
     exit(EXCEPTION)
@@ -307,10 +339,21 @@ fn mask_pic() {
     write_port(0xa1, 0xff);
 }
 
+fn let_interrupts_in() {
+    // SAFETY: what can interrupt is the timer, whose handler changes `timer_fired` alone.
+    unsafe { asm!("sti", options(nostack)) };
+}
+
+fn keep_interrupts_out() {
+    // SAFETY: it only keeps interrupts out.
+    unsafe { asm!("cli", options(nostack)) };
+}
+
 /// Lets the local APIC's timer interrupt once while the CPU works and once while it halts.
 pub fn wait_for_timer() -> Result<&'static str, &'static str> {
     const COUNT: u64 = 200_000;
     const GRACE: u32 = 100_000;
+    // SAFETY: the interrupt's handler writes this byte.
     let fired = || unsafe { read_volatile(&raw const timer_fired) == 1 };
     mask_pic();
     enable_x2apic();
@@ -318,15 +361,17 @@ pub fn wait_for_timer() -> Result<&'static str, &'static str> {
     write_msr(MSR_TIMER_DIVIDE, 0b1011);
     write_msr(MSR_LVT_TIMER, TIMER_VECTOR as u64);
     write_msr(MSR_TIMER_INITIAL, COUNT);
-    unsafe { asm!("sti", options(nostack)) };
+    let_interrupts_in();
     while !fired() && read_msr(MSR_TIMER_CURRENT) != 0 {}
     let came = (0..GRACE).any(|_| fired());
-    unsafe { asm!("cli", options(nostack)) };
+    keep_interrupts_out();
     if !came {
         return Err("none");
     }
+    // SAFETY: the timer stands still: its handler does not run now.
     unsafe { write_volatile(&raw mut timer_fired, 0) };
     write_msr(MSR_TIMER_INITIAL, COUNT);
+    // SAFETY: as in `let_interrupts_in`.
     unsafe { asm!("sti", "hlt", "cli", options(nostack)) };
     if fired() { Ok("local APIC, at work and from HLT") } else { Err("that HLT was left without it") }
 }
@@ -356,6 +401,7 @@ pub fn reset() -> ! {
 /// Waits for good: no interrupt is let in.
 pub fn halt() -> ! {
     loop {
+        // SAFETY: nothing runs on this CPU any more.
         unsafe { asm!("cli", "hlt", options(nomem, nostack)) };
     }
 }
@@ -364,6 +410,7 @@ pub fn halt() -> ! {
 pub fn idle() -> ! {
     mask_pic();
     loop {
+        // SAFETY: what interrupts comes by a gate that was set, or ends the guest.
         unsafe { asm!("sti", "hlt", options(nomem, nostack)) };
     }
 }
@@ -371,16 +418,19 @@ pub fn idle() -> ! {
 /// An exception that cannot be delivered: triple fault.
 pub fn crash() -> ! {
     let nothing = TablePointer { limit: 0, base: 0 };
+    // SAFETY: the guest is to end by this, and does: there is no gate for the exception.
     unsafe { asm!("lidt [{}]", "ud2", in(reg) &nothing, options(noreturn)) }
 }
 
 /// Runs the registers of a device as code, which KVM cannot read there.
 pub fn fail() -> ! {
+    // SAFETY: the guest is to end by this, and does: nothing is there that can be run.
     unsafe { asm!("jmp {}", in(reg) BOOT_TIMER, options(noreturn)) }
 }
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn memcpy(to: *mut u8, from: *const u8, count: usize) -> *mut u8 {
+    // SAFETY: the caller promises `count` bytes at both places; the direction flag is clear by the ABI.
     unsafe {
         asm!("rep movsb", inout("rdi") to => _, inout("rsi") from => _, inout("rcx") count => _, options(nostack))
     };
@@ -389,6 +439,7 @@ unsafe extern "C" fn memcpy(to: *mut u8, from: *const u8, count: usize) -> *mut 
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn memset(to: *mut u8, byte: i32, count: usize) -> *mut u8 {
+    // SAFETY: the caller promises `count` bytes; the direction flag is clear by the ABI.
     unsafe {
         asm!("rep stosb", inout("rdi") to => _, in("al") byte as u8, inout("rcx") count => _, options(nostack))
     };
@@ -402,6 +453,7 @@ pub fn barrier() {
 
 /// Orders what was stored before what is loaded after, which x86 does not do by itself.
 pub fn full_barrier() {
+    // SAFETY: the word on top of the stack stays as it is.
     unsafe { asm!("lock or dword ptr [rsp], 0") };
 }
 
@@ -411,22 +463,27 @@ pub const PATIENCE_TICKS: u64 = 60_000_000_000;
 /// The time stamp counter.
 pub fn ticks() -> u64 {
     let (low, high): (u32, u32);
+    // SAFETY: the counter can be read anywhere, and nothing changes.
     unsafe { asm!("rdtsc", out("eax") low, out("edx") high, options(nomem, nostack)) };
     u64::from(low) | u64::from(high) << 32
 }
 
 pub fn read8(address: u64) -> u8 {
+    // SAFETY: as in `u32_at`.
     unsafe { read_volatile(address as *const u8) }
 }
 
 pub fn write8(address: u64, value: u8) {
+    // SAFETY: as in `write32`.
     unsafe { write_volatile(address as *mut u8, value) };
 }
 
 pub fn read16(address: u64) -> u16 {
+    // SAFETY: as in `u32_at`.
     unsafe { read_volatile(address as *const u16) }
 }
 
 pub fn write16(address: u64, value: u16) {
+    // SAFETY: as in `write32`.
     unsafe { write_volatile(address as *mut u16, value) };
 }
