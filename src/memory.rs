@@ -1,28 +1,31 @@
-//! Guest memory: how it is allocated and by which type everything else sees it.
+//! Guest memory: where its pages come from, and by which type everything else sees it.
 
+pub mod mapping;
+pub mod written;
+
+use std::fmt;
+use std::fs::File;
 use std::io::{Error as IoError, Result as IoResult};
-use std::mem::ManuallyDrop;
 use std::ops::Deref;
-use std::ptr::NonNull;
+use std::sync::Arc;
 
-use vm_memory::bitmap::{AtomicBitmap, BS};
+use vm_memory::bitmap::BS;
 use vm_memory::guest_memory::Result as AccessResult;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
-    GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryRegion,
-    GuestMemoryRegionBytes, GuestRegionCollection, GuestRegionMmap, MemoryRegionAddress,
+    GuestAddress, GuestMemoryAtomic, GuestMemoryRegion, GuestMemoryRegionBytes, GuestRegionCollection,
+    GuestRegionMmap, MemoryRegionAddress, MmapRegion,
 };
 
 use crate::error::{Context, Error, Result};
-
-/// Notes pages that we dirty ourselves, when that is asked for.
-type Dirty = Option<AtomicBitmap>;
+use mapping::{Mapping, Pages, memory_file, page_size};
+pub use written::{Written, is_tracked};
 
 /// The regions of guest memory.
 pub type Regions = GuestRegionCollection<Region>;
 
 /// A piece of guest memory.
-pub type Slice<'m> = vm_memory::VolatileSlice<'m, BS<'m, Dirty>>;
+pub type Slice<'m> = vm_memory::VolatileSlice<'m, BS<'m, Written>>;
 
 /// Guest memory, shared by all who work on it; regions can be added while the guest runs.
 pub type Memory = GuestMemoryAtomic<Regions>;
@@ -41,24 +44,169 @@ impl Range {
     pub fn end(&self) -> u64 {
         self.start + self.size
     }
+
+    /// Whether all of `other` lies in the range; both may be anything.
+    pub fn contains(&self, other: Range) -> bool {
+        let end = |range: &Range| range.start.checked_add(range.size);
+        let ends = end(self).zip(end(&other));
+        self.start <= other.start && ends.is_some_and(|(own, its)| its <= own)
+    }
+}
+
+impl fmt::Display for Range {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x} bytes at {:#x}", self.size, self.start)
+    }
+}
+
+/// Where the pages of guest memory come from.
+#[derive(Clone, Copy, Debug)]
+pub enum Source<'s> {
+    /// Zeros. They are this process's own.
+    Anonymous,
+    /// Zeros, in a file without a name for each region ([`Region::file`]), which another process can map, too.
+    Shared,
+    /// The content of a file, as a copy that this process changes for itself: a page is read when it is first
+    /// touched. What no piece is for is zeros. Nobody may make the file shorter meanwhile: a page
+    /// that is gone from it would end the process (SIGBUS).
+    Private {
+        /// A regular file, open for reading.
+        file: &'s File,
+        /// What is where in it.
+        pieces: &'s [Piece],
+    },
+}
+
+impl Source<'_> {
+    /// Whether it can be a source for memory at `ranges`.
+    fn check(self, ranges: &[Range]) -> Result<()> {
+        match self {
+            Self::Anonymous | Self::Shared => Ok(()),
+            Self::Private { file, pieces } => {
+                check_pieces(ranges, file, pieces).context("map guest memory from its file")
+            }
+        }
+    }
+}
+
+/// A part of guest memory that a file has the content of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// The part, in one region.
+    pub range: Range,
+    /// Where it begins in the file, in bytes.
+    pub position: u64,
 }
 
 /// One region of guest memory. The mapping that its pages are in is given back with it.
 #[derive(Debug)]
 pub struct Region {
-    pages: GuestRegionMmap<Dirty>,
+    pages: GuestRegionMmap<Written>,
     /// None: whoever made the pages gives them back.
-    _mapping: Option<Mapping>,
+    mapping: Option<Arc<Mapping>>,
+    file: Option<File>,
 }
 
-impl From<GuestRegionMmap<Dirty>> for Region {
-    fn from(pages: GuestRegionMmap<Dirty>) -> Self {
-        Self { pages, _mapping: None }
+impl From<GuestRegionMmap<Written>> for Region {
+    fn from(pages: GuestRegionMmap<Written>) -> Self {
+        Self { pages, mapping: None, file: None }
+    }
+}
+
+impl Region {
+    /// Maps a region for `range`, which is a multiple of the host's page size in all respects, with the content
+    /// that `source` has for it.
+    ///
+    /// # Errors
+    /// The range or a piece of `source` cannot be, or the host has no address space for it.
+    fn map(range: Range, source: Source<'_>) -> Result<Self> {
+        let attempt = || {
+            let mib = range.size >> 20;
+            format!("map {mib} MiB of guest memory: give the guest less (`mem_size_mib`, --memory)")
+        };
+        let page = page_size();
+        if range.size == 0 || !(range.start | range.size).is_multiple_of(page) {
+            return Err(Error::config(format!("{range} of guest memory is not whole pages of {page} bytes")));
+        }
+        if range.start.checked_add(range.size).is_none() {
+            return Err(Error::config(format!("{range} of guest memory goes beyond the last address")));
+        }
+        let mut mapping =
+            Mapping::new(usize::try_from(range.size).with_context(attempt)?).with_context(attempt)?;
+        let mut own = None;
+        match source {
+            Source::Anonymous => {}
+            Source::Shared => {
+                let attempt = || format!("map {} MiB of guest memory in a file", range.size >> 20);
+                let file = memory_file(range.size).with_context(attempt)?;
+                mapping.show(0, range.size as usize, &file, 0, Pages::OfFile).with_context(attempt)?;
+                own = Some(file);
+            }
+            Source::Private { file, pieces } => {
+                for piece in pieces.iter().filter(|piece| range.contains(piece.range)) {
+                    let attempt = || format!("map {} of guest memory from its file", piece.range);
+                    let offset = (piece.range.start - range.start) as usize;
+                    mapping
+                        .show(offset, piece.range.size as usize, file, piece.position, Pages::Private)
+                        .with_context(attempt)?;
+                }
+            }
+        }
+        Ok(Self { file: own, ..Self::over(mapping, range)? })
+    }
+
+    #[allow(unsafe_code)]
+    fn over(mapping: Mapping, range: Range) -> Result<Self> {
+        let size = range.size as usize;
+        let pages = MmapRegionBuilder::new_with_bitmap(size, Written::new(size))
+            .with_mmap_prot(Mapping::PROTECTION)
+            .with_mmap_flags(Mapping::FLAGS);
+        // SAFETY: the mapping has this size and lives as long as the region that has both.
+        let pages = unsafe { pages.with_raw_mmap_pointer(mapping.start().as_ptr()) };
+        let pages = pages.build().context("describe guest memory")?;
+        let pages = GuestRegionMmap::new(pages, GuestAddress(range.start))
+            .ok_or_else(|| Error::config("guest memory does not fit the address space"))?;
+        Ok(Self { pages, mapping: Some(Arc::new(mapping)), file: None })
+    }
+
+    /// Its guest addresses.
+    pub fn range(&self) -> Range {
+        Range { start: self.start_addr().0, size: self.len() }
+    }
+
+    /// The file that another process can map for the same pages, from its beginning; None: its pages are this
+    /// process's own.
+    pub fn file(&self) -> Option<&File> {
+        self.file.as_ref()
+    }
+
+    /// Asks the host for huge pages, or to give none, whatever its policy is.
+    ///
+    /// # Errors
+    /// A kernel without transparent huge pages refuses both.
+    #[allow(unsafe_code)]
+    pub fn ask_for_huge_pages(&self, wanted: bool) -> IoResult<()> {
+        let advice = if wanted { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE };
+        // SAFETY: the range is the region's own mapping; this advice does not change what it holds.
+        match unsafe { libc::madvise(self.as_ptr().cast(), self.size(), advice) } {
+            0 => Ok(()),
+            _ => Err(IoError::last_os_error()),
+        }
+    }
+
+    /// Which of its pages this process has written.
+    pub fn written(&self) -> &Written {
+        MmapRegion::bitmap(&self.pages)
+    }
+
+    /// What keeps its pages mapped for as long as somebody has it.
+    pub fn mapping(&self) -> Option<Arc<Mapping>> {
+        self.mapping.clone()
     }
 }
 
 impl Deref for Region {
-    type Target = GuestRegionMmap<Dirty>;
+    type Target = GuestRegionMmap<Written>;
 
     fn deref(&self) -> &Self::Target {
         &self.pages
@@ -66,7 +214,7 @@ impl Deref for Region {
 }
 
 impl GuestMemoryRegion for Region {
-    type B = Dirty;
+    type B = Written;
 
     fn len(&self) -> u64 {
         self.pages.len()
@@ -76,7 +224,7 @@ impl GuestMemoryRegion for Region {
         self.pages.start_addr()
     }
 
-    fn bitmap(&self) -> BS<'_, Dirty> {
+    fn bitmap(&self) -> BS<'_, Written> {
         GuestMemoryRegion::bitmap(&self.pages)
     }
 
@@ -91,111 +239,69 @@ impl GuestMemoryRegion for Region {
 
 impl GuestMemoryRegionBytes for Region {}
 
-/// The size of a huge page, of which every region of guest memory begins with a whole one. KVM maps
-/// a huge page only where host and guest address agree modulo its size: a guest whose memory lies
-/// otherwise takes a fault, and an exit, for every 4 KiB.
-const HUGE_PAGE: usize = 2 << 20;
-
-/// Anonymous memory of this process, given back when this is dropped.
-#[derive(Debug)]
-struct Mapping {
-    start: NonNull<u8>,
-    size: usize,
+/// Maps one region: see [`map`].
+pub fn map_region(range: Range, source: Source<'_>) -> Result<Region> {
+    source.check(&[range])?;
+    Region::map(range, source)
 }
 
-// SAFETY: a mapping belongs to no thread, and this does nothing but give it back.
-#[allow(unsafe_code)]
-unsafe impl Send for Mapping {}
-// SAFETY: as above.
-#[allow(unsafe_code)]
-unsafe impl Sync for Mapping {}
-
-impl Mapping {
-    const PROTECTION: i32 = libc::PROT_READ | libc::PROT_WRITE;
-    const FLAGS: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-
-    /// Maps `size` bytes, a multiple of the host's page size, from the start of a huge page.
-    #[allow(unsafe_code)]
-    fn new(size: usize) -> IoResult<Self> {
-        let whole = size.checked_add(HUGE_PAGE).ok_or(IoError::from_raw_os_error(libc::ENOMEM))?;
-        // SAFETY: a new mapping, where there was none.
-        let start = unsafe { libc::mmap(std::ptr::null_mut(), whole, Self::PROTECTION, Self::FLAGS, -1, 0) };
-        if start == libc::MAP_FAILED {
-            return Err(IoError::last_os_error());
-        }
-        let start = NonNull::new(start.cast::<u8>()).ok_or(IoError::from_raw_os_error(libc::ENOMEM))?;
-        // A kernel may align it by itself: then the head is empty.
-        let (_head, rest) = Self { start, size: whole }.split(start.align_offset(HUGE_PAGE));
-        let (mapping, _tail) = rest.split(size);
-        Ok(mapping)
-    }
-
-    /// The first `size` bytes, of so many at least, and the rest.
-    fn split(self, size: usize) -> (Self, Self) {
-        let whole = ManuallyDrop::new(self);
-        let rest = whole.start.as_ptr().wrapping_add(size);
-        let rest = NonNull::new(rest).expect("no mapping reaches the end of the address space");
-        (Self { start: whole.start, size }, Self { start: rest, size: whole.size - size })
-    }
-}
-
-impl Drop for Mapping {
-    #[allow(unsafe_code)]
-    fn drop(&mut self) {
-        if self.size > 0 {
-            // SAFETY: the range was mapped by `new`, belongs to this alone, and is used no more.
-            unsafe { libc::munmap(self.start.as_ptr().cast(), self.size) };
-        }
-    }
-}
-
-/// Allocates anonymous memory for `ranges`, whose starts are multiples of 2 MiB. Pages come when they
-/// are first touched, of the size that the host's policy on transparent huge pages gives.
-pub fn allocate(ranges: &[Range]) -> Result<Memory> {
-    let regions = ranges.iter().map(region).collect::<Result<Vec<_>>>()?;
+/// Maps memory for `ranges`, whose starts are multiples of 2 MiB, with the content that `source` has for them.
+/// Pages come when they are first touched, of the size that the host's policy on transparent huge pages
+/// gives.
+///
+/// # Errors
+/// A range is not whole pages or the host has no address space for it; ranges or pieces overlap; a piece is in no
+/// range, beyond its file, or not whole pages.
+pub fn map(ranges: &[Range], source: Source<'_>) -> Result<Memory> {
+    source.check(ranges)?;
+    let regions = ranges.iter().map(|range| Region::map(*range, source)).collect::<Result<Vec<_>>>()?;
     let regions = Regions::from_regions(regions).context("lay out guest memory")?;
     Ok(Memory::new(regions))
 }
 
-#[allow(unsafe_code)]
-fn region(range: &Range) -> Result<Region> {
-    let too_large = || {
-        format!(
-            "map {} MiB of guest memory: give the guest less (`mem_size_mib`, --memory)",
-            range.size >> 20
-        )
-    };
-    let size = usize::try_from(range.size).with_context(too_large)?;
-    let mapping = Mapping::new(size).with_context(too_large)?;
-    let pages = MmapRegionBuilder::new_with_bitmap(size, None)
-        .with_mmap_prot(Mapping::PROTECTION)
-        .with_mmap_flags(Mapping::FLAGS);
-    // SAFETY: the mapping has this size and lives as long as the region that has both.
-    let pages = unsafe { pages.with_raw_mmap_pointer(mapping.start.as_ptr()) };
-    let pages = pages.build().context("describe guest memory")?;
-    let pages = GuestRegionMmap::new(pages, GuestAddress(range.start))
-        .ok_or_else(|| Error::config("guest memory does not fit the address space"))?;
-    Ok(Region { pages, _mapping: Some(mapping) })
+/// Memory of zeros for `ranges`: see [`map`].
+pub fn allocate(ranges: &[Range]) -> Result<Memory> {
+    map(ranges, Source::Anonymous)
 }
 
-/// Asks the host for huge pages in all of `memory`, or to give none, whatever its policy is. A kernel
-/// without transparent huge pages refuses both.
-#[allow(unsafe_code)]
-pub fn ask_for_huge_pages(memory: &Memory, wanted: bool) -> IoResult<()> {
-    let advice = if wanted { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE };
-    for region in memory.memory().iter() {
-        // SAFETY: the range is the region's own mapping; this advice does not change what it holds.
-        if unsafe { libc::madvise(region.as_ptr().cast(), region.size(), advice) } != 0 {
-            return Err(IoError::last_os_error());
+/// Whether every piece is in one of `ranges` and in the file, and is whole pages, and none overlaps another.
+fn check_pieces(ranges: &[Range], file: &File, pieces: &[Piece]) -> Result<()> {
+    let metadata = file.metadata().context("look at it")?;
+    if !metadata.is_file() {
+        return Err(Error::config("it is not a regular file"));
+    }
+    let (page, length) = (page_size(), metadata.len());
+    for Piece { range, position } in pieces {
+        if range.size == 0 || !(range.start | range.size | position).is_multiple_of(page) {
+            return Err(Error::config(format!(
+                "{range}, from byte {position:#x} on, is not whole pages of {page} bytes"
+            )));
+        }
+        if !ranges.iter().any(|whole| whole.contains(*range)) {
+            return Err(Error::config(format!("{range} is not in one region of the guest's memory")));
+        }
+        if position.checked_add(range.size).is_none_or(|end| end > length) {
+            return Err(Error::config(format!(
+                "{range}, from byte {position:#x} on, goes beyond its {length:#x} bytes: it was cut short"
+            )));
         }
     }
-    Ok(())
+    let mut sorted: Vec<Range> = pieces.iter().map(|piece| piece.range).collect();
+    sorted.sort_by_key(|range| range.start);
+    match sorted.windows(2).find(|pair| pair[0].end() > pair[1].start) {
+        Some(pair) => Err(Error::config(format!("two pieces of it overlap: {} and {}", pair[0], pair[1]))),
+        None => Ok(()),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::Bytes;
+    use std::os::unix::fs::FileExt;
+
+    use super::mapping::HUGE_PAGE;
+    use vm_memory::bitmap::Bitmap;
+    use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryBackend};
 
     fn ranges(memory: &Regions) -> Vec<Range> {
         memory.iter().map(|region| Range { start: region.start_addr().0, size: region.len() }).collect()
@@ -257,5 +363,120 @@ mod tests {
             (0..MAPPINGS).map(|_| allocate(&[Range { start: 0, size: 2 << 20 }]).unwrap()).collect();
         let grown = address_space().saturating_sub(before) >> 20;
         assert!(grown < MAPPINGS * 3, "{grown} MiB for {} times 2 MiB", memory.len());
+    }
+
+    /// A file of `pages` pages, each full of its number.
+    fn file(pages: u64) -> File {
+        let file = memory_file(pages * page_size()).unwrap();
+        for page in 0..pages {
+            file.write_all_at(&vec![page as u8; page_size() as usize], page * page_size()).unwrap();
+        }
+        file
+    }
+
+    #[test]
+    fn ranges_and_pieces_that_cannot_be_are_refused() {
+        let (file, page, mib) = (file(4), page_size(), 1 << 20);
+        let range = |start, size| Range { start, size };
+        let whole = [range(0, 2 * mib), range(4 * mib, 2 * mib)];
+        for (ranges, expected) in [
+            (vec![range(0, mib + 1)], "0x100001 bytes at 0x0 of guest memory is not whole pages"),
+            (vec![range(1, mib)], "0x100000 bytes at 0x1 of guest memory is not whole pages"),
+            (vec![range(0, 0)], "is not whole pages"),
+            (vec![range(u64::MAX - page + 1, page)], "goes beyond the last address"),
+            (vec![range(0, 2 * mib), range(mib, mib)], "lay out guest memory"),
+            (vec![range(4 * mib, mib), range(0, mib)], "lay out guest memory"),
+        ] {
+            for source in [Source::Anonymous, Source::Shared] {
+                let error = map(&ranges, source).unwrap_err().to_string();
+                assert!(error.contains(expected), "{ranges:?}: {error}");
+            }
+        }
+        let piece = |start, size, position| Piece { range: Range { start, size }, position };
+        for (pieces, expected) in [
+            (vec![piece(0, page, 1)], "is not whole pages"),
+            (vec![piece(1, page, 0)], "is not whole pages"),
+            (vec![piece(0, page - 1, 0)], "is not whole pages"),
+            (vec![piece(0, 0, 0)], "is not whole pages"),
+            (vec![piece(0, 5 * page, 0)], "it was cut short"),
+            (vec![piece(0, page, 4 * page)], "it was cut short"),
+            (vec![piece(0, page, u64::MAX - page + 1)], "it was cut short"),
+            (vec![piece(2 * mib, page, 0)], "is not in one region"),
+            (vec![piece(2 * mib - page, 2 * page, 0)], "is not in one region"),
+            (vec![piece(u64::MAX - page + 1, page, 0)], "is not in one region"),
+            (vec![piece(page, page, 0), piece(0, 2 * page, 0)], "two pieces of it overlap"),
+        ] {
+            let error =
+                map(&whole, Source::Private { file: &file, pieces: &pieces }).unwrap_err().to_string();
+            assert!(error.starts_with("map guest memory from its file: "), "{error}");
+            assert!(error.contains(expected), "{pieces:?}: {error}");
+        }
+        let folder = File::open("/").unwrap();
+        let error = map(&whole, Source::Private { file: &folder, pieces: &[] }).unwrap_err().to_string();
+        assert!(error.ends_with("it is not a regular file"), "{error}");
+    }
+
+    #[test]
+    fn what_a_file_has_is_mapped_and_changed_in_memory_alone() {
+        let (file, page) = (file(4), page_size());
+        let ranges = [0, 4 << 20].map(|start| Range { start, size: 2 << 20 });
+        let pieces = [(ranges[1].start + page, 2, 1), (0, 1, 3)].map(|(start, pages, position)| Piece {
+            range: Range { start, size: pages * page },
+            position: position * page,
+        });
+        let source = Source::Private { file: &file, pieces: &pieces };
+        let [one, other] = [(); 2].map(|()| map(&ranges, source).unwrap());
+        let read = |memory: &Memory, address| memory.memory().read_obj::<u8>(GuestAddress(address)).unwrap();
+        let start = ranges[1].start;
+        let places = [0, page, start, start + page, start + 2 * page, start + 3 * page];
+        assert_eq!(places.map(|place| read(&one, place)), [3, 0, 0, 1, 2, 0]);
+        one.memory().write_obj(9_u8, GuestAddress(start + page)).unwrap();
+        assert_eq!((read(&one, start + page), read(&other, start + page)), (9, 1));
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, page).unwrap();
+        assert_eq!(byte, [1]);
+        let aligned = |region: &Region| (region.as_ptr() as usize).is_multiple_of(HUGE_PAGE);
+        assert!(one.memory().iter().all(aligned));
+    }
+
+    #[test]
+    fn another_process_maps_the_same_pages_and_cannot_take_them() {
+        let memory = map(&[Range { start: 4 << 30, size: 2 << 20 }], Source::Shared).unwrap();
+        let memory = memory.memory();
+        let region = memory.iter().next().unwrap();
+        let file = region.file().unwrap();
+        memory.write_obj(7_u8, GuestAddress((4 << 30) + 5)).unwrap();
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, 5).unwrap();
+        assert_eq!(byte, [7]);
+        file.write_all_at(&[8], 6).unwrap();
+        assert_eq!(memory.read_obj::<u8>(GuestAddress((4 << 30) + 6)).unwrap(), 8);
+        assert!(file.set_len(0).is_err() && file.set_len(4 << 20).is_err());
+        assert!((region.as_ptr() as usize).is_multiple_of(HUGE_PAGE));
+    }
+
+    #[test]
+    fn writes_are_noted_from_the_moment_somebody_asks() {
+        let page = page_size();
+        let memory = allocate(&[Range { start: 0, size: 1 << 20 }]).unwrap();
+        let memory = memory.memory();
+        let region = memory.iter().next().unwrap();
+        let write = |page_number: u64| {
+            memory.write_obj(1_u64, GuestAddress(page_number * page + 8)).unwrap();
+        };
+        write(1);
+        assert!(!region.written().dirty_at(page as usize));
+        for _ in 0..2 {
+            region.written().start();
+            assert!(is_tracked());
+            write(2);
+            memory.write_obj(1_u64, GuestAddress(4 * page - 4)).unwrap();
+            assert_eq!(region.written().take()[0], 0b11100);
+            assert_eq!(region.written().take()[0], 0);
+            write(5);
+            region.written().stop();
+            write(6);
+            assert_eq!(region.written().take()[0], 1 << 5);
+        }
     }
 }

@@ -5,7 +5,7 @@ use std::io::{Cursor, Seek, SeekFrom};
 use std::path::Path;
 use std::sync::Arc;
 
-use vm_memory::GuestAddressSpace;
+use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
 
 use super::attach::pci_bus;
 use super::command_line::command_line;
@@ -24,7 +24,7 @@ use crate::error::{Context, Error, Result};
 use crate::firmware;
 use crate::host::{Access, Host, Sharing};
 use crate::log;
-use crate::memory::{self, Memory};
+use crate::memory::{self, Region, Source};
 use crate::platform::Platform;
 use crate::vm::exit::End;
 use crate::vm::gate::Gate;
@@ -38,6 +38,7 @@ const PARTS: usize = 16;
 const MEMORY_MIN: u64 = 2 << 20;
 
 pub fn build(
+    source: Source<'_>,
     places: &Places,
     id: &str,
     config: &Config,
@@ -56,8 +57,8 @@ pub fn build(
         ))
     })?;
     let ranges = layout::memory(size);
-    let memory = memory::allocate(&ranges)?;
-    choose_pages(&memory, machine.huge_pages);
+    let memory = memory::map(&ranges, source)?;
+    memory.memory().iter().for_each(|region| machine.huge_pages.choose(region));
     log::debug(format_args!(
         "allocated {} MiB of guest memory for {} CPUs",
         machine.mem_size_mib, machine.vcpu_count
@@ -116,6 +117,8 @@ pub fn build(
         halt: halt::Watch::default(),
         stays_when_halted: config.dialect == Dialect::Firecracker,
         timeline,
+        huge_pages: machine.huge_pages,
+        tracks_writes: false,
         vm,
         memory,
     };
@@ -125,19 +128,21 @@ pub fn build(
     Ok(machine)
 }
 
-/// Pages come when they are touched, and KVM maps them as they come: this is before both.
-fn choose_pages(memory: &Memory, pages: HugePages) {
-    let wanted = match pages {
-        HugePages::Transparent => true,
-        HugePages::Never => false,
-        HugePages::None | HugePages::Huge2M => return,
-    };
-    match memory::ask_for_huge_pages(memory, wanted) {
-        Err(error) if wanted => {
-            log::line(format_args!("ask for transparent huge pages: {error}: the guest has small ones"));
+impl HugePages {
+    /// Pages come when they are touched, and KVM maps them as they come: this is before both.
+    pub(super) fn choose(self, region: &Region) {
+        let wanted = match self {
+            Self::Transparent => true,
+            Self::Never => false,
+            Self::None | Self::Huge2M => return,
+        };
+        match region.ask_for_huge_pages(wanted) {
+            Err(error) if wanted => {
+                log::line(format_args!("ask for transparent huge pages: {error}: the guest has small ones"));
+            }
+            // A kernel that has none gives none.
+            _ => {}
         }
-        // A kernel that has none gives none.
-        _ => {}
     }
 }
 

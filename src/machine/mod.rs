@@ -6,13 +6,14 @@ mod command_line;
 mod halt;
 mod metrics;
 mod parts;
+mod regions;
 
 use std::any::Any;
 use std::sync::{Arc, Mutex};
 
 use serde_json::{Map, Value};
 
-use crate::config::Config;
+use crate::config::{Config, HugePages};
 use crate::devices::console::Console;
 use crate::devices::fixed::FixedDevice;
 use crate::devices::gpio::Gpio;
@@ -22,7 +23,7 @@ use crate::error::{Error, Result};
 use crate::event::EventFd;
 use crate::host::Host;
 use crate::log;
-use crate::memory::Memory;
+use crate::memory::{Memory, Source};
 use crate::metrics::View;
 use crate::pci::root::Root;
 use crate::platform::Platform;
@@ -68,6 +69,10 @@ pub struct Machine {
     /// A guest whose CPUs have all halted for good is told of and left alone, as in Firecracker.
     stays_when_halted: bool,
     timeline: Timeline,
+    /// Of which size the pages of memory are that is added later.
+    huge_pages: HugePages,
+    /// What is written to guest memory is noted.
+    tracks_writes: bool,
     vm: Arc<Vm>,
     memory: Memory,
 }
@@ -88,7 +93,19 @@ impl Machine {
         host: &mut Host,
         prepared: Prepared,
     ) -> Result<Self> {
-        build::build(places, id, config, host, prepared)
+        Self::build_from(Source::Anonymous, places, id, config, host, prepared)
+    }
+
+    /// The same, with the content that `source` has for its memory.
+    pub fn build_from(
+        source: Source<'_>,
+        places: &Places,
+        id: &str,
+        config: &Config,
+        host: &mut Host,
+        prepared: Prepared,
+    ) -> Result<Self> {
+        build::build(source, places, id, config, host, prepared)
     }
 
     /// Where its parts are.

@@ -10,13 +10,12 @@ use std::ptr::NonNull;
 use smallvec::SmallVec;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{
-    GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryBackend, GuestMemoryRegion, MmapRegion,
-    Permissions,
+    GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryBackend, GuestMemoryRegion, Permissions,
 };
 
 use super::chain::{Chain, Piece};
 use crate::error::{Error, Result};
-use crate::memory::{Memory, Region, Regions};
+use crate::memory::{self, Memory, Region, Regions};
 
 /// So many vectors the kernel takes at once (IOV_MAX).
 pub const VECTORS_MAX: usize = libc::UIO_MAXIOV as usize;
@@ -27,8 +26,6 @@ pub const VECTORS_MAX: usize = libc::UIO_MAXIOV as usize;
 /// regions of a machine are only added while its devices run.
 pub struct Buffers {
     memory: Memory,
-    /// What is written is noted, as was decided when the machine was built.
-    tracks: bool,
     /// Most requests have one.
     vectors: SmallVec<[libc::iovec; 1]>,
     /// Vectors before this one are taken away.
@@ -54,8 +51,7 @@ unsafe impl Send for Byte {}
 impl Buffers {
     /// Nothing yet, of `memory`.
     pub fn new(memory: Memory) -> Self {
-        let tracks = memory.memory().iter().any(|region| MmapRegion::bitmap(region).is_some());
-        Self { memory, tracks, vectors: SmallVec::new(), first: 0, length: 0 }
+        Self { memory, vectors: SmallVec::new(), first: 0, length: 0 }
     }
 
     /// Makes room for so many vectors.
@@ -358,7 +354,7 @@ impl Buffers {
 
     /// Notes that `length` bytes from `pointer` on, which lie in one region, were written.
     fn mark(&self, pointer: *const libc::c_void, length: usize) {
-        if self.tracks
+        if memory::is_tracked()
             && length > 0
             && let Some((region, offset)) = place(&self.memory.memory(), pointer)
         {
@@ -398,24 +394,16 @@ fn place(memory: &Regions, pointer: *const libc::c_void) -> Option<(&Region, usi
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::GuestRegionMmap;
-    use vm_memory::bitmap::AtomicBitmap;
-    use vm_memory::mmap::MmapRegionBuilder;
+    use crate::memory::{Range, allocate};
 
     const PAGE: usize = 4096;
 
     /// Two regions of four pages; what is written to them is noted.
     fn memory() -> Memory {
-        let region = |start| {
-            let bitmap = AtomicBitmap::new(4 * PAGE, PAGE.try_into().unwrap());
-            let mapping = MmapRegionBuilder::new_with_bitmap(4 * PAGE, Some(bitmap))
-                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-                .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS)
-                .build()
-                .unwrap();
-            GuestRegionMmap::new(mapping, GuestAddress(start)).unwrap().into()
-        };
-        Memory::new(Regions::from_regions(vec![region(0), region(1 << 30)]).unwrap())
+        let size = 4 * PAGE as u64;
+        let memory = allocate(&[0, 1 << 30].map(|start| Range { start, size })).unwrap();
+        memory.memory().iter().for_each(|region| region.written().start());
+        memory
     }
 
     fn dirty(memory: &Memory) -> Vec<u64> {

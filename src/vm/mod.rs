@@ -4,24 +4,25 @@ pub mod exit;
 pub mod gate;
 pub mod irq;
 pub mod posted;
+mod slots;
 pub mod state;
 pub mod vcpu;
 
 use std::fs::File;
 use std::io::ErrorKind;
 use std::os::fd::{FromRawFd, IntoRawFd};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
-use vm_memory::{GuestMemoryBackend as _, GuestMemoryRegion};
+use vm_memory::GuestMemoryBackend as _;
 
 use crate::arch::{self, CpuModel};
 use crate::error::{Context, Error, Result};
 use crate::event::EventFd;
-use crate::memory::Regions;
+use crate::memory::{Range, Region, Regions};
 use crate::platform::{CpuidModifier, MessageFrame, Platform};
 use crate::timeline::Timeline;
+use slots::Slots;
 
 const KVM_DEVICE: &str = "/dev/kvm";
 const KVM_API_VERSION: i32 = 12;
@@ -88,6 +89,7 @@ pub struct Vm {
     fd: VmFd,
     cpu_model: CpuModel,
     max_vcpus: usize,
+    slots: Mutex<Slots>,
     routes: irq::Routes,
     connections: irq::Connections,
     /// Mapped for the first register that needs it.
@@ -106,15 +108,15 @@ impl Vm {
         let Prepared { kvm, vm: fd, cpu_model, mut timeline } = prepared;
         timeline.skip();
         let max_vcpus = kvm.get_max_vcpus();
-        for (slot, region) in memory.iter().enumerate() {
-            map(&fd, slot as u32, region)?;
-        }
+        let mut slots = Slots::default();
+        memory.iter().try_for_each(|region| slots.add(&fd, region, false).map(drop))?;
         timeline.mark("memory");
         Ok(Self {
             kvm,
             fd,
             cpu_model,
             max_vcpus,
+            slots: Mutex::new(slots),
             routes: irq::Routes::default(),
             connections: irq::Connections::default(),
             posted: Mutex::default(),
@@ -150,6 +152,49 @@ impl Vm {
         Ok(vcpus)
     }
 
+    /// Gives the guest another region of memory, in the lowest slot that is free, and returns that. `is_tracked`:
+    /// KVM notes what the guest's CPUs write there. The guest may run meanwhile.
+    ///
+    /// # Errors
+    /// It has memory there already, or KVM does not take it.
+    pub fn add_memory(&self, region: &Region, is_tracked: bool) -> Result<u32> {
+        self.slots().add(&self.fd, region, is_tracked)
+    }
+
+    /// Takes the region that is exactly `range` from the guest; its slot is free again.
+    ///
+    /// # Errors
+    /// There is no such region, or KVM does not give it up.
+    pub fn remove_memory(&self, range: Range) -> Result<()> {
+        self.slots().remove(&self.fd, range)
+    }
+
+    /// Has KVM note what the guest's CPUs write to memory from now on, or no more.
+    ///
+    /// # Errors
+    /// KVM's.
+    pub fn track_memory(&self, is_tracked: bool) -> Result<()> {
+        self.slots().track(&self.fd, is_tracked)
+    }
+
+    /// The pages that the guest's CPUs wrote since the last call, or since writes are noted, by region: a bit for
+    /// each page of the host's size, the first of them in the lowest bit of the first word.
+    ///
+    /// # Errors
+    /// KVM's.
+    pub fn take_written(&self) -> Result<Vec<(Range, Vec<u64>)>> {
+        self.slots().take_written(&self.fd)
+    }
+
+    /// Which memory slot has which addresses of the guest.
+    pub fn memory_slots(&self) -> Vec<(u32, Range)> {
+        self.slots().list()
+    }
+
+    fn slots(&self) -> MutexGuard<'_, Slots> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Writes to `event` when the guest writes the 32-bit `value` at `address`, without leaving KVM.
     pub fn kick(&self, event: &EventFd, address: u64, value: u32) -> Result<()> {
         let address = IoEventAddress::Mmio(address);
@@ -173,29 +218,4 @@ impl Vm {
         let address = IoEventAddress::Mmio(address);
         self.fd.unregister_ioevent(event, &address, NoDatamatch).context("disconnect a queue's kick")
     }
-}
-
-#[allow(unsafe_code)]
-fn map(fd: &VmFd, slot: u32, region: &impl GuestMemoryRegion) -> Result<()> {
-    let host = region.get_host_address(vm_memory::MemoryRegionAddress(0)).context("find guest memory")?;
-    let kvm_region = kvm_userspace_memory_region {
-        slot,
-        flags: 0,
-        guest_phys_addr: region.start_addr().0,
-        memory_size: region.len(),
-        userspace_addr: host as u64,
-    };
-    // SAFETY: the range is mapped as guest memory, which the machine keeps for longer than `fd`.
-    let given = unsafe { fd.set_user_memory_region(kvm_region) };
-    given
-        .map_err(|error| match error.errno() {
-            // aarch64 says EFAULT of what is beyond its guests' addresses.
-            libc::EINVAL | libc::EFAULT => {
-                Error::config("it takes less: give the guest less (`mem_size_mib`, --memory)")
-            }
-            _ => Error::host(error.to_string()),
-        })
-        .with_context(|| {
-            format!("give KVM {} MiB of guest memory at {:#x}", region.len() >> 20, region.start_addr().0)
-        })
 }

@@ -2,7 +2,7 @@
 
 use std::sync::OnceLock;
 
-use alula::memory::{Memory, Region, Regions};
+use alula::memory::{Memory, Region, Regions, Written};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestRegionMmap};
 
@@ -59,7 +59,7 @@ fn reserve(size: usize) -> usize {
 }
 
 fn region(start: u64, place: usize, size: usize) -> Region {
-    let builder = MmapRegionBuilder::new_with_bitmap(size, None)
+    let builder = MmapRegionBuilder::new_with_bitmap(size, Written::new(size))
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
         .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
     // SAFETY: the mapping is there for ever.

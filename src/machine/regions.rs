@@ -1,0 +1,99 @@
+//! Guest memory that comes and goes after the machine was built, and what is written to it.
+
+use std::sync::{Arc, PoisonError};
+
+use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend};
+
+use super::{Machine, State};
+use crate::arch::layout;
+use crate::error::{Context, Error, Result};
+use crate::log;
+use crate::memory::{self, Range, Region, Regions, Source};
+
+/// The largest memory whose addresses `layout` is asked for: no processor of today has more address bits than 52.
+const ADDRESSES: u64 = 1 << 52;
+
+impl Machine {
+    /// Gives the guest memory at `range`, with the content that `source` has for it. The guest may run, and has to
+    /// be told: no boot table says so.
+    ///
+    /// # Errors
+    /// The range is not whole pages, is not where this architecture's memory can be, or is taken already.
+    pub fn add_memory(&mut self, range: Range, source: Source<'_>) -> Result<()> {
+        let attempt = || format!("add {range} of guest memory");
+        if !layout::memory(ADDRESSES).iter().any(|possible| possible.contains(range)) {
+            let reason = "there is more than memory, or a device, at these addresses";
+            return Err(Error::config(reason)).with_context(attempt);
+        }
+        let region = memory::map_region(range, source).with_context(attempt)?;
+        self.huge_pages.choose(&region);
+        if self.tracks_writes {
+            region.written().start();
+        }
+        let region = Arc::new(region);
+        let regions = self.memory.memory().insert_region(region.clone()).with_context(attempt)?;
+        let slot = self.vm.add_memory(&region, self.tracks_writes)?;
+        self.replace_memory(regions);
+        log::debug(format_args!("added {range} of guest memory in slot {slot}"));
+        Ok(())
+    }
+
+    /// Takes the memory at `range`, one region exactly, from the guest, which must be paused: a device that works
+    /// could be writing there. The guest has to know that nothing is there any more.
+    ///
+    /// # Errors
+    /// The machine runs, or no region is exactly there.
+    pub fn remove_memory(&mut self, range: Range) -> Result<()> {
+        let attempt = || format!("remove {range} of guest memory");
+        if self.state != State::Paused {
+            return Err(Error::config("the machine runs: pause it first")).with_context(attempt);
+        }
+        let memory = self.memory.memory();
+        let removed = memory.remove_region(GuestAddress(range.start), range.size);
+        let (regions, _removed) = removed.with_context(attempt)?;
+        self.vm.remove_memory(range)?;
+        self.replace_memory(regions);
+        Ok(())
+    }
+
+    /// Notes from now on which pages are written, by the guest's CPUs and by its devices, or no more. The machine
+    /// must be paused: what is being written at this moment could be missed.
+    ///
+    /// # Errors
+    /// The machine runs, or KVM's.
+    pub fn track_writes(&mut self, is_on: bool) -> Result<()> {
+        if self.state != State::Paused {
+            let reason = "the machine runs: pause it first";
+            return Err(Error::config(reason)).context("note what is written to guest memory");
+        }
+        self.vm.track_memory(is_on)?;
+        for region in self.memory.memory().iter() {
+            match is_on {
+                true => region.written().start(),
+                false => region.written().stop(),
+            }
+        }
+        self.tracks_writes = is_on;
+        Ok(())
+    }
+
+    /// The pages that were written since the last call, or since [`Self::track_writes`], by region: a bit for each
+    /// page of the host's size, the first of them in the lowest bit of the first word.
+    ///
+    /// # Errors
+    /// KVM's.
+    pub fn take_written(&mut self) -> Result<Vec<(Range, Vec<u64>)>> {
+        let memory = self.memory.memory();
+        let mut taken = self.vm.take_written()?;
+        for (range, pages) in &mut taken {
+            let region = memory.find_region(GuestAddress(range.start));
+            let written = region.map(|region: &Region| region.written().take()).unwrap_or_default();
+            pages.iter_mut().zip(written).for_each(|(page, written)| *page |= written);
+        }
+        Ok(taken)
+    }
+
+    fn replace_memory(&self, regions: Regions) {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner).replace(regions);
+    }
+}

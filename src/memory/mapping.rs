@@ -1,0 +1,150 @@
+//! Address space of this process that guest memory lies in.
+
+use std::fs::File;
+use std::io::{Error as IoError, Result as IoResult};
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+use std::ptr::NonNull;
+
+/// The size of a huge page, of which every region of guest memory begins with a whole one. KVM maps
+/// a huge page only where host and guest address agree modulo its size: a guest whose memory lies
+/// otherwise takes a fault, and an exit, for every 4 KiB.
+pub const HUGE_PAGE: usize = 2 << 20;
+
+/// A mapping of this process, given back when this is dropped.
+#[derive(Debug)]
+pub struct Mapping {
+    start: NonNull<u8>,
+    size: usize,
+}
+
+// SAFETY: a mapping belongs to no thread, and this does nothing but give it back, or map other pages there for
+// whoever alone has it.
+#[allow(unsafe_code)]
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+#[allow(unsafe_code)]
+unsafe impl Sync for Mapping {}
+
+/// Whose the pages of a file are that a mapping shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pages {
+    /// What is written is seen in the file.
+    OfFile,
+    /// What is written is seen in the mapping alone.
+    Private,
+}
+
+impl Mapping {
+    /// How its pages may be used.
+    pub const PROTECTION: i32 = libc::PROT_READ | libc::PROT_WRITE;
+    /// Of what kind its pages are.
+    pub const FLAGS: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+
+    /// Maps `size` bytes of zeros, a multiple of the host's page size, from the start of a huge page.
+    #[allow(unsafe_code)]
+    pub fn new(size: usize) -> IoResult<Self> {
+        let whole = size.checked_add(HUGE_PAGE).ok_or(IoError::from_raw_os_error(libc::ENOMEM))?;
+        // SAFETY: a new mapping, where there was none.
+        let start = unsafe { libc::mmap(std::ptr::null_mut(), whole, Self::PROTECTION, Self::FLAGS, -1, 0) };
+        if start == libc::MAP_FAILED {
+            return Err(IoError::last_os_error());
+        }
+        let start = NonNull::new(start.cast::<u8>()).ok_or(IoError::from_raw_os_error(libc::ENOMEM))?;
+        // A kernel may align it by itself: then the head is empty.
+        let (_head, rest) = Self { start, size: whole }.split(start.align_offset(HUGE_PAGE));
+        let (mapping, _tail) = rest.split(size);
+        Ok(mapping)
+    }
+
+    /// The first `size` bytes, of so many at least, and the rest.
+    fn split(self, size: usize) -> (Self, Self) {
+        let whole = ManuallyDrop::new(self);
+        let rest = whole.start.as_ptr().wrapping_add(size);
+        let rest = NonNull::new(rest).expect("no mapping reaches the end of the address space");
+        (Self { start: whole.start, size }, Self { start: rest, size: whole.size - size })
+    }
+
+    /// Shows `size` bytes of `file` from `position` on in the place of the pages from `offset` on, which are
+    /// given back. All three are multiples of the host's page size.
+    ///
+    /// # Errors
+    /// The range is not in the mapping, or the kernel's, of mmap(2).
+    #[allow(unsafe_code)]
+    pub fn show(
+        &mut self,
+        offset: usize,
+        size: usize,
+        file: &File,
+        position: u64,
+        pages: Pages,
+    ) -> IoResult<()> {
+        if offset.checked_add(size).is_none_or(|end| end > self.size) {
+            return Err(IoError::from_raw_os_error(libc::EINVAL));
+        }
+        let flags = match pages {
+            Pages::OfFile => libc::MAP_SHARED,
+            Pages::Private => libc::MAP_PRIVATE | libc::MAP_NORESERVE,
+        };
+        let position =
+            libc::off_t::try_from(position).map_err(|_| IoError::from_raw_os_error(libc::EINVAL))?;
+        let place = self.start.as_ptr().wrapping_add(offset).cast();
+        let (flags, fd) = (flags | libc::MAP_FIXED, file.as_raw_fd());
+        // SAFETY: the range lies in this mapping, as was just seen; that this is borrowed mutably shows that nobody
+        // uses it yet.
+        let shown = unsafe { libc::mmap(place, size, Self::PROTECTION, flags, fd, position) };
+        if shown == libc::MAP_FAILED { Err(IoError::last_os_error()) } else { Ok(()) }
+    }
+
+    /// Its first byte.
+    pub fn start(&self) -> NonNull<u8> {
+        self.start
+    }
+}
+
+impl Drop for Mapping {
+    #[allow(unsafe_code)]
+    fn drop(&mut self) {
+        if self.size > 0 {
+            // SAFETY: the range was mapped by `new`, belongs to this alone, and is used no more.
+            unsafe { libc::munmap(self.start.as_ptr().cast(), self.size) };
+        }
+    }
+}
+
+/// The size of the pages in which this host maps memory, in bytes.
+#[allow(unsafe_code)]
+pub fn page_size() -> u64 {
+    // SAFETY: the call takes a number.
+    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    u64::try_from(size).expect("Linux knows the size of its pages")
+}
+
+/// A file without a name, of `size` bytes of zeros, that lives in memory. Whoever gets a descriptor of it cannot
+/// make it shorter: reading guest memory that is gone from its file would end this process (SIGBUS).
+///
+/// # Errors
+/// The kernel's, of memfd_create(2), ftruncate(2) and fcntl(2).
+#[allow(unsafe_code)]
+pub fn memory_file(size: u64) -> IoResult<File> {
+    const SEALS: i32 = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    // SAFETY: the name is a string that ends with a zero.
+    let fd =
+        unsafe { libc::memfd_create(c"guest memory".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
+    let file = opened(fd)?;
+    file.set_len(size)?;
+    // SAFETY: the call takes numbers.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, SEALS) } {
+        0.. => Ok(file),
+        _ => Err(IoError::last_os_error()),
+    }
+}
+
+#[allow(unsafe_code)]
+fn opened(fd: RawFd) -> IoResult<File> {
+    match fd {
+        // SAFETY: the descriptor was just made and is given away whole.
+        0.. => Ok(unsafe { File::from_raw_fd(fd) }),
+        _ => Err(IoError::last_os_error()),
+    }
+}
