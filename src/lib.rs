@@ -5,6 +5,7 @@
 //!   misspelled word was meant to be. [`clock`]: the time of day. [`json`]: values as clients write them.
 //!   [`dialect`]: whose API is spoken. [`metrics`]: counters. [`process`]: what this process costs.
 //!   [`descriptors`]: what this process was started with.
+//!   [`terminal`]: the terminal that it was started from.
 //!   [`sink`]: where lines for the outside go. [`log`]: messages. [`timeline`]: the steps of a start.
 //! - [`snapshot`]: state that outlives the process. [`limiter`]: rate limits.
 //! - [`event`]: the core of an event loop. [`events`]: what happens to the microVM, for its readers.
@@ -23,7 +24,8 @@
 //! - [`config`]: everything a microVM is made of.
 //! - [`firmware`]: the guest of our own that is carried along.
 //! - [`machine`]: the machine and its run states: a list of parts, built, then loaded.
-//! - [`api`]: the control socket: every operation once. [`cli`]: the command line and the main loop.
+//! - [`microvm`]: one microVM and its owner, with every operation on it once, and the main loop.
+//! - [`api`]: the control socket. [`cli`]: the command line.
 //!
 //! Threads: `main` serves the socket, signals and standard input, and alone opens files and sockets and starts
 //! threads; one per vCPU runs guest code and passes accesses to the buses; `io`, where there are devices, runs
@@ -46,8 +48,9 @@
 //! - A device at a fixed place: a file in `devices/` that implements [`devices::fixed::FixedDevice`], in
 //!   `devices/mod.rs` its module and its line of `put_fixed`, and its place in `FIXED` in the `layout.rs` of
 //!   each architecture that has the device.
-//! - An API call: a variant of [`api::Request`], its line in `api/routes.rs`, its arm in `api/handle.rs`, and
-//!   its line in `api/schema.rs`, from which the OpenAPI file and `docs/api.md` are made.
+//! - An API call: what it does, as a method of [`microvm::Microvm`]; a variant of [`api::Request`], its line in
+//!   `api/routes.rs`, its arm in `api/handle.rs`, and its line in `api/schema.rs`, from which the OpenAPI file and
+//!   `docs/api.md` are made. A body stands with what it configures; one that configures nothing, in `api/bodies.rs`.
 //! - A word of the command line: the file of its command in `cli/arguments/`, with the text of the help.
 //!
 //! Invariants (tests/tidy.rs checks what can be checked): modules use only lower ones; `arch/mod.rs`
@@ -79,6 +82,7 @@ pub mod log;
 pub mod machine;
 pub mod memory;
 pub mod metrics;
+pub mod microvm;
 pub mod part;
 pub mod paths;
 pub mod pci;
@@ -87,6 +91,7 @@ pub mod process;
 pub mod sink;
 pub mod snapshot;
 pub mod spelling;
+pub mod terminal;
 pub mod timeline;
 pub mod uring;
 pub mod virtio;

@@ -61,7 +61,7 @@ impl Loop {
             match jobs.start("job", move || end.recv().unwrap_or(Response::Done)) {
                 Ok(ticket) => {
                     ends.push(sender);
-                    Reply::Later(ticket)
+                    Reply::Later { ticket, area: "Job error" }
                 }
                 Err(error) => Response::Fault(error.to_string()).into(),
             }

@@ -198,7 +198,7 @@ impl Connection {
                 let manner = Manner { is_head, closes };
                 match reply {
                     Reply::Now(response) => self.answer(&response, manner),
-                    Reply::Later(ticket) => self.waits_for = Some((ticket, manner)),
+                    Reply::Later { ticket, .. } => self.waits_for = Some((ticket, manner)),
                 }
             }
         }

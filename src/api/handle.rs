@@ -1,318 +1,195 @@
-//! Does what requests ask: holds the configuration before the start and the machine after it.
+//! Does what requests ask, by calls to the microVM, in the words of the API.
 
 use std::time::Instant;
 
 use serde_json::Value;
 
-use super::observe::{self, LATENCIES};
-use super::{
-    API_VERSION, Action, FirecrackerVersion, InstanceInfo, Request, Response, VmState, metrics, routes,
-};
+use super::bodies::{Action, FirecrackerVersion, InstanceInfo, VmState};
+use super::{API_VERSION, Reply, Request, Response, observe, routes};
 use crate::arch;
-use crate::config::{BootSource, Config, CpuConfig, MachineConfig};
-use crate::devices::console;
 use crate::devices::fixed::FixedDevice;
 use crate::devices::keyboard::Keyboard;
-use crate::devices::kind::{Change, Device, Kind};
-use crate::error::{Error, Result};
-use crate::events::{self, Event};
-use crate::host::{Access, Host, Sharing};
-use crate::log;
-use crate::machine::{Machine, Prepared, State};
-use crate::metrics::{self as counted, View};
+use crate::error::Error;
+use crate::jobs::Ticket;
+use crate::machine::State;
+use crate::metrics::View;
+use crate::microvm::Microvm;
 
 const AFTER_START: &str = "The requested operation is not supported after starting the microVM.";
 const BEFORE_START: &str = "The requested operation is not supported before starting the microVM.";
 
-/// One microVM under control: from its first request to its end.
-pub struct Controller {
-    id: String,
-    config: Config,
-    host: Host,
-    metrics: Option<metrics::Output>,
-    prepared: Option<Prepared>,
-    machine: Option<Machine>,
+/// A request that is answered when its job is done.
+struct Waiting {
+    ticket: Ticket,
+    /// What the message of a job that failed begins with.
+    area: &'static str,
+    asked: Asked,
 }
 
-impl Controller {
-    /// Controls the microVM that `config` describes, not started yet.
-    pub fn new(id: String, config: Config) -> Self {
-        Self { id, config, host: Host::default(), metrics: None, prepared: None, machine: None }
-    }
+/// What is told of a request when it is answered.
+struct Asked {
+    method: String,
+    path: String,
+    begun: Instant,
+    is_deprecated: bool,
+}
 
-    /// Lets disks be shared with others, with a warning.
-    pub fn warn_of_sharing(&mut self) {
-        self.host.warn_of_sharing();
-    }
-
-    /// Opens where the configuration, as it was given, says that messages and metrics go.
-    pub fn open_outputs(&mut self) -> Result<()> {
-        if let Some(logger) = &self.config.logger {
-            log::configure(&self.id, logger)?;
-        }
-        if let Some(metrics) = &self.config.metrics {
-            self.metrics = Some(metrics::Output::open(metrics.clone())?);
-        }
-        Ok(())
-    }
-
-    /// Writes a line of metrics, if they go anywhere.
-    pub fn write_metrics(&mut self) {
-        if let Some(output) = &mut self.metrics {
-            output.write(&self.id, self.machine.as_ref());
-        }
-    }
-
-    /// Writes a line of metrics when it is time for one; to be called about once a second while the
-    /// machine is there.
-    pub fn look_at_metrics(&mut self) {
-        if let Some(output) = &mut self.metrics {
-            output.flush();
-            if output.is_due() {
-                self.write_metrics();
-            }
-        }
-    }
-
-    /// The machine, once it has started.
-    pub fn machine(&mut self) -> Option<&mut Machine> {
-        self.machine.as_mut()
-    }
-
-    /// Does what the machine wants done; to be called when its `wake_fd` is readable.
-    pub fn attend(&mut self) {
-        if let Some(machine) = &mut self.machine {
-            machine.attend(&mut self.host);
-        }
-    }
-
-    /// Does what does not depend on the configuration, ahead, while nobody waits. What stands in the
-    /// way is told by `start`.
-    pub fn prepare(&mut self) {
-        if self.prepared.is_none() && self.machine.is_none() {
-            self.prepared = Prepared::new().ok();
-        }
-    }
-
-    /// Builds, loads and starts the machine; without a boot source it runs the firmware guest.
-    /// `reason`: who wants it.
-    pub fn start(&mut self, reason: &'static str) -> Result<()> {
-        let prepared = match self.prepared.take() {
-            Some(prepared) => prepared,
-            None => Prepared::new()?,
-        };
-        let mut machine = Machine::build(&self.id, &self.config, &mut self.host, prepared)?;
-        machine.load(&self.config, &mut self.host)?;
-        self.host.release_all();
-        // Told first: what the guest does comes after it.
-        events::tell(|| Event::Started { reason });
-        machine.resume()?;
-        self.machine = Some(machine);
-        self.write_metrics();
-        Ok(())
-    }
-
-    /// Parses a request and does it.
-    pub fn serve(&mut self, method: &str, path: &str, body: &[u8]) -> Response {
-        let begun = Instant::now();
-        let request = routes::route(self.config.dialect, method, path, body);
-        let deprecated = request.as_ref().is_ok_and(Request::is_deprecated);
-        let response = request.and_then(|request| self.handle(request)).unwrap_or_else(Response::Fault);
+impl Asked {
+    fn answered(
+        method: &str,
+        path: &str,
+        begun: Instant,
+        is_deprecated: bool,
+        response: Response,
+    ) -> Response {
         observe::served(method, path, &response, begun.elapsed());
-        if deprecated { Response::Deprecated(Box::new(response)) } else { response }
+        if is_deprecated { Response::Deprecated(Box::new(response)) } else { response }
     }
+}
 
-    /// Does one request; the error is the fault message.
-    fn handle(&mut self, request: Request) -> Result<Response, String> {
-        use Request::*;
-        let started = self.machine.is_some();
-        match request {
-            PutMachineConfig(_)
-            | PatchMachineConfig(_)
-            | PutCpuConfig(_)
-            | PutBootSource(_)
-            | PutLogger(_)
-            | PutMetrics(_)
-            | PutSerial(_)
-            | Action(super::Action::InstanceStart)
-                if started =>
-            {
-                return Err(AFTER_START.to_owned());
-            }
-            PutDevice(ref device) if started => {
-                return Err(match device.kind().many {
-                    true => self.cannot_hotplug("adding a device to a running microVM"),
-                    false => AFTER_START.to_owned(),
-                });
-            }
-            PatchVm(_)
-            | PatchDevice(..)
-            | DeleteDevice(..)
-            | Action(super::Action::SendCtrlAltDel | super::Action::FlushMetrics | super::Action::Shutdown)
-                if !started =>
-            {
-                return Err(BEFORE_START.to_owned());
-            }
-            _ => {}
-        }
-        match request {
-            Instance => Ok(Response::Value(self.instance())),
-            Version => {
-                let version = FirecrackerVersion { firecracker_version: API_VERSION };
-                Ok(Response::Value(to_value(&version)))
-            }
-            MachineConfig => Ok(Response::Value(to_value(&self.config.machine_config))),
-            VmConfig => Ok(Response::Value(to_value(&self.config))),
-            Events => Ok(Response::Events),
-            Metrics => {
-                Ok(Response::Value(Value::Object(metrics::collect(self.machine.as_ref(), View::Total))))
-            }
-            PutLogger(logger) => self.set_logger(logger),
-            PutMetrics(metrics) => self.set_metrics(metrics),
-            PutSerial(serial) => self.set_serial(serial),
-            PutMachineConfig(machine) => self.set_machine_config(machine),
-            PatchMachineConfig(patch) => self.set_machine_config(self.config.machine_config.patched(&patch)),
-            PutCpuConfig(cpu) => self.set_cpu_config(cpu),
-            PutBootSource(source) => self.set_boot_source(source),
-            PutDevice(device) => self.put_device(device),
-            PatchDevice(kind, change) => self.patch_device(kind, change),
-            DeleteDevice(..) => Err(self.cannot_hotplug("removing a device from a running microVM")),
-            Action(action) => self.act(action),
-            PatchVm(state) => self.set_state(state),
-        }
-    }
+/// Who does what requests ask.
+#[derive(Default)]
+pub struct Handler {
+    waiting: Vec<Waiting>,
+}
 
-    fn instance(&self) -> Value {
-        let state = match self.machine.as_ref().map(Machine::state) {
-            None => "Not started",
-            Some(State::Running) => "Running",
-            Some(State::Paused) => "Paused",
+impl Handler {
+    /// Parses a request and does it, or begins to.
+    pub fn serve(&mut self, microvm: &mut Microvm, method: &str, path: &str, body: &[u8]) -> Reply {
+        let begun = Instant::now();
+        let request = routes::route(microvm.config().dialect, method, path, body);
+        let is_deprecated = request.as_ref().is_ok_and(Request::is_deprecated);
+        let reply = request.and_then(|request| handle(microvm, request));
+        let response = match reply.unwrap_or_else(|message| Response::Fault(message).into()) {
+            Reply::Now(response) => response,
+            Reply::Later { ticket, area } => {
+                let (method, path) = (method.to_owned(), path.to_owned());
+                let asked = Asked { method, path, begun, is_deprecated };
+                self.waiting.push(Waiting { ticket, area, asked });
+                return Reply::Later { ticket, area };
+            }
         };
-        let id = self.id.clone();
-        to_value(&InstanceInfo { id, state, vmm_version: API_VERSION, app_name: "Firecracker" })
+        Asked::answered(method, path, begun, is_deprecated, response).into()
     }
 
-    fn set_machine_config(&mut self, machine: MachineConfig) -> Result<Response, String> {
-        self.config.check_machine(&machine).map_err(fault("Machine config error"))?;
-        self.config.machine_config = machine;
-        Ok(Response::Done)
-    }
-
-    /// Whether the host's CPUs have what is to be changed is known at the start.
-    fn set_cpu_config(&mut self, cpu: CpuConfig) -> Result<Response, String> {
-        cpu.check().map_err(fault("CPU config error"))?;
-        self.config.cpu_config = Some(cpu);
-        Ok(Response::Done)
-    }
-
-    /// The files are opened now: a wrong path is refused where it is named, and what is at the path
-    /// now is what boots.
-    fn set_boot_source(&mut self, source: BootSource) -> Result<Response, String> {
-        source.check().map_err(fault("Boot source error"))?;
-        self.host
-            .hold(&source.files(), Access::Read, Sharing::Refused)
-            .map_err(fault("Boot source error"))?;
-        self.config.boot_source = Some(source);
-        Ok(Response::Done)
-    }
-
-    fn set_logger(&mut self, logger: log::Config) -> Result<Response, String> {
-        const FAULT: &str = "Logger error: Cannot initialize the logging system due to bad user input";
-        log::configure(&self.id, &logger).map_err(fault(FAULT))?;
-        self.config.logger = Some(self.config.logger.take().unwrap_or_default().changed(&logger));
-        Ok(Response::Done)
-    }
-
-    fn set_metrics(&mut self, metrics: counted::Config) -> Result<Response, String> {
-        const FAULT: &str = "Metrics error: Cannot initialize the metrics system due to bad user input";
-        if self.metrics.is_some() {
-            return Err(format!("{FAULT}: Reinitialization of metrics not allowed."));
-        }
-        self.metrics = Some(metrics::Output::open(metrics.clone()).map_err(fault(FAULT))?);
-        self.config.metrics = Some(metrics);
-        Ok(Response::Done)
-    }
-
-    /// The file is opened now, as the kernel is.
-    fn set_serial(&mut self, serial: console::Config) -> Result<Response, String> {
-        let path = serial.serial_out_path.as_deref();
-        self.host.hold_console(path).map_err(fault("Serial config error"))?;
-        self.config.serial = Some(serial);
-        Ok(Response::Done)
-    }
-
-    /// What the device needs is opened now, as the kernel is.
-    fn put_device(&mut self, device: Device) -> Result<Response, String> {
-        let fault = fault(device.kind().fault);
-        device.check().map_err(&fault)?;
-        // A device that is refused must hold no file or interface of the host.
-        self.config.check_beside(&device).map_err(&fault)?;
-        device.hold(&mut self.host).map_err(&fault)?;
-        self.config.put(device).map_err(&fault)?;
-        Ok(Response::Done)
-    }
-
-    fn patch_device(&mut self, kind: &Kind, change: Change) -> Result<Response, String> {
-        let fault = fault(kind.fault);
-        let device = self.config.device(kind, &change.id);
-        let unknown = || Error::config(format!("there is no {}", kind.name(&change.id)));
-        let device = device.ok_or_else(unknown).map_err(&fault)?.clone();
-        let changed = device.patched(&change).map_err(&fault)?;
-        // Before the device has it: a change that is refused changes nothing.
-        self.config.check_beside(&changed).map_err(&fault)?;
-        let machine = self.machine.as_mut().expect("what needs a machine is refused before the start");
-        machine.patch_device(&device.name(), change.patch(), &mut self.host).map_err(&fault)?;
-        self.config.put(changed).map_err(&fault)?;
-        events::tell(|| observe::changed(&device, &change));
-        Ok(Response::Done)
-    }
-
-    /// Adding and removing devices while the guest runs needs a bus that knows of it.
-    fn cannot_hotplug(&self, what: &str) -> String {
-        let reason = if self.config.pci { "" } else { "PCI is not enabled: " };
-        format!("{reason}{what} is not implemented yet.")
-    }
-
-    fn act(&mut self, action: Action) -> Result<Response, String> {
-        match action {
-            Action::InstanceStart if self.config.boot_source.is_none() => {
-                Err("Start microvm error: Cannot start microvm without kernel configuration.".to_owned())
-            }
-            Action::InstanceStart => self.start("InstanceStart").map_err(fault("Start microvm error")),
-            Action::SendCtrlAltDel if arch::fixed_place(Keyboard::NAME).is_none() => {
-                Err(format!("SendCtrlAltDel does not supported on {}.", arch::NAME))
-            }
-            Action::SendCtrlAltDel => self.started().send_ctrl_alt_del().map_err(fault("Internal VMM error")),
-            Action::Shutdown => self.started().request_shutdown().map_err(fault("Internal VMM error")),
-            Action::FlushMetrics => {
-                self.write_metrics();
-                Ok(())
-            }
-        }
-        .map(|()| Response::Done)
-    }
-
-    fn set_state(&mut self, state: VmState) -> Result<Response, String> {
-        let machine = self.started();
-        let (before, begun) = (machine.state(), Instant::now());
-        let (result, latency) = match state {
-            VmState::Paused => (machine.pause(), [&LATENCIES.pause_vm, &LATENCIES.vmm_pause_vm]),
-            VmState::Resumed => (machine.resume(), [&LATENCIES.resume_vm, &LATENCIES.vmm_resume_vm]),
+    /// How a request is answered whose job has ended so; none: no request waits for it.
+    pub fn job_ended(&mut self, ticket: Ticket, result: Result<(), Error>) -> Option<Response> {
+        let place = self.waiting.iter().position(|waiting| waiting.ticket == ticket)?;
+        let Waiting { area, asked, .. } = self.waiting.swap_remove(place);
+        let response = match result {
+            Ok(()) => Response::Done,
+            Err(error) => Response::Fault(fault(area)(error)),
         };
-        result.map_err(fault("Internal VMM error"))?;
-        latency.iter().for_each(|latency| latency.set(begun.elapsed().as_micros() as u64));
-        if machine.state() != before {
-            let reason = "PATCH /vm";
-            events::tell(|| match state {
-                VmState::Paused => Event::Paused { reason },
-                VmState::Resumed => Event::Resumed { reason },
-            });
-        }
-        Ok(Response::Done)
+        let Asked { method, path, begun, is_deprecated } = asked;
+        Some(Asked::answered(&method, &path, begun, is_deprecated, response))
     }
+}
 
-    fn started(&mut self) -> &mut Machine {
-        self.machine.as_mut().expect("what needs a machine is refused before the start")
+/// Whether a request comes at its time; the error is the fault message.
+fn check_time(microvm: &Microvm, request: &Request) -> Result<(), String> {
+    use Request::*;
+    let has_started = microvm.state().is_some();
+    match request {
+        PutMachineConfig(_)
+        | PatchMachineConfig(_)
+        | PutCpuConfig(_)
+        | PutBootSource(_)
+        | PutLogger(_)
+        | PutMetrics(_)
+        | PutSerial(_)
+        | Action(super::Action::InstanceStart)
+            if has_started =>
+        {
+            Err(AFTER_START.to_owned())
+        }
+        PutDevice(device) if has_started => Err(match device.kind().many {
+            true => cannot_hotplug(microvm, "adding a device to a running microVM"),
+            false => AFTER_START.to_owned(),
+        }),
+        PatchVm(_)
+        | PatchDevice(..)
+        | DeleteDevice(..)
+        | Action(super::Action::SendCtrlAltDel | super::Action::FlushMetrics | super::Action::Shutdown)
+            if !has_started =>
+        {
+            Err(BEFORE_START.to_owned())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Does one request; the error is the fault message.
+fn handle(microvm: &mut Microvm, request: Request) -> Result<Reply, String> {
+    use Request::*;
+    check_time(microvm, &request)?;
+    let done = match request {
+        Instance => return Ok(Response::Value(instance(microvm)).into()),
+        Version => {
+            let version = FirecrackerVersion { firecracker_version: API_VERSION };
+            return Ok(Response::Value(to_value(&version)).into());
+        }
+        MachineConfig => return Ok(Response::Value(to_value(&microvm.config().machine_config)).into()),
+        VmConfig => return Ok(Response::Value(to_value(microvm.config())).into()),
+        Events => return Ok(Response::Events.into()),
+        Metrics => return Ok(Response::Value(Value::Object(microvm.count(View::Total))).into()),
+        PutLogger(logger) => microvm
+            .set_logger(logger)
+            .map_err(fault("Logger error: Cannot initialize the logging system due to bad user input")),
+        PutMetrics(metrics) => microvm
+            .set_metrics(metrics)
+            .map_err(fault("Metrics error: Cannot initialize the metrics system due to bad user input")),
+        PutSerial(serial) => microvm.set_serial(serial).map_err(fault("Serial config error")),
+        PutMachineConfig(machine) => microvm.set_machine(machine).map_err(fault("Machine config error")),
+        PatchMachineConfig(patch) => {
+            let machine = microvm.config().machine_config.patched(&patch);
+            microvm.set_machine(machine).map_err(fault("Machine config error"))
+        }
+        PutCpuConfig(cpu) => microvm.set_cpu(cpu).map_err(fault("CPU config error")),
+        PutBootSource(source) => microvm.set_boot_source(source).map_err(fault("Boot source error")),
+        PutDevice(device) => {
+            let area = device.kind().fault;
+            microvm.put_device(device).map_err(fault(area))
+        }
+        PatchDevice(kind, change) => microvm.patch_device(kind, &change).map_err(fault(kind.fault)),
+        DeleteDevice(..) => Err(cannot_hotplug(microvm, "removing a device from a running microVM")),
+        Action(action) => act(microvm, action),
+        PatchVm(VmState::Paused) => microvm.pause("PATCH /vm").map_err(fault("Internal VMM error")),
+        PatchVm(VmState::Resumed) => microvm.resume("PATCH /vm").map_err(fault("Internal VMM error")),
+    };
+    done.map(|()| Response::Done.into())
+}
+
+fn instance(microvm: &Microvm) -> Value {
+    let state = match microvm.state() {
+        None => "Not started",
+        Some(State::Running) => "Running",
+        Some(State::Paused) => "Paused",
+    };
+    let id = microvm.id().to_owned();
+    to_value(&InstanceInfo { id, state, vmm_version: API_VERSION, app_name: "Firecracker" })
+}
+
+/// Adding and removing devices while the guest runs needs a bus that knows of it.
+fn cannot_hotplug(microvm: &Microvm, what: &str) -> String {
+    let reason = if microvm.config().pci { "" } else { "PCI is not enabled: " };
+    format!("{reason}{what} is not implemented yet.")
+}
+
+fn act(microvm: &mut Microvm, action: Action) -> Result<(), String> {
+    match action {
+        Action::InstanceStart if microvm.config().boot_source.is_none() => {
+            Err("Start microvm error: Cannot start microvm without kernel configuration.".to_owned())
+        }
+        Action::InstanceStart => microvm.start("InstanceStart").map_err(fault("Start microvm error")),
+        Action::SendCtrlAltDel if arch::fixed_place(Keyboard::NAME).is_none() => {
+            Err(format!("SendCtrlAltDel does not supported on {}.", arch::NAME))
+        }
+        Action::SendCtrlAltDel => microvm.send_ctrl_alt_del().map_err(fault("Internal VMM error")),
+        Action::Shutdown => microvm.request_shutdown().map_err(fault("Internal VMM error")),
+        Action::FlushMetrics => {
+            microvm.write_metrics();
+            Ok(())
+        }
     }
 }
 
@@ -330,9 +207,25 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::config::{Config, MachineConfig};
+
+    struct Controller {
+        microvm: Microvm,
+        handler: Handler,
+    }
+
+    impl Controller {
+        fn serve(&mut self, method: &str, path: &str, body: &[u8]) -> Response {
+            match self.handler.serve(&mut self.microvm, method, path, body) {
+                Reply::Now(response) => response,
+                Reply::Later { .. } => panic!("`{method} {path}` waits for a job"),
+            }
+        }
+    }
 
     fn controller() -> Controller {
-        Controller::new("test".to_owned(), Config::default())
+        let microvm = Microvm::new("test".to_owned(), Config::default());
+        Controller { microvm, handler: Handler::default() }
     }
 
     fn fault_of(response: Response) -> String {
@@ -372,8 +265,8 @@ mod tests {
             refused.starts_with("Boot source error: open kernel `/nonexistent/vmlinux`: No such"),
             "{refused}"
         );
-        assert_eq!(controller.config.machine_config, MachineConfig::default());
-        assert_eq!(controller.config.boot_source, None);
+        assert_eq!(controller.microvm.config().machine_config, MachineConfig::default());
+        assert_eq!(controller.microvm.config().boot_source, None);
     }
 
     #[test]
@@ -403,5 +296,27 @@ mod tests {
         }
         let start = fault_of(controller.serve("PUT", "/actions", br#"{"action_type": "InstanceStart"}"#));
         assert_eq!(start, "Start microvm error: Cannot start microvm without kernel configuration.");
+    }
+
+    #[test]
+    fn a_request_is_answered_by_how_its_job_ended() {
+        let mut handler = Handler::default();
+        let mut wait = |ticket, path: &str, is_deprecated| {
+            let asked = Asked {
+                method: "PUT".to_owned(),
+                path: path.to_owned(),
+                begun: Instant::now(),
+                is_deprecated,
+            };
+            handler.waiting.push(Waiting { ticket, area: "Job error", asked });
+        };
+        wait(3, "/a", false);
+        wait(4, "/b", true);
+        wait(5, "/c", false);
+        assert_eq!(handler.job_ended(5, Ok(())), Some(Response::Done));
+        assert_eq!(handler.job_ended(4, Ok(())), Some(Response::Deprecated(Box::new(Response::Done))));
+        let failed = handler.job_ended(3, Err(Error::host("the disk is full")));
+        assert_eq!(fault_of(failed.unwrap()), "Job error: the disk is full");
+        assert_eq!(handler.job_ended(3, Ok(())), None, "nobody waits for it");
     }
 }

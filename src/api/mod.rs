@@ -1,13 +1,14 @@
-//! The control API: every operation once, as plain data. `http` reads and writes the wire format,
-//! `routes` turns a method, path and body into a `Request`, `handle` does it, `observe` counts it,
-//! `metrics` tells what was counted, `server` owns the sockets. `client` is the other side.
+//! The control API: every operation once, as plain data. `http` reads and writes the wire format, `routes` turns
+//! a method, path and body (`bodies`) into a `Request`, `handle` has the microVM do it, `observe` tells of it,
+//! `server` owns the sockets, and `front` puts them on the main loop. `client` is the other side.
 
+pub mod bodies;
 mod chunks;
 pub mod client;
 mod connection;
+mod front;
 mod handle;
 pub mod http;
-mod metrics;
 mod observe;
 #[cfg(test)]
 mod published;
@@ -16,18 +17,18 @@ pub mod routes;
 mod schema;
 mod server;
 
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::config::{BootSource, CpuConfig, MachineConfig, MachinePatch};
+use bodies::{Action, VmState};
+
 use crate::devices::console;
 use crate::devices::kind::{Change, Device, Kind};
 use crate::jobs::Ticket;
 use crate::log;
 use crate::metrics as counted;
 
-pub use handle::Controller;
-pub use observe::StartTime;
+pub use front::Api;
 pub use server::Server;
 
 /// The version of Firecracker's API that is spoken; clients decide by it what they may send.
@@ -92,55 +93,17 @@ impl Request {
     }
 }
 
-/// What can be done to a microVM.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-#[allow(missing_docs, reason = "names of the API")]
-pub enum Action {
-    FlushMetrics,
-    InstanceStart,
-    SendCtrlAltDel,
-    /// Ours: asks the guest to power off, in the way of its architecture.
-    Shutdown,
-}
-
-/// The state to bring a microVM into.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-#[allow(missing_docs, reason = "names of the API")]
-pub enum VmState {
-    Paused,
-    Resumed,
-}
-
-/// The answer to `GET /`.
-#[derive(Serialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-pub struct InstanceInfo {
-    /// The microVM's name.
-    id: String,
-    /// `Not started`, `Running` or `Paused`.
-    state: &'static str,
-    /// The version of Firecracker's API that is spoken.
-    vmm_version: &'static str,
-    /// Always `Firecracker`: clients look at it.
-    app_name: &'static str,
-}
-
-/// The answer to `GET /version`.
-#[derive(Serialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-pub struct FirecrackerVersion {
-    /// The version of Firecracker's API that is spoken.
-    firecracker_version: &'static str,
-}
-
 /// How a request is served.
 pub enum Reply {
     /// It is answered.
     Now(Response),
-    /// It is answered when this job is done; the client's next request waits for that.
-    Later(Ticket),
+    /// It is answered when a job of the microVM is done; the client's next request waits for that.
+    Later {
+        /// The job.
+        ticket: Ticket,
+        /// What the message begins with if it fails.
+        area: &'static str,
+    },
 }
 
 impl From<Response> for Reply {

@@ -1,9 +1,9 @@
 //! Method, path and body to `Request`, with Firecracker's messages for what does not fit.
 
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-use super::{Action, Request, VmState};
+use super::Request;
+use super::bodies::{Action, ActionBody, VmBody};
 use crate::config::MachinePatch;
 use crate::devices::kind::Kind;
 use crate::devices::{self, KINDS};
@@ -11,24 +11,6 @@ use crate::dialect::Dialect;
 
 /// First path tokens of Firecracker's API that are not served yet: refused as such, not as unknown.
 const NOT_IMPLEMENTED: [&str; 7] = ["balloon", "hotplug", "mmds", "pmem", "snapshot", "vsock", "gdb"];
-
-/// Body of `PUT /actions`.
-#[derive(Deserialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "InstanceActionInfo"))]
-#[serde(deny_unknown_fields)]
-pub struct ActionBody {
-    /// What is to be done.
-    action_type: Action,
-}
-
-/// Body of `PATCH /vm`.
-#[derive(Deserialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "Vm"))]
-#[serde(deny_unknown_fields)]
-pub struct VmBody {
-    /// The state to bring it into.
-    state: VmState,
-}
 
 /// The request, or the fault message for the client.
 pub fn route(dialect: Dialect, method: &str, path: &str, body: &[u8]) -> Result<Request, String> {
@@ -143,6 +125,7 @@ pub fn deserializing(error: serde_json::Error) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::bodies::VmState;
     use super::*;
 
     fn route(method: &str, path: &str, body: &[u8]) -> Result<Request, String> {

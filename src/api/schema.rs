@@ -6,8 +6,9 @@ use schemars::generate::SchemaSettings;
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde_json::{Map, Value, json};
 
-use super::routes::{ActionBody, VmBody, route};
-use super::{API_VERSION, FirecrackerVersion, InstanceInfo};
+use super::API_VERSION;
+use super::bodies::{ActionBody, FirecrackerVersion, InstanceInfo, VmBody};
+use super::routes::route;
 use crate::config::{BootSource, CpuConfig, MachineConfig, MachinePatch};
 use crate::devices::{KINDS, console};
 use crate::dialect::Dialect;

@@ -5,18 +5,15 @@ mod arguments;
 mod check;
 mod ctl;
 mod exec;
-mod monitor;
 mod outputs;
 mod persona;
 mod session;
-mod signals;
-mod terminal;
 
 use std::io::{IsTerminal, Write};
 use std::path::Path;
 
 use crate::agent::init;
-use crate::api::{Controller, Server};
+use crate::api::Api;
 use crate::clock;
 use crate::dialect::Dialect;
 use crate::error::{Context, Result};
@@ -24,9 +21,10 @@ use crate::events::{self, Event, Feed};
 use crate::firmware;
 use crate::log::{self, Level};
 use crate::machine::Exit;
+use crate::microvm::Microvm;
+use crate::microvm::monitor::{Ending, Front, Monitor, Outcome};
+use crate::microvm::signals::{self, Signals, SocketFile};
 use arguments::{Command, Run, Serve};
-use monitor::{Ending, Monitor, Outcome};
-use signals::{Signals, SocketFile};
 
 /// The monitor itself could not do what was asked (`alula run`): not a code of the guest's.
 const FAILED_RUN: u8 = 125;
@@ -143,22 +141,22 @@ fn finish(
 }
 
 /// Serves at `path`, where no end leaves a file behind.
-fn listen(path: &Path, body_max: usize) -> Result<(Server, SocketFile)> {
-    let server = Server::bind(path, body_max)?;
-    let file = SocketFile::own(path, server.file())?;
-    Ok((server, file))
+fn listen(path: &Path, body_max: usize) -> Result<(Box<dyn Front>, SocketFile)> {
+    let api = Api::bind(path, body_max)?;
+    let file = SocketFile::own(path, api.file())?;
+    Ok((Box::new(api), file))
 }
 
 fn run(arguments: Run, feed: &mut Option<Feed>) -> Result<Ending> {
     let config = arguments.config()?;
     let signals = Signals::take_over()?;
     let server = arguments.api_sock.as_deref().map(|path| listen(path, crate::api::BODY_MAX)).transpose()?;
-    let mut controller = Controller::new(arguments.id.clone(), config);
-    controller.open_outputs()?;
+    let mut microvm = Microvm::new(arguments.id.clone(), config);
+    microvm.open_outputs()?;
     events::tell(|| Event::Configured { what: "command line".to_owned() });
     let mut monitor = Monitor::new(signals, server, feed.take())?;
-    let start = |controller: &mut Controller| controller.start("command line").context("start the guest");
-    Ok(monitor.run(controller, start, |outcome| conclude(outcome, FAILED_RUN, Exit::exit_code)))
+    let start = |microvm: &mut Microvm| microvm.start("command line").context("start the guest");
+    Ok(monitor.run(microvm, start, |outcome| conclude(outcome, FAILED_RUN, Exit::exit_code)))
 }
 
 fn serve(arguments: Serve, feed: &mut Option<Feed>) -> Result<Ending> {
@@ -173,18 +171,18 @@ fn serve(arguments: Serve, feed: &mut Option<Feed>) -> Result<Ending> {
     config.pci = arguments.enable_pci;
     config.dialect = arguments.dialect;
     arguments.outputs.configure(&mut config);
-    let mut controller = Controller::new(arguments.id.clone(), config);
+    let mut microvm = Microvm::new(arguments.id.clone(), config);
     if arguments.dialect == Dialect::Firecracker {
-        controller.warn_of_sharing();
+        microvm.warn_of_sharing();
     }
-    controller.open_outputs()?;
+    microvm.open_outputs()?;
     if let Some(path) = &arguments.config_file {
         events::tell(|| Event::Configured { what: events::text(path.display()) });
     }
     let mut monitor = Monitor::new(signals, server, feed.take())?;
-    let start = |controller: &mut Controller| match starts_at_once {
-        true => controller.start("config file").context("start the guest"),
+    let start = |microvm: &mut Microvm| match starts_at_once {
+        true => microvm.start("config file").context("start the guest"),
         false => Ok(()),
     };
-    Ok(monitor.run(controller, start, |outcome| conclude(outcome, FAILED_SERVE, served)))
+    Ok(monitor.run(microvm, start, |outcome| conclude(outcome, FAILED_SERVE, served)))
 }

@@ -6,12 +6,12 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use super::terminal::{Keys, Raw};
 use crate::agent::request::{Ask, Run};
 use crate::agent::system;
 use crate::error::{Context, Result};
 use crate::event::{Events, Interest};
 use crate::guest::call::{Call, Ending, Said};
+use crate::terminal::{Keys, Raw};
 
 const STREAM: u64 = 0;
 const INPUT: u64 = 1;

@@ -5,13 +5,14 @@ use std::path::PathBuf;
 use lexopt::Arg::{Long, Short};
 
 use super::{Command, Given, default_id, id, number, value};
-use crate::api::{BODY_MAX, StartTime};
+use crate::api::BODY_MAX;
 use crate::arch;
 use crate::cli::outputs::{self, Outputs};
 use crate::cli::persona::Persona;
 use crate::config::Config;
 use crate::dialect::Dialect;
 use crate::error::{Context, Error, Result};
+use crate::microvm::counts::StartTime;
 
 const HELP: &str = "\
 Wait for requests on a control socket (Firecracker's API). The guest's serial console is standard input

@@ -1,18 +1,19 @@
-//! The main thread's event loop: the API, signals, standard input, and the guest's end.
+//! The main thread's event loop: clients, signals, standard input, and the guest's end.
 
 use std::io::Read;
 use std::mem::ManuallyDrop;
 use std::os::fd::FromRawFd;
 use std::time::{Duration, Instant};
 
-use crate::api::{Controller, Server};
-use crate::cli::signals::{Signals, SocketFile};
-use crate::cli::terminal::{self, Keys, Raw};
+use super::Microvm;
+use super::signals::{Signals, SocketFile};
 use crate::error::Result;
 use crate::event::{Events, Interest, Ready};
 use crate::events::{self, Event, Feed};
+use crate::jobs::Ticket;
 use crate::log;
 use crate::machine::{Exit, Machine};
+use crate::terminal::{self, Keys, Raw};
 
 const SIGNALS: u64 = 0;
 const STDIN: u64 = 1;
@@ -20,7 +21,9 @@ const EXIT: u64 = 2;
 const MACHINE: u64 = 3;
 const HAPPENED: u64 = 4;
 const FEED: u64 = 5;
-const API: u64 = 6;
+const JOBS: u64 = 6;
+/// The first of those of the front.
+const FRONT: u64 = 7;
 
 /// How often a running guest is looked at (halted for good? console output kept?).
 const LOOK: Duration = Duration::from_secs(1);
@@ -47,16 +50,40 @@ pub enum Outcome {
 
 /// How the process ends: in words, how much they matter, and its exit code.
 pub struct Ending {
+    /// Why, as the last line of the log says.
     pub reason: String,
+    /// The level of that line.
     pub level: log::Level,
+    /// The process's exit code.
     pub code: u8,
+}
+
+/// Whoever has clients that ask things of the microVM: the API's server. It lives on the main loop, and never
+/// waits for a client.
+pub trait Front {
+    /// Puts its descriptors, and later those of its clients, on `events` with tokens from `token` on.
+    fn register(&mut self, events: &Events, token: u64) -> Result<()>;
+    /// Does what one of its descriptors is ready for. Returns whether a client was answered.
+    fn handle(&mut self, ready: Ready, events: &Events, microvm: &mut Microvm) -> Result<bool>;
+    /// A job of the microVM has ended so: whoever waits for it is answered.
+    fn job_ended(&mut self, job: (Ticket, Result<()>), events: &Events, microvm: &mut Microvm) -> Result<()>;
+    /// When a client will have had its time; none: nobody is waited for.
+    fn expires_at(&self) -> Option<Instant>;
+    /// Gives up clients that have had their time at `now`.
+    fn expire(&mut self, now: Instant, events: &Events) -> Result<()>;
+    /// Tells clients that want to know what has happened, as far as they read now.
+    fn tell(&mut self, events: &Events) -> Result<()>;
+    /// Whether there are such clients.
+    fn has_readers(&self) -> bool;
+    /// Whether one of them has not read everything.
+    fn is_behind(&self) -> bool;
 }
 
 /// Everything the main thread waits for.
 pub struct Monitor {
     events: Events,
     signals: Signals,
-    server: Option<Server>,
+    front: Option<Box<dyn Front>>,
     socket: Option<SocketFile>,
     feed: Option<Feed>,
     /// What happens to the microVM wakes the loop: somebody wants to know.
@@ -64,6 +91,8 @@ pub struct Monitor {
     input: Input,
     /// The machine's descriptors are on `events`.
     watching: bool,
+    /// The event of the microVM's jobs is on `events`.
+    awaits_jobs: bool,
     /// When to prepare, if nothing happens before.
     prepare_at: Option<Instant>,
     look_at: Instant,
@@ -73,14 +102,14 @@ impl Monitor {
     /// Waits for `signals` and the clients of `listening`, and tells `feed` what happens.
     pub fn new(
         signals: Signals,
-        listening: Option<(Server, SocketFile)>,
+        listening: Option<(Box<dyn Front>, SocketFile)>,
         feed: Option<Feed>,
     ) -> Result<Self> {
         let events = Events::new()?;
-        let (mut server, socket) = listening.unzip();
+        let (mut front, socket) = listening.unzip();
         events.add(&signals, Interest::IN, SIGNALS)?;
-        if let Some(server) = &mut server {
-            server.register(&events, API)?;
+        if let Some(front) = &mut front {
+            front.register(&events, FRONT)?;
         }
         if let Some(feed) = &feed {
             // A regular file cannot be waited for, and need not be.
@@ -91,12 +120,13 @@ impl Monitor {
         Ok(Self {
             events,
             signals,
-            server,
+            front,
             socket,
             feed,
             telling: false,
             input,
             watching: false,
+            awaits_jobs: false,
             prepare_at: Some(now + IDLE),
             look_at: now,
         })
@@ -107,20 +137,20 @@ impl Monitor {
     /// written is out, and readers of events know.
     pub fn run(
         &mut self,
-        mut controller: Controller,
-        start: impl FnOnce(&mut Controller) -> Result<()>,
+        mut microvm: Microvm,
+        start: impl FnOnce(&mut Microvm) -> Result<()>,
         conclude: impl FnOnce(&Result<Outcome>) -> Ending,
     ) -> Ending {
-        let outcome = start(&mut controller).and_then(|()| self.wait(&mut controller));
+        let outcome = start(&mut microvm).and_then(|()| self.wait(&mut microvm));
         self.signals.begin_end();
         // In this order: a reader of our output that hangs must not keep the terminal or the socket waiting.
         self.input.leave(&self.events);
-        controller.write_metrics();
+        microvm.write_metrics();
         let ending = conclude(&outcome);
         self.say_last_words(&ending);
-        self.server = None;
+        self.front = None;
         self.socket = None;
-        drop(controller);
+        drop(microvm);
         self.signals.conclude();
         ending
     }
@@ -139,19 +169,21 @@ impl Monitor {
         if let Some(feed) = &mut self.feed {
             feed.tell();
         }
-        match &mut self.server {
-            Some(server) => server.tell(&self.events),
+        match &mut self.front {
+            Some(front) => front.tell(&self.events),
             None => Ok(()),
         }
     }
 
     fn is_behind(&mut self) -> bool {
-        self.feed.as_mut().is_some_and(Feed::is_behind) || self.server.as_ref().is_some_and(Server::is_behind)
+        self.feed.as_mut().is_some_and(Feed::is_behind)
+            || self.front.as_ref().is_some_and(|front| front.is_behind())
     }
 
     /// From the first reader on, what happens wakes the loop.
     fn listen_for_events(&mut self) -> Result<()> {
-        let is_wanted = || self.feed.is_some() || self.server.as_ref().is_some_and(Server::has_readers);
+        let is_wanted =
+            || self.feed.is_some() || self.front.as_ref().is_some_and(|front| front.has_readers());
         if !self.telling && is_wanted() {
             // Clients can have used up all descriptors, and must not end the guest by that: until there is
             // one again, what happens is told when the loop turns for another reason.
@@ -165,13 +197,13 @@ impl Monitor {
         Ok(())
     }
 
-    fn wait(&mut self, controller: &mut Controller) -> Result<Outcome> {
+    fn wait(&mut self, microvm: &mut Microvm) -> Result<Outcome> {
         let mut ready = Vec::new();
         loop {
             if self.watching && self.look_at <= Instant::now() {
-                controller.look_at_metrics();
+                microvm.look_at_metrics();
             }
-            if let Some(machine) = controller.machine() {
+            if let Some(machine) = microvm.machine() {
                 if !self.watching {
                     self.watch(machine)?;
                 }
@@ -192,21 +224,21 @@ impl Monitor {
                     return Ok(Outcome::Left);
                 }
             } else if self.prepare_at.is_some_and(|at| at <= Instant::now()) {
-                controller.prepare();
+                microvm.prepare();
                 self.prepare_at = None;
             }
             self.listen_for_events()?;
-            if let Some(server) = &mut self.server
-                && server.expires_at().is_some_and(|at| at <= Instant::now())
+            if let Some(front) = &mut self.front
+                && front.expires_at().is_some_and(|at| at <= Instant::now())
             {
-                server.expire(Instant::now(), &self.events)?;
+                front.expire(Instant::now(), &self.events)?;
             }
             self.signals.wait(&self.events, self.timeout(), &mut ready)?;
             if ready.is_empty() {
                 continue;
             }
             for event in &ready {
-                if let Some(outcome) = self.handle(*event, controller)? {
+                if let Some(outcome) = self.handle(*event, microvm)? {
                     return Ok(outcome);
                 }
             }
@@ -215,13 +247,13 @@ impl Monitor {
 
     fn timeout(&self) -> Option<Duration> {
         let at = if self.watching { Some(self.look_at) } else { self.prepare_at };
-        let expires_at = self.server.as_ref().and_then(Server::expires_at);
+        let expires_at = self.front.as_ref().and_then(|front| front.expires_at());
         let at = at.into_iter().chain(expires_at).min();
         // A millisecond more than the rest: epoll rounds down.
         at.map(|at| at.saturating_duration_since(Instant::now()) + Duration::from_millis(1))
     }
 
-    fn handle(&mut self, event: Ready, controller: &mut Controller) -> Result<Option<Outcome>> {
+    fn handle(&mut self, event: Ready, microvm: &mut Microvm) -> Result<Option<Outcome>> {
         match event.token {
             SIGNALS => match self.signals.next() {
                 Some(signal) if i32::from(signal) == libc::SIGCONT => self.input.go_on(&self.events),
@@ -231,27 +263,40 @@ impl Monitor {
                 }
             },
             STDIN => self.input.is_ready = true,
-            MACHINE => controller.attend(),
+            MACHINE => microvm.attend(),
             HAPPENED => {
                 // Another look may have taken the count away.
                 let _ = events::wake()?.read();
                 self.tell()?;
             }
             FEED => self.tell()?,
-            token if (API..API + Server::TOKENS).contains(&token) => {
-                if let Some(server) = &mut self.server {
-                    let mut serve =
-                        |method: &str, path: &str, body: &[u8]| controller.serve(method, path, body).into();
-                    if server.handle(event, &self.events, &mut serve)? && self.prepare_at.is_some() {
-                        // The first answer is out; its client needs a moment for the next request.
-                        self.prepare_at = Some(Instant::now());
+            JOBS => {
+                for job in microvm.finish_jobs() {
+                    if let Some(front) = &mut self.front {
+                        front.job_ended(job, &self.events, microvm)?;
                     }
                 }
             }
+            FRONT.. => self.serve(event, microvm)?,
             // The guest's end is looked at before every wait.
             _ => {}
         }
         Ok(None)
+    }
+
+    fn serve(&mut self, event: Ready, microvm: &mut Microvm) -> Result<()> {
+        let Some(front) = &mut self.front else { return Ok(()) };
+        if front.handle(event, &self.events, microvm)? && self.prepare_at.is_some() {
+            // The first answer is out; its client needs a moment for the next request.
+            self.prepare_at = Some(Instant::now());
+        }
+        if !self.awaits_jobs
+            && let Some(event) = microvm.jobs_event()
+        {
+            self.events.add(event, Interest::IN, JOBS)?;
+            self.awaits_jobs = true;
+        }
+        Ok(())
     }
 
     fn watch(&mut self, machine: &Machine) -> Result<()> {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
 
-use super::observe;
+use super::counts;
 use crate::clock::{self, Utc};
 use crate::error::Result;
 use crate::log;
@@ -66,7 +66,7 @@ impl Output {
 
 /// Everything that is counted.
 pub fn collect(machine: Option<&Machine>, view: View) -> Map<String, Value> {
-    let mut all = observe::collect(view);
+    let mut all = counts::collect(view);
     all.insert("utc_timestamp_ms".to_owned(), (Utc::now().0.as_millis() as u64).into());
     all.insert("logger".to_owned(), log::METRICS.collect(view));
     let mut start = Map::new();

@@ -1,0 +1,65 @@
+//! Bodies of requests and answers that are the API's alone. A body that configures something stands with what
+//! it configures, as its section of a config file does: in `config`, or in the file of the device.
+
+use serde::{Deserialize, Serialize};
+
+/// Body of `PUT /actions`.
+#[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "InstanceActionInfo"))]
+#[serde(deny_unknown_fields)]
+pub struct ActionBody {
+    /// What is to be done.
+    pub action_type: Action,
+}
+
+/// Body of `PATCH /vm`.
+#[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "Vm"))]
+#[serde(deny_unknown_fields)]
+pub struct VmBody {
+    /// The state to bring it into.
+    pub state: VmState,
+}
+
+/// What can be done to a microVM.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[allow(missing_docs, reason = "names of the API")]
+pub enum Action {
+    FlushMetrics,
+    InstanceStart,
+    SendCtrlAltDel,
+    /// Ours: asks the guest to power off, in the way of its architecture.
+    Shutdown,
+}
+
+/// The state to bring a microVM into.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[allow(missing_docs, reason = "names of the API")]
+pub enum VmState {
+    Paused,
+    Resumed,
+}
+
+/// The answer to `GET /`.
+#[derive(Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct InstanceInfo {
+    /// The microVM's name.
+    pub id: String,
+    /// `Not started`, `Running` or `Paused`.
+    pub state: &'static str,
+    /// The version of Firecracker's API that is spoken.
+    pub vmm_version: &'static str,
+    /// Always `Firecracker`: clients look at it.
+    pub app_name: &'static str,
+}
+
+/// The answer to `GET /version`.
+#[derive(Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct FirecrackerVersion {
+    /// The version of Firecracker's API that is spoken.
+    pub firecracker_version: &'static str,
+}

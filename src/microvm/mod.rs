@@ -1,0 +1,333 @@
+//! One microVM and who owns it: its configuration before the start, its machine after that, where its metrics
+//! go, and the jobs that are done for it. Each operation is a method here, whoever asks for it; `monitor` is
+//! the loop of the process's main thread, which runs until the guest, its user or a signal ends the microVM.
+
+pub mod counts;
+mod metrics;
+pub mod monitor;
+pub mod signals;
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use serde_json::{Map, Value};
+
+use crate::config::{BootSource, Config, CpuConfig, MachineConfig};
+use crate::devices::console;
+use crate::devices::kind::{Change, Device, Kind};
+use crate::error::{Error, Result};
+use crate::event::EventFd;
+use crate::events::{self, Event};
+use crate::host::{Access, Host, Sharing};
+use crate::jobs::{Jobs, Ticket};
+use crate::log;
+use crate::machine::{Machine, Prepared, State};
+use crate::metrics::{self as counted, View};
+use counts::LATENCIES;
+
+/// What is left for `main` to do when a job is done.
+pub type Finish = Box<dyn FnOnce(&mut Microvm) -> Result<()> + Send>;
+
+/// A microVM, from the first request to its end. What is refused changes nothing.
+pub struct Microvm {
+    id: String,
+    config: Config,
+    host: Host,
+    metrics: Option<metrics::Output>,
+    prepared: Option<Prepared>,
+    machine: Option<Machine>,
+    jobs: Jobs<Finish>,
+}
+
+/// Before and after its start, and while it is.
+impl Microvm {
+    /// The microVM that `config` describes, not started yet.
+    pub fn new(id: String, config: Config) -> Self {
+        Self {
+            id,
+            config,
+            host: Host::default(),
+            metrics: None,
+            prepared: None,
+            machine: None,
+            jobs: Jobs::default(),
+        }
+    }
+
+    /// Its name.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// What it is made of.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Lets disks be shared with others, with a warning.
+    pub fn warn_of_sharing(&mut self) {
+        self.host.warn_of_sharing();
+    }
+
+    /// Opens where the configuration, as it was given, says that messages and metrics go.
+    pub fn open_outputs(&mut self) -> Result<()> {
+        if let Some(logger) = &self.config.logger {
+            log::configure(&self.id, logger)?;
+        }
+        if let Some(metrics) = &self.config.metrics {
+            self.metrics = Some(metrics::Output::open(metrics.clone())?);
+        }
+        Ok(())
+    }
+
+    /// Everything that is counted.
+    pub fn count(&self, view: View) -> Map<String, Value> {
+        metrics::collect(self.machine.as_ref(), view)
+    }
+
+    /// Writes a line of metrics, if they go anywhere.
+    pub fn write_metrics(&mut self) {
+        if let Some(output) = &mut self.metrics {
+            output.write(&self.id, self.machine.as_ref());
+        }
+    }
+
+    /// Writes a line of metrics when it is time for one; to be called about once a second while the
+    /// machine is there.
+    pub fn look_at_metrics(&mut self) {
+        if let Some(output) = &mut self.metrics {
+            output.flush();
+            if output.is_due() {
+                self.write_metrics();
+            }
+        }
+    }
+
+    /// The machine, once it has started.
+    pub fn machine(&mut self) -> Option<&mut Machine> {
+        self.machine.as_mut()
+    }
+
+    /// Whether the machine runs; none: it has not started.
+    pub fn state(&self) -> Option<State> {
+        self.machine.as_ref().map(Machine::state)
+    }
+
+    /// Does what the machine wants done; to be called when its `wake_fd` is readable.
+    pub fn attend(&mut self) {
+        if let Some(machine) = &mut self.machine {
+            machine.attend(&mut self.host);
+        }
+    }
+
+    /// Does what does not depend on the configuration, ahead, while nobody waits. What stands in the
+    /// way is told by `start`.
+    pub fn prepare(&mut self) {
+        if self.prepared.is_none() && self.machine.is_none() {
+            self.prepared = Prepared::new().ok();
+        }
+    }
+
+    /// Builds, loads and starts the machine; without a boot source it runs the firmware guest.
+    /// `reason`: who wants it.
+    pub fn start(&mut self, reason: &'static str) -> Result<()> {
+        let prepared = match self.prepared.take() {
+            Some(prepared) => prepared,
+            None => Prepared::new()?,
+        };
+        let mut machine = Machine::build(&self.id, &self.config, &mut self.host, prepared)?;
+        machine.load(&self.config, &mut self.host)?;
+        self.host.release_all();
+        // Told first: what the guest does comes after it.
+        events::tell(|| Event::Started { reason });
+        machine.resume()?;
+        self.machine = Some(machine);
+        self.write_metrics();
+        Ok(())
+    }
+
+    fn started(&mut self) -> Result<&mut Machine> {
+        self.machine.as_mut().ok_or_else(|| Error::config("the microVM has not started"))
+    }
+}
+
+/// What it is made of, before it starts.
+impl Microvm {
+    /// Sets CPUs and memory.
+    pub fn set_machine(&mut self, machine: MachineConfig) -> Result<()> {
+        self.config.check_machine(&machine)?;
+        self.config.machine_config = machine;
+        Ok(())
+    }
+
+    /// Sets what its CPUs are. Whether the host's CPUs have what is to be changed is known at the start.
+    pub fn set_cpu(&mut self, cpu: CpuConfig) -> Result<()> {
+        cpu.check()?;
+        self.config.cpu_config = Some(cpu);
+        Ok(())
+    }
+
+    /// Sets what it boots. The files are opened now: a wrong path is refused where it is named, and what is at
+    /// the path now is what boots.
+    pub fn set_boot_source(&mut self, source: BootSource) -> Result<()> {
+        source.check()?;
+        self.host.hold(&source.files(), Access::Read, Sharing::Refused)?;
+        self.config.boot_source = Some(source);
+        Ok(())
+    }
+
+    /// Sets where messages go, from now on.
+    pub fn set_logger(&mut self, logger: log::Config) -> Result<()> {
+        log::configure(&self.id, &logger)?;
+        self.config.logger = Some(self.config.logger.take().unwrap_or_default().changed(&logger));
+        Ok(())
+    }
+
+    /// Sets where metrics go, once.
+    pub fn set_metrics(&mut self, metrics: counted::Config) -> Result<()> {
+        if self.metrics.is_some() {
+            return Err(Error::config("Reinitialization of metrics not allowed."));
+        }
+        self.metrics = Some(metrics::Output::open(metrics.clone())?);
+        self.config.metrics = Some(metrics);
+        Ok(())
+    }
+
+    /// Sets where the serial console writes. The file is opened now, as the kernel is.
+    pub fn set_serial(&mut self, serial: console::Config) -> Result<()> {
+        self.host.hold_console(serial.serial_out_path.as_deref())?;
+        self.config.serial = Some(serial);
+        Ok(())
+    }
+
+    /// Adds a device, or replaces that of its name. What the device needs is opened now, as the kernel is.
+    pub fn put_device(&mut self, device: Device) -> Result<()> {
+        device.check()?;
+        // A device that is refused must hold no file or interface of the host.
+        self.config.check_beside(&device)?;
+        device.hold(&mut self.host)?;
+        self.config.put(device)
+    }
+}
+
+/// What can be done to it once it has started.
+impl Microvm {
+    /// Stops CPUs and devices until [`Microvm::resume`]. `reason`: who wants it.
+    pub fn pause(&mut self, reason: &'static str) -> Result<()> {
+        let begun = Instant::now();
+        let machine = self.started()?;
+        let was_running = machine.state() == State::Running;
+        machine.pause()?;
+        note(begun, [&LATENCIES.pause_vm, &LATENCIES.vmm_pause_vm]);
+        if was_running {
+            events::tell(|| Event::Paused { reason });
+        }
+        Ok(())
+    }
+
+    /// Lets CPUs and devices go on. `reason`: who wants it.
+    pub fn resume(&mut self, reason: &'static str) -> Result<()> {
+        let begun = Instant::now();
+        let machine = self.started()?;
+        let was_paused = machine.state() == State::Paused;
+        machine.resume()?;
+        note(begun, [&LATENCIES.resume_vm, &LATENCIES.vmm_resume_vm]);
+        if was_paused {
+            events::tell(|| Event::Resumed { reason });
+        }
+        Ok(())
+    }
+
+    /// Changes what can be changed of a device in use.
+    pub fn patch_device(&mut self, kind: &Kind, change: &Change) -> Result<()> {
+        let device = self.config.device(kind, &change.id);
+        let unknown = || Error::config(format!("there is no {}", kind.name(&change.id)));
+        let device = device.ok_or_else(unknown)?.clone();
+        let changed = device.patched(change)?;
+        // Before the device has it: a change that is refused changes nothing.
+        self.config.check_beside(&changed)?;
+        let machine = self.machine.as_mut().ok_or_else(|| Error::config("the microVM has not started"))?;
+        machine.patch_device(&device.name(), change.patch(), &mut self.host)?;
+        self.config.put(changed)?;
+        events::tell(|| match change.body["path_on_host"].as_str() {
+            Some(path) => Event::DiskSwapped { drive_id: change.id.clone(), path: PathBuf::from(path) },
+            None => Event::DeviceChanged { device: device.name(), change: change.body.clone() },
+        });
+        Ok(())
+    }
+
+    /// Presses Ctrl-Alt-Del on the guest's keyboard.
+    pub fn send_ctrl_alt_del(&mut self) -> Result<()> {
+        self.started()?.send_ctrl_alt_del()
+    }
+
+    /// Asks the guest to power off, in the way of its architecture.
+    pub fn request_shutdown(&mut self) -> Result<()> {
+        self.started()?.request_shutdown()
+    }
+}
+
+/// What takes long.
+impl Microvm {
+    /// Has `work` done on a thread called `name`, which opens nothing; what `work` returns is then done here.
+    /// Whoever asks is told of the end by [`Microvm::finish_jobs`]. An error: too many jobs are open.
+    pub fn start_job(
+        &mut self,
+        name: &str,
+        work: impl FnOnce() -> Finish + Send + 'static,
+    ) -> Result<Ticket> {
+        self.jobs.start(name, work)
+    }
+
+    /// Readable when [`Microvm::finish_jobs`] is to be called; none: there was no job yet.
+    pub fn jobs_event(&self) -> Option<&EventFd> {
+        self.jobs.event()
+    }
+
+    /// Does what is left to do of jobs that have ended, and says how they ended.
+    pub fn finish_jobs(&mut self) -> Vec<(Ticket, Result<()>)> {
+        let ended = self.jobs.take_ended();
+        ended.into_iter().map(|(ticket, finish)| (ticket, finish(self))).collect()
+    }
+}
+
+fn note(begun: Instant, latencies: [&counted::Gauge; 2]) {
+    latencies.iter().for_each(|latency| latency.set(begun.elapsed().as_micros() as u64));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_left_of_a_job_is_done_by_its_owner() {
+        let mut microvm = Microvm::new("test".to_owned(), Config::default());
+        let larger = MachineConfig { mem_size_mib: 77, ..MachineConfig::default() };
+        let none = MachineConfig { vcpu_count: 0, ..MachineConfig::default() };
+        for (machine, is_done) in [(larger, true), (none, false)] {
+            let ticket = microvm
+                .start_job("job", move || Box::new(move |microvm: &mut Microvm| microvm.set_machine(machine)))
+                .unwrap();
+            let event = microvm.jobs_event().unwrap();
+            while event.read().is_err() {
+                std::thread::yield_now();
+            }
+            let ended = microvm.finish_jobs();
+            assert!(matches!(&ended[..], [(other, result)] if *other == ticket && result.is_ok() == is_done));
+            assert_eq!(microvm.config().machine_config.mem_size_mib, 77);
+        }
+    }
+
+    #[test]
+    fn what_needs_a_machine_is_refused_before_the_start() {
+        let mut microvm = Microvm::new("test".to_owned(), Config::default());
+        let error = [
+            microvm.pause("test"),
+            microvm.resume("test"),
+            microvm.send_ctrl_alt_del(),
+            microvm.request_shutdown(),
+        ];
+        assert!(error.iter().all(|result| result.as_ref().unwrap_err().to_string().contains("not started")));
+        assert_eq!(microvm.state(), None);
+    }
+}
