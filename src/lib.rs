@@ -41,6 +41,10 @@
 //! boot tables (each component gives its own nodes, which `arch` prints) walk that list. A device comes by
 //! [`machine::Machine::attach`] and goes by `detach`, in a build as later.
 //!
+//! A machine that stands still is saved and restored by the same list ([`machine::Machine::save`], `restore`):
+//! what a guest can change of a component is the component's own [`snapshot::Snapshot`], and the order of all of
+//! it, with KVM's half before the parts, stands in `machine/saved.rs`.
+//!
 //! Where something new goes:
 //! - A virtio device: a file in `devices/` that implements [`devices::kind::DeviceConfig`] and
 //!   [`virtio::VirtioDevice`], and in `devices/mod.rs` its module and its line of `KINDS`. The config file, the

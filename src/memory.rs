@@ -9,6 +9,7 @@ use std::io::{Error as IoError, Result as IoResult};
 use std::ops::Deref;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use vm_memory::bitmap::BS;
 use vm_memory::guest_memory::Result as AccessResult;
 use vm_memory::mmap::MmapRegionBuilder;
@@ -31,7 +32,7 @@ pub type Slice<'m> = vm_memory::VolatileSlice<'m, BS<'m, Written>>;
 pub type Memory = GuestMemoryAtomic<Regions>;
 
 /// A range of guest physical addresses, in bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
 pub struct Range {
     /// The first address.
     pub start: u64,

@@ -5,6 +5,8 @@ pub mod node;
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
+
 use crate::memory::Range;
 pub use node::Node;
 
@@ -76,7 +78,7 @@ pub struct CpuidModifier {
 
 /// Where a part of the machine is, as the guest reaches it. Interrupt lines are GSIs: pins of the I/O APIC on
 /// x86_64, shared peripheral interrupts (SPIs) on aarch64.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
 pub enum Place {
     /// I/O ports (x86_64), and the interrupt line if there is one.
     Ports {

@@ -45,6 +45,7 @@ impl Machine {
         if self.parts.get(&name).is_ok() {
             return Err(Error::config("the machine has it already")).with_context(attempt);
         }
+        self.config.check_beside(device).with_context(attempt)?;
         let place = self.place_for(&name, places).with_context(attempt)?;
         match place {
             Place::Pci(number) => log::debug(format_args!("attach {name} as PCI device {number}")),
@@ -67,7 +68,7 @@ impl Machine {
             self.own_loops.extend(loops);
         }
         self.parts.0.push(Part { name, place, metrics: device.metrics(), component });
-        Ok(())
+        self.config.put(device.clone())
     }
 
     /// Stops the device called `name`, takes it from its bus, ends its own threads, and closes what it has of
@@ -89,6 +90,7 @@ impl Machine {
             _ => unreachable!("a device is on the machine's bus"),
         }
         self.parts.0.retain(|part| part.name != name);
+        self.config.remove(name);
         let is_its = |own: &Arc<Loop>| loops.iter().any(|used| Arc::ptr_eq(used, own));
         self.own_loops.iter().filter(|own| is_its(own)).for_each(Loop::end);
         self.own_loops.retain(|own| !is_its(own));

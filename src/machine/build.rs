@@ -104,6 +104,7 @@ pub fn build(
     let wake = console_room.ok_or_else(|| Error::host("the machine has no serial console"))?;
     let mut machine = Machine {
         id: id.to_owned(),
+        config: config.clone(),
         state: State::Paused,
         vcpus: vcpus.into_iter().map(Vcpu::new).collect(),
         surroundings: Arc::new(surroundings),

@@ -7,6 +7,7 @@ mod halt;
 mod metrics;
 mod parts;
 mod regions;
+mod saved;
 
 use std::any::Any;
 use std::sync::{Arc, Mutex};
@@ -18,6 +19,7 @@ use crate::devices::console::Console;
 use crate::devices::fixed::FixedDevice;
 use crate::devices::gpio::Gpio;
 use crate::devices::keyboard::Keyboard;
+use crate::devices::kind::Device;
 use crate::errands::Errands;
 use crate::error::{Error, Result};
 use crate::event::EventFd;
@@ -37,6 +39,7 @@ use parts::Parts;
 pub use crate::vm::Prepared;
 pub use crate::vm::exit::Exit;
 pub use parts::Places;
+pub use saved::SavedMachine;
 
 /// Whether the guest's CPUs may run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +54,8 @@ pub enum State {
 pub struct Machine {
     /// The name of the microVM.
     id: String,
+    /// What it is made of, as it is now.
+    config: Config,
     state: State,
     vcpus: Vec<Vcpu>,
     surroundings: Arc<Surroundings>,
@@ -227,10 +232,12 @@ impl Machine {
     }
 
     /// Changes what can be changed of a device in use, as [`VirtioDevice::patch`] says: the device is stopped,
-    /// changed, and goes on where it was.
+    /// changed, and goes on where it was. By the `change`, its configuration becomes `changed`.
     ///
     /// [`VirtioDevice::patch`]: crate::virtio::VirtioDevice::patch
-    pub fn patch_device(&mut self, name: &str, change: &dyn Any, host: &mut Host) -> Result<()> {
+    pub fn patch_device(&mut self, changed: &Device, change: &dyn Any, host: &mut Host) -> Result<()> {
+        let name = &changed.name();
+        self.config.check_beside(changed)?;
         let part = self.parts.get(name)?;
         parts::pause(std::slice::from_ref(part));
         let result = part.with(|device: &mut Transport| device.patch(change, host));
@@ -239,7 +246,8 @@ impl Machine {
         if self.state == State::Running {
             part.lock().resume();
         }
-        result.unwrap_or_else(|| Err(Error::config(format!("{name} cannot be changed"))))
+        result.unwrap_or_else(|| Err(Error::config(format!("{name} cannot be changed"))))?;
+        self.config.put(changed.clone())
     }
 
     /// Asks the guest to shut down, by what the machine has for it: Ctrl-Alt-Del on x86_64, the power

@@ -247,7 +247,7 @@ impl Microvm {
         // Before the device has it: a change that is refused changes nothing.
         self.config.check_beside(&changed)?;
         let machine = self.machine.as_mut().ok_or_else(|| Error::config("the microVM has not started"))?;
-        machine.patch_device(&device.name(), change.patch(), &mut self.host)?;
+        machine.patch_device(&changed, change.patch(), &mut self.host)?;
         self.config.put(changed)?;
         events::tell(|| match change.body["path_on_host"].as_str() {
             Some(path) => Event::DiskSwapped { drive_id: change.id.clone(), path: PathBuf::from(path) },

@@ -137,6 +137,11 @@ impl Vcpu {
         Ok(())
     }
 
+    /// Whether the vCPU has a thread, by which it may have run.
+    pub fn has_started(&self) -> bool {
+        self.thread.is_some()
+    }
+
     /// Why it came out of the guest.
     pub fn metrics(&self) -> &Metrics {
         &self.shared.metrics

@@ -1,0 +1,130 @@
+//! A whole machine as saved state, all but its memory, and the one order in which machines are saved and
+//! restored.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use super::parts::Places;
+use super::{Machine, State};
+use crate::config::Config;
+use crate::error::{Context, Error, Result};
+use crate::memory::Range;
+use crate::vm::state::{VcpuState, VmState};
+
+/// The form of a saved machine as bytes; another one is refused. One more whenever [`SavedMachine`] changes.
+const VERSION: u16 = 1;
+
+/// A machine that stands still, without its memory: from this, [`Machine::build_at`] and [`Machine::restore`] make
+/// one that goes on where it stood, over the same memory.
+#[derive(Deserialize, Serialize)]
+pub struct SavedMachine {
+    /// What the machine is made of, with what was changed while it ran.
+    #[serde(serialize_with = "write_config", deserialize_with = "read_config")]
+    pub config: Config,
+    /// Where its parts are.
+    pub places: Places,
+    memory: Vec<Range>,
+    vm: VmState,
+    vcpus: Vec<VcpuState>,
+    /// The parts by their names, each with its version, as it writes itself.
+    parts: BTreeMap<String, Vec<u8>>,
+}
+
+fn write_config<S: Serializer>(config: &Config, serializer: S) -> Result<S::Ok, S::Error> {
+    config.saved().map_err(serde::ser::Error::custom)?.serialize(serializer)
+}
+
+fn read_config<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Config, D::Error> {
+    Config::from_saved(&String::deserialize(deserializer)?).map_err(serde::de::Error::custom)
+}
+
+impl SavedMachine {
+    /// The saved machine as bytes.
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
+        let bytes = postcard::to_extend(&VERSION, Vec::new());
+        bytes.and_then(|bytes| postcard::to_extend(self, bytes)).context("write the saved machine")
+    }
+
+    /// The machine that was saved as these bytes, which anybody may have written.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
+        let damaged = |error| Error::config(format!("the saved machine is damaged: {error}"));
+        let (version, bytes): (u16, _) = postcard::take_from_bytes(bytes).map_err(damaged)?;
+        if version != VERSION {
+            let message = format!("the saved machine has version {version}, this is for {VERSION}");
+            return Err(Error::config(message));
+        }
+        match postcard::take_from_bytes(bytes).map_err(damaged)? {
+            (saved, []) => Ok(saved),
+            (_, rest) => Err(Error::config(format!("the saved machine has {} bytes too many", rest.len()))),
+        }
+    }
+}
+
+impl Machine {
+    /// Saves all but the memory of a paused machine, which can go on afterwards. Memory is to be copied after
+    /// this: the tables of an interrupt controller are written to it now.
+    pub fn save(&mut self) -> Result<SavedMachine> {
+        const ATTEMPT: &str = "save the machine";
+        if self.state != State::Paused {
+            return Err(Error::config("it runs: pause it first")).context(ATTEMPT);
+        }
+        if self.exit().is_some() {
+            return Err(Error::guest("the guest has ended")).context(ATTEMPT);
+        }
+        // The CPUs stand still with their last I/O instruction done, and no device's worker is left: nothing
+        // raises an interrupt any more. One that is under way is in no state, and must arrive first.
+        self.vm.settle_interrupts().context(ATTEMPT)?;
+        // Devices note what the guest has acknowledged by posted writes.
+        let save = |part: &crate::part::Part| {
+            let bytes = part.lock().save_state().with_context(|| format!("save {}", part.name))?;
+            Ok((part.name.clone(), bytes))
+        };
+        let parts = self.parts.0.iter().map(save).collect::<Result<_>>()?;
+        // Interrupt controllers after all that raises interrupts; CPUs after the controllers that interrupt them.
+        let vm = self.vm.save().context(ATTEMPT)?;
+        let vcpus = self.vm.save_vcpus(&self.vcpus).context(ATTEMPT)?;
+        let (config, places) = (self.config.clone(), self.places());
+        Ok(SavedMachine { config, places, memory: self.platform.memory.clone(), vm, vcpus, parts })
+    }
+
+    /// Makes this machine the one that was saved. The caller promises that it was just built, from the saved
+    /// configuration and places, and that its memory holds, or will hold before it is resumed, what the saved
+    /// one's did. After an error it must not be used.
+    pub fn restore(&mut self, saved: &SavedMachine) -> Result<()> {
+        const ATTEMPT: &str = "restore the machine";
+        self.check_fits(saved).context(ATTEMPT)?;
+        // Interrupt controllers first: CPUs have some of their state, and devices raise interrupts.
+        self.vm.restore(&saved.vm).context(ATTEMPT)?;
+        self.vm.restore_vcpus(&self.vcpus, &saved.vcpus).context(ATTEMPT)?;
+        for part in &self.parts.0 {
+            let restored = part.lock().restore_state(&saved.parts[&part.name]);
+            restored.with_context(|| format!("restore {}", part.name))?;
+        }
+        Ok(())
+    }
+
+    /// Whether the saved machine can be this one, as far as that can be told ahead.
+    fn check_fits(&self, saved: &SavedMachine) -> Result<()> {
+        if self.state != State::Paused || self.vcpus.iter().any(|vcpu| vcpu.has_started()) {
+            return Err(Error::config("it has run already: build it anew"));
+        }
+        let (vcpus, other) = (self.vcpus.len(), saved.vcpus.len());
+        if vcpus != other {
+            return Err(Error::config(format!("the saved machine has {other} CPUs, and this one {vcpus}")));
+        }
+        if self.platform.memory != saved.memory {
+            return Err(Error::config("the saved machine has other memory"));
+        }
+        if let Some(name) = saved.parts.keys().find(|name| self.parts.get(name).is_err()) {
+            return Err(Error::config(format!("the saved machine has a part that this one lacks: {name}")));
+        }
+        for part in &self.parts.0 {
+            if !saved.parts.contains_key(&part.name) {
+                let name = &part.name;
+                return Err(Error::config(format!("the saved machine lacks a part of this one: {name}")));
+            }
+        }
+        self.parts.check_places(&saved.places)
+    }
+}

@@ -1,0 +1,383 @@
+//! Machines that are saved, dropped, and built again in this process over a copy of their memory: they go on.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by it")]
+
+mod common;
+
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::io::Write;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use alula::config::Config;
+use alula::error::Result;
+use alula::host::Host;
+use alula::machine::{Exit, Machine, Prepared, SavedMachine};
+use alula::memory::Memory;
+use common::{Folder, network, wait_for};
+use serde_json::json;
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
+
+/// How many machines are saved at random points of their run, if that is told.
+const POINTS: &str = "ALULA_TEST_SAVES";
+const PAGE: usize = 4096;
+
+/// What the guests write to their serial consoles.
+#[derive(Clone, Default)]
+struct Screen(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Screen {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Screen {
+    fn text(&self) -> String {
+        String::from_utf8_lossy(&self.0.lock().unwrap()).into_owned()
+    }
+
+    fn host(&self) -> Host {
+        let mut host = Host::default();
+        host.give_console(Box::new(self.clone()));
+        host
+    }
+}
+
+/// The disk and the network of the guests, of which one runs at a time.
+struct Ground {
+    folder: Folder,
+    _alone: MutexGuard<'static, ()>,
+}
+
+impl Ground {
+    fn new() -> Self {
+        static ALONE: Mutex<()> = Mutex::new(());
+        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        network::enter();
+        network::add_tap("tap0", "172.16.0.1/24");
+        let folder = Folder::new();
+        folder.write("disk", vec![0; 1 << 20]);
+        Self { folder, _alone: alone }
+    }
+
+    fn config(&self, pci: bool, cpus: u16, words: &str) -> Config {
+        let limits = json!({ "ops": { "size": 100_000, "refill_time": 1000 } });
+        let config = json!({
+            "machine-config": { "vcpu_count": cpus, "mem_size_mib": 64 },
+            "drives": [{
+                "drive_id": "disk",
+                "path_on_host": self.folder.path("disk"),
+                "is_root_device": false,
+                "rate_limiter": limits,
+            }],
+            "network-interfaces": [{ "iface_id": "net", "host_dev_name": "tap0" }],
+            "entropy": {},
+        });
+        let mut config = Config::parse(config.to_string().as_bytes()).unwrap();
+        (config.pci, config.boot_timer) = (pci, true);
+        config.firmware_words = Some(format!("booted cpus={cpus} memory=64 {words}"));
+        config
+    }
+}
+
+fn boot(config: &Config, screen: &Screen) -> Machine {
+    let mut host = screen.host();
+    let mut machine = Machine::build("test", config, &mut host, Prepared::new().unwrap()).unwrap();
+    machine.load(config, &mut host).unwrap();
+    machine.resume().unwrap();
+    machine
+}
+
+/// The pages that hold something, with their addresses.
+fn pages(memory: &Memory) -> Vec<(u64, Vec<u8>)> {
+    let memory = memory.memory();
+    let mut pages = Vec::new();
+    for region in memory.iter() {
+        for offset in (0..region.len()).step_by(PAGE) {
+            let address = region.start_addr().0 + offset;
+            let mut page = vec![0; PAGE];
+            memory.read_slice(&mut page, GuestAddress(address)).unwrap();
+            if page.iter().any(|byte| *byte != 0) {
+                pages.push((address, page));
+            }
+        }
+    }
+    pages
+}
+
+/// A machine that stands still: as bytes, and what its memory holds.
+struct Suspended {
+    bytes: Vec<u8>,
+    pages: Vec<(u64, Vec<u8>)>,
+}
+
+impl Suspended {
+    fn new(mut machine: Machine) -> Self {
+        let bytes = machine.save().unwrap().to_bytes().unwrap();
+        Self { bytes, pages: pages(machine.memory()) }
+    }
+
+    /// Builds the machine that `bytes` are of; it does not run yet.
+    fn build(&self, bytes: &[u8], screen: &Screen) -> Result<Machine> {
+        let saved = SavedMachine::from_bytes(bytes)?;
+        let mut machine = Machine::build_at(
+            &saved.places,
+            "another name",
+            &saved.config,
+            &mut screen.host(),
+            Prepared::new().unwrap(),
+        )?;
+        let memory = machine.memory().memory();
+        self.pages
+            .iter()
+            .for_each(|(address, page)| memory.write_slice(page, GuestAddress(*address)).unwrap());
+        machine.restore(&saved)?;
+        Ok(machine)
+    }
+
+    fn go_on(&self, screen: &Screen) -> Machine {
+        let mut machine = self.build(&self.bytes, screen).unwrap();
+        machine.resume().unwrap();
+        machine
+    }
+}
+
+/// Numbers that are others in each run.
+struct Random(RandomState, u64);
+
+impl Random {
+    fn below(&mut self, end: u64) -> u64 {
+        self.1 += 1;
+        let mut hasher = self.0.build_hasher();
+        hasher.write_u64(self.1);
+        hasher.finish() % end.max(1)
+    }
+}
+
+/// Lets the machine run to its end, and returns what its screen says that it found.
+fn end(machine: &Machine, screen: &Screen) -> String {
+    wait_for(|| machine.exit().is_some());
+    let text = screen.text();
+    assert_eq!(machine.exit(), Some(Exit::Code(0)), "{text}");
+    let found = text.lines().find(|line| line.ends_with(" cases, 0 failed"));
+    found.unwrap_or_else(|| panic!("{text}")).to_owned()
+}
+
+#[test]
+fn a_guest_goes_on_in_a_machine_built_anew_at_any_point() {
+    let points = std::env::var(POINTS).map_or(4, |points| points.parse::<usize>().unwrap());
+    let ground = Ground::new();
+    let mut random = Random(RandomState::new(), 0);
+    let (mut done, mut generations) = (0, 0);
+    for (pci, cpus) in [(false, 1), (true, 2), (false, 2), (true, 1)].into_iter().cycle() {
+        let config = ground.config(pci, cpus, "");
+        // How long the guest takes by itself, here and now.
+        let (screen, begun) = (Screen::default(), Instant::now());
+        let expected = end(&boot(&config, &screen), &screen);
+        let length = begun.elapsed().as_micros() as u64;
+        for _ in 0..points.div_ceil(4) {
+            let screen = Screen::default();
+            let mut machine = boot(&config, &screen);
+            let mut waits = Vec::new();
+            loop {
+                waits.push(random.below(length));
+                std::thread::sleep(Duration::from_micros(waits[waits.len() - 1]));
+                machine.pause().unwrap();
+                if machine.exit().is_some() {
+                    break;
+                }
+                let suspended = Suspended::new(machine);
+                machine = suspended.go_on(&screen);
+                generations += 1;
+            }
+            println!("PCI: {pci}, {cpus} CPUs, saved after {waits:?} of {length} us");
+            assert_eq!(end(&machine, &screen), expected, "saved after {waits:?}: {}", screen.text());
+            done += 1;
+        }
+        if done >= points && generations >= points {
+            break;
+        }
+    }
+}
+
+/// A machine of two CPUs on which the guest sends back what is typed, saved before anything was.
+fn listening(ground: &Ground, pci: bool, screen: &Screen) -> (Config, Suspended) {
+    let config = ground.config(pci, 2, "echo case=memory,timer,block,entropy");
+    let mut machine = boot(&config, screen);
+    wait_for(|| screen.text().contains("alula firmware"));
+    machine.pause().unwrap();
+    (config, Suspended::new(machine))
+}
+
+#[test]
+fn what_was_typed_and_not_read_is_read_after_a_restore() {
+    let ground = Ground::new();
+    for pci in [false, true] {
+        let screen = Screen::default();
+        let (_, suspended) = listening(&ground, pci, &screen);
+        let mut machine = suspended.build(&suspended.bytes, &screen).unwrap();
+        assert_eq!(machine.type_on_console(b"typed before the save\n"), 22);
+        let suspended = Suspended::new(machine);
+        let machine = suspended.go_on(&screen);
+        let found = end(&machine, &screen);
+        assert!(
+            screen.text().contains("typed before the save") && found.starts_with("4 "),
+            "{}",
+            screen.text()
+        );
+    }
+}
+
+#[test]
+fn what_was_changed_while_the_guest_ran_is_saved() {
+    let ground = Ground::new();
+    let screen = Screen::default();
+    let config = ground.config(true, 1, "echo case=block");
+    let mut machine = boot(&config, &screen);
+    wait_for(|| screen.text().contains("alula firmware"));
+    machine.pause().unwrap();
+    let other = ground.folder.write("other", vec![0; 2 << 20]);
+    let disk = config.devices().find(|device| device.id() == "disk").unwrap();
+    let change = json!({ "drive_id": "disk", "path_on_host": other }).to_string();
+    let change = disk.kind().parse_patch(change.as_bytes()).unwrap();
+    let changed = disk.patched(&change).unwrap();
+    machine.patch_device(&changed, change.patch(), &mut Host::default()).unwrap();
+    machine.detach("network interface `net`").unwrap();
+    let saved = SavedMachine::from_bytes(&Suspended::new(machine).bytes).unwrap();
+    let told: Vec<_> = saved.config.devices().map(|device| json!(device)).collect();
+    assert_eq!((told.len(), &told[0]["path_on_host"]), (2, &json!(other)), "{told:?}");
+    assert!(!saved.places.contains_key("network interface `net`"), "{:?}", saved.places);
+}
+
+#[test]
+fn a_machine_that_cannot_be_saved_or_restored_says_why() {
+    let ground = Ground::new();
+    let screen = Screen::default();
+    let refused = |result: Result<()>, expected: &str| {
+        let error = result.unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    };
+    let save = |machine: &mut Machine| machine.save().map(drop);
+    let config = ground.config(false, 1, "echo case=memory");
+    let mut machine = boot(&config, &screen);
+    refused(save(&mut machine), "save the machine: it runs: pause it first");
+    wait_for(|| screen.text().contains("alula firmware"));
+    machine.pause().unwrap();
+    let saved = machine.save().unwrap();
+    refused(machine.restore(&saved), "restore the machine: it has run already: build it anew");
+    // It goes on, for all that.
+    machine.resume().unwrap();
+    machine.type_on_console(b"\n");
+    end(&machine, &screen);
+    machine.pause().unwrap();
+    refused(save(&mut machine), "save the machine: the guest has ended");
+    drop(machine);
+
+    // The state of one machine, and others to be restored from it.
+    let (config, suspended) = listening(&ground, true, &screen);
+    let saved = SavedMachine::from_bytes(&suspended.bytes).unwrap();
+    let into = |config: &Config, places: &alula::machine::Places| {
+        let mut host = screen.host();
+        let mut machine = Machine::build_at(places, "test", config, &mut host, Prepared::new().unwrap())?;
+        machine.restore(&saved)
+    };
+    let changed = |change: &dyn Fn(&mut Config)| {
+        let mut config = config.clone();
+        change(&mut config);
+        config
+    };
+    for (other, expected) in [
+        (ground.config(true, 1, ""), "the saved machine has 2 CPUs, and this one 1"),
+        (changed(&|config| config.machine_config.mem_size_mib = 65), "the saved machine has other memory"),
+        (changed(&|config| config.pci = false), "a part that this one lacks: PCI"),
+        (changed(&|config| config.boot_timer = false), "a part that this one lacks: boot timer"),
+        (changed(&|config| config.remove("disk `disk`")), "a part that this one lacks: disk `disk`"),
+    ] {
+        refused(into(&other, &alula::machine::Places::new()), expected);
+    }
+    let disk = |change: serde_json::Value| {
+        changed(&|config| {
+            let disk = config.devices().find(|device| device.id() == "disk").unwrap();
+            let mut told = json!(disk);
+            told.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
+            let disk = disk.kind().parse(told.to_string().as_bytes()).unwrap();
+            config.put(disk).unwrap();
+        })
+    };
+    for (change, expected) in [
+        (json!({ "num_queues": 2 }), "MSI-X vectors"),
+        (json!({ "rate_limiter": null }), "other rate limits"),
+    ] {
+        refused(into(&disk(change), &saved.places), expected);
+    }
+    // The same parts in other places.
+    let swapped = |name: &str| {
+        saved.places[match name {
+            "disk `disk`" => "entropy device",
+            "entropy device" => "disk `disk`",
+            other => other,
+        }]
+    };
+    let places = saved.places.keys().map(|name| (name.clone(), swapped(name))).collect();
+    refused(into(&config, &places), "disk `disk` was at PCI device");
+    into(&config, &saved.places).unwrap();
+
+    for length in (0..suspended.bytes.len()).step_by(97) {
+        refused(SavedMachine::from_bytes(&suspended.bytes[..length]).map(drop), "is damaged");
+    }
+    refused(SavedMachine::from_bytes(&[&suspended.bytes[..], &[0]].concat()).map(drop), "1 bytes too many");
+    refused(SavedMachine::from_bytes(&[&[9], &suspended.bytes[1..]].concat()).map(drop), "has version 9");
+}
+
+#[test]
+fn damaged_states_are_refused_or_make_a_machine_that_lives_alone() {
+    // Where KVM is emulated, a machine takes half a second.
+    const STATES: u64 = if cfg!(target_arch = "aarch64") { 60 } else { 500 };
+    const TURN: Duration = Duration::from_millis(20);
+    let ground = Ground::new();
+    let mut random = Random(RandomState::new(), 0);
+    let (mut refused, mut lived) = (0, 0);
+    for pci in [false, true] {
+        let screen = Screen::default();
+        let (_, suspended) = listening(&ground, pci, &screen);
+        for number in 0..STATES / 2 {
+            let mut bytes = suspended.bytes.clone();
+            // A few bytes of one part: of most parts, little is checked, and KVM sees what is in them.
+            let at = random.below(bytes.len() as u64);
+            for _ in 0..1 + random.below(4) {
+                let place = (at + random.below(16)) as usize % bytes.len();
+                bytes[place] ^= match number % 3 {
+                    0 => 0xff,
+                    1 => 1 << random.below(8),
+                    _ => random.below(256) as u8,
+                };
+            }
+            let Ok(mut machine) = suspended.build(&bytes, &screen) else {
+                refused += 1;
+                continue;
+            };
+            lived += 1;
+            machine.type_on_console(b"\n");
+            machine.resume().unwrap();
+            let begun = Instant::now();
+            while machine.exit().is_none() && begun.elapsed() < TURN {
+                std::thread::yield_now();
+            }
+            machine.pause().unwrap();
+            // What it has become can be saved, unless it has ended.
+            assert!(machine.exit().is_some() || machine.save().is_ok(), "{number}");
+        }
+        // Another machine is as it was.
+        let screen = Screen::default();
+        let mut machine = suspended.go_on(&screen);
+        machine.type_on_console(b"\n");
+        end(&machine, &screen);
+    }
+    println!("{refused} states were refused, {lived} machines lived");
+    assert!(refused > 0 && lived > 0);
+}
