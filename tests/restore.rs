@@ -66,7 +66,8 @@ impl Ground {
     }
 
     fn config(&self, pci: bool, cpus: u16, words: &str) -> Config {
-        let limits = json!({ "ops": { "size": 100_000, "refill_time": 1000 } });
+        // What was taken out of the bucket stays out for longer than any test takes.
+        let limits = json!({ "ops": { "size": 1_000_000, "refill_time": 1_u64 << 40 } });
         let config = json!({
             "machine-config": { "vcpu_count": cpus, "mem_size_mib": 64 },
             "drives": [{
@@ -142,6 +143,12 @@ impl Suspended {
 
     fn go_on(&self, screen: &Screen) -> Machine {
         let mut machine = self.build(&self.bytes, screen).unwrap();
+        let (again, saved) = (machine.save().unwrap(), SavedMachine::from_bytes(&self.bytes).unwrap());
+        assert!(again.parts.len() > 8 && again.parts.keys().eq(saved.parts.keys()));
+        // The timer's time goes on.
+        for (name, state) in again.parts.iter().filter(|(name, _)| *name != "boot timer") {
+            assert_eq!(*state, saved.parts[name], "{name}: what was restored is not what was saved");
+        }
         machine.resume().unwrap();
         machine
     }

@@ -27,8 +27,8 @@ pub struct SavedMachine {
     memory: Vec<Range>,
     vm: VmState,
     vcpus: Vec<VcpuState>,
-    /// The parts by their names, each with its version, as it writes itself.
-    parts: BTreeMap<String, Vec<u8>>,
+    /// The states of the parts by their names, each with its version, as the part writes it.
+    pub parts: BTreeMap<String, Vec<u8>>,
 }
 
 fn write_config<S: Serializer>(config: &Config, serializer: S) -> Result<S::Ok, S::Error> {
