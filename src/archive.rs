@@ -140,10 +140,15 @@ pub fn receive(target: &Path, from: impl Read, keep_owners: bool) -> Result<()> 
     if is_first {
         return Err(Error::guest("the stream has ended before it began")).with_context(attempt);
     }
+    finish(folders).with_context(attempt)
+}
+
+/// Gives folders the modes and times that they have in the stream, the innermost first.
+fn finish(folders: Vec<(PathBuf, u32, Option<u64>)>) -> std::io::Result<()> {
     for (place, mode, mtime) in folders.into_iter().rev() {
         // A later entry can have put something else there.
         let Ok(folder) = File::open(&place) else { continue };
-        folder.set_permissions(Permissions::from_mode(mode & 0o7777)).with_context(attempt)?;
+        folder.set_permissions(Permissions::from_mode(mode & 0o7777))?;
         let time =
             mtime.and_then(|seconds| SystemTime::checked_add(&UNIX_EPOCH, Duration::from_secs(seconds)));
         if let Some(time) = time {

@@ -10,6 +10,7 @@ use super::API_VERSION;
 use super::bodies::{ActionBody, FirecrackerVersion, InstanceInfo, VmBody};
 use super::routes::route;
 use crate::config::{BootSource, CpuConfig, MachineConfig, MachinePatch};
+use crate::devices::kind::Kind;
 use crate::devices::{KINDS, console};
 use crate::dialect::Dialect;
 use crate::log;
@@ -30,10 +31,20 @@ struct Operation {
     answer: Answer,
 }
 
+/// The schema of a type, by reference.
+fn of<T: JsonSchema>(generator: &mut SchemaGenerator) -> Schema {
+    generator.subschema_for::<T>()
+}
+
 fn operations(generator: &mut SchemaGenerator) -> Vec<Operation> {
-    fn of<T: JsonSchema>(generator: &mut SchemaGenerator) -> Schema {
-        generator.subschema_for::<T>()
-    }
+    let mut list = questions(generator);
+    list.extend(changes(generator));
+    KINDS.iter().for_each(|kind| list.extend(changes_of(kind, generator)));
+    list
+}
+
+/// What is asked for by GET.
+fn questions(generator: &mut SchemaGenerator) -> Vec<Operation> {
     let get = |path: &str, summary: &str, answer| Operation {
         method: "get",
         path: path.to_owned(),
@@ -42,7 +53,7 @@ fn operations(generator: &mut SchemaGenerator) -> Vec<Operation> {
         answer,
     };
     let config = config_told_back(generator);
-    let mut list = vec![
+    vec![
         get("/", "The microVM and its state", Answer::Json(of::<InstanceInfo>(generator))),
         get("/version", "The version of the API", Answer::Json(of::<FirecrackerVersion>(generator))),
         get("/machine-config", "CPUs and memory", Answer::Json(of::<MachineConfig>(generator))),
@@ -61,54 +72,53 @@ fn operations(generator: &mut SchemaGenerator) -> Vec<Operation> {
             "What has happened, and from then on what happens: a JSON object a line",
             Answer::Lines,
         ),
-    ];
-    let mut change = |method, path: &str, summary: &str, body: Schema| {
-        let (path, summary) = (path.to_owned(), summary.to_owned());
-        list.push(Operation { method, path, summary, body: Some(body), answer: Answer::Nothing });
+    ]
+}
+
+const BEFORE: &str = "before the start";
+
+fn change(method: &'static str, path: &str, summary: &str, body: Schema) -> Operation {
+    let (path, summary) = (path.to_owned(), summary.to_owned());
+    Operation { method, path, summary, body: Some(body), answer: Answer::Nothing }
+}
+
+/// What is changed by PUT and PATCH, but for devices.
+fn changes(generator: &mut SchemaGenerator) -> Vec<Operation> {
+    let early = |method, path, what: &str, body| change(method, path, &format!("{what}, {BEFORE}"), body);
+    vec![
+        early("put", "/machine-config", "Set CPUs and memory", of::<MachineConfig>(generator)),
+        early("patch", "/machine-config", "Change some of it", of::<MachinePatch>(generator)),
+        early(
+            "put",
+            "/cpu-config",
+            "Set what the CPUs differ in from the host's",
+            of::<CpuConfig>(generator),
+        ),
+        early("put", "/boot-source", "Set what boots", of::<BootSource>(generator)),
+        change(
+            "put",
+            "/logger",
+            "Set the log; again, what is to be changed of it",
+            of::<log::Config>(generator),
+        ),
+        change("put", "/metrics", "Set where metrics go, once", of::<metrics::Config>(generator)),
+        early("put", "/serial", "Set where the console goes", of::<console::Config>(generator)),
+        change("put", "/actions", "Start the microVM, ask its guest to end", of::<ActionBody>(generator)),
+        change("patch", "/vm", "Pause and resume, after the start", of::<VmBody>(generator)),
+    ]
+}
+
+/// What is changed of devices of one kind.
+fn changes_of(kind: &Kind, generator: &mut SchemaGenerator) -> Vec<Operation> {
+    let (body, patch) = (kind.schemas)(generator);
+    let path = match kind.many {
+        true => format!("/{}/{{id}}", kind.path),
+        false => format!("/{}", kind.path),
     };
-    let before = "before the start";
-    change(
-        "put",
-        "/machine-config",
-        &format!("Set CPUs and memory, {before}"),
-        of::<MachineConfig>(generator),
-    );
-    change(
-        "patch",
-        "/machine-config",
-        &format!("Change some of it, {before}"),
-        of::<MachinePatch>(generator),
-    );
-    change(
-        "put",
-        "/cpu-config",
-        &format!("Set what the CPUs differ in from the host's, {before}"),
-        of::<CpuConfig>(generator),
-    );
-    change("put", "/boot-source", &format!("Set what boots, {before}"), of::<BootSource>(generator));
-    change("put", "/logger", "Set the log; again, what is to be changed of it", of::<log::Config>(generator));
-    change("put", "/metrics", "Set where metrics go, once", of::<metrics::Config>(generator));
-    change(
-        "put",
-        "/serial",
-        &format!("Set where the console goes, {before}"),
-        of::<console::Config>(generator),
-    );
-    change("put", "/actions", "Start the microVM, ask its guest to end", of::<ActionBody>(generator));
-    change("patch", "/vm", "Pause and resume, after the start", of::<VmBody>(generator));
-    for kind in KINDS {
-        let (body, patch) = (kind.schemas)(generator);
-        let path = match kind.many {
-            true => format!("/{}/{{id}}", kind.path),
-            false => format!("/{}", kind.path),
-        };
-        let noun = kind.noun;
-        let article = if noun.starts_with('e') { "an" } else { "a" };
-        change("put", &path, &format!("Add or replace {article} {noun}, {before}"), body);
-        if let Some(patch) = patch {
-            change("patch", &path, &format!("Change {article} {noun} in use"), patch);
-        }
-    }
+    let noun = kind.noun;
+    let article = if noun.starts_with('e') { "an" } else { "a" };
+    let mut list = vec![change("put", &path, &format!("Add or replace {article} {noun}, {BEFORE}"), body)];
+    list.extend(patch.map(|patch| change("patch", &path, &format!("Change {article} {noun} in use"), patch)));
     list
 }
 

@@ -13,7 +13,7 @@ use super::parts::{Parts, Places};
 use super::{Machine, State, halt};
 use crate::arch::{self, layout};
 use crate::bus::Bus;
-use crate::config::{Config, HugePages};
+use crate::config::{Config, HugePages, MachineConfig};
 use crate::devices::boot_timer::BootTimer;
 use crate::devices::console::Console;
 use crate::devices::fixed::{FixedDevice, Site};
@@ -24,7 +24,7 @@ use crate::error::{Context, Error, Result};
 use crate::firmware;
 use crate::host::{Access, Host, Sharing};
 use crate::log;
-use crate::memory::{self, Region, Source};
+use crate::memory::{self, Range, Region, Source};
 use crate::platform::Platform;
 use crate::vm::exit::End;
 use crate::vm::gate::Gate;
@@ -47,33 +47,14 @@ pub fn build(
 ) -> Result<Machine> {
     let boot_timer = config.boot_timer.then(BootTimer::start);
     let machine = &config.machine_config;
-    let size = machine.mem_size_mib.checked_mul(1 << 20).filter(|size| *size >= MEMORY_MIN);
-    let size = size.ok_or_else(|| {
-        Error::config(format!(
-            "{} MiB of memory (`mem_size_mib`, --memory): at least {} are needed, and the size in bytes \
-             must fit 64 bits",
-            machine.mem_size_mib,
-            MEMORY_MIN >> 20
-        ))
-    })?;
-    let ranges = layout::memory(size);
+    let ranges = layout::memory(memory_size(machine)?);
     let memory = memory::map(&ranges, source)?;
     memory.memory().iter().for_each(|region| machine.huge_pages.choose(region));
     log::debug(format_args!(
         "allocated {} MiB of guest memory for {} CPUs",
         machine.mem_size_mib, machine.vcpu_count
     ));
-    let mut platform = Platform {
-        cpus: machine.vcpu_count,
-        smt: machine.smt,
-        memory: ranges,
-        command_line: command_line(config),
-        initrd: None,
-        random_seed: host.random_seed()?,
-        nodes: Vec::new(),
-        pci: config.pci,
-        gic: None,
-    };
+    let mut platform = platform(config, ranges, host)?;
 
     let mut vm = Vm::new(prepared, &memory.memory())?;
     let vcpus = vm.create_vcpus(&mut platform, &config.cpuid())?;
@@ -127,6 +108,34 @@ pub fn build(
     register_kick()?;
     machine.timeline.mark("devices");
     Ok(machine)
+}
+
+/// What boot tables say of the machine before it has any part.
+fn platform(config: &Config, memory: Vec<Range>, host: &mut Host) -> Result<Platform> {
+    Ok(Platform {
+        cpus: config.machine_config.vcpu_count,
+        smt: config.machine_config.smt,
+        memory,
+        command_line: command_line(config),
+        initrd: None,
+        random_seed: host.random_seed()?,
+        nodes: Vec::new(),
+        pci: config.pci,
+        gic: None,
+    })
+}
+
+/// How many bytes of memory the guest is to have.
+fn memory_size(machine: &MachineConfig) -> Result<u64> {
+    let size = machine.mem_size_mib.checked_mul(1 << 20).filter(|size| *size >= MEMORY_MIN);
+    size.ok_or_else(|| {
+        Error::config(format!(
+            "{} MiB of memory (`mem_size_mib`, --memory): at least {} are needed, and the size in bytes \
+             must fit 64 bits",
+            machine.mem_size_mib,
+            MEMORY_MIN >> 20
+        ))
+    })
 }
 
 impl HugePages {

@@ -240,23 +240,25 @@ fn run(shared: &Shared, surroundings: &Surroundings, index: usize, stood_still: 
                     Err(reason) => return end(shared, surroundings, Exit::Failed(reason)),
                 }
             }
-            other => {
-                let exit = match other {
-                    Ok(VcpuExit::Shutdown) => Exit::TripleFault,
-                    Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _)) => Exit::PoweredOff,
-                    Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _)) => Exit::Reset,
-                    Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_CRASH, _)) => {
-                        Exit::Failed("it reported its own crash to KVM".to_owned())
-                    }
-                    Ok(VcpuExit::FailEntry(reason, _)) => Exit::Failed(format!(
-                        "the processor refused to enter the guest on CPU {index} (reason {reason:#x})"
-                    )),
-                    Ok(unknown) => Exit::Failed(format!("KVM_RUN on CPU {index} returned {unknown:?}")),
-                    Err(error) => Exit::Failed(format!("KVM_RUN on CPU {index}: {error}")),
-                };
-                return end(shared, surroundings, exit);
-            }
+            other => return end(shared, surroundings, last_exit(other, index)),
         }
+    }
+}
+
+/// How the guest ended, after an exit that nothing can be done about.
+fn last_exit(exit: std::result::Result<VcpuExit<'_>, kvm_ioctls::Error>, index: usize) -> Exit {
+    match exit {
+        Ok(VcpuExit::Shutdown) => Exit::TripleFault,
+        Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _)) => Exit::PoweredOff,
+        Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _)) => Exit::Reset,
+        Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_CRASH, _)) => {
+            Exit::Failed("it reported its own crash to KVM".to_owned())
+        }
+        Ok(VcpuExit::FailEntry(reason, _)) => Exit::Failed(format!(
+            "the processor refused to enter the guest on CPU {index} (reason {reason:#x})"
+        )),
+        Ok(unknown) => Exit::Failed(format!("KVM_RUN on CPU {index} returned {unknown:?}")),
+        Err(error) => Exit::Failed(format!("KVM_RUN on CPU {index}: {error}")),
     }
 }
 

@@ -98,22 +98,11 @@ impl Header {
         let (refcounts, refcount_bytes) = (long(48), u64::from(word(56)) << cluster_bits);
         table("table of reference counts", refcounts, refcount_bytes, REFCOUNT_TABLE_BYTES_MAX)?;
         let order = if version >= 3 { word(96) } else { 4 };
-        let mut blocks = Vec::new();
-        if access == Access::ReadWrite {
-            if order > 6 {
-                return Err(broken(format!("reference counts of 2^{order} bits")));
-            }
-            let clusters_per_block = (cluster * 8) >> order;
-            let mut table = vec![0; refcount_bytes as usize];
-            file.read_exact_at(&mut table, refcounts).context("read its table of reference counts")?;
-            let clusters = match device::is_block_device(file) {
-                // How much of it is in use, only the counts tell.
-                true => length.div_ceil(cluster).min(refcount_bytes / 8 * clusters_per_block),
-                false => length.div_ceil(cluster),
-            };
-            let needed = clusters.div_ceil(clusters_per_block);
-            blocks = check_refcounts(&table, needed, length, cluster)?;
-        }
+        let counts = refcounts..refcounts + refcount_bytes;
+        let blocks = match access {
+            Access::ReadWrite => read_refcounts(file, length, &counts, cluster, order)?,
+            Access::Read => Vec::new(),
+        };
         // A new cluster for each of the disk's, at most 16 of whose 512 bytes the tables take beside it,
         // and tables that move: nothing else makes the file longer.
         let tables = l1_bytes.saturating_add(refcount_bytes).saturating_mul(2) + MOVES_MAX * cluster;
@@ -123,7 +112,7 @@ impl Header {
             version,
             end,
             links: long(40)..long(40) + l1_bytes,
-            counts: refcounts..refcounts + refcount_bytes,
+            counts,
             blocks,
             order,
             has_snapshots: word(60) > 0,
@@ -131,6 +120,29 @@ impl Header {
             mark,
         })
     }
+}
+
+/// Where the blocks of reference counts are, of which the table at `counts` tells; a count has 2^`order` bits.
+fn read_refcounts(
+    file: &File,
+    length: u64,
+    counts: &Range<u64>,
+    cluster: u64,
+    order: u32,
+) -> Result<Vec<u64>> {
+    if order > 6 {
+        return Err(broken(format!("reference counts of 2^{order} bits")));
+    }
+    let bytes = counts.end - counts.start;
+    let clusters_per_block = (cluster * 8) >> order;
+    let mut table = vec![0; bytes as usize];
+    file.read_exact_at(&mut table, counts.start).context("read its table of reference counts")?;
+    let clusters = match device::is_block_device(file) {
+        // How much of it is in use, only the counts tell.
+        true => length.div_ceil(cluster).min(bytes / 8 * clusters_per_block),
+        false => length.div_ceil(cluster),
+    };
+    check_refcounts(&table, clusters.div_ceil(clusters_per_block), length, cluster)
 }
 
 impl Header {
