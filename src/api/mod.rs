@@ -16,6 +16,7 @@ pub mod routes;
 #[cfg(test)]
 mod schema;
 mod server;
+mod taken;
 
 use serde_json::Value;
 

@@ -1,19 +1,19 @@
 //! The API's sockets: a listener and its connections, non-blocking, on the main event loop.
 
 use std::io::ErrorKind;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::connection::Connection;
+use super::taken::cannot_bind;
 use super::{Reply, Response, http};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Result};
 use crate::event::{Events, Interest, Ready};
 use crate::events::Reader;
 use crate::jobs::Ticket;
 use crate::log;
-use crate::paths;
 
 /// Open connections that are served (Firecracker's limit); one more is told so and let go. Readers of
 /// events do not count among them: they stay, and must not lock out who wants something done.
@@ -27,9 +27,6 @@ const SOCKETS_MAX: usize = 32;
 /// A request that has not come to its end so long after its first byte is given up, and so is an answer that
 /// is not read: ten clients that send half of one, or that never read, would keep everybody else out for ever.
 const REQUEST_TIME: Duration = Duration::from_secs(30);
-
-/// How long somebody who listens at a path has to let us in.
-const ANSWER_TIME: Duration = Duration::from_secs(1);
 
 /// Who serves: method, path and body to reply.
 pub type Service<'a> = dyn FnMut(&str, &str, &[u8]) -> Reply + 'a;
@@ -335,45 +332,10 @@ impl Drop for Server {
     }
 }
 
-/// Why the address cannot be had, and what to do.
-fn cannot_bind(path: &Path, error: &std::io::Error) -> Error {
-    let length = path.as_os_str().len();
-    let message = match error.kind() {
-        ErrorKind::AddrInUse => match try_to_connect(path) {
-            None => "another process serves it: choose another path".to_owned(),
-            // The kernel also refuses a connection to a file that is no socket.
-            Some(ErrorKind::ConnectionRefused) if is_socket(path) => format!(
-                "a socket is left there by a process that has ended: remove it (`rm '{}'`)",
-                path.display()
-            ),
-            Some(_) => "there is something else already: choose another path, or move that away".to_owned(),
-        },
-        ErrorKind::InvalidInput => {
-            format!(
-                "its {length} bytes are too long for a socket (107 at most) or contain a NUL: choose a shorter path"
-            )
-        }
-        _ => return paths::cannot_make(path, error),
-    };
-    Error::config(message)
-}
-
-/// How a connection to what is at `path` fails. None: somebody listens there. Who hangs, and has more clients
-/// waiting than the kernel lets in, would keep one more waiting for ever; that one is left behind.
-fn try_to_connect(path: &Path) -> Option<ErrorKind> {
-    let (sender, answer) = std::sync::mpsc::channel();
-    let path = path.to_owned();
-    std::thread::spawn(move || sender.send(UnixStream::connect(path).err().map(|error| error.kind())));
-    answer.recv_timeout(ANSWER_TIME).unwrap_or(None)
-}
-
-fn is_socket(path: &Path) -> bool {
-    std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket())
-}
-
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
 
     use super::*;
 
