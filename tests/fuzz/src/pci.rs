@@ -66,18 +66,7 @@ fn step(mut world: World, host: &Host, bytes: &mut Unstructured<'_>) -> arbitrar
             }
         }
         4 => world.compare_ports(place, bytes.arbitrary::<u8>()?),
-        5 | 6 => {
-            let place = if bytes.ratio(1, 4)? { 0 } else { place };
-            let bar = match bytes.arbitrary::<u8>()? % 8 {
-                0..=3 => PCI_MEMORY.start + u64::from(bytes.arbitrary::<u8>()? % 8) * BAR_SIZE,
-                4 => PCI_MEMORY.end() - u64::from(bytes.arbitrary::<u8>()?) * 0x1000,
-                5 => ECAM.start,
-                6 => bytes.arbitrary::<u32>()?.into(),
-                _ => bytes.arbitrary()?,
-            };
-            world.set_config(place, BAR, &bar.to_le_bytes());
-            world.set_config(place, COMMAND, &u16::from(bytes.arbitrary::<u8>()?).to_le_bytes());
-        }
+        5 | 6 => move_bar(&mut world, place, bytes)?,
         7 | 8 => {
             let offset = u64::from(bytes.arbitrary::<u16>()?) % BAR_SIZE;
             let offset = if bytes.arbitrary::<bool>()? { TABLE + offset % 128 } else { offset };
@@ -107,18 +96,38 @@ fn step(mut world: World, host: &Host, bytes: &mut Unstructured<'_>) -> arbitrar
             let at = at % state[part].len();
             state[part][at] ^= bytes.arbitrary::<u8>()?;
             drop(world);
-            world = World::new(host);
-            if world.restore(&state).is_err() {
-                // Refused, it must not be used any more.
-                drop(world);
-                world = World::new(host);
-            }
-            world.resume();
+            world = rebuilt(host, &state);
         }
     }
     world.turn();
     world.look();
     Ok(world)
+}
+
+/// Puts a function's registers somewhere, and switches them on or off.
+fn move_bar(world: &mut World, place: u32, bytes: &mut Unstructured<'_>) -> arbitrary::Result<()> {
+    let place = if bytes.ratio(1, 4)? { 0 } else { place };
+    let bar = match bytes.arbitrary::<u8>()? % 8 {
+        0..=3 => PCI_MEMORY.start + u64::from(bytes.arbitrary::<u8>()? % 8) * BAR_SIZE,
+        4 => PCI_MEMORY.end() - u64::from(bytes.arbitrary::<u8>()?) * 0x1000,
+        5 => ECAM.start,
+        6 => bytes.arbitrary::<u32>()?.into(),
+        _ => bytes.arbitrary()?,
+    };
+    world.set_config(place, BAR, &bar.to_le_bytes());
+    world.set_config(place, COMMAND, &u16::from(bytes.arbitrary::<u8>()?).to_le_bytes());
+    Ok(())
+}
+
+/// A bus as it was saved, or a new one, if the state is refused: what refused it must not be used any more.
+fn rebuilt(host: &Host, state: &[Vec<u8>]) -> World {
+    let mut world = World::new(host);
+    if world.restore(state).is_err() {
+        drop(world);
+        world = World::new(host);
+    }
+    world.resume();
+    world
 }
 
 /// A bus with its functions, and the two that a guest reaches it by.
