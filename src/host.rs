@@ -4,6 +4,7 @@
 pub mod console;
 pub mod file;
 pub mod link;
+pub mod listener;
 pub mod passt;
 pub mod socket;
 pub mod tap;
@@ -17,6 +18,7 @@ use crate::error::{Context, Result};
 use crate::log;
 use crate::sink::{Purpose, Sink};
 use console::Output;
+use listener::Listener;
 use passt::Passt;
 use tap::Tap;
 
@@ -58,6 +60,8 @@ pub enum Resource {
     },
     /// Where the guest's serial console writes.
     Console(Box<dyn Write + Send>),
+    /// A Unix socket that programs of the host connect to.
+    Listener(Listener),
 }
 
 /// A resource that waits for its machine.
@@ -128,6 +132,20 @@ impl Host {
         Ok(())
     }
 
+    /// The same for the socket of `what`: listens at `path`.
+    ///
+    /// # Errors
+    /// There is something at the path, or nothing can be made there: everything is held as before.
+    pub fn hold_listener(&mut self, what: &str, path: &Path) -> Result<()> {
+        let same = |held: &Held| held.what == what && held.resource.is_listener(path);
+        if !self.held.iter().any(same) {
+            let listener = Listener::bind(what, path)?;
+            self.release(what);
+            self.give(what, Resource::Listener(listener));
+        }
+        Ok(())
+    }
+
     /// The same for the output of the guest's serial console; None: standard output, which is not held.
     ///
     /// # Errors
@@ -188,6 +206,17 @@ impl Host {
                 Ok(taps)
             }
             _ => Tap::open(name, queues),
+        }
+    }
+
+    /// A socket that listens at `path`, where nothing is yet; `what` names it in errors.
+    ///
+    /// # Errors
+    /// There is something at the path, or nothing can be made there.
+    pub fn listener(&mut self, what: &str, path: &Path) -> Result<Listener> {
+        match self.take(what, |resource| resource.is_listener(path)) {
+            Some(Resource::Listener(listener)) => Ok(listener),
+            _ => Listener::bind(what, path),
         }
     }
 
@@ -258,6 +287,10 @@ impl Resource {
 
     fn is_tap(&self, wanted: &str) -> bool {
         matches!(self, Self::Tap { name, .. } if name == wanted)
+    }
+
+    fn is_listener(&self, wanted: &Path) -> bool {
+        matches!(self, Self::Listener(listener) if listener.is_at(wanted))
     }
 }
 

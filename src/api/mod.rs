@@ -16,7 +16,6 @@ pub mod routes;
 #[cfg(test)]
 mod schema;
 mod server;
-mod taken;
 
 use serde_json::Value;
 

@@ -1,17 +1,15 @@
 //! The API's sockets: a listener and its connections, non-blocking, on the main event loop.
 
 use std::io::ErrorKind;
-use std::os::unix::fs::MetadataExt;
-use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::connection::Connection;
-use super::taken::cannot_bind;
 use super::{Reply, Response, http};
 use crate::error::{Context, Result};
 use crate::event::{Events, Interest, Ready};
 use crate::events::Reader;
+use crate::host::listener::Listener;
 use crate::jobs::Ticket;
 use crate::log;
 
@@ -33,10 +31,7 @@ pub type Service<'a> = dyn FnMut(&str, &str, &[u8]) -> Reply + 'a;
 
 /// The listening socket and its connections. Its file is removed when it is dropped.
 pub struct Server {
-    listener: UnixListener,
-    path: PathBuf,
-    /// Device and inode of the socket there.
-    file: Option<(u64, u64)>,
+    listener: Listener,
     body_max: usize,
     /// Tokens on the event loop: this one for the listener, the next ones for the connections.
     token: u64,
@@ -51,25 +46,13 @@ impl Server {
 
     /// Listens at `path`, where nothing may be yet; bodies of more than `body_max` bytes are refused.
     pub fn bind(path: &Path, body_max: usize) -> Result<Self> {
-        let listener = UnixListener::bind(path)
-            .map_err(|error| cannot_bind(path, &error))
-            .with_context(|| format!("listen on API socket `{}`", path.display()))?;
-        let server = Self {
-            listener,
-            path: path.to_owned(),
-            file: identity(path),
-            body_max,
-            token: 0,
-            connections: Vec::new(),
-            moves: 0,
-        };
-        server.listener.set_nonblocking(true).context("set up the API socket")?;
-        Ok(server)
+        let listener = Listener::bind("API socket", path)?;
+        Ok(Self { listener, body_max, token: 0, connections: Vec::new(), moves: 0 })
     }
 
     /// Device and inode of the socket's file; none: it was gone as soon as it was there.
     pub fn file(&self) -> Option<(u64, u64)> {
-        self.file
+        self.listener.file()
     }
 
     /// Puts the listener on `events` with the tokens from `token` on.
@@ -314,22 +297,8 @@ impl Server {
 /// How an accept ends that finds nobody.
 const GONE: [ErrorKind; 3] = [ErrorKind::WouldBlock, ErrorKind::Interrupted, ErrorKind::ConnectionAborted];
 
-/// Device and inode of what is at a path.
-fn identity(path: &Path) -> Option<(u64, u64)> {
-    std::fs::symlink_metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()))
-}
-
 fn ready_token(base: u64, index: usize) -> u64 {
     base + 1 + index as u64
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        // Somebody may have removed it already, and another one may listen there now.
-        if self.file.is_some() && identity(&self.path) == self.file {
-            let _ = std::fs::remove_file(&self.path);
-        }
-    }
 }
 
 #[cfg(test)]
@@ -338,18 +307,6 @@ mod tests {
     use std::os::unix::net::UnixStream;
 
     use super::*;
-
-    #[test]
-    fn the_socket_of_another_one_at_the_same_path_is_left() {
-        let path = std::env::temp_dir().join(format!("alula-server-other-{}", std::process::id()));
-        let first = Server::bind(&path, 100).unwrap();
-        std::fs::remove_file(&path).unwrap();
-        let second = Server::bind(&path, 100).unwrap();
-        drop(first);
-        UnixStream::connect(&path).expect("the second one still listens there");
-        drop(second);
-        assert!(!path.exists());
-    }
 
     #[test]
     fn clients_that_never_read_are_given_up_after_their_time() {
