@@ -44,14 +44,26 @@ fn stream() -> std::io::Result<OwnedFd> {
 }
 
 fn refused(error: IoError) -> Error {
-    Error::host(match error.kind() {
-        ErrorKind::NotFound => "there is no socket: start what shall listen there first".to_owned(),
-        ErrorKind::ConnectionRefused => "nobody listens there: start what shall".to_owned(),
-        ErrorKind::WouldBlock => {
-            "who listens there does not take its clients, and many wait already".to_owned()
+    let why = match error.kind() {
+        ErrorKind::NotFound => "there is no socket: start what shall listen there first",
+        ErrorKind::ConnectionRefused => "nobody listens there: start what shall",
+        ErrorKind::WouldBlock => "who listens there does not take its clients, and many wait already",
+        _ => return Error::host(error.to_string()),
+    };
+    Err::<(), _>(error).context(why).expect_err("it is an error")
+}
+
+/// Whether an error of [`connect`] says that who listens has no room for one more client now.
+pub fn is_busy(error: &Error) -> bool {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = cause {
+        let kind = error.downcast_ref::<IoError>().map(IoError::kind);
+        if kind == Some(ErrorKind::WouldBlock) {
+            return true;
         }
-        _ => error.to_string(),
-    })
+        cause = error.source();
+    }
+    false
 }
 
 #[cfg(test)]
@@ -79,11 +91,12 @@ mod tests {
         let full = loop {
             match connect(&path) {
                 Ok(stream) => waiting.push(stream),
-                Err(error) => break error.to_string(),
+                Err(error) => break error,
             }
         };
-        assert!(full.contains("does not take its clients"), "{full}");
+        assert!(is_busy(&full) && full.to_string().contains("does not take its clients"), "{full}");
         drop(listener);
+        assert!(!is_busy(&connect(&path).unwrap_err()));
         assert!(error(&path).contains("nobody listens there"), "{}", error(&path));
         std::fs::remove_file(&path).unwrap();
         assert!(error(Path::new(&"x".repeat(108))).contains("1 to 107 bytes"));
