@@ -88,6 +88,7 @@ impl Request {
         match self {
             Self::PutMachineConfig(machine) => machine.cpu_template.is_some(),
             Self::PatchMachineConfig(patch) => patch.cpu_template.is_some(),
+            Self::PutDevice(device) => device.is_deprecated(),
             _ => false,
         }
     }

@@ -10,7 +10,7 @@ use crate::devices::{self, KINDS};
 use crate::dialect::Dialect;
 
 /// First path tokens of Firecracker's API that are not served yet: refused as such, not as unknown.
-const NOT_IMPLEMENTED: [&str; 7] = ["balloon", "hotplug", "mmds", "pmem", "snapshot", "vsock", "gdb"];
+const NOT_IMPLEMENTED: [&str; 6] = ["balloon", "hotplug", "mmds", "pmem", "snapshot", "gdb"];
 
 /// The request, or the fault message for the client.
 pub fn route(dialect: Dialect, method: &str, path: &str, body: &[u8]) -> Result<Request, String> {

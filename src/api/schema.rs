@@ -145,7 +145,7 @@ fn config_told_back(generator: &mut SchemaGenerator) -> Schema {
     let mut config = config_properties(generator).to_value();
     let sections = config["properties"].as_object_mut().expect("it has sections");
     sections.remove("serial");
-    for section in ["balloon", "memory-hotplug", "mmds-config", "vsock"] {
+    for section in ["balloon", "memory-hotplug", "mmds-config"] {
         sections.insert(section.to_owned(), json!({ "type": "object" }));
     }
     for (section, schema) in sections.iter_mut() {

@@ -32,7 +32,7 @@ const PROBLEMS_MAX: usize = 100;
 /// The sections of a config file that other monitors know and this one does not have yet: asked for,
 /// they are refused, so that no guest starts without a device that its owner counts on. A section of a
 /// device in the table is not looked for here.
-const NOT_IMPLEMENTED: [&str; 6] = ["vsock", "balloon", "mmds-config", "pmem", "memory-hotplug", "mmds"];
+const NOT_IMPLEMENTED: [&str; 5] = ["balloon", "mmds-config", "pmem", "memory-hotplug", "mmds"];
 
 /// Something wrong with a config file.
 #[derive(Clone, Debug, PartialEq)]

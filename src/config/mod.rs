@@ -37,7 +37,7 @@ const SERIAL: &str = "serial";
 
 /// Sections that are always null when a configuration is told: where messages and metrics go is never
 /// told by Firecracker, and the devices of the others are not there yet. Its clients look for all of them.
-const NOT_TOLD: [&str; 6] = [LOGGER, METRICS, "balloon", "memory-hotplug", "mmds-config", "vsock"];
+const NOT_TOLD: [&str; 5] = [LOGGER, METRICS, "balloon", "memory-hotplug", "mmds-config"];
 /// The same for lists of devices.
 const EMPTY: [&str; 1] = ["pmem"];
 

@@ -61,6 +61,10 @@ pub trait DeviceConfig:
     fn root_words(&self) -> Option<String> {
         None
     }
+    /// Whether a field is given that newer clients no longer give.
+    fn is_deprecated(&self) -> bool {
+        false
+    }
     /// On how many threads of its own it is to run; 0: on the one that all share.
     fn threads(&self) -> usize {
         0
@@ -302,6 +306,11 @@ impl Device {
         self.0.root_words()
     }
 
+    /// Whether a field is given that newer clients no longer give.
+    pub fn is_deprecated(&self) -> bool {
+        self.0.is_deprecated()
+    }
+
     /// On how many threads of its own it is to run; 0: on the one that all share.
     pub fn threads(&self) -> usize {
         self.0.threads()
@@ -371,6 +380,7 @@ trait AnyConfig: Any + fmt::Debug + Send + Sync {
     fn check(&self) -> Result<()>;
     fn check_beside(&self, other: &Device) -> Result<()>;
     fn root_words(&self) -> Option<String>;
+    fn is_deprecated(&self) -> bool;
     fn threads(&self) -> usize;
     fn hold(&self, host: &mut Host) -> Result<()>;
     fn look(&self) -> Result<()>;
@@ -393,6 +403,9 @@ impl<C: DeviceConfig> AnyConfig for C {
     }
     fn root_words(&self) -> Option<String> {
         DeviceConfig::root_words(self)
+    }
+    fn is_deprecated(&self) -> bool {
+        DeviceConfig::is_deprecated(self)
     }
     fn threads(&self) -> usize {
         DeviceConfig::threads(self)

@@ -15,6 +15,7 @@ pub mod power;
 pub mod pvpanic;
 pub mod rtc;
 pub mod v2m;
+pub mod vsock;
 
 use crate::error::{Error, Result};
 use fixed::{Site, put};
@@ -22,8 +23,12 @@ use kind::Kind;
 
 /// The devices that a configuration can list, in the order that guests find them: a new one is a file
 /// that implements [`kind::DeviceConfig`], its module above, and its line here.
-pub static KINDS: &[Kind] =
-    &[Kind::of::<block::Config>(), Kind::of::<net::Config>(), Kind::of::<entropy::Config>()];
+pub static KINDS: &[Kind] = &[
+    Kind::of::<block::Config>(),
+    Kind::of::<net::Config>(),
+    Kind::of::<entropy::Config>(),
+    Kind::of::<vsock::Config>(),
+];
 
 /// Makes the devices at fixed places, in the order in which boot tables list them: a new one is a file that
 /// implements [`fixed::FixedDevice`], its module above, its line here, and its place in the `layout` of each

@@ -456,9 +456,14 @@ impl Guest {
         self.load(Self::parts(queue)[2] + 2)
     }
 
+    /// Whether the device has used a chain that nobody has looked at.
+    pub fn has_used(&self, queue: usize) -> bool {
+        self.used_index(queue) != self.notes.rings[queue].seen
+    }
+
     /// Waits for the next used chain: its head and how many bytes were written.
     pub fn next_used(&mut self, queue: usize) -> (u16, u32) {
-        self.wait_for(|guest| guest.used_index(queue) != guest.notes.rings[queue].seen);
+        self.wait_for(|guest| guest.has_used(queue));
         let ring = &mut self.notes.rings[queue];
         let at = Self::parts(queue)[2] + 4 + 8 * u64::from(ring.seen % ring.size);
         ring.seen = ring.seen.wrapping_add(1);

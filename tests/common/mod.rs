@@ -7,6 +7,7 @@ pub mod driver;
 pub mod loopback;
 pub mod network;
 pub mod terminal;
+pub mod vsock;
 
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Read, Write};

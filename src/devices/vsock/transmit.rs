@@ -1,0 +1,143 @@
+//! What the guest sends: the packets of a turn, of which each connection's bytes are given to the host's
+//! program by one system call.
+
+use super::mux::Mux;
+use super::packet::{HEADER, Header, op};
+use super::socket::Vectors;
+use crate::error::Result;
+use crate::memory::{Memory, Regions};
+use crate::virtio::buffers::Buffers;
+use crate::virtio::{Queue, Share};
+
+/// Packets of one turn; then other devices of the loop have theirs. As many as the ring has.
+pub const PACKETS_PER_TURN: u16 = 256;
+
+/// Bytes of one packet that wait for the turn's end.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Packet {
+    connection: u32,
+    /// Its vectors among all of the turn.
+    first: usize,
+    end: usize,
+}
+
+/// The queue of sent packets.
+pub struct Transmitter {
+    queue: Queue,
+    /// One packet, with its header.
+    buffers: Buffers,
+    /// The bytes of all packets that wait.
+    all: Vectors,
+    packets: Vec<Packet>,
+    /// Their chains, and those of packets in between.
+    heads: Vec<u16>,
+    /// The bytes of one connection.
+    vectors: Vectors,
+}
+
+impl Transmitter {
+    /// Of this queue, in `memory`.
+    pub fn new(memory: Memory, queue: Queue) -> Self {
+        let capacity = queue.size().into();
+        Self {
+            queue,
+            buffers: Buffers::new(memory),
+            all: Vectors::default(),
+            packets: Vec::with_capacity(capacity),
+            heads: Vec::with_capacity(capacity),
+            vectors: Vectors::default(),
+        }
+    }
+
+    /// Which kicks it waits for.
+    pub fn queue(&self) -> &Queue {
+        &self.queue
+    }
+
+    /// Nothing is kept between two turns.
+    pub fn stop(self) -> Queue {
+        self.queue
+    }
+
+    /// Takes the packets that there are.
+    pub fn transmit(&mut self, memory: &Regions, mux: &mut Mux) -> Result<()> {
+        if !self.queue.is_ready() {
+            return Ok(());
+        }
+        self.queue.disable_kicks(memory)?;
+        let mut share = Share::new(PACKETS_PER_TURN);
+        loop {
+            while self.take(memory, &mut share, mux)? {}
+            self.conclude(memory, mux)?;
+            if share.is_used_up() {
+                self.queue.kick_again();
+                break;
+            }
+            if !self.queue.enable_kicks(memory)? {
+                break;
+            }
+            self.queue.disable_kicks(memory)?;
+        }
+        self.queue.notify(memory)
+    }
+
+    /// Takes the next packet; false: there is none, or it is for the next turn.
+    fn take(&mut self, memory: &Regions, share: &mut Share, mux: &mut Mux) -> Result<bool> {
+        let Some(chain) = self.queue.pop(memory, share)? else { return Ok(false) };
+        self.heads.push(chain.head());
+        self.buffers.clear();
+        self.buffers.add_readable(chain)?;
+        mux.metrics.tx_packets_count.add(1);
+        let mut header = [0; HEADER];
+        if !self.buffers.read_front(&mut header) {
+            mux.metrics.tx_malformed_packets.add(1);
+            return Ok(true);
+        }
+        let mut header = Header::from_bytes(&header);
+        // A packet that says that it has more than it has makes a hole in its stream: as one of an operation
+        // that there is not, it ends its connection.
+        let has_bytes = header.op == op::RW;
+        if has_bytes && header.len as usize > self.buffers.len() {
+            mux.metrics.tx_malformed_packets.add(1);
+            (header.op, header.len) = (0, 0);
+        }
+        if header.op != op::RW && header.op != op::CREDIT_UPDATE {
+            // What was sent before has arrived before.
+            self.give(mux)?;
+        }
+        if let Some(connection) = mux.hear(&header)? {
+            let first = self.all.count();
+            self.all.add_buffers(&self.buffers, header.len as usize);
+            self.packets.push(Packet { connection, first, end: self.all.count() });
+        }
+        Ok(true)
+    }
+
+    /// Gives the programs of the host what waits for them, and all chains back.
+    fn conclude(&mut self, memory: &Regions, mux: &mut Mux) -> Result<()> {
+        self.give(mux)?;
+        for head in self.heads.drain(..) {
+            self.queue.push(memory, head, 0)?;
+        }
+        Ok(())
+    }
+
+    fn give(&mut self, mux: &mut Mux) -> Result<()> {
+        if self.packets.is_empty() {
+            return Ok(());
+        }
+        // Those of one connection after each other, in their order.
+        if !self.packets.is_sorted() {
+            self.packets.sort_unstable();
+        }
+        for packets in self.packets.chunk_by(|one, other| one.connection == other.connection) {
+            self.vectors.clear();
+            packets.iter().for_each(|packet| self.vectors.add_range(&self.all, packet.first..packet.end));
+            mux.forward(packets[0].connection, &mut self.vectors)?;
+        }
+        self.packets.clear();
+        self.all.clear();
+        self.vectors.clear();
+        Ok(())
+    }
+}

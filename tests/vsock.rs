@@ -1,0 +1,289 @@
+//! Connections between programs of the host, which are here, and programs of a guest, of which the driver's side
+//! is here, too.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by it")]
+
+mod common;
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use alula::devices::KINDS as DEVICES;
+use alula::devices::kind::Device;
+use alula::host::Local;
+use alula::metrics::View;
+use common::driver::{F_EVENT_IDX, Guest, KINDS, Kind};
+use common::vsock::{
+    CREDIT_REQUEST, CREDIT_UPDATE, Driver, Packet, REQUEST, RESPONSE, RST, RW, SHUT_RECEIVE, SHUT_SEND,
+    SHUTDOWN,
+};
+use common::{Folder, wait_for};
+use serde_json::json;
+
+/// One test at a time: the descriptors of all are counted.
+static ALONE: Mutex<()> = Mutex::new(());
+
+struct World {
+    folder: Folder,
+    driver: Driver,
+    _alone: MutexGuard<'static, ()>,
+}
+
+impl World {
+    fn new(kind: Kind) -> Self {
+        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let folder = Folder::new();
+        let guest = Guest::new(kind, device(&folder).open("vsock", &mut Local::default()).unwrap());
+        let mut driver = Driver::new(guest);
+        driver.start(F_EVENT_IDX);
+        Self { folder, driver, _alone: alone }
+    }
+
+    fn path(&self, port: u32) -> PathBuf {
+        self.folder.path(&format!("v_{port}"))
+    }
+
+    /// A program of the host that has connected, and said this.
+    fn client(&self, text: &str) -> UnixStream {
+        let mut stream = UnixStream::connect(self.folder.path("v")).unwrap();
+        stream.write_all(text.as_bytes()).unwrap();
+        stream
+    }
+
+    /// One that is connected to the guest's `port`, and its own port.
+    fn connected(&mut self, port: u32) -> (UnixStream, u32) {
+        let client = self.client(&format!("CONNECT {port}\n"));
+        let request = self.driver.expect(REQUEST);
+        assert_eq!(request.to_port, port);
+        self.driver.send(request.answer(RESPONSE), &[]);
+        let client = answered(client, request.from_port);
+        (client, request.from_port)
+    }
+
+    /// One that the guest's port 1000 has connected to, at this port.
+    fn accepted(&mut self, port: u32) -> UnixStream {
+        let listener = UnixListener::bind(self.path(port)).unwrap();
+        self.driver.send(Packet::new(REQUEST, 1000, port), &[]);
+        self.driver.expect(RESPONSE);
+        std::fs::remove_file(self.path(port)).unwrap();
+        listener.accept().unwrap().0
+    }
+
+    fn counted(&self, name: &str) -> u64 {
+        self.driver.guest.transport.lock().unwrap().metrics(View::Total)[name].as_u64().unwrap()
+    }
+
+    fn connections(&self) -> u64 {
+        self.counted("conns_added") - self.counted("conns_removed")
+    }
+}
+
+fn device(folder: &Folder) -> Device {
+    let config = json!({ "guest_cid": 3, "uds_path": folder.path("v") });
+    let kind = DEVICES.iter().find(|kind| kind.section == "vsock").unwrap();
+    let device = kind.parse(config.to_string().as_bytes()).unwrap();
+    device.check().unwrap();
+    device
+}
+
+/// The client, after the line that says that it is connected.
+fn answered(client: UnixStream, port: u32) -> UnixStream {
+    let mut line = [0; 32];
+    let expected = format!("OK {port}\n");
+    (&client).read_exact(&mut line[..expected.len()]).unwrap();
+    assert_eq!(&line[..expected.len()], expected.as_bytes());
+    client
+}
+
+fn read(stream: &mut UnixStream, count: usize) -> Vec<u8> {
+    let mut bytes = vec![0; count];
+    stream.read_exact(&mut bytes).unwrap();
+    bytes
+}
+
+/// Whether the other side has closed the stream.
+fn is_closed(stream: &mut UnixStream) -> bool {
+    match stream.read(&mut [0]) {
+        Ok(count) => count == 0,
+        Err(error) => error.kind() == ErrorKind::ConnectionReset,
+    }
+}
+
+#[test]
+fn a_program_of_the_host_talks_with_one_of_the_guest() {
+    for kind in KINDS {
+        let mut world = World::new(kind);
+        let mut client = world.client("CONNECT 5000\nhello");
+        let request = world.driver.expect(REQUEST);
+        assert_eq!((request.to_port, request.from_port), (5000, 1 << 30));
+        assert!(request.room >= 64 << 10 && request.forwarded == 0);
+        world.driver.send(request.answer(RESPONSE), &[]);
+        client = answered(client, request.from_port);
+        let (packet, bytes) = world.driver.receive();
+        assert_eq!((packet.op, &bytes[..]), (RW, &b"hello"[..]));
+        world.driver.send(request.answer(RW), b"world");
+        assert_eq!(read(&mut client, 5), b"world");
+        // The next one has another port.
+        let (other, port) = world.connected(5000);
+        assert_eq!(port, request.from_port + 1);
+        drop(client);
+        let shutdown = world.driver.expect(SHUTDOWN);
+        assert_eq!((shutdown.flags, shutdown.from_port), (SHUT_RECEIVE | SHUT_SEND, 1 << 30));
+        assert_eq!(shutdown.forwarded, 5);
+        world.driver.send(request.answer(RST), &[]);
+        wait_for(|| world.connections() == 1);
+        // The guest ends the other one.
+        let shut = Packet { flags: SHUT_RECEIVE | SHUT_SEND, ..Packet::new(SHUTDOWN, 5000, port) };
+        world.driver.send(shut, &[]);
+        world.driver.expect(RST);
+        assert!(is_closed(&mut { other }));
+        assert_eq!(world.connections(), 0);
+    }
+}
+
+#[test]
+fn a_program_of_the_guest_talks_with_one_of_the_host() {
+    let mut world = World::new(Kind::Mmio);
+    let mut host = world.accepted(80);
+    world.driver.send(Packet::new(RW, 1000, 80), b"GET /");
+    assert_eq!(read(&mut host, 5), b"GET /");
+    // Half closed, the other way goes on.
+    world.driver.send(Packet { flags: SHUT_SEND, ..Packet::new(SHUTDOWN, 1000, 80) }, &[]);
+    assert!(is_closed(&mut host));
+    host.write_all(b"200").unwrap();
+    let (packet, bytes) = world.driver.receive();
+    assert_eq!((packet.op, packet.forwarded, &bytes[..]), (RW, 5, &b"200"[..]));
+    host.shutdown(Shutdown::Write).unwrap();
+    assert_ne!(world.driver.expect(SHUTDOWN).flags & SHUT_SEND, 0);
+    drop(host);
+    world.driver.send(Packet { flags: SHUT_RECEIVE, ..Packet::new(SHUTDOWN, 1000, 80) }, &[]);
+    loop {
+        // It may be told first that the host is gone.
+        match world.driver.receive().0.op {
+            SHUTDOWN => {}
+            op => break assert_eq!(op, RST),
+        }
+    }
+    assert_eq!(world.connections(), 0);
+    // Nobody listens there any more.
+    world.driver.send(Packet::new(REQUEST, 1000, 80), &[]);
+    assert_eq!(world.driver.expect(RST).from_port, 80);
+}
+
+#[test]
+fn a_half_close_of_the_host_leaves_the_way_back_open() {
+    let mut world = World::new(Kind::Pci);
+    let (mut client, port) = world.connected(7);
+    client.write_all(b"all").unwrap();
+    client.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(world.driver.receive().1, b"all");
+    assert_eq!(world.driver.expect(SHUTDOWN).flags, SHUT_SEND);
+    world.driver.send(Packet::new(RW, 7, port), b"answer");
+    assert_eq!(read(&mut client, 6), b"answer");
+    // The guest will not read: who writes is told.
+    let (mut other, port) = world.connected(8);
+    world.driver.send(Packet { flags: SHUT_RECEIVE, ..Packet::new(SHUTDOWN, 8, port) }, &[]);
+    wait_for(|| other.write_all(b"x").is_err());
+    // The host does not read: the guest is told, and may be told something still.
+    let (other, port) = world.connected(9);
+    other.shutdown(Shutdown::Read).unwrap();
+    world.driver.send(Packet::new(RW, 9, port), b"lost");
+    assert_eq!(world.driver.expect(SHUTDOWN).flags, SHUT_RECEIVE);
+    (&other).write_all(b"still").unwrap();
+    assert_eq!(world.driver.receive().1, b"still");
+}
+
+/// Byte `at` of a stream.
+fn byte(at: usize) -> u8 {
+    (at ^ at >> 8 ^ at >> 16) as u8
+}
+
+fn bytes(range: std::ops::Range<usize>) -> Vec<u8> {
+    range.map(byte).collect()
+}
+
+#[test]
+fn a_host_that_writes_faster_than_the_guest_reads_loses_nothing() {
+    const ALL: usize = 4 << 20;
+    let mut world = World::new(Kind::Mmio);
+    let (mut client, port) = world.connected(7);
+    let writer = std::thread::spawn(move || {
+        (0..ALL).step_by(64 << 10).for_each(|at| client.write_all(&bytes(at..at + (64 << 10))).unwrap());
+        client
+    });
+    let (mut received, mut told, mut asked) = (0, 0, 0);
+    while received < ALL {
+        let (packet, bytes) = world.driver.receive();
+        match packet.op {
+            RW => {
+                assert!(received + bytes.len() <= told + common::vsock::ROOM as usize, "more than its room");
+                assert!(bytes.iter().enumerate().all(|(at, found)| *found == byte(received + at)));
+                received += bytes.len();
+            }
+            CREDIT_REQUEST => {
+                // It has read everything, and says so only now.
+                assert_eq!(received, told + common::vsock::ROOM as usize);
+                told = received;
+                asked += 1;
+                world
+                    .driver
+                    .send(Packet { forwarded: told as u32, ..Packet::new(CREDIT_UPDATE, 7, port) }, &[]);
+            }
+            op => panic!("operation {op}"),
+        }
+    }
+    assert!(asked >= ALL / common::vsock::ROOM as usize - 1, "{asked}");
+    drop(writer.join().unwrap());
+    // It takes room to find out whether there are more bytes.
+    world.driver.send(Packet { forwarded: ALL as u32, ..Packet::new(CREDIT_UPDATE, 7, port) }, &[]);
+    while world.driver.receive().0.op != SHUTDOWN {}
+}
+
+#[test]
+fn a_guest_that_writes_faster_than_the_host_reads_loses_nothing() {
+    const ALL: usize = 4 << 20;
+    const PACKET: usize = 60_000;
+    let mut world = World::new(Kind::Pci);
+    let (mut client, port) = world.connected(7);
+    let (mut sent, mut read, mut limit) = (0, 0, 0);
+    let hear = |world: &mut World, limit: &mut usize| {
+        while world.driver.has_received() {
+            let (packet, _) = world.driver.receive();
+            assert_eq!(packet.op, CREDIT_UPDATE);
+            *limit = (packet.forwarded + packet.room) as usize;
+        }
+    };
+    world.driver.send(Packet::new(CREDIT_REQUEST, 7, port), &[]);
+    wait_for(|| {
+        hear(&mut world, &mut limit);
+        limit > 0
+    });
+    assert_eq!(limit, 256 << 10);
+    let mut buffer = vec![0; 50_000];
+    while read < ALL {
+        hear(&mut world, &mut limit);
+        while sent < ALL.min(limit) {
+            let count = PACKET.min(limit - sent).min(ALL - sent);
+            world.driver.send(Packet::new(RW, 7, port), &bytes(sent..sent + count));
+            sent += count;
+        }
+        let count = client.read(&mut buffer).unwrap();
+        assert!(buffer[..count].iter().enumerate().all(|(at, found)| *found == byte(read + at)));
+        read += count;
+    }
+    // What was sent last is there, though the guest has left before it was read.
+    hear(&mut world, &mut limit);
+    let count = (256 << 10).min(limit - sent);
+    for at in (0..count).step_by(PACKET) {
+        let end = (at + PACKET).min(count);
+        world.driver.send(Packet::new(RW, 7, port), &bytes(at..end));
+    }
+    world.driver.send(Packet { flags: SHUT_RECEIVE | SHUT_SEND, ..Packet::new(SHUTDOWN, 7, port) }, &[]);
+    let mut rest = Vec::new();
+    client.read_to_end(&mut rest).unwrap();
+    assert!(rest == bytes(0..count), "{} of {count} bytes", rest.len());
+    while world.driver.receive().0.op != RST {}
+}
