@@ -231,12 +231,12 @@ impl Run<'_> {
 
     /// Whether a device that runs has used every chain, if the driver is sound.
     fn look(&mut self) {
-        let is_net = self.device.kind().section == "network-interfaces";
+        let waits = ["network-interfaces", "vsock"].contains(&self.device.kind().section);
         if !self.sound || self.paused {
             return;
         }
-        // Room for frames waits for them, and queue pairs for a command.
-        for queue in (0..self.guest().queues()).filter(|queue| !is_net || *queue == TX) {
+        // Room for frames, packets and events waits for them, and queue pairs for a command.
+        for queue in (0..self.guest().queues()).filter(|queue| !waits || *queue == TX) {
             self.guest().wait_for(|guest| {
                 let done = guest.used_index(queue) == guest.available(queue).0;
                 done || guest.status() & (DRIVER_OK | NEEDS_RESET) != DRIVER_OK

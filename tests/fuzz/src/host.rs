@@ -21,6 +21,7 @@ use serde_json::{Value, json};
 use crate::driver::{self, Guest, Kind, WRITE};
 use crate::ground;
 use crate::network::{self, Wire};
+use crate::vsock;
 
 pub const SECTOR: usize = 512;
 pub const SECTORS: usize = 64;
@@ -37,6 +38,11 @@ const BASE_PATH: &str = "/dev/zero";
 const TAP: &str = "tap0";
 /// What all of the latter is.
 pub const BASE: u8 = 0x33;
+
+/// Where programs of the host connect to.
+pub fn socket() -> PathBuf {
+    std::env::temp_dir().join(format!("alula-fuzz-{}", std::process::id()))
+}
 
 pub struct Host {
     disk: File,
@@ -192,6 +198,7 @@ impl Host {
         match device.kind().section {
             "drives" => self.exercise_disk(device, guest),
             "network-interfaces" => self.exercise_net(guest),
+            "vsock" => self.exercise_vsock(guest),
             "entropy" => {
                 let bytes = guest.allocate(&[0; 64]);
                 assert_eq!(guest.request(0, &[(bytes, WRITE)]), 64);
@@ -241,6 +248,27 @@ impl Host {
         assert_eq!(guest.bytes(room)[NET_HEADER + 14], 78, "another frame came in");
     }
 
+    /// What is no connection is refused, and a driver that is told that its connections are gone listens again.
+    fn exercise_vsock(&self, guest: &mut Guest) {
+        let packet = vsock::Packet::new(vsock::RW, 5, 6);
+        let (out, room) = (guest.allocate(&packet.bytes()), guest.allocate(&[0; 64]));
+        let event = guest.allocate(&[0; 4]);
+        guest.offer(vsock::EVENT, &[(event, WRITE)]);
+        guest.offer(RX, &[(room, WRITE)]);
+        guest.request(TX, &[(out, 0)]);
+        guest.wait_for(|guest| {
+            if guest.has_used(vsock::EVENT) {
+                guest.next_used(vsock::EVENT);
+                guest.offer(vsock::EVENT, &[(event, WRITE)]);
+                guest.kick(vsock::EVENT);
+            }
+            guest.has_used(RX)
+        });
+        guest.next_used(RX);
+        let packet = vsock::Packet::parse(&guest.bytes(room));
+        assert_eq!((packet.op, packet.from_port, packet.to_port), (vsock::RST, 6, 5));
+    }
+
     /// Puts a frame on the wire.
     pub fn send(&self, payload: &[u8]) {
         let mut frame = vec![0xff; 14];
@@ -273,6 +301,7 @@ fn devices() -> Vec<Device> {
         ],
         "network-interfaces": [{ "iface_id": "net", "host_dev_name": TAP, "mtu": 1500, "queue_pairs": 2 }],
         "entropy": {},
+        "vsock": { "guest_cid": vsock::CID, "uds_path": socket() },
     });
     let config = Config::parse(config.to_string().as_bytes()).unwrap();
     for kind in DEVICES {

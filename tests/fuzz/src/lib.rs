@@ -12,12 +12,15 @@ pub mod http;
 pub mod passt;
 pub mod pci;
 pub mod qcow2;
+pub mod sockets;
 pub mod state;
 
 #[path = "../../common/driver.rs"]
 pub mod driver;
 #[path = "../../common/network.rs"]
 pub mod network;
+#[path = "../../common/vsock.rs"]
+pub mod vsock;
 
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
