@@ -13,7 +13,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use alula::devices::KINDS as DEVICES;
 use alula::devices::kind::Device;
-use alula::host::Local;
+use alula::host::Host;
 use alula::metrics::View;
 use common::driver::{F_EVENT_IDX, Guest, KINDS, Kind};
 use common::vsock::{
@@ -36,7 +36,7 @@ impl World {
     fn new(kind: Kind) -> Self {
         let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let folder = Folder::new();
-        let guest = Guest::new(kind, device(&folder).open("vsock", &mut Local::default()).unwrap());
+        let guest = Guest::new(kind, device(&folder).open("vsock", &mut Host::default()).unwrap());
         let mut driver = Driver::new(guest);
         driver.start(F_EVENT_IDX);
         Self { folder, driver, _alone: alone }

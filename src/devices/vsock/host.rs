@@ -189,7 +189,7 @@ impl Mux {
             return Ok(());
         }
         let path = self.path_of(port);
-        let work = move |_: &mut dyn host::Host| Ok(host::socket::connect(&path)?.into());
+        let work = move |_: &mut host::Host| Ok(host::socket::connect(&path)?.into());
         match desk.ask(FIRST_TOKEN + 2 * index + 1, work) {
             Ok(pending) => {
                 self.set_phase(index, Phase::Connecting(Some(pending)));

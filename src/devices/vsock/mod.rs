@@ -29,8 +29,8 @@ use serde::{Deserialize, Serialize};
 
 use super::kind::{CliOption, DeviceConfig, NotPatchable, check_words};
 use crate::error::{Error, Result};
+use crate::host::Host;
 use crate::host::listener::Listener;
-use crate::host::{Host, Local};
 use crate::virtio::VirtioDevice;
 
 /// The first address that a guest can have: 0 and 1 mean a machine itself, 2 its host (vsock(7)).
@@ -108,7 +108,7 @@ somebody listens at PATH_1234. N is the guest's own CID [default: 3]",
         self.vsock_id.is_some()
     }
 
-    fn hold(&self, host: &mut Local) -> Result<()> {
+    fn hold(&self, host: &mut Host) -> Result<()> {
         host.hold_listener("vsock socket", &self.uds_path)
     }
 
@@ -117,7 +117,7 @@ somebody listens at PATH_1234. N is the guest's own CID [default: 3]",
         Listener::look("vsock socket", &self.uds_path)
     }
 
-    fn open(&self, _: &str, host: &mut dyn Host) -> Result<Box<dyn VirtioDevice>> {
+    fn open(&self, _: &str, host: &mut Host) -> Result<Box<dyn VirtioDevice>> {
         let listener = host.listener("vsock socket", &self.uds_path)?;
         Ok(Box::new(device::Vsock::new(self.guest_cid, self.uds_path.clone(), listener)))
     }
