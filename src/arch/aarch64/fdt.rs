@@ -2,6 +2,7 @@
 
 use vm_fdt::{Error, FdtWriter};
 
+use super::gic_state::affinity;
 use super::layout;
 use crate::memory::Range;
 use crate::platform::node::{TreeNode, phandle};
@@ -9,11 +10,6 @@ use crate::platform::{Gic, Node, Platform};
 
 const PRIVATE: u32 = 1;
 const LEVEL_HIGH: u32 = 4;
-
-/// MPIDR affinity of a CPU, as KVM gives it by index: 16 CPUs share the lowest level.
-fn affinity(cpu: u32) -> u32 {
-    (cpu & 0xf) | (cpu >> 4 & 0xff) << 8 | (cpu >> 12) << 16
-}
 
 /// The device tree for `platform`.
 pub fn tree(platform: &Platform) -> Result<Vec<u8>, Error> {

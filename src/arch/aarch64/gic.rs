@@ -16,8 +16,14 @@ use crate::platform::{Gic, Platform};
 
 /// KVM's GIC, and a GICv3's ITS.
 pub struct InterruptController {
-    _device: DeviceFd,
-    _its: Option<DeviceFd>,
+    /// A GICv2 rather than a GICv3.
+    pub is_v2: bool,
+    /// How many CPUs it is the interrupt controller of.
+    pub cpus: u32,
+    /// The GIC.
+    pub device: DeviceFd,
+    /// The ITS of a GICv3, with PCI.
+    pub its: Option<DeviceFd>,
 }
 
 /// The ITS tells devices apart that write interrupt messages.
@@ -35,15 +41,16 @@ pub fn default_routes() -> Vec<kvm_irq_routing_entry> {
 }
 
 /// Makes the GIC that the host's KVM has, once all vCPUs exist, and notes in `platform` which it is.
-pub fn after_vcpus(vm: &VmFd, _vcpus: &[VcpuFd], platform: &mut Platform) -> Result<InterruptController> {
+pub fn after_vcpus(vm: &VmFd, vcpus: &[VcpuFd], platform: &mut Platform) -> Result<InterruptController> {
+    let cpus = vcpus.len() as u32;
     match create(vm, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3) {
         Ok(device) => {
             platform.gic = Some(Gic::V3);
-            set_up_v3(vm, device, platform.pci)
+            set_up_v3(vm, cpus, device, platform.pci)
         }
         Err(error) if error.errno() == libc::ENODEV => {
             platform.gic = Some(Gic::V2(layout::GIC_MESSAGE_FRAME));
-            set_up_v2(vm)
+            set_up_v2(vm, cpus)
         }
         Err(error) => Err(error).context("create a GICv3"),
     }
@@ -58,7 +65,7 @@ fn set(device: &DeviceFd, group: u32, attr: u32, value: u64) -> Result<()> {
     device.set_device_attr(&attr).with_context(|| format!("set up the GIC (attribute {group}.{})", attr.attr))
 }
 
-fn set_up_v3(vm: &VmFd, device: DeviceFd, pci: bool) -> Result<InterruptController> {
+fn set_up_v3(vm: &VmFd, cpus: u32, device: DeviceFd, pci: bool) -> Result<InterruptController> {
     const ADDRESS: u32 = KVM_DEV_ARM_VGIC_GRP_ADDR;
     set(&device, KVM_DEV_ARM_VGIC_GRP_NR_IRQS, 0, layout::GIC_INTERRUPTS.into())?;
     set(&device, ADDRESS, KVM_VGIC_V3_ADDR_TYPE_DIST, layout::GIC_DISTRIBUTOR.start)?;
@@ -72,11 +79,11 @@ fn set_up_v3(vm: &VmFd, device: DeviceFd, pci: bool) -> Result<InterruptControll
         set(&device, KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_DEV_ARM_VGIC_CTRL_INIT, 0)?;
         its = Some(device);
     }
-    Ok(InterruptController { _device: device, _its: its })
+    Ok(InterruptController { is_v2: false, cpus, device, its })
 }
 
 /// KVM itself says that it has at most 8 CPUs then: more have been refused.
-fn set_up_v2(vm: &VmFd) -> Result<InterruptController> {
+fn set_up_v2(vm: &VmFd, cpus: u32) -> Result<InterruptController> {
     let device = create(vm, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V2)
         .context("create an interrupt controller: this host's KVM has neither a GICv3 nor a GICv2")?;
     const ADDRESS: u32 = KVM_DEV_ARM_VGIC_GRP_ADDR;
@@ -84,5 +91,5 @@ fn set_up_v2(vm: &VmFd) -> Result<InterruptController> {
     set(&device, ADDRESS, KVM_VGIC_V2_ADDR_TYPE_DIST, layout::GIC_DISTRIBUTOR.start)?;
     set(&device, ADDRESS, KVM_VGIC_V2_ADDR_TYPE_CPU, layout::GIC_CPU_INTERFACE.start)?;
     set(&device, KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_DEV_ARM_VGIC_CTRL_INIT, 0)?;
-    Ok(InterruptController { _device: device, _its: None })
+    Ok(InterruptController { is_v2: true, cpus, device, its: None })
 }

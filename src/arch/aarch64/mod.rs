@@ -3,7 +3,9 @@
 mod boot;
 mod fdt;
 mod gic;
+mod gic_state;
 pub mod layout;
+mod state;
 mod unpack;
 
 use std::ops::Deref;
@@ -17,6 +19,8 @@ use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
 pub use boot::{Entry, load};
 pub use gic::{InterruptController, MESSAGES_NAME_THEIR_DEVICE, after_vcpus, default_routes};
+
+pub use state::{VcpuState, VmState, restore_vcpus, restore_vm, save_vcpus, save_vm};
 
 use crate::error::{Context, Result};
 use crate::platform::{CpuidModifier, Node, Platform};
@@ -67,15 +71,21 @@ impl CpuModel {
         _platform: &Platform,
         _modifiers: &[CpuidModifier],
     ) -> Result<()> {
-        let mut target = kvm_vcpu_init::default();
-        vm.get_preferred_target(&mut target).context("ask KVM for its preferred CPU")?;
-        target.features[0] |= 1 << KVM_ARM_VCPU_PSCI_0_2;
+        let mut target = kind_of_cpus(vm)?;
         for (index, vcpu) in vcpus.iter().enumerate() {
             vcpu.vcpu_init(&target).with_context(|| format!("initialise vCPU {index}"))?;
             target.features[0] |= 1 << KVM_ARM_VCPU_POWER_OFF;
         }
         Ok(())
     }
+}
+
+/// What the CPUs are initialised as: KVM's preferred kind, with PSCI.
+fn kind_of_cpus(vm: &VmFd) -> Result<kvm_vcpu_init> {
+    let mut target = kvm_vcpu_init::default();
+    vm.get_preferred_target(&mut target).context("ask KVM for its preferred CPU")?;
+    target.features[0] |= 1 << KVM_ARM_VCPU_PSCI_0_2;
+    Ok(target)
 }
 
 /// Makes a virtual machine.
