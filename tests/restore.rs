@@ -4,49 +4,19 @@
 
 mod common;
 
-use std::hash::{BuildHasher, Hasher, RandomState};
-use std::io::Write;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use alula::config::Config;
 use alula::error::Result;
 use alula::host::Host;
 use alula::machine::{Exit, Machine, Prepared, SavedMachine};
-use alula::memory::Memory;
+use common::suspend::{Random, Screen, Suspended, boot};
 use common::{Folder, network, wait_for};
 use serde_json::json;
-use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
 
 /// How many machines are saved at random points of their run, if that is told.
 const POINTS: &str = "ALULA_TEST_SAVES";
-const PAGE: usize = 4096;
-
-/// What the guests write to their serial consoles.
-#[derive(Clone, Default)]
-struct Screen(Arc<Mutex<Vec<u8>>>);
-
-impl Write for Screen {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-}
-
-impl Screen {
-    fn text(&self) -> String {
-        String::from_utf8_lossy(&self.0.lock().unwrap()).into_owned()
-    }
-
-    fn host(&self) -> Host {
-        let mut host = Host::default();
-        host.give_console(Box::new(self.clone()));
-        host
-    }
-}
 
 /// The disk and the network of the guests, of which one runs at a time.
 struct Ground {
@@ -86,86 +56,6 @@ impl Ground {
     }
 }
 
-fn boot(config: &Config, screen: &Screen) -> Machine {
-    let mut host = screen.host();
-    let mut machine = Machine::build("test", config, &mut host, Prepared::new().unwrap()).unwrap();
-    machine.load(config, &mut host).unwrap();
-    machine.resume().unwrap();
-    machine
-}
-
-/// The pages that hold something, with their addresses.
-fn pages(memory: &Memory) -> Vec<(u64, Vec<u8>)> {
-    let memory = memory.memory();
-    let mut pages = Vec::new();
-    for region in memory.iter() {
-        for offset in (0..region.len()).step_by(PAGE) {
-            let address = region.start_addr().0 + offset;
-            let mut page = vec![0; PAGE];
-            memory.read_slice(&mut page, GuestAddress(address)).unwrap();
-            if page.iter().any(|byte| *byte != 0) {
-                pages.push((address, page));
-            }
-        }
-    }
-    pages
-}
-
-/// A machine that stands still: as bytes, and what its memory holds.
-struct Suspended {
-    bytes: Vec<u8>,
-    pages: Vec<(u64, Vec<u8>)>,
-}
-
-impl Suspended {
-    fn new(mut machine: Machine) -> Self {
-        let bytes = machine.save().unwrap().to_bytes().unwrap();
-        Self { bytes, pages: pages(machine.memory()) }
-    }
-
-    /// Builds the machine that `bytes` are of; it does not run yet.
-    fn build(&self, bytes: &[u8], screen: &Screen) -> Result<Machine> {
-        let saved = SavedMachine::from_bytes(bytes)?;
-        let mut machine = Machine::build_at(
-            &saved.places,
-            "another name",
-            &saved.config,
-            &mut screen.host(),
-            Prepared::new().unwrap(),
-        )?;
-        let memory = machine.memory().memory();
-        self.pages
-            .iter()
-            .for_each(|(address, page)| memory.write_slice(page, GuestAddress(*address)).unwrap());
-        machine.restore(&saved)?;
-        Ok(machine)
-    }
-
-    fn go_on(&self, screen: &Screen) -> Machine {
-        let mut machine = self.build(&self.bytes, screen).unwrap();
-        let (again, saved) = (machine.save().unwrap(), SavedMachine::from_bytes(&self.bytes).unwrap());
-        assert!(again.parts.len() > 8 && again.parts.keys().eq(saved.parts.keys()));
-        // The timer's time goes on.
-        for (name, state) in again.parts.iter().filter(|(name, _)| *name != "boot timer") {
-            assert_eq!(*state, saved.parts[name], "{name}: what was restored is not what was saved");
-        }
-        machine.resume().unwrap();
-        machine
-    }
-}
-
-/// Numbers that are others in each run.
-struct Random(RandomState, u64);
-
-impl Random {
-    fn below(&mut self, end: u64) -> u64 {
-        self.1 += 1;
-        let mut hasher = self.0.build_hasher();
-        hasher.write_u64(self.1);
-        hasher.finish() % end.max(1)
-    }
-}
-
 /// Lets the machine run to its end, and returns what its screen says that it found.
 fn end(machine: &Machine, screen: &Screen) -> String {
     wait_for(|| machine.exit().is_some());
@@ -179,7 +69,7 @@ fn end(machine: &Machine, screen: &Screen) -> String {
 fn a_guest_goes_on_in_a_machine_built_anew_at_any_point() {
     let points = std::env::var(POINTS).map_or(4, |points| points.parse::<usize>().unwrap());
     let ground = Ground::new();
-    let mut random = Random(RandomState::new(), 0);
+    let mut random = Random::default();
     let (mut done, mut generations) = (0, 0);
     for (pci, cpus) in [(false, 1), (true, 2), (false, 2), (true, 1)].into_iter().cycle() {
         let config = ground.config(pci, cpus, "");
@@ -347,7 +237,7 @@ fn damaged_states_are_refused_or_make_a_machine_that_lives_alone() {
     const STATES: u64 = if cfg!(target_arch = "aarch64") { 60 } else { 500 };
     const TURN: Duration = Duration::from_millis(20);
     let ground = Ground::new();
-    let mut random = Random(RandomState::new(), 0);
+    let mut random = Random::default();
     let (mut refused, mut lived) = (0, 0);
     for pci in [false, true] {
         let screen = Screen::default();

@@ -6,6 +6,7 @@ pub mod disk;
 pub mod driver;
 pub mod loopback;
 pub mod network;
+pub mod suspend;
 pub mod terminal;
 pub mod vsock;
 

@@ -1,0 +1,127 @@
+//! Machines in this process that are saved, dropped, and built again over a copy of their memory.
+
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::io::Write;
+use std::sync::{Arc, Mutex};
+
+use alula::config::Config;
+use alula::error::Result;
+use alula::host::Host;
+use alula::machine::{Machine, Prepared, SavedMachine};
+use alula::memory::Memory;
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
+
+const PAGE: usize = 4096;
+
+/// What the guests write to their serial consoles.
+#[derive(Clone, Default)]
+pub struct Screen(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Screen {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Screen {
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.0.lock().unwrap()).into_owned()
+    }
+
+    pub fn host(&self) -> Host {
+        let mut host = Host::default();
+        host.give_console(Box::new(self.clone()));
+        host
+    }
+}
+
+/// A machine built and loaded for the first time, which runs.
+pub fn boot(config: &Config, screen: &Screen) -> Machine {
+    let mut host = screen.host();
+    let mut machine = Machine::build("test", config, &mut host, Prepared::new().unwrap()).unwrap();
+    machine.load(config, &mut host).unwrap();
+    machine.resume().unwrap();
+    machine
+}
+
+/// The pages that hold something, with their addresses.
+fn pages(memory: &Memory) -> Vec<(u64, Vec<u8>)> {
+    let memory = memory.memory();
+    let (mut pages, mut page) = (Vec::new(), vec![0; PAGE]);
+    for region in memory.iter() {
+        for offset in (0..region.len()).step_by(PAGE) {
+            let address = region.start_addr().0 + offset;
+            memory.read_slice(&mut page, GuestAddress(address)).unwrap();
+            if page != [0; PAGE] {
+                pages.push((address, page.clone()));
+            }
+        }
+    }
+    pages
+}
+
+/// A machine that stands still: as bytes, and what its memory holds.
+pub struct Suspended {
+    pub bytes: Vec<u8>,
+    pages: Vec<(u64, Vec<u8>)>,
+}
+
+impl Suspended {
+    pub fn new(mut machine: Machine) -> Self {
+        let bytes = machine.save().unwrap().to_bytes().unwrap();
+        Self { bytes, pages: pages(machine.memory()) }
+    }
+
+    /// Builds the machine that `bytes` are of; it does not run yet.
+    pub fn build(&self, bytes: &[u8], screen: &Screen) -> Result<Machine> {
+        let saved = SavedMachine::from_bytes(bytes)?;
+        let mut machine = Machine::build_at(
+            &saved.places,
+            "another name",
+            &saved.config,
+            &mut screen.host(),
+            Prepared::new().unwrap(),
+        )?;
+        let memory = machine.memory().memory();
+        self.pages
+            .iter()
+            .for_each(|(address, page)| memory.write_slice(page, GuestAddress(*address)).unwrap());
+        machine.restore(&saved)?;
+        Ok(machine)
+    }
+
+    /// The same, which runs.
+    pub fn go_on(&self, screen: &Screen) -> Machine {
+        let mut machine = self.build(&self.bytes, screen).unwrap();
+        let (again, saved) = (machine.save().unwrap(), SavedMachine::from_bytes(&self.bytes).unwrap());
+        assert!(again.parts.len() > 5 && again.parts.keys().eq(saved.parts.keys()));
+        // The timer's time goes on.
+        for (name, state) in again.parts.iter().filter(|(name, _)| *name != "boot timer") {
+            assert_eq!(*state, saved.parts[name], "{name}: what was restored is not what was saved");
+        }
+        machine.resume().unwrap();
+        machine
+    }
+}
+
+/// Numbers that are others in each run.
+pub struct Random(RandomState, u64);
+
+impl Default for Random {
+    fn default() -> Self {
+        Self(RandomState::new(), 0)
+    }
+}
+
+impl Random {
+    pub fn below(&mut self, end: u64) -> u64 {
+        self.1 += 1;
+        let mut hasher = self.0.build_hasher();
+        hasher.write_u64(self.1);
+        hasher.finish() % end.max(1)
+    }
+}
