@@ -37,7 +37,13 @@ const CASES: [Case; 5] = [
     Case { engine: "Async", ..PCI },
 ];
 
-pub fn io(ours: &str, other: Option<&str>, linux: Option<Linux>) -> Result<()> {
+/// Measures and prints the loads whose names contain `only`: all of them where it is empty.
+pub fn io(ours: &str, other: Option<&str>, linux: Option<Linux>, only: &str) -> Result<()> {
+    let loads = if linux.is_some() { &LINUX } else { &FIRMWARE };
+    let loads: Vec<&Load> = loads.iter().filter(|load| load.name.contains(only)).collect();
+    if loads.is_empty() {
+        return Err(format!("no load has `{only}` in its name").into());
+    }
     let folder = Folder::new()?;
     network::enter();
     let debug = Debug::mount(&folder.0)?;
@@ -48,12 +54,14 @@ pub fn io(ours: &str, other: Option<&str>, linux: Option<Linux>) -> Result<()> {
     std::fs::write(folder.0.join("disk"), vec![0x5a; DISK_SIZE])?;
     std::fs::write(folder.0.join("firmware"), alula::firmware::IMAGE)?;
 
-    let loads = if linux.is_some() { &LINUX } else { &FIRMWARE };
     let guest = if linux.is_some() { "a Linux guest" } else { "the firmware guest" };
     for case in CASES {
         // What does not depend on the engine is measured with the first one.
-        let loads: Vec<&Load> =
-            loads.iter().filter(|load| case.engine == "Sync" || load.unit == Unit::Request).collect();
+        let is_measured = |load: &&Load| case.engine == "Sync" || load.unit == Unit::Request;
+        let loads: Vec<&Load> = loads.iter().copied().filter(is_measured).collect();
+        if loads.is_empty() {
+            continue;
+        }
         println!();
         let direct = if case.direct { ", direct I/O" } else { "" };
         println!(

@@ -14,19 +14,20 @@ fn main() -> Result<()> {
     let mut arguments = std::env::args().skip(1);
     let ours = arguments.next().ok_or("the binary to measure is missing")?;
     let what = arguments.next().ok_or("what to measure is missing")?;
-    let (mut runs, mut other, mut linux) = (20, None, None);
+    let (mut runs, mut other, mut linux, mut only) = (20, None, None, String::new());
     while let Some(argument) = arguments.next() {
         let mut value = || arguments.next().ok_or(format!("{argument} lacks its value"));
         match argument.as_str() {
             "--runs" => runs = value()?.parse()?,
             "--vs" => other = Some(value()?),
+            "--only" => only = value()?,
             "--linux" => linux = Some((value()?.into(), value()?.into())),
             _ => return Err(format!("unknown argument {argument}").into()),
         }
     }
     match what.as_str() {
         "start" => start::start(&ours, other.as_deref(), runs),
-        "io" => io::io(&ours, other.as_deref(), linux),
+        "io" => io::io(&ours, other.as_deref(), linux, &only),
         _ => Err(format!("unknown bench {what}").into()),
     }
 }
