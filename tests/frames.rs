@@ -413,6 +413,83 @@ fn what_an_interface_does_is_counted() {
     assert_eq!((counted(&guest, "tx_packets_count"), counted(&guest, "tx_fails")), (3, 1));
 }
 
+/// A guest of which nothing happens but in its turns, behind the TAP `tap0`, whose address answers it.
+fn answered_guest(kind: Kind, pairs: u16, features: u64) -> (Guest, Wire) {
+    let device = open(json!({ "host_dev_name": "tap0", "queue_pairs": pairs }));
+    let wire = Wire::new("tap0", ETHER_TYPE);
+    wire.settle("tap0");
+    let memory = memory::allocate(&[memory::Range { start: 0, size: driver::MEMORY }]).unwrap();
+    let mut guest = Guest::by_hand(kind, device, memory);
+    guest.start(features);
+    rooms(&mut guest, RX, 14, 1600);
+    guest.turn();
+    (guest, wire)
+}
+
+#[test]
+fn a_frame_and_its_answer_are_one_interrupt_or_as_wanted() {
+    let flags = [0, libc::IFF_MULTI_QUEUE];
+    // Which queues' interrupts the driver wants, and how many come where both have one and where each has its own.
+    let cases = [([true; 2], 1, 2), ([false, true], 1, 1), ([true, false], 1, 1), ([false; 2], 0, 0)];
+    for (pairs, flags) in [1, 2].into_iter().zip(flags) {
+        let _alone = enter(flags);
+        common::output("ip", &["addr", "add", "10.9.8.1/24", "dev", "tap0"]);
+        for kind in driver::KINDS {
+            let (mut guest, wire) = answered_guest(kind, pairs, F_EVENT_IDX);
+            let ask = guest.allocate(&arp([10, 9, 8, 1]));
+            for (wanted, shared, own) in cases {
+                for (queue, wanted) in wanted.into_iter().enumerate() {
+                    guest.want_interrupt(queue, wanted);
+                }
+                let before = [RX, TX].map(|queue| guest.used_index(queue));
+                guest.interrupts();
+                guest.offer(TX, &[(ask, 0)]);
+                guest.kick(TX);
+                assert!(guest.turn_once());
+                let used = [RX, TX].map(|queue| guest.used_index(queue) - before[queue]);
+                let expected = if kind == Kind::Pci && pairs == 2 { own } else { shared };
+                let case = format!("{kind:?}, {pairs} pairs, wanted {wanted:?}");
+                assert_eq!((used, guest.interrupts()), ([1, 1], expected), "{case}");
+                // The TAP's event finds it empty.
+                guest.turn();
+                assert_eq!((guest.used_index(RX) - before[RX], guest.interrupts()), (1, 0), "{case}");
+            }
+            // Nobody answers this: the driver that waits for it has its interrupt in the same turn.
+            let lone = outgoing(&mut guest, 7);
+            let mut calls = Vec::new();
+            for _ in 0..3 {
+                guest.want_interrupt(TX, true);
+                guest.offer(TX, &[(lone, 0)]);
+                guest.kick(TX);
+                assert!(guest.turn_once());
+                assert_eq!((wire.receive()[20], guest.interrupts()), (7, 1), "{kind:?}, {pairs} pairs");
+                calls.push(counted(&guest, "rx_call_count"));
+            }
+            // Once the device has found no answer, it looks for none until a frame comes.
+            assert_eq!(calls[0], calls[2], "{kind:?}, {pairs} pairs: {calls:?}");
+        }
+    }
+}
+
+#[test]
+fn a_queue_without_news_interrupts_nobody() {
+    let _alone = enter(libc::IFF_MULTI_QUEUE);
+    for kind in driver::KINDS {
+        // Without EVENT_IDX, whatever was used is told.
+        let (mut guest, wire) = answered_guest(kind, 2, 0);
+        guest.interrupts();
+        let before = guest.used_index(RX);
+        wire.send(&frame(1));
+        guest.wait_for_each_turn(|guest| guest.used_index(RX) != before);
+        assert_eq!(guest.interrupts(), 1, "{kind:?}");
+        let lone = outgoing(&mut guest, 7);
+        guest.offer(TX, &[(lone, 0)]);
+        guest.kick(TX);
+        guest.turn();
+        assert_eq!((wire.receive()[20], guest.interrupts()), (7, 1), "{kind:?}");
+    }
+}
+
 /// How many allocations `count` calls of `step` make, once warm.
 fn allocations(count: u64, mut step: impl FnMut()) -> u64 {
     (0..count).for_each(|_| step());

@@ -92,6 +92,8 @@ const MEMORY_AND_MASTER: u32 = 6;
 const PCI_DEVICE: u64 = 0x1000;
 const PCI_NOTIFY: u64 = 0x2000;
 const PCI_QUEUE_VECTOR: u64 = 0x1a;
+/// What that reads as after a vector that there is not (virtio 1.2, 4.1.5.1.2).
+const NO_VECTOR: u16 = 0xffff;
 pub const PCI_TABLE: u64 = 0x3000;
 
 /// The common configuration's offset and width for a register of virtio-mmio.
@@ -204,11 +206,16 @@ impl Device {
         }
     }
 
-    /// Behind PCI, has a queue interrupt by a vector of its own; MMIO has one line for all.
+    /// Behind PCI, has a queue interrupt by a vector of its own, or by one for all queues where the device has
+    /// not so many; MMIO has one line for all.
     pub fn set_vector(self, queue: u32, vector: u16) {
         if let Place::Pci(_) = self.0 {
+            let register = self.start_of_registers() + PCI_QUEUE_VECTOR;
             self.write(QUEUE_SELECT, queue);
-            arch::write16(self.start_of_registers() + PCI_QUEUE_VECTOR, vector);
+            arch::write16(register, vector);
+            if arch::read16(register) == NO_VECTOR {
+                arch::write16(register, 1);
+            }
         }
     }
 

@@ -153,8 +153,8 @@ impl Machine {
     fn put_on_pci(&self, root: &Mutex<Root>, device: Opened, number: u32) -> Result<Arc<Mutex<Transport>>> {
         let queues = device.device.queue_sizes().len();
         let kicks = events(queues)?;
-        // One for configuration changes, one for each queue.
-        let vectors = events(1 + queues)?;
+        // One for configuration changes.
+        let vectors = events(1 + device.device.queue_vectors())?;
         let interrupts = Interrupts::vectors(vectors.clone(), queues);
         let msix = Arc::new(Mutex::new(Msix::new(self.vm.clone(), number << 3, vectors)?));
         let at = |queue: usize| pci::NOTIFY + queue as u64 * pci::NOTIFY_MULTIPLIER;

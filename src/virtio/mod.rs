@@ -35,6 +35,11 @@ pub use workers::{Desk, RING, Registrar, Switch, Watched};
 pub trait VirtioDevice: SaveState + Send {
     /// Its device ID (virtio 1.2, 5).
     fn device_type(&self) -> u32;
+    /// Behind PCI, it offers so many vectors for its queues: one for each, or fewer, which the driver's queues
+    /// share. Queues that the device mostly works at in the same turn are better off with one.
+    fn queue_vectors(&self) -> usize {
+        self.queue_sizes().len()
+    }
     /// The feature bits of its own device type; the transport adds those of rings and transports.
     fn features(&self) -> u64 {
         0
@@ -112,8 +117,8 @@ struct InterruptState {
     vectors: Vec<u16>,
 }
 
-/// How a device interrupts its driver: by one line and a register that says what for (MMIO), or by a
-/// vector of its own for each purpose (MSI-X).
+/// How a device interrupts its driver: by one line and a register that says what for (MMIO), or by vectors
+/// that the driver deals out to its queues and to changes of the configuration (MSI-X).
 pub struct Interrupts {
     status: AtomicU32,
     /// What the driver has acknowledged and `status` does not say yet.
@@ -134,7 +139,7 @@ impl Interrupts {
         Arc::new(Self { status, acknowledged, events: vec![event], vectors: None, generation })
     }
 
-    /// A vector per event, for a device with so many queues.
+    /// A vector per event, for a device with so many queues, to which the driver deals them out.
     pub fn vectors(events: Vec<Arc<EventFd>>, queues: usize) -> Arc<Self> {
         let queues = (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect();
         let vectors = Some((AtomicU16::new(NO_VECTOR), queues));

@@ -29,6 +29,11 @@ impl Share {
         Self { requests, descriptors: DESCRIPTORS_PER_TURN, is_used_up: false }
     }
 
+    /// What is left, for a worker that counts something else than requests.
+    pub fn rest(self) -> Self {
+        Self { requests: u16::MAX, ..self }
+    }
+
     /// A request was wanted that was more than this: its queue is to be handled again in another turn.
     pub fn is_used_up(&self) -> bool {
         self.is_used_up
@@ -43,6 +48,8 @@ pub struct Queue {
     kick: Arc<EventFd>,
     index: usize,
     interrupts: Arc<Interrupts>,
+    /// Something was pushed since the driver was last notified.
+    has_news: bool,
 }
 
 fn broken(error: virtio_queue::Error) -> Error {
@@ -57,7 +64,7 @@ impl Queue {
         index: usize,
         interrupts: Arc<Interrupts>,
     ) -> Self {
-        Self { ring, pieces: Vec::new(), kick, index, interrupts }
+        Self { ring, pieces: Vec::new(), kick, index, interrupts, has_news: false }
     }
 
     /// Its number among the device's queues.
@@ -123,12 +130,24 @@ impl Queue {
 
     /// The request with this head is done, and `len` bytes were written to it.
     pub fn push(&mut self, memory: &Regions, head: u16, len: u32) -> Result<()> {
+        self.has_news = true;
         self.ring.add_used(memory, head, len).map_err(broken)
     }
 
     /// Interrupts the driver, if it wants to know of what was pushed.
     pub fn notify(&mut self, memory: &Regions) -> Result<()> {
         if let Some(event) = self.interrupt(memory)? {
+            // A counter that is full has interrupted it already.
+            let _ = event.write(1);
+        }
+        Ok(())
+    }
+
+    /// As [`Self::notify`], for two queues of a device: where one interrupt tells of both, there is one.
+    pub fn notify_both(&mut self, other: &mut Self, memory: &Regions) -> Result<()> {
+        let (event, others) = (self.interrupt(memory)?, other.interrupt(memory)?);
+        let others = others.filter(|others| event.is_none_or(|event| !std::ptr::eq(event, *others)));
+        for event in [event, others].into_iter().flatten() {
             // A counter that is full has interrupted it already.
             let _ = event.write(1);
         }
@@ -147,7 +166,9 @@ impl Queue {
 
     /// The event that interrupts the driver, if it wants to know of what was pushed.
     fn interrupt(&mut self, memory: &Regions) -> Result<Option<&EventFd>> {
-        let wanted = self.ring.ready() && self.ring.needs_notification(memory).map_err(broken)?;
+        // A driver without EVENT_IDX wants to know of whatever was pushed, but not of nothing.
+        let has_news = std::mem::take(&mut self.has_news) && self.ring.ready();
+        let wanted = has_news && self.ring.needs_notification(memory).map_err(broken)?;
         Ok(wanted.then(|| self.interrupts.used_buffer(self.index)).flatten())
     }
 

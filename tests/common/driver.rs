@@ -40,6 +40,8 @@ pub const F_VERSION_1: u64 = 1 << 32;
 pub const NEXT: u16 = 1;
 pub const WRITE: u16 = 2;
 pub const INDIRECT: u16 = 4;
+/// What a queue has for a vector if the driver gives it one that there is not.
+const NO_VECTOR: u32 = 0xffff;
 
 /// Which transport a device is behind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -115,6 +117,8 @@ pub struct Guest {
     pub notes: Notes,
     io: Io,
     registers: Registers,
+    /// The line, or all vectors.
+    signals: Vec<Arc<EventFd>>,
 }
 
 fn event() -> Arc<EventFd> {
@@ -138,9 +142,18 @@ pub fn function(
     event_loop: Arc<Loop>,
     number: u32,
 ) -> (Arc<Mutex<Transport>>, Pci) {
-    let queues = device.queue_sizes().len();
-    let vectors: Vec<_> = (0..=queues).map(|_| event()).collect();
-    let interrupts = Interrupts::vectors(vectors.clone(), queues);
+    let vectors = (0..=device.queue_vectors()).map(|_| event()).collect();
+    function_of(device, memory, event_loop, number, vectors)
+}
+
+fn function_of(
+    device: Box<dyn VirtioDevice>,
+    memory: Memory,
+    event_loop: Arc<Loop>,
+    number: u32,
+    vectors: Vec<Arc<EventFd>>,
+) -> (Arc<Mutex<Transport>>, Pci) {
+    let interrupts = Interrupts::vectors(vectors.clone(), device.queue_sizes().len());
     let msix = Arc::new(Mutex::new(Msix::new(vm(), number << 3, vectors).unwrap()));
     let transport = transport(device, memory, event_loop, interrupts.clone());
     let function = Pci::new(transport.clone(), interrupts, msix, 0xc000_0000);
@@ -169,18 +182,21 @@ impl Guest {
             Io::ByHand(by_hand) => by_hand.event_loop(),
         };
         let notes = Notes { rings: vec![Ring::default(); device.queue_sizes().len()], allocated: 0 };
+        let lines = if kind == Kind::Mmio { 1 } else { 1 + device.queue_vectors() };
+        let mut events: Vec<_> = (0..lines).map(|_| event()).collect();
+        let signals = events.clone();
         let (transport, registers) = match kind {
             Kind::Mmio => {
-                let interrupts = Interrupts::line(event(), None);
+                let interrupts = Interrupts::line(events.remove(0), None);
                 let transport = transport(device, memory.clone(), event_loop, interrupts);
                 (transport.clone(), Registers::Mmio(Mmio(transport)))
             }
             Kind::Pci => {
-                let (transport, function) = function(device, memory.clone(), event_loop, 1);
+                let (transport, function) = function_of(device, memory.clone(), event_loop, 1, events);
                 (transport, Registers::Pci(function.registers(), Box::new(function)))
             }
         };
-        Self { memory, transport, notes, io, registers }
+        Self { memory, transport, notes, io, registers, signals }
     }
 
     pub fn kind(&self) -> Kind {
@@ -338,8 +354,12 @@ impl Guest {
             self.write(mmio + 4, pci + 4, 4, (address >> 32) as u32);
         }
         if let Registers::Pci(..) = self.registers {
-            // The queue's vector, and that of configuration changes.
+            // The queue's vector, or one for all queues where there are not so many; and that of configuration
+            // changes.
             self.write(0, 0x1a, 2, queue as u32 + 1);
+            if self.read(0, 0x1a, 2) == NO_VECTOR {
+                self.write(0, 0x1a, 2, 1);
+            }
             self.write(0, 0x10, 2, 0);
         }
         self.write(0x44, 0x1c, 2, 1);
@@ -482,7 +502,10 @@ impl Guest {
 
     /// Whether a queue's interrupt (or with none: that of configuration changes) is waiting.
     pub fn is_interrupted(&mut self, queue: Option<usize>) -> bool {
-        let vector = queue.map_or(0, |queue| queue + 1);
+        if let (Some(queue), Kind::Pci) = (queue, self.kind()) {
+            self.write(0, 0x16, 2, queue as u32);
+        }
+        let vector = queue.map_or(0, |_| self.read(0, 0x1a, 2));
         match &mut self.registers {
             Registers::Mmio(_) => self.read(0x60, 0, 4) & if queue.is_some() { 1 } else { 2 } != 0,
             Registers::Pci(device, _) => {
@@ -491,6 +514,19 @@ impl Guest {
                 u64::from_le_bytes(pending) & 1 << vector != 0
             }
         }
+    }
+
+    /// How often the device has interrupted since this was last asked, by whatever vector; nothing is pending
+    /// after that.
+    pub fn interrupts(&self) -> u64 {
+        self.signals.iter().map(|signal| signal.read().unwrap_or(0)).sum()
+    }
+
+    /// With EVENT_IDX: the driver wants to be interrupted for the next request that the device uses, or not.
+    pub fn want_interrupt(&self, queue: usize, is_wanted: bool) {
+        let (next, size) = (self.used_index(queue), self.notes.rings[queue].size);
+        let event = if is_wanted { next } else { next.wrapping_sub(1) };
+        self.store(event, Self::parts(queue)[1] + 4 + 2 * u64::from(size));
     }
 
     /// Stops the device and waits until it is.

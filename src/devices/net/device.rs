@@ -164,6 +164,12 @@ impl VirtioDevice for Net {
         &self.queue_sizes
     }
 
+    /// A pair moves frames both ways in one turn, and interrupts once for them where both queues have one vector.
+    /// Several pairs are for several CPUs, each of which wants the interrupts of its own queues.
+    fn queue_vectors(&self) -> usize {
+        if self.pairs == 1 { 1 } else { self.queue_sizes.len() }
+    }
+
     /// struct virtio_net_config: mac, status, max_virtqueue_pairs, mtu.
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let mut config = [0; 12];
@@ -263,6 +269,7 @@ impl Net {
             transmitter: Transmitter::new(memory.clone(), tx, tx_limit, metrics.clone()),
             port: Port::new(tap),
             tap_events: None,
+            is_answered: true,
             link: (pair == 0).then(|| (self.status.clone(), interrupts.clone())),
             home,
             metrics: metrics.clone(),

@@ -5,9 +5,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::timerfd::TimerFd;
 
+use super::TURN;
 use super::metrics::Metrics;
 use super::port::Port;
-use super::receive::{Left, Receiver};
+use super::receive::{Left, Received, Receiver};
 use super::status::Status;
 use super::transmit::Transmitter;
 use crate::devices::limit::set;
@@ -15,7 +16,7 @@ use crate::error::Result;
 use crate::event::Interest;
 use crate::memory::{Memory, Regions};
 use crate::virtio::pool::Held;
-use crate::virtio::{Interrupts, Queue, Registrar, Switch, Worker};
+use crate::virtio::{Interrupts, Queue, Registrar, Share, Switch, Worker};
 
 const RX: u32 = 0;
 const TX: u32 = 1;
@@ -39,6 +40,9 @@ pub struct Running {
     pub port: Port,
     /// Frames wait to be read. None: not yet registered.
     pub tap_events: Option<Switch>,
+    /// What is sent is answered at once, as far as is known: the TAP has had frames since it was last found
+    /// empty after that.
+    pub is_answered: bool,
     /// The interface's link, if this is the pair that looks after it.
     pub link: Option<(Arc<Status>, Arc<Interrupts>)>,
     /// For the receiver's buffers.
@@ -79,17 +83,19 @@ impl Worker for Running {
         match token {
             RX => self.metrics.rx_queue_event_count.add(1),
             TX => self.metrics.tx_queue_event_count.add(1),
-            TAP => self.metrics.rx_tap_event_count.add(1),
+            TAP => {
+                self.metrics.rx_tap_event_count.add(1);
+                self.is_answered = true;
+            }
             _ => {}
         }
         match token {
-            TX | TX_TIMER => self.transmit(&memory),
-            LINK => {
-                self.look_at_link();
-                Ok(())
-            }
-            _ => self.receive(&memory),
+            TX | TX_TIMER => self.exchange(&memory)?,
+            LINK => self.look_at_link(),
+            _ => drop(self.receive(&memory, Share::new(u16::MAX))?),
         }
+        // Once a turn, of both ways: of a frame that has gone and of the answer to it by one interrupt.
+        self.receiver.queue.notify_both(&mut self.transmitter.queue, &memory)
     }
 
     fn stop(self: Box<Self>) -> Vec<Queue> {
@@ -101,20 +107,29 @@ impl Worker for Running {
 }
 
 impl Running {
-    fn receive(&mut self, memory: &Regions) -> Result<()> {
-        let (left, wait) = self.receiver.receive(memory, &mut self.port)?;
+    /// Sends, and takes the answers to that at once: those of a TCP on this host are there as soon as the TAP
+    /// has taken the frames, and would be another turn with an interrupt of its own.
+    fn exchange(&mut self, memory: &Regions) -> Result<()> {
+        let mut share = Share::new(TURN as u16);
+        let wait = self.transmitter.transmit(memory, &mut self.port, &mut share)?;
+        set(&mut self.tx_timer, wait)?;
+        if self.is_answered && !share.is_used_up() {
+            self.is_answered = self.receive(memory, share.rest())? > 0;
+        }
+        Ok(())
+    }
+
+    /// Returns how many frames were read.
+    fn receive(&mut self, memory: &Regions, share: Share) -> Result<usize> {
+        let Received { frames, left, wait } = self.receiver.receive(memory, &mut self.port, share)?;
         if let Some(events) = &mut self.tap_events
             && left != Left::Some
         {
             // Frames that keep coming while there is no room for them are no news.
             events.set(left == Left::Nothing)?;
         }
-        set(&mut self.rx_timer, wait)
-    }
-
-    fn transmit(&mut self, memory: &Regions) -> Result<()> {
-        let wait = self.transmitter.transmit(memory, &mut self.port)?;
-        set(&mut self.tx_timer, wait)
+        set(&mut self.rx_timer, wait)?;
+        Ok(frames)
     }
 
     fn look_at_link(&self) {

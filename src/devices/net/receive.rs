@@ -45,6 +45,16 @@ pub enum Left {
     All,
 }
 
+/// What a turn has come to.
+pub struct Received {
+    /// So many frames were read.
+    pub frames: usize,
+    /// What it has left in the TAP.
+    pub left: Left,
+    /// It is to be called again after so long.
+    pub wait: Option<Duration>,
+}
+
 /// The driver's receive buffers and what waits for them.
 pub struct Receiver {
     /// Buffers come by it.
@@ -111,15 +121,15 @@ impl Receiver {
         (self.queue, self.pool.hold())
     }
 
-    /// Moves frames until the TAP is empty, the driver has no more buffers, or the limit is reached: then
-    /// it is to be called again after so long.
-    pub fn receive(&mut self, memory: &Regions, port: &mut Port) -> Result<(Left, Option<Duration>)> {
+    /// Moves frames until the TAP is empty, the driver has no more buffers, `share` is used up, or the limit is
+    /// reached. The caller notifies the driver.
+    pub fn receive(&mut self, memory: &Regions, port: &mut Port, mut share: Share) -> Result<Received> {
         if !self.queue.is_ready() {
-            return Ok((Left::Some, None));
+            return Ok(Received { frames: 0, left: Left::Some, wait: None });
         }
         self.queue.disable_kicks(memory)?;
         // A frame may take several buffers: frames are counted, not requests.
-        let (mut moved, mut is_empty, mut share) = (0, false, Share::new(u16::MAX));
+        let (mut moved, mut is_empty) = (0, false);
         let wait = loop {
             if let Some(wait) = self.deliver_late(memory)?.or_else(|| self.limit.debt()) {
                 break Some(wait);
@@ -160,13 +170,12 @@ impl Receiver {
                 break None;
             }
         };
-        self.queue.notify(memory)?;
         let left = match (is_empty, moved) {
             (true, _) => Left::Nothing,
             (_, 0) => Left::All,
             _ => Left::Some,
         };
-        Ok((left, wait))
+        Ok(Received { frames: moved, left, wait })
     }
 
     /// Takes as many of the driver's buffers as the next batch can need.

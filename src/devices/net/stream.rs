@@ -154,7 +154,8 @@ impl Worker for Running {
         if matches!(token, RX | RX_TIMER | SOCKET) {
             self.receive(&memory, &mut share)?;
         }
-        Ok(())
+        // Once a turn, of both ways.
+        self.rx.notify_both(&mut self.tx, &memory)
     }
 
     fn stop(mut self: Box<Self>) -> Vec<Queue> {
@@ -239,7 +240,7 @@ impl Running {
                 }
             }
         }
-        self.rx.notify(memory)
+        Ok(())
     }
 
     /// Reads what there is; false: there is nothing, or there will never be again.
@@ -350,7 +351,7 @@ impl Running {
                 break;
             }
         }
-        self.tx.notify(memory)
+        Ok(())
     }
 
     /// Takes a batch of the driver's frames; or how long the next one must wait.

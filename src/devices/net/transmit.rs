@@ -4,7 +4,6 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::TURN;
 use super::header;
 use super::metrics::Metrics;
 use super::port::{BATCH, Port};
@@ -37,23 +36,27 @@ impl Transmitter {
         Self { queue, pool: Pool::new(memory, VECTORS), limit, metrics, frames: Vec::with_capacity(BATCH) }
     }
 
-    /// Moves frames until the driver has no more, or the limit is reached: then it is to be called again
-    /// after so long.
-    pub fn transmit(&mut self, memory: &Regions, port: &mut Port) -> Result<Option<Duration>> {
+    /// Moves frames until the driver has no more, `share` is used up, or the limit is reached: then it is to be
+    /// called again after so long. The caller notifies the driver.
+    pub fn transmit(
+        &mut self,
+        memory: &Regions,
+        port: &mut Port,
+        share: &mut Share,
+    ) -> Result<Option<Duration>> {
         if !self.queue.is_ready() {
             return Ok(None);
         }
         self.queue.disable_kicks(memory)?;
-        let mut share = Share::new(TURN as u16);
-        let wait = loop {
-            let wait = self.gather(memory, &mut share)?;
+        loop {
+            let wait = self.gather(memory, share)?;
             if self.pool.entries().is_empty() {
                 if share.is_used_up() {
                     self.queue.kick_again();
-                    break None;
+                    return Ok(None);
                 }
                 if wait.is_some() || !self.queue.enable_kicks(memory)? {
-                    break wait;
+                    return Ok(wait);
                 }
                 self.queue.disable_kicks(memory)?;
                 continue;
@@ -64,11 +67,9 @@ impl Transmitter {
                 self.queue.push(memory, entry.head, 0)?;
             }
             if wait.is_some() {
-                break wait;
+                return Ok(wait);
             }
-        };
-        self.queue.notify(memory)?;
-        Ok(wait)
+        }
     }
 
     fn count(&self, port: &Port) {
