@@ -29,6 +29,11 @@ impl Share {
         Self { requests, descriptors: DESCRIPTORS_PER_TURN, is_used_up: false }
     }
 
+    /// Takes nothing more in this turn: a worker has reached a bound of its own.
+    pub fn use_up(&mut self) {
+        self.is_used_up = true;
+    }
+
     /// What is left, for a worker that counts something else than requests.
     pub fn rest(self) -> Self {
         Self { requests: u16::MAX, ..self }
@@ -110,8 +115,8 @@ impl Queue {
         }
         let pieces_max = self.ring.max_size();
         // One more names the indirect table.
-        if share.requests == 0 || share.descriptors <= pieces_max {
-            share.is_used_up = true;
+        if share.is_used_up || share.requests == 0 || share.descriptors <= pieces_max {
+            share.use_up();
             return Ok(None);
         }
         let next = self.ring.iter(memory).map_err(broken)?.next();
@@ -172,21 +177,32 @@ impl Queue {
         Ok(wanted.then(|| self.interrupts.used_buffer(self.index)).flatten())
     }
 
-    /// Asks the driver for kicks; true: requests came meanwhile and will not be kicked for.
-    pub fn enable_kicks(&mut self, memory: &Regions) -> Result<bool> {
+    /// Begins a turn: tells the driver that it need not kick, because requests are looked for until
+    /// [`Self::look_again`] says that the turn is over. A turn that ends without asking that waits for something
+    /// other than requests, and has no kick until it is over. False: the driver has not set the queue up, and
+    /// there is nothing to look for.
+    pub fn begin_turn(&mut self, memory: &Regions) -> Result<bool> {
         // Without a ring, any place in memory would be taken for one.
-        if !self.ring.ready() {
-            return Ok(false);
+        if self.ring.ready() {
+            self.ring.disable_notification(memory).map_err(broken)?;
         }
-        self.ring.enable_notification(memory).map_err(broken)
+        Ok(self.ring.ready())
     }
 
-    /// Tells the driver that kicks are not needed for now.
-    pub fn disable_kicks(&mut self, memory: &Regions) -> Result<()> {
-        match self.ring.ready() {
-            true => self.ring.disable_notification(memory).map_err(broken),
-            false => Ok(()),
+    /// To be asked when [`Self::pop`] has given no request: whether there are requests now, for which the turn
+    /// goes on. False: the turn is over. The driver kicks for its next request, or the queue has another turn at
+    /// once, where `share` had no room for a request that may be there.
+    pub fn look_again(&mut self, memory: &Regions, share: &Share) -> Result<bool> {
+        if share.is_used_up() {
+            self.kick_again();
+            return Ok(false);
         }
+        // A request that came before the driver saw that it is to kick has no kick: the ring is looked at once
+        // more after that was written (virtio 1.2, 2.7.10).
+        if !self.ring.ready() || !self.ring.enable_notification(memory).map_err(broken)? {
+            return Ok(false);
+        }
+        self.begin_turn(memory)
     }
 
     /// After a kick: handles the requests there are, each with `handle`, which returns how many bytes
@@ -198,10 +214,9 @@ impl Queue {
         memory: &Regions,
         mut handle: impl FnMut(Chain<'_>) -> Result<Option<u32>>,
     ) -> Result<()> {
-        if !self.ring.ready() {
+        if !self.begin_turn(memory)? {
             return Ok(());
         }
-        self.disable_kicks(memory)?;
         let mut share = Share::new(self.ring.size());
         loop {
             while let Some(chain) = self.pop(memory, &mut share)? {
@@ -212,11 +227,7 @@ impl Queue {
                 };
                 self.push(memory, head, written)?;
             }
-            if share.is_used_up() {
-                self.kick_again();
-                break;
-            }
-            if !self.enable_kicks(memory)? {
+            if !self.look_again(memory, &share)? {
                 break;
             }
         }

@@ -38,12 +38,10 @@ const BYTES_PER_TURN: u64 = 64 << 20;
 /// What ended the taking of requests.
 #[derive(PartialEq)]
 enum Taken {
-    /// There are no more.
+    /// The queue gave none: it has none, or the turn's share is used up.
     All,
     /// As much is in flight as may be: a completion makes room.
     Full,
-    /// As much was taken as may be in a turn: others of the same loop have theirs.
-    Share,
     /// The rate limit is reached: the timer goes on.
     Throttled,
     /// Another queue's flush is under way: its end is a kick.
@@ -128,30 +126,21 @@ impl Running {
 
     /// Does everything that can be done now.
     fn turn(&mut self) -> Result<()> {
-        if !self.queue.is_ready() {
-            return Ok(());
-        }
         let disk = self.disk.clone();
         let memory = disk.memory.memory();
+        if !self.queue.begin_turn(&memory)? {
+            return Ok(());
+        }
         disk.metrics.queue_event_count.add(1);
         let (mut share, mut bytes) = (Share::new(self.queue.size()), 0);
         loop {
-            self.queue.disable_kicks(&memory)?;
             if self.complete(&memory)? {
                 // Before the kernel does what is taken next: the driver waits for this.
                 self.notify(&memory)?;
             }
             let taken = self.take(&memory, &mut share, &mut bytes)?;
             self.notify(&memory)?;
-            let more = match taken {
-                Taken::All => self.queue.enable_kicks(&memory)?,
-                Taken::Full | Taken::Throttled | Taken::Waits => false,
-                Taken::Share => {
-                    self.queue.kick_again();
-                    false
-                }
-            };
-            if !more {
+            if taken != Taken::All || !self.queue.look_again(&memory, &share)? {
                 return Ok(());
             }
         }
@@ -195,11 +184,12 @@ impl Running {
             let Some(index) = self.free.pop() else { return Ok(Err(Taken::Full)) };
             if bytes >= BYTES_PER_TURN {
                 self.free.push(index);
-                return Ok(Err(Taken::Share));
+                share.use_up();
+                return Ok(Err(Taken::All));
             }
             let Some(chain) = self.queue.pop(memory, share)? else {
                 self.free.push(index);
-                return Ok(Err(if share.is_used_up() { Taken::Share } else { Taken::All }));
+                return Ok(Err(Taken::All));
             };
             let request = &mut self.requests[usize::from(index)];
             request.begun = self.now;

@@ -124,10 +124,9 @@ impl Receiver {
     /// Moves frames until the TAP is empty, the driver has no more buffers, `share` is used up, or the limit is
     /// reached. The caller notifies the driver.
     pub fn receive(&mut self, memory: &Regions, port: &mut Port, mut share: Share) -> Result<Received> {
-        if !self.queue.is_ready() {
+        if !self.queue.begin_turn(memory)? {
             return Ok(Received { frames: 0, left: Left::Some, wait: None });
         }
-        self.queue.disable_kicks(memory)?;
         // A frame may take several buffers: frames are counted, not requests.
         let (mut moved, mut is_empty) = (0, false);
         let wait = loop {
@@ -138,15 +137,10 @@ impl Receiver {
             self.plan();
             let posted = self.vectors.len();
             if posted == 0 {
-                if share.is_used_up() {
-                    self.queue.kick_again();
+                self.metrics.no_rx_avail_buffer.add(u64::from(!share.is_used_up()));
+                if !self.queue.look_again(memory, &share)? {
                     break None;
                 }
-                self.metrics.no_rx_avail_buffer.add(1);
-                if !self.queue.enable_kicks(memory)? {
-                    break None;
-                }
-                self.queue.disable_kicks(memory)?;
                 continue;
             }
             match self.mergeable {

@@ -55,7 +55,7 @@ enum Delivery {
     /// It is delivered, or lost.
     Done,
     /// The driver gave too few buffers, or more than the turn's share has room for. More came meanwhile, or
-    /// it will kick for them.
+    /// the turn is over.
     Short { more: bool },
 }
 
@@ -187,10 +187,9 @@ impl Worker for Running {
 impl Running {
     /// Moves frames until the stream is empty or the driver has no more buffers.
     fn receive(&mut self, memory: &Regions, share: &mut Share) -> Result<()> {
-        if !self.rx.is_ready() {
+        if !self.rx.begin_turn(memory)? {
             return Ok(());
         }
-        self.rx.disable_kicks(memory)?;
         let (mut moved, mut reads) = (0, 0);
         loop {
             let Ok(is_there) = self.stream.decoder.frame().map(|frame| frame.is_some()) else {
@@ -227,16 +226,11 @@ impl Running {
                         break;
                     }
                 }
-                Delivery::Short { .. } if share.is_used_up() => {
-                    self.rx.kick_again();
-                    break;
-                }
                 Delivery::Short { more } => {
-                    self.metrics.no_rx_avail_buffer.add(1);
+                    self.metrics.no_rx_avail_buffer.add(u64::from(!share.is_used_up()));
                     if !more {
                         break;
                     }
-                    self.rx.disable_kicks(memory)?;
                 }
             }
         }
@@ -287,7 +281,7 @@ impl Running {
             let never = is_all || !*mergeable && !chains.is_empty();
             // The driver is asked before its buffers are given back: after that, the same ones would be news,
             // and this would look at them again and again.
-            let more = !never && rx.enable_kicks(memory)?;
+            let more = !never && rx.look_again(memory, share)?;
             chains.iter().for_each(|_| rx.undo_pop());
             if !never {
                 return Ok(Delivery::Short { more });
@@ -313,23 +307,17 @@ impl Running {
 
     /// Sends frames until there are no more or the stream takes no more; it tells when it does again.
     fn transmit(&mut self, memory: &Regions, share: &mut Share) -> Result<()> {
-        if !self.tx.is_ready() || !self.send_rest() {
+        if !self.send_rest() || !self.tx.begin_turn(memory)? {
             return Ok(());
         }
-        self.tx.disable_kicks(memory)?;
         loop {
             if self.outgoing.is_empty() {
                 let wait = self.gather(memory, share)?;
                 set(&mut self.tx_timer, wait)?;
                 if self.outgoing.is_empty() {
-                    if share.is_used_up() {
-                        self.tx.kick_again();
+                    if wait.is_some() || !self.tx.look_again(memory, share)? {
                         break;
                     }
-                    if wait.is_some() || !self.tx.enable_kicks(memory)? {
-                        break;
-                    }
-                    self.tx.disable_kicks(memory)?;
                     continue;
                 }
             }

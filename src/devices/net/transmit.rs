@@ -44,21 +44,15 @@ impl Transmitter {
         port: &mut Port,
         share: &mut Share,
     ) -> Result<Option<Duration>> {
-        if !self.queue.is_ready() {
+        if !self.queue.begin_turn(memory)? {
             return Ok(None);
         }
-        self.queue.disable_kicks(memory)?;
         loop {
             let wait = self.gather(memory, share)?;
             if self.pool.entries().is_empty() {
-                if share.is_used_up() {
-                    self.queue.kick_again();
-                    return Ok(None);
-                }
-                if wait.is_some() || !self.queue.enable_kicks(memory)? {
+                if wait.is_some() || !self.queue.look_again(memory, share)? {
                     return Ok(wait);
                 }
-                self.queue.disable_kicks(memory)?;
                 continue;
             }
             port.write(&self.pool, &self.frames);
