@@ -24,6 +24,8 @@ const UNSAFE: &[&str] = &[
     "src/devices/net/outgoing.rs",
     "src/devices/net/port.rs",
     "src/devices/vsock/socket.rs",
+    "src/devices/net/stream/outgoing.rs",
+    "src/devices/net/tap/port.rs",
     "src/event.rs",
     "src/host/file.rs",
     "src/host/link.rs",

@@ -7,13 +7,10 @@ use serde::{Deserialize, Serialize};
 
 use super::control::{self, Control};
 use super::features::{self, has};
-use super::mac::Mac;
 use super::metrics::Metrics;
-use super::port::Port;
-use super::receive::Receiver;
 use super::status::Status;
 use super::transmit::Transmitter;
-use super::{Config, Patch, pair, stream};
+use super::{Config, Mac, Patch, stream, tap};
 use crate::devices::limit::Limit;
 use crate::error::{Context, Error, Result};
 use crate::host::Host;
@@ -52,13 +49,13 @@ pub struct Net {
     // Guest-visible
     control: Arc<Control>,
     /// Receive buffers that no frame has filled, of each pair.
-    held: Vec<pair::Home>,
+    held: Vec<tap::Home>,
 }
 
 /// What carries its frames.
 enum Carrier {
     Taps { taps: Vec<Tap>, udp_segments: bool },
-    Passt(stream::Home),
+    Passt(stream::port::Home),
 }
 
 /// What the guest sees of it beyond its configuration and its queues.
@@ -82,7 +79,7 @@ impl Net {
 
     /// An interface over passt.
     pub fn over_passt(config: &Config, mac: Mac, passt: Passt) -> Self {
-        let home = Arc::new(Mutex::new(Some(stream::Stream::new(passt))));
+        let home = Arc::new(Mutex::new(Some(stream::port::Stream::new(passt))));
         Self::new(config, mac, Carrier::Passt(home), Arc::new(Status::up()))
     }
 
@@ -103,7 +100,7 @@ impl Net {
             metrics: Arc::default(),
             moved: false,
             control: Arc::new(Control::new(control::State::new(mac.0))),
-            held: (0..pairs).map(|_| pair::Home::default()).collect(),
+            held: (0..pairs).map(|_| tap::Home::default()).collect(),
         }
     }
 
@@ -244,30 +241,36 @@ struct Start<'a> {
 
 impl Net {
     fn start_pair(&self, pair: usize, start: Start<'_>) -> Result<Box<dyn Worker>> {
-        let Start { memory, features, queues, interrupts } = start;
+        match &self.carrier {
+            Carrier::Taps { taps, .. } => self.over_tap(pair, taps[pair].try_clone()?, start),
+            Carrier::Passt(home) => self.over_stream(home, start),
+        }
+    }
+
+    fn over_tap(&self, pair: usize, tap: Tap, start: Start<'_>) -> Result<Box<dyn Worker>> {
+        let Start { memory, features, queues: [rx, tx], interrupts } = start;
         let mergeable = has(features, features::MRG_RXBUF);
         let (rx_limit, tx_limit) = (self.rx_limit.clone(), self.tx_limit.clone());
-        let tap = match &self.carrier {
-            Carrier::Taps { taps, .. } => taps[pair].try_clone()?,
-            Carrier::Passt(home) => {
-                let link = (self.status.clone(), interrupts.clone());
-                let limits = [rx_limit, tx_limit];
-                let name = (self.name.clone(), self.metrics.clone());
-                let running = stream::Running::new(name, memory, queues, mergeable, home, link, limits)?;
-                return Ok(Box::new(running));
-            }
-        };
-        let [rx, tx] = queues;
         let home = self.held[pair].clone();
         let held = std::mem::take(&mut *home.lock().unwrap_or_else(PoisonError::into_inner));
         let [rx_timer, tx_timer] = [&rx_limit, &tx_limit].map(Limit::timer);
         let metrics = &self.metrics;
         let sizes = (features & features::GUEST_SEGMENTS != 0, self.mtu.unwrap_or(MTU).max(MTU));
-        Ok(Box::new(pair::Running {
+        let receiver = tap::receive::Receiver::new(
+            memory.clone(),
+            rx,
+            mergeable,
+            sizes,
+            &held,
+            rx_limit,
+            metrics.clone(),
+        )?;
+        let batch = tap::outgoing::Outgoing::new(memory.clone());
+        Ok(Box::new(tap::Running {
             memory: memory.clone(),
-            receiver: Receiver::new(memory.clone(), rx, mergeable, sizes, &held, rx_limit, metrics.clone())?,
-            transmitter: Transmitter::new(memory.clone(), tx, tx_limit, metrics.clone()),
-            port: Port::new(tap),
+            receiver,
+            transmitter: Transmitter::new(tx, batch, tx_limit, metrics.clone()),
+            port: tap::port::Port::new(tap),
             tap_events: None,
             is_answered: true,
             link: (pair == 0).then(|| (self.status.clone(), interrupts.clone())),
@@ -275,6 +278,33 @@ impl Net {
             metrics: metrics.clone(),
             rx_timer: rx_timer?,
             tx_timer: tx_timer?,
+        }))
+    }
+
+    fn over_stream(&self, home: &stream::port::Home, start: Start<'_>) -> Result<Box<dyn Worker>> {
+        let Start { memory, features, queues: [rx, tx], interrupts } = start;
+        let mergeable = has(features, features::MRG_RXBUF);
+        let (rx_limit, tx_limit) = (self.rx_limit.clone(), self.tx_limit.clone());
+        let (rx_timer, tx_timer) = (rx_limit.timer()?, tx_limit.timer()?);
+        let metrics = &self.metrics;
+        let link = (self.status.clone(), interrupts.clone());
+        let port = stream::port::Port::take(home, self.name.clone(), link)?;
+        let batch = stream::outgoing::Outgoing::new(memory.clone());
+        Ok(Box::new(stream::Running {
+            memory: memory.clone(),
+            receiver: stream::receive::Receiver::new(
+                memory.clone(),
+                rx,
+                mergeable,
+                rx_limit,
+                metrics.clone(),
+            ),
+            transmitter: Transmitter::new(tx, batch, tx_limit, metrics.clone()),
+            port,
+            home: home.clone(),
+            metrics: metrics.clone(),
+            rx_timer,
+            tx_timer,
         }))
     }
 }

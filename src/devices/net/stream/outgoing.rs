@@ -1,11 +1,15 @@
 //! Frames on their way into a stream: many in one system call, from guest memory, without a copy of ours.
 
 use std::collections::VecDeque;
-use std::io::{Error as IoError, Result as IoResult};
+use std::io::{Error as IoError, ErrorKind, Result as IoResult};
+use std::ops::RangeInclusive;
 use std::os::fd::AsRawFd;
 
 use super::framing::{FRAME_MAX, FRAME_MIN, PREFIX, prefix};
-use super::header;
+use super::port::Port;
+use crate::devices::net::header;
+use crate::devices::net::metrics::Metrics;
+use crate::devices::net::transmit::{Batch, Done};
 use crate::error::Result;
 use crate::memory::Memory;
 use crate::virtio::Chain;
@@ -32,6 +36,8 @@ pub struct Outgoing {
     /// What is still to go: prefixes and guest memory in turn.
     vectors: Vec<libc::iovec>,
     first: usize,
+    /// The stream has ended: what is left never goes.
+    is_lost: bool,
 }
 
 // SAFETY: the vectors point into the prefixes, which are on the heap, and into guest memory, as those
@@ -48,60 +54,12 @@ impl Outgoing {
             buffers: Buffers::new(memory),
             vectors: Vec::with_capacity(VECTORS),
             first: 0,
+            is_lost: false,
         }
     }
-
-    /// Whether all went.
-    pub fn is_empty(&self) -> bool {
-        self.frames.is_empty()
-    }
-
-    /// Whether another frame has room.
-    pub fn has_room(&self) -> bool {
-        self.frames.len() < BATCH && self.vectors.len() < VECTORS / 2
-    }
-
-    /// Nothing again; only of an empty batch.
-    pub fn clear(&mut self) {
-        self.frames.clear();
-        self.vectors.clear();
-        self.buffers.clear();
-        self.first = 0;
-    }
-
-    /// How long the frame in `chain` is; none: it is none that a stream can carry.
-    pub fn length(chain: &Chain<'_>) -> Option<usize> {
-        let length = chain.readable_length().checked_sub(header::SIZE);
-        length.filter(|length| (FRAME_MIN..=FRAME_MAX).contains(length))
-    }
-
-    /// Adds the frame in `chain`, which has a [`Self::length`].
-    pub fn add(&mut self, chain: Chain<'_>) -> Result<()> {
-        let (head, before) = (chain.head(), self.buffers.vectors().len());
-        let length = self.buffers.add_readable(chain)? - header::SIZE;
-        let place = &mut self.prefixes[self.frames.len()];
-        *place = prefix(length);
-        self.vectors.push(libc::iovec { iov_base: place.as_mut_ptr().cast(), iov_len: PREFIX });
-        // The header for offloads, of which a stream has none, stays behind.
-        let mut skip = header::SIZE;
-        for vector in &self.buffers.vectors()[before..] {
-            let here = skip.min(vector.iov_len);
-            skip -= here;
-            if vector.iov_len > here {
-                self.vectors.push(libc::iovec {
-                    iov_base: vector.iov_base.wrapping_byte_add(here),
-                    iov_len: vector.iov_len - here,
-                });
-            }
-        }
-        let length = PREFIX + length;
-        self.frames.push_back(Frame { head, length, left: length });
-        Ok(())
-    }
-
     /// Sends as much as the other side takes now.
     #[allow(unsafe_code)]
-    pub fn send(&mut self, socket: &impl AsRawFd) -> IoResult<()> {
+    fn write_to(&mut self, socket: &impl AsRawFd) -> IoResult<()> {
         while self.first < self.vectors.len() {
             let vectors = &mut self.vectors[self.first..];
             // SAFETY: `msghdr` is plain data.
@@ -113,7 +71,10 @@ impl Outgoing {
             let count = unsafe { libc::sendmsg(socket.as_raw_fd(), &message, flags) };
             match usize::try_from(count) {
                 Ok(count) => self.went(count),
-                Err(_) => return Err(IoError::last_os_error()),
+                Err(_) => match IoError::last_os_error() {
+                    error if error.kind() == ErrorKind::Interrupted => {}
+                    error => return Err(error),
+                },
             }
         }
         Ok(())
@@ -136,10 +97,18 @@ impl Outgoing {
         }
     }
 
-    /// Takes a frame away that has gone: the head of its chain, and its length.
-    pub fn done(&mut self) -> Option<(u16, usize)> {
-        let gone = self.frames.pop_front_if(|frame| frame.left == 0);
-        gone.map(|frame| (frame.head, frame.length - PREFIX))
+    /// Takes the first frame away, if it is done with.
+    fn take_done(&mut self) -> Option<Done> {
+        let is_lost = self.is_lost;
+        let Some(frame) = self.frames.pop_front_if(|frame| frame.left == 0 || is_lost) else {
+            if self.frames.is_empty() {
+                self.vectors.clear();
+                self.buffers.clear();
+                self.first = 0;
+            }
+            return None;
+        };
+        Some(Done { head: frame.head, sent: (frame.left == 0).then_some(frame.length - PREFIX) })
     }
 
     /// Takes away a frame that will never go, or that `rest` has now what is still to go of.
@@ -170,10 +139,63 @@ impl Outgoing {
     }
 }
 
+impl Batch for Outgoing {
+    type Port = Port;
+    const LENGTHS: RangeInclusive<usize> = header::SIZE + FRAME_MIN..=header::SIZE + FRAME_MAX;
+
+    fn is_empty(&self) -> bool {
+        self.frames.is_empty()
+    }
+
+    fn has_room(&self) -> bool {
+        self.frames.len() < BATCH && self.vectors.len() < VECTORS / 2
+    }
+
+    fn add(&mut self, chain: Chain<'_>) -> Result<()> {
+        let (head, before) = (chain.head(), self.buffers.vectors().len());
+        let length = self.buffers.add_readable(chain)? - header::SIZE;
+        let place = &mut self.prefixes[self.frames.len()];
+        *place = prefix(length);
+        self.vectors.push(libc::iovec { iov_base: place.as_mut_ptr().cast(), iov_len: PREFIX });
+        // The header for offloads, of which a stream has none, stays behind.
+        let mut skip = header::SIZE;
+        for vector in &self.buffers.vectors()[before..] {
+            let here = skip.min(vector.iov_len);
+            skip -= here;
+            if vector.iov_len > here {
+                self.vectors.push(libc::iovec {
+                    iov_base: vector.iov_base.wrapping_byte_add(here),
+                    iov_len: vector.iov_len - here,
+                });
+            }
+        }
+        let length = PREFIX + length;
+        self.frames.push_back(Frame { head, length, left: length });
+        Ok(())
+    }
+
+    fn send(&mut self, port: &mut Port, metrics: &Metrics) -> bool {
+        if !port.has_ended() {
+            metrics.tx_call_count.add(1);
+            match self.write_to(port.stream.passt.stream()) {
+                Ok(()) => return true,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return false,
+                Err(_) => port.end(),
+            }
+        }
+        self.is_lost = true;
+        true
+    }
+
+    fn next_done(&mut self, _: &Port) -> Option<Done> {
+        self.take_done()
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use super::super::framing::Decoder;
     use super::*;
-    use crate::devices::net::framing::Decoder;
     use crate::memory::{Range, allocate};
     use crate::virtio::chain::Piece;
     use std::io::Read;
@@ -204,18 +226,19 @@ mod tests {
         for (index, length) in lengths.into_iter().enumerate() {
             let pieces = put(&memory, 0x20_0000 + 0x2_0000 * index as u64, index as u8, length);
             let chain = Chain::new(index as u16, &regions, &pieces);
-            assert_eq!(Outgoing::length(&chain), Some(length));
+            assert!(Outgoing::LENGTHS.contains(&chain.readable_length()), "{length} bytes");
             outgoing.add(chain).unwrap();
         }
         for length in [0, 13, FRAME_MAX + 1] {
             let pieces = put(&memory, 0x50_0000, 0, length);
-            assert_eq!(Outgoing::length(&Chain::new(0, &regions, &pieces)), None, "{length} bytes");
+            let chain = Chain::new(0, &regions, &pieces);
+            assert!(!Outgoing::LENGTHS.contains(&chain.readable_length()), "{length} bytes");
         }
         let (mut decoder, mut frames, mut sent) = (Decoder::default(), Vec::new(), 0);
         while frames.len() < lengths.len() {
             // A socket holds less than all of them.
-            let blocked = outgoing.send(&ours);
-            while outgoing.done().is_some() {
+            let blocked = outgoing.write_to(&ours);
+            while outgoing.take_done().is_some() {
                 sent += 1;
             }
             assert_eq!(blocked.is_ok(), outgoing.is_empty());
@@ -244,9 +267,9 @@ mod tests {
             let pieces = put(&memory, 0x20_0000 + 0x2_0000 * index, index as u8, FRAME_MAX);
             outgoing.add(Chain::new(index as u16, &regions, &pieces)).unwrap();
         }
-        assert!(outgoing.send(&ours).is_err(), "a socket holds half a megabyte");
+        assert!(outgoing.write_to(&ours).is_err(), "a socket holds half a megabyte");
         let mut complete = 0;
-        while outgoing.done().is_some() {
+        while outgoing.take_done().is_some() {
             complete += 1;
         }
         let rest = outgoing.rest_of_first();

@@ -1,4 +1,9 @@
-//! A pair of queues over a queue of a TAP: the worker.
+//! A pair of queues over a queue of a TAP: the worker. [`port`] is the TAP's queue, [`outgoing`] and [`receive`]
+//! the two directions.
+
+pub mod outgoing;
+pub mod port;
+pub mod receive;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -7,8 +12,6 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use super::TURN;
 use super::metrics::Metrics;
-use super::port::Port;
-use super::receive::{Left, Received, Receiver};
 use super::status::Status;
 use super::transmit::Transmitter;
 use crate::devices::limit::set;
@@ -17,6 +20,9 @@ use crate::event::Interest;
 use crate::memory::{Memory, Regions};
 use crate::virtio::pool::Held;
 use crate::virtio::{Interrupts, Queue, Registrar, Share, Switch, Worker};
+use outgoing::Outgoing;
+use port::Port;
+use receive::{Left, Received, Receiver};
 
 const RX: u32 = 0;
 const TX: u32 = 1;
@@ -32,10 +38,10 @@ pub type Home = Arc<Mutex<Vec<Held>>>;
 pub struct Running {
     /// Guest memory.
     pub memory: Memory,
-    /// One way.
+    /// From the TAP to the driver.
     pub receiver: Receiver,
-    /// The other way.
-    pub transmitter: Transmitter,
+    /// From the driver to the TAP.
+    pub transmitter: Transmitter<Outgoing>,
     /// The TAP's queue.
     pub port: Port,
     /// Frames wait to be read. None: not yet registered.
@@ -47,11 +53,11 @@ pub struct Running {
     pub link: Option<(Arc<Status>, Arc<Interrupts>)>,
     /// For the receiver's buffers.
     pub home: Home,
-    /// What it counts.
+    /// What the interface counts.
     pub metrics: Arc<Metrics>,
-    /// They go off when a limit lets the next frame pass; none where there is no limit.
+    /// Goes off when the limit lets the next received frame pass; none where there is no limit.
     pub rx_timer: Option<TimerFd>,
-    /// The same for the other way.
+    /// The same for sent frames.
     pub tx_timer: Option<TimerFd>,
 }
 

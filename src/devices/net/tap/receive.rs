@@ -1,14 +1,13 @@
-//! Frames from a TAP to the driver: one of the two halves of a pair.
+//! Frames from a TAP to the driver.
 
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::TURN;
-use super::header;
-use super::metrics::Metrics;
 use super::port::{BATCH, Port};
 use crate::devices::limit::Limit;
+use crate::devices::net::metrics::Metrics;
+use crate::devices::net::{TURN, header};
 use crate::error::{Error, Result};
 use crate::memory::{Memory, Regions};
 use crate::virtio::buffers::VECTORS_MAX;
