@@ -80,10 +80,9 @@ impl Receiver {
                     break Turn::More;
                 }
                 // Kicks are of use only to who has nothing left.
-                if !self.queue.enable_kicks(memory)? {
+                if !self.queue.look_again(memory, &share)? {
                     break Turn::Done;
                 }
-                self.queue.disable_kicks(memory)?;
                 continue;
             }
             match mux.next() {

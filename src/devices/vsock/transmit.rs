@@ -61,22 +61,16 @@ impl Transmitter {
 
     /// Takes the packets that there are.
     pub fn transmit(&mut self, memory: &Regions, mux: &mut Mux) -> Result<()> {
-        if !self.queue.is_ready() {
+        if !self.queue.begin_turn(memory)? {
             return Ok(());
         }
-        self.queue.disable_kicks(memory)?;
         let mut share = Share::new(PACKETS_PER_TURN);
         loop {
             while self.take(memory, &mut share, mux)? {}
             self.conclude(memory, mux)?;
-            if share.is_used_up() {
-                self.queue.kick_again();
+            if !self.queue.look_again(memory, &share)? {
                 break;
             }
-            if !self.queue.enable_kicks(memory)? {
-                break;
-            }
-            self.queue.disable_kicks(memory)?;
         }
         self.queue.notify(memory)
     }

@@ -110,10 +110,9 @@ impl EventQueue {
     /// Tells the guest, and finds out whether it has heard. A driver gives a buffer back to the queue once it has
     /// handled the event that was in it: what it gets before that is for connections that it is about to reset.
     fn tell(&mut self, memory: &Regions, mux: &mut Mux) -> Result<()> {
-        if !self.queue.is_ready() {
+        if !self.queue.begin_turn(memory)? {
             return Ok(());
         }
-        self.queue.disable_kicks(memory)?;
         let mut share = Share::new(self.queue.size());
         loop {
             let mut event = None;
@@ -143,7 +142,7 @@ impl EventQueue {
                 break;
             }
             // Every buffer there was is taken: a driver that gives one back kicks.
-            if !self.queue.enable_kicks(memory)? {
+            if !self.queue.look_again(memory, &share)? {
                 break;
             }
         }
