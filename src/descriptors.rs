@@ -1,11 +1,16 @@
-//! Descriptors that this process was started with: users name them by number, as `fd:N`.
+//! The descriptors of this process: what each is called that it has opened, and those that it was started with,
+//! which users name by number, as `fd:N`.
 
-use std::collections::BTreeSet;
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
+use std::fmt;
+use std::fs::File;
 use std::io::{self, ErrorKind};
+use std::ops::{Deref, DerefMut};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::error::{Context, Error, Result};
 
@@ -18,6 +23,103 @@ const STANDARD: [(&str, &str); 2] = [("/dev/stdout", "1"), ("/dev/stderr", "2")]
 
 /// Inherited descriptors that programs started here do not inherit in turn: see [`Inherited::keep`].
 static KEPT: Mutex<BTreeSet<RawFd>> = Mutex::new(BTreeSet::new());
+
+/// What is open is called so, by number.
+static NAMES: Mutex<BTreeMap<RawFd, Cow<'static, str>>> = Mutex::new(BTreeMap::new());
+
+fn names() -> MutexGuard<'static, BTreeMap<RawFd, Cow<'static, str>>> {
+    NAMES.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A name that a descriptor has while this lives. Its owner drops it before the descriptor is closed: the number
+/// can be another's at once.
+#[derive(Debug)]
+pub struct Name(RawFd);
+
+impl Name {
+    /// Calls the descriptor `name` from now on.
+    pub fn new(fd: &impl AsRawFd, name: impl Into<Cow<'static, str>>) -> Self {
+        let fd = fd.as_raw_fd();
+        names().insert(fd, name.into());
+        Self(fd)
+    }
+
+    /// The name.
+    pub fn text(&self) -> Cow<'static, str> {
+        names().get(&self.0).cloned().unwrap_or_default()
+    }
+}
+
+impl Drop for Name {
+    fn drop(&mut self) {
+        names().remove(&self.0);
+    }
+}
+
+/// Something that has a descriptor, which has a name for as long.
+// Fields are dropped in this order.
+#[derive(Debug)]
+pub struct Named<T> {
+    name: Name,
+    inner: T,
+}
+
+impl<T: AsRawFd> Named<T> {
+    /// What `inner` has open is called `name`.
+    pub fn new(name: impl Into<Cow<'static, str>>, inner: T) -> Self {
+        Self { name: Name::new(&inner, name), inner }
+    }
+}
+
+impl Named<File> {
+    /// Another descriptor of the same open file, with the same name.
+    ///
+    /// # Errors
+    /// The process has as many descriptors as it may have.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self::new(self.name.text(), self.inner.try_clone()?))
+    }
+}
+
+impl<T> Deref for Named<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.inner
+    }
+}
+
+impl<T> DerefMut for Named<T> {
+    fn deref_mut(&mut self) -> &mut T {
+        &mut self.inner
+    }
+}
+
+impl<T: AsRawFd> AsRawFd for Named<T> {
+    fn as_raw_fd(&self) -> RawFd {
+        self.inner.as_raw_fd()
+    }
+}
+
+/// Everything that this process has opened and keeps open, and what it has taken over, by number.
+pub fn list() -> BTreeMap<RawFd, Cow<'static, str>> {
+    let mut all = names().clone();
+    let kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
+    all.extend(kept.iter().map(|fd| (*fd, format!("inherited, {PREFIX}{fd}").into())));
+    all
+}
+
+/// [`list`], for a line of the log. The list is made when the line is.
+pub struct List;
+
+impl fmt::Display for List {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, (fd, name)) in list().iter().enumerate() {
+            write!(f, "{}{fd} is {name}", if index > 0 { "; " } else { "" })?;
+        }
+        Ok(())
+    }
+}
 
 /// The number, as text, of the descriptor that `path` names; None: `path` is that of a file.
 pub fn number(path: &Path) -> Option<&str> {
@@ -60,7 +162,7 @@ pub fn inherited(number: &str) -> Result<Inherited> {
     // SAFETY: the call takes numbers.
     let flags = unsafe { libc::fcntl(fd, libc::F_GETFD) };
     let is_kept = || KEPT.lock().unwrap_or_else(PoisonError::into_inner).contains(&fd);
-    if flags < 0 || flags & libc::FD_CLOEXEC != 0 && !is_kept() {
+    if flags < 0 || flags & libc::FD_CLOEXEC != 0 && !is_kept() || names().contains_key(&fd) {
         return Err(Error::config(
             "no descriptor of this number was inherited: start this process with it, and name it by its \
              number there",
@@ -134,9 +236,25 @@ pub fn hand_over(fd: &impl AsRawFd) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::fs::File;
-
     use super::*;
+
+    #[test]
+    fn a_descriptor_has_its_name_for_as_long_as_it_is_open() {
+        let file = Named::new("first", File::open("/dev/null").unwrap());
+        let copy = file.try_clone().unwrap();
+        let (number, other) = (file.as_raw_fd(), copy.as_raw_fd());
+        assert_eq!(
+            (list().get(&number).unwrap(), list().get(&other).unwrap()),
+            (&"first".into(), &"first".into())
+        );
+        assert!(List.to_string().contains(&format!("{number} is first")));
+        hand_over(&file);
+        let error = inherited(&number.to_string()).unwrap_err().to_string();
+        assert!(error.contains("no descriptor of this number was inherited"), "{error}");
+        drop(file);
+        assert_ne!(list().get(&number), Some(&"first".into()));
+        assert_eq!(list().get(&other), Some(&"first".into()));
+    }
 
     #[test]
     fn a_descriptor_is_named_in_every_way_the_system_shows_it() {

@@ -1,15 +1,68 @@
 //! The core of an event loop: an epoll set, in which each descriptor is known by a token.
 
-use std::io::{Error, ErrorKind};
+use std::borrow::Cow;
+use std::io::{Error as IoError, ErrorKind};
+use std::ops::Deref;
 use std::os::fd::{AsRawFd, RawFd};
 use std::ptr;
 use std::time::Duration;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd;
+use vmm_sys_util::timerfd::TimerFd;
 
-use crate::error::{Context, Result};
+use crate::descriptors::Named;
+use crate::error::{Context, Error, Result};
 
-pub use vmm_sys_util::eventfd::EventFd;
+/// A counter that wakes whoever waits for it (eventfd(2)).
+#[derive(Debug)]
+pub struct EventFd(Named<eventfd::EventFd>);
+
+impl EventFd {
+    /// One called "event": see [`event`].
+    pub fn new(flags: i32) -> std::io::Result<Self> {
+        Ok(Self(Named::new("event", eventfd::EventFd::new(flags)?)))
+    }
+
+    /// One that does not block, called `name` among this process's descriptors.
+    pub fn called(name: impl Into<Cow<'static, str>>) -> std::io::Result<Self> {
+        let made = eventfd::EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+        Ok(Self(Named::new(name, made)))
+    }
+
+    /// Another descriptor of the same counter, called "event".
+    pub fn try_clone(&self) -> std::io::Result<Self> {
+        Ok(Self(Named::new("event", self.0.try_clone()?)))
+    }
+}
+
+impl Deref for EventFd {
+    type Target = eventfd::EventFd;
+
+    fn deref(&self) -> &Self::Target {
+        &self.0
+    }
+}
+
+impl AsRawFd for EventFd {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+/// The same, with an error that says what was attempted.
+pub fn event(name: impl Into<Cow<'static, str>>) -> Result<EventFd> {
+    EventFd::called(name).context("create an event descriptor")
+}
+
+/// A timer that a loop can wait for (timerfd_create(2)).
+pub type Timer = Named<TimerFd>;
+
+/// A timer that is not set, called `name` among this process's descriptors.
+pub fn timer(name: impl Into<Cow<'static, str>>) -> Result<Timer> {
+    let made = TimerFd::new().map_err(|error| Error::host(error.to_string()));
+    Ok(Named::new(name, made.context("create a timer")?))
+}
 
 /// What a loop waits for on a descriptor: readable, writable.
 pub type Interest = EventSet;
@@ -32,7 +85,7 @@ pub fn leave_signals_to_others() {
 /// A set of descriptors to wait for, level-triggered unless `Interest::EDGE_TRIGGERED` is given. The kernel
 /// takes a descriptor out of the set when its last copy is closed (epoll(7)).
 pub struct Events {
-    epoll: Epoll,
+    epoll: Named<Epoll>,
 }
 
 impl AsRawFd for Events {
@@ -53,7 +106,7 @@ pub struct Ready {
 impl Events {
     /// An empty set.
     pub fn new() -> Result<Self> {
-        Ok(Self { epoll: Epoll::new().context("create an epoll set")? })
+        Ok(Self { epoll: Named::new("event loop", Epoll::new().context("create an epoll set")?) })
     }
 
     /// Waits for `interest` on `fd`; events carry `token`.
@@ -107,7 +160,7 @@ impl Events {
             libc::epoll_pwait(self.as_raw_fd(), events.as_mut_ptr(), EVENTS as i32, timeout_ms, mask)
         };
         let Ok(count) = usize::try_from(count) else {
-            return match Error::last_os_error() {
+            return match IoError::last_os_error() {
                 error if error.kind() == ErrorKind::Interrupted => Ok(()),
                 error => Err(error).context("wait for events"),
             };

@@ -17,8 +17,8 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::clock::{self, Utc};
-use crate::error::{Context, Result};
-use crate::event::EventFd;
+use crate::error::Result;
+use crate::event::{self, EventFd};
 use crate::log;
 use crate::sink::{Purpose, Sink};
 
@@ -351,8 +351,7 @@ pub fn tell(event: impl FnOnce() -> Event) {
 /// Readable when something has happened since it was read; made for the first reader.
 pub fn wake() -> Result<&'static EventFd> {
     if WAKE.get().is_none() {
-        let event =
-            EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).context("create an event descriptor")?;
+        let event = event::event("what happens")?;
         // What was faster is as good.
         let _ = WAKE.set(event);
     }

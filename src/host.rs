@@ -14,6 +14,7 @@ use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
+use crate::descriptors::Named;
 use crate::error::{Context, Result};
 use crate::log;
 use crate::sink::{Purpose, Sink};
@@ -49,7 +50,7 @@ pub enum Resource {
         /// How it is open.
         access: Access,
         /// The file.
-        file: File,
+        file: Named<File>,
     },
     /// A TAP interface.
     Tap {
@@ -188,7 +189,7 @@ impl Host {
     ///
     /// # Errors
     /// It cannot be opened, or somebody else uses what is not to be shared.
-    pub fn file(&mut self, what: &str, path: &Path, access: Access, sharing: Sharing) -> Result<File> {
+    pub fn file(&mut self, what: &str, path: &Path, access: Access, sharing: Sharing) -> Result<Named<File>> {
         match self.take(what, |resource| resource.is_file(path, access)) {
             Some(Resource::File { file, .. }) => Ok(file),
             _ => self.open(what, path, access, sharing),
@@ -236,7 +237,7 @@ impl Host {
         let mut seed = [0; 32];
         let opened = match self.take(RANDOM_SEED, |_| true) {
             Some(Resource::File { file, .. }) => Ok(file),
-            _ => File::open("/dev/urandom"),
+            _ => File::open("/dev/urandom").map(|file| Named::new(RANDOM_SEED, file)),
         };
         opened.and_then(|mut file| file.read_exact(&mut seed)).context("read /dev/urandom")?;
         Ok(seed)
@@ -265,7 +266,7 @@ impl Host {
     }
 
     /// Opens a file, or gives what is held: a device that its resource has claimed cannot be claimed again.
-    fn open(&self, what: &str, path: &Path, access: Access, sharing: Sharing) -> Result<File> {
+    fn open(&self, what: &str, path: &Path, access: Access, sharing: Sharing) -> Result<Named<File>> {
         let attempt = || format!("open {what} `{}`", path.display());
         let same = self.held.iter().filter(|held| held.what == what).find_map(|held| match &held.resource {
             Resource::File { access: other, file, .. } => {

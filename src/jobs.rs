@@ -86,8 +86,7 @@ impl<T: Send + 'static> Jobs<T> {
 
 impl<T> Ended<T> {
     fn new() -> Result<Arc<Self>> {
-        let event =
-            EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).context("create an event descriptor")?;
+        let event = event::event("jobs that ended")?;
         Ok(Arc::new(Self { results: Mutex::default(), event }))
     }
 }

@@ -4,7 +4,7 @@
 //! - [`error`]: the one error type. [`paths`]: why a path could not be opened. [`spelling`]: what a
 //!   misspelled word was meant to be. [`clock`]: the time of day. [`json`]: values as clients write them.
 //!   [`dialect`]: whose API is spoken. [`metrics`]: counters. [`process`]: what this process costs.
-//!   [`descriptors`]: what this process was started with.
+//!   [`descriptors`]: what is open, by name, and what was inherited.
 //!   [`terminal`]: the terminal that it was started from.
 //!   [`sink`]: where lines for the outside go. [`log`]: messages. [`timeline`]: the steps of a start.
 //! - [`snapshot`]: state that outlives the process. [`limiter`]: rate limits.

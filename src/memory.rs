@@ -18,6 +18,7 @@ use vm_memory::{
     GuestRegionMmap, MemoryRegionAddress, MmapRegion,
 };
 
+use crate::descriptors::Named;
 use crate::error::{Context, Error, Result};
 use mapping::{Mapping, Pages, memory_file, page_size};
 pub use written::{Written, is_tracked};
@@ -105,7 +106,7 @@ pub struct Region {
     pages: GuestRegionMmap<Written>,
     /// None: whoever made the pages gives them back.
     mapping: Option<Arc<Mapping>>,
-    file: Option<File>,
+    file: Option<Named<File>>,
 }
 
 impl From<GuestRegionMmap<Written>> for Region {
@@ -141,7 +142,7 @@ impl Region {
                 let attempt = || format!("map {} MiB of guest memory in a file", range.size >> 20);
                 let file = memory_file(range.size).with_context(attempt)?;
                 mapping.show(0, range.size as usize, &file, 0, Pages::OfFile).with_context(attempt)?;
-                own = Some(file);
+                own = Some(Named::new(format!("guest memory at {:#x}", range.start), file));
             }
             Source::Private { file, pieces } => {
                 for piece in pieces.iter().filter(|piece| range.contains(piece.range)) {
@@ -178,7 +179,7 @@ impl Region {
     /// The file that another process can map for the same pages, from its beginning; None: its pages are this
     /// process's own.
     pub fn file(&self) -> Option<&File> {
-        self.file.as_ref()
+        self.file.as_deref()
     }
 
     /// Asks the host for huge pages, or to give none, whatever its policy is.

@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
-use crate::descriptors;
+use crate::descriptors::{self, Named};
 use crate::error::{Context, Error, Result};
 use crate::paths;
 
@@ -24,6 +24,15 @@ pub enum Purpose {
 }
 
 impl Purpose {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Log => "log",
+            Self::Metrics => "metrics",
+            Self::Events => "events",
+            Self::Serial => "serial console",
+        }
+    }
+
     /// For errors: what it is, where, and the fields and options that say so.
     fn attempt(self, path: &Path) -> String {
         let path = path.display();
@@ -39,7 +48,7 @@ impl Purpose {
 /// A destination of lines.
 #[derive(Debug)]
 pub struct Sink {
-    file: File,
+    file: Named<File>,
     /// The rest of a line that there was no room for yet: at most that one line.
     rest: Vec<u8>,
     /// What was written last was only a part of a line. Without the rest, the next one would go on in it.
@@ -55,7 +64,8 @@ impl Sink {
             Some(number) => inherit(number),
             None => open(path),
         };
-        Ok(Self { file: file.with_context(attempt)?, rest: Vec::new(), is_part: false })
+        let file = Named::new(purpose.name(), file.with_context(attempt)?);
+        Ok(Self { file, rest: Vec::new(), is_part: false })
     }
 
     /// Whether `path` could be opened so, without creating it. A descriptor is that of the process that
@@ -114,7 +124,7 @@ impl Sink {
 
     fn put(&self, bytes: &[u8]) -> io::Result<usize> {
         loop {
-            match (&self.file).write(bytes) {
+            match (&*self.file).write(bytes) {
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Ok(0) if !bytes.is_empty() => return Err(ErrorKind::WriteZero.into()),
                 result => return result,
@@ -283,7 +293,7 @@ mod tests {
             assert!(sink.write_line(line.as_bytes()));
         }
         // Of the last one a part is out; what is left cannot be written, as on a disk that is full.
-        let file = std::mem::replace(&mut sink.file, File::open("/dev/null").unwrap());
+        let file = std::mem::replace(&mut sink.file, Named::new("test", File::open("/dev/null").unwrap()));
         assert!(!sink.write_line(b"lost\n"));
         sink.file = file;
         let mut reader = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&path).unwrap();

@@ -13,6 +13,7 @@ use std::sync::atomic::{Ordering, fence};
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
+use crate::descriptors::Name;
 use crate::error::{Context, Error, Result};
 use crate::event::EventFd;
 
@@ -83,6 +84,7 @@ pub struct Completion {
 
 /// A ring. It belongs to the thread that made it: the kernel takes submissions from no other.
 pub struct Uring {
+    _name: Name,
     ring: IoUring,
     event: EventFd,
     in_flight: usize,
@@ -128,10 +130,12 @@ impl Uring {
             }
             result => result?,
         };
-        let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+        let name = Name::new(&ring, "io_uring");
+        let event = EventFd::called("io_uring, completions")?;
         ring.submitter().register_eventfd(event.as_raw_fd())?;
         let can_signal = ring.params().is_feature_skip_cqe_on_success();
         Ok(Self {
+            _name: name,
             ring,
             event,
             in_flight: 0,

@@ -16,6 +16,7 @@ use std::path::Path;
 
 use alula::arch;
 use alula::config::Config;
+use alula::descriptors::Named;
 use alula::host::{Access, Host, RANDOM_SEED, Resource};
 use alula::machine::{Machine, Prepared};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
@@ -47,7 +48,7 @@ const TABLES: &[(&str, &[u8])] = tables![
 /// A host whose random numbers are known, and whose console says nothing.
 fn known(folder: &Folder) -> Host {
     let path = folder.write("seed", std::array::from_fn::<u8, 32, _>(|index| index as u8));
-    let file = File::open(&path).unwrap();
+    let file = Named::new(RANDOM_SEED, File::open(&path).unwrap());
     let mut host = Host::default();
     host.give(RANDOM_SEED, Resource::File { path, access: Access::Read, file });
     host.give_console(Box::new(std::io::sink()));

@@ -101,7 +101,7 @@ impl Guest {
             platform.nodes.extend(part.lock().nodes(part.place).into_iter().filter(arch::prints));
         }
         register_kick().unwrap();
-        let vcpus = vcpus.into_iter().map(Vcpu::new).collect();
+        let vcpus = vcpus.into_iter().enumerate().map(|(index, fd)| Vcpu::new(index, fd)).collect();
         Self { vcpus, surroundings: Arc::new(surroundings), _parts: parts, platform, vm, memory }
     }
 

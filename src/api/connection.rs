@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use super::chunks::Chunks;
 use super::server::Service;
 use super::{Reply, Response, http};
+use crate::descriptors::Named;
 use crate::event::Interest;
 use crate::events::Reader;
 use crate::jobs::Ticket;
@@ -31,7 +32,7 @@ struct Manner {
 
 /// One client.
 pub struct Connection {
-    pub stream: UnixStream,
+    pub stream: Named<UnixStream>,
     pub interest: Interest,
     input: Vec<u8>,
     pub output: Vec<u8>,
@@ -64,7 +65,7 @@ pub struct Connection {
 impl Connection {
     pub fn new(stream: UnixStream, moved: u64) -> Self {
         Self {
-            stream,
+            stream: Named::new("API client", stream),
             interest: Interest::IN,
             input: Vec::new(),
             output: Vec::new(),

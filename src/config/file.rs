@@ -69,10 +69,10 @@ impl Config {
     /// The text of a file of no more than CONFIG_FILE_MAX bytes, which errors call `what`.
     fn read_called(what: &str, path: &Path) -> Result<Vec<u8>> {
         let attempt = || format!("read {what} `{}`", path.display());
-        let file = file::open(path, Access::Read, Sharing::Refused, what, attempt)?;
+        let mut file = file::open(path, Access::Read, Sharing::Refused, what, attempt)?;
         let mut text = Vec::new();
         // A file can grow while it is read, and a block device has no length of its own.
-        file.take(CONFIG_FILE_MAX + 1).read_to_end(&mut text).with_context(attempt)?;
+        (&mut *file).take(CONFIG_FILE_MAX + 1).read_to_end(&mut text).with_context(attempt)?;
         if text.len() as u64 > CONFIG_FILE_MAX {
             return Err(Error::config(format!("it has more than {CONFIG_FILE_MAX} bytes")))
                 .with_context(attempt);

@@ -12,8 +12,8 @@ use vm_superio::{Serial, SerialState, Trigger};
 
 use super::fixed::{FixedDevice, Site};
 use crate::bus::BusDevice;
-use crate::error::{Context, Error, Result};
-use crate::event::EventFd;
+use crate::error::{Error, Result};
+use crate::event::{self, EventFd};
 use crate::limiter::{self, Limiter, RateLimiter, TokenBucket};
 use crate::metrics::{Counter, Group, View, metrics};
 use crate::part::Component;
@@ -96,8 +96,7 @@ impl Console {
         output: Box<dyn Write + Send>,
         limit: Option<TokenBucket>,
     ) -> Result<Self> {
-        let room =
-            EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).context("create an event descriptor")?;
+        let room = event::event("room on the serial console")?;
         let room = Arc::new(room);
         let metrics = Arc::new(Metrics::new());
         let limiter = Limiter::new(RateLimiter { bandwidth: limit, ops: None });

@@ -4,12 +4,11 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use vm_memory::GuestAddressSpace;
-use vmm_sys_util::timerfd::TimerFd;
 
 use super::kind::{CliOption, DeviceConfig, NotPatchable};
 use super::limit::{self, Limit};
 use crate::error::{Context, Result};
-use crate::event::Interest;
+use crate::event::{Interest, Timer};
 use crate::host::Host;
 use crate::limiter::{self, RateLimiter};
 use crate::memory::Memory;
@@ -116,7 +115,7 @@ struct Running {
     queue: Queue,
     buffers: Buffers,
     limit: Limit,
-    timer: Option<TimerFd>,
+    timer: Option<Timer>,
     metrics: Arc<Metrics>,
 }
 

@@ -3,9 +3,8 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use vmm_sys_util::timerfd::TimerFd;
-
 use crate::error::{Context, Error, Result};
+use crate::event::{self, Timer};
 use crate::limiter::{Limiter, RateLimiter, State};
 use crate::snapshot::Snapshot;
 
@@ -38,10 +37,8 @@ impl Limit {
     }
 
     /// The timer of a worker that it limits; none without a limit.
-    pub fn timer(&self) -> Result<Option<TimerFd>> {
-        let timer =
-            || TimerFd::new().map_err(|error| Error::host(error.to_string())).context("create a timer");
-        self.is_limited.then(timer).transpose()
+    pub fn timer(&self) -> Result<Option<Timer>> {
+        self.is_limited.then(|| event::timer("limit of a device")).transpose()
     }
 
     /// A frame or request of so many bytes is to pass: now, or after so long.
@@ -85,7 +82,7 @@ impl Snapshot for Limit {
 
 /// Lets a timer go off after `wait`, if there is something to wait for. It is never read: setting it anew
 /// makes the next edge.
-pub fn set(timer: &mut Option<TimerFd>, wait: Option<Duration>) -> Result<()> {
+pub fn set(timer: &mut Option<Timer>, wait: Option<Duration>) -> Result<()> {
     // A timer of 0 never goes off.
     match (timer, wait.map(|wait| wait.max(Duration::from_micros(1)))) {
         (Some(timer), Some(wait)) => {

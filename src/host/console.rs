@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::Write;
 use std::os::fd::OwnedFd;
 
+use crate::descriptors::Named;
 use crate::sink::has_room;
 
 /// How long one byte of the guest's waits for a reader before it is kept: the guest is slowed down
@@ -16,14 +17,14 @@ const KEPT_MAX: usize = 64 << 10;
 
 /// A descriptor that the guest's console is written to, without ever blocking for long.
 pub struct Output {
-    file: File,
+    file: Named<File>,
     kept: VecDeque<u8>,
 }
 
 impl Output {
     /// Writes to `fd`.
     pub fn new(fd: OwnedFd) -> Self {
-        Self { file: fd.into(), kept: VecDeque::new() }
+        Self { file: Named::new("serial console, standard output", fd.into()), kept: VecDeque::new() }
     }
 
     /// Writes what was kept as far as the reader takes it, and returns how many bytes are lost: all of them

@@ -8,6 +8,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use super::{Access, Sharing};
+use crate::descriptors::Named;
 use crate::error::{Context, Error, Result};
 use crate::events::{self, Event};
 use crate::log;
@@ -26,7 +27,7 @@ pub fn open(
     sharing: Sharing,
     what: &str,
     attempt: impl Fn() -> String,
-) -> Result<File> {
+) -> Result<Named<File>> {
     let write = access == Access::ReadWrite;
     let open = |more: i32| {
         let flags = libc::O_NONBLOCK | libc::O_NOCTTY | more;
@@ -51,7 +52,7 @@ pub fn open(
     let_it_wait(&file).with_context(attempt)?;
     let (how, fd) = (if write { "read and write" } else { "read" }, file.as_raw_fd());
     log::debug(format_args!("opened {what} `{}` to {how}, as descriptor {fd}", path.display()));
-    Ok(file)
+    Ok(Named::new(what.to_owned(), file))
 }
 
 fn wrong_kind(kind: FileType) -> Option<&'static str> {

@@ -3,6 +3,7 @@
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use super::tap::{InterfaceRequest, Tap, checked};
+use crate::descriptors::Named;
 
 /// So much is read at once; what does not fit is cut off, and nothing of it is looked at.
 const MESSAGE: usize = 64;
@@ -16,14 +17,14 @@ const INDEX: u32 = 16 + 4;
 /// A socket that hears of changes of one interface, and only of that one: on a host with a thousand
 /// interfaces, each new one would else wake a thousand monitors.
 pub struct Link {
-    socket: OwnedFd,
+    socket: Named<OwnedFd>,
 }
 
 impl Link {
     /// Watches the interface of `tap`. None: it is not of this network namespace, or cannot be watched:
     /// then it counts as up.
     pub fn watch(tap: &Tap) -> Option<Self> {
-        let link = Self { socket: socket().ok()? };
+        let link = Self { socket: Named::new("state of a TAP interface", socket().ok()?) };
         let request = tap.request().ok()?;
         // A descriptor that was handed over may be of another namespace, where names mean other
         // interfaces: the one meant here has the same address.

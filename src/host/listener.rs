@@ -9,6 +9,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::descriptors::Named;
 use crate::error::{Context, Error, Result};
 use crate::paths;
 
@@ -19,7 +20,7 @@ const PATH_MAX: usize = 107;
 
 /// A listening socket, which does not block. Its file is removed when it is dropped.
 pub struct Listener {
-    socket: UnixListener,
+    socket: Named<UnixListener>,
     path: PathBuf,
     /// Device and inode of the socket there.
     file: Option<(u64, u64)>,
@@ -33,6 +34,7 @@ impl Listener {
         check(path).with_context(attempt)?;
         let socket =
             UnixListener::bind(path).map_err(|error| cannot_bind(path, &error)).with_context(attempt)?;
+        let socket = Named::new(what.to_owned(), socket);
         let listener = Self { socket, path: path.to_owned(), file: identity(path) };
         listener.socket.set_nonblocking(true).with_context(attempt)?;
         Ok(listener)

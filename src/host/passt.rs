@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
+use crate::descriptors::Named;
 use crate::error::{Context, Error, Result};
 use crate::log;
 
@@ -15,9 +16,9 @@ const WORDS_MAX: usize = 4096;
 
 /// A passt that was started here, and the stream of frames to it.
 pub struct Passt {
-    stream: UnixStream,
+    stream: Named<UnixStream>,
     child: Child,
-    words: PipeReader,
+    words: Named<PipeReader>,
 }
 
 /// Where it is.
@@ -51,7 +52,8 @@ impl Passt {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(its_words);
         let child = command.spawn().with_context(|| format!("start `{}`", program.display()))?;
         log::debug(format_args!("started `{}` as process {}", program.display(), child.id()));
-        Ok(Self { stream, child, words })
+        let stream = Named::new("stream of frames to passt", stream);
+        Ok(Self { stream, child, words: Named::new("last words of passt", words) })
     }
 
     /// The stream of frames, not blocking.

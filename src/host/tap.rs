@@ -7,6 +7,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 
 use super::link::attached_queues;
+use crate::descriptors::Named;
 use crate::descriptors::{self, Inherited};
 use crate::error::{Context, Error, Result};
 use crate::events::{self, Event};
@@ -73,7 +74,7 @@ impl InterfaceRequest {
 /// One queue of a TAP interface, not blocking.
 #[derive(Debug)]
 pub struct Tap {
-    file: File,
+    file: Named<File>,
 }
 
 impl Tap {
@@ -220,7 +221,7 @@ fn make(name: &str, request: &InterfaceRequest, queues: usize, create: &str) -> 
     let several = if queues > 1 { IFF_MULTI_QUEUE } else { 0 };
     let mut taps = Vec::with_capacity(queues);
     while taps.len() < queues {
-        let tap = Tap { file: open_device()? };
+        let tap = Tap { file: open_device(name)? };
         // The first of them makes it, and does not attach to one that somebody else makes at this moment.
         let new = if taps.is_empty() { IFF_TUN_EXCL } else { 0 };
         let flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | several | new;
@@ -269,7 +270,7 @@ fn attach(name: &str, queues: usize, held: usize) -> Result<Vec<Tap>> {
     let mut taps = Vec::with_capacity(queues.saturating_sub(held));
     let mut flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | if queues > 1 { IFF_MULTI_QUEUE } else { 0 };
     while held + taps.len() < queues {
-        let tap = Tap { file: open_device()? };
+        let tap = Tap { file: open_device(name)? };
         match attach_queue(&tap, request.with_flags(flags)) {
             Ok(()) => {}
             // An interface for several queues serves one as well, when it is asked for by its kind.
@@ -323,10 +324,12 @@ fn check_given(tap: &Tap, request: &InterfaceRequest, flags: u16) -> Result<()> 
     }
 }
 
-fn open_device() -> Result<File> {
-    OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(TUN_DEVICE).with_context(
-        || format!("open {TUN_DEVICE} (a process that may can hand over an open descriptor: `fd:N`)"),
-    )
+fn open_device(name: &str) -> Result<Named<File>> {
+    let opened = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(TUN_DEVICE);
+    let opened = opened.with_context(|| {
+        format!("open {TUN_DEVICE} (a process that may can hand over an open descriptor: `fd:N`)")
+    })?;
+    Ok(Named::new(format!("TAP interface `{name}`"), opened))
 }
 
 #[allow(unsafe_code)]
@@ -375,7 +378,8 @@ fn from_descriptors(numbers: &str, queues: usize) -> Result<Vec<Tap>> {
 
 /// A copy of the descriptor, which stays open: a start that fails elsewhere can be tried again.
 fn from_descriptor(inherited: Inherited) -> Result<Tap> {
-    let tap = Tap { file: inherited.copy()?.into() };
+    let tap =
+        Tap { file: Named::new(format!("TAP, fd:{}", inherited.as_raw_fd()), inherited.copy()?.into()) };
     let flags = tap.request().map_err(|error| {
         Error::config(match error.raw_os_error() {
             Some(libc::EBADFD) => "it is /dev/net/tun without an interface: attach it to one (TUNSETIFF)",

@@ -8,7 +8,7 @@ use super::{Machine, State};
 use crate::arch::layout;
 use crate::devices::kind::Device;
 use crate::error::{Context, Error, Result};
-use crate::event::EventFd;
+use crate::event::{self, EventFd};
 use crate::host::Host;
 use crate::log;
 use crate::memory::Range;
@@ -135,7 +135,7 @@ impl Machine {
     }
 
     fn put_on_mmio(&self, device: Opened, registers: Range, gsi: u32) -> Result<Arc<Mutex<Transport>>> {
-        let kicks = events(device.device.queue_sizes().len())?;
+        let kicks = events(&device.name, "kick", device.device.queue_sizes().len())?;
         let put = || -> Result<_> {
             for (queue, kick) in kicks.iter().enumerate() {
                 self.vm.kick(kick, registers.start + QUEUE_NOTIFY, queue as u32)?;
@@ -152,9 +152,9 @@ impl Machine {
 
     fn put_on_pci(&self, root: &Mutex<Root>, device: Opened, number: u32) -> Result<Arc<Mutex<Transport>>> {
         let queues = device.device.queue_sizes().len();
-        let kicks = events(queues)?;
+        let kicks = events(&device.name, "kick", queues)?;
         // One for configuration changes.
-        let vectors = events(1 + device.device.queue_vectors())?;
+        let vectors = events(&device.name, "interrupt", 1 + device.device.queue_vectors())?;
         let interrupts = Interrupts::vectors(vectors.clone(), queues);
         let msix = Arc::new(Mutex::new(Msix::new(self.vm.clone(), number << 3, vectors)?));
         let at = |queue: usize| pci::NOTIFY + queue as u64 * pci::NOTIFY_MULTIPLIER;
@@ -195,9 +195,9 @@ fn mmio_place(number: u32) -> Place {
     Place::Registers { range: Range { start, size: REGISTERS_SIZE }, gsi }
 }
 
-fn events(count: usize) -> Result<Vec<Arc<EventFd>>> {
-    let events = (0..count).map(|_| EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map(Arc::new));
-    events.collect::<std::io::Result<Vec<_>>>().context("create an event descriptor")
+/// So many events of the device called `name`.
+fn events(name: &str, what: &str, count: usize) -> Result<Vec<Arc<EventFd>>> {
+    (0..count).map(|number| event::event(format!("{name}, {what} {number}")).map(Arc::new)).collect()
 }
 
 /// Makes the PCI bus, which is reached by memory and, where there are such, by ports; its first device is the

@@ -14,6 +14,7 @@ use super::{Machine, State, halt};
 use crate::arch::{self, layout};
 use crate::bus::Bus;
 use crate::config::{Config, HugePages, MachineConfig};
+use crate::descriptors::Named;
 use crate::devices::boot_timer::BootTimer;
 use crate::devices::console::Console;
 use crate::devices::fixed::{FixedDevice, Site};
@@ -87,7 +88,7 @@ pub fn build(
         id: id.to_owned(),
         config: config.clone(),
         state: State::Paused,
-        vcpus: vcpus.into_iter().map(Vcpu::new).collect(),
+        vcpus: vcpus.into_iter().enumerate().map(|(index, fd)| Vcpu::new(index, fd)).collect(),
         surroundings: Arc::new(surroundings),
         parts,
         errands: Errands::new(wake.clone()),
@@ -176,7 +177,7 @@ pub fn load(machine: &mut Machine, config: &Config, host: &mut Host) -> Result<(
                 Some(path) => format!(" with initrd `{}`", path.display()),
                 None => String::new(),
             };
-            arch::load(memory, &mut kernel, initrd.as_mut(), platform).with_context(|| {
+            arch::load(memory, &mut *kernel, initrd.as_deref_mut(), platform).with_context(|| {
                 format!("load kernel `{}`{initrd_name}", source.kernel_image_path.display())
             })?
         }
@@ -195,7 +196,7 @@ pub fn load(machine: &mut Machine, config: &Config, host: &mut Host) -> Result<(
 
 /// The initrd at `path`. One of 0 bytes, the rest of a download or a build that failed, would be a guest
 /// without a root file system that does not say why.
-fn open_initrd(path: &Path, host: &mut Host) -> Result<File> {
+fn open_initrd(path: &Path, host: &mut Host) -> Result<Named<File>> {
     let mut file = host.file("initrd", path, Access::Read, Sharing::Refused)?;
     let attempt = || format!("load initrd `{}`", path.display());
     match file.seek(SeekFrom::End(0)).with_context(attempt)? {

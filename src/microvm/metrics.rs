@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 
 use super::counts;
 use crate::clock::{self, Utc};
+use crate::descriptors;
 use crate::error::Result;
 use crate::log;
 use crate::machine::Machine;
@@ -45,6 +46,7 @@ impl Output {
             log::METRICS.missed_metrics_count.add(1);
             return;
         }
+        log::debug(format_args!("open descriptors: {}", descriptors::List));
         let mut line = collect(machine, View::New);
         if self.config.emit_id {
             line.insert("id".to_owned(), id.into());

@@ -68,7 +68,7 @@ impl Loop {
     }
 
     fn build(name: String, errands: Arc<Errands>, by_hand: bool) -> Result<Arc<Self>> {
-        let (inbox, has_jobs, wake) = (Mutex::default(), false.into(), event()?);
+        let (inbox, has_jobs, wake) = (Mutex::default(), false.into(), event::event("jobs of a loop")?);
         Ok(Arc::new(Self { name, by_hand, errands, inbox, has_jobs, wake }))
     }
 
@@ -155,7 +155,7 @@ pub struct ByHand {
 impl ByHand {
     /// A loop that nobody has turned yet.
     pub fn new() -> Result<Self> {
-        let errands = Errands::new(Arc::new(event()?));
+        let errands = Errands::new(Arc::new(event::event("errands")?));
         let event_loop = Loop::build(String::new(), errands, true)?;
         let running = Running::new(&event_loop)?;
         Ok(Self { event_loop, running })
@@ -227,10 +227,6 @@ impl Place {
         self.failed = true;
         self.transport.lock().unwrap_or_else(PoisonError::into_inner).fail(error);
     }
-}
-
-fn event() -> Result<EventFd> {
-    EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).context("create an event descriptor")
 }
 
 fn refused(error: std::io::Error) -> Error {

@@ -4,8 +4,8 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use crate::error::{Context, Result};
-use crate::event::EventFd;
+use crate::error::Result;
+use crate::event::{self, EventFd};
 use crate::events::{self, Event};
 use crate::log;
 use crate::vm::gate::Gate;
@@ -86,8 +86,7 @@ struct Shared {
 impl End {
     /// A guest that has not ended; `gate` is closed when it does.
     pub fn new(gate: Arc<Gate>) -> Result<Self> {
-        let event =
-            EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).context("create an event descriptor")?;
+        let event = event::event("end of the guest")?;
         let (exit, panicked) = (OnceLock::new(), AtomicBool::new(false));
         Ok(Self { shared: Arc::new(Shared { exit, event, panicked, gate }) })
     }

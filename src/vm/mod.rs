@@ -17,6 +17,7 @@ use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use vm_memory::GuestMemoryBackend as _;
 
 use crate::arch::{self, CpuModel};
+use crate::descriptors::Name;
 use crate::error::{Context, Error, Result};
 use crate::event::EventFd;
 use crate::memory::{Range, Region, Regions};
@@ -29,6 +30,7 @@ const KVM_API_VERSION: i32 = 12;
 
 /// KVM, open, and what it says of itself: nothing here depends on the guest.
 pub struct Prepared {
+    names: [Name; 2],
     kvm: Kvm,
     vm: VmFd,
     cpu_model: CpuModel,
@@ -44,7 +46,8 @@ impl Prepared {
         timeline.mark("virtual machine");
         let cpu_model = CpuModel::new(&kvm)?;
         timeline.mark("CPU model");
-        Ok(Self { kvm, vm, cpu_model, timeline })
+        let names = [Name::new(&kvm, "KVM"), Name::new(&vm, "virtual machine")];
+        Ok(Self { names, kvm, vm, cpu_model, timeline })
     }
 }
 
@@ -84,6 +87,7 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd> {
 
 /// A virtual machine.
 pub struct Vm {
+    _names: [Name; 2],
     /// What is asked of KVM itself when the machine is saved.
     kvm: Kvm,
     fd: VmFd,
@@ -105,13 +109,14 @@ pub struct Vm {
 impl Vm {
     /// The machine that was prepared, with `memory` as its memory.
     pub fn new(prepared: Prepared, memory: &Regions) -> Result<Self> {
-        let Prepared { kvm, vm: fd, cpu_model, mut timeline } = prepared;
+        let Prepared { names, kvm, vm: fd, cpu_model, mut timeline } = prepared;
         timeline.skip();
         let max_vcpus = kvm.get_max_vcpus();
         let mut slots = Slots::default();
         memory.iter().try_for_each(|region| slots.add(&fd, region, false).map(drop))?;
         timeline.mark("memory");
         Ok(Self {
+            _names: names,
             kvm,
             fd,
             cpu_model,

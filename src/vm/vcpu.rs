@@ -11,6 +11,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::arch;
 use crate::bus::{Bus, Shared as SharedDevice};
+use crate::descriptors::Name;
 use crate::error::{Context, Error, Result};
 use crate::log;
 use crate::metrics::{Counter, metrics};
@@ -48,6 +49,7 @@ pub struct Vcpu {
 }
 
 struct Shared {
+    _name: Name,
     fd: Mutex<VcpuFd>,
     immediate_exit: ImmediateExit,
     metrics: Metrics,
@@ -109,11 +111,17 @@ pub fn register_kick() -> Result<()> {
 }
 
 impl Vcpu {
-    /// Owns `fd`; it does not run before `start`.
-    pub fn new(mut fd: VcpuFd) -> Self {
+    /// Owns `fd`, the vCPU with this number; it does not run before `start`.
+    pub fn new(index: usize, mut fd: VcpuFd) -> Self {
+        let name = Name::new(&fd, format!("vCPU {index}"));
         let immediate_exit = ImmediateExit::new(&mut fd);
         Self {
-            shared: Arc::new(Shared { fd: Mutex::new(fd), immediate_exit, metrics: Metrics::new() }),
+            shared: Arc::new(Shared {
+                _name: name,
+                fd: Mutex::new(fd),
+                immediate_exit,
+                metrics: Metrics::new(),
+            }),
             thread: None,
         }
     }

@@ -11,6 +11,7 @@ use kvm_bindings::{
 use kvm_ioctls::{DeviceFd, VcpuFd, VmFd};
 
 use super::layout;
+use crate::descriptors::Named;
 use crate::error::{Context, Result};
 use crate::platform::{Gic, Platform};
 
@@ -21,10 +22,13 @@ pub struct InterruptController {
     /// How many CPUs it is the interrupt controller of.
     pub cpus: u32,
     /// The GIC.
-    pub device: DeviceFd,
+    pub device: Named<DeviceFd>,
     /// The ITS of a GICv3, with PCI.
-    pub its: Option<DeviceFd>,
+    pub its: Option<Named<DeviceFd>>,
 }
+
+/// What its descriptor is called.
+const NAME: &str = "interrupt controller";
 
 /// The ITS tells devices apart that write interrupt messages.
 pub const MESSAGES_NAME_THEIR_DEVICE: bool = true;
@@ -77,9 +81,9 @@ fn set_up_v3(vm: &VmFd, cpus: u32, device: DeviceFd, pci: bool) -> Result<Interr
             .context("create the GIC's ITS, which PCI needs")?;
         set(&device, ADDRESS, KVM_VGIC_ITS_ADDR_TYPE, layout::GIC_ITS.start)?;
         set(&device, KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_DEV_ARM_VGIC_CTRL_INIT, 0)?;
-        its = Some(device);
+        its = Some(Named::new("ITS of the interrupt controller", device));
     }
-    Ok(InterruptController { is_v2: false, cpus, device, its })
+    Ok(InterruptController { is_v2: false, cpus, device: Named::new(NAME, device), its })
 }
 
 /// KVM itself says that it has at most 8 CPUs then: more have been refused.
@@ -91,5 +95,5 @@ fn set_up_v2(vm: &VmFd, cpus: u32) -> Result<InterruptController> {
     set(&device, ADDRESS, KVM_VGIC_V2_ADDR_TYPE_DIST, layout::GIC_DISTRIBUTOR.start)?;
     set(&device, ADDRESS, KVM_VGIC_V2_ADDR_TYPE_CPU, layout::GIC_CPU_INTERFACE.start)?;
     set(&device, KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_DEV_ARM_VGIC_CTRL_INIT, 0)?;
-    Ok(InterruptController { is_v2: true, cpus, device, its: None })
+    Ok(InterruptController { is_v2: true, cpus, device: Named::new(NAME, device), its: None })
 }

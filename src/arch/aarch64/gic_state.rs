@@ -198,7 +198,7 @@ pub fn save(gic: &InterruptController) -> Result<GicState> {
             |(group, attr)| get(its, group, attr).with_context(|| format!("get {}", name(group, attr)));
         all.map(read).collect::<Result<_>>()
     };
-    let its = gic.its.as_ref().map(of_its).transpose()?;
+    let its = gic.its.as_deref().map(of_its).transpose()?;
     Ok(GicState { is_v2: gic.is_v2, registers, its })
 }
 

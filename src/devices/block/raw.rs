@@ -7,6 +7,7 @@ use std::os::fd::AsRawFd;
 use super::SECTOR;
 use super::bounce::Bounce;
 use super::{device, holes};
+use crate::descriptors::Named;
 use crate::error::{self, Context};
 use crate::virtio::buffers::Buffers;
 
@@ -24,7 +25,7 @@ const COMMON: Alignment = Alignment { memory: 4096, block: 4096 };
 
 /// The file of a raw image.
 pub struct Raw {
-    file: File,
+    file: Named<File>,
     /// The smallest piece that can be read or written.
     block: u64,
     direct: Option<Alignment>,
@@ -32,14 +33,14 @@ pub struct Raw {
 
 impl Raw {
     /// Through the page cache.
-    pub fn new(file: File) -> Self {
+    pub fn new(file: Named<File>) -> Self {
         // The page cache takes any piece, but what is to be given back is to be whole blocks.
         let block = device::block(&file).unwrap_or(SECTOR);
         Self { file, block, direct: None }
     }
 
     /// Past the page cache.
-    pub fn direct(file: File) -> error::Result<Self> {
+    pub fn direct(file: Named<File>) -> error::Result<Self> {
         set_direct(&file).context(
             "use it past the page cache (`direct_io`): its file system may not support that, leave it out",
         )?;
@@ -75,7 +76,7 @@ impl Raw {
         }
         while !buffers.is_empty() {
             let piece = bounce.piece(buffers.len());
-            std::os::unix::fs::FileExt::read_exact_at(&self.file, piece, offset)?;
+            std::os::unix::fs::FileExt::read_exact_at(&*self.file, piece, offset)?;
             buffers.copy_from(0, piece);
             offset += piece.len() as u64;
             buffers.advance(piece.len());
@@ -91,7 +92,7 @@ impl Raw {
         while !buffers.is_empty() {
             let piece = bounce.piece(buffers.len());
             buffers.read_front(piece);
-            std::os::unix::fs::FileExt::write_all_at(&self.file, piece, offset)?;
+            std::os::unix::fs::FileExt::write_all_at(&*self.file, piece, offset)?;
             offset += piece.len() as u64;
         }
         Ok(())

@@ -5,14 +5,13 @@ use std::sync::{Arc, Once, PoisonError};
 use std::time::{Duration, Instant};
 
 use vm_memory::GuestAddressSpace;
-use vmm_sys_util::timerfd::TimerFd;
 
 use super::bounce::Bounce;
 use super::flushes::{Flushing, Turn};
 use super::request::{Code, Disk, Kind, Request, Scratch};
 use super::ring::Ring;
 use crate::error::{Context, Error, Result};
-use crate::event::Interest;
+use crate::event::{self, Interest, Timer};
 use crate::events::{self, Event};
 use crate::log;
 use crate::memory::Regions;
@@ -63,7 +62,7 @@ pub struct Running {
     ring: Option<Ring>,
     wants_ring: bool,
     refused: Arc<Once>,
-    timer: Option<TimerFd>,
+    timer: Option<Timer>,
     queue: Queue,
     disk: Arc<Disk>,
     /// Requests in flight, and places for those to come. They stay where they are: the kernel reads their
@@ -425,7 +424,7 @@ impl Worker for Running {
             self.open_ring();
         }
         if self.disk.limiter.is_some() {
-            let timer = self.timer.insert(TimerFd::new().context("create a timer")?);
+            let timer = self.timer.insert(event::timer("limit of a disk")?);
             registrar.add(timer, Interest::IN | Interest::EDGE_TRIGGERED, TIMER)?;
         }
         match &mut self.ring {

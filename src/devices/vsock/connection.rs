@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use super::backlog::Backlog;
 use super::flow::Flow;
 use super::packet::{SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, op};
+use crate::descriptors::Named;
 use crate::error::Result;
 use crate::event::Interest;
 use crate::virtio::{Desk, Watched};
@@ -46,9 +47,9 @@ pub enum Phase {
 /// The stream of a program of the host, waited for or (while the device is stopped) not.
 pub enum Stream {
     /// Not waited for.
-    Resting(UnixStream),
+    Resting(Named<UnixStream>),
     /// Waited for.
-    Watched(Watched<UnixStream>),
+    Watched(Watched<Named<UnixStream>>),
 }
 
 impl Stream {
@@ -59,7 +60,7 @@ impl Stream {
     }
 
     /// Waits no more.
-    pub fn rest(self) -> UnixStream {
+    pub fn rest(self) -> Named<UnixStream> {
         match self {
             Self::Resting(stream) => stream,
             Self::Watched(watched) => watched.into_inner(),

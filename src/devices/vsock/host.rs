@@ -12,6 +12,7 @@ use vmm_sys_util::timerfd::TimerFd;
 use super::connection::{GREETING_MAX, Key, Phase, Stream, port};
 use super::mux::{FIRST_TOKEN, Mux, WAITING_MAX, spare};
 use super::socket;
+use crate::descriptors::Named;
 use crate::error::{Context, Error, Result};
 use crate::event::Interest;
 use crate::host;
@@ -61,7 +62,7 @@ impl Mux {
         }
         let nobody = Key { host_port: 0, guest_port: 0 };
         let phase = Phase::Greeting { text: [0; GREETING_MAX], length: 0 };
-        match self.add(nobody, phase, Some(Stream::Resting(stream))) {
+        match self.add(nobody, phase, Some(Stream::Resting(Named::new("vsock connection", stream)))) {
             Some(index) => self.watch(index),
             None => Ok(()),
         }
@@ -213,7 +214,8 @@ impl Mux {
         match pending.take() {
             None => Ok(()),
             Some(Ok(stream)) => {
-                connection.stream = Some(Stream::Resting(stream.into()));
+                let stream = Named::new("vsock connection", stream.into());
+                connection.stream = Some(Stream::Resting(stream));
                 connection.owed.response = true;
                 self.set_phase(index, Phase::Open);
                 self.queue(index);

@@ -15,6 +15,7 @@ use super::flow::{WINDOW_MAX, WINDOW_MIN};
 use super::metrics::Metrics;
 use super::packet::{HOST_CID, Header, STREAM, op};
 use super::socket::Vectors;
+use crate::descriptors::Named;
 use crate::error::Result;
 use crate::host::listener::Listener;
 use crate::virtio::{Desk, Watched};
@@ -55,7 +56,7 @@ pub struct Mux {
     // Host
     pub(super) listener: Listener,
     /// A descriptor to do without when there is none left: who waits can then be told so.
-    pub(super) spare: Option<OwnedFd>,
+    pub(super) spare: Option<Named<OwnedFd>>,
     pub(super) metrics: Arc<Metrics>,
     /// Of the loop that its worker lives on, while there is one.
     pub(super) desk: Option<Desk>,
@@ -358,6 +359,7 @@ impl Mux {
 }
 
 /// A descriptor of which nothing is wanted.
-pub(super) fn spare(listener: &Listener) -> Option<OwnedFd> {
-    listener.as_fd().try_clone_to_owned().ok()
+pub(super) fn spare(listener: &Listener) -> Option<Named<OwnedFd>> {
+    let copy = listener.as_fd().try_clone_to_owned().ok()?;
+    Some(Named::new("vsock, spare", copy))
 }

@@ -9,6 +9,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use alula::config::Config;
+use alula::descriptors::Named;
 use alula::devices::KINDS as DEVICES;
 use alula::devices::kind::Device;
 use alula::error::Result;
@@ -156,7 +157,7 @@ impl Host {
                 let file = |path: &str, access: Access, file: &File| Resource::File {
                     path: path.into(),
                     access,
-                    file: file.try_clone().unwrap(),
+                    file: Named::new("disk", file.try_clone().unwrap()),
                 };
                 for access in [Access::Read, Access::ReadWrite] {
                     host.give(device.name(), file(DISK, access, &self.disk));

@@ -15,6 +15,7 @@ use imago::storage::drivers::CommonStorageHelper;
 use super::header;
 use super::medium::Medium;
 use super::tables::Tables;
+use crate::descriptors::Named;
 
 /// An open file, and the bookkeeping that `imago` keeps with it.
 #[derive(Debug)]
@@ -36,12 +37,12 @@ enum Kind {
 
 impl Layer {
     /// A raw file that is only read.
-    pub fn raw(file: File) -> Self {
+    pub fn raw(file: Named<File>) -> Self {
         Self::new(Arc::new(Medium::new(file, 0)), Kind::Raw)
     }
 
     /// A qcow2 image that is only read; `is_marked`: as one that must not be written.
-    pub fn image(file: File, is_marked: bool) -> Self {
+    pub fn image(file: Named<File>, is_marked: bool) -> Self {
         // Version 2 has no marks, and other things in their place.
         Self::new(Arc::new(Medium::new(file, 0)), if is_marked { Kind::Marked } else { Kind::Raw })
     }

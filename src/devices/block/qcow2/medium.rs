@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use super::header;
+use crate::descriptors::Named;
 use crate::devices::block::holes;
 use crate::virtio::buffers::Buffers;
 
@@ -17,7 +18,7 @@ static ZEROS: [u8; 4096] = [0; 4096];
 /// An open file, and where it ends at the latest.
 #[derive(Debug)]
 pub struct Medium {
-    file: File,
+    file: Named<File>,
     /// The file never becomes longer. A damaged table may name a place a million gigabytes away.
     end: u64,
     /// A sync failed. The host tells of a writeback error once, so a later sync that succeeds says nothing, nor
@@ -41,7 +42,7 @@ struct Claims {
 
 impl Medium {
     /// A file that is written up to `end`; 0: it is only read.
-    pub fn new(file: File, end: u64) -> Self {
+    pub fn new(file: Named<File>, end: u64) -> Self {
         Self { file, end, failed: Mutex::default(), doubted: AtomicBool::new(false), claims: None }
     }
 
@@ -99,7 +100,7 @@ impl Medium {
 
     /// How many bytes it has.
     pub fn size(&self) -> Result<u64> {
-        (&self.file).seek(SeekFrom::End(0))
+        (&*self.file).seek(SeekFrom::End(0))
     }
 
     /// Reads from byte `offset` on. What is beyond the end of the file reads as zeros, as `imago` asks.

@@ -41,6 +41,7 @@ use imago::{FormatAccess, Mapping};
 
 use super::config::{CacheType, Config};
 use super::image::measure;
+use crate::descriptors::Named;
 use crate::error::{Context, Result};
 use crate::host::{Access, Host};
 use crate::virtio::buffers::Buffers;
@@ -57,7 +58,7 @@ pub struct Qcow2 {
     access: RwLock<FormatAccess<Layer>>,
     growth: Growth,
     /// The topmost file, a second time: `imago` keeps its own.
-    file: File,
+    file: Named<File>,
     /// Bytes per cluster, and the version of the format.
     cluster: u64,
     version: u32,
@@ -67,7 +68,7 @@ pub struct Qcow2 {
 
 impl Qcow2 {
     /// The image in `file`, and those beneath it.
-    pub fn open(config: &Config, file: File, host: &mut Host) -> Result<Self> {
+    pub fn open(config: &Config, file: Named<File>, host: &mut Host) -> Result<Self> {
         let (what, path, access) = config.file();
         let header = Header::read(&file, measure(&file, path)?, access)?;
         let own = file.try_clone().context("duplicate a descriptor")?;

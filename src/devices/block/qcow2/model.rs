@@ -311,7 +311,7 @@ pub fn open(image: &[u8], cache_type: CacheType) -> Opened {
 /// The image that `config` names.
 pub fn open_again(config: &Config) -> crate::error::Result<Qcow2> {
     let file = File::options().read(true).write(!config.is_read_only).open(config.file().1).unwrap();
-    Qcow2::open(config, file, &mut Host::default())
+    Qcow2::open(config, crate::descriptors::Named::new("image", file), &mut Host::default())
 }
 
 impl Opened {

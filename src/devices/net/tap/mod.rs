@@ -8,7 +8,6 @@ pub mod receive;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use vm_memory::GuestAddressSpace;
-use vmm_sys_util::timerfd::TimerFd;
 
 use super::TURN;
 use super::metrics::Metrics;
@@ -16,7 +15,7 @@ use super::status::Status;
 use super::transmit::Transmitter;
 use crate::devices::limit::set;
 use crate::error::Result;
-use crate::event::Interest;
+use crate::event::{Interest, Timer};
 use crate::memory::{Memory, Regions};
 use crate::virtio::pool::Held;
 use crate::virtio::{Interrupts, Queue, Registrar, Share, Switch, Worker};
@@ -56,9 +55,9 @@ pub struct Running {
     /// What the interface counts.
     pub metrics: Arc<Metrics>,
     /// Goes off when the limit lets the next received frame pass; none where there is no limit.
-    pub rx_timer: Option<TimerFd>,
+    pub rx_timer: Option<Timer>,
     /// The same for sent frames.
-    pub tx_timer: Option<TimerFd>,
+    pub tx_timer: Option<Timer>,
 }
 
 impl Worker for Running {
