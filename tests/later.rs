@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 use alula::api::{Reply, Response, Server};
 use alula::event::{Events, Interest, Ready};
 use alula::jobs::{Jobs, OPEN_MAX};
-use common::{Folder, wait_for};
+use common::{Client, Folder, Held, Service, wait_for};
+use serde_json::{Value, json};
 
 const JOBS: u64 = 0;
 const API: u64 = 1;
@@ -179,4 +180,49 @@ fn many_who_wait_keep_nobody_out() {
     let mut next = api.client();
     ask(&mut next, &["/job"]);
     wait_for(|| api.turn() == 0 && api.ends.len() == 1);
+}
+
+#[test]
+fn a_disk_that_does_not_answer_holds_up_its_change_alone() {
+    let mut service = Service::start(&[]);
+    for disk in ["a", "b", "c"] {
+        service.folder.write(disk, vec![0; 1 << 20]);
+    }
+    service.boot_source("bench");
+    let disk = |path: &str| json!({ "drive_id": "a", "path_on_host": service.folder.path(path) });
+    let mut put = disk("a");
+    put["is_root_device"] = json!(false);
+    let mut client = service.client();
+    client.ok("PUT", "/drives/a", &put.to_string());
+    let [b, c] = ["b", "c"].map(|path| disk(path).to_string());
+    client.ok("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#);
+    service.process.expect("bench: ready");
+    // A load without an end: its disk has something in flight at any time.
+    service.process.stdin.as_mut().unwrap().write_all(b"read 4096 1 1000000000\n").unwrap();
+    let mut other = service.client();
+    let mut reads = || {
+        let metrics: Value = serde_json::from_str(&other.ok("GET", "/metrics", "").body).unwrap();
+        metrics["block"]["read_count"].as_u64().unwrap()
+    };
+    wait_for(|| reads() > 0);
+    let held = Held::new(&service.process.child, "io");
+    client.send(&format!("PATCH /drives/a HTTP/1.1\r\nContent-Length: {}\r\n\r\n{b}", b.len()));
+    let mut third = service.client();
+    let refused = third.request("PATCH", "/drives/a", &c);
+    assert!(refused.body.contains("another change of it waits"), "{refused:?}");
+    let path = |client: &mut Client| -> Value {
+        let config: Value = serde_json::from_str(&client.ok("GET", "/vm/config", "").body).unwrap();
+        config["drives"][0]["path_on_host"].clone()
+    };
+    assert_eq!(path(&mut third), disk("a")["path_on_host"], "it is not changed before it stands still");
+    client.stream.set_nonblocking(true).unwrap();
+    assert!(is_silent(&mut client.stream));
+    client.stream.set_nonblocking(false).unwrap();
+    drop(held);
+    assert_eq!(client.receive().status(), "204");
+    assert_eq!(path(&mut third), disk("b")["path_on_host"]);
+    // It goes on, and can be changed again.
+    let before = reads();
+    wait_for(|| reads() > before);
+    third.ok("PATCH", "/drives/a", &c);
 }

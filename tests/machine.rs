@@ -337,3 +337,35 @@ fn a_pci_function_that_is_removed_is_nowhere_any_more() {
         assert_eq!(Arc::strong_count(&kick), 1);
     }
 }
+
+#[test]
+fn a_device_under_change_stands_still_until_that_ends() {
+    let _turn = turn();
+    let folder = Folder::new();
+    for pci in [false, true] {
+        let mut config = config(&folder, pci, "bench", &["disk"]);
+        config.machine_config.mem_size_mib = 128;
+        let mut machine = build(&folder, &config, &Places::new()).unwrap();
+        machine.load(&config, &mut host(&folder)).unwrap();
+        machine.resume().unwrap();
+        wait_for_console(&folder, "bench: ready");
+        let mut typed: &[u8] = b"read 4096 1 1000000000\n";
+        common::wait_for(|| {
+            typed = &typed[machine.type_on_console(typed)..];
+            typed.is_empty()
+        });
+        let reads = |machine: &Machine| machine.metrics(View::Total)["block"]["read_count"].as_u64().unwrap();
+        common::wait_for(|| reads(&machine) > 0);
+        machine.begin_change("disk `disk`").unwrap().wait();
+        let error = machine.begin_change("disk `disk`").err().unwrap().to_string();
+        assert!(error.contains("another change of it waits"), "{error}");
+        // Whatever becomes of the machine meanwhile.
+        machine.pause().unwrap();
+        machine.resume().unwrap();
+        let before = reads(&machine);
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        assert_eq!(reads(&machine), before);
+        machine.end_change("disk `disk`");
+        common::wait_for(|| reads(&machine) > before);
+    }
+}

@@ -150,7 +150,10 @@ fn handle(microvm: &mut Microvm, request: Request) -> Result<Reply, String> {
             let area = device.kind().fault;
             microvm.put_device(device).map_err(fault(area))
         }
-        PatchDevice(kind, change) => microvm.patch_device(kind, &change).map_err(fault(kind.fault)),
+        PatchDevice(kind, change) => match microvm.patch_device(kind, change) {
+            Ok(Some(ticket)) => return Ok(Reply::Later { ticket, area: kind.fault }),
+            done => done.map(drop).map_err(fault(kind.fault)),
+        },
         DeleteDevice(..) => Err(cannot_hotplug(microvm, "removing a device from a running microVM")),
         Action(action) => act(microvm, action),
         PatchVm(VmState::Paused) => microvm.pause("PATCH /vm").map_err(fault("Internal VMM error")),

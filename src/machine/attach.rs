@@ -90,6 +90,7 @@ impl Machine {
             _ => unreachable!("a device is on the machine's bus"),
         }
         self.parts.0.retain(|part| part.name != name);
+        self.changing.retain(|other| other != name);
         self.config.remove(name);
         let is_its = |own: &Arc<Loop>| loops.iter().any(|used| Arc::ptr_eq(used, own));
         self.own_loops.iter().filter(|own| is_its(own)).for_each(Loop::end);

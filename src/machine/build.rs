@@ -96,6 +96,7 @@ pub fn build(
         platform,
         io: None,
         own_loops: Vec::new(),
+        changing: Vec::new(),
         root,
         halt: halt::Watch::default(),
         stays_when_halted: config.dialect == Dialect::Firecracker,

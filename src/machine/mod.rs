@@ -34,7 +34,7 @@ use crate::virtio::transport::Transport;
 use crate::virtio::workers::Loop;
 use crate::vm::Vm;
 use crate::vm::vcpu::{Surroundings, Vcpu};
-use parts::Parts;
+use parts::{Parts, Pausing};
 
 pub use crate::vm::Prepared;
 pub use crate::vm::exit::Exit;
@@ -68,6 +68,8 @@ pub struct Machine {
     io: Option<Arc<Loop>>,
     /// The threads that devices have of their own.
     own_loops: Vec<Arc<Loop>>,
+    /// Devices that are being changed.
+    changing: Vec<String>,
     /// The PCI bus, if there is one.
     root: Option<Arc<Mutex<Root>>>,
     halt: halt::Watch,
@@ -135,7 +137,7 @@ impl Machine {
             vcpu.start(index, &self.surroundings)?;
         }
         if self.state == State::Paused {
-            self.parts.resume();
+            self.parts.resume(&self.changing);
             self.surroundings.gate.open();
             self.state = State::Running;
             log::debug("the guest's CPUs and devices run");
@@ -231,6 +233,18 @@ impl Machine {
         self.errands.turn(host);
     }
 
+    /// Tells a device to stop that is to be changed ([`Machine::patch_device`]), and keeps it from going on,
+    /// whatever becomes of the machine, until it is changed or [`Machine::end_change`] is called.
+    pub fn begin_change(&mut self, name: &str) -> Result<Pausing> {
+        let part = self.parts.get(name)?;
+        if self.changing.iter().any(|other| other == name) {
+            return Err(Error::config("another change of it waits for what it has in flight: wait for that"));
+        }
+        let pausing = parts::begin_pause(std::slice::from_ref(part));
+        self.changing.push(name.to_owned());
+        Ok(pausing)
+    }
+
     /// Changes what can be changed of a device in use, as [`VirtioDevice::patch`] says: the device is stopped,
     /// changed, and goes on where it was. By the `change`, its configuration becomes `changed`.
     ///
@@ -243,11 +257,19 @@ impl Machine {
         let result = part.with(|device: &mut Transport| device.patch(change, host));
         let outcome = if matches!(result, Some(Ok(()))) { "was changed" } else { "stays as it was" };
         log::debug(format_args!("{name} stood still and {outcome}"));
-        if self.state == State::Running {
-            part.lock().resume();
-        }
+        self.end_change(name);
         result.unwrap_or_else(|| Err(Error::config(format!("{name} cannot be changed"))))?;
         self.config.put(changed.clone())
+    }
+
+    /// Lets a device go on where it was, changed or not.
+    pub fn end_change(&mut self, name: &str) {
+        self.changing.retain(|other| other != name);
+        if self.state == State::Running
+            && let Ok(part) = self.parts.get(name)
+        {
+            part.lock().resume();
+        }
     }
 
     /// Asks the guest to shut down, by what the machine has for it: Ctrl-Alt-Del on x86_64, the power

@@ -1,7 +1,8 @@
 //! The parts of a machine, and what is done with all of them, in the order in which they were built.
 
 use std::collections::BTreeMap;
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::Duration;
 
 use serde_json::{Map, Value};
 
@@ -54,9 +55,10 @@ impl Parts {
         pause(&self.0);
     }
 
-    /// Lets all parts go on.
-    pub fn resume(&self) {
-        self.0.iter().for_each(|part| part.lock().resume());
+    /// Lets all parts go on, but not those of these names.
+    pub fn resume(&self, but: &[String]) {
+        let resumed = self.0.iter().filter(|part| !but.contains(&part.name));
+        resumed.for_each(|part| part.lock().resume());
     }
 
     /// What the boot tables of this architecture say of the parts.
@@ -77,15 +79,35 @@ impl Parts {
     }
 }
 
-/// Returns when these parts have stopped: they then touch neither guest memory nor interrupts.
-pub fn pause(parts: &[Part]) {
+/// Parts that were told to stop. Once they have stopped, they touch neither guest memory nor interrupts.
+#[must_use = "the parts may still be at work"]
+pub struct Pausing(Receiver<()>);
+
+impl Pausing {
+    /// Returns when the parts have stopped.
+    pub fn wait(self) {
+        // An error: the last of the parts has dropped its sender.
+        let _ = self.0.recv();
+    }
+
+    /// The same, but not for longer than `time`: whether the parts have stopped.
+    pub fn wait_for(&self, time: Duration) -> bool {
+        self.0.recv_timeout(time) == Err(RecvTimeoutError::Disconnected)
+    }
+}
+
+/// Tells these parts to stop.
+pub fn begin_pause(parts: &[Part]) -> Pausing {
     let (sender, stopped) = channel();
     for part in parts {
         part.lock().pause(sender.clone());
     }
-    drop(sender);
-    // An error: the last of the parts has dropped its sender.
-    let _ = stopped.recv();
+    Pausing(stopped)
+}
+
+/// Returns when these parts have stopped.
+pub fn pause(parts: &[Part]) {
+    begin_pause(parts).wait();
 }
 
 /// Adds what one part counts to what all parts of a group count.

@@ -8,7 +8,7 @@ pub mod monitor;
 pub mod signals;
 
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value};
 
@@ -24,6 +24,10 @@ use crate::log;
 use crate::machine::{Machine, Prepared, State};
 use crate::metrics::{self as counted, View};
 use counts::LATENCIES;
+
+/// So long `main` itself waits for a device to stop that is to be changed. Hardly any takes longer; while one
+/// does, the API and the console must not stand still.
+const CHANGE_TIME: Duration = Duration::from_millis(20);
 
 /// What is left for `main` to do when a job is done.
 pub type Finish = Box<dyn FnOnce(&mut Microvm) -> Result<()> + Send>;
@@ -147,8 +151,12 @@ impl Microvm {
     }
 
     fn started(&mut self) -> Result<&mut Machine> {
-        self.machine.as_mut().ok_or_else(|| Error::config("the microVM has not started"))
+        self.machine.as_mut().ok_or_else(not_started)
     }
+}
+
+fn not_started() -> Error {
+    Error::config("the microVM has not started")
 }
 
 /// What it is made of, before it starts.
@@ -238,17 +246,49 @@ impl Microvm {
         Ok(())
     }
 
-    /// Changes what can be changed of a device in use.
-    pub fn patch_device(&mut self, kind: &Kind, change: &Change) -> Result<()> {
+    /// Changes what can be changed of a device in use, once what it has in flight is finished. A device that
+    /// takes its time for that, because a disk does not answer, has a job wait for it: its ticket is returned.
+    pub fn patch_device(&mut self, kind: &'static Kind, change: Change) -> Result<Option<Ticket>> {
+        let (device, _) = self.changed(kind, &change)?;
+        let name = device.name();
+        let pausing = self.started()?.begin_change(&name)?;
+        if pausing.wait_for(CHANGE_TIME) {
+            return self.end_change(kind, &change).map(|()| None);
+        }
+        log::debug(format_args!("{name} is changed when it has finished what it has in flight"));
+        let job = self.start_job("change", move || {
+            pausing.wait();
+            Box::new(move |microvm| microvm.end_change(kind, &change))
+        });
+        if job.is_err() {
+            self.started()?.end_change(&name);
+        }
+        job.map(Some)
+    }
+
+    /// A device as it is configured, and as it will be.
+    fn changed(&self, kind: &Kind, change: &Change) -> Result<(Device, Device)> {
         let device = self.config.device(kind, &change.id);
         let unknown = || Error::config(format!("there is no {}", kind.name(&change.id)));
         let device = device.ok_or_else(unknown)?.clone();
         let changed = device.patched(change)?;
         // Before the device has it: a change that is refused changes nothing.
         self.config.check_beside(&changed)?;
-        let machine = self.machine.as_mut().ok_or_else(|| Error::config("the microVM has not started"))?;
-        machine.patch_device(&changed, change.patch(), &mut self.host)?;
-        self.config.put(changed)?;
+        Ok((device, changed))
+    }
+
+    /// Makes a change for which its device stands still. What is configured beside the device may be other
+    /// than when the change began.
+    fn end_change(&mut self, kind: &Kind, change: &Change) -> Result<()> {
+        let changed = self.changed(kind, change);
+        let machine = self.machine.as_mut().ok_or_else(not_started)?;
+        let made = changed.and_then(|(device, changed)| {
+            machine.patch_device(&changed, change.patch(), &mut self.host)?;
+            self.config.put(changed)?;
+            Ok(device)
+        });
+        // One that was refused before the device had it.
+        let device = made.inspect_err(|_| machine.end_change(&kind.name(&change.id)))?;
         events::tell(|| match change.body["path_on_host"].as_str() {
             Some(path) => Event::DiskSwapped { drive_id: change.id.clone(), path: PathBuf::from(path) },
             None => Event::DeviceChanged { device: device.name(), change: change.body.clone() },
