@@ -29,8 +29,10 @@
 //!
 //! Threads: `main` serves the socket, signals and standard input, and alone opens files and sockets and starts
 //! threads; one per vCPU runs guest code and passes accesses to the buses; `io`, where there are devices, runs
-//! their workers (a device can ask for threads of its own). An io thread makes what its workers wait by: rings
-//! of io_uring, timers, event descriptors, an epoll set; for anything else a worker asks `main` by an errand.
+//! their workers (a device can ask for threads of its own). An io thread makes what its workers wait by (rings
+//! of io_uring, timers, event descriptors, an epoll set), and lets in who connects where `main` listens; for
+//! anything else a worker asks `main` by an errand. What a client asks for and takes long is a job, on a thread
+//! that `main` starts with open descriptors; the client is answered when the job is done.
 //! `main` handles the signals that end the process; while it is held up, a vCPU's thread does. A vCPU whose lock
 //! somebody else holds is paused; a device whose workers gave their queues back is paused. Pause, reset, save
 //! and a change by the user all are stop, then maybe start: on the device's loop, for which a vCPU that resets

@@ -10,10 +10,11 @@ use std::process::Command;
 
 use common::{Client, Folder, Process, alula, network};
 
-/// What any thread may make: what it works with, which leads nowhere.
-const OWN: &[&str] = &["io_uring_setup", "eventfd2", "timerfd_create", "epoll_create1"];
+/// What any thread may make: what it works with, which leads nowhere, and connections that others make to a
+/// socket at which `main` listens.
+const OWN: &[&str] = &["io_uring_setup", "eventfd2", "timerfd_create", "epoll_create1", "accept4"];
 /// What makes descriptors or threads, beside all that takes a path. Not every architecture has each of them.
-const MAKERS: &str = "%file,?openat2,socket,socketpair,connect,bind,listen,accept4,?open_tree,?fsopen,?memfd_create,\
+const MAKERS: &str = "%file,?openat2,socket,socketpair,connect,bind,listen,?open_tree,?fsopen,?memfd_create,\
                       ?memfd_secret,?pidfd_open,?userfaultfd,?perf_event_open,?bpf,clone,?clone3,?fork,?vfork";
 
 /// What each thread called, by its number; and the number of `main`.
@@ -63,10 +64,10 @@ fn main_alone_opens_files_and_sockets_and_starts_threads() {
     }
     let disk = |id: &str, more: &str| format!("{},id={id}{more}", folder.path(id).display());
     let (a, b) = (disk("a", ",engine=async,queues=2,threads=2"), disk("b", ""));
-    let socket = folder.path("socket");
+    let (socket, vsock) = (folder.path("socket"), folder.path("vsock").display().to_string());
     for transport in [&[][..], &["--enable-pci"]] {
         let api = ["--cmdline", "end=idle", "--api-sock", socket.to_str().unwrap()];
-        let devices = ["--disk", &a, "--disk", &b, "--net", "tap=tap0", "--entropy"];
+        let devices = ["--disk", &a, "--disk", &b, "--net", "tap=tap0", "--entropy", "--vsock", &vsock];
         let mut process = traced(&folder, &[&api[..], &devices, transport].concat());
         process.expect(", 0 failed");
         let mut client = Client::connect(&socket);
