@@ -62,7 +62,7 @@ impl Receiver {
 
     /// Sends the guest what there is for it, as far as it gives buffers.
     pub fn deliver(&mut self, memory: &Regions, mux: &mut Mux) -> Result<Turn> {
-        if !self.queue.is_ready() || !mux.has_something() {
+        if !mux.has_something() || !self.queue.begin_turn(memory)? {
             return Ok(Turn::Done);
         }
         let mut share = Share::new(self.queue.size());
@@ -76,14 +76,11 @@ impl Receiver {
             }
             self.take_buffers(memory, &mut share)?;
             if self.is_empty() {
-                if share.is_used_up() {
-                    break Turn::More;
+                // Kicks are of use only to who has no buffer left.
+                match self.queue.look_again(memory, &share)? {
+                    true => continue,
+                    false => break Turn::Done,
                 }
-                // Kicks are of use only to who has nothing left.
-                if !self.queue.look_again(memory, &share)? {
-                    break Turn::Done;
-                }
-                continue;
             }
             match mux.next() {
                 Some(Next::Refusal(header)) => {
@@ -107,6 +104,10 @@ impl Receiver {
         if self.is_empty() {
             self.pool.clear();
             (self.entry, self.vector) = (0, 0);
+        } else if self.entry >= usize::from(self.queue.size()) {
+            // Those that were used would be kept as long as there is always another one.
+            self.pool.remove_used();
+            (self.entry, self.vector) = (0, 0);
         }
         while let Some(chain) = self.queue.pop(memory, share)? {
             let length = self.pool.add_writable(chain)?;
@@ -114,6 +115,10 @@ impl Receiver {
                 return Err(Error::guest(format!(
                     "the driver gave a receive buffer of {length} bytes, which has no room for a packet"
                 )));
+            }
+            if self.pool.entries().len() - self.entry > self.queue.size().into() {
+                // One after the other, the same again and again: what is kept of them would have no end.
+                return Err(Error::guest("the driver gave more receive buffers than its ring holds"));
             }
         }
         Ok(())
@@ -201,6 +206,7 @@ impl Receiver {
         self.pool.mark_dirty(self.vector, HEADER + length);
         self.queue.push(memory, entry.head, (HEADER + length) as u32)?;
         self.vector += self.pool.count_vectors(self.entry..self.entry + 1);
+        self.pool.set_used(self.entry);
         self.entry += 1;
         mux.metrics.rx_packets_count.add(1);
         Ok(())

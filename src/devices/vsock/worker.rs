@@ -128,6 +128,9 @@ impl EventQueue {
                 } else {
                     self.taken += 1;
                 }
+                if self.taken > self.queue.size().into() {
+                    return Err(Error::guest("the driver gave more event buffers than its ring holds"));
+                }
             }
             if let Some(head) = event {
                 self.queue.push(memory, head, TRANSPORT_RESET.len() as u32)?;
@@ -136,8 +139,7 @@ impl EventQueue {
             if matches!(mux.told, Told::Sent(before) if self.taken > before) {
                 mux.told = Told::Nothing;
             }
-            if mux.told == Told::Nothing || share.is_used_up() {
-                // A driver that gives more than its ring holds has had its turn.
+            if mux.told == Told::Nothing {
                 self.give_back();
                 break;
             }
