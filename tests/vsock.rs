@@ -14,8 +14,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use alula::devices::KINDS as DEVICES;
 use alula::devices::kind::Device;
 use alula::host::Host;
+use alula::memory;
 use alula::metrics::View;
-use common::driver::{F_EVENT_IDX, Guest, KINDS, Kind};
+use common::driver::{self, F_EVENT_IDX, Guest, KINDS, Kind};
 use common::vsock::{
     CREDIT_REQUEST, CREDIT_UPDATE, Driver, Packet, REQUEST, RESPONSE, RST, RW, SHUT_RECEIVE, SHUT_SEND,
     SHUTDOWN,
@@ -37,6 +38,19 @@ impl World {
         let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let folder = Folder::new();
         let guest = Guest::new(kind, device(&folder).open("vsock", &mut Host::default()).unwrap());
+        Self::of(folder, guest, alone)
+    }
+
+    /// The same with a device that works when it is waited for, which takes no time.
+    fn by_hand() -> Self {
+        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let folder = Folder::new();
+        let memory = memory::allocate(&[memory::Range { start: 0, size: driver::MEMORY }]).unwrap();
+        let opened = device(&folder).open("vsock", &mut Host::default()).unwrap();
+        Self::of(folder, Guest::by_hand(Kind::Mmio, opened, memory), alone)
+    }
+
+    fn of(folder: Folder, guest: Guest, alone: MutexGuard<'static, ()>) -> Self {
         let mut driver = Driver::new(guest);
         driver.start(F_EVENT_IDX);
         Self { folder, driver, _alone: alone }
@@ -183,6 +197,19 @@ fn a_half_close_of_the_host_leaves_the_way_back_open() {
     assert_eq!(world.driver.expect(SHUTDOWN).flags, SHUT_SEND);
     world.driver.send(Packet::new(RW, 7, port), b"answer");
     assert_eq!(read(&mut client, 6), b"answer");
+    // An end that comes together with the last bytes is heard after them.
+    let mut ended = Vec::new();
+    for how in [Shutdown::Write, Shutdown::Both] {
+        let (mut client, _) = world.connected(7);
+        world.driver.guest.pause();
+        client.write_all(b"last").unwrap();
+        client.shutdown(how).unwrap();
+        world.driver.guest.resume();
+        assert_eq!(world.driver.receive().1, b"last");
+        assert_ne!(world.driver.expect(SHUTDOWN).flags & SHUT_SEND, 0);
+        // Its closing would be told, too.
+        ended.push(client);
+    }
     // The guest will not read: who writes is told.
     let (mut other, port) = world.connected(8);
     world.driver.send(Packet { flags: SHUT_RECEIVE, ..Packet::new(SHUTDOWN, 8, port) }, &[]);
@@ -286,4 +313,320 @@ fn a_guest_that_writes_faster_than_the_host_reads_loses_nothing() {
     client.read_to_end(&mut rest).unwrap();
     assert!(rest == bytes(0..count), "{} of {count} bytes", rest.len());
     while world.driver.receive().0.op != RST {}
+}
+
+#[test]
+fn all_packets_of_a_kick_leave_by_one_write_and_arrive_by_one_read() {
+    let mut world = World::new(Kind::Mmio);
+    let ((mut one, first), (mut other, second)) = (world.connected(1), world.connected(2));
+    let before = world.counted("tx_call_count");
+    let packet = |port: u32, host_port: u32| Packet::new(RW, port, host_port);
+    // In turns, by two connections.
+    let (a, b) = (packet(1, first), packet(2, second));
+    world.driver.send_all(&[(a, b"a1"), (b, b"b1"), (a, b"a2"), (b, b"b2"), (a, b"a3"), (b, b"b3")]);
+    assert_eq!((read(&mut one, 6), read(&mut other, 6)), (b"a1a2a3".to_vec(), b"b1b2b3".to_vec()));
+    assert_eq!(world.counted("tx_call_count") - before, 2);
+    // What ends a stream comes after what was sent before it.
+    let shut = Packet { flags: SHUT_SEND, ..Packet::new(SHUTDOWN, 1, first) };
+    world.driver.send_all(&[(a, b"last"), (shut, b""), (b, b"more")]);
+    let mut rest = Vec::new();
+    one.read_to_end(&mut rest).unwrap();
+    assert_eq!((rest, read(&mut other, 4)), (b"last".to_vec(), b"more".to_vec()));
+    // Eight buffers of 4 KiB each, filled at once.
+    world.driver.guest.pause();
+    let before = world.counted("rx_call_count");
+    other.write_all(&bytes(0..30_000)).unwrap();
+    world.driver.guest.resume();
+    let mut received = Vec::new();
+    while received.len() < 30_000 {
+        received.extend(world.driver.receive().1);
+    }
+    assert!(received == bytes(0..30_000));
+    // One more finds out about each connection after the pause.
+    let calls = world.counted("rx_call_count") - before;
+    assert!(calls <= 3, "{calls} reads for eight buffers");
+}
+
+#[test]
+fn a_guest_that_lies_loses_its_connection_and_nothing_else() {
+    let mut world = World::by_hand();
+    let (mut beside, port) = world.connected(99);
+    let rw = Packet::new(RW, 7, 0);
+    let full = bytes(0..64 << 10);
+    for lie in 0..9 {
+        let (mut client, host_port) = world.connected(7);
+        let packet = Packet { to_port: host_port, ..rw };
+        match lie {
+            // More than it was allowed.
+            0 => (0..16).for_each(|_| world.driver.send(packet, &full)),
+            // A length that the packet does not have.
+            1 => world.driver.send(Packet { length: 100, ..packet }, b"short"),
+            2 => world.driver.send(Packet { length: u32::MAX, ..packet }, b"short"),
+            // Operations and kinds that there are not.
+            3 => world.driver.send(Packet { op: 0, ..packet }, b""),
+            4 => world.driver.send(Packet { op: 8, ..packet }, b""),
+            5 => world.driver.send(Packet { kind: 2, ..packet }, b"x"),
+            6 => world.driver.send(Packet { kind: 77, ..packet }, b"x"),
+            // What comes at the wrong time.
+            7 => world.driver.send(Packet { op: RESPONSE, ..packet }, b""),
+            _ => world.driver.send(Packet { op: REQUEST, ..packet }, b""),
+        }
+        loop {
+            let (packet, _) = world.driver.receive();
+            if packet.op != CREDIT_UPDATE {
+                assert_eq!((packet.op, packet.from_port), (RST, host_port), "lie {lie}");
+                break;
+            }
+        }
+        // What came after the end was for nobody.
+        while world.driver.has_received() {
+            assert_eq!(world.driver.receive().0.op, RST);
+        }
+        let mut rest = Vec::new();
+        let _ = client.read_to_end(&mut rest);
+        assert!(rest.len() < 16 * full.len() && is_closed(&mut client));
+    }
+    // For nobody here, and from somebody else: not even refused.
+    let stray = Packet::new(RW, 99, port);
+    for packet in [
+        Packet { to: 3, ..stray },
+        Packet { to: 1 << 32 | 2, ..stray },
+        Packet { to: u64::MAX, ..stray },
+        Packet { from: 4, ..stray },
+        Packet { from: 2, to: 3, ..stray },
+        // A refusal of what is no connection.
+        Packet { op: RST, from_port: 1, ..stray },
+    ] {
+        world.driver.send(packet, b"stray");
+    }
+    // What is no packet at all.
+    let short = world.driver.guest.allocate(&[0; 43]);
+    for chain in [(short, 0), (short, common::driver::WRITE)] {
+        world.driver.guest.request(common::vsock::TX, &[chain]);
+    }
+    // A room that is a lie: nothing more comes, or all that it has buffers for.
+    let (mut client, host_port) = world.connected(8);
+    let update = Packet { forwarded: 5_000, ..Packet::new(CREDIT_UPDATE, 8, host_port) };
+    world.driver.send(update, &[]);
+    client.write_all(b"x").unwrap();
+    assert_eq!(world.driver.expect(CREDIT_REQUEST).from_port, host_port);
+    world.driver.send(Packet { room: u32::MAX, forwarded: 0, ..update }, &[]);
+    assert_eq!(world.driver.receive().1, b"x");
+    world.driver.send(stray, b"beside");
+    assert_eq!(read(&mut beside, 6), b"beside");
+    beside.write_all(b"answer").unwrap();
+    assert_eq!(world.driver.receive().1, b"answer");
+}
+
+#[test]
+fn a_line_that_asks_for_no_port_ends_the_connection() {
+    let mut world = World::new(Kind::Mmio);
+    let digits = "1".repeat(5000);
+    for text in [
+        "CONNECT \n".to_owned(),
+        "CONNECT\n".to_owned(),
+        "CONNECT x\n".to_owned(),
+        "CONNECT -1\n".to_owned(),
+        "CONNECT 4294967296\n".to_owned(),
+        format!("CONNECT {digits}\n"),
+        "GET / HTTP/1.1\r\n".to_owned(),
+        "\n".to_owned(),
+        "x".repeat(32),
+    ] {
+        let mut client = world.client(&text);
+        assert!(is_closed(&mut client), "{text}");
+    }
+    // Half a line waits for the other half, and goes when its client does.
+    let [mut late, left] = ["CONN", "CONNECT 5"].map(|text| world.client(text));
+    wait_for(|| world.connections() == 2);
+    drop(left);
+    wait_for(|| world.connections() == 1);
+    late.write_all(b"ECT 6").unwrap();
+    late.write_all(b"7\n").unwrap();
+    let request = world.driver.expect(REQUEST);
+    assert_eq!(request.to_port, 67);
+    // Nobody listens there.
+    world.driver.send(request.answer(RST), &[]);
+    assert!(is_closed(&mut late));
+    // A client that does not wait for the guest.
+    let gone = world.client("CONNECT 8\n");
+    let request = world.driver.expect(REQUEST);
+    drop(gone);
+    assert_eq!(world.driver.expect(RST).from_port, request.from_port);
+    assert_eq!(world.connections(), 0);
+}
+
+#[test]
+fn clients_that_say_nothing_keep_nobody_out() {
+    const WAITING_MAX: usize = 1024;
+    let mut world = World::new(Kind::Mmio);
+    let mut silent: Vec<_> = (0..WAITING_MAX + 10).map(|_| world.client("")).collect();
+    wait_for(|| world.connections() == WAITING_MAX as u64 && world.counted("conns_refused") == 10);
+    // The oldest are those that went.
+    assert!(silent.drain(..10).all(|mut client| is_closed(&mut client)));
+    let (mut client, port) = world.connected(5);
+    world.driver.send(Packet::new(RW, 5, port), b"in");
+    assert_eq!(read(&mut client, 2), b"in");
+    drop(silent);
+    wait_for(|| world.connections() == 1);
+}
+
+/// The next packet that asks the guest for a connection.
+fn next_request(driver: &mut Driver) -> Packet {
+    loop {
+        let (packet, _) = driver.receive();
+        if packet.op == REQUEST {
+            return packet;
+        }
+    }
+}
+
+#[test]
+fn connections_that_are_opened_and_left_cost_nothing() {
+    const ROUNDS: u32 = 100_000;
+    /// As many as there can be (`CONNECTIONS_MAX`), and some.
+    const ANSWERED: u32 = 16_500;
+    let mut world = World::by_hand();
+    let open = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+    let before = open();
+    // The guest answers some of the clients, and hears of none of their ends.
+    for round in 0..ROUNDS {
+        let client = world.client("CONNECT 9\n");
+        let request = next_request(&mut world.driver);
+        if round < ANSWERED {
+            world.driver.send(request.answer(RESPONSE), &[]);
+            drop(answered(client, request.from_port));
+        }
+    }
+    let (driver, mut left) = (&mut world.driver, 0);
+    driver.guest.wait_for(|_| {
+        left = open();
+        left <= before
+    });
+    assert!(world.connections() >= 16_383, "{}", world.connections());
+    // One more has its place: the oldest of those that were left goes.
+    while world.driver.has_received() {
+        world.driver.receive();
+    }
+    let client = world.client("CONNECT 10\n");
+    let request = next_request(&mut world.driver);
+    world.driver.send(request.answer(RESPONSE), &[]);
+    let mut client = answered(client, request.from_port);
+    world.driver.send(request.answer(RW), b"alive");
+    assert_eq!(read(&mut client, 5), b"alive");
+    assert_eq!(world.connections(), 16_384);
+}
+
+#[test]
+fn a_listener_without_room_delays_its_connection_alone() {
+    let mut world = World::new(Kind::Pci);
+    let listener = UnixListener::bind(world.path(80)).unwrap();
+    // As many as the kernel keeps for who does not take them; the next ones would wait.
+    let mut waiting = Vec::new();
+    while let Ok(stream) = alula::host::socket::connect(&world.path(80)) {
+        waiting.push(stream);
+    }
+    world.driver.send(Packet::new(REQUEST, 1000, 80), &[]);
+    // Meanwhile others connect.
+    let _other = world.accepted(81);
+    let (_client, _) = world.connected(5);
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    assert!(!world.driver.has_received());
+    drop(listener.accept().unwrap());
+    assert_eq!(world.driver.expect(RESPONSE).from_port, 80);
+    // The guest's own time is over: it refuses, and nothing is left.
+    world.driver.send(Packet::new(RST, 1000, 80), &[]);
+    wait_for(|| world.connections() == 2);
+}
+
+#[test]
+fn a_restored_guest_hears_that_its_connections_are_gone_first() {
+    let mut world = World::new(Kind::Mmio);
+    let listener = UnixListener::bind(world.path(80)).unwrap();
+    let mut next_port = 1 << 30;
+    for round in 0..100 {
+        let (mut client, port) = world.connected(5);
+        assert_eq!(port, next_port, "round {round}");
+        next_port = port + 1;
+        world.driver.send(Packet::new(REQUEST, 1000, 80), &[]);
+        world.driver.expect(RESPONSE);
+        let mut host = listener.accept().unwrap().0;
+        let World { folder, driver, _alone } = world;
+        let (driver, suspended) = driver.suspend();
+        assert!(is_closed(&mut client) && is_closed(&mut host));
+        let mut guest = Guest::new(Kind::Mmio, device(&folder).open("vsock", &mut Host::default()).unwrap());
+        guest.take_over(&suspended).unwrap();
+        guest.resume();
+        world = World { folder, driver: driver.moved(guest), _alone };
+        // A client that is quick, and a guest that still talks to what is gone.
+        let mut quick = world.client("CONNECT 6\nhello");
+        world.driver.send(Packet::new(RW, 5, port), b"?");
+        let mut event = None;
+        wait_for(|| {
+            event = event.or(world.driver.take_event());
+            event.is_some()
+        });
+        std::thread::sleep(std::time::Duration::from_millis(2));
+        assert!(!world.driver.has_received(), "round {round}: it was sent something before it has heard");
+        if round % 3 == 0 {
+            world.driver.guest.pause();
+            world.driver.guest.resume();
+        }
+        world.driver.give_event_back(event.unwrap());
+        let (mut refused, mut request) = (false, None);
+        while !refused || request.is_none() {
+            match world.driver.receive().0 {
+                packet if packet.op == RST => refused = (packet.from_port, packet.to_port) == (port, 5),
+                packet => request = Some(packet),
+            }
+        }
+        let request = request.unwrap();
+        assert_eq!((request.op, request.from_port, request.to_port), (REQUEST, next_port, 6));
+        next_port += 1;
+        world.driver.send(request.answer(RESPONSE), &[]);
+        quick = answered(quick, request.from_port);
+        assert_eq!(world.driver.receive().1, b"hello");
+        drop(quick);
+        assert!(world.driver.take_event().is_none());
+        world.driver.expect(SHUTDOWN);
+        world.driver.send(request.answer(RST), &[]);
+    }
+}
+
+#[test]
+fn a_pause_holds_connections_still() {
+    for kind in KINDS {
+        let mut world = World::new(kind);
+        let (mut client, port) = world.connected(5);
+        let mut host = world.accepted(80);
+        for round in 0..20_u8 {
+            world.driver.guest.pause();
+            client.write_all(&[round; 10_000]).unwrap();
+            host.write_all(&[round]).unwrap();
+            let waiting = world.client("CONNECT 7\n");
+            world.driver.guest.resume();
+            let (mut of_client, mut of_host, mut request) = (0, 0, None);
+            while of_client < 10_000 || of_host < 1 || request.is_none() {
+                let (packet, bytes) = world.driver.receive();
+                assert!(bytes.iter().all(|byte| *byte == round));
+                match (packet.op, packet.from_port == port) {
+                    (RW, true) => of_client += bytes.len(),
+                    (RW, false) => of_host += bytes.len(),
+                    (REQUEST, _) => request = Some(packet),
+                    (CREDIT_REQUEST, _) => {}
+                    (op, _) => panic!("operation {op}"),
+                }
+            }
+            let told = Packet { forwarded: 10_000 * (u32::from(round) + 1), ..Packet::new(RW, 5, port) };
+            world.driver.send(told, &[round; 100]);
+            assert_eq!(read(&mut client, 100), [round; 100]);
+            world.driver.send(request.unwrap().answer(RST), &[]);
+            assert!(is_closed(&mut { waiting }));
+        }
+        // A reset ends them all.
+        world.driver.start(0);
+        assert!(is_closed(&mut client) && is_closed(&mut host));
+        let (_client, port) = world.connected(5);
+        assert_eq!(port, 1 << 30);
+    }
 }

@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::event::EventFd;
+use crate::event::{EventFd, Interest};
 use crate::host::Host;
 use crate::memory::Memory;
 use crate::metrics::Group;
@@ -92,6 +92,10 @@ pub trait Worker: Send {
     /// Something registered with `token` is ready. An error is the driver's fault: the device stops
     /// and asks to be reset.
     fn handle(&mut self, token: u32) -> Result<()>;
+    /// The same, for a worker that asks what its descriptor is ready for: data, room, or an end.
+    fn handle_ready(&mut self, token: u32, _ready: Interest) -> Result<()> {
+        self.handle(token)
+    }
     /// A ring of its own that it queues operations in and takes them from: the loop hands them over, and
     /// calls `handle` with [`RING`] when some are complete.
     fn ring(&mut self) -> Option<&mut Uring> {

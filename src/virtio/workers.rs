@@ -317,7 +317,7 @@ impl Running {
             return true;
         }
         self.last = Some(slot);
-        self.handle(slot, RING);
+        self.handle(slot, RING, Interest::IN);
         let place = self.slots.get_mut(slot).and_then(Option::as_mut);
         place.and_then(Place::ring).is_none_or(|ring| ring.woke())
     }
@@ -349,7 +349,7 @@ impl Running {
     fn handle_all(&mut self, this: &Arc<Loop>, ready: &mut Vec<Ready>) -> bool {
         for event in ready.drain(..) {
             if event.token != WAKE {
-                self.handle(slot(event.token), event.token as u32);
+                self.handle(slot(event.token), event.token as u32, event.events);
             }
             if this.has_jobs.load(Ordering::Acquire) && self.do_jobs(this) {
                 return true;
@@ -364,7 +364,9 @@ impl Running {
             match job {
                 Job::Start(transport) => start(&transport),
                 Job::Add(worker, transport) => self.add(this, worker, transport),
-                Job::Tell(slot, token, answered) if answered.is_wanted() => self.handle(slot, token),
+                Job::Tell(slot, token, answered) if answered.is_wanted() => {
+                    self.handle(slot, token, Interest::empty())
+                }
                 Job::Tell(..) => {}
                 Job::Stop(transport) => self.stop(transport),
                 Job::End => {
@@ -382,7 +384,7 @@ impl Running {
     }
 
     /// Its worker may have gone since the event came.
-    fn handle(&mut self, slot: usize, token: u32) {
+    fn handle(&mut self, slot: usize, token: u32, ready: Interest) {
         let Some(place) = self.slots.get_mut(slot).and_then(Option::as_mut) else { return };
         if place.failed {
             return;
@@ -390,7 +392,7 @@ impl Running {
         if log::wants(log::Level::Trace) {
             place.trace(token);
         }
-        if let Err(error) = place.worker.handle(token) {
+        if let Err(error) = place.worker.handle_ready(token, ready) {
             place.fail(&error);
         }
     }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::driver::{Guest, WRITE};
+use super::driver::{Guest, Suspended, WRITE};
 
 pub const RX: usize = 0;
 pub const TX: usize = 1;
@@ -95,6 +95,21 @@ impl Packet {
     }
 }
 
+/// A driver without its guest.
+pub struct Left {
+    rooms: HashMap<u16, (u64, u32)>,
+    slots: Vec<u64>,
+    events: HashMap<u16, (u64, u32)>,
+}
+
+impl Left {
+    /// The same driver, in a machine built anew.
+    pub fn moved(self, guest: Guest) -> Driver {
+        let Self { rooms, slots, events } = self;
+        Driver { guest, rooms, slots, events }
+    }
+}
+
 /// A driver that keeps its receive queue filled.
 pub struct Driver {
     pub guest: Guest,
@@ -138,9 +153,10 @@ impl Driver {
         self.events.insert(head, event);
     }
 
-    /// The same driver, in a machine built anew.
-    pub fn moved(self, guest: Guest) -> Self {
-        Self { guest, ..self }
+    /// Stops the guest for good: what is left of it, and of its driver.
+    pub fn suspend(self) -> (Left, Suspended) {
+        let Self { guest, rooms, slots, events } = self;
+        (Left { rooms, slots, events }, guest.suspend())
     }
 
     /// Sends packets in one kick, and waits until they were taken.

@@ -15,6 +15,9 @@ use crate::virtio::{Desk, Watched};
 /// The longest line by which a program of the host asks for a port: more would have to be kept while it comes.
 pub const GREETING_MAX: usize = 32;
 
+/// What is waited for by every stream.
+const WANTED: Interest = Interest::IN.union(Interest::READ_HANG_UP).union(Interest::EDGE_TRIGGERED);
+
 /// The two ports that tell a connection from all others.
 #[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
 pub struct Key {
@@ -56,7 +59,7 @@ impl Stream {
     /// Waits for what comes, and for the end.
     pub fn watch(self, desk: &Desk, token: u32) -> Result<Self> {
         let stream = self.rest();
-        Ok(Self::Watched(desk.watch(stream, Interest::IN | Interest::EDGE_TRIGGERED, token)?))
+        Ok(Self::Watched(desk.watch(stream, WANTED, token)?))
     }
 
     /// Waits no more.
@@ -72,7 +75,7 @@ impl Stream {
         let room = if is_wanted { Interest::OUT } else { Interest::empty() };
         match self {
             Self::Resting(_) => Ok(()),
-            Self::Watched(watched) => watched.set_interest(Interest::IN | room | Interest::EDGE_TRIGGERED),
+            Self::Watched(watched) => watched.set_interest(WANTED | room),
         }
     }
 }
@@ -127,6 +130,8 @@ pub struct Connection {
     pub may_read: bool,
     /// The guest was asked for credit since it gave some last.
     pub has_asked: bool,
+    /// The host sends no more: its end is read after its last bytes, and nothing tells of it again.
+    pub host_is_ending: bool,
     /// No more bytes come from the host.
     pub host_ended: bool,
     /// The host takes no more bytes.
@@ -158,6 +163,7 @@ impl Connection {
             is_queued: false,
             may_read: false,
             has_asked: false,
+            host_is_ending: false,
             host_ended: false,
             host_is_deaf: false,
             guest_shut: 0,

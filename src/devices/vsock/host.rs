@@ -84,10 +84,12 @@ impl Mux {
         Ok(())
     }
 
-    /// Something has happened to the stream of a connection: there are bytes, there is room, or it has ended.
-    pub(super) fn ready(&mut self, index: u32) -> Result<()> {
+    /// Something has happened to the stream of a connection: there are bytes, there is room, or (`ends`) no more
+    /// bytes come than there are.
+    pub(super) fn ready(&mut self, index: u32, ends: bool) -> Result<()> {
         let Some(connection) = self.get(index) else { return Ok(()) };
         connection.may_read = true;
+        connection.host_is_ending |= ends;
         match connection.phase {
             Phase::Greeting { .. } => self.listen(index),
             Phase::Requested => {

@@ -183,7 +183,7 @@ impl Receiver {
                 return Ok(0);
             }
         };
-        connection.may_read = may_be_more;
+        connection.may_read = may_be_more || connection.host_is_ending;
         connection.flow.send(count as u32);
         metrics.rx_bytes_count.add(count as u64);
         let (mut left, mut packets) = (count, 0);

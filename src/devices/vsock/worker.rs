@@ -18,6 +18,8 @@ const RX: u32 = 0;
 const TX: u32 = 1;
 const EVENT: u32 = 2;
 const LISTENER: u32 = 3;
+/// What tells that a program of the host sends no more.
+const ENDS: Interest = Interest::READ_HANG_UP.union(Interest::HANG_UP).union(Interest::ERROR);
 /// struct virtio_vsock_event of VIRTIO_VSOCK_EVENT_TRANSPORT_RESET (virtio 1.2, 5.10.6.7).
 const TRANSPORT_RESET: [u8; 4] = [0; 4];
 
@@ -61,6 +63,10 @@ impl Worker for Running {
     }
 
     fn handle(&mut self, token: u32) -> Result<()> {
+        self.handle_ready(token, Interest::empty())
+    }
+
+    fn handle_ready(&mut self, token: u32, ready: Interest) -> Result<()> {
         let memory = self.memory.memory();
         let mux = &mut *self.mux;
         match token {
@@ -76,7 +82,7 @@ impl Worker for Running {
             LISTENER => mux.may_accept = true,
             TIMER => mux.ask_again()?,
             _ => match (token.wrapping_sub(FIRST_TOKEN) / 2, token % 2) {
-                (index, 0) => mux.ready(index)?,
+                (index, 0) => mux.ready(index, ready.intersects(ENDS))?,
                 (index, _) => mux.connected(index)?,
             },
         }
