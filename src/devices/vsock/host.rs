@@ -7,14 +7,12 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use vmm_sys_util::timerfd::TimerFd;
-
 use super::connection::{GREETING_MAX, Key, Phase, Stream, port};
 use super::mux::{FIRST_TOKEN, Mux, WAITING_MAX, spare};
 use super::socket;
 use crate::descriptors::Named;
 use crate::error::{Context, Error, Result};
-use crate::event::Interest;
+use crate::event::{self, Interest};
 use crate::host;
 use crate::log;
 
@@ -241,7 +239,7 @@ impl Mux {
         if self.timer.is_none()
             && let Some(desk) = &self.desk
         {
-            let new = TimerFd::new().map_err(timer).context("create a timer")?;
+            let new = event::timer("vsock, what is due")?;
             self.timer = Some(desk.watch(new, Interest::IN | Interest::EDGE_TRIGGERED, TIMER)?);
         }
         match &mut self.timer {

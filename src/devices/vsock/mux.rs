@@ -7,8 +7,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use vmm_sys_util::timerfd::TimerFd;
-
 use super::backlog::{BLOCK, BLOCKS_MAX, Blocks};
 use super::connection::{Connection, Key, Phase, Stream};
 use super::flow::{WINDOW_MAX, WINDOW_MIN};
@@ -17,6 +15,7 @@ use super::packet::{HOST_CID, Header, STREAM, op};
 use super::socket::Vectors;
 use crate::descriptors::Named;
 use crate::error::Result;
+use crate::event::Timer;
 use crate::host::listener::Listener;
 use crate::virtio::{Desk, Watched};
 
@@ -61,7 +60,7 @@ pub struct Mux {
     /// Of the loop that its worker lives on, while there is one.
     pub(super) desk: Option<Desk>,
     /// It goes off when programs of the host are to be asked again.
-    pub(super) timer: Option<Watched<TimerFd>>,
+    pub(super) timer: Option<Watched<Timer>>,
     /// Clients are left that no turn has taken yet.
     pub(super) may_accept: bool,
     /// Memory for a system call, used again and again.
