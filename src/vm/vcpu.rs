@@ -198,6 +198,12 @@ impl Vcpu {
 /// `stood_still`: the guest ran before, and the gate was closed since.
 fn run(shared: &Shared, surroundings: &Surroundings, index: usize, stood_still: bool) {
     let mut fd = shared.fd.lock().unwrap_or_else(PoisonError::into_inner);
+    // A pause between the gate and this lock has found the vCPU stopped. Even a KVM_RUN that returns at once
+    // would be in the way of who saves the machine: KVM refuses to read a GIC (EBUSY) meanwhile. No instruction
+    // is unfinished here, for the last KVM_RUN was interrupted.
+    if !surroundings.gate.is_open() {
+        return;
+    }
     if stood_still {
         tell_that_it_stood_still(&fd, index);
     }
