@@ -231,6 +231,29 @@ fn a_machine_that_cannot_be_saved_or_restored_says_why() {
     refused(SavedMachine::from_bytes(&[&[9], &suspended.bytes[1..]].concat()).map(drop), "has version 9");
 }
 
+// A GIC forgets a pulse of a line that the guest has not set up; a PIC of a PC does not.
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn an_interrupt_under_way_arrives_before_a_machine_is_saved() {
+    /// More than the clock takes, which goes on, and which the saved state ends with.
+    const CLOCK: usize = 64;
+    let vm = common::driver::vm();
+    let line = vm.interrupt(4).unwrap();
+    let chips = || {
+        let mut state = postcard::to_stdvec(&vm.save().unwrap()).unwrap();
+        state.truncate(state.len() - CLOCK);
+        state
+    };
+    let (quiet, before) = (vm.save().unwrap(), chips());
+    for round in 0..3000 {
+        vm.restore(&quiet).unwrap();
+        assert!(chips() == before, "{round}: there is an interrupt already");
+        line.write(1).unwrap();
+        vm.settle_interrupts().unwrap();
+        assert!(chips() != before, "{round}: the interrupt is in no state");
+    }
+}
+
 #[test]
 fn damaged_states_are_refused_or_make_a_machine_that_lives_alone() {
     // Where KVM is emulated, a machine takes half a second.
