@@ -13,10 +13,12 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::descriptors::Named;
 use crate::error::{Context, Result};
 use crate::log;
+use crate::metadata::Service;
 use crate::sink::{Purpose, Sink};
 use console::Output;
 use listener::Listener;
@@ -88,6 +90,7 @@ pub struct Host {
     held: Vec<Held>,
     /// A disk that somebody else uses is only warned of, whatever its configuration says.
     warns_of_sharing: bool,
+    metadata: Option<Arc<Service>>,
 }
 
 impl Host {
@@ -175,6 +178,11 @@ impl Host {
         self.held = Vec::new();
     }
 
+    /// Has this metadata service answer on the interfaces that its configuration names.
+    pub fn serve_metadata(&mut self, service: Service) {
+        self.metadata = Some(Arc::new(service));
+    }
+
     /// Lets disks be shared with others, with a warning: what other monitors do, without one.
     pub fn warn_of_sharing(&mut self) {
         self.warns_of_sharing = true;
@@ -227,6 +235,12 @@ impl Host {
     /// passt is not installed, or cannot be started.
     pub fn passt(&mut self, arguments: Vec<String>) -> Result<Passt> {
         Passt::start(arguments)
+    }
+
+    /// The metadata service, if it answers on this network interface.
+    pub fn metadata(&self, interface: &str) -> Option<Arc<Service>> {
+        let service = self.metadata.as_ref()?;
+        service.config.network_interfaces.iter().any(|id| id == interface).then(|| service.clone())
     }
 
     /// Fresh random bytes, for the guest's generator.

@@ -7,7 +7,8 @@
 //!   [`descriptors`]: what is open, by name, and what was inherited.
 //!   [`terminal`]: the terminal that it was started from.
 //!   [`sink`]: where lines for the outside go. [`log`]: messages. [`timeline`]: the steps of a start.
-//! - [`snapshot`]: state that outlives the process. [`limiter`]: rate limits.
+//! - [`snapshot`]: state that outlives the process. [`limiter`]: rate limits. [`metadata`]: what a guest is told
+//!   of itself, and the service that tells it.
 //! - [`event`]: the core of an event loop. [`events`]: what happens to the microVM, for its readers.
 //!   [`uring`]: io_uring for an event loop. [`memory`]: guest memory. [`host`]: what a machine needs of the host.
 //!   [`errands`]: what io threads have `main` do. [`jobs`]: what `main` has others do.
@@ -87,6 +88,7 @@ pub mod limiter;
 pub mod log;
 pub mod machine;
 pub mod memory;
+pub mod metadata;
 pub mod metrics;
 pub mod microvm;
 pub mod part;

@@ -171,12 +171,20 @@ fn a_guest_uses_disk_network_and_entropy() {
         std::fs::File::create(&disk).unwrap().set_len(32 << 20).unwrap();
         let disk = format!("{},id=data", disk.display());
         let net = "tap=tap0,mac=06:00:ac:10:00:02";
+        let metadata = json!({ "name": "web1", "long": "x".repeat(40_000), "more": {} }).to_string();
+        let metadata = folder.write("metadata.json", metadata);
+        let told = ["--metadata", metadata.to_str().unwrap()];
         let devices = ["--disk", &disk, "--net", net, "--entropy"];
-        let Ended { code, text } =
-            boot_with(KERNELS[0], 2, "disk-write,network,entropy", &[transport, &devices].concat());
+        let Ended { code, text } = boot_with(
+            KERNELS[0],
+            2,
+            "disk-write,network,metadata,entropy",
+            &[transport, &devices, &told].concat(),
+        );
         assert_eq!(code, Some(0), "{text}");
         assert!(text.contains("disk: read and written, 65536 sectors"), "{text}");
         assert!(text.contains("network: pinged, 06:00:ac:10:00:02"), "{text}");
+        assert!(text.contains("metadata: web1, 40000 bytes, 48 digits, long more/ name"), "{text}");
         assert!(text.contains("virtio_rng.0"), "{text}");
 
         let disk = format!("{disk},ro");

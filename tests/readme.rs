@@ -120,7 +120,6 @@ fn what_is_not_there_yet_is_what_is_refused() {
         rows.iter().filter(|row| row[1].starts_with(happens)).flat_map(|row| quoted(row[0])).collect()
     };
     let mut refused = names("refused");
-    assert_eq!(names("taken, without effect"), BTreeSet::from(["--mmds-size-limit"]));
     assert_eq!(names("under these names"), BTreeSet::from(["jailer", "snapshot-editor"]));
 
     let service = Service::start(&[]);

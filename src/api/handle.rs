@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::bodies::{Action, FirecrackerVersion, InstanceInfo, VmState};
 use super::{API_VERSION, Reply, Request, Response, observe, routes};
@@ -12,6 +12,7 @@ use crate::devices::keyboard::Keyboard;
 use crate::error::Error;
 use crate::jobs::Ticket;
 use crate::machine::State;
+use crate::metadata::store::Refused;
 use crate::metrics::View;
 use crate::microvm::Microvm;
 
@@ -97,6 +98,7 @@ fn check_time(microvm: &Microvm, request: &Request) -> Result<(), String> {
         | PutLogger(_)
         | PutMetrics(_)
         | PutSerial(_)
+        | PutMetadataConfig(_)
         | Action(super::Action::InstanceStart)
             if has_started =>
         {
@@ -106,6 +108,12 @@ fn check_time(microvm: &Microvm, request: &Request) -> Result<(), String> {
             true => cannot_hotplug(microvm, "adding a device to a running microVM"),
             false => AFTER_START.to_owned(),
         }),
+        // Nobody will ever ask for it.
+        Metadata | PutMetadata(_) | PatchMetadata(_)
+            if has_started && microvm.config().mmds_config.is_none() =>
+        {
+            Err(metadata_fault(&Refused::NotInitialized))
+        }
         PatchVm(_)
         | PatchDevice(..)
         | DeleteDevice(..)
@@ -146,6 +154,14 @@ fn handle(microvm: &mut Microvm, request: Request) -> Result<Reply, String> {
         }
         PutCpuConfig(cpu) => microvm.set_cpu(cpu).map_err(fault("CPU config error")),
         PutBootSource(source) => microvm.set_boot_source(source).map_err(fault("Boot source error")),
+        Metadata => {
+            let data = microvm.metadata().get().unwrap_or_else(|| json!({}));
+            return Ok(Response::Value(data).into());
+        }
+        PutMetadata(data) => return metadata_changed(microvm.metadata().put(data)),
+        PatchMetadata(patch) => return metadata_changed(microvm.metadata().patch(patch)),
+        // Firecracker's word, of which clients know it.
+        PutMetadataConfig(config) => microvm.set_metadata_config(config).map_err(fault("MMMDS config error")),
         PutDevice(device) => {
             let area = device.kind().fault;
             microvm.put_device(device).map_err(fault(area))
@@ -196,6 +212,21 @@ fn act(microvm: &mut Microvm, action: Action) -> Result<(), String> {
     }
 }
 
+fn metadata_fault(refused: &Refused) -> String {
+    format!("MMDS error: {refused}")
+}
+
+/// What the client is answered to a change of the metadata.
+fn metadata_changed(result: Result<(), Refused>) -> Result<Reply, String> {
+    match result {
+        Ok(()) => Ok(Response::Done.into()),
+        Err(Refused::TooLarge(message)) => {
+            Ok(Response::TooLarge(format!("MMDS limit exceeded error: {message}")).into())
+        }
+        Err(refused) => Err(metadata_fault(&refused)),
+    }
+}
+
 fn to_value(section: &impl serde::Serialize) -> Value {
     serde_json::to_value(section).expect("names and numbers are JSON")
 }
@@ -207,8 +238,6 @@ fn fault(area: &'static str) -> impl Fn(Error) -> String {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
     use crate::config::{Config, MachineConfig};
 

@@ -168,9 +168,8 @@ pub fn response_bytes(response: &Response) -> Vec<u8> {
     match response {
         Response::Done => head("204").into_bytes(),
         Response::Value(value) => with_body("200", &value.to_string()),
-        Response::Fault(message) => {
-            with_body("400", &serde_json::json!({ "fault_message": message }).to_string())
-        }
+        Response::Fault(message) => with_body("400", &fault(message)),
+        Response::TooLarge(message) => with_body("413", &fault(message)),
         // The body ends with the connection (RFC 9112, 6.3).
         Response::Events => format!(
             "HTTP/1.1 200 \r\nServer: {SERVER}\r\nConnection: close\r\nContent-Type: application/x-ndjson\r\n\r\n"
@@ -183,6 +182,10 @@ pub fn response_bytes(response: &Response) -> Vec<u8> {
             bytes
         }
     }
+}
+
+fn fault(message: &str) -> String {
+    serde_json::json!({ "fault_message": message }).to_string()
 }
 
 /// The same response as the last one of a connection.

@@ -17,7 +17,7 @@ pub mod routes;
 mod schema;
 mod server;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::config::{BootSource, CpuConfig, MachineConfig, MachinePatch};
 use bodies::{Action, VmState};
@@ -26,6 +26,7 @@ use crate::devices::console;
 use crate::devices::kind::{Change, Device, Kind};
 use crate::jobs::Ticket;
 use crate::log;
+use crate::metadata;
 use crate::metrics as counted;
 
 pub use front::Api;
@@ -76,6 +77,14 @@ pub enum Request {
     PatchDevice(&'static Kind, Change),
     /// `DELETE /{path of its kind}/{id}`
     DeleteDevice(&'static Kind, String),
+    /// `GET /mmds`
+    Metadata,
+    /// `PUT /mmds`
+    PutMetadata(Map<String, Value>),
+    /// `PATCH /mmds`
+    PatchMetadata(Map<String, Value>),
+    /// `PUT /mmds/config`
+    PutMetadataConfig(metadata::Config),
     /// `PUT /actions`
     Action(Action),
     /// `PATCH /vm`
@@ -89,6 +98,7 @@ impl Request {
             Self::PutMachineConfig(machine) => machine.cpu_template.is_some(),
             Self::PatchMachineConfig(patch) => patch.cpu_template.is_some(),
             Self::PutDevice(device) => device.is_deprecated(),
+            Self::PutMetadataConfig(config) => config.version == metadata::Version::V1,
             _ => false,
         }
     }
@@ -122,6 +132,8 @@ pub enum Response {
     Value(Value),
     /// Not done, and why (400).
     Fault(String),
+    /// Not done, because it is too much to be kept (413).
+    TooLarge(String),
     /// What has happened and what will, a line each, until the process ends (200).
     Events,
     /// The answer to a request with a field of old (`Deprecation` header).

@@ -9,18 +9,18 @@ use crate::microvm::counts;
 
 /// A request was answered, after this time.
 pub fn served(method: &str, path: &str, response: &Response, time: Duration) {
-    let is_refused = matches!(response, Response::Fault(_));
+    let is_refused = matches!(response, Response::Fault(_) | Response::TooLarge(_));
     counts::answered(method, path, is_refused, time);
     let outcome = if is_refused { "refused" } else { "done" };
     log::debug(format_args!("`{method} {path}` was {outcome} in {} us", time.as_micros()));
     match (method, response) {
-        (_, Response::Fault(reason)) => events::tell(|| Event::ApiError {
+        (_, Response::Fault(reason) | Response::TooLarge(reason)) => events::tell(|| Event::ApiError {
             request: events::text(format_args!("{method} {path}")),
             reason: events::text(reason),
         }),
         // What else changes says so itself, when it has changed.
         ("PUT", Response::Done) if path != "/actions" => configured(path),
-        ("PATCH", Response::Done) if path == "/machine-config" => configured(path),
+        ("PATCH", Response::Done) if ["/machine-config", "/mmds"].contains(&path) => configured(path),
         _ => {}
     }
 }

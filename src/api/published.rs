@@ -70,6 +70,17 @@ const BODIES: &[Body] = &[
     body("PUT", "/machine-config", r#"{"vcpu_count": 1, "mem_size_mib": 128}"#, MACHINE),
     body(
         "PUT",
+        "/mmds/config",
+        r#"{"network_interfaces": ["a"]}"#,
+        &[
+            ("version", r#""V2""#, Done, Done),
+            ("network_interfaces", r#"["b", "c"]"#, Done, Refused),
+            ("ipv4_address", r#""169.254.170.2""#, Done, Done),
+            ("imds_compat", "true", Done, Done),
+        ],
+    ),
+    body(
+        "PUT",
         "/cpu-config",
         "{}",
         &[

@@ -10,7 +10,7 @@ use crate::devices::{self, KINDS};
 use crate::dialect::Dialect;
 
 /// First path tokens of Firecracker's API that are not served yet: refused as such, not as unknown.
-const NOT_IMPLEMENTED: [&str; 6] = ["balloon", "hotplug", "mmds", "pmem", "snapshot", "gdb"];
+const NOT_IMPLEMENTED: [&str; 5] = ["balloon", "hotplug", "pmem", "snapshot", "gdb"];
 
 /// The request, or the fault message for the client.
 pub fn route(dialect: Dialect, method: &str, path: &str, body: &[u8]) -> Result<Request, String> {
@@ -50,6 +50,10 @@ pub fn route(dialect: Dialect, method: &str, path: &str, body: &[u8]) -> Result<
             }
             Request::PatchMachineConfig(patch)
         }
+        ("GET", ["mmds"]) => Request::Metadata,
+        ("PUT", ["mmds"]) => Request::PutMetadata(parse(body)?),
+        ("PATCH", ["mmds"]) => Request::PatchMetadata(parse(body)?),
+        ("PUT", ["mmds", "config"]) => Request::PutMetadataConfig(parse(body)?),
         ("PUT", ["cpu-config", ..]) => Request::PutCpuConfig(parse(body)?),
         ("PUT", ["boot-source", ..]) => Request::PutBootSource(parse(body)?),
         ("PUT", ["actions", ..]) => match parse::<ActionBody>(body)?.action_type {

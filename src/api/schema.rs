@@ -14,6 +14,7 @@ use crate::devices::kind::Kind;
 use crate::devices::{KINDS, console};
 use crate::dialect::Dialect;
 use crate::log;
+use crate::metadata;
 use crate::metrics;
 
 /// What a request is answered when it succeeds.
@@ -62,11 +63,8 @@ fn questions(generator: &mut SchemaGenerator) -> Vec<Operation> {
             "The whole configuration; `logger` and `metrics` are always null",
             Answer::Json(config),
         ),
-        get(
-            "/metrics",
-            "What the microVM has done since its start",
-            Answer::Json(schemars::json_schema!({ "type": "object" })),
-        ),
+        get("/metrics", "What the microVM has done since its start", Answer::Json(any_object())),
+        get("/mmds", "The metadata that the guest can ask for", Answer::Json(any_object())),
         get(
             "/events",
             "What has happened, and from then on what happens: a JSON object a line",
@@ -103,6 +101,14 @@ fn changes(generator: &mut SchemaGenerator) -> Vec<Operation> {
         ),
         change("put", "/metrics", "Set where metrics go, once", of::<metrics::Config>(generator)),
         early("put", "/serial", "Set where the console goes", of::<console::Config>(generator)),
+        change("put", "/mmds", "Set the metadata that the guest can ask for", any_object()),
+        change("patch", "/mmds", "Change some of it; what is null goes (RFC 7396)", any_object()),
+        early(
+            "put",
+            "/mmds/config",
+            "Set where and how the metadata service answers (`V1` is deprecated)",
+            of::<metadata::Config>(generator),
+        ),
         change("put", "/actions", "Start the microVM, ask its guest to end", of::<ActionBody>(generator)),
         change("patch", "/vm", "Pause and resume, after the start", of::<VmBody>(generator)),
     ]
@@ -122,6 +128,10 @@ fn changes_of(kind: &Kind, generator: &mut SchemaGenerator) -> Vec<Operation> {
     list
 }
 
+fn any_object() -> Schema {
+    schemars::json_schema!({ "type": "object" })
+}
+
 /// A config file's sections.
 fn config_properties(generator: &mut SchemaGenerator) -> Schema {
     let mut sections = Map::new();
@@ -132,6 +142,7 @@ fn config_properties(generator: &mut SchemaGenerator) -> Schema {
     section("logger", generator.subschema_for::<log::Config>());
     section("metrics", generator.subschema_for::<metrics::Config>());
     section("serial", generator.subschema_for::<console::Config>());
+    section("mmds-config", generator.subschema_for::<metadata::Config>());
     for kind in KINDS {
         let (one, _) = (kind.schemas)(generator);
         let list = || schemars::json_schema!({ "type": "array", "items": one.clone() });
@@ -145,7 +156,7 @@ fn config_told_back(generator: &mut SchemaGenerator) -> Schema {
     let mut config = config_properties(generator).to_value();
     let sections = config["properties"].as_object_mut().expect("it has sections");
     sections.remove("serial");
-    for section in ["balloon", "memory-hotplug", "mmds-config"] {
+    for section in ["balloon", "memory-hotplug"] {
         sections.insert(section.to_owned(), json!({ "type": "object" }));
     }
     for (section, schema) in sections.iter_mut() {
@@ -178,6 +189,10 @@ fn openapi() -> Value {
         let fault = json!({ "$ref": "#/components/responses/Fault" });
         let mut operation =
             json!({ "summary": summary, "responses": { success.0: success.1, "400": fault } });
+        if path == "/mmds" && method != "get" {
+            // What is too large for the store, and nothing else.
+            operation["responses"]["413"] = operation["responses"]["400"].clone();
+        }
         if let Some(schema) = body {
             let content = json!({ "application/json": { "schema": schema } });
             operation["requestBody"] = json!({ "required": true, "content": content });

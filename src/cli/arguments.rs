@@ -308,6 +308,7 @@ mod tests {
             ("a-b", "/s".into(), Dialect::Firecracker)
         );
         assert!(serve.no_api && serve.enable_pci && serve.http_api_max_payload_size == 9);
+        assert_eq!(serve.mmds_size_limit, Some(10));
         let Ok(Command::Serve(serve)) = firecracker("") else { panic!("not a service") };
         assert_eq!(serve.api_sock, std::path::PathBuf::from("/run/firecracker.socket"));
         for (line, expected) in [
@@ -321,7 +322,7 @@ mod tests {
             ("run", "unexpected argument \"run\"; see `firecracker --help`"),
             ("--api-socket s", "invalid option '--api-socket': is `--api-sock` meant?; see `firecracker"),
             ("--start-time-us soon", "--start-time-us soon: expected a number"),
-            ("--metadata m", "--metadata is not implemented yet"),
+            ("--metadata", "missing argument for option '--metadata'"),
             ("--seccomp-filter f", "--seccomp-filter is not implemented yet: no filter would be set up"),
             ("--no-seccomp --seccomp-filter=f", "--seccomp-filter is not implemented yet"),
             ("--id a --id=b", "--id is given twice: give it once; see `firecracker --help`"),

@@ -152,6 +152,7 @@ fn run(arguments: Run, feed: &mut Option<Feed>) -> Result<Ending> {
     let signals = Signals::take_over()?;
     let server = arguments.api_sock.as_deref().map(|path| listen(path, crate::api::BODY_MAX)).transpose()?;
     let mut microvm = Microvm::new(arguments.id.clone(), config);
+    microvm.keep_metadata(crate::metadata::SIZE_MAX, arguments.metadata.as_deref())?;
     microvm.open_outputs()?;
     events::tell(|| Event::Configured { what: "command line".to_owned() });
     let mut monitor = Monitor::new(signals, server, feed.take())?;
@@ -175,6 +176,8 @@ fn serve(arguments: Serve, feed: &mut Option<Feed>) -> Result<Ending> {
     if arguments.dialect == Dialect::Firecracker {
         microvm.warn_of_sharing();
     }
+    let size_max = arguments.mmds_size_limit.unwrap_or(arguments.http_api_max_payload_size);
+    microvm.keep_metadata(size_max, arguments.metadata.as_deref())?;
     microvm.open_outputs()?;
     if let Some(path) = &arguments.config_file {
         events::tell(|| Event::Configured { what: events::text(path.display()) });

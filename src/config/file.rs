@@ -12,7 +12,7 @@ use serde_json::value::RawValue;
 use super::mend::{Judged, judge};
 use super::{
     BOOT_SOURCE, BootSource, CPU_CONFIG, Config, CpuConfig, DEVICES_MAX, LOGGER, MACHINE_CONFIG, METRICS,
-    MachineConfig, SERIAL,
+    MMDS_CONFIG, MachineConfig, SERIAL,
 };
 use crate::devices::KINDS;
 use crate::devices::kind::Kind;
@@ -20,6 +20,7 @@ use crate::dialect::Dialect;
 use crate::error::{Context, Error, Result};
 use crate::host::{Access, Sharing, file};
 use crate::log;
+use crate::metadata;
 use crate::spelling;
 
 /// A config file of more bytes is refused before it is read into memory.
@@ -32,7 +33,7 @@ const PROBLEMS_MAX: usize = 100;
 /// The sections of a config file that other monitors know and this one does not have yet: asked for,
 /// they are refused, so that no guest starts without a device that its owner counts on. A section of a
 /// device in the table is not looked for here.
-const NOT_IMPLEMENTED: [&str; 5] = ["balloon", "mmds-config", "pmem", "memory-hotplug", "mmds"];
+const NOT_IMPLEMENTED: [&str; 3] = ["balloon", "pmem", "memory-hotplug"];
 
 /// Something wrong with a config file.
 #[derive(Clone, Debug, PartialEq)]
@@ -55,7 +56,7 @@ impl std::fmt::Display for Problem {
 
 /// The sections that are read here or in other monitors.
 fn known_sections() -> Vec<&'static str> {
-    let known = [BOOT_SOURCE, MACHINE_CONFIG, CPU_CONFIG, LOGGER, METRICS, SERIAL];
+    let known = [BOOT_SOURCE, MACHINE_CONFIG, CPU_CONFIG, LOGGER, METRICS, SERIAL, MMDS_CONFIG];
     let known = known.into_iter().chain(NOT_IMPLEMENTED);
     known.chain(KINDS.iter().map(|kind| kind.section)).collect()
 }
@@ -67,7 +68,7 @@ impl Config {
     }
 
     /// The text of a file of no more than CONFIG_FILE_MAX bytes, which errors call `what`.
-    fn read_called(what: &str, path: &Path) -> Result<Vec<u8>> {
+    pub fn read_called(what: &str, path: &Path) -> Result<Vec<u8>> {
         let attempt = || format!("read {what} `{}`", path.display());
         let mut file = file::open(path, Access::Read, Sharing::Refused, what, attempt)?;
         let mut text = Vec::new();
@@ -164,6 +165,12 @@ impl Config {
                 break;
             }
         }
+        // Of the whole file: interfaces may come after the service that answers on them.
+        if let Some(metadata) = config.mmds_config.as_ref().filter(|_| problems.is_empty())
+            && let Err(error) = config.check_metadata(metadata)
+        {
+            problems.push(Problem::new(format!("`{MMDS_CONFIG}`: {error}")));
+        }
         (config, problems)
     }
 
@@ -193,6 +200,11 @@ impl Config {
         } else if name == SERIAL {
             let Judged { value, problems } = section(name, text, "{}", |_| Ok(()));
             self.serial = value;
+            problems
+        } else if name == MMDS_CONFIG {
+            let Judged { value, problems } =
+                section(name, text, metadata::Config::EXAMPLE, metadata::Config::check);
+            self.mmds_config = value;
             problems
         } else if let Some(kind) = KINDS.iter().find(|kind| kind.section == name) {
             self.read_devices(kind, value)

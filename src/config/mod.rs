@@ -13,9 +13,11 @@ use serde::{Serialize, Serializer};
 use crate::devices::KINDS;
 use crate::devices::console;
 use crate::devices::kind::{Device, Kind};
+use crate::devices::net;
 use crate::dialect::Dialect;
 use crate::error::{Context, Error, Result};
 use crate::log;
+use crate::metadata;
 use crate::metrics;
 use crate::platform::CpuidModifier;
 use crate::sink::{Purpose, Sink};
@@ -34,10 +36,11 @@ const CPU_CONFIG: &str = "cpu-config";
 const LOGGER: &str = "logger";
 const METRICS: &str = "metrics";
 const SERIAL: &str = "serial";
+const MMDS_CONFIG: &str = "mmds-config";
 
 /// Sections that are always null when a configuration is told: where messages and metrics go is never
 /// told by Firecracker, and the devices of the others are not there yet. Its clients look for all of them.
-const NOT_TOLD: [&str; 5] = [LOGGER, METRICS, "balloon", "memory-hotplug", "mmds-config"];
+const NOT_TOLD: [&str; 4] = [LOGGER, METRICS, "balloon", "memory-hotplug"];
 /// The same for lists of devices.
 const EMPTY: [&str; 1] = ["pmem"];
 
@@ -57,6 +60,8 @@ pub struct Config {
     pub metrics: Option<metrics::Config>,
     /// Where the guest's serial console writes.
     pub serial: Option<console::Config>,
+    /// The metadata service; none: nobody answers.
+    pub mmds_config: Option<metadata::Config>,
     /// There is a register where a guest says that it has booted (`--boot-timer`); not in a file.
     pub boot_timer: bool,
     /// Devices are on a PCI bus instead of behind virtio-mmio (`--enable-pci`); not in a file.
@@ -80,7 +85,20 @@ impl Config {
         if let Some(cpu) = &self.cpu_config {
             cpu.check().context("`cpu-config`")?;
         }
+        if let Some(metadata) = &self.mmds_config {
+            metadata.check().and_then(|()| self.check_metadata(metadata)).context("`mmds-config`")?;
+        }
         self.devices.iter().try_for_each(|device| device.check().with_context(|| device.name()))
+    }
+
+    /// The network interfaces, by their ids.
+    pub fn interfaces(&self) -> impl Iterator<Item = &str> {
+        self.devices().filter(|device| device.config::<net::Config>().is_some()).map(Device::id)
+    }
+
+    /// Whether the metadata service can answer where `metadata` says.
+    pub fn check_metadata(&self, metadata: &metadata::Config) -> Result<()> {
+        metadata.check_interfaces(|id| self.interfaces().any(|interface| interface == id))
     }
 
     /// Whether `machine` makes sense here.
@@ -168,6 +186,7 @@ impl Serialize for Config {
         }
         sections.serialize_entry(MACHINE_CONFIG, &self.machine_config)?;
         sections.serialize_entry(CPU_CONFIG, &self.cpu_config)?;
+        sections.serialize_entry(MMDS_CONFIG, &self.mmds_config)?;
         for name in NOT_TOLD {
             sections.serialize_entry(name, &())?;
         }

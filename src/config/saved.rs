@@ -10,6 +10,7 @@ use crate::devices::console;
 use crate::dialect::Dialect;
 use crate::error::{Context, Error, Result};
 use crate::log;
+use crate::metadata;
 use crate::metrics;
 
 /// All that [`Config`] has, field by field.
@@ -22,6 +23,7 @@ struct Fields {
     logger: Option<log::Config>,
     metrics: Option<metrics::Config>,
     serial: Option<console::Config>,
+    mmds_config: Option<metadata::Config>,
     boot_timer: bool,
     pci: bool,
     dialect: Dialect,
@@ -47,6 +49,7 @@ impl Config {
             logger,
             metrics,
             serial,
+            mmds_config,
             boot_timer,
             pci,
             dialect,
@@ -65,6 +68,7 @@ impl Config {
             logger,
             metrics,
             serial,
+            mmds_config,
             boot_timer,
             pci,
             dialect,
@@ -88,6 +92,7 @@ impl Config {
             logger,
             metrics,
             serial,
+            mmds_config,
             boot_timer,
             pci,
             dialect,
@@ -101,6 +106,7 @@ impl Config {
             logger,
             metrics,
             serial,
+            mmds_config,
             boot_timer,
             pci,
             dialect,
@@ -164,6 +170,9 @@ mod tests {
                   "queue_pairs": 2, "threads": 2, "rx_rate_limiter": {limits}, "tx_rate_limiter": {limits}}},
                 {{"iface_id": "user", "user": {{"publish": ["8080:80"], "loopback": true}}}}
             ],
+            "mmds-config": {{"network_interfaces": ["net"], "version": "V2", "ipv4_address": "169.254.1.1",
+                "imds_compat": true}},
+            "vsock": {{"guest_cid": 4, "uds_path": "/v", "vsock_id": "v"}},
             "entropy": {{"rate_limiter": {limits}}}
         }}"#,
             smt = crate::arch::HAS_SMT,
@@ -184,6 +193,7 @@ mod tests {
         generator.subschema_for::<log::Config>();
         generator.subschema_for::<metrics::Config>();
         generator.subschema_for::<console::Config>();
+        generator.subschema_for::<metadata::Config>();
         KINDS.iter().for_each(|kind| drop((kind.schemas)(generator)));
         let types = generator.take_definitions(true);
         let fields = types.values().filter_map(|one| one["properties"].as_object()).flat_map(Map::keys);
@@ -242,6 +252,11 @@ mod tests {
             (r#""section":"entropy""#, r#""section":"toaster""#, "`toaster` is no kind of devices"),
             (r#""drive_id":"root""#, r#""drive_id":"data""#, "disk `data` is there twice"),
             (r#""is_root_device":false"#, r#""is_root_device":true"#, "A root block device already exists"),
+            (
+                r#""network_interfaces":["net"]"#,
+                r#""network_interfaces":["x"]"#,
+                "existing network interface: `x`",
+            ),
             (r#""queue_pairs":2"#, r#""queue_pairs":0"#, "0 `queue_pairs` cannot be"),
         ] {
             assert!(text.contains(from), "{from}: {text}");

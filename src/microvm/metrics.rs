@@ -11,6 +11,7 @@ use crate::descriptors;
 use crate::error::Result;
 use crate::log;
 use crate::machine::Machine;
+use crate::metadata;
 use crate::metrics::{Config, Group, View};
 use crate::process;
 use crate::sink::{Purpose, Sink};
@@ -71,6 +72,7 @@ pub fn collect(machine: Option<&Machine>, view: View) -> Map<String, Value> {
     let mut all = counts::collect(view);
     all.insert("utc_timestamp_ms".to_owned(), (Utc::now().0.as_millis() as u64).into());
     all.insert("logger".to_owned(), log::METRICS.collect(view));
+    all.insert("mmds".to_owned(), metadata::METRICS.collect(view));
     let mut start = Map::new();
     if let Some(machine) = machine {
         all.extend(machine.metrics(view));

@@ -7,7 +7,8 @@ mod metrics;
 pub mod monitor;
 pub mod signals;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value};
@@ -15,13 +16,15 @@ use serde_json::{Map, Value};
 use crate::config::{BootSource, Config, CpuConfig, MachineConfig};
 use crate::devices::console;
 use crate::devices::kind::{Change, Device, Kind};
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::event::EventFd;
 use crate::events::{self, Event};
 use crate::host::{Access, Host, Sharing};
 use crate::jobs::{Jobs, Ticket};
 use crate::log;
 use crate::machine::{Machine, Prepared, State};
+use crate::metadata::store::Store;
+use crate::metadata::{self, Service};
 use crate::metrics::{self as counted, View};
 use counts::LATENCIES;
 
@@ -41,6 +44,7 @@ pub struct Microvm {
     prepared: Option<Prepared>,
     machine: Option<Machine>,
     jobs: Jobs<Finish>,
+    metadata: Arc<Store>,
 }
 
 /// Before and after its start, and while it is.
@@ -55,7 +59,23 @@ impl Microvm {
             prepared: None,
             machine: None,
             jobs: Jobs::default(),
+            metadata: Arc::new(Store::new(metadata::SIZE_MAX)),
         }
+    }
+
+    /// Keeps so many bytes of metadata at most, and begins with those of the file at `path`.
+    pub fn keep_metadata(&mut self, size_max: usize, path: Option<&Path>) -> Result<()> {
+        self.metadata = Arc::new(Store::new(size_max));
+        let Some(path) = path else { return Ok(()) };
+        let text = Config::read_called("metadata", path)?;
+        let data = serde_json::from_slice(&text).map_err(|error| Error::config(error.to_string()));
+        let put = |data| self.metadata.put(data).map_err(|refused| Error::config(refused.to_string()));
+        data.and_then(put).with_context(|| format!("read metadata `{}`", path.display()))
+    }
+
+    /// What its guest can ask for.
+    pub fn metadata(&self) -> &Store {
+        &self.metadata
     }
 
     /// Its name.
@@ -139,6 +159,9 @@ impl Microvm {
             Some(prepared) => prepared,
             None => Prepared::new()?,
         };
+        if let Some(config) = self.config.mmds_config.clone() {
+            self.host.serve_metadata(Service { config, store: self.metadata.clone() });
+        }
         let mut machine = Machine::build(&self.id, &self.config, &mut self.host, prepared)?;
         machine.load(&self.config, &mut self.host)?;
         self.host.release_all();
@@ -205,6 +228,14 @@ impl Microvm {
     pub fn set_serial(&mut self, serial: console::Config) -> Result<()> {
         self.host.hold_console(serial.serial_out_path.as_deref())?;
         self.config.serial = Some(serial);
+        Ok(())
+    }
+
+    /// Sets where and how the metadata service answers: on interfaces that there are already.
+    pub fn set_metadata_config(&mut self, config: metadata::Config) -> Result<()> {
+        config.check()?;
+        self.config.check_metadata(&config)?;
+        self.config.mmds_config = Some(config);
         Ok(())
     }
 

@@ -52,6 +52,23 @@ impl<'q> Chain<'q> {
         let readable = self.pieces.iter().filter(|piece| !piece.is_writable);
         readable.map(|piece| piece.length as usize).sum()
     }
+
+    /// Copies the first bytes that the device may read, as many as `bytes` has room for. False: there are fewer, or
+    /// they lie outside of memory.
+    pub fn read_front(&self, bytes: &mut [u8]) -> bool {
+        let mut rest = bytes;
+        for piece in self.pieces.iter().filter(|piece| !piece.is_writable) {
+            let (here, after) = rest.split_at_mut(rest.len().min(piece.length as usize));
+            if self.memory.read_slice(here, piece.address).is_err() {
+                return false;
+            }
+            rest = after;
+            if rest.is_empty() {
+                break;
+            }
+        }
+        rest.is_empty()
+    }
 }
 
 /// Where a chain is to be looked for, and how long it may be.

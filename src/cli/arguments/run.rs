@@ -13,6 +13,7 @@ use crate::devices::kind::{CliOption, Device, Kind};
 use crate::devices::{KINDS, net};
 use crate::error::{Error, Result};
 use crate::firmware;
+use crate::metadata;
 
 const RUN_HELP_BEFORE_DEVICES: &str = "\
 Boot a guest, put its console on this terminal and return how it ended. Ctrl-A X leaves.
@@ -34,6 +35,8 @@ Options:
 const RUN_HELP_AFTER_DEVICES: &str = "      --publish [ADDRESS:]HOST:GUEST[/udp]
                          For the first `--net user`: this port of this host leads to that port of the
                          guest. May be repeated
+      --metadata FILE    The guest is told this when it asks 169.254.169.254 by HTTP: an object in a JSON
+                         file; on all its network interfaces, unless a config file says which
       --enable-pci       Devices on a PCI bus instead of behind virtio-mmio
       --config FILE      Read the configuration from this JSON file (Firecracker's format); other
                          options override it
@@ -62,6 +65,7 @@ pub struct Run {
     pub memory_mib: Option<u64>,
     /// Those that the options of `KINDS` add.
     pub devices: Vec<Device>,
+    pub metadata: Option<PathBuf>,
     pub enable_pci: bool,
     pub config: Option<PathBuf>,
     pub self_test: bool,
@@ -79,6 +83,7 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
         cpus: None,
         memory_mib: None,
         devices: Vec::new(),
+        metadata: None,
         enable_pci: false,
         config: None,
         self_test: false,
@@ -96,6 +101,7 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
             Long("cmdline") => run.cmdline = Some(parser.value()?.string()?),
             Long("cpus") => run.cpus = Some(value(parser, "--cpus", number)?),
             Long("memory") => run.memory_mib = Some(value(parser, "--memory", mebibytes)?),
+            Long("metadata") => run.metadata = Some(parser.value()?.into()),
             Long("enable-pci") => run.enable_pci = true,
             Long("config") => run.config = Some(parser.value()?.into()),
             Long("self-test") => run.self_test = true,
@@ -196,6 +202,15 @@ impl Run {
         }
         for device in &self.devices {
             config.put(device.clone())?;
+        }
+        if self.metadata.is_some() && config.mmds_config.is_none() {
+            let interfaces: Vec<_> = config.interfaces().map(str::to_owned).collect();
+            if interfaces.is_empty() {
+                return Err(Error::config(
+                    "--metadata is told over a network interface, and there is none: add --net",
+                ));
+            }
+            config.mmds_config = Some(metadata::Config::on(interfaces));
         }
         config.pci = self.enable_pci;
         self.outputs.configure(&mut config);

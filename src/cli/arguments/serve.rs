@@ -33,8 +33,10 @@ Options:
       --start-time-us N, --start-time-cpu-us N, --parent-cpu-time-us N
                            When the caller began to start this process, by the monotonic clock and by
                            CPU time, and its own CPU time: for `process_startup_time_us` in metrics
-      --no-seccomp, --mmds-size-limit N
-                           Accepted, without effect yet
+      --metadata FILE      The metadata that the guest can ask for: an object in this JSON file
+      --mmds-size-limit BYTES
+                           The most that it may be, as JSON [default: as the largest request body]
+      --no-seccomp         Accepted, without effect yet
   -h, --help               Print this
 
 The exit code is 0 when the guest powered off or reset, else as `alula run` returns it; 1 on errors, 153
@@ -60,6 +62,8 @@ pub struct Serve {
     pub outputs: Outputs,
     pub id: String,
     pub http_api_max_payload_size: usize,
+    pub metadata: Option<PathBuf>,
+    pub mmds_size_limit: Option<usize>,
     /// Whose API is spoken.
     pub dialect: Dialect,
 }
@@ -74,6 +78,8 @@ pub fn parse(parser: &mut lexopt::Parser, persona: Persona) -> Result<Command, l
         outputs: Outputs::default(),
         id: default_id(),
         http_api_max_payload_size: BODY_MAX,
+        metadata: None,
+        mmds_size_limit: None,
         dialect: if persona == Persona::Firecracker { Dialect::Firecracker } else { Dialect::Alula },
     };
     let mut start = StartTime::default();
@@ -94,7 +100,10 @@ pub fn parse(parser: &mut lexopt::Parser, persona: Persona) -> Result<Command, l
             Long("start-time-us") => start.time_us = Some(value(parser, "--start-time-us", number)?),
             Long("start-time-cpu-us") => start.cpu_us = Some(value(parser, "--start-time-cpu-us", number)?),
             Long("parent-cpu-time-us") => start.parent_us = value(parser, "--parent-cpu-time-us", number)?,
-            Long("mmds-size-limit") => drop(value(parser, "--mmds-size-limit", number::<u64>)?),
+            Long("metadata") => serve.metadata = Some(parser.value()?.into()),
+            Long("mmds-size-limit") => {
+                serve.mmds_size_limit = Some(value(parser, "--mmds-size-limit", number)?);
+            }
             Long("no-seccomp") => {}
             // Who gives one counts on it.
             Long("seccomp-filter") => {
@@ -105,7 +114,7 @@ pub fn parse(parser: &mut lexopt::Parser, persona: Persona) -> Result<Command, l
                 );
             }
             Long(name) if let Some(name) = Outputs::named(name) => serve.outputs.take(name, parser)?,
-            Long(name @ ("metadata" | "snapshot-version" | "describe-snapshot")) => {
+            Long(name @ ("snapshot-version" | "describe-snapshot")) => {
                 return Err(format!("--{name} is not implemented yet: leave it out").into());
             }
             other => return Err(other.unexpected()),

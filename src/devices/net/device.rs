@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
+use super::answers::Answers;
 use super::control::{self, Control};
 use super::features::{self, has};
 use super::metrics::Metrics;
@@ -17,6 +18,8 @@ use crate::host::Host;
 use crate::host::passt::Passt;
 use crate::host::tap::Tap;
 use crate::limiter;
+use crate::metadata::stack::Stack;
+use crate::metadata::store::Store;
 use crate::metrics::Group;
 use crate::snapshot::Snapshot;
 use crate::virtio::pool::Held;
@@ -46,6 +49,8 @@ pub struct Net {
     metrics: Arc<Metrics>,
     /// It goes on in another place: its driver is to tell the network.
     moved: bool,
+    /// The metadata service on it, with the guest's connections to it.
+    metadata: Option<Arc<Mutex<Stack>>>,
     // Guest-visible
     control: Arc<Control>,
     /// Receive buffers that no frame has filled, of each pair.
@@ -67,6 +72,9 @@ pub struct State {
     held: Vec<Vec<Held>>,
     rx_limit: limiter::State,
     tx_limit: limiter::State,
+    /// What the metadata service tells, as JSON, if it answers here. Its connections are not saved: the guest is
+    /// told that they have ended when it goes on with one.
+    metadata: Option<String>,
 }
 
 impl Net {
@@ -99,9 +107,21 @@ impl Net {
             tx_limit: Limit::new(config.tx_rate_limiter),
             metrics: Arc::default(),
             moved: false,
+            metadata: None,
             control: Arc::new(Control::new(control::State::new(mac.0))),
             held: (0..pairs).map(|_| tap::Home::default()).collect(),
         }
+    }
+
+    /// Has the metadata service answer on it.
+    pub fn answer_by(&mut self, metadata: Stack) {
+        self.metadata = Some(Arc::new(Mutex::new(metadata)));
+    }
+
+    /// The data that the guest can ask for on it.
+    fn metadata_store(&self) -> Option<Arc<Store>> {
+        let stack = self.metadata.as_ref()?.lock().unwrap_or_else(PoisonError::into_inner);
+        Some(stack.service().store.clone())
     }
 
     fn taps(&self) -> &[Tap] {
@@ -114,6 +134,7 @@ impl Net {
 
 impl Snapshot for Net {
     type State = State;
+    const VERSION: u16 = 2;
 
     fn save(&self) -> Result<State> {
         let held = self.held.iter().map(|held| held.lock().unwrap_or_else(PoisonError::into_inner).clone());
@@ -123,6 +144,7 @@ impl Snapshot for Net {
             held: held.collect(),
             rx_limit: self.rx_limit.save()?,
             tx_limit: self.tx_limit.save()?,
+            metadata: self.metadata_store().and_then(|store| store.save()),
         })
     }
 
@@ -134,6 +156,9 @@ impl Snapshot for Net {
         self.mac = Mac::new(state.mac).map_err(Error::config)?;
         self.rx_limit.restore(state.rx_limit).context("what it receives")?;
         self.tx_limit.restore(state.tx_limit).context("what it sends")?;
+        if let Some(store) = self.metadata_store() {
+            store.restore(state.metadata.as_deref())?;
+        }
         self.control = Arc::new(Control::new(state.control));
         self.held = state.held.into_iter().map(|held| Arc::new(Mutex::new(held))).collect();
         self.moved = true;
@@ -212,6 +237,7 @@ impl VirtioDevice for Net {
         self.control.set_announcing(false);
         self.moved = false;
         self.held.iter().for_each(|held| held.lock().unwrap_or_else(PoisonError::into_inner).clear());
+        self.metadata.iter().for_each(|stack| stack.lock().unwrap_or_else(PoisonError::into_inner).reset());
     }
 
     fn metrics(&self) -> Option<Arc<dyn Group>> {
@@ -240,6 +266,10 @@ struct Start<'a> {
 }
 
 impl Net {
+    fn answers(&self) -> Result<Option<Answers>> {
+        self.metadata.as_ref().map(Answers::new).transpose()
+    }
+
     fn start_pair(&self, pair: usize, start: Start<'_>) -> Result<Box<dyn Worker>> {
         match &self.carrier {
             Carrier::Taps { taps, .. } => self.over_tap(pair, taps[pair].try_clone()?, start),
@@ -269,7 +299,7 @@ impl Net {
         Ok(Box::new(tap::Running {
             memory: memory.clone(),
             receiver,
-            transmitter: Transmitter::new(tx, batch, tx_limit, metrics.clone()),
+            transmitter: Transmitter::new(tx, batch, self.answers()?, tx_limit, metrics.clone()),
             port: tap::port::Port::new(tap),
             tap_events: None,
             is_answered: true,
@@ -299,7 +329,7 @@ impl Net {
                 rx_limit,
                 metrics.clone(),
             ),
-            transmitter: Transmitter::new(tx, batch, tx_limit, metrics.clone()),
+            transmitter: Transmitter::new(tx, batch, self.answers()?, tx_limit, metrics.clone()),
             port,
             home: home.clone(),
             metrics: metrics.clone(),

@@ -4,6 +4,7 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::answers::Answers;
 use super::header;
 use super::metrics::Metrics;
 use crate::devices::limit::Limit;
@@ -45,6 +46,8 @@ pub struct Transmitter<B> {
     pub queue: Queue,
     /// Those that are on their way.
     pub batch: B,
+    /// Where frames for the metadata service go, if it answers on this interface.
+    pub answers: Option<Answers>,
     /// What every frame asks.
     pub limit: Limit,
     metrics: Arc<Metrics>,
@@ -52,8 +55,14 @@ pub struct Transmitter<B> {
 
 impl<B: Batch> Transmitter<B> {
     /// `batch` is empty.
-    pub fn new(queue: Queue, batch: B, limit: Limit, metrics: Arc<Metrics>) -> Self {
-        Self { queue, batch, limit, metrics }
+    pub fn new(
+        queue: Queue,
+        batch: B,
+        answers: Option<Answers>,
+        limit: Limit,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        Self { queue, batch, answers, limit, metrics }
     }
 
     /// Moves frames until the driver has no more, the port takes no more, `share` is used up, or the limit is
@@ -99,15 +108,20 @@ impl<B: Batch> Transmitter<B> {
             && let Some(chain) = self.queue.pop(memory, share)?
         {
             let length = chain.readable_length();
-            if !B::LENGTHS.contains(&length) {
+            let is_frame = B::LENGTHS.contains(&length);
+            let asked = self.answers.as_mut().filter(|answers| is_frame && answers.are_asked_by(&chain));
+            if !is_frame || asked.is_some() {
+                // Such a chain goes back at once. The driver has its chains back in the order in which it gave them:
+                // the frames of the batch go first.
                 if !self.batch.is_empty() {
-                    // The driver has its chains back in the order in which it gave them: the frames of the batch
-                    // go first.
                     self.queue.undo_pop();
                     break;
                 }
+                match asked {
+                    Some(answers) => answers.take(&chain),
+                    None => self.metrics.tx_malformed_frames.add(1),
+                }
                 let head = chain.head();
-                self.metrics.tx_malformed_frames.add(1);
                 self.metrics.tx_count.add(1);
                 self.queue.push(memory, head, 0)?;
                 continue;

@@ -12,6 +12,7 @@ use crate::devices::kind::{CliOption, DeviceConfig};
 use crate::error::{Error, Result};
 use crate::host::{Host, tap};
 use crate::limiter::RateLimiter;
+use crate::metadata::stack::Stack;
 use crate::virtio::VirtioDevice;
 pub use mac::Mac;
 pub use option::publish;
@@ -185,7 +186,7 @@ impl DeviceConfig for Config {
 
     fn open(&self, vm: &str, host: &mut Host) -> Result<Box<dyn VirtioDevice>> {
         let mac = self.guest_mac.unwrap_or_else(|| Mac::derived(vm, &self.iface_id));
-        Ok(Box::new(match self.carrier()? {
+        let mut net = match self.carrier()? {
             Carrier::Tap(name) => {
                 let taps = host.tap(&self.what(), name, self.queue_pairs().into())?;
                 device::Net::over_taps(self, mac, taps)
@@ -194,7 +195,11 @@ impl DeviceConfig for Config {
                 user.check_host()?;
                 device::Net::over_passt(self, mac, host.passt(user.passt_arguments(self.mtu))?)
             }
-        }))
+        };
+        if let Some(service) = host.metadata(&self.iface_id) {
+            net.answer_by(Stack::new(service, host.random_seed()?));
+        }
+        Ok(Box::new(net))
     }
 
     fn patched(&self, patch: &Patch) -> Result<Self> {

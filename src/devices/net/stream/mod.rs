@@ -11,6 +11,7 @@ use std::sync::{Arc, PoisonError};
 use vm_memory::GuestAddressSpace;
 
 use super::TURN;
+use super::answers::Answers;
 use super::metrics::Metrics;
 use super::transmit::Transmitter;
 use crate::devices::limit::set;
@@ -27,6 +28,7 @@ const TX: u32 = 1;
 const SOCKET: u32 = 2;
 const RX_TIMER: u32 = 3;
 const TX_TIMER: u32 = 4;
+const ANSWERS_TIMER: u32 = 5;
 
 /// The running half.
 pub struct Running {
@@ -57,6 +59,9 @@ impl Worker for Running {
                 registrar.add(timer, Interest::IN | Interest::EDGE_TRIGGERED, token)?;
             }
         }
+        if let Some(timer) = self.transmitter.answers.as_ref().and_then(Answers::timer) {
+            registrar.add(timer, Interest::IN | Interest::EDGE_TRIGGERED, ANSWERS_TIMER)?;
+        }
         // Edge-triggered: frames that wait for the driver's buffers, and room that no frame needs, must
         // not keep the loop awake. What is there already is an edge, too.
         let interest = Interest::IN | Interest::OUT | Interest::EDGE_TRIGGERED;
@@ -79,6 +84,13 @@ impl Worker for Running {
         if matches!(token, RX | RX_TIMER | SOCKET) {
             let wait = self.receiver.receive(&memory, &mut self.port, &mut share)?;
             set(&mut self.rx_timer, wait)?;
+        }
+        if let Some(answers) = &mut self.transmitter.answers {
+            if token == ANSWERS_TIMER {
+                answers.wake();
+            }
+            let receiver = &mut self.receiver;
+            answers.deliver(|frame| receiver.deliver(&memory, frame, &mut share))?;
         }
         // Once a turn, of both ways.
         self.receiver.queue.notify_both(&mut self.transmitter.queue, &memory)

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::port::Port;
 use crate::devices::limit::Limit;
+use crate::devices::net::answers::Delivery;
 use crate::devices::net::metrics::Metrics;
 use crate::devices::net::{TURN, header};
 use crate::error::{Error, Result};
@@ -17,15 +18,6 @@ use crate::virtio::{Queue, Share};
 const READS: usize = 256;
 /// A frame that finds no room in buffers of so many descriptors is lost: they are taken in one turn.
 const DESCRIPTORS_MAX: usize = DESCRIPTORS_PER_TURN as usize / 2;
-
-/// What became of a frame for the driver.
-enum Delivery {
-    /// It is delivered, or lost.
-    Done,
-    /// The driver gave too few buffers, or more than the turn's share has room for. More came meanwhile, or
-    /// the turn is over.
-    Short { more: bool },
-}
 
 /// The driver's receive buffers, each taken when a frame fills it.
 pub struct Receiver {
@@ -72,11 +64,11 @@ impl Receiver {
         }
         let (mut moved, mut reads) = (0, 0);
         loop {
-            let Ok(length) = port.stream.decoder.frame().map(|frame| frame.map(<[u8]>::len)) else {
+            let Ok(frame) = port.stream.decoder.frame() else {
                 port.end();
                 return Ok(None);
             };
-            let Some(length) = length else {
+            let Some(frame) = frame else {
                 if reads == READS {
                     self.queue.kick_again();
                     return Ok(None);
@@ -88,15 +80,16 @@ impl Receiver {
                 return Ok(None);
             };
             if !self.is_paid
-                && let Err(wait) = self.limit.take(length)
+                && let Err(wait) = self.limit.take(frame.len())
             {
                 self.metrics.rx_rate_limiter_throttled.add(1);
                 return Ok(Some(wait));
             }
             // It may have to wait for buffers, and is not counted again then.
             self.is_paid = true;
-            match self.deliver(memory, port, share)? {
+            match self.deliver(memory, frame, share)? {
                 Delivery::Done => {
+                    port.stream.decoder.done();
                     self.is_paid = false;
                     moved += 1;
                     if moved == TURN {
@@ -114,10 +107,9 @@ impl Receiver {
         }
     }
 
-    /// Copies the next frame to the driver's buffers.
-    fn deliver(&mut self, memory: &Regions, port: &mut Port, share: &mut Share) -> Result<Delivery> {
+    /// Copies a frame to the driver's buffers. The caller notifies the driver.
+    pub fn deliver(&mut self, memory: &Regions, frame: &[u8], share: &mut Share) -> Result<Delivery> {
         let Self { buffers, chains, queue, mergeable, metrics, .. } = self;
-        let Ok(Some(frame)) = port.stream.decoder.frame() else { return Ok(Delivery::Done) };
         let needed = header::SIZE + frame.len();
         buffers.clear();
         chains.clear();
@@ -145,7 +137,6 @@ impl Receiver {
                 return Ok(Delivery::Short { more });
             }
             metrics.rx_fails.add(1);
-            port.stream.decoder.done();
             return Ok(Delivery::Done);
         }
         metrics.rx_packets_count.add(1);
@@ -159,7 +150,6 @@ impl Receiver {
             queue.push(memory, *head, here as u32)?;
             left -= here;
         }
-        port.stream.decoder.done();
         Ok(Delivery::Done)
     }
 }

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use vm_memory::GuestAddressSpace;
 
 use super::TURN;
+use super::answers::Answers;
 use super::metrics::Metrics;
 use super::status::Status;
 use super::transmit::Transmitter;
@@ -29,6 +30,7 @@ const TAP: u32 = 2;
 const LINK: u32 = 3;
 const RX_TIMER: u32 = 4;
 const TX_TIMER: u32 = 5;
+const ANSWERS_TIMER: u32 = 6;
 
 /// Where a pair's receive buffers are kept that no frame has filled, while no worker has them.
 pub type Home = Arc<Mutex<Vec<Held>>>;
@@ -70,6 +72,9 @@ impl Worker for Running {
                 registrar.add(timer, edge, token)?;
             }
         }
+        if let Some(timer) = self.transmitter.answers.as_ref().and_then(Answers::timer) {
+            registrar.add(timer, edge, ANSWERS_TIMER)?;
+        }
         if let Some((status, _)) = &self.link
             && let Some(watch) = &status.watch
         {
@@ -97,7 +102,12 @@ impl Worker for Running {
         match token {
             TX | TX_TIMER => self.exchange(&memory)?,
             LINK => self.look_at_link(),
+            ANSWERS_TIMER => self.transmitter.answers.iter_mut().for_each(Answers::wake),
             _ => drop(self.receive(&memory, Share::new(u16::MAX))?),
+        }
+        if let Some(answers) = &mut self.transmitter.answers {
+            let mut share = Share::new(TURN as u16);
+            answers.deliver(|frame| self.receiver.deliver_frame(&memory, frame, &mut share))?;
         }
         // Once a turn, of both ways: of a frame that has gone and of the answer to it by one interrupt.
         self.receiver.queue.notify_both(&mut self.transmitter.queue, &memory)

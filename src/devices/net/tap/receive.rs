@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::port::{BATCH, Port};
 use crate::devices::limit::Limit;
+use crate::devices::net::answers::Delivery;
 use crate::devices::net::metrics::Metrics;
 use crate::devices::net::{TURN, header};
 use crate::error::{Error, Result};
@@ -169,6 +170,36 @@ impl Receiver {
             _ => Left::Some,
         };
         Ok(Received { frames: moved, left, wait })
+    }
+
+    /// Delivers a frame that has not come from the TAP, and has no header yet. The caller notifies the driver.
+    pub fn deliver_frame(&mut self, memory: &Regions, frame: &[u8], share: &mut Share) -> Result<Delivery> {
+        if self.late.is_some() || !self.queue.is_ready() {
+            // The first buffers have a frame that waits for the limit: the next turn is that of its timer.
+            return Ok(Delivery::Short { more: false });
+        }
+        self.fill(memory, share)?;
+        self.plan();
+        let length = header::SIZE + frame.len();
+        let first = self.entries.first().cloned().unwrap_or_default();
+        let capacity: usize = self.pool.entries()[first].iter().map(|entry| entry.length).sum();
+        // A frame that fills its buffers to the last byte would be taken for one that was cut off.
+        if capacity < length || self.mergeable && capacity == length {
+            let has_all = self.pool.entries().len() >= usize::from(self.queue.size());
+            if has_all || !self.mergeable && capacity > 0 {
+                // There will never be more room: lost, as a frame of the TAP's.
+                self.metrics.rx_fails.add(1);
+                return Ok(Delivery::Done);
+            }
+            self.metrics.no_rx_avail_buffer.add(u64::from(!share.is_used_up()));
+            return Ok(Delivery::Short { more: self.queue.look_again(memory, share)? });
+        }
+        let vector = self.vectors[0].start;
+        self.pool.copy_from(vector, 0, &header::plain(0));
+        self.pool.copy_from(vector, header::SIZE, frame);
+        self.deliver(memory, 0, length)?;
+        self.pool.remove_used();
+        Ok(Delivery::Done)
     }
 
     /// Takes as many of the driver's buffers as the next batch can need.
