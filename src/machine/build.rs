@@ -25,7 +25,7 @@ use crate::error::{Context, Error, Result};
 use crate::firmware;
 use crate::host::{Access, Host, Sharing};
 use crate::log;
-use crate::memory::{self, Range, Region, Source};
+use crate::memory::{self, Memory, Range, Region, Source};
 use crate::platform::Platform;
 use crate::vm::exit::End;
 use crate::vm::gate::Gate;
@@ -49,12 +49,7 @@ pub fn build(
     let boot_timer = config.boot_timer.then(BootTimer::start);
     let machine = &config.machine_config;
     let ranges = layout::memory(memory_size(machine)?);
-    let memory = memory::map(&ranges, source)?;
-    memory.memory().iter().for_each(|region| machine.huge_pages.choose(region));
-    log::debug(format_args!(
-        "allocated {} MiB of guest memory for {} CPUs",
-        machine.mem_size_mib, machine.vcpu_count
-    ));
+    let memory = guest_memory(machine, &ranges, source)?;
     let mut platform = platform(config, ranges, host)?;
 
     let mut vm = Vm::new(prepared, &memory.memory())?;
@@ -110,6 +105,17 @@ pub fn build(
     register_kick()?;
     machine.timeline.mark("devices");
     Ok(machine)
+}
+
+/// The guest's memory, with the pages that are asked for.
+fn guest_memory(machine: &MachineConfig, ranges: &[Range], source: Source<'_>) -> Result<Memory> {
+    let memory = memory::map(ranges, source)?;
+    memory.memory().iter().for_each(|region| machine.huge_pages.choose(region));
+    log::debug(format_args!(
+        "allocated {} MiB of guest memory for {} CPUs",
+        machine.mem_size_mib, machine.vcpu_count
+    ));
+    Ok(memory)
 }
 
 /// What boot tables say of the machine before it has any part.
