@@ -855,15 +855,16 @@ fn a_put_says_everything_and_a_patch_what_it_names() {
     );
 }
 
-#[test]
-fn faults_are_those_that_clients_know() {
-    let service = Service::start(&[]);
-    let mut client = service.client();
+/// How a fault begins that a body cannot be read by.
+const SERDE: &str = "An error occurred when deserializing the json body of a request: ";
+
+/// A request that is refused: method, path, body, and how the fault begins.
+type Refused = (&'static str, &'static str, &'static str, String);
+
+fn refused_machines() -> Vec<Refused> {
     let memory = "Machine config error: The memory size (MiB) is either 0, or not a multiple of the configured \
                   page size.";
-    let id = "API Resource IDs can only contain alphanumeric characters and underscores.";
-    let serde = "An error occurred when deserializing the json body of a request: ";
-    for (method, path, body, expected) in [
+    vec![
         ("PUT", "/machine-config", r#"{"vcpu_count": 1, "mem_size_mib": 0}"#, memory.to_owned()),
         (
             "PUT",
@@ -878,21 +879,27 @@ fn faults_are_those_that_clients_know() {
             "PATCH",
             "/machine-config",
             r#"{"vcpu_count": 1, "vcpu_count": 2}"#,
-            format!("{serde}duplicate field `vcpu_count`"),
+            format!("{SERDE}duplicate field `vcpu_count`"),
         ),
         (
             "PUT",
             "/machine-config",
             r#"{"vcpu_count": 256.5}"#,
-            format!("{serde}invalid type: floating point"),
+            format!("{SERDE}invalid type: floating point"),
         ),
         (
             "PUT",
             "/machine-config",
             r#"{"mem_size_mib": 1e40}"#,
-            format!("{serde}invalid type: floating point"),
+            format!("{SERDE}invalid type: floating point"),
         ),
-        ("PUT", "/machine-config", r#"{"mem_size_mib": -1}"#, format!("{serde}invalid value: integer `-1`")),
+        ("PUT", "/machine-config", r#"{"mem_size_mib": -1}"#, format!("{SERDE}invalid value: integer `-1`")),
+    ]
+}
+
+fn refused_devices_and_paths() -> Vec<Refused> {
+    let id = "API Resource IDs can only contain alphanumeric characters and underscores.";
+    vec![
         ("PUT", "/drives/a-b", "{}", id.to_owned()),
         ("PUT", "/network-interfaces/a%20b", "{}", id.to_owned()),
         ("PUT", "/drives/", "{}", "The ID cannot be empty.".to_owned()),
@@ -916,9 +923,9 @@ fn faults_are_those_that_clients_know() {
         ),
         ("GET", "/drives/a", "", "Invalid request method and/or path: GET drives.".to_owned()),
         ("PATCH", "/actions", "{}", "Invalid request method and/or path: PATCH actions.".to_owned()),
-        ("PATCH", "/vm", r#"{"state": "Running"}"#, format!("{serde}unknown variant `Running`")),
+        ("PATCH", "/vm", r#"{"state": "Running"}"#, format!("{SERDE}unknown variant `Running`")),
         ("PUT", "/boot-source", r#"{"kernel_image_path": "/none"}"#, "Boot source error: ".to_owned()),
-        ("PUT", "/entropy", r#"{"rate": 1}"#, format!("{serde}unknown field `rate`")),
+        ("PUT", "/entropy", r#"{"rate": 1}"#, format!("{SERDE}unknown field `rate`")),
         (
             "PUT",
             "/drives/a",
@@ -935,9 +942,16 @@ fn faults_are_those_that_clients_know() {
             "PUT",
             "/network-interfaces/a",
             r#"{"iface_id": "a", "host_dev_name": "none9", "mtu": 70000}"#,
-            format!("{serde}invalid value: integer `70000`, expected u16"),
+            format!("{SERDE}invalid value: integer `70000`, expected u16"),
         ),
-    ] {
+    ]
+}
+
+#[test]
+fn faults_are_those_that_clients_know() {
+    let service = Service::start(&[]);
+    let mut client = service.client();
+    for (method, path, body, expected) in [refused_machines(), refused_devices_and_paths()].concat() {
         let response = client.request(method, path, body);
         assert!(response.fault().starts_with(&expected), "{method} {path} {body}: {response:?}");
         assert!(response.head.contains("\r\nContent-Type: application/json\r\n"), "{response:?}");

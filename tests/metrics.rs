@@ -25,6 +25,41 @@ fn sum(lines: &[Value], pointer: &str) -> u64 {
     lines.iter().map(|line| value(line).unwrap_or_else(|| panic!("no {pointer} in {line}"))).sum()
 }
 
+/// What the requests and the guest of the test below are counted as.
+fn check_counts(lines: &[Value]) {
+    for (pointer, expected) in [
+        ("/api_server/request_count", 13),
+        ("/api_server/request_fails", 3),
+        ("/put_api_requests/metrics_count", 3),
+        ("/put_api_requests/metrics_fails", 2),
+        ("/put_api_requests/drive_count", 1),
+        ("/put_api_requests/actions_count", 3),
+        ("/put_api_requests/actions_fails", 1),
+        ("/patch_api_requests/vm_count", 2),
+        ("/get_api_requests/metrics_count", 1),
+        ("/block/event_fails", 0),
+        ("/block_d/activate_fails", 0),
+        ("/logger/missed_metrics_count", 0),
+    ] {
+        assert_eq!(sum(lines, pointer), expected, "{pointer}");
+    }
+    for pointer in [
+        "/uart/write_count",
+        "/uart/read_count",
+        "/vcpu/exit_mmio_read",
+        "/vcpu/exit_mmio_write",
+        "/entropy/entropy_bytes",
+        "/entropy/entropy_event_count",
+        "/api_server/request_agg/sum_us",
+        "/latencies_us/pause_vm",
+    ] {
+        assert!(sum(lines, pointer) > 0, "{pointer}");
+    }
+    for pointer in ["/vcpu/exit_io_in", "/vcpu/exit_io_out"] {
+        assert_eq!(sum(lines, pointer) > 0, cfg!(target_arch = "x86_64"), "{pointer}");
+    }
+}
+
 #[test]
 fn a_line_of_metrics_says_what_was_done_since_the_last() {
     let started = ["--start-time-us", "1", "--start-time-cpu-us", "0", "--parent-cpu-time-us", "1000000"];
@@ -70,37 +105,7 @@ fn a_line_of_metrics_says_what_was_done_since_the_last() {
         assert!(line["process"]["memory"]["anonymous_bytes"].as_u64().unwrap() > 100_000, "{line}");
         assert!(line["process"]["start_us"]["devices"].is_u64(), "{line}");
     }
-    for (pointer, expected) in [
-        ("/api_server/request_count", 13),
-        ("/api_server/request_fails", 3),
-        ("/put_api_requests/metrics_count", 3),
-        ("/put_api_requests/metrics_fails", 2),
-        ("/put_api_requests/drive_count", 1),
-        ("/put_api_requests/actions_count", 3),
-        ("/put_api_requests/actions_fails", 1),
-        ("/patch_api_requests/vm_count", 2),
-        ("/get_api_requests/metrics_count", 1),
-        ("/block/event_fails", 0),
-        ("/block_d/activate_fails", 0),
-        ("/logger/missed_metrics_count", 0),
-    ] {
-        assert_eq!(sum(&lines, pointer), expected, "{pointer}");
-    }
-    for pointer in [
-        "/uart/write_count",
-        "/uart/read_count",
-        "/vcpu/exit_mmio_read",
-        "/vcpu/exit_mmio_write",
-        "/entropy/entropy_bytes",
-        "/entropy/entropy_event_count",
-        "/api_server/request_agg/sum_us",
-        "/latencies_us/pause_vm",
-    ] {
-        assert!(sum(&lines, pointer) > 0, "{pointer}");
-    }
-    for pointer in ["/vcpu/exit_io_in", "/vcpu/exit_io_out"] {
-        assert_eq!(sum(&lines, pointer) > 0, cfg!(target_arch = "x86_64"), "{pointer}");
-    }
+    check_counts(&lines);
     assert!(lines[2]["process"]["cpu_us"]["vcpu0"].as_u64().unwrap() > 0, "{}", lines[2]);
     let said = ended.text.lines().filter(|line| !line.starts_with("alula: `"));
     let said: usize = said.map(|line| line.len() + 1).sum();

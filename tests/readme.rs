@@ -64,6 +64,50 @@ kill %1";
     assert!(output.status.success() && !text.contains("fault_message"), "{text}");
 }
 
+/// Where Firecracker's API begins.
+const PATHS: [&str; 18] = [
+    "/actions",
+    "/balloon",
+    "/boot-source",
+    "/cpu-config",
+    "/drives",
+    "/entropy",
+    "/hotplug",
+    "/logger",
+    "/machine-config",
+    "/metrics",
+    "/mmds",
+    "/network-interfaces",
+    "/pmem",
+    "/serial",
+    "/snapshot",
+    "/version",
+    "/vm",
+    "/vsock",
+];
+
+/// The options of its command line.
+const OPTIONS: [&str; 18] = [
+    "--api-sock",
+    "--boot-timer",
+    "--config-file",
+    "--describe-snapshot",
+    "--enable-pci",
+    "--id",
+    "--level",
+    "--log-path",
+    "--metadata",
+    "--metrics-path",
+    "--mmds-size-limit",
+    "--module",
+    "--no-api",
+    "--no-seccomp",
+    "--seccomp-filter",
+    "--show-level",
+    "--show-log-origin",
+    "--snapshot-version",
+];
+
 /// What is refused because it is not there yet: of a service, by its path.
 fn is_path_refused(client: &mut Client, path: &str) -> bool {
     let answers = ["GET", "PUT", "PATCH"].map(|method| client.request(method, path, "{}"));
@@ -72,48 +116,6 @@ fn is_path_refused(client: &mut Client, path: &str) -> bool {
 
 #[test]
 fn what_is_not_there_yet_is_what_is_refused() {
-    /// Where Firecracker's API begins.
-    const PATHS: [&str; 18] = [
-        "/actions",
-        "/balloon",
-        "/boot-source",
-        "/cpu-config",
-        "/drives",
-        "/entropy",
-        "/hotplug",
-        "/logger",
-        "/machine-config",
-        "/metrics",
-        "/mmds",
-        "/network-interfaces",
-        "/pmem",
-        "/serial",
-        "/snapshot",
-        "/version",
-        "/vm",
-        "/vsock",
-    ];
-    /// The options of its command line.
-    const OPTIONS: [&str; 18] = [
-        "--api-sock",
-        "--boot-timer",
-        "--config-file",
-        "--describe-snapshot",
-        "--enable-pci",
-        "--id",
-        "--level",
-        "--log-path",
-        "--metadata",
-        "--metrics-path",
-        "--mmds-size-limit",
-        "--module",
-        "--no-api",
-        "--no-seccomp",
-        "--seccomp-filter",
-        "--show-level",
-        "--show-log-origin",
-        "--snapshot-version",
-    ];
     let rows = table("| not yet |");
     let quoted = |cell: &'static str| cell.split('`').skip(1).step_by(2);
     let names = |happens: &str| -> BTreeSet<&str> {

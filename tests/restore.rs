@@ -151,14 +151,26 @@ fn what_was_changed_while_the_guest_ran_is_saved() {
     assert!(!saved.places.contains_key("network interface `net`"), "{:?}", saved.places);
 }
 
+fn refused(result: Result<()>, expected: &str) {
+    let error = result.unwrap_err().to_string();
+    assert!(error.contains(expected), "{error}");
+}
+
+#[test]
+fn what_is_no_saved_machine_is_refused() {
+    let (ground, screen) = (Ground::new(), Screen::default());
+    let (_, suspended) = listening(&ground, true, &screen);
+    for length in (0..suspended.bytes.len()).step_by(97) {
+        refused(SavedMachine::from_bytes(&suspended.bytes[..length]).map(drop), "is damaged");
+    }
+    refused(SavedMachine::from_bytes(&[&suspended.bytes[..], &[0]].concat()).map(drop), "1 bytes too many");
+    refused(SavedMachine::from_bytes(&[&[9], &suspended.bytes[1..]].concat()).map(drop), "has version 9");
+}
+
 #[test]
 fn a_machine_that_cannot_be_saved_or_restored_says_why() {
     let ground = Ground::new();
     let screen = Screen::default();
-    let refused = |result: Result<()>, expected: &str| {
-        let error = result.unwrap_err().to_string();
-        assert!(error.contains(expected), "{error}");
-    };
     let save = |machine: &mut Machine| machine.save().map(drop);
     let config = ground.config(false, 1, "echo case=memory");
     let mut machine = boot(&config, &screen);
@@ -223,12 +235,6 @@ fn a_machine_that_cannot_be_saved_or_restored_says_why() {
     let places = saved.places.keys().map(|name| (name.clone(), swapped(name))).collect();
     refused(into(&config, &places), "disk `disk` was at PCI device");
     into(&config, &saved.places).unwrap();
-
-    for length in (0..suspended.bytes.len()).step_by(97) {
-        refused(SavedMachine::from_bytes(&suspended.bytes[..length]).map(drop), "is damaged");
-    }
-    refused(SavedMachine::from_bytes(&[&suspended.bytes[..], &[0]].concat()).map(drop), "1 bytes too many");
-    refused(SavedMachine::from_bytes(&[&[9], &suspended.bytes[1..]].concat()).map(drop), "has version 9");
 }
 
 // A GIC forgets a pulse of a line that the guest has not set up; a PIC of a PC does not.
