@@ -45,7 +45,8 @@ const UNSAFE: &[&str] = &[
     "src/vm/posted.rs",
     "src/vm/slots.rs",
     "src/vm/vcpu.rs",
-    "tests/api.rs",
+    "tests/api/main.rs",
+    "tests/api/socket.rs",
     "tests/cli.rs",
     "tests/common/allocator.rs",
     "tests/common/loopback.rs",
@@ -157,12 +158,51 @@ fn every_module_in_the_map_exists() {
     }
 }
 
+/// The functions of a file as rustfmt writes them: their first line, and how many lines they have.
+fn functions(text: &str) -> Vec<(&str, usize)> {
+    let lines: Vec<&str> = text.lines().collect();
+    let is_function = |line: &str| {
+        let mut words = line.trim_start().split(' ').skip_while(|word| {
+            word.starts_with("pub") || ["const", "async", "unsafe", "extern", "\"C\""].contains(word)
+        });
+        words.next() == Some("fn")
+    };
+    let begins = lines.iter().enumerate().filter(|(_, line)| is_function(line));
+    begins
+        .map(|(begin, line)| {
+            let indent = &line[..line.len() - line.trim_start().len()];
+            let is_end = |line: &&str| {
+                line.strip_prefix(indent)
+                    .is_some_and(|rest| rest == "}" || rest.starts_with(") -> ") && rest.ends_with(';'))
+            };
+            // One of a trait, or one that ends where it begins.
+            let is_short = line.ends_with(';') || line.ends_with('}');
+            let length = match is_short {
+                true => 1,
+                false => 1 + lines[begin..].iter().position(is_end).unwrap_or(0),
+            };
+            (line.trim_start(), length)
+        })
+        .collect()
+}
+
 #[test]
-fn no_file_is_too_long_to_read() {
-    for (file, text) in [sources("src"), sources("firmware")].concat() {
+fn no_file_and_no_function_is_too_long_to_read() {
+    let (mut faults, mut seen) = (Vec::new(), 0);
+    for (file, text) in [sources("src"), sources("firmware"), sources("tests")].concat() {
         let lines = text.lines().count();
-        assert!(lines <= 500, "{file} has {lines} lines: look for the second idea in it");
+        if lines > 500 {
+            faults.push(format!("{file} has {lines} lines"));
+        }
+        for (function, lines) in functions(&text) {
+            seen += 1;
+            if lines > 70 {
+                faults.push(format!("{file}: `{function}` has {lines} lines"));
+            }
+        }
     }
+    assert!(faults.is_empty(), "look for the second idea in each:\n{}", faults.join("\n"));
+    assert!(seen > 1000, "only {seen} functions were found");
 }
 
 /// The text of a Markdown file between single backquotes, outside of code blocks.

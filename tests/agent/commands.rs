@@ -1,0 +1,157 @@
+//! The commands of the host that an agent serves.
+
+use super::*;
+
+/// `alula` with these words, and this on its standard input.
+fn alula(words: &[&str], input: &[u8]) -> Output {
+    let mut command = Command::new(common::alula());
+    command.args(words).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    let input = input.to_vec();
+    // A command that reads none of it may have ended.
+    let writer = std::thread::spawn(move || drop(stdin.write_all(&input)));
+    let output = child.wait_with_output().unwrap();
+    writer.join().unwrap();
+    output
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+#[test]
+fn exec_is_the_command_seen_from_the_host() {
+    let agent = Agent::start();
+    let vsock = agent.vsock();
+    let exec = |words: &[&str], input: &[u8]| {
+        let output = alula(&[&["exec", "--vsock", &vsock][..], words].concat(), input);
+        (output.status.code().unwrap(), output.stdout, text(&output.stderr))
+    };
+    let (code, output, errors) = exec(&["sh", "-c", "echo hi; echo err >&2; exit 7"], b"");
+    assert_eq!((code, &output[..], &errors[..]), (7, &b"hi\n"[..], "err\n"));
+    let bytes: Vec<u8> = (0..3 << 20).map(|at: u32| (at ^ at >> 9) as u8).collect();
+    let (code, output, errors) = exec(&["-i", "cat"], &bytes);
+    assert!(code == 0 && output == bytes && errors.is_empty(), "{code} {} {errors}", output.len());
+    // Without -i, there is no input.
+    assert_eq!(exec(&["cat"], b"text").1, b"");
+    let (code, output, _) = exec(&["--env", "A=b c", "--workdir", "/", "sh", "-c", "echo $A; pwd"], b"");
+    assert_eq!((code, &output[..]), (0, &b"b c\n/\n"[..]));
+    for (words, code, told) in [
+        (&["sh", "-c", "kill -9 $$"][..], 137, "alula: the command in the guest was ended by signal 9\n"),
+        (&["/nonexistent"], 127, "alula: start `/nonexistent`: No such file or directory"),
+        (&["/"], 126, "alula: start `/`: Permission denied"),
+        (&["--workdir", "/nonexistent", "ls"], 125, "alula: there is no folder `/nonexistent` to start in\n"),
+        (
+            &["--timeout", "100ms", "sleep", "100"],
+            124,
+            "alula: the time for the command in the guest was up\n",
+        ),
+        (&["--timeout", "100ms", "sh", "-c", "trap '' TERM; sleep 100"], 124, "was up\n"),
+    ] {
+        let (got, output, errors) = exec(words, b"");
+        assert!(got == code && errors.contains(told) && output.is_empty(), "{words:?}: {got} {errors}");
+    }
+    // A regular file as input.
+    let file = agent.folder.write("input", &bytes);
+    let mut command = Command::new(common::alula());
+    command.args(["exec", "--vsock", &vsock, "-i", "md5sum"]).stdin(fs::File::open(&file).unwrap());
+    let expected = Command::new("md5sum").stdin(fs::File::open(&file).unwrap()).output().unwrap();
+    assert_eq!(command.output().unwrap().stdout, expected.stdout);
+    // A reader that has gone ends it.
+    let mut child = Command::new(common::alula());
+    child.args(["exec", "--vsock", &vsock, "yes"]).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = child.spawn().unwrap();
+    child.stdout.take().unwrap().read_exact(&mut [0; 100]).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(128 + 13));
+    // A signal is the command's.
+    let script = "trap 'exit 9' TERM; echo ready; while :; do sleep 0.01; done";
+    let mut process = Process::start(["exec", "--vsock", &vsock, "sh", "-c", script]);
+    process.expect("ready");
+    process.send(libc::SIGTERM);
+    assert_eq!(process.child.wait().unwrap().code(), Some(9));
+}
+
+#[test]
+fn a_guest_that_cannot_be_reached_is_told_with_a_way_on() {
+    let folder = Folder::new();
+    let path = folder.path("vsock");
+    let vsock = path.to_str().unwrap();
+    let told = |words: &[&str]| {
+        let mut command = Command::new(common::alula());
+        let output = command.args(words).env("XDG_RUNTIME_DIR", &folder.0).output().unwrap();
+        (output.status.code().unwrap(), text(&output.stderr))
+    };
+    let (code, errors) = told(&["exec", "--vsock", vsock, "true"]);
+    assert!(code == 125 && errors.contains("No such file or directory"), "{errors}");
+    let (code, errors) = told(&["exec", "web", "true"]);
+    let line = format!("there is no guest `web`: `{}` is not there", folder.path("alula/web.sock").display());
+    assert!(code == 125 && errors.contains(&line), "{errors}");
+    // Nobody listens in the guest: its monitor closes the connection.
+    let listener = UnixListener::bind(&path).unwrap();
+    let monitor = std::thread::spawn(move || {
+        for _ in 0..2 {
+            listener.accept().unwrap().0.read_exact(&mut [0; 11]).unwrap();
+        }
+        listener
+    });
+    let (code, errors) = told(&["exec", "--vsock", vsock, "true"]);
+    assert!(
+        code == 125 && errors.contains("no agent listens on vsock port 52 of the guest: it is not up yet"),
+        "{errors}"
+    );
+    let (code, errors) = told(&["wait", "--vsock", vsock, "--timeout", "0"]);
+    assert!(code == 124 && errors.contains("does not answer yet"), "{errors}");
+    // A liar.
+    let listener = monitor.join().unwrap();
+    let monitor = std::thread::spawn(move || {
+        let (mut client, _) = listener.accept().unwrap();
+        client.read_exact(&mut [0; 11]).unwrap();
+        client.write_all(b"OK 1\n\x85\x02\x00\x00\x00\x00").unwrap();
+        client
+    });
+    let (code, errors) = told(&["exec", "--vsock", vsock, "true"]);
+    assert!(
+        code == 125 && errors.contains("does not keep to its protocol: Exited comes before a greeting"),
+        "{errors}"
+    );
+    monitor.join().unwrap();
+    let agent = Agent::start();
+    assert_eq!(told(&["wait", "--vsock", &agent.vsock()]), (0, String::new()));
+}
+
+#[test]
+fn copies_go_both_ways() {
+    let agent = Agent::start();
+    let vsock = agent.vsock();
+    let cp = |from: &str, to: &str| {
+        let output = alula(&["cp", "--vsock", &vsock, from, to], b"");
+        (output.status.code().unwrap(), text(&output.stderr))
+    };
+    let path = |name: &str| agent.folder.path(name).to_str().unwrap().to_owned();
+    let inside = |name: &str| format!(":{}", path(name));
+    fs::create_dir_all(path("tree/a b")).unwrap();
+    let bytes: Vec<u8> = (0..2 << 20).map(|at: u32| (at ^ at >> 7) as u8).collect();
+    fs::write(path("tree/a b/file"), &bytes).unwrap();
+    symlink("a b/file", path("tree/link")).unwrap();
+    fs::create_dir(path("in")).unwrap();
+    assert_eq!(cp(&path("tree"), &inside("in")), (0, String::new()));
+    assert_eq!(fs::read(path("in/tree/link")).unwrap(), bytes);
+    assert_eq!(cp(&inside("in/tree/link"), &path("out")), (0, String::new()));
+    assert_eq!(fs::read(path("out")).unwrap(), bytes);
+    assert_eq!(cp(&inside("in/tree"), &path("new")), (0, String::new()));
+    assert_eq!(fs::read(path("new/a b/file")).unwrap(), bytes);
+    for (from, to, told) in [
+        (path("tree"), inside("in/tree/link"), "a folder does not go over what is not a folder"),
+        (path("nothing"), inside("in"), "nothing` to `"),
+        (inside("nothing"), path("x"), "in the guest: read `"),
+        (inside("tree"), path("out"), "a folder does not go over what is not a folder"),
+        (inside("tree"), path("no/such"), "No such file or directory"),
+        (path("tree"), ":/proc/x".to_owned(), "in the guest: write `/proc/x"),
+    ] {
+        let (code, errors) = cp(&from, &to);
+        assert!(code == 1 && errors.contains(told) && errors.lines().count() == 1, "{from} {to}: {errors}");
+    }
+    // No room there.
+    assert!(cp(&path("tree/a b/file"), ":/dev/full").0 == 1);
+}

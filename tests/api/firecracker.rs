@@ -1,0 +1,231 @@
+//! The API as clients of Firecracker know it.
+
+use super::*;
+
+/// How a fault begins that a body cannot be read by.
+const SERDE: &str = "An error occurred when deserializing the json body of a request: ";
+
+/// A request that is refused: method, path, body, and how the fault begins.
+type Refused = (&'static str, &'static str, &'static str, String);
+
+fn refused_machines() -> Vec<Refused> {
+    let memory = "Machine config error: The memory size (MiB) is either 0, or not a multiple of the configured \
+                  page size.";
+    vec![
+        ("PUT", "/machine-config", r#"{"vcpu_count": 1, "mem_size_mib": 0}"#, memory.to_owned()),
+        (
+            "PUT",
+            "/machine-config",
+            r#"{"vcpu_count":1,"mem_size_mib":3,"huge_pages":"2M"}"#,
+            memory.to_owned(),
+        ),
+        ("PATCH", "/machine-config", r#"{"mem_size_mib": 0}"#, memory.to_owned()),
+        ("PATCH", "/machine-config", "{}", "Empty PATCH request.".to_owned()),
+        ("PATCH", "/machine-config", "", "Empty PATCH request.".to_owned()),
+        (
+            "PATCH",
+            "/machine-config",
+            r#"{"vcpu_count": 1, "vcpu_count": 2}"#,
+            format!("{SERDE}duplicate field `vcpu_count`"),
+        ),
+        (
+            "PUT",
+            "/machine-config",
+            r#"{"vcpu_count": 256.5}"#,
+            format!("{SERDE}invalid type: floating point"),
+        ),
+        (
+            "PUT",
+            "/machine-config",
+            r#"{"mem_size_mib": 1e40}"#,
+            format!("{SERDE}invalid type: floating point"),
+        ),
+        ("PUT", "/machine-config", r#"{"mem_size_mib": -1}"#, format!("{SERDE}invalid value: integer `-1`")),
+    ]
+}
+
+fn refused_devices_and_paths() -> Vec<Refused> {
+    let id = "API Resource IDs can only contain alphanumeric characters and underscores.";
+    vec![
+        ("PUT", "/drives/a-b", "{}", id.to_owned()),
+        ("PUT", "/network-interfaces/a%20b", "{}", id.to_owned()),
+        ("PUT", "/drives/", "{}", "The ID cannot be empty.".to_owned()),
+        ("PUT", "/network-interfaces", "{}", "The ID cannot be empty.".to_owned()),
+        ("DELETE", "/drives/a", "{}", "Empty Delete request.".to_owned()),
+        ("PUT", "/unknown", "", "Empty PUT request.".to_owned()),
+        ("PATCH", "/unknown", "", "Empty PATCH request.".to_owned()),
+        ("GET", "/unknown", "", "Invalid request method and/or path: GET unknown.".to_owned()),
+        ("GET", "/unknown", "{}", "GET request cannot have a body.".to_owned()),
+        (
+            "GET",
+            "/machine-config?x",
+            "",
+            "Invalid request method and/or path: GET machine-config?x.".to_owned(),
+        ),
+        (
+            "PUT",
+            "/machine-config?x",
+            "{}",
+            "Invalid request method and/or path: PUT machine-config?x.".to_owned(),
+        ),
+        ("GET", "/drives/a", "", "Invalid request method and/or path: GET drives.".to_owned()),
+        ("PATCH", "/actions", "{}", "Invalid request method and/or path: PATCH actions.".to_owned()),
+        ("PATCH", "/vm", r#"{"state": "Running"}"#, format!("{SERDE}unknown variant `Running`")),
+        ("PUT", "/boot-source", r#"{"kernel_image_path": "/none"}"#, "Boot source error: ".to_owned()),
+        ("PUT", "/entropy", r#"{"rate": 1}"#, format!("{SERDE}unknown field `rate`")),
+        (
+            "PUT",
+            "/drives/a",
+            r#"{"drive_id": "a", "is_root_device": true, "path_on_host": "/none"}"#,
+            "Drive config error: ".to_owned(),
+        ),
+        (
+            "PUT",
+            "/network-interfaces/a",
+            r#"{"iface_id": "a", "host_dev_name": "lo", "guest_mac": null}"#,
+            "Network config error: ".to_owned(),
+        ),
+        (
+            "PUT",
+            "/network-interfaces/a",
+            r#"{"iface_id": "a", "host_dev_name": "none9", "mtu": 70000}"#,
+            format!("{SERDE}invalid value: integer `70000`, expected u16"),
+        ),
+    ]
+}
+
+#[test]
+fn faults_are_those_that_clients_know() {
+    let service = Service::start(&[]);
+    let mut client = service.client();
+    for (method, path, body, expected) in [refused_machines(), refused_devices_and_paths()].concat() {
+        let response = client.request(method, path, body);
+        assert!(response.fault().starts_with(&expected), "{method} {path} {body}: {response:?}");
+        assert!(response.head.contains("\r\nContent-Type: application/json\r\n"), "{response:?}");
+    }
+    // Names may be of any script.
+    let disk = service.folder.write("disk", [0; 4096]);
+    let body = json!({ "drive_id": "плата_1", "is_root_device": false, "path_on_host": disk }).to_string();
+    client.ok("PUT", "/drives/плата_1", &body);
+}
+
+#[test]
+fn what_does_not_exist_yet_says_so() {
+    let service = Service::start(&[]);
+    let mut client = service.client();
+    for (method, path) in [
+        ("GET", "/balloon"),
+        ("PUT", "/balloon"),
+        ("PATCH", "/balloon"),
+        ("GET", "/balloon/statistics"),
+        ("PATCH", "/balloon/statistics"),
+        ("PATCH", "/balloon/hinting/start"),
+        ("PUT", "/pmem/p"),
+        ("DELETE", "/pmem/p"),
+        ("PUT", "/hotplug/memory"),
+        ("GET", "/hotplug/memory"),
+        ("PUT", "/snapshot/create"),
+        ("PUT", "/snapshot/load"),
+    ] {
+        let body = if ["GET", "DELETE"].contains(&method) { "" } else { "{}" };
+        let fault = client.request(method, path, body).fault();
+        assert_eq!(fault, format!("`{method} {path}` is not implemented yet."));
+    }
+}
+
+#[test]
+fn called_firecracker_it_has_that_monitors_command_line_and_limits() {
+    let folder = common::Folder::new();
+    let firecracker = common::called("firecracker", &folder);
+    let output = |program: &std::path::Path, arguments: &[&str]| {
+        std::process::Command::new(program).args(arguments).output().unwrap()
+    };
+    let version = output(&firecracker, &["--version"]);
+    assert_eq!(
+        (version.status.code(), version.stdout.as_slice()),
+        (Some(0), &b"Firecracker v1.17.0\n\n"[..])
+    );
+    assert_eq!(output(&common::called("jailer", &folder), &["--version"]).stdout, b"Jailer v1.17.0\n\n");
+    let editor = common::called("snapshot-editor", &folder);
+    assert_eq!(output(&editor, &["--version"]).stdout, b"snapshot-editor 1.17.0\n");
+    let refused = output(&editor, &["edit-memory"]);
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("only --version is implemented yet"));
+    assert_eq!(output(&firecracker, &["--dance"]).status.code(), Some(153));
+    assert_eq!(output(&firecracker, &["--id", "a_b"]).status.code(), Some(153));
+    assert_eq!(output(&firecracker, &["--no-api"]).status.code(), Some(153));
+    assert_eq!(output(&firecracker, &["--no-api", "--config-file", "/none"]).status.code(), Some(1));
+
+    let socket = folder.path("s");
+    let mut command = std::process::Command::new(&firecracker);
+    command.args(["--id", "vm-7", "--no-seccomp", "--start-time-us", "1", "--api-sock"]).arg(&socket);
+    let _process = common::Process::spawn(command);
+    wait_for(|| UnixStream::connect(&socket).is_ok());
+    let mut client = Client::connect(&socket);
+    assert_eq!(client.ok("GET", "/", "").json()["id"], "vm-7");
+    let fault = client.request("PUT", "/machine-config", r#"{"vcpu_count": 33, "mem_size_mib": 64}"#).fault();
+    let expected = "Machine config error: The number of vCPUs must be greater than 0, less than 32 and must be 1 or \
+                    an even number if SMT is enabled.";
+    assert!(fault.starts_with(expected), "{fault}");
+    client.ok("PUT", "/machine-config", r#"{"vcpu_count": 32, "mem_size_mib": 64}"#);
+
+    let config = json!({
+        "boot-source": { "kernel_image_path": folder.firmware(), "boot_args": "case=serial end=9" },
+        "machine-config": { "vcpu_count": 33, "mem_size_mib": 16 },
+        "drives": [],
+    });
+    let file = folder.write("vm.json", config.to_string());
+    let refused = output(&firecracker, &["--no-api", "--config-file", file.to_str().unwrap()]);
+    assert_eq!(refused.status.code(), Some(1));
+    let text = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(
+        text.contains("vm.json`: `machine-config`: The number of vCPUs") && text.contains("less than 32")
+    );
+    // Ourselves, we only have the host's limit.
+    let ended = run(["serve", "--no-api", "--config-file", file.to_str().unwrap()]);
+    assert_eq!(ended.code, Some(9), "{}", ended.text);
+}
+
+#[test]
+fn called_firecracker_it_is_that_monitor_alone() {
+    let folder = common::Folder::new();
+    let firecracker = common::called("firecracker", &folder);
+    let socket = folder.path("s");
+    let mut command = std::process::Command::new(&firecracker);
+    command.args(["--id", "vm-8", "--api-sock"]).arg(&socket);
+    let mut process = common::Process::spawn(command);
+    wait_for(|| UnixStream::connect(&socket).is_ok());
+    let mut client = Client::connect(&socket);
+    let disk = folder.write("disk", [0; 4096]);
+    let drive = json!({ "drive_id": "d", "is_root_device": false, "path_on_host": disk, "format": "raw" });
+    let fault = client.request("PUT", "/drives/d", &drive.to_string()).fault();
+    assert!(fault.contains("unknown field `format`, expected one of `drive_id`, "), "{fault}");
+    let shutdown = r#"{"action_type": "Shutdown"}"#;
+    let fault = client.request("PUT", "/actions", shutdown).fault();
+    assert!(fault.contains("unknown variant `Shutdown`"), "{fault}");
+    // A guest that has halted stays, and may be paused and resumed; its readers of events know.
+    let mut reader = Client::connect(&socket);
+    reader.send("GET /events HTTP/1.1\r\n\r\n");
+    let body = json!({ "kernel_image_path": folder.firmware(), "boot_args": "case=serial end=halt" });
+    client.ok("PUT", "/boot-source", &body.to_string());
+    client.ok("PUT", "/actions", START);
+    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(&reader.stream));
+    assert!(lines.any(|line| line.unwrap().contains(r#""event":"halted""#)));
+    for state in ["Paused", "Resumed"] {
+        client.ok("PATCH", "/vm", &json!({ "state": state }).to_string());
+    }
+    assert_eq!(client.ok("GET", "/", "").json()["state"], "Running");
+    assert!(process.is_running() && socket.exists());
+    for (more, expected) in [
+        (json!({}), "missing field `drives`"),
+        (json!({ "drives": [drive] }), "`drives`: unknown field `format`, expected one of"),
+    ] {
+        let mut config = json!({ "boot-source": body });
+        config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let file = folder.write("vm.json", config.to_string());
+        let mut command = std::process::Command::new(&firecracker);
+        command.args(["--no-api", "--config-file"]).arg(&file);
+        let ended = common::Process::spawn(command).end();
+        assert_eq!(ended.code, Some(1), "{}", ended.text);
+        assert!(ended.text.contains(expected), "{}", ended.text);
+    }
+}

@@ -1,0 +1,212 @@
+//! Disks in Linux guests.
+
+use super::*;
+
+/// What the writers of `alula.run=disk-scatter=write` (resources/guest-init) leave on a disk of 32 MiB.
+fn scattered() -> Vec<u8> {
+    const PIECE: usize = 64 << 10;
+    let mut content = vec![0; 32 << 20];
+    for writer in 0..4 {
+        let mut state = writer as u64;
+        for round in 1..=12 {
+            state = (state * 1_103_515_245 + 12345) & 0x7fff_ffff;
+            let piece = (state / 65536 % 24) as usize;
+            let line = format!("{writer} {piece} {round}\n");
+            let bytes: Vec<u8> = line.bytes().cycle().take(PIECE).collect();
+            content[(writer * 24 + piece) * PIECE..][..PIECE].copy_from_slice(&bytes);
+        }
+    }
+    content
+}
+
+/// An empty qcow2 image of 32 MiB: header, table of reference counts, their one block, table of clusters.
+fn qcow2() -> Vec<u8> {
+    let mut image = vec![0; 4 << 16];
+    let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0, b"QFI\xfb");
+    for (at, word) in [(4, 3), (20, 16), (36, 1), (56, 1), (96, 4), (100, 104)] {
+        put(at, &u32::to_be_bytes(word));
+    }
+    for (at, long) in [(24, 32 << 20), (40, 3 << 16), (48, 1 << 16), (1 << 16, 2 << 16)] {
+        put(at, &u64::to_be_bytes(long));
+    }
+    put(2 << 16, &[0, 1, 0, 1, 0, 1, 0, 1]);
+    image
+}
+
+/// What a guest sees of an image.
+fn content_of(path: &Path, format: &str) -> Vec<u8> {
+    let config = json!({
+        "drive_id": "d", "is_root_device": false, "is_read_only": true, "path_on_host": path,
+        "format": format,
+    });
+    let mut disk = Disk::new(config).unwrap();
+    (0..32 << 20 >> 16).flat_map(|piece| disk.read(piece << 7, 64 << 10).unwrap()).collect()
+}
+
+/// The host checks every byte that the guest wrote; another guest does where `checked` says so.
+fn what_four_writers_wrote_is_there_after_a_restart(format: &str, engine: &str, checked: bool) {
+    let expected = scattered();
+    for (queues, transport) in [(1, TRANSPORTS[0]), (2, TRANSPORTS[1])] {
+        let folder = Folder::new();
+        let image = if format == "qcow2" { qcow2() } else { Vec::new() };
+        let path = folder.write("disk", image);
+        if format == "raw" {
+            std::fs::File::options().write(true).open(&path).unwrap().set_len(32 << 20).unwrap();
+        }
+        let disk = format!("{},format={format},engine={engine},queues={queues}", path.display());
+        for what in if checked && queues == 1 { &["write", "check"][..] } else { &["write"] } {
+            let word = format!("disk-scatter={what}");
+            let ended = boot_with(KERNELS[0], 2, &word, &[transport, &["--disk", &disk]].concat());
+            assert_eq!(ended.code, Some(0), "{}", ended.text);
+            let said = format!("disk: four writers, {what} done, {queues} queues");
+            assert!(ended.text.contains(&said) && !ended.text.contains("is not as it was"), "{}", ended.text);
+            assert!(!ended.text.contains("instead of Async") || format == "qcow2", "{}", ended.text);
+        }
+        assert!(content_of(&path, format) == expected, "{format} {engine} {queues}");
+    }
+}
+
+#[test]
+#[ignore = "a stock kernel: scripts/test runs it"]
+fn four_writers_on_a_raw_disk_by_the_sync_engine() {
+    what_four_writers_wrote_is_there_after_a_restart("raw", "sync", false);
+}
+
+#[test]
+#[ignore = "a stock kernel: scripts/test runs it"]
+fn four_writers_on_a_raw_disk_by_the_async_engine() {
+    what_four_writers_wrote_is_there_after_a_restart("raw", "async", true);
+}
+
+#[test]
+#[ignore = "a stock kernel: scripts/test runs it"]
+fn four_writers_on_a_qcow2_disk_by_the_sync_engine() {
+    what_four_writers_wrote_is_there_after_a_restart("qcow2", "sync", true);
+}
+
+#[test]
+#[ignore = "a stock kernel: scripts/test runs it"]
+fn four_writers_on_a_qcow2_disk_by_the_async_engine() {
+    what_four_writers_wrote_is_there_after_a_restart("qcow2", "async", false);
+}
+
+#[test]
+#[ignore = "a stock kernel: scripts/test runs it"]
+fn what_a_guest_gives_back_is_free_on_the_host() {
+    use std::os::unix::fs::MetadataExt;
+    for (format, engine) in [("raw", "async"), ("qcow2", "sync")] {
+        let folder = Folder::new();
+        let path = folder.write("disk", if format == "qcow2" { qcow2() } else { Vec::new() });
+        if format == "raw" {
+            std::fs::File::options().write(true).open(&path).unwrap().set_len(32 << 20).unwrap();
+        }
+        let disk = format!("{},format={format},engine={engine}", path.display());
+        let (kernel, initrd) = (asset(KERNELS[0]), asset("initramfs.cpio"));
+        let line = command_line("disk-give-back");
+        let arguments = ["run", kernel.to_str().unwrap(), "--initrd", initrd.to_str().unwrap()];
+        let machine = ["--cpus", "2", "--memory", "256M", "--disk", &disk, "--cmdline", &line];
+        let mut guest = Process::start([&arguments[..], &machine].concat());
+        // What the image takes when the guest has done that; the guest goes on with a line.
+        let mut taken = |done: &str| {
+            let said = guest.expect(done);
+            let taken = std::fs::metadata(&path).unwrap().blocks() >> 11;
+            guest.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
+            (said, taken)
+        };
+        let (_, filled) = taken("disk: filled");
+        assert!(filled >= 16, "{filled} MiB");
+        let (_, trimmed) = taken("disk: trimmed");
+        assert!(trimmed <= filled - 15, "{trimmed} MiB of {filled}");
+        let (text, discarded) = taken("disk: discarded,");
+        assert!(line_of(&text, "disk: discarded,") == "0" && discarded == 0, "{discarded} MiB: {text}");
+        ends(&guest.end(), 0, "powered off\n");
+    }
+}
+
+#[test]
+#[ignore = "a stock kernel: scripts/test runs it"]
+fn a_disk_is_swapped_while_the_guest_runs() {
+    for transport in TRANSPORTS {
+        let mut service = Service::start(transport);
+        let mut client = service.client();
+        let boot = json!({
+            "kernel_image_path": asset(KERNELS[0]),
+            "initrd_path": asset("initramfs.cpio"),
+            "boot_args": command_line("disk-swap"),
+        });
+        client.ok("PUT", "/boot-source", &boot.to_string());
+        let empty = service.folder.write("empty", "");
+        let drive = json!({ "drive_id": "d", "is_root_device": false, "path_on_host": empty });
+        client.ok("PUT", "/drives/d", &drive.to_string());
+        client.ok("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#);
+        service.process.expect("disk: 0 sectors");
+        let mut content = b"another image...".to_vec();
+        content.resize(1 << 20, 0);
+        let other = service.folder.write("other", content);
+        client.ok("PATCH", "/drives/d", &json!({ "drive_id": "d", "path_on_host": other }).to_string());
+        service.process.expect("disk: now 2048 sectors, another image...");
+        let Service { process, folder, .. } = service;
+        assert_eq!(process.end().code, Some(0));
+        drop(folder);
+    }
+}
+
+/// What a service says whose guest switches to the root file system on `disk`.
+fn switch_root(transport: &[&str], mut drive: serde_json::Value, disk: &Path) -> String {
+    let boot = json!({
+        "kernel_image_path": asset(KERNELS[0]),
+        "initrd_path": asset("initramfs.cpio"),
+        "boot_args": command_line("root"),
+    });
+    for (field, value) in [("drive_id", json!("root")), ("is_root_device", json!(true))] {
+        drive[field] = value;
+    }
+    drive["path_on_host"] = json!(disk);
+    let folder = Folder::new();
+    let config = json!({
+        "boot-source": boot,
+        "drives": [drive],
+        "machine-config": { "vcpu_count": 1, "mem_size_mib": 256 },
+    });
+    let config = folder.write("config.json", config.to_string());
+    let arguments = ["serve", "--no-api", "--config-file", config.to_str().unwrap()];
+    let ended = run([&arguments, transport].concat());
+    assert_eq!(ended.code, Some(0), "{}", ended.text);
+    ended.text
+}
+
+#[test]
+#[ignore = "a stock kernel: scripts/test runs it"]
+fn a_root_device_is_mounted_as_it_is_configured() {
+    let folder = Folder::new();
+    let disk = folder.write("root", std::fs::read(asset("root.ext4")).unwrap());
+    let text = switch_root(TRANSPORTS[0], json!({}), &disk);
+    assert!(text.contains("root: /dev/vda ext4 rw") && text.contains("root: written to"), "{text}");
+    let written = std::fs::read(&disk).unwrap();
+    let text = switch_root(TRANSPORTS[1], json!({ "is_read_only": true }), &disk);
+    assert!(text.contains("root: /dev/vda ext4 ro") && text.contains("root: was written to"), "{text}");
+    assert!(!text.contains("root: written to"), "{text}");
+    assert!(std::fs::read(&disk).unwrap() == written, "a read-only disk was written to");
+}
+
+#[test]
+#[ignore = "a stock kernel: scripts/test runs it"]
+fn a_root_partition_is_found_by_its_partuuid() {
+    const SECTOR: usize = 512;
+    const START: usize = 2048;
+    let root = std::fs::read(asset("root.ext4")).unwrap();
+    // An MBR: the disk's signature, then one Linux partition by its first sector and length, no CHS.
+    let mut disk = vec![0; START * SECTOR];
+    disk[440..444].copy_from_slice(&0x5eed_1234_u32.to_le_bytes());
+    let second = 446 + 16;
+    disk[second + 4] = 0x83;
+    disk[second + 8..second + 12].copy_from_slice(&(START as u32).to_le_bytes());
+    disk[second + 12..second + 16].copy_from_slice(&((root.len() / SECTOR) as u32).to_le_bytes());
+    disk[510..512].copy_from_slice(&[0x55, 0xaa]);
+    disk.extend(root);
+    let folder = Folder::new();
+    let disk = folder.write("disk", &disk);
+    let text = switch_root(TRANSPORTS[1], json!({ "partuuid": "5eed1234-02" }), &disk);
+    assert!(text.contains("root: /dev/vda2 ext4 rw") && text.contains("root: written to"), "{text}");
+}
