@@ -327,8 +327,7 @@ fn a_queue_half_processed_is_processed_once_after_a_restore() {
     let memory = || memory::allocate(&[memory::Range { start: 0, size: driver::MEMORY }]).unwrap();
     Host::new().each(|_, kind, device| {
         let sizes = open(device, "contract").queue_sizes().to_vec();
-        for (queue, max) in sizes.into_iter().enumerate().filter(|(queue, _)| !is_net(device) || *queue != RX)
-        {
+        for (queue, max) in sizes.into_iter().enumerate().filter(|(queue, _)| !waits(device, *queue)) {
             let mut guest = Guest::by_hand(kind, open(device, "contract"), memory());
             guest.start(F_EVENT_IDX);
             guest.turn();
