@@ -13,6 +13,7 @@ use alula::host::Host;
 use common::allocator::{Counting, allocations, is_io_thread};
 use common::driver::{DATA, F_EVENT_IDX, F_VERSION_1, Guest, KINDS, MEMORY, WRITE};
 use common::network::{self, Wire};
+use common::vsock::{Packet, RW};
 use common::{Folder, wait_for};
 use serde_json::{Value, json};
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend};
@@ -74,6 +75,8 @@ struct Path {
     queue: usize,
     /// Of each request in flight.
     requests: Vec<Vec<((u64, u32), u16)>>,
+    /// What the device answers each into, by its first queue.
+    rooms: Vec<((u64, u32), u16)>,
     /// Bytes that the device may copy for it, beside what the kernel moves: headers and the like.
     copied_max: f64,
 }
@@ -95,6 +98,7 @@ fn configurations(folder: &Folder) -> Vec<(String, Device)> {
             "drives" => vec![disk("Sync"), disk("Async")],
             "network-interfaces" => vec![json!({ "iface_id": "net", "host_dev_name": "tap0" })],
             "entropy" => vec![json!({})],
+            "vsock" => vec![json!({ "guest_cid": 3, "uds_path": folder.path("vsock") })],
             other => panic!("teach this test how a device of `{other}` is configured"),
         }
     };
@@ -122,7 +126,7 @@ fn block(guest: &mut Guest, name: &'static str, kind: u8, size: usize) -> Path {
     };
     // The header; and the id is ours.
     let copied_max = if kind == GET_ID { 36.0 } else { 16.0 };
-    Path { name, queue: 0, requests: (0..DEPTH).map(&mut request).collect(), copied_max }
+    Path { name, queue: 0, requests: (0..DEPTH).map(&mut request).collect(), rooms: Vec::new(), copied_max }
 }
 
 fn frames(guest: &mut Guest, name: &'static str, queue: usize, size: usize) -> Path {
@@ -134,7 +138,13 @@ fn frames(guest: &mut Guest, name: &'static str, queue: usize, size: usize) -> P
         let room = if queue == RX { vec![0; 2048] } else { frame };
         vec![(guest.allocate(&room), if queue == RX { WRITE } else { 0 })]
     };
-    Path { name, queue, requests: (0..DEPTH).map(&mut request).collect(), copied_max: 16.0 }
+    Path {
+        name,
+        queue,
+        requests: (0..DEPTH).map(&mut request).collect(),
+        rooms: Vec::new(),
+        copied_max: 16.0,
+    }
 }
 
 /// The ways to use a device. A new device is taught here how: the test fails without.
@@ -155,7 +165,14 @@ fn paths(device: &Device, guest: &mut Guest) -> Vec<Path> {
         "entropy" => {
             let requests = (0..DEPTH).map(|_| vec![(guest.allocate(&[0; 64]), WRITE)]).collect();
             // Random bytes come from the kernel, and go to the guest.
-            vec![Path { name: "64 random bytes", queue: 0, requests, copied_max: 64.0 }]
+            vec![Path { name: "64 random bytes", queue: 0, requests, rooms: Vec::new(), copied_max: 64.0 }]
+        }
+        "vsock" => {
+            let packet = |index| Packet::new(RW, index as u32, 1000).bytes();
+            let requests = (0..DEPTH).map(|index| vec![(guest.allocate(&packet(index)), 0)]).collect();
+            let rooms = (0..DEPTH).map(|_| (guest.allocate(&[0; 64]), WRITE)).collect();
+            // A header is read, and one is written.
+            vec![Path { name: "packet of no connection", queue: TX, requests, rooms, copied_max: 88.0 }]
         }
         other => panic!("teach this test how a device of `{other}` is used"),
     }
@@ -163,6 +180,9 @@ fn paths(device: &Device, guest: &mut Guest) -> Vec<Path> {
 
 /// Has `path` done once for each request in flight, `wire` sending what is to come in.
 fn round(guest: &mut Guest, path: &Path, wire: &Wire) {
+    for room in &path.rooms {
+        guest.offer(RX, &[*room]);
+    }
     for buffers in &path.requests {
         guest.offer(path.queue, buffers);
     }
@@ -181,6 +201,7 @@ fn round(guest: &mut Guest, path: &Path, wire: &Wire) {
         guest.next_used(path.queue);
         left -= 1;
     }
+    path.rooms.iter().for_each(|_| _ = guest.next_used(RX));
 }
 
 #[test]
