@@ -14,7 +14,6 @@
 //!   [`errands`]: what io threads have `main` do. [`jobs`]: what `main` has others do.
 //! - [`archive`]: files and trees as tar streams.
 //!   [`agent`]: what this program does inside a guest: an init that starts programs for the host.
-//!   [`guest`]: what the host asks of it, and what a guest is made of in which it is.
 //! - [`platform`]: what boot tables must say, as plain data. [`part`]: what is done with every part of a
 //!   machine. [`bus`]: address to device.
 //! - [`arch`]: everything that differs between x86_64 and aarch64, behind one set of names.
@@ -26,6 +25,7 @@
 //! - [`firmware`]: the guest of our own that is carried along.
 //! - [`machine`]: the machine and its run states: a list of parts, built, then loaded.
 //! - [`microvm`]: one microVM and its owner, with every operation on it once, and the main loop.
+//! - [`guest`]: what the host asks of the agent in a guest, and what boots a guest whose init it is.
 //! - [`api`]: the control socket. [`cli`]: the command line.
 //!
 //! Threads: `main` serves the socket, signals and standard input, and alone opens files and sockets and starts
@@ -34,6 +34,7 @@
 //! of io_uring, timers, event descriptors, an epoll set), and lets in who connects where `main` listens; for
 //! anything else a worker asks `main` by an errand. What a client asks for and takes long is a job, on a thread
 //! that `main` starts with open descriptors; the client is answered when the job is done.
+//! `command` is there for `alula run -- COMMAND`: a client of the guest's vsock socket.
 //! `main` handles the signals that end the process; while it is held up, a vCPU's thread does. A vCPU whose lock
 //! somebody else holds is paused; a device whose workers gave their queues back is paused. Pause, reset, save
 //! and a change by the user all are stop, then maybe start: on the device's loop, for which a vCPU that resets

@@ -1,5 +1,10 @@
 //! What the host does with the agent in a guest (docs/agent.md), and what a guest is made of whose first program the
 //! agent is.
 
+pub mod boot;
 pub mod call;
+pub mod cpio;
+pub mod kernel;
+pub mod modules;
 pub mod runtime;
+pub mod tree;
