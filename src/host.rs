@@ -75,7 +75,7 @@ struct Held {
 }
 
 /// Whom the output of the serial console is for.
-const CONSOLE: &str = "serial console";
+pub const CONSOLE: &str = "serial console";
 /// Whom a file of random bytes is for that take the place of the host's.
 pub const RANDOM_SEED: &str = "random seed";
 

@@ -88,6 +88,9 @@ pub struct Write {
     pub path: PathBuf,
     /// What it is called if `path` is a folder.
     pub name: String,
+    /// Folders on the way that are missing are made.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub parents: bool,
     /// As which user.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user: Option<String>,

@@ -416,7 +416,8 @@ fn start(ask: Ask, greeting: &mut Greeting) -> Result<Option<Started>, Refusal> 
             process::start_own(&[Path::new("send"), &read.path], read.user.as_deref()).map(Some)
         }
         Ask::Write(write) => {
-            let words = [Path::new("receive"), &write.path, Path::new(&write.name)];
+            let parents = if write.parents { "parents" } else { "no-parents" };
+            let words = [Path::new("receive"), &write.path, Path::new(&write.name), Path::new(parents)];
             process::start_own(&words, write.user.as_deref()).map(Some)
         }
         Ask::Set(set) => host::set(&set).map(|()| None).map_err(|error| other(error.to_string())),

@@ -19,7 +19,11 @@ pub fn run(agent: Agent) -> Result<()> {
         Agent::Send(path) => {
             archive::send(&path, std::io::stdout().lock(), |line| eprintln!("alula: {line}"))
         }
-        Agent::Receive(path, name) => {
+        Agent::Receive(path, name, parents) => {
+            if parents {
+                let folder = crate::paths::folder(&path);
+                std::fs::create_dir_all(folder).with_context(|| format!("create `{}`", folder.display()))?;
+            }
             let is_root = agent::is_root();
             archive::receive(&archive::target(&path, &name), std::io::stdin().lock(), is_root)
         }

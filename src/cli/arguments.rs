@@ -1,6 +1,7 @@
 //! What can be said on the command line, with its help, and the configuration that comes of it.
 
 pub mod agent;
+pub mod command;
 pub mod ctl;
 pub mod exec;
 mod run;
@@ -44,8 +45,7 @@ Commands:
 `alula COMMAND --help` tells more. -V, --version prints the version.
 ";
 
-const COMMANDS: &str =
-    "run, serve, ctl, exec, cp, wait, agent, check, schema, firmware, help or version; see `alula --help`";
+const COMMANDS: &str = "run, serve, ctl, exec, cp, wait, agent, check, schema, firmware, help or version; see `alula --help`";
 
 const FIRMWARE_HELP: &str = "\
 Write the image of the embedded firmware guest to standard output.
@@ -81,7 +81,7 @@ The exit code is 0 if there is none, 1 if there are some, 153 for wrong argument
 /// What the user wants.
 #[derive(Debug)]
 pub enum Command {
-    Run(Run),
+    Run(Box<Run>),
     Serve(Serve),
     Ctl(ctl::Ctl),
     Agent(agent::Agent),

@@ -13,7 +13,7 @@ use crate::agent::PORT;
 use crate::agent::request::{Ask, Read, Write as WriteTo};
 use crate::api::client::Client;
 use crate::archive;
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Kind, Result};
 use crate::guest::call::{self, Call, Ending, Said};
 use crate::guest::runtime;
 
@@ -74,10 +74,16 @@ pub fn wait(wait: &Wait) -> u8 {
     let deadline = wait.timeout.map(|time| Instant::now() + time);
     let result = vsock_of(&wait.reach).and_then(|socket| {
         loop {
-            if let Some(stream) = call::connect(&socket, PORT)?
-                && finish(Call::new(stream, Ask::Info {})?, |_| Ok(())).is_ok()
-            {
-                return Ok(0);
+            match call::connect(&socket, PORT) {
+                Ok(Some(stream)) => {
+                    if finish(Call::new(stream, Ask::Info {})?, |_| Ok(())).is_ok() {
+                        return Ok(0);
+                    }
+                }
+                // It boots.
+                Ok(None) => {}
+                Err(error) if error.kind() == Kind::Guest => {}
+                Err(error) => return Err(error),
             }
             if deadline.is_some_and(|at| at <= Instant::now()) {
                 eprintln!("alula: the agent in the guest does not answer yet, and the time is up");
@@ -164,18 +170,24 @@ pub fn copy(copy: &Copy) -> Result<()> {
     let stream = connect(&vsock_of(&copy.reach)?)?;
     let user = copy.user.clone();
     match copy.into_guest {
-        true => copy_in(stream, &copy.outside, &copy.inside, user),
+        true => copy_in(stream, &copy.outside, &copy.inside, false, user),
         false => copy_out(stream, &copy.inside, &copy.outside, user),
     }
 }
 
-/// Copies what is at `from` here to `to` in the guest.
-pub fn copy_in(stream: UnixStream, from: &Path, to: &Path, user: Option<String>) -> Result<()> {
+/// Copies what is at `from` here to `to` in the guest; `parents`: with the folders on the way there.
+pub fn copy_in(
+    stream: UnixStream,
+    from: &Path,
+    to: &Path,
+    parents: bool,
+    user: Option<String>,
+) -> Result<()> {
     let attempt = || format!("copy `{}` to `{}` in the guest", from.display(), to.display());
     let real = from.canonicalize().with_context(attempt)?;
     let name = from.file_name().or(real.file_name()).unwrap_or_default().to_string_lossy().into_owned();
-    let call =
-        Call::new(stream, Ask::Write(WriteTo { path: to.into(), name, user })).with_context(attempt)?;
+    let call = Call::new(stream, Ask::Write(WriteTo { path: to.into(), name, parents, user }))
+        .with_context(attempt)?;
     let mut pipe = Given { call, errors: Vec::new(), ending: None };
     let sent = archive::send(from, &mut pipe, |line| eprintln!("alula: {line}"));
     // What the agent says is the reason if it has ended before.

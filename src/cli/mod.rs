@@ -3,6 +3,7 @@
 mod agent;
 mod arguments;
 mod check;
+mod command;
 mod ctl;
 mod exec;
 mod outputs;
@@ -24,6 +25,7 @@ use crate::machine::Exit;
 use crate::microvm::Microvm;
 use crate::microvm::monitor::{Ending, Front, Monitor, Outcome};
 use crate::microvm::signals::{self, Signals, SocketFile};
+use crate::terminal;
 use arguments::{Command, Run, Serve};
 
 /// The monitor itself could not do what was asked (`alula run`): not a code of the guest's.
@@ -52,7 +54,7 @@ pub fn main() -> u8 {
     match command {
         Command::Run(arguments) => {
             let feed = arguments.outputs.open_feed(&arguments.id, arguments.api_sock.is_some());
-            finish(feed, FAILED_RUN, |feed| run(arguments, feed))
+            finish(feed, FAILED_RUN, |feed| run(*arguments, feed))
         }
         Command::Serve(arguments) => {
             let feed = arguments.outputs.open_feed(&arguments.id, !arguments.no_api);
@@ -109,6 +111,8 @@ fn conclude(outcome: &Result<Outcome>, failed: u8, code: impl Fn(&Exit) -> u8) -
     let (reason, code) = match outcome {
         Ok(Outcome::Ended(exit)) => (exit.to_string(), code(exit)),
         Ok(Outcome::Left) => ("you left the guest".to_owned(), LEFT),
+        // Who knows more of it says that.
+        Ok(Outcome::Done) => (String::new(), 0),
         Ok(Outcome::Signal(signal)) => (signals::words(*signal), signals::exit_code(*signal)),
         Err(error) => (error.to_string(), failed),
     };
@@ -136,7 +140,10 @@ fn finish(
         })
     });
     let Ending { reason, level, code } = ending.unwrap_or_else(|error| conclude(&Err(error), failed, |_| 0));
-    log::end(level, &reason);
+    // A command in the guest has said for itself what there is to say.
+    if !reason.is_empty() {
+        log::end(level, &reason);
+    }
     code
 }
 
@@ -147,8 +154,15 @@ fn listen(path: &Path, body_max: usize) -> Result<(Box<dyn Front>, SocketFile)> 
     Ok((Box::new(api), file))
 }
 
-fn run(arguments: Run, feed: &mut Option<Feed>) -> Result<Ending> {
-    let config = arguments.config()?;
+fn run(mut arguments: Run, feed: &mut Option<Feed>) -> Result<Ending> {
+    let mut prepared = match arguments.has_command() {
+        true => Some(command::prepare(&mut arguments)?),
+        false => None,
+    };
+    let config = match &prepared {
+        Some(prepared) => prepared.config.clone(),
+        None => arguments.config()?,
+    };
     let signals = Signals::take_over()?;
     let server = arguments.api_sock.as_deref().map(|path| listen(path, crate::api::BODY_MAX)).transpose()?;
     let mut microvm = Microvm::new(arguments.id.clone(), config);
@@ -156,8 +170,43 @@ fn run(arguments: Run, feed: &mut Option<Feed>) -> Result<Ending> {
     microvm.open_outputs()?;
     events::tell(|| Event::Configured { what: "command line".to_owned() });
     let mut monitor = Monitor::new(signals, server, feed.take())?;
-    let start = |microvm: &mut Microvm| microvm.start("command line").context("start the guest");
-    Ok(monitor.run(microvm, start, |outcome| conclude(outcome, FAILED_RUN, Exit::exit_code)))
+    let mut command = None;
+    if let Some(prepared) = &mut prepared {
+        prepared.resources().for_each(|(what, resource)| microvm.give(what, resource));
+        let (purpose, begin) = prepared.attend()?;
+        monitor.wait_for(purpose)?;
+        command = Some(begin);
+    }
+    let start = |microvm: &mut Microvm| {
+        microvm.start("command line").context("start the guest")?;
+        command.map_or(Ok(()), |begin| begin())
+    };
+    let ending = monitor.run(microvm, start, |outcome| match &prepared {
+        Some(prepared) => conclude_command(outcome, prepared),
+        None => conclude(outcome, FAILED_RUN, Exit::exit_code),
+    });
+    // The command's terminal is the other thread's.
+    terminal::restore();
+    Ok(ending)
+}
+
+/// The same for a guest that was there for a command: one that has ended before it has failed.
+fn conclude_command(outcome: &Result<Outcome>, prepared: &command::Prepared) -> Ending {
+    let mut ending = match (outcome, prepared.outcome()) {
+        (Ok(Outcome::Done), Some(Ok(how))) => {
+            let (code, words) = how.conclude();
+            return Ending { reason: words.unwrap_or_default(), level: Level::Info, code };
+        }
+        (Ok(Outcome::Done), Some(Err(error))) => conclude(&Err(error), FAILED_RUN, |_| FAILED_RUN),
+        _ => conclude(outcome, FAILED_RUN, |_| FAILED_RUN),
+    };
+    if let Ok(Outcome::Ended(exit)) = outcome {
+        ending.reason = format!("the guest ended before the command in it did: {exit}");
+    }
+    if !matches!(outcome, Ok(Outcome::Signal(_) | Outcome::Left)) {
+        prepared.last_lines().iter().for_each(|line| eprintln!("alula: console: {line}"));
+    }
+    ending
 }
 
 fn serve(arguments: Serve, feed: &mut Option<Feed>) -> Result<Ending> {

@@ -1,12 +1,12 @@
 //! A program in a guest, connected to this process's standard input, output and error.
 
 use std::fs::File;
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, IsTerminal, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use crate::agent::request::{Ask, Run};
+use crate::agent::request::{Ask, Run, Window};
 use crate::agent::system;
 use crate::error::{Context, Result};
 use crate::event::{Events, Interest};
@@ -20,8 +20,12 @@ const SIGNALS: u64 = 2;
 /// What a program has time for after it was told to end.
 const GRACE: Duration = Duration::from_secs(2);
 /// Signals that are the program's, not this process's.
-const PASSED_ON: [i32; 7] =
-    [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT, libc::SIGUSR1, libc::SIGUSR2, libc::SIGWINCH];
+const PASSED_ON: [i32; 6] =
+    [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT, libc::SIGUSR1, libc::SIGUSR2];
+
+/// How often a terminal is looked at: another size of it comes by a signal, which is any thread's, and this can be
+/// one of several.
+const LOOK: Duration = Duration::from_millis(500);
 
 /// Exit codes as `env`, `timeout` and shells have them.
 pub const TIMED_OUT: u8 = 124;
@@ -91,6 +95,7 @@ struct Session {
     waits_for_input: bool,
     keys: Keys,
     raw: Option<Raw>,
+    size: Option<Window>,
     signals: Option<File>,
     deadline: Option<Instant>,
     /// The deadline has passed, and the program was told to end.
@@ -126,6 +131,7 @@ pub fn attend(stream: UnixStream, run: Run, ends: &Ends) -> Result<Outcome> {
         waits_for_input: false,
         keys: Keys::default(),
         raw: None,
+        size: system::window(&std::io::stdout()),
         signals,
         deadline: ends.deadline,
         is_late: false,
@@ -146,14 +152,10 @@ impl Session {
             self.await_input()?;
             let interest = if self.call.has_to_send() { Interest::IN | Interest::OUT } else { Interest::IN };
             self.events.change(&self.call, interest, STREAM)?;
-            let timeout = match self.is_file && self.input.is_some() && self.call.room() > 0 {
-                true => Some(Duration::ZERO),
-                // A millisecond more: epoll rounds down.
-                false => self
-                    .deadline
-                    .map(|at| at.saturating_duration_since(Instant::now()) + Duration::from_millis(1)),
-            };
-            self.events.wait(timeout, &mut ready)?;
+            self.events.wait(self.timeout(), &mut ready)?;
+            if self.has_terminal {
+                self.look_at_terminal();
+            }
             if self.deadline.is_some_and(|at| at <= Instant::now()) {
                 if std::mem::replace(&mut self.is_late, true) {
                     return Ok(Outcome::TimedOut);
@@ -177,6 +179,16 @@ impl Session {
                 return Ok(if self.is_late { Outcome::TimedOut } else { Outcome::Ended(ending) });
             }
         }
+    }
+
+    fn timeout(&self) -> Option<Duration> {
+        if self.is_file && self.input.is_some() && self.call.room() > 0 && !self.call.has_to_send() {
+            return Some(Duration::ZERO);
+        }
+        // A millisecond more: epoll rounds down.
+        let rest =
+            self.deadline.map(|at| at.saturating_duration_since(Instant::now()) + Duration::from_millis(1));
+        rest.into_iter().chain(self.has_terminal.then_some(LOOK)).min()
     }
 
     fn hear(&mut self, output: &mut File, errors: &mut File) -> Result<Option<Ending>> {
@@ -260,18 +272,25 @@ impl Session {
         false
     }
 
+    fn look_at_terminal(&mut self) {
+        let size = system::window(&std::io::stdout());
+        if size != self.size {
+            size.iter().for_each(|size| self.call.resize(*size));
+            self.size = size;
+        }
+    }
+
     fn pass_signals_on(&mut self) {
         let Some(signals) = &mut self.signals else { return };
         while let Some(signal) = system::next_signal(&mut *signals) {
-            if i32::from(signal) == libc::SIGWINCH {
-                if let Some(size) = system::window(&std::io::stdout()).filter(|_| self.has_terminal) {
-                    self.call.resize(size);
-                }
-            } else {
-                self.call.signal(signal);
-            }
+            self.call.signal(signal);
         }
     }
+}
+
+/// Whether standard input and output are terminals.
+pub fn is_on_terminal() -> bool {
+    std::io::stdin().is_terminal() && std::io::stdout().is_terminal()
 }
 
 #[cfg(test)]

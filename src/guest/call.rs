@@ -11,7 +11,8 @@ use crate::agent::frame::{CONTENT_MAX, HEAD, INPUT_WINDOW, Inbox, Type, put};
 use crate::agent::request::{Ask, Greeting, PROTOCOL, Request, Window};
 use crate::error::{Context, Error, Result};
 
-/// How long the monitor may take to say whether somebody listens in the guest.
+/// How long a guest may take to say whether somebody listens in it: one that boots says nothing until it has its
+/// driver.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// The monitor's answer is a word and a number; a longer one is not a monitor's.
 const ANSWER_MAX: usize = 32;
@@ -44,7 +45,8 @@ pub enum Said<'a> {
     Ended(Ending),
 }
 
-/// Connects to a port of the guest, by the Unix socket of its vsock device. None: nobody listens there, yet.
+/// Connects to a port of the guest, by the Unix socket of its vsock device. None: nobody listens there, yet. An error of
+/// the guest's: it does not answer.
 pub fn connect(socket: &Path, port: u32) -> Result<Option<UnixStream>> {
     let attempt = || format!("connect to port {port} of the guest by vsock socket `{}`", socket.display());
     let stream = UnixStream::connect(socket).with_context(attempt)?;
@@ -59,7 +61,7 @@ pub fn connect(socket: &Path, port: u32) -> Result<Option<UnixStream>> {
             Ok(1) => answer.push(byte[0]),
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                return Err(Error::host("there was no answer for 10 s: is the guest paused?"))
+                return Err(Error::guest("there was no answer for 10 s: is the guest paused?"))
                     .with_context(attempt);
             }
             Ok(_) | Err(_) => return Ok(None),

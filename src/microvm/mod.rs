@@ -19,7 +19,7 @@ use crate::devices::kind::{Change, Device, Kind};
 use crate::error::{Context, Error, Result};
 use crate::event::EventFd;
 use crate::events::{self, Event};
-use crate::host::{Access, Host, Sharing};
+use crate::host::{Access, Host, Resource, Sharing};
 use crate::jobs::{Jobs, Ticket};
 use crate::log;
 use crate::machine::{Machine, Prepared, State};
@@ -86,6 +86,11 @@ impl Microvm {
     /// What it is made of.
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// Gives the machine to be built what it needs of the host and has no path, for `what` (see [`Host::give`]).
+    pub fn give(&mut self, what: &str, resource: Resource) {
+        self.host.give(what, resource);
     }
 
     /// Lets disks be shared with others, with a warning.

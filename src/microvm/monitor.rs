@@ -3,12 +3,14 @@
 use std::io::Read;
 use std::mem::ManuallyDrop;
 use std::os::fd::FromRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
 use super::Microvm;
 use super::signals::{Signals, SocketFile};
-use crate::error::Result;
-use crate::event::{Events, Interest, Ready};
+use crate::error::{Context, Result};
+use crate::event::{EventFd, Events, Interest, Ready};
 use crate::events::{self, Event, Feed};
 use crate::jobs::Ticket;
 use crate::log;
@@ -22,8 +24,9 @@ const MACHINE: u64 = 3;
 const HAPPENED: u64 = 4;
 const FEED: u64 = 5;
 const JOBS: u64 = 6;
+const PURPOSE: u64 = 7;
 /// The first of those of the front.
-const FRONT: u64 = 7;
+const FRONT: u64 = 8;
 
 /// How often a running guest is looked at (halted for good? console output kept?).
 const LOOK: Duration = Duration::from_secs(1);
@@ -46,6 +49,8 @@ pub enum Outcome {
     Left,
     /// This signal came.
     Signal(u8),
+    /// What the guest was there for is done.
+    Done,
 }
 
 /// How the process ends: in words, how much they matter, and its exit code.
@@ -79,6 +84,33 @@ pub trait Front {
     fn is_behind(&self) -> bool;
 }
 
+/// What a guest is there for, which another thread does with it.
+pub struct Purpose {
+    is_met: AtomicBool,
+    told: EventFd,
+}
+
+impl Purpose {
+    /// One that is not met yet.
+    pub fn new() -> Result<Self> {
+        let told =
+            EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).context("create an event descriptor")?;
+        Ok(Self { is_met: AtomicBool::new(false), told })
+    }
+
+    /// It is met: a guest that ends from now on has done what it was there for.
+    pub fn meet(&self) {
+        self.is_met.store(true, SeqCst);
+    }
+
+    /// The guest is not needed any more.
+    pub fn end(&self) {
+        self.meet();
+        // A counter that is full wakes as well.
+        let _ = self.told.write(1);
+    }
+}
+
 /// Everything the main thread waits for.
 pub struct Monitor {
     events: Events,
@@ -89,6 +121,8 @@ pub struct Monitor {
     /// What happens to the microVM wakes the loop: somebody wants to know.
     telling: bool,
     input: Input,
+    /// Standard input is for it.
+    purpose: Option<Arc<Purpose>>,
     /// The machine's descriptors are on `events`.
     watching: bool,
     /// The event of the microVM's jobs is on `events`.
@@ -125,11 +159,23 @@ impl Monitor {
             feed,
             telling: false,
             input,
+            purpose: None,
             watching: false,
             awaits_jobs: false,
             prepare_at: Some(now + IDLE),
             look_at: now,
         })
+    }
+
+    /// The guest is there for this alone, which standard input is for.
+    pub fn wait_for(&mut self, purpose: Arc<Purpose>) -> Result<()> {
+        self.events.add(&purpose.told, Interest::IN, PURPOSE)?;
+        self.purpose = Some(purpose);
+        Ok(())
+    }
+
+    fn is_done(&self) -> bool {
+        self.purpose.as_ref().is_some_and(|purpose| purpose.is_met.load(SeqCst))
     }
 
     /// Does what `start` does, runs until the guest has ended, and says how that ends the process by
@@ -209,7 +255,7 @@ impl Monitor {
                 }
                 if let Some(exit) = machine.exit() {
                     events::tell(|| exit.event());
-                    return Ok(Outcome::Ended(exit));
+                    return Ok(if self.is_done() { Outcome::Done } else { Outcome::Ended(exit) });
                 }
                 if self.look_at <= Instant::now() {
                     machine.check_halted()?;
@@ -220,7 +266,8 @@ impl Monitor {
                     }
                     self.look_at = Instant::now() + LOOK;
                 }
-                if self.input.type_on(machine, &self.events)? {
+                // A command's standard input is not the console's.
+                if self.purpose.is_none() && self.input.type_on(machine, &self.events)? {
                     return Ok(Outcome::Left);
                 }
             } else if self.prepare_at.is_some_and(|at| at <= Instant::now()) {
@@ -270,6 +317,7 @@ impl Monitor {
                 self.tell()?;
             }
             FEED => self.tell()?,
+            PURPOSE => return Ok(Some(Outcome::Done)),
             JOBS => {
                 for job in microvm.finish_jobs() {
                     if let Some(front) = &mut self.front {
@@ -304,7 +352,9 @@ impl Monitor {
         self.events.add(machine.wake_fd(), Interest::IN, MACHINE)?;
         self.signals.share();
         self.signals.tell_of_going_on();
-        self.input.enter(&self.events);
+        if self.purpose.is_none() {
+            self.input.enter(&self.events);
+        }
         self.look_at = Instant::now() + LOOK;
         self.watching = true;
         Ok(())

@@ -30,8 +30,9 @@ pub enum Agent {
     Socket(PathBuf),
     /// Writes what is there to standard output, as a tar stream.
     Send(PathBuf),
-    /// Reads a tar stream from standard input; it goes there, or into it by this name.
-    Receive(PathBuf, String),
+    /// Reads a tar stream from standard input; it goes there, or into it by this name. Folders on the way are
+    /// made if that is said.
+    Receive(PathBuf, String, bool),
 }
 
 /// Parses what comes after `alula agent`.
@@ -45,9 +46,11 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
             Short('h') | Long("help") => return Ok(Command::Print(HELP.to_owned())),
             // How the agent starts itself.
             Value(word) if word == "send" => Agent::Send(parser.value()?.into()),
-            Value(word) if word == "receive" => {
-                Agent::Receive(parser.value()?.into(), parser.value()?.string()?)
-            }
+            Value(word) if word == "receive" => Agent::Receive(
+                parser.value()?.into(),
+                parser.value()?.string()?,
+                parser.value()? == "parents",
+            ),
             other => return Err(other.unexpected()),
         };
     }

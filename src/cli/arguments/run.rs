@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use lexopt::Arg::{Long, Short, Value};
 use lexopt::ValueExt;
 
+use super::command::{self, Wanted};
 use super::{Command, Given, default_id, id, number, value};
 use crate::arch;
 use crate::cli::outputs::{self, Outputs};
@@ -19,9 +20,13 @@ const RUN_HELP_BEFORE_DEVICES: &str = "\
 Boot a guest, put its console on this terminal and return how it ended. Ctrl-A X leaves.
 
 Usage: alula run [OPTIONS] [KERNEL]
+       alula run [OPTIONS] [KERNEL] -- COMMAND [ARGS...]
 
 KERNEL is vmlinux or bzImage on x86_64, Image (or Image.gz, Image.zst) on aarch64. Without it, the
 embedded firmware guest boots: a self-test of this host.
+
+With COMMAND, the guest is there for it: its standard input, output and error are connected, its exit code
+is returned, and the guest is gone then.
 
 Options:
       --initrd FILE      The initial ramdisk
@@ -48,11 +53,15 @@ const RUN_HELP_AFTER_DEVICES: &str = "      --publish [ADDRESS:]HOST:GUEST[/udp]
 
 The exit code is the guest's own (docs/exit-codes.md): 0 powered off, N the code it wrote to the exit
 register, 120 reset, 121 halted for good, 122 triple fault, 123 KVM could not go on running it; 125 it
-could not be started, 130 left by Ctrl-A X, 128 + S ended by signal S, 153 wrong arguments.
+could not be started, 130 left by Ctrl-A X, 128 + S ended by signal S, 153 wrong arguments. With COMMAND
+it is that of the command; 124 when its time was up, 125 when the guest ended before it or could not be
+started, 126 when it cannot be executed, 127 when there is none, 128 + S when signal S ended it.
 
 Examples:
   alula run
   alula run vmlinux --initrd initramfs.cpio --cpus 2 --memory 512M
+  alula run --rootfs debian.ext4 -- cat /etc/os-release
+  alula run --copy target/debug/program -- \"$PWD/target/debug/program\"
 ";
 
 /// `alula run`.
@@ -72,6 +81,8 @@ pub struct Run {
     pub api_sock: Option<PathBuf>,
     pub outputs: Outputs,
     pub id: String,
+    /// A command for the guest, and what it finds.
+    pub wanted: Wanted,
 }
 
 /// Parses what comes after `alula run`.
@@ -90,13 +101,18 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
         api_sock: None,
         outputs: Outputs::default(),
         id: default_id(),
+        wanted: Wanted::default(),
     };
     let (mut ports, mut given) = (Vec::new(), Given::default());
-    while let Some(argument) = parser.next()? {
+    while !run.wanted.take_command(parser)?
+        && let Some(argument) = parser.next()?
+    {
         if !matches!(argument, Long(name) if may_be_repeated(name)) {
             given.once(&argument)?;
         }
         match argument {
+            Long("kernel") if run.kernel.is_none() => run.kernel = Some(parser.value()?.into()),
+            Long(name) if let Some(name) = Wanted::named(name) => run.wanted.take(name, parser)?,
             Long("initrd") => run.initrd = Some(parser.value()?.into()),
             Long("cmdline") => run.cmdline = Some(parser.value()?.string()?),
             Long("cpus") => run.cpus = Some(value(parser, "--cpus", number)?),
@@ -124,17 +140,25 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
         }
     }
     net::publish(&mut run.devices, &ports)?;
+    run.wanted.check()?;
+    if run.has_command() && (run.initrd.is_some() || run.self_test) {
+        return Err(
+            "a command needs a guest whose init is the agent: give no --initrd and no --self-test".into()
+        );
+    }
     if run.initrd.is_some() && run.kernel.is_none() {
         return Err("--initrd needs a kernel".into());
     }
     if run.self_test && run.kernel.is_some() {
         return Err("--self-test boots the firmware guest: give no kernel beside it".into());
     }
-    Ok(Command::Run(run))
+    Ok(Command::Run(Box::new(run)))
 }
 
 fn may_be_repeated(option: &str) -> bool {
-    option == "publish" || KINDS.iter().any(|kind| kind.many && kind.option.name == option)
+    option == "publish"
+        || Wanted::may_be_repeated(option)
+        || KINDS.iter().any(|kind| kind.many && kind.option.name == option)
 }
 
 /// The device that an option of the table adds to those before it.
@@ -160,10 +184,16 @@ fn run_help() -> String {
             help += &format!("{:indent$}{line}\n", "");
         }
     }
-    outputs::with_help(&(help + RUN_HELP_AFTER_DEVICES))
+    let help = outputs::with_help(&(help + RUN_HELP_AFTER_DEVICES));
+    help.replacen("\n\nThe exit code", &format!("\n{}\nThe exit code", command::HELP), 1)
 }
 
 impl Run {
+    /// The guest is there for a command.
+    pub fn has_command(&self) -> bool {
+        !self.wanted.run.argv.is_empty()
+    }
+
     /// What the config file says, and on top of it what the options say.
     pub fn config(&self) -> Result<Config> {
         let mut config = match &self.config {

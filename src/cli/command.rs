@@ -1,0 +1,298 @@
+//! `alula run -- COMMAND`: a guest that is there for one command.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::arguments::Run;
+use super::arguments::command::{Rootfs, Wanted};
+use super::exec::{copy_in, copy_out, finish};
+use super::session::{self, Ends, Outcome};
+use crate::agent::PORT;
+use crate::agent::init::{Boot, Disk};
+use crate::agent::request::Ask;
+use crate::config::Config;
+use crate::descriptors::Named;
+use crate::devices::KINDS;
+use crate::devices::kind::Device;
+use crate::error::{Context, Error, Kind, Result};
+use crate::event::leave_signals_to_others;
+use crate::guest::boot;
+use crate::guest::call::{self, Call};
+use crate::guest::{kernel, runtime};
+use crate::host::{self, Access, Resource};
+use crate::microvm::monitor::Purpose;
+
+/// How often a guest that boots is asked whether its agent is there by now.
+const AGAIN: Duration = Duration::from_millis(10);
+/// A guest whose agent does not answer for so long never will.
+const PATIENCE: Duration = Duration::from_secs(300);
+/// How long a guest may take to write its disks out and power off, after its command has ended.
+const LAST_WORDS: Duration = Duration::from_secs(30);
+/// How long a connection to the guest can be gone before the guest has ended.
+const GRACE: Duration = Duration::from_secs(1);
+/// So much of the end of what the guest wrote on its console is kept, to be shown if it ends before its command.
+const CONSOLE_MAX: usize = 16 << 10;
+/// So many of the last lines are shown.
+const CONSOLE_LINES: usize = 20;
+
+/// A folder of this process's own, gone with it.
+struct Place(PathBuf);
+
+impl Place {
+    fn new() -> Result<Self> {
+        let make = |base: PathBuf| {
+            let path = base.join(format!("alula-{}", std::process::id()));
+            std::fs::DirBuilder::new().mode(0o700).create(&path).map(|()| Self(path))
+        };
+        make(runtime::folder())
+            .or_else(|_| make(std::env::temp_dir()))
+            .with_context(|| format!("make a folder in `{}`", std::env::temp_dir().display()))
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// What the guest's initial ramdisk is called, which has no path.
+const RAMDISK: &str = "(of the command)";
+
+/// The end of what came from the console.
+#[derive(Default)]
+struct Console(Mutex<Vec<u8>>);
+
+impl Console {
+    fn add(&self, bytes: &[u8]) {
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.extend_from_slice(bytes);
+        let more = kept.len().saturating_sub(CONSOLE_MAX);
+        kept.drain(..more);
+    }
+
+    fn last_lines(&self) -> Vec<String> {
+        let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let text = String::from_utf8_lossy(&kept);
+        let lines: Vec<_> = text.lines().map(str::trim_end).filter(|line| !line.is_empty()).collect();
+        lines[lines.len().saturating_sub(CONSOLE_LINES)..].iter().map(crate::log::in_one_line).collect()
+    }
+}
+
+/// Where the guest's console writes.
+struct ConsoleEnd(Arc<Console>);
+
+impl Write for ConsoleEnd {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.add(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A guest for a command: its configuration, and what has to live as long as it does.
+pub struct Prepared {
+    pub config: Config,
+    vsock: PathBuf,
+    writable: bool,
+    wanted: Wanted,
+    console: Arc<Console>,
+    outcome: Arc<Mutex<Option<Result<Outcome>>>>,
+    ramdisk: Option<File>,
+    _place: Place,
+}
+
+/// Prepares the guest that `arguments` describe.
+pub fn prepare(arguments: &mut Run) -> Result<Prepared> {
+    let wanted = std::mem::take(&mut arguments.wanted);
+    let kernel = kernel::find(arguments.kernel.as_deref())?;
+    arguments.kernel = Some(kernel.path.clone());
+    let line = arguments.cmdline.take().unwrap_or_else(|| crate::arch::DEFAULT_COMMAND_LINE.to_owned());
+    arguments.cmdline = Some(format!("{line} {}", boot::words()));
+    let mut config = arguments.config()?;
+    let place = Place::new()?;
+    let vsock = add_vsock(&mut config, &place)?;
+    let mut boot = Boot { hostname: Some(arguments.id.clone()), ..Boot::default() };
+    let (mut modules, mut folder) = (Vec::new(), None);
+    match &wanted.rootfs {
+        Some(rootfs) if rootfs.path.is_dir() => {
+            let memory_mib = config.machine_config.mem_size_mib;
+            if let Err(size) = boot::fits(&rootfs.path, memory_mib) {
+                return Err(Error::config(format!(
+                    "folder `{}` has {} MiB, and a guest with {memory_mib} MiB of memory takes a folder of a quarter of that: \
+                     give it more by --memory, or make an image of the folder (`mke2fs -t ext4 -d FOLDER IMAGE SIZE`)",
+                    rootfs.path.display(),
+                    size >> 20
+                )));
+            }
+            folder = Some((rootfs.path.as_path(), wanted.keep_owners));
+        }
+        Some(rootfs) => modules = add_disk(&mut config, rootfs, &mut boot)?,
+        None => {}
+    }
+    modules.extend(drivers(&config));
+    let ramdisk = boot::pack(&kernel, &modules, boot, folder)?;
+    if let Some(source) = &mut config.boot_source {
+        source.initrd_path = Some(RAMDISK.into());
+    }
+    config.check()?;
+    let writable = wanted.rootfs.as_ref().is_some_and(|rootfs| rootfs.writable);
+    Ok(Prepared {
+        config,
+        vsock,
+        writable,
+        wanted,
+        console: Arc::default(),
+        outcome: Arc::default(),
+        ramdisk: Some(ramdisk),
+        _place: place,
+    })
+}
+
+fn device(section: &str, json: &serde_json::Value) -> Result<Device> {
+    let kind = KINDS.iter().find(|kind| kind.section == section);
+    let kind = kind.ok_or_else(|| Error::config(format!("this program has no {section} device")))?;
+    kind.parse(&serde_json::to_vec(json).context("describe a device")?).context("describe a device")
+}
+
+/// The path of the guest's vsock socket: that of the device it has, or of one it is given.
+fn add_vsock(config: &mut Config, place: &Place) -> Result<PathBuf> {
+    let there = config.devices().find(|device| device.kind().section == "vsock").cloned();
+    let device = match there {
+        Some(device) => device,
+        None => device("vsock", &serde_json::json!({"guest_cid": 3, "uds_path": place.0.join("vsock")}))?,
+    };
+    let value = serde_json::to_value(&device).context("read the vsock device's path")?;
+    config.put(device)?;
+    Ok(value["uds_path"].as_str().unwrap_or_default().into())
+}
+
+/// Makes the image the first disk; returns the modules that it needs.
+fn add_disk(config: &mut Config, rootfs: &Rootfs, boot: &mut Boot) -> Result<Vec<&'static str>> {
+    let file_system = boot::file_system(&rootfs.path)?;
+    // The first of its kind, whatever other disks there are.
+    let disk = serde_json::json!({
+        "drive_id": "rootfs",
+        "path_on_host": rootfs.path,
+        "is_root_device": true,
+        "is_read_only": !rootfs.writable,
+    });
+    config.put(device("drives", &disk)?)?;
+    let kinds = vec![file_system.kind.to_owned()];
+    boot.disk = Some(Disk { device: "/dev/vda".to_owned(), types: kinds, writable: rootfs.writable });
+    let overlay = if rootfs.writable { None } else { Some("overlay") };
+    Ok([file_system.module].into_iter().chain(overlay).collect())
+}
+
+/// The modules of the drivers that the guest's devices need.
+fn drivers(config: &Config) -> Vec<&'static str> {
+    let of = |section: &str| match section {
+        "drives" => Some("virtio_blk"),
+        "network-interfaces" => Some("virtio_net"),
+        "entropy" => Some("virtio_rng"),
+        "vsock" => Some("vmw_vsock_virtio_transport"),
+        _ => None,
+    };
+    let transport = if config.pci { "virtio_pci" } else { "virtio_mmio" };
+    std::iter::once(transport)
+        .chain(config.devices().filter_map(|device| of(device.kind().section)))
+        .collect()
+}
+
+impl Prepared {
+    /// What the guest is given that has no path: its initial ramdisk, and where its console writes.
+    pub fn resources(&mut self) -> impl Iterator<Item = (&'static str, Resource)> {
+        let (path, access) = (RAMDISK.into(), Access::Read);
+        let ramdisk = self.ramdisk.take().map(|file| Named::new("initrd", file));
+        let ramdisk = ramdisk.map(|file| ("initrd", Resource::File { path, access, file }));
+        let console = Resource::Console(Box::new(ConsoleEnd(self.console.clone())));
+        ramdisk.into_iter().chain([(host::CONSOLE, console)])
+    }
+
+    /// How the command ended, once; none: it did not.
+    pub fn outcome(&self) -> Option<Result<Outcome>> {
+        self.outcome.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// The last lines of the guest's console, for a guest that has ended too early.
+    pub fn last_lines(&self) -> Vec<String> {
+        self.console.last_lines()
+    }
+
+    /// What the guest is there for, and what has it begin, in a thread of its own, once the guest runs.
+    pub fn attend(&mut self) -> Result<(Arc<Purpose>, impl FnOnce() -> Result<()> + use<>)> {
+        let purpose = Arc::new(Purpose::new()?);
+        let (met, outcome, wanted) =
+            (purpose.clone(), self.outcome.clone(), std::mem::take(&mut self.wanted));
+        let (vsock, writable) = (self.vsock.clone(), self.writable);
+        let attend = move || {
+            leave_signals_to_others();
+            let how = command(&vsock, wanted);
+            if how.is_err() {
+                // A guest that ends takes its connections with it: its own end says more, and comes now.
+                std::thread::sleep(GRACE);
+            }
+            *outcome.lock().unwrap_or_else(PoisonError::into_inner) = Some(how);
+            if writable {
+                // It ends by itself, with its disks written out.
+                met.meet();
+                let _ = connect(&vsock, Some(Instant::now() + LAST_WORDS)).and_then(|stream| match stream {
+                    Some(stream) => finish(Call::new(stream, Ask::End { reboot: false })?, |_| Ok(())),
+                    None => Ok(()),
+                });
+                std::thread::sleep(GRACE);
+            }
+            met.end();
+        };
+        let begin = move || {
+            let thread = std::thread::Builder::new().name("command".to_owned()).spawn(attend);
+            thread.map(drop).context("start a thread for the command")
+        };
+        Ok((purpose, begin))
+    }
+}
+
+/// The agent, once it is there; None: the time was up.
+fn connect(vsock: &Path, deadline: Option<Instant>) -> Result<Option<UnixStream>> {
+    let begun = Instant::now();
+    loop {
+        match call::connect(vsock, PORT) {
+            Ok(Some(stream)) => return Ok(Some(stream)),
+            // It boots.
+            Ok(None) => {}
+            Err(error) if error.kind() == Kind::Guest => {}
+            Err(error) => return Err(error),
+        }
+        if deadline.is_some_and(|at| at <= Instant::now()) {
+            return Ok(None);
+        }
+        if begun.elapsed() > PATIENCE {
+            return Err(Error::guest("the agent in the guest has not answered for 300 s"));
+        }
+        std::thread::sleep(AGAIN);
+    }
+}
+
+fn command(vsock: &Path, wanted: Wanted) -> Result<Outcome> {
+    let deadline = wanted.deadline();
+    for (from, to) in &wanted.copies {
+        let Some(stream) = connect(vsock, deadline)? else { return Ok(Outcome::TimedOut) };
+        copy_in(stream, from, to, true, None)?;
+    }
+    let Some(stream) = connect(vsock, deadline)? else { return Ok(Outcome::TimedOut) };
+    let run = session::with_terminal(wanted.run, session::is_on_terminal());
+    let outcome = session::attend(stream, run, &Ends { input: true, signals: false, deadline })?;
+    for (from, to) in &wanted.copies_out {
+        let Some(stream) = connect(vsock, None)? else { continue };
+        copy_out(stream, from, to, None)?;
+    }
+    Ok(outcome)
+}
