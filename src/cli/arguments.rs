@@ -4,6 +4,7 @@ pub mod agent;
 pub mod command;
 pub mod ctl;
 pub mod exec;
+mod kernel;
 mod run;
 mod serve;
 
@@ -35,6 +36,7 @@ Commands:
   exec      Run a command in a guest that is up
   cp        Copy files into a guest that is up, or out of it
   wait      Wait until the agent in a guest answers
+  kernel    Get a kernel for guests that run commands
   agent     Be the agent in a guest: start programs there for the host
   check     Look for everything wrong with a config file, without starting anything
   schema    Print the schema of the API or of config files, for programs
@@ -45,7 +47,7 @@ Commands:
 `alula COMMAND --help` tells more. -V, --version prints the version.
 ";
 
-const COMMANDS: &str = "run, serve, ctl, exec, cp, wait, agent, check, schema, firmware, help or version; see `alula --help`";
+const COMMANDS: &str = "run, serve, ctl, exec, cp, wait, kernel, agent, check, schema, firmware, help or version; see `alula --help`";
 
 const FIRMWARE_HELP: &str = "\
 Write the image of the embedded firmware guest to standard output.
@@ -85,6 +87,8 @@ pub enum Command {
     Serve(Serve),
     Ctl(ctl::Ctl),
     Agent(agent::Agent),
+    /// Fetch a kernel: this package, or the newest.
+    FetchKernel(Option<String>),
     Exec(exec::Exec),
     Copy(exec::Copy),
     Wait(exec::Wait),
@@ -154,6 +158,7 @@ fn alula(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, Strin
         Some("exec") => (exec::exec(&mut parser), "exec"),
         Some("cp") => (exec::cp(&mut parser), "cp"),
         Some("wait") => (exec::wait(&mut parser), "wait"),
+        Some("kernel") => (kernel::parse(&mut parser), "kernel"),
         Some("agent") => (agent::parse(&mut parser), "agent"),
         Some("check") => (check(&mut parser), "check"),
         Some("schema") => (schema(&mut parser), "schema"),
@@ -382,7 +387,7 @@ mod tests {
         };
         let commands = HELP.split("Commands:\n").nth(1).unwrap().split("\n\n").next().unwrap();
         let names: Vec<_> = commands.lines().filter_map(|line| line.split_whitespace().next()).collect();
-        assert!(names.len() == 12 && names.iter().all(|name| COMMANDS.contains(name)), "{names:?}");
+        assert!(names.len() == 13 && names.iter().all(|name| COMMANDS.contains(name)), "{names:?}");
         for name in names {
             let help = text(&format!("{name} --help"));
             assert_eq!(help, text(&format!("help {name}")), "{name}");

@@ -20,6 +20,7 @@ use crate::dialect::Dialect;
 use crate::error::{Context, Result};
 use crate::events::{self, Event, Feed};
 use crate::firmware;
+use crate::guest::fetch;
 use crate::log::{self, Level};
 use crate::machine::Exit;
 use crate::microvm::Microvm;
@@ -63,6 +64,7 @@ pub fn main() -> u8 {
         Command::Ctl(arguments) => told(ctl::run(&arguments)),
         Command::Exec(arguments) => exec::exec(arguments),
         Command::Copy(arguments) => told(exec::copy(&arguments)),
+        Command::FetchKernel(from) => fetch_kernel(from.as_deref()),
         Command::Wait(arguments) => exec::wait(&arguments),
         Command::Agent(arguments) => told(agent::run(arguments)),
         Command::Check(path) => check::run(&path),
@@ -73,6 +75,13 @@ pub fn main() -> u8 {
             WRONG_ARGUMENTS
         }
         Command::Firmware => print(firmware::IMAGE),
+    }
+}
+
+fn fetch_kernel(from: Option<&str>) -> u8 {
+    match fetch::fetch(from, |step| eprintln!("alula: {step}")).context("fetch a kernel") {
+        Ok(path) => print(format!("{}\n", path.display()).as_bytes()),
+        Err(error) => told(Err(error)),
     }
 }
 

@@ -4,6 +4,7 @@
 pub mod boot;
 pub mod call;
 pub mod cpio;
+pub mod fetch;
 pub mod kernel;
 pub mod modules;
 pub mod runtime;

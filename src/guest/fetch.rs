@@ -1,0 +1,234 @@
+//! Fetches a kernel with the modules that guests need: a package of the machine's distribution, by its own apt, downloaded
+//! and unpacked, and nothing installed.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use super::kernel;
+use super::modules::Modules;
+use crate::error::{Context, Error, Result};
+
+/// What guests may need: transports, devices, and what roots are made of.
+const MODULES: [&str; 9] = [
+    "virtio_mmio",
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_net",
+    "virtio_rng",
+    "vmw_vsock_virtio_transport",
+    "overlay",
+    "erofs",
+    "squashfs",
+];
+/// Packages that depend on the newest kernel: for virtual machines, or for all.
+const PACKAGES: [&str; 2] = ["linux-image-cloud-", "linux-image-"];
+
+/// A folder that is removed if it has not become something else.
+struct Scratch(PathBuf);
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Fetches a kernel: the package at `from`, a file or a URL, or the newest of the distribution's. Returns where it is.
+/// `say` is told each step, before it begins.
+pub fn fetch(from: Option<&str>, say: impl Fn(&str)) -> Result<PathBuf> {
+    let place = kernel::fetched();
+    let scratch = Scratch(place.with_extension(format!("new-{}", std::process::id())));
+    let work = &scratch.0;
+    let packages = work.join("packages");
+    fs::create_dir_all(&packages).with_context(|| format!("create `{}`", packages.display()))?;
+    match from {
+        Some(from) if Path::new(from).is_file() => unpack(Path::new(from), &packages)?,
+        Some(url) if url.contains("://") => {
+            say(&format!("fetching {url}"));
+            let file = work.join("package.deb");
+            run(
+                Command::new("/usr/lib/apt/apt-helper").arg("download-file").arg(url).arg(&file),
+                "fetch it",
+            )?;
+            unpack(&file, &packages)?;
+        }
+        Some(file) => return Err(Error::config(format!("there is no file `{file}`"))),
+        None => fetch_newest(work, &packages, &say)?,
+    }
+    say("taking the kernel and its modules out of it");
+    let made = work.join("made");
+    collect(&packages, &made)?;
+    let attempt = || format!("put the kernel at `{}`", place.display());
+    if place.exists() {
+        fs::remove_dir_all(&place).with_context(attempt)?;
+    }
+    fs::rename(&made, &place).with_context(attempt)?;
+    Ok(place.join(kernel::NAME))
+}
+
+/// Runs a program, which must succeed; the end of what it says is told if it does not.
+fn run(command: &mut Command, what: &str) -> Result<String> {
+    let program = command.get_program().to_string_lossy().into_owned();
+    let output = command
+        .output()
+        .map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => Error::host(format!(
+                "there is no `{program}` on this machine: on one with apt and dpkg this works; elsewhere, name a kernel by \
+                 --kernel"
+            )),
+            _ => Error::host(format!("start `{program}`: {error}")),
+        })
+        .with_context(|| what.to_owned())?;
+    if output.status.success() {
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+    }
+    let told = String::from_utf8_lossy(&output.stderr);
+    let last = told.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it says nothing");
+    Err(Error::host(format!("`{program}` failed: {}", crate::log::in_one_line(last))))
+        .with_context(|| what.to_owned())
+}
+
+/// An apt of our own: the system's lists and state are left alone.
+fn apt(work: &Path, program: &str) -> Command {
+    let mut command = Command::new(program);
+    for (name, folder) in [("Dir::State", "state"), ("Dir::Cache", "cache"), ("Dir::State::status", "status")]
+    {
+        command.arg("-o").arg(format!("{name}={}", work.join(folder).display()));
+    }
+    command.args(["-o", "APT::Sandbox::User=root", "-o", "Acquire::Languages=none", "-q"]);
+    command
+}
+
+fn fetch_newest(work: &Path, packages: &Path, say: &impl Fn(&str)) -> Result<()> {
+    let attempt = || format!("write in `{}`", work.display());
+    for folder in ["state/lists/partial", "cache/archives/partial"] {
+        fs::create_dir_all(work.join(folder)).with_context(attempt)?;
+    }
+    fs::write(work.join("status"), "").with_context(attempt)?;
+    say("fetching the lists of the distribution's packages");
+    run(apt(work, "apt-get").arg("update"), "fetch the lists of packages")?;
+    let architecture = run(Command::new("dpkg").arg("--print-architecture"), "ask for the architecture")?;
+    let mut name = None;
+    for prefix in PACKAGES {
+        let package = format!("{prefix}{}", architecture.trim());
+        // A distribution may not have it.
+        let told =
+            run(apt(work, "apt-cache").args(["depends", &package]), "look for a kernel").unwrap_or_default();
+        name = told
+            .lines()
+            .filter_map(|line| line.trim().strip_prefix("Depends: "))
+            .find(|name| name.starts_with("linux-image-"))
+            .map(str::to_owned);
+        if name.is_some() {
+            break;
+        }
+    }
+    let name = name.ok_or_else(|| {
+        Error::host("the distribution has no package linux-image-cloud or linux-image: name one by --from, as a URL or a file")
+    })?;
+    say(&format!("fetching {name}"));
+    run(apt(work, "apt-get").args(["download", &name]).current_dir(work), "fetch the kernel's package")?;
+    let files = fs::read_dir(work).with_context(attempt)?;
+    let is_package = |path: &PathBuf| path.extension().is_some_and(|ending| ending == "deb");
+    let file = files.flatten().map(|entry| entry.path()).find(is_package);
+    let file = file.ok_or_else(|| Error::host(format!("apt-get has left no package `{name}` behind")))?;
+    unpack(&file, packages)
+}
+
+fn unpack(file: &Path, packages: &Path) -> Result<()> {
+    let what = format!("unpack `{}`", file.display());
+    run(Command::new("dpkg-deb").arg("-x").arg(file).arg(packages), &what).map(drop)
+}
+
+/// Takes the kernel and the modules out of what was unpacked.
+fn collect(packages: &Path, made: &Path) -> Result<()> {
+    let attempt = || format!("look for a kernel in the package at `{}`", packages.display());
+    let only = |folder: PathBuf, what: &str| {
+        let entries = fs::read_dir(&folder).into_iter().flatten().flatten().map(|entry| entry.path());
+        let name = |path: &PathBuf| {
+            path.file_name().and_then(|name| name.to_str()).map(str::to_owned).unwrap_or_default()
+        };
+        entries.filter(|path| name(path).starts_with(what)).max()
+    };
+    let image = only(packages.join("boot"), "vmlinuz-");
+    let image =
+        image.ok_or_else(|| Error::config("it has no /boot/vmlinuz-VERSION")).with_context(attempt)?;
+    let folder =
+        only(packages.join("lib/modules"), "").or_else(|| only(packages.join("usr/lib/modules"), ""));
+    let folder =
+        folder.ok_or_else(|| Error::config("it has no /lib/modules/VERSION")).with_context(attempt)?;
+    unpack_modules(&folder)?;
+    let modules = Modules::in_folder(&folder)?;
+    let to = made.join("modules");
+    let copy =
+        |from: &Path, to: PathBuf| fs::copy(from, &to).with_context(|| format!("write `{}`", to.display()));
+    fs::create_dir_all(&to).with_context(|| format!("create `{}`", to.display()))?;
+    copy(&image, made.join(kernel::NAME))?;
+    for file in modules.closure(&MODULES)? {
+        copy(&file, to.join(file.file_name().unwrap_or_default()))?;
+    }
+    copy(&folder.join("modules.builtin"), to.join("modules.builtin")).map(drop)
+}
+
+/// Unpacks modules that are compressed, as newer kernels' are: what a module needs can be read then.
+fn unpack_modules(folder: &Path) -> Result<()> {
+    for (ending, program) in [("xz", "xz"), ("zst", "zstd"), ("gz", "gzip")] {
+        let modules = Modules::in_folder(folder)?;
+        let files = modules.files_that_end_in(ending);
+        // Not more than one command takes.
+        for some in files.chunks(1000) {
+            let mut command = Command::new(program);
+            command.arg("-d").args(if program == "zstd" { &["-q", "--rm"][..] } else { &["-q"] }).args(some);
+            run(&mut command, "unpack the kernel's modules")?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_and_its_modules_are_taken_out_of_a_package() {
+        let folder = Scratch(std::env::temp_dir().join(format!("alula-fetch-{}", std::process::id())));
+        let root = folder.0.join("root");
+        for place in ["boot", "lib/modules/6.9/kernel/a", "lib/modules/6.9/kernel/b"] {
+            fs::create_dir_all(root.join(place)).unwrap();
+        }
+        fs::write(root.join("boot/vmlinuz-6.9"), "kernel").unwrap();
+        let modules = root.join("lib/modules/6.9");
+        for (number, name) in MODULES.iter().enumerate() {
+            let path = modules.join(format!("kernel/a/{}.ko", name.replace('_', "-")));
+            fs::write(&path, "\x7fELF\0depends=more\0").unwrap();
+            // Some are packed.
+            if number % 2 == 0 {
+                assert!(Command::new("gzip").arg(&path).status().unwrap().success());
+            }
+        }
+        fs::write(modules.join("kernel/b/more.ko"), "\x7fELF\0depends=\0").unwrap();
+        fs::write(modules.join("kernel/b/not-needed.ko"), "\x7fELF\0depends=\0").unwrap();
+        let error = collect(&root, &folder.0.join("made")).unwrap_err().to_string();
+        assert!(error.contains("modules.builtin"), "{error}");
+        fs::write(modules.join("modules.builtin"), "kernel/fs/ext4/ext4.ko\n").unwrap();
+        let made = folder.0.join("again");
+        collect(&root, &made).unwrap();
+        let found = kernel::find(Some(&made.join(kernel::NAME))).unwrap();
+        let closure = found.modules.unwrap().closure(&["ext4", "virtio_mmio", "overlay"]).unwrap();
+        let names: Vec<_> = closure.iter().map(|path| path.file_name().unwrap().to_str().unwrap()).collect();
+        assert_eq!(names, ["more.ko", "virtio-mmio.ko", "overlay.ko"]);
+        assert!(!made.join("modules/not-needed.ko").exists());
+        fs::remove_file(root.join("boot/vmlinuz-6.9")).unwrap();
+        let error = collect(&root, &made).unwrap_err().to_string();
+        assert!(error.ends_with("it has no /boot/vmlinuz-VERSION"), "{error}");
+    }
+
+    #[test]
+    fn a_program_that_fails_says_why_and_one_that_is_missing_what_to_do() {
+        let error =
+            run(Command::new("sh").args(["-c", "echo first; echo why >&2; exit 1"]), "do it").unwrap_err();
+        assert_eq!(error.to_string(), "do it: `sh` failed: why");
+        let error = run(&mut Command::new("no-such-program"), "do it").unwrap_err().to_string();
+        assert!(error.contains("there is no `no-such-program` on this machine"), "{error}");
+    }
+}
