@@ -180,6 +180,7 @@ fn comparable((vm, vcpus): (VmState, Vec<VcpuState>)) -> Vec<Value> {
     const COUNTER: u64 = 0x6030_0000_0013_df1a;
     const TIMER_CONTROL: u64 = 0x6030_0000_0013_df19;
     const PROPBASER: u64 = 0x180;
+    const CBASER: u64 = 0x1800_0000_0000_0000;
     let mut all: Vec<_> = vcpus.iter().map(|vcpu| serde_json::to_value(vcpu).unwrap()).collect();
     all.push(serde_json::to_value(vm).unwrap());
     for state in &mut all {
@@ -194,9 +195,12 @@ fn comparable((vm, vcpus): (VmState, Vec<VcpuState>)) -> Vec<Value> {
         {
             registers.retain(|register| register[0] != COUNTER && register[0] != TIMER_CONTROL);
         }
-        // GICR_PROPBASER reads 0 until somebody has written it; then it has KVM's own idea of caches.
-        if let Some(Value::Array(registers)) = state.get_mut("gic").map(|gic| &mut gic["registers"]) {
-            registers.iter_mut().filter(|value| **value == PROPBASER).for_each(|value| *value = 0.into());
+        // GICR_PROPBASER and GITS_CBASER read 0 until somebody has written them; then they have KVM's own idea
+        // of caches.
+        for (list, unset) in [("registers", PROPBASER), ("its", CBASER)] {
+            if let Some(Value::Array(registers)) = state.get_mut("gic").map(|gic| &mut gic[list]) {
+                registers.iter_mut().filter(|value| **value == unset).for_each(|value| *value = 0.into());
+            }
         }
         // What is left of the local APIC's timer.
         if let Some(Value::Array(lapic)) = state.get_mut("lapic") {
