@@ -93,4 +93,3 @@ fn metadata_files_that_make_no_sense_are_refused() {
     let ended = run(["check", config.to_str().unwrap()]);
     assert!(ended.text.contains("`mmds-config`: The list of network interface IDs"), "{}", ended.text);
 }
-
