@@ -23,7 +23,7 @@ use common::vsock::{
     CREDIT_REQUEST, CREDIT_UPDATE, Driver, Packet, REQUEST, RESPONSE, RST, RW, SHUT_RECEIVE, SHUT_SEND,
     SHUTDOWN,
 };
-use common::{Folder, wait_for};
+use common::{Folder, Service, wait_for};
 use serde_json::json;
 
 /// One test at a time: the descriptors of all are counted.
@@ -439,4 +439,45 @@ fn a_pause_holds_connections_still() {
         let (_client, port) = world.connected(5);
         assert_eq!(port, 1 << 30);
     }
+}
+
+#[test]
+fn a_socket_is_made_when_it_is_named_and_goes_at_the_end() {
+    let service = Service::start(&[]);
+    let mut client = service.client();
+    let path = |name: &str| service.folder.path(name);
+    let _live = UnixListener::bind(path("live")).unwrap();
+    drop(UnixListener::bind(path("stale")).unwrap());
+    service.folder.write("file", "");
+    let long = "x".repeat(108);
+    let body = |cid: &str, name: &str| format!(r#"{{"guest_cid": {cid}, "uds_path": {:?}}}"#, path(name));
+    for (cid, name, expected) in [
+        ("0", "v", "a `guest_cid` of 0 cannot be"),
+        ("1", "v", "a `guest_cid` of 1 cannot be"),
+        ("2", "v", "a `guest_cid` of 2 cannot be"),
+        ("4294967295", "v", "a `guest_cid` of 4294967295 cannot be"),
+        ("4294967296", "v", "expected u32"),
+        ("3", "live", "another process serves it"),
+        ("3", "stale", "left there by a process that has ended: remove it"),
+        ("3", "file", "there is something else already"),
+        ("3", "none/v", "there is no folder"),
+        ("3", &long, "bytes are too long for a socket"),
+    ] {
+        let fault = client.request("PUT", "/vsock", &body(cid, name)).fault();
+        assert!(fault.contains(expected), "{cid} {name}: {fault}");
+    }
+    assert!(!path("v").exists());
+    for name in ["v", "v", "w"] {
+        client.ok("PUT", "/vsock", &body("3", name));
+    }
+    assert!(path("w").exists() && !path("v").exists());
+    let told = client.ok("GET", "/vm/config", "").json();
+    assert_eq!((&told["vsock"]["guest_cid"], told["vsock"]["vsock_id"].is_null()), (&json!(3), true));
+    service.boot_source("end=idle");
+    client.ok("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#);
+    assert!(path("w").exists());
+    let Service { mut process, folder, .. } = service;
+    process.send(libc::SIGTERM);
+    process.end();
+    assert!(!folder.path("w").exists());
 }
