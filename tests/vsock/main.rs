@@ -18,6 +18,7 @@ use alula::devices::kind::Device;
 use alula::host::Host;
 use alula::memory;
 use alula::metrics::View;
+use common::allocator::{self, Counting};
 use common::driver::{self, F_EVENT_IDX, Guest, KINDS, Kind};
 use common::vsock::{
     CREDIT_REQUEST, CREDIT_UPDATE, Driver, Packet, REQUEST, RESPONSE, RST, RW, SHUT_RECEIVE, SHUT_SEND,
@@ -26,7 +27,10 @@ use common::vsock::{
 use common::{Folder, Service, wait_for};
 use serde_json::json;
 
-/// One test at a time: the descriptors of all are counted.
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// One test at a time: the descriptors of all are counted, and what io threads allocate.
 static ALONE: Mutex<()> = Mutex::new(());
 
 struct World {
@@ -480,4 +484,33 @@ fn a_socket_is_made_when_it_is_named_and_goes_at_the_end() {
     process.send(libc::SIGTERM);
     process.end();
     assert!(!folder.path("w").exists());
+}
+
+#[test]
+fn a_packet_allocates_nothing_and_an_idle_connection_is_small() {
+    const IDLE: usize = 1000;
+    let mut world = World::new(Kind::Mmio);
+    let (mut client, port) = world.connected(5);
+    let mut told = 0_u32;
+    let mut rounds = |world: &mut World, count: usize| {
+        for _ in 0..count {
+            client.write_all(&[1; 3000]).unwrap();
+            let mut left = 3000;
+            while left > 0 {
+                left -= world.driver.receive().1.len();
+            }
+            told += 3000;
+            world.driver.send(Packet { forwarded: told, ..Packet::new(RW, 5, port) }, &[2; 100]);
+            read(&mut client, 100);
+        }
+    };
+    rounds(&mut world, 600);
+    let before = allocator::allocations();
+    rounds(&mut world, 600);
+    assert_eq!(allocator::allocations() - before, 0, "for 1,200 packets");
+    let before = allocator::bytes();
+    let clients: Vec<_> = (0..IDLE).map(|_| world.connected(6)).collect();
+    let each = (allocator::bytes() - before) / IDLE as i64;
+    assert!(each <= 600, "{each} bytes for each connection");
+    drop(clients);
 }
