@@ -15,7 +15,7 @@ pub mod qcow2;
 pub mod sockets;
 pub mod state;
 
-#[path = "../../common/driver.rs"]
+#[path = "../../common/driver/mod.rs"]
 pub mod driver;
 #[path = "../../common/network.rs"]
 pub mod network;
