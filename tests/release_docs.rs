@@ -131,7 +131,7 @@ fn completions_offer_every_command_option_and_word() {
         }
     }
     assert!(offered > 60, "{offered}");
-    assert_eq!(bash(&["alula", "run", "--me"]), set(&["--memory", "--metrics-path"]));
+    assert_eq!(bash(&["alula", "run", "--me"]), set(&["--memory", "--metadata", "--metrics-path"]));
     let file = folder.write("vmlinux-6.1", "");
     let begin = file.to_str().unwrap().strip_suffix("6.1").unwrap();
     assert_eq!(bash(&["alula", "run", begin]), set(&[file.to_str().unwrap()]), "kernels are files");

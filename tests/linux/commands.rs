@@ -1,0 +1,153 @@
+//! Commands in guests: `alula run -- COMMAND`, `alula exec` and `alula cp`.
+
+use super::*;
+
+/// What `alula run -- COMMAND` gave: its code, standard output and standard error.
+fn run_command(options: &[&str], command: &[&str], input: &[u8]) -> (i32, Vec<u8>, String) {
+    let mut process = Command::new(common::alula());
+    process.env("ALULA_KERNEL", asset(KERNELS[0])).args(["run", "--memory", "256M"]).args(options).arg("--");
+    process.args(command).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = process.spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    let input = input.to_vec();
+    // A command that reads none of it may have ended.
+    let writer = std::thread::spawn(move || drop(stdin.write_all(&input)));
+    let output = child.wait_with_output().unwrap();
+    writer.join().unwrap();
+    (output.status.code().unwrap(), output.stdout, String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+#[test]
+#[ignore = "a stock kernel: scripts/test runs it"]
+fn a_command_has_a_guest_of_its_own_with_any_root() {
+    let folder = Folder::new();
+    let image = asset("root.ext4").to_str().unwrap().to_owned();
+    let before = std::fs::read(&image).unwrap();
+    let busybox = folder.path("busybox").to_str().unwrap().to_owned();
+    // An image, which memory lies over.
+    let script = "echo hi; echo err >&2; busybox touch /new && exit 7";
+    let copy_out = format!("/bin/busybox:{busybox}");
+    let (code, output, errors) =
+        run_command(&["--rootfs", &image, "--copy-out", &copy_out], &["busybox", "sh", "-c", script], b"");
+    assert_eq!((code, &output[..], &errors[..]), (7, &b"hi\n"[..], "err\n"));
+    assert!(std::fs::read(&image).unwrap() == before, "the image was written to");
+
+    // A folder, with the program that came out of the image.
+    let root = folder.path("root");
+    std::fs::create_dir_all(root.join("bin")).unwrap();
+    std::fs::copy(&busybox, root.join("bin/busybox")).unwrap();
+    std::fs::write(root.join("a file"), "of the folder\n").unwrap();
+    let root = root.to_str().unwrap();
+    let bytes: Vec<u8> = (0..5 << 20).map(|at: u32| (at ^ at >> 11) as u8).collect();
+    let (code, output, errors) = run_command(
+        &["--rootfs", root, "--user", "12:34"],
+        &["busybox", "sh", "-c", "exec busybox cat"],
+        &bytes,
+    );
+    assert!(code == 0 && output == bytes && errors.is_empty(), "{code}, {} bytes: {errors}", output.len());
+    let script = "cd /; busybox cat 'a file'; busybox id -u; busybox hostname; busybox cat /proc/1/comm; \
+                  cd -; echo $A";
+    let options = ["--rootfs", root, "--env", "A=b", "--workdir", "/proc", "--id", "a-guest", "--enable-pci"];
+    let (code, output, errors) = run_command(&options, &["busybox", "sh", "-c", script], b"");
+    let text = String::from_utf8(output).unwrap();
+    assert!(code == 0 && text == "of the folder\n0\na-guest\ninit\n/proc\nb\n", "{code} {text} {errors}");
+
+    // Nothing but what is copied there, and codes that are not the command's.
+    let copy = format!("{busybox}:/deep/down/busybox");
+    let program = "/deep/down/busybox";
+    let (code, output, _) = run_command(&["--copy", &copy], &[program, "echo", "alone"], b"");
+    assert_eq!((code, &output[..]), (0, &b"alone\n"[..]));
+    for (options, command, expected, told) in [
+        (&[][..], &["nothing"][..], 127, "alula: start `nothing`: No such file or directory (os error 2)\n"),
+        (&["--copy", &copy], &[program, "sh", "-c", "kill -9 $$"], 137, "was ended by signal 9\n"),
+        (
+            &["--copy", &copy, "--timeout", "30s"],
+            &[program, "sleep", "1000"],
+            124,
+            "the time for the command",
+        ),
+        (
+            &["--copy", &copy],
+            &[program, "poweroff", "-f"],
+            125,
+            "alula: the guest ended before the command in it did: the guest powered off\n",
+        ),
+    ] {
+        let (code, _, errors) = run_command(options, command, b"");
+        assert!(code == expected && errors.contains(told), "{command:?}: {code} {errors}");
+    }
+
+    // An image that is written to.
+    let own = folder.path("own.ext4").to_str().unwrap().to_owned();
+    std::fs::copy(&image, &own).unwrap();
+    let rootfs = format!("{own},rw");
+    for script in ["echo kept >/bin/written", "cat /bin/written"] {
+        let (code, output, errors) =
+            run_command(&["--rootfs", &rootfs], &["busybox", "sh", "-c", script], b"");
+        assert!(code == 0 && errors.is_empty(), "{script}: {code} {errors}");
+        assert!(script.starts_with("echo") || output == b"kept\n", "{output:?}");
+    }
+}
+
+#[test]
+#[ignore = "a stock kernel: scripts/test runs it"]
+fn a_guest_that_is_up_takes_further_commands_and_files() {
+    let folder = Folder::new();
+    let vsock = folder.path("vsock").to_str().unwrap().to_owned();
+    let (image, socket) = (asset("root.ext4"), folder.path("api"));
+    let mut guest = Command::new(common::alula());
+    guest.env("ALULA_KERNEL", asset(KERNELS[0])).args(["run", "--memory", "256M", "--vsock", &vsock]);
+    guest.arg("--api-sock").arg(&socket).arg("--rootfs").arg(&image);
+    guest.args([
+        "--",
+        "busybox",
+        "sh",
+        "-c",
+        "trap 'exit 5' HUP TERM; echo up; while :; do busybox sleep 0.1; done",
+    ]);
+    let mut guest = Process::spawn(guest);
+    guest.expect("up");
+    let alula = |words: &[&str]| {
+        let mut command = Command::new(common::alula());
+        let output = command.args(words).stdin(Stdio::null()).output().unwrap();
+        (output.status.code().unwrap(), output.stdout, String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let api = ["--api-sock", socket.to_str().unwrap()];
+    assert_eq!(alula(&[&["wait"][..], &api].concat()), (0, vec![], String::new()));
+    let several: Vec<_> = (0..10)
+        .map(|number| {
+            let vsock = vsock.clone();
+            std::thread::spawn(move || {
+                let script = format!("echo {number}; exit {number}");
+                let mut command = Command::new(common::alula());
+                command.args(["exec", "--vsock", &vsock, "busybox", "sh", "-c", &script]);
+                let output = command.stdin(Stdio::null()).output().unwrap();
+                (output.status.code().unwrap(), String::from_utf8(output.stdout).unwrap())
+            })
+        })
+        .collect();
+    for (number, thread) in several.into_iter().enumerate() {
+        assert_eq!(thread.join().unwrap(), (number as i32, format!("{number}\n")));
+    }
+    let file = folder.write("file", vec![7; 1 << 20]).to_str().unwrap().to_owned();
+    let (back, inside) = (folder.path("back").to_str().unwrap().to_owned(), ":/tmp/file".to_owned());
+    assert_eq!(alula(&[&["cp"][..], &api, &[&file, ":/tmp"]].concat()), (0, vec![], String::new()));
+    assert_eq!(alula(&[&["cp"][..], &api, &[&inside, &back]].concat()), (0, vec![], String::new()));
+    assert!(std::fs::read(&back).unwrap() == vec![7; 1 << 20]);
+    // Nothing of all that is left in the guest: the agent, the command, and the one that looks.
+    let count = "busybox cat /proc/[0-9]*/cmdline | busybox tr '\\0' ' '";
+    let (code, output, errors) = alula(&[&["exec"][..], &api, &["busybox", "sh", "-c", count]].concat());
+    let text = String::from_utf8(output).unwrap();
+    assert!(code == 0 && !text.contains("send") && !text.contains("receive"), "{text} {errors}");
+    // 100 MiB arrive whole.
+    let mut big = Command::new(common::alula());
+    big.args(["exec", "--vsock", &vsock, "busybox", "dd", "if=/dev/zero", "bs=65536", "count=1600"]);
+    let output = big.stdin(Stdio::null()).output().unwrap();
+    assert!(output.stdout.len() == 100 << 20 && output.stdout.iter().all(|byte| *byte == 0));
+    guest.send(libc::SIGTERM);
+    assert_eq!(guest.child.wait().unwrap().code(), Some(143));
+    // A monitor that is gone says so.
+    let (code, _, errors) = alula(&[&["exec"][..], &api, &["true"]].concat());
+    assert!(code == 125 && errors.contains("connect to API socket"), "{errors}");
+    assert!(!folder.path("vsock").exists());
+}
