@@ -50,9 +50,10 @@ static mut last_exception: u64 = 0;
 /// The secondary CPU that was started last and is up; CPUs are started one after the other.
 static mut STARTED: u32 = u32::MAX;
 
-// What the reasons below stand on: there is no other program here. Memory and devices are where the machine's
-// layout says, at their physical addresses. Statics that two CPUs share, or code and an interrupt, are single
-// words, which one writes and the other reads, by single loads and stores that no cache holds.
+// The reasons for unsafe blocks below rely on this: there is no other program here. Memory and devices are
+// where the machine's layout says, at their physical addresses. Statics that two CPUs share, or code and an
+// interrupt, are single words, which one writes and the other reads, by single loads and stores that no cache
+// holds.
 
 #[unsafe(no_mangle)]
 extern "C" fn first_cpu(tree: u64) -> ! {

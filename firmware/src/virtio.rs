@@ -92,7 +92,7 @@ const MEMORY_AND_MASTER: u32 = 6;
 const PCI_DEVICE: u64 = 0x1000;
 const PCI_NOTIFY: u64 = 0x2000;
 const PCI_QUEUE_VECTOR: u64 = 0x1a;
-/// What that reads as after a vector that there is not (virtio 1.2, 4.1.5.1.2).
+/// The register of a queue's vector reads as this after a vector that there is not (virtio 1.2, 4.1.5.1.2).
 const NO_VECTOR: u16 = 0xffff;
 pub const PCI_TABLE: u64 = 0x3000;
 

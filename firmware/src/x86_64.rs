@@ -67,9 +67,10 @@ struct TablePointer {
     base: u64,
 }
 
-// What the reasons below stand on: there is no other program here. Addresses below 1 GiB and from 3 to 4 GiB
-// are mapped one to one. The loader put its tables where its protocol says. Statics that two CPUs share, or
-// code and an interrupt, are single words, which one writes and the other reads, by volatile accesses.
+// The reasons for unsafe blocks below rely on this: there is no other program here. Addresses below 1 GiB and
+// from 3 to 4 GiB are mapped one to one. The loader put its tables where its protocol says. Statics that two
+// CPUs share, or code and an interrupt, are single words, which one writes and the other reads, by volatile
+// accesses.
 
 #[unsafe(no_mangle)]
 extern "C" fn first_cpu(info: u64, protocol: u64) -> ! {

@@ -8,10 +8,10 @@ pub const HEAD: usize = 4;
 pub const CONTENT_MAX: usize = 64 << 10;
 /// The content of a request: arguments and environment of a program.
 pub const REQUEST_MAX: usize = 256 << 10;
-/// So many bytes of input may be on the way that the agent has not said it has taken.
+/// The most bytes of input that may be on the way: the agent has not said yet that it has taken them.
 pub const INPUT_WINDOW: usize = 256 << 10;
 
-/// What a frame is.
+/// The kind of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Type {

@@ -13,16 +13,16 @@ use crate::error::{Context, Error, Result};
 
 /// Where an initial ramdisk has what is ours: this program, [`Boot`], modules.
 pub const FOLDER: &str = ".alula";
-/// What the program is called there. Process 1 is an init only by this name.
+/// The name of this program in [`FOLDER`]. Process 1 is an init only by this name.
 pub const NAME: &str = "init";
-/// What [`Boot`] is called there, as JSON.
+/// The name of the file in [`FOLDER`] that has [`Boot`], as JSON.
 pub const BOOT: &str = "boot.json";
-/// The folder of modules there.
+/// The folder of modules in [`FOLDER`].
 pub const MODULES: &str = "modules";
 /// How long a disk may take to appear once its driver is loaded.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// What the init is to do.
+/// The init's orders, which the host writes.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Boot {
@@ -32,7 +32,7 @@ pub struct Boot {
     /// The disk that the root file system is on; none: it is the initial ramdisk.
     #[serde(default)]
     pub disk: Option<Disk>,
-    /// What else the guest is told.
+    /// The guest's name; none: the kernel's.
     #[serde(default)]
     pub hostname: Option<String>,
 }
@@ -45,7 +45,7 @@ pub struct Disk {
     pub device: String,
     /// Its file system's types, of which one is the right one.
     pub types: Vec<String>,
-    /// What is written goes to the disk; else to memory.
+    /// Whether programs of the guest write to the disk; false: they write to memory that lies over it.
     pub writable: bool,
 }
 
@@ -160,7 +160,7 @@ fn mount_others() -> IoResult<()> {
     let nothing = libc::MS_NOSUID | libc::MS_NODEV;
     for (path, mode) in [("/tmp", 0o1777), ("/run", 0o755), ("/dev/shm", 0o1777)] {
         make_folder(path)?;
-        // What a root file system brings stays visible.
+        // A folder that has content in the root file system is not hidden by an empty one.
         if fs::read_dir(path)?.next().is_none() {
             system::mount("tmpfs", path, "tmpfs", nothing, &format!("mode={mode:o}"))?;
         } else {

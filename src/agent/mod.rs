@@ -23,8 +23,8 @@ use session::{End, LINGERING, Next, Scratch, Session};
 
 /// The vsock port that agents listen on. Ports below 1024 are root's: nobody else in a guest can take it.
 pub const PORT: u32 = 52;
-/// So many connections are served at once; the listener's backlog keeps others waiting. Each has up to four
-/// descriptors, of the 1,024 that a process has.
+/// The most connections that are served at once; others wait in the listener's backlog. Each connection has up
+/// to four descriptors, of the 1,024 that a process has.
 const SESSIONS_MAX: usize = 200;
 /// How long a listener that could not give a connection (the machine is out of something) is left alone.
 const REST: Duration = Duration::from_millis(100);
