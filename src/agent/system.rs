@@ -185,6 +185,9 @@ pub fn foreground(terminal: &impl AsRawFd) -> Option<u32> {
     u32::try_from(unsafe { libc::tcgetpgrp(terminal.as_raw_fd()) }).ok()
 }
 
+/// The highest number of a signal with a name (signal(7)).
+const SIGNALS: i32 = 31;
+
 /// Has the program start in a session of its own, whose terminal its standard input is, if that is said, and as
 /// this user.
 pub fn prepare(command: &mut Command, identity: Identity, has_terminal: bool, becomes: bool) {
@@ -193,6 +196,11 @@ pub fn prepare(command: &mut Command, identity: Identity, has_terminal: bool, be
         // else can have held a lock when it forked.
         unsafe {
             check(libc::setsid())?;
+            // Whoever started the agent may have had signals ignored, as a shell's background job has Ctrl-C, and a
+            // program inherits that. The kernel refuses two of these numbers (KILL, STOP), which are never ignored.
+            for number in 1..=SIGNALS {
+                libc::signal(number, libc::SIG_DFL);
+            }
             if has_terminal {
                 check(libc::ioctl(libc::STDIN_FILENO, libc::TIOCSCTTY, 0))?;
             }

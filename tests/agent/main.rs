@@ -316,25 +316,33 @@ fn signals_do_not_wait_behind_input_that_is_not_read() {
 fn a_terminal_has_a_size_and_keys() {
     let agent = Agent::start();
     let window = |rows: u16, columns: u16| [rows.to_le_bytes(), columns.to_le_bytes()].concat();
-    let script = "echo $TERM; stty size; trap 'stty size; echo changed' WINCH; echo ready; \
-                  while read line; do echo got $line; done; echo end";
+    let script =
+        "echo $TERM; stty size; echo ready; while read line; do stty size; echo got $line; done; echo end";
     let run = json!({"argv": ["sh", "-c", script], "terminal": {"rows": 31, "columns": 101}});
     let mut client = agent.ask(json!({"run": run}));
     client.expect("linux\r\n31 101\r\nready");
     client.send(Type::Window, &window(40, 0));
     client.send(Type::Input, b"a\n");
-    client.expect("40 101");
+    client.expect("40 101\r\ngot a");
     client.send(Type::Window, &window(0, 0));
     client.send(Type::Input, b"b\n");
-    client.expect("got b");
+    client.expect("40 101\r\ngot b");
     client.send(Type::InputEnd, b"");
     let answer = client.answer();
-    let text = String::from_utf8(answer.output).unwrap();
-    assert!(text.ends_with("end\r\n") && !text.contains("changed"), "{text}");
+    assert!(answer.output.ends_with(b"end\r\n"), "{}", String::from_utf8_lossy(&answer.output));
     assert_eq!(answer.exited, [0, 0]);
+    // The program is told of a change. The line is for a shell that had not begun to read by then.
+    let run = json!({"argv": ["sh", "-c", "trap 'exit 7' WINCH; echo ready; read line; exit 8"],
+        "terminal": {"rows": 31, "columns": 101}});
+    let mut client = agent.ask(json!({"run": run}));
+    client.expect("ready");
+    client.send(Type::Window, &window(40, 0));
+    client.send(Type::Input, b"a\n");
+    assert_eq!(client.answer().exited, [0, 7]);
 
-    // Ctrl-C is a key, and a signal goes to what is in the foreground.
-    let run = json!({"argv": ["sh", "-c", "echo ready; sleep 100"], "terminal": {"rows": 0, "columns": 0}});
+    // Ctrl-C is a key, and a signal goes to what is in the foreground. A shell that is about to start a program
+    // when it comes would wait for that program's end.
+    let run = json!({"argv": ["sh", "-c", "echo ready; read line"], "terminal": {"rows": 0, "columns": 0}});
     let mut client = agent.ask(json!({"run": run}));
     client.expect("ready");
     client.send(Type::Input, b"\x03");
