@@ -254,11 +254,14 @@ fn fitting(schema: &Value, api: &Value) -> BoxedStrategy<Value> {
         }
         Some("boolean") => any::<bool>().prop_map(Value::from).boxed(),
         // Files that are there and files that are not, and names that are good for an id.
-        Some("string") => {
-            prop_oneof![Just("a".into()), Just("/dev/null".into()), Just("/none".into()), "\\PC{0,9}"]
-                .prop_map(Value::String)
-                .boxed()
-        }
+        Some("string") => prop_oneof![
+            Just("a".into()),
+            Just("/dev/null".into()),
+            Just("/nonexistent/file".into()),
+            "\\PC{0,9}"
+        ]
+        .prop_map(Value::String)
+        .boxed(),
         _ => Just(Value::Null).boxed(),
     }
 }

@@ -342,9 +342,11 @@ impl Service {
     pub fn start(extra: &[&str]) -> Self {
         let folder = Folder::new();
         let socket = folder.path("api.socket");
-        let mut arguments = vec!["serve", "--api-sock", socket.to_str().unwrap()];
-        arguments.extend(extra);
-        let process = Process::start(arguments);
+        let mut command = Command::new(std::path::absolute(alula()).unwrap());
+        // What a client names by a relative path, and is made there, goes with the folder.
+        command.current_dir(folder.path("."));
+        command.args(["serve", "--api-sock", socket.to_str().unwrap()]).args(extra);
+        let process = Process::spawn(command);
         let service = Self { process, socket, folder };
         wait_for(|| UnixStream::connect(&service.socket).is_ok());
         service
