@@ -226,6 +226,12 @@ fn places_that_cannot_be_are_refused() {
     }
 }
 
+/// Whether this process has the file at `path` open.
+fn is_open(path: &std::path::Path) -> bool {
+    let files = fs::read_dir("/proc/self/fd").unwrap();
+    files.flatten().any(|file| fs::read_link(file.path()).is_ok_and(|to| to == path))
+}
+
 #[test]
 fn a_device_that_is_taken_away_leaves_nothing_behind() {
     let _turn = turn();
@@ -252,17 +258,16 @@ fn a_device_that_is_taken_away_leaves_nothing_behind() {
         machine.resume().unwrap();
         wait_for_console(&folder, "2 cases, 0 failed");
         machine.pause().unwrap();
-        let is_open = |path: &std::path::Path| {
-            let files = fs::read_dir("/proc/self/fd").unwrap();
-            files.flatten().any(|file| fs::read_link(file.path()).is_ok_and(|to| to == path))
-        };
         let mut before = None;
         for _ in 0..20 {
             for device in [&disk, &other] {
                 machine.detach(&device.name()).unwrap();
             }
-            // Threads make what they need when they begin, and these have ended.
-            let (before, after) = (*before.get_or_insert_with(costs), costs());
+            // Threads make what they need when they begin, and end a moment after they were told to.
+            common::wait_for(|| !threads().iter().any(|name| name.starts_with("io-")));
+            let before = *before.get_or_insert_with(costs);
+            common::wait_for(|| costs().threads <= before.threads);
+            let after = costs();
             let what = format!("{before:?} to {after:?} (PCI: {pci})");
             assert_eq!((before.descriptors, before.threads), (after.descriptors, after.threads), "{what}");
             assert!(after.mappings < before.mappings + 10, "{what}");
