@@ -90,7 +90,9 @@ impl Agent {
             last: 0,
             busy: Vec::new(),
             lingering: Vec::new(),
-            scratch: Box::new([0; _]),
+            // An array that is made first and boxed then has its room on the stack, of which every page is touched,
+            // in the function that this is made part of: that of every command.
+            scratch: vec![0; size_of::<Scratch>()].into_boxed_slice().try_into().expect("it has this size"),
         })
     }
 

@@ -156,7 +156,7 @@ impl Call {
 
     /// Reads once, if there is something, and tells `each` what the agent has said. After its end nothing more is told.
     pub fn hear(&mut self, mut each: impl FnMut(Said<'_>) -> Result<()>) -> Result<()> {
-        let mut bytes = [0; HEAD + CONTENT_MAX];
+        let mut bytes = vec![0; HEAD + CONTENT_MAX];
         let count = match (&self.stream).read(&mut bytes) {
             Ok(0) => return Err(gone(None)),
             Ok(count) => count,
