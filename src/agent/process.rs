@@ -13,7 +13,7 @@ use super::system;
 
 /// The search path of programs that are told none.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-/// So much of /etc/passwd and /etc/group is looked at: they are the guest's, who can make them endless.
+/// The most that is read of /etc/passwd and of /etc/group, in bytes: a guest can make its files endless.
 const USERS_MAX: u64 = 4 << 20;
 
 /// Why a program was not started.
@@ -32,7 +32,7 @@ pub struct Identity {
     pub home: Option<String>,
 }
 
-/// What a started program has open: our ends.
+/// A program that was started, and the agent's ends of the pipes or the terminal that the program has.
 pub struct Started {
     pub pid: u32,
     pub stdin: Option<File>,
@@ -51,7 +51,7 @@ impl Users {
         let text = |path: &str| {
             let mut bytes = Vec::new();
             if let Ok(file) = File::open(path) {
-                // What cannot be read names nobody.
+                // A file that cannot be read names no user and no group.
                 let _ = file.take(USERS_MAX).read_to_end(&mut bytes);
             }
             String::from_utf8_lossy(&bytes).into_owned()

@@ -1,4 +1,4 @@
-//! What is asked of the agent, and its greeting: the first frames of a connection, in JSON (docs/agent.md).
+//! A client's request and the agent's greeting: the first frames of a connection, in JSON (docs/agent.md).
 
 use std::path::PathBuf;
 
@@ -13,11 +13,11 @@ pub const PROTOCOL: u32 = 1;
 pub struct Request {
     /// The version of the protocol that the client speaks.
     pub protocol: u32,
-    /// What it wants.
+    /// The one thing that the client asks for on this connection.
     pub ask: Ask,
 }
 
-/// What a client can want.
+/// The things that a client can ask for.
 #[derive(Debug, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase", deny_unknown_fields)]
 pub enum Ask {
@@ -54,7 +54,7 @@ pub struct Run {
     /// `USER[:GROUP]`, names or numbers; none: who the agent is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user: Option<String>,
-    /// It has a terminal of this size instead of pipes.
+    /// The size of the terminal that the program gets; none: the program gets pipes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub terminal: Option<Window>,
 }
@@ -86,7 +86,7 @@ pub struct Read {
 pub struct Write {
     /// Where it goes.
     pub path: PathBuf,
-    /// What it is called if `path` is a folder.
+    /// The name that the tree gets if `path` is a folder.
     pub name: String,
     /// Folders on the way that are missing are made.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
@@ -96,7 +96,7 @@ pub struct Write {
     pub user: Option<String>,
 }
 
-/// What the host knows better than the guest.
+/// Settings of the guest that the host knows better than the guest does.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Set {

@@ -13,11 +13,11 @@ use super::system::Exit;
 use super::{host, system};
 use crate::error::{Error, Result};
 
-/// So many rounds are done for one connection before others have their turn: no client keeps the loop.
+/// The most rounds for one connection before others have their turn: no client keeps the loop.
 const ROUNDS: usize = 16;
-/// What a terminal's program wrote reaches our end by the kernel's own work, a moment later. Our end tells by EIO that
-/// there is no more, but not while a program that was left behind has the terminal open: so long after the last
-/// output, what has ended counts as read.
+/// How long after its last output the terminal of a program that has ended counts as read. Output reaches the
+/// agent's end by work of the kernel's, a moment after it was written. EIO tells the agent that there is no more,
+/// but not while a program that was left behind has the terminal open.
 pub const LINGERING: Duration = Duration::from_millis(50);
 /// The key that ends a terminal's input (termios(3), VEOF).
 const END_OF_FILE: u8 = 4;
@@ -36,7 +36,7 @@ impl End {
         Self { file, is_ready: true }
     }
 
-    /// What `call` did, None if it would have waited.
+    /// Makes `call`, and gives what the call returned; None: the call would have waited.
     fn attempt<T>(
         &mut self,
         mut call: impl FnMut(&mut File) -> std::io::Result<T>,
