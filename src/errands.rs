@@ -12,8 +12,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use crate::error::{Error, Result};
-use crate::event::EventFd;
 use crate::host::Host;
+use crate::poll::EventFd;
 
 /// So many errands of one machine may be under way: asked for, and not yet answered on the loop of the worker
 /// that asked. A guest that makes its devices ask without end would take up memory and descriptors without end.

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use crate::error::{Context, Error, Result};
-use crate::event::{self, EventFd};
+use crate::poll::{self, EventFd};
 
 /// So many jobs may be open at a time: a client that asks for more and more would use up threads and memory.
 /// Fewer than connections of the API are served at once, so that clients that wait keep nobody else out.
@@ -51,7 +51,7 @@ impl<T: Send + 'static> Jobs<T> {
         };
         let ticket = self.last + 1;
         let job = move || {
-            event::leave_signals_to_others();
+            poll::leave_signals_to_others();
             let result = work();
             ended.results.lock().unwrap_or_else(PoisonError::into_inner).push((ticket, result));
             // A counter that is full wakes as well.
@@ -86,7 +86,7 @@ impl<T: Send + 'static> Jobs<T> {
 
 impl<T> Ended<T> {
     fn new() -> Result<Arc<Self>> {
-        let event = event::event("jobs that ended")?;
+        let event = poll::event("jobs that ended")?;
         Ok(Arc::new(Self { results: Mutex::default(), event }))
     }
 }
@@ -97,7 +97,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::event::{Events, Interest};
+    use crate::poll::{Events, Interest};
 
     #[test]
     fn jobs_end_in_any_order_and_are_not_too_many() {

@@ -9,7 +9,7 @@
 //!   [`sink`]: where lines for the outside go. [`log`]: messages. [`timeline`]: the steps of a start.
 //! - [`snapshot`]: state that outlives the process. [`limiter`]: rate limits. [`metadata`]: what a guest is told
 //!   of itself, and the service that tells it.
-//! - [`event`]: the core of an event loop. [`events`]: what happens to the microVM, for its readers.
+//! - [`poll`]: the core of an event loop. [`history`]: what happens to the microVM, for its readers.
 //!   [`uring`]: io_uring for an event loop. [`memory`]: guest memory. [`host`]: what a machine needs of the host.
 //!   [`errands`]: what io threads have `main` do. [`jobs`]: what `main` has others do.
 //! - [`archive`]: files and trees as tar streams.
@@ -78,10 +78,9 @@ pub mod devices;
 pub mod dialect;
 pub mod errands;
 pub mod error;
-pub mod event;
-pub mod events;
 pub mod firmware;
 pub mod guest;
+pub mod history;
 pub mod host;
 pub mod jobs;
 pub mod json;
@@ -96,6 +95,7 @@ pub mod part;
 pub mod paths;
 pub mod pci;
 pub mod platform;
+pub mod poll;
 pub mod process;
 pub mod sink;
 pub mod snapshot;

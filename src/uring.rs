@@ -15,7 +15,7 @@ use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
 use crate::descriptors::Name;
 use crate::error::{Context, Error, Result};
-use crate::event::EventFd;
+use crate::poll::EventFd;
 
 /// The size of the submission queue, in entries; a larger batch is submitted in parts. The queue need not
 /// grow with the number of operations in flight: an entry is free again once it is submitted.

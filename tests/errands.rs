@@ -13,9 +13,9 @@ use std::sync::{Arc, Mutex};
 
 use alula::errands::Pending;
 use alula::error::Result;
-use alula::event::Interest;
 use alula::host::socket;
 use alula::memory;
+use alula::poll::Interest;
 use alula::snapshot::Snapshot;
 use alula::uring::Uring;
 use alula::virtio::{Desk, Io, Queue, RING, Registrar, VirtioDevice, Watched, Worker};

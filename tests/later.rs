@@ -10,8 +10,8 @@ use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
 use alula::api::{Reply, Response, Server};
-use alula::event::{Events, Interest, Ready};
 use alula::jobs::{Jobs, OPEN_MAX};
+use alula::poll::{Events, Interest, Ready};
 use common::{Client, Folder, Held, Service, wait_for};
 use serde_json::{Value, json};
 

@@ -12,13 +12,13 @@ use alula::arch::layout;
 use alula::bus::{Bus, BusDevice};
 use alula::config::Config;
 use alula::devices::KINDS;
-use alula::event::EventFd;
 use alula::host::Host;
 use alula::machine::{Machine, Places, Prepared};
 use alula::memory::{self, Range};
 use alula::metrics::View;
 use alula::pci::root::{Ecam, Registers, Root};
 use alula::platform::Place;
+use alula::poll::EventFd;
 use alula::virtio::pci::NOTIFY;
 use alula::virtio::workers::ByHand;
 

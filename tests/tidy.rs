@@ -24,7 +24,7 @@ const UNSAFE: &[&str] = &[
     "src/devices/net/stream/outgoing.rs",
     "src/devices/net/tap/port.rs",
     "src/devices/vsock/socket.rs",
-    "src/event.rs",
+    "src/poll.rs",
     "src/host/file.rs",
     "src/host/link.rs",
     "src/host/passt.rs",

@@ -17,8 +17,8 @@ use std::os::unix::net::UnixListener;
 use std::time::Duration;
 
 use crate::error::{Context, Result};
-use crate::event::{Events, Interest, Ready};
 use crate::log;
+use crate::poll::{Events, Interest, Ready};
 use session::{End, LINGERING, Next, Scratch, Session};
 
 /// The vsock port that agents listen on. Ports below 1024 are root's: nobody else in a guest can take it.

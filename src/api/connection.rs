@@ -8,10 +8,10 @@ use super::chunks::Chunks;
 use super::server::Service;
 use super::{Reply, Response, http};
 use crate::descriptors::Named;
-use crate::event::Interest;
-use crate::events::Reader;
+use crate::history::Reader;
 use crate::jobs::Ticket;
 use crate::log;
+use crate::poll::Interest;
 
 /// Requests that one connection may have answered before the others get their turn.
 const TURN: usize = 16;

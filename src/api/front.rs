@@ -6,10 +6,10 @@ use std::time::Instant;
 use super::handle::Handler;
 use super::server::Server;
 use crate::error::Result;
-use crate::event::{Events, Ready};
 use crate::jobs::Ticket;
 use crate::microvm::Microvm;
 use crate::microvm::monitor::Front;
+use crate::poll::{Events, Ready};
 
 /// The API, served.
 pub struct Api {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::Response;
-use crate::events::{self, Event};
+use crate::history::{self, Event};
 use crate::log;
 use crate::microvm::counts;
 
@@ -14,9 +14,9 @@ pub fn served(method: &str, path: &str, response: &Response, time: Duration) {
     let outcome = if is_refused { "refused" } else { "done" };
     log::debug(format_args!("`{method} {path}` was {outcome} in {} us", time.as_micros()));
     match (method, response) {
-        (_, Response::Fault(reason) | Response::TooLarge(reason)) => events::tell(|| Event::ApiError {
-            request: events::text(format_args!("{method} {path}")),
-            reason: events::text(reason),
+        (_, Response::Fault(reason) | Response::TooLarge(reason)) => history::tell(|| Event::ApiError {
+            request: history::text(format_args!("{method} {path}")),
+            reason: history::text(reason),
         }),
         // What else changes says so itself, when it has changed.
         ("PUT", Response::Done) if path != "/actions" => configured(path),
@@ -26,5 +26,5 @@ pub fn served(method: &str, path: &str, response: &Response, time: Duration) {
 }
 
 fn configured(path: &str) {
-    events::tell(|| Event::Configured { what: events::text(path) });
+    history::tell(|| Event::Configured { what: history::text(path) });
 }

@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 use super::connection::Connection;
 use super::{Reply, Response, http};
 use crate::error::{Context, Result};
-use crate::event::{Events, Interest, Ready};
-use crate::events::Reader;
+use crate::history::Reader;
 use crate::host::listener::Listener;
 use crate::jobs::Ticket;
 use crate::log;
+use crate::poll::{Events, Interest, Ready};
 
 /// Open connections that are served (Firecracker's limit); one more is told so and let go. Readers of
 /// events do not count among them: they stay, and must not lock out who wants something done.

@@ -20,12 +20,12 @@ use crate::descriptors::Named;
 use crate::devices::KINDS;
 use crate::devices::kind::Device;
 use crate::error::{Context, Error, Kind, Result};
-use crate::event::leave_signals_to_others;
 use crate::guest::boot;
 use crate::guest::call::{self, Call};
 use crate::guest::{kernel, runtime};
 use crate::host::{self, Access, Resource};
 use crate::microvm::monitor::Purpose;
+use crate::poll::leave_signals_to_others;
 
 /// How often a guest that boots is asked whether its agent is there by now.
 const AGAIN: Duration = Duration::from_millis(10);

@@ -158,9 +158,9 @@ fn conclude(ending: Ending, errors: &[u8]) -> Result<()> {
 }
 
 fn wait_until_ready(call: &Call, to_write: bool) -> Result<()> {
-    let events = crate::event::Events::new()?;
-    let interest = crate::event::Interest::IN;
-    let interest = if to_write { interest | crate::event::Interest::OUT } else { interest };
+    let events = crate::poll::Events::new()?;
+    let interest = crate::poll::Interest::IN;
+    let interest = if to_write { interest | crate::poll::Interest::OUT } else { interest };
     events.add(call, interest, 0)?;
     events.wait(None, &mut Vec::new())
 }

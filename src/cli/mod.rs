@@ -18,9 +18,9 @@ use crate::api::Api;
 use crate::clock;
 use crate::dialect::Dialect;
 use crate::error::{Context, Result};
-use crate::events::{self, Event, Feed};
 use crate::firmware;
 use crate::guest::fetch;
+use crate::history::{self, Event, Feed};
 use crate::log::{self, Level};
 use crate::machine::Exit;
 use crate::microvm::Microvm;
@@ -142,8 +142,8 @@ fn finish(
     let ending = feed.and_then(|mut feed| {
         body(&mut feed).inspect_err(|error| {
             if let Some(mut feed) = feed {
-                let reason = events::text(error);
-                events::tell(|| Event::Ended { reason, exit_code: failed });
+                let reason = history::text(error);
+                history::tell(|| Event::Ended { reason, exit_code: failed });
                 feed.tell();
             }
         })
@@ -177,7 +177,7 @@ fn run(mut arguments: Run, feed: &mut Option<Feed>) -> Result<Ending> {
     let mut microvm = Microvm::new(arguments.id.clone(), config);
     microvm.keep_metadata(crate::metadata::SIZE_MAX, arguments.metadata.as_deref())?;
     microvm.open_outputs()?;
-    events::tell(|| Event::Configured { what: "command line".to_owned() });
+    history::tell(|| Event::Configured { what: "command line".to_owned() });
     let mut monitor = Monitor::new(signals, server, feed.take())?;
     let mut command = None;
     if let Some(prepared) = &mut prepared {
@@ -238,7 +238,7 @@ fn serve(arguments: Serve, feed: &mut Option<Feed>) -> Result<Ending> {
     microvm.keep_metadata(size_max, arguments.metadata.as_deref())?;
     microvm.open_outputs()?;
     if let Some(path) = &arguments.config_file {
-        events::tell(|| Event::Configured { what: events::text(path.display()) });
+        history::tell(|| Event::Configured { what: history::text(path.display()) });
     }
     let mut monitor = Monitor::new(signals, server, feed.take())?;
     let start = |microvm: &mut Microvm| match starts_at_once {

@@ -6,7 +6,7 @@ use lexopt::ValueExt;
 
 use crate::config::Config;
 use crate::error::Result;
-use crate::events::{self, Feed};
+use crate::history::{self, Feed};
 use crate::log;
 use crate::metrics;
 
@@ -87,7 +87,7 @@ impl Outputs {
     /// Opens where events go. They are kept when somebody can ask for them.
     pub fn open_feed(&self, id: &str, has_api: bool) -> Result<Option<Feed>> {
         if has_api || self.events.is_some() {
-            events::open(id);
+            history::open(id);
         }
         self.events.as_deref().map(Feed::open).transpose()
     }

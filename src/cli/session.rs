@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use crate::agent::request::{Ask, Run, Window};
 use crate::agent::system;
 use crate::error::{Context, Result};
-use crate::event::{Events, Interest};
 use crate::guest::call::{Call, Ending, Said};
+use crate::poll::{Events, Interest};
 use crate::terminal::{Keys, Raw};
 
 const STREAM: u64 = 0;

@@ -9,7 +9,7 @@ use super::fixed::{FixedDevice, Site};
 use crate::bus::BusDevice;
 use crate::clock;
 use crate::error::Result;
-use crate::events::{self, Event};
+use crate::history::{self, Event};
 use crate::log;
 use crate::part::Component;
 use crate::platform::Place;
@@ -95,7 +95,7 @@ impl BusDevice for BootTimer {
             time_us / 1000,
             cpu_us / 1000
         ));
-        events::tell(|| Event::Booted { time_us, cpu_us });
+        history::tell(|| Event::Booted { time_us, cpu_us });
     }
 }
 

@@ -13,12 +13,12 @@ use vm_superio::{Serial, SerialState, Trigger};
 use super::fixed::{FixedDevice, Site};
 use crate::bus::BusDevice;
 use crate::error::{Error, Result};
-use crate::event::{self, EventFd};
 use crate::limiter::{self, Limiter, RateLimiter, TokenBucket};
 use crate::metrics::{Counter, Group, View, metrics};
 use crate::part::Component;
 use crate::platform::node::{AcpiDevice, AcpiValue, TreeNode, stdout};
 use crate::platform::{Node, Place};
+use crate::poll::{self, EventFd};
 use crate::snapshot::Snapshot;
 
 /// The clock that the UART divides, as in PCs.
@@ -96,7 +96,7 @@ impl Console {
         output: Box<dyn Write + Send>,
         limit: Option<TokenBucket>,
     ) -> Result<Self> {
-        let room = event::event("room on the serial console")?;
+        let room = poll::event("room on the serial console")?;
         let room = Arc::new(room);
         let metrics = Arc::new(Metrics::new());
         let limiter = Limiter::new(RateLimiter { bandwidth: limit, ops: None });

@@ -8,10 +8,10 @@ use super::console;
 use crate::arch;
 use crate::bus::BusDevice;
 use crate::error::{Error, Result};
-use crate::event::EventFd;
 use crate::host::Host;
 use crate::part::{Component, Part};
 use crate::platform::{MessageFrame, Place};
+use crate::poll::EventFd;
 use crate::vm::Vm;
 use crate::vm::vcpu::Surroundings;
 

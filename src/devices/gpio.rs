@@ -8,10 +8,10 @@ use serde::{Deserialize, Serialize};
 use super::fixed::{FixedDevice, Site};
 use crate::bus::BusDevice;
 use crate::error::Result;
-use crate::event::EventFd;
 use crate::part::Component;
 use crate::platform::node::{TreeNode, phandle};
 use crate::platform::{Node, Place};
+use crate::poll::EventFd;
 use crate::snapshot::Snapshot;
 
 /// The line that the power key is on.

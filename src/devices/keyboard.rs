@@ -10,12 +10,12 @@ use serde_json::Value;
 use super::fixed::{FixedDevice, Site};
 use crate::bus::BusDevice;
 use crate::error::{Error, Result};
-use crate::event::EventFd;
 use crate::memory::Range;
 use crate::metrics::{Counter, Group, View, metrics};
 use crate::part::Component;
 use crate::platform::node::{AcpiDevice, AcpiValue, Resource};
 use crate::platform::{Node, Place};
+use crate::poll::EventFd;
 use crate::snapshot::Snapshot;
 use crate::vm::exit::{End, Exit};
 

@@ -4,8 +4,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::error::{Context, Error, Result};
-use crate::event::{self, Timer};
 use crate::limiter::{Limiter, RateLimiter, State};
+use crate::poll::{self, Timer};
 use crate::snapshot::Snapshot;
 
 /// A limit that several workers share.
@@ -38,7 +38,7 @@ impl Limit {
 
     /// The timer of a worker that it limits; none without a limit.
     pub fn timer(&self) -> Result<Option<Timer>> {
-        self.is_limited.then(|| event::timer("limit of a device")).transpose()
+        self.is_limited.then(|| poll::timer("limit of a device")).transpose()
     }
 
     /// A frame or request of so many bytes is to pass: now, or after so long.

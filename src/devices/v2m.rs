@@ -8,11 +8,11 @@ use std::sync::Arc;
 use super::fixed::{FixedDevice, Site};
 use crate::bus::BusDevice;
 use crate::error::Result;
-use crate::event::EventFd;
 use crate::log;
 use crate::part::Component;
 use crate::platform::node::{TreeNode, phandle};
 use crate::platform::{MessageFrame, Node, Place};
+use crate::poll::EventFd;
 use crate::snapshot::stateless;
 use crate::vm::Vm;
 

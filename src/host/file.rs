@@ -10,7 +10,7 @@ use std::path::Path;
 use super::{Access, Sharing};
 use crate::descriptors::Named;
 use crate::error::{Context, Error, Result};
-use crate::events::{self, Event};
+use crate::history::{self, Event};
 use crate::log;
 use crate::paths;
 
@@ -80,7 +80,7 @@ impl Sharing {
             "{what} `{}`: {reason}, and used all the same: its content may be damaged",
             path.display()
         ));
-        events::tell(|| Event::DiskShared { device: what.to_owned(), path: path.to_owned(), reason });
+        history::tell(|| Event::DiskShared { device: what.to_owned(), path: path.to_owned(), reason });
         Ok(())
     }
 }

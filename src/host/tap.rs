@@ -10,7 +10,7 @@ use super::link::attached_queues;
 use crate::descriptors::Named;
 use crate::descriptors::{self, Inherited};
 use crate::error::{Context, Error, Result};
-use crate::events::{self, Event};
+use crate::history::{self, Event};
 use crate::log;
 
 const TUN_DEVICE: &str = "/dev/net/tun";
@@ -233,7 +233,7 @@ fn make(name: &str, request: &InterfaceRequest, queues: usize, create: &str) -> 
         taps.push(tap);
     }
     log::line(format_args!("TAP interface `{name}` was not there: {MADE}"));
-    events::tell(|| Event::TapMade { host_dev_name: name.to_owned(), reason: MADE });
+    history::tell(|| Event::TapMade { host_dev_name: name.to_owned(), reason: MADE });
     Ok(taps)
 }
 

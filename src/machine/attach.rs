@@ -8,7 +8,6 @@ use super::{Machine, State};
 use crate::arch::layout;
 use crate::devices::kind::Device;
 use crate::error::{Context, Error, Result};
-use crate::event::{self, EventFd};
 use crate::host::Host;
 use crate::log;
 use crate::memory::Range;
@@ -17,6 +16,7 @@ use crate::pci::DEVICES_MAX;
 use crate::pci::msix::Msix;
 use crate::pci::root::{Ecam, Fixture, Ports, Registers, Root};
 use crate::platform::Place;
+use crate::poll::{self, EventFd};
 use crate::virtio::mmio::{INTERRUPT_ACKNOWLEDGE, Mmio, QUEUE_NOTIFY, REGISTERS_SIZE};
 use crate::virtio::transport::Transport;
 use crate::virtio::workers::Loop;
@@ -198,7 +198,7 @@ fn mmio_place(number: u32) -> Place {
 
 /// So many events of the device called `name`.
 fn events(name: &str, what: &str, count: usize) -> Result<Vec<Arc<EventFd>>> {
-    (0..count).map(|number| event::event(format!("{name}, {what} {number}")).map(Arc::new)).collect()
+    (0..count).map(|number| poll::event(format!("{name}, {what} {number}")).map(Arc::new)).collect()
 }
 
 /// Makes the PCI bus, which is reached by memory and, where there are such, by ports; its first device is the

@@ -3,7 +3,7 @@
 
 use crate::arch;
 use crate::error::Result;
-use crate::events;
+use crate::history;
 use crate::log;
 use crate::machine::{Machine, State};
 use crate::vm::exit::Exit;
@@ -52,7 +52,7 @@ pub fn check(machine: &mut Machine) -> Result<()> {
     if machine.stays_when_halted {
         machine.halt.is_over = true;
         log::guest_line(&Exit::Halted);
-        events::tell(|| Exit::Halted.event());
+        history::tell(|| Exit::Halted.event());
         machine.surroundings.gate.open();
         return Ok(());
     }

@@ -17,8 +17,7 @@ use crate::config::{BootSource, Config, CpuConfig, MachineConfig};
 use crate::devices::console;
 use crate::devices::kind::{Change, Device, Kind};
 use crate::error::{Context, Error, Result};
-use crate::event::EventFd;
-use crate::events::{self, Event};
+use crate::history::{self, Event};
 use crate::host::{Access, Host, Resource, Sharing};
 use crate::jobs::{Jobs, Ticket};
 use crate::log;
@@ -26,6 +25,7 @@ use crate::machine::{Machine, Prepared, State};
 use crate::metadata::store::Store;
 use crate::metadata::{self, Service};
 use crate::metrics::{self as counted, View};
+use crate::poll::EventFd;
 use counts::LATENCIES;
 
 /// So long `main` itself waits for a device to stop that is to be changed. Hardly any takes longer; while one
@@ -171,7 +171,7 @@ impl Microvm {
         machine.load(&self.config, &mut self.host)?;
         self.host.release_all();
         // Told first: what the guest does comes after it.
-        events::tell(|| Event::Started { reason });
+        history::tell(|| Event::Started { reason });
         machine.resume()?;
         self.machine = Some(machine);
         self.write_metrics();
@@ -264,7 +264,7 @@ impl Microvm {
         machine.pause()?;
         note(begun, [&LATENCIES.pause_vm, &LATENCIES.vmm_pause_vm]);
         if was_running {
-            events::tell(|| Event::Paused { reason });
+            history::tell(|| Event::Paused { reason });
         }
         Ok(())
     }
@@ -277,7 +277,7 @@ impl Microvm {
         machine.resume()?;
         note(begun, [&LATENCIES.resume_vm, &LATENCIES.vmm_resume_vm]);
         if was_paused {
-            events::tell(|| Event::Resumed { reason });
+            history::tell(|| Event::Resumed { reason });
         }
         Ok(())
     }
@@ -325,7 +325,7 @@ impl Microvm {
         });
         // One that was refused before the device had it.
         let device = made.inspect_err(|_| machine.end_change(&kind.name(&change.id)))?;
-        events::tell(|| match change.body["path_on_host"].as_str() {
+        history::tell(|| match change.body["path_on_host"].as_str() {
             Some(path) => Event::DiskSwapped { drive_id: change.id.clone(), path: PathBuf::from(path) },
             None => Event::DeviceChanged { device: device.name(), change: change.body.clone() },
         });

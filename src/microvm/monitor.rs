@@ -10,11 +10,11 @@ use std::time::{Duration, Instant};
 use super::Microvm;
 use super::signals::{Signals, SocketFile};
 use crate::error::{Context, Result};
-use crate::event::{EventFd, Events, Interest, Ready};
-use crate::events::{self, Event, Feed};
+use crate::history::{self, Event, Feed};
 use crate::jobs::Ticket;
 use crate::log;
 use crate::machine::{Exit, Machine};
+use crate::poll::{EventFd, Events, Interest, Ready};
 use crate::terminal::{self, Keys, Raw};
 
 const SIGNALS: u64 = 0;
@@ -202,7 +202,7 @@ impl Monitor {
     }
 
     fn say_last_words(&mut self, ending: &Ending) {
-        events::tell(|| Event::Ended { reason: events::text(&ending.reason), exit_code: ending.code });
+        history::tell(|| Event::Ended { reason: history::text(&ending.reason), exit_code: ending.code });
         let deadline = Instant::now() + LAST_WORDS;
         // An error is a reader that is gone.
         while self.tell().is_ok() && self.is_behind() && Instant::now() < deadline {
@@ -233,7 +233,7 @@ impl Monitor {
         if !self.telling && is_wanted() {
             // Clients can have used up all descriptors, and must not end the guest by that: until there is
             // one again, what happens is told when the loop turns for another reason.
-            if let Ok(wake) = events::wake() {
+            if let Ok(wake) = history::wake() {
                 self.events.add(wake, Interest::IN, HAPPENED)?;
                 self.telling = true;
             }
@@ -254,7 +254,7 @@ impl Monitor {
                     self.watch(machine)?;
                 }
                 if let Some(exit) = machine.exit() {
-                    events::tell(|| exit.event());
+                    history::tell(|| exit.event());
                     return Ok(if self.is_done() { Outcome::Done } else { Outcome::Ended(exit) });
                 }
                 if self.look_at <= Instant::now() {
@@ -313,7 +313,7 @@ impl Monitor {
             MACHINE => microvm.attend(),
             HAPPENED => {
                 // Another look may have taken the count away.
-                let _ = events::wake()?.read();
+                let _ = history::wake()?.read();
                 self.tell()?;
             }
             FEED => self.tell()?,

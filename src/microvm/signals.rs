@@ -20,7 +20,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, Ordering::SeqCst};
 use std::time::Duration;
 
 use crate::error::{Context, Result};
-use crate::event::{self, EventFd, Events, Ready};
+use crate::poll::{self, EventFd, Events, Ready};
 use crate::terminal;
 
 const ENDING: [i32; 5] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT, libc::SIGXCPU];
@@ -98,7 +98,7 @@ impl Signals {
     /// blocked them for reasons of its own.
     #[allow(unsafe_code)]
     pub fn take_over() -> Result<Self> {
-        let wake = event::event("signals")?;
+        let wake = poll::event("signals")?;
         let wake = WAKE.get_or_init(|| wake);
         for signal in ENDING {
             if !handle_unless_ignored(signal, on_ending) {

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::event::EventFd;
 use crate::log;
+use crate::poll::EventFd;
 use crate::snapshot::Snapshot;
 use crate::vm::Vm;
 use crate::vm::irq::Message;

@@ -9,12 +9,12 @@ use super::{CONFIG_SIZE, DEVICES_MAX};
 use crate::arch::layout;
 use crate::bus::{Bus, BusDevice, Shared};
 use crate::error::{Context, Error, Result};
-use crate::event::EventFd;
 use crate::log;
 use crate::memory::Range;
 use crate::part::Component;
 use crate::platform::node::{AcpiDevice, AcpiValue, Resource, TreeNode, phandle};
 use crate::platform::{Node, Place};
+use crate::poll::EventFd;
 use crate::snapshot::{SaveState, Snapshot, stateless};
 use crate::vm::Vm;
 

@@ -1,7 +1,7 @@
 //! A ring against files, sockets and events of this kernel.
 
 use super::*;
-use crate::event::{Events, Interest};
+use crate::poll::{Events, Interest};
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::net::UnixStream;

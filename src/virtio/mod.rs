@@ -16,10 +16,10 @@ use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::event::{EventFd, Interest};
 use crate::host::Host;
 use crate::memory::Memory;
 use crate::metrics::Group;
+use crate::poll::{EventFd, Interest};
 use crate::snapshot::SaveState;
 use crate::uring::Uring;
 use crate::vm::posted::Posted;

@@ -8,8 +8,8 @@ use vm_memory::GuestAddress;
 use super::Interrupts;
 use super::chain::{Chain, Piece, Table, fault};
 use crate::error::{Context, Error, Result};
-use crate::event::EventFd;
 use crate::memory::Regions;
+use crate::poll::EventFd;
 use crate::uring::Uring;
 
 /// So many descriptors a worker handles between two looks at its loop's inbox: a pause, a reset and the

@@ -14,9 +14,9 @@ use serde_json::{Map, Value};
 
 use super::workers::Loop;
 use super::{Interrupts, VirtioDevice};
-use crate::event::EventFd;
 use crate::memory::Memory;
 use crate::metrics::{Counter, Group, View, metrics};
+use crate::poll::EventFd;
 
 pub use saved::State;
 

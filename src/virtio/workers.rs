@@ -14,8 +14,8 @@ use super::Worker;
 use super::transport::Transport;
 use crate::errands::{Answered, Errands};
 use crate::error::{Context, Error, Result};
-use crate::event::{self, EventFd, Events, Interest, Ready};
 use crate::log;
+use crate::poll::{self, EventFd, Events, Interest, Ready};
 use crate::uring::Uring;
 
 pub use registrar::{Desk, Registrar, Switch, Watched};
@@ -68,7 +68,7 @@ impl Loop {
     }
 
     fn build(name: String, errands: Arc<Errands>, by_hand: bool) -> Result<Arc<Self>> {
-        let (inbox, has_jobs, wake) = (Mutex::default(), false.into(), event::event("jobs of a loop")?);
+        let (inbox, has_jobs, wake) = (Mutex::default(), false.into(), poll::event("jobs of a loop")?);
         Ok(Arc::new(Self { name, by_hand, errands, inbox, has_jobs, wake }))
     }
 
@@ -88,7 +88,7 @@ impl Loop {
         if inbox.thread.is_none() {
             let this = self.clone();
             let thread = std::thread::Builder::new().name(self.name.clone()).spawn(move || {
-                event::leave_signals_to_others();
+                poll::leave_signals_to_others();
                 this.run();
             });
             inbox.thread = Some(thread.with_context(|| format!("start the thread `{}`", self.name))?);
@@ -155,7 +155,7 @@ pub struct ByHand {
 impl ByHand {
     /// A loop that nobody has turned yet.
     pub fn new() -> Result<Self> {
-        let errands = Errands::new(Arc::new(event::event("errands")?));
+        let errands = Errands::new(Arc::new(poll::event("errands")?));
         let event_loop = Loop::build(String::new(), errands, true)?;
         let running = Running::new(&event_loop)?;
         Ok(Self { event_loop, running })

@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use crate::error::Result;
-use crate::event::{self, EventFd};
-use crate::events::{self, Event};
+use crate::history::{self, Event};
 use crate::log;
+use crate::poll::{self, EventFd};
 use crate::vm::gate::Gate;
 
 /// How a guest ended.
@@ -51,7 +51,7 @@ impl Exit {
             Self::Halted => Event::Halted,
             Self::TripleFault => Event::Crashed,
             Self::Code(code) => Event::Exited { code: *code },
-            Self::Failed(reason) => Event::Failed { reason: events::text(reason) },
+            Self::Failed(reason) => Event::Failed { reason: history::text(reason) },
         }
     }
 }
@@ -86,7 +86,7 @@ struct Shared {
 impl End {
     /// A guest that has not ended; `gate` is closed when it does.
     pub fn new(gate: Arc<Gate>) -> Result<Self> {
-        let event = event::event("end of the guest")?;
+        let event = poll::event("end of the guest")?;
         let (exit, panicked) = (OnceLock::new(), AtomicBool::new(false));
         Ok(Self { shared: Arc::new(Shared { exit, event, panicked, gate }) })
     }
@@ -112,7 +112,7 @@ impl End {
     pub fn panicked_with(&self, message: &str) {
         if !self.shared.panicked.swap(true, Ordering::SeqCst) {
             log::guest_line(message);
-            events::tell(|| Event::Panicked);
+            history::tell(|| Event::Panicked);
         }
     }
 

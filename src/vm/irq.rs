@@ -9,7 +9,7 @@ use kvm_bindings::{
 
 use crate::arch::{self, layout};
 use crate::error::{Context, Error, Result};
-use crate::event::{self, EventFd};
+use crate::poll::{self, EventFd};
 use crate::vm::Vm;
 
 /// A message: where it is written, what, and (where the interrupt controller asks for it) by whom.
@@ -56,7 +56,7 @@ pub struct Connections(Mutex<Vec<(u32, Weak<EventFd>)>>);
 impl Vm {
     /// An event that raises the interrupt line `gsi` for a moment when written: an edge.
     pub fn interrupt(&self, gsi: u32) -> Result<Arc<EventFd>> {
-        let event = event::event(format!("interrupt line {gsi}"))?;
+        let event = poll::event(format!("interrupt line {gsi}"))?;
         let event = Arc::new(event);
         self.connect(&event, gsi).with_context(|| format!("connect interrupt line {gsi}"))?;
         Ok(event)

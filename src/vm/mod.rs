@@ -19,9 +19,9 @@ use vm_memory::GuestMemoryBackend as _;
 use crate::arch::{self, CpuModel};
 use crate::descriptors::Name;
 use crate::error::{Context, Error, Result};
-use crate::event::EventFd;
 use crate::memory::{Range, Region, Regions};
 use crate::platform::{CpuidModifier, MessageFrame, Platform};
+use crate::poll::EventFd;
 use crate::timeline::Timeline;
 use slots::Slots;
 

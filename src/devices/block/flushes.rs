@@ -3,7 +3,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::event::EventFd;
+use crate::poll::EventFd;
 
 /// What all queues of a disk share. After one flush failed, all fail, until the image is opened anew: the next
 /// one would find nothing left to write and call that a success.

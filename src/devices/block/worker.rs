@@ -11,10 +11,10 @@ use super::flushes::{Flushing, Turn};
 use super::request::{Code, Disk, Kind, Request, Scratch};
 use super::ring::Ring;
 use crate::error::{Context, Error, Result};
-use crate::event::{self, Interest, Timer};
-use crate::events::{self, Event};
+use crate::history::{self, Event};
 use crate::log;
 use crate::memory::Regions;
+use crate::poll::{self, Interest, Timer};
 use crate::uring::Uring;
 use crate::virtio::{Queue, Registrar, Share, Worker};
 
@@ -356,7 +356,7 @@ impl Running {
                 } else {
                     log::guest_line(format_args!("{device}: {reason}"));
                 }
-                events::tell(|| Event::DeviceError { device, reason, needs_reset: false });
+                history::tell(|| Event::DeviceError { device, reason, needs_reset: false });
                 Code::IoError
             }
         };
@@ -424,7 +424,7 @@ impl Worker for Running {
             self.open_ring();
         }
         if self.disk.limiter.is_some() {
-            let timer = self.timer.insert(event::timer("limit of a disk")?);
+            let timer = self.timer.insert(poll::timer("limit of a disk")?);
             registrar.add(timer, Interest::IN | Interest::EDGE_TRIGGERED, TIMER)?;
         }
         match &mut self.ring {

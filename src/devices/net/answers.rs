@@ -8,9 +8,9 @@ use super::header;
 use crate::clock;
 use crate::devices::limit::set;
 use crate::error::Result;
-use crate::event::{self, Timer};
 use crate::metadata::METRICS;
 use crate::metadata::stack::{FRONT, Stack, is_for};
+use crate::poll::{self, Timer};
 use crate::virtio::Chain;
 
 /// What became of a frame for the driver.
@@ -38,7 +38,7 @@ pub struct Answers {
 impl Answers {
     /// Of a pair that starts. What an earlier one has left is done first.
     pub fn new(stack: &Arc<Mutex<Stack>>) -> Result<Self> {
-        let timer = event::timer("metadata service")?;
+        let timer = poll::timer("metadata service")?;
         let address = lock(stack).address();
         Ok(Self { stack: stack.clone(), address, timer: Some(timer), frame: Vec::new(), has_work: true })
     }

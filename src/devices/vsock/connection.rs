@@ -9,7 +9,7 @@ use super::flow::Flow;
 use super::packet::{SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, op};
 use crate::descriptors::Named;
 use crate::error::Result;
-use crate::event::Interest;
+use crate::poll::Interest;
 use crate::virtio::{Desk, Watched};
 
 /// The longest line by which a program of the host asks for a port: more would have to be kept while it comes.

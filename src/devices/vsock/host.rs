@@ -12,9 +12,9 @@ use super::mux::{FIRST_TOKEN, Mux, WAITING_MAX, spare};
 use super::socket;
 use crate::descriptors::Named;
 use crate::error::{Context, Error, Result};
-use crate::event::{self, Interest};
 use crate::host;
 use crate::log;
+use crate::poll::{self, Interest};
 
 /// Clients taken in one turn; then other devices of the loop have theirs.
 const CLIENTS_PER_TURN: usize = 64;
@@ -239,7 +239,7 @@ impl Mux {
         if self.timer.is_none()
             && let Some(desk) = &self.desk
         {
-            let new = event::timer("vsock, what is due")?;
+            let new = poll::timer("vsock, what is due")?;
             self.timer = Some(desk.watch(new, Interest::IN | Interest::EDGE_TRIGGERED, TIMER)?);
         }
         match &mut self.timer {

@@ -15,8 +15,8 @@ use super::packet::{HOST_CID, Header, STREAM, op};
 use super::socket::Vectors;
 use crate::descriptors::Named;
 use crate::error::Result;
-use crate::event::Timer;
 use crate::host::listener::Listener;
+use crate::poll::Timer;
 use crate::virtio::{Desk, Watched};
 
 /// Connections at once. Each takes a descriptor and some hundred bytes: a guest, or a program of the host, that

@@ -9,8 +9,8 @@ use super::mux::{FIRST_TOKEN, Mux, Told};
 use super::receive::{Receiver, Turn};
 use super::transmit::Transmitter;
 use crate::error::{Error, Result};
-use crate::event::Interest;
 use crate::memory::{Memory, Regions};
+use crate::poll::Interest;
 use crate::virtio::buffers::Buffers;
 use crate::virtio::{Queue, Registrar, Share, Worker};
 

@@ -8,7 +8,7 @@ use vm_memory::GuestAddressSpace;
 
 use super::{DRIVER_OK, F_EVENT_IDX, FEATURES_OK, NEEDS_RESET, Phase, QueueRegisters, Stopping, Transport};
 use crate::error::{Error, Result};
-use crate::events::{self, Event};
+use crate::history::{self, Event};
 use crate::host::Host;
 use crate::log;
 use crate::virtio::workers::Job;
@@ -177,9 +177,9 @@ impl Transport {
     /// The device cannot go on: it asks its driver for a reset (virtio 1.2, 2.1.2).
     pub(in crate::virtio) fn fail(&mut self, error: &Error) {
         log::guest_line(format_args!("{} stopped and waits for a reset: {error}", self.name));
-        events::tell(|| Event::DeviceError {
+        history::tell(|| Event::DeviceError {
             device: self.name.clone(),
-            reason: events::text(error),
+            reason: history::text(error),
             needs_reset: true,
         });
         self.metrics.event_fails.add(1);

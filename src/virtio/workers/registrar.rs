@@ -7,8 +7,8 @@ use std::sync::{Arc, Weak};
 use super::{Job, Loop, RING};
 use crate::errands::{Answer, Errands, Pending};
 use crate::error::{Context, Result};
-use crate::event::{Events, Interest};
 use crate::host::Host;
+use crate::poll::{Events, Interest};
 use crate::uring::Uring;
 use crate::virtio::Queue;
 
@@ -197,7 +197,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::event::EventFd;
+    use crate::poll::EventFd;
 
     #[test]
     fn a_descriptor_is_waited_for_until_it_is_given_back() {

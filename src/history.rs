@@ -18,8 +18,8 @@ use serde_json::Value;
 
 use crate::clock::{self, Utc};
 use crate::error::Result;
-use crate::event::{self, EventFd};
 use crate::log;
+use crate::poll::{self, EventFd};
 use crate::sink::{Purpose, Sink};
 
 /// So many events are kept: a client or a guest that causes them for ever must not make us grow.
@@ -351,7 +351,7 @@ pub fn tell(event: impl FnOnce() -> Event) {
 /// Readable when something has happened since it was read; made for the first reader.
 pub fn wake() -> Result<&'static EventFd> {
     if WAKE.get().is_none() {
-        let event = event::event("what happens")?;
+        let event = poll::event("what happens")?;
         // What was faster is as good.
         let _ = WAKE.set(event);
     }
