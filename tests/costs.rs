@@ -7,11 +7,11 @@ mod common;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
-use alula::devices::KINDS as DEVICES;
-use alula::devices::kind::Device;
+use alula::devices::KINDS;
+use alula::devices::kind::ConfiguredDevice;
 use alula::host::Host;
 use common::allocator::{Counting, allocations, is_io_thread};
-use common::driver::{DATA, F_EVENT_IDX, F_VERSION_1, Guest, KINDS, MEMORY, WRITE};
+use common::driver::{DATA, F_EVENT_IDX, F_VERSION_1, Guest, MEMORY, TRANSPORTS, WRITE};
 use common::network::{self, Wire};
 use common::vsock::{Packet, RW};
 use common::{Folder, wait_for};
@@ -82,7 +82,7 @@ struct Path {
 }
 
 /// Every device there is, each in every way that it can be configured to work, and what that is called.
-fn configurations(folder: &Folder) -> Vec<(String, Device)> {
+fn configurations(folder: &Folder) -> Vec<(String, ConfiguredDevice)> {
     folder.write("disk", vec![0x5a; 1 << 20]);
     let disk = |engine: &str| {
         json!({
@@ -102,13 +102,13 @@ fn configurations(folder: &Folder) -> Vec<(String, Device)> {
             other => panic!("teach this test how a device of `{other}` is configured"),
         }
     };
-    let parse = |kind: &'static alula::devices::kind::Kind, body: Value| {
+    let parse = |kind: &'static alula::devices::kind::DeviceKind, body: Value| {
         let device = kind.parse(body.to_string().as_bytes()).unwrap();
         device.check().unwrap();
         let engine = body["io_engine"].as_str().map(|engine| format!(", {engine},"));
         (device.name() + &engine.unwrap_or_default(), device)
     };
-    DEVICES.iter().flat_map(|kind| of(kind.section).into_iter().map(|body| parse(kind, body))).collect()
+    KINDS.iter().flat_map(|kind| of(kind.section).into_iter().map(|body| parse(kind, body))).collect()
 }
 
 /// Block requests of `size` bytes at a time.
@@ -148,7 +148,7 @@ fn frames(guest: &mut Guest, name: &'static str, queue: usize, size: usize) -> P
 }
 
 /// The ways to use a device. A new device is taught here how: the test fails without.
-fn paths(device: &Device, guest: &mut Guest) -> Vec<Path> {
+fn paths(device: &ConfiguredDevice, guest: &mut Guest) -> Vec<Path> {
     match device.kind().section {
         "drives" => vec![
             block(guest, "4 KiB read", IN, 4096),
@@ -214,7 +214,7 @@ fn a_warm_device_allocates_nothing_and_copies_only_headers() {
     let folder = Folder::new();
     println!("cost: per request or frame, inside the io thread: allocations, bytes copied");
     for (name, device) in configurations(&folder) {
-        for kind in KINDS {
+        for kind in TRANSPORTS {
             let mut guest = Guest::new(kind, device.open("it", &mut Host::default()).unwrap());
             let features = guest.features() & (F_EVENT_IDX | F_VERSION_1 | 1 << 15);
             let start = guest.memory.memory().get_host_address(GuestAddress(DATA)).unwrap();

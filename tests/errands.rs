@@ -19,7 +19,7 @@ use alula::poll::Interest;
 use alula::snapshot::Snapshot;
 use alula::uring::Uring;
 use alula::virtio::{Desk, Io, Queue, RING, Registrar, VirtioDevice, Watched, Worker};
-use common::driver::{self, Guest, Kind};
+use common::driver::{self, Guest, TransportKind};
 use common::{Folder, wait_for};
 
 const KICK: u32 = 0;
@@ -161,7 +161,7 @@ fn caller(path: &Path, has_ring: bool, is_busy: bool) -> (Caller, Arc<Notes>) {
 
 fn by_hand(caller: Caller) -> Guest {
     let memory = memory::allocate(&[memory::Range { start: 0, size: driver::MEMORY }]).unwrap();
-    Guest::by_hand(Kind::Mmio, Box::new(caller), memory)
+    Guest::by_hand(TransportKind::Mmio, Box::new(caller), memory)
 }
 
 /// The next client, as soon as it is there; `guest` goes on meanwhile.
@@ -181,7 +181,7 @@ fn connections_come_and_go_while_a_worker_runs_even_busy() {
         let folder = Folder::new();
         let listener = UnixListener::bind(folder.path("socket")).unwrap();
         let (caller, notes) = caller(&folder.path("socket"), has_ring, is_busy);
-        let mut guest = Guest::new(Kind::Mmio, Box::new(caller));
+        let mut guest = Guest::new(TransportKind::Mmio, Box::new(caller));
         guest.start(0);
         for round in 1..=20 {
             guest.kick(0);

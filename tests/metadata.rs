@@ -16,7 +16,7 @@ use alula::memory;
 use alula::metadata::store::Store;
 use alula::metadata::{Config, Service, Version};
 use alula::virtio::VirtioDevice;
-use common::driver::{self, Guest, Kind, WRITE};
+use common::driver::{self, Guest, TransportKind, WRITE};
 use common::{network, wait_for};
 use serde_json::json;
 use smoltcp::iface::{Interface, SocketHandle, SocketSet};
@@ -141,7 +141,7 @@ struct Client {
 }
 
 impl Client {
-    fn new(kind: Kind, device: Box<dyn VirtioDevice>, features: u64, rooms: usize) -> Self {
+    fn new(kind: TransportKind, device: Box<dyn VirtioDevice>, features: u64, rooms: usize) -> Self {
         let memory = memory::allocate(&[memory::Range { start: 0, size: driver::MEMORY }]).unwrap();
         let mut guest = Guest::by_hand(kind, device, memory);
         guest.start(features);
@@ -281,7 +281,7 @@ fn question(address: Ipv4Addr) -> Vec<u8> {
 fn a_guest_is_told_and_no_frame_of_it_leaves() {
     let _alone = enter();
     for carrier in ["tap0", "passt"] {
-        for (kind, features) in driver::KINDS.into_iter().zip([F_MRG_RXBUF, 0]) {
+        for (kind, features) in driver::TRANSPORTS.into_iter().zip([F_MRG_RXBUF, 0]) {
             let before = frames_on_tap();
             let mut client = Client::new(kind, open(carrier, "net", Version::V1, &filled()), features, 14);
             client.send(&question(SERVICE));
@@ -303,7 +303,7 @@ fn a_guest_is_told_and_no_frame_of_it_leaves() {
 fn on_an_interface_that_is_not_named_nobody_answers() {
     let _alone = enter();
     let before = frames_on_tap();
-    let mut client = Client::new(Kind::Mmio, open("tap0", "other", Version::V1, &filled()), 0, 14);
+    let mut client = Client::new(TransportKind::Mmio, open("tap0", "other", Version::V1, &filled()), 0, 14);
     client.send(&question(SERVICE));
     assert_eq!((frames_on_tap() - before, client.received().len()), (1, 0));
 }
@@ -313,7 +313,8 @@ fn a_token_of_another_interface_is_none() {
     let _alone = enter();
     network::add_interface("tap1", network::TAP);
     let store = filled();
-    let client = |tap: &str| Client::new(Kind::Pci, open(tap, "net", Version::V2, &store), F_MRG_RXBUF, 14);
+    let client =
+        |tap: &str| Client::new(TransportKind::Pci, open(tap, "net", Version::V2, &store), F_MRG_RXBUF, 14);
     let (mut one, mut other) = (client("tap0"), client("tap1"));
     let put = "PUT /latest/api/token HTTP/1.1\nX-metadata-token-ttl-seconds: 60";
     let (status, token) = one.ask(put);
@@ -327,7 +328,7 @@ fn a_token_of_another_interface_is_none() {
 #[test]
 fn frames_wait_for_the_drivers_buffers() {
     let _alone = enter();
-    for (carrier, kind) in [("tap0", Kind::Mmio), ("passt", Kind::Pci)] {
+    for (carrier, kind) in [("tap0", TransportKind::Mmio), ("passt", TransportKind::Pci)] {
         let mut client = Client::new(kind, open(carrier, "net", Version::V1, &filled()), F_MRG_RXBUF, 0);
         // More than wait: those are lost.
         for _ in 0..100 {
@@ -344,7 +345,7 @@ fn frames_wait_for_the_drivers_buffers() {
 #[test]
 fn connections_outlive_a_pause_and_data_a_restore() {
     let _alone = enter();
-    for kind in driver::KINDS {
+    for kind in driver::TRANSPORTS {
         let mut client = Client::new(kind, open("tap0", "net", Version::V1, &filled()), F_MRG_RXBUF, 14);
         let handle = client.connect();
         client.guest.pause();

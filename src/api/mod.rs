@@ -23,7 +23,7 @@ use crate::config::{BootSource, CpuConfig, MachineConfig, MachinePatch};
 use bodies::{Action, VmState};
 
 use crate::devices::console;
-use crate::devices::kind::{Change, Device, Kind};
+use crate::devices::kind::{Change, ConfiguredDevice, DeviceKind};
 use crate::jobs::Ticket;
 use crate::log;
 use crate::metadata;
@@ -72,11 +72,11 @@ pub enum Request {
     /// `PUT /boot-source`
     PutBootSource(BootSource),
     /// `PUT /{path of its kind}[/{id}]`
-    PutDevice(Device),
+    PutDevice(ConfiguredDevice),
     /// `PATCH /{path of its kind}/{id}`
-    PatchDevice(&'static Kind, Change),
+    PatchDevice(&'static DeviceKind, Change),
     /// `DELETE /{path of its kind}/{id}`
-    DeleteDevice(&'static Kind, String),
+    DeleteDevice(&'static DeviceKind, String),
     /// `GET /mmds`
     Metadata,
     /// `PUT /mmds`

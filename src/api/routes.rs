@@ -5,7 +5,7 @@ use serde::de::DeserializeOwned;
 use super::Request;
 use super::bodies::{Action, ActionBody, VmBody};
 use crate::config::MachinePatch;
-use crate::devices::kind::Kind;
+use crate::devices::kind::DeviceKind;
 use crate::devices::{self, KINDS};
 use crate::dialect::Dialect;
 
@@ -77,7 +77,7 @@ pub fn route(dialect: Dialect, method: &str, path: &str, body: &[u8]) -> Result<
 /// A request for a device of `kind`; `id` is the rest of the path.
 fn device(
     dialect: Dialect,
-    kind: &'static Kind,
+    kind: &'static DeviceKind,
     method: &str,
     id: &str,
     body: &[u8],

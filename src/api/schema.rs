@@ -10,7 +10,7 @@ use super::API_VERSION;
 use super::bodies::{ActionBody, FirecrackerVersion, InstanceInfo, VmBody};
 use super::routes::route;
 use crate::config::{BootSource, CpuConfig, MachineConfig, MachinePatch};
-use crate::devices::kind::Kind;
+use crate::devices::kind::DeviceKind;
 use crate::devices::{KINDS, console};
 use crate::dialect::Dialect;
 use crate::log;
@@ -115,7 +115,7 @@ fn changes(generator: &mut SchemaGenerator) -> Vec<Operation> {
 }
 
 /// What is changed of devices of one kind.
-fn changes_of(kind: &Kind, generator: &mut SchemaGenerator) -> Vec<Operation> {
+fn changes_of(kind: &DeviceKind, generator: &mut SchemaGenerator) -> Vec<Operation> {
     let (body, patch) = (kind.schemas)(generator);
     let path = match kind.many {
         true => format!("/{}/{{id}}", kind.path),

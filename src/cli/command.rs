@@ -18,7 +18,7 @@ use crate::agent::request::Ask;
 use crate::config::Config;
 use crate::descriptors::Named;
 use crate::devices::KINDS;
-use crate::devices::kind::Device;
+use crate::devices::kind::ConfiguredDevice;
 use crate::error::{Context, Error, Kind, Result};
 use crate::guest::boot;
 use crate::guest::call::{self, Call};
@@ -157,7 +157,7 @@ pub fn prepare(arguments: &mut Run) -> Result<Prepared> {
     })
 }
 
-fn device(section: &str, json: &serde_json::Value) -> Result<Device> {
+fn device(section: &str, json: &serde_json::Value) -> Result<ConfiguredDevice> {
     let kind = KINDS.iter().find(|kind| kind.section == section);
     let kind = kind.ok_or_else(|| Error::config(format!("this program has no {section} device")))?;
     kind.parse(&serde_json::to_vec(json).context("describe a device")?).context("describe a device")

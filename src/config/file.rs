@@ -15,7 +15,7 @@ use super::{
     MMDS_CONFIG, MachineConfig, SERIAL,
 };
 use crate::devices::KINDS;
-use crate::devices::kind::Kind;
+use crate::devices::kind::DeviceKind;
 use crate::dialect::Dialect;
 use crate::error::{Context, Error, Result};
 use crate::host::{Access, Sharing, file};
@@ -234,7 +234,7 @@ impl Config {
         problems
     }
 
-    fn read_devices(&mut self, kind: &Kind, value: &RawValue) -> Vec<Problem> {
+    fn read_devices(&mut self, kind: &DeviceKind, value: &RawValue) -> Vec<Problem> {
         let (name, text) = (kind.section, value.get());
         let list: Vec<&RawValue> = match kind.many {
             false => vec![value],
@@ -257,7 +257,7 @@ impl Config {
         problems
     }
 
-    fn read_device(&mut self, kind: &Kind, value: &RawValue) -> Vec<Problem> {
+    fn read_device(&mut self, kind: &DeviceKind, value: &RawValue) -> Vec<Problem> {
         let Judged { value, mut problems } = judge(value.get(), kind.example, |text, made_up| {
             let device = kind
                 .parse_as(self.dialect, text.as_bytes())

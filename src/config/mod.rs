@@ -12,7 +12,7 @@ use serde::{Serialize, Serializer};
 
 use crate::devices::KINDS;
 use crate::devices::console;
-use crate::devices::kind::{Device, Kind};
+use crate::devices::kind::{ConfiguredDevice, DeviceKind};
 use crate::devices::net;
 use crate::dialect::Dialect;
 use crate::error::{Context, Error, Result};
@@ -72,7 +72,7 @@ pub struct Config {
     /// not in a file.
     pub firmware_words: Option<String>,
     /// The virtio devices, as they were added; no two replace each other.
-    devices: Vec<Device>,
+    devices: Vec<ConfiguredDevice>,
 }
 
 impl Config {
@@ -93,7 +93,7 @@ impl Config {
 
     /// The network interfaces, by their ids.
     pub fn interfaces(&self) -> impl Iterator<Item = &str> {
-        self.devices().filter(|device| device.config::<net::Config>().is_some()).map(Device::id)
+        self.devices().filter(|device| device.config::<net::Config>().is_some()).map(ConfiguredDevice::id)
     }
 
     /// Whether the metadata service can answer where `metadata` says.
@@ -107,7 +107,7 @@ impl Config {
     }
 
     /// Whether `device` can be beside those that it does not replace.
-    pub fn check_beside(&self, device: &Device) -> Result<()> {
+    pub fn check_beside(&self, device: &ConfiguredDevice) -> Result<()> {
         let mut others = self.devices.iter().filter(|other| !device.replaces(other));
         if others.clone().count() >= DEVICES_MAX {
             return Err(Error::config(format!(
@@ -118,7 +118,7 @@ impl Config {
     }
 
     /// Puts a device into the configuration, in the place of one that it replaces.
-    pub fn put(&mut self, device: Device) -> Result<()> {
+    pub fn put(&mut self, device: ConfiguredDevice) -> Result<()> {
         self.check_beside(&device)?;
         match self.devices.iter_mut().find(|other| device.replaces(other)) {
             Some(place) => *place = device,
@@ -128,7 +128,7 @@ impl Config {
     }
 
     /// The device of `kind` called `id`.
-    pub fn device(&self, kind: &Kind, id: &str) -> Option<&Device> {
+    pub fn device(&self, kind: &DeviceKind, id: &str) -> Option<&ConfiguredDevice> {
         self.devices.iter().find(|device| device.kind() == kind && device.id() == id)
     }
 
@@ -137,12 +137,12 @@ impl Config {
         self.devices.retain(|device| device.name() != name);
     }
 
-    fn devices_of<'a>(&'a self, kind: &'a Kind) -> impl Iterator<Item = &'a Device> {
+    fn devices_of<'a>(&'a self, kind: &'a DeviceKind) -> impl Iterator<Item = &'a ConfiguredDevice> {
         self.devices.iter().filter(move |device| device.kind() == kind)
     }
 
     /// The virtio devices, in the order the guest finds them: the root device is the first of its kind.
-    pub fn devices(&self) -> impl Iterator<Item = &Device> {
+    pub fn devices(&self) -> impl Iterator<Item = &ConfiguredDevice> {
         KINDS.iter().flat_map(|kind| {
             let root = self.devices_of(kind).filter(|device| device.root_words().is_some());
             root.chain(self.devices_of(kind).filter(|device| device.root_words().is_none()))
@@ -173,7 +173,7 @@ impl Config {
 
     /// What the command line must say of the root device.
     pub fn root_words(&self) -> Option<String> {
-        self.devices.iter().find_map(Device::root_words)
+        self.devices.iter().find_map(ConfiguredDevice::root_words)
     }
 }
 

@@ -56,7 +56,7 @@ impl Config {
             firmware_words,
             devices,
         } = self.clone();
-        let saved = |device: &super::Device| {
+        let saved = |device: &super::ConfiguredDevice| {
             let config = serde_json::value::to_raw_value(device)?;
             Ok(SavedDevice { section: device.kind().section.to_owned(), config })
         };

@@ -1,6 +1,6 @@
 //! What all devices that a configuration lists have in common, so that the config file, the API, the
 //! command line and the machine know none of them: each describes itself in its own file by
-//! [`DeviceConfig`], and [`Kind`] is that description with its type erased.
+//! [`DeviceConfig`], and [`DeviceKind`] is that description with its type erased.
 
 use std::any::Any;
 use std::fmt;
@@ -152,7 +152,7 @@ pub struct CliOption {
 }
 
 /// A line of the table of devices.
-pub struct Kind {
+pub struct DeviceKind {
     /// See [`DeviceConfig`], as for all of these.
     pub section: &'static str,
     /// Its path in the API.
@@ -176,12 +176,12 @@ pub struct Kind {
     /// The schemas of its PUT and PATCH bodies.
     #[cfg(test)]
     pub schemas: fn(&mut schemars::SchemaGenerator) -> (schemars::Schema, Option<schemars::Schema>),
-    parse: fn(&[u8], Dialect) -> serde_json::Result<Device>,
+    parse: fn(&[u8], Dialect) -> serde_json::Result<ConfiguredDevice>,
     parse_patch: fn(&[u8]) -> serde_json::Result<Change>,
-    from_option: fn(&str, usize) -> Result<Device, String>,
+    from_option: fn(&str, usize) -> Result<ConfiguredDevice, String>,
 }
 
-impl Kind {
+impl DeviceKind {
     /// The description that `C` gives.
     pub const fn of<C: DeviceConfig>() -> Self {
         Self {
@@ -202,20 +202,20 @@ impl Kind {
             },
             parse: |text, dialect| {
                 dialect.check_fields(text, C::PUBLISHED)?;
-                serde_json::from_slice::<C>(text).map(Device::new)
+                serde_json::from_slice::<C>(text).map(ConfiguredDevice::new)
             },
             parse_patch: Change::parse::<C>,
-            from_option: |text, number| C::from_option(text, number).map(Device::new),
+            from_option: |text, number| C::from_option(text, number).map(ConfiguredDevice::new),
         }
     }
 
     /// A device from JSON.
-    pub fn parse(&self, text: &[u8]) -> serde_json::Result<Device> {
+    pub fn parse(&self, text: &[u8]) -> serde_json::Result<ConfiguredDevice> {
         self.parse_as(Dialect::Alula, text)
     }
 
     /// The same in this dialect.
-    pub fn parse_as(&self, dialect: Dialect, text: &[u8]) -> serde_json::Result<Device> {
+    pub fn parse_as(&self, dialect: Dialect, text: &[u8]) -> serde_json::Result<ConfiguredDevice> {
         (self.parse)(text, dialect)
     }
 
@@ -225,7 +225,7 @@ impl Kind {
     }
 
     /// A device from its option's value; `number` of its kind have come before.
-    pub fn from_option(&self, text: &str, number: usize) -> Result<Device, String> {
+    pub fn from_option(&self, text: &str, number: usize) -> Result<ConfiguredDevice, String> {
         let device = (self.from_option)(text, number)?;
         device.check().map_err(|error| error.to_string())?;
         Ok(device)
@@ -240,7 +240,7 @@ impl Kind {
     }
 }
 
-impl PartialEq for Kind {
+impl PartialEq for DeviceKind {
     fn eq(&self, other: &Self) -> bool {
         self.section == other.section
     }
@@ -248,16 +248,16 @@ impl PartialEq for Kind {
 
 /// A device as configured, whatever its kind.
 #[derive(Clone, Debug)]
-pub struct Device(Arc<dyn AnyConfig>);
+pub struct ConfiguredDevice(Arc<dyn AnyConfig>);
 
-impl Device {
+impl ConfiguredDevice {
     /// A device of `config`'s kind.
     pub fn new<C: DeviceConfig>(config: C) -> Self {
         Self(Arc::new(config))
     }
 
     /// Its line of the table.
-    pub fn kind(&self) -> &'static Kind {
+    pub fn kind(&self) -> &'static DeviceKind {
         KINDS.iter().find(|kind| kind.section == self.0.section()).expect("a device in use is in the table")
     }
 
@@ -337,7 +337,7 @@ impl Device {
     }
 }
 
-impl Serialize for Device {
+impl Serialize for ConfiguredDevice {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         self.0.to_value().serialize(serializer)
     }
@@ -351,17 +351,17 @@ pub struct Change {
     pub body: Value,
     /// The same as the kind's `Patch`.
     patch: Box<dyn Any + Send>,
-    apply: fn(&Device, &dyn Any) -> Result<Device>,
+    apply: fn(&ConfiguredDevice, &dyn Any) -> Result<ConfiguredDevice>,
 }
 
 impl Change {
     fn parse<C: DeviceConfig>(text: &[u8]) -> serde_json::Result<Self> {
         // First as its own type, which knows of duplicate fields and tells where something is wrong.
         let patch: C::Patch = serde_json::from_slice(text)?;
-        let apply = |device: &Device, patch: &dyn Any| {
+        let apply = |device: &ConfiguredDevice, patch: &dyn Any| {
             let config = device.config::<C>().zip(patch.downcast_ref());
             let (config, patch) = config.expect("a device is changed by a change of its kind");
-            config.patched(patch).map(Device::new)
+            config.patched(patch).map(ConfiguredDevice::new)
         };
         let (id, body) = (patch.id().to_owned(), serde_json::from_slice(text)?);
         Ok(Self { id, body, patch: Box::new(patch), apply })
@@ -378,7 +378,7 @@ trait AnyConfig: Any + fmt::Debug + Send + Sync {
     fn section(&self) -> &'static str;
     fn id(&self) -> &str;
     fn check(&self) -> Result<()>;
-    fn check_beside(&self, other: &Device) -> Result<()>;
+    fn check_beside(&self, other: &ConfiguredDevice) -> Result<()>;
     fn root_words(&self) -> Option<String>;
     fn is_deprecated(&self) -> bool;
     fn threads(&self) -> usize;
@@ -398,7 +398,7 @@ impl<C: DeviceConfig> AnyConfig for C {
     fn check(&self) -> Result<()> {
         DeviceConfig::check(self)
     }
-    fn check_beside(&self, other: &Device) -> Result<()> {
+    fn check_beside(&self, other: &ConfiguredDevice) -> Result<()> {
         other.config().map_or(Ok(()), |other| DeviceConfig::check_beside(self, other))
     }
     fn root_words(&self) -> Option<String> {
@@ -435,7 +435,7 @@ mod tests {
             device.check().unwrap();
             assert!(*device.kind() == *kind && device.id().is_empty() != kind.many, "{}", kind.section);
             assert!(kind.option.help.lines().all(|line| line.len() <= 75), "{}", kind.section);
-            let same = |other: &&Kind| other.path == kind.path || other.option.name == kind.option.name;
+            let same = |other: &&DeviceKind| other.path == kind.path || other.option.name == kind.option.name;
             assert_eq!(KINDS.iter().filter(same).count(), 1, "{}", kind.section);
         }
     }

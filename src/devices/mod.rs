@@ -19,15 +19,15 @@ pub mod vsock;
 
 use crate::error::{Error, Result};
 use fixed::{Site, put};
-use kind::Kind;
+use kind::DeviceKind;
 
 /// The devices that a configuration can list, in the order that guests find them: a new one is a file
 /// that implements [`kind::DeviceConfig`], its module above, and its line here.
-pub static KINDS: &[Kind] = &[
-    Kind::of::<block::Config>(),
-    Kind::of::<net::Config>(),
-    Kind::of::<entropy::Config>(),
-    Kind::of::<vsock::Config>(),
+pub static KINDS: &[DeviceKind] = &[
+    DeviceKind::of::<block::Config>(),
+    DeviceKind::of::<net::Config>(),
+    DeviceKind::of::<entropy::Config>(),
+    DeviceKind::of::<vsock::Config>(),
 ];
 
 /// Makes the devices at fixed places, in the order in which boot tables list them: a new one is a file that

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::parts::{self, Places};
 use super::{Machine, State};
 use crate::arch::layout;
-use crate::devices::kind::Device;
+use crate::devices::kind::ConfiguredDevice;
 use crate::error::{Context, Error, Result};
 use crate::host::Host;
 use crate::log;
@@ -36,7 +36,7 @@ impl Machine {
     /// Opens a device and puts it in the place that `places` gives it, or else in the lowest one that no part
     /// has and that `places` gives to nobody. The machine must be paused. After an error the machine is as it
     /// was before.
-    pub fn attach(&mut self, device: &Device, places: &Places, host: &mut Host) -> Result<()> {
+    pub fn attach(&mut self, device: &ConfiguredDevice, places: &Places, host: &mut Host) -> Result<()> {
         let name = device.name();
         let attempt = || format!("attach {name}");
         if self.state != State::Paused {

@@ -19,7 +19,7 @@ use crate::devices::console::Console;
 use crate::devices::fixed::FixedDevice;
 use crate::devices::gpio::Gpio;
 use crate::devices::keyboard::Keyboard;
-use crate::devices::kind::Device;
+use crate::devices::kind::ConfiguredDevice;
 use crate::errands::Errands;
 use crate::error::{Error, Result};
 use crate::host::Host;
@@ -249,7 +249,12 @@ impl Machine {
     /// changed, and goes on where it was. By the `change`, its configuration becomes `changed`.
     ///
     /// [`VirtioDevice::patch`]: crate::virtio::VirtioDevice::patch
-    pub fn patch_device(&mut self, changed: &Device, change: &dyn Any, host: &mut Host) -> Result<()> {
+    pub fn patch_device(
+        &mut self,
+        changed: &ConfiguredDevice,
+        change: &dyn Any,
+        host: &mut Host,
+    ) -> Result<()> {
         let name = &changed.name();
         self.config.check_beside(changed)?;
         let part = self.parts.get(name)?;

@@ -15,7 +15,7 @@ use serde_json::{Map, Value};
 
 use crate::config::{BootSource, Config, CpuConfig, MachineConfig};
 use crate::devices::console;
-use crate::devices::kind::{Change, Device, Kind};
+use crate::devices::kind::{Change, ConfiguredDevice, DeviceKind};
 use crate::error::{Context, Error, Result};
 use crate::history::{self, Event};
 use crate::host::{Access, Host, Resource, Sharing};
@@ -245,7 +245,7 @@ impl Microvm {
     }
 
     /// Adds a device, or replaces that of its name. What the device needs is opened now, as the kernel is.
-    pub fn put_device(&mut self, device: Device) -> Result<()> {
+    pub fn put_device(&mut self, device: ConfiguredDevice) -> Result<()> {
         device.check()?;
         // A device that is refused must hold no file or interface of the host.
         self.config.check_beside(&device)?;
@@ -284,7 +284,7 @@ impl Microvm {
 
     /// Changes what can be changed of a device in use, once what it has in flight is finished. A device that
     /// takes its time for that, because a disk does not answer, has a job wait for it: its ticket is returned.
-    pub fn patch_device(&mut self, kind: &'static Kind, change: Change) -> Result<Option<Ticket>> {
+    pub fn patch_device(&mut self, kind: &'static DeviceKind, change: Change) -> Result<Option<Ticket>> {
         let (device, _) = self.changed(kind, &change)?;
         let name = device.name();
         let pausing = self.started()?.begin_change(&name)?;
@@ -303,7 +303,7 @@ impl Microvm {
     }
 
     /// A device as it is configured, and as it will be.
-    fn changed(&self, kind: &Kind, change: &Change) -> Result<(Device, Device)> {
+    fn changed(&self, kind: &DeviceKind, change: &Change) -> Result<(ConfiguredDevice, ConfiguredDevice)> {
         let device = self.config.device(kind, &change.id);
         let unknown = || Error::config(format!("there is no {}", kind.name(&change.id)));
         let device = device.ok_or_else(unknown)?.clone();
@@ -315,7 +315,7 @@ impl Microvm {
 
     /// Makes a change for which its device stands still. What is configured beside the device may be other
     /// than when the change began.
-    fn end_change(&mut self, kind: &Kind, change: &Change) -> Result<()> {
+    fn end_change(&mut self, kind: &DeviceKind, change: &Change) -> Result<()> {
         let changed = self.changed(kind, change);
         let machine = self.machine.as_mut().ok_or_else(not_started)?;
         let made = changed.and_then(|(device, changed)| {

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use alula::devices::block::Config;
-use alula::devices::kind::{DeviceConfig, Kind};
+use alula::devices::kind::{DeviceConfig, DeviceKind};
 use alula::errands::Errands;
 use alula::host::Host;
 use alula::memory::{Memory, Range, allocate};
@@ -310,7 +310,7 @@ impl Disk {
 
     /// What the API's PATCH does.
     pub fn patch(&self, body: Value) -> Result<(), String> {
-        let kind = Kind::of::<Config>();
+        let kind = DeviceKind::of::<Config>();
         let change = kind.parse_patch(body.to_string().as_bytes()).map_err(|error| error.to_string())?;
         self.pause();
         let result = self.transport.lock().unwrap().patch(change.patch(), &mut Host::default());

@@ -12,9 +12,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use alula::config::Config;
-use alula::devices::KINDS as DEVICES;
+use alula::devices::KINDS;
 use alula::devices::block;
-use alula::devices::kind::Device;
+use alula::devices::kind::ConfiguredDevice;
 use alula::error::Result;
 use alula::host;
 use alula::memory;
@@ -24,8 +24,8 @@ use alula::virtio::queue::DESCRIPTORS_PER_TURN;
 use alula::virtio::transport::Transport;
 use alula::virtio::{Io, Queue, Registrar, VirtioDevice, Worker};
 use common::driver::{
-    self, DRIVER_OK, F_EVENT_IDX, F_VERSION_1, FEATURES_OK, Guest, INDIRECT, KINDS, Kind, NEEDS_RESET, NEXT,
-    WRITE,
+    self, DRIVER_OK, F_EVENT_IDX, F_VERSION_1, FEATURES_OK, Guest, INDIRECT, NEEDS_RESET, NEXT, TRANSPORTS,
+    TransportKind, WRITE,
 };
 use common::network::{self, Wire};
 use common::vsock::{EVENT, Packet, RST, RW};
@@ -83,14 +83,14 @@ impl Host {
             "vsock": { "guest_cid": 3, "uds_path": self.folder.path("v") },
         });
         let config = Config::parse(config.to_string().as_bytes()).unwrap();
-        for kind in DEVICES {
-            let lists = |device: &Device| device.kind() == kind;
+        for kind in KINDS {
+            let lists = |device: &ConfiguredDevice| device.kind() == kind;
             assert!(config.devices().any(lists), "teach this test a configuration with `{}`", kind.section);
         }
         config
     }
 
-    fn guest(&self, kind: Kind, device: &Device) -> Guest {
+    fn guest(&self, kind: TransportKind, device: &ConfiguredDevice) -> Guest {
         let opened = device.open("contract", &mut host::Host::default()).unwrap();
         if is_net(device) {
             self.wire.settle("tap0");
@@ -99,11 +99,11 @@ impl Host {
     }
 
     /// Does `test` with every device behind every transport.
-    fn each(&self, mut test: impl FnMut(&Self, Kind, &Device)) {
+    fn each(&self, mut test: impl FnMut(&Self, TransportKind, &ConfiguredDevice)) {
         let config = self.config();
         let mut count = 0;
         for device in config.devices() {
-            for kind in KINDS {
+            for kind in TRANSPORTS {
                 println!("{} behind {kind:?}", device.name());
                 test(self, kind, device);
                 count += 1;
@@ -114,7 +114,7 @@ impl Host {
 
     /// Offers the device its typical request, and says how to see that it was done. A new device is
     /// taught here how it is used: the tests fail without.
-    fn offer(&self, device: &Device, guest: &mut Guest, round: u8) -> Check {
+    fn offer(&self, device: &ConfiguredDevice, guest: &mut Guest, round: u8) -> Check {
         match device.kind().section {
             "drives" => {
                 let mut header = [0; 16];
@@ -218,7 +218,7 @@ impl Host {
         }
     }
 
-    fn exercise(&self, device: &Device, guest: &mut Guest, round: u8) {
+    fn exercise(&self, device: &ConfiguredDevice, guest: &mut Guest, round: u8) {
         let check = self.offer(device, guest, round);
         kick_all(guest);
         self.check(guest, check);
@@ -233,12 +233,12 @@ enum Check {
     Refused { round: u8, room: (u64, u32) },
 }
 
-fn is_net(device: &Device) -> bool {
+fn is_net(device: &ConfiguredDevice) -> bool {
     device.kind().section == "network-interfaces"
 }
 
 /// Whether buffers of this queue wait for what comes from outside.
-fn waits(device: &Device, queue: usize) -> bool {
+fn waits(device: &ConfiguredDevice, queue: usize) -> bool {
     is_net(device) && queue == RX || device.kind().section == "vsock" && queue != TX
 }
 
@@ -323,7 +323,8 @@ fn a_device_goes_on_in_a_machine_built_anew() {
 #[test]
 fn a_queue_half_processed_is_processed_once_after_a_restore() {
     const REQUESTS: u16 = 16;
-    let open = |device: &Device, name: &str| device.open(name, &mut alula::host::Host::default()).unwrap();
+    let open =
+        |device: &ConfiguredDevice, name: &str| device.open(name, &mut alula::host::Host::default()).unwrap();
     let memory = || memory::allocate(&[memory::Range { start: 0, size: driver::MEMORY }]).unwrap();
     Host::new().each(|_, kind, device| {
         let sizes = open(device, "contract").queue_sizes().to_vec();

@@ -3,11 +3,11 @@
 use super::*;
 
 /// A disk that the guest can use, of this image.
-fn disk(host: &Host, image: &str) -> Device {
+fn disk(host: &Host, image: &str) -> ConfiguredDevice {
     let disk = json!({
         "drive_id": "disk", "path_on_host": host.folder.path(image), "is_root_device": false,
     });
-    let kind = DEVICES.iter().find(|kind| kind.section == "drives").unwrap();
+    let kind = KINDS.iter().find(|kind| kind.section == "drives").unwrap();
     kind.parse(disk.to_string().as_bytes()).unwrap()
 }
 
@@ -29,7 +29,7 @@ fn what_the_host_cannot_do_is_an_error_of_that_request_alone() {
     let host = Host::new();
     let image = host.folder.path("small");
     std::fs::write(&image, [7; 8 * SECTOR]).unwrap();
-    for kind in KINDS {
+    for kind in TRANSPORTS {
         let mut guest = host.guest(kind, &disk(&host, "small"));
         guest.start(0);
         assert_eq!(transfer(&mut guest, 0, 6, &[0; SECTOR]), 0);
@@ -54,7 +54,7 @@ fn a_full_host_is_an_error_of_the_write_that_found_it_full() {
     common::mount_tmpfs(&room, 64 << 10);
     let image = room.join("sparse");
     std::fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
-    for kind in KINDS {
+    for kind in TRANSPORTS {
         let mut guest = host.guest(kind, &disk(&host, "room/sparse"));
         guest.start(0);
         let block = [9; 8 * SECTOR];
@@ -70,10 +70,10 @@ fn a_full_host_is_an_error_of_the_write_that_found_it_full() {
 #[test]
 fn a_generator_whose_host_has_no_random_bytes_stops_and_says_so() {
     let test = || {
-        let kind = DEVICES.iter().find(|kind| kind.section == "entropy").unwrap();
+        let kind = KINDS.iter().find(|kind| kind.section == "entropy").unwrap();
         let device = kind.parse(b"{}").unwrap().open("contract", &mut host::Host::default()).unwrap();
         let memory = memory::allocate(&[memory::Range { start: 0, size: driver::MEMORY }]).unwrap();
-        let mut guest = Guest::by_hand(Kind::Mmio, device, memory);
+        let mut guest = Guest::by_hand(TransportKind::Mmio, device, memory);
         guest.start(0);
         let room = guest.allocate(&[0; 16]);
         assert_eq!(guest.request(0, &[(room, WRITE)]), 16);
@@ -91,7 +91,7 @@ fn a_generator_whose_host_has_no_random_bytes_stops_and_says_so() {
 #[test]
 fn a_generator_gives_no_more_than_its_rate_limit_lets_through() {
     const NEVER: u64 = 1 << 40;
-    let kind = DEVICES.iter().find(|kind| kind.section == "entropy").unwrap();
+    let kind = KINDS.iter().find(|kind| kind.section == "entropy").unwrap();
     for (limits, done) in [
         (json!({ "bandwidth": { "size": 64, "refill_time": NEVER } }), 2),
         (json!({ "ops": { "size": 3, "refill_time": NEVER } }), 3),
@@ -104,7 +104,7 @@ fn a_generator_gives_no_more_than_its_rate_limit_lets_through() {
         let device =
             kind.parse(body.as_bytes()).unwrap().open("contract", &mut host::Host::default()).unwrap();
         let memory = memory::allocate(&[memory::Range { start: 0, size: driver::MEMORY }]).unwrap();
-        let mut guest = Guest::by_hand(Kind::Mmio, device, memory);
+        let mut guest = Guest::by_hand(TransportKind::Mmio, device, memory);
         guest.start(0);
         for _ in 0..8 {
             let room = guest.allocate(&[0; 32]);
@@ -127,7 +127,7 @@ fn a_generator_gives_no_more_than_its_rate_limit_lets_through() {
         let device =
             kind.parse(body.as_bytes()).unwrap().open("contract", &mut alula::host::Host::default()).unwrap();
         let memory = memory::allocate(&[memory::Range { start: 0, size: driver::MEMORY }]).unwrap();
-        let mut guest = Guest::by_hand(Kind::Mmio, device, memory);
+        let mut guest = Guest::by_hand(TransportKind::Mmio, device, memory);
         guest.take_over(&suspended).unwrap();
         guest.resume();
         guest.kick(0);

@@ -6,7 +6,7 @@ use super::*;
 fn a_broken_ring_stops_its_device_alone_until_a_reset() {
     let host = Host::new();
     let config = host.config();
-    for kind in KINDS {
+    for kind in TRANSPORTS {
         let other = config.devices().find(|device| device.kind().section == "entropy").unwrap();
         for device in config.devices() {
             let mut guest = host.guest(kind, device);
@@ -211,7 +211,7 @@ fn a_turn_handles_no_more_descriptors_than_its_share() {
         let memory = memory::allocate(&[memory::Range { start: 0, size: driver::MEMORY }]).unwrap();
         let opened = device.open("contract", &mut host::Host::default()).unwrap();
         let sizes = opened.queue_sizes().to_vec();
-        let mut guest = Guest::by_hand(Kind::Mmio, opened, memory);
+        let mut guest = Guest::by_hand(TransportKind::Mmio, opened, memory);
         let room = guest.allocate(&[0; 16]);
         for (queue, max) in sizes.into_iter().enumerate() {
             if waits(device, queue) {
@@ -246,11 +246,11 @@ fn a_turn_of_a_disk_ends_with_the_request_that_is_large() {
             "drive_id": "disk", "path_on_host": host.folder.path("large"), "is_root_device": false,
             "io_engine": engine,
         });
-        let kind = DEVICES.iter().find(|kind| kind.section == "drives").unwrap();
+        let kind = KINDS.iter().find(|kind| kind.section == "drives").unwrap();
         let device = kind.parse(device.to_string().as_bytes()).unwrap();
         let memory = memory::allocate(&[memory::Range { start: 0, size: driver::MEMORY }]).unwrap();
         let opened = device.open("contract", &mut host::Host::default()).unwrap();
-        let mut guest = Guest::by_hand(Kind::Mmio, opened, memory);
+        let mut guest = Guest::by_hand(TransportKind::Mmio, opened, memory);
         guest.start(0);
         guest.turn();
         let (header, status) = (guest.allocate(&[0; 16]), guest.allocate(&[0xff]));

@@ -41,8 +41,8 @@ fn nothing_is_written_once_a_driver_has_stopped_its_device() {
     Host::new().each(|host, kind, device| {
         let mut guest = host.guest(kind, device);
         for round in 0..20_u8 {
-            let by_mastering = kind == Kind::Pci && round % 2 == 1;
-            if kind == Kind::Pci {
+            let by_mastering = kind == TransportKind::Pci && round % 2 == 1;
+            if kind == TransportKind::Pci {
                 guest.set_bus_master(true);
             }
             guest.start(F_EVENT_IDX);
@@ -74,7 +74,7 @@ fn nothing_is_written_once_a_driver_has_stopped_its_device() {
             assert_eq!(written, None, "round {round}: the device wrote to memory that was taken from it");
             guest.notes.allocated = 0;
         }
-        if kind == Kind::Pci {
+        if kind == TransportKind::Pci {
             guest.set_bus_master(true);
         }
         guest.start(0);
@@ -88,7 +88,7 @@ fn nothing_is_written_once_a_driver_has_stopped_its_device() {
 #[test]
 fn a_device_whose_bus_mastering_was_taken_waits_for_its_driver() {
     Host::new().each(|host, kind, device| {
-        if kind != Kind::Pci {
+        if kind != TransportKind::Pci {
             return;
         }
         let mut guest = host.guest(kind, device);
@@ -194,7 +194,9 @@ impl Worker for LingeringWorker {
 
 #[test]
 fn a_vcpu_waits_for_what_is_in_flight_and_nobody_for_it() {
-    for (kind, by_mastering) in [(Kind::Mmio, false), (Kind::Pci, false), (Kind::Pci, true)] {
+    for (kind, by_mastering) in
+        [(TransportKind::Mmio, false), (TransportKind::Pci, false), (TransportKind::Pci, true)]
+    {
         let in_flight = Arc::new(InFlight::default());
         let mut guest = Guest::new(kind, Box::new(Lingering(in_flight.clone())));
         let transport = guest.transport.clone();
@@ -302,7 +304,7 @@ fn a_stop_waits_for_one_worker_not_for_all_that_are_ready() {
     let (transport, handled) = (Arc::new(OnceLock::new()), Arc::new(AtomicU32::new(0)));
     let memory = memory::allocate(&[memory::Range { start: 0, size: driver::MEMORY }]).unwrap();
     let two = Box::new(Two { transport: transport.clone(), handled: handled.clone() });
-    let mut guest = Guest::by_hand(Kind::Mmio, two, memory);
+    let mut guest = Guest::by_hand(TransportKind::Mmio, two, memory);
     assert!(transport.set(guest.transport.clone()).is_ok());
     // Both are kicked by the start.
     guest.start(0);
@@ -359,7 +361,7 @@ impl VirtioDevice for Placed {
 
 #[test]
 fn a_device_is_reset_by_the_thread_that_starts_it() {
-    for kind in KINDS {
+    for kind in TRANSPORTS {
         let device = Placed::default();
         let mut guest = Guest::new(kind, Box::new(device.clone()));
         let noted = || std::mem::take(&mut *device.0.lock().unwrap());
@@ -381,7 +383,7 @@ fn a_device_is_reset_by_the_thread_that_starts_it() {
         guest.set_config(0, &[1]);
         guest.reset();
         assert_eq!(noted(), ["reset by io"], "its configuration was written");
-        if kind == Kind::Pci {
+        if kind == TransportKind::Pci {
             start(&mut guest, 0);
             guest.set_bus_master(false);
             guest.reset();
@@ -409,7 +411,7 @@ fn a_driver_is_told_of_what_was_finished_when_its_disk_was_stopped() {
     let host = Host::new();
     let config = host.config();
     let fast = config.devices().find(|device| device.id() == "fast").unwrap();
-    for kind in KINDS {
+    for kind in TRANSPORTS {
         let opened = fast.open("contract", &mut host::Host::default()).unwrap();
         let memory = memory::allocate(&[memory::Range { start: 0, size: driver::MEMORY }]).unwrap();
         let mut guest = Guest::by_hand(kind, opened, memory);

@@ -3,7 +3,7 @@
 use super::*;
 
 /// A guest of which nothing happens but in its turns, behind the TAP `tap0`, whose address answers it.
-fn answered_guest(kind: Kind, pairs: u16, features: u64) -> (Guest, Wire) {
+fn answered_guest(kind: TransportKind, pairs: u16, features: u64) -> (Guest, Wire) {
     let device = open(json!({ "host_dev_name": "tap0", "queue_pairs": pairs }));
     let wire = Wire::new("tap0", ETHER_TYPE);
     wire.settle("tap0");
@@ -23,7 +23,7 @@ fn a_frame_and_its_answer_are_one_interrupt_or_as_wanted() {
     for (pairs, flags) in [1, 2].into_iter().zip(flags) {
         let _alone = enter(flags);
         common::output("ip", &["addr", "add", "10.9.8.1/24", "dev", "tap0"]);
-        for kind in driver::KINDS {
+        for kind in driver::TRANSPORTS {
             let (mut guest, wire) = answered_guest(kind, pairs, F_EVENT_IDX);
             let ask = guest.allocate(&arp([10, 9, 8, 1]));
             for (wanted, shared, own) in cases {
@@ -36,7 +36,7 @@ fn a_frame_and_its_answer_are_one_interrupt_or_as_wanted() {
                 guest.kick(TX);
                 assert!(guest.turn_once());
                 let used = [RX, TX].map(|queue| guest.used_index(queue) - before[queue]);
-                let expected = if kind == Kind::Pci && pairs == 2 { own } else { shared };
+                let expected = if kind == TransportKind::Pci && pairs == 2 { own } else { shared };
                 let case = format!("{kind:?}, {pairs} pairs, wanted {wanted:?}");
                 assert_eq!((used, guest.interrupts()), ([1, 1], expected), "{case}");
                 // The TAP's event finds it empty.
@@ -63,7 +63,7 @@ fn a_frame_and_its_answer_are_one_interrupt_or_as_wanted() {
 #[test]
 fn a_queue_without_news_interrupts_nobody() {
     let _alone = enter(libc::IFF_MULTI_QUEUE);
-    for kind in driver::KINDS {
+    for kind in driver::TRANSPORTS {
         // Without EVENT_IDX, whatever was used is told.
         let (mut guest, wire) = answered_guest(kind, 2, 0);
         guest.interrupts();
@@ -83,7 +83,7 @@ fn a_queue_without_news_interrupts_nobody() {
 fn no_frame_allocates_in_either_direction() {
     let _alone = enter(0);
     for features in [0, F_EVENT_IDX | F_MRG_RXBUF, F_EVENT_IDX | F_MRG_RXBUF | F_GUEST_CSUM | F_GUEST_TSO4] {
-        let (mut guest, wire) = guest(Kind::Mmio, json!({}));
+        let (mut guest, wire) = guest(TransportKind::Mmio, json!({}));
         guest.start(features);
         let out: Vec<_> = (0..8).map(|seed| outgoing(&mut guest, seed)).collect();
         let sent = allocations(50, || {
@@ -121,7 +121,7 @@ fn a_backlog_costs_less_than_half_a_system_call_a_frame() {
         let counted = |name: &str| metrics.collect(View::Total)[name].as_u64().unwrap();
         let wire = Wire::new("tap0", ETHER_TYPE);
         wire.settle("tap0");
-        let mut guest = Guest::new(Kind::Mmio, device);
+        let mut guest = Guest::new(TransportKind::Mmio, device);
         guest.start(F_EVENT_IDX | features);
         let out = outgoing(&mut guest, 1);
         for _ in 0..16 {
@@ -155,7 +155,7 @@ fn frames_that_find_no_room_wake_nobody_and_come_when_there_is_room() {
     let events = || metrics.collect(View::Total)["rx_tap_event_count"].as_u64().unwrap();
     let wire = Wire::new("tap0", ETHER_TYPE);
     wire.settle("tap0");
-    let mut guest = Guest::new(Kind::Mmio, device);
+    let mut guest = Guest::new(TransportKind::Mmio, device);
     guest.start(F_EVENT_IDX | F_MRG_RXBUF);
     let before = events();
     for seed in 0..50 {
@@ -189,7 +189,7 @@ fn a_frame_larger_than_was_reckoned_with_is_missed_once() {
     let device = open(json!({ "host_dev_name": "tap0" }));
     let wire = Wire::new("tap0", ETHER_TYPE);
     wire.settle("tap0");
-    let mut guest = Guest::new(Kind::Mmio, device);
+    let mut guest = Guest::new(TransportKind::Mmio, device);
     guest.start(F_MRG_RXBUF);
     rooms(&mut guest, RX, 16, 2048);
     let mut large = frame(1).to_vec();
@@ -207,7 +207,7 @@ fn a_frame_larger_than_was_reckoned_with_is_missed_once() {
 #[test]
 fn a_driver_that_fills_up_half_empty_rings_does_not_wait_for_ever() {
     let _alone = enter(0);
-    let (mut guest, wire) = guest(Kind::Mmio, json!({}));
+    let (mut guest, wire) = guest(TransportKind::Mmio, json!({}));
     guest.start(F_MRG_RXBUF | F_GUEST_CSUM | F_GUEST_TSO4);
     // Together they have room for one large packet, and not for another one after that.
     let mut rooms = rooms(&mut guest, RX, 16, 5000).into_iter();
@@ -224,7 +224,7 @@ fn a_frame_longer_than_its_buffer_is_lost_and_not_cut_off() {
     common::output("ip", &["link", "set", "tap0", "mtu", "4000"]);
     // Alone, and in a batch that goes by a ring.
     for batch in [1, 8] {
-        let (mut guest, wire) = guest(Kind::Mmio, json!({}));
+        let (mut guest, wire) = guest(TransportKind::Mmio, json!({}));
         guest.start(F_EVENT_IDX);
         let long = |seed: u8, length: usize| {
             let mut frame = frame(seed).to_vec();
@@ -259,7 +259,7 @@ fn a_frame_longer_than_its_buffer_is_lost_and_not_cut_off() {
 #[test]
 fn a_host_that_forbids_rings_carries_frames_one_by_one() {
     let _alone = enter(0);
-    let (mut guest, wire) = guest(Kind::Mmio, json!({}));
+    let (mut guest, wire) = guest(TransportKind::Mmio, json!({}));
     // Before the loop's thread is started, which has it from here.
     common::forbid(libc::SYS_io_uring_setup, libc::EPERM);
     guest.start(F_EVENT_IDX | F_MRG_RXBUF);
@@ -283,7 +283,7 @@ fn a_host_that_forbids_rings_carries_frames_one_by_one() {
 fn the_longest_chains_leave_little_memory_behind() {
     let _alone = enter(0);
     for features in [0, F_MRG_RXBUF] {
-        let (mut guest, wire) = guest(Kind::Mmio, json!({}));
+        let (mut guest, wire) = guest(TransportKind::Mmio, json!({}));
         guest.start(features);
         let out = outgoing(&mut guest, 1);
         guest.request(TX, &[(out, 0)]);
@@ -321,7 +321,7 @@ fn a_flood_of_frames_that_are_none_costs_no_memory_and_no_pause() {
     network::add_uplink();
     for user in [false, true] {
         let config = if user { json!({ "user": {} }) } else { json!({ "host_dev_name": "tap0" }) };
-        let mut guest = Guest::new(Kind::Mmio, open(config));
+        let mut guest = Guest::new(TransportKind::Mmio, open(config));
         guest.start(0);
         // Shorter than a header, in as many pieces as there may be.
         let piece = guest.allocate(&[0; 1]);

@@ -8,7 +8,7 @@ fn limits_hold_frames_back_until_they_are_changed() {
     // Two frames, and then nothing for an hour.
     let limit = json!({ "ops": { "size": 2, "refill_time": 3_600_000 } });
     let config = json!({ "rx_rate_limiter": limit, "tx_rate_limiter": limit });
-    let (mut guest, wire) = guest(Kind::Mmio, config);
+    let (mut guest, wire) = guest(TransportKind::Mmio, config);
     guest.start(F_EVENT_IDX);
     for seed in 1..=3 {
         let out = outgoing(&mut guest, seed);
@@ -53,7 +53,7 @@ fn a_driver_that_resets_its_device_gets_no_more_frames_than_may() {
     let wire = Wire::new("tap0", ETHER_TYPE);
     wire.settle("tap0");
     let memory = memory::allocate(&[memory::Range { start: 0, size: driver::MEMORY }]).unwrap();
-    let mut guest = Guest::by_hand(Kind::Mmio, device, memory);
+    let mut guest = Guest::by_hand(TransportKind::Mmio, device, memory);
     (1..=12).for_each(|seed| wire.send(&frame(seed)));
     for _ in 0..6 {
         guest.start(F_EVENT_IDX);
@@ -75,7 +75,7 @@ fn a_limit_holds_whatever_a_guest_makes_of_a_frame_meanwhile() {
         let mut config = json!({ "tx_rate_limiter": limit });
         let (key, value) = if user { ("user", json!({})) } else { ("host_dev_name", json!("tap0")) };
         config[key] = value;
-        let mut guest = Guest::new(Kind::Mmio, open(config));
+        let mut guest = Guest::new(TransportKind::Mmio, open(config));
         guest.start(0);
         let out = guest.allocate(&[&[0; HEADER][..], &frame(1), &[0; 1440]].concat());
         (0..16).for_each(|index| guest.set_descriptor(TX, index, out.0, out.1, 0, 0));
@@ -111,7 +111,7 @@ fn limits_hold_frames_of_passt_back_until_they_are_changed() {
     network::add_uplink();
     let limit = json!({ "ops": { "size": 2, "refill_time": 3_600_000 } });
     let config = json!({ "user": {}, "rx_rate_limiter": limit, "tx_rate_limiter": limit });
-    let mut guest = Guest::new(Kind::Mmio, open(config));
+    let mut guest = Guest::new(TransportKind::Mmio, open(config));
     guest.start(F_EVENT_IDX);
     rooms(&mut guest, RX, 14, 1600);
     let out = guest.allocate(&arp([10, 9, 8, 1]));
@@ -144,7 +144,7 @@ fn frames_that_wait_for_passt_over_pauses_are_charged_once() {
     network::add_uplink();
     let limit = |size| json!({ "ops": { "size": size, "refill_time": 3_600_000 } });
     let config = json!({ "user": {}, "rx_rate_limiter": limit(1), "tx_rate_limiter": limit(FRAMES + 3) });
-    let mut guest = Guest::new(Kind::Mmio, open(config));
+    let mut guest = Guest::new(TransportKind::Mmio, open(config));
     guest.start(0);
     let pauses = |guest: &mut Guest| {
         for _ in 0..5 {

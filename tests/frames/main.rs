@@ -19,7 +19,7 @@ use alula::metrics::View;
 use alula::virtio::VirtioDevice;
 use alula::virtio::queue::DESCRIPTORS_PER_TURN;
 use common::allocator::{self, Counting};
-use common::driver::{self, F_EVENT_IDX, Guest, INDIRECT, Kind, NEEDS_RESET, WRITE};
+use common::driver::{self, F_EVENT_IDX, Guest, INDIRECT, NEEDS_RESET, TransportKind, WRITE};
 use common::network::{self, Wire};
 use common::wait_for;
 use serde_json::{Value, json};
@@ -65,7 +65,7 @@ fn open(more: Value) -> Box<dyn VirtioDevice> {
 }
 
 /// A guest with an interface over `tap0`, which carries frames.
-fn guest(kind: Kind, more: Value) -> (Guest, Wire) {
+fn guest(kind: TransportKind, more: Value) -> (Guest, Wire) {
     let mut config = json!({ "host_dev_name": "tap0" });
     config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
     let device = open(config);
@@ -143,7 +143,7 @@ fn link_is_up(guest: &mut Guest) -> bool {
 #[test]
 fn a_guest_sees_its_tap_go_down_and_up() {
     let _alone = enter(0);
-    for kind in [Kind::Mmio, Kind::Pci] {
+    for kind in [TransportKind::Mmio, TransportKind::Pci] {
         let (mut guest, _wire) = guest(kind, json!({}));
         guest.start(F_EVENT_IDX);
         assert!(link_is_up(&mut guest));
@@ -160,7 +160,7 @@ fn a_guest_sees_its_tap_go_down_and_up() {
         common::output("ip", &["link", "set", "tap0", "up"]);
         wait_for(|| link_is_up(&mut guest));
     }
-    let (mut guest, _wire) = guest(Kind::Mmio, json!({}));
+    let (mut guest, _wire) = guest(TransportKind::Mmio, json!({}));
     guest.start(F_EVENT_IDX);
     // Its thread has started it.
     let out = outgoing(&mut guest, 1);
@@ -172,7 +172,7 @@ fn a_guest_sees_its_tap_go_down_and_up() {
 #[test]
 fn frames_go_by_every_queue_pair_that_the_driver_uses() {
     let _alone = enter(libc::IFF_MULTI_QUEUE);
-    let (mut guest, wire) = guest(Kind::Pci, json!({ "queue_pairs": 2, "threads": 2 }));
+    let (mut guest, wire) = guest(TransportKind::Pci, json!({ "queue_pairs": 2, "threads": 2 }));
     let features = guest.features();
     assert_ne!(features & F_MQ, 0);
     let mut pairs = [0; 2];
@@ -202,7 +202,7 @@ fn frames_go_by_every_queue_pair_that_the_driver_uses() {
 #[test]
 fn the_control_queue_filters_frames_and_changes_the_address() {
     let _alone = enter(0);
-    let (mut guest, wire) = guest(Kind::Mmio, json!({}));
+    let (mut guest, wire) = guest(TransportKind::Mmio, json!({}));
     guest.start(F_CTRL_VQ | F_CTRL_RX | F_CTRL_MAC_ADDR);
     let control = 2;
     let new = [6, 0, 0, 0, 0, 9];
@@ -253,7 +253,7 @@ fn the_tap_leaves_to_the_driver_what_it_takes_and_nothing_else() {
     for (features, expected) in
         [(0, false), (F_GUEST_CSUM | F_CTRL_VQ | F_CTRL_GUEST_OFFLOADS, true), (F_CTRL_VQ, false)]
     {
-        let (mut guest, _wire) = guest(Kind::Mmio, json!({}));
+        let (mut guest, _wire) = guest(TransportKind::Mmio, json!({}));
         guest.start(F_EVENT_IDX | features);
         let mut rooms = rooms(&mut guest, RX, 14, 1600).into_iter();
         // What comes before the device has started is as it was at power-on.
@@ -275,7 +275,7 @@ fn the_tap_leaves_to_the_driver_what_it_takes_and_nothing_else() {
 fn buffers_taken_ahead_are_there_after_every_stop() {
     let _alone = enter(0);
     let features = F_MRG_RXBUF | F_GUEST_CSUM | F_GUEST_TSO4 | F_EVENT_IDX | F_CTRL_VQ | F_GUEST_ANNOUNCE;
-    let (mut guest, wire) = guest(Kind::Mmio, json!({}));
+    let (mut guest, wire) = guest(TransportKind::Mmio, json!({}));
     guest.start(features);
     let mut rooms = rooms(&mut guest, RX, 16, 1600).into_iter();
     let mut next = 1;
@@ -292,7 +292,7 @@ fn buffers_taken_ahead_are_there_after_every_stop() {
         }
         // In another machine: the driver is asked to say where it is now.
         let suspended = guest.suspend();
-        let (mut other, _) = self::guest(Kind::Mmio, json!({}));
+        let (mut other, _) = self::guest(TransportKind::Mmio, json!({}));
         other.take_over(&suspended).unwrap();
         other.resume();
         guest = other;
@@ -311,7 +311,7 @@ fn buffers_taken_ahead_are_there_after_every_stop() {
 #[test]
 fn what_an_interface_does_is_counted() {
     let _alone = enter(0);
-    let (mut guest, wire) = guest(Kind::Mmio, json!({}));
+    let (mut guest, wire) = guest(TransportKind::Mmio, json!({}));
     guest.start(F_EVENT_IDX);
     for seed in 1..=3 {
         let out = outgoing(&mut guest, seed);
@@ -419,7 +419,7 @@ fn a_receive_buffer_without_room_for_a_header_breaks_the_device_alone() {
         if !user {
             wire.settle("tap0");
         }
-        let mut guest = Guest::new(Kind::Mmio, device);
+        let mut guest = Guest::new(TransportKind::Mmio, device);
         guest.start(F_EVENT_IDX);
         let room = rooms(&mut guest, RX, 1, HEADER - 1)[0];
         if user {

@@ -7,7 +7,7 @@ fn passt_answers_costs_no_memory_and_its_end_is_the_links() {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     network::enter();
     network::add_uplink();
-    let mut guest = Guest::new(Kind::Mmio, open(json!({ "user": {} })));
+    let mut guest = Guest::new(TransportKind::Mmio, open(json!({ "user": {} })));
     guest.start(F_EVENT_IDX);
     assert!(link_is_up(&mut guest));
     let rooms = rooms(&mut guest, RX, 8, 1600);
@@ -66,7 +66,7 @@ fn frames_that_are_none_go_back_a_share_at_a_time_over_passt() {
     network::enter();
     network::add_uplink();
     let memory = memory::allocate(&[memory::Range { start: 0, size: driver::MEMORY }]).unwrap();
-    let mut guest = Guest::by_hand(Kind::Mmio, open(json!({ "user": {} })), memory);
+    let mut guest = Guest::by_hand(TransportKind::Mmio, open(json!({ "user": {} })), memory);
     guest.start(F_MRG_RXBUF);
     guest.turn();
     let nothing = guest.allocate(&[]);
@@ -100,7 +100,7 @@ fn a_frame_of_passt_waits_in_peace_until_there_is_room_for_all() {
     network::add_uplink();
     for features in [F_MRG_RXBUF, F_MRG_RXBUF | F_EVENT_IDX] {
         let memory = memory::allocate(&[memory::Range { start: 0, size: driver::MEMORY }]).unwrap();
-        let mut guest = Guest::by_hand(Kind::Mmio, open(json!({ "user": {} })), memory);
+        let mut guest = Guest::by_hand(TransportKind::Mmio, open(json!({ "user": {} })), memory);
         guest.start(features);
         let small = rooms(&mut guest, RX, 1, HEADER + 8)[0];
         let out = guest.allocate(&arp([10, 9, 8, 1]));
@@ -128,7 +128,7 @@ fn frames_of_passt_that_fit_no_buffer_are_lost_and_counted() {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     network::enter();
     network::add_uplink();
-    let mut guest = Guest::new(Kind::Mmio, open(json!({ "user": {} })));
+    let mut guest = Guest::new(TransportKind::Mmio, open(json!({ "user": {} })));
     // One buffer for a frame, and none that an answer fits.
     guest.start(F_EVENT_IDX);
     let out = guest.allocate(&arp([10, 9, 8, 1]));

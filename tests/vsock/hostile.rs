@@ -75,7 +75,7 @@ fn a_guest_that_lies_loses_its_connection_and_nothing_else() {
 
 #[test]
 fn a_line_that_asks_for_no_port_ends_the_connection() {
-    let mut world = World::new(Kind::Mmio);
+    let mut world = World::new(TransportKind::Mmio);
     let digits = "1".repeat(5000);
     for text in [
         "CONNECT \n".to_owned(),
@@ -114,7 +114,7 @@ fn a_line_that_asks_for_no_port_ends_the_connection() {
 #[test]
 fn clients_that_say_nothing_keep_nobody_out() {
     const WAITING_MAX: usize = 1024;
-    let mut world = World::new(Kind::Mmio);
+    let mut world = World::new(TransportKind::Mmio);
     let mut silent: Vec<_> = (0..WAITING_MAX + 10).map(|_| world.client("")).collect();
     wait_for(|| world.connections() == WAITING_MAX as u64 && world.counted("conns_refused") == 10);
     // The oldest are those that went.
@@ -174,7 +174,7 @@ fn connections_that_are_opened_and_left_cost_nothing() {
 
 #[test]
 fn a_listener_without_room_delays_its_connection_alone() {
-    let mut world = World::new(Kind::Pci);
+    let mut world = World::new(TransportKind::Pci);
     let listener = UnixListener::bind(world.path(80)).unwrap();
     // As many as the kernel keeps for who does not take them; the next ones would wait.
     let mut waiting = Vec::new();

@@ -14,13 +14,13 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use alula::devices::KINDS as DEVICES;
-use alula::devices::kind::Device;
+use alula::devices::KINDS;
+use alula::devices::kind::ConfiguredDevice;
 use alula::host::Host;
 use alula::memory;
 use alula::metrics::View;
 use common::allocator::{self, Counting};
-use common::driver::{self, F_EVENT_IDX, Guest, KINDS, Kind};
+use common::driver::{self, F_EVENT_IDX, Guest, TRANSPORTS, TransportKind};
 use common::vsock::{
     CREDIT_REQUEST, CREDIT_UPDATE, Driver, Packet, REQUEST, RESPONSE, RST, RW, SHUT_RECEIVE, SHUT_SEND,
     SHUTDOWN,
@@ -41,7 +41,7 @@ struct World {
 }
 
 impl World {
-    fn new(kind: Kind) -> Self {
+    fn new(kind: TransportKind) -> Self {
         let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let folder = Folder::new();
         let guest = Guest::new(kind, device(&folder).open("vsock", &mut Host::default()).unwrap());
@@ -54,7 +54,7 @@ impl World {
         let folder = Folder::new();
         let memory = memory::allocate(&[memory::Range { start: 0, size: driver::MEMORY }]).unwrap();
         let opened = device(&folder).open("vsock", &mut Host::default()).unwrap();
-        Self::of(folder, Guest::by_hand(Kind::Mmio, opened, memory), alone)
+        Self::of(folder, Guest::by_hand(TransportKind::Mmio, opened, memory), alone)
     }
 
     fn of(folder: Folder, guest: Guest, alone: MutexGuard<'static, ()>) -> Self {
@@ -102,9 +102,9 @@ impl World {
     }
 }
 
-fn device(folder: &Folder) -> Device {
+fn device(folder: &Folder) -> ConfiguredDevice {
     let config = json!({ "guest_cid": 3, "uds_path": folder.path("v") });
-    let kind = DEVICES.iter().find(|kind| kind.section == "vsock").unwrap();
+    let kind = KINDS.iter().find(|kind| kind.section == "vsock").unwrap();
     let device = kind.parse(config.to_string().as_bytes()).unwrap();
     device.check().unwrap();
     device
@@ -135,7 +135,7 @@ fn is_closed(stream: &mut UnixStream) -> bool {
 
 #[test]
 fn a_program_of_the_host_talks_with_one_of_the_guest() {
-    for kind in KINDS {
+    for kind in TRANSPORTS {
         let mut world = World::new(kind);
         let mut client = world.client("CONNECT 5000\nhello");
         let request = world.driver.expect(REQUEST);
@@ -167,7 +167,7 @@ fn a_program_of_the_host_talks_with_one_of_the_guest() {
 
 #[test]
 fn a_program_of_the_guest_talks_with_one_of_the_host() {
-    let mut world = World::new(Kind::Mmio);
+    let mut world = World::new(TransportKind::Mmio);
     let mut host = world.accepted(80);
     world.driver.send(Packet::new(RW, 1000, 80), b"GET /");
     assert_eq!(read(&mut host, 5), b"GET /");
@@ -196,7 +196,7 @@ fn a_program_of_the_guest_talks_with_one_of_the_host() {
 
 #[test]
 fn a_half_close_of_the_host_leaves_the_way_back_open() {
-    let mut world = World::new(Kind::Pci);
+    let mut world = World::new(TransportKind::Pci);
     let (mut client, port) = world.connected(7);
     client.write_all(b"all").unwrap();
     client.shutdown(Shutdown::Write).unwrap();
@@ -242,7 +242,7 @@ fn bytes(range: std::ops::Range<usize>) -> Vec<u8> {
 #[test]
 fn a_host_that_writes_faster_than_the_guest_reads_loses_nothing() {
     const ALL: usize = 4 << 20;
-    let mut world = World::new(Kind::Mmio);
+    let mut world = World::new(TransportKind::Mmio);
     let (mut client, port) = world.connected(7);
     let writer = std::thread::spawn(move || {
         (0..ALL).step_by(64 << 10).for_each(|at| client.write_all(&bytes(at..at + (64 << 10))).unwrap());
@@ -280,7 +280,7 @@ fn a_host_that_writes_faster_than_the_guest_reads_loses_nothing() {
 fn a_guest_that_writes_faster_than_the_host_reads_loses_nothing() {
     const ALL: usize = 4 << 20;
     const PACKET: usize = 60_000;
-    let mut world = World::new(Kind::Pci);
+    let mut world = World::new(TransportKind::Pci);
     let (mut client, port) = world.connected(7);
     let (mut sent, mut read, mut limit) = (0, 0, 0);
     let hear = |world: &mut World, limit: &mut usize| {
@@ -324,7 +324,7 @@ fn a_guest_that_writes_faster_than_the_host_reads_loses_nothing() {
 
 #[test]
 fn all_packets_of_a_kick_leave_by_one_write_and_arrive_by_one_read() {
-    let mut world = World::new(Kind::Mmio);
+    let mut world = World::new(TransportKind::Mmio);
     let ((mut one, first), (mut other, second)) = (world.connected(1), world.connected(2));
     let before = world.counted("tx_call_count");
     let packet = |port: u32, host_port: u32| Packet::new(RW, port, host_port);
@@ -398,7 +398,7 @@ fn a_socket_is_made_when_it_is_named_and_goes_at_the_end() {
 #[test]
 fn a_packet_allocates_nothing_and_an_idle_connection_is_small() {
     const IDLE: usize = 1000;
-    let mut world = World::new(Kind::Mmio);
+    let mut world = World::new(TransportKind::Mmio);
     let (mut client, port) = world.connected(5);
     let mut told = 0_u32;
     let mut rounds = |world: &mut World, count: usize| {

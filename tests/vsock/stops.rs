@@ -4,7 +4,7 @@ use super::*;
 
 #[test]
 fn a_restored_guest_hears_that_its_connections_are_gone_first() {
-    let mut world = World::new(Kind::Mmio);
+    let mut world = World::new(TransportKind::Mmio);
     let listener = UnixListener::bind(world.path(80)).unwrap();
     let mut next_port = 1 << 30;
     for round in 0..100 {
@@ -17,7 +17,8 @@ fn a_restored_guest_hears_that_its_connections_are_gone_first() {
         let World { folder, driver, _alone } = world;
         let (driver, suspended) = driver.suspend();
         assert!(is_closed(&mut client) && is_closed(&mut host));
-        let mut guest = Guest::new(Kind::Mmio, device(&folder).open("vsock", &mut Host::default()).unwrap());
+        let mut guest =
+            Guest::new(TransportKind::Mmio, device(&folder).open("vsock", &mut Host::default()).unwrap());
         guest.take_over(&suspended).unwrap();
         guest.resume();
         world = World { folder, driver: driver.moved(guest), _alone };
@@ -58,7 +59,7 @@ fn a_restored_guest_hears_that_its_connections_are_gone_first() {
 
 #[test]
 fn a_pause_holds_connections_still() {
-    for kind in KINDS {
+    for kind in TRANSPORTS {
         let mut world = World::new(kind);
         let (mut client, port) = world.connected(5);
         let mut host = world.accepted(80);

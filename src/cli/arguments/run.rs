@@ -10,7 +10,7 @@ use super::{Command, Given, default_id, id, number, value};
 use crate::arch;
 use crate::cli::outputs::{self, Outputs};
 use crate::config::{BootSource, Config};
-use crate::devices::kind::{CliOption, Device, Kind};
+use crate::devices::kind::{CliOption, ConfiguredDevice, DeviceKind};
 use crate::devices::{KINDS, net};
 use crate::error::{Error, Result};
 use crate::firmware;
@@ -73,7 +73,7 @@ pub struct Run {
     pub cpus: Option<u16>,
     pub memory_mib: Option<u64>,
     /// Those that the options of `KINDS` add.
-    pub devices: Vec<Device>,
+    pub devices: Vec<ConfiguredDevice>,
     pub metadata: Option<PathBuf>,
     pub enable_pci: bool,
     pub config: Option<PathBuf>,
@@ -162,7 +162,11 @@ fn may_be_repeated(option: &str) -> bool {
 }
 
 /// The device that an option of the table adds to those before it.
-fn device(parser: &mut lexopt::Parser, kind: &Kind, before: &[Device]) -> Result<Device, lexopt::Error> {
+fn device(
+    parser: &mut lexopt::Parser,
+    kind: &DeviceKind,
+    before: &[ConfiguredDevice],
+) -> Result<ConfiguredDevice, lexopt::Error> {
     let number = before.iter().filter(|device| device.kind() == kind).count();
     match kind.option.value {
         "" => Ok(kind.from_option("", number)?),

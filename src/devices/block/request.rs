@@ -45,7 +45,7 @@ pub enum Code {
 
 /// What is to be done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum RequestKind {
     Read,
     Write,
     Flush,
@@ -54,7 +54,7 @@ pub enum Kind {
     Id,
 }
 
-impl Kind {
+impl RequestKind {
     /// For log lines.
     pub fn name(self) -> &'static str {
         match self {
@@ -79,7 +79,7 @@ pub struct Range {
 /// A request on its way; afterwards its memory is used for the next one.
 pub struct Request {
     pub head: u16,
-    pub kind: Kind,
+    pub kind: RequestKind,
     /// What is left to be read or written, and where on the disk.
     pub data: Buffers,
     pub offset: u64,
@@ -115,7 +115,7 @@ impl Request {
     pub fn new(memory: &Memory) -> Self {
         Self {
             head: 0,
-            kind: Kind::Flush,
+            kind: RequestKind::Flush,
             data: Buffers::new(memory.clone()),
             offset: 0,
             ranges: Vec::new(),
@@ -141,27 +141,31 @@ impl Request {
         let sector = u64::from_le_bytes(header[8..].try_into().expect("8 bytes"));
         let may_write = !disk.read_only;
         self.kind = match u32::from_le_bytes(header[..4].try_into().expect("4 bytes")) {
-            IN => Kind::Read,
-            OUT if may_write => Kind::Write,
-            DISCARD if may_write && disk.image.hole().is_some() => Kind::Discard,
-            WRITE_ZEROES if may_write && disk.image.hole().is_some() => Kind::Zero,
-            FLUSH => Kind::Flush,
-            GET_ID => Kind::Id,
+            IN => RequestKind::Read,
+            OUT if may_write => RequestKind::Write,
+            DISCARD if may_write && disk.image.hole().is_some() => RequestKind::Discard,
+            WRITE_ZEROES if may_write && disk.image.hole().is_some() => RequestKind::Zero,
+            FLUSH => RequestKind::Flush,
+            GET_ID => RequestKind::Id,
             OUT => return Ok(Err(Code::IoError)),
             _ => return Ok(Err(Code::Unsupported)),
         };
-        self.data.take(if self.kind == Kind::Read || self.kind == Kind::Id { writable } else { readable });
+        self.data.take(if self.kind == RequestKind::Read || self.kind == RequestKind::Id {
+            writable
+        } else {
+            readable
+        });
         self.length = self.data.len() as u64;
         if self.length > DATA_MAX {
             return Ok(Err(Code::IoError));
         }
         Ok(match self.kind {
-            Kind::Read | Kind::Write => {
+            RequestKind::Read | RequestKind::Write => {
                 let place = place(&disk.image, sector, self.length);
                 place.map(|offset| self.offset = offset).ok_or(Code::IoError)
             }
-            Kind::Discard | Kind::Zero => self.take_ranges(&disk.image),
-            Kind::Flush | Kind::Id => Ok(()),
+            RequestKind::Discard | RequestKind::Zero => self.take_ranges(&disk.image),
+            RequestKind::Flush | RequestKind::Id => Ok(()),
         })
     }
 
@@ -171,7 +175,7 @@ impl Request {
         if count > RANGES_MAX as usize || !self.data.len().is_multiple_of(RANGE_LENGTH) {
             return Err(Code::IoError);
         }
-        let max = if self.kind == Kind::Zero { ZERO_SECTORS_MAX } else { DISCARD_SECTORS_MAX };
+        let max = if self.kind == RequestKind::Zero { ZERO_SECTORS_MAX } else { DISCARD_SECTORS_MAX };
         for _ in 0..count {
             let mut range = [0; RANGE_LENGTH];
             self.data.read_front(&mut range);
@@ -179,7 +183,7 @@ impl Request {
             let sector = u64::from_le_bytes(range[..8].try_into().expect("8 bytes"));
             let (sectors, flags) = (word(8), word(12));
             // 5.2.6.2: a discard with `unmap`, or with flags that are reserved.
-            if flags & !UNMAP != 0 || flags & UNMAP != 0 && self.kind == Kind::Discard {
+            if flags & !UNMAP != 0 || flags & UNMAP != 0 && self.kind == RequestKind::Discard {
                 return Err(Code::Unsupported);
             }
             let length = u64::from(sectors) * SECTOR;
@@ -195,7 +199,7 @@ impl Request {
     /// How many bytes of the disk are left to be read, written, given back or made zeros.
     pub fn extent(&self) -> u64 {
         match self.kind {
-            Kind::Discard | Kind::Zero => self.ranges.iter().map(|range| range.length).sum(),
+            RequestKind::Discard | RequestKind::Zero => self.ranges.iter().map(|range| range.length).sum(),
             _ => self.data.len() as u64,
         }
     }
@@ -204,19 +208,19 @@ impl Request {
     pub fn perform(&mut self, disk: &Disk, bounce: &mut Bounce) -> std::io::Result<()> {
         let image = &disk.image;
         match self.kind {
-            Kind::Read => image.read(&mut self.data, self.offset, bounce),
-            Kind::Write => image.write(&mut self.data, self.offset, bounce),
-            Kind::Flush => image.flush(disk.durable),
-            Kind::Discard | Kind::Zero => {
+            RequestKind::Read => image.read(&mut self.data, self.offset, bounce),
+            RequestKind::Write => image.write(&mut self.data, self.offset, bounce),
+            RequestKind::Flush => image.flush(disk.durable),
+            RequestKind::Discard | RequestKind::Zero => {
                 while let Some(Range { offset, length, unmap }) = self.ranges.pop() {
                     match self.kind {
-                        Kind::Zero => image.zero(offset, length, unmap)?,
+                        RequestKind::Zero => image.zero(offset, length, unmap)?,
                         _ => image.discard(offset, length)?,
                     }
                 }
                 Ok(())
             }
-            Kind::Id => {
+            RequestKind::Id => {
                 let mut id = [0; ID_LENGTH];
                 let count = disk.id.len().min(ID_LENGTH);
                 id[..count].copy_from_slice(&disk.id.as_bytes()[..count]);

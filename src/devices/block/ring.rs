@@ -4,7 +4,7 @@ use std::io::Result;
 use std::os::fd::AsRawFd;
 
 use super::image::Image;
-use super::request::{Kind, Range, Request};
+use super::request::{Range, Request, RequestKind};
 use super::{device, holes};
 use crate::error;
 use crate::uring::{Operation, Uring};
@@ -34,16 +34,21 @@ impl Ring {
         let (vectors, count) = (vectors.as_ptr(), vectors.len().min(VECTORS_MAX) as u32);
         let place = |write| image.place(&request.data, request.offset, write);
         let operation = match (request.kind, image.raw(), request.ranges.last()) {
-            (Kind::Read, ..) => {
+            (RequestKind::Read, ..) => {
                 place(false).map(|(file, offset)| Operation::Read { file, vectors, count, offset })
             }
-            (Kind::Write, ..) => {
+            (RequestKind::Write, ..) => {
                 place(true).map(|(file, offset)| Operation::Write { file, vectors, count, offset })
             }
-            (Kind::Flush, Some(raw), _) if durable => Some(Operation::Sync { file: raw.file().as_raw_fd() }),
-            (Kind::Discard | Kind::Zero, Some(raw), Some(range)) if !device::is_block_device(raw.file()) => {
+            (RequestKind::Flush, Some(raw), _) if durable => {
+                Some(Operation::Sync { file: raw.file().as_raw_fd() })
+            }
+            (RequestKind::Discard | RequestKind::Zero, Some(raw), Some(range))
+                if !device::is_block_device(raw.file()) =>
+            {
                 let (file, Range { offset, length, unmap }) = (raw.file().as_raw_fd(), *range);
-                let mode = if request.kind == Kind::Zero && !unmap { holes::ZERO } else { holes::PUNCH };
+                let mode =
+                    if request.kind == RequestKind::Zero && !unmap { holes::ZERO } else { holes::PUNCH };
                 Some(Operation::Allocate { file, mode, offset, length })
             }
             _ => None,

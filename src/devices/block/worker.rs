@@ -8,7 +8,7 @@ use vm_memory::GuestAddressSpace;
 
 use super::bounce::Bounce;
 use super::flushes::{Flushing, Turn};
-use super::request::{Code, Disk, Kind, Request, Scratch};
+use super::request::{Code, Disk, Request, RequestKind, Scratch};
 use super::ring::Ring;
 use crate::error::{Context, Error, Result};
 use crate::history::{self, Event};
@@ -216,7 +216,7 @@ impl Running {
     /// Whether a request is to be done now: a flush has its turn among those of all queues. `asked`: the number
     /// by which it has waited for that.
     fn way(&mut self, index: u16, asked: Option<u64>) -> Way {
-        if self.requests[usize::from(index)].kind != Kind::Flush {
+        if self.requests[usize::from(index)].kind != RequestKind::Flush {
             return Way::On;
         }
         match self.disk.image.flushes().enter(asked, self.queue.waker()) {
@@ -265,7 +265,8 @@ impl Running {
         {
             return Ok(());
         }
-        if matches!(request.kind, Kind::Discard | Kind::Zero) && self.disk.image.raw().is_none() {
+        if matches!(request.kind, RequestKind::Discard | RequestKind::Zero) && self.disk.image.raw().is_none()
+        {
             // They are where their clusters were.
             self.drain(memory)?;
         }
@@ -297,19 +298,19 @@ impl Running {
     fn step(&mut self, memory: &Regions, index: u16, result: IoResult<u32>) -> Result<()> {
         let request = &mut self.requests[usize::from(index)];
         let done = match (result, request.kind) {
-            (Ok(0), Kind::Read | Kind::Write) if !request.data.is_empty() => {
+            (Ok(0), RequestKind::Read | RequestKind::Write) if !request.data.is_empty() => {
                 // The end of the file; an image may mean zeros by that.
                 request.perform(&self.disk, &mut self.bounce).map(|()| true)
             }
-            (Ok(count), Kind::Read | Kind::Write) => {
-                if request.kind == Kind::Read {
+            (Ok(count), RequestKind::Read | RequestKind::Write) => {
+                if request.kind == RequestKind::Read {
                     request.data.mark_dirty(count as usize);
                 }
                 request.data.advance(count as usize);
                 request.offset += u64::from(count);
                 Ok(request.data.is_empty())
             }
-            (Ok(_), Kind::Discard | Kind::Zero) => {
+            (Ok(_), RequestKind::Discard | RequestKind::Zero) => {
                 request.ranges.pop();
                 Ok(request.ranges.is_empty())
             }
@@ -317,7 +318,7 @@ impl Running {
             (Err(error), _) => match error.kind() {
                 ErrorKind::Interrupted | ErrorKind::WouldBlock => Ok(false),
                 // A file system without: we have another way.
-                ErrorKind::Unsupported if request.kind == Kind::Zero => {
+                ErrorKind::Unsupported if request.kind == RequestKind::Zero => {
                     request.perform(&self.disk, &mut self.bounce).map(|()| true)
                 }
                 _ => Err(error),
@@ -333,7 +334,7 @@ impl Running {
     fn end(&mut self, memory: &Regions, index: u16, result: IoResult<()>) -> Result<()> {
         let request = &self.requests[usize::from(index)];
         self.bytes_in_flight -= request.length;
-        let flushing = if request.kind == Kind::Flush { self.flushing.take() } else { None };
+        let flushing = if request.kind == RequestKind::Flush { self.flushing.take() } else { None };
         let is_first_loss = flushing.is_some_and(|flushing| flushing.end(result.is_ok()));
         let code = match result {
             Ok(()) => {
@@ -344,7 +345,7 @@ impl Running {
                 self.disk.metrics.execute_fails.add(1);
                 let device = format!("disk `{}`", self.disk.id);
                 let reason = match request.kind {
-                    Kind::Flush => format!("flush: {error}"),
+                    RequestKind::Flush => format!("flush: {error}"),
                     kind => format!("{} at byte {}: {error}", kind.name(), request.offset),
                 };
                 if is_first_loss {
@@ -367,20 +368,20 @@ impl Running {
         let metrics = &self.disk.metrics;
         let took = || self.now.saturating_duration_since(request.begun);
         match request.kind {
-            Kind::Read => {
+            RequestKind::Read => {
                 metrics.read_count.add(1);
                 metrics.read_bytes.add(request.length);
                 metrics.read_agg.add(took());
             }
-            Kind::Write => {
+            RequestKind::Write => {
                 metrics.write_count.add(1);
                 metrics.write_bytes.add(request.length);
                 metrics.write_agg.add(took());
             }
-            Kind::Flush => metrics.flush_count.add(1),
-            Kind::Discard => metrics.discard_count.add(1),
-            Kind::Zero => metrics.write_zeroes_count.add(1),
-            Kind::Id => {}
+            RequestKind::Flush => metrics.flush_count.add(1),
+            RequestKind::Discard => metrics.discard_count.add(1),
+            RequestKind::Zero => metrics.write_zeroes_count.add(1),
+            RequestKind::Id => {}
         }
     }
 

@@ -47,12 +47,12 @@ const NO_VECTOR: u32 = 0xffff;
 
 /// Which transport a device is behind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum TransportKind {
     Mmio,
     Pci,
 }
 
-pub const KINDS: [Kind; 2] = [Kind::Mmio, Kind::Pci];
+pub const TRANSPORTS: [TransportKind; 2] = [TransportKind::Mmio, TransportKind::Pci];
 
 /// The machine whose interrupts PCI devices use: one for all tests of a process, without CPUs running.
 pub fn vm() -> Arc<Vm> {
@@ -164,7 +164,7 @@ fn function_of(
 
 impl Guest {
     /// A machine built anew with `device` in it, and memory full of zeros.
-    pub fn new(kind: Kind, device: Box<dyn VirtioDevice>) -> Self {
+    pub fn new(kind: TransportKind, device: Box<dyn VirtioDevice>) -> Self {
         let memory = memory::allocate(&[Range { start: 0, size: MEMORY }]).unwrap();
         let errands = Errands::new(event());
         let event_loop = Loop::new("io", &errands).unwrap();
@@ -174,26 +174,26 @@ impl Guest {
 
     /// The same over a memory that there is, and without a thread: the device works when something here
     /// waits for it or lets it (`turn`).
-    pub fn by_hand(kind: Kind, device: Box<dyn VirtioDevice>, memory: Memory) -> Self {
+    pub fn by_hand(kind: TransportKind, device: Box<dyn VirtioDevice>, memory: Memory) -> Self {
         Self::build(kind, device, memory, Io::ByHand(ByHand::new().unwrap()))
     }
 
-    fn build(kind: Kind, device: Box<dyn VirtioDevice>, memory: Memory, io: Io) -> Self {
+    fn build(kind: TransportKind, device: Box<dyn VirtioDevice>, memory: Memory, io: Io) -> Self {
         let event_loop = match &io {
             Io::Thread(event_loop, _) => event_loop.clone(),
             Io::ByHand(by_hand) => by_hand.event_loop(),
         };
         let notes = Notes { rings: vec![Ring::default(); device.queue_sizes().len()], allocated: 0 };
-        let lines = if kind == Kind::Mmio { 1 } else { 1 + device.queue_vectors() };
+        let lines = if kind == TransportKind::Mmio { 1 } else { 1 + device.queue_vectors() };
         let mut events: Vec<_> = (0..lines).map(|_| event()).collect();
         let signals = events.clone();
         let (transport, registers) = match kind {
-            Kind::Mmio => {
+            TransportKind::Mmio => {
                 let interrupts = Interrupts::line(events.remove(0), None);
                 let transport = transport(device, memory.clone(), event_loop, interrupts);
                 (transport.clone(), Registers::Mmio(Mmio(transport)))
             }
-            Kind::Pci => {
+            TransportKind::Pci => {
                 let (transport, function) = function_of(device, memory.clone(), event_loop, 1, events);
                 (transport, Registers::Pci(function.registers(), Box::new(function)))
             }
@@ -201,10 +201,10 @@ impl Guest {
         Self { memory, transport, notes, io, registers, signals }
     }
 
-    pub fn kind(&self) -> Kind {
+    pub fn kind(&self) -> TransportKind {
         match self.registers {
-            Registers::Mmio(_) => Kind::Mmio,
-            Registers::Pci(..) => Kind::Pci,
+            Registers::Mmio(_) => TransportKind::Mmio,
+            Registers::Pci(..) => TransportKind::Pci,
         }
     }
 
@@ -388,7 +388,7 @@ impl Guest {
 
     /// Whether a queue's interrupt (or with none: that of configuration changes) is waiting.
     pub fn is_interrupted(&mut self, queue: Option<usize>) -> bool {
-        if let (Some(queue), Kind::Pci) = (queue, self.kind()) {
+        if let (Some(queue), TransportKind::Pci) = (queue, self.kind()) {
             self.write(0, 0x16, 2, queue as u32);
         }
         let vector = queue.map_or(0, |_| self.read(0, 0x1a, 2));

@@ -6,7 +6,7 @@ use arbitrary::Unstructured;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 use crate::driver::{
-    DATA, DRIVER_OK, F_VERSION_1, FEATURES_OK, Guest, Kind, MEMORY, NEEDS_RESET, NEXT, WRITE,
+    DATA, DRIVER_OK, F_VERSION_1, FEATURES_OK, Guest, TransportKind, MEMORY, NEEDS_RESET, NEXT, WRITE,
 };
 use crate::ground::SEAM;
 use crate::host::{self, Host, TX};
@@ -21,7 +21,7 @@ pub fn run(bytes: &[u8]) {
         let mut bytes = Unstructured::new(bytes);
         let choice = usize::from(bytes.arbitrary::<u8>().unwrap_or(0));
         let device = &host.devices[choice / 2 % host.devices.len()];
-        let kind = if choice % 2 == 0 { Kind::Mmio } else { Kind::Pci };
+        let kind = if choice % 2 == 0 { TransportKind::Mmio } else { TransportKind::Pci };
         let guest = Some(host.guest(kind, device));
         let mut run = Run { host, device, guest, bytes, sound: false, paused: false };
         for _ in 0..STEPS_MAX {
@@ -36,7 +36,7 @@ pub fn run(bytes: &[u8]) {
 
 struct Run<'a> {
     host: &'a Host,
-    device: &'a alula::devices::kind::Device,
+    device: &'a alula::devices::kind::ConfiguredDevice,
     /// There but while it is built anew.
     guest: Option<Guest>,
     bytes: Unstructured<'a>,

@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 
 use alula::config::Config;
 use alula::descriptors::Named;
-use alula::devices::KINDS as DEVICES;
-use alula::devices::kind::Device;
+use alula::devices::KINDS;
+use alula::devices::kind::ConfiguredDevice;
 use alula::error::Result;
 use alula::host::tap::Tap;
 use alula::host::{Access, Resource};
@@ -19,7 +19,7 @@ use alula::log;
 use alula::virtio::VirtioDevice;
 use serde_json::{Value, json};
 
-use crate::driver::{self, Guest, Kind, WRITE};
+use crate::driver::{self, Guest, TransportKind, WRITE};
 use crate::ground;
 use crate::network::{self, Wire};
 use crate::vsock;
@@ -51,7 +51,7 @@ pub struct Host {
     /// One for each queue pair.
     taps: [File; 2],
     pub wire: Wire,
-    pub devices: Vec<Device>,
+    pub devices: Vec<ConfiguredDevice>,
     /// Inputs so far, and the descriptors that were open after the first one.
     inputs: Cell<u64>,
     descriptors: Cell<usize>,
@@ -150,7 +150,7 @@ impl Host {
     }
 
     /// The host as `device` sees it: what is open here, instead of what is at its paths.
-    fn lent(&self, device: &Device) -> alula::host::Host {
+    fn lent(&self, device: &ConfiguredDevice) -> alula::host::Host {
         let mut host = alula::host::Host::default();
         match device.kind().section {
             "drives" => {
@@ -172,21 +172,21 @@ impl Host {
         host
     }
 
-    pub fn try_open(&self, device: &Device) -> Result<Box<dyn VirtioDevice>> {
+    pub fn try_open(&self, device: &ConfiguredDevice) -> Result<Box<dyn VirtioDevice>> {
         device.open("fuzz", &mut self.lent(device))
     }
 
-    pub fn open(&self, device: &Device) -> Box<dyn VirtioDevice> {
+    pub fn open(&self, device: &ConfiguredDevice) -> Box<dyn VirtioDevice> {
         self.try_open(device).unwrap()
     }
 
     /// A machine with that device, and memory full of zeros.
-    pub fn guest(&self, kind: Kind, device: &Device) -> Guest {
+    pub fn guest(&self, kind: TransportKind, device: &ConfiguredDevice) -> Guest {
         Guest::by_hand(kind, self.open(device), ground::memory())
     }
 
     /// Another one over the same memory, as it is.
-    pub fn guest_anew(&self, device: &Device, old: Guest) -> Guest {
+    pub fn guest_anew(&self, device: &ConfiguredDevice, old: Guest) -> Guest {
         let (kind, memory) = (old.kind(), old.memory.clone());
         drop(old);
         Guest::by_hand(kind, self.open(device), memory)
@@ -194,7 +194,7 @@ impl Host {
 
     /// A request as a sound driver makes it, and its answer: the device works. A new device is taught
     /// here how it is used.
-    pub fn exercise(&self, device: &Device, guest: &mut Guest) {
+    pub fn exercise(&self, device: &ConfiguredDevice, guest: &mut Guest) {
         guest.notes.allocated = 0;
         match device.kind().section {
             "drives" => self.exercise_disk(device, guest),
@@ -209,7 +209,7 @@ impl Host {
         }
     }
 
-    fn exercise_disk(&self, device: &Device, guest: &mut Guest) {
+    fn exercise_disk(&self, device: &ConfiguredDevice, guest: &mut Guest) {
         let is_read_only = device.config::<alula::devices::block::Config>().unwrap().is_read_only;
         let sector = 5;
         let mut header = [0; 16];
@@ -288,7 +288,7 @@ fn memory_file() -> File {
 }
 
 /// Every kind of device, and what of its configuration makes another device of it.
-fn devices() -> Vec<Device> {
+fn devices() -> Vec<ConfiguredDevice> {
     let disk = |id: &str, more: Value| {
         let mut disk = json!({"drive_id": id, "path_on_host": DISK, "is_root_device": false});
         disk.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
@@ -305,8 +305,8 @@ fn devices() -> Vec<Device> {
         "vsock": { "guest_cid": vsock::CID, "uds_path": socket() },
     });
     let config = Config::parse(config.to_string().as_bytes()).unwrap();
-    for kind in DEVICES {
-        let lists = |device: &Device| device.kind() == kind;
+    for kind in KINDS {
+        let lists = |device: &ConfiguredDevice| device.kind() == kind;
         assert!(config.devices().any(lists), "teach this a configuration with `{}`", kind.section);
     }
     config.devices().cloned().collect()

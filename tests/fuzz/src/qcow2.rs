@@ -2,12 +2,12 @@
 //! no more of the host than it should. What was not damaged reads as it was written.
 
 use alula::devices::block;
-use alula::devices::kind::Device;
+use alula::devices::kind::ConfiguredDevice;
 use alula::virtio::VirtioDevice;
 use arbitrary::Unstructured;
 use serde_json::json;
 
-use crate::driver::{Guest, Kind, NEEDS_RESET, WRITE};
+use crate::driver::{Guest, TransportKind, NEEDS_RESET, WRITE};
 use crate::host::{self, BASE, Host, SECTOR, SECTORS};
 use crate::{ground, state};
 
@@ -47,12 +47,12 @@ pub fn run(bytes: &[u8]) {
     });
 }
 
-fn device(read_only: bool) -> Device {
+fn device(read_only: bool) -> ConfiguredDevice {
     let config = json!({
         "drive_id": "disk", "path_on_host": host::DISK, "is_root_device": false, "is_read_only": read_only,
         "cache_type": "Writeback", "format": "qcow2",
     });
-    Device::new(serde_json::from_value::<block::Config>(config).unwrap())
+    ConfiguredDevice::new(serde_json::from_value::<block::Config>(config).unwrap())
 }
 
 /// An image of `SECTORS` sectors with one cluster of data, and with zeros or another image beneath.
@@ -100,7 +100,7 @@ fn use_disk(
     beneath: Option<bool>,
     read_only: bool,
 ) {
-    let mut disk = Disk { guest: Guest::by_hand(Kind::Mmio, device, ground::memory()), read_only };
+    let mut disk = Disk { guest: Guest::by_hand(TransportKind::Mmio, device, ground::memory()), read_only };
     disk.guest.start(0);
     let mut sectors = [0; 8];
     disk.guest.config(0, &mut sectors);

@@ -10,7 +10,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 
 use arbitrary::{Result, Unstructured};
 
-use crate::driver::{F_EVENT_IDX, Guest, Kind, WRITE};
+use crate::driver::{F_EVENT_IDX, Guest, TransportKind, WRITE};
 use crate::host::{self, Host, RX, TX};
 use crate::vsock::{CID, EVENT, HEADER, HOST, Packet, REQUEST, RST, RW};
 
@@ -29,7 +29,7 @@ pub fn run(bytes: &[u8]) {
         let listener = UnixListener::bind(&path).unwrap();
         listener.set_nonblocking(true).unwrap();
         let device = host.devices.iter().find(|device| device.kind().section == "vsock").unwrap();
-        let guest = host.guest(Kind::Mmio, device);
+        let guest = host.guest(TransportKind::Mmio, device);
         let mut world = World {
             guest: Some(guest),
             listener,
@@ -118,7 +118,7 @@ impl World {
     fn step(
         &mut self,
         host: &Host,
-        device: &alula::devices::kind::Device,
+        device: &alula::devices::kind::ConfiguredDevice,
         bytes: &mut Unstructured<'_>,
     ) -> Result<()> {
         match bytes.arbitrary::<u8>()? % 16 {
@@ -177,7 +177,7 @@ impl World {
     }
 
     /// Another machine goes on from the state of this one.
-    fn move_on(&mut self, host: &Host, device: &alula::devices::kind::Device) {
+    fn move_on(&mut self, host: &Host, device: &alula::devices::kind::ConfiguredDevice) {
         self.guest().pause();
         let old = self.guest.take().expect("it is there between steps");
         let (state, notes) = (old.save(), old.notes.clone());

@@ -4,7 +4,7 @@
 use alula::snapshot::SaveState;
 use arbitrary::Unstructured;
 
-use crate::driver::{F_EVENT_IDX, Guest, Kind};
+use crate::driver::{F_EVENT_IDX, Guest, TransportKind};
 use crate::host;
 
 const CHANGES_MAX: usize = 16;
@@ -14,7 +14,7 @@ pub fn run(bytes: &[u8]) {
         let mut bytes = Unstructured::new(bytes);
         let choice = usize::from(bytes.arbitrary::<u8>().unwrap_or(0));
         let device = &host.devices[choice / 4 % host.devices.len()];
-        let kind = if choice & 1 == 0 { Kind::Mmio } else { Kind::Pci };
+        let kind = if choice & 1 == 0 { TransportKind::Mmio } else { TransportKind::Pci };
         let mut guest = host.guest(kind, device);
         if choice & 2 == 0 {
             guest.start(F_EVENT_IDX);

@@ -2,7 +2,7 @@
 //! in any order. What is left must be a sound image, with all that was flushed.
 
 use super::medium::record::{self, Step};
-use super::model::{CLUSTER, Kind, PACKED_MAX, PLAIN, Random, image, open, walk};
+use super::model::{CLUSTER, ImageForm, PACKED_MAX, PLAIN, Random, image, open, walk};
 use crate::devices::block::config::CacheType;
 
 /// A request: when it began and ended, in recorded steps, and what it made of which sectors.
@@ -23,7 +23,7 @@ struct Run {
 /// So many sectors are written at a time to fill a disk.
 const FULL: usize = 100;
 
-fn run(kind: Kind, cache_type: CacheType, requests: u64, longest: u64, random: &mut Random) -> Run {
+fn run(kind: ImageForm, cache_type: CacheType, requests: u64, longest: u64, random: &mut Random) -> Run {
     let image = open(&image(kind), cache_type);
     let durable = cache_type == CacheType::Writeback;
     (0..kind.full).step_by(FULL).for_each(|sector| image.write(1, sector, FULL as u64));
@@ -166,16 +166,16 @@ fn apply(image: &mut Vec<u8>, step: &Step, mut keep: impl FnMut(usize) -> bool) 
 #[test]
 fn an_image_cut_off_anywhere_is_sound_with_all_that_was_flushed() {
     let mut random = Random(7);
-    let packed = Kind { sectors: 200, packed: PACKED_MAX, ..PLAIN };
+    let packed = ImageForm { sectors: 200, packed: PACKED_MAX, ..PLAIN };
     for kind in [
         PLAIN,
-        Kind { version: 2, ..PLAIN },
-        Kind { order: 3, has_snapshot: true, ..PLAIN },
-        Kind { order: 6, has_snapshot: true, ..PLAIN },
-        Kind { has_base: true, ..PLAIN },
+        ImageForm { version: 2, ..PLAIN },
+        ImageForm { order: 3, has_snapshot: true, ..PLAIN },
+        ImageForm { order: 6, has_snapshot: true, ..PLAIN },
+        ImageForm { has_base: true, ..PLAIN },
         packed,
-        Kind { version: 2, has_base: true, ..packed },
-        Kind { order: 3, has_snapshot: true, has_base: true, ..packed },
+        ImageForm { version: 2, has_base: true, ..packed },
+        ImageForm { order: 3, has_snapshot: true, has_base: true, ..packed },
     ] {
         for cache_type in [CacheType::Writeback, CacheType::Unsafe] {
             let run = run(kind, cache_type, 70, 40, &mut random);
@@ -194,7 +194,7 @@ fn a_table_of_reference_counts_may_move_wherever_it_is_cut_off() {
     let mut random = Random(3);
     for has_snapshot in [false, true] {
         // A cluster of the table tells of 2 MiB.
-        let kind = Kind { order: 6, sectors: 4800, has_snapshot, full: 3900, ..PLAIN };
+        let kind = ImageForm { order: 6, sectors: 4800, has_snapshot, full: 3900, ..PLAIN };
         let run = run(kind, CacheType::Writeback, 30, 30, &mut random);
         let is_header = |step: &Step| matches!(step, Step::Write { offset: 0, .. });
         assert!(run.steps.iter().any(is_header), "it did not move");

@@ -21,12 +21,12 @@ use crate::descriptors::Named;
 #[derive(Debug)]
 pub struct Layer {
     medium: Arc<Medium>,
-    kind: Kind,
+    kind: LayerKind,
     writes: CommonStorageHelper,
 }
 
 #[derive(Debug)]
-enum Kind {
+enum LayerKind {
     /// Anything: it is only read, as it is.
     Raw,
     /// A qcow2 image that is only read. `imago` does not see the marks that forbid no more than writing.
@@ -38,21 +38,21 @@ enum Kind {
 impl Layer {
     /// A raw file that is only read.
     pub fn raw(file: Named<File>) -> Self {
-        Self::new(Arc::new(Medium::new(file, 0)), Kind::Raw)
+        Self::new(Arc::new(Medium::new(file, 0)), LayerKind::Raw)
     }
 
     /// A qcow2 image that is only read; `is_marked`: as one that must not be written.
     pub fn image(file: Named<File>, is_marked: bool) -> Self {
         // Version 2 has no marks, and other things in their place.
-        Self::new(Arc::new(Medium::new(file, 0)), if is_marked { Kind::Marked } else { Kind::Raw })
+        Self::new(Arc::new(Medium::new(file, 0)), if is_marked { LayerKind::Marked } else { LayerKind::Raw })
     }
 
     /// A qcow2 image that is written.
     pub fn writable(tables: Arc<Tables>) -> Self {
-        Self::new(tables.medium().clone(), Kind::Writable(tables))
+        Self::new(tables.medium().clone(), LayerKind::Writable(tables))
     }
 
-    fn new(medium: Arc<Medium>, kind: Kind) -> Self {
+    fn new(medium: Arc<Medium>, kind: LayerKind) -> Self {
         Self { medium, kind, writes: CommonStorageHelper::default() }
     }
 }
@@ -80,13 +80,13 @@ impl Storage for Layer {
     unsafe fn pure_readv(&self, bufv: IoVectorMut<'_>, mut offset: u64) -> Result<()> {
         for mut slice in bufv.into_inner() {
             match &self.kind {
-                Kind::Writable(tables) => tables.read(&mut slice, offset)?,
+                LayerKind::Writable(tables) => tables.read(&mut slice, offset)?,
                 _ => self.medium.read(&mut slice, offset)?,
             }
             match self.kind {
-                Kind::Raw => {}
-                Kind::Marked => header::hide_marks(&mut slice, offset),
-                Kind::Writable(_) => self.medium.hide_claims(&mut slice, offset),
+                LayerKind::Raw => {}
+                LayerKind::Marked => header::hide_marks(&mut slice, offset),
+                LayerKind::Writable(_) => self.medium.hide_claims(&mut slice, offset),
             }
             offset += slice.len() as u64;
         }
@@ -96,7 +96,7 @@ impl Storage for Layer {
     unsafe fn pure_writev(&self, bufv: IoVector<'_>, mut offset: u64) -> Result<()> {
         for slice in bufv.into_inner() {
             match &self.kind {
-                Kind::Writable(tables) => tables.take(&slice, offset)?,
+                LayerKind::Writable(tables) => tables.take(&slice, offset)?,
                 _ => self.medium.write(&slice, offset)?,
             }
             offset += slice.len() as u64;
@@ -107,7 +107,7 @@ impl Storage for Layer {
     unsafe fn pure_write_zeroes(&self, offset: u64, length: u64) -> Result<()> {
         match &self.kind {
             // A part of a cluster.
-            Kind::Writable(tables) => tables.take(&vec![0; length as usize], offset),
+            LayerKind::Writable(tables) => tables.take(&vec![0; length as usize], offset),
             _ => self.medium.zero(offset, length),
         }
     }

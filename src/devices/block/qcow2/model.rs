@@ -27,7 +27,7 @@ const PACKED: usize = STORED.len() + CLUSTER;
 
 /// The form and the first content of an image.
 #[derive(Clone, Copy, Debug)]
-pub struct Kind {
+pub struct ImageForm {
     pub version: u32,
     /// Reference counts have 2^`order` bits.
     pub order: u32,
@@ -42,8 +42,15 @@ pub struct Kind {
 }
 
 /// An image of which one sector has data.
-pub const PLAIN: Kind =
-    Kind { version: 3, order: 4, sectors: 700, has_snapshot: false, has_base: false, packed: 0, full: 0 };
+pub const PLAIN: ImageForm = ImageForm {
+    version: 3,
+    order: 4,
+    sectors: 700,
+    has_snapshot: false,
+    has_base: false,
+    packed: 0,
+    full: 0,
+};
 
 /// Most compressed clusters that an image has: they share one table, and each starts in the first 507 bytes of a
 /// cluster, so that each lies in two.
@@ -67,7 +74,7 @@ pub fn word(image: &[u8], at: usize) -> u32 {
 }
 
 /// An image with one cluster of data, and some that are compressed, which a snapshot may share.
-pub fn image(kind: Kind) -> Vec<u8> {
+pub fn image(kind: ImageForm) -> Vec<u8> {
     let links = (kind.sectors as usize * 8).div_ceil(CLUSTER);
     let link_clusters = (links * 8).div_ceil(CLUSTER);
     let (counts, block, table, data) = (1, 2, 3 + link_clusters, 4 + link_clusters);

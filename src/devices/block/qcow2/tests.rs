@@ -1,7 +1,7 @@
 //! Tests of how the file of an image is read and written, by one request or by none.
 
 use super::medium::record::{self, Step};
-use super::model::{CLUSTER, Kind, Opened, PACKED_MAX, PLAIN, image, open, open_again, walk};
+use super::model::{CLUSTER, ImageForm, Opened, PACKED_MAX, PLAIN, image, open, open_again, walk};
 use super::tables::HELD_MAX;
 use crate::devices::block::config::{Backing, CacheType, Format};
 use crate::host::Host;
@@ -49,7 +49,7 @@ fn a_request_for_many_compressed_clusters_commits_once() {
     ];
     for (what, number, work) in works {
         for (has_snapshot, every) in [(false, 1), (false, 2), (true, 1), (true, 2)] {
-            let kind = Kind { order: 3, sectors: 200, packed: PACKED_MAX, has_snapshot, ..PLAIN };
+            let kind = ImageForm { order: 3, sectors: 200, packed: PACKED_MAX, has_snapshot, ..PLAIN };
             let opened = open(&image(kind), CacheType::Writeback);
             let what = format!("{what}, {has_snapshot}, one of {every}");
             // Between them what does not follow on them: zeros, which have no place.
@@ -77,7 +77,7 @@ fn one_request_to_give_back_own_clusters_holds_no_more() {
     const TOLD: u64 = CLUSTER as u64 / 8;
     let sectors = TABLES as u64 * TOLD;
     for is_zero in [false, true] {
-        let opened = open(&image(Kind { sectors, ..PLAIN }), CacheType::Writeback);
+        let opened = open(&image(ImageForm { sectors, ..PLAIN }), CacheType::Writeback);
         for table in 0..TABLES as u64 {
             opened.write(1, table * TOLD, 1);
         }
@@ -94,7 +94,7 @@ fn one_request_to_give_back_own_clusters_holds_no_more() {
 }
 
 /// An image whose autoclear features are on.
-fn claiming(kind: Kind) -> Vec<u8> {
+fn claiming(kind: ImageForm) -> Vec<u8> {
     let mut image = image(kind);
     image[95] = 3;
     image
@@ -151,7 +151,7 @@ fn autoclear_features_are_off_before_anything_is_written() {
 
 #[test]
 fn an_image_of_version_2_is_read_as_it_is() {
-    let mut image = image(Kind { version: 2, has_base: true, ..PLAIN });
+    let mut image = image(ImageForm { version: 2, has_base: true, ..PLAIN });
     // The name of what is beneath lies where later versions have their marks.
     let name = b"backing-name";
     image[8..16].copy_from_slice(&72_u64.to_be_bytes());

@@ -1,7 +1,7 @@
 //! A network interface on the command line.
 
 use super::{Config, Publish, User};
-use crate::devices::kind::{Device, check_words};
+use crate::devices::kind::{ConfiguredDevice, check_words};
 
 /// The form of the value of `--net`.
 pub const FORM: &str = "tap=NAME|fd=N|user[,mac=MAC][,id=ID][,...]";
@@ -53,7 +53,7 @@ fn small(part: &str, text: &str) -> Result<u16, String> {
 }
 
 /// `--publish`: more ports for the first network of passt.
-pub fn publish(devices: &mut [Device], ports: &[Publish]) -> Result<(), String> {
+pub fn publish(devices: &mut [ConfiguredDevice], ports: &[Publish]) -> Result<(), String> {
     if ports.is_empty() {
         return Ok(());
     }
@@ -63,7 +63,7 @@ pub fn publish(devices: &mut [Device], ports: &[Publish]) -> Result<(), String> 
         {
             let mut config = config.clone();
             config.user.get_or_insert_default().publish.extend(ports);
-            *device = Device::new(config);
+            *device = ConfiguredDevice::new(config);
             return device.check().map_err(|error| format!("--publish: {error}"));
         }
     }
