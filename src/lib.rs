@@ -24,6 +24,7 @@
 //! - [`config`]: everything a microVM is made of.
 //! - [`firmware`]: the guest of our own that is carried along.
 //! - [`machine`]: the machine and its run states: a list of parts, built, then loaded.
+//! - [`carry`]: a machine that leaves its process: files of its state and its memory.
 //! - [`microvm`]: one microVM and its owner, with every operation on it once, and the main loop.
 //! - [`guest`]: what the host asks of the agent in a guest, and what boots a guest whose init it is.
 //! - [`api`]: the control socket. [`cli`]: the command line.
@@ -70,6 +71,7 @@ pub mod api;
 pub mod arch;
 pub mod archive;
 pub mod bus;
+pub mod carry;
 pub mod cli;
 pub mod clock;
 pub mod config;

@@ -1,5 +1,6 @@
 //! Guest memory: where its pages come from, and by which type everything else sees it.
 
+pub mod backing;
 pub mod mapping;
 pub mod written;
 
@@ -18,9 +19,9 @@ use vm_memory::{
     GuestRegionMmap, MemoryRegionAddress, MmapRegion,
 };
 
-use crate::descriptors::Named;
 use crate::error::{Context, Error, Result};
-use mapping::{Mapping, Pages, memory_file, page_size};
+use backing::Backing;
+use mapping::{Mapping, page_size};
 pub use written::{Written, is_tracked};
 
 /// The regions of guest memory.
@@ -106,12 +107,13 @@ pub struct Region {
     pages: GuestRegionMmap<Written>,
     /// None: whoever made the pages gives them back.
     mapping: Option<Arc<Mapping>>,
-    file: Option<Named<File>>,
+    /// None: no page comes from a file.
+    backing: Option<Backing>,
 }
 
 impl From<GuestRegionMmap<Written>> for Region {
     fn from(pages: GuestRegionMmap<Written>) -> Self {
-        Self { pages, mapping: None, file: None }
+        Self { pages, mapping: None, backing: None }
     }
 }
 
@@ -135,26 +137,15 @@ impl Region {
         }
         let mut mapping =
             Mapping::new(usize::try_from(range.size).with_context(attempt)?).with_context(attempt)?;
-        let mut own = None;
-        match source {
-            Source::Anonymous => {}
-            Source::Shared => {
-                let attempt = || format!("map {} MiB of guest memory in a file", range.size >> 20);
-                let file = memory_file(range.size).with_context(attempt)?;
-                mapping.show(0, range.size as usize, &file, 0, Pages::OfFile).with_context(attempt)?;
-                own = Some(Named::new(format!("guest memory at {:#x}", range.start), file));
-            }
-            Source::Private { file, pieces } => {
-                for piece in pieces.iter().filter(|piece| range.contains(piece.range)) {
-                    let attempt = || format!("map {} of guest memory from its file", piece.range);
-                    let offset = (piece.range.start - range.start) as usize;
-                    mapping
-                        .show(offset, piece.range.size as usize, file, piece.position, Pages::Private)
-                        .with_context(attempt)?;
-                }
-            }
+        let backing = match source {
+            Source::Anonymous => None,
+            Source::Shared => Some(Backing::shared(range)?),
+            Source::Private { file, pieces } => Some(Backing::private(range, file, pieces)?),
+        };
+        if let Some(backing) = &backing {
+            backing.show(range, &mut mapping)?;
         }
-        Ok(Self { file: own, ..Self::over(mapping, range)? })
+        Ok(Self { backing, ..Self::over(mapping, range)? })
     }
 
     #[allow(unsafe_code)]
@@ -168,7 +159,7 @@ impl Region {
         let pages = pages.build().context("describe guest memory")?;
         let pages = GuestRegionMmap::new(pages, GuestAddress(range.start))
             .ok_or_else(|| Error::config("guest memory does not fit the address space"))?;
-        Ok(Self { pages, mapping: Some(Arc::new(mapping)), file: None })
+        Ok(Self { pages, mapping: Some(Arc::new(mapping)), backing: None })
     }
 
     /// Its guest addresses.
@@ -179,7 +170,12 @@ impl Region {
     /// The file that another process can map for the same pages, from its beginning; None: its pages are this
     /// process's own.
     pub fn file(&self) -> Option<&File> {
-        self.file.as_deref()
+        self.backing.as_ref().and_then(Backing::shared_file)
+    }
+
+    /// The file that its content comes from where no page is this process's own; None: zeros.
+    pub fn backing(&self) -> Option<&Backing> {
+        self.backing.as_ref()
     }
 
     /// Asks the host for huge pages, or to give none, whatever its policy is.
@@ -301,7 +297,7 @@ mod tests {
     use super::*;
     use std::os::unix::fs::FileExt;
 
-    use super::mapping::HUGE_PAGE;
+    use super::mapping::{HUGE_PAGE, memory_file};
     use vm_memory::bitmap::Bitmap;
     use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryBackend};
 

@@ -1,0 +1,5 @@
+//! A machine that leaves its process: its state and its memory in files, and the way back.
+
+pub mod folder;
+pub mod memory_file;
+pub mod state_file;

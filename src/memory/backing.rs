@@ -1,0 +1,86 @@
+//! The file that pages of a region come from, and what it holds for them.
+
+use std::fs::File;
+use std::io::{ErrorKind, Result as IoResult};
+use std::os::unix::fs::FileExt;
+
+use super::mapping::{Mapping, Pages, memory_file};
+use super::{Piece, Range};
+use crate::descriptors::Named;
+use crate::error::{Context, Result};
+
+/// The file behind a region, and which parts of the region it has the content of.
+#[derive(Debug)]
+pub struct Backing {
+    file: Named<File>,
+    /// Those of this region alone.
+    pieces: Vec<Piece>,
+    pages: Pages,
+}
+
+impl Backing {
+    /// A file of zeros without a name, that another process can map, too.
+    pub(super) fn shared(range: Range) -> Result<Self> {
+        let attempt = || format!("map {} MiB of guest memory in a file", range.size >> 20);
+        let file = memory_file(range.size).with_context(attempt)?;
+        let file = Named::new(format!("guest memory at {:#x}", range.start), file);
+        Ok(Self { file, pieces: vec![Piece { range, position: 0 }], pages: Pages::OfFile })
+    }
+
+    /// The pieces of `file` that are for `range`; what is written to them is this process's own.
+    pub(super) fn private(range: Range, file: &File, pieces: &[Piece]) -> Result<Self> {
+        let file = file.try_clone().context("keep the file of guest memory open")?;
+        let file = Named::new(format!("file of guest memory at {:#x}", range.start), file);
+        let pieces = pieces.iter().filter(|piece| range.contains(piece.range)).copied().collect();
+        Ok(Self { file, pieces, pages: Pages::Private })
+    }
+
+    /// Shows the pieces in the mapping of the region at `range`.
+    pub(super) fn show(&self, range: Range, mapping: &mut Mapping) -> Result<()> {
+        for Piece { range: piece, position } in &self.pieces {
+            let offset = (piece.start - range.start) as usize;
+            mapping
+                .show(offset, piece.size as usize, &self.file, *position, self.pages)
+                .with_context(|| format!("map {piece} of guest memory from its file"))?;
+        }
+        Ok(())
+    }
+
+    /// The file, if another process can map it for the same pages, from its beginning.
+    pub(super) fn shared_file(&self) -> Option<&File> {
+        (self.pages == Pages::OfFile).then_some(&*self.file)
+    }
+
+    /// Fills `bytes` with what the file holds for the guest's addresses from `start` on. What it has nothing for is
+    /// left as it is.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub fn read(&self, start: u64, bytes: &mut [u8]) -> IoResult<()> {
+        let end = start + bytes.len() as u64;
+        for Piece { range, position } in &self.pieces {
+            let (from, to) = (range.start.max(start), range.end().min(end));
+            if from < to {
+                let part = &mut bytes[(from - start) as usize..(to - start) as usize];
+                read_to_end(&self.file, part, position + (from - range.start))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Fills `bytes` from `place` of the file on; what lies after its end is left as it is.
+fn read_to_end(file: &File, mut bytes: &mut [u8], mut place: u64) -> IoResult<()> {
+    while !bytes.is_empty() {
+        match file.read_at(bytes, place) {
+            Ok(0) => return Ok(()),
+            Ok(count) => {
+                bytes = &mut bytes[count..];
+                place += count as u64;
+            }
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
