@@ -19,7 +19,7 @@ pub trait BusDevice: Send {
 /// so the bus is never locked while it calls a device.
 pub type Shared = Arc<Mutex<dyn BusDevice>>;
 
-struct Place {
+struct Claim {
     size: u64,
     device: Shared,
 }
@@ -27,25 +27,25 @@ struct Place {
 /// Address to device.
 #[derive(Default)]
 pub struct Bus {
-    places: RwLock<BTreeMap<u64, Place>>,
+    claims: RwLock<BTreeMap<u64, Claim>>,
 }
 
 impl Bus {
     /// Puts `device` at `range`.
     pub fn attach(&self, range: Range, device: Shared) -> Result<()> {
-        let mut places = self.places.write().unwrap_or_else(PoisonError::into_inner);
-        let below = places.range(..range.end()).next_back();
-        if below.is_some_and(|(start, place)| start + place.size > range.start) {
+        let mut claims = self.claims.write().unwrap_or_else(PoisonError::into_inner);
+        let below = claims.range(..range.end()).next_back();
+        if below.is_some_and(|(start, claim)| start + claim.size > range.start) {
             return Err(Error::host(format!("two devices claim bus address {:#x}", range.start)));
         }
-        places.insert(range.start, Place { size: range.size, device });
+        claims.insert(range.start, Claim { size: range.size, device });
         Ok(())
     }
 
     /// Takes away the device that starts at `start`.
     pub fn detach(&self, start: u64) -> Option<Shared> {
-        let mut places = self.places.write().unwrap_or_else(PoisonError::into_inner);
-        places.remove(&start).map(|place| place.device)
+        let mut claims = self.claims.write().unwrap_or_else(PoisonError::into_inner);
+        claims.remove(&start).map(|claim| claim.device)
     }
 
     /// The guest reads at `address`: all ones where no device is.
@@ -65,10 +65,10 @@ impl Bus {
 
     /// An access that runs over a device's end is nobody's.
     fn find(&self, address: u64, len: usize) -> Option<(u64, Shared)> {
-        let places = self.places.read().unwrap_or_else(PoisonError::into_inner);
-        let (start, place) = places.range(..=address).next_back()?;
+        let claims = self.claims.read().unwrap_or_else(PoisonError::into_inner);
+        let (start, claim) = claims.range(..=address).next_back()?;
         let offset = address - start;
-        (offset.checked_add(len as u64)? <= place.size).then(|| (offset, place.device.clone()))
+        (offset.checked_add(len as u64)? <= claim.size).then(|| (offset, claim.device.clone()))
     }
 }
 

@@ -20,7 +20,7 @@ use crate::error::{Context, Result};
 use crate::log;
 use crate::metadata::Service;
 use crate::sink::{Purpose, Sink};
-use console::Output;
+use console::StdoutWriter;
 use listener::Listener;
 use passt::Passt;
 use tap::Tap;
@@ -123,11 +123,11 @@ impl Host {
     /// It cannot be attached to: everything is held as before.
     pub fn hold_tap(&mut self, what: &str, name: &str, queues: usize) -> Result<()> {
         let taps = match self.held.iter_mut().position(|held| held.resource.is_tap(name)) {
-            Some(place) => {
-                if let Resource::Tap { queues: taps, .. } = &mut self.held[place].resource {
+            Some(index) => {
+                if let Resource::Tap { queues: taps, .. } = &mut self.held[index].resource {
                     Tap::set_count(taps, name, queues)?;
                 }
-                self.held.swap_remove(place).resource
+                self.held.swap_remove(index).resource
             }
             None => Resource::Tap { name: name.to_owned(), queues: Tap::open(name, queues)? },
         };
@@ -268,15 +268,15 @@ impl Host {
             (_, None) => {
                 let fd =
                     std::io::stdout().as_fd().try_clone_to_owned().context("duplicate standard output")?;
-                Ok(Box::new(Output::new(fd)))
+                Ok(Box::new(StdoutWriter::new(fd)))
             }
         }
     }
 
     /// Takes what is held for `what` out of the ledger, if it is what `is_it` asks for.
     fn take(&mut self, what: &str, is_it: impl Fn(&Resource) -> bool) -> Option<Resource> {
-        let place = self.held.iter().position(|held| held.what == what && is_it(&held.resource))?;
-        Some(self.held.swap_remove(place).resource)
+        let index = self.held.iter().position(|held| held.what == what && is_it(&held.resource))?;
+        Some(self.held.swap_remove(index).resource)
     }
 
     /// Opens a file, or gives what is held: a device that its resource has claimed cannot be claimed again.

@@ -75,9 +75,9 @@ impl<T: Send + 'static> Jobs<T> {
         let _ = ended.event.read();
         let results = std::mem::take(&mut *ended.results.lock().unwrap_or_else(PoisonError::into_inner));
         for (ticket, _) in &results {
-            if let Some(place) = self.open.iter().position(|(other, _)| other == ticket) {
+            if let Some(index) = self.open.iter().position(|(other, _)| other == ticket) {
                 // It has nothing left to do. One that panicked has ended the process.
-                let _ = self.open.swap_remove(place).1.join();
+                let _ = self.open.swap_remove(index).1.join();
             }
         }
         results

@@ -16,7 +16,7 @@ use alula::host::Host;
 use alula::machine::{Machine, Places, Prepared};
 use alula::memory::{self, Range};
 use alula::metrics::View;
-use alula::pci::root::{Ecam, Registers, Root};
+use alula::pci::root::{Ecam, FunctionRegisters, Root};
 use alula::platform::Place;
 use alula::poll::EventFd;
 use alula::virtio::pci::NOTIFY;
@@ -324,7 +324,7 @@ fn a_pci_function_that_is_removed_is_nowhere_any_more() {
         let device = entropy.parse(b"{}").unwrap().open("test", &mut Host::default()).unwrap();
         let (_, function) = driver::function(device, memory.clone(), by_hand.event_loop(), DEVICE);
         let kick = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).unwrap());
-        let registers = Registers {
+        let registers = FunctionRegisters {
             device: Arc::new(Mutex::new(function.registers())),
             kicks: vec![(NOTIFY, kick.clone())],
         };

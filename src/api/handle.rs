@@ -11,7 +11,7 @@ use crate::devices::fixed::FixedDevice;
 use crate::devices::keyboard::Keyboard;
 use crate::error::Error;
 use crate::jobs::Ticket;
-use crate::machine::State;
+use crate::machine::RunState;
 use crate::metadata::store::Refused;
 use crate::metrics::View;
 use crate::microvm::Microvm;
@@ -181,8 +181,8 @@ fn handle(microvm: &mut Microvm, request: Request) -> Result<Reply, String> {
 fn instance(microvm: &Microvm) -> Value {
     let state = match microvm.state() {
         None => "Not started",
-        Some(State::Running) => "Running",
-        Some(State::Paused) => "Paused",
+        Some(RunState::Running) => "Running",
+        Some(RunState::Paused) => "Paused",
     };
     let id = microvm.id().to_owned();
     to_value(&InstanceInfo { id, state, vmm_version: API_VERSION, app_name: "Firecracker" })

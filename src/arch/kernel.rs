@@ -8,8 +8,8 @@ use crate::error::{Context, Error, Result};
 use crate::memory::{Range, Regions};
 
 /// Where a kernel or an initial ramdisk is read from: a file, or bytes of our own.
-pub trait Source: Read + ReadVolatile + Seek {}
-impl<T: Read + ReadVolatile + Seek> Source for T {}
+pub trait KernelSource: Read + ReadVolatile + Seek {}
+impl<T: Read + ReadVolatile + Seek> KernelSource for T {}
 
 /// What a kernel file is, by its first bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,7 +39,7 @@ pub struct Packed {
 const HEAD: usize = 0x264;
 
 /// Looks at the first bytes of `kernel`; anything but a kernel is an error that says what was expected.
-pub fn format(kernel: &mut impl Source) -> Result<(Format, Vec<u8>)> {
+pub fn format(kernel: &mut impl KernelSource) -> Result<(Format, Vec<u8>)> {
     let mut head = Vec::with_capacity(HEAD);
     kernel.rewind().context("rewind the kernel")?;
     kernel.by_ref().take(HEAD as u64).read_to_end(&mut head).context("read the kernel")?;
@@ -75,19 +75,19 @@ fn zboot(head: &[u8]) -> Packed {
 }
 
 /// The length of `source` in bytes.
-pub fn length(source: &mut impl Source) -> Result<u64> {
+pub fn length(source: &mut impl KernelSource) -> Result<u64> {
     source.seek(SeekFrom::End(0)).context("find the end of the file")
 }
 
 /// Copies the whole of `initrd` to `range` in guest memory.
-pub fn load_initrd(memory: &Regions, initrd: &mut impl Source, range: Range) -> Result<()> {
+pub fn load_initrd(memory: &Regions, initrd: &mut impl KernelSource, range: Range) -> Result<()> {
     initrd.rewind().context("rewind the initrd")?;
     read(memory, initrd, range).context("read the initrd into guest memory")
 }
 
 /// Fills `range` of guest memory from where `source` stands. One system call reads at most 0x7ffff000
 /// bytes (read(2)), so what is larger takes several.
-pub fn read(memory: &Regions, source: &mut impl Source, range: Range) -> Result<()> {
+pub fn read(memory: &Regions, source: &mut impl KernelSource, range: Range) -> Result<()> {
     let mut done = 0;
     while done < range.size {
         let rest = (range.size - done) as usize;

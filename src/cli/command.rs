@@ -41,9 +41,9 @@ const CONSOLE_MAX: usize = 16 << 10;
 const CONSOLE_LINES: usize = 20;
 
 /// A folder of this process's own, gone with it.
-struct Place(PathBuf);
+struct OwnFolder(PathBuf);
 
-impl Place {
+impl OwnFolder {
     fn new() -> Result<Self> {
         let make = |base: PathBuf| {
             let path = base.join(format!("alula-{}", std::process::id()));
@@ -55,7 +55,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for OwnFolder {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.0);
     }
@@ -107,7 +107,7 @@ pub struct Prepared {
     console: Arc<Console>,
     outcome: Arc<Mutex<Option<Result<Outcome>>>>,
     ramdisk: Option<File>,
-    _place: Place,
+    _own_folder: OwnFolder,
 }
 
 /// Prepares the guest that `arguments` describe.
@@ -118,8 +118,8 @@ pub fn prepare(arguments: &mut Run) -> Result<Prepared> {
     let line = arguments.cmdline.take().unwrap_or_else(|| crate::arch::DEFAULT_COMMAND_LINE.to_owned());
     arguments.cmdline = Some(format!("{line} {}", boot::words()));
     let mut config = arguments.config()?;
-    let place = Place::new()?;
-    let vsock = add_vsock(&mut config, &place)?;
+    let own_folder = OwnFolder::new()?;
+    let vsock = add_vsock(&mut config, &own_folder)?;
     let mut boot = Boot { hostname: Some(arguments.id.clone()), ..Boot::default() };
     let (mut modules, mut folder) = (Vec::new(), None);
     match &wanted.rootfs {
@@ -153,7 +153,7 @@ pub fn prepare(arguments: &mut Run) -> Result<Prepared> {
         console: Arc::default(),
         outcome: Arc::default(),
         ramdisk: Some(ramdisk),
-        _place: place,
+        _own_folder: own_folder,
     })
 }
 
@@ -164,11 +164,13 @@ fn device(section: &str, json: &serde_json::Value) -> Result<ConfiguredDevice> {
 }
 
 /// The path of the guest's vsock socket: that of the device it has, or of one it is given.
-fn add_vsock(config: &mut Config, place: &Place) -> Result<PathBuf> {
+fn add_vsock(config: &mut Config, own_folder: &OwnFolder) -> Result<PathBuf> {
     let there = config.devices().find(|device| device.kind().section == "vsock").cloned();
     let device = match there {
         Some(device) => device,
-        None => device("vsock", &serde_json::json!({"guest_cid": 3, "uds_path": place.0.join("vsock")}))?,
+        None => {
+            device("vsock", &serde_json::json!({"guest_cid": 3, "uds_path": own_folder.0.join("vsock")}))?
+        }
     };
     let value = serde_json::to_value(&device).context("read the vsock device's path")?;
     config.put(device)?;

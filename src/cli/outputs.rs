@@ -37,7 +37,7 @@ pub fn with_help(help: &str) -> String {
 
 /// What was said by them.
 #[derive(Debug, Default)]
-pub struct Outputs {
+pub struct OutputOptions {
     events: Option<PathBuf>,
     /// None: nothing was said of the log.
     log: Option<log::Config>,
@@ -45,7 +45,7 @@ pub struct Outputs {
     boot_timer: bool,
 }
 
-impl Outputs {
+impl OutputOptions {
     /// The option of this name, if it is one of these.
     pub fn named(name: &str) -> Option<&'static str> {
         NAMES.into_iter().find(|other| *other == name)

@@ -87,11 +87,11 @@ fn mend<'a, T>(
         let made_up = example.iter().find(|(other, _)| other == name);
         // What may have to be there is replaced rather than removed. Of a field that is there twice, one
         // goes at a time.
-        let place = fields.iter().position(|(other, _)| other == name);
+        let index = fields.iter().position(|(other, _)| other == name);
         let removed: List<'_> = fields
             .iter()
             .enumerate()
-            .filter(|(at, _)| Some(*at) != place)
+            .filter(|(at, _)| Some(*at) != index)
             .map(|(_, one)| one.clone())
             .collect();
         let replaced = made_up.map(|made_up| removed.iter().chain([made_up]).cloned().collect());

@@ -86,7 +86,7 @@ pub struct Console {
     /// What it counts.
     pub metrics: Arc<Metrics>,
     // Host and guest-visible
-    serial: Serial<Line, Room, Output>,
+    serial: Serial<Line, Room, MeteredOutput>,
 }
 
 impl Console {
@@ -100,7 +100,7 @@ impl Console {
         let room = Arc::new(room);
         let metrics = Arc::new(Metrics::new());
         let limiter = Limiter::new(RateLimiter { bandwidth: limit, ops: None });
-        let output = Output { output, limiter, metrics: metrics.clone() };
+        let output = MeteredOutput { output, limiter, metrics: metrics.clone() };
         let serial = Serial::with_events(Line(interrupt), Room(room.clone()), output);
         Ok(Self { room, metrics, serial })
     }
@@ -202,7 +202,8 @@ impl Snapshot for Console {
         };
         let (line, room) = (self.serial.interrupt_evt().clone(), Room(self.room.clone()));
         let nowhere: Box<dyn Write + Send> = Box::new(io::sink());
-        let nowhere = Output { output: nowhere, limiter: Limiter::default(), metrics: self.metrics.clone() };
+        let nowhere =
+            MeteredOutput { output: nowhere, limiter: Limiter::default(), metrics: self.metrics.clone() };
         let mut serial = Serial::from_state(&registers, line, room, nowhere)
             .map_err(|error| Error::config(format!("the saved serial console cannot be: {error}")))?;
         std::mem::swap(serial.writer_mut(), self.serial.writer_mut());
@@ -255,13 +256,13 @@ impl BusDevice for Console {
 }
 
 /// Where the UART's bytes go, counted and at most so many in a time.
-struct Output {
+struct MeteredOutput {
     output: Box<dyn Write + Send>,
     limiter: Limiter,
     metrics: Arc<Metrics>,
 }
 
-impl Write for Output {
+impl Write for MeteredOutput {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let count = bytes.len() as u64;
         self.metrics.write_count.add(count);

@@ -16,12 +16,12 @@ const READER_WAIT_MS: i32 = 100;
 const KEPT_MAX: usize = 64 << 10;
 
 /// A descriptor that the guest's console is written to, without ever blocking for long.
-pub struct Output {
+pub struct StdoutWriter {
     file: Named<File>,
     kept: VecDeque<u8>,
 }
 
-impl Output {
+impl StdoutWriter {
     /// Writes to `fd`.
     pub fn new(fd: OwnedFd) -> Self {
         Self { file: Named::new("serial console, standard output", fd.into()), kept: VecDeque::new() }
@@ -48,7 +48,7 @@ impl Output {
 }
 
 /// Bytes that there is no room for are lost: the count of those written says so.
-impl Write for Output {
+impl Write for StdoutWriter {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
         let count = bytes.len().min(KEPT_MAX - self.kept.len());
         self.kept.extend(&bytes[..count]);
@@ -63,7 +63,7 @@ impl Write for Output {
     }
 }
 
-impl Drop for Output {
+impl Drop for StdoutWriter {
     /// Nothing of what the guest said is lost while somebody may still read it.
     fn drop(&mut self) {
         // Not by `write_all`, which ends where the descriptor does not block.
@@ -83,7 +83,7 @@ mod tests {
     #[test]
     fn a_reader_that_does_not_read_costs_neither_time_nor_memory_without_end() {
         let (mut reader, writer) = std::io::pipe().unwrap();
-        let mut output = Output::new(writer.into());
+        let mut output = StdoutWriter::new(writer.into());
         let capacity = 64 << 10;
         output.write_all(&vec![b'a'; capacity]).unwrap();
         // The pipe is full: from here on bytes are kept, and in the end lost.
@@ -109,7 +109,7 @@ mod tests {
         while let Ok(count) = (&writer).write(&[b'a'; 4096]) {
             text.extend(vec![b'a'; count]);
         }
-        let mut output = Output::new(writer.into());
+        let mut output = StdoutWriter::new(writer.into());
         output.write_all(&[b'b'; 10_000]).unwrap();
         text.extend([b'b'; 10_000]);
         let drain = std::thread::spawn(move || {
@@ -125,7 +125,7 @@ mod tests {
     fn a_reader_that_is_gone_is_no_error() {
         let (reader, writer) = std::io::pipe().unwrap();
         drop(reader);
-        let mut output = Output::new(writer.into());
+        let mut output = StdoutWriter::new(writer.into());
         output.write_all(b"x").unwrap();
         assert!(output.kept.is_empty());
     }

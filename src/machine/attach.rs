@@ -4,7 +4,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::parts::{self, Places};
-use super::{Machine, State};
+use super::{Machine, RunState};
 use crate::arch::layout;
 use crate::devices::kind::ConfiguredDevice;
 use crate::error::{Context, Error, Result};
@@ -14,7 +14,7 @@ use crate::memory::Range;
 use crate::part::{Component, Part};
 use crate::pci::DEVICES_MAX;
 use crate::pci::msix::Msix;
-use crate::pci::root::{Ecam, Fixture, Ports, Registers, Root};
+use crate::pci::root::{Ecam, Fixture, FunctionRegisters, Ports, Root};
 use crate::platform::Place;
 use crate::poll::{self, EventFd};
 use crate::virtio::mmio::{INTERRUPT_ACKNOWLEDGE, Mmio, QUEUE_NOTIFY, REGISTERS_SIZE};
@@ -39,7 +39,7 @@ impl Machine {
     pub fn attach(&mut self, device: &ConfiguredDevice, places: &Places, host: &mut Host) -> Result<()> {
         let name = device.name();
         let attempt = || format!("attach {name}");
-        if self.state != State::Paused {
+        if self.state != RunState::Paused {
             return Err(Error::config("the machine runs: pause it first")).with_context(attempt);
         }
         if self.parts.get(&name).is_ok() {
@@ -163,7 +163,8 @@ impl Machine {
         let transport = self.transport(device, interrupts.clone(), kicks);
         let bar = layout::PCI_MEMORY.start + u64::from(number) * pci::BAR_SIZE;
         let function = pci::Pci::new(transport.clone(), interrupts, msix, bar);
-        let registers = Registers { device: Arc::new(Mutex::new(function.registers())), kicks: kicked };
+        let registers =
+            FunctionRegisters { device: Arc::new(Mutex::new(function.registers())), kicks: kicked };
         let mut root = root.lock().unwrap_or_else(PoisonError::into_inner);
         root.add(number, Arc::new(Mutex::new(function)), Some(registers))?;
         Ok(transport)

@@ -10,7 +10,7 @@ use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
 use super::attach::pci_bus;
 use super::command_line::command_line;
 use super::parts::{Parts, Places};
-use super::{Machine, State, halt};
+use super::{Machine, RunState, halt};
 use crate::arch::{self, layout};
 use crate::bus::Bus;
 use crate::config::{Config, HugePages, MachineConfig};
@@ -82,7 +82,7 @@ pub fn build(
     let mut machine = Machine {
         id: id.to_owned(),
         config: config.clone(),
-        state: State::Paused,
+        state: RunState::Paused,
         vcpus: vcpus.into_iter().enumerate().map(|(index, fd)| Vcpu::new(index, fd)).collect(),
         surroundings: Arc::new(surroundings),
         parts,

@@ -5,7 +5,7 @@ use crate::arch;
 use crate::error::Result;
 use crate::history;
 use crate::log;
-use crate::machine::{Machine, State};
+use crate::machine::{Machine, RunState};
 use crate::vm::exit::Exit;
 
 /// CPU time after which a guest counts as having done something since it was looked at; the look
@@ -26,7 +26,7 @@ pub struct Watch {
 }
 
 pub fn check(machine: &mut Machine) -> Result<()> {
-    if machine.state != State::Running || machine.halt.is_over {
+    if machine.state != RunState::Running || machine.halt.is_over {
         return Ok(());
     }
     let now = machine.vcpus.iter().map(|vcpu| vcpu.cpu_time_ns()).sum::<u64>();

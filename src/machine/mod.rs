@@ -43,7 +43,7 @@ pub use saved::SavedMachine;
 
 /// Whether the guest's CPUs may run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum State {
+pub enum RunState {
     /// They run.
     Running,
     /// None of them does.
@@ -56,7 +56,7 @@ pub struct Machine {
     id: String,
     /// What it is made of, as it is now.
     config: Config,
-    state: State,
+    state: RunState,
     vcpus: Vec<Vcpu>,
     surroundings: Arc<Surroundings>,
     parts: Parts,
@@ -136,10 +136,10 @@ impl Machine {
         for (index, vcpu) in self.vcpus.iter_mut().enumerate() {
             vcpu.start(index, &self.surroundings)?;
         }
-        if self.state == State::Paused {
+        if self.state == RunState::Paused {
             self.parts.resume(&self.changing);
             self.surroundings.gate.open();
-            self.state = State::Running;
+            self.state = RunState::Running;
             log::debug("the guest's CPUs and devices run");
         }
         Ok(())
@@ -149,7 +149,7 @@ impl Machine {
     pub fn pause(&mut self) -> Result<()> {
         self.stop_vcpus();
         self.parts.pause();
-        self.state = State::Paused;
+        self.state = RunState::Paused;
         log::debug("the guest's CPUs and devices stand still");
         Ok(())
     }
@@ -185,7 +185,7 @@ impl Machine {
     }
 
     /// Whether it runs.
-    pub fn state(&self) -> State {
+    pub fn state(&self) -> RunState {
         self.state
     }
 
@@ -270,7 +270,7 @@ impl Machine {
     /// Lets a device go on where it was, changed or not.
     pub fn end_change(&mut self, name: &str) {
         self.changing.retain(|other| other != name);
-        if self.state == State::Running
+        if self.state == RunState::Running
             && let Ok(part) = self.parts.get(name)
         {
             part.lock().resume();

@@ -4,7 +4,7 @@ use std::sync::{Arc, PoisonError};
 
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend};
 
-use super::{Machine, State};
+use super::{Machine, RunState};
 use crate::arch::layout;
 use crate::error::{Context, Error, Result};
 use crate::log;
@@ -45,7 +45,7 @@ impl Machine {
     /// The machine runs, or no region is exactly there.
     pub fn remove_memory(&mut self, range: Range) -> Result<()> {
         let attempt = || format!("remove {range} of guest memory");
-        if self.state != State::Paused {
+        if self.state != RunState::Paused {
             return Err(Error::config("the machine runs: pause it first")).with_context(attempt);
         }
         let memory = self.memory.memory();
@@ -62,7 +62,7 @@ impl Machine {
     /// # Errors
     /// The machine runs, or KVM's.
     pub fn track_writes(&mut self, is_on: bool) -> Result<()> {
-        if self.state != State::Paused {
+        if self.state != RunState::Paused {
             let reason = "the machine runs: pause it first";
             return Err(Error::config(reason)).context("note what is written to guest memory");
         }

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::parts::Places;
-use super::{Machine, State};
+use super::{Machine, RunState};
 use crate::config::Config;
 use crate::error::{Context, Error, Result};
 use crate::memory::Range;
@@ -66,7 +66,7 @@ impl Machine {
     /// this: the tables of an interrupt controller are written to it now.
     pub fn save(&mut self) -> Result<SavedMachine> {
         const ATTEMPT: &str = "save the machine";
-        if self.state != State::Paused {
+        if self.state != RunState::Paused {
             return Err(Error::config("it runs: pause it first")).context(ATTEMPT);
         }
         if self.exit().is_some() {
@@ -106,7 +106,7 @@ impl Machine {
 
     /// Whether the saved machine can be this one, as far as that can be told ahead.
     fn check_fits(&self, saved: &SavedMachine) -> Result<()> {
-        if self.state != State::Paused || self.vcpus.iter().any(|vcpu| vcpu.has_started()) {
+        if self.state != RunState::Paused || self.vcpus.iter().any(|vcpu| vcpu.has_started()) {
             return Err(Error::config("it has run already: build it anew"));
         }
         let (vcpus, other) = (self.vcpus.len(), saved.vcpus.len());

@@ -20,13 +20,13 @@ use crate::sink::{Purpose, Sink};
 const PERIOD: Duration = Duration::from_secs(60);
 
 /// Where lines are written.
-pub struct Output {
+pub struct MetricsFile {
     config: Config,
     sink: Sink,
     due: Instant,
 }
 
-impl Output {
+impl MetricsFile {
     /// Opens the file or FIFO. The first line is written when the machine starts.
     pub fn open(config: Config) -> Result<Self> {
         let sink = Sink::open(Purpose::Metrics, &config.metrics_path)?;

@@ -21,7 +21,7 @@ use crate::history::{self, Event};
 use crate::host::{Access, Host, Resource, Sharing};
 use crate::jobs::{Jobs, Ticket};
 use crate::log;
-use crate::machine::{Machine, Prepared, State};
+use crate::machine::{Machine, Prepared, RunState};
 use crate::metadata::store::Store;
 use crate::metadata::{self, Service};
 use crate::metrics::{self as counted, View};
@@ -40,7 +40,7 @@ pub struct Microvm {
     id: String,
     config: Config,
     host: Host,
-    metrics: Option<metrics::Output>,
+    metrics: Option<metrics::MetricsFile>,
     prepared: Option<Prepared>,
     machine: Option<Machine>,
     jobs: Jobs<Finish>,
@@ -104,7 +104,7 @@ impl Microvm {
             log::configure(&self.id, logger)?;
         }
         if let Some(metrics) = &self.config.metrics {
-            self.metrics = Some(metrics::Output::open(metrics.clone())?);
+            self.metrics = Some(metrics::MetricsFile::open(metrics.clone())?);
         }
         Ok(())
     }
@@ -138,7 +138,7 @@ impl Microvm {
     }
 
     /// Whether the machine runs; none: it has not started.
-    pub fn state(&self) -> Option<State> {
+    pub fn state(&self) -> Option<RunState> {
         self.machine.as_ref().map(Machine::state)
     }
 
@@ -224,7 +224,7 @@ impl Microvm {
         if self.metrics.is_some() {
             return Err(Error::config("Reinitialization of metrics not allowed."));
         }
-        self.metrics = Some(metrics::Output::open(metrics.clone())?);
+        self.metrics = Some(metrics::MetricsFile::open(metrics.clone())?);
         self.config.metrics = Some(metrics);
         Ok(())
     }
@@ -260,7 +260,7 @@ impl Microvm {
     pub fn pause(&mut self, reason: &'static str) -> Result<()> {
         let begun = Instant::now();
         let machine = self.started()?;
-        let was_running = machine.state() == State::Running;
+        let was_running = machine.state() == RunState::Running;
         machine.pause()?;
         note(begun, [&LATENCIES.pause_vm, &LATENCIES.vmm_pause_vm]);
         if was_running {
@@ -273,7 +273,7 @@ impl Microvm {
     pub fn resume(&mut self, reason: &'static str) -> Result<()> {
         let begun = Instant::now();
         let machine = self.started()?;
-        let was_paused = machine.state() == State::Paused;
+        let was_paused = machine.state() == RunState::Paused;
         machine.resume()?;
         note(begun, [&LATENCIES.resume_vm, &LATENCIES.vmm_resume_vm]);
         if was_paused {

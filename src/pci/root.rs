@@ -29,7 +29,7 @@ pub trait Function: SaveState + Send {
 }
 
 /// What a function has on the memory bus, wherever it is.
-pub struct Registers {
+pub struct FunctionRegisters {
     /// The registers themselves.
     pub device: Shared,
     /// Events that writes at these offsets trigger.
@@ -38,7 +38,7 @@ pub struct Registers {
 
 struct Slot {
     function: Arc<Mutex<dyn Function>>,
-    registers: Option<Registers>,
+    registers: Option<FunctionRegisters>,
     placed: Option<Range>,
 }
 
@@ -64,7 +64,7 @@ impl Root {
         &mut self,
         device: u32,
         function: Arc<Mutex<dyn Function>>,
-        registers: Option<Registers>,
+        registers: Option<FunctionRegisters>,
     ) -> Result<()> {
         match self.slots.get_mut(device as usize) {
             Some(slot @ None) => {
@@ -200,7 +200,7 @@ impl Snapshot for Root {
 }
 
 /// Only in the window that the boot tables give: elsewhere are memory and other devices.
-fn put(vm: &Vm, mmio: &Bus, registers: &Registers, place: Range) -> bool {
+fn put(vm: &Vm, mmio: &Bus, registers: &FunctionRegisters, place: Range) -> bool {
     let window = layout::PCI_MEMORY;
     if place.start < window.start || place.start > window.end() - place.size {
         return false;
@@ -218,7 +218,7 @@ fn put(vm: &Vm, mmio: &Bus, registers: &Registers, place: Range) -> bool {
     true
 }
 
-fn take_away(vm: &Vm, mmio: &Bus, registers: &Registers, place: Range) {
+fn take_away(vm: &Vm, mmio: &Bus, registers: &FunctionRegisters, place: Range) {
     mmio.detach(place.start);
     for (offset, kick) in &registers.kicks {
         // One that could not be connected cannot be disconnected.

@@ -23,7 +23,7 @@ pub struct Entry {
 
 /// An entry as saved state: the driver does not offer it a second time.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
-pub struct Held {
+pub struct Unfilled {
     head: u16,
     /// Addresses and lengths in bytes.
     pieces: Vec<(u64, u32)>,
@@ -53,12 +53,12 @@ impl Pool {
         self.add(chain.head(), |buffers| buffers.add_readable(chain).map(drop))
     }
 
-    /// Takes back what [`Self::hold`] gave.
-    pub fn add_held(&mut self, held: &Held) -> Result<()> {
+    /// Takes back what [`Self::unfilled`] gave.
+    pub fn add_unfilled(&mut self, unfilled: &Unfilled) -> Result<()> {
         let add = |buffers: &mut Buffers| {
-            held.pieces.iter().try_for_each(|(address, length)| buffers.add_piece(*address, *length))
+            unfilled.pieces.iter().try_for_each(|(address, length)| buffers.add_piece(*address, *length))
         };
-        self.add(held.head, add).map(drop)
+        self.add(unfilled.head, add).map(drop)
     }
 
     fn add(&mut self, head: u16, add: impl FnOnce(&mut Buffers) -> Result<()>) -> Result<usize> {
@@ -70,11 +70,13 @@ impl Pool {
     }
 
     /// All entries, for whoever goes on with them later.
-    pub fn hold(&self) -> Vec<Held> {
+    pub fn unfilled(&self) -> Vec<Unfilled> {
         let mut pieces = self.buffers.pieces();
-        let held =
-            |entry: &Entry| Held { head: entry.head, pieces: pieces.by_ref().take(entry.vectors).collect() };
-        self.entries.iter().map(held).collect()
+        let unfilled = |entry: &Entry| Unfilled {
+            head: entry.head,
+            pieces: pieces.by_ref().take(entry.vectors).collect(),
+        };
+        self.entries.iter().map(unfilled).collect()
     }
 
     /// The entries.
@@ -143,9 +145,9 @@ mod tests {
         let memory = allocate(&[Addresses { start: 0, size: 1 << 20 }]).unwrap();
         let mut pool = Pool::new(memory, 4);
         for (head, pieces) in [(7, vec![(0x1000, 10)]), (3, vec![(0x2000, 20), (0x3000, 30)]), (5, vec![])] {
-            pool.add_held(&Held { head, pieces }).unwrap();
+            pool.add_unfilled(&Unfilled { head, pieces }).unwrap();
         }
-        pool.add_held(&Held { head: 9, pieces: vec![(0x4000, 40)] }).unwrap();
+        pool.add_unfilled(&Unfilled { head: 9, pieces: vec![(0x4000, 40)] }).unwrap();
         pool
     }
 
@@ -171,11 +173,13 @@ mod tests {
 
     #[test]
     fn what_is_held_comes_back_as_it_was() {
-        let held = pool().hold();
+        let unfilled = pool().unfilled();
         let mut other = Pool::new(allocate(&[Addresses { start: 0, size: 1 << 20 }]).unwrap(), 0);
-        held.iter().for_each(|held| other.add_held(held).unwrap());
-        assert_eq!(other.hold(), held);
-        let nowhere = Held { head: 0, pieces: vec![(1 << 40, 8)] };
-        assert!(other.add_held(&nowhere).unwrap_err().to_string().contains("gave a buffer at 0x10000000000"));
+        unfilled.iter().for_each(|unfilled| other.add_unfilled(unfilled).unwrap());
+        assert_eq!(other.unfilled(), unfilled);
+        let nowhere = Unfilled { head: 0, pieces: vec![(1 << 40, 8)] };
+        assert!(
+            other.add_unfilled(&nowhere).unwrap_err().to_string().contains("gave a buffer at 0x10000000000")
+        );
     }
 }

@@ -116,7 +116,7 @@ impl Loop {
     }
 
     fn run(self: &Arc<Self>) {
-        if let Err(error) = Running::new(self).and_then(|mut running| running.run(self)) {
+        if let Err(error) = Seats::new(self).and_then(|mut running| running.run(self)) {
             log::error(format_args!("the io thread ended: {error}: devices will not answer"));
         }
         self.conclude();
@@ -149,7 +149,7 @@ impl Loop {
 /// what happens when.
 pub struct ByHand {
     event_loop: Arc<Loop>,
-    running: Running,
+    running: Seats,
 }
 
 impl ByHand {
@@ -157,7 +157,7 @@ impl ByHand {
     pub fn new() -> Result<Self> {
         let errands = Errands::new(Arc::new(poll::event("errands")?));
         let event_loop = Loop::build(String::new(), errands, true)?;
-        let running = Running::new(&event_loop)?;
+        let running = Seats::new(&event_loop)?;
         Ok(Self { event_loop, running })
     }
 
@@ -189,7 +189,7 @@ impl Drop for ByHand {
 }
 
 /// A worker, whose it is, and what it waits for.
-struct Place {
+struct Seat {
     worker: Box<dyn Worker>,
     transport: Shared,
     waits: Vec<RawFd>,
@@ -197,7 +197,7 @@ struct Place {
     failed: bool,
 }
 
-impl Place {
+impl Seat {
     fn ring(&mut self) -> Option<&mut Uring> {
         self.worker.ring()
     }
@@ -243,21 +243,22 @@ fn slot(token: u64) -> usize {
     (token >> 32) as usize - 1
 }
 
-struct Running {
+/// The workers of a loop, as the thread that runs it has them.
+struct Seats {
     events: Arc<Events>,
-    /// A worker's place is part of its events' tokens; a free one is used again.
-    slots: Vec<Option<Place>>,
-    /// The place whose ring had something last; none: another event came.
+    /// A worker's seat is part of its events' tokens; a free one is used again.
+    seats: Vec<Option<Seat>>,
+    /// The seat whose ring had something last; none: another event came.
     last: Option<usize>,
 }
 
 const WAKE: u64 = 0;
 
-impl Running {
+impl Seats {
     fn new(this: &Loop) -> Result<Self> {
         let events = Arc::new(Events::new()?);
         events.add(&this.wake, Interest::IN, WAKE)?;
-        Ok(Self { events, slots: Vec::new(), last: None })
+        Ok(Self { events, seats: Vec::new(), last: None })
     }
 
     fn run(&mut self, this: &Arc<Loop>) -> Result<()> {
@@ -270,12 +271,12 @@ impl Running {
         }
     }
 
-    /// The places with rings.
-    fn rings(&mut self) -> impl Iterator<Item = (usize, &mut Place)> {
-        let places = self.slots.iter_mut().enumerate();
-        places.filter_map(|(slot, place)| {
-            let place = place.as_mut().filter(|place| !place.failed)?;
-            place.ring().is_some().then_some((slot, place))
+    /// The seats with rings.
+    fn rings(&mut self) -> impl Iterator<Item = (usize, &mut Seat)> {
+        let seats = self.seats.iter_mut().enumerate();
+        seats.filter_map(|(slot, seat)| {
+            let seat = seat.as_mut().filter(|seat| !seat.failed)?;
+            seat.ring().is_some().then_some((slot, seat))
         })
     }
 
@@ -296,7 +297,7 @@ impl Running {
     /// of the others tell of what comes to them.
     fn ring_to_wait_in(&mut self) -> Option<usize> {
         let last = self.last;
-        let mut loud = self.rings().filter_map(|(slot, place)| (!place.ring()?.is_quiet()).then_some(slot));
+        let mut loud = self.rings().filter_map(|(slot, seat)| (!seat.ring()?.is_quiet()).then_some(slot));
         match (loud.next(), loud.next()) {
             (Some(slot), None) => Some(slot),
             (Some(_), Some(_)) => None,
@@ -310,27 +311,27 @@ impl Running {
     /// Waits in a worker's ring and handles what it has; true: the loop's own events are ready, too.
     fn wait_in_ring(&mut self, slot: usize) -> bool {
         let events = self.events.as_raw_fd();
-        let Some(place) = self.slots.get_mut(slot).and_then(Option::as_mut) else { return true };
-        let Some(ring) = place.ring() else { return true };
+        let Some(seat) = self.seats.get_mut(slot).and_then(Option::as_mut) else { return true };
+        let Some(ring) = seat.ring() else { return true };
         if let Err(error) = ring.wait_beside(events) {
-            place.fail(&refused(error));
+            seat.fail(&refused(error));
             return true;
         }
         self.last = Some(slot);
         self.handle(slot, RING, Interest::IN);
-        let place = self.slots.get_mut(slot).and_then(Option::as_mut);
-        place.and_then(Place::ring).is_none_or(|ring| ring.woke())
+        let seat = self.seats.get_mut(slot).and_then(Option::as_mut);
+        seat.and_then(Seat::ring).is_none_or(|ring| ring.woke())
     }
 
     /// Hands over what all rings have queued, and waits for events; those of the rings are among them.
     fn look(&mut self, timeout: Option<Duration>, ready: &mut Vec<Ready>) -> Result<()> {
         let mut complete = false;
-        for (_, place) in self.rings() {
-            complete |= place.hand_over();
+        for (_, seat) in self.rings() {
+            complete |= seat.hand_over();
         }
         self.events.wait(if complete { Some(Duration::ZERO) } else { timeout }, ready)?;
         if complete {
-            let rings = self.rings().filter_map(|(slot, place)| Some((slot, place.ring()?)));
+            let rings = self.rings().filter_map(|(slot, seat)| Some((slot, seat.ring()?)));
             let rings = rings.filter_map(|(slot, ring)| ring.rearm().then_some(slot));
             // One whose event has told of it as well has one turn all the same.
             for token in rings.map(|slot| token(slot, RING)) {
@@ -344,7 +345,7 @@ impl Running {
     }
 
     /// Handles what is ready, and looks at the inbox after each event: who wants a device to stop waits for
-    /// one worker's turn, not for those of all. True: that was the end. A worker that came into a place
+    /// one worker's turn, not for those of all. True: that was the end. A worker that came into a seat
     /// meanwhile may be told of what was ready for the one before it: for nothing, which does no harm.
     fn handle_all(&mut self, this: &Arc<Loop>, ready: &mut Vec<Ready>) -> bool {
         for event in ready.drain(..) {
@@ -380,25 +381,25 @@ impl Running {
 
     /// What is in flight is finished: its buffers are about to be unmapped.
     fn end(&mut self) {
-        self.slots.drain(..).flatten().for_each(|place| drop(place.worker.stop()));
+        self.seats.drain(..).flatten().for_each(|seat| drop(seat.worker.stop()));
     }
 
     /// Its worker may have gone since the event came.
     fn handle(&mut self, slot: usize, token: u32, ready: Interest) {
-        let Some(place) = self.slots.get_mut(slot).and_then(Option::as_mut) else { return };
-        if place.failed {
+        let Some(seat) = self.seats.get_mut(slot).and_then(Option::as_mut) else { return };
+        if seat.failed {
             return;
         }
         if log::wants(log::Level::Trace) {
-            place.trace(token);
+            seat.trace(token);
         }
-        if let Err(error) = place.worker.handle_ready(token, ready) {
-            place.fail(&error);
+        if let Err(error) = seat.worker.handle_ready(token, ready) {
+            seat.fail(&error);
         }
     }
 
     fn add(&mut self, this: &Arc<Loop>, mut worker: Box<dyn Worker>, transport: Shared) {
-        let slot = self.slots.iter().position(Option::is_none).unwrap_or(self.slots.len());
+        let slot = self.seats.iter().position(Option::is_none).unwrap_or(self.seats.len());
         let mut waits = Vec::new();
         let desk = Desk::new(&self.events, this, slot);
         let registered = worker.register(&mut Registrar::new(desk, &mut waits));
@@ -406,22 +407,22 @@ impl Running {
         if let Err(error) = registered {
             transport.lock().unwrap_or_else(PoisonError::into_inner).fail(&error);
         }
-        let place = Some(Place { worker, transport, waits, failed });
-        match slot == self.slots.len() {
-            true => self.slots.push(place),
-            false => self.slots[slot] = place,
+        let seat = Some(Seat { worker, transport, waits, failed });
+        match slot == self.seats.len() {
+            true => self.seats.push(seat),
+            false => self.seats[slot] = seat,
         }
     }
 
     fn stop(&mut self, transport: Shared) {
         let mut queues = Vec::new();
-        for slot in &mut self.slots {
-            if let Some(place) = slot.take_if(|place| Arc::ptr_eq(&place.transport, &transport)) {
-                for fd in place.waits {
+        for slot in &mut self.seats {
+            if let Some(seat) = slot.take_if(|seat| Arc::ptr_eq(&seat.transport, &transport)) {
+                for fd in seat.waits {
                     // A descriptor that was closed has left the set by itself.
                     let _ = self.events.remove(&fd);
                 }
-                queues.extend(place.worker.stop());
+                queues.extend(seat.worker.stop());
             }
         }
         let waiting = transport.lock().unwrap_or_else(PoisonError::into_inner).returned(queues);

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum State {
+enum Standing {
     Closed,
     Open,
     Gone,
@@ -12,7 +12,7 @@ enum State {
 
 /// Closed: vCPUs wait (paused). Open: they run. Gone: their threads end.
 pub struct Gate {
-    state: Mutex<State>,
+    state: Mutex<Standing>,
     changed: Condvar,
     /// `state` is `Open`, to be read without the lock between two entries into the guest. In one order
     /// with the vCPUs' `immediate_exit`, hence sequentially consistent.
@@ -21,24 +21,24 @@ pub struct Gate {
 
 impl Default for Gate {
     fn default() -> Self {
-        Self { state: Mutex::new(State::Closed), changed: Condvar::new(), open: AtomicBool::new(false) }
+        Self { state: Mutex::new(Standing::Closed), changed: Condvar::new(), open: AtomicBool::new(false) }
     }
 }
 
 impl Gate {
     /// Lets vCPUs run, unless they are gone.
     pub fn open(&self) {
-        self.set(State::Open);
+        self.set(Standing::Open);
     }
 
     /// Makes vCPUs wait when they next pass. Who needs them stopped must also kick them.
     pub fn close(&self) {
-        self.set(State::Closed);
+        self.set(Standing::Closed);
     }
 
     /// Ends the vCPUs' threads when they next pass; there is no way back.
     pub fn remove(&self) {
-        self.set(State::Gone);
+        self.set(Standing::Gone);
     }
 
     /// Whether vCPUs may go on.
@@ -49,17 +49,17 @@ impl Gate {
     /// Waits while the gate is closed; false: it is gone.
     pub fn pass(&self) -> bool {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        while *state == State::Closed {
+        while *state == Standing::Closed {
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
-        *state == State::Open
+        *state == Standing::Open
     }
 
-    fn set(&self, to: State) {
+    fn set(&self, to: Standing) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if *state != State::Gone {
+        if *state != Standing::Gone {
             *state = to;
-            self.open.store(to == State::Open, Ordering::SeqCst);
+            self.open.store(to == Standing::Open, Ordering::SeqCst);
             self.changed.notify_all();
         }
     }

@@ -4,7 +4,7 @@ use linux_loader::loader::{KernelLoader, pe::PE};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{fdt, unpack};
-use crate::arch::kernel::{self, Format, Source};
+use crate::arch::kernel::{self, Format, KernelSource};
 use crate::error::{Context, Error, Result};
 use crate::memory::{Range, Regions};
 use crate::platform::Platform;
@@ -29,8 +29,8 @@ pub struct Entry {
 /// `platform` where the initrd went.
 pub fn load(
     memory: &Regions,
-    kernel: &mut impl Source,
-    initrd: Option<&mut impl Source>,
+    kernel: &mut impl KernelSource,
+    initrd: Option<&mut impl KernelSource>,
     platform: &mut Platform,
 ) -> Result<Entry> {
     let (format, head) = kernel::format(kernel)?;
@@ -76,7 +76,12 @@ fn tree(platform: &Platform) -> Result<Vec<u8>> {
     fdt::tree(platform).context("write the device tree")
 }
 
-fn load_image(memory: &Regions, kernel: &mut impl Source, head: &[u8], ram: Range) -> Result<(u64, u64)> {
+fn load_image(
+    memory: &Regions,
+    kernel: &mut impl KernelSource,
+    head: &[u8],
+    ram: Range,
+) -> Result<(u64, u64)> {
     let head = head
         .first_chunk()
         .ok_or_else(|| Error::config("the file ends within the Image header: it is truncated"))?;

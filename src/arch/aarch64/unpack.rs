@@ -7,7 +7,7 @@ use ruzstd::decoding::StreamingDecoder;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::boot::{Header, place};
-use crate::arch::kernel::{self, Packed, Source};
+use crate::arch::kernel::{self, KernelSource, Packed};
 use crate::error::{Context, Error, Result};
 use crate::memory::{Range, Regions};
 
@@ -24,7 +24,12 @@ const WINDOW_MAX: u64 = 128 << 20;
 const PIECE: usize = 64 << 10;
 
 /// Unpacks the Image in `kernel` to where it belongs in `ram`; returns where it begins and ends.
-pub fn load(memory: &Regions, kernel: &mut impl Source, packed: Packed, ram: Range) -> Result<(u64, u64)> {
+pub fn load(
+    memory: &Regions,
+    kernel: &mut impl KernelSource,
+    packed: Packed,
+    ram: Range,
+) -> Result<(u64, u64)> {
     let attempt = || format!("unpack it with {}", packed.how);
     let size = kernel::length(kernel)?.saturating_sub(packed.start).min(packed.size);
     if size > PACKED_MAX {

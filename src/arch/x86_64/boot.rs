@@ -7,7 +7,7 @@ use linux_loader::loader::{BzImage, KernelLoader};
 use vm_memory::{ByteValued, Bytes, GuestAddress};
 
 use super::{acpi, elf, layout};
-use crate::arch::kernel::{self, Format, Source};
+use crate::arch::kernel::{self, Format, KernelSource};
 use crate::error::{Context, Error, Result};
 use crate::memory::{Range, Regions};
 use crate::platform::Platform;
@@ -45,8 +45,8 @@ pub struct Entry {
 /// `platform` where the initrd went.
 pub fn load(
     memory: &Regions,
-    kernel: &mut impl Source,
-    initrd: Option<&mut impl Source>,
+    kernel: &mut impl KernelSource,
+    initrd: Option<&mut impl KernelSource>,
     platform: &mut Platform,
 ) -> Result<Entry> {
     let (format, head) = kernel::format(kernel)?;
@@ -86,7 +86,12 @@ pub fn load(
 
 type Loaded = (Entry, Option<setup_header>, u64);
 
-fn load_elf(memory: &Regions, kernel: &mut impl Source, head: &[u8], platform: &Platform) -> Result<Loaded> {
+fn load_elf(
+    memory: &Regions,
+    kernel: &mut impl KernelSource,
+    head: &[u8],
+    platform: &Platform,
+) -> Result<Loaded> {
     let elf = elf::Kernel::read(kernel, head, &platform.memory)?;
     elf.load(memory, kernel)?;
     let protocol = if elf.pvh { Protocol::Pvh } else { Protocol::Linux64 };
@@ -94,7 +99,7 @@ fn load_elf(memory: &Regions, kernel: &mut impl Source, head: &[u8], platform: &
     Ok((Entry { address: elf.entry, protocol }, None, elf.end_in(platform.memory[0])))
 }
 
-fn load_bzimage(memory: &Regions, kernel: &mut impl Source, platform: &Platform) -> Result<Loaded> {
+fn load_bzimage(memory: &Regions, kernel: &mut impl KernelSource, platform: &Platform) -> Result<Loaded> {
     let load = GuestAddress(layout::KERNEL_START);
     let length = kernel::length(kernel)?;
     if length > platform.memory[0].size - layout::KERNEL_START {

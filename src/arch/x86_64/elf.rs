@@ -8,7 +8,7 @@
 use std::io::SeekFrom;
 
 use super::layout;
-use crate::arch::kernel::{self, Source};
+use crate::arch::kernel::{self, KernelSource};
 use crate::error::{Context, Error, Result};
 use crate::memory::{Range, Regions};
 
@@ -63,7 +63,7 @@ fn u64_at(bytes: &[u8], offset: usize) -> u64 {
 
 impl Kernel {
     /// Reads and checks what `kernel` says of itself; `head` is its first bytes.
-    pub fn read(kernel: &mut impl Source, head: &[u8], memory: &[Range]) -> Result<Self> {
+    pub fn read(kernel: &mut impl KernelSource, head: &[u8], memory: &[Range]) -> Result<Self> {
         let length = kernel::length(kernel)?;
         let headers = program_headers(kernel, head)?;
         let mut segments: Vec<Segment> = Vec::new();
@@ -102,7 +102,7 @@ impl Kernel {
     }
 
     /// Copies the segments from `kernel`, which was read, into guest memory.
-    pub fn load(&self, memory: &Regions, kernel: &mut impl Source) -> Result<()> {
+    pub fn load(&self, memory: &Regions, kernel: &mut impl KernelSource) -> Result<()> {
         for Segment { offset, file_size, range } in &self.segments {
             kernel.seek(SeekFrom::Start(*offset)).context("find a segment")?;
             kernel::read(memory, kernel, Range { start: range.start, size: *file_size })
@@ -112,7 +112,7 @@ impl Kernel {
     }
 }
 
-fn program_headers(kernel: &mut impl Source, head: &[u8]) -> Result<Vec<Header>> {
+fn program_headers(kernel: &mut impl KernelSource, head: &[u8]) -> Result<Vec<Header>> {
     if head.len() < 64 {
         return Err(Error::config("the file ends within the ELF header: it is truncated"));
     }
@@ -174,7 +174,7 @@ fn segment(header: &Header, length: u64, memory: &[Range]) -> Result<Segment> {
 }
 
 /// The entry point of the first note that gives one, in whichever of the note segments it stands.
-fn pvh_entry(kernel: &mut impl Source, headers: &[Header], length: u64) -> Result<Option<u64>> {
+fn pvh_entry(kernel: &mut impl KernelSource, headers: &[Header], length: u64) -> Result<Option<u64>> {
     for header in headers.iter().filter(|header| header.kind == PT_NOTE) {
         let Header { offset, file_size, alignment, .. } = *header;
         if file_size > NOTES_MAX || offset.checked_add(file_size).is_none_or(|end| end > length) {

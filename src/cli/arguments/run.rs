@@ -8,7 +8,7 @@ use lexopt::ValueExt;
 use super::command::{self, Wanted};
 use super::{Command, Given, default_id, id, number, value};
 use crate::arch;
-use crate::cli::outputs::{self, Outputs};
+use crate::cli::outputs::{self, OutputOptions};
 use crate::config::{BootSource, Config};
 use crate::devices::kind::{CliOption, ConfiguredDevice, DeviceKind};
 use crate::devices::{KINDS, net};
@@ -79,7 +79,7 @@ pub struct Run {
     pub config: Option<PathBuf>,
     pub self_test: bool,
     pub api_sock: Option<PathBuf>,
-    pub outputs: Outputs,
+    pub outputs: OutputOptions,
     pub id: String,
     /// A command for the guest, and what it finds.
     pub wanted: Wanted,
@@ -99,7 +99,7 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
         config: None,
         self_test: false,
         api_sock: None,
-        outputs: Outputs::default(),
+        outputs: OutputOptions::default(),
         id: default_id(),
         wanted: Wanted::default(),
     };
@@ -124,7 +124,7 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
             Long("api-sock") => run.api_sock = Some(parser.value()?.into()),
             Long("id") => run.id = value(parser, "--id", id)?,
             Short('h') | Long("help") => return Ok(Command::Print(run_help())),
-            Long(name) if let Some(name) = Outputs::named(name) => run.outputs.take(name, parser)?,
+            Long(name) if let Some(name) = OutputOptions::named(name) => run.outputs.take(name, parser)?,
             Long(name) if let Some(kind) = KINDS.iter().find(|kind| kind.option.name == name) => {
                 let device = device(parser, kind, &run.devices)?;
                 if run.devices.iter().any(|other| device.replaces(other)) {

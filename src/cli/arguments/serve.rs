@@ -7,7 +7,7 @@ use lexopt::Arg::{Long, Short};
 use super::{Command, Given, default_id, id, number, value};
 use crate::api::BODY_MAX;
 use crate::arch;
-use crate::cli::outputs::{self, Outputs};
+use crate::cli::outputs::{self, OutputOptions};
 use crate::cli::persona::Persona;
 use crate::config::Config;
 use crate::dialect::Dialect;
@@ -59,7 +59,7 @@ pub struct Serve {
     pub config_file: Option<PathBuf>,
     pub no_api: bool,
     pub enable_pci: bool,
-    pub outputs: Outputs,
+    pub outputs: OutputOptions,
     pub id: String,
     pub http_api_max_payload_size: usize,
     pub metadata: Option<PathBuf>,
@@ -75,7 +75,7 @@ pub fn parse(parser: &mut lexopt::Parser, persona: Persona) -> Result<Command, l
         config_file: None,
         no_api: false,
         enable_pci: false,
-        outputs: Outputs::default(),
+        outputs: OutputOptions::default(),
         id: default_id(),
         http_api_max_payload_size: BODY_MAX,
         metadata: None,
@@ -113,7 +113,7 @@ pub fn parse(parser: &mut lexopt::Parser, persona: Persona) -> Result<Command, l
                         .into(),
                 );
             }
-            Long(name) if let Some(name) = Outputs::named(name) => serve.outputs.take(name, parser)?,
+            Long(name) if let Some(name) = OutputOptions::named(name) => serve.outputs.take(name, parser)?,
             Long(name @ ("snapshot-version" | "describe-snapshot")) => {
                 return Err(format!("--{name} is not implemented yet: leave it out").into());
             }

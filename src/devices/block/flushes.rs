@@ -9,11 +9,11 @@ use crate::poll::EventFd;
 /// one would find nothing left to write and call that a success.
 #[derive(Default)]
 pub struct Flushes {
-    state: Mutex<State>,
+    state: Mutex<Progress>,
 }
 
 #[derive(Default)]
-struct State {
+struct Progress {
     /// How many were begun; the last of them is under way.
     begun: u64,
     is_under_way: bool,
@@ -41,7 +41,7 @@ pub struct Flushing {
 }
 
 impl Flushes {
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, Progress> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -70,7 +70,7 @@ impl RequestKind {
 
 /// A range of bytes to give back or to make zeros.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Range {
+pub struct Extent {
     pub offset: u64,
     pub length: u64,
     pub unmap: bool,
@@ -84,7 +84,7 @@ pub struct Request {
     pub data: Buffers,
     pub offset: u64,
     /// What is left to be given back or made zeros, the first one last.
-    pub ranges: Vec<Range>,
+    pub ranges: Vec<Extent>,
     status: Option<Byte>,
     /// How many bytes the guest gets if all is well, the status among them.
     answer: u32,
@@ -189,7 +189,7 @@ impl Request {
             let length = u64::from(sectors) * SECTOR;
             let offset = place(image, sector, length).filter(|_| sectors <= max).ok_or(Code::IoError)?;
             if length > 0 {
-                self.ranges.push(Range { offset, length, unmap: flags & UNMAP != 0 });
+                self.ranges.push(Extent { offset, length, unmap: flags & UNMAP != 0 });
             }
         }
         self.ranges.reverse();
@@ -212,7 +212,7 @@ impl Request {
             RequestKind::Write => image.write(&mut self.data, self.offset, bounce),
             RequestKind::Flush => image.flush(disk.durable),
             RequestKind::Discard | RequestKind::Zero => {
-                while let Some(Range { offset, length, unmap }) = self.ranges.pop() {
+                while let Some(Extent { offset, length, unmap }) = self.ranges.pop() {
                     match self.kind {
                         RequestKind::Zero => image.zero(offset, length, unmap)?,
                         _ => image.discard(offset, length)?,

@@ -4,7 +4,7 @@ use std::io::Result;
 use std::os::fd::AsRawFd;
 
 use super::image::Image;
-use super::request::{Range, Request, RequestKind};
+use super::request::{Extent, Request, RequestKind};
 use super::{device, holes};
 use crate::error;
 use crate::uring::{Operation, Uring};
@@ -46,7 +46,7 @@ impl Ring {
             (RequestKind::Discard | RequestKind::Zero, Some(raw), Some(range))
                 if !device::is_block_device(raw.file()) =>
             {
-                let (file, Range { offset, length, unmap }) = (raw.file().as_raw_fd(), *range);
+                let (file, Extent { offset, length, unmap }) = (raw.file().as_raw_fd(), *range);
                 let mode =
                     if request.kind == RequestKind::Zero && !unmap { holes::ZERO } else { holes::PUNCH };
                 Some(Operation::Allocate { file, mode, offset, length })

@@ -22,7 +22,7 @@ use crate::metadata::stack::Stack;
 use crate::metadata::store::Store;
 use crate::metrics::Group;
 use crate::snapshot::Snapshot;
-use crate::virtio::pool::Held;
+use crate::virtio::pool::Unfilled;
 use crate::virtio::{Io, Queue, VirtioDevice, Worker};
 
 const QUEUE_SIZE: u16 = 256;
@@ -54,7 +54,7 @@ pub struct Net {
     // Guest-visible
     control: Arc<Control>,
     /// Receive buffers that no frame has filled, of each pair.
-    held: Vec<tap::Home>,
+    unfilled: Vec<tap::Home>,
 }
 
 /// What carries its frames.
@@ -69,7 +69,7 @@ pub struct State {
     /// The address at power-on: one that nobody gave follows the microVM's name, which may be another one now.
     mac: [u8; 6],
     control: control::State,
-    held: Vec<Vec<Held>>,
+    unfilled: Vec<Vec<Unfilled>>,
     rx_limit: limiter::State,
     tx_limit: limiter::State,
     /// What the metadata service tells, as JSON, if it answers here. Its connections are not saved: the guest is
@@ -109,7 +109,7 @@ impl Net {
             moved: false,
             metadata: None,
             control: Arc::new(Control::new(control::State::new(mac.0))),
-            held: (0..pairs).map(|_| tap::Home::default()).collect(),
+            unfilled: (0..pairs).map(|_| tap::Home::default()).collect(),
         }
     }
 
@@ -137,11 +137,14 @@ impl Snapshot for Net {
     const VERSION: u16 = 2;
 
     fn save(&self) -> Result<State> {
-        let held = self.held.iter().map(|held| held.lock().unwrap_or_else(PoisonError::into_inner).clone());
+        let unfilled = self
+            .unfilled
+            .iter()
+            .map(|unfilled| unfilled.lock().unwrap_or_else(PoisonError::into_inner).clone());
         Ok(State {
             mac: self.mac.0,
             control: self.control.state().clone(),
-            held: held.collect(),
+            unfilled: unfilled.collect(),
             rx_limit: self.rx_limit.save()?,
             tx_limit: self.tx_limit.save()?,
             metadata: self.metadata_store().and_then(|store| store.save()),
@@ -149,8 +152,8 @@ impl Snapshot for Net {
     }
 
     fn restore(&mut self, state: State) -> Result<()> {
-        let fits = state.held.iter().all(|held| held.len() <= usize::from(QUEUE_SIZE));
-        if !fits || state.held.len() != self.held.len() || !state.control.fits(self.pairs) {
+        let fits = state.unfilled.iter().all(|unfilled| unfilled.len() <= usize::from(QUEUE_SIZE));
+        if !fits || state.unfilled.len() != self.unfilled.len() || !state.control.fits(self.pairs) {
             return Err(Error::config("the saved state is of an interface with other queue pairs"));
         }
         self.mac = Mac::new(state.mac).map_err(Error::config)?;
@@ -160,7 +163,7 @@ impl Snapshot for Net {
             store.restore(state.metadata.as_deref())?;
         }
         self.control = Arc::new(Control::new(state.control));
-        self.held = state.held.into_iter().map(|held| Arc::new(Mutex::new(held))).collect();
+        self.unfilled = state.unfilled.into_iter().map(|unfilled| Arc::new(Mutex::new(unfilled))).collect();
         self.moved = true;
         Ok(())
     }
@@ -236,7 +239,9 @@ impl VirtioDevice for Net {
         *self.control.state() = state;
         self.control.set_announcing(false);
         self.moved = false;
-        self.held.iter().for_each(|held| held.lock().unwrap_or_else(PoisonError::into_inner).clear());
+        self.unfilled
+            .iter()
+            .for_each(|unfilled| unfilled.lock().unwrap_or_else(PoisonError::into_inner).clear());
         self.metadata.iter().for_each(|stack| stack.lock().unwrap_or_else(PoisonError::into_inner).reset());
     }
 
@@ -281,8 +286,8 @@ impl Net {
         let Start { memory, features, queues: [rx, tx], interrupts } = start;
         let mergeable = has(features, features::MRG_RXBUF);
         let (rx_limit, tx_limit) = (self.rx_limit.clone(), self.tx_limit.clone());
-        let home = self.held[pair].clone();
-        let held = std::mem::take(&mut *home.lock().unwrap_or_else(PoisonError::into_inner));
+        let home = self.unfilled[pair].clone();
+        let unfilled = std::mem::take(&mut *home.lock().unwrap_or_else(PoisonError::into_inner));
         let [rx_timer, tx_timer] = [&rx_limit, &tx_limit].map(Limit::timer);
         let metrics = &self.metrics;
         let sizes = (features & features::GUEST_SEGMENTS != 0, self.mtu.unwrap_or(MTU).max(MTU));
@@ -291,7 +296,7 @@ impl Net {
             rx,
             mergeable,
             sizes,
-            &held,
+            &unfilled,
             rx_limit,
             metrics.clone(),
         )?;

@@ -6,7 +6,7 @@ use arbitrary::Unstructured;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 use crate::driver::{
-    DATA, DRIVER_OK, F_VERSION_1, FEATURES_OK, Guest, TransportKind, MEMORY, NEEDS_RESET, NEXT, WRITE,
+    DATA, DRIVER_OK, F_VERSION_1, FEATURES_OK, Guest, MEMORY, NEEDS_RESET, NEXT, TransportKind, WRITE,
 };
 use crate::ground::SEAM;
 use crate::host::{self, Host, TX};

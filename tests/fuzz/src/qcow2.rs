@@ -7,7 +7,7 @@ use alula::virtio::VirtioDevice;
 use arbitrary::Unstructured;
 use serde_json::json;
 
-use crate::driver::{Guest, TransportKind, NEEDS_RESET, WRITE};
+use crate::driver::{Guest, NEEDS_RESET, TransportKind, WRITE};
 use crate::host::{self, BASE, Host, SECTOR, SECTORS};
 use crate::{ground, state};
 

@@ -23,7 +23,7 @@ pub struct Growth {
 }
 
 /// Where new clusters are for byte `start` of the disk and what follows.
-struct Place<'a> {
+struct NewClusters<'a> {
     layer: &'a Layer,
     offset: u64,
     start: u64,
@@ -87,14 +87,15 @@ impl Growth {
             }
         };
         let prepared = image.prepare(access, &whole)?;
-        let place = Place { layer: prepared.storage(), offset: prepared.offset(), start: whole.start };
-        place.layer.check(place.offset, prepared.length())?;
-        image.tables.release(place.offset..place.offset + prepared.length())?;
+        let clusters =
+            NewClusters { layer: prepared.storage(), offset: prepared.offset(), start: whole.start };
+        clusters.layer.check(clusters.offset, prepared.length())?;
+        image.tables.release(clusters.offset..clusters.offset + prepared.length())?;
         let whole = whole.start..whole.start + prepared.length();
         let part = part.start..part.end.min(whole.end);
-        place.surround(access, &whole, &part, &mut room)?;
+        clusters.surround(access, &whole, &part, &mut room)?;
         let count = (part.end - part.start) as usize;
-        data.put(place.layer, place.at(part.start), count)?;
+        data.put(clusters.layer, clusters.at(part.start), count)?;
         if is_compressed {
             image.tables.note_freed();
         }
@@ -148,7 +149,7 @@ impl Writable {
 /// What was freed before is written at the first, tables that were moved at the second.
 const TRIES: usize = 4;
 
-impl Place<'_> {
+impl NewClusters<'_> {
     /// Where byte `at` of the disk will be.
     fn at(&self, at: u64) -> u64 {
         self.offset + (at - self.start)

@@ -54,7 +54,7 @@ pub struct Config {
 }
 
 /// What carries an interface's frames.
-enum Carrier<'a> {
+enum CarrierName<'a> {
     /// The TAP that this names.
     Tap(&'a str),
     /// passt.
@@ -86,10 +86,10 @@ impl Config {
         self.queue_pairs.unwrap_or(1)
     }
 
-    fn carrier(&self) -> Result<Carrier<'_>> {
+    fn carrier(&self) -> Result<CarrierName<'_>> {
         match (&self.host_dev_name, &self.user) {
-            (Some(name), None) => Ok(Carrier::Tap(name)),
-            (None, Some(user)) => Ok(Carrier::User(user)),
+            (Some(name), None) => Ok(CarrierName::Tap(name)),
+            (None, Some(user)) => Ok(CarrierName::User(user)),
             (None, None) => Err(Error::config(
                 "`host_dev_name` is missing: it names the TAP interface of the host; or give `user` for a \
                  network without one",
@@ -125,7 +125,7 @@ impl DeviceConfig for Config {
     fn check(&self) -> Result<()> {
         crate::devices::check_id(&self.iface_id)?;
         let pairs = self.queue_pairs();
-        if let Carrier::User(user) = self.carrier()? {
+        if let CarrierName::User(user) = self.carrier()? {
             user.check()?;
             if pairs > 1 {
                 return Err(Error::config(format!("{pairs} `queue_pairs` are too many: passt has one")));
@@ -153,10 +153,10 @@ impl DeviceConfig for Config {
             return Err(Error::config(format!("The MAC address is already in use: {mac}")));
         }
         match (self.carrier()?, other.carrier()?) {
-            (Carrier::Tap(name), Carrier::Tap(other)) if name == other => {
+            (CarrierName::Tap(name), CarrierName::Tap(other)) if name == other => {
                 Err(Error::config(format!("two network interfaces use the TAP `{name}`")))
             }
-            (Carrier::User(user), Carrier::User(other)) => user.check_beside(other),
+            (CarrierName::User(user), CarrierName::User(other)) => user.check_beside(other),
             _ => Ok(()),
         }
     }
@@ -167,8 +167,8 @@ impl DeviceConfig for Config {
 
     fn hold(&self, host: &mut Host) -> Result<()> {
         match self.carrier()? {
-            Carrier::Tap(name) => host.hold_tap(&self.what(), name, self.queue_pairs().into()),
-            Carrier::User(user) => {
+            CarrierName::Tap(name) => host.hold_tap(&self.what(), name, self.queue_pairs().into()),
+            CarrierName::User(user) => {
                 user.check_host()?;
                 host.release(&self.what());
                 Ok(())
@@ -179,19 +179,19 @@ impl DeviceConfig for Config {
     /// A TAP is not attached to: that would keep another from it for a moment.
     fn look(&self) -> Result<()> {
         match self.carrier()? {
-            Carrier::Tap(name) => tap::Tap::look(name, self.queue_pairs().into()),
-            Carrier::User(user) => user.check_host(),
+            CarrierName::Tap(name) => tap::Tap::look(name, self.queue_pairs().into()),
+            CarrierName::User(user) => user.check_host(),
         }
     }
 
     fn open(&self, vm: &str, host: &mut Host) -> Result<Box<dyn VirtioDevice>> {
         let mac = self.guest_mac.unwrap_or_else(|| Mac::derived(vm, &self.iface_id));
         let mut net = match self.carrier()? {
-            Carrier::Tap(name) => {
+            CarrierName::Tap(name) => {
                 let taps = host.tap(&self.what(), name, self.queue_pairs().into())?;
                 device::Net::over_taps(self, mac, taps)
             }
-            Carrier::User(user) => {
+            CarrierName::User(user) => {
                 user.check_host()?;
                 device::Net::over_passt(self, mac, host.passt(user.passt_arguments(self.mtu))?)
             }

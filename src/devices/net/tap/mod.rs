@@ -18,7 +18,7 @@ use crate::devices::limit::set;
 use crate::error::Result;
 use crate::memory::{Memory, Regions};
 use crate::poll::{Interest, Timer};
-use crate::virtio::pool::Held;
+use crate::virtio::pool::Unfilled;
 use crate::virtio::{Interrupts, Queue, Registrar, Share, Switch, Worker};
 use outgoing::Outgoing;
 use port::Port;
@@ -33,7 +33,7 @@ const TX_TIMER: u32 = 5;
 const ANSWERS_TIMER: u32 = 6;
 
 /// Where a pair's receive buffers are kept that no frame has filled, while no worker has them.
-pub type Home = Arc<Mutex<Vec<Held>>>;
+pub type Home = Arc<Mutex<Vec<Unfilled>>>;
 
 /// The running half.
 pub struct Running {
@@ -115,8 +115,8 @@ impl Worker for Running {
 
     fn stop(self: Box<Self>) -> Vec<Queue> {
         let Self { memory, receiver, transmitter, home, .. } = *self;
-        let (rx, held) = receiver.stop(&memory.memory());
-        *home.lock().unwrap_or_else(PoisonError::into_inner) = held;
+        let (rx, unfilled) = receiver.stop(&memory.memory());
+        *home.lock().unwrap_or_else(PoisonError::into_inner) = unfilled;
         vec![rx, transmitter.queue]
     }
 }

@@ -12,7 +12,7 @@ use crate::devices::net::{TURN, header};
 use crate::error::{Error, Result};
 use crate::memory::{Memory, Regions};
 use crate::virtio::buffers::VECTORS_MAX;
-use crate::virtio::pool::{Held, Pool};
+use crate::virtio::pool::{Pool, Unfilled};
 use crate::virtio::{Queue, Share};
 
 /// The largest frame with its header that a TAP gives: 64 KiB of segments and an Ethernet header.
@@ -78,19 +78,19 @@ pub struct Receiver {
 }
 
 impl Receiver {
-    /// Goes on with the buffers that an earlier one held. `segments`: the driver takes packets larger
+    /// Goes on with the buffers that an earlier receiver left unfilled. `segments`: the driver takes packets larger
     /// than the `mtu`; what is to be larger all the same is noticed when the first one comes.
     pub fn new(
         memory: Memory,
         queue: Queue,
         mergeable: bool,
         (segments, mtu): (bool, u16),
-        held: &[Held],
+        unfilled: &[Unfilled],
         limit: Limit,
         metrics: Arc<Metrics>,
     ) -> Result<Self> {
         let mut pool = Pool::new(memory, queue.size().into());
-        held.iter().try_for_each(|held| pool.add_held(held))?;
+        unfilled.iter().try_for_each(|unfilled| pool.add_unfilled(unfilled))?;
         let (entries, vectors) = (Vec::with_capacity(BATCH), Vec::with_capacity(BATCH));
         let (batch, is_ample, late) = (BATCH_MIN, false, None);
         let frame_max = if segments { FRAME_MAX } else { frame_of(mtu) };
@@ -110,7 +110,7 @@ impl Receiver {
     }
 
     /// Gives back the queue and the buffers that no frame has filled.
-    pub fn stop(mut self, memory: &Regions) -> (Queue, Vec<Held>) {
+    pub fn stop(mut self, memory: &Regions) -> (Queue, Vec<Unfilled>) {
         if let Some(length) = self.late.take() {
             // Limits or not, it is not lost, but it is owed: a driver could reset the device for each frame.
             self.limit.owe(length.saturating_sub(header::SIZE));
@@ -118,7 +118,7 @@ impl Receiver {
             let _ = self.deliver(memory, 0, length).and_then(|()| self.queue.notify(memory));
             self.pool.remove_used();
         }
-        (self.queue, self.pool.hold())
+        (self.queue, self.pool.unfilled())
     }
 
     /// Moves frames until the TAP is empty, the driver has no more buffers, `share` is used up, or the limit is
