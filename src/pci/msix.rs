@@ -57,9 +57,7 @@ impl Msix {
     /// The guest changed message control.
     pub fn set_control(&mut self, enabled: bool, masked: bool) {
         (self.enabled, self.masked) = (enabled, masked);
-        for index in 0..self.vectors.len() {
-            self.update(index);
-        }
+        self.connect();
     }
 
     /// The guest reads the table.
@@ -109,19 +107,33 @@ impl Msix {
         }
     }
 
+    /// What a vector sends as its masks say, and by which number; none: nothing.
+    fn message(&self, vector: &Vector) -> Option<(u32, Message)> {
+        let [low, high, data, control] = vector.registers;
+        let message = Message { address: u64::from(high) << 32 | u64::from(low), data, device: self.device };
+        let is_wanted = self.enabled && !self.masked && control & MASKED == 0;
+        is_wanted.then_some((vector.gsi, message))
+    }
+
+    /// What the vectors send, with the numbers by which they do.
+    pub fn messages(&self) -> impl Iterator<Item = (u32, Message)> {
+        self.vectors.iter().filter_map(|vector| self.message(vector))
+    }
+
+    /// Connects or disconnects all vectors as their masks say.
+    pub fn connect(&mut self) {
+        (0..self.vectors.len()).for_each(|index| self.update(index));
+    }
+
     /// Connects or disconnects a vector as its masks say.
     fn update(&mut self, index: usize) {
         let vector = &self.vectors[index];
-        let [low, high, data, control] = vector.registers;
-        let wanted = self.enabled && !self.masked && control & MASKED == 0;
-        if wanted == vector.connected {
+        let message = self.message(vector);
+        if message.is_some() == vector.connected {
             return;
         }
-        if !wanted {
-            return self.disconnect(index);
-        }
-        let message = Message { address: u64::from(high) << 32 | u64::from(low), data, device: self.device };
-        match self.vm.send_by(&vector.event, vector.gsi, message) {
+        let Some((gsi, message)) = message else { return self.disconnect(index) };
+        match self.vm.send_by(&vector.event, gsi, message) {
             Ok(()) => self.vectors[index].connected = true,
             Err(error) => log::guest_line(error),
         }
@@ -155,6 +167,8 @@ impl Snapshot for Msix {
         Ok(State { enabled: *enabled, masked: *masked, vectors })
     }
 
+    /// What the vectors send is connected by [`Msix::connect`]: by then KVM can have been told of the messages of
+    /// all functions at once.
     fn restore(&mut self, state: State) -> Result<()> {
         if state.vectors.len() != self.vectors.len() {
             return Err(Error::config("the saved state is of a function with other MSI-X vectors"));
@@ -166,7 +180,7 @@ impl Snapshot for Msix {
                 let _ = vector.event.write(1);
             }
         }
-        self.set_control(state.enabled, state.masked);
+        (self.enabled, self.masked) = (state.enabled, state.masked);
         Ok(())
     }
 }

@@ -17,6 +17,7 @@ use crate::platform::{Node, Place};
 use crate::poll::EventFd;
 use crate::snapshot::{SaveState, Snapshot, stateless};
 use crate::vm::Vm;
+use crate::vm::irq::Message;
 
 /// A function of the bus.
 pub trait Function: SaveState + Send {
@@ -26,6 +27,12 @@ pub trait Function: SaveState + Send {
     fn write_config(&mut self, offset: usize, data: &[u8]);
     /// Where its registers are now; none: nowhere.
     fn place(&self) -> Option<Range>;
+    /// The interrupt messages that the function sends now, with their numbers.
+    fn messages(&self) -> Vec<(u32, Message)> {
+        Vec::new()
+    }
+    /// Has the function send these. To be called once it was restored.
+    fn connect(&mut self) {}
 }
 
 /// What a function has on the memory bus, wherever it is.
@@ -186,14 +193,23 @@ impl Snapshot for Root {
         let vm = self.vm.clone();
         let mmio = self.mmio.upgrade().ok_or_else(|| Error::host("the memory bus is gone"))?;
         self.address = state.address;
+        let mut messages = Vec::new();
         for (number, bytes) in state.functions {
             let attempt = || format!("restore PCI device {number}");
             let slot = self.slots.get_mut(number as usize).and_then(Option::as_mut);
             let slot = slot.ok_or_else(|| Error::config("there is no such device")).with_context(attempt)?;
             let mut function = slot.function.lock().unwrap_or_else(PoisonError::into_inner);
             function.restore_state(&bytes).with_context(attempt)?;
+            messages.extend(function.messages());
             drop(function);
             slot.place(&vm, &mmio);
+        }
+        if let Err(error) = vm.route(&messages) {
+            // Each function finds out which of them it is when it connects its own.
+            log::guest_debug(format_args!("{error}: one of all that PCI devices send is none"));
+        }
+        for slot in self.slots.iter().flatten() {
+            slot.function.lock().unwrap_or_else(PoisonError::into_inner).connect();
         }
         Ok(())
     }

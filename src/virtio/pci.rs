@@ -13,6 +13,7 @@ use crate::pci::config::{self, ConfigSpace, Identity};
 use crate::pci::msix::{self, Msix};
 use crate::pci::root::Function;
 use crate::snapshot::Snapshot;
+use crate::vm::irq::Message;
 
 const VENDOR: u16 = 0x1af4;
 /// Modern devices' IDs begin here; the device type is added.
@@ -174,6 +175,14 @@ impl Function for Pci {
 
     fn place(&self) -> Option<Range> {
         self.space.bar().map(|start| Range { start, size: BAR_SIZE })
+    }
+
+    fn messages(&self) -> Vec<(u32, Message)> {
+        self.msix.lock().unwrap_or_else(PoisonError::into_inner).messages().collect()
+    }
+
+    fn connect(&mut self) {
+        self.msix.lock().unwrap_or_else(PoisonError::into_inner).connect();
     }
 }
 

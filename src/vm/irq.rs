@@ -33,16 +33,18 @@ pub struct Routes {
 impl Routes {
     /// Has `take` take all messages, this one among them, and notes it once that is done. One that KVM
     /// refused (a guest can write any) would stand in every later table, and no device's interrupts could
-    /// change any more.
+    /// change any more. Messages that were taken already are not taken again.
     fn set(
         &self,
-        gsi: u32,
-        message: Message,
+        added: &[(u32, Message)],
         take: impl FnOnce(&BTreeMap<u32, Option<Message>>) -> Result<()>,
     ) -> Result<()> {
         let mut messages = self.messages.lock().unwrap_or_else(PoisonError::into_inner);
+        if added.iter().all(|(gsi, message)| messages.get(gsi) == Some(&Some(*message))) {
+            return Ok(());
+        }
         let mut new = messages.clone();
-        new.insert(gsi, Some(message));
+        new.extend(added.iter().map(|(gsi, message)| (*gsi, Some(*message))));
         take(&new)?;
         *messages = new;
         Ok(())
@@ -109,19 +111,33 @@ impl Vm {
         self.routes.messages.lock().unwrap_or_else(PoisonError::into_inner).remove(&gsi);
     }
 
+    /// Tells KVM of these messages, each with its number, which [`Vm::send_by`] is then called for: once for all of
+    /// them, where `send_by` would do so for each, and KVM takes the whole table each time.
+    pub fn route(&self, messages: &[(u32, Message)]) -> Result<()> {
+        // A frame of ours is unknown to KVM.
+        if self.message_frame.is_some() {
+            return Ok(());
+        }
+        let give = |routing: &KvmIrqRouting| self.fd.set_gsi_routing(routing);
+        let give = |routing: &_| give(routing).context("route an interrupt message");
+        self.routes.set(messages, |messages| give(&table(messages)?))
+    }
+
     /// From here on a write to `event` sends `message`; what was written before is sent now.
     pub fn send_by(&self, event: &Arc<EventFd>, gsi: u32, message: Message) -> Result<()> {
-        let connect = |line| self.connect(event, line).context("connect an interrupt message");
-        match self.message_frame {
-            // A frame of ours is unknown to KVM: the message's line instead of the message.
-            Some(_) => self.routes.set(gsi, message, |_| connect(self.line_of(message)?)),
-            None => {
-                let give = |routing: &KvmIrqRouting| self.fd.set_gsi_routing(routing);
-                let give = |routing: &_| give(routing).context("route an interrupt message");
-                self.routes.set(gsi, message, |messages| give(&table(messages)?))?;
-                connect(gsi)
+        let line = match self.message_frame {
+            // The message's line instead of the message.
+            Some(_) => {
+                let line = self.line_of(message)?;
+                self.routes.set(&[(gsi, message)], |_| Ok(()))?;
+                line
             }
-        }
+            None => {
+                self.route(&[(gsi, message)])?;
+                gsi
+            }
+        };
+        self.connect(event, line).context("connect an interrupt message")
     }
 
     fn line_of(&self, message: Message) -> Result<u32> {
@@ -175,7 +191,7 @@ mod tests {
         let message = |address| Message { address, data: 1, device: 8 };
         let told = |gsi, address, is_taken| {
             let mut told = Vec::new();
-            let result = routes.set(gsi, message(address), |messages| {
+            let result = routes.set(&[(gsi, message(address))], |messages| {
                 let messages = messages.iter().map(|(gsi, message)| (*gsi, message.map(|one| one.address)));
                 told = messages.collect();
                 if is_taken { Ok(()) } else { Err(Error::host("no")) }
@@ -188,5 +204,8 @@ mod tests {
         // Neither a new one nor one in the place of another.
         assert_eq!(told(24, 3, false), [(24, Some(3))]);
         assert_eq!(told(26, 4, true), [(24, Some(1)), (26, Some(4))]);
+        // KVM is not told what it knows.
+        assert_eq!(told(26, 4, true), []);
+        assert_eq!(told(26, 5, true), [(24, Some(1)), (26, Some(5))]);
     }
 }

@@ -442,7 +442,11 @@ impl Guest {
         self.transport.lock().unwrap().restore_state(&state[0])?;
         match &mut self.registers {
             Registers::Mmio(_) => Ok(()),
-            Registers::Pci(_, function) => function.restore_state(&state[1]),
+            Registers::Pci(_, function) => {
+                function.restore_state(&state[1])?;
+                function.connect();
+                Ok(())
+            }
         }
     }
 
