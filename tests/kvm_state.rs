@@ -79,7 +79,8 @@ impl Guest {
             gic: None,
         };
         let mut vm = Vm::new(Prepared::new().unwrap(), &memory.memory()).unwrap();
-        let vcpus = vm.create_vcpus(&mut platform, &[]).unwrap();
+        let vcpus = vm.create_vcpus(cpus).unwrap();
+        vm.complete(&mut platform).unwrap();
         let vm = Arc::new(vm);
         let gate = Arc::new(Gate::default());
         let end = End::new(gate.clone()).unwrap();
@@ -113,6 +114,7 @@ impl Guest {
         let initrd = None::<&mut std::fs::File>;
         let entry = arch::load(&memory, &mut kernel, initrd, &mut guest.platform).unwrap();
         let stopped: Vec<_> = guest.vcpus.iter().map(Vcpu::stopped).collect();
+        guest.vm.set_cpu_model(&stopped, &guest.platform, &[]).unwrap();
         arch::boot(&stopped, &entry).unwrap();
         drop(stopped);
         guest

@@ -100,7 +100,9 @@ impl Guest {
             gic: None,
         };
         let mut vm = Vm::new(Prepared::new().unwrap(), &memory.memory()).unwrap();
-        let cpu = vm.create_vcpus(&mut platform, &[]).unwrap().remove(0);
+        let cpu = vm.create_vcpus(platform.cpus).unwrap().remove(0);
+        vm.complete(&mut platform).unwrap();
+        vm.set_cpu_model(&[&cpu], &platform, &[]).unwrap();
         code::start(&cpu);
         Self { vm, cpu, memory }
     }

@@ -4,15 +4,24 @@
 
 mod common;
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::collections::BTreeMap;
+use std::process::Command;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use alula::bus::{Bus, BusDevice};
 use alula::config::Config;
+use alula::devices::KINDS;
 use alula::error::Result;
 use alula::host::Host;
 use alula::machine::{Exit, Machine, Prepared, SavedMachine};
+use alula::memory::{self, Range};
+use alula::pci::root::{Ecam, Root};
+use alula::snapshot::SaveState;
+use alula::virtio::pci::Bar;
+use alula::virtio::workers::ByHand;
 use common::suspend::{Random, Screen, Suspended, boot};
-use common::{Folder, network, wait_for};
+use common::{Folder, driver, network, wait_for};
 use serde_json::json;
 
 /// How many machines are saved at random points of their run, if that is told.
@@ -306,4 +315,119 @@ fn damaged_states_are_refused_or_make_a_machine_that_lives_alone() {
     }
     println!("{refused} states were refused, {lived} machines lived");
     assert!(refused > 0 && lived > 0);
+}
+
+/// Set: this process restores this, and another one counts what that asks of KVM.
+const COUNTED: &str = "ALULA_TEST_COUNTED_RESTORE";
+/// What the counted process looks for, in vain, right before and right after the restore: marks in its trace.
+const MARKS: [&str; 2] = ["/the restore begins", "/the restore is done"];
+/// How many functions the counted PCI bus has, each with two interrupt messages.
+const FUNCTIONS: u32 = 3;
+
+fn marked(restore: impl FnOnce()) {
+    assert!(!std::fs::exists(MARKS[0]).unwrap());
+    restore();
+    assert!(!std::fs::exists(MARKS[1]).unwrap());
+}
+
+/// A PCI bus with its functions, and the loop that their devices live on.
+fn bus() -> (Arc<Mutex<Root>>, Vec<Bar>, ByHand, Arc<Bus>) {
+    let (mmio, by_hand) = (Arc::<Bus>::default(), ByHand::new().unwrap());
+    let memory = memory::allocate(&[Range { start: 0, size: 1 << 20 }]).unwrap();
+    let root = Arc::new(Mutex::new(Root::new(driver::vm(), &mmio)));
+    let functions = (1..=FUNCTIONS).map(|number| {
+        let entropy = KINDS.iter().find(|kind| kind.section == "entropy").unwrap();
+        let device = entropy.parse(b"{}").unwrap().open("test", &mut Host::default()).unwrap();
+        let (_, function) = driver::function(device, memory.clone(), by_hand.event_loop(), number);
+        let registers = function.registers();
+        root.lock().unwrap().add(number, Arc::new(Mutex::new(function)), None).unwrap();
+        registers
+    });
+    let functions = functions.collect();
+    (root, functions, by_hand, mmio)
+}
+
+/// Has every function of the bus send its messages.
+fn send(root: &Arc<Mutex<Root>>, functions: &mut [Bar]) {
+    const TABLE: u64 = 0x3000;
+    let mut ecam = Ecam(root.clone());
+    for (number, function) in (1..).zip(functions) {
+        for vector in 0..2_u64 {
+            let message = [0xfee0_0000, 0, 0x40 + vector as u32, 0];
+            for (register, value) in (0..).zip(message) {
+                function.write(TABLE + vector * 16 + register * 4, &u32::to_le_bytes(value));
+            }
+        }
+        let config = number << 15;
+        let mut byte = |at: u64| {
+            let mut byte = [0];
+            ecam.read(config + at, &mut byte);
+            u64::from(byte[0])
+        };
+        let mut capability = byte(0x34);
+        while byte(capability) != 0x11 {
+            capability = byte(capability + 1);
+        }
+        ecam.write(config + capability + 3, &[0x80]);
+    }
+}
+
+#[test]
+fn what_is_restored_is_counted_by_another_process() {
+    match std::env::var(COUNTED).as_deref() {
+        Err(_) => {}
+        Ok("machine") => {
+            let (ground, screen) = (Ground::new(), Screen::default());
+            let (_, suspended) = listening(&ground, false, &screen);
+            marked(|| drop(suspended.build(&suspended.bytes, &screen).unwrap()));
+        }
+        Ok(_) => {
+            let (root, mut functions, ..) = bus();
+            send(&root, &mut functions);
+            let saved = root.lock().unwrap().save_state().unwrap();
+            drop((root, functions));
+            let (root, _functions, _by_hand, _mmio) = bus();
+            marked(|| root.lock().unwrap().restore_state(&saved).unwrap());
+            assert_eq!(root.lock().unwrap().save_state().unwrap(), saved);
+        }
+    }
+}
+
+/// How often each kind of ioctl is in what a restore asks of KVM.
+fn counted_ioctls(what: &str) -> BTreeMap<String, usize> {
+    let folder = Folder::new();
+    let counted = Command::new("strace")
+        .args(["-f", "-qq", "-e", "trace=ioctl,?stat,?newfstatat,?statx", "-o"])
+        .arg(folder.path("trace"))
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", "what_is_restored_is_counted_by_another_process"])
+        .env(COUNTED, what)
+        .output()
+        .unwrap();
+    assert!(counted.status.success(), "{}", String::from_utf8_lossy(&counted.stdout));
+    let trace = std::fs::read_to_string(folder.path("trace")).unwrap();
+    let begun = trace.lines().skip_while(|line| !line.contains(MARKS[0]));
+    let between = begun.take_while(|line| !line.contains(MARKS[1]));
+    let mut counts = BTreeMap::new();
+    for line in between {
+        // Of `ioctl(3, KVM_RUN, 0) = 0`, the second argument.
+        let name = line.split_once("ioctl(").and_then(|(_, rest)| rest.split([' ', ',', ')']).nth(2));
+        name.into_iter().for_each(|name| *counts.entry(name.to_owned()).or_default() += 1);
+    }
+    counts
+}
+
+#[test]
+fn a_restore_tells_kvm_once_what_it_takes_once() {
+    const CPUS: usize = 2;
+    let [machine, bus] = ["machine", "bus"].map(counted_ioctls);
+    println!("machine: {machine:?}\nbus: {bus:?}");
+    let of = |counts: &BTreeMap<String, usize>, name: &str| counts.get(name).copied().unwrap_or(0);
+    assert_eq!(of(&machine, "KVM_CREATE_VCPU"), CPUS, "{machine:?}");
+    let x86_64 = cfg!(target_arch = "x86_64");
+    assert_eq!(of(&machine, "KVM_SET_CPUID2"), if x86_64 { CPUS } else { 0 }, "{machine:?}");
+    // With a GICv2 there is no message that KVM knows.
+    let tables = of(&bus, "KVM_SET_GSI_ROUTING");
+    assert!(tables == 1 || !x86_64 && tables == 0, "{bus:?}");
+    assert!(tables == 0 || of(&bus, "KVM_IRQFD") == 2 * FUNCTIONS as usize, "{bus:?}");
 }

@@ -1,7 +1,7 @@
 //! The two architectures behind one set of names: the only place that asks which one this is.
 //!
 //! Each offers: `layout` (where things are in the guest's address space), `create_vm`, `before_vcpus` and
-//! `after_vcpus` (the interrupt controller), `CpuModel` (what KVM is told of CPUs), `load` (kernel and boot
+//! `after_vcpus` (the interrupt controller), `CpuModel` (what the guest's CPUs are), `load` (kernel and boot
 //! tables into memory), `boot` (the CPUs' registers), `is_halted_for_good`, `internal_error`,
 //! `VmState` and `VcpuState` with `save_vm`, `restore_vm`, `save_vcpus` and `restore_vcpus` (what KVM holds of a
 //! guest), `default_routes` (interrupts), `prints` (of what parts say, what is for its boot tables), and a few words of

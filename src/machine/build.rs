@@ -53,7 +53,8 @@ pub fn build(
     let mut platform = platform(config, ranges, host)?;
 
     let mut vm = Vm::new(prepared, &memory.memory())?;
-    let vcpus = vm.create_vcpus(&mut platform, &config.cpuid())?;
+    let vcpus = vm.create_vcpus(platform.cpus)?;
+    vm.complete(&mut platform)?;
     let timeline = std::mem::take(&mut vm.timeline);
     let vm = Arc::new(vm);
 
@@ -167,6 +168,8 @@ impl HugePages {
 pub fn load(machine: &mut Machine, config: &Config, host: &mut Host) -> Result<()> {
     let memory = &*machine.memory.memory();
     let platform = &mut machine.platform;
+    let vcpus: Vec<_> = machine.vcpus.iter().map(Vcpu::stopped).collect();
+    machine.vm.set_cpu_model(&vcpus, platform, &config.cpuid())?;
     platform.nodes = machine.parts.nodes();
     let entry = match &config.boot_source {
         None => {
@@ -193,7 +196,6 @@ pub fn load(machine: &mut Machine, config: &Config, host: &mut Host) -> Result<(
         "the kernel is entered at {:#x} with `{}`",
         entry.address, platform.command_line
     ));
-    let vcpus: Vec<_> = machine.vcpus.iter().map(Vcpu::stopped).collect();
     arch::boot(&vcpus, &entry).context("set up the CPUs")?;
     drop(vcpus);
     machine.timeline.mark("kernel and registers");

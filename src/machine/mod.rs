@@ -120,8 +120,8 @@ impl Machine {
         self.parts.places()
     }
 
-    /// Gives it its content: kernel, initrd, boot tables, registers. A `boot_source` of none loads
-    /// the embedded firmware guest.
+    /// Gives it its first content: what its CPUs are, kernel, initrd, boot tables, registers. A `boot_source` of none
+    /// loads the embedded firmware guest. [`Machine::restore`] gives it another machine's.
     pub fn load(&mut self, config: &Config, host: &mut Host) -> Result<()> {
         build::load(self, config, host)
     }

@@ -10,6 +10,7 @@ pub mod vcpu;
 
 use std::fs::File;
 use std::io::ErrorKind;
+use std::ops::Deref;
 use std::os::fd::{FromRawFd, IntoRawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -131,30 +132,43 @@ impl Vm {
         })
     }
 
-    /// Makes the interrupt controllers and the vCPUs; notes in `platform` what the host made of them.
-    /// `modifiers` change their CPUID.
-    pub fn create_vcpus(
-        &mut self,
-        platform: &mut Platform,
-        modifiers: &[CpuidModifier],
-    ) -> Result<Vec<VcpuFd>> {
-        let count = platform.cpus;
+    /// Makes the interrupt controllers and so many vCPUs.
+    pub fn create_vcpus(&mut self, count: u16) -> Result<Vec<VcpuFd>> {
         if usize::from(count) > self.max_vcpus {
             return Err(Error::config(format!(
                 "{count} CPUs (`vcpu_count`, --cpus) are more than this host's KVM has: at most {}",
                 self.max_vcpus
             )));
         }
-        arch::before_vcpus(&self.fd, platform)?;
+        arch::before_vcpus(&self.fd, count)?;
         self.timeline.mark("interrupt controllers");
         let vcpus = (0..u64::from(count))
             .map(|index| self.fd.create_vcpu(index).with_context(|| format!("create vCPU {index}")))
             .collect::<Result<Vec<_>>>()?;
-        self.cpu_model.apply(&self.fd, &vcpus, platform, modifiers)?;
-        self.controller = Some(arch::after_vcpus(&self.fd, &vcpus, platform)?);
-        self.message_frame = platform.message_frame();
+        self.controller = Some(arch::after_vcpus(&self.fd, &vcpus)?);
         self.timeline.mark("CPUs");
         Ok(vcpus)
+    }
+
+    /// Makes what a machine like this has beside, once it has CPUs, and notes in `platform` what the host's KVM
+    /// has of it.
+    pub fn complete(&mut self, platform: &mut Platform) -> Result<()> {
+        if let Some(controller) = &mut self.controller {
+            controller.complete(&self.fd, platform)?;
+        }
+        self.message_frame = platform.message_frame();
+        Ok(())
+    }
+
+    /// Tells KVM what the CPUs are, before they first run: those of the host, their CPUID changed by `modifiers`.
+    /// CPUs that are restored are what they were instead.
+    pub fn set_cpu_model(
+        &self,
+        vcpus: &[impl Deref<Target = VcpuFd>],
+        platform: &Platform,
+        modifiers: &[CpuidModifier],
+    ) -> Result<()> {
+        self.cpu_model.apply(vcpus, platform, modifiers)
     }
 
     /// Gives the guest another region of memory, in the lowest slot that is free, and returns that. `is_tracked`:

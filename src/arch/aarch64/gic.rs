@@ -8,7 +8,7 @@ use kvm_bindings::{
     kvm_device_attr, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_ITS, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V2,
     kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3, kvm_irq_routing_entry, kvm_irq_routing_irqchip,
 };
-use kvm_ioctls::{DeviceFd, VcpuFd, VmFd};
+use kvm_ioctls::{DeviceFd, VmFd};
 
 use super::layout;
 use crate::descriptors::Named;
@@ -44,19 +44,31 @@ pub fn default_routes() -> Vec<kvm_irq_routing_entry> {
     (0..layout::GIC_INTERRUPTS - 32).map(pin).collect()
 }
 
-/// Makes the GIC that the host's KVM has, once all vCPUs exist, and notes in `platform` which it is.
-pub fn after_vcpus(vm: &VmFd, vcpus: &[VcpuFd], platform: &mut Platform) -> Result<InterruptController> {
-    let cpus = vcpus.len() as u32;
-    match create(vm, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3) {
-        Ok(device) => {
-            platform.gic = Some(Gic::V3);
-            set_up_v3(vm, cpus, device, platform.pci)
+impl InterruptController {
+    /// Makes the GIC that the host's KVM has, once all vCPUs exist and are initialised, of which there are so many.
+    pub fn new(vm: &VmFd, cpus: u32) -> Result<Self> {
+        match create(vm, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3) {
+            Ok(device) => set_up_v3(cpus, device),
+            Err(error) if error.errno() == libc::ENODEV => set_up_v2(vm, cpus),
+            Err(error) => Err(error).context("create a GICv3"),
         }
-        Err(error) if error.errno() == libc::ENODEV => {
+    }
+
+    /// Notes in `platform` which GIC it is, and makes what a machine like this has beside the GIC.
+    pub fn complete(&mut self, vm: &VmFd, platform: &mut Platform) -> Result<()> {
+        if self.is_v2 {
             platform.gic = Some(Gic::V2(layout::GIC_MESSAGE_FRAME));
-            set_up_v2(vm, cpus)
+            return Ok(());
         }
-        Err(error) => Err(error).context("create a GICv3"),
+        platform.gic = Some(Gic::V3);
+        if platform.pci {
+            let device = create(vm, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_ITS)
+                .context("create the GIC's ITS, which PCI needs")?;
+            set(&device, KVM_DEV_ARM_VGIC_GRP_ADDR, KVM_VGIC_ITS_ADDR_TYPE, layout::GIC_ITS.start)?;
+            set(&device, KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_DEV_ARM_VGIC_CTRL_INIT, 0)?;
+            self.its = Some(Named::new("ITS of the interrupt controller", device));
+        }
+        Ok(())
     }
 }
 
@@ -69,21 +81,13 @@ fn set(device: &DeviceFd, group: u32, attr: u32, value: u64) -> Result<()> {
     device.set_device_attr(&attr).with_context(|| format!("set up the GIC (attribute {group}.{})", attr.attr))
 }
 
-fn set_up_v3(vm: &VmFd, cpus: u32, device: DeviceFd, pci: bool) -> Result<InterruptController> {
+fn set_up_v3(cpus: u32, device: DeviceFd) -> Result<InterruptController> {
     const ADDRESS: u32 = KVM_DEV_ARM_VGIC_GRP_ADDR;
     set(&device, KVM_DEV_ARM_VGIC_GRP_NR_IRQS, 0, layout::GIC_INTERRUPTS.into())?;
     set(&device, ADDRESS, KVM_VGIC_V3_ADDR_TYPE_DIST, layout::GIC_DISTRIBUTOR.start)?;
     set(&device, ADDRESS, KVM_VGIC_V3_ADDR_TYPE_REDIST, layout::GIC_REDISTRIBUTORS)?;
     set(&device, KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_DEV_ARM_VGIC_CTRL_INIT, 0)?;
-    let mut its = None;
-    if pci {
-        let device = create(vm, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_ITS)
-            .context("create the GIC's ITS, which PCI needs")?;
-        set(&device, ADDRESS, KVM_VGIC_ITS_ADDR_TYPE, layout::GIC_ITS.start)?;
-        set(&device, KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_DEV_ARM_VGIC_CTRL_INIT, 0)?;
-        its = Some(Named::new("ITS of the interrupt controller", device));
-    }
-    Ok(InterruptController { is_v2: false, cpus, device: Named::new(NAME, device), its })
+    Ok(InterruptController { is_v2: false, cpus, device: Named::new(NAME, device), its: None })
 }
 
 /// KVM itself says that it has at most 8 CPUs then: more have been refused.

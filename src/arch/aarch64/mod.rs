@@ -18,7 +18,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
 pub use boot::{Entry, load};
-pub use gic::{InterruptController, MESSAGES_NAME_THEIR_DEVICE, after_vcpus, default_routes};
+pub use gic::{InterruptController, MESSAGES_NAME_THEIR_DEVICE, default_routes};
 
 pub use state::{VcpuState, VmState, restore_vcpus, restore_vm, save_vcpus, save_vm};
 
@@ -63,21 +63,26 @@ impl CpuModel {
         Ok(Self)
     }
 
-    /// Tells KVM what the CPUs are, before they first run: all but the first wait for PSCI CPU_ON.
+    /// Nothing to tell: CPUs are initialised when they are made.
     pub fn apply(
         &self,
-        vm: &VmFd,
-        vcpus: &[VcpuFd],
+        _vcpus: &[impl Deref<Target = VcpuFd>],
         _platform: &Platform,
         _modifiers: &[CpuidModifier],
     ) -> Result<()> {
-        let mut target = kind_of_cpus(vm)?;
-        for (index, vcpu) in vcpus.iter().enumerate() {
-            vcpu.vcpu_init(&target).with_context(|| format!("initialise vCPU {index}"))?;
-            target.features[0] |= 1 << KVM_ARM_VCPU_POWER_OFF;
-        }
         Ok(())
     }
+}
+
+/// Tells KVM what the CPUs are: all but the first wait for PSCI CPU_ON. Then makes the interrupt controller, which
+/// must come after that.
+pub fn after_vcpus(vm: &VmFd, vcpus: &[VcpuFd]) -> Result<InterruptController> {
+    let mut target = kind_of_cpus(vm)?;
+    for (index, vcpu) in vcpus.iter().enumerate() {
+        vcpu.vcpu_init(&target).with_context(|| format!("initialise vCPU {index}"))?;
+        target.features[0] |= 1 << KVM_ARM_VCPU_POWER_OFF;
+    }
+    InterruptController::new(vm, vcpus.len() as u32)
 }
 
 /// What the CPUs are initialised as: KVM's preferred kind, with PSCI.
@@ -98,7 +103,7 @@ pub fn create_vm(kvm: &Kvm) -> Result<VmFd, kvm_ioctls::Error> {
 
 /// What must be set up before the vCPUs exist: an access that KVM cannot do comes to `refuse_instruction`,
 /// instead of ending KVM_RUN with an error.
-pub fn before_vcpus(vm: &VmFd, _platform: &Platform) -> Result<()> {
+pub fn before_vcpus(vm: &VmFd, _cpus: u16) -> Result<()> {
     let refusals = kvm_enable_cap { cap: KVM_CAP_ARM_NISV_TO_USER, ..Default::default() };
     vm.enable_cap(&refusals).context("enable KVM_CAP_ARM_NISV_TO_USER (since Linux 5.5)")
 }

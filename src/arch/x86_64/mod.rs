@@ -10,6 +10,8 @@ mod msrs;
 mod registers;
 mod state;
 
+use std::ops::Deref;
+
 use kvm_bindings::{
     CpuId, KVM_CAP_X2APIC_API, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
     KVM_IRQCHIP_PIC_SLAVE, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS,
@@ -77,8 +79,7 @@ impl CpuModel {
     /// Tells KVM what the CPUs are, before they first run: those of the host, changed by `modifiers`.
     pub fn apply(
         &self,
-        _vm: &VmFd,
-        vcpus: &[VcpuFd],
+        vcpus: &[impl Deref<Target = VcpuFd>],
         platform: &Platform,
         modifiers: &[CpuidModifier],
     ) -> Result<()> {
@@ -122,8 +123,8 @@ pub fn create_vm(kvm: &Kvm) -> Result<VmFd, kvm_ioctls::Error> {
 
 /// What must exist before the vCPUs do: with memory already there, the in-kernel PIC, I/O APIC and
 /// local APICs. A change of memory regions soon after would wait for them (KVM's SRCU grace period).
-pub fn before_vcpus(vm: &VmFd, platform: &Platform) -> Result<()> {
-    if platform.cpus > XAPIC_CPUS {
+pub fn before_vcpus(vm: &VmFd, cpus: u16) -> Result<()> {
+    if cpus > XAPIC_CPUS {
         let api = kvm_enable_cap {
             cap: KVM_CAP_X2APIC_API,
             args: [(KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK).into(), 0, 0, 0],
@@ -139,7 +140,14 @@ pub fn before_vcpus(vm: &VmFd, platform: &Platform) -> Result<()> {
 /// Nothing to hold: KVM keeps the interrupt controllers by itself.
 pub struct InterruptController;
 
+impl InterruptController {
+    /// Nothing to add for a machine like this.
+    pub fn complete(&mut self, _vm: &VmFd, _platform: &mut Platform) -> Result<()> {
+        Ok(())
+    }
+}
+
 /// What must exist once the vCPUs do: nothing here.
-pub fn after_vcpus(_vm: &VmFd, _vcpus: &[VcpuFd], _platform: &mut Platform) -> Result<InterruptController> {
+pub fn after_vcpus(_vm: &VmFd, _vcpus: &[VcpuFd]) -> Result<InterruptController> {
     Ok(InterruptController)
 }

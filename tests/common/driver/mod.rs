@@ -72,7 +72,8 @@ pub fn vm() -> Arc<Vm> {
             gic: None,
         };
         let mut vm = Vm::new(Prepared::new().expect("KVM"), &memory.memory()).unwrap();
-        vm.create_vcpus(&mut platform, &[]).unwrap();
+        vm.create_vcpus(platform.cpus).unwrap();
+        vm.complete(&mut platform).unwrap();
         (Arc::new(vm), memory)
     });
     vm.clone()
