@@ -7,6 +7,7 @@ use std::path::Path;
 
 use super::cpio::Cpio;
 use super::kernel::Kernel;
+use super::modules::Module;
 use super::tree;
 use crate::agent::init::{BOOT, Boot, FOLDER, MODULES, NAME};
 use crate::error::{Context, Error, Result};
@@ -75,19 +76,14 @@ pub fn pack(kernel: &Kernel, wanted: &[&str], mut boot: Boot, folder: Option<(&P
         cpio.tree(folder, keep_owners).with_context(|| format!("pack `{}`", folder.display()))?;
     }
     cpio.folder(FOLDER)?;
-    let own = std::env::current_exe().context("find this program's own file")?;
-    add(&mut cpio, &format!("{FOLDER}/{NAME}"), 0o755, Path::new("/proc/self/exe"))
-        .with_context(|| format!("pack `{}`", own.display()))?;
+    add_own_program(&mut cpio).context("pack this program's own file")?;
     cpio.folder(&format!("{FOLDER}/{MODULES}"))?;
     if let Some(modules) = &kernel.modules {
-        for path in modules
-            .closure(wanted)
-            .with_context(|| format!("find modules for kernel `{}`", kernel.path.display()))?
-        {
-            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            add(&mut cpio, &format!("{FOLDER}/{MODULES}/{name}"), 0o644, &path)
-                .with_context(|| format!("pack module `{}`", path.display()))?;
-            boot.modules.push(name);
+        let attempt = || format!("find modules for kernel `{}`", kernel.path.display());
+        for Module { file_name, content } in modules.closure(wanted).with_context(attempt)? {
+            let name = format!("{FOLDER}/{MODULES}/{file_name}");
+            cpio.file(&name, 0o644, content.len() as u64, &mut &content[..])?;
+            boot.modules.push(file_name);
         }
     }
     let text = serde_json::to_vec(&boot).context("write what the guest's init is to do")?;
@@ -97,10 +93,10 @@ pub fn pack(kernel: &Kernel, wanted: &[&str], mut boot: Boot, folder: Option<(&P
     Ok(file)
 }
 
-fn add(cpio: &mut Cpio<BufWriter<File>>, name: &str, permissions: u32, path: &Path) -> Result<()> {
-    let mut file = File::open(path).map_err(|error| crate::paths::cannot_open(path, &error, false))?;
+fn add_own_program(cpio: &mut Cpio<BufWriter<File>>) -> Result<()> {
+    let mut file = File::open("/proc/self/exe").context("open it")?;
     let size = file.metadata().context("read its size")?.len();
-    cpio.file(name, permissions, size, &mut file)
+    cpio.file(&format!("{FOLDER}/{NAME}"), 0o755, size, &mut file)
 }
 
 #[cfg(test)]

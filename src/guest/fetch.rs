@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::kernel;
-use super::modules::Modules;
+use super::modules::{Module, Modules};
+use super::program::{program, run};
 use crate::error::{Context, Error, Result};
 
 /// What guests may need: transports, devices, and what roots are made of.
@@ -23,6 +24,8 @@ const MODULES: [&str; 9] = [
 ];
 /// Packages that depend on the newest kernel: for virtual machines, or for all.
 const PACKAGES: [&str; 2] = ["linux-image-cloud-", "linux-image-"];
+
+const MISSING: &str = "on one with apt and dpkg this works; elsewhere, name a kernel by --kernel";
 
 /// A folder that is removed if it has not become something else.
 struct Scratch(PathBuf);
@@ -46,10 +49,8 @@ pub fn fetch(from: Option<&str>, say: impl Fn(&str)) -> Result<PathBuf> {
         Some(url) if url.contains("://") => {
             say(&format!("fetching {url}"));
             let file = work.join("package.deb");
-            run(
-                Command::new("/usr/lib/apt/apt-helper").arg("download-file").arg(url).arg(&file),
-                "fetch it",
-            )?;
+            let mut download = program("/usr/lib/apt/apt-helper");
+            run(download.arg("download-file").arg(url).arg(&file), MISSING).context("fetch it")?;
             unpack(&file, &packages)?;
         }
         Some(file) => return Err(Error::config(format!("there is no file `{file}`"))),
@@ -66,31 +67,9 @@ pub fn fetch(from: Option<&str>, say: impl Fn(&str)) -> Result<PathBuf> {
     Ok(place.join(kernel::NAME))
 }
 
-/// Runs a program, which must succeed; the end of what it says is told if it does not.
-fn run(command: &mut Command, what: &str) -> Result<String> {
-    let program = command.get_program().to_string_lossy().into_owned();
-    let output = command
-        .output()
-        .map_err(|error| match error.kind() {
-            std::io::ErrorKind::NotFound => Error::host(format!(
-                "there is no `{program}` on this machine: on one with apt and dpkg this works; elsewhere, name a kernel by \
-                 --kernel"
-            )),
-            _ => Error::host(format!("start `{program}`: {error}")),
-        })
-        .with_context(|| what.to_owned())?;
-    if output.status.success() {
-        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
-    }
-    let told = String::from_utf8_lossy(&output.stderr);
-    let last = told.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it says nothing");
-    Err(Error::host(format!("`{program}` failed: {}", crate::log::in_one_line(last))))
-        .with_context(|| what.to_owned())
-}
-
 /// An apt of our own: the system's lists and state are left alone.
-fn apt(work: &Path, program: &str) -> Command {
-    let mut command = Command::new(program);
+fn apt(work: &Path, name: &str) -> Command {
+    let mut command = program(name);
     for (name, folder) in [("Dir::State", "state"), ("Dir::Cache", "cache"), ("Dir::State::status", "status")]
     {
         command.arg("-o").arg(format!("{name}={}", work.join(folder).display()));
@@ -106,15 +85,15 @@ fn fetch_newest(work: &Path, packages: &Path, say: &impl Fn(&str)) -> Result<()>
     }
     fs::write(work.join("status"), "").with_context(attempt)?;
     say("fetching the lists of the distribution's packages");
-    run(apt(work, "apt-get").arg("update"), "fetch the lists of packages")?;
-    let architecture = run(Command::new("dpkg").arg("--print-architecture"), "ask for the architecture")?;
+    run(apt(work, "apt-get").arg("update"), MISSING).context("fetch the lists of packages")?;
+    let architecture = run(program("dpkg").arg("--print-architecture"), MISSING)?.stdout;
+    let architecture = String::from_utf8_lossy(&architecture);
     let mut name = None;
     for prefix in PACKAGES {
         let package = format!("{prefix}{}", architecture.trim());
         // A distribution may not have it.
-        let told =
-            run(apt(work, "apt-cache").args(["depends", &package]), "look for a kernel").unwrap_or_default();
-        name = told
+        let told = run(apt(work, "apt-cache").args(["depends", &package]), MISSING);
+        name = String::from_utf8_lossy(&told.map(|output| output.stdout).unwrap_or_default())
             .lines()
             .filter_map(|line| line.trim().strip_prefix("Depends: "))
             .find(|name| name.starts_with("linux-image-"))
@@ -127,7 +106,8 @@ fn fetch_newest(work: &Path, packages: &Path, say: &impl Fn(&str)) -> Result<()>
         Error::host("the distribution has no package linux-image-cloud or linux-image: name one by --from, as a URL or a file")
     })?;
     say(&format!("fetching {name}"));
-    run(apt(work, "apt-get").args(["download", &name]).current_dir(work), "fetch the kernel's package")?;
+    let download = || format!("fetch package `{name}`");
+    run(apt(work, "apt-get").args(["download", &name]).current_dir(work), MISSING).with_context(download)?;
     let files = fs::read_dir(work).with_context(attempt)?;
     let is_package = |path: &PathBuf| path.extension().is_some_and(|ending| ending == "deb");
     let file = files.flatten().map(|entry| entry.path()).find(is_package);
@@ -136,8 +116,8 @@ fn fetch_newest(work: &Path, packages: &Path, say: &impl Fn(&str)) -> Result<()>
 }
 
 fn unpack(file: &Path, packages: &Path) -> Result<()> {
-    let what = format!("unpack `{}`", file.display());
-    run(Command::new("dpkg-deb").arg("-x").arg(file).arg(packages), &what).map(drop)
+    let attempt = || format!("unpack `{}`", file.display());
+    run(program("dpkg-deb").arg("-x").arg(file).arg(packages), MISSING).with_context(attempt).map(drop)
 }
 
 /// Takes the kernel and the modules out of what was unpacked.
@@ -157,32 +137,17 @@ fn collect(packages: &Path, made: &Path) -> Result<()> {
         only(packages.join("lib/modules"), "").or_else(|| only(packages.join("usr/lib/modules"), ""));
     let folder =
         folder.ok_or_else(|| Error::config("it has no /lib/modules/VERSION")).with_context(attempt)?;
-    unpack_modules(&folder)?;
     let modules = Modules::in_folder(&folder)?;
     let to = made.join("modules");
     let copy =
         |from: &Path, to: PathBuf| fs::copy(from, &to).with_context(|| format!("write `{}`", to.display()));
     fs::create_dir_all(&to).with_context(|| format!("create `{}`", to.display()))?;
     copy(&image, made.join(kernel::NAME))?;
-    for file in modules.closure(&MODULES)? {
-        copy(&file, to.join(file.file_name().unwrap_or_default()))?;
+    for Module { file_name, content } in modules.closure(&MODULES)? {
+        let to = to.join(file_name);
+        fs::write(&to, content).with_context(|| format!("write `{}`", to.display()))?;
     }
     copy(&folder.join("modules.builtin"), to.join("modules.builtin")).map(drop)
-}
-
-/// Unpacks modules that are compressed, as newer kernels' are: what a module needs can be read then.
-fn unpack_modules(folder: &Path) -> Result<()> {
-    for (ending, program) in [("xz", "xz"), ("zst", "zstd"), ("gz", "gzip")] {
-        let modules = Modules::in_folder(folder)?;
-        let files = modules.files_that_end_in(ending);
-        // Not more than one command takes.
-        for some in files.chunks(1000) {
-            let mut command = Command::new(program);
-            command.arg("-d").args(if program == "zstd" { &["-q", "--rm"][..] } else { &["-q"] }).args(some);
-            run(&mut command, "unpack the kernel's modules")?;
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -215,20 +180,11 @@ mod tests {
         collect(&root, &made).unwrap();
         let found = kernel::find(Some(&made.join(kernel::NAME))).unwrap();
         let closure = found.modules.unwrap().closure(&["ext4", "virtio_mmio", "overlay"]).unwrap();
-        let names: Vec<_> = closure.iter().map(|path| path.file_name().unwrap().to_str().unwrap()).collect();
+        let names: Vec<_> = closure.iter().map(|module| &module.file_name[..]).collect();
         assert_eq!(names, ["more.ko", "virtio-mmio.ko", "overlay.ko"]);
         assert!(!made.join("modules/not-needed.ko").exists());
         fs::remove_file(root.join("boot/vmlinuz-6.9")).unwrap();
         let error = collect(&root, &made).unwrap_err().to_string();
         assert!(error.ends_with("it has no /boot/vmlinuz-VERSION"), "{error}");
-    }
-
-    #[test]
-    fn a_program_that_fails_says_why_and_one_that_is_missing_what_to_do() {
-        let error =
-            run(Command::new("sh").args(["-c", "echo first; echo why >&2; exit 1"]), "do it").unwrap_err();
-        assert_eq!(error.to_string(), "do it: `sh` failed: why");
-        let error = run(&mut Command::new("no-such-program"), "do it").unwrap_err().to_string();
-        assert!(error.contains("there is no `no-such-program` on this machine"), "{error}");
     }
 }

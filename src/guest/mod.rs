@@ -7,5 +7,6 @@ pub mod cpio;
 pub mod fetch;
 pub mod kernel;
 pub mod modules;
+pub mod program;
 pub mod runtime;
 pub mod tree;

@@ -5,6 +5,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use super::program::{program, run};
 use crate::error::{Context, Error, Result};
 
 /// More than any module has: what is larger is none.
@@ -20,10 +21,24 @@ pub struct Modules {
     builtin: Vec<String>,
 }
 
+/// How modules are compressed: the ending of their files, and the program that unpacks them, with its options.
+const PACKERS: [(&str, &str, &str); 3] =
+    [("xz", "xz", "-dcq"), ("zst", "zstd", "-dcq"), ("gz", "gzip", "-dcq")];
+
+/// A module as a guest loads it.
+#[derive(Debug)]
+pub struct Module {
+    /// The name of its file, were it not compressed.
+    pub file_name: String,
+    /// The file's content, unpacked.
+    pub content: Vec<u8>,
+}
+
 /// The name of the module in this file: `virtio_blk` of `virtio-blk.ko.xz`.
 fn name_of(file: &OsStr) -> Option<String> {
     let (name, ending) = file.to_str()?.split_once(".ko")?;
-    let is_module = ["", ".xz", ".zst", ".gz"].contains(&ending);
+    let is_module = ending.is_empty()
+        || ending.strip_prefix('.').is_some_and(|ending| PACKERS.iter().any(|packer| packer.0 == ending));
     is_module.then(|| name.replace('-', "_"))
 }
 
@@ -49,15 +64,9 @@ impl Modules {
         Ok(Self { folder: folder.to_owned(), files, builtin })
     }
 
-    /// The files whose names end so, after a dot.
-    pub fn files_that_end_in(&self, ending: &str) -> Vec<&Path> {
-        let files = self.files.values().map(PathBuf::as_path);
-        files.filter(|path| path.extension().is_some_and(|other| other == ending)).collect()
-    }
-
-    /// The files of these modules and of all that they need, in the order to load them, each once. What is in the kernel
-    /// itself needs no file.
-    pub fn closure(&self, wanted: &[&str]) -> Result<Vec<PathBuf>> {
+    /// These modules and all that they need, in the order to load them, each once. What is in the kernel itself needs no
+    /// file.
+    pub fn closure(&self, wanted: &[&str]) -> Result<Vec<Module>> {
         let (mut order, mut seen) = (Vec::new(), Vec::new());
         for name in wanted {
             self.add(name, None, &mut seen, &mut order)?;
@@ -70,7 +79,7 @@ impl Modules {
         name: &str,
         for_whom: Option<&str>,
         seen: &mut Vec<String>,
-        order: &mut Vec<PathBuf>,
+        order: &mut Vec<Module>,
     ) -> Result<()> {
         if seen.iter().any(|other| other == name) || self.builtin.iter().any(|other| other == name) {
             return Ok(());
@@ -85,40 +94,48 @@ impl Modules {
                 self.folder.display()
             )));
         };
-        for needed in needs(path)? {
+        let content = read(path).with_context(|| format!("read module `{}`", path.display()))?;
+        for needed in needs(&content) {
             self.add(&needed, Some(name), seen, order)?;
         }
-        order.push(path.clone());
+        let file_name = path.file_name().unwrap_or_default().to_string_lossy();
+        let (stem, _) = file_name.split_once(".ko").unwrap_or((&file_name, ""));
+        order.push(Module { file_name: format!("{stem}.ko"), content });
         Ok(())
     }
 }
 
-/// What the module in this file needs, by its own words: `depends=a,b` among the strings of its section `.modinfo`.
-fn needs(path: &Path) -> Result<Vec<String>> {
-    let attempt = || format!("read module `{}`", path.display());
-    let size = path.metadata().with_context(attempt)?.len();
+/// The module in this file, unpacked.
+fn read(path: &Path) -> Result<Vec<u8>> {
+    let size = path.metadata().context("look at its size")?.len();
     if size > SIZE_MAX {
-        return Err(Error::config(format!("it has {size} bytes: no module has so many")))
-            .with_context(attempt);
+        return Err(Error::config(format!("it has {size} bytes: no module has so many")));
     }
-    let bytes = fs::read(path).with_context(attempt)?;
-    if !bytes.starts_with(b"\x7fELF") {
-        return Err(Error::config(
-            "it is compressed, and its needs cannot be read: `alula kernel fetch` unpacks those that a guest needs",
-        ))
-        .with_context(attempt);
-    }
+    let ending = path.extension().unwrap_or_default();
+    let content = match PACKERS.iter().find(|packer| packer.0 == ending) {
+        Some((_, name, package)) => {
+            let missing = format!("install {package}");
+            run(program(name).arg("-dcq").arg(path), &missing)?.stdout
+        }
+        None => fs::read(path).context("read it")?,
+    };
+    if content.starts_with(b"\x7fELF") { Ok(content) } else { Err(Error::config("it is not an ELF file")) }
+}
+
+/// What a module needs, by its own words: `depends=a,b` among the strings of its section `.modinfo`.
+fn needs(content: &[u8]) -> Vec<String> {
     const WORD: &[u8] = b"\0depends=";
-    let at = bytes.windows(WORD.len()).position(|window| window == WORD);
-    let list = at.map_or(&[][..], |at| &bytes[at + WORD.len()..]);
+    let at = content.windows(WORD.len()).position(|window| window == WORD);
+    let list = at.map_or(&[][..], |at| &content[at + WORD.len()..]);
     let list = list.split(|byte| *byte == 0).next().unwrap_or_default();
     let list = String::from_utf8_lossy(list);
-    Ok(list.split(',').filter(|name| !name.is_empty()).map(|name| name.replace('-', "_")).collect())
+    list.split(',').filter(|name| !name.is_empty()).map(|name| name.replace('-', "_")).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::process::Command;
 
     struct Folder(PathBuf);
 
@@ -156,10 +173,11 @@ mod tests {
             ],
         );
         fs::write(folder.0.join("d.ko.xz"), "\u{fd}7zXZ").unwrap();
+        fs::write(folder.0.join("e.ko"), "\u{fd}7zXZ").unwrap();
         let modules = Modules::in_folder(&folder.0).unwrap();
         let names = |wanted: &[&str]| -> Vec<String> {
-            let files = modules.closure(wanted).unwrap();
-            files.iter().map(|file| name_of(file.file_name().unwrap()).unwrap()).collect()
+            let closure = modules.closure(wanted).unwrap();
+            closure.iter().map(|module| name_of(module.file_name.as_ref()).unwrap()).collect()
         };
         assert_eq!(names(&["virtio_mmio", "ext4", "virtio"]), ["virtio_ring", "virtio", "virtio_mmio"]);
         assert!(names(&["ext4", "crc_16"]).is_empty());
@@ -167,9 +185,25 @@ mod tests {
         let missing = told(&["c"]);
         assert!(missing.contains("module `missing`, which `a` needs, is not in `"), "{missing}");
         assert!(told(&["nothing"]).starts_with("module `nothing` is not in `"));
-        assert!(
-            told(&["d"]).contains("it is compressed, and its needs cannot be read: `alula kernel fetch`")
-        );
+        let broken = told(&["d"]);
+        assert!(broken.contains("d.ko.xz`: `xz` failed: xz: "), "{broken}");
+        assert!(told(&["e"]).ends_with("e.ko`: it is not an ELF file"));
+    }
+
+    #[test]
+    fn compressed_modules_are_unpacked_to_know_what_they_need() {
+        let folder = Folder::new("packed", &[("a.ko", "b-1"), ("b-1.ko", "c"), ("c.ko", "d"), ("d.ko", "")]);
+        for (packer, name) in [("xz", "a"), ("zstd", "b-1"), ("gzip", "c")] {
+            let path = folder.0.join(format!("{name}.ko"));
+            let packed = Command::new(packer).arg(&path).status();
+            assert!(packed.expect("xz, zstd and gzip, which scripts/test installs").success());
+            // zstd leaves what it has packed.
+            let _ = fs::remove_file(path);
+        }
+        let closure = Modules::in_folder(&folder.0).unwrap().closure(&["a"]).unwrap();
+        let names: Vec<_> = closure.iter().map(|module| &module.file_name[..]).collect();
+        assert_eq!(names, ["d.ko", "c.ko", "b-1.ko", "a.ko"]);
+        assert!(closure.iter().all(|module| module.content.starts_with(b"\x7fELF...\0license")));
     }
 
     #[test]
