@@ -1,6 +1,7 @@
 //! What can be said on the command line, with its help, and the configuration that comes of it.
 
 pub mod agent;
+mod cache;
 pub mod command;
 pub mod ctl;
 pub mod exec;
@@ -37,6 +38,7 @@ Commands:
   cp        Copy files into a guest that is up, or out of it
   wait      Wait until the agent in a guest answers
   kernel    Get a kernel for guests that run commands
+  cache     Show the images that folders were packed into for guests, or remove them
   agent     Be the agent in a guest: start programs there for the host
   check     Look for everything wrong with a config file, without starting anything
   schema    Print the schema of the API or of config files, for programs
@@ -47,7 +49,7 @@ Commands:
 `alula COMMAND --help` tells more. -V, --version prints the version.
 ";
 
-const COMMANDS: &str = "run, serve, ctl, exec, cp, wait, kernel, agent, check, schema, firmware, help or version; see `alula --help`";
+const COMMANDS: &str = "run, serve, ctl, exec, cp, wait, kernel, cache, agent, check, schema, firmware, help or version; see `alula --help`";
 
 const FIRMWARE_HELP: &str = "\
 Write the image of the embedded firmware guest to standard output.
@@ -89,6 +91,10 @@ pub enum Command {
     Agent(agent::Agent),
     /// Fetch a kernel: this package, or the newest.
     FetchKernel(Option<String>),
+    /// Show the images, or remove them.
+    Cache {
+        clear: bool,
+    },
     Exec(exec::Exec),
     Copy(exec::Copy),
     Wait(exec::Wait),
@@ -159,6 +165,7 @@ fn alula(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, Strin
         Some("cp") => (exec::cp(&mut parser), "cp"),
         Some("wait") => (exec::wait(&mut parser), "wait"),
         Some("kernel") => (kernel::parse(&mut parser), "kernel"),
+        Some("cache") => (cache::parse(&mut parser), "cache"),
         Some("agent") => (agent::parse(&mut parser), "agent"),
         Some("check") => (check(&mut parser), "check"),
         Some("schema") => (schema(&mut parser), "schema"),
@@ -387,7 +394,7 @@ mod tests {
         };
         let commands = HELP.split("Commands:\n").nth(1).unwrap().split("\n\n").next().unwrap();
         let names: Vec<_> = commands.lines().filter_map(|line| line.split_whitespace().next()).collect();
-        assert!(names.len() == 13 && names.iter().all(|name| COMMANDS.contains(name)), "{names:?}");
+        assert!(names.len() == 14 && names.iter().all(|name| COMMANDS.contains(name)), "{names:?}");
         for name in names {
             let help = text(&format!("{name} --help"));
             assert_eq!(help, text(&format!("help {name}")), "{name}");

@@ -1,7 +1,7 @@
 //! `alula run -- COMMAND`: a guest that is there for one command.
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -22,6 +22,8 @@ use crate::devices::kind::ConfiguredDevice;
 use crate::error::{Context, Error, Kind, Result};
 use crate::guest::boot;
 use crate::guest::call::{self, Call};
+use crate::guest::images::{self, Image, Images};
+use crate::guest::tree::Tree;
 use crate::guest::{kernel, runtime};
 use crate::host::{self, Access, Resource};
 use crate::microvm::monitor::Purpose;
@@ -107,6 +109,8 @@ pub struct Prepared {
     console: Arc<Console>,
     outcome: Arc<Mutex<Option<Result<Outcome>>>>,
     ramdisk: Option<File>,
+    /// What its root was packed into, in use until it ends.
+    _image: Option<Image>,
     _own_folder: OwnFolder,
 }
 
@@ -121,25 +125,25 @@ pub fn prepare(arguments: &mut Run) -> Result<Prepared> {
     let own_folder = OwnFolder::new()?;
     let vsock = add_vsock(&mut config, &own_folder)?;
     let mut boot = Boot { hostname: Some(arguments.id.clone()), ..Boot::default() };
-    let (mut modules, mut folder) = (Vec::new(), None);
+    let (mut modules, mut tree, mut image) = (Vec::new(), None, None);
     match &wanted.rootfs {
         Some(rootfs) if rootfs.path.is_dir() => {
+            tree = Some(Tree::read(&rootfs.path)?);
             let memory_mib = config.machine_config.mem_size_mib;
-            if let Err(size) = boot::fits(&rootfs.path, memory_mib) {
-                return Err(Error::config(format!(
-                    "folder `{}` has {} MiB, and a guest with {memory_mib} MiB of memory takes a folder of a quarter of that: \
-                     give it more by --memory, or make an image of the folder (`mke2fs -t ext4 -d FOLDER IMAGE SIZE`)",
-                    rootfs.path.display(),
-                    size >> 20
-                )));
+            if let Some(packed) = tree.take_if(|tree| !boot::fits(tree, memory_mib)) {
+                let limit = wanted.cache_limit_mib.unwrap_or(images::LIMIT_MIB);
+                let packed = Images::of_user().of(&packed, wanted.keep_owners, limit, say)?;
+                let rootfs = Rootfs { path: packed.path.clone(), writable: false };
+                modules = add_disk(&mut config, &rootfs, &mut boot)?;
+                image = Some(packed);
             }
-            folder = Some((rootfs.path.as_path(), wanted.keep_owners));
         }
         Some(rootfs) => modules = add_disk(&mut config, rootfs, &mut boot)?,
         None => {}
     }
     modules.extend(drivers(&config));
-    let ramdisk = boot::pack(&kernel, &modules, boot, folder)?;
+    let tree = tree.as_ref().map(|tree| (tree, wanted.keep_owners));
+    let ramdisk = boot::pack(&kernel, &modules, boot, tree)?;
     if let Some(source) = &mut config.boot_source {
         source.initrd_path = Some(RAMDISK.into());
     }
@@ -153,8 +157,16 @@ pub fn prepare(arguments: &mut Run) -> Result<Prepared> {
         console: Arc::default(),
         outcome: Arc::default(),
         ramdisk: Some(ramdisk),
+        _image: image,
         _own_folder: own_folder,
     })
+}
+
+/// Tells a user who waits for what takes long. What else reads standard error reads the command's words alone.
+fn say(line: &str) {
+    if std::io::stderr().is_terminal() {
+        eprintln!("alula: {line}");
+    }
 }
 
 fn device(section: &str, json: &serde_json::Value) -> Result<ConfiguredDevice> {

@@ -2,6 +2,7 @@
 
 mod agent;
 mod arguments;
+mod cache;
 mod check;
 mod command;
 mod ctl;
@@ -66,6 +67,11 @@ pub fn main() -> u8 {
         Command::Copy(arguments) => told(exec::copy(&arguments)),
         Command::FetchKernel(from) => fetch_kernel(from.as_deref()),
         Command::Wait(arguments) => exec::wait(&arguments),
+        Command::Cache { clear: false } => print(cache::show().as_bytes()),
+        Command::Cache { clear: true } => match cache::clear() {
+            Ok(text) => print(text.as_bytes()),
+            Err(error) => told(Err(error)),
+        },
         Command::Agent(arguments) => told(agent::run(arguments)),
         Command::Check(path) => check::run(&path),
         Command::Print(text) => print(text.as_bytes()),

@@ -1,16 +1,17 @@
 //! What boots a guest whose init is the agent: an initial ramdisk with this program, modules, and a folder's files.
 
 use std::fs::{File, OpenOptions};
-use std::io::{BufWriter, Read, Seek, SeekFrom};
-use std::os::unix::fs::OpenOptionsExt;
+use std::io::BufWriter;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
 use super::cpio::Cpio;
 use super::kernel::Kernel;
 use super::modules::Module;
-use super::tree;
+use super::tree::Tree;
 use crate::agent::init::{BOOT, Boot, FOLDER, MODULES, NAME};
 use crate::error::{Context, Error, Result};
+use crate::host::{self, Access, Sharing};
 
 /// A folder goes along in the initial ramdisk if it has at most this part of the guest's memory: it is there twice for a
 /// moment, packed and unpacked.
@@ -34,14 +35,11 @@ pub struct FileSystem {
 /// taken for ext4.
 pub fn file_system(path: &Path) -> Result<FileSystem> {
     let attempt = || format!("read root file system `{}`", path.display());
-    let mut file = File::open(path)
-        .map_err(|error| crate::paths::cannot_open(path, &error, false))
-        .with_context(attempt)?;
+    let file = host::file::open(path, Access::Read, Sharing::Refused, "root file system", attempt)?;
     let mut head = [0; 0x43a];
-    file.seek(SeekFrom::Start(0)).with_context(attempt)?;
     let mut count = 0;
     while count < head.len() {
-        match file.read(&mut head[count..]).with_context(attempt)? {
+        match file.read_at(&mut head[count..], count as u64).with_context(attempt)? {
             0 => break,
             more => count += more,
         }
@@ -54,26 +52,22 @@ pub fn file_system(path: &Path) -> Result<FileSystem> {
     })
 }
 
-/// Whether the folder is small enough for a guest with so much memory; else how many bytes it has.
-pub fn fits(folder: &Path, memory_mib: u64) -> Result<(), u64> {
-    // What cannot be read is told when it is packed.
-    let entries = tree::entries(folder).unwrap_or_default();
-    let files = entries.iter().filter(|entry| entry.metadata.is_file());
-    let size = files.map(|entry| entry.metadata.len()).sum();
-    if size <= (memory_mib << 20) / MEMORY_PART { Ok(()) } else { Err(size) }
+/// Whether the folder is small enough to go along in the memory of a guest that has so much.
+pub fn fits(tree: &Tree, memory_mib: u64) -> bool {
+    tree.size() <= (memory_mib << 20) / MEMORY_PART
 }
 
-/// Packs, into a file without a name, this program as the init, the modules that are `wanted` and those that they need, what `boot` says beside them, and
-/// what is in `folder`.
-pub fn pack(kernel: &Kernel, wanted: &[&str], mut boot: Boot, folder: Option<(&Path, bool)>) -> Result<File> {
+/// Packs, into a file without a name, this program as the init, the modules that are `wanted` and those that they need, what
+/// `boot` says beside them, and what is in a folder, whose files keep their owners or are all root's.
+pub fn pack(kernel: &Kernel, wanted: &[&str], mut boot: Boot, tree: Option<(&Tree, bool)>) -> Result<File> {
     let temporary = std::env::temp_dir();
     let attempt = || format!("write the initial ramdisk in `{}`", temporary.display());
     let mut options = OpenOptions::new();
     options.read(true).write(true).custom_flags(libc::O_TMPFILE);
     let file = options.open(&temporary).with_context(attempt)?;
     let mut cpio = Cpio::new(BufWriter::with_capacity(64 << 10, file));
-    if let Some((folder, keep_owners)) = folder {
-        cpio.tree(folder, keep_owners).with_context(|| format!("pack `{}`", folder.display()))?;
+    if let Some((tree, keep_owners)) = tree {
+        cpio.tree(tree, keep_owners).with_context(|| format!("pack `{}`", tree.folder.display()))?;
     }
     cpio.folder(FOLDER)?;
     add_own_program(&mut cpio).context("pack this program's own file")?;

@@ -5,9 +5,9 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use super::tree;
+use super::tree::{Entry, Tree};
 use crate::error::{Context, Error, Result};
 
 /// A file's size is a number of 8 hexadecimal digits.
@@ -55,15 +55,14 @@ impl<W: Write> Cpio<W> {
     }
 
     /// A folder of this machine with all that is in it, as the archive's root. `keep_owners`: else all is root's.
-    pub fn tree(&mut self, folder: &Path, keep_owners: bool) -> Result<()> {
+    pub fn tree(&mut self, Tree { folder, entries }: &Tree, keep_owners: bool) -> Result<()> {
         let mut linked: HashMap<(u64, u64), (u32, u32)> = HashMap::new();
-        let entries = tree::entries(folder)?;
-        for tree::Entry { metadata, .. } in &entries {
+        for Entry { metadata, .. } in entries {
             if metadata.is_file() && metadata.nlink() > 1 {
                 linked.entry((metadata.dev(), metadata.ino())).or_default().1 += 1;
             }
         }
-        for tree::Entry { name, metadata } in entries {
+        for Entry { name, metadata } in entries {
             self.inode += 1;
             let mut head = Head {
                 inode: self.inode,
@@ -74,7 +73,7 @@ impl<W: Write> Cpio<W> {
                 mtime: metadata.mtime().try_into().unwrap_or(0),
                 device: (libc::major(metadata.rdev()), libc::minor(metadata.rdev())),
             };
-            let place = folder.join(&name);
+            let place = folder.join(name);
             let attempt = || format!("pack `{}`", place.display());
             if metadata.is_symlink() {
                 let target = place.read_link().with_context(attempt)?;
@@ -92,7 +91,7 @@ impl<W: Write> Cpio<W> {
                 is_here = *left == 0;
                 size = if is_here { size } else { 0 };
             }
-            let name = if name == PathBuf::new() { Path::new(".") } else { &name };
+            let name = if name.as_os_str().is_empty() { Path::new(".") } else { name };
             let name = name.as_os_str().as_bytes();
             if metadata.is_file() && is_here {
                 let mut file = File::open(&place).with_context(attempt)?;
@@ -168,7 +167,7 @@ mod tests {
         let _socket = std::os::unix::net::UnixListener::bind(from.join("socket")).unwrap();
 
         let mut cpio = Cpio::new(Vec::new());
-        cpio.tree(&from, false).unwrap();
+        cpio.tree(&Tree::read(&from).unwrap(), false).unwrap();
         cpio.folder(".alula").unwrap();
         cpio.file(".alula/init", 0o755, 3, &mut &b"abc"[..]).unwrap();
         let bytes = cpio.finish().unwrap();
@@ -190,7 +189,7 @@ mod tests {
         assert_eq!(metadata("again").mtime(), from.join("again").metadata().unwrap().mtime());
         assert_eq!(fs::read(to.join(".alula/init")).unwrap(), b"abc");
         assert!(metadata("a folder/deep").is_dir() && metadata("empty").len() == 0);
-        assert!(!to.join("socket").exists());
+        assert_eq!(metadata("socket").mode() & libc::S_IFMT, libc::S_IFSOCK);
         fs::remove_dir_all(&folder).unwrap();
     }
 
@@ -201,9 +200,9 @@ mod tests {
         assert_eq!(error, "it has become shorter while it was read");
         let error = cpio.file("x", 0o644, 1 << 32, &mut std::io::empty()).unwrap_err().to_string();
         assert!(error.contains("at most 4294967295"), "{error}");
-        let error = cpio.tree(Path::new("/nonexistent"), false).unwrap_err().to_string();
+        let error = Tree::read(Path::new("/nonexistent")).unwrap_err().to_string();
         assert!(error.starts_with("read `/nonexistent`: No such file"), "{error}");
-        let error = cpio.tree(Path::new("/dev/null"), false).unwrap_err().to_string();
+        let error = Tree::read(Path::new("/dev/null")).unwrap_err().to_string();
         assert_eq!(error, "`/dev/null` is not a folder");
     }
 }

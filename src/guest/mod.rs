@@ -5,6 +5,7 @@ pub mod boot;
 pub mod call;
 pub mod cpio;
 pub mod fetch;
+pub mod images;
 pub mod kernel;
 pub mod modules;
 pub mod program;

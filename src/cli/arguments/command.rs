@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use lexopt::ValueExt;
 
 use super::exec::{is_of_run, take_of_run, time};
+use super::run::mebibytes;
 use super::value;
 use crate::agent::request::Run;
 
@@ -28,6 +29,8 @@ Options for a command in the guest (docs/test-rigs.md):
                          Who runs it there, by name or number [default: root]
       --timeout TIME     End it after that time: 30s, 5m, 500ms
       --keep-owner       Files of a FOLDER keep their owners in the guest; else they are root's
+      --cache-limit SIZE Room on this machine for images that folders too large for a quarter of the
+                         guest's memory are packed into (`alula cache`) [default: 10G]
 ";
 
 /// A command, and what it finds.
@@ -41,6 +44,7 @@ pub struct Wanted {
     pub copies_out: Vec<(PathBuf, PathBuf)>,
     pub timeout: Option<Duration>,
     pub keep_owners: bool,
+    pub cache_limit_mib: Option<u64>,
     /// An option that is for a command was given.
     option: Option<&'static str>,
 }
@@ -55,7 +59,7 @@ pub struct Rootfs {
 impl Wanted {
     /// The option of this name, if it is one of these.
     pub fn named(name: &str) -> Option<&'static str> {
-        ["rootfs", "copy", "copy-out", "timeout", "keep-owner", "env", "workdir", "user"]
+        ["rootfs", "copy", "copy-out", "timeout", "keep-owner", "cache-limit", "env", "workdir", "user"]
             .into_iter()
             .find(|other| *other == name)
     }
@@ -74,6 +78,7 @@ impl Wanted {
             "copy-out" => self.copies_out.push(value(parser, "--copy-out", copy_out)?),
             "timeout" => self.timeout = Some(value(parser, "--timeout", time)?),
             "keep-owner" => self.keep_owners = true,
+            "cache-limit" => self.cache_limit_mib = Some(value(parser, "--cache-limit", mebibytes)?),
             name => {
                 debug_assert!(is_of_run(name));
                 take_of_run(&mut self.run, name, parser)?;

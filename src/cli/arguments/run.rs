@@ -257,7 +257,7 @@ impl Run {
 }
 
 /// A size in MiB: `256M`, `2G`, `256`.
-fn mebibytes(text: &str) -> Result<u64, String> {
+pub fn mebibytes(text: &str) -> Result<u64, String> {
     let expected = || "expected a size like 256M or 2G".to_owned();
     let (digits, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
     let number: u64 = digits.parse().map_err(|_| expected())?;

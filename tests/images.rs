@@ -1,0 +1,225 @@
+//! Images of folders in a cache. They are locked by descriptors, of which a process that is just being started has a copy for
+//! a moment: the cases run one after the other, in a process of their own.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by it")]
+
+mod common;
+
+use std::cell::Cell;
+use std::fs::{self, File};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use alula::guest::images::{Image, Images, Kept};
+use alula::guest::program::program;
+use alula::guest::tree::Tree;
+use common::Folder;
+
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+struct Place {
+    folder: Folder,
+    _alone: MutexGuard<'static, ()>,
+}
+
+impl Place {
+    fn new() -> Self {
+        let alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        let folder = Folder::on_disk();
+        fs::create_dir(folder.path("a")).unwrap();
+        Self { folder, _alone: alone }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path(name)
+    }
+
+    fn images(&self) -> Images {
+        Images { folder: self.path("cache/images") }
+    }
+
+    fn tree(&self, name: &str) -> Tree {
+        Tree::read(&self.path(name)).unwrap()
+    }
+}
+
+const LIMIT: u64 = 1000;
+
+fn nothing(_: &str) {}
+
+/// What debugfs says of an image.
+fn asked(image: &Path, request: &str) -> String {
+    let output = program("debugfs").args(["-R", request]).arg(image).output().unwrap();
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn a_folder_is_packed_once_and_again_when_it_changes() {
+    let place = Place::new();
+    let images = place.images();
+    let of = || {
+        let said = Cell::new(0);
+        let say = |line: &str| said.set(said.get() + u32::from(line.starts_with("packing")));
+        let image = images.of(&place.tree("a"), false, LIMIT, say).unwrap();
+        (image.path, said.get())
+    };
+    let (first, said) = of();
+    assert_eq!(said, 1);
+    assert_eq!(fs::metadata(&first).unwrap().mode() & 0o777, 0o600, "others could read what is the user's");
+    assert_eq!(of(), (first.clone(), 0));
+    // Each of these is a change that something else shows: a name, a size, a time, another file of the same size.
+    let (file, other) = (place.path("a/file"), place.path("a/other"));
+    let mut paths = vec![first];
+    let changes: [&dyn Fn(); 6] = [
+        &|| fs::write(&file, "one").unwrap(),
+        &|| fs::write(&file, "four").unwrap(),
+        &|| fs::write(&file, "five").unwrap(),
+        &|| fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap(),
+        &|| fs::rename(&file, &other).unwrap(),
+        &|| symlink("nowhere", &file).unwrap(),
+    ];
+    for (number, change) in changes.iter().enumerate() {
+        change();
+        let (path, said) = of();
+        assert!(said == 1 && !paths.contains(&path), "change {number}");
+        paths.push(path);
+    }
+    // Of a folder's states the last is kept.
+    let list = images.list();
+    assert_eq!(list.len(), 1);
+    assert_eq!(list[0].origin, place.path("a").canonicalize().unwrap());
+    let owned = images.of(&place.tree("a"), true, LIMIT, nothing).unwrap();
+    assert_ne!(owned.path, paths[6]);
+    // A process that was killed leaves these.
+    fs::write(images.folder.join("x.new"), "").unwrap();
+    symlink("/", images.folder.join("x.from")).unwrap();
+    let removed = images.clear(nothing).unwrap();
+    assert_eq!((removed.count, removed.in_use), (1, 1));
+    drop(owned);
+    assert_eq!(images.clear(nothing).unwrap().count, 1);
+    let left: Vec<_> =
+        fs::read_dir(&images.folder).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, ["lock"]);
+}
+
+#[test]
+fn what_is_in_a_folder_is_in_its_image() {
+    let place = Place::new();
+    let a = place.path("a");
+    let strange = a.join("a name with \" and\nspaces");
+    fs::create_dir(&strange).unwrap();
+    fs::write(strange.join("file"), "hello").unwrap();
+    fs::set_permissions(strange.join("file"), fs::Permissions::from_mode(0o4751)).unwrap();
+    fs::hard_link(strange.join("file"), a.join("hard")).unwrap();
+    symlink("a name", a.join("soft")).unwrap();
+    let holes = File::create(a.join("holes")).unwrap();
+    holes.set_len(300 << 20).unwrap();
+    let socket = UnixListener::bind(a.join("socket")).unwrap();
+    assert!(Command::new("mkfifo").arg(a.join("fifo")).status().unwrap().success());
+    // These take root: without it the test sees what it can see.
+    let is_root = fs::metadata(&a).unwrap().uid() == 0;
+    if is_root {
+        std::os::unix::fs::chown(a.join("hard"), Some(1234), Some(70_000)).unwrap();
+        fs::set_permissions(strange.join("file"), fs::Permissions::from_mode(0o4751)).unwrap();
+        assert!(
+            Command::new("mknod").arg(a.join("device")).args(["c", "1", "3"]).status().unwrap().success()
+        );
+    }
+    fs::set_permissions(&a, fs::Permissions::from_mode(0o751)).unwrap();
+    let images = place.images();
+    let image = images.of(&place.tree("a"), false, LIMIT, nothing).unwrap();
+    let size = fs::metadata(&image.path).unwrap();
+    assert!(size.len() > 300 << 20 && size.blocks() * 512 < 20 << 20, "{} blocks", size.blocks());
+    let of = |image: &Image, path: &str| asked(&image.path, &format!("stat {path}"));
+    let hard = of(&image, "/hard");
+    assert!(hard.contains("Mode:  04751") && hard.contains("User:     0   Group:     0"), "{hard}");
+    assert!(hard.contains("Links: 2") && hard.contains("Size: 5"), "{hard}");
+    assert!(of(&image, "/").contains("Mode:  0751"), "{}", of(&image, "/"));
+    assert!(of(&image, "/soft").contains("Fast link dest: \"a name\""));
+    assert!(of(&image, "/holes").contains("Size: 314572800"));
+    assert_eq!(asked(&image.path, "cat /hard"), "hello");
+    assert!(of(&image, "/fifo").contains("Type: FIFO"));
+    assert!(of(&image, "/socket").contains("Type: socket"));
+    if is_root {
+        assert!(of(&image, "/device").contains("Type: character special"));
+        let owned = images.of(&place.tree("a"), true, LIMIT, nothing).unwrap();
+        let hard = of(&owned, "/hard");
+        assert!(hard.contains("User:  1234   Group: 70000"), "{hard}");
+    }
+    let check = program("e2fsck").args(["-f", "-n"]).arg(&image.path).output().unwrap();
+    assert!(check.status.success(), "{}", String::from_utf8_lossy(&check.stdout));
+    drop(socket);
+}
+
+#[test]
+fn the_oldest_go_when_there_is_no_room_and_those_in_use_do_not() {
+    let place = Place::new();
+    let images = place.images();
+    let limit = 40;
+    for (number, name) in ["a", "b", "c", "d"].into_iter().enumerate() {
+        let _ = fs::create_dir(place.path(name));
+        // What a file is not a hole by.
+        let content: Vec<u8> = (0..10 << 20).map(|at: u32| (at ^ at >> 7) as u8 | 1).collect();
+        fs::write(place.path(name).join("file"), content).unwrap();
+        if number < 3 {
+            drop(images.of(&place.tree(name), false, limit, nothing).unwrap());
+        }
+    }
+    let names = || -> Vec<String> {
+        let of = |kept: Kept| kept.origin.file_name().unwrap().to_str().unwrap().to_owned();
+        images.list().into_iter().map(of).collect()
+    };
+    assert_eq!(names(), ["a", "b", "c"]);
+    // It was the oldest; now it is in use, and the one used last.
+    let used = images.of(&place.tree("a"), false, limit, nothing).unwrap();
+    let other = images.of(&place.tree("d"), false, limit, nothing).unwrap();
+    assert_eq!(names(), ["c", "a", "d"]);
+    // Whatever has been used last.
+    let before = SystemTime::now() - Duration::from_secs(1000);
+    File::open(&used.path).unwrap().set_modified(before).unwrap();
+    drop(images.of(&place.tree("b"), false, limit, nothing).unwrap());
+    assert_eq!(names(), ["a", "d", "b"]);
+    let error = images.of(&place.tree("c"), false, 25, nothing).unwrap_err().to_string();
+    assert!(
+        error.contains("it has 10 MiB, images may take 25 MiB, and guests that run use images of "),
+        "{error}"
+    );
+    assert!(error.ends_with("allow more by --cache-limit, or wait for them"), "{error}");
+    let error = images.of(&place.tree("c"), false, 9, nothing).unwrap_err().to_string();
+    assert!(
+        error.contains("it has 10 MiB, and images may take 9 MiB: allow more by --cache-limit"),
+        "{error}"
+    );
+    drop((used, other));
+}
+
+#[test]
+fn runs_at_once_share_one_image() {
+    let place = Place::new();
+    fs::write(place.path("a/file"), "content").unwrap();
+    let images = &place.images();
+    let packed = &AtomicU32::new(0);
+    let paths: Vec<PathBuf> = std::thread::scope(|scope| {
+        let one = || {
+            let say = |line: &str| {
+                let is_packing = line.starts_with("packing");
+                packed.fetch_add(is_packing.into(), Ordering::Relaxed);
+            };
+            let image = images.of(&place.tree("a"), false, LIMIT, say).unwrap();
+            // Others clear the cache meanwhile.
+            let _ = images.clear(nothing).unwrap();
+            assert_eq!(asked(&image.path, "cat /file"), "content");
+            image
+        };
+        let threads: Vec<_> = (0..8).map(|_| scope.spawn(one)).collect();
+        let all: Vec<_> = threads.into_iter().map(|thread| thread.join().unwrap()).collect();
+        all.into_iter().map(|image| image.path).collect()
+    });
+    assert!(paths.iter().all(|path| *path == paths[0]));
+    assert_eq!(packed.load(Ordering::Relaxed), 1);
+}
