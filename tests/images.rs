@@ -6,7 +6,9 @@
 mod common;
 
 use std::cell::Cell;
+use std::ffi::CString;
 use std::fs::{self, File};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -18,7 +20,7 @@ use std::time::{Duration, SystemTime};
 use alula::guest::images::{Image, Images, Kept};
 use alula::guest::program::program;
 use alula::guest::tree::Tree;
-use common::Folder;
+use common::{Ended, Folder, Process};
 
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
@@ -56,6 +58,18 @@ fn nothing(_: &str) {}
 fn asked(image: &Path, request: &str) -> String {
     let output = program("debugfs").args(["-R", request]).arg(image).output().unwrap();
     String::from_utf8(output.stdout).unwrap()
+}
+
+/// Gives a file an extended attribute.
+#[allow(unsafe_code)]
+fn set_attribute(path: &Path) {
+    let path = CString::new(path.as_os_str().as_bytes()).unwrap();
+    let value = b"a value";
+    // SAFETY: the call reads strings with their ends, and as many bytes of the value as it has.
+    let result = unsafe {
+        libc::setxattr(path.as_ptr(), c"user.alula".as_ptr(), value.as_ptr().cast(), value.len(), 0)
+    };
+    assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
 }
 
 #[test]
@@ -119,6 +133,7 @@ fn what_is_in_a_folder_is_in_its_image() {
     symlink("a name", a.join("soft")).unwrap();
     let holes = File::create(a.join("holes")).unwrap();
     holes.set_len(300 << 20).unwrap();
+    set_attribute(&strange.join("file"));
     let socket = UnixListener::bind(a.join("socket")).unwrap();
     assert!(Command::new("mkfifo").arg(a.join("fifo")).status().unwrap().success());
     // These take root: without it the test sees what it can see.
@@ -143,6 +158,7 @@ fn what_is_in_a_folder_is_in_its_image() {
     assert!(of(&image, "/soft").contains("Fast link dest: \"a name\""));
     assert!(of(&image, "/holes").contains("Size: 314572800"));
     assert_eq!(asked(&image.path, "cat /hard"), "hello");
+    assert!(asked(&image.path, "ea_get /hard user.alula").contains("a value"));
     assert!(of(&image, "/fifo").contains("Type: FIFO"));
     assert!(of(&image, "/socket").contains("Type: socket"));
     if is_root {
@@ -222,4 +238,95 @@ fn runs_at_once_share_one_image() {
     });
     assert!(paths.iter().all(|path| *path == paths[0]));
     assert_eq!(packed.load(Ordering::Relaxed), 1);
+}
+
+/// How `alula run --rootfs ROOTFS -- true` ends, whose kernel is the firmware guest, which has no agent: what is wrong with
+/// the root file system is told before that matters. `through` comes before the program.
+fn run(place: &Place, through: &[&str], rootfs: &Path, more: &[&str]) -> Ended {
+    let alula = common::for_everybody(&place.folder);
+    let words = [through, &[alula.to_str().unwrap(), "run", "--memory", "32M", "--rootfs"]].concat();
+    let mut command = Command::new(words[0]);
+    command.args(&words[1..]).arg(rootfs).args(more).args(["--", "true"]);
+    command.env("ALULA_CACHE", place.path("cache")).env("ALULA_KERNEL", place.folder.firmware());
+    let mut process = Process::spawn(command);
+    process.stdin = None;
+    process.end()
+}
+
+/// `alula cache`, in the case's own cache.
+fn cache(place: &Place, more: &[&str]) -> String {
+    let mut command = Command::new(common::alula());
+    command.arg("cache").args(more).env("ALULA_CACHE", place.path("cache"));
+    let output = command.output().unwrap();
+    assert!(output.status.success());
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn what_cannot_be_a_root_file_system_is_told() {
+    let place = Place::new();
+    let (a, fifo, socket) = (place.path("a"), place.path("fifo"), place.path("socket"));
+    fs::write(a.join("file"), vec![1; 9 << 20]).unwrap();
+    assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    let listener = UnixListener::bind(&socket).unwrap();
+    fs::create_dir_all(place.path("shut/inside")).unwrap();
+    fs::write(place.path("shut/file"), vec![1; 9 << 20]).unwrap();
+    let open =
+        |path: &str, mode| fs::set_permissions(place.path(path), fs::Permissions::from_mode(mode)).unwrap();
+    let nobody: &[&str] = &["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"];
+    let bare: &[&str] = &[
+        "unshare",
+        "-m",
+        "sh",
+        "-c",
+        "mount -t tmpfs none /usr/sbin && { [ -L /sbin ] || mount -t tmpfs none /sbin; } && exec \"$@\"",
+        "sh",
+    ];
+    fs::create_dir(place.path("cache")).unwrap();
+    open("cache", 0o777);
+    let needed = "a file or block device is needed";
+    for (through, path, more, expected) in [
+        (&[][..], &fifo, &[][..], format!("it is a FIFO, {needed}")),
+        (&[], &socket, &[], format!("it is a socket, {needed}")),
+        (&[], &PathBuf::from("/dev/null"), &[], format!("it is a character device, {needed}")),
+        (&[], &place.path("none"), &[], "No such file or directory".to_owned()),
+        (&[], &a, &["--cache-limit", "8M"], "it has 9 MiB, and images may take 8 MiB: allow more".to_owned()),
+        (bare, &a, &[], "there is no `mke2fs` on this machine: install e2fsprogs".to_owned()),
+    ] {
+        let ended = run(&place, through, path, more);
+        assert!(ended.code == Some(125) && ended.text.contains(&expected), "{expected}: {}", ended.text);
+    }
+    // The images so far are root's alone.
+    fs::remove_dir_all(place.path("cache/images")).unwrap();
+    for (path, mode) in [("shut/file", 0o600), ("shut/inside", 0o700)] {
+        open(path, mode);
+        let ended = run(&place, nobody, &place.path("shut"), &[]);
+        let expected = format!("read `{}`: Permission denied", place.path(path).display());
+        assert!(ended.code == Some(125) && ended.text.contains(&expected), "{}", ended.text);
+        open(path, 0o755);
+    }
+    drop(listener);
+}
+
+#[test]
+fn images_are_shown_and_removed_on_demand() {
+    let place = Place::new();
+    fs::write(place.path("a/file"), vec![1; 9 << 20]).unwrap();
+    assert!(cache(&place, &[]).starts_with("0 images, 0 MiB, in `"));
+    for _ in 0..2 {
+        let ended = run(&place, &[], &place.path("a"), &[]);
+        assert!(ended.text.contains("the guest ended before the command in it did"), "{}", ended.text);
+        assert!(!ended.text.contains("packing"), "the command's standard error: {}", ended.text);
+    }
+    let shown = cache(&place, &[]);
+    let lines: Vec<_> = shown.lines().collect();
+    let origin = place.path("a").canonicalize().unwrap();
+    assert!(lines.len() == 2 && lines[0].ends_with(&format!("Z  {}", origin.display())), "{shown}");
+    assert!(lines[1].starts_with("1 images, "), "{shown}");
+    let used = place.images().of(&place.tree("a"), false, LIMIT, |line| panic!("{line}")).unwrap();
+    assert!(cache(&place, &[]).contains("  in use  "));
+    assert_eq!(cache(&place, &["clear"]), "removed 0 images, 0 MiB; guests use 1\n");
+    drop(used);
+    assert!(cache(&place, &["clear"]).starts_with("removed 1 images, "));
+    assert!(cache(&place, &[]).starts_with("0 images, 0 MiB, in `"));
 }

@@ -231,3 +231,66 @@ fn the_figures_are_true() {
     process.stdin = None;
     process.end();
 }
+
+const TEST_RIGS: &str = include_str!("../docs/test-rigs.md");
+
+/// The block of docs/test-rigs.md in this language.
+fn block(language: &str) -> &'static str {
+    let begin = format!("```{language}\n");
+    TEST_RIGS.split_once(&begin).and_then(|(_, rest)| rest.split_once("```")).unwrap().0
+}
+
+/// What comes of words of docs/test-rigs.md in a folder where nothing is that they name: its code and its errors. No wish is
+/// granted; but one that is not understood has a code of its own.
+fn tried_in(folder: &Folder, words: &[&str]) -> (Option<i32>, String) {
+    let path = format!("{}:{}", folder.0.display(), std::env::var("PATH").unwrap());
+    let mut command = Command::new(words[0]);
+    command.args(&words[1..]).current_dir(&folder.0).env("PATH", path).env("ALULA_CACHE", &folder.0);
+    let output = command.env_remove("ALULA_KERNEL").stdin(std::process::Stdio::null()).output().unwrap();
+    (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+#[test]
+fn every_command_of_the_test_rigs_page_is_understood() {
+    let folder = Folder::new();
+    called("alula", &folder);
+    let no_kernel = "alula: there is no kernel at ";
+    let is_without_kernel = |words: &[&str]| {
+        let (code, errors) = tried_in(&folder, words);
+        assert!(code == Some(125) && errors.contains(no_kernel), "{words:?}: {code:?} {errors}");
+    };
+    // The first example, and the job of a CI.
+    let indented = TEST_RIGS.lines().filter_map(|line| line.strip_prefix("    alula "));
+    let steps = block("yaml").lines().filter_map(|line| line.trim().strip_prefix("- run: alula "));
+    let lines: Vec<_> = indented.chain(steps).map(|line| format!("alula {line}")).collect();
+    assert_eq!(lines.len(), 2);
+    lines.iter().for_each(|line| is_without_kernel(&["sh", "-c", line]));
+    // Cargo's runner.
+    let runner = block("toml").lines().find_map(|line| line.strip_prefix("runner = ")).unwrap();
+    let runner: Vec<String> = serde_json::from_str(runner).unwrap();
+    let runner: Vec<_> = runner.iter().map(String::as_str).chain(["/bin/true", "--nocapture"]).collect();
+    is_without_kernel(&runner);
+    // What pytest is to start: lists of strings.
+    let python = block("python").replace('\n', " ");
+    let lists: Vec<Vec<String>> = python
+        .split("[\"alula\"")
+        .skip(1)
+        .map(|rest| serde_json::from_str(&format!("[\"alula\"{}]", rest.split(']').next().unwrap())).unwrap())
+        .collect();
+    assert_eq!(lists.len(), 3);
+    for list in lists {
+        let mut words: Vec<_> = list.iter().map(String::as_str).collect();
+        if words.ends_with(&["--"]) {
+            words.push("uname");
+        }
+        let (code, errors) = tried_in(&folder, &words);
+        let is_there =
+            errors.contains(no_kernel) || errors.contains("by vsock socket `/tmp/guest.vsock`: No such");
+        assert!(code != Some(153) && is_there, "{words:?}: {code:?} {errors}");
+    }
+    // Make runs what its rule says.
+    folder.write("Makefile", block("make"));
+    folder.write("image.ext4", "");
+    let (code, errors) = tried_in(&folder, &["make", "check"]);
+    assert!(code == Some(2) && errors.contains(no_kernel), "{code:?} {errors}");
+}

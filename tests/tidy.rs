@@ -56,6 +56,7 @@ const UNSAFE: &[&str] = &[
     "tests/costs.rs",
     "tests/fuzz/src/ground.rs",
     "tests/fuzz/src/host.rs",
+    "tests/images.rs",
     "tests/signals.rs",
 ];
 

@@ -1,5 +1,7 @@
 //! Commands in guests: `alula run -- COMMAND`, `alula exec` and `alula cp`.
 
+use std::os::unix::process::CommandExt;
+
 use super::*;
 
 /// What `alula run -- COMMAND` gave: its code, standard output and standard error.
@@ -51,6 +53,21 @@ fn a_command_has_a_guest_of_its_own_with_any_root() {
     let (code, output, errors) = run_command(&options, &["busybox", "sh", "-c", script], b"");
     let text = String::from_utf8(output).unwrap();
     assert!(code == 0 && text == "of the folder\n0\na-guest\ninit\n/proc\nb\n", "{code} {text} {errors}");
+
+    // Too large for a quarter of the memory: an image of it, made once for two guests.
+    std::fs::File::create(folder.path("root/holes")).unwrap().set_len(100 << 20).unwrap();
+    std::os::unix::fs::symlink("a file", folder.path("root/link")).unwrap();
+    let script = "cd /; busybox cat link; busybox stat -c '%s %b %u' holes; echo >new && busybox mount";
+    for _ in 0..2 {
+        let mut command = Command::new(common::alula());
+        command.env("ALULA_CACHE", folder.path("cache")).env("ALULA_KERNEL", asset(KERNELS[0]));
+        command.args(["run", "--memory", "256M", "--rootfs", root, "--", "busybox", "sh", "-c", script]);
+        let output = command.stdin(Stdio::null()).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(text.starts_with("of the folder\n104857600 0 0\n"), "{output:?}");
+        assert!(text.contains("overlay on / type overlay") && output.status.success(), "{output:?}");
+    }
+    assert_eq!(alula::guest::images::Images { folder: folder.path("cache/images") }.list().len(), 1);
 
     // Nothing but what is copied there, and codes that are not the command's.
     let copy = format!("{busybox}:/deep/down/busybox");
@@ -150,4 +167,40 @@ fn a_guest_that_is_up_takes_further_commands_and_files() {
     let (code, _, errors) = alula(&[&["exec"][..], &api, &["true"]].concat());
     assert!(code == 125 && errors.contains("connect to API socket"), "{errors}");
     assert!(!folder.path("vsock").exists());
+}
+
+const DOCUMENTATION: &str = include_str!("../../docs/test-rigs.md");
+
+/// The words of the runner that the documentation has for cargo.
+fn runner() -> Vec<String> {
+    let line = DOCUMENTATION.lines().find_map(|line| line.strip_prefix("runner = ")).unwrap();
+    // A list of strings is the same in TOML and in JSON.
+    serde_json::from_str(line).unwrap()
+}
+
+#[test]
+fn the_runner_for_cargo_is_one_line() {
+    assert_eq!(runner().len(), 4);
+}
+
+#[test]
+#[ignore = "a stock kernel: scripts/test runs it"]
+fn tests_of_a_rust_project_run_in_a_guest_by_a_runner() {
+    common::open_devices();
+    let folder = Folder::new();
+    common::for_everybody(&folder);
+    let words = runner();
+    let mut command = Command::new("sh");
+    // What cargo does: the runner's words, the test binary, and its arguments. One case succeeds anywhere; the other misses
+    // in the guest what it finds here.
+    command.args(&words[1..]).arg(std::env::current_exe().unwrap()).args(["--include-ignored", "--exact"]);
+    command.args(["commands::the_runner_for_cargo_is_one_line", "a_kernel_alone_needs_no_further_option"]);
+    let path = format!("{}:{}", folder.0.display(), std::env::var("PATH").unwrap());
+    command.env("PATH", path).env("ALULA_KERNEL", asset(KERNELS[0])).uid(65534).gid(65534);
+    let output = command.stdin(Stdio::null()).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(101), "{output:?}");
+    assert!(text.contains("the_runner_for_cargo_is_one_line ... ok\n"), "{output:?}");
+    assert!(text.contains("ALULA_GUEST names the folder that scripts/guest made"), "{output:?}");
+    assert!(text.contains("test result: FAILED. 1 passed; 1 failed;"), "{output:?}");
 }
