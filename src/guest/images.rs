@@ -90,7 +90,7 @@ fn name(tree: &Tree, keep_owners: bool) -> String {
     let mut hasher = SipHasher24::new();
     (WAY, tree.folder.as_os_str(), keep_owners).hash(&mut hasher);
     let place = hasher.finish();
-    tree.hash(&mut hasher);
+    tree.feed(&mut hasher);
     format!("{place:016x}-{:032x}", hasher.finish128().as_u128())
 }
 

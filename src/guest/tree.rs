@@ -97,7 +97,7 @@ impl Tree {
     }
 
     /// Hashes all that changes when something in the folder does: names, kinds, sizes, times, and which files they are.
-    pub fn hash(&self, into: &mut impl Hasher) {
+    pub fn feed(&self, into: &mut impl Hasher) {
         for Entry { name, metadata } in &self.entries {
             name.as_os_str().hash(into);
             let times = (metadata.mtime(), metadata.mtime_nsec(), metadata.ctime(), metadata.ctime_nsec());

@@ -19,6 +19,33 @@ fn run_command(options: &[&str], command: &[&str], input: &[u8]) -> (i32, Vec<u8
     (output.status.code().unwrap(), output.stdout, String::from_utf8_lossy(&output.stderr).into_owned())
 }
 
+/// Nothing but what is copied there, and codes that are not the command's.
+fn what_is_copied_there_runs_and_codes_tell_who_ended_it(busybox: &str) {
+    let copy = format!("{busybox}:/deep/down/busybox");
+    let program = "/deep/down/busybox";
+    let (code, output, _) = run_command(&["--copy", &copy], &[program, "echo", "alone"], b"");
+    assert_eq!((code, &output[..]), (0, &b"alone\n"[..]));
+    for (options, command, expected, told) in [
+        (&[][..], &["nothing"][..], 127, "alula: start `nothing`: No such file or directory (os error 2)\n"),
+        (&["--copy", &copy], &[program, "sh", "-c", "kill -9 $$"], 137, "was ended by signal 9\n"),
+        (
+            &["--copy", &copy, "--timeout", "30s"],
+            &[program, "sleep", "1000"],
+            124,
+            "the time for the command",
+        ),
+        (
+            &["--copy", &copy],
+            &[program, "poweroff", "-f"],
+            125,
+            "alula: the guest ended before the command in it did: the guest powered off\n",
+        ),
+    ] {
+        let (code, _, errors) = run_command(options, command, b"");
+        assert!(code == expected && errors.contains(told), "{command:?}: {code} {errors}");
+    }
+}
+
 #[test]
 #[ignore = "a stock kernel: scripts/test runs it"]
 fn a_command_has_a_guest_of_its_own_with_any_root() {
@@ -69,30 +96,7 @@ fn a_command_has_a_guest_of_its_own_with_any_root() {
     }
     assert_eq!(alula::guest::images::Images { folder: folder.path("cache/images") }.list().len(), 1);
 
-    // Nothing but what is copied there, and codes that are not the command's.
-    let copy = format!("{busybox}:/deep/down/busybox");
-    let program = "/deep/down/busybox";
-    let (code, output, _) = run_command(&["--copy", &copy], &[program, "echo", "alone"], b"");
-    assert_eq!((code, &output[..]), (0, &b"alone\n"[..]));
-    for (options, command, expected, told) in [
-        (&[][..], &["nothing"][..], 127, "alula: start `nothing`: No such file or directory (os error 2)\n"),
-        (&["--copy", &copy], &[program, "sh", "-c", "kill -9 $$"], 137, "was ended by signal 9\n"),
-        (
-            &["--copy", &copy, "--timeout", "30s"],
-            &[program, "sleep", "1000"],
-            124,
-            "the time for the command",
-        ),
-        (
-            &["--copy", &copy],
-            &[program, "poweroff", "-f"],
-            125,
-            "alula: the guest ended before the command in it did: the guest powered off\n",
-        ),
-    ] {
-        let (code, _, errors) = run_command(options, command, b"");
-        assert!(code == expected && errors.contains(told), "{command:?}: {code} {errors}");
-    }
+    what_is_copied_there_runs_and_codes_tell_who_ended_it(&busybox);
 
     // An image that is written to.
     let own = folder.path("own.ext4").to_str().unwrap().to_owned();

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use alula::arch::layout::{ECAM, PCI_MEMORY, PCI_PORTS};
 use alula::bus::Bus;
-use alula::pci::root::{Ecam, Ports, Registers, Root};
+use alula::pci::root::{Ecam, FunctionRegisters, Ports, Root};
 use alula::snapshot::SaveState;
 use alula::virtio::pci::{BAR_SIZE, HostBridge};
 use alula::virtio::transport::Transport;
@@ -154,7 +154,7 @@ impl World {
             let (transport, function) = function(device, ground::memory(), event_loop, place);
             // Kicks come as writes: KVM takes milliseconds to connect an event.
             let registers =
-                Registers { device: Arc::new(Mutex::new(function.registers())), kicks: Vec::new() };
+                FunctionRegisters { device: Arc::new(Mutex::new(function.registers())), kicks: Vec::new() };
             root.add(place, Arc::new(Mutex::new(function)), Some(registers)).unwrap();
             transports.push(transport);
         }
