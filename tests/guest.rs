@@ -306,6 +306,33 @@ fn an_elf_kernel_without_a_pvh_note_boots_by_the_linux_protocol() {
     assert!(ended.text.contains("64-bit Linux boot protocol"), "{}", ended.text);
 }
 
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn a_kernel_that_says_it_is_linux_boots_by_its_own_protocol() {
+    let folder = Folder::new();
+    let mut image = alula::firmware::IMAGE.to_vec();
+    let u64_in = |image: &[u8], at: usize| u64::from_le_bytes(image[at..at + 8].try_into().unwrap());
+    let table = u64_in(&image, 32) as usize;
+    let header =
+        (table..).step_by(56).take(8).find(|at| image[*at] == 4).expect("the firmware has a PVH note");
+    // The firmware's notes, and one more behind all that the file has: name, description, type.
+    let (start, size) = (u64_in(&image, header + 8) as usize, u64_in(&image, header + 32) as usize);
+    let mut notes = image[start..start + size].to_vec();
+    for word in [6u32, 4, 0x100] {
+        notes.extend(word.to_le_bytes());
+    }
+    notes.extend(b"Linux\0\0\0salt");
+    image.resize(image.len().next_multiple_of(8), 0);
+    let (offset, size) = (image.len() as u64, notes.len() as u64);
+    image[header + 8..header + 16].copy_from_slice(&offset.to_le_bytes());
+    image[header + 32..header + 40].copy_from_slice(&size.to_le_bytes());
+    image.extend(notes);
+    let kernel = folder.write("vmlinux", image);
+    let ended = firmware(&[kernel.to_str().unwrap(), "--cpus", "2", "--cmdline", "cpus=2 memory=128"]);
+    assert_eq!(ended.code, Some(0), "{}", ended.text);
+    assert!(ended.text.contains("64-bit Linux boot protocol"), "{}", ended.text);
+}
+
 // FreeBSD and Hermit are such kernels.
 #[cfg(target_arch = "x86_64")]
 #[test]

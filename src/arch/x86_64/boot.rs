@@ -246,13 +246,13 @@ fn write_boot_params(
     memory.write_slice(params.as_slice(), GuestAddress(layout::BOOT_PARAMS)).context("write the zero page")
 }
 
-/// Page tables that identity-map the first GiB with 2 MiB pages, and segment descriptors.
+/// Page tables that identity-map `layout::MAPPED_AT_ENTRY` with 2 MiB pages, and segment descriptors.
 fn write_cpu_tables(memory: &Regions) -> Result<()> {
     const PRESENT_WRITABLE: u64 = 3;
     const HUGE: u64 = 1 << 7;
     let (pml4, pdpt, pd) = (layout::PAGE_TABLES, layout::PAGE_TABLES + PAGE, layout::PAGE_TABLES + 2 * PAGE);
-    let directory: Vec<u8> =
-        (0..512u64).flat_map(|index| (index << 21 | PRESENT_WRITABLE | HUGE).to_le_bytes()).collect();
+    let pages = (0..layout::MAPPED_AT_ENTRY).step_by(2 << 20);
+    let directory: Vec<u8> = pages.flat_map(|page| (page | PRESENT_WRITABLE | HUGE).to_le_bytes()).collect();
     memory.write_obj(pdpt | PRESENT_WRITABLE, GuestAddress(pml4)).context("write the page tables")?;
     memory.write_obj(pd | PRESENT_WRITABLE, GuestAddress(pdpt)).context("write the page tables")?;
     memory.write_slice(&directory, GuestAddress(pd)).context("write the page tables")?;

@@ -2,8 +2,12 @@
 //!
 //! Every segment must be in the file, in memory, above the boot tables and clear of the others. A note
 //! of type XEN_ELFNOTE_PHYS32_ENTRY says that the kernel is entered by PVH, and where (Xen's x86/HVM
-//! direct boot ABI); the entry point of the ELF header counts only without such a note, because
-//! kernels that have one may give a virtual address there. The address that is entered must lie in a segment.
+//! direct boot ABI): kernels that have one may give a virtual address in the ELF header. Without such a note
+//! the header's entry point is that of the 64-bit Linux boot protocol.
+//!
+//! Linux has both, and is entered by its own protocol: by PVH it first looks for Xen at 256 leaves of CPUID
+//! (arch/x86/platform/pvh/enlighten.c, `xen_prepare_pvh`), and each of them is an exit. Linux is known by notes
+//! that have its name (include/linux/build-salt.h). The address that is entered must lie in a segment.
 
 use std::io::SeekFrom;
 
@@ -23,6 +27,8 @@ const PT_NOTE: u32 = 4;
 /// Type of the note with the 32-bit entry point, and the name it has.
 const XEN_ELFNOTE_PHYS32_ENTRY: u32 = 18;
 const XEN: &[u8] = b"Xen\0";
+/// The name of notes that only Linux has.
+const LINUX: &[u8] = b"Linux\0";
 
 struct Header {
     kind: u32,
@@ -40,6 +46,15 @@ pub struct Kernel {
     pub entry: u64,
     /// The kernel is entered by PVH, else by the 64-bit Linux boot protocol.
     pub pvh: bool,
+}
+
+/// What the notes of a kernel say.
+#[derive(Default)]
+struct Notes {
+    /// Where it is entered by PVH: the first note that tells counts, in whichever of the note segments it is.
+    pvh: Option<u64>,
+    /// It is Linux.
+    linux: bool,
 }
 
 /// A part of the file and where it goes. The memory behind the file's bytes is zero already.
@@ -81,15 +96,22 @@ impl Kernel {
             segments.push(segment);
         }
 
-        let note = pvh_entry(kernel, &headers, length)?;
-        let entry = note.unwrap_or_else(|| u64_at(head, 24));
-        let from = if note.is_some() { "its PVH note" } else { "its ELF header, for it has no PVH note," };
-        // By PVH the first CPU is in 32-bit mode.
-        let reachable = note.is_none() || u32::try_from(entry).is_ok();
-        let holds = |segment: &Segment| (segment.range.start..segment.range.end()).contains(&entry);
-        if !reachable || !segments.iter().any(holds) {
+        let is_right = |entry: u64, end: u64| {
+            let holds = |segment: &Segment| (segment.range.start..segment.range.end()).contains(&entry);
+            entry < end && segments.iter().any(holds)
+        };
+        let header = u64_at(head, 24);
+        let notes = Notes::read(kernel, &headers, length)?;
+        let is_linux = notes.linux && is_right(header, layout::MAPPED_AT_ENTRY);
+        let note = notes.pvh.filter(|_| !is_linux);
+        let (entry, end, from) = match note {
+            // By PVH the first CPU is in 32-bit mode.
+            Some(entry) => (entry, 1 << 32, "its PVH note"),
+            None => (header, layout::MAPPED_AT_ENTRY, "its ELF header, for it has no PVH note,"),
+        };
+        if !is_right(entry, end) {
             return Err(Error::config(format!(
-                "the entry point {entry:#x} of {from} lies in none of its segments"
+                "the entry point {entry:#x} of {from} lies in none of its segments below {end:#x}"
             )));
         }
         Ok(Self { segments, entry, pvh: note.is_some() })
@@ -173,58 +195,66 @@ fn segment(header: &Header, length: u64, memory: &[Range]) -> Result<Segment> {
     Ok(Segment { offset, file_size, range })
 }
 
-/// The entry point of the first note that gives one, in whichever of the note segments it stands.
-fn pvh_entry(kernel: &mut impl KernelSource, headers: &[Header], length: u64) -> Result<Option<u64>> {
-    for header in headers.iter().filter(|header| header.kind == PT_NOTE) {
-        let Header { offset, file_size, alignment, .. } = *header;
-        if file_size > NOTES_MAX || offset.checked_add(file_size).is_none_or(|end| end > length) {
-            return Err(Error::config(format!(
-                "its notes have {file_size} bytes from offset {offset}: expected at most {NOTES_MAX}, within \
-                 the {length} bytes of the file"
-            )));
+impl Notes {
+    fn read(kernel: &mut impl KernelSource, headers: &[Header], length: u64) -> Result<Self> {
+        let mut all = Self::default();
+        for header in headers.iter().filter(|header| header.kind == PT_NOTE) {
+            let Header { offset, file_size, alignment, .. } = *header;
+            if file_size > NOTES_MAX || offset.checked_add(file_size).is_none_or(|end| end > length) {
+                return Err(Error::config(format!(
+                    "its notes have {file_size} bytes from offset {offset}: expected at most {NOTES_MAX}, \
+                     within the {length} bytes of the file"
+                )));
+            }
+            let mut bytes = vec![0; file_size as usize];
+            kernel.seek(SeekFrom::Start(offset)).context("find its notes")?;
+            kernel.read_exact(&mut bytes).context("read its notes")?;
+            // Linkers that join notes of both alignments say 8 for all of them, and mean it or not.
+            let both = if alignment == 8 { [8, 4] } else { [4, 4] };
+            let walks = both.map(|alignment| all.walk(&bytes, alignment));
+            if let ([Err(error), Err(_)], None) = (walks, all.pvh) {
+                return Err(error);
+            }
         }
-        let mut notes = vec![0; file_size as usize];
-        kernel.seek(SeekFrom::Start(offset)).context("find its notes")?;
-        kernel.read_exact(&mut notes).context("read its notes")?;
-        // Linkers that join notes of both alignments say 8 for all of them, and mean it or not.
-        let both = if alignment == 8 { [8, 4] } else { [4, 4] };
-        let found = both.map(|alignment| pvh_entry_in(&notes, alignment));
-        match found {
-            [Ok(Some(entry)), _] | [_, Ok(Some(entry))] => return Ok(Some(entry)),
-            [Err(error), Err(_)] => return Err(error),
-            _ => {}
-        }
+        Ok(all)
     }
-    Ok(None)
+
+    /// Walks the notes of one segment (System V gABI, "Note Section"): name and description begin at multiples
+    /// of `alignment`.
+    fn walk(&mut self, notes: &[u8], alignment: usize) -> Result<()> {
+        const NOTE_HEADER: usize = 12;
+        let mut at = 0;
+        while notes.len() - at >= NOTE_HEADER {
+            let size = |offset: usize| u32_at(notes, at + offset) as usize;
+            let name_at = at + NOTE_HEADER;
+            let name_end = name_at + size(0);
+            let description_at = name_end.next_multiple_of(alignment);
+            let end = description_at + size(4);
+            let Some(description) = notes.get(description_at..end) else {
+                return Err(Error::config(format!(
+                    "the note at byte {at} of its notes ends outside of them"
+                )));
+            };
+            match &notes[name_at..name_end] {
+                LINUX => self.linux = true,
+                XEN if u32_at(notes, at + 8) == XEN_ELFNOTE_PHYS32_ENTRY && self.pvh.is_none() => {
+                    self.pvh = Some(pvh_entry(description)?);
+                }
+                _ => {}
+            }
+            at = end.next_multiple_of(alignment).min(notes.len());
+        }
+        Ok(())
+    }
 }
 
-/// Walks the notes of one segment (System V gABI, "Note Section"): name and description begin at multiples
-/// of `alignment`.
-fn pvh_entry_in(notes: &[u8], alignment: usize) -> Result<Option<u64>> {
-    const NOTE_HEADER: usize = 12;
-    let mut at = 0;
-    while notes.len() - at >= NOTE_HEADER {
-        let size = |offset: usize| u32_at(notes, at + offset) as usize;
-        let name_at = at + NOTE_HEADER;
-        let description_at = (name_at + size(0)).next_multiple_of(alignment);
-        let end = description_at + size(4);
-        let Some(description) = notes.get(description_at..end) else {
-            return Err(Error::config(format!("the note at byte {at} of its notes ends outside of them")));
-        };
-        let is_entry = u32_at(notes, at + 8) == XEN_ELFNOTE_PHYS32_ENTRY
-            && notes[name_at..description_at].starts_with(XEN)
-            && size(0) == XEN.len();
-        if is_entry {
-            // The ABI means 32 bits; Linux gives 64, of which the upper half is 0.
-            return match description.len() {
-                4 => Ok(Some(u32_at(description, 0).into())),
-                8 => Ok(Some(u64_at(description, 0))),
-                size => Err(Error::config(format!("its PVH note has {size} bytes: expected 4 or 8"))),
-            };
-        }
-        at = end.next_multiple_of(alignment).min(notes.len());
+/// The ABI means 32 bits; Linux gives 64, of which the upper half is 0.
+fn pvh_entry(description: &[u8]) -> Result<u64> {
+    match description.len() {
+        4 => Ok(u32_at(description, 0).into()),
+        8 => Ok(u64_at(description, 0)),
+        size => Err(Error::config(format!("its PVH note has {size} bytes: expected 4 or 8"))),
     }
-    Ok(None)
 }
 
 #[cfg(test)]
@@ -332,6 +362,34 @@ mod tests {
         assert_eq!(read(elf(START, std::slice::from_ref(&other))), Ok((START, false)));
         let error = read(elf(0xffff_ffff_8010_0000, &[other])).unwrap_err();
         assert!(error.contains("0xffffffff80100000 of its ELF header, for it has no PVH note"), "{error}");
+    }
+
+    #[test]
+    fn linux_is_entered_by_its_own_protocol_where_its_header_says() {
+        let linux = |kind: u32| note(b"Linux\0", kind, &[0; 4], 4);
+        let one = |notes: &[&[u8]]| vec![(notes.concat(), 4, None)];
+        let both = [
+            one(&[&linux(256), &xen(START)]),
+            one(&[&xen(START), &linux(257)]),
+            vec![(xen(START), 4, None), (linux(256), 4, None)],
+            vec![(linux(256), 4, None), (xen(START), 4, None)],
+        ];
+        for notes in both {
+            assert_eq!(read(elf(START + 64, &notes)), Ok((START + 64, false)));
+            // Where the header's entry point is a virtual address, or is not mapped yet, the note is right.
+            for elsewhere in [0xffff_ffff_8010_0000, 0, START - 1, START + 8192] {
+                assert_eq!(read(elf(elsewhere, &notes)), Ok((START, true)), "{elsewhere:#x}");
+            }
+        }
+        let other =
+            one(&[&note(b"Linux2\0", 256, &[0; 4], 4), &note(b"linux\0", 256, &[0; 4], 4), &xen(START)]);
+        assert_eq!(read(elf(START + 64, &other)), Ok((START, true)), "another system");
+        assert_eq!(read(elf(START + 64, &one(&[&linux(256)]))), Ok((START + 64, false)), "no PVH note");
+        // What follows the note that tells where to enter is not needed.
+        let mut torn = xen(START);
+        torn.extend(1u32.to_le_bytes().repeat(4));
+        torn.truncate(torn.len() - 1);
+        assert_eq!(read(elf(START + 64, &one(&[&torn]))), Ok((START, true)));
     }
 
     #[test]
