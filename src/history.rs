@@ -52,6 +52,8 @@ pub enum Event {
         /// The CPU time of all threads in that time.
         cpu_us: u64,
     },
+    /// The agent in the guest listens: the guest takes commands from now on.
+    GuestReady,
     /// Its CPUs and devices stand still.
     Paused {
         /// As above.

@@ -91,6 +91,8 @@ pub struct Host {
     /// A disk that somebody else uses is only warned of, whatever its configuration says.
     warns_of_sharing: bool,
     metadata: Option<Arc<Service>>,
+    /// An agent in the guest has called since that was last asked.
+    has_agent_called: bool,
 }
 
 impl Host {
@@ -181,6 +183,16 @@ impl Host {
     /// Has this metadata service answer on the interfaces that its configuration names.
     pub fn serve_metadata(&mut self, service: Service) {
         self.metadata = Some(Arc::new(service));
+    }
+
+    /// Notes that an agent in the guest says that it listens.
+    pub fn note_agent(&mut self) {
+        self.has_agent_called = true;
+    }
+
+    /// Whether an agent in the guest has said, since this was last asked, that it listens.
+    pub fn take_agent_call(&mut self) -> bool {
+        std::mem::take(&mut self.has_agent_called)
     }
 
     /// Lets disks be shared with others, with a warning: what other monitors do, without one.

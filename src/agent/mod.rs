@@ -23,6 +23,16 @@ use session::{End, LINGERING, Next, Scratch, Session};
 
 /// The vsock port that agents listen on. Ports below 1024 are root's: nobody else in a guest can take it.
 pub const PORT: u32 = 52;
+/// The port of the host that an agent connects to once it listens on [`PORT`]: by that a monitor learns that there
+/// is somebody to ask, without asking again and again. Nobody need listen there.
+pub const READY_PORT: u32 = 1_000_052;
+/// The port of the guest that the agent does so from: root's alone, as all below 1024 are, so that no other user of
+/// the guest can tell the monitor that.
+const READY_FROM: u32 = 51;
+/// Whether a connection from this port of the guest is one that only root can make.
+pub fn is_of_root(guest_port: u32) -> bool {
+    guest_port < 1024
+}
 /// The most connections that are served at once; others wait in the listener's backlog. Each connection has up
 /// to four descriptors, of the 1,024 that a process has.
 const SESSIONS_MAX: usize = 200;
@@ -48,6 +58,10 @@ impl Listener {
         let listener = system::listen(port).with_context(|| {
             format!("listen on vsock port {port} (it needs vsock in the kernel, and root below 1024)")
         })?;
+        if port == PORT {
+            // A host that does not want to know refuses.
+            let _ = system::call_host(READY_FROM, READY_PORT);
+        }
         Ok(Self(listener))
     }
 

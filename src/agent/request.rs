@@ -160,6 +160,7 @@ pub struct Info {
 
 /// How much memory there is.
 #[derive(Debug, Default, Deserialize, PartialEq, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "GuestMemory"))]
 pub struct Memory {
     /// In all.
     pub total: u64,

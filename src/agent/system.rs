@@ -44,22 +44,42 @@ fn is_process_1() -> bool {
     std::process::id() == 1
 }
 
-/// A socket that listens on this vsock port for whoever can reach this machine.
-pub fn listen(port: u32) -> Result<OwnedFd> {
+fn vsock_address(cid: u32, port: u32) -> (libc::sockaddr_vm, libc::socklen_t) {
     // SAFETY: the structure is plain data of which zeros are valid.
     let mut address: libc::sockaddr_vm = unsafe { mem::zeroed() };
-    address.svm_family = libc::AF_VSOCK as _;
-    address.svm_cid = libc::VMADDR_CID_ANY;
-    address.svm_port = port;
+    (address.svm_family, address.svm_cid, address.svm_port) = (libc::AF_VSOCK as _, cid, port);
+    (address, mem::size_of::<libc::sockaddr_vm>() as _)
+}
+
+/// A vsock socket of this port, which does not block.
+fn vsock(port: u32) -> Result<OwnedFd> {
     let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
     // SAFETY: the call takes numbers.
     let socket = owned(unsafe { libc::socket(libc::AF_VSOCK, kind, 0) })?;
-    let length = mem::size_of_val(&address) as _;
+    let (address, length) = vsock_address(libc::VMADDR_CID_ANY, port);
     // SAFETY: the address is as long as is said.
     check(unsafe { libc::bind(socket.as_raw_fd(), ptr::from_ref(&address).cast(), length) })?;
+    Ok(socket)
+}
+
+/// A socket that listens on this vsock port for whoever can reach this machine.
+pub fn listen(port: u32) -> Result<OwnedFd> {
+    let socket = vsock(port)?;
     // SAFETY: the call takes numbers.
     check(unsafe { libc::listen(socket.as_raw_fd(), 128) })?;
     Ok(socket)
+}
+
+/// Asks the host for a connection from one vsock port to another, and waits for no answer.
+pub fn call_host(from: u32, to: u32) -> Result<()> {
+    let socket = vsock(from)?;
+    let (address, length) = vsock_address(HOST_CID, to);
+    // SAFETY: the address is as long as is said.
+    let result = check(unsafe { libc::connect(socket.as_raw_fd(), ptr::from_ref(&address).cast(), length) });
+    match result {
+        Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => Ok(()),
+        result => result.map(drop),
+    }
 }
 
 /// The next connection, which does not block, and the CID that it comes from, if it is a vsock's.

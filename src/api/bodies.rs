@@ -1,7 +1,11 @@
 //! Bodies of requests and answers that are the API's alone. A body that configures something stands with what
 //! it configures, as its section of a config file does: in `config`, or in the file of the device.
 
+use std::net::IpAddr;
+
 use serde::{Deserialize, Serialize};
+
+use crate::agent::request::Memory;
 
 /// Body of `PUT /actions`.
 #[derive(Deserialize)]
@@ -54,6 +58,32 @@ pub struct InstanceInfo {
     pub vmm_version: &'static str,
     /// Always `Firecracker`: clients look at it.
     pub app_name: &'static str,
+}
+
+/// The answer to `GET /guest`.
+#[derive(Default, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "GuestInfo"))]
+pub struct Guest {
+    /// There is an agent in the guest, and it answers. The rest is what it says, which nobody has checked.
+    pub agent: bool,
+    /// The version of the agent's program.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub version: Option<String>,
+    /// How long the guest has been up, in milliseconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub uptime_ms: Option<u64>,
+    /// The guest's memory, in KiB.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory_kib: Option<Memory>,
+    /// The guest's addresses, without that of the loopback interface.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub addresses: Option<Vec<IpAddr>>,
+    /// The guest's name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hostname: Option<String>,
+    /// Why no agent answers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
 }
 
 /// The answer to `GET /version`.

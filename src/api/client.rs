@@ -55,19 +55,21 @@ impl Client {
         Ok(Answer { status, body: String::from_utf8_lossy(&text).into_owned() })
     }
 
-    /// Asks for a stream of lines, each given to `each` as it comes, until the monitor ends.
-    pub fn lines(mut self, path: &str, mut each: impl FnMut(&str) -> Result<()>) -> Result<()> {
+    /// Asks for a stream of lines.
+    pub fn follow(mut self, path: &str) -> Result<Lines> {
         self.send("GET", path, "")?;
         let (status, length) = self.head().map_err(|error| no_answer("GET", path, error))?;
-        // They come when something happens.
-        self.stream.get_ref().set_read_timeout(None).context("wait for lines")?;
         if status != 200 || length.is_some() {
             return Err(Error::host(format!("the monitor answers `GET {path}` with status {status}")));
         }
-        let mut line = Vec::new();
-        while self.stream.by_ref().take(BODY_MAX).read_until(b'\n', &mut line).context("read a line")? > 0 {
-            each(String::from_utf8_lossy(&line).trim_end())?;
-            line.clear();
+        Ok(Lines { stream: self.stream, line: Vec::new() })
+    }
+
+    /// The same, each line given to `each` as it comes, until the monitor ends.
+    pub fn lines(self, path: &str, mut each: impl FnMut(&str) -> Result<()>) -> Result<()> {
+        let mut lines = self.follow(path)?;
+        while let Heard::Line(line) = lines.next(None)? {
+            each(&line)?;
         }
         Ok(())
     }
@@ -104,6 +106,44 @@ impl Client {
             response.headers.iter().find(|header| header.name.eq_ignore_ascii_case("Content-Length"));
         let length = length.and_then(|header| std::str::from_utf8(header.value).ok()?.parse().ok());
         Ok((response.code.unwrap_or_default(), length))
+    }
+}
+
+/// A stream of lines.
+pub struct Lines {
+    stream: BufReader<UnixStream>,
+    /// The beginning of the next one.
+    line: Vec<u8>,
+}
+
+/// What came of waiting for a line.
+#[derive(Debug, PartialEq)]
+pub enum Heard {
+    /// This line, without its end.
+    Line(String),
+    /// None, in this time.
+    Nothing,
+    /// The monitor has ended.
+    End,
+}
+
+impl Lines {
+    /// Waits for the next line, so long at most.
+    pub fn next(&mut self, time: Option<Duration>) -> Result<Heard> {
+        // No time at all would mean for ever.
+        let time = time.map(|time| time.max(Duration::from_millis(1)));
+        self.stream.get_ref().set_read_timeout(time).context("wait for lines")?;
+        let room = BODY_MAX - self.line.len() as u64;
+        match self.stream.by_ref().take(room).read_until(b'\n', &mut self.line) {
+            Ok(0) => Ok(Heard::End),
+            Ok(_) => {
+                let line = String::from_utf8_lossy(&self.line).trim_end().to_owned();
+                self.line.clear();
+                Ok(Heard::Line(line))
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(Heard::Nothing),
+            Err(error) => Err(error).context("read a line"),
+        }
     }
 }
 

@@ -3,6 +3,8 @@
 use std::path::Path;
 use std::time::Instant;
 
+use serde_json::Value;
+
 use super::handle::Handler;
 use super::server::Server;
 use crate::error::Result;
@@ -42,7 +44,7 @@ impl Front for Api {
 
     fn job_ended(
         &mut self,
-        (ticket, result): (Ticket, Result<()>),
+        (ticket, result): (Ticket, Result<Option<Value>>),
         events: &Events,
         microvm: &mut Microvm,
     ) -> Result<()> {

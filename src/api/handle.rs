@@ -5,7 +5,7 @@ use std::time::Instant;
 use serde_json::{Value, json};
 
 use super::bodies::{Action, FirecrackerVersion, InstanceInfo, VmState};
-use super::{API_VERSION, Reply, Request, Response, observe, routes};
+use super::{API_VERSION, Reply, Request, Response, guest, observe, routes};
 use crate::arch;
 use crate::devices::fixed::FixedDevice;
 use crate::devices::keyboard::Keyboard;
@@ -74,11 +74,12 @@ impl Handler {
     }
 
     /// How a request is answered whose job has ended so; none: no request waits for it.
-    pub fn job_ended(&mut self, ticket: Ticket, result: Result<(), Error>) -> Option<Response> {
+    pub fn job_ended(&mut self, ticket: Ticket, result: Result<Option<Value>, Error>) -> Option<Response> {
         let place = self.waiting.iter().position(|waiting| waiting.ticket == ticket)?;
         let Waiting { area, asked, .. } = self.waiting.swap_remove(place);
         let response = match result {
-            Ok(()) => Response::Done,
+            Ok(None) => Response::Done,
+            Ok(Some(value)) => Response::Value(value),
             Err(error) => Response::Fault(fault(area)(error)),
         };
         let Asked { method, path, begun, is_deprecated } = asked;
@@ -117,6 +118,7 @@ fn check_time(microvm: &Microvm, request: &Request) -> Result<(), String> {
         PatchVm(_)
         | PatchDevice(..)
         | DeleteDevice(..)
+        | Guest
         | Action(super::Action::SendCtrlAltDel | super::Action::FlushMetrics | super::Action::Shutdown)
             if !has_started =>
         {
@@ -139,6 +141,12 @@ fn handle(microvm: &mut Microvm, request: Request) -> Result<Reply, String> {
         MachineConfig => return Ok(Response::Value(to_value(&microvm.config().machine_config)).into()),
         VmConfig => return Ok(Response::Value(to_value(microvm.config())).into()),
         Events => return Ok(Response::Events.into()),
+        Guest => {
+            return Ok(match guest::look(microvm) {
+                Ok(ticket) => Reply::Later { ticket, area: "Guest error" },
+                Err(nobody) => Response::Value(to_value(&nobody)).into(),
+            });
+        }
         Metrics => return Ok(Response::Value(Value::Object(microvm.count(View::Total))).into()),
         PutLogger(logger) => microvm
             .set_logger(logger)
@@ -345,10 +353,10 @@ mod tests {
         wait(3, "/a", false);
         wait(4, "/b", true);
         wait(5, "/c", false);
-        assert_eq!(handler.job_ended(5, Ok(())), Some(Response::Done));
-        assert_eq!(handler.job_ended(4, Ok(())), Some(Response::Deprecated(Box::new(Response::Done))));
+        assert_eq!(handler.job_ended(5, Ok(None)), Some(Response::Done));
+        assert_eq!(handler.job_ended(4, Ok(None)), Some(Response::Deprecated(Box::new(Response::Done))));
         let failed = handler.job_ended(3, Err(Error::host("the disk is full")));
         assert_eq!(fault_of(failed.unwrap()), "Job error: the disk is full");
-        assert_eq!(handler.job_ended(3, Ok(())), None, "nobody waits for it");
+        assert_eq!(handler.job_ended(3, Ok(None)), None, "nobody waits for it");
     }
 }

@@ -7,6 +7,7 @@ mod chunks;
 pub mod client;
 mod connection;
 mod front;
+mod guest;
 mod handle;
 pub mod http;
 mod observe;
@@ -55,6 +56,8 @@ pub enum Request {
     VmConfig,
     /// `GET /events`
     Events,
+    /// `GET /guest`
+    Guest,
     /// `GET /metrics`
     Metrics,
     /// `PUT /metrics`

@@ -38,6 +38,7 @@ pub fn route(dialect: Dialect, method: &str, path: &str, body: &[u8]) -> Result<
         ("GET", ["machine-config", ..]) => Request::MachineConfig,
         ("GET", ["vm", "config"]) => Request::VmConfig,
         ("GET", ["events"]) => Request::Events,
+        ("GET", ["guest"]) if dialect != Dialect::Firecracker => Request::Guest,
         ("GET", ["metrics"]) => Request::Metrics,
         ("PUT", ["metrics", ..]) => Request::PutMetrics(parse(body)?),
         ("PUT", ["logger", ..]) => Request::PutLogger(parse(body)?),

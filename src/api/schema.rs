@@ -7,7 +7,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde_json::{Map, Value, json};
 
 use super::API_VERSION;
-use super::bodies::{ActionBody, FirecrackerVersion, InstanceInfo, VmBody};
+use super::bodies::{ActionBody, FirecrackerVersion, Guest, InstanceInfo, VmBody};
 use super::routes::route;
 use crate::config::{BootSource, CpuConfig, MachineConfig, MachinePatch};
 use crate::devices::kind::DeviceKind;
@@ -62,6 +62,11 @@ fn questions(generator: &mut SchemaGenerator) -> Vec<Operation> {
             "/vm/config",
             "The whole configuration; `logger` and `metrics` are always null",
             Answer::Json(config),
+        ),
+        get(
+            "/guest",
+            "What the agent in the guest says of it, after the start",
+            Answer::Json(of::<Guest>(generator)),
         ),
         get("/metrics", "What the microVM has done since its start", Answer::Json(any_object())),
         get("/mmds", "The metadata that the guest can ask for", Answer::Json(any_object())),

@@ -4,13 +4,13 @@ use std::fs::File;
 use std::io::{IsTerminal, Write};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::arguments::Run;
 use super::arguments::command::{Rootfs, Wanted};
-use super::exec::{copy_in, copy_out, finish};
+use super::exec::{copy_in, copy_out};
 use super::session::{self, Ends, Outcome};
 use crate::agent::PORT;
 use crate::agent::init::{Boot, Disk};
@@ -24,13 +24,14 @@ use crate::guest::boot;
 use crate::guest::call::{self, Call};
 use crate::guest::images::{self, Image, Images};
 use crate::guest::tree::Tree;
+use crate::guest::hearing::Hearing;
 use crate::guest::{kernel, runtime};
 use crate::host::{self, Access, Resource};
-use crate::microvm::monitor::Purpose;
+use crate::microvm::purpose::Purpose;
 use crate::poll::leave_signals_to_others;
 
-/// How often a guest that boots is asked whether its agent is there by now.
-const AGAIN: Duration = Duration::from_millis(10);
+/// An agent that has said that it listens, and then does not answer, is asked again after this time.
+const AGAIN: Duration = Duration::from_secs(1);
 /// A guest whose agent does not answer for so long never will.
 const PATIENCE: Duration = Duration::from_secs(300);
 /// How long a guest may take to write its disks out and power off, after its command has ended.
@@ -244,27 +245,23 @@ impl Prepared {
     /// What the guest is there for, and what has it begin, in a thread of its own, once the guest runs.
     pub fn attend(&mut self) -> Result<(Arc<Purpose>, impl FnOnce() -> Result<()> + use<>)> {
         let purpose = Arc::new(Purpose::new()?);
-        let (met, outcome, wanted) =
-            (purpose.clone(), self.outcome.clone(), std::mem::take(&mut self.wanted));
-        let (vsock, writable) = (self.vsock.clone(), self.writable);
+        let (outcome, wanted) = (self.outcome.clone(), std::mem::take(&mut self.wanted));
+        let mut guest = Guest { vsock: self.vsock.clone(), purpose: purpose.clone(), calls: 0 };
+        let writable = self.writable;
         let attend = move || {
             leave_signals_to_others();
-            let how = command(&vsock, wanted);
+            let purpose = guest.purpose.clone();
+            let how = guest.attend(wanted);
             if how.is_err() {
                 // A guest that ends takes its connections with it: its own end says more, and comes now.
                 std::thread::sleep(GRACE);
             }
             *outcome.lock().unwrap_or_else(PoisonError::into_inner) = Some(how);
             if writable {
-                // It ends by itself, with its disks written out.
-                met.meet();
-                let _ = connect(&vsock, Some(Instant::now() + LAST_WORDS)).and_then(|stream| match stream {
-                    Some(stream) => finish(Call::new(stream, Ask::End { reboot: false })?, |_| Ok(())),
-                    None => Ok(()),
-                });
-                std::thread::sleep(GRACE);
+                purpose.meet();
+                guest.end();
             }
-            met.end();
+            purpose.end();
         };
         let begin = move || {
             let thread = std::thread::Builder::new().name("command".to_owned()).spawn(attend);
@@ -274,39 +271,71 @@ impl Prepared {
     }
 }
 
-/// The agent, once it is there; None: the time was up.
-fn connect(vsock: &Path, deadline: Option<Instant>) -> Result<Option<UnixStream>> {
-    let begun = Instant::now();
-    loop {
-        match call::connect(vsock, PORT) {
-            Ok(Some(stream)) => return Ok(Some(stream)),
-            // It boots.
-            Ok(None) => {}
-            Err(error) if error.kind() == Kind::Guest => {}
-            Err(error) => return Err(error),
-        }
-        if deadline.is_some_and(|at| at <= Instant::now()) {
-            return Ok(None);
-        }
-        if begun.elapsed() > PATIENCE {
-            return Err(Error::guest("the agent in the guest has not answered for 300 s"));
-        }
-        std::thread::sleep(AGAIN);
-    }
+/// The guest, as its command's thread reaches it.
+struct Guest {
+    vsock: PathBuf,
+    purpose: Arc<Purpose>,
+    /// How often its agent has said that it listens, as far as that was heard.
+    calls: u64,
 }
 
-fn command(vsock: &Path, wanted: Wanted) -> Result<Outcome> {
-    let deadline = wanted.deadline();
-    for (from, to) in &wanted.copies {
-        let Some(stream) = connect(vsock, deadline)? else { return Ok(Outcome::TimedOut) };
-        copy_in(stream, from, to, true, None)?;
+impl Guest {
+    /// The agent, once it is there; None: the time was up.
+    fn connect(&mut self, deadline: Option<Instant>) -> Result<Option<UnixStream>> {
+        let begun = Instant::now();
+        let rest = |at: Instant| at.saturating_duration_since(Instant::now());
+        loop {
+            if self.calls > 0 {
+                match call::connect(&self.vsock, PORT) {
+                    Ok(Some(stream)) => return Ok(Some(stream)),
+                    // Its agent has gone, or the guest is paused.
+                    Ok(None) => {}
+                    Err(error) if error.kind() == Kind::Guest => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            let patience = rest(begun + PATIENCE);
+            if patience.is_zero() {
+                return Err(Error::guest("the agent in the guest has not answered for 300 s"));
+            }
+            let again = if self.calls > 0 { AGAIN } else { patience };
+            let time = deadline.map_or(again, |at| again.min(rest(at)));
+            self.calls = self.purpose.wait_for_call(self.calls, time);
+            if deadline.is_some_and(|at| rest(at).is_zero()) {
+                return Ok(None);
+            }
+        }
     }
-    let Some(stream) = connect(vsock, deadline)? else { return Ok(Outcome::TimedOut) };
-    let run = session::with_terminal(wanted.run, session::is_on_terminal());
-    let outcome = session::attend(stream, run, &Ends { input: true, signals: false, deadline })?;
-    for (from, to) in &wanted.copies_out {
-        let Some(stream) = connect(vsock, None)? else { continue };
-        copy_out(stream, from, to, None)?;
+
+    fn attend(&mut self, wanted: Wanted) -> Result<Outcome> {
+        let deadline = wanted.deadline();
+        for (from, to) in &wanted.copies {
+            let Some(stream) = self.connect(deadline)? else { return Ok(Outcome::TimedOut) };
+            copy_in(stream, from, to, true, None)?;
+        }
+        let Some(stream) = self.connect(deadline)? else { return Ok(Outcome::TimedOut) };
+        let run = session::with_terminal(wanted.run, session::is_on_terminal());
+        let outcome = session::attend(stream, run, &Ends { input: true, signals: false, deadline })?;
+        for (from, to) in &wanted.copies_out {
+            let Some(stream) = self.connect(None)? else { continue };
+            copy_out(stream, from, to, None)?;
+        }
+        Ok(outcome)
     }
-    Ok(outcome)
+
+    /// Has the guest end by itself, with its disks written out.
+    fn end(&mut self) {
+        let deadline = Some(Instant::now() + LAST_WORDS);
+        let ended = self.connect(deadline).and_then(|stream| match stream {
+            Some(stream) => {
+                let call = Call::new(stream, Ask::End { reboot: false })?;
+                Hearing::new(call, deadline)?.finish(|_| Ok(())).map(drop)
+            }
+            None => Ok(()),
+        });
+        // Its connection ends before the guest has.
+        if ended.is_err() {
+            std::thread::sleep(GRACE);
+        }
+    }
 }

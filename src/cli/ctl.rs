@@ -14,10 +14,12 @@ const STDIN_MAX: u64 = 16 << 20;
 
 /// Asks, and prints the answer.
 pub fn run(ctl: &Ctl) -> Result<()> {
-    let mut client = Client::connect(&ctl.api_sock)?;
+    let socket = super::exec::api_of(&ctl.reach)?.unwrap_or_default();
+    let mut client = Client::connect(&socket)?;
     match &ctl.ask {
         Ask::Status => status(client, ctl.json),
         Ask::Config => show(&ask(&mut client, "GET", "/vm/config", "")?, ctl.json, false),
+        Ask::Guest => show(&ask(&mut client, "GET", "/guest", "")?, ctl.json, false),
         Ask::Metrics => show(&ask(&mut client, "GET", "/metrics", "")?, ctl.json, true),
         Ask::Events => client.lines("/events", |line| event(line, ctl.json)),
         Ask::Pause => set_state(client, "Paused", ctl.json),

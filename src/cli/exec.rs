@@ -11,14 +11,22 @@ use super::arguments::exec::{Copy, Exec, Reach, Wait};
 use super::session::{self, Ends, Outcome, TIMED_OUT};
 use crate::agent::PORT;
 use crate::agent::request::{Ask, Read, Write as WriteTo};
-use crate::api::client::Client;
+use crate::api::client::{Client, Heard};
 use crate::archive;
 use crate::error::{Context, Error, Kind, Result};
-use crate::guest::call::{self, Call, Ending, Said};
+use crate::guest::call::{self, Call};
+use crate::guest::hearing::Hearing;
 use crate::guest::runtime;
 
-/// How often a guest is asked whether its agent is there by now.
-const AGAIN: Duration = Duration::from_millis(20);
+/// A guest whose monitor tells nothing of its agent is asked again after this time: an agent that was not there is
+/// told of, but not one that did not answer.
+const AGAIN: Duration = Duration::from_secs(1);
+/// The same by a vsock device's socket, whose monitor tells nothing at all.
+const AGAIN_UNTOLD: Duration = Duration::from_millis(20);
+/// How long a monitor may take to be there: who starts one in the background waits for its guest right after.
+const APPEARANCE: Duration = Duration::from_secs(10);
+/// How long an agent that has taken the connection may be silent before it is asked again.
+const SILENCE: Duration = Duration::from_secs(10);
 
 /// Runs the command in the guest, and returns its exit code.
 pub fn exec(exec: Exec) -> u8 {
@@ -43,12 +51,20 @@ pub fn exec(exec: Exec) -> u8 {
     }
 }
 
+/// The monitor's control socket, if that is how the guest is reached.
+pub fn api_of(reach: &Reach) -> Result<Option<PathBuf>> {
+    Ok(match reach {
+        Reach::Vsock(_) => None,
+        Reach::Api(path) => Some(path.clone()),
+        Reach::Id(id) => Some(runtime::find(id)?),
+    })
+}
+
 /// The socket of the guest's vsock device.
 fn vsock_of(reach: &Reach) -> Result<PathBuf> {
-    let api = match reach {
-        Reach::Vsock(path) => return Ok(path.clone()),
-        Reach::Api(path) => path.clone(),
-        Reach::Id(id) => runtime::find(id)?,
+    let api = match (api_of(reach)?, reach) {
+        (None, Reach::Vsock(path)) => return Ok(path.clone()),
+        (api, _) => api.unwrap_or_default(),
     };
     let answer = Client::connect(&api)?.request("GET", "/vm/config", "")?;
     let config: Value = serde_json::from_str(&answer.body).context("read the monitor's answer")?;
@@ -71,98 +87,84 @@ fn connect(socket: &Path) -> Result<UnixStream> {
 
 /// Waits until the agent answers, and returns the exit code.
 pub fn wait(wait: &Wait) -> u8 {
+    match wait_for_agent(wait) {
+        Ok(true) => 0,
+        Ok(false) => {
+            eprintln!("alula: the agent in the guest does not answer yet, and the time is up");
+            TIMED_OUT
+        }
+        Err(error) => {
+            eprintln!("alula: {error}");
+            super::FAILED_SERVE
+        }
+    }
+}
+
+/// Lets a monitor that is being started make its socket, so long at most.
+fn wait_for_monitor(reach: &Reach, time: Duration) {
+    let path = match reach {
+        Reach::Vsock(path) | Reach::Api(path) => path.clone(),
+        Reach::Id(id) => runtime::socket(id),
+    };
+    let until = Instant::now() + time;
+    while !path.exists() && Instant::now() < until {
+        std::thread::sleep(AGAIN_UNTOLD);
+    }
+}
+
+/// Waits until the agent answers; false: the time was up.
+fn wait_for_agent(wait: &Wait) -> Result<bool> {
     let deadline = wait.timeout.map(|time| Instant::now() + time);
-    let result = vsock_of(&wait.reach).and_then(|socket| {
-        loop {
-            match call::connect(&socket, PORT) {
-                Ok(Some(stream)) => {
-                    if finish(Call::new(stream, Ask::Info {})?, |_| Ok(())).is_ok() {
-                        return Ok(0);
-                    }
-                }
-                // It boots.
-                Ok(None) => {}
-                Err(error) if error.kind() == Kind::Guest => {}
-                Err(error) => return Err(error),
-            }
-            if deadline.is_some_and(|at| at <= Instant::now()) {
-                eprintln!("alula: the agent in the guest does not answer yet, and the time is up");
-                return Ok(TIMED_OUT);
-            }
-            std::thread::sleep(AGAIN);
-        }
-    });
-    result.unwrap_or_else(|error| {
-        eprintln!("alula: {error}");
-        super::FAILED_SERVE
-    })
-}
-
-/// Hears a call to its end, which must be a good one; its output goes to `output`. What the agent's process says on
-/// standard error is the reason if it fails, and told otherwise.
-pub fn finish(mut call: Call, mut output: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
-    let mut errors = Vec::new();
+    let within = |time| {
+        let rest = deadline.map(|at| at.saturating_duration_since(Instant::now()));
+        rest.map_or(time, |rest| rest.min(time))
+    };
+    wait_for_monitor(&wait.reach, within(APPEARANCE));
+    let socket = vsock_of(&wait.reach)?;
+    // What happens from now on is told, so that nothing is missed between the question and the wait.
+    let follow = |api: PathBuf| Client::connect(&api)?.follow("/events");
+    let mut told = api_of(&wait.reach)?.map(follow).transpose()?;
     loop {
-        if call.has_to_send() {
-            wait_until_ready(&call, true)?;
-            call.send();
+        if answers(&socket, within(SILENCE))? {
+            return Ok(true);
         }
-        wait_until_ready(&call, call.has_to_send())?;
-        if let Some(ending) = hear(&mut call, &mut output, &mut errors)? {
-            return conclude(ending, &errors);
-        }
-    }
-}
-
-/// So much of what an agent's process says on standard error is kept: a hostile guest's would not end.
-const ERRORS_MAX: usize = 16 << 10;
-
-fn hear(
-    call: &mut Call,
-    output: &mut impl FnMut(&[u8]) -> Result<()>,
-    errors: &mut Vec<u8>,
-) -> Result<Option<Ending>> {
-    let mut ending = None;
-    call.hear(|said| {
-        match said {
-            Said::Output(bytes) => output(bytes)?,
-            Said::Errors(bytes) => {
-                let room = ERRORS_MAX - errors.len().min(ERRORS_MAX);
-                errors.extend_from_slice(&bytes[..bytes.len().min(room)]);
+        let again = Instant::now() + within(if told.is_some() { AGAIN } else { AGAIN_UNTOLD });
+        while let rest = again.saturating_duration_since(Instant::now())
+            && !rest.is_zero()
+        {
+            let Some(lines) = &mut told else {
+                std::thread::sleep(rest);
+                break;
+            };
+            match lines.next(Some(rest))? {
+                Heard::Line(line) if is_ready(&line) => break,
+                Heard::Line(_) | Heard::Nothing => {}
+                Heard::End => return Err(Error::guest("the guest has ended")),
             }
-            Said::Ended(how) => ending = Some(how),
-            Said::Greeting(_) => {}
         }
-        Ok(())
-    })?;
-    Ok(ending)
-}
-
-fn conclude(ending: Ending, errors: &[u8]) -> Result<()> {
-    let text = String::from_utf8_lossy(errors);
-    let lines = text.lines().map(|line| crate::log::in_one_line(line.trim_start_matches("alula: ")));
-    match ending {
-        Ending::Exited(0) => {
-            lines.for_each(|line| eprintln!("alula: in the guest: {line}"));
-            Ok(())
-        }
-        Ending::Exited(_) if !errors.is_empty() => {
-            Err(Error::guest(format!("in the guest: {}", lines.collect::<Vec<_>>().join("; "))))
-        }
-        Ending::Exited(code) => Err(Error::guest(format!("in the guest: exit code {code}"))),
-        Ending::Signaled(signal) => Err(Error::guest(format!("in the guest: ended by signal {signal}"))),
-        Ending::NotFound(why) | Ending::NotExecutable(why) | Ending::Failed(why) => {
-            Err(Error::guest(format!("in the guest: {why}")))
+        if within(Duration::MAX).is_zero() {
+            return Ok(false);
         }
     }
 }
 
-fn wait_until_ready(call: &Call, to_write: bool) -> Result<()> {
-    let events = crate::poll::Events::new()?;
-    let interest = crate::poll::Interest::IN;
-    let interest = if to_write { interest | crate::poll::Interest::OUT } else { interest };
-    events.add(call, interest, 0)?;
-    events.wait(None, &mut Vec::new())
+/// Whether this event says that the agent listens.
+fn is_ready(line: &str) -> bool {
+    serde_json::from_str::<Value>(line).is_ok_and(|event| event["event"] == "guest_ready")
+}
+
+/// Whether there is an agent that answers in this time.
+fn answers(socket: &Path, time: Duration) -> Result<bool> {
+    match call::connect(socket, PORT) {
+        Ok(Some(stream)) => {
+            let call = Call::new(stream, Ask::Info {})?;
+            Ok(Hearing::new(call, Some(Instant::now() + time))?.finish(|_| Ok(())).is_ok())
+        }
+        // It boots.
+        Ok(None) => Ok(false),
+        Err(error) if error.kind() == Kind::Guest => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 /// Copies into the guest or out of it.
@@ -188,45 +190,32 @@ pub fn copy_in(
     let name = from.file_name().or(real.file_name()).unwrap_or_default().to_string_lossy().into_owned();
     let call = Call::new(stream, Ask::Write(WriteTo { path: to.into(), name, parents, user }))
         .with_context(attempt)?;
-    let mut pipe = Given { call, errors: Vec::new(), ending: None };
+    let mut pipe = Given(Hearing::new(call, None).with_context(attempt)?);
     let sent = archive::send(from, &mut pipe, |line| eprintln!("alula: {line}"));
+    let Given(mut hearing) = pipe;
     // What the agent says is the reason if it has ended before.
-    if pipe.ending.is_none() {
+    if hearing.ending.is_none() {
         sent.with_context(attempt)?;
-        pipe.call.end_input();
+        hearing.call.end_input();
     }
-    let Given { mut call, mut errors, mut ending } = pipe;
-    loop {
-        if let Some(ending) = ending {
-            return conclude(ending, &errors).with_context(attempt);
-        }
-        wait_until_ready(&call, call.has_to_send()).with_context(attempt)?;
-        call.send();
-        ending = hear(&mut call, &mut |_| Ok(()), &mut errors).with_context(attempt)?;
-    }
+    hearing.finish(|_| Ok(())).map(drop).with_context(attempt)
 }
 
 /// The input of a call, to be written to.
-struct Given {
-    call: Call,
-    errors: Vec<u8>,
-    ending: Option<Ending>,
-}
+struct Given(Hearing);
 
 impl Write for Given {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        let other = |error: Error| std::io::Error::other(error);
-        while self.call.room() == 0 || self.call.has_to_send() {
-            wait_until_ready(&self.call, self.call.has_to_send()).map_err(other)?;
-            self.call.send();
-            self.ending = hear(&mut self.call, &mut |_| Ok(()), &mut self.errors).map_err(other)?;
-            if self.ending.is_some() {
+        let Self(hearing) = self;
+        while hearing.call.room() == 0 || hearing.call.has_to_send() {
+            hearing.step(&mut |_| Ok(())).map_err(std::io::Error::other)?;
+            if hearing.ending.is_some() {
                 return Err(std::io::ErrorKind::BrokenPipe.into());
             }
         }
-        let count = bytes.len().min(self.call.room());
-        self.call.give(&bytes[..count]);
-        self.call.send();
+        let count = bytes.len().min(hearing.call.room());
+        hearing.call.give(&bytes[..count]);
+        hearing.call.send();
         Ok(count)
     }
 
@@ -245,7 +234,8 @@ pub fn copy_out(stream: UnixStream, from: &Path, to: &Path, user: Option<String>
     // The stream is read where it is written to disk; the agent is heard here.
     let received = std::thread::scope(|scope| {
         let receiver = scope.spawn(|| archive::receive(&target, reader, false));
-        let heard = finish(call, |bytes| writer.write_all(bytes).context("pass it on"));
+        let heard = Hearing::new(call, None)
+            .and_then(|hearing| hearing.finish(|bytes| writer.write_all(bytes).context("pass it on")));
         drop(writer);
         let received =
             receiver.join().unwrap_or_else(|_| Err(Error::host("the thread that writes it ended")));
@@ -253,7 +243,7 @@ pub fn copy_out(stream: UnixStream, from: &Path, to: &Path, user: Option<String>
             // What could not be written here is why no more was taken.
             (Err(heard), Err(received)) if heard.to_string().starts_with("pass it on") => Err(received),
             (Err(heard), _) => Err(heard),
-            (Ok(()), received) => received,
+            (Ok(_), received) => received,
         }
     });
     received.with_context(attempt)

@@ -49,8 +49,18 @@ pub enum Said<'a> {
 /// the guest's: it does not answer.
 pub fn connect(socket: &Path, port: u32) -> Result<Option<UnixStream>> {
     let attempt = || format!("connect to port {port} of the guest by vsock socket `{}`", socket.display());
-    let stream = UnixStream::connect(socket).with_context(attempt)?;
-    stream.set_read_timeout(Some(PATIENCE)).with_context(attempt)?;
+    UnixStream::connect(socket)
+        .map_err(|error| Error::host(error.to_string()))
+        .and_then(|stream| reach(stream, port, PATIENCE))
+        .with_context(attempt)
+}
+
+/// The same by a stream that is connected to that socket; the guest has so long to answer.
+pub fn reach(stream: UnixStream, port: u32, patience: Duration) -> Result<Option<UnixStream>> {
+    stream
+        .set_nonblocking(false)
+        .and_then(|()| stream.set_read_timeout(Some(patience)))
+        .context("set up the connection")?;
     // A monitor that has closed it already says so by the read.
     let _ = (&stream).write_all(format!("CONNECT {port}\n").as_bytes());
     let mut answer = Vec::new();
@@ -61,15 +71,17 @@ pub fn connect(socket: &Path, port: u32) -> Result<Option<UnixStream>> {
             Ok(1) => answer.push(byte[0]),
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                return Err(Error::guest("there was no answer for 10 s: is the guest paused?"))
-                    .with_context(attempt);
+                let seconds = patience.as_secs();
+                return Err(Error::guest(format!(
+                    "there was no answer for {seconds} s: is the guest paused?"
+                )));
             }
             Ok(_) | Err(_) => return Ok(None),
         }
     }
     if !answer.starts_with(b"OK ") {
         let told = String::from_utf8_lossy(&answer);
-        return Err(Error::host(format!("`{}` is no monitor's answer", told.trim()))).with_context(attempt);
+        return Err(Error::host(format!("`{}` is no monitor's answer", told.trim())));
     }
     Ok(Some(stream))
 }

@@ -6,6 +6,7 @@ pub mod call;
 pub mod cpio;
 pub mod fetch;
 pub mod images;
+pub mod hearing;
 pub mod kernel;
 pub mod modules;
 pub mod program;

@@ -5,6 +5,7 @@
 pub mod counts;
 mod metrics;
 pub mod monitor;
+pub mod purpose;
 pub mod signals;
 
 use std::path::{Path, PathBuf};
@@ -32,8 +33,8 @@ use counts::LATENCIES;
 /// does, the API and the console must not stand still.
 const CHANGE_TIME: Duration = Duration::from_millis(20);
 
-/// What is left for `main` to do when a job is done.
-pub type Finish = Box<dyn FnOnce(&mut Microvm) -> Result<()> + Send>;
+/// What is left for `main` to do when a job is done. It returns what whoever asked is told, if there is anything.
+pub type Finish = Box<dyn FnOnce(&mut Microvm) -> Result<Option<Value>> + Send>;
 
 /// A microVM, from the first request to its end. What is refused changes nothing.
 pub struct Microvm {
@@ -45,6 +46,8 @@ pub struct Microvm {
     machine: Option<Machine>,
     jobs: Jobs<Finish>,
     metadata: Arc<Store>,
+    /// An agent in the guest has said that it listens.
+    has_agent: bool,
 }
 
 /// Before and after its start, and while it is.
@@ -60,6 +63,7 @@ impl Microvm {
             machine: None,
             jobs: Jobs::default(),
             metadata: Arc::new(Store::new(metadata::SIZE_MAX)),
+            has_agent: false,
         }
     }
 
@@ -142,11 +146,18 @@ impl Microvm {
         self.machine.as_ref().map(Machine::state)
     }
 
-    /// Does what the machine wants done; to be called when its `wake_fd` is readable.
-    pub fn attend(&mut self) {
+    /// Does what the machine wants done; to be called when its `wake_fd` is readable. Returns whether an agent in
+    /// the guest has said meanwhile that it listens.
+    pub fn attend(&mut self) -> bool {
         if let Some(machine) = &mut self.machine {
             machine.attend(&mut self.host);
         }
+        let has_called = self.host.take_agent_call();
+        // Told once: a guest can have its agent say so again and again.
+        if has_called && !std::mem::replace(&mut self.has_agent, true) {
+            history::tell(|| Event::GuestReady);
+        }
+        has_called
     }
 
     /// Does what does not depend on the configuration, ahead, while nobody waits. What stands in the
@@ -294,7 +305,7 @@ impl Microvm {
         log::debug(format_args!("{name} is changed when it has finished what it has in flight"));
         let job = self.start_job("change", move || {
             pausing.wait();
-            Box::new(move |microvm| microvm.end_change(kind, &change))
+            Box::new(move |microvm| microvm.end_change(kind, &change).map(|()| None))
         });
         if job.is_err() {
             self.started()?.end_change(&name);
@@ -361,7 +372,7 @@ impl Microvm {
     }
 
     /// Does what is left to do of jobs that have ended, and says how they ended.
-    pub fn finish_jobs(&mut self) -> Vec<(Ticket, Result<()>)> {
+    pub fn finish_jobs(&mut self) -> Vec<(Ticket, Result<Option<Value>>)> {
         let ended = self.jobs.take_ended();
         ended.into_iter().map(|(ticket, finish)| (ticket, finish(self))).collect()
     }
@@ -382,7 +393,9 @@ mod tests {
         let none = MachineConfig { vcpu_count: 0, ..MachineConfig::default() };
         for (machine, is_done) in [(larger, true), (none, false)] {
             let ticket = microvm
-                .start_job("job", move || Box::new(move |microvm: &mut Microvm| microvm.set_machine(machine)))
+                .start_job("job", move || {
+                    Box::new(move |microvm: &mut Microvm| microvm.set_machine(machine).map(|()| None))
+                })
                 .unwrap();
             let event = microvm.jobs_event().unwrap();
             while event.read().is_err() {

@@ -4,12 +4,14 @@ use std::io::Read;
 use std::mem::ManuallyDrop;
 use std::os::fd::FromRawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
+
 use super::Microvm;
+use super::purpose::Purpose;
 use super::signals::{Signals, SocketFile};
-use crate::error::{Context, Result};
+use crate::error::Result;
 use crate::history::{self, Event, Feed};
 use crate::jobs::Ticket;
 use crate::log;
@@ -71,7 +73,12 @@ pub trait Front {
     /// Does what one of its descriptors is ready for. Returns whether a client was answered.
     fn handle(&mut self, ready: Ready, events: &Events, microvm: &mut Microvm) -> Result<bool>;
     /// A job of the microVM has ended so: whoever waits for it is answered.
-    fn job_ended(&mut self, job: (Ticket, Result<()>), events: &Events, microvm: &mut Microvm) -> Result<()>;
+    fn job_ended(
+        &mut self,
+        job: (Ticket, Result<Option<Value>>),
+        events: &Events,
+        microvm: &mut Microvm,
+    ) -> Result<()>;
     /// When a client will have had its time; none: nobody is waited for.
     fn expires_at(&self) -> Option<Instant>;
     /// Gives up clients that have had their time at `now`.
@@ -82,33 +89,6 @@ pub trait Front {
     fn has_readers(&self) -> bool;
     /// Whether one of them has not read everything.
     fn is_behind(&self) -> bool;
-}
-
-/// What a guest is there for, which another thread does with it.
-pub struct Purpose {
-    is_met: AtomicBool,
-    told: EventFd,
-}
-
-impl Purpose {
-    /// One that is not met yet.
-    pub fn new() -> Result<Self> {
-        let told =
-            EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).context("create an event descriptor")?;
-        Ok(Self { is_met: AtomicBool::new(false), told })
-    }
-
-    /// It is met: a guest that ends from now on has done what it was there for.
-    pub fn meet(&self) {
-        self.is_met.store(true, SeqCst);
-    }
-
-    /// The guest is not needed any more.
-    pub fn end(&self) {
-        self.meet();
-        // A counter that is full wakes as well.
-        let _ = self.told.write(1);
-    }
 }
 
 /// Everything the main thread waits for.
@@ -169,13 +149,13 @@ impl Monitor {
 
     /// The guest is there for this alone, which standard input is for.
     pub fn wait_for(&mut self, purpose: Arc<Purpose>) -> Result<()> {
-        self.events.add(&purpose.told, Interest::IN, PURPOSE)?;
+        self.events.add(purpose.event(), Interest::IN, PURPOSE)?;
         self.purpose = Some(purpose);
         Ok(())
     }
 
     fn is_done(&self) -> bool {
-        self.purpose.as_ref().is_some_and(|purpose| purpose.is_met.load(SeqCst))
+        self.purpose.as_ref().is_some_and(|purpose| purpose.is_met())
     }
 
     /// Does what `start` does, runs until the guest has ended, and says how that ends the process by
@@ -310,7 +290,13 @@ impl Monitor {
                 }
             },
             STDIN => self.input.is_ready = true,
-            MACHINE => microvm.attend(),
+            MACHINE => {
+                if microvm.attend()
+                    && let Some(purpose) = &self.purpose
+                {
+                    purpose.call();
+                }
+            }
             HAPPENED => {
                 // Another look may have taken the count away.
                 let _ = history::wake()?.read();

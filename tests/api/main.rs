@@ -7,6 +7,7 @@ mod common;
 mod config;
 mod files;
 mod firecracker;
+mod guest;
 mod metadata;
 mod requests;
 mod socket;

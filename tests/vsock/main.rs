@@ -14,6 +14,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use alula::agent::READY_PORT;
 use alula::devices::KINDS;
 use alula::devices::kind::ConfiguredDevice;
 use alula::host::Host;
@@ -422,4 +423,28 @@ fn a_packet_allocates_nothing_and_an_idle_connection_is_small() {
     let each = (allocator::bytes() - before) / IDLE as i64;
     assert!(each <= 600, "{each} bytes for each connection");
     drop(clients);
+}
+
+#[test]
+fn an_agent_tells_by_a_call_of_root_that_it_listens() {
+    let mut world = World::by_hand();
+    for (guest_port, host_port, is_told) in [
+        (51, READY_PORT, true),
+        (1023, READY_PORT, true),
+        (1024, READY_PORT, false),
+        (u32::MAX, READY_PORT, false),
+        (51, READY_PORT + 1, false),
+    ] {
+        world.driver.send(Packet::new(REQUEST, guest_port, host_port), &[]);
+        // It is refused in any case: nothing is left of it.
+        world.driver.expect(RST);
+        let has_called = world.driver.guest.host.lock().unwrap().take_agent_call();
+        assert_eq!(has_called, is_told, "{guest_port} {host_port}");
+    }
+    // Who listens at that port of the host has the connection, as by any other port.
+    let listener = UnixListener::bind(world.path(READY_PORT)).unwrap();
+    world.driver.send(Packet::new(REQUEST, 51, READY_PORT), &[]);
+    world.driver.expect(RESPONSE);
+    listener.accept().unwrap();
+    assert!(!world.driver.guest.host.lock().unwrap().take_agent_call());
 }

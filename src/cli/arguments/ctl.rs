@@ -1,21 +1,22 @@
 //! `alula ctl`: its options and its help.
 
-use std::path::PathBuf;
-
 use lexopt::Arg::{Long, Short, Value};
 use lexopt::ValueExt;
 
+use super::exec::Reach;
 use super::{Command, Given};
 use crate::spelling;
 
 const HELP: &str = "\
 Ask a running microVM something, or tell it to do something, over its control socket.
 
-Usage: alula ctl [--api-sock SOCKET] [--json] COMMAND
+Usage: alula ctl [--json] ID COMMAND
+       alula ctl [--api-sock SOCKET] [--json] COMMAND
 
 Commands:
   status             Whether it runs, and what it is made of
   config             Its whole configuration
+  guest              What the agent in its guest says: version, uptime, memory, addresses
   metrics            What it has done so far, without what it never did
   events             What has happened to it, and what happens from now on
   pause, resume      Stop its CPUs and devices, let them go on
@@ -26,24 +27,27 @@ Commands:
   delete PATH        Without a body
 
 Options:
-      --api-sock SOCKET  The socket [default: /run/firecracker.socket]
+      --api-sock SOCKET  The socket, instead of the guest's ID [default: /run/firecracker.socket]
       --json             Print JSON, for programs
   -h, --help             Print this
 
 The exit code is 0, or 1 when the microVM cannot be reached or refuses, 153 for wrong arguments.
 
 Examples:
+  alula ctl web guest
   alula ctl --api-sock /tmp/alula.sock status
   alula ctl put /boot-source '{\"kernel_image_path\": \"vmlinux\"}'
 ";
 
-const COMMANDS: [&str; 11] =
-    ["status", "config", "metrics", "events", "pause", "resume", "shutdown", "get", "put", "patch", "delete"];
+const COMMANDS: [&str; 12] = [
+    "status", "config", "guest", "metrics", "events", "pause", "resume", "shutdown", "get", "put", "patch",
+    "delete",
+];
 
 /// `alula ctl`.
 #[derive(Debug)]
 pub struct Ctl {
-    pub api_sock: PathBuf,
+    pub reach: Reach,
     pub json: bool,
     pub ask: Ask,
 }
@@ -53,6 +57,7 @@ pub struct Ctl {
 pub enum Ask {
     Status,
     Config,
+    Guest,
     Metrics,
     Events,
     Pause,
@@ -64,23 +69,33 @@ pub enum Ask {
 
 /// Parses what comes after `alula ctl`.
 pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
-    let (mut api_sock, mut json, mut words) = ("/run/firecracker.socket".into(), false, Vec::new());
+    let (mut reach, mut json, mut words) = (None, false, Vec::new());
     let mut given = Given::default();
     while let Some(argument) = parser.next()? {
         given.once(&argument)?;
         match argument {
-            Long("api-sock") => api_sock = parser.value()?.into(),
+            Long("api-sock") => reach = Some(Reach::Api(parser.value()?.into())),
             Long("json") => json = true,
             Short('h') | Long("help") => return Ok(Command::Print(HELP.to_owned())),
             Value(word) => words.push(word.string()?),
             other => return Err(other.unexpected()),
         }
     }
-    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let mut words: Vec<&str> = words.iter().map(String::as_str).collect();
+    // A guest that is called like a command is reached by its socket.
+    if let [id, command, ..] = *words.as_slice()
+        && reach.is_none()
+        && !COMMANDS.contains(&id)
+        && COMMANDS.contains(&command)
+    {
+        reach = Some(Reach::Id(super::exec::name_of(id)?));
+        words.remove(0);
+    }
     let request = |method, path: &&str, body: &str| Ask::Request(method, (*path).to_owned(), body.to_owned());
     let ask = match words.as_slice() {
         ["status"] => Ask::Status,
         ["config"] => Ask::Config,
+        ["guest"] => Ask::Guest,
         ["metrics"] => Ask::Metrics,
         ["events"] => Ask::Events,
         ["pause"] => Ask::Pause,
@@ -98,5 +113,6 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
             return Err(spelling::with_hint(message, word, COMMANDS).into());
         }
     };
-    Ok(Command::Ctl(Ctl { api_sock, json, ask }))
+    let reach = reach.unwrap_or_else(|| Reach::Api("/run/firecracker.socket".into()));
+    Ok(Command::Ctl(Ctl { reach, json, ask }))
 }

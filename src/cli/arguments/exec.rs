@@ -59,7 +59,7 @@ Examples:
 ";
 
 const WAIT_HELP: &str = "\
-Wait until the agent in a guest answers.
+Wait until the agent in a guest answers. A guest that is being started may take 10 s to have its socket.
 
 Usage: alula wait [OPTIONS] [ID]
 
@@ -183,7 +183,8 @@ pub fn take_of_run(run: &mut Run, name: &str, parser: &mut lexopt::Parser) -> Re
     Ok(())
 }
 
-fn name_of(id: &str) -> Result<String, lexopt::Error> {
+/// The name of a guest.
+pub fn name_of(id: &str) -> Result<String, lexopt::Error> {
     super::id(id).map_err(|expected| format!("ID {id}: {expected}").into())
 }
 

@@ -10,6 +10,7 @@ use std::time::Duration;
 use super::connection::{GREETING_MAX, Key, Phase, Stream, port};
 use super::mux::{FIRST_TOKEN, Mux, WAITING_MAX, spare};
 use super::socket;
+use crate::agent;
 use crate::descriptors::Named;
 use crate::error::{Context, Error, Result};
 use crate::host;
@@ -182,7 +183,7 @@ impl Mux {
     pub(super) fn connect(&mut self, index: u32) -> Result<()> {
         let Some(desk) = self.desk.clone() else { return Ok(()) };
         let Some(connection) = self.get(index) else { return Ok(()) };
-        let port = connection.key.host_port;
+        let Key { host_port: port, guest_port } = connection.key;
         connection.tries += 1;
         if connection.tries > TRIES_MAX {
             log::guest_debug(format_args!("nobody takes the guest's connection to port {port}"));
@@ -190,7 +191,13 @@ impl Mux {
             return Ok(());
         }
         let path = self.path_of(port);
-        let work = move |_: &mut host::Host| Ok(host::socket::connect(&path)?.into());
+        let work = move |host: &mut host::Host| {
+            let connected = host::socket::connect(&path);
+            if connected.is_err() && port == agent::READY_PORT && agent::is_of_root(guest_port) {
+                host.note_agent();
+            }
+            Ok(connected?.into())
+        };
         match desk.ask(FIRST_TOKEN + 2 * index + 1, work) {
             Ok(pending) => {
                 self.set_phase(index, Phase::Connecting(Some(pending)));

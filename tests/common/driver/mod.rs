@@ -118,6 +118,8 @@ pub struct Guest {
     pub memory: Memory,
     pub transport: Arc<Mutex<Transport>>,
     pub notes: Notes,
+    /// What `main` has of the host.
+    pub host: Mutex<Host>,
     io: Io,
     registers: Registers,
     /// The line, or all vectors.
@@ -199,7 +201,7 @@ impl Guest {
                 (transport, Registers::Pci(function.registers(), Box::new(function)))
             }
         };
-        Self { memory, transport, notes, io, registers, signals }
+        Self { memory, transport, notes, host: Mutex::default(), io, registers, signals }
     }
 
     pub fn kind(&self) -> TransportKind {
@@ -224,9 +226,10 @@ impl Guest {
 
     /// One turn of `main`; false: the device asks for nothing.
     pub fn do_errands(&self) -> bool {
+        let mut host = self.host.lock().unwrap();
         match &self.io {
-            Io::ByHand(by_hand) => by_hand.errands().turn(&mut Host::default()),
-            Io::Thread(_, errands) => errands.turn(&mut Host::default()),
+            Io::ByHand(by_hand) => by_hand.errands().turn(&mut host),
+            Io::Thread(_, errands) => errands.turn(&mut host),
         }
     }
 
