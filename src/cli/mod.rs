@@ -20,7 +20,7 @@ use crate::clock;
 use crate::dialect::Dialect;
 use crate::error::{Context, Result};
 use crate::firmware;
-use crate::guest::fetch;
+use crate::guest::{fetch, runtime};
 use crate::history::{self, Event, Feed};
 use crate::log::{self, Level};
 use crate::machine::Exit;
@@ -55,7 +55,8 @@ pub fn main() -> u8 {
     };
     match command {
         Command::Run(arguments) => {
-            let feed = arguments.outputs.open_feed(&arguments.id, arguments.api_sock.is_some());
+            let is_served = arguments.api_sock.is_some() || arguments.is_named;
+            let feed = arguments.outputs.open_feed(&arguments.id, is_served);
             finish(feed, FAILED_RUN, |feed| run(*arguments, feed))
         }
         Command::Serve(arguments) => {
@@ -169,6 +170,24 @@ fn listen(path: &Path, body_max: usize) -> Result<(Box<dyn Front>, SocketFile)> 
     Ok((Box::new(api), file))
 }
 
+/// Serves where a guest is found by its name. A place for that is not everybody's: without one, the guest runs all
+/// the same.
+fn listen_for(id: &str) -> Result<Option<(Box<dyn Front>, SocketFile)>> {
+    match runtime::prepare(id) {
+        Ok(path) => {
+            let attempt =
+                || format!("serve guest `{id}` by its name, which no other guest that runs may have");
+            listen(&path, crate::api::BODY_MAX).map(Some).with_context(attempt)
+        }
+        Err(error) => {
+            log::line(format_args!(
+                "guest `{id}` is not found by its name (set XDG_RUNTIME_DIR, or give --api-sock): {error}"
+            ));
+            Ok(None)
+        }
+    }
+}
+
 fn run(mut arguments: Run, feed: &mut Option<Feed>) -> Result<Ending> {
     let mut prepared = match arguments.has_command() {
         true => Some(command::prepare(&mut arguments)?),
@@ -179,7 +198,11 @@ fn run(mut arguments: Run, feed: &mut Option<Feed>) -> Result<Ending> {
         None => arguments.config()?,
     };
     let signals = Signals::take_over()?;
-    let server = arguments.api_sock.as_deref().map(|path| listen(path, crate::api::BODY_MAX)).transpose()?;
+    let server = match &arguments.api_sock {
+        Some(path) => Some(listen(path, crate::api::BODY_MAX)?),
+        None if arguments.is_named => listen_for(&arguments.id)?,
+        None => None,
+    };
     let mut microvm = Microvm::new(arguments.id.clone(), config);
     microvm.keep_metadata(crate::metadata::SIZE_MAX, arguments.metadata.as_deref())?;
     microvm.open_outputs()?;

@@ -1,8 +1,12 @@
 //! Where a guest with a name is found: `alula/ID.sock` in the user's runtime folder.
 
+use std::fs::DirBuilder;
+use std::io::ErrorKind;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 
 /// The folder of control sockets, `$XDG_RUNTIME_DIR/alula`, or `/run/alula` without a user's runtime folder.
 pub fn folder() -> PathBuf {
@@ -13,6 +17,26 @@ pub fn folder() -> PathBuf {
 /// The control socket of the guest of this name.
 pub fn socket(id: &str) -> PathBuf {
     folder().join(format!("{id}.sock"))
+}
+
+/// The same, of one that is to be made: its folder is there, and what a monitor that was killed has left is gone.
+pub fn prepare(id: &str) -> Result<PathBuf> {
+    let path = socket(id);
+    prepare_at(&path).map(|()| path)
+}
+
+fn prepare_at(path: &Path) -> Result<()> {
+    let folder = crate::paths::folder(path);
+    // Its owner's alone: whoever reaches a guest's socket can do anything with the guest.
+    let made = DirBuilder::new().recursive(true).mode(0o700).create(folder);
+    made.with_context(|| format!("make the folder `{}` for the sockets of guests", folder.display()))?;
+    let is_left =
+        || UnixStream::connect(path).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused);
+    if path.symlink_metadata().is_ok_and(|there| there.file_type().is_socket()) && is_left() {
+        // It may have gone meanwhile.
+        let _ = std::fs::remove_file(path);
+    }
+    Ok(())
 }
 
 /// The same, of one that is there.
@@ -39,4 +63,34 @@ fn others(folder: &Path) -> String {
         .collect();
     names.sort_unstable();
     if names.is_empty() { String::new() } else { format!("; there are: {}", names.join(", ")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[test]
+    fn a_place_is_made_and_what_was_left_there_is_cleared() {
+        let folder = std::env::temp_dir().join(format!("alula-runtime-{}", std::process::id()));
+        let path = folder.join("alula/web.sock");
+        prepare_at(&path).unwrap();
+        let mode = std::fs::metadata(folder.join("alula")).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o700);
+        let listener = UnixListener::bind(&path).unwrap();
+        // Somebody listens there: that is for who wants to listen there, too, to tell.
+        prepare_at(&path).unwrap();
+        assert!(path.exists());
+        drop(listener);
+        prepare_at(&path).unwrap();
+        assert!(!path.exists());
+        std::fs::write(&path, "no socket").unwrap();
+        prepare_at(&path).unwrap();
+        assert!(path.exists(), "a file of somebody else's stays");
+        let error = prepare_at(&path.join("a/b")).unwrap_err().to_string();
+        assert!(error.starts_with("make the folder `"), "{error}");
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
 }

@@ -47,8 +47,10 @@ const RUN_HELP_AFTER_DEVICES: &str = "      --publish [ADDRESS:]HOST:GUEST[/udp]
                          options override it
       --self-test        Boot the firmware guest, whatever the file says of a kernel
       --api-sock SOCKET  Also serve the control API on this socket
-      --id ID            The microVM's name in the API: 1 to 64 letters, digits and hyphens
-                         [default: anonymous-instance]
+      --id ID            The microVM's name: 1 to 64 letters, digits and hyphens. Without --api-sock, the
+                         control API is served on $XDG_RUNTIME_DIR/alula/ID.sock (or /run/alula/ID.sock),
+                         where `alula exec ID`, `cp`, `wait` and `ctl` find the guest
+                         [default: anonymous-instance, which is not served]
   -h, --help             Print this
 
 The exit code is the guest's own (docs/exit-codes.md): 0 powered off, N the code it wrote to the exit
@@ -58,10 +60,30 @@ it is that of the command; 124 when its time was up, 125 when the guest ended be
 started, 126 when it cannot be executed, 127 when there is none, 128 + S when signal S ended it.
 
 Examples:
+  # A self-test of this host
   alula run
+  # A kernel, its console on this terminal
   alula run vmlinux --initrd initramfs.cpio --cpus 2 --memory 512M
+  # A command in a root file system, an image or a folder
   alula run --rootfs debian.ext4 -- cat /etc/os-release
+  # A static program of this machine, and nothing else
   alula run --copy target/debug/program -- \"$PWD/target/debug/program\"
+  # A shell that may write to the image
+  alula run --rootfs debian.ext4,rw -- sh
+  # Input and output by pipes
+  tar c src | alula run --rootfs build.ext4 --memory 1G -- tar x -C /tmp
+  # Files into the guest, and out of it
+  alula run --rootfs build.ext4 --copy src:/src --copy-out /src/report:report -- make -C /src
+  # A user, a folder, a variable, and a limit of time
+  alula run --rootfs debian.ext4 --user www-data --workdir /srv --env DEBUG=1 --timeout 5m -- ./test
+  # A network without any right on this host, and a port of it
+  alula run --rootfs web.ext4 --net user --publish 8080:80 -- httpd -f
+  # A guest with a name, and then more commands, files and questions for it
+  alula run --id web --rootfs web.ext4 -- httpd -f &
+  alula wait web
+  alula exec web -- ps
+  alula cp web:/var/log/messages .
+  alula ctl web guest
 ";
 
 /// `alula run`.
@@ -81,6 +103,8 @@ pub struct Run {
     pub api_sock: Option<PathBuf>,
     pub outputs: OutputOptions,
     pub id: String,
+    /// The user has given that name.
+    pub is_named: bool,
     /// A command for the guest, and what it finds.
     pub wanted: Wanted,
 }
@@ -101,6 +125,7 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
         api_sock: None,
         outputs: OutputOptions::default(),
         id: default_id(),
+        is_named: false,
         wanted: Wanted::default(),
     };
     let (mut ports, mut given) = (Vec::new(), Given::default());
@@ -122,7 +147,7 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
             Long("config") => run.config = Some(parser.value()?.into()),
             Long("self-test") => run.self_test = true,
             Long("api-sock") => run.api_sock = Some(parser.value()?.into()),
-            Long("id") => run.id = value(parser, "--id", id)?,
+            Long("id") => (run.id, run.is_named) = (value(parser, "--id", id)?, true),
             Short('h') | Long("help") => return Ok(Command::Print(run_help())),
             Long(name) if let Some(name) = OutputOptions::named(name) => run.outputs.take(name, parser)?,
             Long(name) if let Some(kind) = KINDS.iter().find(|kind| kind.option.name == name) => {
