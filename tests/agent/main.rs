@@ -6,10 +6,11 @@ mod commands;
 #[path = "../common/mod.rs"]
 mod common;
 mod hostile;
+mod liars;
 
 use std::fs;
 use std::io::{Read, Write};
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
@@ -90,9 +91,7 @@ impl Agent {
     }
 
     fn resident_kib(&self) -> u64 {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.process.child.id())).unwrap();
-        let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
-        line.trim().trim_end_matches(" kB").parse().unwrap()
+        resident_kib(self.process.child.id())
     }
 
     /// Waits until it has no more descriptors than so many.
@@ -107,6 +106,12 @@ impl Agent {
     fn descriptors(&self) -> usize {
         fs::read_dir(format!("/proc/{}/fd", self.process.child.id())).unwrap().count()
     }
+}
+
+fn resident_kib(process: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
 }
 
 struct Client {

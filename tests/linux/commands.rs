@@ -115,10 +115,11 @@ fn a_command_has_a_guest_of_its_own_with_any_root() {
 fn a_guest_that_is_up_takes_further_commands_and_files() {
     let folder = Folder::new();
     let vsock = folder.path("vsock").to_str().unwrap().to_owned();
-    let (image, socket) = (asset("root.ext4"), folder.path("api"));
+    let (image, events) = (asset("root.ext4"), folder.path("events"));
     let mut guest = Command::new(common::alula());
-    guest.env("ALULA_KERNEL", asset(KERNELS[0])).args(["run", "--memory", "256M", "--vsock", &vsock]);
-    guest.arg("--api-sock").arg(&socket).arg("--rootfs").arg(&image);
+    guest.env("ALULA_KERNEL", asset(KERNELS[0])).env("XDG_RUNTIME_DIR", &folder.0);
+    guest.args(["run", "--memory", "256M", "--vsock", &vsock, "--id", "web"]);
+    guest.arg("--events").arg(&events).arg("--rootfs").arg(&image);
     guest.args([
         "--",
         "busybox",
@@ -127,14 +128,21 @@ fn a_guest_that_is_up_takes_further_commands_and_files() {
         "trap 'exit 5' HUP TERM; echo up; while :; do busybox sleep 0.1; done",
     ]);
     let mut guest = Process::spawn(guest);
-    guest.expect("up");
     let alula = |words: &[&str]| {
         let mut command = Command::new(common::alula());
-        let output = command.args(words).stdin(Stdio::null()).output().unwrap();
+        let output =
+            command.env("XDG_RUNTIME_DIR", &folder.0).args(words).stdin(Stdio::null()).output().unwrap();
         (output.status.code().unwrap(), output.stdout, String::from_utf8_lossy(&output.stderr).into_owned())
     };
-    let api = ["--api-sock", socket.to_str().unwrap()];
-    assert_eq!(alula(&[&["wait"][..], &api].concat()), (0, vec![], String::new()));
+    wait_for(|| folder.path("alula/web.sock").exists());
+    assert_eq!(alula(&["wait", "web"]), (0, vec![], String::new()));
+    guest.expect("up");
+    let (code, told, errors) = alula(&["ctl", "--json", "web", "guest"]);
+    let told: serde_json::Value = serde_json::from_slice(&told).unwrap_or_default();
+    assert!(code == 0 && told["agent"] == true && told["hostname"] == "web", "{told} {errors}");
+    assert!(told["version"] == env!("CARGO_PKG_VERSION") && told["uptime_ms"].as_u64() > Some(0), "{told}");
+    let memory = &told["memory_kib"];
+    assert!(memory["total"].as_u64() > memory["available"].as_u64(), "{told}");
     let several: Vec<_> = (0..10)
         .map(|number| {
             let vsock = vsock.clone();
@@ -151,13 +159,13 @@ fn a_guest_that_is_up_takes_further_commands_and_files() {
         assert_eq!(thread.join().unwrap(), (number as i32, format!("{number}\n")));
     }
     let file = folder.write("file", vec![7; 1 << 20]).to_str().unwrap().to_owned();
-    let (back, inside) = (folder.path("back").to_str().unwrap().to_owned(), ":/tmp/file".to_owned());
-    assert_eq!(alula(&[&["cp"][..], &api, &[&file, ":/tmp"]].concat()), (0, vec![], String::new()));
-    assert_eq!(alula(&[&["cp"][..], &api, &[&inside, &back]].concat()), (0, vec![], String::new()));
+    let back = folder.path("back").to_str().unwrap().to_owned();
+    assert_eq!(alula(&["cp", &file, "web:/tmp"]), (0, vec![], String::new()));
+    assert_eq!(alula(&["cp", "web:/tmp/file", &back]), (0, vec![], String::new()));
     assert!(std::fs::read(&back).unwrap() == vec![7; 1 << 20]);
     // Nothing of all that is left in the guest: the agent, the command, and the one that looks.
     let count = "busybox cat /proc/[0-9]*/cmdline | busybox tr '\\0' ' '";
-    let (code, output, errors) = alula(&[&["exec"][..], &api, &["busybox", "sh", "-c", count]].concat());
+    let (code, output, errors) = alula(&["exec", "web", "busybox", "sh", "-c", count]);
     let text = String::from_utf8(output).unwrap();
     assert!(code == 0 && !text.contains("send") && !text.contains("receive"), "{text} {errors}");
     // 100 MiB arrive whole.
@@ -167,10 +175,14 @@ fn a_guest_that_is_up_takes_further_commands_and_files() {
     assert!(output.stdout.len() == 100 << 20 && output.stdout.iter().all(|byte| *byte == 0));
     guest.send(libc::SIGTERM);
     assert_eq!(guest.child.wait().unwrap().code(), Some(143));
-    // A monitor that is gone says so.
-    let (code, _, errors) = alula(&[&["exec"][..], &api, &["true"]].concat());
-    assert!(code == 125 && errors.contains("connect to API socket"), "{errors}");
-    assert!(!folder.path("vsock").exists());
+    // A guest that is gone is not found, and nothing of it is left.
+    let (code, _, errors) = alula(&["exec", "web", "true"]);
+    assert!(code == 125 && errors.contains("there is no guest `web`"), "{errors}");
+    assert!(!folder.path("vsock").exists() && !folder.path("alula/web.sock").exists());
+    let events = std::fs::read_to_string(events).unwrap();
+    let count =
+        |event: &str| events.lines().filter(|line| line.contains(&format!("\"event\":\"{event}\""))).count();
+    assert_eq!((count("started"), count("guest_ready"), count("ended")), (1, 1, 1), "{events}");
 }
 
 const DOCUMENTATION: &str = include_str!("../../docs/test-rigs.md");
