@@ -16,7 +16,7 @@ use crate::history::{self, Event, Feed};
 use crate::jobs::Ticket;
 use crate::log;
 use crate::machine::{Exit, Machine};
-use crate::poll::{EventFd, Events, Interest, Ready};
+use crate::poll::{Events, Interest, Ready};
 use crate::terminal::{self, Keys, Raw};
 
 const SIGNALS: u64 = 0;

@@ -110,6 +110,14 @@ fn a_command_has_a_guest_of_its_own_with_any_root() {
     }
 }
 
+/// What the agent in the guest `web` says of it is so.
+fn is_told_of(told: &serde_json::Value) {
+    assert!(told["agent"] == true && told["hostname"] == "web", "{told}");
+    assert!(told["version"] == env!("CARGO_PKG_VERSION") && told["uptime_ms"].as_u64() > Some(0), "{told}");
+    let memory = &told["memory_kib"];
+    assert!(memory["total"].as_u64() > memory["available"].as_u64(), "{told}");
+}
+
 #[test]
 #[ignore = "a stock kernel: scripts/test runs it"]
 fn a_guest_that_is_up_takes_further_commands_and_files() {
@@ -138,11 +146,8 @@ fn a_guest_that_is_up_takes_further_commands_and_files() {
     assert_eq!(alula(&["wait", "web"]), (0, vec![], String::new()));
     guest.expect("up");
     let (code, told, errors) = alula(&["ctl", "--json", "web", "guest"]);
-    let told: serde_json::Value = serde_json::from_slice(&told).unwrap_or_default();
-    assert!(code == 0 && told["agent"] == true && told["hostname"] == "web", "{told} {errors}");
-    assert!(told["version"] == env!("CARGO_PKG_VERSION") && told["uptime_ms"].as_u64() > Some(0), "{told}");
-    let memory = &told["memory_kib"];
-    assert!(memory["total"].as_u64() > memory["available"].as_u64(), "{told}");
+    assert!(code == 0 && errors.is_empty(), "{code} {errors}");
+    is_told_of(&serde_json::from_slice(&told).unwrap());
     let several: Vec<_> = (0..10)
         .map(|number| {
             let vsock = vsock.clone();

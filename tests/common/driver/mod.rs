@@ -118,7 +118,6 @@ pub struct Guest {
     pub memory: Memory,
     pub transport: Arc<Mutex<Transport>>,
     pub notes: Notes,
-    /// What `main` has of the host.
     pub host: Mutex<Host>,
     io: Io,
     registers: Registers,
@@ -226,10 +225,9 @@ impl Guest {
 
     /// One turn of `main`; false: the device asks for nothing.
     pub fn do_errands(&self) -> bool {
-        let mut host = self.host.lock().unwrap();
         match &self.io {
-            Io::ByHand(by_hand) => by_hand.errands().turn(&mut host),
-            Io::Thread(_, errands) => errands.turn(&mut host),
+            Io::ByHand(by_hand) => by_hand.errands().turn(&mut self.host.lock().unwrap()),
+            Io::Thread(_, errands) => errands.turn(&mut self.host.lock().unwrap()),
         }
     }
 
