@@ -4,6 +4,8 @@ use std::fmt;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use crate::sys;
+
 static BEGUN: OnceLock<Instant> = OnceLock::new();
 
 /// The process begins now: to be called first of all.
@@ -18,20 +20,12 @@ pub fn uptime() -> Duration {
 
 /// The host's monotonic clock, which is the same for all processes.
 pub fn monotonic() -> Duration {
-    read(libc::CLOCK_MONOTONIC)
+    sys::process::time(libc::CLOCK_MONOTONIC)
 }
 
 /// The CPU time that all threads of this process have used.
 pub fn cpu_time() -> Duration {
-    read(libc::CLOCK_PROCESS_CPUTIME_ID)
-}
-
-#[allow(unsafe_code)]
-fn read(clock: libc::clockid_t) -> Duration {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the call only writes to the local structure. It cannot fail for clocks that exist.
-    unsafe { libc::clock_gettime(clock, &mut time) };
-    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+    sys::process::time(libc::CLOCK_PROCESS_CPUTIME_ID)
 }
 
 /// A moment in UTC, since 1970-01-01. `{}` prints it to the millisecond by RFC 3339, `{:#}` to the

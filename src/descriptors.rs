@@ -6,13 +6,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::fmt;
 use std::fs::File;
-use std::io::{self, ErrorKind};
+use std::io;
 use std::ops::{Deref, DerefMut};
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::error::{Context, Error, Result};
+use crate::sys::descriptor;
 
 /// How a descriptor is named where a path could be.
 const PREFIX: &str = "fd:";
@@ -145,7 +146,7 @@ fn number_in_folder(path: &Path) -> Option<&str> {
 
 /// A descriptor that this process was started with. Nothing here ever closes one.
 #[derive(Clone, Copy, Debug)]
-pub struct Inherited(BorrowedFd<'static>);
+pub struct Inherited(RawFd);
 
 /// The descriptor with this number, if whoever started this process has handed it over. An API client could
 /// otherwise name a descriptor that the monitor has opened itself, a disk or its own socket, and have lines
@@ -154,22 +155,19 @@ pub struct Inherited(BorrowedFd<'static>);
 ///
 /// # Errors
 /// `number` is no number, or that of no inherited descriptor.
-#[allow(unsafe_code)]
 pub fn inherited(number: &str) -> Result<Inherited> {
     let fd: RawFd = number.parse().ok().filter(|fd| *fd >= 0).ok_or_else(|| {
         Error::config(format!("`{number}` is not the number of a descriptor, as in `{PREFIX}3`"))
     })?;
-    // SAFETY: the call takes numbers.
-    let flags = unsafe { libc::fcntl(fd, libc::F_GETFD) };
     let is_kept = || KEPT.lock().unwrap_or_else(PoisonError::into_inner).contains(&fd);
-    if flags < 0 || flags & libc::FD_CLOEXEC != 0 && !is_kept() || names().contains_key(&fd) {
+    let is_given = descriptor::closes_on_exec(fd).is_ok_and(|closes| !closes || is_kept());
+    if !is_given || names().contains_key(&fd) {
         return Err(Error::config(
             "no descriptor of this number was inherited: start this process with it, and name it by its \
              number there",
         ));
     }
-    // SAFETY: it is open, as was just seen, and inherited descriptors are never closed.
-    Ok(Inherited(unsafe { BorrowedFd::borrow_raw(fd) }))
+    Ok(Inherited(fd))
 }
 
 impl Inherited {
@@ -178,59 +176,40 @@ impl Inherited {
     /// # Errors
     /// The process has as many descriptors as it may have.
     pub fn copy(self) -> Result<OwnedFd> {
-        self.0.try_clone_to_owned().context("duplicate the descriptor")
+        descriptor::duplicate(&self).context("duplicate the descriptor")
     }
 
     /// Keeps the descriptor from programs that are started from now on.
-    #[allow(unsafe_code)]
     pub fn keep(self) {
         KEPT.lock().unwrap_or_else(PoisonError::into_inner).insert(self.as_raw_fd());
-        // SAFETY: the call takes numbers.
-        unsafe { libc::fcntl(self.as_raw_fd(), libc::F_SETFD, libc::FD_CLOEXEC) };
+        // It is open: nothing here closes it.
+        let _ = descriptor::set_closes_on_exec(&self, true);
     }
 
     /// Whether what is written to it goes anywhere.
     pub fn is_writable(self) -> bool {
-        self.status().is_ok_and(|status| status & libc::O_ACCMODE != libc::O_RDONLY)
+        descriptor::status(&self).is_ok_and(|status| status & libc::O_ACCMODE != libc::O_RDONLY)
     }
 
     /// Lets calls on it fail where they would wait. Whoever else has the open file is subject to it.
     ///
     /// # Errors
     /// The kernel's, of fcntl(2).
-    #[allow(unsafe_code)]
     pub fn set_nonblocking(self) -> io::Result<()> {
-        let status = self.status()?;
-        // SAFETY: the call takes numbers.
-        match unsafe { libc::fcntl(self.as_raw_fd(), libc::F_SETFL, status | libc::O_NONBLOCK) } {
-            0.. => Ok(()),
-            _ => Err(io::Error::last_os_error()),
-        }
-    }
-
-    /// The file status flags: `libc::O_...`.
-    #[allow(unsafe_code)]
-    fn status(self) -> io::Result<i32> {
-        // SAFETY: the call takes numbers.
-        match unsafe { libc::fcntl(self.as_raw_fd(), libc::F_GETFL) } {
-            status @ 0.. => Ok(status),
-            _ => Err(ErrorKind::InvalidInput.into()),
-        }
+        descriptor::set_status(&self, descriptor::status(&self)? | libc::O_NONBLOCK)
     }
 }
 
 impl AsRawFd for Inherited {
     fn as_raw_fd(&self) -> RawFd {
-        self.0.as_raw_fd()
+        self.0
     }
 }
 
 /// Makes `fd` look inherited, and gives its name, for a test.
 #[cfg(test)]
-#[allow(unsafe_code)]
 pub fn hand_over(fd: &impl AsRawFd) -> String {
-    // SAFETY: the call takes numbers.
-    assert_eq!(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, 0) }, 0);
+    descriptor::set_closes_on_exec(fd, false).unwrap();
     format!("{PREFIX}{}", fd.as_raw_fd())
 }
 

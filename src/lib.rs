@@ -1,6 +1,7 @@
 //! Alula, a microVM monitor: one process runs one virtual machine on Linux KVM.
 //!
 //! The modules, low to high; each uses only those before it (tests/tidy.rs reads this list):
+//! - [`sys`]: system calls that the standard library does not have, each as a safe function.
 //! - [`error`]: the one error type. [`paths`]: why a path could not be opened. [`spelling`]: what a
 //!   misspelled word was meant to be. [`clock`]: the time of day. [`json`]: values as clients write them.
 //!   [`dialect`]: whose API is spoken. [`metrics`]: counters. [`process`]: what this process costs.
@@ -102,6 +103,7 @@ pub mod process;
 pub mod sink;
 pub mod snapshot;
 pub mod spelling;
+pub mod sys;
 pub mod terminal;
 pub mod timeline;
 pub mod uring;

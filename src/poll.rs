@@ -1,10 +1,9 @@
 //! The core of an event loop: an epoll set, in which each descriptor is known by a token.
 
 use std::borrow::Cow;
-use std::io::{Error as IoError, ErrorKind};
+use std::io::ErrorKind;
 use std::ops::Deref;
 use std::os::fd::{AsRawFd, RawFd};
-use std::ptr;
 use std::time::Duration;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -13,6 +12,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use crate::descriptors::Named;
 use crate::error::{Context, Error, Result};
+use crate::sys;
 
 /// A counter that wakes whoever waits for it (eventfd(2)).
 #[derive(Debug)]
@@ -72,14 +72,8 @@ const EVENTS: usize = 32;
 
 /// Blocks all signals in this thread: other threads take those that are sent to the process. For a thread
 /// that may be held by a disk that does not answer, where only SIGKILL reaches it.
-#[allow(unsafe_code)]
 pub fn leave_signals_to_others() {
-    // SAFETY: `sigset_t` is plain data that sigfillset initialises; the call changes this thread's mask.
-    unsafe {
-        let mut all: libc::sigset_t = std::mem::zeroed();
-        libc::sigfillset(&mut all);
-        libc::pthread_sigmask(libc::SIG_BLOCK, &all, ptr::null_mut());
-    }
+    sys::process::block_all_signals();
 }
 
 /// A set of descriptors to wait for, level-triggered unless `Interest::EDGE_TRIGGERED` is given. The kernel
@@ -144,7 +138,6 @@ impl Events {
         self.wait_with(timeout, ready, Some(mask))
     }
 
-    #[allow(unsafe_code)]
     fn wait_with(
         &self,
         timeout: Option<Duration>,
@@ -154,16 +147,9 @@ impl Events {
         ready.clear();
         let mut events = [libc::epoll_event { events: 0, u64: 0 }; EVENTS];
         let timeout_ms = timeout.map_or(-1, |timeout| timeout.as_millis().try_into().unwrap_or(i32::MAX));
-        let mask = mask.map_or(ptr::null(), ptr::from_ref);
-        // SAFETY: the call writes at most as many events as there is room for, and only reads the mask.
-        let count = unsafe {
-            libc::epoll_pwait(self.as_raw_fd(), events.as_mut_ptr(), EVENTS as i32, timeout_ms, mask)
-        };
-        let Ok(count) = usize::try_from(count) else {
-            return match IoError::last_os_error() {
-                error if error.kind() == ErrorKind::Interrupted => Ok(()),
-                error => Err(error).context("wait for events"),
-            };
+        let count = match sys::descriptor::wait(self, &mut events, timeout_ms, mask) {
+            Err(error) if error.kind() == ErrorKind::Interrupted => return Ok(()),
+            result => result.context("wait for events")?,
         };
         let read = |event: &libc::epoll_event| Ready {
             token: event.u64,

@@ -10,6 +10,7 @@ use std::path::Path;
 use crate::descriptors::{self, Named};
 use crate::error::{Context, Error, Result};
 use crate::paths;
+use crate::sys::descriptor;
 
 const IS_FOLDER: &str = "it is a directory, a file or FIFO is needed";
 
@@ -78,8 +79,8 @@ impl Sink {
             Ok(metadata) if metadata.is_dir() => {
                 return Err(Error::config(IS_FOLDER)).with_context(|| purpose.attempt(path));
             }
-            Ok(_) => check_writable(path),
-            Err(_) => check_writable(paths::folder(path)),
+            Ok(_) => descriptor::check_writable(path),
+            Err(_) => descriptor::check_writable(paths::folder(path)),
         };
         let looked = writable.map_err(|error| paths::cannot_make(path, &error));
         looked.with_context(|| purpose.attempt(path))
@@ -167,22 +168,8 @@ fn open(path: &Path) -> Result<File> {
 
 /// Whether a write of at most PIPE_BUF bytes to what is shared with others, and may block, would not; waits for
 /// room at most `timeout_ms`, or until a signal.
-#[allow(unsafe_code)]
 pub fn has_room(file: &impl AsRawFd, timeout_ms: i32) -> bool {
-    let mut poll = libc::pollfd { fd: file.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
-    // SAFETY: the pointer is to one local `pollfd`, as the count says.
-    unsafe { libc::poll(&mut poll, 1, timeout_ms) == 1 }
-}
-
-/// Whether this user may write there.
-#[allow(unsafe_code)]
-fn check_writable(path: &Path) -> io::Result<()> {
-    let name = std::ffi::CString::new(path.as_os_str().as_encoded_bytes())?;
-    // SAFETY: the name is a string that ends with a zero.
-    match unsafe { libc::access(name.as_ptr(), libc::W_OK) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+    descriptor::poll(file, libc::POLLOUT, timeout_ms) != 0
 }
 
 /// The inherited descriptor with this number. It may be shared with other processes, whose writes must not
@@ -233,13 +220,6 @@ mod tests {
         }
     }
 
-    #[allow(unsafe_code)]
-    fn fifo(path: &Path) {
-        let name = std::ffi::CString::new(path.to_str().unwrap()).unwrap();
-        // SAFETY: the name is a string that ends with a zero.
-        assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
-    }
-
     #[test]
     fn a_file_is_created_and_appended_to() {
         let folder = Folder::new("file");
@@ -261,7 +241,7 @@ mod tests {
     fn a_fifo_without_reader_takes_what_it_can_and_then_loses_whole_lines() {
         let folder = Folder::new("fifo");
         let path = folder.0.join("fifo");
-        fifo(&path);
+        descriptor::make_fifo(&path);
         let mut sink = Sink::open(Purpose::Log, &path).unwrap();
         // Longer than what a pipe takes in one piece.
         let line = |number: u32| format!("{number} {}\n", "x".repeat(9000));
@@ -286,7 +266,7 @@ mod tests {
     fn after_a_line_that_was_cut_short_comes_a_new_one() {
         let folder = Folder::new("torn");
         let path = folder.0.join("fifo");
-        fifo(&path);
+        descriptor::make_fifo(&path);
         let mut sink = Sink::open(Purpose::Log, &path).unwrap();
         let line = format!("{}\n", "x".repeat(9000));
         while sink.rest.is_empty() {

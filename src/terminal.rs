@@ -3,6 +3,8 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Once, OnceLock};
 
+use crate::sys::descriptor;
+
 const STDIN: i32 = libc::STDIN_FILENO;
 /// Ctrl-A: the next key is for us. Ctrl-A X leaves, Ctrl-A Ctrl-A is a Ctrl-A for the guest.
 const ESCAPE: u8 = 0x01;
@@ -14,12 +16,10 @@ static ORIGINAL: OnceLock<libc::termios> = OnceLock::new();
 static IS_RAW: AtomicBool = AtomicBool::new(false);
 
 /// Whether standard input is a terminal in whose background this process is (tcgetpgrp(3)).
-#[allow(unsafe_code)]
 pub fn is_in_background() -> bool {
-    // SAFETY: the calls take and return numbers.
-    let (foreground, own) = unsafe { (libc::tcgetpgrp(STDIN), libc::getpgrp()) };
+    let (foreground, own) = descriptor::process_groups(STDIN);
     // No terminal, or not the one that controls this process: nobody is stopped for using it.
-    foreground >= 0 && foreground != own
+    foreground.is_some_and(|foreground| foreground != own)
 }
 
 /// The terminal in raw mode; as it was again when this is dropped.
@@ -27,23 +27,14 @@ pub struct Raw(());
 
 impl Raw {
     /// Makes standard input raw, if it is a terminal: keys go to the guest as they are typed.
-    #[allow(unsafe_code)]
     pub fn enter() -> Option<Self> {
-        // SAFETY: `termios` is plain data that tcgetattr fills in; both calls only use the local copy.
-        unsafe {
-            let mut mode: libc::termios = std::mem::zeroed();
-            // What is no terminal has no mode.
-            if libc::tcgetattr(STDIN, &mut mode) != 0 {
-                return None;
-            }
-            // A shell may have made it raw again, as it was when this process was stopped.
-            mode = *ORIGINAL.get_or_init(|| mode);
-            mode.c_lflag &= !(libc::ICANON | libc::ECHO | libc::ISIG | libc::IEXTEN);
-            mode.c_iflag &=
-                !(libc::ICRNL | libc::INLCR | libc::IGNCR | libc::IXON | libc::ISTRIP | libc::BRKINT);
-            IS_RAW.store(true, Ordering::SeqCst);
-            libc::tcsetattr(STDIN, libc::TCSANOW, &mode);
-        }
+        let now = descriptor::terminal_mode(STDIN)?;
+        // A shell may have made it raw again, as it was when this process was stopped.
+        let mut mode = *ORIGINAL.get_or_init(|| now);
+        mode.c_lflag &= !(libc::ICANON | libc::ECHO | libc::ISIG | libc::IEXTEN);
+        mode.c_iflag &= !(libc::ICRNL | libc::INLCR | libc::IGNCR | libc::IXON | libc::ISTRIP | libc::BRKINT);
+        IS_RAW.store(true, Ordering::SeqCst);
+        descriptor::set_terminal_mode(STDIN, &mode);
         static HOOK: Once = Once::new();
         HOOK.call_once(|| {
             let report = std::panic::take_hook();
@@ -69,14 +60,12 @@ impl Drop for Raw {
 
 /// Gives the terminal its modes back, unless others have it now: they have set their own, and a background
 /// process that sets them is stopped (SIGTTOU). A signal handler may call this.
-#[allow(unsafe_code)]
 pub fn restore() {
     if IS_RAW.load(Ordering::SeqCst)
         && !is_in_background()
         && let Some(mode) = ORIGINAL.get()
     {
-        // SAFETY: the call only reads what tcgetattr returned.
-        unsafe { libc::tcsetattr(STDIN, libc::TCSANOW, mode) };
+        descriptor::set_terminal_mode(STDIN, mode);
     }
     // Last: a signal that comes before this ends the process with the terminal restored, once or twice.
     IS_RAW.store(false, Ordering::SeqCst);

@@ -16,6 +16,7 @@ use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use crate::descriptors::Name;
 use crate::error::{Context, Error, Result};
 use crate::poll::EventFd;
+use crate::sys::process::is_filtered;
 
 /// The size of the submission queue, in entries; a larger batch is submitted in parts. The queue need not
 /// grow with the number of operations in flight: an entry is free again once it is submitted.
@@ -383,13 +384,6 @@ fn refused(error: IoError) -> Error {
         _ => return Err::<(), _>(error).context("set up io_uring").expect_err("it is one"),
     };
     Error::host(reason)
-}
-
-/// Whether a filter of system calls is laid upon this thread. One that does not even let it ask is one.
-#[allow(unsafe_code)]
-fn is_filtered() -> bool {
-    // SAFETY: the call takes numbers.
-    unsafe { libc::prctl(libc::PR_GET_SECCOMP) != 0 }
 }
 
 #[cfg(test)]

@@ -14,6 +14,7 @@ use crate::memory::Memory;
 use crate::metrics::{Counter, Group, metrics};
 use crate::poll::{Interest, Timer};
 use crate::snapshot::Snapshot;
+use crate::sys;
 use crate::virtio::buffers::Buffers;
 use crate::virtio::{Io, Queue, Registrar, VirtioDevice, Worker};
 
@@ -165,21 +166,13 @@ fn fill(buffers: &Buffers, count: usize) -> Result<()> {
     Ok(())
 }
 
-#[allow(unsafe_code)]
 fn random(bytes: &mut [u8]) -> Result<()> {
     let mut done = 0;
     while done < bytes.len() {
         let rest = &mut bytes[done..];
-        // SAFETY: the call writes at most the length of the slice to it.
-        let count = unsafe { libc::getrandom(rest.as_mut_ptr().cast(), rest.len(), 0) };
-        match usize::try_from(count) {
-            Ok(count) => done += count,
-            Err(_) => {
-                let error = std::io::Error::last_os_error();
-                if error.kind() != std::io::ErrorKind::Interrupted {
-                    return Err(error).context("get random bytes of the host");
-                }
-            }
+        match sys::process::random(rest) {
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            result => done += result.context("get random bytes of the host")?,
         }
     }
     Ok(())

@@ -13,6 +13,7 @@ use crate::error::{Context, Error, Result};
 use crate::history::{self, Event};
 use crate::log;
 use crate::paths;
+use crate::sys::descriptor;
 
 /// Opens the regular file or block device at `path`, which is what `what`, the name of a resource, is made
 /// of. The open of a FIFO waits for its other end, and a terminal can become the one that controls the process: both are
@@ -174,14 +175,8 @@ pub fn is_same_device(file: &File, path: &Path) -> bool {
 }
 
 /// Takes O_NONBLOCK away: io_uring would answer EAGAIN where it has to wait for a disk.
-#[allow(unsafe_code)]
 fn let_it_wait(file: &File) -> std::io::Result<()> {
-    // SAFETY: the calls take numbers.
-    let result = unsafe {
-        let flags = libc::fcntl(file.as_raw_fd(), libc::F_GETFL);
-        libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags & !libc::O_NONBLOCK)
-    };
-    if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+    descriptor::set_status(file, descriptor::status(file)? & !libc::O_NONBLOCK)
 }
 
 #[cfg(test)]
@@ -191,14 +186,11 @@ mod tests {
     use super::*;
 
     #[test]
-    #[allow(unsafe_code)]
     fn only_files_and_block_devices_are_opened() {
         let folder = std::env::temp_dir().join(format!("alula-file-{}", std::process::id()));
         std::fs::create_dir_all(&folder).unwrap();
         let path = |name: &str| folder.join(name);
-        let fifo = std::ffi::CString::new(path("fifo").to_str().unwrap()).unwrap();
-        // SAFETY: the name is a string that ends with a zero.
-        assert_eq!(unsafe { libc::mkfifo(fifo.as_ptr(), 0o600) }, 0);
+        descriptor::make_fifo(&path("fifo"));
         std::os::unix::fs::symlink("fifo", path("link")).unwrap();
         let _socket = UnixListener::bind(path("socket")).unwrap();
         std::fs::write(path("file"), "x").unwrap();
@@ -218,9 +210,7 @@ mod tests {
                 assert_eq!(error, expected, "{}", path.display());
             }
             let file = open(&path("file"), access, Sharing::Refused, "it", String::new).unwrap();
-            // SAFETY: the call takes numbers.
-            let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
-            assert_eq!(flags & libc::O_NONBLOCK, 0);
+            assert_eq!(descriptor::status(&file).unwrap() & libc::O_NONBLOCK, 0);
         }
         let error = open(&path("none"), Access::Read, Sharing::Refused, "it", || "open it".to_owned())
             .unwrap_err()

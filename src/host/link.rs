@@ -1,9 +1,10 @@
 //! Whether an interface of the host is up, word of its changes, and who uses it (rtnetlink(7)).
 
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
-use super::tap::{InterfaceRequest, Tap, checked};
+use super::tap::Tap;
 use crate::descriptors::Named;
+use crate::sys::network::{self, InterfaceCall, InterfaceRequest};
 
 /// So much is read at once; what does not fit is cut off, and nothing of it is looked at.
 const MESSAGE: usize = 64;
@@ -28,64 +29,44 @@ impl Link {
         let request = tap.request().ok()?;
         // A descriptor that was handed over may be of another namespace, where names mean other
         // interfaces: the one meant here has the same address.
-        let address = |fd: RawFd| interface(fd, libc::SIOCGIFHWADDR, &request.name).ok();
+        let address = |fd: RawFd| interface(&fd, InterfaceCall::Address, &request.name).ok();
         let [here, there] = [&link.socket as &dyn AsRawFd, tap].map(|of| address(of.as_raw_fd()));
         (here?.address() == there?.address()).then_some(())?;
-        let index = interface(link.socket.as_raw_fd(), libc::SIOCGIFINDEX, &request.name).ok()?;
+        let index = interface(&link.socket, InterfaceCall::Index, &request.name).ok()?;
         link.listen(index.index()).ok()?;
         Some(link)
     }
 
     /// Whether the interface is there and up.
     pub fn is_up(&self, tap: &Tap) -> bool {
-        let flags = tap
-            .request()
-            .and_then(|request| interface(self.socket.as_raw_fd(), libc::SIOCGIFFLAGS, &request.name));
+        let flags =
+            tap.request().and_then(|request| interface(&self.socket, InterfaceCall::Flags, &request.name));
         flags.is_ok_and(|flags| u32::from(flags.flags()) & libc::IFF_UP as u32 != 0)
     }
 
     /// Takes what there is to hear, or so much of it that others have their turn before the rest.
-    #[allow(unsafe_code)]
     pub fn drain(&self) {
         let mut message = [0_u8; MESSAGE];
         for _ in 0..MESSAGES {
-            // SAFETY: the call writes at most the length of the local array.
-            let count = unsafe {
-                libc::recv(self.socket.as_raw_fd(), message.as_mut_ptr().cast(), MESSAGE, libc::MSG_DONTWAIT)
-            };
+            let received = network::receive(&self.socket, &mut message, libc::MSG_DONTWAIT);
             // ENOBUFS: so much has come that some was lost. Who drains looks at the state anyway.
-            if count < 0 && std::io::Error::last_os_error().raw_os_error() != Some(libc::ENOBUFS) {
+            if received.is_err_and(|error| error.raw_os_error() != Some(libc::ENOBUFS)) {
                 return;
             }
         }
     }
 
-    #[allow(unsafe_code)]
     fn listen(&self, index: u32) -> std::io::Result<()> {
         let statement = |code: u32, jt, jf, k| libc::sock_filter { code: code as u16, jt, jf, k };
         // Loads are big-endian, the message is as the machine is.
-        let mut filter = [
+        let filter = [
             statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, INDEX),
             statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, index.to_be()),
             statement(libc::BPF_RET | libc::BPF_K, 0, 0, u32::MAX),
             statement(libc::BPF_RET | libc::BPF_K, 0, 0, 0),
         ];
-        let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
-        // SAFETY: `sockaddr_nl` is plain data; the calls read local structures of the sizes given.
-        unsafe {
-            checked(libc::setsockopt(
-                self.socket.as_raw_fd(),
-                libc::SOL_SOCKET,
-                libc::SO_ATTACH_FILTER,
-                (&raw const program).cast(),
-                size_of_val(&program) as u32,
-            ))?;
-            let mut address: libc::sockaddr_nl = std::mem::zeroed();
-            address.nl_family = libc::AF_NETLINK as u16;
-            address.nl_groups = libc::RTMGRP_LINK as u32;
-            let size = size_of_val(&address) as u32;
-            checked(libc::bind(self.socket.as_raw_fd(), (&raw const address).cast(), size))
-        }
+        network::attach_filter(&self.socket, &filter)?;
+        network::join_groups(&self.socket, libc::RTMGRP_LINK as u32)
     }
 }
 
@@ -95,15 +76,8 @@ impl AsRawFd for Link {
     }
 }
 
-#[allow(unsafe_code)]
 fn socket() -> std::io::Result<OwnedFd> {
-    let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
-    // SAFETY: the call takes numbers; the descriptor that it gives is ours alone.
-    unsafe {
-        let fd = libc::socket(libc::AF_NETLINK, kind, libc::NETLINK_ROUTE);
-        checked(fd)?;
-        Ok(OwnedFd::from_raw_fd(fd))
-    }
+    network::socket(libc::AF_NETLINK, libc::SOCK_RAW, libc::NETLINK_ROUTE)
 }
 
 /// Attributes of a TAP's link that libc does not name (linux/if_link.h).
@@ -125,7 +99,6 @@ pub(super) fn attached_queues(index: u32) -> Option<u32> {
 }
 
 /// The RTM_NEWLINK message about an interface.
-#[allow(unsafe_code)]
 fn ask_for_link(index: u32) -> std::io::Result<Vec<u8>> {
     let socket = socket()?;
     let mut request = [0; FIXED];
@@ -134,15 +107,10 @@ fn ask_for_link(index: u32) -> std::io::Result<Vec<u8>> {
     request[6..8].copy_from_slice(&(libc::NLM_F_REQUEST as u16).to_ne_bytes());
     request[20..24].copy_from_slice(&index.to_ne_bytes());
     let mut answer = vec![0; ANSWER];
-    // SAFETY: the calls read and write at most the lengths of the local buffers. The kernel answers within
-    // the first one.
-    let count = unsafe {
-        let sent = libc::send(socket.as_raw_fd(), request.as_ptr().cast(), request.len(), 0);
-        checked(sent as i32)?;
-        libc::recv(socket.as_raw_fd(), answer.as_mut_ptr().cast(), answer.len(), 0)
-    };
-    checked(count as i32)?;
-    answer.truncate(count as usize);
+    // The kernel has answered when the first call returns.
+    network::send(&socket, &request)?;
+    let count = network::receive(&socket, &mut answer, 0)?;
+    answer.truncate(count);
     Ok(answer)
 }
 
@@ -162,24 +130,14 @@ fn attribute(mut bytes: &[u8], kind: u16) -> Option<&[u8]> {
 }
 
 /// Asks something of the interface called `name`, of a socket or a TAP.
-#[allow(unsafe_code)]
-fn interface(fd: RawFd, what: libc::Ioctl, name: &[u8; libc::IFNAMSIZ]) -> std::io::Result<InterfaceRequest> {
+fn interface(
+    fd: &impl AsRawFd,
+    call: InterfaceCall,
+    name: &[u8; libc::IFNAMSIZ],
+) -> std::io::Result<InterfaceRequest> {
     let mut request = InterfaceRequest { name: *name, ..InterfaceRequest::default() };
-    // SAFETY: the call reads and writes a `struct ifreq`, which the local structure is as large as.
-    checked(unsafe { libc::ioctl(fd, what, &raw mut request) })?;
+    network::ask_interface(fd, call, &mut request)?;
     Ok(request)
-}
-
-impl InterfaceRequest {
-    /// ifr_hwaddr: the address after its family.
-    fn address(&self) -> [u8; 6] {
-        self.value[2..8].try_into().expect("these are 6")
-    }
-
-    /// ifr_ifindex
-    fn index(&self) -> u32 {
-        u32::from_ne_bytes(self.value[..4].try_into().expect("these are 4"))
-    }
 }
 
 #[cfg(test)]

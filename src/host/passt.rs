@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::io::{PipeReader, Read};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -10,6 +10,7 @@ use std::process::{Child, Command, Stdio};
 use crate::descriptors::Named;
 use crate::error::{Context, Error, Result};
 use crate::log;
+use crate::sys::descriptor;
 
 /// What is read of its last words.
 const WORDS_MAX: usize = 4096;
@@ -42,7 +43,7 @@ impl Passt {
         let (stream, other) = UnixStream::pair().context("make a pair of sockets")?;
         stream.set_nonblocking(true).context("make a socket nonblocking")?;
         // It asks for its socket by number; only programs that this thread starts inherit it.
-        set_inherited(&other)?;
+        descriptor::set_closes_on_exec(&other, false).context("hand a socket over")?;
         let mut command = Command::new(&program);
         command.args(["--foreground", "--quiet", "--fd"]).arg(other.as_raw_fd().to_string()).args(arguments);
         let (words, its_words) = std::io::pipe().context("make a pipe")?;
@@ -81,20 +82,6 @@ impl Drop for Passt {
     }
 }
 
-#[allow(unsafe_code)]
-fn set_inherited(socket: &UnixStream) -> Result<()> {
-    // SAFETY: the call takes numbers.
-    match unsafe { libc::fcntl(socket.as_raw_fd(), libc::F_SETFD, 0) } {
-        0.. => Ok(()),
-        _ => Err(std::io::Error::last_os_error()).context("hand a socket over"),
-    }
-}
-
-#[allow(unsafe_code)]
-fn set_nonblocking(fd: &impl AsFd) -> Result<()> {
-    // SAFETY: the call takes numbers.
-    match unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) } {
-        0.. => Ok(()),
-        _ => Err(std::io::Error::last_os_error()).context("make a pipe nonblocking"),
-    }
+fn set_nonblocking(fd: &impl AsRawFd) -> Result<()> {
+    descriptor::set_status(fd, libc::O_NONBLOCK).context("make a pipe nonblocking")
 }

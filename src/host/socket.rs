@@ -2,12 +2,12 @@
 
 use std::io::{Error as IoError, ErrorKind};
 use std::mem::offset_of;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use crate::error::{Context, Error, Result};
+use crate::sys::network;
 
 /// Connects to whoever listens at `path`, and waits for nobody: a listener that does not take its clients is an
 /// error once the kernel keeps no more of them waiting (unix(7)). The stream does not block.
@@ -20,27 +20,10 @@ pub fn connect(path: &Path) -> Result<UnixStream> {
         return Err(Error::config("a socket's path has 1 to 107 bytes, and no NUL")).with_context(attempt);
     }
     address.sun_path.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from as libc::c_char);
-    let socket = stream().with_context(attempt)?;
+    let socket = network::socket(libc::AF_UNIX, libc::SOCK_STREAM, 0).with_context(attempt)?;
     let length = offset_of!(libc::sockaddr_un, sun_path) + bytes.len() + 1;
-    #[allow(unsafe_code)]
-    // SAFETY: the call reads the local structure, of which `length` bytes are not more than all.
-    let result = unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), length as u32) };
-    match result {
-        0 => Ok(socket.into()),
-        _ => Err(refused(IoError::last_os_error())).with_context(attempt),
-    }
-}
-
-#[allow(unsafe_code)]
-fn stream() -> std::io::Result<OwnedFd> {
-    let kind = libc::SOCK_STREAM | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
-    // SAFETY: the calls take numbers; the descriptor is new and nobody else's.
-    unsafe {
-        match libc::socket(libc::AF_UNIX, kind, 0) {
-            -1 => Err(IoError::last_os_error()),
-            fd => Ok(OwnedFd::from_raw_fd(fd)),
-        }
-    }
+    network::connect(&socket, &address, length).map_err(refused).with_context(attempt)?;
+    Ok(socket.into())
 }
 
 fn refused(error: IoError) -> Error {

@@ -12,6 +12,7 @@ use crate::descriptors::{self, Inherited};
 use crate::error::{Context, Error, Result};
 use crate::history::{self, Event};
 use crate::log;
+use crate::sys::network::{self, InterfaceCall, InterfaceRequest};
 
 const TUN_DEVICE: &str = "/dev/net/tun";
 const MADE: &str = "made, down, without an address";
@@ -29,46 +30,20 @@ const IFF_VNET_HDR: u16 = libc::IFF_VNET_HDR as u16;
 /// struct virtio_net_hdr_v1.
 const VNET_HEADER: i32 = 12;
 
-/// struct ifreq: an interface's name, and a union with what is asked for.
-#[repr(C, align(8))]
-#[derive(Clone, Default)]
-pub(super) struct InterfaceRequest {
-    pub(super) name: [u8; libc::IFNAMSIZ],
-    pub(super) value: [u8; 24],
-}
-
-impl InterfaceRequest {
-    /// ifr_flags
-    pub(super) fn flags(&self) -> u16 {
-        u16::from_ne_bytes([self.value[0], self.value[1]])
+/// A request about the interface called `name`.
+fn request_for(name: &str) -> Result<InterfaceRequest> {
+    if name.contains('%') {
+        return Err(Error::config(
+            "`%` in the name of an interface would have the kernel choose another: name it without",
+        ));
     }
-
-    /// Whether it is about the interface called `name`.
-    fn is_called(&self, name: &str) -> bool {
-        self.name.split(|byte| *byte == 0).next() == Some(name.as_bytes())
+    if name.is_empty() || name.len() >= libc::IFNAMSIZ || name.contains(['/', '\0', ' ']) {
+        let longest = libc::IFNAMSIZ - 1;
+        return Err(Error::config(format!("interface names have 1 to {longest} characters")));
     }
-
-    fn with_flags(&self, flags: u16) -> Self {
-        let mut request = self.clone();
-        request.value[..2].copy_from_slice(&flags.to_ne_bytes());
-        request
-    }
-
-    /// About the interface called `name`.
-    fn new(name: &str) -> Result<Self> {
-        if name.contains('%') {
-            return Err(Error::config(
-                "`%` in the name of an interface would have the kernel choose another: name it without",
-            ));
-        }
-        if name.is_empty() || name.len() >= libc::IFNAMSIZ || name.contains(['/', '\0', ' ']) {
-            let longest = libc::IFNAMSIZ - 1;
-            return Err(Error::config(format!("interface names have 1 to {longest} characters")));
-        }
-        let mut request = Self::default();
-        request.name[..name.len()].copy_from_slice(name.as_bytes());
-        Ok(request)
-    }
+    let mut request = InterfaceRequest::default();
+    request.name[..name.len()].copy_from_slice(name.as_bytes());
+    Ok(request)
 }
 
 /// One queue of a TAP interface, not blocking.
@@ -125,8 +100,8 @@ impl Tap {
             return Ok(());
         }
         let attempt = || format!("look for TAP interface `{name}` (`host_dev_name`)");
-        let request = InterfaceRequest::new(name).with_context(attempt)?;
-        match index(&request) {
+        let request = request_for(name).with_context(attempt)?;
+        match network::interface_index(&request) {
             Some(_) => Ok(()),
             None if may_make() => {
                 log::line(format_args!("TAP interface `{name}` is not there: it will be {MADE}"));
@@ -138,12 +113,8 @@ impl Tap {
     }
 
     /// Lets the TAP give frames that its reader can take: `libc::TUN_F_..`.
-    #[allow(unsafe_code)]
     pub fn set_offloads(&self, offloads: u32) -> std::io::Result<()> {
-        // SAFETY: the call takes a number.
-        checked(unsafe {
-            libc::ioctl(self.file.as_raw_fd(), libc::TUNSETOFFLOAD, libc::c_ulong::from(offloads))
-        })
+        network::set_offloads(self, offloads)
     }
 
     /// Whether the kernel can pass segments of UDP (Linux 6.2). The TAP passes no segments afterwards.
@@ -155,12 +126,10 @@ impl Tap {
     }
 
     /// Lets a queue of several get frames, or leaves them to the others. No effect when it is so already.
-    #[allow(unsafe_code)]
     pub fn set_attached(&self, attached: bool) -> std::io::Result<()> {
         let flag = if attached { libc::IFF_ATTACH_QUEUE } else { libc::IFF_DETACH_QUEUE };
         let mut request = InterfaceRequest::default().with_flags(flag as u16);
-        // SAFETY: the call reads a `struct ifreq`, which the local structure is as large as.
-        match checked(unsafe { libc::ioctl(self.file.as_raw_fd(), libc::TUNSETQUEUE, &raw mut request) }) {
+        match network::ask_interface(self, InterfaceCall::SetQueue, &mut request) {
             // So is one told that is so already.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
             result => result,
@@ -168,19 +137,12 @@ impl Tap {
     }
 
     /// Keeps frames out that are for none of these addresses; none: all come.
-    #[allow(unsafe_code)]
     pub fn set_filter(&self, addresses: Option<&[[u8; 6]]>, all_multicast: bool) -> std::io::Result<()> {
-        // struct tun_filter: flags, a count, addresses. No address: no filter.
         let flags = if all_multicast { libc::TUN_FLT_ALLMULTI as u16 } else { 0 };
         // With none at all nothing would be filtered: one that nobody has stands for it.
         let nobody = [[0; 6]];
         let addresses = addresses.map(|addresses| if addresses.is_empty() { &nobody[..] } else { addresses });
-        let addresses = addresses.unwrap_or_default();
-        let count = addresses.len() as u16;
-        let mut filter = [flags.to_ne_bytes(), count.to_ne_bytes()].concat();
-        filter.extend(addresses.as_flattened());
-        // SAFETY: the call reads the header and as many addresses as it says there are.
-        checked(unsafe { libc::ioctl(self.file.as_raw_fd(), libc::TUNSETTXFILTER, filter.as_ptr()) })
+        network::set_address_filter(self, flags, addresses.unwrap_or_default())
     }
 
     /// Another handle of the same queue.
@@ -189,19 +151,14 @@ impl Tap {
     }
 
     /// What the kernel says of it: its name now, and its flags. An error: the interface is gone.
-    #[allow(unsafe_code)]
     pub(super) fn request(&self) -> std::io::Result<InterfaceRequest> {
         let mut request = InterfaceRequest::default();
-        // SAFETY: the call writes a `struct ifreq`, which the local structure is as large as.
-        checked(unsafe { libc::ioctl(self.file.as_raw_fd(), libc::TUNGETIFF, &raw mut request) })?;
+        network::ask_interface(self, InterfaceCall::Attached, &mut request)?;
         Ok(request)
     }
 
-    #[allow(unsafe_code)]
     fn set_header_size(&self) -> Result<()> {
-        // SAFETY: the call reads a number.
-        checked(unsafe { libc::ioctl(self.file.as_raw_fd(), libc::TUNSETVNETHDRSZ, &VNET_HEADER) })
-            .context("set the size of virtio headers")
+        network::set_header_size(self, VNET_HEADER).context("set the size of virtio headers")
     }
 }
 
@@ -209,10 +166,6 @@ impl AsRawFd for Tap {
     fn as_raw_fd(&self) -> RawFd {
         self.file.as_raw_fd()
     }
-}
-
-pub(super) fn checked(result: i32) -> std::io::Result<()> {
-    if result < 0 { Err(IoError::last_os_error()) } else { Ok(()) }
 }
 
 /// Makes an interface, which goes with the last descriptor of it. Who configures it afterwards finds it by
@@ -243,14 +196,6 @@ fn creation(name: &str, queues: usize) -> String {
     format!("`ip tuntap add dev {name} mode tap{several} user $(id -un)` creates one")
 }
 
-/// The number of the interface that a request names; none: there is no such interface.
-#[allow(unsafe_code)]
-fn index(request: &InterfaceRequest) -> Option<u32> {
-    // SAFETY: the name ends with a zero, being shorter than its array. Not /sys, which shows the
-    // network namespace that it was mounted in.
-    Some(unsafe { libc::if_nametoindex(request.name.as_ptr().cast()) }).filter(|index| *index != 0)
-}
-
 /// Whether this process may make interfaces: CAP_NET_ADMIN is among its effective capabilities (proc(5)).
 fn may_make() -> bool {
     const CAP_NET_ADMIN: u64 = 12;
@@ -263,9 +208,12 @@ fn may_make() -> bool {
 /// Attaches to an interface of which `held` queues are attached here already, and nobody else's, until there are
 /// at least `queues`, and returns the new ones; makes one if there is none of this name.
 fn attach(name: &str, queues: usize, held: usize) -> Result<Vec<Tap>> {
-    let request = InterfaceRequest::new(name)?;
+    let request = request_for(name)?;
     let create = creation(name, queues);
-    let Some(index) = index(&request) else { return make(name, &request, queues, &create) };
+    // Not by /sys, which shows the network namespace that it was mounted in.
+    let Some(index) = network::interface_index(&request) else {
+        return make(name, &request, queues, &create);
+    };
     check_alone(index, held)?;
     let mut taps = Vec::with_capacity(queues.saturating_sub(held));
     let mut flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | if queues > 1 { IFF_MULTI_QUEUE } else { 0 };
@@ -332,10 +280,8 @@ fn open_device(name: &str) -> Result<Named<File>> {
     Ok(Named::new(format!("TAP interface `{name}`"), opened))
 }
 
-#[allow(unsafe_code)]
 fn attach_queue(tap: &Tap, mut request: InterfaceRequest) -> std::result::Result<(), i32> {
-    // SAFETY: the call reads and writes a `struct ifreq`, which the local structure is as large as.
-    let attached = checked(unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETIFF, &raw mut request) });
+    let attached = network::ask_interface(tap, InterfaceCall::Attach, &mut request);
     attached.map_err(|error| error.raw_os_error().unwrap_or_default())
 }
 
@@ -409,14 +355,14 @@ fn check_flags(flags: u16) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sys::descriptor;
 
     #[test]
-    #[allow(unsafe_code)]
     fn descriptors_that_are_no_taps_are_left_as_they_are() {
         let file = File::open("/dev/null").unwrap();
-        let (open, name) = (file.as_raw_fd(), descriptors::hand_over(&file));
-        // SAFETY: the calls take numbers.
-        let flags = || unsafe { [libc::F_GETFD, libc::F_GETFL].map(|what| libc::fcntl(open, what)) };
+        let name = descriptors::hand_over(&file);
+        let flags =
+            || (descriptor::closes_on_exec(file.as_raw_fd()).unwrap(), descriptor::status(&file).unwrap());
         let before = flags();
         for (name, expected) in [
             ("fd:".to_owned(), "`` is not the number of a descriptor"),

@@ -1,8 +1,6 @@
 //! The main thread's event loop: clients, signals, standard input, and the guest's end.
 
 use std::io::Read;
-use std::mem::ManuallyDrop;
-use std::os::fd::FromRawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,6 +15,7 @@ use crate::jobs::Ticket;
 use crate::log;
 use crate::machine::{Exit, Machine};
 use crate::poll::{Events, Interest, Ready};
+use crate::sys::descriptor;
 use crate::terminal::{self, Keys, Raw};
 
 const SIGNALS: u64 = 0;
@@ -402,7 +401,7 @@ impl Input {
     /// Waits for more; a file that epoll refuses is read at once.
     fn await_more(&mut self, events: &Events) {
         if !self.on_events && !self.is_file && !self.ended && !self.is_elsewhere {
-            match events.add(&*borrow_stdin(), Interest::IN, STDIN) {
+            match events.add(&*descriptor::standard_input(), Interest::IN, STDIN) {
                 Ok(()) => self.on_events = true,
                 Err(_) => self.is_file = true,
             }
@@ -412,7 +411,7 @@ impl Input {
     fn stop_waiting(&mut self, events: &Events) {
         if self.on_events {
             // Closed elsewhere, it has left the set by itself.
-            let _ = events.remove(&*borrow_stdin());
+            let _ = events.remove(&*descriptor::standard_input());
             self.on_events = false;
         }
     }
@@ -445,7 +444,7 @@ impl Input {
     fn read(&mut self, events: &Events) -> bool {
         let mut bytes = [0; READ_MAX];
         // Our own buffer instead of the library's: what it reads ahead, epoll does not tell of.
-        let count = match borrow_stdin().read(&mut bytes) {
+        let count = match descriptor::standard_input().read(&mut bytes) {
             Ok(count) => count,
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => return false,
             Err(_) => 0,
@@ -472,11 +471,4 @@ impl Input {
         }
         left
     }
-}
-
-/// Standard input without the library's buffer of 8 KiB, not closed when dropped.
-#[allow(unsafe_code)]
-fn borrow_stdin() -> ManuallyDrop<std::fs::File> {
-    // SAFETY: the descriptor is open for as long as the process is, and is not closed here.
-    ManuallyDrop::new(unsafe { std::fs::File::from_raw_fd(libc::STDIN_FILENO) })
 }

@@ -14,13 +14,14 @@
 use std::ffi::CString;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
-use std::ptr;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering::SeqCst};
 use std::time::Duration;
 
 use crate::error::{Context, Result};
 use crate::poll::{self, EventFd, Events, Ready};
+use crate::sys::process::Shown;
+use crate::sys::{descriptor, process};
 use crate::terminal;
 
 const ENDING: [i32; 5] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT, libc::SIGXCPU];
@@ -53,7 +54,7 @@ static GOES_ON: AtomicBool = AtomicBool::new(false);
 /// Wakes the main loop.
 static WAKE: OnceLock<EventFd> = OnceLock::new();
 /// The socket's file; null: there is none.
-static SOCKET: AtomicPtr<Socket> = AtomicPtr::new(ptr::null_mut());
+static SOCKET: Shown<Socket> = Shown::new();
 
 /// The file of a socket: where it is, and its device and inode.
 struct Socket {
@@ -96,7 +97,6 @@ pub struct Signals {
 impl Signals {
     /// Sets up the handlers, and lets in signals that the process was started with blocked: its parent has
     /// blocked them for reasons of its own.
-    #[allow(unsafe_code)]
     pub fn take_over() -> Result<Self> {
         let wake = poll::event("signals")?;
         let wake = WAKE.get_or_init(|| wake);
@@ -106,27 +106,21 @@ impl Signals {
                 let _ = CAME.compare_exchange(signal, 0, SeqCst, SeqCst);
             }
         }
-        let nothing = set_of(&[]);
-        // SAFETY: the call reads a local set and changes this thread's mask.
-        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &nothing, ptr::null_mut()) };
+        let nothing = process::signals(&[]);
+        process::set_signal_mask(&nothing);
         Ok(Self { wake, nothing })
     }
 
     /// From here on [`Self::next`] also tells of SIGCONT.
     pub fn tell_of_going_on(&self) {
-        handle(libc::SIGCONT, on_going_on, 0, &[]);
+        process::handle(libc::SIGCONT, on_going_on, 0, &[]);
     }
 
     /// From here on this thread takes ending signals only in [`Self::wait`]. Threads of vCPUs must be there
     /// already, to take them otherwise.
-    #[allow(unsafe_code)]
     pub fn share(&self) {
-        let mut set = set_of(&ENDING);
-        // SAFETY: the calls use a local set and change this thread's mask.
-        unsafe {
-            libc::sigaddset(&mut set, libc::SIGALRM);
-            libc::pthread_sigmask(libc::SIG_BLOCK, &set, ptr::null_mut());
-        }
+        let [a, b, c, d, e] = ENDING;
+        process::block_signals(&process::signals(&[a, b, c, d, e, libc::SIGALRM]));
     }
 
     /// Waits for events, and for signals: those make this readable.
@@ -147,11 +141,9 @@ impl Signals {
 
     /// The process is about to end, by a signal or not. That may take longer than a signal has to be taken
     /// up; a signal that comes now means that it shall not.
-    #[allow(unsafe_code)]
     pub fn begin_end(&self) {
         IS_ENDING.store(true, SeqCst);
-        // SAFETY: the call reads a local set and changes this thread's mask.
-        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &self.nothing, ptr::null_mut()) };
+        process::set_signal_mask(&self.nothing);
     }
 
     /// Ends the part of an orderly end that may take long. The steps that are left are short, but a disk that
@@ -179,8 +171,7 @@ impl SocketFile {
     pub fn own(path: &Path, identity: Option<(u64, u64)>) -> Result<Self> {
         let path = CString::new(path.as_os_str().as_encoded_bytes()).context("read the socket's path")?;
         if let Some(identity) = identity {
-            // Never freed: a handler may be using it.
-            SOCKET.store(Box::into_raw(Box::new(Socket { path, identity })), SeqCst);
+            SOCKET.set(Some(Socket { path, identity }));
         }
         Ok(Self(()))
     }
@@ -188,7 +179,7 @@ impl SocketFile {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        SOCKET.store(ptr::null_mut(), SeqCst);
+        SOCKET.set(None);
     }
 }
 
@@ -196,7 +187,7 @@ impl Drop for SocketFile {
 // async-signal-safe calls (signal-safety(7)), and leave `errno` as it was.
 
 extern "C" fn on_ending(signal: i32) {
-    keep_errno(|| {
+    process::keep_errno(|| {
         let is_first = CAME.compare_exchange(0, signal, SeqCst, SeqCst).is_ok();
         if is_first && !IS_ENDING.load(SeqCst) {
             arm(PATIENCE);
@@ -212,14 +203,14 @@ extern "C" fn on_ending(signal: i32) {
 }
 
 extern "C" fn on_going_on(_: i32) {
-    keep_errno(|| {
+    process::keep_errno(|| {
         GOES_ON.store(true, SeqCst);
         wake();
     });
 }
 
 extern "C" fn on_timer(_: i32) {
-    keep_errno(|| match (CAME.load(SeqCst), IS_URGENT.load(SeqCst)) {
+    process::keep_errno(|| match (CAME.load(SeqCst), IS_URGENT.load(SeqCst)) {
         // No signal is noted: the one that armed the timer was an ignored one, and was forgotten.
         (0, _) => {}
         (_, false) if IS_ENDING.load(SeqCst) => say(WRITING),
@@ -227,45 +218,23 @@ extern "C" fn on_timer(_: i32) {
     });
 }
 
-#[allow(unsafe_code)]
 fn end_at_once(signal: i32, words: &[u8]) {
     // If anything below is held up, SIGALRM kills.
-    let kill = action(libc::SIG_DFL, 0, &[]);
-    // SAFETY: the call reads a local structure.
-    unsafe { libc::sigaction(libc::SIGALRM, &kill, ptr::null_mut()) };
-    start_timer(GRACE);
+    process::handle_by_default(libc::SIGALRM);
+    process::start_timer(GRACE);
     terminal::restore();
-    // SAFETY: it is null or what was leaked by `SocketFile::own`, and never changes.
-    if let Some(socket) = unsafe { SOCKET.load(SeqCst).as_ref() } {
-        remove(socket);
+    // The file stays if somebody else has theirs at the path by now.
+    if let Some(Socket { path, identity }) = SOCKET.get() {
+        process::remove_if_same(path, *identity);
     }
     say(words);
-    let code = u8::try_from(signal).map_or(u8::MAX, exit_code);
-    // SAFETY: the call takes a number, and does not return.
-    unsafe { libc::_exit(code.into()) };
-}
-
-/// Removes the socket's file, unless somebody else has theirs at its path by now.
-#[allow(unsafe_code)]
-fn remove(Socket { path, identity }: &Socket) {
-    // SAFETY: `stat` is plain data of which zeros are valid; the calls use it and a string that ends with a zero.
-    unsafe {
-        let mut found: libc::stat = std::mem::zeroed();
-        if libc::lstat(path.as_ptr(), &mut found) == 0 && (found.st_dev, found.st_ino) == *identity {
-            libc::unlink(path.as_ptr());
-        }
-    }
+    process::exit_now(u8::try_from(signal).map_or(u8::MAX, exit_code));
 }
 
 /// Says it on standard error, if that does not wait for its reader.
-#[allow(unsafe_code)]
 fn say(words: &[u8]) {
-    let mut poll = libc::pollfd { fd: libc::STDERR_FILENO, events: libc::POLLOUT, revents: 0 };
-    // SAFETY: the calls use one local structure, as the count says, and the slice as long as it is.
-    unsafe {
-        if libc::poll(&mut poll, 1, 0) == 1 {
-            libc::write(libc::STDERR_FILENO, words.as_ptr().cast(), words.len());
-        }
+    if descriptor::poll(&libc::STDERR_FILENO, libc::POLLOUT, 0) != 0 {
+        process::write_error(words);
     }
 }
 
@@ -280,75 +249,16 @@ fn wake() {
 fn arm(after: Duration) {
     // The kernel would stop a background process that restores the terminal (SIGTTOU), and would keep the
     // timer's signal from killing while the handler runs (SA_NODEFER).
-    handle(libc::SIGALRM, on_timer, libc::SA_NODEFER, &[libc::SIGTTOU]);
-    start_timer(after);
-}
-
-#[allow(unsafe_code)]
-fn start_timer(after: Duration) {
-    let never = libc::timeval { tv_sec: 0, tv_usec: 0 };
-    let after = libc::timeval { tv_sec: after.as_secs() as _, tv_usec: after.subsec_micros().into() };
-    let timer = libc::itimerval { it_interval: never, it_value: after };
-    // SAFETY: the call reads a local structure.
-    unsafe { libc::setitimer(libc::ITIMER_REAL, &timer, ptr::null_mut()) };
-}
-
-#[allow(unsafe_code)]
-fn keep_errno(body: impl FnOnce()) {
-    // SAFETY: the pointer is to this thread's own number.
-    let errno = unsafe { libc::__errno_location() };
-    // SAFETY: as above.
-    let before = unsafe { *errno };
-    body();
-    // SAFETY: as above.
-    unsafe { *errno = before };
-}
-
-/// Has `handler` called, with `beside` blocked meanwhile, and calls that it interrupts begun again; returns
-/// what was done before.
-#[allow(unsafe_code)]
-fn handle(signal: i32, handler: extern "C" fn(i32), flags: i32, beside: &[i32]) -> libc::sigaction {
-    let handled = action(handler as *const () as usize, flags | libc::SA_RESTART, beside);
-    // SAFETY: the structure is plain data of which zeros are valid; the handlers here may be called at any
-    // time.
-    unsafe {
-        let mut before: libc::sigaction = std::mem::zeroed();
-        libc::sigaction(signal, &handled, &mut before);
-        before
-    }
+    process::handle(libc::SIGALRM, on_timer, libc::SA_NODEFER, &[libc::SIGTTOU]);
+    process::start_timer(after);
 }
 
 /// Has `handler` called; false: the signal was ignored, and stays so, here and in programs started from here.
-#[allow(unsafe_code)]
 fn handle_unless_ignored(signal: i32, handler: extern "C" fn(i32)) -> bool {
-    let before = handle(signal, handler, 0, &[]);
+    let before = process::handle(signal, handler, 0, &[]);
     let was_ignored = before.sa_sigaction == libc::SIG_IGN;
     if was_ignored {
-        // SAFETY: the call reads what it returned.
-        unsafe { libc::sigaction(signal, &before, ptr::null_mut()) };
+        process::handle_as_before(signal, &before);
     }
     !was_ignored
-}
-
-#[allow(unsafe_code)]
-fn action(what: libc::sighandler_t, flags: i32, beside: &[i32]) -> libc::sigaction {
-    // SAFETY: the structure is plain data of which zeros are valid.
-    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
-    action.sa_sigaction = what;
-    action.sa_flags = flags;
-    action.sa_mask = set_of(beside);
-    action
-}
-
-#[allow(unsafe_code)]
-fn set_of(signals: &[i32]) -> libc::sigset_t {
-    // SAFETY: `sigset_t` is plain data that sigemptyset initialises.
-    unsafe {
-        let mut set: libc::sigset_t = std::mem::zeroed();
-        libc::sigemptyset(&mut set);
-        for signal in signals {
-            libc::sigaddset(&mut set, *signal);
-        }
-        set
-    }
 }

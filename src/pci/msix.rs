@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::log;
 use crate::poll::EventFd;
 use crate::snapshot::Snapshot;
+use crate::sys;
 use crate::vm::Vm;
 use crate::vm::irq::Message;
 
@@ -192,10 +193,6 @@ fn copy(bytes: &[u8], offset: usize, data: &mut [u8]) {
 }
 
 /// Whether something was written, without taking it.
-#[allow(unsafe_code)]
 fn is_readable(event: &EventFd) -> bool {
-    use std::os::fd::AsRawFd;
-    let mut poll = libc::pollfd { fd: event.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-    // SAFETY: the pointer is to one local `pollfd`, as the count says.
-    unsafe { libc::poll(&mut poll, 1, 0) == 1 }
+    sys::descriptor::poll(event, libc::POLLIN, 0) != 0
 }

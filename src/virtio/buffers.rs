@@ -3,7 +3,7 @@
 //! allocated any more.
 
 use std::fs::File;
-use std::io::ErrorKind;
+use std::io::{ErrorKind, IoSliceMut};
 use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 
@@ -330,6 +330,20 @@ impl Buffers {
             self.vectors[end - 1].iov_len += over;
         }
         result
+    }
+
+    /// The first `count` bytes, for system calls and plain copies: the guest may write there at any time.
+    #[allow(unsafe_code)]
+    pub fn front(&mut self, count: usize) -> Vec<IoSliceMut<'_>> {
+        let mut left = count;
+        let piece = |vector: &libc::iovec| {
+            let length = vector.iov_len.min(left);
+            left -= length;
+            // SAFETY: the vector lies in `memory` (see `Buffers`), and the slice lives no longer than this. What
+            // the guest writes there meanwhile is seen or not: it is bytes whatever it is.
+            (length > 0).then(|| unsafe { std::slice::from_raw_parts_mut(vector.iov_base.cast(), length) })
+        };
+        self.vectors().iter().map_while(piece).map(IoSliceMut::new).collect()
     }
 
     /// Makes the first `count` bytes zeros; they are then taken away.

@@ -1,9 +1,9 @@
 //! A vCPU and its thread: runs guest code, hands exits to the buses, stops at the gate.
 
-use std::os::unix::thread::JoinHandleExt;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
 use kvm_ioctls::{VcpuExit, VcpuFd};
@@ -16,6 +16,7 @@ use crate::error::{Context, Error, Result};
 use crate::log;
 use crate::metrics::{Counter, metrics};
 use crate::platform::Place;
+use crate::sys;
 use crate::vm::exit::{End, Exit};
 use crate::vm::gate::Gate;
 
@@ -170,18 +171,9 @@ impl Vcpu {
     }
 
     /// CPU time that the vCPU's thread has used so far, in nanoseconds.
-    #[allow(unsafe_code)]
     pub fn cpu_time_ns(&self) -> u64 {
-        let Some(thread) = &self.thread else { return 0 };
-        let mut clock = 0;
-        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-        // SAFETY: both calls only write to the two locals; the handle has not been joined, so the
-        // thread's identifier is valid.
-        let failed = unsafe {
-            libc::pthread_getcpuclockid(thread.as_pthread_t(), &mut clock) != 0
-                || libc::clock_gettime(clock, &mut time) != 0
-        };
-        if failed { 0 } else { time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64 }
+        let time = self.thread.as_ref().map_or(Duration::ZERO, sys::process::cpu_time);
+        time.as_nanos() as u64
     }
 
     /// Waits for the thread to end; the gate must have been removed and the vCPU kicked.

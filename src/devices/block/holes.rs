@@ -2,9 +2,9 @@
 
 use std::fs::File;
 use std::io::{ErrorKind, Result};
-use std::os::fd::AsRawFd;
 
-use super::device::{self, repeat};
+use super::device;
+use crate::sys::descriptor::allocate;
 
 /// What a hole is made by; the file keeps its length.
 pub const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
@@ -47,12 +47,6 @@ pub fn zero(file: &File, offset: u64, length: u64, unmap: bool) -> Result<()> {
         }
         result => result,
     }
-}
-
-#[allow(unsafe_code)]
-fn allocate(file: &File, mode: i32, offset: u64, length: u64) -> Result<()> {
-    // SAFETY: the call takes numbers.
-    repeat(|| unsafe { libc::fallocate64(file.as_raw_fd(), mode, offset as i64, length as i64) })
 }
 
 #[cfg(test)]

@@ -2,13 +2,13 @@
 
 use std::fs::File;
 use std::io::Result;
-use std::os::fd::AsRawFd;
 
 use super::SECTOR;
 use super::bounce::Bounce;
 use super::{device, holes};
 use crate::descriptors::Named;
 use crate::error::{self, Context};
+use crate::sys::descriptor;
 use crate::virtio::buffers::Buffers;
 
 /// What the host wants of reads and writes past its page cache, in bytes: powers of two.
@@ -114,29 +114,15 @@ impl Raw {
     }
 }
 
-#[allow(unsafe_code)]
 fn set_direct(file: &File) -> Result<()> {
-    // SAFETY: the calls take numbers.
-    let result = unsafe {
-        let flags = libc::fcntl(file.as_raw_fd(), libc::F_GETFL);
-        libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags | libc::O_DIRECT)
-    };
-    if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+    descriptor::set_status(file, descriptor::status(file)? | libc::O_DIRECT)
 }
 
-/// What the kernel says (statx(2), since Linux 6.1).
-#[allow(unsafe_code)]
+/// What the kernel says (since Linux 6.1).
 fn alignment(file: &File) -> Option<Alignment> {
-    // SAFETY: all zeros are a value of this structure of numbers.
-    let mut answer: libc::statx = unsafe { std::mem::zeroed() };
-    // SAFETY: the path is an empty string, the call writes to the local structure.
-    let result = unsafe {
-        libc::statx(file.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, libc::STATX_DIOALIGN, &mut answer)
-    };
-    let told = result == 0 && answer.stx_mask & libc::STATX_DIOALIGN != 0 && answer.stx_dio_offset_align > 0;
-    told.then(|| Alignment {
+    descriptor::direct_alignment(file).map(|(memory, block)| Alignment {
         // Pieces of a vector are whole sectors, whatever smaller the host would take.
-        memory: answer.stx_dio_mem_align.max(SECTOR as u32) as usize,
-        block: answer.stx_dio_offset_align.into(),
+        memory: memory.max(SECTOR as u32) as usize,
+        block: block.into(),
     })
 }

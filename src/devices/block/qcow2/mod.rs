@@ -33,7 +33,7 @@ mod tables;
 mod tests;
 
 use std::fs::File;
-use std::io::{ErrorKind, IoSliceMut, Result as IoResult};
+use std::io::{ErrorKind, Result as IoResult};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -173,7 +173,7 @@ impl Qcow2 {
                 }
                 Mapping::Zero { .. } => buffers.zero(count),
                 _ => {
-                    access.readv(front(buffers, count).into(), offset)?;
+                    access.readv(buffers.front(count).into(), offset)?;
                     buffers.mark_dirty(count);
                     buffers.advance(count);
                 }
@@ -345,18 +345,4 @@ impl Drop for Qcow2 {
             ));
         }
     }
-}
-
-/// The first `count` bytes of `buffers`.
-#[allow(unsafe_code)]
-fn front(buffers: &mut Buffers, count: usize) -> Vec<IoSliceMut<'_>> {
-    let mut left = count;
-    let piece = |vector: &libc::iovec| {
-        let length = vector.iov_len.min(left);
-        left -= length;
-        // SAFETY: the vector is guest memory, mapped as long as the buffers live. It is only accessed
-        // by system calls and plain copies; that the guest may write to it as well is its fault.
-        (length > 0).then(|| unsafe { std::slice::from_raw_parts_mut(vector.iov_base.cast(), length) })
-    };
-    buffers.vectors().iter().map_while(piece).map(IoSliceMut::new).collect()
 }

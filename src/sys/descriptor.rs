@@ -1,0 +1,238 @@
+//! Calls on open descriptors: their flags, whether they are ready, files, block devices, terminals.
+#![allow(unsafe_code)]
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io::{Error, ErrorKind, Result};
+use std::mem::{ManuallyDrop, zeroed};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use super::check;
+
+/// The owner of the descriptor that a call has just made.
+pub(super) fn owned(made: RawFd) -> Result<OwnedFd> {
+    let fd = check(made)?;
+    // SAFETY: the descriptor is new, and nobody else has it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn control(fd: RawFd, what: i32, argument: i32) -> Result<i32> {
+    // SAFETY: all that this file asks for by `control` takes and returns numbers.
+    check(unsafe { libc::fcntl(fd, what, argument) })
+}
+
+/// Whether the descriptor with this number is closed when a program starts (FD_CLOEXEC, fcntl(2)).
+///
+/// # Errors
+/// No such descriptor is open.
+pub fn closes_on_exec(fd: RawFd) -> Result<bool> {
+    control(fd, libc::F_GETFD, 0).map(|flags| flags & libc::FD_CLOEXEC != 0)
+}
+
+/// Has a descriptor closed, or left open, when a program starts.
+///
+/// # Errors
+/// The descriptor is not open.
+pub fn set_closes_on_exec(fd: &impl AsRawFd, closes: bool) -> Result<()> {
+    control(fd.as_raw_fd(), libc::F_SETFD, if closes { libc::FD_CLOEXEC } else { 0 }).map(drop)
+}
+
+/// The flags of an open file: `libc::O_...` (F_GETFL, fcntl(2)).
+///
+/// # Errors
+/// The descriptor is not open.
+pub fn status(fd: &impl AsRawFd) -> Result<i32> {
+    control(fd.as_raw_fd(), libc::F_GETFL, 0)
+}
+
+/// Sets the flags that [`status`] gives.
+///
+/// # Errors
+/// The file cannot have one of them.
+pub fn set_status(fd: &impl AsRawFd, flags: i32) -> Result<()> {
+    control(fd.as_raw_fd(), libc::F_SETFL, flags).map(drop)
+}
+
+/// Another descriptor of the same open file, which is above 2 and closed when a program starts.
+///
+/// # Errors
+/// The process has as many descriptors as it may have.
+pub fn duplicate(fd: &impl AsRawFd) -> Result<OwnedFd> {
+    owned(control(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, 3)?)
+}
+
+/// Keeps the size of a memory file, and these seals, as they are from now on (memfd_create(2)).
+///
+/// # Errors
+/// The kernel's, of fcntl(2).
+pub fn seal_size(file: &File) -> Result<()> {
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    control(file.as_raw_fd(), libc::F_ADD_SEALS, seals).map(drop)
+}
+
+/// Waits at most so long, or until a signal, for one of these events (`libc::POLL...`), and says which there are, with
+/// POLLERR and POLLHUP among them; 0: none, or the wait was interrupted (poll(2)).
+pub fn poll(fd: &impl AsRawFd, events: i16, timeout_ms: i32) -> i16 {
+    let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events, revents: 0 };
+    // SAFETY: the pointer is to one local `pollfd`, as the count says.
+    match unsafe { libc::poll(&raw mut poll, 1, timeout_ms) } {
+        1 => poll.revents,
+        _ => 0,
+    }
+}
+
+/// Waits for events of an epoll set (epoll_pwait(2)), and returns how many it has written to the front of `events`;
+/// with `mask` as the signal mask of this thread meanwhile, if one is given. A `timeout_ms` of -1 is none.
+///
+/// # Errors
+/// A signal interrupted the wait.
+pub fn wait(
+    epoll: &impl AsRawFd,
+    events: &mut [libc::epoll_event],
+    timeout_ms: i32,
+    mask: Option<&libc::sigset_t>,
+) -> Result<usize> {
+    let mask = mask.map_or(std::ptr::null(), std::ptr::from_ref);
+    let room = i32::try_from(events.len()).unwrap_or(i32::MAX);
+    // SAFETY: the call writes at most as many events as there is room for, and only reads the mask.
+    let count = unsafe { libc::epoll_pwait(epoll.as_raw_fd(), events.as_mut_ptr(), room, timeout_ms, mask) };
+    check(count).map(|count| count as usize)
+}
+
+/// Whether this user may write to what is at `path` (access(2)).
+///
+/// # Errors
+/// The user may not.
+pub fn check_writable(path: &Path) -> Result<()> {
+    let name = CString::new(path.as_os_str().as_bytes())?;
+    // SAFETY: the name is a string that ends with a zero.
+    check(unsafe { libc::access(name.as_ptr(), libc::W_OK) }).map(drop)
+}
+
+/// A call, again as long as it is interrupted.
+fn repeat(mut call: impl FnMut() -> i32) -> Result<()> {
+    loop {
+        match check(call()) {
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            result => return result.map(drop),
+        }
+    }
+}
+
+/// Gives blocks to a range of a file, or takes them away, as `mode` says: `libc::FALLOC_FL_...` (fallocate(2)).
+///
+/// # Errors
+/// The file system cannot do that.
+pub fn allocate(file: &File, mode: i32, offset: u64, length: u64) -> Result<()> {
+    // SAFETY: the call takes numbers.
+    repeat(|| unsafe { libc::fallocate64(file.as_raw_fd(), mode, offset as i64, length as i64) })
+}
+
+/// Locks a whole file until the last copy of its descriptor is closed, for one writer or for readers (F_OFD_SETLK,
+/// fcntl(2)).
+///
+/// # Errors
+/// EAGAIN or EACCES: somebody else has a lock that is in the way. Others: the file system has no locks.
+pub fn lock(file: &File, for_writing: bool) -> Result<()> {
+    let kind = if for_writing { libc::F_WRLCK } else { libc::F_RDLCK };
+    let lock =
+        libc::flock { l_type: kind as i16, l_whence: libc::SEEK_SET as i16, l_start: 0, l_len: 0, l_pid: 0 };
+    // SAFETY: the call reads the local structure.
+    check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) }).map(drop)
+}
+
+/// What direct I/O on a file needs: by how much memory and offset must be divisible, in bytes (STATX_DIOALIGN,
+/// statx(2), since Linux 6.1). None: the kernel does not say, or there is none.
+pub fn direct_alignment(file: &File) -> Option<(u32, u32)> {
+    // SAFETY: all zeros are a value of this structure of numbers.
+    let mut answer: libc::statx = unsafe { zeroed() };
+    // SAFETY: the path is an empty string, the call writes to the local structure.
+    let result = unsafe {
+        libc::statx(
+            file.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            libc::STATX_DIOALIGN,
+            &raw mut answer,
+        )
+    };
+    let told = result == 0 && answer.stx_mask & libc::STATX_DIOALIGN != 0 && answer.stx_dio_offset_align > 0;
+    told.then_some((answer.stx_dio_mem_align, answer.stx_dio_offset_align))
+}
+
+/// What a block device answers with a number (linux/fs.h).
+#[derive(Clone, Copy, Debug)]
+pub enum DeviceNumber {
+    /// BLKROGET: whether the device cannot be written.
+    IsReadOnly = 0x125e,
+    /// BLKSSZGET: the size of its sectors in bytes.
+    SectorSize = 0x1268,
+}
+
+/// What is done with a range of bytes of a block device (linux/fs.h).
+#[derive(Clone, Copy, Debug)]
+pub enum DeviceRange {
+    /// BLKDISCARD: the range is given back, and reads as anything then.
+    Discard = 0x1277,
+    /// BLKZEROOUT: the range is made zeros.
+    Zero = 0x127f,
+}
+
+/// Asks a block device.
+///
+/// # Errors
+/// The file is none.
+pub fn device_number(file: &File, what: DeviceNumber) -> Result<u64> {
+    let mut answer: libc::c_int = 0;
+    // SAFETY: each of these calls writes an int, to the local number.
+    repeat(|| unsafe { libc::ioctl(file.as_raw_fd(), what as _, &raw mut answer) })?;
+    u64::try_from(answer).map_err(Error::other)
+}
+
+/// Does something with a range of a block device.
+///
+/// # Errors
+/// The device cannot do it, or the range is not on it.
+pub fn change_device(file: &File, what: DeviceRange, offset: u64, length: u64) -> Result<()> {
+    let range = [offset, length];
+    // SAFETY: each of these calls reads two numbers of 64 bits, the local range.
+    repeat(|| unsafe { libc::ioctl(file.as_raw_fd(), what as _, range.as_ptr()) })
+}
+
+/// Standard input without the library's buffer of 8 KiB, not closed when this is dropped.
+pub fn standard_input() -> ManuallyDrop<File> {
+    // SAFETY: the descriptor is open for as long as the process is, and is not closed here.
+    ManuallyDrop::new(unsafe { File::from_raw_fd(libc::STDIN_FILENO) })
+}
+
+/// The modes of a terminal; None: it is none (tcgetattr(3)).
+pub fn terminal_mode(fd: RawFd) -> Option<libc::termios> {
+    // SAFETY: all zeros are a value of this structure of numbers.
+    let mut mode: libc::termios = unsafe { zeroed() };
+    // SAFETY: the call writes to the local structure.
+    check(unsafe { libc::tcgetattr(fd, &raw mut mode) }).ok().map(|_| mode)
+}
+
+/// Sets the modes of a terminal. A signal handler may call this.
+pub fn set_terminal_mode(fd: RawFd, mode: &libc::termios) {
+    // SAFETY: the call only reads the structure.
+    unsafe { libc::tcsetattr(fd, libc::TCSANOW, mode) };
+}
+
+/// The process group in the foreground of the terminal that controls this process, if `fd` is that, and the process
+/// group that this process is in (tcgetpgrp(3)). A signal handler may call this.
+pub fn process_groups(fd: RawFd) -> (Option<i32>, i32) {
+    // SAFETY: the calls take and return numbers.
+    let (foreground, own) = unsafe { (libc::tcgetpgrp(fd), libc::getpgrp()) };
+    ((foreground >= 0).then_some(foreground), own)
+}
+
+/// Makes a FIFO, for a test.
+#[cfg(test)]
+pub fn make_fifo(path: &Path) {
+    let name = CString::new(path.as_os_str().as_bytes()).unwrap();
+    // SAFETY: the name is a string that ends with a zero.
+    check(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }).unwrap();
+}

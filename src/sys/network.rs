@@ -1,0 +1,199 @@
+//! Calls on sockets and network interfaces.
+#![allow(unsafe_code)]
+
+use std::io::Result;
+use std::mem::{size_of_val, zeroed};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+
+use super::descriptor::owned;
+use super::{check, check_count};
+
+/// A socket that does not block (socket(2)).
+///
+/// # Errors
+/// The kernel has none of this kind, or the process has as many descriptors as it may have.
+pub fn socket(family: i32, kind: i32, protocol: i32) -> Result<OwnedFd> {
+    // SAFETY: the call takes numbers.
+    owned(unsafe { libc::socket(family, kind | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC, protocol) })
+}
+
+/// Connects a socket to the one at an address of `length` bytes (unix(7)).
+///
+/// # Errors
+/// There is none, nobody listens there, or who does has no room (EAGAIN).
+pub fn connect(socket: &impl AsRawFd, address: &libc::sockaddr_un, length: usize) -> Result<()> {
+    let length = length.min(size_of_val(address)) as libc::socklen_t;
+    // SAFETY: the call reads the structure, of which `length` bytes are not more than all.
+    check(unsafe { libc::connect(socket.as_raw_fd(), std::ptr::from_ref(address).cast(), length) }).map(drop)
+}
+
+/// The next client of a listening Unix socket; its stream does not block (accept4(2)).
+///
+/// # Errors
+/// None waits, or the process has as many descriptors as it may have.
+pub fn accept(listener: &impl AsRawFd) -> Result<UnixStream> {
+    let flags = libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
+    let nobody = std::ptr::null_mut();
+    // SAFETY: the call writes no address.
+    owned(unsafe { libc::accept4(listener.as_raw_fd(), nobody, std::ptr::null_mut(), flags) }).map(Into::into)
+}
+
+/// Receives into the front of `bytes`, and returns how many there were (recv(2)); `flags`: `libc::MSG_...`.
+///
+/// # Errors
+/// There is nothing, or the other end has broken off.
+pub fn receive(socket: &impl AsRawFd, bytes: &mut [u8], flags: i32) -> Result<usize> {
+    // SAFETY: the call writes at most the length of the slice to it.
+    check_count(unsafe { libc::recv(socket.as_raw_fd(), bytes.as_mut_ptr().cast(), bytes.len(), flags) })
+}
+
+/// Sends a front of `bytes`, and returns how many went (send(2)).
+///
+/// # Errors
+/// There is no room, or the other end has broken off.
+pub fn send(socket: &impl AsRawFd, bytes: &[u8]) -> Result<usize> {
+    // SAFETY: the call reads at most the length of the slice.
+    check_count(unsafe { libc::send(socket.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), 0) })
+}
+
+/// Lets through to a socket only what a program of classic BPF accepts (SO_ATTACH_FILTER, socket(7)).
+///
+/// # Errors
+/// The kernel takes no such program.
+pub fn attach_filter(socket: &impl AsRawFd, filter: &[libc::sock_filter]) -> Result<()> {
+    let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_ptr().cast_mut() };
+    let (level, name) = (libc::SOL_SOCKET, libc::SO_ATTACH_FILTER);
+    let (value, length) = ((&raw const program).cast(), size_of_val(&program) as libc::socklen_t);
+    // SAFETY: the call reads the local structure and as many statements as it says there are: their number has 16
+    // bits, so it is not more than there are.
+    check(unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, value, length) }).map(drop)
+}
+
+/// Has a netlink socket hear what is told to these groups (netlink(7)).
+///
+/// # Errors
+/// The kernel's, of bind(2).
+pub fn join_groups(socket: &impl AsRawFd, groups: u32) -> Result<()> {
+    // SAFETY: `sockaddr_nl` is plain data of which zeros are valid.
+    let mut address: libc::sockaddr_nl = unsafe { zeroed() };
+    address.nl_family = libc::AF_NETLINK as u16;
+    address.nl_groups = groups;
+    let length = size_of_val(&address) as libc::socklen_t;
+    // SAFETY: the call reads the local structure, as long as it is.
+    check(unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length) }).map(drop)
+}
+
+/// struct ifreq: an interface's name, and a union with what is asked for (netdevice(7)).
+#[repr(C, align(8))]
+#[derive(Clone, Default)]
+pub struct InterfaceRequest {
+    /// The name, filled up with zeros.
+    pub name: [u8; libc::IFNAMSIZ],
+    /// The union.
+    pub value: [u8; 24],
+}
+
+impl InterfaceRequest {
+    /// ifr_flags
+    pub fn flags(&self) -> u16 {
+        u16::from_ne_bytes([self.value[0], self.value[1]])
+    }
+
+    /// The same request with these flags.
+    pub fn with_flags(&self, flags: u16) -> Self {
+        let mut request = self.clone();
+        request.value[..2].copy_from_slice(&flags.to_ne_bytes());
+        request
+    }
+
+    /// ifr_hwaddr: the address after its family.
+    pub fn address(&self) -> [u8; 6] {
+        self.value[2..8].try_into().expect("these are 6")
+    }
+
+    /// ifr_ifindex
+    pub fn index(&self) -> u32 {
+        u32::from_ne_bytes(self.value[..4].try_into().expect("these are 4"))
+    }
+
+    /// Whether it is about the interface called `name`.
+    pub fn is_called(&self, name: &str) -> bool {
+        self.name.split(|byte| *byte == 0).next() == Some(name.as_bytes())
+    }
+}
+
+/// What can be asked of an interface by its name, and of the queue of a TAP (linux/if_tun.h).
+#[derive(Clone, Copy, Debug)]
+pub enum InterfaceCall {
+    /// Gives the hardware address, of a socket or a TAP.
+    Address,
+    /// Gives the number of the interface, of a socket.
+    Index,
+    /// Gives the flags, of a socket.
+    Flags,
+    /// Gives the name and the flags of what a queue is attached to.
+    Attached,
+    /// Attaches a queue to the interface of this name and these flags, which is made if there is none.
+    Attach,
+    /// Lets a queue of several get frames, or none, as the flags say.
+    SetQueue,
+}
+
+/// Asks something of an interface; the answer comes into `request`.
+///
+/// # Errors
+/// There is no such interface, the user may not, or the kernel's, of ioctl(2).
+pub fn ask_interface(fd: &impl AsRawFd, call: InterfaceCall, request: &mut InterfaceRequest) -> Result<()> {
+    let call = match call {
+        InterfaceCall::Address => libc::SIOCGIFHWADDR,
+        InterfaceCall::Index => libc::SIOCGIFINDEX,
+        InterfaceCall::Flags => libc::SIOCGIFFLAGS,
+        InterfaceCall::Attached => libc::TUNGETIFF,
+        InterfaceCall::Attach => libc::TUNSETIFF,
+        InterfaceCall::SetQueue => libc::TUNSETQUEUE,
+    };
+    const { assert!(size_of::<InterfaceRequest>() == size_of::<libc::ifreq>()) };
+    // SAFETY: each of these calls reads and writes a `struct ifreq`, which the structure is as large as.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), call, std::ptr::from_mut(request)) }).map(drop)
+}
+
+/// The number of the interface that a request names; None: there is no such interface (if_nametoindex(3)).
+pub fn interface_index(request: &InterfaceRequest) -> Option<u32> {
+    let name = std::ffi::CStr::from_bytes_until_nul(&request.name).ok()?;
+    // SAFETY: the name is a string that ends with a zero.
+    Some(unsafe { libc::if_nametoindex(name.as_ptr()) }).filter(|index| *index != 0)
+}
+
+/// Lets a TAP give frames that its reader can take: `libc::TUN_F_...` (TUNSETOFFLOAD).
+///
+/// # Errors
+/// The kernel does not have one of these.
+pub fn set_offloads(tap: &impl AsRawFd, offloads: u32) -> Result<()> {
+    let offloads = libc::c_ulong::from(offloads);
+    // SAFETY: the call takes a number.
+    check(unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETOFFLOAD, offloads) }).map(drop)
+}
+
+/// Sets how many bytes the header before a frame has (TUNSETVNETHDRSZ).
+///
+/// # Errors
+/// The file is no TAP.
+pub fn set_header_size(tap: &impl AsRawFd, size: i32) -> Result<()> {
+    // SAFETY: the call reads a number.
+    check(unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const size) }).map(drop)
+}
+
+/// Keeps frames from a TAP that are for none of these addresses (TUNSETTXFILTER), of which there are at most 65535;
+/// `flags`: `libc::TUN_FLT_...`. Without any address all come.
+///
+/// # Errors
+/// The file is no TAP.
+pub fn set_address_filter(tap: &impl AsRawFd, flags: u16, addresses: &[[u8; 6]]) -> Result<()> {
+    let count = u16::try_from(addresses.len()).unwrap_or(u16::MAX);
+    // struct tun_filter: flags, a count, addresses.
+    let mut filter = [flags.to_ne_bytes(), count.to_ne_bytes()].concat();
+    filter.extend(addresses.as_flattened());
+    // SAFETY: the call reads the header and as many addresses as it says there are.
+    check(unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETTXFILTER, filter.as_ptr()) }).map(drop)
+}

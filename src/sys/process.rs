@@ -1,0 +1,204 @@
+//! Calls about this process and its threads: signals, clocks, the end, the kernel's random numbers.
+#![allow(unsafe_code)]
+
+use std::ffi::CStr;
+use std::io::Result;
+use std::mem::zeroed;
+use std::os::unix::thread::JoinHandleExt;
+use std::ptr::{self, null_mut};
+use std::sync::atomic::{AtomicPtr, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use super::check_count;
+
+/// What the standard library's runtime would do before `main`, as far as it is needed. No other thread may exist yet.
+pub fn begin() {
+    // SAFETY: the calls take numbers and a static string.
+    unsafe {
+        // Threads allocate next to nothing, and a heap of its own costs each of them memory and a start.
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+        // A client or a console that is gone is an error to handle, not the end.
+        libc::signal(libc::SIGPIPE, libc::SIG_IGN);
+        for fd in 0..3 {
+            // Else the first file opened would be taken for standard input, output or error.
+            if libc::fcntl(fd, libc::F_GETFD) == -1 {
+                libc::open(c"/dev/null".as_ptr(), libc::O_RDWR);
+            }
+        }
+    }
+}
+
+/// What a clock says (clock_gettime(2)): `libc::CLOCK_...`, which there is.
+pub fn time(clock: libc::clockid_t) -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the call only writes to the local structure. A clock that does not exist leaves it as it is.
+    unsafe { libc::clock_gettime(clock, &raw mut time) };
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
+/// The CPU time that a thread has used so far (pthread_getcpuclockid(3)).
+pub fn cpu_time<T>(thread: &JoinHandle<T>) -> Duration {
+    let mut clock = 0;
+    // SAFETY: the call writes to the local number; the thread has not been joined, so its identifier is valid.
+    match unsafe { libc::pthread_getcpuclockid(thread.as_pthread_t(), &raw mut clock) } {
+        0 => time(clock),
+        _ => Duration::ZERO,
+    }
+}
+
+/// Fills a front of `bytes` with random numbers, and returns how long it is (getrandom(2)).
+///
+/// # Errors
+/// A signal interrupted the call.
+pub fn random(bytes: &mut [u8]) -> Result<usize> {
+    // SAFETY: the call writes at most the length of the slice to it.
+    check_count(unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) })
+}
+
+/// Whether a filter of system calls is laid upon this thread (prctl(2)). A filter that does not even let it ask is
+/// one.
+pub fn is_filtered() -> bool {
+    // SAFETY: the call takes numbers.
+    unsafe { libc::prctl(libc::PR_GET_SECCOMP) != 0 }
+}
+
+/// These signals, as a set.
+pub fn signals(signals: &[i32]) -> libc::sigset_t {
+    // SAFETY: `sigset_t` is plain data that sigemptyset initialises.
+    unsafe {
+        let mut set: libc::sigset_t = zeroed();
+        libc::sigemptyset(&raw mut set);
+        for signal in signals {
+            libc::sigaddset(&raw mut set, *signal);
+        }
+        set
+    }
+}
+
+/// Makes `set` the signal mask of this thread.
+pub fn set_signal_mask(set: &libc::sigset_t) {
+    // SAFETY: the call reads the set and changes this thread's mask.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, set, null_mut()) };
+}
+
+/// Blocks the signals of `set` in this thread, beside those that are blocked.
+pub fn block_signals(set: &libc::sigset_t) {
+    // SAFETY: the call reads the set and changes this thread's mask.
+    unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, set, null_mut()) };
+}
+
+/// Blocks all signals in this thread: other threads take those that are sent to the process.
+pub fn block_all_signals() {
+    // SAFETY: `sigset_t` is plain data that sigfillset initialises.
+    let all = unsafe {
+        let mut all: libc::sigset_t = zeroed();
+        libc::sigfillset(&raw mut all);
+        all
+    };
+    block_signals(&all);
+}
+
+// From here on: what a signal handler may call too (signal-safety(7)).
+
+/// What is to be done on a signal, with the signals `beside` blocked meanwhile.
+fn action(what: libc::sighandler_t, flags: i32, beside: &[i32]) -> libc::sigaction {
+    // SAFETY: the structure is plain data of which zeros are valid.
+    let mut action: libc::sigaction = unsafe { zeroed() };
+    action.sa_sigaction = what;
+    action.sa_flags = flags;
+    action.sa_mask = signals(beside);
+    action
+}
+
+/// Has `handler` called on a signal, with the signals `beside` blocked meanwhile, and calls that it interrupts begun
+/// again; returns what was done before. The handler does nothing but what signal-safety(7) allows.
+pub fn handle(signal: i32, handler: extern "C" fn(i32), flags: i32, beside: &[i32]) -> libc::sigaction {
+    let handled = action(handler as *const () as usize, flags | libc::SA_RESTART, beside);
+    // SAFETY: the structure is plain data of which zeros are valid; the calls use local structures.
+    unsafe {
+        let mut before: libc::sigaction = zeroed();
+        libc::sigaction(signal, &raw const handled, &raw mut before);
+        before
+    }
+}
+
+/// Has done on a signal what [`handle`] has told of.
+pub fn handle_as_before(signal: i32, before: &libc::sigaction) {
+    // SAFETY: the call reads what the kernel has returned.
+    unsafe { libc::sigaction(signal, before, null_mut()) };
+}
+
+/// Has done on a signal what is done where nobody has said anything.
+pub fn handle_by_default(signal: i32) {
+    let default = action(libc::SIG_DFL, 0, &[]);
+    // SAFETY: the call reads a local structure.
+    unsafe { libc::sigaction(signal, &raw const default, null_mut()) };
+}
+
+/// Has SIGALRM sent to this process after so long, once (setitimer(2)).
+pub fn start_timer(after: Duration) {
+    let never = libc::timeval { tv_sec: 0, tv_usec: 0 };
+    let after = libc::timeval { tv_sec: after.as_secs() as _, tv_usec: after.subsec_micros().into() };
+    let timer = libc::itimerval { it_interval: never, it_value: after };
+    // SAFETY: the call reads a local structure.
+    unsafe { libc::setitimer(libc::ITIMER_REAL, &raw const timer, null_mut()) };
+}
+
+/// Does something and leaves this thread's `errno` as it was.
+pub fn keep_errno(body: impl FnOnce()) {
+    // SAFETY: the pointer is to this thread's own number.
+    let errno = unsafe { libc::__errno_location() };
+    // SAFETY: as above.
+    let before = unsafe { *errno };
+    body();
+    // SAFETY: as above.
+    unsafe { *errno = before };
+}
+
+/// Removes the file at `path` if it has this device and inode (lstat(2), unlink(2)).
+pub fn remove_if_same(path: &CStr, identity: (u64, u64)) {
+    // SAFETY: `stat` is plain data of which zeros are valid; the calls use it and a string that ends with a zero.
+    unsafe {
+        let mut found: libc::stat = zeroed();
+        if libc::lstat(path.as_ptr(), &raw mut found) == 0 && (found.st_dev, found.st_ino) == identity {
+            libc::unlink(path.as_ptr());
+        }
+    }
+}
+
+/// Writes to standard error, without a lock; what does not go at once is lost.
+pub fn write_error(words: &[u8]) {
+    // SAFETY: the call reads the slice, as long as it is.
+    unsafe { libc::write(libc::STDERR_FILENO, words.as_ptr().cast(), words.len()) };
+}
+
+/// Ends the process at once.
+pub fn exit_now(code: u8) -> ! {
+    // SAFETY: the call takes a number, and does not return.
+    unsafe { libc::_exit(code.into()) }
+}
+
+/// Something that signal handlers look at, which cannot wait for a lock. What was put here once is never freed: a
+/// handler may be using it.
+pub struct Shown<T: 'static>(AtomicPtr<T>);
+
+impl<T: Sync> Shown<T> {
+    /// Nothing.
+    #[expect(clippy::new_without_default, reason = "a default is no constant, and these are statics")]
+    pub const fn new() -> Self {
+        Self(AtomicPtr::new(ptr::null_mut()))
+    }
+
+    /// Shows `it`, or nothing any more.
+    pub fn set(&self, it: Option<T>) {
+        let it = it.map_or(null_mut(), |it| Box::into_raw(Box::new(it)));
+        self.0.store(it, Ordering::SeqCst);
+    }
+
+    /// What is shown.
+    pub fn get(&self) -> Option<&'static T> {
+        // SAFETY: the pointer is null or what was leaked by `set`, and never changes.
+        unsafe { self.0.load(Ordering::SeqCst).as_ref() }
+    }
+}
