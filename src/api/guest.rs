@@ -22,14 +22,14 @@ const TEXT_MAX: usize = 256;
 const ADDRESSES_MAX: usize = 64;
 
 /// Has a job ask the agent; `Err`: there is none to ask, as the answer says.
-pub fn look(microvm: &mut Microvm) -> Result<Ticket, Guest> {
+pub fn look(microvm: &mut Microvm) -> Result<Ticket, Box<Guest>> {
     let nobody = |error: Error| Guest { reason: Some(error.to_string()), ..Guest::default() };
-    let stream = open(microvm).map_err(nobody)?;
+    let stream = open(microvm).map_err(|error| Box::new(nobody(error)))?;
     let work = move || -> crate::microvm::Finish {
         let guest = ask(stream).map_or_else(nobody, told);
         Box::new(move |_| serde_json::to_value(guest).map(Some).context("write what the agent said"))
     };
-    microvm.start_job("guest", work).map_err(nobody)
+    microvm.start_job("guest", work).map_err(|error| Box::new(nobody(error)))
 }
 
 /// A connection to the guest's vsock device, as any program of the host has.
