@@ -7,6 +7,7 @@ pub mod link;
 pub mod listener;
 pub mod passt;
 pub mod socket;
+pub mod socket_file;
 pub mod tap;
 
 use std::fs::File;

@@ -13,6 +13,8 @@ use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 
+use alula::host::listener::Listener;
+use alula::microvm::signals::Signals;
 use common::terminal::Terminal;
 use common::{Client, Folder, Process, alula, wait_for};
 
@@ -113,7 +115,7 @@ fn a_file_system_that_does_not_answer_does_not_hold_signals_up() {
     const HELD_UP: &str = "alula: ended at once: the main thread was held up for 2 s\n";
     const SECOND: &str = "alula: ended at once by a second signal: what was not yet written out is lost\n";
     let folder = Folder::new();
-    let (silent, socket) = (folder.path("silent"), folder.path("s"));
+    let (silent, socket, vsock) = (folder.path("silent"), folder.path("s"), folder.path("v"));
     std::fs::create_dir(&silent).unwrap();
     let _server = mount_silent(&silent);
     let disk = folder.write("disk", [0; 4096]);
@@ -131,6 +133,7 @@ fn a_file_system_that_does_not_answer_does_not_hold_signals_up() {
         let (mut errors, its_errors) = std::io::pipe().unwrap();
         let mut command = Command::new(alula());
         command.args(["run", "--cmdline", "case=serial end=idle", "--api-sock"]).arg(&socket);
+        command.arg("--vsock").arg(&vsock);
         let process = terminal.with(command.arg("--disk").arg(&disk)).stderr(its_errors).spawn().unwrap();
         drop(command);
         let mut process = Guarded(process);
@@ -165,7 +168,7 @@ fn a_file_system_that_does_not_answer_does_not_hold_signals_up() {
         errors.read_to_string(&mut said).unwrap();
         assert_eq!(said, words, "{sent:?}");
         assert_eq!(terminal.modes(), before, "{sent:?}");
-        assert_eq!(socket.exists(), other.is_some(), "{sent:?}");
+        assert_eq!((socket.exists(), vsock.exists()), (other.is_some(), false), "{sent:?}");
     }
 }
 
@@ -292,6 +295,28 @@ fn a_program_that_is_started_has_signals_as_usual() {
     }
     process.send(TERM);
     assert_eq!(process.end().code, Some(128 + TERM));
+}
+
+/// Set in the process that is to panic: the folder that its socket is in.
+const PANICS_IN: &str = "ALULA_TEST_PANICS_IN";
+
+#[test]
+fn a_panic_leaves_no_socket_behind() {
+    const NAME: &str = "a_panic_leaves_no_socket_behind";
+    if let Some(folder) = std::env::var_os(PANICS_IN) {
+        let path = std::path::Path::new(&folder).join("s");
+        let _signals = Signals::take_over().unwrap();
+        let _listener = Listener::bind("socket", &path).unwrap();
+        assert!(path.exists());
+        // Nothing of this thread is cleared up before the hook has run, and all of it is left.
+        let _ = std::panic::catch_unwind(|| panic!("as it shall"));
+        std::process::exit(i32::from(path.exists()));
+    }
+    let folder = Folder::new();
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    let output = command.args([NAME, "--exact"]).env(PANICS_IN, folder.path("")).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert!(!folder.path("s").exists());
 }
 
 #[test]

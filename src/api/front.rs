@@ -24,11 +24,6 @@ impl Api {
     pub fn bind(path: &Path, body_max: usize) -> Result<Self> {
         Ok(Self { server: Server::bind(path, body_max)?, handler: Handler::default() })
     }
-
-    /// Device and inode of the socket's file; none: it is gone.
-    pub fn file(&self) -> Option<(u64, u64)> {
-        self.server.file()
-    }
 }
 
 impl Front for Api {

@@ -50,11 +50,6 @@ impl Server {
         Ok(Self { listener, body_max, token: 0, connections: Vec::new(), moves: 0 })
     }
 
-    /// Device and inode of the socket's file; none: it was gone as soon as it was there.
-    pub fn file(&self) -> Option<(u64, u64)> {
-        self.listener.file()
-    }
-
     /// Puts the listener on `events` with the tokens from `token` on.
     pub fn register(&mut self, events: &Events, token: u64) -> Result<()> {
         self.token = token;

@@ -26,7 +26,7 @@ use crate::log::{self, Level};
 use crate::machine::Exit;
 use crate::microvm::Microvm;
 use crate::microvm::monitor::{Ending, Front, Monitor, Outcome};
-use crate::microvm::signals::{self, Signals, SocketFile};
+use crate::microvm::signals::{self, Signals};
 use crate::terminal;
 use arguments::{Command, Run, Serve};
 
@@ -163,11 +163,9 @@ fn finish(
     code
 }
 
-/// Serves at `path`, where no end leaves a file behind.
-fn listen(path: &Path, body_max: usize) -> Result<(Box<dyn Front>, SocketFile)> {
-    let api = Api::bind(path, body_max)?;
-    let file = SocketFile::own(path, api.file())?;
-    Ok((Box::new(api), file))
+/// Serves at `path`.
+fn listen(path: &Path, body_max: usize) -> Result<Box<dyn Front>> {
+    Ok(Box::new(Api::bind(path, body_max)?))
 }
 
 /// Serves where a guest is found by its name. A place for that is not everybody's: without one, the guest runs all

@@ -1,41 +1,48 @@
-//! Unix sockets that programs of this host connect to: made at a path where nothing is, removed at the end.
+//! Unix sockets that programs of this host connect to: made at a path where nobody listens, removed at the end.
 
+use std::fs::{File, TryLockError};
 use std::io::ErrorKind;
 use std::ops::Deref;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
+use super::socket_file::{self, PATH_MAX, SocketFile};
 use crate::descriptors::Named;
 use crate::error::{Context, Error, Result};
 use crate::paths;
 
 /// How long somebody who listens at a path has to let us in.
 const ANSWER_TIME: Duration = Duration::from_secs(1);
-/// The longest path of a socket, in bytes (unix(7)).
-const PATH_MAX: usize = 107;
+/// A process that has just made a socket at a path lets nobody in before it listens, and looks like one that has
+/// ended: so long it has between the two.
+const SETTLE_TIME: Duration = Duration::from_millis(100);
+/// So long one waits for another process that takes a path over in the same folder, and looks again as often.
+const LOCK_TIME: Duration = Duration::from_secs(2);
+const LOCK_STEP: Duration = Duration::from_millis(10);
 
-/// A listening socket, which does not block. Its file is removed when it is dropped.
+/// A listening socket, which does not block. Its file is removed when it is dropped, and when the process ends at
+/// once ([`socket_file::remove_all`]).
 pub struct Listener {
     socket: Named<UnixListener>,
-    path: PathBuf,
-    /// Device and inode of the socket there.
-    file: Option<(u64, u64)>,
+    file: SocketFile,
 }
 
 impl Listener {
-    /// Listens at `path`, where nothing may be yet, not even a socket that a process has left there: that, its
-    /// owner removes. Errors call it `what`.
+    /// Listens at `path`, where nothing may be yet but a socket that a process has left there: one that was killed
+    /// could not remove it. Errors call the new one `what`.
     pub fn bind(what: &str, path: &Path) -> Result<Self> {
         let attempt = || format!("listen on {what} `{}`", path.display());
         check(path).with_context(attempt)?;
-        let socket =
-            UnixListener::bind(path).map_err(|error| cannot_bind(path, &error)).with_context(attempt)?;
-        let socket = Named::new(what.to_owned(), socket);
-        let listener = Self { socket, path: path.to_owned(), file: identity(path) };
+        let socket = match UnixListener::bind(path) {
+            Err(error) if error.kind() == ErrorKind::AddrInUse => take_over(path),
+            socket => socket.map_err(|error| paths::cannot_make(path, &error)),
+        };
+        let socket = Named::new(what.to_owned(), socket.with_context(attempt)?);
+        let listener = Self { socket, file: SocketFile::at(path) };
         listener.socket.set_nonblocking(true).with_context(attempt)?;
         Ok(listener)
     }
@@ -45,26 +52,21 @@ impl Listener {
         check(path).with_context(|| format!("listen on {what} `{}`", path.display()))
     }
 
-    /// Whether one could listen at `path` now: nothing is made.
+    /// Whether one could listen at `path` now: nothing is made, nor removed.
     pub fn look(what: &str, path: &Path) -> Result<()> {
         let attempt = || format!("listen on {what} `{}`", path.display());
         check(path).with_context(attempt)?;
-        let kind = match (path.symlink_metadata(), paths::folder(path).is_dir()) {
-            (Ok(_), _) => ErrorKind::AddrInUse,
-            (Err(_), false) => ErrorKind::NotFound,
-            (Err(_), true) => return Ok(()),
-        };
-        Err(cannot_bind(path, &kind.into())).with_context(attempt)
-    }
-
-    /// Device and inode of its file; none: that was gone as soon as it was there.
-    pub fn file(&self) -> Option<(u64, u64)> {
-        self.file
+        match (path.symlink_metadata(), paths::folder(path).is_dir()) {
+            (Ok(_), _) => check_left(path),
+            (Err(_), false) => Err(paths::cannot_make(path, &ErrorKind::NotFound.into())),
+            (Err(_), true) => Ok(()),
+        }
+        .with_context(attempt)
     }
 
     /// Whether it is this socket that programs find at `path`.
     pub fn is_at(&self, path: &Path) -> bool {
-        self.path == path && self.file.is_some() && identity(path) == self.file
+        self.file.is_at(path)
     }
 }
 
@@ -79,20 +81,6 @@ impl AsRawFd for Listener {
     fn as_raw_fd(&self) -> RawFd {
         self.socket.as_raw_fd()
     }
-}
-
-impl Drop for Listener {
-    fn drop(&mut self) {
-        // Somebody may have removed it already, and another one may listen there now.
-        if self.is_at(&self.path) {
-            let _ = std::fs::remove_file(&self.path);
-        }
-    }
-}
-
-/// Device and inode of what is at a path.
-fn identity(path: &Path) -> Option<(u64, u64)> {
-    std::fs::symlink_metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
 /// An empty path would be taken for a name that the kernel chooses.
@@ -110,20 +98,49 @@ fn check(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Why the address cannot be had, and what to do.
-fn cannot_bind(path: &Path, error: &std::io::Error) -> Error {
-    if error.kind() != ErrorKind::AddrInUse {
-        return paths::cannot_make(path, error);
+/// Listens at `path` in place of a process that has ended. What anybody listens at stays as it is: who takes a path
+/// over has the folder's lock, so that nobody removes what another one has just made there.
+fn take_over(path: &Path) -> Result<UnixListener> {
+    let before = socket_file::identity(path);
+    check_left(path)?;
+    let _lock = lock(paths::folder(path))?;
+    std::thread::sleep(SETTLE_TIME);
+    check_left(path)?;
+    if socket_file::identity(path) != before {
+        return Err(Error::config("another process is about to serve it: choose another path"));
     }
-    Error::config(match try_to_connect(path) {
-        None => "another process serves it: choose another path".to_owned(),
+    let removed = std::fs::remove_file(path);
+    removed.with_context(|| {
+        format!("remove the socket that a process has left there (`rm '{}'`)", path.display())
+    })?;
+    UnixListener::bind(path).map_err(|error| paths::cannot_make(path, &error))
+}
+
+/// The only one to take over a path in `folder`, as long as the result is there.
+fn lock(folder: &Path) -> Result<File> {
+    let attempt = || format!("lock the folder `{}`", folder.display());
+    let (file, begun) = (File::open(folder).with_context(attempt)?, Instant::now());
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(TryLockError::WouldBlock) if begun.elapsed() < LOCK_TIME => std::thread::sleep(LOCK_STEP),
+            // Anybody may hold it for ever.
+            Err(TryLockError::WouldBlock) => {
+                return Err(Error::host("another process holds it")).with_context(attempt);
+            }
+            Err(TryLockError::Error(error)) => return Err(error).with_context(attempt),
+        }
+    }
+}
+
+/// Whether what is at `path` is a socket that a process has left there; else, what to do.
+fn check_left(path: &Path) -> Result<()> {
+    Err(Error::config(match try_to_connect(path) {
+        None => "another process serves it: choose another path",
         // The kernel also refuses a connection to a file that is no socket.
-        Some(ErrorKind::ConnectionRefused) if is_socket(path) => format!(
-            "a socket is left there by a process that has ended: remove it (`rm '{}'`)",
-            path.display()
-        ),
-        Some(_) => "there is something else already: choose another path, or move that away".to_owned(),
-    })
+        Some(ErrorKind::ConnectionRefused) if is_socket(path) => return Ok(()),
+        Some(_) => "there is something else already: choose another path, or move that away",
+    }))
 }
 
 /// How a connection to what is at `path` fails. None: somebody listens there. Who hangs, and has more clients
@@ -136,7 +153,7 @@ fn try_to_connect(path: &Path) -> Option<ErrorKind> {
 }
 
 fn is_socket(path: &Path) -> bool {
-    std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket())
+    path.symlink_metadata().is_ok_and(|metadata| metadata.file_type().is_socket())
 }
 
 #[cfg(test)]
@@ -161,19 +178,17 @@ mod tests {
     fn a_path_that_cannot_be_had_is_refused_with_what_to_do() {
         let folder = std::env::temp_dir().join(format!("alula-listener-paths-{}", std::process::id()));
         std::fs::create_dir_all(&folder).unwrap();
-        let [live, stale, file] = ["live", "stale", "file"].map(|name| folder.join(name));
+        let [live, stale, link, file] = ["live", "stale", "link", "file"].map(|name| folder.join(name));
         let _live = Listener::bind("socket", &live).unwrap();
         drop(UnixListener::bind(&stale).unwrap());
+        std::os::unix::fs::symlink(&stale, &link).unwrap();
         std::fs::write(&file, "").unwrap();
         let long = folder.join("x".repeat(PATH_MAX));
         let missing = folder.join("none/socket");
         for (path, expected) in [
             (&*live, "another process serves it: choose another path".to_owned()),
-            (
-                &*stale,
-                format!("left there by a process that has ended: remove it (`rm '{}'`)", stale.display()),
-            ),
             (&*file, "there is something else already".to_owned()),
+            (&*link, "there is something else already".to_owned()),
             (&*long, "bytes are too long for a socket (107 at most)".to_owned()),
             (Path::new(""), "its path is empty: give it one".to_owned()),
             (&*missing, format!("there is no folder `{}`: create it", folder.join("none").display())),
@@ -187,6 +202,41 @@ mod tests {
             }
         }
         assert!(Listener::look("socket", &folder.join("free")).is_ok() && !folder.join("free").exists());
+        assert!(Listener::look("socket", &stale).is_ok() && stale.exists());
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    fn of_many_who_take_over_a_path_one_has_it() {
+        let folder = std::env::temp_dir().join(format!("alula-listener-left-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let path = folder.join("left");
+        drop(UnixListener::bind(&path).unwrap());
+        let all: Vec<_> = std::thread::scope(|scope| {
+            let all: Vec<_> = (0..4).map(|_| scope.spawn(|| Listener::bind("socket", &path))).collect();
+            all.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        let (made, refused): (Vec<_>, Vec<_>) = all.into_iter().partition(Result::is_ok);
+        assert!(made.len() == 1 && made[0].as_ref().unwrap().is_at(&path));
+        for error in refused.into_iter().filter_map(Result::err) {
+            assert!(error.to_string().contains("choose another path"), "{error}");
+        }
+        UnixStream::connect(&path).expect("it listens there");
+        drop(made);
+        assert!(!path.exists());
+        // Who begins to listen there meanwhile stays.
+        drop(UnixListener::bind(&path).unwrap());
+        let lock = lock(&folder).unwrap();
+        let thread = std::thread::spawn({
+            let path = path.clone();
+            move || Listener::bind("socket", &path)
+        });
+        std::fs::remove_file(&path).unwrap();
+        let listener = UnixListener::bind(&path).unwrap();
+        drop(lock);
+        assert!(thread.join().unwrap().is_err());
+        UnixStream::connect(&path).expect("it listens there still");
+        drop(listener);
         std::fs::remove_dir_all(&folder).unwrap();
     }
 }

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::Microvm;
 use super::purpose::Purpose;
-use super::signals::{Signals, SocketFile};
+use super::signals::Signals;
 use crate::error::Result;
 use crate::history::{self, Event, Feed};
 use crate::jobs::Ticket;
@@ -95,7 +95,6 @@ pub struct Monitor {
     events: Events,
     signals: Signals,
     front: Option<Box<dyn Front>>,
-    socket: Option<SocketFile>,
     feed: Option<Feed>,
     /// What happens to the microVM wakes the loop: somebody wants to know.
     telling: bool,
@@ -112,14 +111,9 @@ pub struct Monitor {
 }
 
 impl Monitor {
-    /// Waits for `signals` and the clients of `listening`, and tells `feed` what happens.
-    pub fn new(
-        signals: Signals,
-        listening: Option<(Box<dyn Front>, SocketFile)>,
-        feed: Option<Feed>,
-    ) -> Result<Self> {
+    /// Waits for `signals` and the clients of `front`, and tells `feed` what happens.
+    pub fn new(signals: Signals, mut front: Option<Box<dyn Front>>, feed: Option<Feed>) -> Result<Self> {
         let events = Events::new()?;
-        let (mut front, socket) = listening.unzip();
         events.add(&signals, Interest::IN, SIGNALS)?;
         if let Some(front) = &mut front {
             front.register(&events, FRONT)?;
@@ -134,7 +128,6 @@ impl Monitor {
             events,
             signals,
             front,
-            socket,
             feed,
             telling: false,
             input,
@@ -174,7 +167,6 @@ impl Monitor {
         let ending = conclude(&outcome);
         self.say_last_words(&ending);
         self.front = None;
-        self.socket = None;
         drop(microvm);
         self.signals.conclude();
         ending

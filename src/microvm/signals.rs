@@ -2,7 +2,8 @@
 //!
 //! Handlers note a signal and wake the main loop, which ends in order. If the loop does not take the signal
 //! up in time, or if another one comes, a timer's handler ends the process at once: it restores the
-//! terminal, removes the socket's file, and exits with the code that the signal has.
+//! terminal, removes the files of the sockets, and exits with the code that the signal has. A panic, in any thread,
+//! ends the process at once, too, and removes them.
 //!
 //! Which thread runs a handler makes no difference. The main thread is the kernel's first choice. Once a
 //! guest runs, the main thread lets these signals in only while it waits for events: what else it does may
@@ -11,16 +12,14 @@
 //! all signals: a disk can hold them in the same way. Before its guest runs, the process has one thread,
 //! and such a file system leaves it to SIGKILL.
 
-use std::ffi::CString;
 use std::os::fd::{AsRawFd, RawFd};
-use std::path::Path;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering::SeqCst};
 use std::time::Duration;
 
-use crate::error::{Context, Result};
+use crate::error::Result;
+use crate::host::socket_file;
 use crate::poll::{self, EventFd, Events, Ready};
-use crate::sys::process::Shown;
 use crate::sys::{descriptor, process};
 use crate::terminal;
 
@@ -53,15 +52,6 @@ static IS_ENDING: AtomicBool = AtomicBool::new(false);
 static GOES_ON: AtomicBool = AtomicBool::new(false);
 /// Wakes the main loop.
 static WAKE: OnceLock<EventFd> = OnceLock::new();
-/// The socket's file; null: there is none.
-static SOCKET: Shown<Socket> = Shown::new();
-
-/// The file of a socket: where it is, and its device and inode.
-struct Socket {
-    path: CString,
-    identity: (u64, u64),
-}
-
 /// The exit code of a process that this signal ended.
 pub fn exit_code(signal: u8) -> u8 {
     match i32::from(signal) {
@@ -95,9 +85,14 @@ pub struct Signals {
 }
 
 impl Signals {
-    /// Sets up the handlers, and lets in signals that the process was started with blocked: its parent has
-    /// blocked them for reasons of its own.
+    /// Sets up the handlers and the panic hook, and lets in signals that the process was started with blocked: its
+    /// parent has blocked them for reasons of its own.
     pub fn take_over() -> Result<Self> {
+        let report = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            socket_file::remove_all();
+            report(panic);
+        }));
         let wake = poll::event("signals")?;
         let wake = WAKE.get_or_init(|| wake);
         for signal in ENDING {
@@ -162,27 +157,6 @@ impl AsRawFd for Signals {
     }
 }
 
-/// The socket's file, as far as signals are concerned: an end at once removes it. To be dropped after the
-/// server, which removes it otherwise.
-pub struct SocketFile(());
-
-impl SocketFile {
-    /// The socket at `path` is ours, of this device and inode; none: it is gone already.
-    pub fn own(path: &Path, identity: Option<(u64, u64)>) -> Result<Self> {
-        let path = CString::new(path.as_os_str().as_encoded_bytes()).context("read the socket's path")?;
-        if let Some(identity) = identity {
-            SOCKET.set(Some(Socket { path, identity }));
-        }
-        Ok(Self(()))
-    }
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        SOCKET.set(None);
-    }
-}
-
 // From here on: what handlers do, in any thread and in the midst of anything. They use atomics and
 // async-signal-safe calls (signal-safety(7)), and leave `errno` as it was.
 
@@ -223,10 +197,7 @@ fn end_at_once(signal: i32, words: &[u8]) {
     process::handle_by_default(libc::SIGALRM);
     process::start_timer(GRACE);
     terminal::restore();
-    // The file stays if somebody else has theirs at the path by now.
-    if let Some(Socket { path, identity }) = SOCKET.get() {
-        process::remove_if_same(path, *identity);
-    }
+    socket_file::remove_all();
     say(words);
     process::exit_now(u8::try_from(signal).map_or(u8::MAX, exit_code));
 }

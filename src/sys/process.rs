@@ -178,27 +178,3 @@ pub fn exit_now(code: u8) -> ! {
     // SAFETY: the call takes a number, and does not return.
     unsafe { libc::_exit(code.into()) }
 }
-
-/// Something that signal handlers look at, which cannot wait for a lock. What was put here once is never freed: a
-/// handler may be using it.
-pub struct Shown<T: 'static>(AtomicPtr<T>);
-
-impl<T: Sync> Shown<T> {
-    /// Nothing.
-    #[expect(clippy::new_without_default, reason = "a default is no constant, and these are statics")]
-    pub const fn new() -> Self {
-        Self(AtomicPtr::new(ptr::null_mut()))
-    }
-
-    /// Shows `it`, or nothing any more.
-    pub fn set(&self, it: Option<T>) {
-        let it = it.map_or(null_mut(), |it| Box::into_raw(Box::new(it)));
-        self.0.store(it, Ordering::SeqCst);
-    }
-
-    /// What is shown.
-    pub fn get(&self) -> Option<&'static T> {
-        // SAFETY: the pointer is null or what was leaked by `set`, and never changes.
-        unsafe { self.0.load(Ordering::SeqCst).as_ref() }
-    }
-}

@@ -15,7 +15,7 @@ mod socket;
 use std::io::Read;
 use std::os::unix::net::UnixStream;
 
-use common::{Client, Service, network, output, run, wait_for};
+use common::{Client, Process, Service, network, output, run, wait_for};
 use serde_json::json;
 
 const START: &str = r#"{"action_type": "InstanceStart"}"#;

@@ -94,3 +94,33 @@ fn a_pause_holds_connections_still() {
         assert_eq!(port, 1 << 30);
     }
 }
+
+#[test]
+fn no_end_leaves_the_socket_and_a_kill_leaves_it_to_the_next() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let folder = Folder::new();
+    let path = folder.path("v");
+    let vsock = ["--vsock", path.to_str().unwrap()];
+    let guest = |words: &str| Process::start([&["run", "--cmdline", words][..], &vsock].concat());
+    for how in ["poweroff", "reset", "halt", "crash", "fail", "5"] {
+        let ended = guest(&format!("case=serial end={how}")).end();
+        assert!(ended.code.is_some() && ended.text.contains("1 cases, 0 failed"), "{how}: {}", ended.text);
+        assert!(!path.exists(), "{how}");
+    }
+    let mut killed = guest("case=serial end=idle");
+    killed.expect("0 failed");
+    killed.send(libc::SIGKILL);
+    assert_eq!(killed.end().code, None);
+    assert!(path.exists());
+    let mut next = guest("case=serial end=idle");
+    next.expect("0 failed");
+    let client = UnixStream::connect(&path).unwrap();
+    // A live one is nobody's.
+    let other = guest("case=serial end=idle").end();
+    assert!(other.text.contains("another process serves it: choose another path"), "{}", other.text);
+    drop(client);
+    UnixStream::connect(&path).unwrap();
+    next.send(libc::SIGTERM);
+    assert_eq!(next.end().code, Some(128 + libc::SIGTERM));
+    assert!(!path.exists());
+}

@@ -1,0 +1,106 @@
+//! The files of the sockets that this process listens on: each is removed with its socket, and all of them when
+//! the process ends at once, by a signal's handler or a panic.
+
+use std::ffi::CStr;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::SeqCst};
+
+use crate::sys::process;
+
+/// The longest path of a socket, in bytes (unix(7)).
+pub const PATH_MAX: usize = 107;
+/// As many files are known to [`remove_all`]: a process has an API socket and a vsock socket, and while the
+/// latter moves, one more. Others are removed with their sockets alone.
+const FILES_MAX: usize = 4;
+
+/// What a signal's handler may read at any time: no locks, no memory that is freed.
+static NOTES: [Note; FILES_MAX] = [const { Note::new() }; FILES_MAX];
+
+/// The file of a socket, removed when this is dropped.
+pub struct SocketFile {
+    path: PathBuf,
+    /// Device and inode; none: it was gone as soon as it was there.
+    identity: Option<(u64, u64)>,
+    note: Option<&'static Note>,
+}
+
+impl SocketFile {
+    /// What was made at `path`.
+    pub fn at(path: &Path) -> Self {
+        let identity = identity(path);
+        let note = identity.and_then(|identity| Note::take(path, identity));
+        Self { path: path.to_owned(), identity, note }
+    }
+
+    /// Whether it is this file that programs find at `path`.
+    pub fn is_at(&self, path: &Path) -> bool {
+        self.path == path && self.identity.is_some() && identity(path) == self.identity
+    }
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        // Somebody may have removed it already, and another one may listen there now.
+        if self.is_at(&self.path) {
+            let _ = std::fs::remove_file(&self.path);
+        }
+        self.note.into_iter().for_each(Note::give_back);
+    }
+}
+
+/// Device and inode of what is at a path.
+pub fn identity(path: &Path) -> Option<(u64, u64)> {
+    std::fs::symlink_metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()))
+}
+
+/// Removes the files of all sockets, for an end at once. A signal's handler may call this.
+pub fn remove_all() {
+    NOTES.iter().for_each(Note::remove);
+}
+
+/// A file, as a handler finds it.
+struct Note {
+    is_taken: AtomicBool,
+    path: [AtomicU8; PATH_MAX],
+    device: AtomicU64,
+    /// 0: there is no file.
+    inode: AtomicU64,
+}
+
+impl Note {
+    const fn new() -> Self {
+        let path = [const { AtomicU8::new(0) }; PATH_MAX];
+        Self { is_taken: AtomicBool::new(false), path, device: AtomicU64::new(0), inode: AtomicU64::new(0) }
+    }
+
+    /// Notes a file. None: so many are noted already.
+    fn take(path: &Path, (device, inode): (u64, u64)) -> Option<&'static Self> {
+        let note = NOTES.iter().find(|note| !note.is_taken.swap(true, SeqCst))?;
+        let bytes = path.as_os_str().as_bytes().iter().copied().chain(std::iter::repeat(0));
+        note.path.iter().zip(bytes).for_each(|(to, from)| to.store(from, SeqCst));
+        note.device.store(device, SeqCst);
+        note.inode.store(inode, SeqCst);
+        Some(note)
+    }
+
+    fn give_back(&'static self) {
+        self.inode.store(0, SeqCst);
+        self.is_taken.store(false, SeqCst);
+    }
+
+    /// Removes the file, unless somebody else has theirs at its path by now. A note that is just being written
+    /// has no file yet, or a path at which the file is not.
+    fn remove(&self) {
+        let (device, inode) = (self.device.load(SeqCst), self.inode.load(SeqCst));
+        if inode == 0 {
+            return;
+        }
+        let mut path = [0; PATH_MAX + 1];
+        path.iter_mut().zip(&self.path).for_each(|(to, from)| *to = from.load(SeqCst));
+        if let Ok(path) = CStr::from_bytes_until_nul(&path) {
+            process::remove_if_same(path, (device, inode));
+        }
+    }
+}
