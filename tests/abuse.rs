@@ -116,7 +116,7 @@ fn a_reader_of_events_with_no_descriptor_left_ends_no_guest() {
     for one in [&mut reader, &mut client] {
         one.ok("GET", "/", "");
     }
-    let enough = service.process.limit_descriptors(0);
+    let enough = common::limit_descriptors(service.process.child.id(), 0);
     reader.send("GET /events HTTP/1.1\r\n\r\n");
     assert_eq!(reader.receive().status(), "200");
     let mut lines = BufReader::new(reader.stream).lines();
@@ -126,7 +126,7 @@ fn a_reader_of_events_with_no_descriptor_left_ends_no_guest() {
         client.ok("PATCH", "/vm", &json!({ "state": state }).to_string());
         expect(&state.to_lowercase());
     }
-    service.process.limit_descriptors(enough);
+    common::limit_descriptors(service.process.child.id(), enough);
     client.ok("PATCH", "/vm", r#"{"state": "Paused"}"#);
     client.ok("PATCH", "/vm", r#"{"state": "Resumed"}"#);
     ["paused", "resumed"].into_iter().for_each(expect);

@@ -104,7 +104,20 @@ pub fn forbid(call: libc::c_long, errno: i32) {
     }
 }
 
-/// Sends a signal to a child that has not been waited for.
+/// Lets a process, 0 for this one, open no descriptor numbered `soft` or above. Returns what the limit was.
+#[allow(unsafe_code)]
+pub fn limit_descriptors(process: u32, soft: u64) -> u64 {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    let (process, none) = (process as i32, std::ptr::null_mut());
+    // SAFETY: the calls read and write the local structure.
+    unsafe {
+        assert_eq!(libc::prlimit(process, libc::RLIMIT_NOFILE, none, &mut limit), 0);
+        let before = std::mem::replace(&mut limit.rlim_cur, soft);
+        assert_eq!(libc::prlimit(process, libc::RLIMIT_NOFILE, &limit, none), 0);
+        before
+    }
+}
+
 #[allow(unsafe_code)]
 pub fn send(child: &Child, signal: i32) {
     // SAFETY: the call takes numbers.
@@ -221,21 +234,6 @@ impl Process {
 
     pub fn send(&mut self, signal: i32) {
         send(&self.child, signal);
-    }
-
-    /// Lets it open no descriptor whose number is `soft` or more from now on. Returns what the limit was.
-    #[allow(unsafe_code)]
-    pub fn limit_descriptors(&self, soft: u64) -> u64 {
-        let pid = self.child.id() as i32;
-        let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-        // SAFETY: the calls read and write the local structure.
-        unsafe {
-            assert_eq!(libc::prlimit(pid, libc::RLIMIT_NOFILE, std::ptr::null(), &mut limit), 0);
-            let before = limit.rlim_cur;
-            limit.rlim_cur = soft;
-            assert_eq!(libc::prlimit(pid, libc::RLIMIT_NOFILE, &limit, std::ptr::null_mut()), 0);
-            before
-        }
     }
 
     /// What its threads do, for who must find out why it does not end: two looks, a second apart.

@@ -193,3 +193,147 @@ fn a_listener_without_room_delays_its_connection_alone() {
     world.driver.send(Packet::new(RST, 1000, 80), &[]);
     wait_for(|| world.connections() == 2);
 }
+
+/// A program of the guest that sends as much as it may, to one of the host that does not read.
+struct Sender {
+    client: UnixStream,
+    port: u32,
+    sent: usize,
+}
+
+impl Sender {
+    /// How many bytes it may have sent by now; none: its connection is gone.
+    fn ask(&self, world: &mut World) -> Option<(Packet, usize)> {
+        // What was told before is out of date.
+        while world.driver.has_received() {
+            world.driver.receive();
+        }
+        world.driver.send(Packet::new(CREDIT_REQUEST, 7, self.port), &[]);
+        loop {
+            match world.driver.receive().0 {
+                told if told.from_port != self.port => {}
+                told if told.op == RST => return None,
+                told => return Some((told, told.forwarded.wrapping_add(told.room) as usize)),
+            }
+        }
+    }
+
+    /// Sends all that it may. How many bytes of it are kept; none: its connection is gone.
+    fn fill(&mut self, world: &mut World, all: &[u8]) -> Option<usize> {
+        loop {
+            let (told, limit) = self.ask(world)?;
+            if limit == self.sent {
+                return Some(self.sent - told.forwarded as usize);
+            }
+            let end = limit.min(self.sent + 60_000);
+            world.driver.send(Packet::new(RW, 7, self.port), &all[self.sent..end]);
+            self.sent = end;
+        }
+    }
+
+    /// Reads everything that was sent.
+    fn read(&mut self, world: &mut World) -> Vec<u8> {
+        self.client.set_nonblocking(true).unwrap();
+        let (mut read, mut buffer) = (Vec::new(), vec![0; 256 << 10]);
+        while read.len() < self.sent {
+            match self.client.read(&mut buffer) {
+                Ok(count) => read.extend_from_slice(&buffer[..count]),
+                Err(error) => assert_eq!(error.kind(), ErrorKind::WouldBlock, "port {}", self.port),
+            }
+            world.driver.guest.turn();
+        }
+        read
+    }
+}
+
+#[test]
+fn what_nobody_reads_is_kept_up_to_the_limit_and_not_lost() {
+    const ALL: usize = 64 << 20;
+    let mut world = World::by_hand();
+    let mut senders: Vec<_> = (0..600)
+        .map(|_| {
+            let (client, port) = world.connected(7);
+            Sender { client, port, sent: 0 }
+        })
+        .collect();
+    let (all, mut kept) = (bytes(0..1 << 20), Vec::new());
+    for sender in &mut senders {
+        kept.push(sender.fill(&mut world, &all).unwrap_or_else(|| panic!("port {} is lost", sender.port)));
+    }
+    // The first ones have a whole window, the last ones hardly any.
+    assert!(kept[0] == 256 << 10 && kept[599] < 16 << 10, "{kept:?}");
+    let sum = kept.iter().sum::<usize>();
+    assert!((ALL * 3 / 4..ALL).contains(&sum), "{sum} bytes are kept");
+    // One that comes now goes on all the same.
+    while world.driver.has_received() {
+        world.driver.receive();
+    }
+    let (mut late, port) = world.connected(8);
+    world.driver.send(Packet::new(RW, 8, port), b"late");
+    assert_eq!(read(&mut late, 4), b"late");
+    // Everything that was taken arrives as it was sent, in its order.
+    for sender in &mut senders {
+        assert!(sender.read(&mut world) == all[..sender.sent], "port {}", sender.port);
+    }
+    assert_eq!(world.counted("conns_killed"), 0);
+}
+
+/// Takes all descriptors that this process may still open, until they are dropped.
+struct Fill {
+    all: Vec<std::fs::File>,
+    limit: u64,
+}
+
+impl Fill {
+    fn new() -> Self {
+        let highest = std::fs::read_dir("/proc/self/fd").unwrap().count() as u64 + 8;
+        let mut fill = Self { all: Vec::new(), limit: common::limit_descriptors(0, highest) };
+        fill.top_up();
+        fill
+    }
+
+    fn top_up(&mut self) {
+        while let Ok(file) = std::fs::File::open("/dev/null") {
+            self.all.push(file);
+        }
+    }
+}
+
+impl Drop for Fill {
+    fn drop(&mut self) {
+        common::limit_descriptors(0, self.limit);
+    }
+}
+
+#[test]
+fn without_descriptors_connections_are_refused_and_others_stay() {
+    let mut world = World::by_hand();
+    let (mut beside, port) = world.connected(5);
+    let listener = UnixListener::bind(world.path(80)).unwrap();
+    let mut fill = Fill::new();
+    for round in 1..=3 {
+        // There is one for the client's end, and none for ours.
+        fill.all.pop();
+        let mut client = world.client("CONNECT 6\n");
+        fill.top_up();
+        world.driver.guest.turn();
+        assert!(is_closed(&mut client) && !world.driver.has_received());
+        drop(client);
+        fill.top_up();
+        world.driver.send(Packet::new(REQUEST, 1000, 80), &[]);
+        assert_eq!(world.driver.expect(RST).from_port, 80);
+        assert_eq!(world.counted("conns_refused"), round);
+        world.driver.send(Packet::new(RW, 5, port), b"there");
+        assert_eq!(read(&mut beside, 5), b"there");
+        beside.write_all(b"here").unwrap();
+        assert_eq!(world.driver.receive().1, b"here");
+    }
+    drop(fill);
+    assert_eq!(world.connections(), 1);
+    let (mut client, port) = world.connected(6);
+    world.driver.send(Packet::new(RW, 6, port), b"again");
+    assert_eq!(read(&mut client, 5), b"again");
+    world.driver.send(Packet::new(REQUEST, 1000, 80), &[]);
+    world.driver.expect(RESPONSE);
+    listener.accept().unwrap();
+}

@@ -141,7 +141,7 @@ fn a_program_of_the_host_talks_with_one_of_the_guest() {
         let mut client = world.client("CONNECT 5000\nhello");
         let request = world.driver.expect(REQUEST);
         assert_eq!((request.to_port, request.from_port), (5000, 1 << 30));
-        assert!(request.room >= 64 << 10 && request.forwarded == 0);
+        assert_eq!((request.room, request.forwarded), (4 << 10, 0));
         world.driver.send(request.answer(RESPONSE), &[]);
         client = answered(client, request.from_port);
         let (packet, bytes) = world.driver.receive();
@@ -296,7 +296,8 @@ fn a_guest_that_writes_faster_than_the_host_reads_loses_nothing() {
         hear(&mut world, &mut limit);
         limit > 0
     });
-    assert_eq!(limit, 256 << 10);
+    // It may send more and more ahead, as the host reads.
+    assert_eq!(limit, 4 << 10);
     let mut buffer = vec![0; 50_000];
     while read < ALL {
         hear(&mut world, &mut limit);
@@ -310,8 +311,12 @@ fn a_guest_that_writes_faster_than_the_host_reads_loses_nothing() {
         read += count;
     }
     // What was sent last is there, though the guest has left before it was read.
-    hear(&mut world, &mut limit);
-    let count = (256 << 10).min(limit - sent);
+    world.driver.send(Packet::new(CREDIT_REQUEST, 7, port), &[]);
+    wait_for(|| {
+        hear(&mut world, &mut limit);
+        limit - sent == 256 << 10
+    });
+    let count = limit - sent;
     for at in (0..count).step_by(PACKET) {
         let end = (at + PACKET).min(count);
         world.driver.send(Packet::new(RW, 7, port), &bytes(at..end));

@@ -1,6 +1,8 @@
 //! What a guest has sent and the host's program has not read: kept in blocks of memory that all connections
 //! of a device share.
 
+use super::flow::Promises;
+
 /// The size of a block, in bytes.
 pub const BLOCK: usize = 4096;
 /// What all connections of a guest together may keep, in blocks (64 MiB): a guest that sends to thousands of
@@ -20,6 +22,8 @@ pub struct Blocks {
     /// The first of those without memory.
     empty: Chain,
     in_use: usize,
+    /// What the guest was told that it may send.
+    pub promises: Promises,
 }
 
 #[derive(Default)]
@@ -43,7 +47,8 @@ impl Default for Chain {
 
 impl Blocks {
     /// How many bytes of memory are in use.
-    pub fn in_use(&self) -> usize {
+    #[cfg(test)]
+    fn in_use(&self) -> usize {
         self.in_use * BLOCK
     }
 

@@ -41,9 +41,10 @@ impl Mux {
                 Err(_) => {
                     // There is no descriptor or memory left: who waits is refused, or it would wait for ever.
                     self.spare = None;
+                    // The error comes before the kernel looks whether there is anybody.
                     self.may_accept = socket::accept(self.listener.as_raw_fd()).is_ok();
                     self.spare = spare(&self.listener);
-                    self.metrics.conns_refused.add(1);
+                    self.metrics.conns_refused.add(u64::from(self.may_accept));
                     return Ok(());
                 }
             }

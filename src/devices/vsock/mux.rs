@@ -7,9 +7,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::backlog::{BLOCK, BLOCKS_MAX, Blocks};
+use super::backlog::Blocks;
 use super::connection::{Connection, Key, Phase, Stream};
-use super::flow::{WINDOW_MAX, WINDOW_MIN};
 use super::metrics::Metrics;
 use super::packet::{HOST_CID, Header, STREAM, op};
 use super::socket::Vectors;
@@ -167,6 +166,7 @@ impl Mux {
             return None;
         }
         self.metrics.conns_added.add(1);
+        self.blocks.promises.connections += 1;
         self.serial += 1;
         let connection = Connection::new(key, phase, stream, self.serial);
         self.waiting += usize::from(connection.is_waiting());
@@ -205,6 +205,9 @@ impl Mux {
     pub(super) fn remove(&mut self, index: u32) {
         let Some(mut connection) = self.table.get_mut(index as usize).and_then(Option::take) else { return };
         connection.backlog.clear(&mut self.blocks);
+        connection.flow.forward_all(&mut self.blocks.promises);
+        connection.flow.end(&mut self.blocks.promises);
+        self.blocks.promises.connections -= 1;
         if self.keys.get(&connection.key) == Some(&index) {
             self.keys.remove(&connection.key);
         }
@@ -218,6 +221,7 @@ impl Mux {
     pub(super) fn detach(&mut self, index: u32) {
         let Some(connection) = self.table.get_mut(index as usize).and_then(Option::as_mut) else { return };
         connection.is_detached = true;
+        connection.flow.end(&mut self.blocks.promises);
         if self.keys.get(&connection.key) == Some(&index) {
             self.keys.remove(&connection.key);
         }
@@ -296,13 +300,6 @@ impl Mux {
         None
     }
 
-    /// How much is taken from the guest of one connection before the host's program reads: less and less where
-    /// all together have used half of the memory that there is for them.
-    pub(super) fn window(&self) -> u32 {
-        let free = BLOCKS_MAX * BLOCK - self.blocks.in_use();
-        (free / 128).clamp(WINDOW_MIN as usize, WINDOW_MAX as usize) as u32
-    }
-
     fn bare_header(&self, key: Key, op: u16) -> Header {
         Header {
             src_cid: HOST_CID,
@@ -317,9 +314,8 @@ impl Mux {
 
     /// The header of a packet of a connection, which tells of its credit as well.
     pub(super) fn header(&mut self, index: u32, op: u16, flags: u32) -> Option<Header> {
-        let window = self.window();
-        let connection = self.get(index)?;
-        let ((buf_alloc, fwd_cnt), key) = (connection.flow.grant(window), connection.key);
+        let (connection, blocks, _) = self.split(index)?;
+        let ((buf_alloc, fwd_cnt), key) = (connection.flow.grant(&mut blocks.promises), connection.key);
         connection.owed.credit = false;
         Some(Header { flags, buf_alloc, fwd_cnt, ..self.bare_header(key, op) })
     }

@@ -17,7 +17,7 @@ impl Mux {
         metrics.tx_bytes_count.add(length as u64);
         let Some(stream) = connection.stream.as_mut().filter(|_| !connection.host_is_deaf) else {
             // Nobody reads it, which the guest is told.
-            connection.flow.forward(length as u32);
+            connection.flow.forward(length as u32, &mut blocks.promises);
             return Ok(());
         };
         let was_empty = connection.backlog.is_empty();
@@ -25,7 +25,7 @@ impl Mux {
             let (written, calls) = vectors.write(stream);
             metrics.tx_call_count.add(calls);
             match written {
-                Ok(count) => connection.flow.forward(count as u32),
+                Ok(count) => connection.flow.forward(count as u32, &mut blocks.promises),
                 Err(_) => return self.deafen(index),
             }
         }
@@ -69,7 +69,7 @@ impl Mux {
         metrics.tx_call_count.add(calls);
         let Ok(count) = written else { return Ok(false) };
         connection.backlog.advance(blocks, count);
-        connection.flow.forward(count as u32);
+        connection.flow.forward(count as u32, &mut blocks.promises);
         if connection.backlog.is_empty() {
             stream.want_room(false)?;
         }
@@ -78,9 +78,8 @@ impl Mux {
 
     /// Tells the guest that it may send more, when that is worth a packet.
     fn tell_of_room(&mut self, index: u32) {
-        let window = self.window();
-        if let Some(connection) = self.get(index)
-            && connection.flow.owes_word(window)
+        if let Some((connection, blocks, _)) = self.split(index)
+            && connection.flow.owes_word(&blocks.promises)
         {
             connection.owed.credit = true;
             self.queue(index);
@@ -92,7 +91,7 @@ impl Mux {
         let Some((connection, blocks, metrics)) = self.split(index) else { return Ok(()) };
         metrics.tx_write_fails.add(1);
         connection.backlog.clear(blocks);
-        connection.flow.forward_all();
+        connection.flow.forward_all(&mut blocks.promises);
         connection.host_is_deaf = true;
         if let Some(stream) = &mut connection.stream {
             stream.want_room(false)?;
@@ -114,7 +113,7 @@ impl Mux {
     pub(super) fn lose(&mut self, index: u32) {
         let Some((connection, blocks, _)) = self.split(index) else { return };
         connection.backlog.clear(blocks);
-        connection.flow.forward_all();
+        connection.flow.forward_all(&mut blocks.promises);
         connection.stream = None;
         (connection.host_ended, connection.host_is_deaf) = (true, true);
         match connection.is_detached {
