@@ -24,7 +24,7 @@
 //! - [`devices`]: the devices.
 //! - [`config`]: everything a microVM is made of.
 //! - [`firmware`]: the guest of our own that is carried along.
-//! - [`machine`]: the machine and its run states: a list of parts, built, then loaded.
+//! - [`machine`]: the machine and its run states: a list of parts, built on a shell, then loaded or restored.
 //! - [`carry`]: a machine that leaves its process: files of its state and its memory.
 //! - [`microvm`]: one microVM and its owner, with every operation on it once, and the main loop.
 //! - [`guest`]: what the host asks of the agent in a guest, and what boots a guest whose init it is.
@@ -46,6 +46,11 @@
 //! built: devices at fixed places, the PCI bus, then what the configuration lists. Pause, resume, metrics and
 //! boot tables (each component gives its own nodes, which `arch` prints) walk that list. A device comes by
 //! [`machine::Machine::attach`] and goes by `detach`, in a build as later.
+//!
+//! What needs no configuration but the number of CPUs is a machine's shell ([`machine::Shell`]): KVM's machine with
+//! its interrupt controllers and CPUs, whose threads wait at the gate, the io thread, and memory if its size is
+//! known. A build makes the shell in passing, or takes one that was made ahead. What a build leaves out, the content
+//! of CPUs and memory, a load or a restore gives.
 //!
 //! A machine that stands still is saved and restored by the same list ([`machine::Machine::save`], `restore`):
 //! what a guest can change of a component is the component's own [`snapshot::Snapshot`], and the order of all of

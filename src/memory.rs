@@ -2,6 +2,7 @@
 
 pub mod backing;
 pub mod mapping;
+mod source;
 pub mod written;
 
 use std::fmt;
@@ -15,13 +16,14 @@ use vm_memory::bitmap::BS;
 use vm_memory::guest_memory::Result as AccessResult;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
-    GuestAddress, GuestMemoryAtomic, GuestMemoryRegion, GuestMemoryRegionBytes, GuestRegionCollection,
-    GuestRegionMmap, MemoryRegionAddress, MmapRegion,
+    GuestAddress, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryRegion, GuestMemoryRegionBytes,
+    GuestRegionCollection, GuestRegionMmap, MemoryRegionAddress, MmapRegion,
 };
 
 use crate::error::{Context, Error, Result};
 use backing::Backing;
 use mapping::{Mapping, page_size};
+pub use source::{Piece, Source};
 pub use written::{Written, is_tracked};
 
 /// The regions of guest memory.
@@ -62,45 +64,6 @@ impl fmt::Display for Range {
     }
 }
 
-/// Where the pages of guest memory come from.
-#[derive(Clone, Copy, Debug)]
-pub enum Source<'s> {
-    /// Zeros. They are this process's own.
-    Anonymous,
-    /// Zeros, in a file without a name for each region ([`Region::file`]), which another process can map, too.
-    Shared,
-    /// The content of a file, as a copy that this process changes for itself: a page is read when it is first
-    /// touched. What no piece is for is zeros. Nobody may make the file shorter meanwhile: a page
-    /// that is gone from it would end the process (SIGBUS).
-    Private {
-        /// A regular file, open for reading.
-        file: &'s File,
-        /// What is where in it.
-        pieces: &'s [Piece],
-    },
-}
-
-impl Source<'_> {
-    /// Whether it can be a source for memory at `ranges`.
-    fn check(self, ranges: &[Range]) -> Result<()> {
-        match self {
-            Self::Anonymous | Self::Shared => Ok(()),
-            Self::Private { file, pieces } => {
-                check_pieces(ranges, file, pieces).context("map guest memory from its file")
-            }
-        }
-    }
-}
-
-/// A part of guest memory that a file has the content of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Piece {
-    /// The part, in one region.
-    pub range: Range,
-    /// Where it begins in the file, in bytes.
-    pub position: u64,
-}
-
 /// One region of guest memory. The mapping that its pages are in is given back with it.
 #[derive(Debug)]
 pub struct Region {
@@ -135,21 +98,23 @@ impl Region {
         if range.start.checked_add(range.size).is_none() {
             return Err(Error::config(format!("{range} of guest memory goes beyond the last address")));
         }
-        let mut mapping =
+        let mapping =
             Mapping::new(usize::try_from(range.size).with_context(attempt)?).with_context(attempt)?;
+        Self::over(Arc::new(mapping), range, source)
+    }
+
+    /// The region at `range` in a mapping of that size, where nobody has written anything yet, with the content that
+    /// `source` has for the region.
+    #[allow(unsafe_code)]
+    fn over(mapping: Arc<Mapping>, range: Range, source: Source<'_>) -> Result<Self> {
         let backing = match source {
             Source::Anonymous => None,
             Source::Shared => Some(Backing::shared(range)?),
             Source::Private { file, pieces } => Some(Backing::private(range, file, pieces)?),
         };
         if let Some(backing) = &backing {
-            backing.show(range, &mut mapping)?;
+            backing.show(range, &mapping)?;
         }
-        Ok(Self { backing, ..Self::over(mapping, range)? })
-    }
-
-    #[allow(unsafe_code)]
-    fn over(mapping: Mapping, range: Range) -> Result<Self> {
         let size = range.size as usize;
         let pages = MmapRegionBuilder::new_with_bitmap(size, Written::new(size))
             .with_mmap_prot(Mapping::PROTECTION)
@@ -159,7 +124,7 @@ impl Region {
         let pages = pages.build().context("describe guest memory")?;
         let pages = GuestRegionMmap::new(pages, GuestAddress(range.start))
             .ok_or_else(|| Error::config("guest memory does not fit the address space"))?;
-        Ok(Self { pages, mapping: Some(Arc::new(mapping)), backing: None })
+        Ok(Self { pages, mapping: Some(mapping), backing })
     }
 
     /// Its guest addresses.
@@ -257,39 +222,26 @@ pub fn map(ranges: &[Range], source: Source<'_>) -> Result<Memory> {
     Ok(Memory::new(regions))
 }
 
+/// Memory in the very place of `regions`, which must be of zeros and which nobody has written to, with the content
+/// that `source` has for it. Who knows where in this process the old regions are, as KVM does, need not be told of
+/// the new ones. The old ones are not to be used any more.
+///
+/// # Errors
+/// As [`map`]. What is in memory is anything then.
+pub fn refill(regions: &Regions, source: Source<'_>) -> Result<Memory> {
+    source.check(&regions.iter().map(Region::range).collect::<Vec<_>>())?;
+    let refill = |region: &Region| {
+        let mapping =
+            region.mapping().ok_or_else(|| Error::host("the pages of guest memory are another one's"))?;
+        Region::over(mapping, region.range(), source)
+    };
+    let regions = regions.iter().map(refill).collect::<Result<Vec<_>>>()?;
+    Ok(Memory::new(Regions::from_regions(regions).context("lay out guest memory")?))
+}
+
 /// Memory of zeros for `ranges`: see [`map`].
 pub fn allocate(ranges: &[Range]) -> Result<Memory> {
     map(ranges, Source::Anonymous)
-}
-
-/// Whether every piece is in one of `ranges` and in the file, and is whole pages, and none overlaps another.
-fn check_pieces(ranges: &[Range], file: &File, pieces: &[Piece]) -> Result<()> {
-    let metadata = file.metadata().context("look at it")?;
-    if !metadata.is_file() {
-        return Err(Error::config("it is not a regular file"));
-    }
-    let (page, length) = (page_size(), metadata.len());
-    for Piece { range, position } in pieces {
-        if range.size == 0 || !(range.start | range.size | position).is_multiple_of(page) {
-            return Err(Error::config(format!(
-                "{range}, from byte {position:#x} on, is not whole pages of {page} bytes"
-            )));
-        }
-        if !ranges.iter().any(|whole| whole.contains(*range)) {
-            return Err(Error::config(format!("{range} is not in one region of the guest's memory")));
-        }
-        if position.checked_add(range.size).is_none_or(|end| end > length) {
-            return Err(Error::config(format!(
-                "{range}, from byte {position:#x} on, goes beyond its {length:#x} bytes: it was cut short"
-            )));
-        }
-    }
-    let mut sorted: Vec<Range> = pieces.iter().map(|piece| piece.range).collect();
-    sorted.sort_by_key(|range| range.start);
-    match sorted.windows(2).find(|pair| pair[0].end() > pair[1].start) {
-        Some(pair) => Err(Error::config(format!("two pieces of it overlap: {} and {}", pair[0], pair[1]))),
-        None => Ok(()),
-    }
 }
 
 #[cfg(test)]
@@ -299,7 +251,7 @@ mod tests {
 
     use super::mapping::{HUGE_PAGE, memory_file};
     use vm_memory::bitmap::Bitmap;
-    use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryBackend};
+    use vm_memory::{Bytes, GuestAddressSpace};
 
     fn ranges(memory: &Regions) -> Vec<Range> {
         memory.iter().map(|region| Range { start: region.start_addr().0, size: region.len() }).collect()

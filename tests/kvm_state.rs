@@ -18,6 +18,7 @@ use alula::host::Host;
 use alula::memory::{self, Memory};
 use alula::part::Part;
 use alula::platform::Platform;
+use alula::poll::EventFd;
 use alula::vm::exit::{End, Exit};
 use alula::vm::gate::Gate;
 use alula::vm::state::{VcpuState, VmState};
@@ -92,6 +93,7 @@ impl Guest {
             surroundings: &surroundings,
             host: &mut host,
             serial: None,
+            room: &Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap()),
             boot_timer: None,
             message_frame: None,
             parts: Vec::new(),

@@ -13,7 +13,7 @@ use alula::bus::{Bus, BusDevice};
 use alula::config::Config;
 use alula::devices::KINDS;
 use alula::host::Host;
-use alula::machine::{Machine, Places, Prepared};
+use alula::machine::{Machine, Places, Prepared, Shell};
 use alula::memory::{self, Range};
 use alula::metrics::View;
 use alula::pci::root::{Ecam, FunctionRegisters, Root};
@@ -127,6 +127,76 @@ fn machines_that_are_dropped_leave_nothing_behind() {
         assert!(after.mappings < before.mappings + 10, "{what}");
         assert!(after.address_space_kib < before.address_space_kib + (32 << 10), "{what}");
     }
+}
+
+/// A shell for two CPUs and this memory, whose threads are where they wait.
+fn shell(mem_size_mib: Option<u64>) -> Shell {
+    let shell = Shell::new(Prepared::new().unwrap(), 2, mem_size_mib).unwrap();
+    // A thread names itself after it has begun.
+    let has = |name: &str| threads().iter().filter(|thread| *thread == name).count() == 1;
+    common::wait_for(|| ["vcpu0", "vcpu1", "io"].into_iter().all(has));
+    shell
+}
+
+#[test]
+fn machines_are_built_on_shells_that_were_made_ahead() {
+    let _turn = turn();
+    let folder = Folder::new();
+    for pci in [false, true] {
+        // Without memory, with that of the machine, and with other memory than the machine is to have.
+        for mem_size_mib in [None, Some(64), Some(128)] {
+            let shell = shell(mem_size_mib);
+            // It waits.
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            let config =
+                config(&folder, pci, "booted cpus=2 memory=64 case=cpus,memory,block,entropy", &["disk"]);
+            let mut machine = Machine::build("test", &config, &mut host(&folder), shell).unwrap();
+            assert_eq!(threads().iter().filter(|name| name.starts_with("vcpu")).count(), 2);
+            machine.load(&config, &mut host(&folder)).unwrap();
+            machine.resume().unwrap();
+            wait_for_console(&folder, "4 cases, 0 failed");
+            drop(machine);
+            fs::remove_file(folder.path("console")).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_shell_that_no_machine_is_built_on_leaves_nothing_behind() {
+    let _turn = turn();
+    let folder = Folder::new();
+    let config = config(&folder, true, "", &["disk"]);
+    let no_place = Places::from([("disk `disk`".to_owned(), Place::Pci(99))]);
+    let make_and_drop = |number: usize| {
+        let shell = shell([None, Some(64), Some(256)][number % 3]);
+        match number % 4 {
+            0 | 1 => drop(shell),
+            // Nor does one of which the machine came to nothing.
+            2 => {
+                let built = Machine::build_at(&no_place, "test", &config, &mut host(&folder), shell);
+                let error = built.err().unwrap().to_string();
+                assert!(error.contains("is taken, or is none"), "{error}");
+            }
+            _ => {
+                let mut config = config.clone();
+                config.machine_config.vcpu_count = 1;
+                let built = Machine::build("test", &config, &mut host(&folder), shell);
+                let error = built.err().unwrap().to_string();
+                assert!(error.contains("1 CPUs, and its shell was made for 2"), "{error}");
+            }
+        }
+        // Threads end a moment after they were told to.
+        common::wait_for(|| !threads().iter().any(|name| name == "io" || name.starts_with("vcpu")));
+    };
+    (0..12).for_each(make_and_drop);
+    let before = costs();
+    (0..48).for_each(make_and_drop);
+    common::wait_for(|| costs().threads <= before.threads);
+    let after = costs();
+    let what = format!("{before:?} to {after:?}");
+    assert_eq!((before.descriptors, before.threads), (after.descriptors, after.threads), "{what}");
+    assert!(after.mappings < before.mappings + 10, "{what}");
+    assert!(after.address_space_kib < before.address_space_kib + (32 << 10), "{what}");
 }
 
 #[test]

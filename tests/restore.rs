@@ -14,7 +14,7 @@ use alula::config::Config;
 use alula::devices::KINDS;
 use alula::error::Result;
 use alula::host::Host;
-use alula::machine::{Exit, Machine, Prepared, SavedMachine};
+use alula::machine::{Exit, Machine, Prepared, SavedMachine, Shell};
 use alula::memory::{self, Range};
 use alula::pci::root::{Ecam, Root};
 use alula::snapshot::SaveState;
@@ -136,6 +136,28 @@ fn what_was_typed_and_not_read_is_read_after_a_restore() {
             "{}",
             screen.text()
         );
+    }
+}
+
+#[test]
+fn a_machine_is_restored_on_a_shell_that_was_made_ahead() {
+    let ground = Ground::new();
+    for pci in [false, true] {
+        let screen = Screen::default();
+        let (_, suspended) = listening(&ground, pci, &screen);
+        for mem_size_mib in [None, Some(64), Some(32)] {
+            let shell = Shell::new(Prepared::new().unwrap(), 2, mem_size_mib).unwrap();
+            std::thread::sleep(Duration::from_millis(20));
+            let screen = Screen::default();
+            let mut machine = suspended.build_on(shell, &ground.folder, &screen);
+            machine.type_on_console(b"\n");
+            machine.resume().unwrap();
+            assert!(end(&machine, &screen).starts_with("4 "));
+            // It has run: it can be restored no more.
+            machine.pause().unwrap();
+            let saved = SavedMachine::from_bytes(&suspended.bytes).unwrap();
+            refused(machine.restore(&saved), "it has run already");
+        }
     }
 }
 
@@ -381,6 +403,12 @@ fn what_is_restored_is_counted_by_another_process() {
             let (_, suspended) = listening(&ground, false, &screen);
             marked(|| drop(suspended.build(&suspended.bytes, &screen).unwrap()));
         }
+        Ok("shell") => {
+            let (ground, screen) = (Ground::new(), Screen::default());
+            let (_, suspended) = listening(&ground, false, &screen);
+            let shell = Shell::new(Prepared::new().unwrap(), 2, Some(64)).unwrap();
+            marked(|| drop(suspended.build_on(shell, &ground.folder, &screen)));
+        }
         Ok(_) => {
             let (root, mut functions, ..) = bus();
             send(&root, &mut functions);
@@ -420,12 +448,18 @@ fn counted_ioctls(what: &str) -> BTreeMap<String, usize> {
 #[test]
 fn a_restore_tells_kvm_once_what_it_takes_once() {
     const CPUS: usize = 2;
-    let [machine, bus] = ["machine", "bus"].map(counted_ioctls);
-    println!("machine: {machine:?}\nbus: {bus:?}");
+    let [machine, shell, bus] = ["machine", "shell", "bus"].map(counted_ioctls);
+    println!("machine: {machine:?}\nshell: {shell:?}\nbus: {bus:?}");
     let of = |counts: &BTreeMap<String, usize>, name: &str| counts.get(name).copied().unwrap_or(0);
     assert_eq!(of(&machine, "KVM_CREATE_VCPU"), CPUS, "{machine:?}");
     let x86_64 = cfg!(target_arch = "x86_64");
     assert_eq!(of(&machine, "KVM_SET_CPUID2"), if x86_64 { CPUS } else { 0 }, "{machine:?}");
+    // What a shell has is not made again, and its memory stays where KVM knows it.
+    for (made, count) in machine.iter().filter(|(name, _)| name.starts_with("KVM_")) {
+        let is_ahead = made.starts_with("KVM_CREATE_V") || made == "KVM_SET_USER_MEMORY_REGION";
+        assert!(of(&shell, made) <= if is_ahead { 0 } else { *count }, "{made}: {shell:?}");
+    }
+    assert_eq!(of(&machine, "KVM_SET_USER_MEMORY_REGION"), 1, "{machine:?}");
     // With a GICv2 there is no message that KVM knows.
     let tables = of(&bus, "KVM_SET_GSI_ROUTING");
     assert!(tables == 1 || !x86_64 && tables == 0, "{bus:?}");

@@ -18,7 +18,7 @@ use crate::metrics::{Counter, Group, View, metrics};
 use crate::part::Component;
 use crate::platform::node::{AcpiDevice, AcpiValue, TreeNode, stdout};
 use crate::platform::{Node, Place};
-use crate::poll::{self, EventFd};
+use crate::poll::EventFd;
 use crate::snapshot::Snapshot;
 
 /// The clock that the UART divides, as in PCs.
@@ -90,19 +90,19 @@ pub struct Console {
 }
 
 impl Console {
-    /// A UART that raises `interrupt` and writes what the guest sends to `output`.
+    /// A UART that raises `interrupt` and writes what the guest sends to `output`. It writes to `room` when the guest
+    /// has read all that was typed.
     pub fn new(
         interrupt: Arc<EventFd>,
+        room: Arc<EventFd>,
         output: Box<dyn Write + Send>,
         limit: Option<TokenBucket>,
-    ) -> Result<Self> {
-        let room = poll::event("room on the serial console")?;
-        let room = Arc::new(room);
+    ) -> Self {
         let metrics = Arc::new(Metrics::new());
         let limiter = Limiter::new(RateLimiter { bandwidth: limit, ops: None });
         let output = MeteredOutput { output, limiter, metrics: metrics.clone() };
         let serial = Serial::with_events(Line(interrupt), Room(room.clone()), output);
-        Ok(Self { room, metrics, serial })
+        Self { room, metrics, serial }
     }
 
     /// Types as many of `bytes` as there is room for, and returns how many. When some are left,
@@ -121,11 +121,6 @@ impl Console {
         // A reader that is gone loses it; the guest goes on.
         let _ = self.serial.writer_mut().output.flush();
     }
-
-    /// Readable once the guest has read all that was typed.
-    pub fn room(&self) -> Arc<EventFd> {
-        self.room.clone()
-    }
 }
 
 impl FixedDevice for Console {
@@ -135,7 +130,8 @@ impl FixedDevice for Console {
     fn build(place: Place, site: &mut Site<'_>) -> Result<Option<Self>> {
         let limit = site.serial.and_then(|serial| serial.rate_limiter);
         let path = site.serial.and_then(|serial| serial.serial_out_path.as_deref());
-        Self::new(site.interrupt(place)?, site.host.console(path)?, limit).map(Some)
+        let output = site.host.console(path)?;
+        Ok(Some(Self::new(site.interrupt(place)?, site.room.clone(), output, limit)))
     }
 }
 
@@ -305,10 +301,13 @@ mod tests {
         }
     }
 
+    fn event() -> Arc<EventFd> {
+        Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap())
+    }
+
     fn console() -> (Console, Host) {
         let output = Host::default();
-        let interrupt = Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
-        (Console::new(interrupt, Box::new(output.clone()), None).unwrap(), output)
+        (Console::new(event(), event(), Box::new(output.clone()), None), output)
     }
 
     #[test]
@@ -327,13 +326,13 @@ mod tests {
         let typed = console.type_bytes(&[b'x'; 1000]);
         assert!(typed > 0 && typed < 1000);
         assert_eq!(console.type_bytes(b"y"), 0);
-        assert!(console.room().read().is_err(), "no room yet");
+        assert!(console.room.read().is_err(), "no room yet");
         for _ in 0..typed {
             let mut byte = [0];
             console.read(0, &mut byte);
             assert_eq!(byte, *b"x");
         }
-        console.room().read().unwrap();
+        console.room.read().unwrap();
         assert_eq!(console.type_bytes(b"y"), 1);
     }
 
@@ -355,8 +354,8 @@ mod tests {
         let state = console.save().unwrap();
         drop(console);
 
-        let raised = Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
-        let mut other = Console::new(raised.clone(), Box::new(output.clone()), None).unwrap();
+        let raised = event();
+        let mut other = Console::new(raised.clone(), event(), Box::new(output.clone()), None);
         other.restore(state.clone()).unwrap();
         assert_eq!(other.save().unwrap(), state);
         raised.read().expect("the interrupt may not have been seen");
@@ -364,7 +363,7 @@ mod tests {
         other.write(0, b"i");
         raised.read().expect("the transmitter is empty again");
         assert_eq!([(); 4].map(|()| read(&mut other, 0)), *b"yped");
-        other.room().read().unwrap();
+        other.room.read().unwrap();
         assert_eq!(*output.0.lock().unwrap(), b"hi");
 
         let full = State { typed: vec![0; 1000], ..state.clone() };
@@ -374,15 +373,14 @@ mod tests {
     #[test]
     fn what_goes_beyond_the_limit_is_dropped_and_counted() {
         let output = Host::default();
-        let interrupt = || Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
         let limit = TokenBucket { size: 10, one_time_burst: None, refill_time: 1 << 40 };
-        let mut console = Console::new(interrupt(), Box::new(output.clone()), Some(limit)).unwrap();
+        let mut console = Console::new(event(), event(), Box::new(output.clone()), Some(limit));
         for _ in 0..25 {
             console.write(0, b"x");
         }
         console.write(0, b"xx");
         assert_eq!(output.0.lock().unwrap().len(), 10);
-        let mut other = Console::new(interrupt(), Box::new(output.clone()), Some(limit)).unwrap();
+        let mut other = Console::new(event(), event(), Box::new(output.clone()), Some(limit));
         other.restore(console.save().unwrap()).unwrap();
         other.write(0, b"x");
         assert_eq!(output.0.lock().unwrap().len(), 10, "what was used up stays used up");

@@ -36,6 +36,8 @@ pub struct Site<'a> {
     pub host: &'a mut Host,
     /// How the serial console is configured.
     pub serial: Option<&'a console::Config>,
+    /// Written to when the guest has read all that was typed on the serial console.
+    pub room: &'a Arc<EventFd>,
     /// The boot timer, which runs already, if the machine is to have one.
     pub boot_timer: Option<BootTimer>,
     /// Where interrupt messages of PCI devices are written, if that is a frame of ours.

@@ -53,7 +53,7 @@ impl Machine {
                 log::debug(format_args!("attach {name} at {:#x}", range.start));
             }
         }
-        let loops = self.loops_for(device.threads())?;
+        let loops = self.loops.for_device(device.threads())?;
         let opened =
             Opened { name: name.clone(), device: device.open(&self.id, host)?, loops: loops.clone() };
         let component = match (place, &self.root) {
@@ -62,11 +62,7 @@ impl Machine {
             _ => unreachable!("a place for a device is on the machine's bus"),
         };
         let component = component.with_context(attempt)?;
-        if device.threads() == 0 {
-            self.io = Some(loops[0].clone());
-        } else {
-            self.own_loops.extend(loops);
-        }
+        self.loops.keep(device.threads(), loops);
         self.parts.0.push(Part { name, place, metrics: device.metrics(), component });
         self.config.put(device.clone())
     }
@@ -92,9 +88,7 @@ impl Machine {
         self.parts.0.retain(|part| part.name != name);
         self.changing.retain(|other| other != name);
         self.config.remove(name);
-        let is_its = |own: &Arc<Loop>| loops.iter().any(|used| Arc::ptr_eq(used, own));
-        self.own_loops.iter().filter(|own| is_its(own)).for_each(Loop::end);
-        self.own_loops.retain(|own| !is_its(own));
+        self.loops.end_own(&loops);
         Ok(())
     }
 
@@ -123,15 +117,6 @@ impl Machine {
                     })
                 })
             }
-        }
-    }
-
-    /// So many loops of a device's own; 0: the one that devices share.
-    fn loops_for(&self, threads: usize) -> Result<Vec<Arc<Loop>>> {
-        match (threads, &self.io) {
-            (0, Some(io)) => Ok(vec![io.clone()]),
-            (0, None) => Ok(vec![Loop::new("io", &self.errands)?]),
-            _ => (0..threads).map(|index| Loop::new(format!("io-{index}"), &self.errands)).collect(),
         }
     }
 

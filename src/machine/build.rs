@@ -10,27 +10,21 @@ use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
 use super::attach::pci_bus;
 use super::command_line::command_line;
 use super::parts::{Parts, Places};
+use super::shell::{Base, Shell};
 use super::{Machine, RunState, halt};
 use crate::arch::{self, layout};
-use crate::bus::Bus;
-use crate::config::{Config, HugePages, MachineConfig};
+use crate::config::{Config, HugePages};
 use crate::descriptors::Named;
 use crate::devices::boot_timer::BootTimer;
-use crate::devices::console::Console;
-use crate::devices::fixed::{FixedDevice, Site};
+use crate::devices::fixed::Site;
 use crate::devices::put_fixed;
 use crate::dialect::Dialect;
-use crate::errands::Errands;
 use crate::error::{Context, Error, Result};
 use crate::firmware;
 use crate::host::{Access, Host, Sharing};
 use crate::log;
-use crate::memory::{self, Memory, Range, Region, Source};
+use crate::memory::{Range, Region, Source};
 use crate::platform::Platform;
-use crate::vm::exit::End;
-use crate::vm::gate::Gate;
-use crate::vm::vcpu::{Surroundings, Vcpu, register_kick};
-use crate::vm::{Prepared, Vm};
 
 /// The list of parts begins with room for this many, which few machines have: a list that grows is copied, and
 /// each copy may touch one more page of memory.
@@ -44,28 +38,29 @@ pub fn build(
     id: &str,
     config: &Config,
     host: &mut Host,
-    prepared: Prepared,
+    base: Base,
 ) -> Result<Machine> {
     let boot_timer = config.boot_timer.then(BootTimer::start);
     let machine = &config.machine_config;
-    let ranges = layout::memory(memory_size(machine)?);
-    let memory = guest_memory(machine, &ranges, source)?;
+    let ranges = layout::memory(memory_size(machine.mem_size_mib)?);
+    let shell = base.shell(machine.vcpu_count, &ranges, source)?;
+    let Shell { vcpus, loops, surroundings, errands, wake, mut vm, memory } = shell;
+    memory.memory().iter().for_each(|region| machine.huge_pages.choose(region));
+    log::debug(format_args!(
+        "allocated {} MiB of guest memory for {} CPUs",
+        machine.mem_size_mib, machine.vcpu_count
+    ));
     let mut platform = platform(config, ranges, host)?;
-
-    let mut vm = Vm::new(prepared, &memory.memory())?;
-    let vcpus = vm.create_vcpus(platform.cpus)?;
     vm.complete(&mut platform)?;
     let timeline = std::mem::take(&mut vm.timeline);
     let vm = Arc::new(vm);
 
-    let gate = Arc::new(Gate::default());
-    let end = End::new(gate.clone())?;
-    let surroundings = Surroundings { mmio: Arc::default(), pio: Bus::default(), gate, end };
     let mut site = Site {
         vm: &vm,
         surroundings: &surroundings,
         host,
         serial: config.serial.as_ref(),
+        room: &wake,
         boot_timer,
         message_frame: platform.message_frame(),
         parts: Vec::with_capacity(PARTS),
@@ -78,20 +73,18 @@ pub fn build(
     };
     let parts = Parts(parts);
     parts.check_places(places)?;
-    let console_room = parts.with(Console::NAME, |console: &mut Console| console.room());
-    let wake = console_room.ok_or_else(|| Error::host("the machine has no serial console"))?;
     let mut machine = Machine {
         id: id.to_owned(),
         config: config.clone(),
         state: RunState::Paused,
-        vcpus: vcpus.into_iter().enumerate().map(|(index, fd)| Vcpu::new(index, fd)).collect(),
-        surroundings: Arc::new(surroundings),
+        has_run: false,
+        vcpus,
+        loops,
+        surroundings,
         parts,
-        errands: Errands::new(wake.clone()),
+        errands,
         wake,
         platform,
-        io: None,
-        own_loops: Vec::new(),
         changing: Vec::new(),
         root,
         halt: halt::Watch::default(),
@@ -103,20 +96,8 @@ pub fn build(
         memory,
     };
     config.devices().try_for_each(|device| machine.attach(device, places, host))?;
-    register_kick()?;
     machine.timeline.mark("devices");
     Ok(machine)
-}
-
-/// The guest's memory, with the pages that are asked for.
-fn guest_memory(machine: &MachineConfig, ranges: &[Range], source: Source<'_>) -> Result<Memory> {
-    let memory = memory::map(ranges, source)?;
-    memory.memory().iter().for_each(|region| machine.huge_pages.choose(region));
-    log::debug(format_args!(
-        "allocated {} MiB of guest memory for {} CPUs",
-        machine.mem_size_mib, machine.vcpu_count
-    ));
-    Ok(memory)
 }
 
 /// What boot tables say of the machine before it has any part.
@@ -135,13 +116,12 @@ fn platform(config: &Config, memory: Vec<Range>, host: &mut Host) -> Result<Plat
 }
 
 /// How many bytes of memory the guest is to have.
-fn memory_size(machine: &MachineConfig) -> Result<u64> {
-    let size = machine.mem_size_mib.checked_mul(1 << 20).filter(|size| *size >= MEMORY_MIN);
+pub fn memory_size(mem_size_mib: u64) -> Result<u64> {
+    let size = mem_size_mib.checked_mul(1 << 20).filter(|size| *size >= MEMORY_MIN);
     size.ok_or_else(|| {
         Error::config(format!(
-            "{} MiB of memory (`mem_size_mib`, --memory): at least {} are needed, and the size in bytes \
+            "{mem_size_mib} MiB of memory (`mem_size_mib`, --memory): at least {} are needed, and the size in bytes \
              must fit 64 bits",
-            machine.mem_size_mib,
             MEMORY_MIN >> 20
         ))
     })
@@ -168,7 +148,7 @@ impl HugePages {
 pub fn load(machine: &mut Machine, config: &Config, host: &mut Host) -> Result<()> {
     let memory = &*machine.memory.memory();
     let platform = &mut machine.platform;
-    let vcpus: Vec<_> = machine.vcpus.iter().map(Vcpu::stopped).collect();
+    let vcpus = machine.vcpus.stopped();
     machine.vm.set_cpu_model(&vcpus, platform, &config.cpuid())?;
     platform.nodes = machine.parts.nodes();
     let entry = match &config.boot_source {

@@ -43,7 +43,7 @@ pub fn check(machine: &mut Machine) -> Result<()> {
     watch.next_wait = (watch.next_wait * 2).clamp(1, WAIT_MAX);
     watch.wait = watch.next_wait;
     // Devices of a guest that waits for them go on while its CPUs are looked at.
-    machine.stop_vcpus();
+    machine.vcpus.stop();
     let halted = all_halted(machine);
     if !matches!(halted, Ok(true)) {
         machine.surroundings.gate.open();
@@ -62,8 +62,8 @@ pub fn check(machine: &mut Machine) -> Result<()> {
 }
 
 fn all_halted(machine: &Machine) -> Result<bool> {
-    for vcpu in &machine.vcpus {
-        if !arch::is_halted_for_good(&vcpu.stopped())? {
+    for vcpu in machine.vcpus.stopped() {
+        if !arch::is_halted_for_good(&vcpu)? {
             return Ok(false);
         }
     }

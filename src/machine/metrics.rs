@@ -7,7 +7,7 @@ use crate::metrics::{Group, View};
 
 pub fn collect(machine: &Machine, view: View) -> Map<String, Value> {
     let mut all = Map::new();
-    for vcpu in &machine.vcpus {
+    for vcpu in machine.vcpus.iter() {
         parts::add(&mut all, "vcpu", &vcpu.metrics().collect(view));
     }
     machine.parts.metrics(view, &mut all);

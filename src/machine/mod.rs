@@ -4,10 +4,12 @@ mod attach;
 mod build;
 mod command_line;
 mod halt;
+mod loops;
 mod metrics;
 mod parts;
 mod regions;
 mod saved;
+mod shell;
 
 use std::any::Any;
 use std::sync::{Arc, Mutex};
@@ -31,15 +33,17 @@ use crate::platform::Platform;
 use crate::poll::EventFd;
 use crate::timeline::Timeline;
 use crate::virtio::transport::Transport;
-use crate::virtio::workers::Loop;
 use crate::vm::Vm;
-use crate::vm::vcpu::{Surroundings, Vcpu};
+use crate::vm::vcpu::Surroundings;
+use crate::vm::vcpus::Vcpus;
+use loops::Loops;
 use parts::{Parts, Pausing};
 
 pub use crate::vm::Prepared;
 pub use crate::vm::exit::Exit;
 pub use parts::Places;
 pub use saved::SavedMachine;
+pub use shell::{Base, Shell};
 
 /// Whether the guest's CPUs may run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,24 +54,23 @@ pub enum RunState {
     Paused,
 }
 
-/// One virtual machine. Fields are dropped in this order: nothing runs, then KVM goes, then memory.
+/// One virtual machine. Fields are dropped in this order: no thread is left, then KVM goes, then memory.
 pub struct Machine {
     /// The name of the microVM.
     id: String,
     /// What it is made of, as it is now.
     config: Config,
     state: RunState,
-    vcpus: Vec<Vcpu>,
+    /// The gate was open once.
+    has_run: bool,
+    vcpus: Vcpus,
+    loops: Loops,
     surroundings: Arc<Surroundings>,
     parts: Parts,
     /// Written to when `main` is to look after the machine.
     wake: Arc<EventFd>,
     errands: Arc<Errands>,
     platform: Platform,
-    /// The thread on which the workers of devices run that have none of their own, once there is such a device.
-    io: Option<Arc<Loop>>,
-    /// The threads that devices have of their own.
-    own_loops: Vec<Arc<Loop>>,
     /// Devices that are being changed.
     changing: Vec<String>,
     /// The PCI bus, if there is one.
@@ -86,9 +89,10 @@ pub struct Machine {
 
 impl Machine {
     /// Wires a machine together from `config`; it has no content yet and does not run. `id` is its
-    /// name: addresses of its interfaces are derived from it.
-    pub fn build(id: &str, config: &Config, host: &mut Host, prepared: Prepared) -> Result<Self> {
-        Self::build_at(&Places::new(), id, config, host, prepared)
+    /// name: addresses of its interfaces are derived from it. `base` is what it is built on: KVM alone
+    /// ([`Prepared`]), or a [`Shell`] that was made ahead for as many CPUs.
+    pub fn build(id: &str, config: &Config, host: &mut Host, base: impl Into<Base>) -> Result<Self> {
+        Self::build_at(&Places::new(), id, config, host, base)
     }
 
     /// The same, with every part that `places` names in the place that it gives: [`Machine::places`] of a
@@ -98,9 +102,9 @@ impl Machine {
         id: &str,
         config: &Config,
         host: &mut Host,
-        prepared: Prepared,
+        base: impl Into<Base>,
     ) -> Result<Self> {
-        Self::build_from(Source::Anonymous, places, id, config, host, prepared)
+        Self::build_from(Source::Anonymous, places, id, config, host, base)
     }
 
     /// The same, with the content that `source` has for its memory.
@@ -110,9 +114,9 @@ impl Machine {
         id: &str,
         config: &Config,
         host: &mut Host,
-        prepared: Prepared,
+        base: impl Into<Base>,
     ) -> Result<Self> {
-        build::build(source, places, id, config, host, prepared)
+        build::build(source, places, id, config, host, base.into())
     }
 
     /// Where its parts are.
@@ -132,12 +136,11 @@ impl Machine {
         if self.surroundings.end.get().is_some() {
             return Err(Error::guest("resume the guest: it has ended"));
         }
-        self.loops().try_for_each(Loop::start)?;
-        for (index, vcpu) in self.vcpus.iter_mut().enumerate() {
-            vcpu.start(index, &self.surroundings)?;
-        }
+        self.loops.start()?;
+        self.vcpus.start()?;
         if self.state == RunState::Paused {
             self.parts.resume(&self.changing);
+            self.has_run = true;
             self.surroundings.gate.open();
             self.state = RunState::Running;
             log::debug("the guest's CPUs and devices run");
@@ -147,26 +150,11 @@ impl Machine {
 
     /// Returns when no CPU runs any more. No effect on a paused machine.
     pub fn pause(&mut self) -> Result<()> {
-        self.stop_vcpus();
+        self.vcpus.stop();
         self.parts.pause();
         self.state = RunState::Paused;
         log::debug("the guest's CPUs and devices stand still");
         Ok(())
-    }
-
-    fn loops(&self) -> impl Iterator<Item = &Arc<Loop>> {
-        self.io.iter().chain(&self.own_loops)
-    }
-
-    /// Returns when no CPU runs any more, until the gate is opened. Devices go on.
-    fn stop_vcpus(&self) {
-        self.surroundings.gate.close();
-        for vcpu in &self.vcpus {
-            vcpu.kick();
-        }
-        for vcpu in &self.vcpus {
-            drop(vcpu.stopped());
-        }
     }
 
     /// What its start is made of, up to the first entry into the guest.
@@ -290,18 +278,5 @@ impl Machine {
     pub fn send_ctrl_alt_del(&mut self) -> Result<()> {
         let pressed = self.parts.with(Keyboard::NAME, Keyboard::press_ctrl_alt_del);
         pressed.ok_or_else(|| Error::config("this machine has no keyboard"))
-    }
-}
-
-impl Drop for Machine {
-    fn drop(&mut self) {
-        self.surroundings.gate.remove();
-        for vcpu in &self.vcpus {
-            vcpu.kick();
-        }
-        for vcpu in &mut self.vcpus {
-            vcpu.join();
-        }
-        self.loops().for_each(Loop::end);
     }
 }

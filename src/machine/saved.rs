@@ -106,7 +106,7 @@ impl Machine {
 
     /// Whether the saved machine can be this one, as far as that can be told ahead.
     fn check_fits(&self, saved: &SavedMachine) -> Result<()> {
-        if self.state != RunState::Paused || self.vcpus.iter().any(|vcpu| vcpu.has_started()) {
+        if self.has_run {
             return Err(Error::config("it has run already: build it anew"));
         }
         let (vcpus, other) = (self.vcpus.len(), saved.vcpus.len());

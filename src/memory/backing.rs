@@ -36,7 +36,7 @@ impl Backing {
     }
 
     /// Shows the pieces in the mapping of the region at `range`.
-    pub(super) fn show(&self, range: Range, mapping: &mut Mapping) -> Result<()> {
+    pub(super) fn show(&self, range: Range, mapping: &Mapping) -> Result<()> {
         for Piece { range: piece, position } in &self.pieces {
             let offset = (piece.start - range.start) as usize;
             mapping

@@ -18,8 +18,7 @@ pub struct Mapping {
     size: usize,
 }
 
-// SAFETY: a mapping belongs to no thread, and this does nothing but give it back, or map other pages there for
-// whoever alone has it.
+// SAFETY: a mapping belongs to no thread, and this does nothing but give it back, or map other pages there.
 #[allow(unsafe_code)]
 unsafe impl Send for Mapping {}
 // SAFETY: as above.
@@ -71,14 +70,7 @@ impl Mapping {
     /// # Errors
     /// The range is not in the mapping, or the kernel's, of mmap(2).
     #[allow(unsafe_code)]
-    pub fn show(
-        &mut self,
-        offset: usize,
-        size: usize,
-        file: &File,
-        position: u64,
-        pages: Pages,
-    ) -> IoResult<()> {
+    pub fn show(&self, offset: usize, size: usize, file: &File, position: u64, pages: Pages) -> IoResult<()> {
         if offset.checked_add(size).is_none_or(|end| end > self.size) {
             return Err(IoError::from_raw_os_error(libc::EINVAL));
         }
@@ -90,8 +82,8 @@ impl Mapping {
             libc::off_t::try_from(position).map_err(|_| IoError::from_raw_os_error(libc::EINVAL))?;
         let place = self.start.as_ptr().wrapping_add(offset).cast();
         let (flags, fd) = (flags | libc::MAP_FIXED, file.as_raw_fd());
-        // SAFETY: the range lies in this mapping, as was just seen; that this is borrowed mutably shows that nobody
-        // uses it yet.
+        // SAFETY: the range lies in this mapping, as was just seen, and is mapped at every moment. Nobody has a
+        // reference into it: guest memory changes at any time, and is read and written by volatile accesses.
         let shown = unsafe { libc::mmap(place, size, Self::PROTECTION, flags, fd, position) };
         if shown == libc::MAP_FAILED { Err(IoError::last_os_error()) } else { Ok(()) }
     }

@@ -7,6 +7,7 @@ pub mod posted;
 mod slots;
 pub mod state;
 pub mod vcpu;
+pub mod vcpus;
 
 use std::fs::File;
 use std::io::ErrorKind;
@@ -108,14 +109,16 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// The machine that was prepared, with `memory` as its memory.
+    /// The machine that was prepared, with `memory` as its memory, of which there may be none yet.
     pub fn new(prepared: Prepared, memory: &Regions) -> Result<Self> {
         let Prepared { names, kvm, vm: fd, cpu_model, mut timeline } = prepared;
         timeline.skip();
         let max_vcpus = kvm.get_max_vcpus();
         let mut slots = Slots::default();
         memory.iter().try_for_each(|region| slots.add(&fd, region, false).map(drop))?;
-        timeline.mark("memory");
+        if !slots.is_empty() {
+            timeline.mark("memory");
+        }
         Ok(Self {
             _names: names,
             kvm,

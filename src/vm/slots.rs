@@ -79,6 +79,11 @@ impl Slots {
         taken.collect()
     }
 
+    /// Whether no slot is in use.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// Which slot has which addresses.
     pub fn list(&self) -> Vec<(u32, Range)> {
         self.0.iter().map(|(number, slot)| (*number, slot.range)).collect()

@@ -146,8 +146,8 @@ impl Vcpu {
         Ok(())
     }
 
-    /// Whether the vCPU has a thread, by which it may have run.
-    pub fn has_started(&self) -> bool {
+    /// Whether the vCPU has a thread.
+    pub(super) fn has_thread(&self) -> bool {
         self.thread.is_some()
     }
 

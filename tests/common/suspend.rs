@@ -1,14 +1,19 @@
 //! Machines in this process that are saved, dropped, and built again over a copy of their memory.
 
+use std::fs::File;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::Write;
+use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
 
+use alula::arch::layout;
 use alula::config::Config;
 use alula::error::Result;
 use alula::host::Host;
-use alula::machine::{Machine, Prepared, SavedMachine};
-use alula::memory::Memory;
+use alula::machine::{Machine, Prepared, SavedMachine, Shell};
+use alula::memory::{Memory, Piece, Source};
+
+use super::Folder;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
 
 const PAGE: usize = 4096;
@@ -92,6 +97,32 @@ impl Suspended {
             .for_each(|(address, page)| memory.write_slice(page, GuestAddress(*address)).unwrap());
         machine.restore(&saved)?;
         Ok(machine)
+    }
+
+    /// The same on a shell that was made ahead, over a file with the guest's memory in `folder`.
+    pub fn build_on(&self, shell: Shell, folder: &Folder, screen: &Screen) -> Machine {
+        let saved = SavedMachine::from_bytes(&self.bytes).unwrap();
+        let ranges = layout::memory(u64::from(saved.config.machine_config.mem_size_mib) << 20);
+        let path = folder.path("memory");
+        let file = File::options().read(true).write(true).create(true).truncate(true).open(path).unwrap();
+        let mut pieces = Vec::new();
+        let mut position = 0;
+        for range in ranges {
+            pieces.push(Piece { range, position });
+            for (address, page) in
+                self.pages.iter().filter(|(address, _)| (range.start..range.end()).contains(address))
+            {
+                file.write_all_at(page, position + address - range.start).unwrap();
+            }
+            position += range.size;
+        }
+        file.set_len(position).unwrap();
+        let source = Source::Private { file: &file, pieces: &pieces };
+        let (places, config) = (&saved.places, &saved.config);
+        let mut machine =
+            Machine::build_from(source, places, "test", config, &mut screen.host(), shell).unwrap();
+        machine.restore(&saved).unwrap();
+        machine
     }
 
     /// The same, which runs.

@@ -1,0 +1,125 @@
+//! The shell of a machine: what can be made before it is known what the machine is to be. Who knows that another
+//! machine will be wanted makes its shell while nobody waits; it is kept until it is built on, or dropped.
+
+use std::sync::Arc;
+
+use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
+
+use super::build::memory_size;
+use super::loops::Loops;
+use crate::arch::layout;
+use crate::bus::Bus;
+use crate::errands::Errands;
+use crate::error::{Error, Result};
+use crate::memory::{self, Memory, Range, Region, Regions, Source};
+use crate::poll::{self, EventFd};
+use crate::vm::exit::End;
+use crate::vm::gate::Gate;
+use crate::vm::vcpu::Surroundings;
+use crate::vm::vcpus::Vcpus;
+use crate::vm::{Prepared, Vm};
+
+/// KVM's machine with its interrupt controllers and CPUs, whose threads wait at the gate, and the io thread. None
+/// of it runs. Fields are dropped in this order: no thread is left, then KVM goes, then memory.
+pub struct Shell {
+    pub(super) vcpus: Vcpus,
+    pub(super) loops: Loops,
+    pub(super) surroundings: Arc<Surroundings>,
+    pub(super) errands: Arc<Errands>,
+    pub(super) wake: Arc<EventFd>,
+    pub(super) vm: Vm,
+    pub(super) memory: Memory,
+}
+
+impl Shell {
+    /// A shell for a machine of so many CPUs, and with so much memory, if that is known: a machine with other memory
+    /// can be built on it, too, and takes longer. It has all its threads.
+    ///
+    /// # Errors
+    /// The host's KVM has not so many CPUs, or the host not so much address space, or no more threads.
+    pub fn new(prepared: Prepared, cpus: u16, mem_size_mib: Option<u64>) -> Result<Self> {
+        let memory = match mem_size_mib {
+            Some(size) => memory::allocate(&layout::memory(memory_size(size)?))?,
+            None => Memory::new(Regions::default()),
+        };
+        let mut shell = Self::around(prepared, cpus, memory)?;
+        shell.loops.make_shared()?;
+        shell.loops.start()?;
+        shell.vcpus.start()?;
+        Ok(shell)
+    }
+
+    /// A shell without threads, around a guest's memory. KVM takes memory first: a change of it soon after the
+    /// interrupt controllers are made would wait for these.
+    fn around(prepared: Prepared, cpus: u16, memory: Memory) -> Result<Self> {
+        let mut vm = Vm::new(prepared, &memory.memory())?;
+        let made = vm.create_vcpus(cpus)?;
+        let gate = Arc::new(Gate::default());
+        let end = End::new(gate.clone())?;
+        let surroundings = Arc::new(Surroundings { mmio: Arc::default(), pio: Bus::default(), gate, end });
+        let wake = Arc::new(poll::event("what main looks after")?);
+        let errands = Errands::new(wake.clone());
+        let (vcpus, loops) = (Vcpus::new(made, &surroundings), Loops::new(&errands));
+        Ok(Self { vcpus, loops, surroundings, errands, wake, vm, memory })
+    }
+
+    /// How many CPUs it is for.
+    pub fn cpus(&self) -> usize {
+        self.vcpus.len()
+    }
+
+    /// Gives it memory at `ranges` with the content of `source`: what it has, if that is like it.
+    fn set_memory(&mut self, ranges: &[Range], source: Source<'_>) -> Result<()> {
+        // The time that it was waiting is no part of a start.
+        self.vm.timeline.skip();
+        let there: Vec<Range> = self.memory.memory().iter().map(Region::range).collect();
+        if there == ranges {
+            let memory = memory::refill(&self.memory.memory(), source)?;
+            self.memory = memory;
+            return Ok(());
+        }
+        there.into_iter().try_for_each(|range| self.vm.remove_memory(range))?;
+        self.memory = memory::map(ranges, source)?;
+        let regions = self.memory.memory();
+        regions.iter().try_for_each(|region| self.vm.add_memory(region, false).map(drop))?;
+        self.vm.timeline.mark("memory");
+        Ok(())
+    }
+}
+
+/// What a machine is built on.
+pub enum Base {
+    /// KVM alone: the shell is made now.
+    Prepared(Box<Prepared>),
+    /// A shell that was made ahead.
+    Shell(Box<Shell>),
+}
+
+impl From<Prepared> for Base {
+    fn from(prepared: Prepared) -> Self {
+        Self::Prepared(Box::new(prepared))
+    }
+}
+
+impl From<Shell> for Base {
+    fn from(shell: Shell) -> Self {
+        Self::Shell(Box::new(shell))
+    }
+}
+
+impl Base {
+    /// The shell of a machine with so many CPUs and this memory.
+    pub(super) fn shell(self, cpus: u16, ranges: &[Range], source: Source<'_>) -> Result<Shell> {
+        match self {
+            Self::Prepared(prepared) => Shell::around(*prepared, cpus, memory::map(ranges, source)?),
+            Self::Shell(shell) if shell.cpus() != usize::from(cpus) => Err(Error::config(format!(
+                "the machine is to have {cpus} CPUs, and its shell was made for {}: make another one",
+                shell.cpus()
+            ))),
+            Self::Shell(mut shell) => {
+                shell.set_memory(ranges, source)?;
+                Ok(*shell)
+            }
+        }
+    }
+}

@@ -1,0 +1,76 @@
+//! Where the pages of guest memory come from.
+
+use std::fs::File;
+
+use super::Range;
+use super::mapping::page_size;
+use crate::error::{Context, Error, Result};
+
+/// Where the pages of guest memory come from.
+#[derive(Clone, Copy, Debug)]
+pub enum Source<'s> {
+    /// Zeros. They are this process's own.
+    Anonymous,
+    /// Zeros, in a file without a name for each region ([`Region::file`]), which another process can map, too.
+    Shared,
+    /// The content of a file, as a copy that this process changes for itself: a page is read when it is first
+    /// touched. What no piece is for is zeros. Nobody may make the file shorter meanwhile: a page
+    /// that is gone from it would end the process (SIGBUS).
+    Private {
+        /// A regular file, open for reading.
+        file: &'s File,
+        /// What is where in it.
+        pieces: &'s [Piece],
+    },
+}
+
+impl Source<'_> {
+    /// Whether it can be a source for memory at `ranges`.
+    pub(super) fn check(self, ranges: &[Range]) -> Result<()> {
+        match self {
+            Self::Anonymous | Self::Shared => Ok(()),
+            Self::Private { file, pieces } => {
+                check_pieces(ranges, file, pieces).context("map guest memory from its file")
+            }
+        }
+    }
+}
+
+/// A part of guest memory that a file has the content of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// The part, in one region.
+    pub range: Range,
+    /// Where it begins in the file, in bytes.
+    pub position: u64,
+}
+
+/// Whether every piece is in one of `ranges` and in the file, and is whole pages, and none overlaps another.
+fn check_pieces(ranges: &[Range], file: &File, pieces: &[Piece]) -> Result<()> {
+    let metadata = file.metadata().context("look at it")?;
+    if !metadata.is_file() {
+        return Err(Error::config("it is not a regular file"));
+    }
+    let (page, length) = (page_size(), metadata.len());
+    for Piece { range, position } in pieces {
+        if range.size == 0 || !(range.start | range.size | position).is_multiple_of(page) {
+            return Err(Error::config(format!(
+                "{range}, from byte {position:#x} on, is not whole pages of {page} bytes"
+            )));
+        }
+        if !ranges.iter().any(|whole| whole.contains(*range)) {
+            return Err(Error::config(format!("{range} is not in one region of the guest's memory")));
+        }
+        if position.checked_add(range.size).is_none_or(|end| end > length) {
+            return Err(Error::config(format!(
+                "{range}, from byte {position:#x} on, goes beyond its {length:#x} bytes: it was cut short"
+            )));
+        }
+    }
+    let mut sorted: Vec<Range> = pieces.iter().map(|piece| piece.range).collect();
+    sorted.sort_by_key(|range| range.start);
+    match sorted.windows(2).find(|pair| pair[0].end() > pair[1].start) {
+        Some(pair) => Err(Error::config(format!("two pieces of it overlap: {} and {}", pair[0], pair[1]))),
+        None => Ok(()),
+    }
+}

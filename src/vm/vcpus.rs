@@ -1,0 +1,67 @@
+//! All vCPUs of a machine, with the threads that run them.
+
+use std::ops::Deref;
+use std::sync::{Arc, MutexGuard};
+
+use kvm_ioctls::VcpuFd;
+
+use super::vcpu::{Surroundings, Vcpu, register_kick};
+use crate::error::Result;
+
+/// The vCPUs of a machine, in their order. When this is dropped, their threads end first.
+pub struct Vcpus {
+    all: Vec<Vcpu>,
+    surroundings: Arc<Surroundings>,
+}
+
+impl Vcpus {
+    /// These vCPUs, without threads. They work with `surroundings`, whose gate is theirs alone and closed.
+    pub fn new(made: Vec<VcpuFd>, surroundings: &Arc<Surroundings>) -> Self {
+        let all = made.into_iter().enumerate().map(|(index, fd)| Vcpu::new(index, fd)).collect();
+        Self { all, surroundings: surroundings.clone() }
+    }
+
+    /// Starts the threads of those that have none: they wait at the gate until it is opened.
+    ///
+    /// # Errors
+    /// The host gives no more threads.
+    pub fn start(&mut self) -> Result<()> {
+        if self.all.iter().any(|vcpu| !vcpu.has_thread()) {
+            register_kick()?;
+        }
+        let mut all = self.all.iter_mut().enumerate();
+        all.try_for_each(|(index, vcpu)| vcpu.start(index, &self.surroundings))
+    }
+
+    /// Returns when none of them runs any more, until the gate is opened.
+    pub fn stop(&self) {
+        self.surroundings.gate.close();
+        self.kick();
+        drop(self.stopped());
+    }
+
+    /// All of them, stopped; waits until they are. The gate must be closed, and they must have been kicked.
+    pub fn stopped(&self) -> Vec<MutexGuard<'_, VcpuFd>> {
+        self.all.iter().map(Vcpu::stopped).collect()
+    }
+
+    fn kick(&self) {
+        self.all.iter().for_each(Vcpu::kick);
+    }
+}
+
+impl Deref for Vcpus {
+    type Target = [Vcpu];
+
+    fn deref(&self) -> &[Vcpu] {
+        &self.all
+    }
+}
+
+impl Drop for Vcpus {
+    fn drop(&mut self) {
+        self.surroundings.gate.remove();
+        self.kick();
+        self.all.iter_mut().for_each(Vcpu::join);
+    }
+}
