@@ -89,8 +89,8 @@ pub enum Command {
     Serve(Serve),
     Ctl(ctl::Ctl),
     Agent(agent::Agent),
-    /// Fetch a kernel: this package, or the newest.
-    FetchKernel(Option<String>),
+    /// Fetch a kernel: out of these packages, or the newest.
+    FetchKernel(Vec<String>),
     /// Show the images, or remove them.
     Cache {
         clear: bool,

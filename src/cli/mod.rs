@@ -66,7 +66,7 @@ pub fn main() -> u8 {
         Command::Ctl(arguments) => told(ctl::run(&arguments)),
         Command::Exec(arguments) => exec::exec(arguments),
         Command::Copy(arguments) => told(exec::copy(&arguments)),
-        Command::FetchKernel(from) => fetch_kernel(from.as_deref()),
+        Command::FetchKernel(from) => fetch_kernel(&from),
         Command::Wait(arguments) => exec::wait(&arguments),
         Command::Cache { clear: false } => print(cache::show().as_bytes()),
         Command::Cache { clear: true } => match cache::clear() {
@@ -85,7 +85,7 @@ pub fn main() -> u8 {
     }
 }
 
-fn fetch_kernel(from: Option<&str>) -> u8 {
+fn fetch_kernel(from: &[String]) -> u8 {
     match fetch::fetch(from, |step| eprintln!("alula: {step}")).context("fetch a kernel") {
         Ok(path) => print(format!("{}\n", path.display()).as_bytes()),
         Err(error) => told(Err(error)),

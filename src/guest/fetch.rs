@@ -7,7 +7,7 @@ use std::process::Command;
 
 use super::kernel;
 use super::modules::{Module, Modules};
-use super::program::{program, run};
+use super::program::{APT_HELPER, program, run};
 use crate::error::{Context, Error, Result};
 
 /// What guests may need: transports, devices, and what roots are made of.
@@ -27,6 +27,9 @@ const PACKAGES: [&str; 2] = ["linux-image-cloud-", "linux-image-"];
 
 const MISSING: &str = "on one with apt and dpkg this works; elsewhere, name a kernel by --kernel";
 
+const ELSEWHERE: &str =
+    "of newer kernels, other packages of the same version have parts: --from may be given again";
+
 /// A folder that is removed if it has not become something else.
 struct Scratch(PathBuf);
 
@@ -36,25 +39,30 @@ impl Drop for Scratch {
     }
 }
 
-/// Fetches a kernel: the package at `from`, a file or a URL, or the newest of the distribution's. Returns where it is.
+/// Fetches a kernel: out of the packages `from`, files or URLs, or the newest of the distribution's. Returns where it is.
 /// `say` is told each step, before it begins.
-pub fn fetch(from: Option<&str>, say: impl Fn(&str)) -> Result<PathBuf> {
+pub fn fetch(from: &[String], say: impl Fn(&str)) -> Result<PathBuf> {
     let place = kernel::fetched();
     let scratch = Scratch(place.with_extension(format!("new-{}", std::process::id())));
     let work = &scratch.0;
     let packages = work.join("packages");
     fs::create_dir_all(&packages).with_context(|| format!("create `{}`", packages.display()))?;
-    match from {
-        Some(from) if Path::new(from).is_file() => unpack(Path::new(from), &packages)?,
-        Some(url) if url.contains("://") => {
-            say(&format!("fetching {url}"));
+    for from in from {
+        if Path::new(from).is_file() {
+            unpack(Path::new(from), &packages)?;
+        } else if from.contains("://") {
+            say(&format!("fetching {from}"));
             let file = work.join("package.deb");
-            let mut download = program("/usr/lib/apt/apt-helper");
-            run(download.arg("download-file").arg(url).arg(&file), MISSING).context("fetch it")?;
+            let mut download = program(APT_HELPER);
+            run(download.arg("download-file").arg(from).arg(&file), MISSING)
+                .with_context(|| format!("fetch {from}"))?;
             unpack(&file, &packages)?;
+        } else {
+            return Err(Error::config(format!("there is no file `{from}`")));
         }
-        Some(file) => return Err(Error::config(format!("there is no file `{file}`"))),
-        None => fetch_newest(work, &packages, &say)?,
+    }
+    if from.is_empty() {
+        fetch_newest(work, &packages, &say)?;
     }
     say("taking the kernel and its modules out of it");
     let made = work.join("made");
@@ -88,31 +96,37 @@ fn fetch_newest(work: &Path, packages: &Path, say: &impl Fn(&str)) -> Result<()>
     run(apt(work, "apt-get").arg("update"), MISSING).context("fetch the lists of packages")?;
     let architecture = run(program("dpkg").arg("--print-architecture"), MISSING)?.stdout;
     let architecture = String::from_utf8_lossy(&architecture);
-    let mut name = None;
-    for prefix in PACKAGES {
-        let package = format!("{prefix}{}", architecture.trim());
+    let is_image = |name: &String| name.starts_with("linux-image-");
+    let mut images = PACKAGES.iter().filter_map(|prefix| {
         // A distribution may not have it.
-        let told = run(apt(work, "apt-cache").args(["depends", &package]), MISSING);
-        name = String::from_utf8_lossy(&told.map(|output| output.stdout).unwrap_or_default())
-            .lines()
-            .filter_map(|line| line.trim().strip_prefix("Depends: "))
-            .find(|name| name.starts_with("linux-image-"))
-            .map(str::to_owned);
-        if name.is_some() {
-            break;
-        }
-    }
-    let name = name.ok_or_else(|| {
-        Error::host("the distribution has no package linux-image-cloud or linux-image: name one by --from, as a URL or a file")
+        depends(work, &format!("{prefix}{}", architecture.trim())).into_iter().find(is_image)
+    });
+    let image = images.next().ok_or_else(|| {
+        Error::host(
+            "the distribution has no package linux-image-cloud or linux-image: name one by --from, as a URL or a file",
+        )
     })?;
-    say(&format!("fetching {name}"));
-    let download = || format!("fetch package `{name}`");
-    run(apt(work, "apt-get").args(["download", &name]).current_dir(work), MISSING).with_context(download)?;
-    let files = fs::read_dir(work).with_context(attempt)?;
+    // Newer kernels' packages are empty, and depend on those of the same version that have the kernel, its modules, and
+    // which of them are in it.
+    let version = image.trim_start_matches("linux-image-").to_owned();
+    let is_part = |name: &String| name.ends_with(&version);
+    let mut names: Vec<_> = depends(work, &image).into_iter().filter(is_part).collect();
+    names.push(image);
+    let list = names.join(", ");
+    say(&format!("fetching {list}"));
+    run(apt(work, "apt-get").arg("download").args(&names).current_dir(work), MISSING)
+        .with_context(|| format!("fetch {list}"))?;
+    let files = fs::read_dir(work).with_context(attempt)?.flatten().map(|entry| entry.path());
     let is_package = |path: &PathBuf| path.extension().is_some_and(|ending| ending == "deb");
-    let file = files.flatten().map(|entry| entry.path()).find(is_package);
-    let file = file.ok_or_else(|| Error::host(format!("apt-get has left no package `{name}` behind")))?;
-    unpack(&file, packages)
+    files.filter(is_package).try_for_each(|file| unpack(&file, packages))
+}
+
+/// What a package depends on; of one that there is not, nothing.
+fn depends(work: &Path, package: &str) -> Vec<String> {
+    let told = run(apt(work, "apt-cache").args(["depends", package]), MISSING).map(|output| output.stdout);
+    let told = told.unwrap_or_default();
+    let lines = String::from_utf8_lossy(&told);
+    lines.lines().filter_map(|line| line.trim().strip_prefix("Depends: ")).map(str::to_owned).collect()
 }
 
 fn unpack(file: &Path, packages: &Path) -> Result<()> {
@@ -122,7 +136,7 @@ fn unpack(file: &Path, packages: &Path) -> Result<()> {
 
 /// Takes the kernel and the modules out of what was unpacked.
 fn collect(packages: &Path, made: &Path) -> Result<()> {
-    let attempt = || format!("look for a kernel in the package at `{}`", packages.display());
+    let attempt = || format!("look for a kernel in what was unpacked in `{}`", packages.display());
     let only = |folder: PathBuf, what: &str| {
         let entries = fs::read_dir(&folder).into_iter().flatten().flatten().map(|entry| entry.path());
         let name = |path: &PathBuf| {
@@ -130,13 +144,15 @@ fn collect(packages: &Path, made: &Path) -> Result<()> {
         };
         entries.filter(|path| name(path).starts_with(what)).max()
     };
-    let image = only(packages.join("boot"), "vmlinuz-");
-    let image =
-        image.ok_or_else(|| Error::config("it has no /boot/vmlinuz-VERSION")).with_context(attempt)?;
     let folder =
         only(packages.join("lib/modules"), "").or_else(|| only(packages.join("usr/lib/modules"), ""));
-    let folder =
-        folder.ok_or_else(|| Error::config("it has no /lib/modules/VERSION")).with_context(attempt)?;
+    let folder = folder
+        .ok_or_else(|| Error::config(format!("it has no /lib/modules/VERSION ({ELSEWHERE})")))
+        .with_context(attempt)?;
+    let image = only(packages.join("boot"), "vmlinuz-").or_else(|| only(folder.clone(), "vmlinuz"));
+    let image = image
+        .ok_or_else(|| Error::config(format!("it has no /boot/vmlinuz-VERSION ({ELSEWHERE})")))
+        .with_context(attempt)?;
     let modules = Modules::in_folder(&folder)?;
     let to = made.join("modules");
     let copy =
@@ -147,7 +163,9 @@ fn collect(packages: &Path, made: &Path) -> Result<()> {
         let to = to.join(file_name);
         fs::write(&to, content).with_context(|| format!("write `{}`", to.display()))?;
     }
-    copy(&folder.join("modules.builtin"), to.join("modules.builtin")).map(drop)
+    let builtin = "modules.builtin";
+    let missing = || format!("find out what is in the kernel itself ({ELSEWHERE})");
+    copy(&folder.join(builtin), to.join(builtin)).with_context(missing).map(drop)
 }
 
 #[cfg(test)]
@@ -183,8 +201,13 @@ mod tests {
         let names: Vec<_> = closure.iter().map(|module| &module.file_name[..]).collect();
         assert_eq!(names, ["more.ko", "virtio-mmio.ko", "overlay.ko"]);
         assert!(!made.join("modules/not-needed.ko").exists());
-        fs::remove_file(root.join("boot/vmlinuz-6.9")).unwrap();
+        // Newer packages have the kernel among its modules.
+        fs::rename(root.join("boot/vmlinuz-6.9"), modules.join("vmlinuz")).unwrap();
+        let newer = folder.0.join("newer");
+        collect(&root, &newer).unwrap();
+        assert_eq!(fs::read(newer.join(kernel::NAME)).unwrap(), b"kernel");
+        fs::remove_file(modules.join("vmlinuz")).unwrap();
         let error = collect(&root, &made).unwrap_err().to_string();
-        assert!(error.ends_with("it has no /boot/vmlinuz-VERSION"), "{error}");
+        assert!(error.contains("it has no /boot/vmlinuz-VERSION (of newer kernels"), "{error}");
     }
 }

@@ -53,12 +53,15 @@ pub fn find(named: Option<&Path>) -> Result<Kernel> {
 }
 
 /// The folder of the modules of the kernel at `path`: `modules` beside it, or what packages have
-/// (`/boot/vmlinuz-VERSION`, `/lib/modules/VERSION`).
+/// (`/boot/vmlinuz-VERSION` and `/lib/modules/VERSION`, or both in the latter).
 fn modules_of(path: &Path) -> Option<PathBuf> {
     let folder = crate::paths::folder(path);
     let beside = folder.join("modules");
     if beside.is_dir() {
         return Some(beside);
+    }
+    if folder.join("kernel").is_dir() {
+        return Some(folder.to_owned());
     }
     let version = path.file_name()?.to_str()?.split_once('-')?.1;
     [folder.join("lib/modules"), folder.join("../lib/modules"), PathBuf::from("/lib/modules")]
@@ -86,6 +89,8 @@ mod tests {
         assert_eq!(found.canonicalize().unwrap(), folder.join("lib/modules/6.1-a").canonicalize().unwrap());
         assert_eq!(modules_of(&image("own/vmlinux-6.1-a")), Some(folder.join("own/modules")));
         assert_eq!(modules_of(&image("boot/vmlinuz-6.1-b")), None);
+        fs::create_dir(folder.join("lib/modules/6.1-a/kernel")).unwrap();
+        assert_eq!(modules_of(&image("lib/modules/6.1-a/vmlinuz")), Some(folder.join("lib/modules/6.1-a")));
         assert_eq!(modules_of(&image("boot/vmlinux")), None);
         assert!(find(Some(&folder.join("boot/vmlinux"))).unwrap().modules.is_none());
         let error = find(Some(&folder.join("none"))).unwrap_err().to_string();

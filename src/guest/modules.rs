@@ -5,7 +5,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::program::{program, run};
+use super::program::{APT_HELPER, program, run};
 use crate::error::{Context, Error, Result};
 
 /// More than any module has: what is larger is none.
@@ -115,7 +115,10 @@ fn read(path: &Path) -> Result<Vec<u8>> {
     let content = match PACKERS.iter().find(|packer| packer.0 == ending) {
         Some((_, name, package)) => {
             let missing = format!("install {package}");
-            run(program(name).arg("-dcq").arg(path), &missing)?.stdout
+            let unpacked = run(program(name).arg("-dcq").arg(path), &missing);
+            // A machine with apt need not have it.
+            let by_apt = || run(program(APT_HELPER).arg("cat-file").arg(path), "");
+            unpacked.or_else(|error| by_apt().map_err(|_| error))?.stdout
         }
         None => fs::read(path).context("read it")?,
     };

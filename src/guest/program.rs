@@ -6,6 +6,9 @@ use std::process::{Command, Output};
 
 use crate::error::{Error, Result};
 
+/// What downloads and unpacks wherever there is apt.
+pub const APT_HELPER: &str = "/usr/lib/apt/apt-helper";
+
 /// The program of this name, also where administrators' programs are, which an ordinary user's `PATH` may lack.
 pub fn program(name: &str) -> Command {
     let mut path = std::env::var_os("PATH").unwrap_or_else(|| OsString::from("/usr/bin:/bin"));
