@@ -170,7 +170,7 @@ fn listen(path: &Path, body_max: usize) -> Result<Box<dyn Front>> {
 
 /// Serves where a guest is found by its name. A place for that is not everybody's: without one, the guest runs all
 /// the same.
-fn listen_for(id: &str) -> Result<Option<(Box<dyn Front>, SocketFile)>> {
+fn listen_for(id: &str) -> Result<Option<Box<dyn Front>>> {
     match runtime::prepare(id) {
         Ok(path) => {
             let attempt =

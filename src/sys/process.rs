@@ -5,8 +5,7 @@ use std::ffi::CStr;
 use std::io::Result;
 use std::mem::zeroed;
 use std::os::unix::thread::JoinHandleExt;
-use std::ptr::{self, null_mut};
-use std::sync::atomic::{AtomicPtr, Ordering};
+use std::ptr::null_mut;
 use std::thread::JoinHandle;
 use std::time::Duration;
 

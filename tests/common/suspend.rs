@@ -102,7 +102,7 @@ impl Suspended {
     /// The same on a shell that was made ahead, over a file with the guest's memory in `folder`.
     pub fn build_on(&self, shell: Shell, folder: &Folder, screen: &Screen) -> Machine {
         let saved = SavedMachine::from_bytes(&self.bytes).unwrap();
-        let ranges = layout::memory(u64::from(saved.config.machine_config.mem_size_mib) << 20);
+        let ranges = layout::memory(saved.config.machine_config.mem_size_mib << 20);
         let path = folder.path("memory");
         let file = File::options().read(true).write(true).create(true).truncate(true).open(path).unwrap();
         let mut pieces = Vec::new();
