@@ -38,7 +38,6 @@ pub const FEATURES_OK: u32 = 8;
 pub const NEEDS_RESET: u32 = 64;
 pub const F_EVENT_IDX: u64 = 1 << 29;
 pub const F_VERSION_1: u64 = 1 << 32;
-
 pub const NEXT: u16 = 1;
 pub const WRITE: u16 = 2;
 pub const INDIRECT: u16 = 4;
