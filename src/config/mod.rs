@@ -8,7 +8,7 @@ mod mend;
 mod saved;
 
 use serde::ser::SerializeMap;
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Serialize, Serializer};
 
 use crate::devices::KINDS;
 use crate::devices::console;
@@ -45,8 +45,10 @@ const NOT_TOLD: [&str; 4] = [LOGGER, METRICS, "balloon", "memory-hotplug"];
 const EMPTY: [&str; 1] = ["pmem"];
 
 /// A microVM's whole configuration. As JSON it has the sections of a config file, as Firecracker tells
-/// them: all of its own, what is not there as null, and the root drive first.
-#[derive(Clone, Debug, Default)]
+/// them: all of its own, what is not there as null, and the root drive first. Saved state has it field by field, as they
+/// are listed here (`saved.rs`).
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(remote = "Self", deny_unknown_fields)]
 pub struct Config {
     /// The guest's kernel; none: the embedded firmware guest.
     pub boot_source: Option<BootSource>,
@@ -72,6 +74,7 @@ pub struct Config {
     /// not in a file.
     pub firmware_words: Option<String>,
     /// The virtio devices, as they were added; no two replace each other.
+    #[serde(with = "saved::devices")]
     devices: Vec<ConfiguredDevice>,
 }
 

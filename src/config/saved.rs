@@ -1,35 +1,12 @@
 //! A configuration as saved state: whole, with what no config file says. It is written as JSON, for many types
 //! in it can only be read from a format that describes itself.
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::value::RawValue;
 
-use super::{BootSource, Config, CpuConfig, MachineConfig};
+use super::Config;
 use crate::devices::KINDS;
-use crate::devices::console;
-use crate::dialect::Dialect;
 use crate::error::{Context, Error, Result};
-use crate::log;
-use crate::metadata;
-use crate::metrics;
-
-/// All that [`Config`] has, field by field.
-#[derive(Deserialize, Serialize)]
-#[serde(deny_unknown_fields)]
-struct Fields {
-    boot_source: Option<BootSource>,
-    machine_config: MachineConfig,
-    cpu_config: Option<CpuConfig>,
-    logger: Option<log::Config>,
-    metrics: Option<metrics::Config>,
-    serial: Option<console::Config>,
-    mmds_config: Option<metadata::Config>,
-    boot_timer: bool,
-    pci: bool,
-    dialect: Dialect,
-    firmware_words: Option<String>,
-    devices: Vec<SavedDevice>,
-}
 
 /// A device by the section of its kind.
 #[derive(Deserialize, Serialize)]
@@ -39,43 +16,54 @@ struct SavedDevice {
     config: Box<RawValue>,
 }
 
-impl Config {
-    /// The whole configuration as a text, which [`Config::from_saved`] reads.
-    pub fn saved(&self) -> Result<String> {
-        let Self {
-            boot_source,
-            machine_config,
-            cpu_config,
-            logger,
-            metrics,
-            serial,
-            mmds_config,
-            boot_timer,
-            pci,
-            dialect,
-            firmware_words,
-            devices,
-        } = self.clone();
-        let saved = |device: &super::ConfiguredDevice| {
+/// The list of devices, each as [`SavedDevice`].
+pub mod devices {
+    use serde::de::Error as _;
+    use serde::ser::Error as _;
+
+    use super::*;
+    use crate::devices::kind::ConfiguredDevice;
+
+    pub fn serialize<S: Serializer>(devices: &[ConfiguredDevice], serializer: S) -> Result<S::Ok, S::Error> {
+        let saved = |device: &ConfiguredDevice| {
             let config = serde_json::value::to_raw_value(device)?;
             Ok(SavedDevice { section: device.kind().section.to_owned(), config })
         };
-        let devices = devices.iter().map(saved).collect::<serde_json::Result<_>>();
-        let fields = |devices| Fields {
-            boot_source,
-            machine_config,
-            cpu_config,
-            logger,
-            metrics,
-            serial,
-            mmds_config,
-            boot_timer,
-            pci,
-            dialect,
-            firmware_words,
-            devices,
+        let saved: serde_json::Result<Vec<_>> = devices.iter().map(saved).collect();
+        saved.map_err(S::Error::custom)?.serialize(serializer)
+    }
+
+    pub fn deserialize<'a, D: Deserializer<'a>>(deserializer: D) -> Result<Vec<ConfiguredDevice>, D::Error> {
+        let read = |SavedDevice { section, config }: SavedDevice| {
+            let kind = KINDS.iter().find(|kind| kind.section == section);
+            let kind =
+                kind.ok_or_else(|| D::Error::custom(format_args!("`{section}` is no kind of devices")))?;
+            kind.parse(config.get().as_bytes()).map_err(D::Error::custom)
         };
-        devices.and_then(|devices| serde_json::to_string(&fields(devices))).context("write the configuration")
+        Vec::deserialize(deserializer)?.into_iter().map(read).collect()
+    }
+}
+
+/// A configuration field by field, as serde derives it; the configuration itself is written as a config file has it.
+struct Whole<T>(T);
+
+impl Serialize for Whole<&Config> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        // The function that is derived, not the trait's.
+        Config::serialize(self.0, serializer)
+    }
+}
+
+impl<'a> Deserialize<'a> for Whole<Config> {
+    fn deserialize<D: Deserializer<'a>>(deserializer: D) -> Result<Self, D::Error> {
+        Config::deserialize(deserializer).map(Self)
+    }
+}
+
+impl Config {
+    /// The whole configuration as a text, which [`Config::from_saved`] reads.
+    pub fn saved(&self) -> Result<String> {
+        serde_json::to_string(&Whole(self)).context("write the configuration")
     }
 
     /// The configuration that [`Config::saved`] wrote. It is checked as one that somebody gives.
@@ -84,40 +72,10 @@ impl Config {
     }
 
     fn read_saved(text: &str) -> Result<Self> {
-        let wrong = |error: serde_json::Error| Error::config(error.to_string());
-        let Fields {
-            boot_source,
-            machine_config,
-            cpu_config,
-            logger,
-            metrics,
-            serial,
-            mmds_config,
-            boot_timer,
-            pci,
-            dialect,
-            firmware_words,
-            devices,
-        } = serde_json::from_str(text).map_err(wrong)?;
-        let mut config = Self {
-            boot_source,
-            machine_config,
-            cpu_config,
-            logger,
-            metrics,
-            serial,
-            mmds_config,
-            boot_timer,
-            pci,
-            dialect,
-            firmware_words,
-            devices: Vec::new(),
-        };
-        for SavedDevice { section, config: device } in devices {
-            let kind = KINDS.iter().find(|kind| kind.section == section);
-            let kind = kind.ok_or_else(|| Error::config(format!("`{section}` is no kind of devices")))?;
-            let device = kind.parse(device.get().as_bytes()).map_err(wrong)?;
-            if config.device(kind, device.id()).is_some() {
+        let read = serde_json::from_str(text).map_err(|error| Error::config(error.to_string()));
+        let Whole(mut config) = read?;
+        for device in std::mem::take(&mut config.devices) {
+            if config.device(device.kind(), device.id()).is_some() {
                 return Err(Error::config(format!("{} is there twice", device.name())));
             }
             config.put(device)?;
@@ -134,7 +92,11 @@ mod tests {
     use schemars::SchemaGenerator;
     use serde_json::{Map, Value};
 
+    use super::super::{BootSource, CpuConfig, MachineConfig};
     use super::*;
+    use crate::devices::console;
+    use crate::dialect::Dialect;
+    use crate::{log, metadata, metrics};
 
     /// Every field of every type is something else than what it is by itself, as far as they go together.
     fn config() -> Config {
