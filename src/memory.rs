@@ -7,14 +7,13 @@ pub mod written;
 
 use std::fmt;
 use std::fs::File;
-use std::io::{Error as IoError, Result as IoResult};
+use std::io::Result as IoResult;
 use std::ops::Deref;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use vm_memory::bitmap::BS;
 use vm_memory::guest_memory::Result as AccessResult;
-use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
     GuestAddress, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryRegion, GuestMemoryRegionBytes,
     GuestRegionCollection, GuestRegionMmap, MemoryRegionAddress, MmapRegion,
@@ -105,7 +104,6 @@ impl Region {
 
     /// The region at `range` in a mapping of that size, where nobody has written anything yet, with the content that
     /// `source` has for the region.
-    #[allow(unsafe_code)]
     fn over(mapping: Arc<Mapping>, range: Range, source: Source<'_>) -> Result<Self> {
         let backing = match source {
             Source::Anonymous => None,
@@ -116,12 +114,7 @@ impl Region {
             backing.show(range, &mapping)?;
         }
         let size = range.size as usize;
-        let pages = MmapRegionBuilder::new_with_bitmap(size, Written::new(size))
-            .with_mmap_prot(Mapping::PROTECTION)
-            .with_mmap_flags(Mapping::FLAGS);
-        // SAFETY: the mapping has this size and lives as long as the region that has both.
-        let pages = unsafe { pages.with_raw_mmap_pointer(mapping.start().as_ptr()) };
-        let pages = pages.build().context("describe guest memory")?;
+        let pages = mapping.describe(size, Written::new(size))?;
         let pages = GuestRegionMmap::new(pages, GuestAddress(range.start))
             .ok_or_else(|| Error::config("guest memory does not fit the address space"))?;
         Ok(Self { pages, mapping: Some(mapping), backing })
@@ -147,14 +140,8 @@ impl Region {
     ///
     /// # Errors
     /// A kernel without transparent huge pages refuses both.
-    #[allow(unsafe_code)]
     pub fn ask_for_huge_pages(&self, wanted: bool) -> IoResult<()> {
-        let advice = if wanted { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE };
-        // SAFETY: the range is the region's own mapping; this advice does not change what it holds.
-        match unsafe { libc::madvise(self.as_ptr().cast(), self.size(), advice) } {
-            0 => Ok(()),
-            _ => Err(IoError::last_os_error()),
-        }
+        mapping::ask_for_huge_pages(&self.pages, wanted)
     }
 
     /// Which of its pages this process has written.

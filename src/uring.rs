@@ -386,5 +386,13 @@ fn refused(error: IoError) -> Error {
     Error::host(reason)
 }
 
+/// [`Uring::push`] for the tests.
+#[cfg(test)]
+#[allow(unsafe_code)]
+fn push(ring: &mut Uring, operation: Operation, user_data: u64) {
+    // SAFETY: the tests keep everything until the completions were taken.
+    unsafe { ring.push(operation, user_data) }.unwrap();
+}
+
 #[cfg(test)]
 mod tests;

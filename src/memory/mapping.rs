@@ -6,6 +6,12 @@ use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::ptr::NonNull;
 
+use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
+
+use super::Written;
+use crate::error::{Context, Result};
+use crate::sys::descriptor;
+
 /// The size of a huge page, of which every region of guest memory begins with a whole one. KVM maps
 /// a huge page only where host and guest address agree modulo its size: a guest whose memory lies
 /// otherwise takes a fault, and an exit, for every 4 KiB.
@@ -88,9 +94,35 @@ impl Mapping {
         if shown == libc::MAP_FAILED { Err(IoError::last_os_error()) } else { Ok(()) }
     }
 
+    /// Describes the pages, the first `size` bytes of this, as a part of guest memory. The description is kept with this
+    /// mapping, and not longer.
+    #[allow(unsafe_code)]
+    pub(super) fn describe(&self, size: usize, written: Written) -> Result<MmapRegion<Written>> {
+        let pages = MmapRegionBuilder::new_with_bitmap(size.min(self.size), written)
+            .with_mmap_prot(Self::PROTECTION)
+            .with_mmap_flags(Self::FLAGS);
+        // SAFETY: the mapping is at least as large, and lives as long as the region that has both.
+        let pages = unsafe { pages.with_raw_mmap_pointer(self.start.as_ptr()) };
+        pages.build().context("describe guest memory")
+    }
+
     /// Its first byte.
     pub fn start(&self) -> NonNull<u8> {
         self.start
+    }
+}
+
+/// Asks the host for huge pages behind guest memory, or for none, whatever its policy is (madvise(2)).
+///
+/// # Errors
+/// A kernel without transparent huge pages refuses both.
+#[allow(unsafe_code)]
+pub(super) fn ask_for_huge_pages(pages: &MmapRegion<Written>, wanted: bool) -> IoResult<()> {
+    let advice = if wanted { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE };
+    // SAFETY: the range is the region's own mapping; this advice does not change what it holds.
+    match unsafe { libc::madvise(pages.as_ptr().cast(), pages.size(), advice) } {
+        0 => Ok(()),
+        _ => Err(IoError::last_os_error()),
     }
 }
 
@@ -101,6 +133,62 @@ impl Drop for Mapping {
             // SAFETY: the range was mapped by `new`, belongs to this alone, and is used no more.
             unsafe { libc::munmap(self.start.as_ptr().cast(), self.size) };
         }
+    }
+}
+
+/// Pages that this process shares with the kernel, given back when this is dropped.
+#[derive(Debug)]
+pub struct Window {
+    start: NonNull<u8>,
+    size: usize,
+}
+
+// SAFETY: a mapping belongs to no thread.
+#[allow(unsafe_code)]
+unsafe impl Send for Window {}
+
+impl Window {
+    /// What a descriptor shows at `offset`; both numbers are multiples of the host's page size.
+    ///
+    /// # Errors
+    /// The kernel's, of mmap(2).
+    pub fn of_descriptor(fd: RawFd, offset: usize, size: usize) -> IoResult<Self> {
+        Self::map(fd, offset, size, libc::MAP_SHARED)
+    }
+
+    /// Zeros, for a test.
+    #[cfg(test)]
+    pub fn for_test(size: usize) -> Self {
+        Self::map(-1, 0, size, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS).unwrap()
+    }
+
+    #[allow(unsafe_code)]
+    fn map(fd: RawFd, offset: usize, size: usize, flags: i32) -> IoResult<Self> {
+        let (place, offset) = (std::ptr::null_mut(), offset as libc::off_t);
+        // SAFETY: a new mapping, where there was none.
+        let start = unsafe { libc::mmap(place, size, Mapping::PROTECTION, flags, fd, offset) };
+        match NonNull::new(start.cast()).filter(|_| start != libc::MAP_FAILED) {
+            Some(start) => Ok(Self { start, size }),
+            None => Err(IoError::last_os_error()),
+        }
+    }
+
+    /// Its first byte.
+    pub fn start(&self) -> NonNull<u8> {
+        self.start
+    }
+
+    /// How many bytes it has.
+    pub fn size(&self) -> usize {
+        self.size
+    }
+}
+
+impl Drop for Window {
+    #[allow(unsafe_code)]
+    fn drop(&mut self) {
+        // SAFETY: it was mapped with this size, and nobody else knows of it.
+        unsafe { libc::munmap(self.start.as_ptr().cast(), self.size) };
     }
 }
 
@@ -119,17 +207,13 @@ pub fn page_size() -> u64 {
 /// The kernel's, of memfd_create(2), ftruncate(2) and fcntl(2).
 #[allow(unsafe_code)]
 pub fn memory_file(size: u64) -> IoResult<File> {
-    const SEALS: i32 = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
     // SAFETY: the name is a string that ends with a zero.
     let fd =
         unsafe { libc::memfd_create(c"guest memory".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
     let file = opened(fd)?;
     file.set_len(size)?;
-    // SAFETY: the call takes numbers.
-    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, SEALS) } {
-        0.. => Ok(file),
-        _ => Err(IoError::last_os_error()),
-    }
+    descriptor::seal_size(&file)?;
+    Ok(file)
 }
 
 #[allow(unsafe_code)]

@@ -21,12 +21,6 @@ fn vector(bytes: &mut [u8]) -> libc::iovec {
     libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }
 }
 
-#[allow(unsafe_code)]
-fn push(ring: &mut Uring, operation: Operation, user_data: u64) {
-    // SAFETY: the tests keep everything until the completions were taken.
-    unsafe { ring.push(operation, user_data) }.unwrap();
-}
-
 fn all(ring: &mut Uring) -> Vec<(u64, Option<u32>)> {
     let mut done = Vec::new();
     while ring.in_flight() > 0 {

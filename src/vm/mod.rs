@@ -3,6 +3,7 @@
 pub mod exit;
 pub mod gate;
 pub mod irq;
+mod kvm;
 pub mod posted;
 mod slots;
 pub mod state;
@@ -12,7 +13,6 @@ pub mod vcpus;
 use std::fs::File;
 use std::io::ErrorKind;
 use std::ops::Deref;
-use std::os::fd::{FromRawFd, IntoRawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
@@ -53,7 +53,6 @@ impl Prepared {
     }
 }
 
-#[allow(unsafe_code)]
 fn open_kvm() -> Result<Kvm> {
     let file = File::options().read(true).write(true).open(KVM_DEVICE).map_err(|error| {
         let advice = match error.kind() {
@@ -67,8 +66,7 @@ fn open_kvm() -> Result<Kvm> {
         };
         Error::host(format!("open {KVM_DEVICE}: {error}: {advice}"))
     })?;
-    // SAFETY: the descriptor was just opened and is given away whole.
-    let kvm = unsafe { Kvm::from_raw_fd(file.into_raw_fd()) };
+    let kvm = kvm::of_file(file);
     match kvm.get_api_version() {
         KVM_API_VERSION => Ok(kvm),
         other => Err(Error::host(format!(

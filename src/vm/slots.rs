@@ -2,14 +2,12 @@
 //! (KVM api, 4.35).
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
-use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
+use kvm_bindings::KVM_MEM_LOG_DIRTY_PAGES;
 use kvm_ioctls::VmFd;
-use vm_memory::{GuestMemoryRegion, MemoryRegionAddress};
 
+use super::kvm::{self, SlotPages};
 use crate::error::{Context, Error, Result};
-use crate::memory::mapping::Mapping;
 use crate::memory::{Range, Region};
 
 /// The slots that are in use, by number.
@@ -18,12 +16,9 @@ pub struct Slots(BTreeMap<u32, Slot>);
 
 struct Slot {
     range: Range,
-    /// Where the pages are in this process.
-    host: u64,
+    pages: SlotPages,
     /// KVM notes what the guest's CPUs write.
     is_tracked: bool,
-    /// Keeps the pages mapped for as long as KVM has them.
-    _mapping: Option<Arc<Mapping>>,
 }
 
 impl Slots {
@@ -36,8 +31,7 @@ impl Slots {
         if let Some(taken) = self.0.values().find(|slot| !is_beside(slot)) {
             return Err(Error::config(format!("{} are there already", taken.range))).with_context(attempt);
         }
-        let host = region.get_host_address(MemoryRegionAddress(0)).context("find guest memory")?;
-        let slot = Slot { range, host: host as u64, is_tracked, _mapping: region.mapping() };
+        let slot = Slot { range, pages: SlotPages::of(region)?, is_tracked };
         let number = (0..).zip(self.0.keys()).find(|(free, used)| free != *used);
         let number = number.map_or(self.0.len() as u32, |(free, _)| free);
         set(fd, number, &slot, range.size).with_context(attempt)?;
@@ -91,18 +85,9 @@ impl Slots {
 }
 
 /// Tells KVM what a slot is; a `size` of 0 empties it.
-#[allow(unsafe_code)]
 fn set(fd: &VmFd, number: u32, slot: &Slot, size: u64) -> Result<()> {
-    let region = kvm_userspace_memory_region {
-        slot: number,
-        flags: if slot.is_tracked { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
-        guest_phys_addr: slot.range.start,
-        memory_size: size,
-        userspace_addr: slot.host,
-    };
-    // SAFETY: the range is mapped as guest memory, and stays so for as long as the slot is in use: it has a part
-    // in the mapping, or whoever made the region without one keeps it.
-    let given = unsafe { fd.set_user_memory_region(region) };
+    let flags = if slot.is_tracked { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
+    let given = kvm::set_slot(fd, number, flags, slot.range.start, size, &slot.pages);
     given.map_err(|error| match error.errno() {
         // aarch64 says EFAULT of what is beyond its guests' addresses.
         libc::EINVAL | libc::EFAULT => {

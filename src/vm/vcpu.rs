@@ -1,6 +1,5 @@
 //! A vCPU and its thread: runs guest code, hands exits to the buses, stops at the gate.
 
-use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -19,6 +18,7 @@ use crate::platform::Place;
 use crate::sys;
 use crate::vm::exit::{End, Exit};
 use crate::vm::gate::Gate;
+use crate::vm::kvm::ImmediateExit;
 
 /// What every vCPU works with.
 pub struct Surroundings {
@@ -75,31 +75,6 @@ metrics! {
     }
 }
 
-/// The byte in `struct kvm_run` that makes the next KVM_RUN return at once (KVM api, 5).
-struct ImmediateExit(*const AtomicU8);
-
-// SAFETY: the byte lies in the mapping of `struct kvm_run`, which lives as long as the `VcpuFd` in
-// the same `Shared`, and it is only used as an atomic.
-#[allow(unsafe_code)]
-unsafe impl Send for ImmediateExit {}
-// SAFETY: as above.
-#[allow(unsafe_code)]
-unsafe impl Sync for ImmediateExit {}
-
-impl ImmediateExit {
-    fn new(fd: &mut VcpuFd) -> Self {
-        let byte: *mut u8 = &raw mut fd.get_kvm_run().immediate_exit;
-        Self(byte as *const AtomicU8)
-    }
-
-    #[allow(unsafe_code)]
-    fn set(&self, value: u8) {
-        // SAFETY: the pointer is valid as long as `Shared` is (see above); nobody else writes the
-        // byte but through here, and the kernel reads it.
-        unsafe { (*self.0).store(value, Ordering::SeqCst) };
-    }
-}
-
 /// The signal that makes KVM_RUN return. Its handler does nothing: the interrupted call is all we want.
 fn kick_signal() -> i32 {
     SIGRTMIN()
@@ -115,7 +90,7 @@ impl Vcpu {
     /// Owns `fd`, the vCPU with this number; it does not run before `start`.
     pub fn new(index: usize, mut fd: VcpuFd) -> Self {
         let name = Name::new(&fd, format!("vCPU {index}"));
-        let immediate_exit = ImmediateExit::new(&mut fd);
+        let immediate_exit = ImmediateExit::of(&mut fd);
         Self {
             shared: Arc::new(Shared {
                 _name: name,

@@ -13,6 +13,7 @@ use kvm_ioctls::DeviceFd;
 use serde::{Deserialize, Serialize};
 
 use super::gic::InterruptController;
+use super::ioctls::device_register as get;
 use super::layout;
 use crate::error::{Context, Error, Result};
 
@@ -254,16 +255,6 @@ fn name(group: u32, attr: u64) -> String {
         ITS => format!("the ITS's register {offset:#x}"),
         _ => format!("the GIC's register {offset:#x} of the interface of CPU {cpu:#x}"),
     }
-}
-
-/// A register of 32 or 64 bits.
-#[allow(unsafe_code)]
-fn get(device: &DeviceFd, group: u32, attr: u64) -> Result<u64, kvm_ioctls::Error> {
-    let mut value = 0_u64;
-    let mut attribute = kvm_device_attr { group, attr, addr: (&raw mut value) as u64, flags: 0 };
-    // SAFETY: KVM writes 4 or 8 bytes to the local that the attribute names.
-    unsafe { device.get_device_attr(&mut attribute) }?;
-    Ok(value)
 }
 
 fn set(device: &DeviceFd, group: u32, attr: u64, value: u64) -> Result<(), kvm_ioctls::Error> {

@@ -4,6 +4,7 @@ mod boot;
 mod fdt;
 mod gic;
 mod gic_state;
+mod ioctls;
 pub mod layout;
 mod state;
 mod unpack;
@@ -140,13 +141,9 @@ pub fn tell_that_it_stood_still(_vcpu: &VcpuFd) -> Result<()> {
 /// Lets the guest go on after a load or store outside of memory of which the processor tells KVM too little
 /// to do it (of two registers, or with write-back): it gets an external abort, as from a bus where nobody
 /// answers. Says what was done, or why it cannot be: KVM went out of the guest for another reason.
-#[allow(unsafe_code)]
 pub fn refuse_instruction(vcpu: &mut VcpuFd, index: usize) -> Result<String, String> {
-    let run = vcpu.get_kvm_run();
-    let reason = run.exit_reason;
-    // SAFETY: for this exit the kernel fills in this member of the union, of plain numbers; for another
-    // it is not used.
-    let address = unsafe { run.__bindgen_anon_1.arm_nisv.fault_ipa };
+    let reason = vcpu.get_kvm_run().exit_reason;
+    let address = ioctls::refused_address(vcpu);
     let mut pc = [0; 8];
     let pc = match vcpu.get_one_reg(core_register(PC), &mut pc) {
         Ok(_) => format!("{:#x}", u64::from_le_bytes(pc)),

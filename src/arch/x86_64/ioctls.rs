@@ -1,4 +1,4 @@
-//! Ioctls of KVM's that `kvm-ioctls` lacks for x86_64 or leaves to the caller's care, each as a safe function.
+//! What of KVM on x86_64 `kvm-ioctls` lacks or leaves to the caller's care, each as a safe function.
 
 use kvm_bindings::{
     KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, Xsave, kvm_device_attr, kvm_sregs, kvm_sregs2, kvm_xsave2,
@@ -129,4 +129,14 @@ pub fn set_xsave(vm: &VmFd, vcpu: &VcpuFd, words: &[u32]) -> Result<(), Error> {
     fixed.xsave.region.copy_from_slice(region);
     // SAFETY: the area is at least as long as KVM said that this machine's are, which was looked at above.
     unsafe { vcpu.set_xsave2(&area) }
+}
+
+/// What the kernel says of an internal error: the kind, and words about it, as many as it has given. To be asked for
+/// after KVM_RUN returned KVM_EXIT_INTERNAL_ERROR.
+#[allow(unsafe_code)]
+pub fn internal_error(vcpu: &mut VcpuFd) -> (u32, Vec<u64>) {
+    // SAFETY: the kernel fills in this member of the union for this exit, and after another it has other plain numbers.
+    let internal = unsafe { vcpu.get_kvm_run().__bindgen_anon_1.internal };
+    let count = internal.data.len().min(internal.ndata as usize);
+    (internal.suberror, internal.data[..count].to_vec())
 }

@@ -11,7 +11,7 @@ use kvm_bindings::{
 use kvm_ioctls::VcpuFd;
 
 use super::boot::{Entry, Protocol};
-use super::layout;
+use super::{ioctls, layout};
 use crate::error::{Context, Result};
 
 const CR0_PE: u64 = 1;
@@ -143,11 +143,8 @@ fn raise_invalid_opcode(vcpu: &VcpuFd) -> Result<()> {
 
 /// What KVM says of an internal error (KVM api, 5, KVM_EXIT_INTERNAL_ERROR), with what can be done; and
 /// whether it is about one instruction.
-#[allow(unsafe_code)]
 fn internal_error(vcpu: &mut VcpuFd, index: usize) -> (String, bool) {
-    // SAFETY: the last KVM_RUN returned KVM_EXIT_INTERNAL_ERROR, for which the kernel fills in this
-    // member of the union; it is plain numbers, and `ndata` is bounded below.
-    let internal = unsafe { vcpu.get_kvm_run().__bindgen_anon_1.internal };
+    let (suberror, data) = ioctls::internal_error(vcpu);
     let (rip, mode) = match (vcpu.get_regs(), vcpu.get_sregs()) {
         (Ok(regs), Ok(sregs)) => (
             format!("{:#x}", regs.rip),
@@ -155,19 +152,13 @@ fn internal_error(vcpu: &mut VcpuFd, index: usize) -> (String, bool) {
         ),
         _ => ("an unknown address".to_owned(), "unknown mode".to_owned()),
     };
-    if internal.suberror != KVM_INTERNAL_ERROR_EMULATION {
-        return (
-            format!("KVM reports internal error {} on CPU {index} at {rip} ({mode})", internal.suberror),
-            false,
-        );
+    if suberror != KVM_INTERNAL_ERROR_EMULATION {
+        return (format!("KVM reports internal error {suberror} on CPU {index} at {rip} ({mode})"), false);
     }
     // data[0] is flags; bit 0: the instruction's bytes follow, a length byte first.
-    let bytes: Vec<u8> = internal.data[1..internal.ndata.clamp(1, 16) as usize]
-        .iter()
-        .flat_map(|word| word.to_le_bytes())
-        .collect();
+    let bytes: Vec<u8> = data.iter().skip(1).flat_map(|word| word.to_le_bytes()).collect();
     let instruction = match bytes.split_first() {
-        Some((length, bytes)) if internal.data[0] & 1 != 0 => {
+        Some((length, bytes)) if data.first().is_some_and(|flags| flags & 1 != 0) => {
             let shown = bytes.iter().take(usize::from(*length).min(15));
             format!(" `{}`", shown.map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().join(" "))
         }

@@ -16,6 +16,7 @@ use crate::error::{Context, Error, Result};
 use crate::host;
 use crate::log;
 use crate::poll::{self, Interest};
+use crate::sys::network;
 
 /// Clients taken in one turn; then other devices of the loop have theirs.
 const CLIENTS_PER_TURN: usize = 64;
@@ -30,7 +31,7 @@ impl Mux {
     /// Takes the programs of the host that want to connect, some of them.
     pub(super) fn accept(&mut self) -> Result<()> {
         for _ in 0..CLIENTS_PER_TURN {
-            match socket::accept(self.listener.as_raw_fd()) {
+            match network::accept(&self.listener.as_raw_fd()) {
                 Ok(stream) => self.greet(stream)?,
                 Err(error)
                     if matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::ConnectionAborted) => {}
@@ -42,7 +43,7 @@ impl Mux {
                     // There is no descriptor or memory left: who waits is refused, or it would wait for ever.
                     self.spare = None;
                     // The error comes before the kernel looks whether there is anybody.
-                    self.may_accept = socket::accept(self.listener.as_raw_fd()).is_ok();
+                    self.may_accept = network::accept(&self.listener.as_raw_fd()).is_ok();
                     self.spare = spare(&self.listener);
                     self.metrics.conns_refused.add(u64::from(self.may_accept));
                     return Ok(());

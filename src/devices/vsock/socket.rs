@@ -3,10 +3,11 @@
 
 use std::io::{Error as IoError, ErrorKind, Result as IoResult};
 use std::ops::Range;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 
 use super::backlog::{Backlog, Blocks};
+use crate::sys::{descriptor, network};
 use crate::virtio::buffers::{Buffers, VECTORS_MAX};
 use crate::virtio::pool::Pool;
 
@@ -170,32 +171,11 @@ fn message(vectors: *mut libc::iovec, count: usize) -> libc::msghdr {
 }
 
 /// Whether whoever had the other end has closed it, both ways.
-#[allow(unsafe_code)]
 pub fn is_gone(stream: &UnixStream) -> bool {
-    let mut poll = libc::pollfd { fd: stream.as_raw_fd(), events: 0, revents: 0 };
-    // SAFETY: the call writes to the local structure, and does not wait.
-    let ready = unsafe { libc::poll(&raw mut poll, 1, 0) };
-    ready > 0 && poll.revents & (libc::POLLHUP | libc::POLLERR) != 0
+    descriptor::poll(stream, 0, 0) & (libc::POLLHUP | libc::POLLERR) != 0
 }
 
 /// Looks at what there is to read, at most as much as `bytes` holds, and leaves it.
-#[allow(unsafe_code)]
 pub fn peek(stream: &UnixStream, bytes: &mut [u8]) -> IoResult<usize> {
-    let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
-    // SAFETY: the call writes at most the length of the slice to it.
-    let count = unsafe { libc::recv(stream.as_raw_fd(), bytes.as_mut_ptr().cast(), bytes.len(), flags) };
-    usize::try_from(count).map_err(|_| IoError::last_os_error())
-}
-
-/// The next client of a listening socket, whose stream does not block.
-#[allow(unsafe_code)]
-pub fn accept(listener: RawFd) -> IoResult<UnixStream> {
-    let flags = libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
-    // SAFETY: the call writes no address; the descriptor that it gives is new and nobody else's.
-    unsafe {
-        match libc::accept4(listener, std::ptr::null_mut(), std::ptr::null_mut(), flags) {
-            -1 => Err(IoError::last_os_error()),
-            fd => Ok(OwnedFd::from_raw_fd(fd).into()),
-        }
-    }
+    network::receive(stream, bytes, libc::MSG_PEEK | libc::MSG_DONTWAIT)
 }
