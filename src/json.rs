@@ -7,6 +7,15 @@ use std::path::PathBuf;
 
 use serde::de::{Deserialize, Deserializer, Error, Unexpected, Visitor};
 
+/// Reads a value from a text, byte by byte as the bodies of requests are read. serde_json's own reader of texts
+/// would do the same, but the compiler would make a second copy of all code that reads our types.
+///
+/// # Errors
+/// The text is not JSON, or not that of such a value.
+pub fn from_text<'de, T: Deserialize<'de>>(text: &'de str) -> serde_json::Result<T> {
+    serde_json::from_slice(text.as_bytes())
+}
+
 /// A value that may be null, which is its default.
 pub fn or_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
 where

@@ -7,6 +7,7 @@ use serde_json::Value;
 use super::arguments::ctl::{Ask, Ctl};
 use crate::api::client::{Answer, Client};
 use crate::error::{Context, Error, Result};
+use crate::json;
 use crate::log::in_one_line;
 
 /// A body on standard input of more bytes is refused before it is kept: no monitor takes it.
@@ -41,14 +42,14 @@ fn ask(client: &mut Client, method: &str, path: &str, body: &str) -> Result<Stri
     if (200..300).contains(&status) {
         return Ok(body);
     }
-    let value: Option<Value> = serde_json::from_str(&body).ok();
+    let value: Option<Value> = json::from_text(&body).ok();
     let field = |name| value.as_ref().and_then(|value| value[name].as_str().map(str::to_owned));
     let fault = field("fault_message").or_else(|| field("error")).unwrap_or(body);
     Err(Error::config(format!("{method} {path}: {fault}")))
 }
 
 fn parsed(body: &str) -> Result<Value> {
-    serde_json::from_str(body).context("read the monitor's answer")
+    json::from_text(body).context("read the monitor's answer")
 }
 
 fn status(mut client: Client, json: bool) -> Result<()> {

@@ -17,6 +17,7 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::guest::call::{self, Call};
 use crate::guest::hearing::Hearing;
 use crate::guest::runtime;
+use crate::json;
 
 /// A guest whose monitor tells nothing of its agent is asked again after this time: an agent that was not there is
 /// told of, but not one that did not answer.
@@ -67,7 +68,7 @@ fn vsock_of(reach: &Reach) -> Result<PathBuf> {
         (api, _) => api.unwrap_or_default(),
     };
     let answer = Client::connect(&api)?.request("GET", "/vm/config", "")?;
-    let config: Value = serde_json::from_str(&answer.body).context("read the monitor's answer")?;
+    let config: Value = json::from_text(&answer.body).context("read the monitor's answer")?;
     match config["vsock"]["uds_path"].as_str() {
         Some(path) => Ok(PathBuf::from(path)),
         None => Err(Error::config(
@@ -150,7 +151,7 @@ fn wait_for_agent(wait: &Wait) -> Result<bool> {
 
 /// Whether this event says that the agent listens.
 fn is_ready(line: &str) -> bool {
-    serde_json::from_str::<Value>(line).is_ok_and(|event| event["event"] == "guest_ready")
+    json::from_text::<Value>(line).is_ok_and(|event| event["event"] == "guest_ready")
 }
 
 /// Whether there is an agent that answers in this time.

@@ -19,6 +19,7 @@ use crate::devices::kind::DeviceKind;
 use crate::dialect::Dialect;
 use crate::error::{Context, Error, Result};
 use crate::host::{Access, Sharing, file};
+use crate::json;
 use crate::log;
 use crate::metadata;
 use crate::spelling;
@@ -219,7 +220,7 @@ impl Config {
     /// Reads and checks the changes of the CPUs: an object, or the path of a file that has it.
     fn read_cpu_config(&mut self, value: &RawValue) -> Vec<Problem> {
         let judged = |text: &str| section(CPU_CONFIG, text, CpuConfig::EXAMPLE, CpuConfig::check);
-        let Judged { value, problems } = match serde_json::from_str::<PathBuf>(value.get()) {
+        let Judged { value, problems } = match json::from_text::<PathBuf>(value.get()) {
             Err(_) => judged(value.get()),
             Ok(path) => match Self::read_called("CPU config", &path) {
                 Err(error) => Judged { value: None, problems: vec![Problem::new(error.to_string())] },
@@ -238,7 +239,7 @@ impl Config {
         let (name, text) = (kind.section, value.get());
         let list: Vec<&RawValue> = match kind.many {
             false => vec![value],
-            true => match serde_json::from_str(text) {
+            true => match json::from_text(text) {
                 Ok(list) => list,
                 Err(error) => return vec![unreadable_in(name, text, &error)],
             },
@@ -289,7 +290,7 @@ fn section<T: DeserializeOwned>(
     check: impl Fn(&T) -> Result<()>,
 ) -> Judged<T> {
     judge(text, example, |text, _| {
-        let value = serde_json::from_str(text).map_err(|error| unreadable_in(name, text, &error))?;
+        let value = json::from_text(text).map_err(|error| unreadable_in(name, text, &error))?;
         match check(&value) {
             Ok(()) => Ok(value),
             Err(error) => Err(Problem::new(format!("`{name}`: {error}"))),

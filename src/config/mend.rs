@@ -5,6 +5,7 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use super::file::Problem;
+use crate::json;
 
 /// So many faults of one object are told at most: with FIELDS_MAX and BYTES_MAX this bounds how often a
 /// hostile file is read.
@@ -27,26 +28,41 @@ pub struct Judged<T> {
 /// the value that they have in `example`, which makes sense. `read` is told whether that was done: names in
 /// its message, before a colon, are then not the user's.
 pub fn judge<T>(text: &str, example: &str, read: impl Fn(&str, bool) -> Result<T, Problem>) -> Judged<T> {
+    let mut value = None;
+    let mut note = |text: &str, made_up: bool| {
+        value = read(text, made_up).map(Some)?;
+        Ok(())
+    };
+    let (makes_sense, problems) = mend_all(text, example, &mut note);
+    Judged { value: value.filter(|_| makes_sense), problems }
+}
+
+/// Reads an object, and is told whether a field of it was made up. What it reads is kept by whoever gives it: mending
+/// is then one function for objects of all types, which would be compiled for each of them.
+type Reader<'a> = &'a mut dyn FnMut(&str, bool) -> Result<(), Problem>;
+
+/// Mends `text` until `read` takes it: whether what it took last is the object, without the fields at fault, and
+/// everything wrong with it.
+fn mend_all(text: &str, example: &str, read: Reader<'_>) -> (bool, Vec<Problem>) {
     let mut problem = match read(text, false) {
-        Ok(value) => return Judged { value: Some(value), problems: Vec::new() },
+        Ok(()) => return (true, Vec::new()),
         Err(problem) => problem,
     };
     let mut problems = vec![problem.clone()];
-    let (Ok(Fields(mut fields)), Ok(Fields(example))) =
-        (serde_json::from_str(text), serde_json::from_str(example))
+    let (Ok(Fields(mut fields)), Ok(Fields(example))) = (json::from_text(text), json::from_text(example))
     else {
-        return Judged { value: None, problems };
+        return (false, problems);
     };
     if fields.len() > FIELDS_MAX || text.len() > BYTES_MAX {
-        return Judged { value: None, problems };
+        return (false, problems);
     }
     let mut made_up = false;
     while problems.len() < FAULTS_MAX {
-        let read = |text: &str, now: bool| read(text, made_up || now);
-        let Some((mended, result)) = mend(&fields, &example, &problem.message, read) else { break };
+        let mut read = |text: &str, now: bool| read(text, made_up || now);
+        let Some((mended, result)) = mend(&fields, &example, &problem.message, &mut read) else { break };
         made_up |= mended.len() >= fields.len();
         match result {
-            Ok(value) => return Judged { value: (!made_up).then_some(value), problems },
+            Ok(()) => return (!made_up, problems),
             Err(next) => {
                 // A place in the text that was mended says nothing. What was given by the user has one.
                 let raw = mended.iter().find(|(name, _)| quoted(&next.message).any(|word| word == name));
@@ -62,18 +78,18 @@ pub fn judge<T>(text: &str, example: &str, read: impl Fn(&str, bool) -> Result<T
             }
         }
     }
-    Judged { value: None, problems }
+    (false, problems)
 }
 
 type List<'a> = Vec<(String, &'a RawValue)>;
 
 /// The first change of one field that leads to another verdict: fields that `message` names are tried first.
-fn mend<'a, T>(
+fn mend<'a>(
     fields: &List<'a>,
     example: &List<'a>,
     message: &str,
-    read: impl Fn(&str, bool) -> Result<T, Problem>,
-) -> Option<(List<'a>, Result<T, Problem>)> {
+    read: Reader<'_>,
+) -> Option<(List<'a>, Result<(), Problem>)> {
     // A message quotes what the user wrote, too: hundreds of words that are no fields.
     let mut named: Vec<&str> = Vec::new();
     for word in quoted(message) {

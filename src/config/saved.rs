@@ -7,6 +7,7 @@ use serde_json::value::RawValue;
 use super::Config;
 use crate::devices::KINDS;
 use crate::error::{Context, Error, Result};
+use crate::json;
 
 /// A device by the section of its kind.
 #[derive(Deserialize, Serialize)]
@@ -72,7 +73,7 @@ impl Config {
     }
 
     fn read_saved(text: &str) -> Result<Self> {
-        let read = serde_json::from_str(text).map_err(|error| Error::config(error.to_string()));
+        let read = json::from_text(text).map_err(|error| Error::config(error.to_string()));
         let Whole(mut config) = read?;
         for device in std::mem::take(&mut config.devices) {
             if config.device(device.kind(), device.id()).is_some() {

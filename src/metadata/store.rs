@@ -5,6 +5,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
+use crate::json;
 
 /// Why data is not taken.
 #[derive(Debug, PartialEq)]
@@ -96,7 +97,7 @@ impl Store {
     pub fn restore(&self, saved: Option<&str>) -> Result<()> {
         let damaged = |what: &dyn std::fmt::Display| Error::config(format!("the saved metadata: {what}"));
         let data = saved.map(|text| {
-            let data: Map<String, Value> = serde_json::from_str(text).map_err(|error| damaged(&error))?;
+            let data: Map<String, Value> = json::from_text(text).map_err(|error| damaged(&error))?;
             let data = Value::Object(data);
             self.check(&data).map_err(|error| damaged(&error))?;
             Ok(data)
