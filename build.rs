@@ -13,6 +13,9 @@ fn main() {
     let linked = out.join("firmware.elf");
     println!("cargo::rerun-if-changed=firmware");
     println!("cargo::rerun-if-changed=build.rs");
+    if arch == "x86_64" && variable("HOST") == variable("TARGET") && knows_packed_relocations() {
+        println!("cargo::rustc-link-arg-bins=-Wl,-z,pack-relative-relocs");
+    }
 
     let mut rustc = Command::new(variable("RUSTC"));
     rustc.args(["--crate-name=firmware", "--crate-type=bin", "--edition=2024", "firmware/src/main.rs"]);
@@ -37,6 +40,17 @@ fn main() {
     let elf = fs::read(&linked).expect("the linker's output is there");
     let image = if arch == "aarch64" { flatten(&elf) } else { elf };
     fs::write(out.join("firmware.bin"), image).expect("the build folder can be written to");
+}
+
+/// Whether the C library applies packed relocations (DT_RELR, since glibc 2.36): they are a thirtieth of the
+/// size of those that name an address each, and are what a position-independent program reads first of all. A
+/// static program that is linked with an older library would not apply them.
+fn knows_packed_relocations() -> bool {
+    let Ok(output) = Command::new("getconf").arg("GNU_LIBC_VERSION").output() else { return false };
+    let said = String::from_utf8_lossy(&output.stdout);
+    let version = said.trim().strip_prefix("glibc ").and_then(|version| version.split_once('.'));
+    let numbers = version.and_then(|(major, minor)| Some((major.parse().ok()?, minor.parse().ok()?)));
+    numbers.is_some_and(|numbers: (u32, u32)| numbers >= (2, 36))
 }
 
 /// An arm64 Image is what its segments look like in memory; its header is the first code.
