@@ -64,6 +64,25 @@ pub enum Event {
         /// As above.
         reason: &'static str,
     },
+    /// A guest that was saved is in this process, and stands still where it was saved.
+    Restored {
+        /// As above.
+        reason: &'static str,
+    },
+    /// The guest was saved to files.
+    SnapshotCreated {
+        /// `Full`: with all of its memory.
+        kind: &'static str,
+        /// So many pages of its memory were written; the others are zero.
+        pages: u64,
+        /// So long it took, in microseconds.
+        time_us: u64,
+    },
+    /// The guest could not be saved, and goes on as before.
+    SnapshotFailed {
+        /// Why.
+        reason: String,
+    },
     /// The guest asked for a reset.
     Reset,
     /// The guest powered off.

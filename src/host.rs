@@ -181,9 +181,9 @@ impl Host {
         self.held = Vec::new();
     }
 
-    /// Has this metadata service answer on the interfaces that its configuration names.
-    pub fn serve_metadata(&mut self, service: Service) {
-        self.metadata = Some(Arc::new(service));
+    /// Has this metadata service answer on the interfaces that its configuration names; None: nobody answers.
+    pub fn serve_metadata(&mut self, service: Option<Service>) {
+        self.metadata = service.map(Arc::new);
     }
 
     /// Notes that an agent in the guest says that it listens.

@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 use alula::api::{Reply, Response, Server};
 use alula::jobs::{Jobs, OPEN_MAX};
 use alula::poll::{Events, Interest, Ready};
-use common::{Client, Folder, Held, Service, wait_for};
+use common::held::Held;
+use common::{Client, Folder, Service, wait_for};
 use serde_json::{Value, json};
 
 const JOBS: u64 = 0;

@@ -70,7 +70,7 @@ fn open(carrier: &str, interface: &str, version: Version, store: &Arc<Store>) ->
     let device = kind.parse(config.to_string().as_bytes()).unwrap();
     let mut host = Host::default();
     let config = Config { version, ..Config::on(vec![interface.to_owned()]) };
-    host.serve_metadata(Service { config, store: store.clone() });
+    host.serve_metadata(Some(Service { config, store: store.clone() }));
     device.open("metadata", &mut host).unwrap()
 }
 

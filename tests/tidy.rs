@@ -24,6 +24,7 @@ const UNSAFE: &[&str] = &[
     "tests/api/socket.rs",
     "tests/cli.rs",
     "tests/common/allocator.rs",
+    "tests/common/held.rs",
     "tests/common/loopback.rs",
     "tests/common/mod.rs",
     "tests/common/network.rs",

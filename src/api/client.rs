@@ -36,6 +36,11 @@ impl Client {
         Ok(Self { stream: BufReader::new(stream) })
     }
 
+    /// Waits for answers however long they take: large files may have to be written first.
+    pub fn wait_for_ever(&mut self) -> Result<()> {
+        self.stream.get_ref().set_read_timeout(None).context("wait for an answer")
+    }
+
     /// Asks for one thing and waits for the answer.
     pub fn request(&mut self, method: &str, path: &str, body: &str) -> Result<Answer> {
         self.send(method, path, body)?;

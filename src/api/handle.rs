@@ -100,6 +100,7 @@ fn check_time(microvm: &Microvm, request: &Request) -> Result<(), String> {
         | PutMetrics(_)
         | PutSerial(_)
         | PutMetadataConfig(_)
+        | LoadSnapshot(_)
         | Action(super::Action::InstanceStart)
             if has_started =>
         {
@@ -119,6 +120,7 @@ fn check_time(microvm: &Microvm, request: &Request) -> Result<(), String> {
         | PatchDevice(..)
         | DeleteDevice(..)
         | Guest
+        | CreateSnapshot(_)
         | Action(super::Action::SendCtrlAltDel | super::Action::FlushMetrics | super::Action::Shutdown)
             if !has_started =>
         {
@@ -180,6 +182,15 @@ fn handle(microvm: &mut Microvm, request: Request) -> Result<Reply, String> {
         },
         DeleteDevice(..) => Err(cannot_hotplug(microvm, "removing a device from a running microVM")),
         Action(action) => act(microvm, action),
+        CreateSnapshot(body) => {
+            let area = "Create snapshot error";
+            let begun = body.location().and_then(|location| microvm.create_snapshot(&location));
+            return begun.map(|ticket| Reply::Later { ticket, area }).map_err(fault(area));
+        }
+        LoadSnapshot(body) => {
+            let loaded = body.plan().and_then(|load| microvm.load_snapshot(&load, "PUT /snapshot/load"));
+            loaded.map_err(fault("Load snapshot error"))
+        }
         PatchVm(VmState::Paused) => microvm.pause("PATCH /vm").map_err(fault("Internal VMM error")),
         PatchVm(VmState::Resumed) => microvm.resume("PATCH /vm").map_err(fault("Internal VMM error")),
     };

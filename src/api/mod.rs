@@ -17,6 +17,7 @@ pub mod routes;
 #[cfg(test)]
 mod schema;
 mod server;
+pub mod snapshot;
 
 use serde_json::{Map, Value};
 
@@ -32,6 +33,7 @@ use crate::metrics as counted;
 
 pub use front::Api;
 pub use server::Server;
+use snapshot::{CreateSnapshot, LoadSnapshot};
 
 /// The version of Firecracker's API that is spoken; clients decide by it what they may send.
 pub const API_VERSION: &str = "1.17.0";
@@ -92,6 +94,10 @@ pub enum Request {
     Action(Action),
     /// `PATCH /vm`
     PatchVm(VmState),
+    /// `PUT /snapshot/create`
+    CreateSnapshot(CreateSnapshot),
+    /// `PUT /snapshot/load`
+    LoadSnapshot(Box<LoadSnapshot>),
 }
 
 impl Request {
@@ -102,6 +108,7 @@ impl Request {
             Self::PatchMachineConfig(patch) => patch.cpu_template.is_some(),
             Self::PutDevice(device) => device.is_deprecated(),
             Self::PutMetadataConfig(config) => config.version == metadata::Version::V1,
+            Self::LoadSnapshot(load) => load.is_deprecated(),
             _ => false,
         }
     }

@@ -4,13 +4,14 @@ use serde::de::DeserializeOwned;
 
 use super::Request;
 use super::bodies::{Action, ActionBody, VmBody};
+use super::snapshot::{self, CreateSnapshot, LoadSnapshot};
 use crate::config::MachinePatch;
 use crate::devices::kind::DeviceKind;
 use crate::devices::{self, KINDS};
 use crate::dialect::Dialect;
 
 /// First path tokens of Firecracker's API that are not served yet: refused as such, not as unknown.
-const NOT_IMPLEMENTED: [&str; 5] = ["balloon", "hotplug", "pmem", "snapshot", "gdb"];
+const NOT_IMPLEMENTED: [&str; 4] = ["balloon", "hotplug", "pmem", "gdb"];
 
 /// The request, or the fault message for the client.
 pub fn route(dialect: Dialect, method: &str, path: &str, body: &[u8]) -> Result<Request, String> {
@@ -67,6 +68,14 @@ pub fn route(dialect: Dialect, method: &str, path: &str, body: &[u8]) -> Result<
             }
             action => Request::Action(action),
         },
+        ("PUT", ["snapshot", "create"]) => {
+            dialect.check_fields(body, snapshot::CREATE_PUBLISHED).map_err(deserializing)?;
+            Request::CreateSnapshot(parse::<CreateSnapshot>(body)?.whole().map_err(deserializing)?)
+        }
+        ("PUT", ["snapshot", "load"]) => {
+            dialect.check_fields(body, snapshot::LOAD_PUBLISHED).map_err(deserializing)?;
+            Request::LoadSnapshot(Box::new(parse::<LoadSnapshot>(body)?.whole().map_err(deserializing)?))
+        }
         ("PATCH", ["vm", ..]) => Request::PatchVm(parse::<VmBody>(body)?.state),
         ("GET" | "PUT" | "PATCH" | "DELETE", [first, ..]) if NOT_IMPLEMENTED.contains(first) => {
             return Err(format!("`{method} {path_whole}` is not implemented yet."));

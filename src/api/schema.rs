@@ -9,6 +9,7 @@ use serde_json::{Map, Value, json};
 use super::API_VERSION;
 use super::bodies::{ActionBody, FirecrackerVersion, Guest, InstanceInfo, VmBody};
 use super::routes::route;
+use super::snapshot::{CreateSnapshot, LoadSnapshot};
 use crate::config::{BootSource, CpuConfig, MachineConfig, MachinePatch};
 use crate::devices::kind::DeviceKind;
 use crate::devices::{KINDS, console};
@@ -116,6 +117,13 @@ fn changes(generator: &mut SchemaGenerator) -> Vec<Operation> {
         ),
         change("put", "/actions", "Start the microVM, ask its guest to end", of::<ActionBody>(generator)),
         change("patch", "/vm", "Pause and resume, after the start", of::<VmBody>(generator)),
+        change(
+            "put",
+            "/snapshot/create",
+            "Save the microVM, after the start",
+            of::<CreateSnapshot>(generator),
+        ),
+        early("put", "/snapshot/load", "Restore a microVM that was saved", of::<LoadSnapshot>(generator)),
     ]
 }
 

@@ -26,8 +26,8 @@ const MODE: u32 = 0o600;
 /// A saved machine that is being written. All that is opened for it is opened when it is made; the rest can be done
 /// by a thread that opens nothing.
 pub struct Draft {
-    state: Part,
-    memory: Part,
+    state: NewFile,
+    memory: NewFile,
     /// A folder of ours, of which this holds the lock.
     is_folder: bool,
     /// Memory of earlier saved machines in it, and what a crash left half written.
@@ -36,7 +36,7 @@ pub struct Draft {
 }
 
 /// A file that is being written.
-struct Part {
+struct NewFile {
     path: PathBuf,
     /// Under which name it is written; it gets its own when it is whole.
     new: PathBuf,
@@ -67,9 +67,9 @@ impl Draft {
         let (memory, state) = (path.join(format!("{MEMORY}{id:032x}")), path.join(STATE));
         let other = folder.try_clone().with_context(attempt)?;
         let file = make(&memory)?;
-        let memory = Part { new: memory.clone(), path: memory, file, folder: other };
+        let memory = NewFile { new: memory.clone(), path: memory, file, folder: other };
         let undo = |_: &Error| drop(fs::remove_file(&memory.new));
-        let state = Part::new(&state, folder).inspect_err(undo)?;
+        let state = NewFile::new(&state, folder).inspect_err(undo)?;
         Ok(Self { state, memory, is_folder: true, old, is_kept: false })
     }
 
@@ -90,9 +90,9 @@ impl Draft {
             let folder = paths::folder(path);
             open_folder(folder).with_context(|| format!("open folder `{}`", folder.display()))
         };
-        let memory = Part::new(&memory, open(&memory)?)?;
+        let memory = NewFile::new(&memory, open(&memory)?)?;
         let undo = |_: &Error| drop(fs::remove_file(&memory.new));
-        let state = open(&state).and_then(|folder| Part::new(&state, folder)).inspect_err(undo)?;
+        let state = open(&state).and_then(|folder| NewFile::new(&state, folder)).inspect_err(undo)?;
         Ok(Self { state, memory, is_folder: false, old: Vec::new(), is_kept: false })
     }
 
@@ -105,11 +105,6 @@ impl Draft {
     pub fn memory_name(&self) -> Option<String> {
         let name = || self.memory.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         self.is_folder.then(name)
-    }
-
-    /// Where the memory will be.
-    pub fn memory_path(&self) -> &Path {
-        &self.memory.path
     }
 
     /// Makes the saved machine the one that counts, with `state` as its state. Its memory has been written and
@@ -153,7 +148,7 @@ impl Drop for Draft {
     }
 }
 
-impl Part {
+impl NewFile {
     /// Begins the file that will be at `path`, in the folder `folder`.
     fn new(path: &Path, folder: Named<File>) -> Result<Self> {
         let new = with_suffix(path);
@@ -198,12 +193,17 @@ fn in_use(path: &Path) -> Error {
     ))
 }
 
+/// Whether a file in a folder of ours is called so because it is a memory.
+pub fn is_memory(name: &str) -> bool {
+    name.strip_prefix(MEMORY).is_some_and(|id| id.bytes().all(|byte| byte.is_ascii_hexdigit()))
+}
+
 /// The memory files that are in a folder of ours.
 fn memory_files(folder: &Path) -> std::io::Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder)? {
         let entry = entry?;
-        if entry.file_name().to_string_lossy().starts_with(MEMORY) {
+        if is_memory(&entry.file_name().to_string_lossy()) {
             found.push(entry.path());
         }
     }

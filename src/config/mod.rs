@@ -94,6 +94,14 @@ impl Config {
         self.devices.iter().try_for_each(|device| device.check().with_context(|| device.name()))
     }
 
+    /// Whether anything of it says what is to boot, on what machine.
+    pub fn says_what_boots(&self) -> bool {
+        self.boot_source.is_some()
+            || self.machine_config != MachineConfig::default()
+            || self.mmds_config.is_some()
+            || !self.devices.is_empty()
+    }
+
     /// The network interfaces, by their ids.
     pub fn interfaces(&self) -> impl Iterator<Item = &str> {
         self.devices().filter(|device| device.config::<net::Config>().is_some()).map(ConfiguredDevice::id)

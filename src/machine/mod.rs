@@ -255,6 +255,11 @@ impl Machine {
         self.config.put(changed.clone())
     }
 
+    /// Whether a device is being changed.
+    pub fn is_changing(&self) -> bool {
+        !self.changing.is_empty()
+    }
+
     /// Lets a device go on where it was, changed or not.
     pub fn end_change(&mut self, name: &str) {
         self.changing.retain(|other| other != name);

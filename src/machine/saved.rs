@@ -46,6 +46,16 @@ impl SavedMachine {
         bytes.and_then(|bytes| postcard::to_extend(self, bytes)).context("write the saved machine")
     }
 
+    /// Where its memory is in the guest's address space.
+    pub fn memory(&self) -> &[Range] {
+        &self.memory
+    }
+
+    /// How many CPUs it has.
+    pub fn cpus(&self) -> usize {
+        self.vcpus.len()
+    }
+
     /// The machine that was saved as these bytes, which anybody may have written.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
         let damaged = |error| Error::config(format!("the saved machine is damaged: {error}"));

@@ -32,6 +32,10 @@ metrics! {
         resume_vm: Gauge,
         vmm_pause_vm: Gauge,
         vmm_resume_vm: Gauge,
+        full_create_snapshot: Gauge,
+        vmm_full_create_snapshot: Gauge,
+        load_snapshot: Gauge,
+        vmm_load_snapshot: Gauge,
     }
 }
 

@@ -7,6 +7,7 @@ mod metrics;
 pub mod monitor;
 pub mod purpose;
 pub mod signals;
+pub mod snapshots;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -45,6 +46,7 @@ pub struct Microvm {
     prepared: Option<Prepared>,
     machine: Option<Machine>,
     jobs: Jobs<Finish>,
+    saving: Option<snapshots::Saving>,
     metadata: Arc<Store>,
     /// An agent in the guest has said that it listens.
     has_agent: bool,
@@ -62,6 +64,7 @@ impl Microvm {
             prepared: None,
             machine: None,
             jobs: Jobs::default(),
+            saving: None,
             metadata: Arc::new(Store::new(metadata::SIZE_MAX)),
             has_agent: false,
         }
@@ -175,9 +178,8 @@ impl Microvm {
             Some(prepared) => prepared,
             None => Prepared::new()?,
         };
-        if let Some(config) = self.config.mmds_config.clone() {
-            self.host.serve_metadata(Service { config, store: self.metadata.clone() });
-        }
+        let service = self.config.mmds_config.clone();
+        self.host.serve_metadata(service.map(|config| Service { config, store: self.metadata.clone() }));
         let mut machine = Machine::build(&self.id, &self.config, &mut self.host, prepared)?;
         machine.load(&self.config, &mut self.host)?;
         self.host.release_all();
@@ -270,6 +272,9 @@ impl Microvm {
     /// Stops CPUs and devices until [`Microvm::resume`]. `reason`: who wants it.
     pub fn pause(&mut self, reason: &'static str) -> Result<()> {
         let begun = Instant::now();
+        if let Some(saving) = &mut self.saving {
+            saving.resumes = false;
+        }
         let machine = self.started()?;
         let was_running = machine.state() == RunState::Running;
         machine.pause()?;
@@ -283,6 +288,7 @@ impl Microvm {
     /// Lets CPUs and devices go on. `reason`: who wants it.
     pub fn resume(&mut self, reason: &'static str) -> Result<()> {
         let begun = Instant::now();
+        self.check_not_saving()?;
         let machine = self.started()?;
         let was_paused = machine.state() == RunState::Paused;
         machine.resume()?;
@@ -296,6 +302,7 @@ impl Microvm {
     /// Changes what can be changed of a device in use, once what it has in flight is finished. A device that
     /// takes its time for that, because a disk does not answer, has a job wait for it: its ticket is returned.
     pub fn patch_device(&mut self, kind: &'static DeviceKind, change: Change) -> Result<Option<Ticket>> {
+        self.check_not_saving()?;
         let (device, _) = self.changed(kind, &change)?;
         let name = device.name();
         let pausing = self.started()?.begin_change(&name)?;

@@ -4,6 +4,7 @@
 pub mod allocator;
 pub mod disk;
 pub mod driver;
+pub mod held;
 pub mod loopback;
 pub mod network;
 pub mod suspend;
@@ -122,39 +123,6 @@ pub fn limit_descriptors(process: u32, soft: u64) -> u64 {
 pub fn send(child: &Child, signal: i32) {
     // SAFETY: the call takes numbers.
     unsafe { libc::kill(child.id() as i32, signal) };
-}
-
-/// A thread of another process that stands still for as long as this is here, as one does whose disk does not
-/// answer.
-pub struct Held(i32);
-
-impl Held {
-    /// The thread called `name` of a process that the test has started. To be dropped by the same thread.
-    #[allow(unsafe_code)]
-    pub fn new(child: &Child, name: &str) -> Self {
-        let tasks = std::fs::read_dir(format!("/proc/{}/task", child.id())).unwrap();
-        let is_it =
-            |task: &PathBuf| std::fs::read_to_string(task.join("comm")).is_ok_and(|it| it.trim() == name);
-        let task = tasks.map(|task| task.unwrap().path()).find(is_it).expect("there is such a thread");
-        let thread: i32 = task.file_name().unwrap().to_str().unwrap().parse().unwrap();
-        let mut status = 0;
-        // SAFETY: the calls take numbers, and the last one a local variable.
-        unsafe {
-            for request in [libc::PTRACE_SEIZE, libc::PTRACE_INTERRUPT] {
-                assert_eq!(libc::ptrace(request, thread, 0, 0), 0, "{}", std::io::Error::last_os_error());
-            }
-            assert_eq!(libc::waitpid(thread, &mut status, libc::__WALL), thread);
-        }
-        Self(thread)
-    }
-}
-
-impl Drop for Held {
-    #[allow(unsafe_code)]
-    fn drop(&mut self) {
-        // SAFETY: the call takes numbers.
-        unsafe { libc::ptrace(libc::PTRACE_DETACH, self.0, 0, 0) };
-    }
 }
 
 /// A running process, killed when the test ends.

@@ -309,6 +309,8 @@ fn a_guest_boots_pauses_and_ends_over_the_api() {
     service.process.drain();
     std::thread::sleep(pause);
     assert_eq!(service.process.drain(), "", "a paused guest ticks");
+    let snapshot = Folder::new();
+    client.ok("PUT", "/snapshot/create", &json!({ "folder": snapshot.0 }).to_string());
     client.ok("PATCH", "/vm", r#"{"state": "Resumed"}"#);
     let tick = |process: &mut Process| (0..10).for_each(|_| drop(process.expect("tick")));
     tick(&mut service.process);
@@ -317,8 +319,19 @@ fn a_guest_boots_pauses_and_ends_over_the_api() {
     service.process.send(libc::SIGCONT);
     service.process.drain();
     tick(&mut service.process);
-    if X86_64 {
-        client.ok("PUT", "/actions", r#"{"action_type": "SendCtrlAltDel"}"#);
+    // In another process it goes on where it was saved.
+    let mut restored = Service::start(&[]);
+    let load = json!({ "folder": snapshot.0, "resume_vm": true }).to_string();
+    restored.client().ok("PUT", "/snapshot/load", &load);
+    let first = restored.process.expect("tick");
+    let number = first.trim().rsplit(' ').next().and_then(|word| word.parse::<u32>().ok());
+    assert!(number.is_some_and(|number| (4..100).contains(&number)), "{first}");
+    tick(&mut restored.process);
+    for service in [service, restored] {
+        if !X86_64 {
+            continue;
+        }
+        service.client().ok("PUT", "/actions", r#"{"action_type": "SendCtrlAltDel"}"#);
         let Service { process, folder, .. } = service;
         let ended = process.end();
         assert_eq!(ended.code, Some(0), "{}", ended.text);

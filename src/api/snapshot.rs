@@ -1,0 +1,233 @@
+//! The bodies of requests that save a microVM and restore one.
+
+use std::path::PathBuf;
+
+use serde::Deserialize;
+use serde::de::Error as _;
+
+use crate::carry::stored::Location;
+use crate::config::HugePages;
+use crate::error::{Error, Result};
+use crate::microvm::snapshots::Load;
+
+/// The fields of `PUT /snapshot/create` that Firecracker has.
+pub const CREATE_PUBLISHED: &[&str] = &["snapshot_type", "snapshot_path", "mem_file_path"];
+/// The fields of `PUT /snapshot/load` that Firecracker has.
+pub const LOAD_PUBLISHED: &[&str] = &[
+    "snapshot_path",
+    "mem_file_path",
+    "mem_backend",
+    "enable_diff_snapshots",
+    "track_dirty_pages",
+    "resume_vm",
+    "network_overrides",
+    "vsock_override",
+    "clock_realtime",
+    "huge_pages",
+];
+
+/// Body of `PUT /snapshot/create`.
+#[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "SnapshotCreateParams"))]
+#[serde(deny_unknown_fields)]
+pub struct CreateSnapshot {
+    /// What of the memory is saved.
+    #[serde(default)]
+    snapshot_type: SnapshotType,
+    /// The file for the state of the machine. The microVM must be paused.
+    snapshot_path: Option<PathBuf>,
+    /// The file for its memory.
+    mem_file_path: Option<PathBuf>,
+    /// Ours, instead of the two paths: a folder for both. A microVM that runs stands still until they are
+    /// written, and goes on.
+    folder: Option<PathBuf>,
+}
+
+/// What of the memory is saved.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+enum SnapshotType {
+    /// All of it.
+    #[default]
+    Full,
+    /// What was written since the last snapshot: not there yet.
+    Diff,
+}
+
+/// Body of `PUT /snapshot/load`.
+#[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "SnapshotLoadParams"))]
+#[serde(deny_unknown_fields)]
+pub struct LoadSnapshot {
+    /// The file of the state of the machine.
+    snapshot_path: Option<PathBuf>,
+    /// The file of its memory (deprecated: `mem_backend`).
+    mem_file_path: Option<PathBuf>,
+    /// Where its memory comes from.
+    mem_backend: Option<MemoryBackend>,
+    /// Ours, instead of all of these: the folder that both were saved to.
+    folder: Option<PathBuf>,
+    /// `track_dirty_pages`, as it was called (deprecated).
+    enable_diff_snapshots: Option<bool>,
+    /// What the guest and its devices write to memory is noted.
+    #[serde(default)]
+    track_dirty_pages: bool,
+    /// The guest runs at once.
+    #[serde(default)]
+    resume_vm: bool,
+    /// Network interfaces that are to be on other TAP interfaces of the host.
+    #[serde(default)]
+    network_overrides: Vec<NetworkOverride>,
+    /// Where the vsock socket is to be.
+    vsock_override: Option<VsockOverride>,
+    /// The guest's clock is to be put forward by the time since it was saved: not there yet.
+    #[serde(default)]
+    clock_realtime: bool,
+    /// Of which size the pages of its memory are to be.
+    #[serde(default)]
+    huge_pages: LoadedPages,
+}
+
+/// Where the memory of a snapshot comes from.
+#[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+struct MemoryBackend {
+    /// What is at the path.
+    backend_type: BackendType,
+    /// The path.
+    backend_path: PathBuf,
+}
+
+/// What has the memory of a snapshot.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+enum BackendType {
+    /// A file.
+    File,
+    /// A program that serves page faults, by its socket: not there yet.
+    Uffd,
+}
+
+/// A network interface that is to be on another TAP interface.
+#[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+struct NetworkOverride {
+    /// The id of the network interface.
+    iface_id: String,
+    /// The name of the TAP interface.
+    host_dev_name: String,
+}
+
+/// Where the vsock socket is to be.
+#[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+struct VsockOverride {
+    /// The path of the socket.
+    uds_path: PathBuf,
+}
+
+/// Of which size the pages of restored memory are.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+enum LoadedPages {
+    /// As they were.
+    #[default]
+    Snapshot,
+    /// As the host gives them.
+    None,
+    /// Transparent huge pages: not there yet.
+    Transparent,
+    /// Huge pages of 2 MiB: not there yet.
+    #[serde(rename = "2M")]
+    Huge2M,
+}
+
+impl CreateSnapshot {
+    /// The body, if it says where to.
+    pub fn whole(self) -> serde_json::Result<Self> {
+        match (&self.folder, &self.snapshot_path, &self.mem_file_path) {
+            (Some(_), None, None) | (None, Some(_), Some(_)) => Ok(self),
+            (Some(_), ..) => Err(too_many("`folder`", "`snapshot_path` and `mem_file_path`")),
+            (None, None, _) => Err(serde_json::Error::missing_field("snapshot_path")),
+            (None, _, None) => Err(serde_json::Error::missing_field("mem_file_path")),
+        }
+    }
+
+    /// Where to save.
+    pub fn location(self) -> Result<Location> {
+        if self.snapshot_type == SnapshotType::Diff {
+            return Err(not_yet("`snapshot_type` `Diff`", "save a `Full` snapshot"));
+        }
+        Ok(location(self.folder, self.snapshot_path, self.mem_file_path))
+    }
+}
+
+impl LoadSnapshot {
+    /// The body, if it says where from.
+    pub fn whole(self) -> serde_json::Result<Self> {
+        let memory = (&self.mem_backend, &self.mem_file_path);
+        match (&self.folder, &self.snapshot_path, memory) {
+            (Some(_), None, (None, None)) => Ok(self),
+            (Some(_), ..) => {
+                Err(too_many("`folder`", "`snapshot_path` with `mem_backend` or `mem_file_path`"))
+            }
+            (None, None, _) => Err(serde_json::Error::missing_field("snapshot_path")),
+            // Firecracker's words.
+            (_, _, (None, None)) => Err(serde_json::Error::custom(
+                "missing field: either `mem_backend` or `mem_file_path` is required",
+            )),
+            (_, _, (Some(_), Some(_))) => Err(too_many("`mem_backend`", "`mem_file_path`")),
+            _ => Ok(self),
+        }
+    }
+
+    /// Whether a field of old is used.
+    pub fn is_deprecated(&self) -> bool {
+        self.mem_file_path.is_some() || self.enable_diff_snapshots.is_some()
+    }
+
+    /// What to restore, and how.
+    pub fn plan(self) -> Result<Load> {
+        let is_backend = |kind| self.mem_backend.as_ref().is_some_and(|backend| backend.backend_type == kind);
+        if is_backend(BackendType::Uffd) {
+            return Err(not_yet("`backend_type` `Uffd`", "give the memory as a `File`"));
+        }
+        if self.clock_realtime {
+            return Err(not_yet("`clock_realtime`", "leave it out, and have the guest set its clock"));
+        }
+        let huge_pages = match self.huge_pages {
+            LoadedPages::Snapshot => None,
+            LoadedPages::None => Some(HugePages::None),
+            other => {
+                let name = if other == LoadedPages::Huge2M { "2M" } else { "Transparent" };
+                return Err(not_yet(&format!("`huge_pages` `{name}`"), "say `Snapshot` or `None`"));
+            }
+        };
+        let memory = self.mem_backend.map(|backend| backend.backend_path).or(self.mem_file_path);
+        let interfaces = self.network_overrides.into_iter();
+        Ok(Load {
+            location: location(self.folder, self.snapshot_path, memory),
+            resumes: self.resume_vm,
+            tracks_writes: self.track_dirty_pages || self.enable_diff_snapshots == Some(true),
+            huge_pages,
+            interfaces: interfaces.map(|one| (one.iface_id, one.host_dev_name)).collect(),
+            vsock: self.vsock_override.map(|vsock| vsock.uds_path),
+        })
+    }
+}
+
+fn location(folder: Option<PathBuf>, state: Option<PathBuf>, memory: Option<PathBuf>) -> Location {
+    match folder {
+        Some(folder) => Location::Folder(folder),
+        None => Location::Files { state: state.unwrap_or_default(), memory: memory.unwrap_or_default() },
+    }
+}
+
+fn too_many(one: &str, other: &str) -> serde_json::Error {
+    serde_json::Error::custom(format!("too many fields: either {one} or {other} exclusively is required"))
+}
+
+fn not_yet(what: &str, instead: &str) -> Error {
+    Error::config(format!("{what} is not implemented yet: {instead}"))
+}

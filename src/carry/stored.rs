@@ -1,0 +1,243 @@
+//! A saved machine in files: what is in which section of its state, where its memory is, and what is checked
+//! before any of it is believed.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::folder::{self, Draft};
+use super::memory_file::{self, Written};
+use super::state_file::{self, Origin, Section};
+use crate::arch;
+use crate::descriptors::Named;
+use crate::error::{Context, Error, Result};
+use crate::host::{Access, Sharing, file};
+use crate::machine::SavedMachine;
+use crate::memory::{Piece, Range};
+
+/// The section that is the machine without its memory.
+const MACHINE: u16 = 1;
+/// The section that says where the memory is.
+const MEMORY: u16 = 2;
+/// The form of each section; the machine says its own beside.
+const VERSION: u16 = 1;
+/// The most that the machine may have as bytes. What is read from them may take several times as much memory of
+/// this process, and anybody may have written them.
+const MACHINE_MAX: usize = 8 << 20;
+/// Where Linux says by a number which boot of the host this is.
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
+/// Where a saved machine is, or is to be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Location {
+    /// In a folder of ours.
+    Folder(PathBuf),
+    /// In two files, as Firecracker's API names them.
+    Files {
+        /// The file of the state.
+        state: PathBuf,
+        /// The file of the memory.
+        memory: PathBuf,
+    },
+}
+
+/// Where the memory of a saved machine is.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
+pub struct MemoryFile {
+    /// The name of its file, beside the state; None: it has a path of its own.
+    pub name: Option<String>,
+    /// How long the file is, in bytes.
+    pub size: u64,
+}
+
+/// What a state file says.
+pub struct Stored {
+    /// Where it was made.
+    pub origin: Origin,
+    /// The machine.
+    pub machine: SavedMachine,
+    /// Where its memory is.
+    pub memory: MemoryFile,
+    /// The checksums of its memory, if they were asked for.
+    pub checksums: Vec<u32>,
+}
+
+impl Location {
+    /// Begins to save a machine there.
+    ///
+    /// # Errors
+    /// Of [`Draft`].
+    pub fn begin(&self) -> Result<Draft> {
+        match self {
+            Self::Folder(path) => Draft::in_folder(path, random()?),
+            Self::Files { state, memory } => Draft::at_paths(state, memory),
+        }
+    }
+
+    /// The file of the state.
+    pub fn state(&self) -> PathBuf {
+        match self {
+            Self::Folder(path) => path.join(folder::STATE),
+            Self::Files { state, .. } => state.clone(),
+        }
+    }
+
+    /// Reads the state, and opens the memory.
+    ///
+    /// # Errors
+    /// One of them cannot be opened, is not what Alula wrote on this architecture, or they do not belong together.
+    pub fn open(&self, with_checksums: bool) -> Result<(Stored, Named<File>)> {
+        let path = self.state();
+        let stored = Stored::read(&path, with_checksums)?;
+        let attempt = || format!("read the state of a machine, `{}`", path.display());
+        stored.check_origin().with_context(attempt)?;
+        let memory = match (self, &stored.memory.name) {
+            (Self::Files { memory, .. }, _) => memory.clone(),
+            (Self::Folder(folder), Some(name)) => folder.join(beside(name).with_context(attempt)?),
+            (Self::Folder(_), None) => {
+                let message =
+                    "its memory is at a path of its own: give both paths (`snapshot_path`, `mem_backend`)";
+                return Err(Error::config(message)).with_context(attempt);
+            }
+        };
+        let attempt = || format!("open the memory of a machine, `{}`", memory.display());
+        let opened = open(&memory, "memory of a saved machine", attempt)?;
+        let (length, size) = (opened.metadata().with_context(attempt)?.len(), stored.memory.size);
+        if length != size {
+            return Err(Error::config(format!(
+                "it has {length} bytes, and the state says {size}: it was cut short, or belongs to another state"
+            )))
+            .with_context(attempt);
+        }
+        Ok((stored, opened))
+    }
+}
+
+impl Stored {
+    /// Reads the state file at `path`, from whatever architecture.
+    ///
+    /// # Errors
+    /// It cannot be opened, or is not what Alula wrote.
+    pub fn read(path: &Path, with_checksums: bool) -> Result<Self> {
+        let attempt = || format!("read the state of a machine, `{}`", path.display());
+        let file = open(path, "state of a saved machine", attempt)?;
+        let (origin, sections) = state_file::read(&file, with_checksums).with_context(attempt)?;
+        Self::of(origin, &sections).with_context(attempt)
+    }
+
+    fn of(origin: Origin, sections: &[Section]) -> Result<Self> {
+        let machine = section(sections, MACHINE, "machine")?;
+        if machine.len() > MACHINE_MAX {
+            return Err(Error::config(format!(
+                "its machine has {} bytes, at most {MACHINE_MAX} are read",
+                machine.len()
+            )));
+        }
+        let machine = SavedMachine::from_bytes(machine)?;
+        let memory = match postcard::take_from_bytes::<MemoryFile>(section(sections, MEMORY, "memory")?) {
+            Ok((place, [])) => place,
+            _ => return Err(Error::config("what it says of the memory is damaged")),
+        };
+        if total(machine.memory()) != Some(memory.size) {
+            return Err(Error::config("its memory has another size than its file: it is damaged"));
+        }
+        let checksums = sections.iter().find(|section| section.kind == state_file::CHECKSUMS);
+        let (words, _) = checksums.map_or(&[][..], |section| &section.bytes).as_chunks();
+        let checksums = words.iter().map(|word| u32::from_le_bytes(*word)).collect();
+        Ok(Self { origin, machine, memory, checksums })
+    }
+
+    /// Whether it was made on this architecture.
+    fn check_origin(&self) -> Result<()> {
+        match self.origin.architecture {
+            arch::ELF_MACHINE => Ok(()),
+            other => Err(Error::config(format!(
+                "it is of a machine of another architecture ({other} in ELF), and this host's is {}",
+                arch::NAME
+            ))),
+        }
+    }
+
+    /// What of the memory is where in its file.
+    pub fn pieces(&self) -> Vec<Piece> {
+        let ranges = self.machine.memory();
+        let positions = memory_file::offsets(ranges);
+        ranges.iter().zip(positions).map(|(range, position)| Piece { range: *range, position }).collect()
+    }
+}
+
+/// The content of the state file of a machine, of which `machine` are the bytes, whose memory was written so and is
+/// called `name` beside it.
+///
+/// # Errors
+/// It is more than can be read again.
+pub fn state(machine: Vec<u8>, memory: &MemoryFile, written: &Written, boot_id: [u8; 16]) -> Result<Vec<u8>> {
+    if machine.len() > MACHINE_MAX {
+        let message =
+            format!("the state of the machine has {} bytes, at most {MACHINE_MAX} are kept", machine.len());
+        return Err(Error::config(message));
+    }
+    let memory = postcard::to_extend(memory, Vec::new()).context("write where the memory is")?;
+    let checksums = written.checksums.iter().flat_map(|sum| sum.to_le_bytes()).collect();
+    let section = |kind, bytes| Section { kind, version: VERSION, bytes };
+    let sections =
+        [section(MACHINE, machine), section(MEMORY, memory), section(state_file::CHECKSUMS, checksums)];
+    Ok(state_file::write(&Origin { architecture: arch::ELF_MACHINE, boot_id }, &sections))
+}
+
+/// Which boot of the host this is.
+///
+/// # Errors
+/// The kernel does not say.
+pub fn boot_id() -> Result<[u8; 16]> {
+    let text = std::fs::read_to_string(BOOT_ID).with_context(|| format!("read {BOOT_ID}"))?;
+    let digits = text.trim().replace('-', "");
+    let number = u128::from_str_radix(&digits, 16).with_context(|| format!("read {BOOT_ID}"))?;
+    Ok(number.to_be_bytes())
+}
+
+fn random() -> Result<u128> {
+    let mut bytes = [0; 16];
+    let read =
+        File::open("/dev/urandom").and_then(|mut file| std::io::Read::read_exact(&mut file, &mut bytes));
+    read.context("read /dev/urandom")?;
+    Ok(u128::from_le_bytes(bytes))
+}
+
+fn open(path: &Path, what: &str, attempt: impl Fn() -> String) -> Result<Named<File>> {
+    let opened = file::open(path, Access::Read, Sharing::Refused, what, &attempt)?;
+    match opened.metadata().is_ok_and(|metadata| metadata.is_file()) {
+        true => Ok(opened),
+        false => Err(Error::config("it is a block device, a file is needed")).with_context(attempt),
+    }
+}
+
+/// A name of a file in the folder of the state; a state must not name any other file of the host.
+fn beside(name: &str) -> Result<&str> {
+    match folder::is_memory(name) {
+        true => Ok(name),
+        false => Err(Error::config("what it names as its memory is no memory of a machine that Alula saved")),
+    }
+}
+
+fn section<'s>(sections: &'s [Section], kind: u16, what: &str) -> Result<&'s [u8]> {
+    let mut found = sections.iter().filter(|section| section.kind == kind);
+    match (found.next(), found.next()) {
+        (Some(section), None) if section.version == VERSION => Ok(&section.bytes),
+        (Some(section), None) => Err(Error::config(format!(
+            "its section `{what}` has version {}, this Alula reads version {VERSION}",
+            section.version
+        ))),
+        (None, _) => Err(Error::config(format!("it has no section `{what}`"))),
+        (Some(_), Some(_)) => Err(Error::config(format!("it has the section `{what}` twice"))),
+    }
+}
+
+/// How many bytes the ranges have; None: one of them, or all together, cannot be.
+fn total(ranges: &[Range]) -> Option<u64> {
+    ranges.iter().try_fold(0_u64, |sum, range| {
+        range.start.checked_add(range.size)?;
+        sum.checked_add(range.size)
+    })
+}

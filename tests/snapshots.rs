@@ -1,0 +1,326 @@
+//! Machines that one process saves to files and another one restores from them, through the API.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by it")]
+
+mod common;
+
+use std::fs;
+use std::io::Write;
+use std::path::PathBuf;
+
+use common::held::Held;
+use common::{Client, Ended, Folder, Service};
+use serde_json::{Value, json};
+
+const PAUSE: &str = r#"{"state": "Paused"}"#;
+const GO_ON: &str = r#"{"state": "Resumed"}"#;
+
+/// A microVM with a disk and an entropy device whose guest waits for a line, saved to files of a folder.
+struct Saved {
+    folder: Folder,
+    service: Service,
+}
+
+impl Saved {
+    fn new(extra: &[&str]) -> Self {
+        let folder = Folder::new();
+        folder.write("disk", vec![7; 1 << 20]);
+        let mut service = Service::start(extra);
+        let mut client = service.client();
+        let machine = json!({ "vcpu_count": 2, "mem_size_mib": 64 });
+        client.ok("PUT", "/machine-config", &machine.to_string());
+        client.ok("PUT", "/entropy", "{}");
+        let disk =
+            json!({ "drive_id": "disk", "is_root_device": false, "path_on_host": folder.path("disk") });
+        client.ok("PUT", "/drives/disk", &disk.to_string());
+        service.boot_source("echo");
+        client.ok("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#);
+        service.process.expect("alula firmware");
+        client.ok("PATCH", "/vm", PAUSE);
+        Self { folder, service }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path(name)
+    }
+
+    fn create(&self) -> String {
+        json!({ "snapshot_path": self.path("state"), "mem_file_path": self.path("memory") }).to_string()
+    }
+
+    fn refuse(&self, load: &str, expected: &str) {
+        fault(&mut self.service.client(), "/snapshot/load", load, expected);
+    }
+
+    fn load(&self, more: &Value) -> String {
+        let memory = json!({ "backend_type": "File", "backend_path": self.path("memory") });
+        let mut body = json!({ "snapshot_path": self.path("state"), "mem_backend": memory });
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        body.to_string()
+    }
+}
+
+/// Types the line that the guest waits for, and returns how it ended.
+fn end(mut service: Service) -> Ended {
+    service.process.stdin.as_mut().unwrap().write_all(b"go on\n").unwrap();
+    let ended = service.process.end();
+    assert_eq!(ended.code, Some(0), "{}", ended.text);
+    assert!(ended.text.contains("go on") && ended.text.contains(" cases, 0 failed"), "{}", ended.text);
+    ended
+}
+
+fn fault(client: &mut Client, path: &str, body: &str, expected: &str) {
+    let fault = client.request("PUT", path, body).fault();
+    assert!(fault.contains(expected), "{path} {body}: {fault}");
+}
+
+#[test]
+fn a_guest_goes_on_in_another_process_and_in_its_own() {
+    for extra in [&[][..], &["--enable-pci"]] {
+        let saved = Saved::new(extra);
+        let mut client = saved.service.client();
+        client.ok("PUT", "/snapshot/create", &saved.create());
+        let length = fs::metadata(saved.path("memory")).unwrap().len();
+        assert_eq!(length, 64 << 20);
+        // A disk has one writer.
+        let other = Service::start(&["--id", "other"]);
+        let (mut to_other, load) = (other.client(), saved.load(&json!({ "resume_vm": true })));
+        fault(
+            &mut to_other,
+            "/snapshot/load",
+            &load,
+            "Load snapshot error: set up disk `disk`: use disk image",
+        );
+        client.ok("PATCH", "/vm", GO_ON);
+        let Saved { folder, service } = saved;
+        let first = end(service);
+        to_other.ok("PUT", "/snapshot/load", &load);
+        let config = to_other.ok("GET", "/vm/config", "").json();
+        assert_eq!(config["machine-config"]["mem_size_mib"], 64);
+        assert_eq!(config["drives"][0]["path_on_host"], json!(folder.path("disk")));
+        assert_eq!(to_other.ok("GET", "/", "").json()["state"], "Running");
+        let second = end(other);
+        let cases =
+            |ended: &Ended| ended.text.lines().find(|line| line.contains(" cases, ")).map(str::to_owned);
+        assert_eq!(cases(&first), cases(&second));
+    }
+}
+
+#[test]
+fn a_restored_guest_is_saved_and_restored_again() {
+    let mut saved = Saved::new(&["--boot-timer"]);
+    for generation in 0..3 {
+        let mut client = saved.service.client();
+        client.ok("PUT", "/snapshot/create", &saved.create());
+        let Saved { folder, service } = saved;
+        drop(service);
+        saved = Saved { folder, service: Service::start(&[]) };
+        let mut client = saved.service.client();
+        client.ok("PUT", "/snapshot/load", &saved.load(&json!({ "track_dirty_pages": true })));
+        assert_eq!(client.ok("GET", "/", "").json()["state"], "Paused", "{generation}");
+    }
+    saved.service.client().ok("PATCH", "/vm", GO_ON);
+    end(saved.service);
+}
+
+#[test]
+fn a_load_that_fails_changes_nothing_and_a_right_one_follows() {
+    let saved = Saved::new(&[]);
+    saved.service.client().ok("PUT", "/snapshot/create", &saved.create());
+    let Saved { folder, service } = saved;
+    drop(service);
+    let saved = Saved { folder, service: Service::start(&[]) };
+    refuse_requests(&saved);
+    refuse_files(&saved);
+    let (mut client, plain) = (saved.service.client(), saved.load(&json!({})));
+    // What is not a resource that boots may be set, and nothing of it was lost.
+    client.ok("PUT", "/serial", &json!({ "serial_out_path": saved.path("console") }).to_string());
+    fs::remove_file(saved.path("disk")).unwrap();
+    saved.refuse(&plain, "open disk `disk`");
+    saved.folder.write("disk", vec![7; 1 << 20]);
+    client.ok("PUT", "/snapshot/load", &saved.load(&json!({ "resume_vm": true })));
+    fault(&mut client, "/snapshot/load", &plain, "not supported after starting the microVM.");
+    let mut service = saved.service;
+    service.process.stdin.as_mut().unwrap().write_all(b"go on\n").unwrap();
+    assert_eq!(service.process.end().code, Some(0));
+    let console = fs::read_to_string(saved.folder.path("console")).unwrap();
+    assert!(console.contains(" cases, 0 failed"), "{console}");
+}
+
+fn refuse_requests(saved: &Saved) {
+    let memory = saved.path("memory");
+    for (more, expected) in [
+        (json!({ "clock_realtime": true }), "Load snapshot error: `clock_realtime` is not implemented yet"),
+        (json!({ "huge_pages": "2M" }), "`huge_pages` `2M` is not implemented yet"),
+        (
+            json!({ "mem_backend": { "backend_type": "Uffd", "backend_path": "/s" } }),
+            "`backend_type` `Uffd` is not implemented yet",
+        ),
+        (
+            json!({ "network_overrides": [{ "iface_id": "net", "host_dev_name": "tap9" }] }),
+            "`network_overrides` of `net`: the saved machine has no such device",
+        ),
+        (
+            json!({ "vsock_override": { "uds_path": "/v" } }),
+            "`vsock_override`: the saved machine has no such",
+        ),
+        (json!({ "snapshot_path": "/nonexistent/s" }), "read the state of a machine, `/nonexistent/s`"),
+        (json!({ "snapshot_path": memory }), "it is no state of a machine that Alula saved"),
+        (json!({ "snapshot_path": saved.folder.0 }), "it is a directory"),
+        (
+            json!({ "mem_backend": { "backend_type": "File", "backend_path": saved.path("state") } }),
+            "bytes, and the state says 67108864: it was cut short, or belongs to another state",
+        ),
+        (
+            json!({ "mem_backend": { "backend_type": "File", "backend_path": "/dev/zero" } }),
+            "it is a character device",
+        ),
+    ] {
+        saved.refuse(&saved.load(&more), expected);
+    }
+    for (body, expected) in [
+        (
+            json!({ "snapshot_path": "s" }),
+            "missing field: either `mem_backend` or `mem_file_path` is required.",
+        ),
+        (json!({ "mem_file_path": "m" }), "missing field `snapshot_path`"),
+        (json!({ "folder": "f", "snapshot_path": "s" }), "too many fields: either `folder` or"),
+        (
+            json!({ "snapshot_path": "s", "mem_file_path": "m", "mem_backend": { "backend_type": "File", "backend_path": "b" } }),
+            "too many fields: either `mem_backend` or `mem_file_path` exclusively is required.",
+        ),
+        (json!({ "snapshot_path": "s", "mem_file_path": "m", "colour": 1 }), "unknown field `colour`"),
+        (json!({ "folder": saved.folder.0 }), "its memory is at a path of its own"),
+    ] {
+        saved.refuse(&body.to_string(), expected);
+    }
+}
+
+fn refuse_files(saved: &Saved) {
+    let state = fs::read(saved.path("state")).unwrap();
+    let plain = saved.load(&json!({}));
+    let written = |bytes: &[u8], expected: &str| {
+        fs::write(saved.path("state"), bytes).unwrap();
+        saved.refuse(&plain, expected);
+    };
+    written(&state[..state.len() - 1], "it was cut short or is damaged");
+    let mut changed = state.clone();
+    changed[state.len() / 2] ^= 1;
+    written(&changed, "it is damaged: the checksum of section");
+    fs::write(saved.path("state"), &state).unwrap();
+    fs::rename(saved.path("disk"), saved.path("away")).unwrap();
+    saved.refuse(&plain, "open disk `disk`");
+    fs::rename(saved.path("away"), saved.path("disk")).unwrap();
+}
+
+#[test]
+fn a_service_that_was_configured_to_boot_is_not_restored_into() {
+    let saved = Saved::new(&[]);
+    let message = "Load snapshot error: Loading a microVM snapshot not allowed after configuring \
+                   boot-specific resources.";
+    for (path, body) in [
+        ("/machine-config", json!({ "vcpu_count": 1, "mem_size_mib": 64 })),
+        ("/entropy", json!({})),
+        ("/boot-source", json!({ "kernel_image_path": saved.service.folder.firmware() })),
+    ] {
+        let service = Service::start(&[]);
+        let mut client = service.client();
+        client.ok("PUT", path, &body.to_string());
+        assert_eq!(client.request("PUT", "/snapshot/load", &saved.load(&json!({}))).fault(), message);
+    }
+    let service = Service::start(&[]);
+    fault(
+        &mut service.client(),
+        "/snapshot/create",
+        &saved.create(),
+        "The requested operation is not supported before starting the microVM.",
+    );
+}
+
+#[test]
+fn while_a_snapshot_is_written_others_are_served_and_nothing_changes() {
+    let folder = Folder::new();
+    let events = folder.path("events");
+    let saved = Saved::new(&["--events", events.to_str().unwrap()]);
+    let (mut client, mut other, create) = (saved.service.client(), saved.service.client(), saved.create());
+    fs::write(saved.path("state"), "old").unwrap();
+    let held = Held::next(&saved.service.process.child, || {
+        client.send(&format!(
+            "PUT /snapshot/create HTTP/1.1\r\nContent-Length: {}\r\n\r\n{create}",
+            create.len()
+        ));
+    });
+    assert_eq!(other.ok("GET", "/", "").json()["state"], "Paused");
+    let busy = "a snapshot of the microVM is being written: wait until it is done";
+    fault(&mut other, "/snapshot/create", &create, &format!("Create snapshot error: {busy}"));
+    let disk = json!({ "drive_id": "disk", "path_on_host": saved.path("disk") }).to_string();
+    for (path, body) in [("/vm", GO_ON), ("/drives/disk", &*disk)] {
+        let refused = other.request("PATCH", path, body).fault();
+        assert!(refused.ends_with(busy), "{refused}");
+    }
+    other.ok("PATCH", "/vm", PAUSE);
+    assert_eq!(
+        fs::read(saved.path("state")).unwrap(),
+        b"old",
+        "the old one counts until the new one is whole"
+    );
+    drop(held);
+    assert_eq!(client.receive().status(), "204");
+    client.ok("PATCH", "/drives/disk", &disk);
+    fault(&mut client, "/snapshot/create", &create.replace("state", "no/state"), "there is no folder");
+    let diff = create.replace('{', r#"{"snapshot_type": "Diff","#);
+    fault(
+        &mut client,
+        "/snapshot/create",
+        &diff,
+        "`snapshot_type` `Diff` is not implemented yet: save a `Full`",
+    );
+    client.ok("PATCH", "/vm", GO_ON);
+    fault(
+        &mut client,
+        "/snapshot/create",
+        &create,
+        "Create snapshot error: the microVM runs: pause it first",
+    );
+    end(saved.service);
+    let events = fs::read_to_string(events).unwrap();
+    let told: Vec<Value> = events.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let named = |name: &str| told.iter().filter(|event| event["event"] == name).collect::<Vec<_>>();
+    let [created] = named("snapshot_created")[..] else { panic!("{events}") };
+    assert!(created["kind"] == "Full" && created["pages"].as_u64() > Some(5), "{created}");
+    assert!(created["time_us"].as_u64() > Some(0), "{created}");
+    let failed = named("snapshot_failed");
+    assert!(failed.len() >= 3 && failed.iter().all(|event| event["reason"].is_string()), "{events}");
+}
+
+#[test]
+fn a_full_disk_ends_neither_the_guest_nor_the_old_snapshot() {
+    // No file system of this size has room for the memory.
+    let folder = Folder::new();
+    let small = folder.path("small");
+    fs::create_dir(&small).unwrap();
+    common::mount_tmpfs(&small, 32 << 10);
+    let saved = Saved::new(&[]);
+    let mut client = saved.service.client();
+    let mut names = Vec::new();
+    for (place, state) in [
+        (json!({ "folder": small.join("f") }), small.join("f/state")),
+        (json!({ "snapshot_path": small.join("s"), "mem_file_path": small.join("m") }), small.join("s")),
+    ] {
+        fs::create_dir_all(state.parent().unwrap()).unwrap();
+        fs::write(&state, "old").unwrap();
+        let place = place.to_string();
+        fault(
+            &mut client,
+            "/snapshot/create",
+            &place,
+            "write the memory of the guest: write to it: No space",
+        );
+        assert_eq!(fs::read(&state).unwrap(), b"old");
+        names.extend(fs::read_dir(state.parent().unwrap()).unwrap().map(|entry| entry.unwrap().file_name()));
+    }
+    names.sort();
+    assert_eq!(names, ["f", "s", "state"], "nothing is left of what could not be written");
+    client.ok("PATCH", "/vm", GO_ON);
+    end(saved.service);
+}
