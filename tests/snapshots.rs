@@ -4,12 +4,13 @@
 
 mod common;
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::Write;
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
 use common::held::Held;
-use common::{Client, Ended, Folder, Service};
+use common::{Client, Ended, Folder, Process, Service, run};
 use serde_json::{Value, json};
 
 const PAUSE: &str = r#"{"state": "Paused"}"#;
@@ -323,4 +324,65 @@ fn a_full_disk_ends_neither_the_guest_nor_the_old_snapshot() {
     assert_eq!(names, ["f", "s", "state"], "nothing is left of what could not be written");
     client.ok("PATCH", "/vm", GO_ON);
     end(saved.service);
+}
+
+#[test]
+fn people_save_to_a_folder_and_go_on_from_it() {
+    let saved = Saved::new(&[]);
+    let socket = saved.service.socket.to_str().unwrap().to_owned();
+    let folder = saved.path("saved");
+    let place = folder.to_str().unwrap();
+    let ctl = |words: &[&str]| {
+        let ended = run([&["ctl", "--api-sock", &socket], words].concat());
+        assert_eq!(ended.code, Some(0), "{words:?}: {}", ended.text);
+        ended.text
+    };
+    let state = || ctl(&["status", "--json"]);
+    assert!(ctl(&["snapshot", place]).contains("saved to `"));
+    assert!(state().contains("Paused"));
+    let first: Vec<_> = fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    ctl(&["resume"]);
+    // A guest that runs goes on by itself.
+    assert_eq!(ctl(&["snapshot", place, "--json"]), "");
+    assert!(state().contains("Running"));
+    let second: Vec<_> = fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert!(first.len() == 2 && second.len() == 2 && first != second, "{first:?} {second:?}");
+
+    let inspect = |path: &str| -> Value {
+        let ended = run(["snapshot", "inspect", path]);
+        serde_json::from_str(&ended.text).unwrap_or_else(|error| panic!("{error}: {}", ended.text))
+    };
+    let told = inspect(place);
+    assert_eq!(told, inspect(&format!("{place}/state")));
+    assert_eq!((&told["cpus"], &told["memory"]["size"]), (&json!(2), &json!(64 << 20)));
+    assert!(told["is_of_this_boot"] == true && told["parts"]["disk `disk`"]["place"].is_string(), "{told}");
+    assert_eq!(told["config"]["machine_config"]["vcpu_count"], 2);
+    let verify = || run(["snapshot", "verify", place]);
+    assert!(verify().text.ends_with(": ok, with 64 MiB of memory\n"));
+
+    drop(saved.service);
+    let mut process = Process::start(["run", "--restore", place, "--id", "again"]);
+    process.stdin.as_mut().unwrap().write_all(b"go on\n").unwrap();
+    let ended = process.end();
+    assert!(ended.code == Some(0) && ended.text.contains(" cases, 0 failed"), "{}", ended.text);
+
+    let memory = second.iter().find(|name| *name != "state").unwrap();
+    let file = File::options().write(true).open(folder.join(memory)).unwrap();
+    file.write_all_at(&[1; 8], 5 << 20).unwrap();
+    let ended = verify();
+    assert!(
+        ended.code == Some(1) && ended.text.contains("it is damaged: the MiB at 0x500000"),
+        "{}",
+        ended.text
+    );
+    for (arguments, expected) in [
+        (
+            ["snapshot", "inspect", "/nonexistent"],
+            "read the state of a machine, `/nonexistent`: No such file",
+        ),
+        (["run", "--restore", "/nonexistent"], "restore the guest in `/nonexistent`: read the state"),
+    ] {
+        let ended = run(arguments);
+        assert!(ended.code != Some(0) && ended.text.contains(expected), "{}", ended.text);
+    }
 }

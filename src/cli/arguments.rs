@@ -8,6 +8,7 @@ pub mod exec;
 mod kernel;
 mod run;
 mod serve;
+pub mod snapshot;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -34,6 +35,7 @@ Commands:
   run       Boot a guest, put its console on this terminal and return how it ended
   serve     Wait for requests on a control socket (Firecracker's API)
   ctl       Ask a running microVM something, or tell it to do something
+  snapshot  Look at the files of a saved microVM
   exec      Run a command in a guest that is up
   cp        Copy files into a guest that is up, or out of it
   wait      Wait until the agent in a guest answers
@@ -49,7 +51,7 @@ Commands:
 `alula COMMAND --help` tells more. -V, --version prints the version.
 ";
 
-const COMMANDS: &str = "run, serve, ctl, exec, cp, wait, kernel, cache, agent, check, schema, firmware, help or version; see `alula --help`";
+const COMMANDS: &str = "run, serve, ctl, snapshot, exec, cp, wait, kernel, cache, agent, check, schema, firmware, help or version; see `alula --help`";
 
 const FIRMWARE_HELP: &str = "\
 Write the image of the embedded firmware guest to standard output.
@@ -98,6 +100,7 @@ pub enum Command {
     Exec(exec::Exec),
     Copy(exec::Copy),
     Wait(exec::Wait),
+    Snapshot(snapshot::Snapshot),
     /// Validate the config file at this path.
     Check(PathBuf),
     Firmware,
@@ -161,6 +164,7 @@ fn alula(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, Strin
         Some("run") => (run::parse(&mut parser), "run"),
         Some("serve") => (serve::parse(&mut parser, Persona::Alula), "serve"),
         Some("ctl") => (ctl::parse(&mut parser), "ctl"),
+        Some("snapshot") => (snapshot::parse(&mut parser), "snapshot"),
         Some("exec") => (exec::exec(&mut parser), "exec"),
         Some("cp") => (exec::cp(&mut parser), "cp"),
         Some("wait") => (exec::wait(&mut parser), "wait"),
@@ -376,6 +380,15 @@ mod tests {
             ("run --initrd i", "--initrd needs a kernel"),
             ("run --self-test k", "give no kernel beside it"),
             ("serve --no-api", "--no-api needs --config-file"),
+            ("run --restore d k", "--restore: the guest is what it was when it was saved: leave out KERNEL"),
+            ("run --boot-timer --restore d", "leave out --boot-timer"),
+            ("run --restore d --cpus 2", "leave out --cpus"),
+            ("run --restore d --disk x", "leave out --disk"),
+            ("run --restore d -- true", "leave out COMMAND"),
+            ("snapshot", "one of `inspect` and `verify` is expected; see `alula snapshot --help`"),
+            ("snapshot verify", "a folder, or a state and its memory, is expected"),
+            ("snapshot inspect a b", "one state, or its folder, is expected"),
+            ("ctl snapshot", "one folder is expected"),
             ("firmware x", "unexpected argument \"x\"; see `alula firmware --help`"),
             ("version x", "unexpected argument \"x\""),
             ("help dance", "there is no command \"dance\""),
@@ -394,7 +407,7 @@ mod tests {
         };
         let commands = HELP.split("Commands:\n").nth(1).unwrap().split("\n\n").next().unwrap();
         let names: Vec<_> = commands.lines().filter_map(|line| line.split_whitespace().next()).collect();
-        assert!(names.len() == 14 && names.iter().all(|name| COMMANDS.contains(name)), "{names:?}");
+        assert!(names.len() == 15 && names.iter().all(|name| COMMANDS.contains(name)), "{names:?}");
         for name in names {
             let help = text(&format!("{name} --help"));
             assert_eq!(help, text(&format!("help {name}")), "{name}");

@@ -1,8 +1,9 @@
 //! `alula ctl`: asks a running microVM, and prints the answer for people or as JSON.
 
 use std::io::{Read, Write};
+use std::path::Path;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::arguments::ctl::{Ask, Ctl};
 use crate::api::client::{Answer, Client};
@@ -25,6 +26,7 @@ pub fn run(ctl: &Ctl) -> Result<()> {
         Ask::Events => client.lines("/events", |line| event(line, ctl.json)),
         Ask::Pause => set_state(client, "Paused", ctl.json),
         Ask::Resume => set_state(client, "Resumed", ctl.json),
+        Ask::Snapshot(folder) => snapshot(client, folder, ctl.json),
         Ask::Shutdown => {
             ask(&mut client, "PUT", "/actions", r#"{"action_type": "Shutdown"}"#)?;
             if ctl.json { Ok(()) } else { say("the guest was asked to power off") }
@@ -81,6 +83,15 @@ fn status(mut client: Client, json: bool) -> Result<()> {
 fn set_state(mut client: Client, state: &str, json: bool) -> Result<()> {
     ask(&mut client, "PATCH", "/vm", &format!(r#"{{"state": "{state}"}}"#))?;
     if json { Ok(()) } else { say(&state.to_lowercase()) }
+}
+
+fn snapshot(mut client: Client, folder: &Path, json: bool) -> Result<()> {
+    // The monitor may be in another folder.
+    let folder = std::path::absolute(folder).with_context(|| format!("find `{}`", folder.display()))?;
+    let body = json!({ "folder": folder }).to_string();
+    client.wait_for_ever()?;
+    ask(&mut client, "PUT", "/snapshot/create", &body)?;
+    if json { Ok(()) } else { say(&format!("saved to `{}`", folder.display())) }
 }
 
 /// Prints a body; `sparse`: for people, without zeros.

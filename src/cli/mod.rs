@@ -10,12 +10,14 @@ mod exec;
 mod outputs;
 mod persona;
 mod session;
+mod snapshot;
 
 use std::io::{IsTerminal, Write};
 use std::path::Path;
 
 use crate::agent::init;
 use crate::api::Api;
+use crate::carry::stored::Location;
 use crate::clock;
 use crate::dialect::Dialect;
 use crate::error::{Context, Result};
@@ -27,6 +29,7 @@ use crate::machine::Exit;
 use crate::microvm::Microvm;
 use crate::microvm::monitor::{Ending, Front, Monitor, Outcome};
 use crate::microvm::signals::{self, Signals};
+use crate::microvm::snapshots::Load;
 use crate::terminal;
 use arguments::{Command, Run, Serve};
 
@@ -74,6 +77,10 @@ pub fn main() -> u8 {
             Err(error) => told(Err(error)),
         },
         Command::Agent(arguments) => told(agent::run(arguments)),
+        Command::Snapshot(arguments) => match snapshot::run(&arguments) {
+            Ok(text) => print(text.as_bytes()),
+            Err(error) => told(Err(error)),
+        },
         Command::Check(path) => check::run(&path),
         Command::Print(text) => print(text.as_bytes()),
         Command::Show(text) => print(text.as_bytes()),
@@ -214,7 +221,12 @@ fn run(mut arguments: Run, feed: &mut Option<Feed>) -> Result<Ending> {
         command = Some(begin);
     }
     let start = |microvm: &mut Microvm| {
-        microvm.start("command line").context("start the guest")?;
+        match &arguments.restore {
+            None => microvm.start("command line").context("start the guest")?,
+            Some(folder) => microvm
+                .load_snapshot(&Load::new(Location::Folder(folder.clone())), "command line")
+                .with_context(|| format!("restore the guest in `{}`", folder.display()))?,
+        }
         command.map_or(Ok(()), |begin| begin())
     };
     let ending = monitor.run(microvm, start, |outcome| match &prepared {

@@ -84,6 +84,11 @@ impl OutputOptions {
         }
     }
 
+    /// Whether the guest is to have a boot timer.
+    pub fn has_boot_timer(&self) -> bool {
+        self.boot_timer
+    }
+
     /// Opens where events go. They are kept when somebody can ask for them.
     pub fn open_feed(&self, id: &str, has_api: bool) -> Result<Option<Feed>> {
         if has_api || self.events.is_some() {

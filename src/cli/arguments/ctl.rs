@@ -20,6 +20,7 @@ Commands:
   metrics            What it has done so far, without what it never did
   events             What has happened to it, and what happens from now on
   pause, resume      Stop its CPUs and devices, let them go on
+  snapshot FOLDER    Save it, with its memory, to files there; it stands still meanwhile, and goes on
   shutdown           Ask the guest to power off: Ctrl-Alt-Del on x86_64, the power key on aarch64
   get PATH           Any request of the API (docs/api.md), like `get /machine-config`
   put PATH JSON      With this body; `-` reads it from standard input
@@ -39,9 +40,9 @@ Examples:
   alula ctl put /boot-source '{\"kernel_image_path\": \"vmlinux\"}'
 ";
 
-const COMMANDS: [&str; 12] = [
-    "status", "config", "guest", "metrics", "events", "pause", "resume", "shutdown", "get", "put", "patch",
-    "delete",
+const COMMANDS: [&str; 13] = [
+    "status", "config", "guest", "metrics", "events", "pause", "resume", "snapshot", "shutdown", "get",
+    "put", "patch", "delete",
 ];
 
 /// `alula ctl`.
@@ -62,6 +63,8 @@ pub enum Ask {
     Events,
     Pause,
     Resume,
+    /// Save to this folder.
+    Snapshot(std::path::PathBuf),
     Shutdown,
     /// Method, path and body of a request.
     Request(&'static str, String, String),
@@ -100,6 +103,8 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
         ["events"] => Ask::Events,
         ["pause"] => Ask::Pause,
         ["resume"] => Ask::Resume,
+        ["snapshot", folder] => Ask::Snapshot(folder.into()),
+        ["snapshot", ..] => return Err("one folder is expected".into()),
         ["shutdown"] => Ask::Shutdown,
         ["get", path] => request("GET", path, ""),
         ["put", path, body] => request("PUT", path, body),

@@ -21,6 +21,7 @@ Boot a guest, put its console on this terminal and return how it ended. Ctrl-A X
 
 Usage: alula run [OPTIONS] [KERNEL]
        alula run [OPTIONS] [KERNEL] -- COMMAND [ARGS...]
+       alula run --restore FOLDER [OPTIONS]
 
 KERNEL is vmlinux or bzImage on x86_64, Image (or Image.gz, Image.zst) on aarch64. Without it, the
 embedded firmware guest boots: a self-test of this host.
@@ -45,6 +46,9 @@ const RUN_HELP_AFTER_DEVICES: &str = "      --publish [ADDRESS:]HOST:GUEST[/udp]
       --enable-pci       Devices on a PCI bus instead of behind virtio-mmio
       --config FILE      Read the configuration from this JSON file (Firecracker's format); other
                          options override it
+      --restore FOLDER   Go on with the guest that `alula ctl snapshot FOLDER` has saved there. What it
+                         is made of is as it was; --id, --api-sock, --metadata and the options for
+                         those who watch it can be given
       --self-test        Boot the firmware guest, whatever the file says of a kernel
       --api-sock SOCKET  Also serve the control API on this socket
       --id ID            The microVM's name: 1 to 64 letters, digits and hyphens. Without --api-sock, the
@@ -100,6 +104,8 @@ pub struct Run {
     pub enable_pci: bool,
     pub config: Option<PathBuf>,
     pub self_test: bool,
+    /// The folder of a saved microVM.
+    pub restore: Option<PathBuf>,
     pub api_sock: Option<PathBuf>,
     pub outputs: OutputOptions,
     pub id: String,
@@ -122,6 +128,7 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
         enable_pci: false,
         config: None,
         self_test: false,
+        restore: None,
         api_sock: None,
         outputs: OutputOptions::default(),
         id: default_id(),
@@ -145,6 +152,7 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
             Long("metadata") => run.metadata = Some(parser.value()?.into()),
             Long("enable-pci") => run.enable_pci = true,
             Long("config") => run.config = Some(parser.value()?.into()),
+            Long("restore") => run.restore = Some(parser.value()?.into()),
             Long("self-test") => run.self_test = true,
             Long("api-sock") => run.api_sock = Some(parser.value()?.into()),
             Long("id") => (run.id, run.is_named) = (value(parser, "--id", id)?, true),
@@ -164,19 +172,8 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
             other => return Err(other.unexpected()),
         }
     }
+    run.check(!ports.is_empty())?;
     net::publish(&mut run.devices, &ports)?;
-    run.wanted.check()?;
-    if run.has_command() && (run.initrd.is_some() || run.self_test) {
-        return Err(
-            "a command needs a guest whose init is the agent: give no --initrd and no --self-test".into()
-        );
-    }
-    if run.initrd.is_some() && run.kernel.is_none() {
-        return Err("--initrd needs a kernel".into());
-    }
-    if run.self_test && run.kernel.is_some() {
-        return Err("--self-test boots the firmware guest: give no kernel beside it".into());
-    }
     Ok(Command::Run(Box::new(run)))
 }
 
@@ -223,8 +220,59 @@ impl Run {
         !self.wanted.run.argv.is_empty()
     }
 
+    /// Refuses what does not go together; `publishes`: --publish is there.
+    fn check(&self, publishes: bool) -> Result<(), lexopt::Error> {
+        if self.restore.is_some() {
+            self.check_restore(publishes)?;
+        }
+        self.wanted.check()?;
+        if self.has_command() && (self.initrd.is_some() || self.self_test) {
+            return Err(
+                "a command needs a guest whose init is the agent: give no --initrd and no --self-test".into(),
+            );
+        }
+        if self.initrd.is_some() && self.kernel.is_none() {
+            return Err("--initrd needs a kernel".into());
+        }
+        if self.self_test && self.kernel.is_some() {
+            return Err("--self-test boots the firmware guest: give no kernel beside it".into());
+        }
+        Ok(())
+    }
+
+    /// Refuses what a guest that was saved cannot be given any more.
+    fn check_restore(&self, publishes: bool) -> Result<(), String> {
+        let device = self.devices.first().map(|device| format!("--{}", device.kind().option.name));
+        let given = [
+            (self.kernel.is_some(), "KERNEL"),
+            (self.initrd.is_some(), "--initrd"),
+            (self.cmdline.is_some(), "--cmdline"),
+            (self.cpus.is_some(), "--cpus"),
+            (self.memory_mib.is_some(), "--memory"),
+            (device.is_some(), device.as_deref().unwrap_or_default()),
+            (publishes, "--publish"),
+            (self.enable_pci, "--enable-pci"),
+            (self.config.is_some(), "--config"),
+            (self.self_test, "--self-test"),
+            (self.outputs.has_boot_timer(), "--boot-timer"),
+            (self.has_command(), "COMMAND"),
+        ];
+        match given.iter().find(|(is_given, _)| *is_given) {
+            None => Ok(()),
+            Some((_, name)) => {
+                Err(format!("--restore: the guest is what it was when it was saved: leave out {name}"))
+            }
+        }
+    }
+
     /// What the config file says, and on top of it what the options say.
     pub fn config(&self) -> Result<Config> {
+        if self.restore.is_some() {
+            // What the guest is stands with what was saved.
+            let mut config = Config::default();
+            self.outputs.configure(&mut config);
+            return Ok(config);
+        }
         let mut config = match &self.config {
             Some(path) => Config::from_file(path)?,
             None => Config::default(),

@@ -1,0 +1,61 @@
+//! `alula snapshot`: what is in the files of a saved microVM.
+
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
+
+use super::arguments::snapshot::Snapshot;
+use crate::carry::memory_file;
+use crate::carry::stored::{Location, Stored, boot_id};
+use crate::error::{Context, Result};
+
+/// What to print.
+pub fn run(snapshot: &Snapshot) -> Result<String> {
+    match snapshot {
+        Snapshot::Inspect(path) => inspect(path),
+        Snapshot::Verify(location) => verify(location),
+    }
+}
+
+fn inspect(path: &Path) -> Result<String> {
+    let folder = Location::Folder(path.to_owned()).state();
+    let path = if path.is_dir() { &folder } else { path };
+    let told = told(&Stored::read(path, true)?)?;
+    Ok(serde_json::to_string_pretty(&told).context("print what the state says")? + "\n")
+}
+
+/// What a state says, for people and programs.
+fn told(stored: &Stored) -> Result<Value> {
+    let Stored { origin, machine, memory, checksums } = stored;
+    let architecture = match origin.architecture {
+        62 => json!("x86_64"),
+        183 => json!("aarch64"),
+        other => json!(other),
+    };
+    let ranges: Vec<_> =
+        machine.memory().iter().map(|range| json!({ "start": range.start, "size": range.size })).collect();
+    let part = |(name, state): (&String, &Vec<u8>)| {
+        let place = machine.places.get(name).map(ToString::to_string);
+        (name.clone(), json!({ "place": place, "state_bytes": state.len() }))
+    };
+    let parts: Map<_, _> = machine.parts.iter().map(part).collect();
+    let config: Value = serde_json::from_str(&machine.config.saved()?).context("read the configuration")?;
+    let boot = u128::from_be_bytes(origin.boot_id);
+    Ok(json!({
+        "architecture": architecture,
+        "host_boot_id": format!("{boot:032x}"),
+        "is_of_this_boot": boot_id().is_ok_and(|id| id == origin.boot_id),
+        "cpus": machine.cpus(),
+        "memory": { "ranges": ranges, "file": memory.name, "size": memory.size, "checksums": checksums.len() },
+        "parts": parts,
+        "config": config,
+    }))
+}
+
+fn verify(location: &Location) -> Result<String> {
+    let (stored, memory) = location.open(true)?;
+    let size = stored.memory.size;
+    let verified = memory_file::verify(&memory, size, &stored.checksums);
+    verified.context("verify the memory of the saved machine")?;
+    Ok(format!("{}: ok, with {} MiB of memory\n", location.state().display(), size >> 20))
+}
