@@ -393,6 +393,26 @@ mod tests {
     }
 
     #[test]
+    fn what_no_page_table_maps_yet_is_entered_by_pvh_or_not_at_all() {
+        let high = layout::MAPPED_AT_ENTRY;
+        let entry_of = |notes: &[(Vec<u8>, u64, Option<u64>)]| {
+            let mut file = elf(high, notes);
+            // The segment's physical address.
+            file[64 + 24..64 + 32].copy_from_slice(&high.to_le_bytes());
+            let head = file[..file.len().min(0x264)].to_vec();
+            let memory = Range { start: 0, size: 2 * high };
+            let kernel = Kernel::read(&mut Cursor::new(file), &head, &[memory]);
+            kernel.map(|kernel| (kernel.entry, kernel.pvh)).map_err(|error| error.to_string())
+        };
+        let linux = (note(b"Linux\0", 256, &[0; 4], 4), 4, None);
+        assert_eq!(entry_of(&[linux.clone(), (xen(high), 4, None)]), Ok((high, true)));
+        for notes in [vec![], vec![linux]] {
+            let error = entry_of(&notes).unwrap_err();
+            assert!(error.contains("lies in none of its segments below 0x40000000"), "{error}");
+        }
+    }
+
+    #[test]
     fn notes_that_lie_are_refused() {
         let with = |notes: Vec<u8>, claimed| read(elf(START, &[(notes, 4, claimed)])).unwrap_err();
         for outside in [START - 1, START + 8192, 0, 1 << 32 | START] {
