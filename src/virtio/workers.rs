@@ -137,9 +137,10 @@ impl Loop {
     }
 
     fn take_jobs(&self) -> Vec<Job> {
-        // Nothing written: somebody was faster.
-        let _ = self.wake.read();
         let mut inbox = self.inbox.lock().unwrap_or_else(PoisonError::into_inner);
+        // With the lock, as a job comes: else that of a job that came in between would be left behind, and wake the
+        // loop again and again for nothing. Nothing written: somebody was faster.
+        let _ = self.wake.read();
         self.has_jobs.store(false, Ordering::Relaxed);
         std::mem::take(&mut inbox.jobs)
     }
@@ -433,4 +434,39 @@ impl Seats {
 
 fn start(transport: &Shared) {
     transport.lock().unwrap_or_else(PoisonError::into_inner).start();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::Host;
+
+    #[test]
+    fn a_loop_that_has_done_its_jobs_is_not_woken_for_them() {
+        const JOBS: usize = 20_000;
+        let mut by_hand = ByHand::new().unwrap();
+        let event_loop = by_hand.event_loop();
+        let posting = event_loop.clone();
+        let poster = std::thread::spawn(move || {
+            let mut posted = 0;
+            while posted < JOBS {
+                let event_loop = posting.clone();
+                let tell = move |answered| {
+                    event_loop.post(Job::Tell(0, 0, answered));
+                };
+                // Refused while too many are under way.
+                if let Ok(pending) = posting.errands.ask(|_| Err(Error::host("nothing")), tell) {
+                    posting.errands.turn(&mut Host::default());
+                    drop(pending);
+                    posted += 1;
+                }
+            }
+        });
+        while !poster.is_finished() {
+            by_hand.turn().unwrap();
+            let inbox = event_loop.inbox.lock().unwrap();
+            assert!(!inbox.jobs.is_empty() || event_loop.wake.read().is_err(), "it is woken, and has no job");
+        }
+        poster.join().unwrap();
+    }
 }
