@@ -69,7 +69,21 @@
 //! - An API call: what it does, as a method of [`microvm::Microvm`]; a variant of [`api::Request`], its line in
 //!   `api/routes.rs`, its arm in `api/handle.rs`, and its line in `api/schema.rs`, from which the OpenAPI file and
 //!   `docs/api.md` are made. A body stands with what it configures; one that configures nothing, in `api/bodies.rs`.
-//! - A word of the command line: the file of its command in `cli/arguments/`, with the text of the help.
+//! - A word of the command line: the file of its command in `cli/arguments/`, with the text of the help. A new command
+//!   is a variant of `Command` in `cli/arguments.rs`, too.
+//! - Something that readers of `GET /events` hear of: a variant of [`history::Event`]. Something that is counted: a
+//!   field of the `metrics!` of whoever counts it. A system call: a function in `sys/`.
+//!
+//! The ways through it, file by file:
+//! - An access of the guest to a register: `vm/vcpu.rs` takes it out of KVM, `bus.rs` finds the device. Of a virtio
+//!   device, `virtio/mmio.rs` or `virtio/pci.rs` find the register, and `virtio/transport.rs` does what it means.
+//! - A request in a queue: KVM writes to the queue's event, the loop in `virtio/workers.rs` calls the worker that the
+//!   device has started (`devices/block/worker.rs`, `devices/net/tap/mod.rs`, `devices/vsock/worker.rs`, ...).
+//! - A request of an API client: `api/server.rs` and `api/connection.rs` read it, `api/routes.rs` makes an
+//!   [`api::Request`] of it, `api/handle.rs` calls `microvm/mod.rs`.
+//! - A start: `machine/build.rs` wires the parts and has `boot.rs` of the architecture load the kernel.
+//! - An end: `vm/exit.rs` notes it, whoever finds it (`machine/halt.rs` finds guests that have halted);
+//!   `microvm/monitor.rs` is told, and `microvm/signals.rs` tells it of signals.
 //!
 //! Invariants (tests/tidy.rs checks what can be checked): modules use only lower ones; `arch/mod.rs`
 //! alone asks for the architecture; `unsafe` is only in listed files; a device without its queues
