@@ -5,8 +5,6 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::bodies::Guest;
-use crate::agent::PORT;
-use crate::agent::request::{Ask, Greeting};
 use crate::error::{Context, Error, Result};
 use crate::guest::call::{Call, reach};
 use crate::guest::hearing::Hearing;
@@ -14,6 +12,8 @@ use crate::host::socket;
 use crate::jobs::Ticket;
 use crate::machine::RunState;
 use crate::microvm::Microvm;
+use crate::protocol::PORT;
+use crate::protocol::request::{Ask, Greeting};
 
 /// How long a guest may take for its answer: one that never answers must not keep a job's place for long.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -21,15 +21,19 @@ const PATIENCE: Duration = Duration::from_secs(3);
 const TEXT_MAX: usize = 256;
 const ADDRESSES_MAX: usize = 64;
 
-/// Has a job ask the agent; `Err`: there is none to ask, as the answer says.
-pub fn look(microvm: &mut Microvm) -> Result<Ticket, Box<Guest>> {
-    let nobody = |error: Error| Guest { reason: Some(error.to_string()), ..Guest::default() };
-    let stream = open(microvm).map_err(|error| Box::new(nobody(error)))?;
+/// Has a job ask the agent. An error: there is none to ask, which [`nobody`] tells.
+pub fn look(microvm: &mut Microvm) -> Result<Ticket> {
+    let stream = open(microvm)?;
     let work = move || -> crate::microvm::Finish {
-        let guest = ask(stream).map_or_else(nobody, told);
+        let guest = ask(stream).map_or_else(|error| nobody(&error), told);
         Box::new(move |_| serde_json::to_value(guest).map(Some).context("write what the agent said"))
     };
-    microvm.start_job("guest", work).map_err(|error| Box::new(nobody(error)))
+    microvm.start_job("guest", work)
+}
+
+/// A guest in which no agent answers.
+pub fn nobody(error: &Error) -> Guest {
+    Guest { reason: Some(error.to_string()), ..Guest::default() }
 }
 
 /// A connection to the guest's vsock device, as any program of the host has.

@@ -146,7 +146,7 @@ fn handle(microvm: &mut Microvm, request: Request) -> Result<Reply, String> {
         Guest => {
             return Ok(match guest::look(microvm) {
                 Ok(ticket) => Reply::Later { ticket, area: "Guest error" },
-                Err(nobody) => Response::Value(to_value(&nobody)).into(),
+                Err(error) => Response::Value(to_value(&guest::nobody(&error))).into(),
             });
         }
         Metrics => return Ok(Response::Value(Value::Object(microvm.count(View::Total))).into()),
