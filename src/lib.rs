@@ -13,7 +13,8 @@
 //! - [`poll`]: the core of an event loop. [`history`]: what happens to the microVM, for its readers.
 //!   [`uring`]: io_uring for an event loop. [`memory`]: guest memory. [`host`]: what a machine needs of the host.
 //!   [`errands`]: what io threads have `main` do. [`jobs`]: what `main` has others do.
-//! - [`archive`]: files and trees as tar streams.
+//! - [`archive`]: files and trees as tar streams. [`protocol`]: what the agent in a guest and who asks it say to
+//!   each other.
 //!   [`agent`]: what this program does inside a guest: an init that starts programs for the host.
 //! - [`platform`]: what boot tables must say, as plain data. [`part`]: what is done with every part of a
 //!   machine. [`bus`]: address to device.
@@ -122,6 +123,7 @@ pub mod pci;
 pub mod platform;
 pub mod poll;
 pub mod process;
+pub mod protocol;
 pub mod sink;
 pub mod snapshot;
 pub mod spelling;

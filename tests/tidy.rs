@@ -6,7 +6,6 @@
 use std::path::{Path, PathBuf};
 
 const UNSAFE: &[&str] = &[
-    "src/agent/system.rs",
     "src/arch/aarch64/ioctls.rs",
     "src/arch/x86_64/ioctls.rs",
     "src/devices/block/ring.rs",
@@ -15,8 +14,11 @@ const UNSAFE: &[&str] = &[
     "src/devices/vsock/socket.rs",
     "src/memory/mapping.rs",
     "src/sys/descriptor.rs",
+    "src/sys/machine.rs",
     "src/sys/network.rs",
     "src/sys/process.rs",
+    "src/sys/program.rs",
+    "src/sys/vsock.rs",
     "src/uring.rs",
     "src/virtio/buffers.rs",
     "src/vm/kvm.rs",

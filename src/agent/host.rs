@@ -3,9 +3,9 @@
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use super::request::{Info, Memory, Set};
-use super::system;
 use crate::error::{Context, Error, Result};
+use crate::protocol::request::{Info, Memory, Set};
+use crate::sys::{machine, program};
 
 /// How long processes have to end when the guest does.
 const LAST_WORDS: Duration = Duration::from_secs(3);
@@ -14,19 +14,19 @@ const LAST_WORDS: Duration = Duration::from_secs(3);
 pub fn set(set: &Set) -> Result<()> {
     let Set { hostname, clock_ns, seed, address } = set;
     if let Some(name) = hostname {
-        system::set_hostname(name).with_context(|| format!("set the hostname `{name}`"))?;
+        machine::set_hostname(name).with_context(|| format!("set the hostname `{name}`"))?;
     }
     if let Some(ns) = clock_ns {
-        system::set_clock(*ns).context("set the clock")?;
+        machine::set_clock(*ns).context("set the clock")?;
     }
     if let Some(seed) = seed {
-        system::add_randomness(seed).context("add random bytes to the kernel's generator")?;
+        machine::add_randomness(seed).context("add random bytes to the kernel's generator")?;
     }
     if let Some(given) = address {
         let attempt = || format!("give `{}` the address {}", given.interface, given.address);
-        system::bring_up(&given.interface, Some((given.address, given.prefix))).with_context(attempt)?;
+        machine::bring_up(&given.interface, Some((given.address, given.prefix))).with_context(attempt)?;
         if let Some(gateway) = given.gateway {
-            system::set_gateway(gateway).with_context(|| format!("make {gateway} the gateway"))?;
+            machine::set_gateway(gateway).with_context(|| format!("make {gateway} the gateway"))?;
         }
     }
     Ok(())
@@ -45,7 +45,7 @@ pub fn info() -> Info {
     Info {
         uptime_ms: (seconds * 1000.0) as u64,
         memory_kib: Memory { total: line("MemTotal:"), available: line("MemAvailable:") },
-        addresses: system::addresses(),
+        addresses: machine::addresses(),
         hostname: text("/proc/sys/kernel/hostname").trim().to_owned(),
     }
 }
@@ -60,16 +60,16 @@ pub fn end(reboot: bool) -> Result<()> {
             false => Err(Error::guest(format!("`{program}` failed: {asked}"))),
         };
     }
-    system::signal_all(libc::SIGTERM);
+    program::signal_all(libc::SIGTERM);
     let deadline = Instant::now() + LAST_WORDS;
     while has_processes() && Instant::now() < deadline {
-        while system::reap().is_some() {}
+        while program::reap().is_some() {}
         std::thread::sleep(Duration::from_millis(5));
     }
-    system::signal_all(libc::SIGKILL);
+    program::signal_all(libc::SIGKILL);
     // The file system is clean then, whether it is on a disk or not.
-    let _ = system::mount("", "/", "", libc::MS_REMOUNT | libc::MS_RDONLY, "");
-    system::end(reboot).context("end the guest")
+    let _ = machine::mount("", "/", "", libc::MS_REMOUNT | libc::MS_RDONLY, "");
+    machine::end(reboot).context("end the guest")
 }
 
 /// Whether there are processes besides this one and the kernel's threads, which have no program.

@@ -8,8 +8,11 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Agent, Listener, PORT, host, request::Set, system};
+use super::{Agent, Listener, host};
 use crate::error::{Context, Error, Result};
+use crate::protocol::PORT;
+use crate::protocol::request::Set;
+use crate::sys::machine;
 
 /// Where an initial ramdisk has what is ours: this program, [`Boot`], modules.
 pub const FOLDER: &str = ".alula";
@@ -69,7 +72,7 @@ pub fn run() -> Result<()> {
         enter(disk).with_context(|| format!("make {} the root file system", disk.device))?;
     }
     mount_others().context("mount the file systems that programs expect")?;
-    system::bring_up("lo", None).context("bring the loopback interface up")?;
+    machine::bring_up("lo", None).context("bring the loopback interface up")?;
     host::set(&Set { hostname: boot.hostname, ..Set::default() })?;
     Agent::new(Listener::vsock(PORT)?)?.run()
 }
@@ -90,7 +93,7 @@ fn mount_kernel_file_systems() -> IoResult<()> {
         [("proc", "/proc", nothing), ("sysfs", "/sys", nothing), ("devtmpfs", "/dev", libc::MS_NOSUID)]
     {
         make_folder(path)?;
-        match system::mount(kind, path, kind, flags, "") {
+        match machine::mount(kind, path, kind, flags, "") {
             // A kernel mounts /dev by itself if it was built so.
             Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {}
             result => result?,
@@ -104,7 +107,7 @@ fn load_modules(folder: &Path, names: &[String]) -> Result<()> {
         let path = folder.join(name);
         let is_compressed = !name.ends_with(".ko");
         let file = fs::File::open(&path).with_context(|| format!("open `{}`", path.display()))?;
-        if let Err(error) = system::load_module(&file, is_compressed) {
+        if let Err(error) = machine::load_module(&file, is_compressed) {
             // The guest may do without it; what needs it says so.
             eprintln!("alula: load module `{name}`: {error}");
         }
@@ -131,29 +134,29 @@ fn enter(disk: &Disk) -> Result<()> {
     let flags = if disk.writable { 0 } else { libc::MS_RDONLY };
     let mut result = Err(ErrorKind::InvalidInput.into());
     for kind in &disk.types {
-        result = system::mount(&disk.device, place, kind, flags, "");
+        result = machine::mount(&disk.device, place, kind, flags, "");
         if result.is_ok() {
             break;
         }
     }
     result.with_context(|| format!("mount it as {}", disk.types.join(" or ")))?;
     if !disk.writable {
-        system::mount("tmpfs", memory, "tmpfs", 0, "mode=755").context("mount memory")?;
+        machine::mount("tmpfs", memory, "tmpfs", 0, "mode=755").context("mount memory")?;
         let (upper, work) = ("/.alula/memory/upper", "/.alula/memory/work");
         for folder in [upper, work] {
             make_folder(folder).with_context(|| format!("create `{folder}`"))?;
         }
         let options = format!("lowerdir={lower},upperdir={upper},workdir={work}");
-        system::mount("overlay", root, "overlay", 0, &options)
+        machine::mount("overlay", root, "overlay", 0, &options)
             .context("mount memory over it (it needs overlayfs in the kernel)")?;
     }
     for folder in ["dev", "proc", "sys"] {
         let to = format!("{root}/{folder}");
         make_folder(&to).with_context(|| format!("create `{to}`"))?;
-        system::mount(&format!("/{folder}"), &to, "", libc::MS_MOVE, "")
+        machine::mount(&format!("/{folder}"), &to, "", libc::MS_MOVE, "")
             .with_context(|| format!("move /{folder} there"))?;
     }
-    std::env::set_current_dir(root).and_then(|()| system::become_root()).context("enter it")
+    std::env::set_current_dir(root).and_then(|()| machine::become_root()).context("enter it")
 }
 
 fn mount_others() -> IoResult<()> {
@@ -162,14 +165,14 @@ fn mount_others() -> IoResult<()> {
         make_folder(path)?;
         // A folder that has content in the root file system is not hidden by an empty one.
         if fs::read_dir(path)?.next().is_none() {
-            system::mount("tmpfs", path, "tmpfs", nothing, &format!("mode={mode:o}"))?;
+            machine::mount("tmpfs", path, "tmpfs", nothing, &format!("mode={mode:o}"))?;
         } else {
             // One that cannot be written stays as it is.
             let _ = fs::set_permissions(path, fs::Permissions::from_mode(mode));
         }
     }
     make_folder("/dev/pts")?;
-    system::mount(
+    machine::mount(
         "devpts",
         "/dev/pts",
         "devpts",

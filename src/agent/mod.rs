@@ -1,13 +1,10 @@
 //! The agent in a guest (docs/agent.md): starts programs there for the host, one for each connection, and passes
 //! their input and output. One thread and one epoll loop.
 
-pub mod frame;
 mod host;
 pub mod init;
 mod process;
-pub mod request;
 mod session;
-pub mod system;
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -19,20 +16,10 @@ use std::time::Duration;
 use crate::error::{Context, Result};
 use crate::log;
 use crate::poll::{Events, Interest, Ready};
+use crate::protocol::{PORT, READY_FROM, READY_PORT};
+use crate::sys::{program, vsock};
 use session::{End, LINGERING, Next, Scratch, Session};
 
-/// The vsock port that agents listen on. Ports below 1024 are root's: nobody else in a guest can take it.
-pub const PORT: u32 = 52;
-/// The port of the host that an agent connects to once it listens on [`PORT`]: by that a monitor learns that there
-/// is somebody to ask, without asking again and again. Nobody need listen there.
-pub const READY_PORT: u32 = 1_000_052;
-/// The port of the guest that the agent does so from: root's alone, as all below 1024 are, so that no other user of
-/// the guest can tell the monitor that.
-const READY_FROM: u32 = 51;
-/// Whether a connection from this port of the guest is one that only root can make.
-pub fn is_of_root(guest_port: u32) -> bool {
-    guest_port < 1024
-}
 /// The most connections that are served at once; others wait in the listener's backlog. Each connection has up
 /// to four descriptors, of the 1,024 that a process has.
 const SESSIONS_MAX: usize = 200;
@@ -46,7 +33,7 @@ const PARTS: u64 = 4;
 
 /// Whether this process may give files to other users.
 pub fn is_root() -> bool {
-    system::identity().0 == 0
+    program::identity().0 == 0
 }
 
 /// Who listens.
@@ -55,12 +42,12 @@ pub struct Listener(OwnedFd);
 impl Listener {
     /// At this vsock port, for the host.
     pub fn vsock(port: u32) -> Result<Self> {
-        let listener = system::listen(port).with_context(|| {
+        let listener = vsock::listen(port).with_context(|| {
             format!("listen on vsock port {port} (it needs vsock in the kernel, and root below 1024)")
         })?;
         if port == PORT {
             // A host that does not want to know refuses.
-            let _ = system::call_host(READY_FROM, READY_PORT);
+            let _ = vsock::call_host(READY_FROM, READY_PORT);
         }
         Ok(Self(listener))
     }
@@ -92,7 +79,7 @@ impl Agent {
     /// An agent for those that connect to `listener`.
     pub fn new(listener: Listener) -> Result<Self> {
         let events = Events::new()?;
-        let children = system::watch(&[libc::SIGCHLD]).context("watch for the end of processes")?.into();
+        let children = program::watch(&[libc::SIGCHLD]).context("watch for the end of processes")?.into();
         events.add(&listener.0, Interest::IN, LISTENER)?;
         events.add(&children, Interest::IN, CHILDREN)?;
         Ok(Self {
@@ -146,7 +133,7 @@ impl Agent {
     }
 
     fn accept(&mut self) -> Result<Option<u64>> {
-        let accepted = system::accept(&self.listener.0);
+        let accepted = vsock::accept(&self.listener.0);
         if self.sessions.len() + 1 >= SESSIONS_MAX || accepted.is_err() {
             let is_gone = |error: &std::io::Error| {
                 [ErrorKind::WouldBlock, ErrorKind::ConnectionAborted, ErrorKind::Interrupted]
@@ -158,7 +145,7 @@ impl Agent {
             }
         }
         let Ok((stream, cid)) = accepted else { return Ok(None) };
-        if cid.is_some_and(|cid| cid != system::HOST_CID) {
+        if cid.is_some_and(|cid| cid != vsock::HOST_CID) {
             log::line(format_args!(
                 "a connection from CID {} was refused: only the host is answered",
                 cid.unwrap_or(0)
@@ -176,7 +163,7 @@ impl Agent {
     fn reap(&mut self, todo: &mut Vec<u64>) {
         // How many signals there were does not matter.
         while self.children.read(&mut self.scratch[..]).is_ok() {}
-        while let Some((pid, exit)) = system::reap() {
+        while let Some((pid, exit)) = program::reap() {
             let is_it =
                 |session: &Session| session.process.as_ref().is_some_and(|process| process.pid == pid);
             if let Some((id, session)) = self.sessions.iter_mut().find(|(_, session)| is_it(session)) {

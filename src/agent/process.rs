@@ -7,9 +7,10 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use super::frame::Failure;
-use super::request::{Run, Window};
-use super::system;
+use crate::protocol::frame::Failure;
+use crate::protocol::request::{Run, Window};
+use crate::sys::descriptor;
+use crate::sys::program::{self, User};
 
 /// The search path of programs that are told none.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -111,7 +112,7 @@ fn identity(user: Option<&str>) -> Result<Identity, Refusal> {
     match user {
         Some(user) => users.find(user),
         None => {
-            let (uid, gid) = system::identity();
+            let (uid, gid) = program::identity();
             let known = users.find(&uid.to_string());
             Ok(Identity { uid, gid, ..known.unwrap_or_default() })
         }
@@ -185,7 +186,7 @@ fn launch(
 ) -> std::io::Result<Started> {
     let ends = match terminal {
         Some(size) => {
-            let (ours, theirs) = system::terminal(size, identity.uid)?;
+            let (ours, theirs) = program::terminal((size.rows, size.columns), identity.uid)?;
             command.stdin(theirs.try_clone()?).stdout(theirs.try_clone()?).stderr(theirs);
             Some((File::from(ours.try_clone()?), File::from(ours)))
         }
@@ -194,8 +195,9 @@ fn launch(
             None
         }
     };
-    system::prepare(&mut command, identity, terminal.is_some(), becomes);
-    // Reaped by `system::reap`, with everybody else's children.
+    let Identity { uid, gid, groups, .. } = identity;
+    program::prepare(&mut command, becomes.then_some(User { uid, gid, groups }), terminal.is_some());
+    // Reaped by `program::reap`, with everybody else's children.
     let mut child = command.spawn()?;
     let pid = child.id();
     let started = match ends {
@@ -208,7 +210,7 @@ fn launch(
         },
     };
     for file in [&started.stdin, &started.stdout, &started.stderr].into_iter().flatten() {
-        system::let_not_block(file)?;
+        descriptor::set_status(file, descriptor::status(file)? | libc::O_NONBLOCK)?;
     }
     Ok(started)
 }

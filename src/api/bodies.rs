@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::agent::request::Memory;
+use crate::protocol::request::Memory;
 
 /// Body of `PUT /actions`.
 #[derive(Deserialize)]

@@ -12,9 +12,7 @@ use super::arguments::Run;
 use super::arguments::command::{Rootfs, Wanted};
 use super::exec::{copy_in, copy_out};
 use super::session::{self, Ends, Outcome};
-use crate::agent::PORT;
 use crate::agent::init::{Boot, Disk};
-use crate::agent::request::Ask;
 use crate::config::Config;
 use crate::descriptors::Named;
 use crate::devices::KINDS;
@@ -29,6 +27,8 @@ use crate::guest::{kernel, runtime};
 use crate::host::{self, Access, Resource};
 use crate::microvm::purpose::Purpose;
 use crate::poll::leave_signals_to_others;
+use crate::protocol::PORT;
+use crate::protocol::request::Ask;
 
 /// An agent that has said that it listens, and then does not answer, is asked again after this time.
 const AGAIN: Duration = Duration::from_secs(1);

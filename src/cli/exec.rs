@@ -9,8 +9,6 @@ use serde_json::Value;
 
 use super::arguments::exec::{Copy, Exec, Reach, Wait};
 use super::session::{self, Ends, Outcome, TIMED_OUT};
-use crate::agent::PORT;
-use crate::agent::request::{Ask, Read, Write as WriteTo};
 use crate::api::client::{Client, Heard};
 use crate::archive;
 use crate::error::{Context, Error, Kind, Result};
@@ -18,6 +16,8 @@ use crate::guest::call::{self, Call};
 use crate::guest::hearing::Hearing;
 use crate::guest::runtime;
 use crate::json;
+use crate::protocol::PORT;
+use crate::protocol::request::{Ask, Read, Write as WriteTo};
 
 /// A guest whose monitor tells nothing of its agent is asked again after this time: an agent that was not there is
 /// told of, but not one that did not answer.

@@ -6,11 +6,11 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use crate::agent::request::{Ask, Run, Window};
-use crate::agent::system;
 use crate::error::{Context, Result};
 use crate::guest::call::{Call, Ending, Said};
 use crate::poll::{Events, Interest};
+use crate::protocol::request::{Ask, Run, Window};
+use crate::sys::program;
 use crate::terminal::{Keys, Raw};
 
 const STREAM: u64 = 0;
@@ -76,7 +76,7 @@ pub struct Ends {
 /// A program's wish for a terminal of this process's size, if `wanted` and this process has one.
 pub fn with_terminal(mut run: Run, wanted: bool) -> Run {
     if wanted {
-        let size = system::window(&std::io::stdout()).or_else(|| system::window(&std::io::stdin()));
+        let size = Window::of(&std::io::stdout()).or_else(|| Window::of(&std::io::stdin()));
         run.terminal = Some(size.unwrap_or_default());
         if let Ok(term) = std::env::var("TERM") {
             run.env.insert(0, format!("TERM={term}"));
@@ -109,7 +109,7 @@ pub fn attend(stream: UnixStream, run: Run, ends: &Ends) -> Result<Outcome> {
     let events = Events::new()?;
     events.add(&call, Interest::IN | Interest::OUT, STREAM)?;
     let signals = match ends.signals {
-        true => Some(File::from(system::watch(&PASSED_ON).context("watch for signals")?)),
+        true => Some(File::from(program::watch(&PASSED_ON).context("watch for signals")?)),
         false => None,
     };
     if let Some(signals) = &signals {
@@ -131,7 +131,7 @@ pub fn attend(stream: UnixStream, run: Run, ends: &Ends) -> Result<Outcome> {
         waits_for_input: false,
         keys: Keys::default(),
         raw: None,
-        size: system::window(&std::io::stdout()),
+        size: Window::of(&std::io::stdout()),
         signals,
         deadline: ends.deadline,
         is_late: false,
@@ -273,7 +273,7 @@ impl Session {
     }
 
     fn look_at_terminal(&mut self) {
-        let size = system::window(&std::io::stdout());
+        let size = Window::of(&std::io::stdout());
         if size != self.size {
             size.iter().for_each(|size| self.call.resize(*size));
             self.size = size;
@@ -282,7 +282,7 @@ impl Session {
 
     fn pass_signals_on(&mut self) {
         let Some(signals) = &mut self.signals else { return };
-        while let Some(signal) = system::next_signal(&mut *signals) {
+        while let Some(signal) = program::next_signal(&mut *signals) {
             self.call.signal(signal);
         }
     }

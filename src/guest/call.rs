@@ -7,9 +7,9 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-use crate::agent::frame::{CONTENT_MAX, HEAD, INPUT_WINDOW, Inbox, Type, put};
-use crate::agent::request::{Ask, Greeting, PROTOCOL, Request, Window};
 use crate::error::{Context, Error, Result};
+use crate::protocol::frame::{CONTENT_MAX, HEAD, INPUT_WINDOW, Inbox, Type, put};
+use crate::protocol::request::{Ask, Greeting, PROTOCOL, Request, Window};
 
 /// How long a guest may take to say whether somebody listens in it: one that boots says nothing until it has its
 /// driver.
@@ -109,11 +109,11 @@ impl Call {
         stream.set_nonblocking(true).context("set up the connection to the agent")?;
         let request =
             serde_json::to_vec(&Request { protocol: PROTOCOL, ask }).context("write the request")?;
-        if request.len() > crate::agent::frame::REQUEST_MAX {
+        if request.len() > crate::protocol::frame::REQUEST_MAX {
             return Err(Error::config(format!(
                 "arguments and environment have {} bytes: an agent takes {}",
                 request.len(),
-                crate::agent::frame::REQUEST_MAX
+                crate::protocol::frame::REQUEST_MAX
             )));
         }
         let mut outbox = Vec::new();

@@ -3,9 +3,9 @@
 use std::time::{Duration, Instant};
 
 use super::call::{Call, Ending, Said};
-use crate::agent::request::Greeting;
 use crate::error::{Error, Result};
 use crate::poll::{Events, Interest};
+use crate::protocol::request::Greeting;
 
 /// So much of what an agent's process says on standard error is kept: a hostile guest's would not end.
 const ERRORS_MAX: usize = 16 << 10;

@@ -16,7 +16,7 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::Instant;
 
-use alula::agent::frame::{CONTENT_MAX, INPUT_WINDOW, Inbox, Type, put};
+use alula::protocol::frame::{CONTENT_MAX, INPUT_WINDOW, Inbox, Type, put};
 use common::{Folder, PATIENCE, Process};
 use serde_json::{Value, json};
 

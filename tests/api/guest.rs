@@ -6,7 +6,7 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::thread::JoinHandle;
 
-use alula::agent::frame::{CONTENT_MAX, Type, put};
+use alula::protocol::frame::{CONTENT_MAX, Type, put};
 use serde_json::Value;
 
 use super::*;

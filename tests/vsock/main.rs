@@ -14,12 +14,12 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use alula::agent::READY_PORT;
 use alula::devices::KINDS;
 use alula::devices::kind::ConfiguredDevice;
 use alula::host::Host;
 use alula::memory;
 use alula::metrics::View;
+use alula::protocol::READY_PORT;
 use common::allocator::{self, Counting};
 use common::driver::{self, F_EVENT_IDX, Guest, TRANSPORTS, TransportKind};
 use common::vsock::{

@@ -6,7 +6,7 @@ use lexopt::Arg::{Long, Short, Value};
 use lexopt::ValueExt;
 
 use super::{Command, Given, number, value};
-use crate::agent::PORT;
+use crate::protocol::PORT;
 
 const HELP: &str = "\
 Be the agent in a guest: start programs there for the host, over vsock (docs/agent.md).

@@ -8,7 +8,7 @@ use lexopt::ValueExt;
 use super::exec::{is_of_run, take_of_run, time};
 use super::run::mebibytes;
 use super::value;
-use crate::agent::request::Run;
+use crate::protocol::request::Run;
 
 /// The options, for the help.
 pub const HELP: &str = "

@@ -7,7 +7,7 @@ use lexopt::Arg::{Long, Short, Value};
 use lexopt::ValueExt;
 
 use super::{Command, Given, value};
-use crate::agent::request::Run;
+use crate::protocol::request::Run;
 
 const EXEC_HELP: &str = "\
 Run a command in a guest that is up, by the agent in it (docs/agent.md).

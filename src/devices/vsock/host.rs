@@ -10,13 +10,13 @@ use std::time::Duration;
 use super::connection::{GREETING_MAX, Key, Phase, Stream, port};
 use super::mux::{FIRST_TOKEN, Mux, WAITING_MAX, spare};
 use super::socket;
-use crate::agent;
 use crate::descriptors::Named;
 use crate::error::{Context, Error, Result};
 use crate::host;
 use crate::log;
 use crate::poll::{self, Interest};
 use crate::sys::network;
+use crate::protocol;
 
 /// Clients taken in one turn; then other devices of the loop have theirs.
 const CLIENTS_PER_TURN: usize = 64;
@@ -195,7 +195,7 @@ impl Mux {
         let path = self.path_of(port);
         let work = move |host: &mut host::Host| {
             let connected = host::socket::connect(&path);
-            if connected.is_err() && port == agent::READY_PORT && agent::is_of_root(guest_port) {
+            if connected.is_err() && port == protocol::READY_PORT && protocol::is_of_root(guest_port) {
                 host.note_agent();
             }
             Ok(connected?.into())

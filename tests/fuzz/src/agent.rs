@@ -1,8 +1,8 @@
 //! The frames of the agent's protocol, and its requests: the same wherever the stream is cut, and never more kept
 //! than one of them.
 
-use alula::agent::frame::{CONTENT_MAX, HEAD, Inbox, REQUEST_MAX, Type, put};
-use alula::agent::request::Request;
+use alula::protocol::frame::{CONTENT_MAX, HEAD, Inbox, REQUEST_MAX, Type, put};
+use alula::protocol::request::Request;
 
 /// All frames of a stream that comes in pieces of this size, and whether it broke off.
 fn frames(stream: &[u8], piece: usize) -> (Vec<(Type, Vec<u8>)>, bool) {

@@ -1,8 +1,11 @@
 //! A client's request and the agent's greeting: the first frames of a connection, in JSON (docs/agent.md).
 
+use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+
+use crate::sys::program;
 
 /// The version of the protocol.
 pub const PROTOCOL: u32 = 1;
@@ -67,6 +70,13 @@ pub struct Window {
     pub rows: u16,
     /// Its width; 0: unknown.
     pub columns: u16,
+}
+
+impl Window {
+    /// That of this terminal, if it is one.
+    pub fn of(terminal: &impl AsRawFd) -> Option<Self> {
+        program::window(terminal).map(|(rows, columns)| Self { rows, columns })
+    }
 }
 
 /// A file or tree to send.
