@@ -17,8 +17,6 @@ const UNSAFE: &[&str] = &[
     "src/sys/machine.rs",
     "src/sys/network.rs",
     "src/sys/process.rs",
-    "src/sys/program.rs",
-    "src/sys/vsock.rs",
     "src/uring.rs",
     "src/virtio/buffers.rs",
     "src/vm/kvm.rs",

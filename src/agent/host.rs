@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Context, Error, Result};
 use crate::protocol::request::{Info, Memory, Set};
-use crate::sys::{machine, program};
+use crate::sys::{machine, process};
 
 /// How long processes have to end when the guest does.
 const LAST_WORDS: Duration = Duration::from_secs(3);
@@ -60,13 +60,13 @@ pub fn end(reboot: bool) -> Result<()> {
             false => Err(Error::guest(format!("`{program}` failed: {asked}"))),
         };
     }
-    program::signal_all(libc::SIGTERM);
+    process::signal_all(libc::SIGTERM);
     let deadline = Instant::now() + LAST_WORDS;
     while has_processes() && Instant::now() < deadline {
-        while program::reap().is_some() {}
+        while process::reap().is_some() {}
         std::thread::sleep(Duration::from_millis(5));
     }
-    program::signal_all(libc::SIGKILL);
+    process::signal_all(libc::SIGKILL);
     // The file system is clean then, whether it is on a disk or not.
     let _ = machine::mount("", "/", "", libc::MS_REMOUNT | libc::MS_RDONLY, "");
     machine::end(reboot).context("end the guest")

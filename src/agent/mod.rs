@@ -17,7 +17,7 @@ use crate::error::{Context, Result};
 use crate::log;
 use crate::poll::{Events, Interest, Ready};
 use crate::protocol::{PORT, READY_FROM, READY_PORT};
-use crate::sys::{program, vsock};
+use crate::sys::{network, process as calls};
 use session::{End, LINGERING, Next, Scratch, Session};
 
 /// The most connections that are served at once; others wait in the listener's backlog. Each connection has up
@@ -33,7 +33,7 @@ const PARTS: u64 = 4;
 
 /// Whether this process may give files to other users.
 pub fn is_root() -> bool {
-    program::identity().0 == 0
+    calls::identity().0 == 0
 }
 
 /// Who listens.
@@ -42,12 +42,12 @@ pub struct Listener(OwnedFd);
 impl Listener {
     /// At this vsock port, for the host.
     pub fn vsock(port: u32) -> Result<Self> {
-        let listener = vsock::listen(port).with_context(|| {
+        let listener = network::vsock_listen(port).with_context(|| {
             format!("listen on vsock port {port} (it needs vsock in the kernel, and root below 1024)")
         })?;
         if port == PORT {
             // A host that does not want to know refuses.
-            let _ = vsock::call_host(READY_FROM, READY_PORT);
+            let _ = network::vsock_call_host(READY_FROM, READY_PORT);
         }
         Ok(Self(listener))
     }
@@ -79,7 +79,7 @@ impl Agent {
     /// An agent for those that connect to `listener`.
     pub fn new(listener: Listener) -> Result<Self> {
         let events = Events::new()?;
-        let children = program::watch(&[libc::SIGCHLD]).context("watch for the end of processes")?.into();
+        let children = calls::watch(&[libc::SIGCHLD]).context("watch for the end of processes")?.into();
         events.add(&listener.0, Interest::IN, LISTENER)?;
         events.add(&children, Interest::IN, CHILDREN)?;
         Ok(Self {
@@ -133,7 +133,7 @@ impl Agent {
     }
 
     fn accept(&mut self) -> Result<Option<u64>> {
-        let accepted = vsock::accept(&self.listener.0);
+        let accepted = network::vsock_accept(&self.listener.0);
         if self.sessions.len() + 1 >= SESSIONS_MAX || accepted.is_err() {
             let is_gone = |error: &std::io::Error| {
                 [ErrorKind::WouldBlock, ErrorKind::ConnectionAborted, ErrorKind::Interrupted]
@@ -145,7 +145,7 @@ impl Agent {
             }
         }
         let Ok((stream, cid)) = accepted else { return Ok(None) };
-        if cid.is_some_and(|cid| cid != vsock::HOST_CID) {
+        if cid.is_some_and(|cid| cid != network::VSOCK_HOST_CID) {
             log::line(format_args!(
                 "a connection from CID {} was refused: only the host is answered",
                 cid.unwrap_or(0)
@@ -163,7 +163,7 @@ impl Agent {
     fn reap(&mut self, todo: &mut Vec<u64>) {
         // How many signals there were does not matter.
         while self.children.read(&mut self.scratch[..]).is_ok() {}
-        while let Some((pid, exit)) = program::reap() {
+        while let Some((pid, exit)) = calls::reap() {
             let is_it =
                 |session: &Session| session.process.as_ref().is_some_and(|process| process.pid == pid);
             if let Some((id, session)) = self.sessions.iter_mut().find(|(_, session)| is_it(session)) {

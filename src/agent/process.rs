@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 use crate::protocol::frame::Failure;
 use crate::protocol::request::{Run, Window};
 use crate::sys::descriptor;
-use crate::sys::program::{self, User};
+use crate::sys::process::{self as calls, User};
 
 /// The search path of programs that are told none.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -112,7 +112,7 @@ fn identity(user: Option<&str>) -> Result<Identity, Refusal> {
     match user {
         Some(user) => users.find(user),
         None => {
-            let (uid, gid) = program::identity();
+            let (uid, gid) = calls::identity();
             let known = users.find(&uid.to_string());
             Ok(Identity { uid, gid, ..known.unwrap_or_default() })
         }
@@ -186,7 +186,7 @@ fn launch(
 ) -> std::io::Result<Started> {
     let ends = match terminal {
         Some(size) => {
-            let (ours, theirs) = program::terminal((size.rows, size.columns), identity.uid)?;
+            let (ours, theirs) = calls::terminal((size.rows, size.columns), identity.uid)?;
             command.stdin(theirs.try_clone()?).stdout(theirs.try_clone()?).stderr(theirs);
             Some((File::from(ours.try_clone()?), File::from(ours)))
         }
@@ -196,8 +196,8 @@ fn launch(
         }
     };
     let Identity { uid, gid, groups, .. } = identity;
-    program::prepare(&mut command, becomes.then_some(User { uid, gid, groups }), terminal.is_some());
-    // Reaped by `program::reap`, with everybody else's children.
+    calls::prepare(&mut command, becomes.then_some(User { uid, gid, groups }), terminal.is_some());
+    // Reaped by `calls::reap`, with everybody else's children.
     let mut child = command.spawn()?;
     let pid = child.id();
     let started = match ends {

@@ -11,7 +11,7 @@ use super::process::{self, Refusal, Started};
 use crate::error::{Error, Result};
 use crate::protocol::frame::{CONTENT_MAX, Failure, HEAD, INPUT_WINDOW, Inbox, Type, head, put};
 use crate::protocol::request::{Ask, Greeting, PROTOCOL, Request};
-use crate::sys::program::{self, Exit};
+use crate::sys::process::{self as calls, Exit};
 
 /// The most rounds for one connection before others have their turn: no client keeps the loop.
 const ROUNDS: usize = 16;
@@ -162,7 +162,7 @@ impl Session {
         self.is_over = true;
         (self.outbox, self.sent) = (Vec::new(), 0);
         if let Some(Process { pid, exit: None, .. }) = self.process {
-            program::signal_group(pid, libc::SIGHUP as u8);
+            calls::signal_group(pid, libc::SIGHUP as u8);
         }
     }
 
@@ -237,14 +237,14 @@ impl Session {
             (Type::InputEnd, _) => {}
             (Type::Signal, [signal]) if process.exit.is_none() => {
                 let terminal = process.stdout.as_ref().filter(|_| process.has_terminal);
-                let foreground = terminal.and_then(|end| program::foreground(&end.file));
-                program::signal_group(foreground.filter(|group| *group > 1).unwrap_or(process.pid), *signal);
+                let foreground = terminal.and_then(|end| calls::foreground(&end.file));
+                calls::signal_group(foreground.filter(|group| *group > 1).unwrap_or(process.pid), *signal);
             }
             (Type::Window, [a, b, c, d]) => {
                 let size = (u16::from_le_bytes([*a, *b]), u16::from_le_bytes([*c, *d]));
                 if let Some(end) = process.stdout.as_ref().filter(|_| process.has_terminal) {
                     // A terminal that is gone has no size.
-                    let _ = program::set_window(&end.file, size);
+                    let _ = calls::set_window(&end.file, size);
                 }
             }
             (Type::Signal, _) => {}

@@ -10,7 +10,7 @@ use crate::error::{Context, Result};
 use crate::guest::call::{Call, Ending, Said};
 use crate::poll::{Events, Interest};
 use crate::protocol::request::{Ask, Run, Window};
-use crate::sys::program;
+use crate::sys::process;
 use crate::terminal::{Keys, Raw};
 
 const STREAM: u64 = 0;
@@ -109,7 +109,7 @@ pub fn attend(stream: UnixStream, run: Run, ends: &Ends) -> Result<Outcome> {
     let events = Events::new()?;
     events.add(&call, Interest::IN | Interest::OUT, STREAM)?;
     let signals = match ends.signals {
-        true => Some(File::from(program::watch(&PASSED_ON).context("watch for signals")?)),
+        true => Some(File::from(process::watch(&PASSED_ON).context("watch for signals")?)),
         false => None,
     };
     if let Some(signals) = &signals {
@@ -282,7 +282,7 @@ impl Session {
 
     fn pass_signals_on(&mut self) {
         let Some(signals) = &mut self.signals else { return };
-        while let Some(signal) = program::next_signal(&mut *signals) {
+        while let Some(signal) = process::next_signal(&mut *signals) {
             self.call.signal(signal);
         }
     }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::sys::program;
+use crate::sys::process;
 
 /// The version of the protocol.
 pub const PROTOCOL: u32 = 1;
@@ -75,7 +75,7 @@ pub struct Window {
 impl Window {
     /// That of this terminal, if it is one.
     pub fn of(terminal: &impl AsRawFd) -> Option<Self> {
-        program::window(terminal).map(|(rows, columns)| Self { rows, columns })
+        process::window(terminal).map(|(rows, columns)| Self { rows, columns })
     }
 }
 

@@ -6,8 +6,6 @@ pub mod descriptor;
 pub mod machine;
 pub mod network;
 pub mod process;
-pub mod program;
-pub mod vsock;
 
 use std::io::{Error, Result};
 

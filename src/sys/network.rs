@@ -1,10 +1,11 @@
-//! Calls on sockets and network interfaces.
+//! Calls on sockets, network interfaces and vsock ports (vsock(7)).
 #![allow(unsafe_code)]
 
 use std::io::Result;
 use std::mem::{size_of_val, zeroed};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::ptr;
 
 use super::descriptor::owned;
 use super::{check, check_count};
@@ -25,7 +26,7 @@ pub fn socket(family: i32, kind: i32, protocol: i32) -> Result<OwnedFd> {
 pub fn connect(socket: &impl AsRawFd, address: &libc::sockaddr_un, length: usize) -> Result<()> {
     let length = length.min(size_of_val(address)) as libc::socklen_t;
     // SAFETY: the call reads the structure, of which `length` bytes are not more than all.
-    check(unsafe { libc::connect(socket.as_raw_fd(), std::ptr::from_ref(address).cast(), length) }).map(drop)
+    check(unsafe { libc::connect(socket.as_raw_fd(), ptr::from_ref(address).cast(), length) }).map(drop)
 }
 
 /// The next client of a listening Unix socket; its stream does not block (accept4(2)).
@@ -196,4 +197,59 @@ pub fn set_address_filter(tap: &impl AsRawFd, flags: u16, addresses: &[[u8; 6]])
     filter.extend(addresses.as_flattened());
     // SAFETY: the call reads the header and as many addresses as it says there are.
     check(unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETTXFILTER, filter.as_ptr()) }).map(drop)
+}
+
+/// The CID of the host.
+pub const VSOCK_HOST_CID: u32 = libc::VMADDR_CID_HOST;
+
+fn vsock_address(cid: u32, port: u32) -> (libc::sockaddr_vm, libc::socklen_t) {
+    // SAFETY: the structure is plain data of which zeros are valid.
+    let mut address: libc::sockaddr_vm = unsafe { zeroed() };
+    (address.svm_family, address.svm_cid, address.svm_port) = (libc::AF_VSOCK as _, cid, port);
+    (address, size_of::<libc::sockaddr_vm>() as _)
+}
+
+/// A vsock socket of this port, which does not block.
+fn vsock_socket(port: u32) -> Result<OwnedFd> {
+    let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    // SAFETY: the call takes numbers.
+    let socket = owned(unsafe { libc::socket(libc::AF_VSOCK, kind, 0) })?;
+    let (address, length) = vsock_address(libc::VMADDR_CID_ANY, port);
+    // SAFETY: the address is as long as is said.
+    check(unsafe { libc::bind(socket.as_raw_fd(), ptr::from_ref(&address).cast(), length) })?;
+    Ok(socket)
+}
+
+/// A socket that listens on this vsock port for whoever can reach this machine.
+pub fn vsock_listen(port: u32) -> Result<OwnedFd> {
+    let socket = vsock_socket(port)?;
+    // SAFETY: the call takes numbers.
+    check(unsafe { libc::listen(socket.as_raw_fd(), 128) })?;
+    Ok(socket)
+}
+
+/// Asks the host for a connection from one vsock port to another, and waits for no answer.
+pub fn vsock_call_host(from: u32, to: u32) -> Result<()> {
+    let socket = vsock_socket(from)?;
+    let (address, length) = vsock_address(VSOCK_HOST_CID, to);
+    // SAFETY: the address is as long as is said.
+    let result = check(unsafe { libc::connect(socket.as_raw_fd(), ptr::from_ref(&address).cast(), length) });
+    match result {
+        Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => Ok(()),
+        result => result.map(drop),
+    }
+}
+
+/// The next connection, which does not block, and the CID that it comes from, if it is a vsock's.
+pub fn vsock_accept(listener: &impl AsRawFd) -> Result<(OwnedFd, Option<u32>)> {
+    // SAFETY: the structure is plain data of which zeros are valid.
+    let mut address: libc::sockaddr_vm = unsafe { zeroed() };
+    let mut length = size_of_val(&address) as libc::socklen_t;
+    let flags = libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    // SAFETY: the call writes at most as many bytes of the address as is said.
+    let stream = owned(unsafe {
+        libc::accept4(listener.as_raw_fd(), ptr::from_mut(&mut address).cast(), &mut length, flags)
+    })?;
+    let is_vsock = i32::from(address.svm_family) == libc::AF_VSOCK;
+    Ok((stream, is_vsock.then_some(address.svm_cid)))
 }

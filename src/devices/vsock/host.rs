@@ -15,8 +15,8 @@ use crate::error::{Context, Error, Result};
 use crate::host;
 use crate::log;
 use crate::poll::{self, Interest};
-use crate::sys::network;
 use crate::protocol;
+use crate::sys::network;
 
 /// Clients taken in one turn; then other devices of the loop have theirs.
 const CLIENTS_PER_TURN: usize = 64;
