@@ -15,6 +15,41 @@ fn answered_guest(kind: TransportKind, pairs: u16, features: u64) -> (Guest, Wir
     (guest, wire)
 }
 
+/// How often a case is tried that a busy host's kernel can keep from showing anything.
+const ATTEMPTS: usize = 200;
+
+/// Sends a question to the host: how many buffers of each queue were used in the turn that sent it, and how many
+/// interrupts came. A busy host's kernel may put its answer off to a thread, which shows nothing: it is asked again.
+fn ask_until_answered_at_once(
+    guest: &mut Guest,
+    ask: (u64, u32),
+    wanted: [bool; 2],
+    case: &str,
+) -> ([u16; 2], u64) {
+    for _ in 0..ATTEMPTS {
+        for (queue, wanted) in wanted.into_iter().enumerate() {
+            guest.want_interrupt(queue, wanted);
+        }
+        let before = [RX, TX].map(|queue| guest.used_index(queue));
+        guest.interrupts();
+        guest.offer(TX, &[(ask, 0)]);
+        guest.kick(TX);
+        assert!(guest.turn_once());
+        let used = [RX, TX].map(|queue| guest.used_index(queue) - before[queue]);
+        let interrupts = guest.interrupts();
+        if used != [0, 1] {
+            // The TAP's event finds it empty.
+            guest.turn();
+            assert_eq!((guest.used_index(RX) - before[RX], guest.interrupts()), (1, 0), "{case}");
+            return (used, interrupts);
+        }
+        guest.wait_for_each_turn(|guest| guest.used_index(RX) != before[RX]);
+        rooms(guest, RX, 1, 1600);
+        guest.turn();
+    }
+    panic!("{case}: the host never answered before the turn was over");
+}
+
 #[test]
 fn a_frame_and_its_answer_are_one_interrupt_or_as_wanted() {
     let flags = [0, libc::IFF_MULTI_QUEUE];
@@ -27,35 +62,25 @@ fn a_frame_and_its_answer_are_one_interrupt_or_as_wanted() {
             let (mut guest, wire) = answered_guest(kind, pairs, F_EVENT_IDX);
             let ask = guest.allocate(&arp([10, 9, 8, 1]));
             for (wanted, shared, own) in cases {
-                for (queue, wanted) in wanted.into_iter().enumerate() {
-                    guest.want_interrupt(queue, wanted);
-                }
-                let before = [RX, TX].map(|queue| guest.used_index(queue));
-                guest.interrupts();
-                guest.offer(TX, &[(ask, 0)]);
-                guest.kick(TX);
-                assert!(guest.turn_once());
-                let used = [RX, TX].map(|queue| guest.used_index(queue) - before[queue]);
                 let expected = if kind == TransportKind::Pci && pairs == 2 { own } else { shared };
                 let case = format!("{kind:?}, {pairs} pairs, wanted {wanted:?}");
-                assert_eq!((used, guest.interrupts()), ([1, 1], expected), "{case}");
-                // The TAP's event finds it empty.
-                guest.turn();
-                assert_eq!((guest.used_index(RX) - before[RX], guest.interrupts()), (1, 0), "{case}");
+                let told = ask_until_answered_at_once(&mut guest, ask, wanted, &case);
+                assert_eq!(told, ([1, 1], expected), "{case}");
             }
             // Nobody answers this: the driver that waits for it has its interrupt in the same turn.
             let lone = outgoing(&mut guest, 7);
-            let mut calls = Vec::new();
-            for _ in 0..3 {
+            let mut looks = || {
                 guest.want_interrupt(TX, true);
                 guest.offer(TX, &[(lone, 0)]);
                 guest.kick(TX);
                 assert!(guest.turn_once());
                 assert_eq!((wire.receive()[20], guest.interrupts()), (7, 1), "{kind:?}, {pairs} pairs");
-                calls.push(counted(&guest, "rx_call_count"));
-            }
-            // Once the device has found no answer, it looks for none until a frame comes.
-            assert_eq!(calls[0], calls[2], "{kind:?}, {pairs} pairs: {calls:?}");
+                counted(&guest, "rx_call_count")
+            };
+            // Once the device has found no answer, it looks for none until a frame comes: of the host's own, too.
+            let quiet =
+                (0..ATTEMPTS).any(|_| [looks(), looks(), looks()].windows(2).all(|two| two[0] == two[1]));
+            assert!(quiet, "{kind:?}, {pairs} pairs");
         }
     }
 }
