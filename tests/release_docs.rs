@@ -65,6 +65,15 @@ fn words(command: &str) -> BTreeSet<String> {
             section(&help, "Schemas:").iter().map(|line| line.split(' ').next().unwrap().to_owned()).collect()
         }
         "help" => commands(),
+        // `Usage: alula kernel fetch [--from ...]`; `[clear]`.
+        "snapshot" | "cache" | "kernel" => {
+            let usage = help.lines().filter_map(|line| line.split_once(&format!("alula {command} ")));
+            let usage = usage.filter(|(before, _)| matches!(before.trim(), "Usage:" | ""));
+            let word = |(_, after): (&str, &str)| {
+                after.split(' ').next().unwrap().trim_matches(['[', ']']).to_owned()
+            };
+            usage.map(word).collect()
+        }
         _ => Vec::new(),
     };
     words.into_iter().collect()
@@ -110,7 +119,7 @@ fn completions_offer_every_command_option_and_word() {
         completed(&["zsh", "-f"], script, &zsh_file, line)
     };
     let commands = commands();
-    assert!(commands.len() == 14 && commands.contains(&"run".to_owned()), "{commands:?}");
+    assert!(commands.len() == 15 && commands.contains(&"run".to_owned()), "{commands:?}");
     let first: BTreeSet<_> =
         commands.iter().cloned().chain(["--help", "--version"].map(str::to_owned)).collect();
     assert_eq!(bash(&["alula", ""]), first);
