@@ -70,7 +70,7 @@ impl Client {
         Ok(Lines { stream: self.stream, line: Vec::new() })
     }
 
-    /// The same, each line given to `each` as it comes, until the monitor ends.
+    /// Gives each line of what the monitor tells at `path` to `each`, as it comes, until the monitor ends.
     pub fn lines(self, path: &str, mut each: impl FnMut(&str) -> Result<()>) -> Result<()> {
         let mut lines = self.follow(path)?;
         while let Heard::Line(line) = lines.next(None)? {
@@ -121,12 +121,12 @@ pub struct Lines {
     line: Vec<u8>,
 }
 
-/// What came of waiting for a line.
+/// How a wait for a line ended.
 #[derive(Debug, PartialEq)]
 pub enum Heard {
     /// This line, without its end.
     Line(String),
-    /// None, in this time.
+    /// No line came in the time given.
     Nothing,
     /// The monitor has ended.
     End,

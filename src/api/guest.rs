@@ -17,7 +17,8 @@ use crate::protocol::request::{Ask, Greeting};
 
 /// How long a guest may take for its answer: one that never answers must not keep a job's place for long.
 const PATIENCE: Duration = Duration::from_secs(3);
-/// What is told of a guest's own texts, in bytes, and of its addresses: a guest can say anything, of any length.
+/// The most bytes that are told of each text of a guest, and the most addresses: a guest can say anything, of any
+/// length.
 const TEXT_MAX: usize = 256;
 const ADDRESSES_MAX: usize = 64;
 

@@ -110,7 +110,7 @@ fn check_time(microvm: &Microvm, request: &Request) -> Result<(), String> {
             true => cannot_hotplug(microvm, "adding a device to a running microVM"),
             false => AFTER_START.to_owned(),
         }),
-        // Nobody will ever ask for it.
+        // A guest that has started without the service will never ask for its metadata.
         Metadata | PutMetadata(_) | PatchMetadata(_)
             if has_started && microvm.config().mmds_config.is_none() =>
         {
@@ -235,7 +235,7 @@ fn metadata_fault(refused: &Refused) -> String {
     format!("MMDS error: {refused}")
 }
 
-/// What the client is answered to a change of the metadata.
+/// The answer to a client that changes the metadata.
 fn metadata_changed(result: Result<(), Refused>) -> Result<Reply, String> {
     match result {
         Ok(()) => Ok(Response::Done.into()),

@@ -203,7 +203,7 @@ fn openapi() -> Value {
         let mut operation =
             json!({ "summary": summary, "responses": { success.0: success.1, "400": fault } });
         if path == "/mmds" && method != "get" {
-            // What is too large for the store, and nothing else.
+            // This code is for metadata that is too large for its store, and for nothing else.
             operation["responses"]["413"] = operation["responses"]["400"].clone();
         }
         if let Some(schema) = body {

@@ -31,7 +31,7 @@ pub const LOAD_PUBLISHED: &[&str] = &[
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "SnapshotCreateParams"))]
 #[serde(deny_unknown_fields)]
 pub struct CreateSnapshot {
-    /// What of the memory is saved.
+    /// The part of the memory that is saved.
     #[serde(default)]
     snapshot_type: SnapshotType,
     /// The file for the state of the machine. The microVM must be paused.
@@ -43,14 +43,14 @@ pub struct CreateSnapshot {
     folder: Option<PathBuf>,
 }
 
-/// What of the memory is saved.
+/// The part of the memory that is saved.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 enum SnapshotType {
     /// All of it.
     #[default]
     Full,
-    /// What was written since the last snapshot: not there yet.
+    /// The pages written since the last snapshot: not there yet.
     Diff,
 }
 
@@ -69,7 +69,7 @@ pub struct LoadSnapshot {
     folder: Option<PathBuf>,
     /// `track_dirty_pages`, as it was called (deprecated).
     enable_diff_snapshots: Option<bool>,
-    /// What the guest and its devices write to memory is noted.
+    /// Whether writes of the guest and its devices to memory are noted.
     #[serde(default)]
     track_dirty_pages: bool,
     /// The guest runs at once.
@@ -93,7 +93,7 @@ pub struct LoadSnapshot {
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 struct MemoryBackend {
-    /// What is at the path.
+    /// The kind of file or socket that is at the path.
     backend_type: BackendType,
     /// The path.
     backend_path: PathBuf,
