@@ -46,7 +46,7 @@ fn a_lie_ends_a_command_with_its_reason() {
         (frames(&[(Type::Failed, b"\0no")]), "Failed comes before a greeting"),
         (frames(&[HELLO, HELLO]), "Greeting was not expected"),
         (frames(&[HELLO, (Type::Exited, &[7, 0])]), "Exited was not expected"),
-        (frames(&[HELLO, (Type::Taken, &[1, 0, 0, 0])]), "it has taken more input than it was given"),
+        (frames(&[HELLO, (Type::Taken, &[255; 4])]), "it has taken more input than it was given"),
         (frames(&[HELLO, (Type::Output, &[0; CONTENT_MAX + 1])]), "a frame of type 130 and 65537 bytes"),
         ([frames(&[HELLO]), vec![131, 255, 255, 255]].concat(), "a frame of type 131 and 16777215 bytes"),
         ([frames(&[HELLO]), vec![200, 0, 0, 0]].concat(), "a frame of the unknown type 200"),
