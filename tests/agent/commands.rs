@@ -16,6 +16,12 @@ fn alula(words: &[&str], input: &[u8]) -> Output {
     output
 }
 
+/// The exit code of `alula cp`, and its words.
+fn copy(vsock: &str, from: &str, to: &str) -> (i32, String) {
+    let output = alula(&["cp", "--vsock", vsock, from, to], b"");
+    (output.status.code().unwrap(), text(&output.stderr))
+}
+
 fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
@@ -111,10 +117,7 @@ fn a_guest_that_cannot_be_reached_is_told_with_a_way_on() {
 fn copies_go_both_ways() {
     let agent = Agent::start();
     let vsock = agent.vsock();
-    let cp = |from: &str, to: &str| {
-        let output = alula(&["cp", "--vsock", &vsock, from, to], b"");
-        (output.status.code().unwrap(), text(&output.stderr))
-    };
+    let cp = |from: &str, to: &str| copy(&vsock, from, to);
     let path = |name: &str| agent.folder.path(name).to_str().unwrap().to_owned();
     let inside = |name: &str| format!(":{}", path(name));
     fs::create_dir_all(path("tree/a b")).unwrap();
@@ -150,10 +153,7 @@ fn what_is_no_file_stays_and_what_has_no_room_is_told() {
     // It is started by this thread, and so it sees the same file systems.
     let agent = Agent::start();
     let vsock = agent.vsock();
-    let cp = |from: &str, to: &str| {
-        let output = alula(&["cp", "--vsock", &vsock, from, to], b"");
-        (output.status.code().unwrap(), text(&output.stderr))
-    };
+    let cp = |from: &str, to: &str| copy(&vsock, from, to);
     let path = |name: &str| agent.folder.path(name).to_str().unwrap().to_owned();
     fs::create_dir(path("tree")).unwrap();
     fs::write(path("tree/file"), "text").unwrap();
