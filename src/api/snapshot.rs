@@ -99,7 +99,7 @@ struct MemoryBackend {
     backend_path: PathBuf,
 }
 
-/// What has the memory of a snapshot.
+/// The kinds of files and sockets that the memory of a snapshot can come from.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 enum BackendType {
@@ -187,7 +187,7 @@ impl LoadSnapshot {
         self.mem_file_path.is_some() || self.enable_diff_snapshots.is_some()
     }
 
-    /// What to restore, and how.
+    /// The snapshot that the request names, and how it is to be restored.
     pub fn plan(self) -> Result<Load> {
         let is_backend = |kind| self.mem_backend.as_ref().is_some_and(|backend| backend.backend_type == kind);
         if is_backend(BackendType::Uffd) {

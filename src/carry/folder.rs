@@ -16,7 +16,7 @@ use crate::paths;
 
 /// The name of the state in a folder.
 pub const STATE: &str = "state";
-/// What names of memory files in a folder begin with.
+/// The beginning of the names of memory files in a folder.
 const MEMORY: &str = "memory-";
 /// What is added to the name of a file that is not whole yet.
 const NEW: &str = ".new";

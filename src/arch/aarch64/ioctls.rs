@@ -1,4 +1,4 @@
-//! What of KVM on aarch64 `kvm-ioctls` leaves to the caller's care, each as a safe function.
+//! Calls of KVM on aarch64 that `kvm-ioctls` leaves to the caller's care, each as a safe function.
 #![allow(unsafe_code)]
 
 use kvm_bindings::kvm_device_attr;

@@ -29,7 +29,7 @@ use crate::platform::{CpuidModifier, Node, Platform};
 /// What uname calls this architecture.
 pub const NAME: &str = "aarch64";
 
-/// What ELF files call this architecture (`e_machine`).
+/// The number of this architecture in ELF files (`e_machine`).
 pub const ELF_MACHINE: u16 = 183;
 
 /// The device tree says whether there is a PCI bus.

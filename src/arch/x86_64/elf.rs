@@ -48,12 +48,12 @@ pub struct Kernel {
     pub pvh: bool,
 }
 
-/// What the notes of a kernel say.
+/// The two facts that a kernel's notes tell.
 #[derive(Default)]
 struct Notes {
     /// Where it is entered by PVH: the first note that tells counts, in whichever of the note segments it is.
     pvh: Option<u64>,
-    /// It is Linux.
+    /// The kernel has a note named `Linux`, as Linux alone has.
     linux: bool,
 }
 
@@ -385,7 +385,7 @@ mod tests {
             one(&[&note(b"Linux2\0", 256, &[0; 4], 4), &note(b"linux\0", 256, &[0; 4], 4), &xen(START)]);
         assert_eq!(read(elf(START + 64, &other)), Ok((START, true)), "another system");
         assert_eq!(read(elf(START + 64, &one(&[&linux(256)]))), Ok((START + 64, false)), "no PVH note");
-        // What follows the note that tells where to enter is not needed.
+        // Notes behind the one with the entry point are not needed, and may be torn.
         let mut torn = xen(START);
         torn.extend(1u32.to_le_bytes().repeat(4));
         torn.truncate(torn.len() - 1);

@@ -1,4 +1,4 @@
-//! What of KVM on x86_64 `kvm-ioctls` lacks or leaves to the caller's care, each as a safe function.
+//! Calls of KVM on x86_64 that `kvm-ioctls` lacks or leaves to the caller's care, each as a safe function.
 
 use kvm_bindings::{
     KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, Xsave, kvm_device_attr, kvm_sregs, kvm_sregs2, kvm_xsave2,
@@ -131,8 +131,8 @@ pub fn set_xsave(vm: &VmFd, vcpu: &VcpuFd, words: &[u32]) -> Result<(), Error> {
     unsafe { vcpu.set_xsave2(&area) }
 }
 
-/// What the kernel says of an internal error: the kind, and words about it, as many as it has given. To be asked for
-/// after KVM_RUN returned KVM_EXIT_INTERNAL_ERROR.
+/// The kind of an internal error of KVM, and the numbers that the kernel gives about the error. A caller asks after
+/// KVM_RUN returned KVM_EXIT_INTERNAL_ERROR.
 #[allow(unsafe_code)]
 pub fn internal_error(vcpu: &mut VcpuFd) -> (u32, Vec<u64>) {
     // SAFETY: the kernel fills in this member of the union for this exit, and after another it has other plain numbers.

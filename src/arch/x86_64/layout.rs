@@ -61,7 +61,7 @@ pub const COMMAND_LINE_SIZE: usize = 2048;
 pub const BOOT_PARAMS: u64 = 0x7000;
 const _: () = assert!(COMMAND_LINE + COMMAND_LINE_SIZE as u64 <= BOOT_PARAMS);
 pub const PAGE_TABLES: u64 = 0x9000;
-/// What those tables map: a kernel that is entered in long mode is below this.
+/// The end of the memory that the page tables at `PAGE_TABLES` map: a kernel that is entered in long mode is below it.
 pub const MAPPED_AT_ENTRY: u64 = 1 << 30;
 /// The first 640 KiB less one, where PCs keep the extended BIOS data area.
 pub const LOW_RAM_END: u64 = 0x9_fc00;
