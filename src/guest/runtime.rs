@@ -1,9 +1,7 @@
 //! Where a guest with a name is found: `alula/ID.sock` in the user's runtime folder.
 
 use std::fs::DirBuilder;
-use std::io::ErrorKind;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt};
-use std::os::unix::net::UnixStream;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Context, Error, Result};
@@ -19,7 +17,8 @@ pub fn socket(id: &str) -> PathBuf {
     folder().join(format!("{id}.sock"))
 }
 
-/// The same, of one that is to be made: its folder is there, and what a monitor that was killed has left is gone.
+/// The control socket of a guest of this name that is to be made: its folder is there afterwards. Whoever listens there
+/// takes over what a monitor that was killed has left ([`crate::host::listener::Listener::bind`]).
 pub fn prepare(id: &str) -> Result<PathBuf> {
     let path = socket(id);
     prepare_at(&path).map(|()| path)
@@ -29,17 +28,10 @@ fn prepare_at(path: &Path) -> Result<()> {
     let folder = crate::paths::folder(path);
     // Its owner's alone: whoever reaches a guest's socket can do anything with the guest.
     let made = DirBuilder::new().recursive(true).mode(0o700).create(folder);
-    made.with_context(|| format!("make the folder `{}` for the sockets of guests", folder.display()))?;
-    let is_left =
-        || UnixStream::connect(path).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused);
-    if path.symlink_metadata().is_ok_and(|there| there.file_type().is_socket()) && is_left() {
-        // It may have gone meanwhile.
-        let _ = std::fs::remove_file(path);
-    }
-    Ok(())
+    made.with_context(|| format!("make the folder `{}` for the sockets of guests", folder.display()))
 }
 
-/// The same, of one that is there.
+/// The control socket of the guest of this name, which is there.
 pub fn find(id: &str) -> Result<PathBuf> {
     let path = socket(id);
     if path.exists() {
@@ -71,6 +63,7 @@ mod tests {
     use std::os::unix::net::UnixListener;
 
     use super::*;
+    use crate::host::listener::Listener;
 
     #[test]
     fn a_place_is_made_and_what_was_left_there_is_cleared() {
@@ -80,15 +73,15 @@ mod tests {
         let mode = std::fs::metadata(folder.join("alula")).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o700);
         let listener = UnixListener::bind(&path).unwrap();
-        // Somebody listens there: that is for who wants to listen there, too, to tell.
-        prepare_at(&path).unwrap();
-        assert!(path.exists());
+        let listen = || {
+            prepare_at(&path).unwrap();
+            Listener::bind("socket", &path)
+        };
+        assert!(listen().is_err() && path.exists(), "somebody listens there");
         drop(listener);
-        prepare_at(&path).unwrap();
-        assert!(!path.exists());
+        drop(listen().expect("what was left there is in nobody's way"));
         std::fs::write(&path, "no socket").unwrap();
-        prepare_at(&path).unwrap();
-        assert!(path.exists(), "a file of somebody else's stays");
+        assert!(listen().is_err() && path.exists(), "a file of somebody else's stays");
         let error = prepare_at(&path.join("a/b")).unwrap_err().to_string();
         assert!(error.starts_with("make the folder `"), "{error}");
         std::fs::remove_dir_all(&folder).unwrap();
