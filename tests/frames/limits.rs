@@ -97,10 +97,12 @@ fn a_limit_holds_whatever_a_guest_makes_of_a_frame_meanwhile() {
             guest.kick(TX);
             counted(&guest, "tx_rate_limiter_throttled") > 0
         });
-        // What goes with the one that must wait is counted after it.
+        // The frames before the one that must wait are counted when their carrier has taken them: passt in its own
+        // time. A pause before that gives back what those are charged that have not gone.
+        wait_for(|| counted(&guest, "tx_bytes_count") >= LIMIT - 1500);
         guest.pause();
         let sent = counted(&guest, "tx_bytes_count");
-        assert!((LIMIT - 1500..=LIMIT).contains(&sent), "user {user}: {sent} bytes");
+        assert!(sent <= LIMIT, "user {user}: {sent} bytes");
     }
 }
 
