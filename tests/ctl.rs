@@ -5,6 +5,7 @@
 mod common;
 
 use std::io::{Read, Write};
+use std::process::Command;
 
 use common::{Folder, Process, Service, run};
 use serde_json::{Value, json};
@@ -50,6 +51,34 @@ fn a_guest_is_looked_at_paused_and_resumed() {
     assert_eq!(json_of(&["config"])["drives"][0]["drive_id"], "d");
     assert!(json_of(&["metrics"])["api_server"].is_object());
     assert_eq!(ctl(&service, &["pause", "--json"]), (Some(0), String::new()));
+}
+
+#[test]
+fn a_service_with_a_name_is_found_by_it() {
+    let folder = Folder::new();
+    let alula = |words: &[&str]| {
+        let mut command = Command::new(common::alula());
+        command.args(words).env("XDG_RUNTIME_DIR", &folder.0);
+        command
+    };
+    let mut service = Process::spawn(alula(&["serve", "--id", "web"]));
+    common::wait_for(|| folder.path("alula/web.sock").exists());
+    let told = |words: &[&str]| {
+        let output = alula(words).output().unwrap();
+        (output.status.code().unwrap(), String::from_utf8([output.stdout, output.stderr].concat()).unwrap())
+    };
+    common::wait_for(|| told(&["ctl", "web", "status"]).0 == 0);
+    assert!(told(&["ctl", "web", "status"]).1.contains("web: not started"));
+    let (code, said) = told(&["serve", "--id", "web"]);
+    assert!(code == 1 && said.contains("web.sock") && said.contains("another process serves it"), "{said}");
+    service.send(libc::SIGTERM);
+    service.end();
+    assert!(!folder.path("alula/web.sock").exists());
+    // A folder that cannot be made: the user hears what to give instead.
+    std::fs::remove_dir(folder.path("alula")).unwrap();
+    folder.write("alula", "a file");
+    let (code, said) = told(&["serve", "--id", "web"]);
+    assert!(code == 1 && said.contains("(set XDG_RUNTIME_DIR, or give --api-sock)"), "{said}");
 }
 
 #[test]

@@ -321,12 +321,14 @@ mod tests {
         let Ok(Command::Serve(serve)) = firecracker(line) else { panic!("not a service") };
         assert_eq!(
             (serve.id.as_str(), serve.api_sock, serve.dialect),
-            ("a-b", "/s".into(), Dialect::Firecracker)
+            ("a-b", Some("/s".into()), Dialect::Firecracker)
         );
         assert!(serve.no_api && serve.enable_pci && serve.http_api_max_payload_size == 9);
         assert_eq!(serve.mmds_size_limit, Some(10));
         let Ok(Command::Serve(serve)) = firecracker("") else { panic!("not a service") };
-        assert_eq!(serve.api_sock, std::path::PathBuf::from("/run/firecracker.socket"));
+        assert_eq!(serve.socket().unwrap(), std::path::Path::new("/run/firecracker.socket"));
+        let Ok(Command::Serve(serve)) = firecracker("--id a") else { panic!("not a service") };
+        assert_eq!(serve.socket().unwrap(), std::path::Path::new("/run/firecracker.socket"));
         for (line, expected) in [
             ("--api-sock /s --version --nonsense", "Firecracker v1.17.0\n\n"),
             ("--help", "Firecracker v1.17.0\n\nWait for requests"),

@@ -262,7 +262,7 @@ fn serve(arguments: Serve, feed: &mut Option<Feed>) -> Result<Ending> {
     let signals = Signals::take_over()?;
     let server = match arguments.no_api {
         true => None,
-        false => Some(listen(&arguments.api_sock, arguments.http_api_max_payload_size)?),
+        false => Some(listen(&arguments.socket()?, arguments.http_api_max_payload_size)?),
     };
     let starts_at_once = config.is_some();
     let mut config = config.unwrap_or_default();

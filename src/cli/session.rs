@@ -178,6 +178,7 @@ impl Session {
             if is_heard && let Some(ending) = self.hear(&mut output, &mut errors)? {
                 return Ok(if self.is_late { Outcome::TimedOut } else { Outcome::Ended(ending) });
             }
+            self.call.check_silence()?;
         }
     }
 
@@ -186,8 +187,8 @@ impl Session {
             return Some(Duration::ZERO);
         }
         // A millisecond more: epoll rounds down.
-        let rest =
-            self.deadline.map(|at| at.saturating_duration_since(Instant::now()) + Duration::from_millis(1));
+        let deadline = self.deadline.into_iter().chain(self.call.greets_by()).min();
+        let rest = deadline.map(|at| at.saturating_duration_since(Instant::now()) + Duration::from_millis(1));
         rest.into_iter().chain(self.has_terminal.then_some(LOOK)).min()
     }
 

@@ -5,7 +5,7 @@ use std::io::{Error as IoError, ErrorKind, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::error::{Context, Error, Result};
 use crate::protocol::frame::{CONTENT_MAX, HEAD, INPUT_WINDOW, Inbox, Type, put};
@@ -14,6 +14,9 @@ use crate::protocol::request::{Ask, Greeting, PROTOCOL, Request, Window};
 /// How long a guest may take to say whether somebody listens in it: one that boots says nothing until it has its
 /// driver.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long an agent that has taken the connection may be silent. It greets before it does anything: one that is
+/// silent was stopped, or is no agent, and who asks it would wait for ever.
+const SILENCE: Duration = Duration::from_secs(30);
 /// The monitor's answer is a word and a number; a longer one is not a monitor's.
 const ANSWER_MAX: usize = 32;
 
@@ -95,6 +98,7 @@ pub struct Call {
     /// So many bytes of input the agent takes now.
     room: usize,
     is_begun: bool,
+    greets_by: Instant,
 }
 
 impl AsRawFd for Call {
@@ -118,7 +122,32 @@ impl Call {
         }
         let mut outbox = Vec::new();
         put(&mut outbox, Type::Request, &request);
-        Ok(Self { stream, inbox: Inbox::default(), outbox, sent: 0, room: INPUT_WINDOW, is_begun: false })
+        Ok(Self {
+            stream,
+            inbox: Inbox::default(),
+            outbox,
+            sent: 0,
+            room: INPUT_WINDOW,
+            is_begun: false,
+            greets_by: Instant::now() + SILENCE,
+        })
+    }
+
+    /// By when the agent must have greeted; none: it has.
+    pub fn greets_by(&self) -> Option<Instant> {
+        (!self.is_begun).then_some(self.greets_by)
+    }
+
+    /// Whether the agent may still be waited for. An error: it should have greeted.
+    pub fn check_silence(&self) -> Result<()> {
+        match self.greets_by() {
+            Some(by) if by <= Instant::now() => Err(Error::guest(format!(
+                "the agent in the guest has taken the connection and said nothing for {} s: is the guest paused, or \
+                 the agent stopped?",
+                SILENCE.as_secs()
+            ))),
+            _ => Ok(()),
+        }
     }
 
     /// So many bytes of input can be given now.
@@ -299,6 +328,24 @@ mod tests {
             let (_, error) = heard(&frames);
             assert!(error.contains(told), "{error}");
         }
+    }
+
+    #[test]
+    fn an_agent_that_never_greets_is_not_waited_for_for_ever() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let mut call = Call::new(ours, Ask::Info {}).unwrap();
+        assert!(call.greets_by().unwrap() > Instant::now());
+        call.check_silence().unwrap();
+        call.greets_by = Instant::now();
+        let error = call.check_silence().unwrap_err().to_string();
+        assert!(error.contains("said nothing for 30 s: is the guest paused"), "{error}");
+        // One that has greeted may take its time.
+        let mut bytes = Vec::new();
+        put(&mut bytes, Type::Greeting, br#"{"protocol": 1, "agent": "9"}"#);
+        theirs.write_all(&bytes).unwrap();
+        call.hear(|_| Ok(())).unwrap();
+        assert_eq!(call.greets_by(), None);
+        call.check_silence().unwrap();
     }
 
     #[test]

@@ -37,7 +37,8 @@ impl Hearing {
         self.events.change(&self.call, interest, 0)?;
         // A millisecond more: epoll rounds down.
         let rest = |at: Instant| at.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
-        self.events.wait(self.deadline.map(rest), &mut Vec::new())?;
+        let deadline = self.deadline.into_iter().chain(self.call.greets_by()).min();
+        self.events.wait(deadline.map(rest), &mut Vec::new())?;
         if self.deadline.is_some_and(|at| at <= Instant::now()) {
             return Err(Error::guest("the agent in the guest does not answer, and the time is up"));
         }
@@ -54,7 +55,8 @@ impl Hearing {
                 Said::Greeting(text) => *greeting = Some(text),
             }
             Ok(())
-        })
+        })?;
+        self.call.check_silence()
     }
 
     /// Hears the rest of it, whose end must be a good one. What the agent's process says on standard error is the

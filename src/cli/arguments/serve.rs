@@ -12,6 +12,7 @@ use crate::cli::persona::Persona;
 use crate::config::Config;
 use crate::dialect::Dialect;
 use crate::error::{Context, Error, Result};
+use crate::guest::runtime;
 use crate::microvm::counts::StartTime;
 
 const HELP: &str = "\
@@ -22,12 +23,13 @@ Usage: alula serve [OPTIONS]
 
 Options:
       --api-sock SOCKET    Where to listen: a path where nothing is yet
-                           [default: /run/firecracker.socket]
+                           [default: the place of the guest's --id, or /run/firecracker.socket]
       --config-file FILE   Start the microVM that this JSON file describes at once
       --no-api             Serve no API; needs --config-file
       --enable-pci         Devices on a PCI bus instead of behind virtio-mmio
-      --id ID              The microVM's name: 1 to 64 letters, digits and hyphens
-                           [default: anonymous-instance]
+      --id ID              The microVM's name: 1 to 64 letters, digits and hyphens. Without --api-sock,
+                           `alula exec ID`, `alula ctl ID` and the like find it by the name, unless
+                           this is called `firecracker` [default: anonymous-instance]
       --http-api-max-payload-size BYTES
                            The largest request body [default: 51200]
       --start-time-us N, --start-time-cpu-us N, --parent-cpu-time-us N
@@ -47,6 +49,9 @@ Examples:
   curl --unix-socket /tmp/alula.sock http://localhost/
 ";
 
+/// Where the API is served if nothing says otherwise: as Firecracker does.
+const DEFAULT_SOCKET: &str = "/run/firecracker.socket";
+
 /// The help, with the options of the outputs.
 pub fn help() -> String {
     outputs::with_help(HELP)
@@ -55,12 +60,15 @@ pub fn help() -> String {
 /// `alula serve`.
 #[derive(Debug)]
 pub struct Serve {
-    pub api_sock: PathBuf,
+    /// Where to listen; none: where [`Self::is_named`] says, or at [`DEFAULT_SOCKET`].
+    pub api_sock: Option<PathBuf>,
     pub config_file: Option<PathBuf>,
     pub no_api: bool,
     pub enable_pci: bool,
     pub outputs: OutputOptions,
     pub id: String,
+    /// The user has given the name, by which the guest is to be found.
+    pub is_named: bool,
     pub http_api_max_payload_size: usize,
     pub metadata: Option<PathBuf>,
     pub mmds_size_limit: Option<usize>,
@@ -71,12 +79,13 @@ pub struct Serve {
 /// Parses what comes after `alula serve`, or `firecracker`.
 pub fn parse(parser: &mut lexopt::Parser, persona: Persona) -> Result<Command, lexopt::Error> {
     let mut serve = Serve {
-        api_sock: "/run/firecracker.socket".into(),
+        api_sock: None,
         config_file: None,
         no_api: false,
         enable_pci: false,
         outputs: OutputOptions::default(),
         id: default_id(),
+        is_named: false,
         http_api_max_payload_size: BODY_MAX,
         metadata: None,
         mmds_size_limit: None,
@@ -87,11 +96,15 @@ pub fn parse(parser: &mut lexopt::Parser, persona: Persona) -> Result<Command, l
     while let Some(argument) = parser.next()? {
         given.once(&argument)?;
         match argument {
-            Long("api-sock") => serve.api_sock = parser.value()?.into(),
+            Long("api-sock") => serve.api_sock = Some(parser.value()?.into()),
             Long("config-file") => serve.config_file = Some(parser.value()?.into()),
             Long("no-api") => serve.no_api = true,
             Long("enable-pci") => serve.enable_pci = true,
-            Long("id") => serve.id = value(parser, "--id", id)?,
+            Long("id") => {
+                serve.id = value(parser, "--id", id)?;
+                // Firecracker's socket is at the same place whatever the name is.
+                serve.is_named = serve.dialect == Dialect::Alula;
+            }
             Long("http-api-max-payload-size") => {
                 serve.http_api_max_payload_size = value(parser, "--http-api-max-payload-size", number)?;
             }
@@ -128,6 +141,18 @@ pub fn parse(parser: &mut lexopt::Parser, persona: Persona) -> Result<Command, l
 }
 
 impl Serve {
+    /// Where the API is served.
+    pub fn socket(&self) -> Result<PathBuf> {
+        match &self.api_sock {
+            Some(path) => Ok(path.clone()),
+            None if self.is_named => runtime::prepare(&self.id).with_context(|| {
+                let id = &self.id;
+                format!("serve guest `{id}` by its name (set XDG_RUNTIME_DIR, or give --api-sock)")
+            }),
+            None => Ok(DEFAULT_SOCKET.into()),
+        }
+    }
+
     /// What the config file says, if there is one.
     pub fn config(&self) -> Result<Option<Config>> {
         let Some(path) = &self.config_file else { return Ok(None) };
