@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use alula::guest::boot;
 use alula::guest::images::{Image, Images, Kept};
 use alula::guest::program::program;
 use alula::guest::tree::Tree;
@@ -70,6 +71,15 @@ fn set_attribute(path: &Path) {
         libc::setxattr(path.as_ptr(), c"user.alula".as_ptr(), value.as_ptr().cast(), value.len(), 0)
     };
     assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+}
+
+#[test]
+fn a_folder_with_attributes_does_not_go_into_a_ramdisk() {
+    let place = Place::new();
+    fs::write(place.path("a/file"), "content").unwrap();
+    assert!(boot::fits(&place.tree("a"), 128));
+    set_attribute(&place.path("a/file"));
+    assert!(!boot::fits(&place.tree("a"), 128), "the attribute would be lost");
 }
 
 #[test]

@@ -52,9 +52,10 @@ pub fn file_system(path: &Path) -> Result<FileSystem> {
     })
 }
 
-/// Whether the folder is small enough to go along in the memory of a guest that has so much.
+/// Whether the folder can go along in the memory of a guest that has so much: it is small enough, and a ramdisk holds
+/// all there is of it.
 pub fn fits(tree: &Tree, memory_mib: u64) -> bool {
-    tree.size() <= (memory_mib << 20) / MEMORY_PART
+    tree.size() <= (memory_mib << 20) / MEMORY_PART && !tree.has_attributes()
 }
 
 /// Packs, into a file without a name, this program as the init, the modules that are `wanted` and those that they need, what

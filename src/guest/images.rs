@@ -32,8 +32,8 @@ const BLOCK: u64 = 4096;
 const ROOT_INODE: u64 = 2;
 /// The first inode that mke2fs gives away, to `lost+found`; what is packed has the next ones.
 const FIRST_INODE: u64 = 11;
-const MISSING: &str =
-    "install e2fsprogs, or give the guest so much more --memory that the folder has room in a quarter of it";
+const MISSING: &str = "install e2fsprogs; without it a folder goes along in the guest's memory, if it has room in a \
+                       quarter of it (--memory) and no file in it has extended attributes";
 
 const IMAGE: &str = "ext4";
 /// A link to the folder that an image was made from.

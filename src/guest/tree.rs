@@ -7,6 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Context, Error, Result};
+use crate::sys::descriptor::attributes;
 
 /// More than any root file system has. A root that was named by mistake, with `/proc` in it, would fill the memory.
 const ENTRIES_MAX: usize = 8 << 20;
@@ -83,6 +84,16 @@ impl Tree {
     pub fn content(&self) -> u64 {
         let of = |metadata: &Metadata| metadata.len().min(metadata.blocks() * 512).next_multiple_of(BLOCK);
         self.files().map(|file| of(&file.metadata)).sum()
+    }
+
+    /// Whether anything in it has an extended attribute (an access list, a capability), for which an initial ramdisk
+    /// has no place. SELinux gives a label to every file of a host, which means nothing in a guest.
+    pub fn has_attributes(&self) -> bool {
+        let is_of_host = |name: &[u8]| name.is_empty() || name == b"security.selinux";
+        let has_some = |names: Vec<u8>| !names.split(|byte| *byte == 0).all(is_of_host);
+        self.entries
+            .iter()
+            .any(|Entry { name, .. }| attributes(&self.folder.join(name)).is_some_and(has_some))
     }
 
     /// Refuses a tree with a file that this user may not read.

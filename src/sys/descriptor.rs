@@ -111,6 +111,19 @@ pub fn check_writable(path: &Path) -> Result<()> {
     check(unsafe { libc::access(name.as_ptr(), libc::W_OK) }).map(drop)
 }
 
+/// The names of the extended attributes of what is at `path`, itself if it is a link (llistxattr(2)), each with a zero
+/// behind it. They are at most 64 KiB (xattr(7)). None: there are none, or the file system does not have any.
+pub fn attributes(path: &Path) -> Option<Vec<u8>> {
+    let name = CString::new(path.as_os_str().as_bytes()).ok()?;
+    // SAFETY: the name is a string that ends with a zero; a list without room takes nothing.
+    let size = unsafe { libc::llistxattr(name.as_ptr(), std::ptr::null_mut(), 0) };
+    let mut names = vec![0_u8; usize::try_from(size).ok().filter(|size| *size > 0)?];
+    // SAFETY: the list has so much room as the call is told.
+    let size = unsafe { libc::llistxattr(name.as_ptr(), names.as_mut_ptr().cast(), names.len()) };
+    names.truncate(usize::try_from(size).ok()?);
+    Some(names)
+}
+
 /// A call, again as long as it is interrupted.
 fn repeat(mut call: impl FnMut() -> i32) -> Result<()> {
     loop {
