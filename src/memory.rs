@@ -2,6 +2,7 @@
 
 pub mod backing;
 pub mod mapping;
+pub mod page_set;
 mod source;
 pub mod written;
 

@@ -42,6 +42,7 @@ use parts::{Parts, Pausing};
 pub use crate::vm::Prepared;
 pub use crate::vm::exit::Exit;
 pub use parts::Places;
+pub use regions::Tracker;
 pub use saved::SavedMachine;
 pub use shell::{Base, Shell};
 

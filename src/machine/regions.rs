@@ -8,7 +8,10 @@ use super::{Machine, RunState};
 use crate::arch::layout;
 use crate::error::{Context, Error, Result};
 use crate::log;
-use crate::memory::{self, Range, Region, Regions, Source};
+use crate::memory::page_set::PageSet;
+use crate::memory::{self, Memory, Range, Region, Regions, Source};
+use crate::sys::process::order_all_threads;
+use crate::vm::Vm;
 
 /// The largest memory whose addresses `layout` is asked for: no processor of today has more address bits than 52.
 const ADDRESSES: u64 = 1 << 52;
@@ -56,33 +59,72 @@ impl Machine {
         Ok(())
     }
 
-    /// Notes from now on which pages are written, by the guest's CPUs and by its devices, or no more. The machine
-    /// must be paused: what is being written at this moment could be missed.
+    /// Notes from now on which pages are written, by the guest's CPUs and by its devices, or no more.
     ///
     /// # Errors
-    /// The machine runs, or KVM's.
+    /// KVM's.
     pub fn track_writes(&mut self, is_on: bool) -> Result<()> {
-        if self.state != RunState::Paused {
-            let reason = "the machine runs: pause it first";
-            return Err(Error::config(reason)).context("note what is written to guest memory");
-        }
-        self.vm.track_memory(is_on)?;
-        for region in self.memory.memory().iter() {
-            match is_on {
-                true => region.written().start(),
-                false => region.written().stop(),
-            }
+        let tracker = self.tracker();
+        if is_on {
+            tracker.start()?
+        } else {
+            tracker.stop()?
         }
         self.tracks_writes = is_on;
         Ok(())
     }
 
-    /// The pages that were written since the last call, or since [`Self::track_writes`], by region: a bit for each
-    /// page of the host's size, the first of them in the lowest bit of the first word.
+    /// Whether it is noted which pages are written.
+    pub fn tracks_writes(&self) -> bool {
+        self.tracks_writes
+    }
+
+    /// What notes which pages are written, for whoever asks on a thread of its own. No memory may come or go
+    /// meanwhile.
+    pub fn tracker(&self) -> Tracker {
+        Tracker { vm: self.vm.clone(), memory: self.memory.clone() }
+    }
+
+    fn replace_memory(&self, regions: Regions) {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner).replace(regions);
+    }
+}
+
+/// What notes which pages of guest memory are written.
+pub struct Tracker {
+    vm: Arc<Vm>,
+    memory: Memory,
+}
+
+impl Tracker {
+    /// Notes from now on which pages are written. The machine may run: what is written before this returns is in
+    /// memory for whoever reads it afterwards, or is noted.
     ///
     /// # Errors
     /// KVM's.
-    pub fn take_written(&mut self) -> Result<Vec<(Range, Vec<u64>)>> {
+    pub fn start(&self) -> Result<()> {
+        self.vm.track_memory(true)?;
+        self.memory.memory().iter().for_each(|region| region.written().start());
+        // A device's thread writes first and then asks whether that is noted: one that has asked too early may
+        // have its write under way still.
+        order_all_threads().context("note what is written to guest memory")
+    }
+
+    /// Notes nothing any more.
+    ///
+    /// # Errors
+    /// KVM's.
+    pub fn stop(&self) -> Result<()> {
+        self.memory.memory().iter().for_each(|region| region.written().stop());
+        self.vm.track_memory(false)
+    }
+
+    /// The pages that were written since the last call, or since [`Self::start`]. What is written to them after
+    /// this is told by the next call.
+    ///
+    /// # Errors
+    /// KVM's.
+    pub fn take(&self) -> Result<PageSet> {
         let memory = self.memory.memory();
         let mut taken = self.vm.take_written()?;
         for (range, pages) in &mut taken {
@@ -90,10 +132,6 @@ impl Machine {
             let written = region.map(|region: &Region| region.written().take()).unwrap_or_default();
             pages.iter_mut().zip(written).for_each(|(page, written)| *page |= written);
         }
-        Ok(taken)
-    }
-
-    fn replace_memory(&self, regions: Regions) {
-        self.memory.lock().unwrap_or_else(PoisonError::into_inner).replace(regions);
+        Ok(PageSet::new(taken))
     }
 }

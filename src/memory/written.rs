@@ -30,8 +30,8 @@ impl Written {
         Self { size, is_on: AtomicBool::new(false), pages: OnceLock::new() }
     }
 
-    /// Notes what is written from now on. What is being written at this moment may be missed: the devices are to
-    /// be paused.
+    /// Notes what is written from now on. What another thread is writing at this moment may be missed, unless all
+    /// threads' accesses are put in order afterwards (`sys::process::order_all_threads`).
     pub fn start(&self) {
         self.pages().reset();
         if !self.is_on.swap(true, Ordering::SeqCst) {

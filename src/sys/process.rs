@@ -67,6 +67,20 @@ pub fn is_filtered() -> bool {
     unsafe { libc::prctl(libc::PR_GET_SECCOMP) != 0 }
 }
 
+/// Puts the memory accesses of all threads of this process in order: what each has done before some moment in this
+/// call is seen after it (membarrier(2)).
+///
+/// # Errors
+/// The kernel has no such call.
+pub fn order_all_threads() -> Result<()> {
+    let barrier = |command: libc::c_int| {
+        // SAFETY: the call takes numbers.
+        check_count(unsafe { libc::syscall(libc::SYS_membarrier, command, 0, 0) } as isize)
+    };
+    barrier(libc::MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED)?;
+    barrier(libc::MEMBARRIER_CMD_PRIVATE_EXPEDITED).map(drop)
+}
+
 /// These signals, as a set.
 pub fn signals(signals: &[i32]) -> libc::sigset_t {
     // SAFETY: `sigset_t` is plain data that sigemptyset initialises.
