@@ -1,6 +1,9 @@
 //! A machine that leaves its process: its state and its memory in files, and the way back.
 
+pub mod diff;
 pub mod folder;
 pub mod memory_file;
+pub mod merge;
+pub mod pages;
 pub mod state_file;
 pub mod stored;

@@ -71,10 +71,12 @@ pub enum Event {
     },
     /// The guest was saved to files.
     SnapshotCreated {
-        /// `Full`: with all of its memory.
+        /// `Full`: with all of its memory. `Diff`: with what was written of it since the snapshot before.
         kind: &'static str,
-        /// So many pages of its memory were written; the others are zero.
+        /// So many pages of its memory were written to the file.
         pages: u64,
+        /// So long the guest stood still for it, in microseconds.
+        pause_us: u64,
         /// So long it took, in microseconds.
         time_us: u64,
     },

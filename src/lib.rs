@@ -55,9 +55,10 @@
 //!
 //! A machine that stands still is saved and restored by the same list ([`machine::Machine::save`], `restore`):
 //! what a guest can change of a component is the component's own [`snapshot::Snapshot`], and the order of all of
-//! it, with KVM's half before the parts, stands in `machine/saved.rs`. [`microvm::snapshots`] has a job write that,
+//! it, with KVM's half before the parts, stands in `machine/saved.rs`. [`microvm::saving`] has a job write that,
 //! and then the memory, which nobody changes meanwhile, to files ([`carry`]): in which order, so that a crash
-//! leaves a whole snapshot or none, stands in `carry/folder.rs`. A restore builds the machine over its memory's
+//! leaves a whole snapshot or none, stands in `carry/folder.rs`. Which pages a difference has, [`machine::Tracker`]
+//! tells, or the kernel (`carry/pages.rs`). A restore ([`microvm::snapshots`]) builds the machine over its memory's
 //! file, restores it, and only then takes it for its own.
 //!
 //! Where something new goes:

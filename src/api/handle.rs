@@ -184,7 +184,7 @@ fn handle(microvm: &mut Microvm, request: Request) -> Result<Reply, String> {
         Action(action) => act(microvm, action),
         CreateSnapshot(body) => {
             let area = "Create snapshot error";
-            let begun = body.location().and_then(|location| microvm.create_snapshot(&location));
+            let begun = microvm.create_snapshot(&body.plan());
             return begun.map(|ticket| Reply::Later { ticket, area }).map_err(fault(area));
         }
         LoadSnapshot(body) => {

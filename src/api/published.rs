@@ -50,7 +50,7 @@ const MACHINE: &[(&str, &str, Becomes, Becomes)] = &[
     ("vcpu_count", "2", Done, Refused),
     ("mem_size_mib", "256", Done, Refused),
     ("smt", "false", Done, Done),
-    ("track_dirty_pages", "true", NotYet, Done),
+    ("track_dirty_pages", "true", Done, Done),
     ("cpu_template", r#""T2""#, NotYet, Done),
     ("cpu_template", r#""None""#, Done, Done),
     ("huge_pages", r#""2M""#, NotYet, Done),

@@ -8,6 +8,7 @@ use serde::de::Error as _;
 use crate::carry::stored::Location;
 use crate::config::HugePages;
 use crate::error::{Error, Result};
+use crate::microvm::saving::{Kind, Save};
 use crate::microvm::snapshots::Load;
 
 /// The fields of `PUT /snapshot/create` that Firecracker has.
@@ -50,7 +51,8 @@ enum SnapshotType {
     /// All of it.
     #[default]
     Full,
-    /// The pages written since the last snapshot: not there yet.
+    /// With `track_dirty_pages`: the pages written since the last snapshot. Without: those that are not as they were
+    /// when the microVM was restored, or started.
     Diff,
 }
 
@@ -154,12 +156,15 @@ impl CreateSnapshot {
         }
     }
 
-    /// Where to save.
-    pub fn location(self) -> Result<Location> {
-        if self.snapshot_type == SnapshotType::Diff {
-            return Err(not_yet("`snapshot_type` `Diff`", "save a `Full` snapshot"));
+    /// What to save, and where to.
+    pub fn plan(self) -> Save {
+        Save {
+            location: location(self.folder, self.snapshot_path, self.mem_file_path),
+            kind: match self.snapshot_type {
+                SnapshotType::Full => Kind::Full,
+                SnapshotType::Diff => Kind::Diff,
+            },
         }
-        Ok(location(self.folder, self.snapshot_path, self.mem_file_path))
     }
 }
 

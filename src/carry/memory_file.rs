@@ -17,7 +17,7 @@ use crate::memory::{Range, Region, Regions};
 /// Memory is checked in blocks of this size, in bytes.
 pub const BLOCK: usize = 1 << 20;
 /// The smallest page that a host has, in bytes.
-const PAGE_MIN: usize = 4096;
+pub(super) const PAGE_MIN: usize = 4096;
 /// Bits of an entry of pagemap: the page is in memory; it is in swap; it belongs to a file.
 const IS_PRESENT: u64 = 1 << 63;
 const IS_SWAPPED: u64 = 1 << 62;
@@ -51,9 +51,28 @@ impl Pagemap {
         let file = File::open("/proc/self/pagemap").context("open /proc/self/pagemap")?;
         Ok(Self(Named::new("map of this process's pages", file)))
     }
+
+    /// Calls `then` with the number of each page that this process has of its own, of the `pages` pages from the
+    /// address `start` on, which begins one.
+    ///
+    /// # Errors
+    /// The kernel does not tell.
+    pub(super) fn each_own(&self, start: usize, pages: usize, mut then: impl FnMut(usize)) -> Result<()> {
+        let mut entries = vec![0; BLOCK / PAGE_MIN * 8];
+        let at_once = entries.len() / 8;
+        for first in (0..pages).step_by(at_once) {
+            let entries = &mut entries[..(pages - first).min(at_once) * 8];
+            let place = ((start / page_size() as usize + first) * 8) as u64;
+            self.0.read_exact_at(entries, place).context("read /proc/self/pagemap")?;
+            let own = |entry: &&[u8; 8]| is_own(u64::from_le_bytes(**entry));
+            let (entries, _) = entries.as_chunks();
+            (first..).zip(entries).filter(|(_, entry)| own(entry)).for_each(|(page, _)| then(page));
+        }
+        Ok(())
+    }
 }
 
-/// Writes `memory`, which nobody changes meanwhile, to `file`, which is empty, and flushes it to the disk.
+/// Writes `memory` to `file`, which is empty, with each page as it is at some moment meanwhile.
 ///
 /// # Errors
 /// The file cannot be written, or the pages cannot be read.
@@ -65,7 +84,6 @@ pub fn write(memory: &Regions, pagemap: &Pagemap, file: &File) -> Result<Written
         writer.region(region)?;
     }
     file.set_len(writer.offset).context("give it its length")?;
-    file.sync_all().context("flush it to the disk")?;
     Ok(writer.written)
 }
 
@@ -130,7 +148,7 @@ fn is_own(entry: u64) -> bool {
 }
 
 /// The runs of pages, of `page` bytes each, of `block` that are not zero.
-fn runs(block: &[u8], page: usize) -> Vec<(usize, usize)> {
+pub(super) fn runs(block: &[u8], page: usize) -> Vec<(usize, usize)> {
     let mut runs: Vec<(usize, usize)> = Vec::new();
     for (index, page_bytes) in block.chunks(page).enumerate().filter(|(_, bytes)| !is_zero(bytes)) {
         let (start, end) = (index * page, index * page + page_bytes.len());
@@ -150,6 +168,18 @@ fn is_zero(bytes: &[u8]) -> bool {
 /// Compares a file with the checksums of its blocks; the error names the first block that is not as it was
 /// written.
 pub fn verify(file: &File, length: u64, checksums: &[u32]) -> Result<()> {
+    check_length(file, length, checksums)?;
+    let mut block = vec![0; BLOCK];
+    for (index, expected) in checksums.iter().enumerate() {
+        let place = (index * BLOCK) as u64;
+        let block = &mut block[..(length - place).min(BLOCK as u64) as usize];
+        read_block(file, place, block, *expected)?;
+    }
+    Ok(())
+}
+
+/// Whether a file has `length` bytes, and there are as many checksums as it has blocks.
+pub(super) fn check_length(file: &File, length: u64, checksums: &[u32]) -> Result<()> {
     let there = file.metadata().context("read its length")?.len();
     if there != length || checksums.len() as u64 != length.div_ceil(BLOCK as u64) {
         return Err(Error::config(format!(
@@ -157,18 +187,17 @@ pub fn verify(file: &File, length: u64, checksums: &[u32]) -> Result<()> {
             checksums.len()
         )));
     }
-    let mut block = vec![0; BLOCK];
-    for (index, expected) in checksums.iter().enumerate() {
-        let place = (index * BLOCK) as u64;
-        let block = &mut block[..(length - place).min(BLOCK as u64) as usize];
-        file.read_exact_at(block, place).with_context(|| format!("read its block at {place:#x}"))?;
-        if crc32fast::hash(block) != *expected {
-            return Err(Error::config(format!(
-                "it is damaged: the MiB at {place:#x} is not as it was written"
-            )));
-        }
-    }
     Ok(())
+}
+
+/// Reads the block of `file` at `place`, which must have this checksum.
+pub(super) fn read_block(file: &File, place: u64, block: &mut [u8], checksum: u32) -> Result<()> {
+    file.read_exact_at(block, place).with_context(|| format!("read its block at {place:#x}"))?;
+    if crc32fast::hash(block) == checksum { Ok(()) } else { Err(damaged(place)) }
+}
+
+pub(super) fn damaged(place: u64) -> Error {
+    Error::config(format!("it is damaged: the MiB at {place:#x} is not as it was written"))
 }
 
 #[cfg(test)]

@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::diff;
 use super::folder::{self, Draft};
-use super::memory_file::{self, Written};
+use super::memory_file;
 use super::state_file::{self, Origin, Section};
 use crate::arch;
 use crate::descriptors::Named;
@@ -20,6 +21,8 @@ use crate::memory::{Piece, Range};
 const MACHINE: u16 = 1;
 /// The section that says where the memory is.
 const MEMORY: u16 = 2;
+/// The section, of no bytes, of a state whose memory is that of a difference.
+const DIFF: u16 = 3;
 /// The form of each section; the machine says its own beside.
 const VERSION: u16 = 1;
 /// The most that the machine may have as bytes. What is read from them may take several times as much memory of
@@ -59,8 +62,37 @@ pub struct Stored {
     pub machine: SavedMachine,
     /// Where its memory is.
     pub memory: MemoryFile,
-    /// The checksums of its memory, if they were asked for.
-    pub checksums: Vec<u32>,
+    /// The checksums of its memory, or none if they were not asked for.
+    pub sums: Sums,
+}
+
+/// Which memory a memory file has, and its checksums.
+pub enum Sums {
+    /// All of it: the checksum of each block.
+    Whole(Vec<u32>),
+    /// The pages that were written since another snapshot.
+    Diff(Vec<diff::Block>),
+}
+
+impl Sums {
+    /// The word of the API for it.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Whole(_) => "Full",
+            Self::Diff(_) => "Diff",
+        }
+    }
+
+    /// Compares the memory in `file`, of `size` bytes, with them.
+    ///
+    /// # Errors
+    /// It is not as it was written.
+    pub fn verify(&self, file: &File, size: u64) -> Result<()> {
+        match self {
+            Self::Whole(checksums) => memory_file::verify(file, size, checksums),
+            Self::Diff(blocks) => diff::verify(file, size, blocks),
+        }
+    }
 }
 
 impl Location {
@@ -72,6 +104,24 @@ impl Location {
         match self {
             Self::Folder(path) => Draft::in_folder(path, random()?),
             Self::Files { state, memory } => Draft::at_paths(state, memory),
+        }
+    }
+
+    /// Whether nothing is there that a difference, which is of no use alone, would replace.
+    ///
+    /// # Errors
+    /// There is a snapshot, or its memory.
+    pub fn check_free(&self) -> Result<()> {
+        let path = match self {
+            Self::Folder(path) => path.join(folder::STATE),
+            Self::Files { memory, .. } => memory.clone(),
+        };
+        match path.try_exists() {
+            Ok(true) => Err(Error::config(format!(
+                "`{}` is there already: a difference needs files of its own, and the snapshot before it",
+                path.display()
+            ))),
+            _ => Ok(()),
         }
     }
 
@@ -143,9 +193,15 @@ impl Stored {
             return Err(Error::config("its memory has another size than its file: it is damaged"));
         }
         let checksums = sections.iter().find(|section| section.kind == state_file::CHECKSUMS);
-        let (words, _) = checksums.map_or(&[][..], |section| &section.bytes).as_chunks();
-        let checksums = words.iter().map(|word| u32::from_le_bytes(*word)).collect();
-        Ok(Self { origin, machine, memory, checksums })
+        let checksums = checksums.map_or(&[][..], |section| &section.bytes);
+        let sums = match sections.iter().any(|section| section.kind == DIFF) {
+            true => Sums::Diff(diff::from_bytes(checksums, memory.size)?),
+            false => {
+                let (words, _) = checksums.as_chunks();
+                Sums::Whole(words.iter().map(|word| u32::from_le_bytes(*word)).collect())
+            }
+        };
+        Ok(Self { origin, machine, memory, sums })
     }
 
     /// Whether it was made on this architecture.
@@ -172,17 +228,23 @@ impl Stored {
 ///
 /// # Errors
 /// It is more than can be read again.
-pub fn state(machine: Vec<u8>, memory: &MemoryFile, written: &Written, boot_id: [u8; 16]) -> Result<Vec<u8>> {
+pub fn state(machine: Vec<u8>, memory: &MemoryFile, sums: &Sums, boot_id: [u8; 16]) -> Result<Vec<u8>> {
     if machine.len() > MACHINE_MAX {
         let message =
             format!("the state of the machine has {} bytes, at most {MACHINE_MAX} are kept", machine.len());
         return Err(Error::config(message));
     }
     let memory = postcard::to_extend(memory, Vec::new()).context("write where the memory is")?;
-    let checksums = written.checksums.iter().flat_map(|sum| sum.to_le_bytes()).collect();
     let section = |kind, bytes| Section { kind, version: VERSION, bytes };
-    let sections =
-        [section(MACHINE, machine), section(MEMORY, memory), section(state_file::CHECKSUMS, checksums)];
+    let mut sections = vec![section(MACHINE, machine), section(MEMORY, memory)];
+    let checksums = match sums {
+        Sums::Whole(checksums) => checksums.iter().flat_map(|sum| sum.to_le_bytes()).collect(),
+        Sums::Diff(blocks) => {
+            sections.push(section(DIFF, Vec::new()));
+            diff::to_bytes(blocks)
+        }
+    };
+    sections.push(section(state_file::CHECKSUMS, checksums));
     Ok(state_file::write(&Origin { architecture: arch::ELF_MACHINE, boot_id }, &sections))
 }
 

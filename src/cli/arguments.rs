@@ -35,7 +35,7 @@ Commands:
   run       Boot a guest, put its console on this terminal and return how it ended
   serve     Wait for requests on a control socket (Firecracker's API)
   ctl       Ask a running microVM something, or tell it to do something
-  snapshot  Look at the files of a saved microVM
+  snapshot  Look at the files of a saved microVM, or merge a difference into them
   exec      Run a command in a guest that is up
   cp        Copy files into a guest that is up, or out of it
   wait      Wait until the agent in a guest answers
@@ -387,10 +387,12 @@ mod tests {
             ("run --restore d --cpus 2", "leave out --cpus"),
             ("run --restore d --disk x", "leave out --disk"),
             ("run --restore d -- true", "leave out COMMAND"),
-            ("snapshot", "one of `inspect` and `verify` is expected; see `alula snapshot --help`"),
+            ("snapshot", "one of `inspect`, `verify` and `merge` is expected; see `alula snapshot --help`"),
+            ("snapshot merge a", "two folders, or a state and its memory twice, are expected"),
             ("snapshot verify", "a folder, or a state and its memory, is expected"),
             ("snapshot inspect a b", "one state, or its folder, is expected"),
-            ("ctl snapshot", "one folder is expected"),
+            ("ctl --diff pause", "`--diff` is for `snapshot FOLDER` alone"),
+            ("ctl snapshot", "one folder, and `--diff` or not, is expected"),
             ("firmware x", "unexpected argument \"x\"; see `alula firmware --help`"),
             ("version x", "unexpected argument \"x\""),
             ("help dance", "there is no command \"dance\""),

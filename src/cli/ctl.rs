@@ -26,7 +26,7 @@ pub fn run(ctl: &Ctl) -> Result<()> {
         Ask::Events => client.lines("/events", |line| event(line, ctl.json)),
         Ask::Pause => set_state(client, "Paused", ctl.json),
         Ask::Resume => set_state(client, "Resumed", ctl.json),
-        Ask::Snapshot(folder) => snapshot(client, folder, ctl.json),
+        Ask::Snapshot(folder, is_diff) => snapshot(client, folder, *is_diff, ctl.json),
         Ask::Shutdown => {
             ask(&mut client, "PUT", "/actions", r#"{"action_type": "Shutdown"}"#)?;
             if ctl.json { Ok(()) } else { say("the guest was asked to power off") }
@@ -85,10 +85,11 @@ fn set_state(mut client: Client, state: &str, json: bool) -> Result<()> {
     if json { Ok(()) } else { say(&state.to_lowercase()) }
 }
 
-fn snapshot(mut client: Client, folder: &Path, json: bool) -> Result<()> {
+fn snapshot(mut client: Client, folder: &Path, is_diff: bool, json: bool) -> Result<()> {
     // The monitor may be in another folder.
     let folder = std::path::absolute(folder).with_context(|| format!("find `{}`", folder.display()))?;
-    let body = json!({ "folder": folder }).to_string();
+    let kind = if is_diff { "Diff" } else { "Full" };
+    let body = json!({ "folder": folder, "snapshot_type": kind }).to_string();
     client.wait_for_ever()?;
     ask(&mut client, "PUT", "/snapshot/create", &body)?;
     if json { Ok(()) } else { say(&format!("saved to `{}`", folder.display())) }

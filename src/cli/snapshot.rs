@@ -5,8 +5,8 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use super::arguments::snapshot::Snapshot;
-use crate::carry::memory_file;
-use crate::carry::stored::{Location, Stored, boot_id};
+use crate::carry::merge;
+use crate::carry::stored::{Location, Stored, Sums, boot_id};
 use crate::error::{Context, Result};
 
 /// What to print.
@@ -14,6 +14,7 @@ pub fn run(snapshot: &Snapshot) -> Result<String> {
     match snapshot {
         Snapshot::Inspect(path) => inspect(path),
         Snapshot::Verify(location) => verify(location),
+        Snapshot::Merge(base, diff) => merge(base, diff),
     }
 }
 
@@ -26,7 +27,7 @@ fn inspect(path: &Path) -> Result<String> {
 
 /// What a state says, for people and programs.
 fn told(stored: &Stored) -> Result<Value> {
-    let Stored { origin, machine, memory, checksums } = stored;
+    let Stored { origin, machine, memory, sums } = stored;
     let architecture = match origin.architecture {
         62 => json!("x86_64"),
         183 => json!("aarch64"),
@@ -40,13 +41,18 @@ fn told(stored: &Stored) -> Result<Value> {
     };
     let parts: Map<_, _> = machine.parts.iter().map(part).collect();
     let config: Value = serde_json::from_str(&machine.config.saved()?).context("read the configuration")?;
+    let checksums = match sums {
+        Sums::Whole(checksums) => checksums.len(),
+        Sums::Diff(blocks) => blocks.len(),
+    };
     let boot = u128::from_be_bytes(origin.boot_id);
     Ok(json!({
         "architecture": architecture,
         "host_boot_id": format!("{boot:032x}"),
         "is_of_this_boot": boot_id().is_ok_and(|id| id == origin.boot_id),
         "cpus": machine.cpus(),
-        "memory": { "ranges": ranges, "file": memory.name, "size": memory.size, "checksums": checksums.len() },
+        "memory": { "ranges": ranges, "file": memory.name, "size": memory.size, "checksums": checksums },
+        "kind": sums.kind(),
         "parts": parts,
         "config": config,
     }))
@@ -55,7 +61,13 @@ fn told(stored: &Stored) -> Result<Value> {
 fn verify(location: &Location) -> Result<String> {
     let (stored, memory) = location.open(true)?;
     let size = stored.memory.size;
-    let verified = memory_file::verify(&memory, size, &stored.checksums);
+    let verified = stored.sums.verify(&memory, size);
     verified.context("verify the memory of the saved machine")?;
-    Ok(format!("{}: ok, with {} MiB of memory\n", location.state().display(), size >> 20))
+    let kind = if matches!(stored.sums, Sums::Diff(_)) { ", a difference" } else { "" };
+    Ok(format!("{}: ok, with {} MiB of memory{kind}\n", location.state().display(), size >> 20))
+}
+
+fn merge(base: &Location, diff: &Location) -> Result<String> {
+    let size = merge::merge(base, diff)?;
+    Ok(format!("{}: merged, with {} MiB of memory\n", base.state().display(), size >> 20))
 }

@@ -80,7 +80,8 @@ pub struct MachineConfig {
     /// Two CPUs per core (x86_64).
     #[serde(default, deserialize_with = "json::or_default")]
     pub smt: bool,
-    /// Not implemented yet: note which pages the guest dirties.
+    /// Note which pages the guest and its devices write: a `Diff` snapshot then has what was written since the
+    /// snapshot before it.
     #[serde(default, deserialize_with = "json::or_default")]
     pub track_dirty_pages: bool,
     /// Not implemented yet, except `None`: a named set of CPU features.
@@ -176,7 +177,6 @@ impl MachineConfig {
         }
         let not_yet = |field| Err(Error::config(format!("`{field}` is not implemented yet: leave it out")));
         match self {
-            Self { track_dirty_pages: true, .. } => not_yet("track_dirty_pages"),
             Self { cpu_template: Some(template), .. } if *template != CpuTemplate::None => {
                 not_yet("cpu_template")
             }
@@ -244,7 +244,6 @@ mod tests {
             (r#"{"vcpu_count":1,"mem_size_mib":3,"huge_pages":"Transparent"}"#, "not a multiple of the"),
             (r#"{"vcpu_count":1,"mem_size_mib":2,"huge_pages":"1G"}"#, "unknown variant `1G`"),
             (r#"{"vcpu_count":1,"mem_size_mib":2,"cpu_template":"T2"}"#, "`cpu_template` is not implemented"),
-            (r#"{"vcpu_count":1,"mem_size_mib":2,"track_dirty_pages":true}"#, "`track_dirty_pages` is not"),
         ] {
             let error = machine(text).unwrap_err();
             assert!(error.contains(expected), "{text}: {error}");

@@ -34,6 +34,8 @@ metrics! {
         vmm_resume_vm: Gauge,
         full_create_snapshot: Gauge,
         vmm_full_create_snapshot: Gauge,
+        diff_create_snapshot: Gauge,
+        vmm_diff_create_snapshot: Gauge,
         load_snapshot: Gauge,
         vmm_load_snapshot: Gauge,
     }

@@ -6,6 +6,7 @@ pub mod counts;
 mod metrics;
 pub mod monitor;
 pub mod purpose;
+pub mod saving;
 pub mod signals;
 pub mod snapshots;
 
@@ -24,6 +25,7 @@ use crate::host::{Access, Host, Resource, Sharing};
 use crate::jobs::{Jobs, Ticket};
 use crate::log;
 use crate::machine::{Machine, Prepared, RunState};
+use crate::memory::page_set::PageSet;
 use crate::metadata::store::Store;
 use crate::metadata::{self, Service};
 use crate::metrics::{self as counted, View};
@@ -46,7 +48,10 @@ pub struct Microvm {
     prepared: Option<Prepared>,
     machine: Option<Machine>,
     jobs: Jobs<Finish>,
-    saving: Option<snapshots::Saving>,
+    saving: Option<saving::Saving>,
+    /// Pages that were written since the last snapshot, as far as the log was asked for a later one that failed;
+    /// None: no snapshot since writes are noted.
+    unsaved: Option<PageSet>,
     metadata: Arc<Store>,
     /// An agent in the guest has said that it listens.
     has_agent: bool,
@@ -65,6 +70,7 @@ impl Microvm {
             machine: None,
             jobs: Jobs::default(),
             saving: None,
+            unsaved: None,
             metadata: Arc::new(Store::new(metadata::SIZE_MAX)),
             has_agent: false,
         }
@@ -182,6 +188,9 @@ impl Microvm {
         self.host.serve_metadata(service.map(|config| Service { config, store: self.metadata.clone() }));
         let mut machine = Machine::build(&self.id, &self.config, &mut self.host, prepared)?;
         machine.load(&self.config, &mut self.host)?;
+        if self.config.machine_config.track_dirty_pages {
+            machine.track_writes(true)?;
+        }
         self.host.release_all();
         // Told first: what the guest does comes after it.
         history::tell(|| Event::Started { reason });
@@ -273,7 +282,7 @@ impl Microvm {
     pub fn pause(&mut self, reason: &'static str) -> Result<()> {
         let begun = Instant::now();
         if let Some(saving) = &mut self.saving {
-            saving.resumes = false;
+            saving.leave_paused();
         }
         let machine = self.started()?;
         let was_running = machine.state() == RunState::Running;

@@ -1,33 +1,20 @@
-//! A microVM that is saved to files, and one that goes on from them.
+//! A microVM that goes on from files that one was saved to.
 
 use std::path::PathBuf;
 use std::time::Instant;
 
 use serde_json::{Value, json};
-use vm_memory::GuestAddressSpace;
 
 use super::counts::LATENCIES;
-use super::{Finish, Microvm, note};
-use crate::carry::folder::Draft;
-use crate::carry::memory_file::{self, Pagemap};
-use crate::carry::stored::{self, Location, MemoryFile};
+use super::{Microvm, note};
+use crate::carry::stored::{Location, Sums};
 use crate::config::{Config, HugePages};
 use crate::devices::kind::ConfiguredDevice;
 use crate::error::{Context, Error, Result};
 use crate::history::{self, Event};
-use crate::jobs::Ticket;
-use crate::machine::{Machine, Prepared, RunState};
-use crate::memory::{Memory, Source};
+use crate::machine::{Machine, Prepared};
+use crate::memory::Source;
 use crate::metadata::Service;
-
-/// Who has a machine stand still while it is saved.
-const REASON: &str = "snapshot";
-
-/// A snapshot that is being written.
-pub(super) struct Saving {
-    /// The guest ran before, and is to go on when the snapshot is there.
-    pub(super) resumes: bool,
-}
 
 /// What is to be restored, and what is to be other than it was.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -67,6 +54,7 @@ impl Load {
         config.metrics.clone_from(&own.metrics);
         config.serial.clone_from(&own.serial);
         config.dialect = own.dialect;
+        config.machine_config.track_dirty_pages = self.tracks_writes;
         if let Some(huge_pages) = self.huge_pages {
             config.machine_config.huge_pages = huge_pages;
         }
@@ -101,89 +89,6 @@ fn change(config: &mut Config, section: &str, id: Option<&str>, field: &str, val
 }
 
 impl Microvm {
-    /// Saves the machine to files at `location`. A guest that runs stands still meanwhile. A job writes, whose ticket is
-    /// returned.
-    ///
-    /// # Errors
-    /// The machine cannot be saved now, or nothing can be made there: then nothing was.
-    pub fn create_snapshot(&mut self, location: &Location) -> Result<Ticket> {
-        let begun = Instant::now();
-        self.begin_snapshot(location, begun).inspect_err(|error| {
-            history::tell(|| Event::SnapshotFailed { reason: history::text(error) });
-        })
-    }
-
-    fn begin_snapshot(&mut self, location: &Location, begun: Instant) -> Result<Ticket> {
-        self.check_not_saving()?;
-        let machine = self.started()?;
-        if machine.is_changing() {
-            return Err(Error::config("a change of a device waits for what it has in flight: wait for that"));
-        }
-        let resumes = machine.state() == RunState::Running;
-        if resumes && matches!(location, Location::Files { .. }) {
-            // As in Firecracker, whose clients see to that themselves.
-            return Err(Error::config("the microVM runs: pause it first (`PATCH /vm`)"));
-        }
-        // All that can be known to fail does so before the guest is disturbed.
-        let (draft, pagemap, boot_id) = (location.begin()?, Pagemap::open()?, stored::boot_id()?);
-        if resumes {
-            self.pause(REASON)?;
-        }
-        let started = self.save_to(draft, pagemap, boot_id, begun);
-        match &started {
-            Ok(_) => self.saving = Some(Saving { resumes }),
-            Err(_) if resumes => self.resume(REASON)?,
-            Err(_) => {}
-        }
-        started
-    }
-
-    /// Takes the machine's state, and has a job write it, with the memory, to `draft`.
-    fn save_to(
-        &mut self,
-        draft: Draft,
-        pagemap: Pagemap,
-        boot_id: [u8; 16],
-        begun: Instant,
-    ) -> Result<Ticket> {
-        let machine = self.started()?;
-        let saved = machine.save()?;
-        let size = saved.memory().iter().map(|range| range.size).sum();
-        let (saved, memory) = (saved.to_bytes()?, machine.memory().clone());
-        let memory_file = MemoryFile { name: draft.memory_name(), size };
-        self.start_job("snapshot", move || -> Finish {
-            let written = write(draft, saved, &memory_file, &memory, &pagemap, boot_id);
-            Box::new(move |microvm| microvm.end_snapshot(written, begun))
-        })
-    }
-
-    /// The snapshot is there, with so many pages of memory, or could not be written.
-    fn end_snapshot(&mut self, written: Result<u64>, begun: Instant) -> Result<Option<Value>> {
-        let resumes = self.saving.take().is_some_and(|saving| saving.resumes);
-        match &written {
-            Ok(pages) => {
-                note(begun, [&LATENCIES.full_create_snapshot, &LATENCIES.vmm_full_create_snapshot]);
-                let (kind, pages, time_us) = ("Full", *pages, begun.elapsed().as_micros() as u64);
-                history::tell(|| Event::SnapshotCreated { kind, pages, time_us });
-            }
-            Err(error) => history::tell(|| Event::SnapshotFailed { reason: history::text(error) }),
-        }
-        if resumes {
-            self.resume(REASON)?;
-        }
-        written.map(|_| None)
-    }
-
-    /// While a snapshot is being written, nothing may change what it is of.
-    pub(super) fn check_not_saving(&self) -> Result<()> {
-        match self.saving {
-            None => Ok(()),
-            Some(_) => {
-                Err(Error::config("a snapshot of the microVM is being written: wait until it is done"))
-            }
-        }
-    }
-
     /// Makes this microVM, which has no machine yet, the one that was saved.
     ///
     /// # Errors
@@ -209,6 +114,12 @@ impl Microvm {
     /// A machine that goes on where the saved one stood, and its configuration.
     fn build_saved(&mut self, load: &Load, reason: &'static str) -> Result<(Machine, Config)> {
         let (stored, file) = load.location.open(false)?;
+        if matches!((&load.location, &stored.sums), (Location::Folder(_), Sums::Diff(_))) {
+            return Err(Error::config(
+                "it has only the memory that was written since the snapshot before it: merge it into that \
+                 (`alula snapshot merge`)",
+            ));
+        }
         let pieces = stored.pieces();
         let mut saved = stored.machine;
         let config = load.config(&saved.config, &self.config)?;
@@ -234,20 +145,4 @@ impl Microvm {
         }
         Ok((machine, config))
     }
-}
-
-/// Writes the memory and then the state, and makes both the snapshot that counts; returns how many pages of memory
-/// were written.
-fn write(
-    draft: Draft,
-    machine: Vec<u8>,
-    memory_file: &MemoryFile,
-    memory: &Memory,
-    pagemap: &Pagemap,
-    boot_id: [u8; 16],
-) -> Result<u64> {
-    let written = memory_file::write(&memory.memory(), pagemap, draft.memory_file());
-    let written = written.context("write the memory of the guest")?;
-    draft.keep(&stored::state(machine, memory_file, &written, boot_id)?)?;
-    Ok(written.pages)
 }

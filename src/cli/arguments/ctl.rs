@@ -20,7 +20,9 @@ Commands:
   metrics            What it has done so far, without what it never did
   events             What has happened to it, and what happens from now on
   pause, resume      Stop its CPUs and devices, let them go on
-  snapshot FOLDER    Save it, with its memory, to files there; it stands still meanwhile, and goes on
+  snapshot FOLDER [--diff]
+                     Save it, with its memory, to files there; it goes on. With --diff: only the memory that
+                     was written since the snapshot before
   shutdown           Ask the guest to power off: Ctrl-Alt-Del on x86_64, the power key on aarch64
   get PATH           Any request of the API (docs/api.md), like `get /machine-config`
   put PATH JSON      With this body; `-` reads it from standard input
@@ -63,8 +65,8 @@ pub enum Ask {
     Events,
     Pause,
     Resume,
-    /// Save to this folder.
-    Snapshot(std::path::PathBuf),
+    /// Save to this folder, as a difference if that is true.
+    Snapshot(std::path::PathBuf, bool),
     Shutdown,
     /// Method, path and body of a request.
     Request(&'static str, String, String),
@@ -72,13 +74,14 @@ pub enum Ask {
 
 /// Parses what comes after `alula ctl`.
 pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
-    let (mut reach, mut json, mut words) = (None, false, Vec::new());
+    let (mut reach, mut json, mut is_diff, mut words) = (None, false, false, Vec::new());
     let mut given = Given::default();
     while let Some(argument) = parser.next()? {
         given.once(&argument)?;
         match argument {
             Long("api-sock") => reach = Some(Reach::Api(parser.value()?.into())),
             Long("json") => json = true,
+            Long("diff") => is_diff = true,
             Short('h') | Long("help") => return Ok(Command::Print(HELP.to_owned())),
             Value(word) => words.push(word.string()?),
             other => return Err(other.unexpected()),
@@ -103,8 +106,8 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
         ["events"] => Ask::Events,
         ["pause"] => Ask::Pause,
         ["resume"] => Ask::Resume,
-        ["snapshot", folder] => Ask::Snapshot(folder.into()),
-        ["snapshot", ..] => return Err("one folder is expected".into()),
+        ["snapshot", folder] => Ask::Snapshot(folder.into(), is_diff),
+        ["snapshot", ..] => return Err("one folder, and `--diff` or not, is expected".into()),
         ["shutdown"] => Ask::Shutdown,
         ["get", path] => request("GET", path, ""),
         ["put", path, body] => request("PUT", path, body),
@@ -118,6 +121,9 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
             return Err(spelling::with_hint(message, word, COMMANDS).into());
         }
     };
+    if is_diff && !matches!(ask, Ask::Snapshot(..)) {
+        return Err("`--diff` is for `snapshot FOLDER` alone".into());
+    }
     let reach = reach.unwrap_or_else(|| Reach::Api("/run/firecracker.socket".into()));
     Ok(Command::Ctl(Ctl { reach, json, ask }))
 }

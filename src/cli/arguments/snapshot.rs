@@ -1,5 +1,6 @@
 //! `alula snapshot`: its options and its help.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use lexopt::Arg::{Long, Short, Value};
@@ -8,14 +9,17 @@ use super::{Command, Given};
 use crate::carry::stored::Location;
 
 const HELP: &str = "\
-Look at the files of a saved microVM.
+Look at the files of a saved microVM, and merge them.
 
 Usage: alula snapshot inspect STATE|FOLDER
        alula snapshot verify FOLDER
        alula snapshot verify STATE MEMORY
+       alula snapshot merge FOLDER DIFF_FOLDER
+       alula snapshot merge STATE MEMORY DIFF_STATE DIFF_MEMORY
 
 `inspect` prints what the state says, as JSON: where and of what machine it was made, and how large it is.
 `verify` reads all of state and memory, and compares them with the checksums in the state.
+`merge` makes a snapshot the later one that a difference was saved of; the difference stays, and is of no more use.
 
 A microVM is saved by `alula ctl snapshot FOLDER` and goes on by `alula run --restore FOLDER`; STATE and
 MEMORY are the two paths of the API's request (docs/snapshots.md).
@@ -23,7 +27,7 @@ MEMORY are the two paths of the API's request (docs/snapshots.md).
 Options:
   -h, --help  Print this
 
-The exit code is 0, or 1 when the files are not there or damaged, 153 for wrong arguments.
+The exit code is 0, or 1 when the files are not there, damaged or not to be merged, 153 for wrong arguments.
 ";
 
 /// `alula snapshot`.
@@ -33,6 +37,8 @@ pub enum Snapshot {
     Inspect(PathBuf),
     /// Read all of it.
     Verify(Location),
+    /// Merge into the first the second, a difference.
+    Merge(Location, Location),
 }
 
 /// Parses what comes after `alula snapshot`.
@@ -48,17 +54,25 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
     }
     let (what, paths) = match words.split_first() {
         Some((what, paths)) => (what.to_str(), paths),
-        None => return Err("one of `inspect` and `verify` is expected".into()),
+        None => return Err("one of `inspect`, `verify` and `merge` is expected".into()),
     };
+    let folder = |path: &OsString| Location::Folder(path.into());
+    let files =
+        |state: &OsString, memory: &OsString| Location::Files { state: state.into(), memory: memory.into() };
     let snapshot = match (what, paths) {
         (Some("inspect"), [path]) => Snapshot::Inspect(path.into()),
-        (Some("verify"), [folder]) => Snapshot::Verify(Location::Folder(folder.into())),
-        (Some("verify"), [state, memory]) => {
-            Snapshot::Verify(Location::Files { state: state.into(), memory: memory.into() })
+        (Some("verify"), [path]) => Snapshot::Verify(folder(path)),
+        (Some("verify"), [state, memory]) => Snapshot::Verify(files(state, memory)),
+        (Some("merge"), [base, diff]) => Snapshot::Merge(folder(base), folder(diff)),
+        (Some("merge"), [state, memory, diff_state, diff_memory]) => {
+            Snapshot::Merge(files(state, memory), files(diff_state, diff_memory))
+        }
+        (Some("merge"), _) => {
+            return Err("two folders, or a state and its memory twice, are expected".into());
         }
         (Some("inspect"), _) => return Err("one state, or its folder, is expected".into()),
         (Some("verify"), _) => return Err("a folder, or a state and its memory, is expected".into()),
-        _ => return Err("one of `inspect` and `verify` is expected".into()),
+        _ => return Err("one of `inspect`, `verify` and `merge` is expected".into()),
     };
     Ok(Command::Snapshot(snapshot))
 }
