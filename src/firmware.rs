@@ -36,8 +36,8 @@ pub fn check_words(words: &str) -> Result<()> {
         let (name, value) = word.split_once('=').map_or((word, None), |(name, value)| (name, Some(value)));
         let is_number = |value: &str| value.parse::<u32>().is_ok();
         match (name, value) {
-            ("cpus" | "memory", Some(value)) if is_number(value) => {}
-            ("cpus" | "memory", _) => return refuse(word, format!("expected {name}=NUMBER")),
+            ("cpus" | "memory" | "work", Some(value)) if is_number(value) => {}
+            ("cpus" | "memory" | "work", _) => return refuse(word, format!("expected {name}=NUMBER")),
             ("end", Some(value)) if is_number(value) || ENDS.contains(&value) => {}
             ("end", _) => return refuse(word, format!("expected end=NUMBER or one of {}", ENDS.join(", "))),
             ("case", Some(value)) if value.split(',').all(|case| CASES.contains(&case)) => {}
@@ -47,7 +47,7 @@ pub fn check_words(words: &str) -> Result<()> {
             (name, None) if FLAGS.contains(&name) => {}
             _ => {
                 let flags = FLAGS.join(", ");
-                return refuse(word, format!("expected cpus=, memory=, case=, end=, {flags}"));
+                return refuse(word, format!("expected cpus=, memory=, work=, case=, end=, {flags}"));
             }
         }
     }

@@ -9,6 +9,7 @@
 //! - `booted`: tell the boot timer.
 //! - `bench`: put the devices under the loads that are typed (bench.rs).
 //! - `echo`: before the cases, send back what is typed until a line ends.
+//! - `work=MIB`: before the cases, write so much memory again and again, until a line ends (work.rs).
 //! - `end=poweroff|reset|halt|crash|fail|idle|spin|N`: how to end, instead of by the number of failed cases.
 
 #![no_std]
@@ -24,6 +25,7 @@ mod hostile_net;
 mod machine;
 mod virtio;
 mod words;
+mod work;
 
 #[cfg(target_arch = "x86_64")]
 mod acpi;
@@ -61,6 +63,11 @@ fn start(command_line: &'static [u8], read_tables: impl FnOnce() -> Machine) -> 
     }
     if words.has("echo") {
         echo();
+    }
+    if let Some(mib) = words.value("work").and_then(words::number)
+        && !work::work(machine, mib)
+    {
+        arch::exit(1);
     }
     if words.has("bench") {
         bench::serve(machine);
