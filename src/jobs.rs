@@ -45,11 +45,23 @@ impl<T: Send + 'static> Jobs<T> {
                 "{OPEN_MAX} requests that take long are being done already: wait until one is answered"
             )));
         }
+        let ticket = self.last + 1;
+        self.go_on(ticket, name, work)?;
+        self.last = ticket;
+        Ok(ticket)
+    }
+
+    /// Has another thread called `name` go on with a job that has ended, under its ticket.
+    pub fn go_on(
+        &mut self,
+        ticket: Ticket,
+        name: &str,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<()> {
         let ended = match &self.ended {
             Some(ended) => ended.clone(),
             None => self.ended.insert(Ended::new()?).clone(),
         };
-        let ticket = self.last + 1;
         let job = move || {
             poll::leave_signals_to_others();
             let result = work();
@@ -59,8 +71,12 @@ impl<T: Send + 'static> Jobs<T> {
         };
         let thread = std::thread::Builder::new().name(name.to_owned()).spawn(job);
         self.open.push((ticket, thread.with_context(|| format!("start the thread `{name}`"))?));
-        self.last = ticket;
-        Ok(ticket)
+        Ok(())
+    }
+
+    /// Whether a job has not ended yet, or was not looked at since.
+    pub fn is_open(&self, ticket: Ticket) -> bool {
+        self.open.iter().any(|(other, _)| *other == ticket)
     }
 
     /// Readable when [`Jobs::take_ended`] has something; none: there was no job yet.
@@ -130,6 +146,14 @@ mod tests {
             events.wait(Some(Duration::ZERO), &mut ready).unwrap();
             assert!(ready.is_empty() && jobs.take_ended().is_empty());
         }
-        assert!(jobs.start("job", || 7).unwrap() > tickets[3]);
+        let ticket = jobs.start("job", || 7).unwrap();
+        assert!(ticket > tickets[3] && jobs.is_open(ticket) && !jobs.is_open(tickets[3]));
+        events.wait(None, &mut ready).unwrap();
+        assert_eq!(jobs.take_ended(), [(ticket, 7)]);
+        jobs.go_on(ticket, "job", || 8).unwrap();
+        assert!(jobs.is_open(ticket));
+        events.wait(None, &mut ready).unwrap();
+        assert_eq!(jobs.take_ended(), [(ticket, 8)]);
+        assert!(!jobs.is_open(ticket));
     }
 }

@@ -42,6 +42,9 @@ pub struct CreateSnapshot {
     /// Ours, instead of the two paths: a folder for both. A microVM that runs stands still until they are
     /// written, and goes on.
     folder: Option<PathBuf>,
+    /// Ours: a microVM that runs goes on while most of it is written, and stands still for a moment.
+    #[serde(default)]
+    live: bool,
 }
 
 /// The part of the memory that is saved.
@@ -164,6 +167,7 @@ impl CreateSnapshot {
                 SnapshotType::Full => Kind::Full,
                 SnapshotType::Diff => Kind::Diff,
             },
+            is_live: self.live,
         }
     }
 }

@@ -4,6 +4,7 @@
 //! (Documentation/admin-guide/mm/pagemap.rst). What it has not is zero, or is what the file holds that the
 //! memory was mapped from.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
@@ -12,7 +13,7 @@ use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddres
 use crate::descriptors::Named;
 use crate::error::{Context, Error, Result};
 use crate::memory::mapping::page_size;
-use crate::memory::{Range, Region, Regions};
+use crate::memory::{Piece, Range, Region, Regions};
 
 /// Memory is checked in blocks of this size, in bytes.
 pub const BLOCK: usize = 1 << 20;
@@ -163,6 +164,30 @@ pub(super) fn runs(block: &[u8], page: usize) -> Vec<(usize, usize)> {
 fn is_zero(bytes: &[u8]) -> bool {
     let (words, rest) = bytes.as_chunks();
     words.iter().all(|word| u128::from_ne_bytes(*word) == 0) && rest.iter().all(|byte| *byte == 0)
+}
+
+/// Makes those of `checksums` new whose blocks have one of `pieces`, from what `file` has now.
+///
+/// # Errors
+/// The file cannot be read.
+pub fn check_anew(file: &File, pieces: impl Iterator<Item = Piece>, checksums: &mut [u32]) -> Result<()> {
+    let size = file.metadata().context("read its length")?.len();
+    let blocks: BTreeSet<u64> = pieces
+        .flat_map(|piece| {
+            let last = piece.position + (piece.range.size - 1);
+            piece.position / BLOCK as u64..=last / BLOCK as u64
+        })
+        .collect();
+    let mut bytes = vec![0; BLOCK];
+    for index in blocks {
+        let place = index * BLOCK as u64;
+        let bytes = &mut bytes[..size.saturating_sub(place).min(BLOCK as u64) as usize];
+        file.read_exact_at(bytes, place).context("read what was written")?;
+        if let Some(checksum) = checksums.get_mut(index as usize) {
+            *checksum = crc32fast::hash(bytes);
+        }
+    }
+    Ok(())
 }
 
 /// Compares a file with the checksums of its blocks; the error names the first block that is not as it was

@@ -89,7 +89,7 @@ fn snapshot(mut client: Client, folder: &Path, is_diff: bool, json: bool) -> Res
     // The monitor may be in another folder.
     let folder = std::path::absolute(folder).with_context(|| format!("find `{}`", folder.display()))?;
     let kind = if is_diff { "Diff" } else { "Full" };
-    let body = json!({ "folder": folder, "snapshot_type": kind }).to_string();
+    let body = json!({ "folder": folder, "snapshot_type": kind, "live": true }).to_string();
     client.wait_for_ever()?;
     ask(&mut client, "PUT", "/snapshot/create", &body)?;
     if json { Ok(()) } else { say(&format!("saved to `{}`", folder.display())) }

@@ -3,6 +3,7 @@
 //! the loop of the process's main thread, which runs until the guest, its user or a signal ends the microVM.
 
 pub mod counts;
+mod live;
 mod metrics;
 pub mod monitor;
 pub mod purpose;
@@ -296,8 +297,12 @@ impl Microvm {
 
     /// Lets CPUs and devices go on. `reason`: who wants it.
     pub fn resume(&mut self, reason: &'static str) -> Result<()> {
-        let begun = Instant::now();
         self.check_not_saving()?;
+        self.go_on(reason)
+    }
+
+    fn go_on(&mut self, reason: &'static str) -> Result<()> {
+        let begun = Instant::now();
         let machine = self.started()?;
         let was_paused = machine.state() == RunState::Paused;
         machine.resume()?;
@@ -389,8 +394,15 @@ impl Microvm {
 
     /// Does what is left to do of jobs that have ended, and says how they ended.
     pub fn finish_jobs(&mut self) -> Vec<(Ticket, Result<Option<Value>>)> {
-        let ended = self.jobs.take_ended();
-        ended.into_iter().map(|(ticket, finish)| (ticket, finish(self))).collect()
+        let mut answers = Vec::new();
+        for (ticket, finish) in self.jobs.take_ended() {
+            let answer = finish(self);
+            // One that goes on has not ended.
+            if !self.jobs.is_open(ticket) {
+                answers.push((ticket, answer));
+            }
+        }
+        answers
     }
 }
 

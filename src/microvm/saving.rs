@@ -6,6 +6,7 @@ use serde_json::Value;
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::counts::LATENCIES;
+use super::live::Live;
 use super::{Finish, Microvm, note};
 use crate::carry::folder::Draft;
 use crate::carry::memory_file::{self, Pagemap};
@@ -28,6 +29,8 @@ pub struct Save {
     pub location: Location,
     /// How much of the memory.
     pub kind: Kind,
+    /// A guest that runs goes on while most of it is written.
+    pub is_live: bool,
 }
 
 /// How much of a microVM's memory is saved.
@@ -55,6 +58,10 @@ pub(super) struct Saving {
     begun: Instant,
     /// Since when the guest stands still, which ran before, and is to go on when the snapshot is there.
     stands_since: Option<Instant>,
+    /// So long it stood still for it, and goes on since.
+    stood: Duration,
+    /// The job, which has more than one part if the guest goes on meanwhile.
+    ticket: Ticket,
 }
 
 impl Saving {
@@ -76,12 +83,12 @@ impl Saving {
 }
 
 /// What a job needs to write a snapshot: all that it opens is open.
-struct Writing {
-    kind: Kind,
-    draft: Draft,
-    pagemap: Pagemap,
+pub(super) struct Writing {
+    pub(super) kind: Kind,
+    pub(super) draft: Draft,
+    pub(super) pagemap: Pagemap,
     boot_id: [u8; 16],
-    memory: Memory,
+    pub(super) memory: Memory,
 }
 
 impl Writing {
@@ -105,18 +112,24 @@ impl Writing {
                 (Sums::Diff(diff::describe(&memory, &written, file)?), written.count())
             }
         };
-        let size = memory.iter().map(Region::len).sum();
-        file.set_len(size).context("give it its length").context(ATTEMPT)?;
-        file.sync_all().context("flush it to the disk").context(ATTEMPT)?;
-        let memory_file = MemoryFile { name: self.draft.memory_name(), size };
-        self.draft.keep(&stored::state(machine, &memory_file, &sums, self.boot_id)?)?;
+        self.keep(machine, &sums)?;
         Ok(pages)
+    }
+
+    /// Writes the state, of which `machine` are the bytes, beside the memory, which is written, and makes both the
+    /// snapshot that counts.
+    pub(super) fn keep(self, machine: Vec<u8>, sums: &Sums) -> Result<()> {
+        let (size, file) = (self.memory.memory().iter().map(Region::len).sum(), self.draft.memory_file());
+        file.set_len(size).context("give the memory its length")?;
+        file.sync_all().context("flush the memory to the disk")?;
+        let memory_file = MemoryFile { name: self.draft.memory_name(), size };
+        self.draft.keep(&stored::state(machine, &memory_file, sums, self.boot_id)?)
     }
 }
 
 impl Microvm {
-    /// Saves the machine to files. A guest that runs stands still meanwhile. A job writes, whose ticket is
-    /// returned.
+    /// Saves the machine to files. A guest that runs stands still meanwhile, or for a moment. A job writes, whose
+    /// ticket is returned.
     ///
     /// # Errors
     /// The machine cannot be saved now, or nothing can be made there: then nothing was.
@@ -127,16 +140,17 @@ impl Microvm {
     }
 
     fn begin_snapshot(&mut self, save: &Save, begun: Instant) -> Result<Ticket> {
-        let Save { location, kind } = save;
+        let Save { location, kind, is_live } = save;
         self.check_not_saving()?;
         let machine = self.started()?;
         if machine.is_changing() {
             return Err(Error::config("a change of a device waits for what it has in flight: wait for that"));
         }
         let resumes = machine.state() == RunState::Running;
-        if resumes && matches!(location, Location::Files { .. }) {
+        let is_live = resumes && *is_live;
+        if resumes && !is_live && matches!(location, Location::Files { .. }) {
             // As in Firecracker, whose clients see to that themselves.
-            return Err(Error::config("the microVM runs: pause it first (`PATCH /vm`)"));
+            return Err(Error::config("the microVM runs: pause it first (`PATCH /vm`), or say `live`"));
         }
         if *kind == Kind::Diff {
             location.check_free()?;
@@ -145,17 +159,73 @@ impl Microvm {
         let memory = machine.memory().clone();
         let (pagemap, boot_id) = (Pagemap::open()?, stored::boot_id()?);
         let writing = Writing { kind: *kind, draft: location.begin()?, pagemap, boot_id, memory };
-        let stands_since = resumes.then(Instant::now);
-        if resumes {
+        let stands_since = (resumes && !is_live).then(Instant::now);
+        if stands_since.is_some() {
             self.pause(REASON)?;
         }
-        let started = self.save_to(writing);
+        let started = if is_live { self.copy_live(writing) } else { self.save_to(writing) };
         match &started {
-            Ok(_) => self.saving = Some(Saving { kind: *kind, begun, stands_since }),
-            Err(_) if resumes => self.resume(REASON)?,
+            Ok(ticket) => {
+                let (kind, ticket, stood) = (*kind, *ticket, Duration::ZERO);
+                self.saving = Some(Saving { kind, begun, stands_since, stood, ticket });
+            }
+            Err(_) if stands_since.is_some() => self.resume(REASON)?,
             Err(_) => {}
         }
         started
+    }
+
+    /// Has a job copy the memory of a guest that runs, as far as it can be copied while the guest goes on.
+    fn copy_live(&mut self, writing: Writing) -> Result<Ticket> {
+        let unsaved = self.unsaved.clone();
+        let machine = self.started()?;
+        let mut live = Live::new(writing, machine.tracker(), machine.tracks_writes());
+        self.start_job("snapshot", move || -> Finish {
+            let copied = live.copy(unsaved);
+            Box::new(move |microvm| microvm.end_round(live, copied))
+        })
+    }
+
+    /// What can be copied of a guest that goes on was copied, or could not be: now it stands still for the rest.
+    fn end_round(&mut self, mut live: Live, copied: Result<()>) -> Result<Option<Value>> {
+        let last = copied.context("write the memory of the guest").and_then(|()| self.copy_last(&mut live));
+        // The log has told of these: if this snapshot fails, the next one has to have them.
+        self.unsaved.iter_mut().for_each(|unsaved| unsaved.add(&live.written));
+        let ticket = self.saving.as_ref().map_or(0, |saving| saving.ticket);
+        let goes_on = match last {
+            Ok(Some((machine, last))) => self.jobs.go_on(ticket, "snapshot", move || -> Finish {
+                let pages = live.finish(machine, &last);
+                Box::new(move |microvm| microvm.end_snapshot(pages))
+            }),
+            Ok(None) => self.jobs.go_on(ticket, "snapshot", move || -> Finish {
+                let copied = live.copy(None);
+                Box::new(move |microvm| microvm.end_round(live, copied))
+            }),
+            Err(error) => Err(error),
+        };
+        match goes_on {
+            Ok(()) => Ok(None),
+            Err(error) => self.end_snapshot(Err(error)),
+        }
+    }
+
+    /// Has the guest stand still while the state is taken, and the rest of the memory is copied. None: it has written
+    /// too much for that meanwhile.
+    fn copy_last(&mut self, live: &mut Live) -> Result<Option<(Vec<u8>, PageSet)>> {
+        let begun = Instant::now();
+        let runs = self.state() == Some(RunState::Running);
+        if runs {
+            self.pause(REASON)?;
+        }
+        // The state first: to take it may write to memory.
+        let saved = self.started()?.save();
+        let copied = saved.and_then(|saved| Ok(live.copy_last()?.map(|pages| (saved, pages))));
+        if runs {
+            self.go_on(REASON)?;
+            let stood = begun.elapsed();
+            self.saving.iter_mut().for_each(|saving| saving.stood += stood);
+        }
+        copied?.map(|(saved, pages)| Ok((saved.to_bytes()?, pages))).transpose()
     }
 
     /// Takes the machine's state, and has a job write it, with the memory.
@@ -186,11 +256,11 @@ impl Microvm {
             // What is written from here on is for the next one.
             self.unsaved = self.started()?.tracks_writes().then(PageSet::default);
         }
-        let stood = saving.as_ref().and_then(|saving| saving.stands_since);
-        let went_on = if stood.is_some() { self.resume(REASON) } else { Ok(()) };
-        let pause = stood.map_or(Duration::ZERO, |since| since.elapsed());
+        let since = saving.as_ref().and_then(|saving| saving.stands_since);
+        let went_on = if since.is_some() { self.resume(REASON) } else { Ok(()) };
+        let stood = since.map_or(Duration::ZERO, |since| since.elapsed());
         match (&written, &saving) {
-            (Ok(pages), Some(saving)) => saving.tell(*pages, pause),
+            (Ok(pages), Some(saving)) => saving.tell(*pages, stood + saving.stood),
             (Ok(_), None) => {}
             (Err(error), _) => history::tell(|| Event::SnapshotFailed { reason: history::text(error) }),
         }

@@ -5,6 +5,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod diff;
+mod live;
 
 use std::fs::{self, File};
 use std::io::Write;

@@ -21,8 +21,8 @@ Commands:
   events             What has happened to it, and what happens from now on
   pause, resume      Stop its CPUs and devices, let them go on
   snapshot FOLDER [--diff]
-                     Save it, with its memory, to files there; it goes on. With --diff: only the memory that
-                     was written since the snapshot before
+                     Save it, with its memory, to files there; it goes on, and stands still for a moment.
+                     With --diff: only the memory that was written since the snapshot before
   shutdown           Ask the guest to power off: Ctrl-Alt-Del on x86_64, the power key on aarch64
   get PATH           Any request of the API (docs/api.md), like `get /machine-config`
   put PATH JSON      With this body; `-` reads it from standard input

@@ -1,0 +1,238 @@
+//! A snapshot of a guest that works: its memory is copied to the file while it goes on, then what it has written
+//! meanwhile, and so on until that is little. Only for the last of it does the guest stand still, and that is copied
+//! to memory, which waits for no disk.
+
+use std::os::unix::fs::FileExt;
+
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
+
+use super::saving::{Kind, Writing};
+use crate::carry::stored::Sums;
+use crate::carry::{diff, memory_file, pages};
+use crate::error::{Context, Error, Result};
+use crate::log;
+use crate::machine::Tracker;
+use crate::memory::Piece;
+use crate::memory::page_set::PageSet;
+
+/// A round of at most so many bytes is the last one before the guest stands still: it is written in a few
+/// milliseconds, in which the guest does not write much more.
+const SMALL: u64 = 4 << 20;
+/// The most bytes that are copied while the guest stands still; a guest that has written more goes on for another
+/// round. It decides for how long the guest may stand, and how much memory the copy takes.
+const LAST_MAX: u64 = 16 << 20;
+/// After so many rounds, a guest that writes as fast as the disk does is given up: else it would have its memory
+/// written again and again for ever.
+const ROUNDS_MAX: u32 = 24;
+
+/// A snapshot under way of a guest that works.
+pub(super) struct Live {
+    pub(super) writing: Writing,
+    tracking: Tracking,
+    /// The pages that were written to the file, or are to be, but for those of a `Full` one's first round.
+    pub(super) written: PageSet,
+    /// The checksums of a `Full` one's first round.
+    first: Option<Vec<u32>>,
+    rounds: u32,
+    /// Pages that are to be written in the next round, whether they were written to since or not.
+    left: PageSet,
+    /// How many pages were written to the file.
+    count: u64,
+    /// Room for what is copied while the guest stands still, of which all pages are there already.
+    room: Vec<u8>,
+}
+
+/// What notes the guest's writes, for as long as this is there if nobody else wants to know.
+struct Tracking {
+    tracker: Tracker,
+    is_ours: bool,
+}
+
+impl Drop for Tracking {
+    fn drop(&mut self) {
+        if self.is_ours
+            && let Err(error) = self.tracker.stop()
+        {
+            log::error(format_args!("writes of the guest are noted still: {error}"));
+        }
+    }
+}
+
+impl Live {
+    /// Of a guest of which writes are noted already if `is_tracked`.
+    pub(super) fn new(writing: Writing, tracker: Tracker, is_tracked: bool) -> Self {
+        let tracking = Tracking { tracker, is_ours: !is_tracked };
+        let (written, left) = (PageSet::default(), PageSet::default());
+        Self { writing, tracking, written, first: None, rounds: 0, left, count: 0, room: Vec::new() }
+    }
+
+    /// Copies memory to the file until little is left to be copied. `unsaved`: the pages that a difference has
+    /// beside those that are written from now on; None: those that are this process's own.
+    ///
+    /// # Errors
+    /// The file cannot be written, or the guest writes faster.
+    pub(super) fn copy(&mut self, unsaved: Option<PageSet>) -> Result<()> {
+        if self.rounds == 0 {
+            self.begin(unsaved)?;
+        }
+        let Self { writing, tracking, written, rounds, left, count, .. } = self;
+        let (memory, file) = (writing.memory.memory(), writing.draft.memory_file());
+        let take = || {
+            let mut taken = tracking.tracker.take()?;
+            written.add(&taken);
+            taken.add(&std::mem::take(left));
+            Ok(taken)
+        };
+        go_round(rounds, take, |taken| {
+            *count += taken.count();
+            pages::write(&memory, taken, file)
+        })
+    }
+
+    fn begin(&mut self, unsaved: Option<PageSet>) -> Result<()> {
+        // Zeros would be pages that the kernel has not given yet.
+        self.room = vec![1; LAST_MAX as usize];
+        if self.tracking.is_ours {
+            self.tracking.tracker.start()?;
+        }
+        let taken = self.tracking.tracker.take()?;
+        self.written.add(&taken);
+        let (memory, file) = (self.writing.memory.memory(), self.writing.draft.memory_file());
+        match self.writing.kind {
+            Kind::Full => {
+                let written = memory_file::write(&memory, &self.writing.pagemap, file)?;
+                (self.first, self.count) = (Some(written.checksums), written.pages);
+            }
+            Kind::Diff => {
+                match unsaved {
+                    Some(unsaved) => self.written.add(&unsaved),
+                    None => self.written.add(&pages::own(&memory, &self.writing.pagemap)?),
+                }
+                self.count = self.written.count();
+                pages::write(&memory, &self.written, file)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies what was written since the last round to memory, while the guest stands still, and returns which pages
+    /// these are. None: they are too many, and the next round has to write them.
+    ///
+    /// # Errors
+    /// KVM's.
+    pub(super) fn copy_last(&mut self) -> Result<Option<PageSet>> {
+        let last = self.tracking.tracker.take()?;
+        self.written.add(&last);
+        if last.bytes() > LAST_MAX {
+            self.left = last;
+            return Ok(None);
+        }
+        let memory = self.writing.memory.memory();
+        let mut room = &mut self.room[..];
+        for Piece { range, .. } in pages::pieces(&pages::places(&memory), &last) {
+            let (bytes, rest) = room.split_at_mut(range.size as usize);
+            memory.read_slice(bytes, GuestAddress(range.start)).context("read pages of the guest")?;
+            room = rest;
+        }
+        Ok(Some(last))
+    }
+
+    /// Writes what was copied to memory, and then the state, of which `machine` are the bytes; returns how many pages
+    /// were written.
+    ///
+    /// # Errors
+    /// A file cannot be written.
+    pub(super) fn finish(self, machine: Vec<u8>, last: &PageSet) -> Result<u64> {
+        let Self { writing, tracking, written, first, room, count, .. } = self;
+        // Nobody asks any more, and it costs the guest time.
+        drop(tracking);
+        let (memory, file) = (writing.memory.memory(), writing.draft.memory_file());
+        let mut room = &room[..];
+        for Piece { range, position } in pages::pieces(&pages::places(&memory), last) {
+            let (bytes, rest) = room.split_at(range.size as usize);
+            file.write_all_at(bytes, position).context("write the memory of the guest")?;
+            room = rest;
+        }
+        let sums = match first {
+            None => Sums::Diff(diff::describe(&memory, &written, file)?),
+            Some(mut checksums) => {
+                let places = pages::places(&memory);
+                memory_file::check_anew(file, pages::pieces(&places, &written), &mut checksums)?;
+                Sums::Whole(checksums)
+            }
+        };
+        writing.keep(machine, &sums)?;
+        Ok(count + last.count())
+    }
+}
+
+/// Takes what was written since the last time and writes it, until that is little.
+fn go_round(
+    rounds: &mut u32,
+    mut take: impl FnMut() -> Result<PageSet>,
+    mut write: impl FnMut(&PageSet) -> Result<()>,
+) -> Result<()> {
+    loop {
+        let taken = take()?;
+        write(&taken)?;
+        *rounds += 1;
+        let left = taken.bytes();
+        log::debug(format_args!("round {rounds} of a snapshot: {left} bytes"));
+        if left <= SMALL {
+            return Ok(());
+        }
+        if *rounds >= ROUNDS_MAX {
+            return Err(Error::guest(format!(
+                "the guest writes to its memory faster than the disk takes it: {} MiB were left after \
+                 {rounds} rounds: save to a faster disk, or pause the guest first",
+                left >> 20
+            )));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::Range;
+    use crate::memory::mapping::page_size;
+
+    /// So many bytes of a large region.
+    fn pages(bytes: u64) -> PageSet {
+        let range = Range { start: 0, size: 1 << 30 };
+        let pages = (bytes / page_size()) as usize;
+        let mut words = vec![u64::MAX; pages / 64];
+        words.push((1 << (pages % 64)) - 1);
+        PageSet::new(vec![(range, words)])
+    }
+
+    #[test]
+    fn rounds_end_when_little_is_left() {
+        let (mut rounds, mut written) = (0, 0);
+        let mut left = [64_u64 << 20, 5 << 20, SMALL, 1].into_iter();
+        let take = || Ok(pages(left.next().unwrap()));
+        let write = |pages: &PageSet| {
+            written += pages.bytes();
+            Ok(())
+        };
+        go_round(&mut rounds, take, write).unwrap();
+        assert_eq!((rounds, written), (3, (69 << 20) + SMALL));
+        assert_eq!(left.next(), Some(1));
+    }
+
+    #[test]
+    fn a_guest_that_writes_faster_than_the_disk_is_given_up() {
+        let mut rounds = 0;
+        for round in [ROUNDS_MAX, ROUNDS_MAX + 1] {
+            let error = go_round(&mut rounds, || Ok(pages(SMALL + page_size())), |_| Ok(())).unwrap_err();
+            let expected =
+                "the guest writes to its memory faster than the disk takes it: 4 MiB were left after";
+            assert!(error.to_string().contains(expected), "{error}");
+            assert_eq!(rounds, round);
+        }
+        // What cannot be written ends it at once.
+        rounds = 0;
+        go_round(&mut rounds, || Ok(pages(0)), |_| Err(Error::host("full"))).unwrap_err();
+        assert_eq!(rounds, 0);
+    }
+}

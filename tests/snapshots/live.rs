@@ -1,0 +1,163 @@
+//! Snapshots of guests that work meanwhile.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use super::common::held::Held;
+use super::common::{Client, Folder, Process, Service, mount_tmpfs, run};
+use super::{PAUSE, fault};
+
+/// A guest that writes 2 MiB of its memory all the time, and looks whether it is as it was written.
+struct Worker {
+    folder: Folder,
+    service: Service,
+    client: Client,
+}
+
+impl Worker {
+    fn new(track: bool, extra: &[&str]) -> Self {
+        let folder = Folder::new();
+        // What is mounted here is seen by what is started afterwards.
+        fs::create_dir(folder.path("small")).unwrap();
+        mount_tmpfs(&folder.path("small"), 64 << 10);
+        let events = folder.path("events");
+        let service = Service::start(&[extra, &["--events", events.to_str().unwrap()]].concat());
+        let mut client = service.client();
+        let machine = json!({ "vcpu_count": 2, "mem_size_mib": 64, "track_dirty_pages": track });
+        client.ok("PUT", "/machine-config", &machine.to_string());
+        client.ok("PUT", "/entropy", "{}");
+        service.boot_source("work=2");
+        client.ok("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#);
+        let mut worker = Self { folder, service, client };
+        worker.service.process.expect("working");
+        worker
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path(name)
+    }
+
+    fn create(&self, kind: &str, name: &str) -> String {
+        json!({ "snapshot_type": kind, "folder": self.path(name), "live": true }).to_string()
+    }
+
+    fn save(&mut self, kind: &str, name: &str) {
+        let create = self.create(kind, name);
+        self.client.ok("PUT", "/snapshot/create", &create);
+        self.works();
+        let verified = run([Path::new("snapshot"), Path::new("verify"), &self.path(name)]);
+        assert_eq!(verified.code, Some(0), "{}", verified.text);
+    }
+
+    /// It runs, and what it does is right.
+    fn works(&mut self) {
+        assert_eq!(self.client.ok("GET", "/", "").json()["state"], "Running");
+        self.service.process.stdin.as_mut().unwrap().write_all(b"x").unwrap();
+        self.service.process.expect("passed");
+    }
+
+    fn events(&self, name: &str) -> Vec<Value> {
+        let events = fs::read_to_string(self.path("events")).unwrap();
+        let events = events.lines().map(|line| serde_json::from_str(line).unwrap());
+        events.filter(|event: &Value| event["event"] == name).collect()
+    }
+
+    /// The memory of the snapshot in the folder `name`.
+    fn memory(&self, name: &str) -> Vec<u8> {
+        let paths = fs::read_dir(self.path(name)).unwrap().map(|entry| entry.unwrap().path());
+        let memory = paths.into_iter().find(|path| !path.ends_with("state")).unwrap();
+        fs::read(memory).unwrap()
+    }
+}
+
+/// Has it look at its memory once more, and at the rest of its machine.
+fn end(mut process: Process) {
+    process.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
+    let ended = process.end();
+    assert_eq!(ended.code, Some(0), "{}", ended.text);
+    assert!(ended.text.contains("worked") && ended.text.contains(" cases, 0 failed"), "{}", ended.text);
+}
+
+#[test]
+fn a_guest_that_works_is_saved_and_both_go_on() {
+    for extra in [&[][..], &["--enable-pci"]] {
+        let mut worker = Worker::new(false, extra);
+        worker.save("Full", "saved");
+        let [created] = &worker.events("snapshot_created")[..] else { panic!("one snapshot was saved") };
+        let number = |name: &str| created[name].as_u64().unwrap();
+        assert!(created["kind"] == "Full" && number("pages") >= 512, "{created}");
+        assert!(0 < number("pause_us") && number("pause_us") < number("time_us"), "{created}");
+        let place = worker.path("saved");
+        let again = Process::start(["run", "--restore", place.to_str().unwrap(), "--id", "again"]);
+        worker.works();
+        end(again);
+        worker.works();
+        end(worker.service.process);
+    }
+}
+
+#[test]
+fn differences_of_a_guest_that_works_come_to_the_whole() {
+    for track in [true, false] {
+        let mut worker = Worker::new(track, &[]);
+        worker.save("Full", "base");
+        worker.save("Diff", "1");
+        // What could not be saved is in the next one.
+        let create = worker.create("Diff", "small/2");
+        fault(&mut worker.client, "/snapshot/create", &create, "No space left");
+        assert_eq!(fs::read_dir(worker.path("small/2")).unwrap().count(), 0);
+        worker.works();
+        worker.save("Diff", "2");
+        worker.client.ok("PATCH", "/vm", PAUSE);
+        for (kind, name) in [("Diff", "3"), ("Full", "whole")] {
+            let create = worker.create(kind, name);
+            worker.client.ok("PUT", "/snapshot/create", &create);
+        }
+        for name in ["1", "2", "3"] {
+            let paths = ["base", name].map(|name| worker.path(name));
+            let merged = run([&[PathBuf::from("snapshot"), "merge".into()], &paths[..]].concat());
+            assert_eq!(merged.code, Some(0), "{}", merged.text);
+        }
+        let [merged, whole] = ["base", "whole"].map(|name| worker.memory(name));
+        let differs = merged.chunks(4096).zip(whole.chunks(4096)).position(|(one, other)| one != other);
+        assert_eq!(differs.map(|page| page * 4096), None, "the first byte of a page that differs");
+        let kinds: Vec<_> =
+            worker.events("snapshot_created").iter().map(|event| event["kind"].clone()).collect();
+        assert_eq!(kinds, ["Full", "Diff", "Diff", "Diff", "Full"]);
+        assert_eq!(worker.events("snapshot_failed").len(), 1);
+        let place = worker.path("base");
+        let Worker { folder, service, .. } = worker;
+        drop(service);
+        end(Process::start(["run", "--restore", place.to_str().unwrap()]));
+        drop(folder);
+    }
+}
+
+#[test]
+fn who_pauses_a_guest_that_is_saved_live_finds_it_paused() {
+    let mut worker = Worker::new(false, &[]);
+    let mut other = worker.service.client();
+    let state = worker.path("state");
+    let create = json!({ "snapshot_path": state, "mem_file_path": worker.path("memory"), "live": true });
+    let create = create.to_string();
+    let held = Held::next(&worker.service.process.child, || {
+        let request =
+            format!("PUT /snapshot/create HTTP/1.1\r\nContent-Length: {}\r\n\r\n{create}", create.len());
+        worker.client.send(&request);
+    });
+    let busy = "a snapshot of the microVM is being written: wait until it is done";
+    fault(&mut other, "/snapshot/create", &create, busy);
+    assert_eq!(other.ok("GET", "/", "").json()["state"], "Running");
+    other.ok("PATCH", "/vm", PAUSE);
+    drop(held);
+    assert_eq!(worker.client.receive().status(), "204");
+    assert_eq!(other.ok("GET", "/", "").json()["state"], "Paused");
+    let plain = json!({ "snapshot_path": state, "mem_file_path": worker.path("memory") }).to_string();
+    other.ok("PATCH", "/vm", super::GO_ON);
+    fault(&mut other, "/snapshot/create", &plain, "pause it first (`PATCH /vm`), or say `live`");
+    worker.works();
+    end(worker.service.process);
+}
