@@ -85,15 +85,21 @@ fn end(mut process: Process) {
 fn a_guest_that_works_is_saved_and_both_go_on() {
     for extra in [&[][..], &["--enable-pci"]] {
         let mut worker = Worker::new(false, extra);
-        worker.save("Full", "saved");
-        let [created] = &worker.events("snapshot_created")[..] else { panic!("one snapshot was saved") };
-        let number = |name: &str| created[name].as_u64().unwrap();
-        assert!(created["kind"] == "Full" && number("pages") >= 512, "{created}");
-        assert!(0 < number("pause_us") && number("pause_us") < number("time_us"), "{created}");
-        let place = worker.path("saved");
-        let again = Process::start(["run", "--restore", place.to_str().unwrap(), "--id", "again"]);
-        worker.works();
-        end(again);
+        // Several times: whether anything is left for the moment in which it stands still is chance.
+        for id in ["1", "2", "3", "4"] {
+            worker.save("Full", "saved");
+            let place = worker.path("saved");
+            let again = Process::start(["run", "--restore", place.to_str().unwrap(), "--id", id]);
+            worker.works();
+            end(again);
+        }
+        let told = worker.events("snapshot_created");
+        for created in &told {
+            let number = |name: &str| created[name].as_u64().unwrap();
+            assert!(created["kind"] == "Full" && number("pages") >= 512, "{created}");
+            assert!(0 < number("pause_us") && number("pause_us") < number("time_us"), "{created}");
+        }
+        assert_eq!(told.len(), 4);
         worker.works();
         end(worker.service.process);
     }
