@@ -134,7 +134,7 @@ fn save_chain(reader: &mut Reader) {
     reader.save("Full", "whole");
 }
 
-fn check_chain(mut reader: Reader) {
+fn check_chain(reader: Reader) {
     let diffs = ["1", "2", "3", "4"];
     reader.merge("base", &diffs);
     reader.assert_same("base", "whole");
