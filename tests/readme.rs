@@ -146,7 +146,6 @@ fn what_is_not_there_yet_is_what_is_refused() {
     let machine = |field: &str, value| json!({ "vcpu_count": 1, "mem_size_mib": 128, field: value });
     let drive = json!({ "drive_id": "a", "is_root_device": false, "socket": "/s" });
     for (name, path, body) in [
-        ("track_dirty_pages", "/machine-config", machine("track_dirty_pages", json!(true))),
         ("cpu_template", "/machine-config", machine("cpu_template", json!("T2"))),
         ("huge_pages", "/machine-config", machine("huge_pages", json!("2M"))),
         ("socket", "/drives/a", drive),
