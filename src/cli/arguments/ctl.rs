@@ -20,9 +20,7 @@ Commands:
   metrics            What it has done so far, without what it never did
   events             What has happened to it, and what happens from now on
   pause, resume      Stop its CPUs and devices, let them go on
-  snapshot FOLDER [--diff]
-                     Save it, with its memory, to files there; it goes on, and stands still for a moment.
-                     With --diff: only the memory that was written since the snapshot before
+  snapshot FOLDER    Save it, with its memory, to files there; it stands still for a moment, and goes on
   shutdown           Ask the guest to power off: Ctrl-Alt-Del on x86_64, the power key on aarch64
   get PATH           Any request of the API (docs/api.md), like `get /machine-config`
   put PATH JSON      With this body; `-` reads it from standard input
@@ -32,6 +30,7 @@ Commands:
 Options:
       --api-sock SOCKET  The socket, instead of the guest's ID [default: /run/firecracker.socket]
       --json             Print JSON, for programs
+      --diff             With `snapshot`: save only what was written to memory since the last one
   -h, --help             Print this
 
 The exit code is 0, or 1 when the microVM cannot be reached or refuses, 153 for wrong arguments.
