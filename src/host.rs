@@ -21,6 +21,7 @@ use crate::error::{Context, Result};
 use crate::log;
 use crate::metadata::Service;
 use crate::sink::{Purpose, Sink};
+use crate::sys::process;
 use console::StdoutWriter;
 use listener::Listener;
 use passt::Passt;
@@ -259,14 +260,15 @@ impl Host {
     /// Fresh random bytes, for the guest's generator.
     ///
     /// # Errors
-    /// The host's generator cannot be read.
+    /// The host's generator cannot be asked, or the file that was given in its place ends early.
     pub fn random_seed(&mut self) -> Result<[u8; 32]> {
         let mut seed = [0; 32];
-        let opened = match self.take(RANDOM_SEED, |_| true) {
-            Some(Resource::File { file, .. }) => Ok(file),
-            _ => File::open("/dev/urandom").map(|file| Named::new(RANDOM_SEED, file)),
-        };
-        opened.and_then(|mut file| file.read_exact(&mut seed)).context("read /dev/urandom")?;
+        match self.take(RANDOM_SEED, |_| true) {
+            Some(Resource::File { mut file, .. }) => {
+                file.read_exact(&mut seed).context("read the random seed")?
+            }
+            _ => process::random(&mut seed).context("get random bytes of the host")?,
+        }
         Ok(seed)
     }
 

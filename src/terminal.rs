@@ -17,9 +17,8 @@ static IS_RAW: AtomicBool = AtomicBool::new(false);
 
 /// Whether standard input is a terminal in whose background this process is (tcgetpgrp(3)).
 pub fn is_in_background() -> bool {
-    let (foreground, own) = descriptor::process_groups(STDIN);
     // No terminal, or not the one that controls this process: nobody is stopped for using it.
-    foreground.is_some_and(|foreground| foreground != own)
+    descriptor::process_groups(STDIN).is_some_and(|(foreground, own)| foreground != own)
 }
 
 /// The terminal in raw mode; as it was again when this is dropped.

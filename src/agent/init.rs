@@ -54,7 +54,7 @@ pub struct Disk {
 
 /// Whether this process, started by this name, is a guest's init.
 pub fn is_init(program: &std::ffi::OsStr) -> bool {
-    std::process::id() == 1 && Path::new(program).file_name().is_some_and(|name| name == NAME)
+    Path::new(program).file_name().is_some_and(|name| name == NAME) && std::process::id() == 1
 }
 
 /// Sets the guest up, and is its agent for ever. What fails is told on the console.

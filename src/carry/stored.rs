@@ -16,6 +16,7 @@ use crate::error::{Context, Error, Result};
 use crate::host::{Access, Sharing, file};
 use crate::machine::SavedMachine;
 use crate::memory::{Piece, Range};
+use crate::sys::process;
 
 /// The section that is the machine without its memory.
 const MACHINE: u16 = 1;
@@ -261,9 +262,7 @@ pub fn boot_id() -> Result<[u8; 16]> {
 
 fn random() -> Result<u128> {
     let mut bytes = [0; 16];
-    let read =
-        File::open("/dev/urandom").and_then(|mut file| std::io::Read::read_exact(&mut file, &mut bytes));
-    read.context("read /dev/urandom")?;
+    process::random(&mut bytes).context("get random bytes of the host")?;
     Ok(u128::from_le_bytes(bytes))
 }
 

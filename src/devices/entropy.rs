@@ -14,7 +14,7 @@ use crate::memory::Memory;
 use crate::metrics::{Counter, Group, metrics};
 use crate::poll::{Interest, Timer};
 use crate::snapshot::Snapshot;
-use crate::sys;
+use crate::sys::process;
 use crate::virtio::buffers::Buffers;
 use crate::virtio::{Io, Queue, Registrar, VirtioDevice, Worker};
 
@@ -160,20 +160,8 @@ fn fill(buffers: &Buffers, count: usize) -> Result<()> {
     let mut bytes = [0; CHUNK];
     for offset in (0..count).step_by(CHUNK) {
         let chunk = &mut bytes[..CHUNK.min(count - offset)];
-        random(chunk)?;
+        process::random(chunk).context("get random bytes of the host")?;
         buffers.copy_from(offset, chunk);
-    }
-    Ok(())
-}
-
-fn random(bytes: &mut [u8]) -> Result<()> {
-    let mut done = 0;
-    while done < bytes.len() {
-        let rest = &mut bytes[done..];
-        match sys::process::random(rest) {
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-            result => done += result.context("get random bytes of the host")?,
-        }
     }
     Ok(())
 }

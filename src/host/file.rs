@@ -174,9 +174,10 @@ pub fn is_same_device(file: &File, path: &Path) -> bool {
     are_devices && file.rdev() == other.rdev()
 }
 
-/// Takes O_NONBLOCK away: io_uring would answer EAGAIN where it has to wait for a disk.
+/// Takes O_NONBLOCK away, the only flag of those that can be changed (F_SETFL, fcntl(2)) with which [`open`] opens a
+/// file: io_uring would answer EAGAIN where it has to wait for a disk.
 fn let_it_wait(file: &File) -> std::io::Result<()> {
-    descriptor::set_status(file, descriptor::status(file)? & !libc::O_NONBLOCK)
+    descriptor::set_status(file, 0)
 }
 
 #[cfg(test)]

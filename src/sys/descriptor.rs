@@ -234,12 +234,13 @@ pub fn set_terminal_mode(fd: RawFd, mode: &libc::termios) {
     unsafe { libc::tcsetattr(fd, libc::TCSANOW, mode) };
 }
 
-/// The process group in the foreground of the terminal that controls this process, if `fd` is that, and the process
-/// group that this process is in (tcgetpgrp(3)). A signal handler may call this.
-pub fn process_groups(fd: RawFd) -> (Option<i32>, i32) {
-    // SAFETY: the calls take and return numbers.
-    let (foreground, own) = unsafe { (libc::tcgetpgrp(fd), libc::getpgrp()) };
-    ((foreground >= 0).then_some(foreground), own)
+/// The process group in the foreground of the terminal that controls this process, and the process group that this
+/// process is in; None: `fd` is not that terminal (tcgetpgrp(3)). A signal handler may call this.
+pub fn process_groups(fd: RawFd) -> Option<(i32, i32)> {
+    // SAFETY: the call takes and returns numbers.
+    let foreground = unsafe { libc::tcgetpgrp(fd) };
+    // SAFETY: the call returns a number.
+    (foreground >= 0).then(|| (foreground, unsafe { libc::getpgrp() }))
 }
 
 /// Makes a FIFO, for a test.

@@ -3,7 +3,7 @@
 #![allow(unsafe_code)]
 
 use std::ffi::CStr;
-use std::io::Result;
+use std::io::{ErrorKind, Result};
 use std::mem::zeroed;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
@@ -18,17 +18,17 @@ use super::{check, check_count};
 
 /// What the standard library's runtime would do before `main`, as far as it is needed. No other thread may exist yet.
 pub fn begin() {
-    // SAFETY: the calls take numbers and a static string.
+    // SAFETY: the calls take numbers, a static string and three local `pollfd`, as the count says.
     unsafe {
         // Threads allocate next to nothing, and a heap of its own costs each of them memory and a start.
         libc::mallopt(libc::M_ARENA_MAX, 1);
         // A client or a console that is gone is an error to handle, not the end.
         libc::signal(libc::SIGPIPE, libc::SIG_IGN);
-        for fd in 0..3 {
+        let mut standard = [0, 1, 2].map(|fd| libc::pollfd { fd, events: 0, revents: 0 });
+        libc::poll(standard.as_mut_ptr(), 3, 0);
+        for _ in standard.iter().filter(|one| one.revents & libc::POLLNVAL != 0) {
             // Else the first file opened would be taken for standard input, output or error.
-            if libc::fcntl(fd, libc::F_GETFD) == -1 {
-                libc::open(c"/dev/null".as_ptr(), libc::O_RDWR);
-            }
+            libc::open(c"/dev/null".as_ptr(), libc::O_RDWR);
         }
     }
 }
@@ -51,13 +51,21 @@ pub fn cpu_time<T>(thread: &JoinHandle<T>) -> Duration {
     }
 }
 
-/// Fills a front of `bytes` with random numbers, and returns how long it is (getrandom(2)).
+/// Fills `bytes` with random numbers (getrandom(2)).
 ///
 /// # Errors
-/// A signal interrupted the call.
-pub fn random(bytes: &mut [u8]) -> Result<usize> {
-    // SAFETY: the call writes at most the length of the slice to it.
-    check_count(unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) })
+/// The kernel's. It has random numbers wherever it lets this process make the call at all.
+pub fn random(bytes: &mut [u8]) -> Result<()> {
+    let mut done = 0;
+    while done < bytes.len() {
+        let rest = &mut bytes[done..];
+        // SAFETY: the call writes at most the length of the slice to it.
+        match check_count(unsafe { libc::getrandom(rest.as_mut_ptr().cast(), rest.len(), 0) }) {
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            count => done += count?,
+        }
+    }
+    Ok(())
 }
 
 /// Whether a filter of system calls is laid upon this thread (prctl(2)). A filter that does not even let it ask is
