@@ -6,12 +6,13 @@ use std::time::{Duration, Instant};
 
 use super::connection::Connection;
 use super::{Reply, Response, http};
-use crate::error::{Context, Result};
+use crate::error::Result;
 use crate::history::Reader;
 use crate::host::listener::Listener;
 use crate::jobs::Ticket;
 use crate::log;
 use crate::poll::{Events, Interest, Ready};
+use crate::sys::network;
 
 /// Open connections that are served (Firecracker's limit); one more is told so and let go. Readers of
 /// events do not count among them: they stay, and must not lock out who wants something done.
@@ -222,8 +223,8 @@ impl Server {
 
     /// Takes a new connection, if its client still wants it; one too many is told so at once.
     fn accept(&mut self, events: &Events) -> Result<Option<usize>> {
-        let stream = match self.listener.accept() {
-            Ok((stream, _)) => stream,
+        let stream = match network::accept(&self.listener) {
+            Ok(stream) => stream,
             // The client went away, or a signal came.
             Err(error) if GONE.contains(&error.kind()) => return Ok(None),
             Err(_) => {
@@ -233,7 +234,6 @@ impl Server {
                 return Ok(None);
             }
         };
-        stream.set_nonblocking(true).context("set up an API connection")?;
         let is_full = self.served().count() >= CONNECTIONS_MAX
             && !self.let_an_idle_one_go()
             && !self.let_a_slow_one_go(events)?;

@@ -10,10 +10,12 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use super::socket;
 use super::socket_file::{self, PATH_MAX, SocketFile};
 use crate::descriptors::Named;
 use crate::error::{Context, Error, Result};
 use crate::paths;
+use crate::sys::network;
 
 /// How long somebody who listens at a path has to let us in.
 const ANSWER_TIME: Duration = Duration::from_secs(1);
@@ -37,14 +39,12 @@ impl Listener {
     pub fn bind(what: &str, path: &Path) -> Result<Self> {
         let attempt = || format!("listen on {what} `{}`", path.display());
         check(path).with_context(attempt)?;
-        let socket = match UnixListener::bind(path) {
+        let socket = match listen(path) {
             Err(error) if error.kind() == ErrorKind::AddrInUse => take_over(path),
             socket => socket.map_err(|error| paths::cannot_make(path, &error)),
         };
         let socket = Named::new(what.to_owned(), socket.with_context(attempt)?);
-        let listener = Self { socket, file: SocketFile::at(path) };
-        listener.socket.set_nonblocking(true).with_context(attempt)?;
-        Ok(listener)
+        Ok(Self { socket, file: SocketFile::at(path) })
     }
 
     /// Whether a socket could have this path at all.
@@ -113,7 +113,15 @@ fn take_over(path: &Path) -> Result<UnixListener> {
     removed.with_context(|| {
         format!("remove the socket that a process has left there (`rm '{}'`)", path.display())
     })?;
-    UnixListener::bind(path).map_err(|error| paths::cannot_make(path, &error))
+    listen(path).map_err(|error| paths::cannot_make(path, &error))
+}
+
+/// A listening socket at `path` that does not block from the first.
+fn listen(path: &Path) -> std::io::Result<UnixListener> {
+    let (address, length) = socket::address(path).ok_or(ErrorKind::InvalidInput)?;
+    let socket = network::socket(libc::AF_UNIX, libc::SOCK_STREAM, 0)?;
+    network::listen(&socket, &address, length)?;
+    Ok(socket.into())
 }
 
 /// The only one to take over a path in `folder`, as long as the result is there.

@@ -13,17 +13,23 @@ use crate::sys::network;
 /// error once the kernel keeps no more of them waiting (unix(7)). The stream does not block.
 pub fn connect(path: &Path) -> Result<UnixStream> {
     let attempt = || format!("connect to `{}`", path.display());
+    let wrong = || Error::config("a socket's path has 1 to 107 bytes, and no NUL");
+    let (address, length) = address(path).ok_or_else(wrong).with_context(attempt)?;
+    let socket = network::socket(libc::AF_UNIX, libc::SOCK_STREAM, 0).with_context(attempt)?;
+    network::connect(&socket, &address, length).map_err(refused).with_context(attempt)?;
+    Ok(socket.into())
+}
+
+/// The address of the socket at `path`, and how long it is; None: a socket cannot have this path.
+pub(super) fn address(path: &Path) -> Option<(libc::sockaddr_un, usize)> {
     let bytes = path.as_os_str().as_bytes();
     let mut address = libc::sockaddr_un { sun_family: libc::AF_UNIX as _, sun_path: [0; 108] };
     // The path ends with a zero.
     if bytes.is_empty() || bytes.contains(&0) || bytes.len() >= address.sun_path.len() {
-        return Err(Error::config("a socket's path has 1 to 107 bytes, and no NUL")).with_context(attempt);
+        return None;
     }
     address.sun_path.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from as libc::c_char);
-    let socket = network::socket(libc::AF_UNIX, libc::SOCK_STREAM, 0).with_context(attempt)?;
-    let length = offset_of!(libc::sockaddr_un, sun_path) + bytes.len() + 1;
-    network::connect(&socket, &address, length).map_err(refused).with_context(attempt)?;
-    Ok(socket.into())
+    Some((address, offset_of!(libc::sockaddr_un, sun_path) + bytes.len() + 1))
 }
 
 fn refused(error: IoError) -> Error {

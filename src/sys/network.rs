@@ -29,6 +29,19 @@ pub fn connect(socket: &impl AsRawFd, address: &libc::sockaddr_un, length: usize
     check(unsafe { libc::connect(socket.as_raw_fd(), ptr::from_ref(address).cast(), length) }).map(drop)
 }
 
+/// Has a socket listen at an address of `length` bytes, where nothing may be yet (bind(2), listen(2)); as many clients
+/// may wait as the kernel lets them.
+///
+/// # Errors
+/// Something is there (EADDRINUSE), or nothing can be made there.
+pub fn listen(socket: &impl AsRawFd, address: &libc::sockaddr_un, length: usize) -> Result<()> {
+    let length = length.min(size_of_val(address)) as libc::socklen_t;
+    // SAFETY: the call reads the structure, of which `length` bytes are not more than all.
+    check(unsafe { libc::bind(socket.as_raw_fd(), ptr::from_ref(address).cast(), length) })?;
+    // SAFETY: the call takes numbers.
+    check(unsafe { libc::listen(socket.as_raw_fd(), -1) }).map(drop)
+}
+
 /// The next client of a listening Unix socket; its stream does not block (accept4(2)).
 ///
 /// # Errors
