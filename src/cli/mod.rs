@@ -47,9 +47,9 @@ pub fn main() -> u8 {
     clock::begin();
     signals::survive_file_size_limit();
     if init::is_init(&std::env::args_os().next().unwrap_or_default()) {
-        return told(init::run());
+        return apart(|| told(init::run()));
     }
-    let command = match arguments::parse(std::env::args_os()) {
+    let command = match apart(|| arguments::parse(std::env::args_os())) {
         Ok(command) => command,
         Err(message) => {
             eprintln!("alula: {message}");
@@ -57,31 +57,31 @@ pub fn main() -> u8 {
         }
     };
     match command {
-        Command::Run(arguments) => {
+        Command::Run(arguments) => apart(|| {
             let is_served = arguments.api_sock.is_some() || arguments.is_named;
             let feed = arguments.outputs.open_feed(&arguments.id, is_served);
             finish(feed, FAILED_RUN, |feed| run(*arguments, feed))
-        }
-        Command::Serve(arguments) => {
+        }),
+        Command::Serve(arguments) => apart(|| {
             let feed = arguments.outputs.open_feed(&arguments.id, !arguments.no_api);
             finish(feed, FAILED_SERVE, |feed| serve(arguments, feed))
-        }
-        Command::Ctl(arguments) => told(ctl::run(&arguments)),
-        Command::Exec(arguments) => exec::exec(arguments),
-        Command::Copy(arguments) => told(exec::copy(&arguments)),
-        Command::FetchKernel(from) => fetch_kernel(&from),
-        Command::Wait(arguments) => exec::wait(&arguments),
+        }),
+        Command::Ctl(arguments) => apart(|| told(ctl::run(&arguments))),
+        Command::Exec(arguments) => apart(|| exec::exec(arguments)),
+        Command::Copy(arguments) => apart(|| told(exec::copy(&arguments))),
+        Command::FetchKernel(from) => apart(|| fetch_kernel(&from)),
+        Command::Wait(arguments) => apart(|| exec::wait(&arguments)),
         Command::Cache { clear: false } => print(cache::show().as_bytes()),
         Command::Cache { clear: true } => match cache::clear() {
             Ok(text) => print(text.as_bytes()),
             Err(error) => told(Err(error)),
         },
-        Command::Agent(arguments) => told(agent::run(arguments)),
-        Command::Snapshot(arguments) => match snapshot::run(&arguments) {
+        Command::Agent(arguments) => apart(|| told(agent::run(arguments))),
+        Command::Snapshot(arguments) => apart(|| match snapshot::run(&arguments) {
             Ok(text) => print(text.as_bytes()),
             Err(error) => told(Err(error)),
-        },
-        Command::Check(path) => check::run(&path),
+        }),
+        Command::Check(path) => apart(|| check::run(&path)),
         Command::Print(text) => print(text.as_bytes()),
         Command::Show(text) => print(text.as_bytes()),
         Command::Firmware if std::io::stdout().is_terminal() => {
@@ -90,6 +90,13 @@ pub fn main() -> u8 {
         }
         Command::Firmware => print(firmware::IMAGE),
     }
+}
+
+/// Does one command in a stack frame of its own. The compiler would make one function of them all, whose frame has
+/// room for what any of them needs: a running machine would keep those pages on its stack.
+#[inline(never)]
+fn apart<T>(command: impl FnOnce() -> T) -> T {
+    command()
 }
 
 fn fetch_kernel(from: &[String]) -> u8 {

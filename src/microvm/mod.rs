@@ -47,7 +47,9 @@ pub struct Microvm {
     host: Host,
     metrics: Option<metrics::MetricsFile>,
     prepared: Option<Prepared>,
-    machine: Option<Machine>,
+    /// On the heap: with it, this would be large, and each function that it is moved through would have room for it on
+    /// the stack, for as long as the guest runs.
+    machine: Option<Box<Machine>>,
     jobs: Jobs<Finish>,
     saving: Option<saving::Saving>,
     /// Pages that were written since the last snapshot, as far as the log was asked for a later one that failed;
@@ -125,13 +127,13 @@ impl Microvm {
 
     /// Everything that is counted.
     pub fn count(&self, view: View) -> Map<String, Value> {
-        metrics::collect(self.machine.as_ref(), view)
+        metrics::collect(self.machine.as_deref(), view)
     }
 
     /// Writes a line of metrics, if they go anywhere.
     pub fn write_metrics(&mut self) {
         if let Some(output) = &mut self.metrics {
-            output.write(&self.id, self.machine.as_ref());
+            output.write(&self.id, self.machine.as_deref());
         }
     }
 
@@ -148,12 +150,12 @@ impl Microvm {
 
     /// The machine, once it has started.
     pub fn machine(&mut self) -> Option<&mut Machine> {
-        self.machine.as_mut()
+        self.machine.as_deref_mut()
     }
 
     /// Whether the machine runs; none: it has not started.
     pub fn state(&self) -> Option<RunState> {
-        self.machine.as_ref().map(Machine::state)
+        self.machine.as_deref().map(Machine::state)
     }
 
     /// Does what the machine wants done; to be called when its `wake_fd` is readable. Returns whether an agent in
@@ -187,7 +189,7 @@ impl Microvm {
         };
         let service = self.config.mmds_config.clone();
         self.host.serve_metadata(service.map(|config| Service { config, store: self.metadata.clone() }));
-        let mut machine = Machine::build(&self.id, &self.config, &mut self.host, prepared)?;
+        let mut machine = Box::new(Machine::build(&self.id, &self.config, &mut self.host, prepared)?);
         machine.load(&self.config, &mut self.host)?;
         if self.config.machine_config.track_dirty_pages {
             machine.track_writes(true)?;
@@ -202,7 +204,7 @@ impl Microvm {
     }
 
     fn started(&mut self) -> Result<&mut Machine> {
-        self.machine.as_mut().ok_or_else(not_started)
+        self.machine.as_deref_mut().ok_or_else(not_started)
     }
 }
 
@@ -349,7 +351,7 @@ impl Microvm {
     /// than when the change began.
     fn end_change(&mut self, kind: &DeviceKind, change: &Change) -> Result<()> {
         let changed = self.changed(kind, change);
-        let machine = self.machine.as_mut().ok_or_else(not_started)?;
+        let machine = self.machine.as_deref_mut().ok_or_else(not_started)?;
         let made = changed.and_then(|(device, changed)| {
             machine.patch_device(&changed, change.patch(), &mut self.host)?;
             self.config.put(changed)?;

@@ -105,7 +105,7 @@ impl Microvm {
         let loaded = self.build_saved(load, reason);
         let (machine, config) = loaded.inspect_err(|_| self.host.serve_metadata(None))?;
         self.host.release_all();
-        (self.machine, self.config) = (Some(machine), config);
+        (self.machine, self.config) = (Some(Box::new(machine)), config);
         note(begun, [&LATENCIES.load_snapshot, &LATENCIES.vmm_load_snapshot]);
         self.write_metrics();
         Ok(())
