@@ -15,6 +15,9 @@ fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     if arch == "x86_64" && variable("HOST") == variable("TARGET") && knows_packed_relocations() {
         println!("cargo::rustc-link-arg-bins=-Wl,-z,pack-relative-relocs");
+        // Each segment begins a page: the linker would have them share pages of the file, and a process writes to, and
+        // so has for itself, two more where data that is relocated and data that is written begin within one.
+        println!("cargo::rustc-link-arg-bins=-Wl,-z,separate-loadable-segments");
     }
 
     let mut rustc = Command::new(variable("RUSTC"));
