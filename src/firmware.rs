@@ -24,7 +24,7 @@ const CASES: [&str; 16] = [
     "features",
 ];
 const ENDS: [&str; 7] = ["poweroff", "reset", "halt", "crash", "fail", "idle", "spin"];
-const FLAGS: [&str; 5] = ["hello", "flood", "booted", "bench", "echo"];
+const FLAGS: [&str; 6] = ["hello", "answer", "flood", "booted", "bench", "echo"];
 
 /// Whether it knows all of these words (`firmware/src/main.rs` has what they do). It would not say so itself:
 /// called with words for Linux it ignores them.

@@ -1,10 +1,11 @@
-//! What `scripts/bench` runs: figures of starts and of I/O. A report, never a verdict.
+//! What `scripts/bench` runs: figures of starts, of restores and of I/O. A report, never a verdict.
 
 mod counters;
 mod host;
 mod io;
 mod loads;
 mod monitor;
+mod restore;
 mod start;
 mod table;
 
@@ -14,11 +15,11 @@ fn main() -> Result<()> {
     let mut arguments = std::env::args().skip(1);
     let ours = arguments.next().ok_or("the binary to measure is missing")?;
     let what = arguments.next().ok_or("what to measure is missing")?;
-    let (mut runs, mut other, mut linux, mut only) = (20, None, None, String::new());
+    let (mut runs, mut other, mut linux, mut only) = (None, None, None, String::new());
     while let Some(argument) = arguments.next() {
         let mut value = || arguments.next().ok_or(format!("{argument} lacks its value"));
         match argument.as_str() {
-            "--runs" => runs = value()?.parse()?,
+            "--runs" => runs = Some(value()?.parse()?),
             "--vs" => other = Some(value()?),
             "--only" => only = value()?,
             "--linux" => linux = Some((value()?.into(), value()?.into())),
@@ -26,7 +27,9 @@ fn main() -> Result<()> {
         }
     }
     match what.as_str() {
-        "start" => start::start(&ours, other.as_deref(), runs),
+        "start" => start::start(&ours, other.as_deref(), runs.unwrap_or(20)),
+        "restore" => restore::restore(&ours, runs.unwrap_or(100)),
+        "clones" => restore::clones(&ours, runs.unwrap_or(100)),
         "io" => io::io(&ours, other.as_deref(), linux, &only),
         _ => Err(format!("unknown bench {what}").into()),
     }

@@ -43,12 +43,7 @@ pub fn connect(child: &mut Child, socket: &Path) -> Result<UnixStream> {
 
 /// Sends a request and waits for its answer, which must be a success.
 pub fn request(client: &mut UnixStream, method: &str, path: &str, body: &str) -> Result<()> {
-    let length = match body.len() {
-        0 => String::new(),
-        length => format!("Content-Length: {length}\r\n"),
-    };
-    client
-        .write_all(format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\n{length}\r\n{body}").as_bytes())?;
+    send(client, method, path, body)?;
     let mut answer = [0; 4096];
     let count = client.read(&mut answer)?;
     let answer = String::from_utf8_lossy(&answer[..count]);
@@ -56,6 +51,16 @@ pub fn request(client: &mut UnixStream, method: &str, path: &str, body: &str) ->
         true => Ok(()),
         false => Err(format!("{method} {path}: {}", answer.lines().last().unwrap_or_default()).into()),
     }
+}
+
+/// Sends a request alone.
+pub fn send(client: &mut UnixStream, method: &str, path: &str, body: &str) -> Result<()> {
+    let length = match body.len() {
+        0 => String::new(),
+        length => format!("Content-Length: {length}\r\n"),
+    };
+    let request = format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\n{length}\r\n{body}");
+    Ok(client.write_all(request.as_bytes())?)
 }
 
 /// A monitor whose guest takes commands on its serial line. It ends with this.

@@ -66,8 +66,15 @@ pub fn start(ours: &str, other: Option<&str>, runs: usize) -> Result<()> {
 fn compile_floor(folder: &Path) -> Result<PathBuf> {
     let (source, binary) = (folder.join("floor.c"), folder.join("floor"));
     std::fs::write(&source, "#include <unistd.h>\nint main() { write(1, \"x\", 1); pause(); }\n")?;
-    let status = Command::new("cc").args(["-O2", "-static", "-w", "-o"]).args([&binary, &source]).status()?;
-    if status.success() { Ok(binary) } else { Err("cc could not build a static program".into()) }
+    compile(&source, &binary)?;
+    Ok(binary)
+}
+
+/// Builds a static program.
+pub fn compile(source: &Path, binary: &Path) -> Result<()> {
+    let mut command = Command::new("cc");
+    let status = command.args(["-O2", "-static", "-pthread", "-w", "-o"]).args([binary, source]).status()?;
+    if status.success() { Ok(()) } else { Err("cc could not build a static program".into()) }
 }
 
 /// (wall, CPU) from spawn to the byte, in ms.
@@ -169,7 +176,7 @@ fn configure(client: &mut UnixStream, kernel: &Path) -> Result<()> {
 }
 
 /// CPU time of all threads so far, in ms.
-fn cpu_time(pid: u32) -> Result<f64> {
+pub fn cpu_time(pid: u32) -> Result<f64> {
     let mut nanoseconds = 0.0;
     for task in std::fs::read_dir(format!("/proc/{pid}/task"))? {
         let schedstat = std::fs::read_to_string(task?.path().join("schedstat"))?;
@@ -190,7 +197,7 @@ fn memory(pid: u32) -> Result<(f64, f64)> {
     Ok((anonymous, field("Rss:")? - anonymous))
 }
 
-fn median(values: &[f64]) -> f64 {
+pub fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     sorted[sorted.len() / 2]

@@ -5,6 +5,7 @@
 //! - `cpus=N`, `memory=MIB`: what the machine was given.
 //! - `case=NAME,NAME`: only these cases.
 //! - `hello`: print one line at once and idle: what start-up benches wait for.
+//! - `answer`: print one line at once, send back the next byte that is typed, and idle: what benches of restores wait for.
 //! - `flood`: print without end.
 //! - `booted`: tell the boot timer.
 //! - `bench`: put the devices under the loads that are typed (bench.rs).
@@ -52,6 +53,11 @@ fn start(command_line: &'static [u8], read_tables: impl FnOnce() -> Machine) -> 
         say!("A\n");
         arch::idle();
     }
+    if words.has("answer") {
+        say!("A\n");
+        console::send(next_byte());
+        arch::idle();
+    }
     while words.has("flood") {
         say!("flood\n");
     }
@@ -92,10 +98,19 @@ fn start(command_line: &'static [u8], read_tables: impl FnOnce() -> Machine) -> 
 /// Sends back what is typed, until a line ends.
 fn echo() {
     loop {
-        let Some(byte) = console::receive() else { continue };
+        let byte = next_byte();
         console::send(byte);
         if byte == b'\n' || byte == b'\r' {
             return;
+        }
+    }
+}
+
+/// Waits until a byte is typed.
+fn next_byte() -> u8 {
+    loop {
+        if let Some(byte) = console::receive() {
+            return byte;
         }
     }
 }
