@@ -34,13 +34,23 @@ enum Way {
     Run,
     /// A load in `alula serve`.
     Load,
+    /// A load in `alula serve --warm`.
+    Warm,
     /// A load that leaves the guest paused, which is not measured, and then its resumption.
     Resume,
 }
 
-const ROWS: [Row; 3] = [
+impl Way {
+    /// What a service is told for it.
+    fn options(self) -> &'static [&'static str] {
+        if self == Self::Warm { &["--warm", "cpus=1,memory=128M"] } else { &[] }
+    }
+}
+
+const ROWS: [Row; 4] = [
     Row("spawn of `alula run --restore`", Way::Run, "exec", 2.2, 1.35),
     Row("load request to a service", Way::Load, "cold", 1.5, 1.35),
+    Row("load request to a warm service", Way::Warm, "warm", 0.6, 1.6),
     Row("resumption of a parked clone", Way::Resume, "parked", 0.3, 1.6),
 ];
 
@@ -172,7 +182,7 @@ impl Bench {
             command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
             return Restored::wait(command.spawn()?, spawned);
         }
-        let mut child = spawn(&self.ours, true, &self.socket, &[], Stdio::null())?;
+        let mut child = spawn(&self.ours, true, &self.socket, way.options(), Stdio::null())?;
         let mut client = connect(&mut child, &self.socket)?;
         request(&mut client, "GET", "/", "")?;
         std::thread::sleep(AHEAD);
@@ -242,9 +252,9 @@ fn count(bench: &Bench, way: Option<Way>, mode: &str) -> Result<(usize, usize)> 
     let inner = match way {
         None => bench.floor(mode),
         Some(Way::Run) => bench.run(),
-        Some(_) => {
+        Some(way) => {
             let mut serve = Command::new(&bench.ours);
-            serve.arg("serve").arg("--api-sock").arg(&bench.socket);
+            serve.arg("serve").arg("--api-sock").arg(&bench.socket).args(way.options());
             serve
         }
     };

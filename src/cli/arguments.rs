@@ -382,6 +382,16 @@ mod tests {
             ("run --initrd i", "--initrd needs a kernel"),
             ("run --self-test k", "give no kernel beside it"),
             ("serve --no-api", "--no-api needs --config-file"),
+            (
+                "serve --warm cpus=1,memory=1G,cpus=2",
+                "--warm cpus=1,memory=1G,cpus=2: expected cpus=N,memory=SIZE",
+            ),
+            (
+                "serve --warm memory=1G",
+                "expected cpus=N,memory=SIZE, as in cpus=1,memory=128M; see `alula serve",
+            ),
+            ("serve --warm cpus=1,memory=much", "expected a size like 256M or 2G"),
+            ("serve --warm cpus=1,memory=1G --config-file f", "leave it out, or --config-file"),
             ("run --restore d k", "--restore: the guest is what it was when it was saved: leave out KERNEL"),
             ("run --boot-timer --restore d", "leave out --boot-timer"),
             ("run --restore d --cpus 2", "leave out --cpus"),

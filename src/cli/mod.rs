@@ -287,9 +287,10 @@ fn serve(arguments: Serve, feed: &mut Option<Feed>) -> Result<Ending> {
         history::tell(|| Event::Configured { what: history::text(path.display()) });
     }
     let mut monitor = Monitor::new(signals, server, feed.take())?;
-    let start = |microvm: &mut Microvm| match starts_at_once {
-        true => microvm.start("config file").context("start the guest"),
-        false => Ok(()),
+    let start = |microvm: &mut Microvm| match (starts_at_once, arguments.warm) {
+        (true, _) => microvm.start("config file").context("start the guest"),
+        (false, Some(warm)) => microvm.keep_warm(warm),
+        (false, None) => Ok(()),
     };
     Ok(monitor.run(microvm, start, |outcome| conclude(outcome, FAILED_SERVE, served)))
 }

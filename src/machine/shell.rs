@@ -33,7 +33,7 @@ pub struct Shell {
 
 impl Shell {
     /// A shell for a machine of so many CPUs, and with so much memory, if that is known: a machine with other memory
-    /// can be built on it, too, and takes longer. It has all its threads.
+    /// can be built on it, too, and takes longer. It has all its threads, and what KVM makes for CPUs when they first run.
     ///
     /// # Errors
     /// The host's KVM has not so many CPUs, or the host not so much address space, or no more threads.
@@ -45,7 +45,7 @@ impl Shell {
         let mut shell = Self::around(prepared, cpus, memory)?;
         shell.loops.make_shared()?;
         shell.loops.start()?;
-        shell.vcpus.start()?;
+        shell.vcpus.start_ahead()?;
         Ok(shell)
     }
 
@@ -66,6 +66,11 @@ impl Shell {
     /// How many CPUs it is for.
     pub fn cpus(&self) -> usize {
         self.vcpus.len()
+    }
+
+    /// How much memory it has, in bytes.
+    pub fn memory_size(&self) -> u64 {
+        self.memory.memory().iter().map(|region| region.range().size).sum()
     }
 
     /// Gives it memory at `ranges` with the content of `source`: what it has, if that is like it.

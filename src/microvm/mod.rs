@@ -2,6 +2,7 @@
 //! go, and the jobs that are done for it. Each operation is a method here, whoever asks for it; `monitor` is
 //! the loop of the process's main thread, which runs until the guest, its user or a signal ends the microVM.
 
+pub mod ahead;
 pub mod counts;
 mod live;
 mod metrics;
@@ -25,12 +26,13 @@ use crate::history::{self, Event};
 use crate::host::{Access, Host, Resource, Sharing};
 use crate::jobs::{Jobs, Ticket};
 use crate::log;
-use crate::machine::{Machine, Prepared, RunState};
+use crate::machine::{Base, Machine, RunState};
 use crate::memory::page_set::PageSet;
 use crate::metadata::store::Store;
 use crate::metadata::{self, Service};
 use crate::metrics::{self as counted, View};
 use crate::poll::EventFd;
+use ahead::Warm;
 use counts::LATENCIES;
 
 /// So long `main` itself waits for a device to stop that is to be changed. Hardly any takes longer; while one
@@ -46,7 +48,10 @@ pub struct Microvm {
     config: Config,
     host: Host,
     metrics: Option<metrics::MetricsFile>,
-    prepared: Option<Prepared>,
+    /// What was made ahead for the machine to be.
+    ahead: Option<Base>,
+    /// The machine that is expected, if that is known.
+    warm: Option<Warm>,
     /// On the heap: with it, this would be large, and each function that it is moved through would have room for it on
     /// the stack, for as long as the guest runs.
     machine: Option<Box<Machine>>,
@@ -69,7 +74,8 @@ impl Microvm {
             config,
             host: Host::default(),
             metrics: None,
-            prepared: None,
+            ahead: None,
+            warm: None,
             machine: None,
             jobs: Jobs::default(),
             saving: None,
@@ -172,24 +178,22 @@ impl Microvm {
         has_called
     }
 
-    /// Does what does not depend on the configuration, ahead, while nobody waits. What stands in the
-    /// way is told by `start`.
-    pub fn prepare(&mut self) {
-        if self.prepared.is_none() && self.machine.is_none() {
-            self.prepared = Prepared::new().ok();
-        }
-    }
-
     /// Builds, loads and starts the machine; without a boot source it runs the firmware guest.
     /// `reason`: who wants it.
     pub fn start(&mut self, reason: &'static str) -> Result<()> {
-        let prepared = match self.prepared.take() {
-            Some(prepared) => prepared,
-            None => Prepared::new()?,
-        };
+        let machine = self.build(reason).inspect_err(|_| self.prepare_again())?;
+        self.machine = Some(machine);
+        self.ahead = None;
+        self.write_metrics();
+        Ok(())
+    }
+
+    /// A machine that runs.
+    fn build(&mut self, reason: &'static str) -> Result<Box<Machine>> {
+        let base = self.take_base(&self.config.machine_config.clone())?;
         let service = self.config.mmds_config.clone();
         self.host.serve_metadata(service.map(|config| Service { config, store: self.metadata.clone() }));
-        let mut machine = Box::new(Machine::build(&self.id, &self.config, &mut self.host, prepared)?);
+        let mut machine = Box::new(Machine::build(&self.id, &self.config, &mut self.host, base)?);
         machine.load(&self.config, &mut self.host)?;
         if self.config.machine_config.track_dirty_pages {
             machine.track_writes(true)?;
@@ -198,9 +202,7 @@ impl Microvm {
         // Told first: what the guest does comes after it.
         history::tell(|| Event::Started { reason });
         machine.resume()?;
-        self.machine = Some(machine);
-        self.write_metrics();
-        Ok(())
+        Ok(machine)
     }
 
     fn started(&mut self) -> Result<&mut Machine> {

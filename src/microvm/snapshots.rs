@@ -12,7 +12,7 @@ use crate::config::{Config, HugePages};
 use crate::devices::kind::ConfiguredDevice;
 use crate::error::{Context, Error, Result};
 use crate::history::{self, Event};
-use crate::machine::{Machine, Prepared};
+use crate::machine::Machine;
 use crate::memory::Source;
 use crate::metadata::Service;
 
@@ -103,9 +103,12 @@ impl Microvm {
             return Err(Error::config(message));
         }
         let loaded = self.build_saved(load, reason);
-        let (machine, config) = loaded.inspect_err(|_| self.host.serve_metadata(None))?;
+        let (machine, config) = loaded.inspect_err(|_| {
+            self.host.serve_metadata(None);
+            self.prepare_again();
+        })?;
         self.host.release_all();
-        (self.machine, self.config) = (Some(Box::new(machine)), config);
+        (self.machine, self.config, self.ahead) = (Some(Box::new(machine)), config, None);
         note(begun, [&LATENCIES.load_snapshot, &LATENCIES.vmm_load_snapshot]);
         self.write_metrics();
         Ok(())
@@ -124,15 +127,12 @@ impl Microvm {
         let mut saved = stored.machine;
         let config = load.config(&saved.config, &self.config)?;
         saved.config.clone_from(&config);
-        let prepared = match self.prepared.take() {
-            Some(prepared) => prepared,
-            None => Prepared::new()?,
-        };
+        let base = self.take_base(&config.machine_config)?;
         let service = config.mmds_config.clone();
         self.host.serve_metadata(service.map(|config| Service { config, store: self.metadata.clone() }));
         let source = Source::Private { file: &file, pieces: &pieces };
         let mut machine =
-            Machine::build_from(source, &saved.places, &self.id, &config, &mut self.host, prepared)?;
+            Machine::build_from(source, &saved.places, &self.id, &config, &mut self.host, base)?;
         machine.restore(&saved)?;
         if load.tracks_writes {
             machine.track_writes(true)?;

@@ -1,5 +1,6 @@
 //! A vCPU and its thread: runs guest code, hands exits to the buses, stops at the gate.
 
+use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -104,11 +105,36 @@ impl Vcpu {
 
     /// Starts the vCPU's thread, which waits at the gate. No effect when it has one.
     pub fn start(&mut self, index: usize, surroundings: &Arc<Surroundings>) -> Result<()> {
+        self.spawn(index, surroundings, None)
+    }
+
+    /// The same for a vCPU that has no state yet. Its thread first enters KVM once, which returns at once: what KVM
+    /// makes for a vCPU when it first runs, for its thread and for the machine, is there then. `done` is dropped
+    /// after that.
+    pub fn start_ahead(
+        &mut self,
+        index: usize,
+        surroundings: &Arc<Surroundings>,
+        done: Sender<()>,
+    ) -> Result<()> {
+        self.spawn(index, surroundings, Some(done))
+    }
+
+    fn spawn(
+        &mut self,
+        index: usize,
+        surroundings: &Arc<Surroundings>,
+        rehearsed: Option<Sender<()>>,
+    ) -> Result<()> {
         if self.thread.is_none() {
             let (shared, surroundings) = (self.shared.clone(), surroundings.clone());
             let thread = std::thread::Builder::new()
                 .name(format!("vcpu{index}"))
                 .spawn(move || {
+                    if let Some(rehearsed) = rehearsed {
+                        rehearse(&shared);
+                        drop(rehearsed);
+                    }
                     let mut stood_still = false;
                     while surroundings.gate.pass() {
                         run(&shared, &surroundings, index, stood_still);
@@ -157,6 +183,16 @@ impl Vcpu {
             // A thread that panicked has said so itself.
             let _ = thread.join();
         }
+    }
+}
+
+/// Enters KVM, where that is possible without any state, and comes back before there is guest code.
+fn rehearse(shared: &Shared) {
+    if arch::ENTERS_WITHOUT_STATE {
+        let mut fd = shared.fd.lock().unwrap_or_else(PoisonError::into_inner);
+        shared.immediate_exit.set(1);
+        // EINTR. What else KVM may say, it says again when the guest is to run.
+        let _ = fd.run();
     }
 }
 

@@ -1,6 +1,7 @@
 //! All vCPUs of a machine, with the threads that run them.
 
 use std::ops::Deref;
+use std::sync::mpsc::channel;
 use std::sync::{Arc, MutexGuard};
 
 use kvm_ioctls::VcpuFd;
@@ -31,6 +32,22 @@ impl Vcpus {
         }
         let mut all = self.all.iter_mut().enumerate();
         all.try_for_each(|(index, vcpu)| vcpu.start(index, &self.surroundings))
+    }
+
+    /// The same for vCPUs that have no state yet: returns when what KVM makes for them when they first run is there.
+    ///
+    /// # Errors
+    /// The host gives no more threads.
+    pub fn start_ahead(&mut self) -> Result<()> {
+        register_kick()?;
+        let (done, all_done) = channel();
+        for (index, vcpu) in self.all.iter_mut().enumerate() {
+            vcpu.start_ahead(index, &self.surroundings, done.clone())?;
+        }
+        drop(done);
+        // Nothing is ever sent: this ends when the last sender is gone.
+        let _ = all_done.recv();
+        Ok(())
     }
 
     /// Returns when none of them runs any more, until the gate is opened.

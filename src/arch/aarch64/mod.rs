@@ -78,6 +78,10 @@ impl CpuModel {
     }
 }
 
+/// Whether a vCPU that has no state yet can enter KVM, if it is to return at once. Here, the first KVM_RUN settles what
+/// the CPU has (KVM api, KVM_ARM_VCPU_FINALIZE and the ID registers) and where the interrupt controller is.
+pub const ENTERS_WITHOUT_STATE: bool = false;
+
 /// Tells KVM what the CPUs are: all but the first wait for PSCI CPU_ON. Then makes the interrupt controller, which
 /// must come after that.
 pub fn after_vcpus(vm: &VmFd, vcpus: &[VcpuFd]) -> Result<InterruptController> {

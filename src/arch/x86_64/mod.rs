@@ -124,6 +124,9 @@ pub fn create_vm(kvm: &Kvm) -> Result<VmFd, kvm_ioctls::Error> {
     kvm.create_vm()
 }
 
+/// Whether a vCPU that has no state yet can enter KVM, if it is to return at once.
+pub const ENTERS_WITHOUT_STATE: bool = true;
+
 /// What must exist before the vCPUs do: with memory already there, the in-kernel PIC, I/O APIC and
 /// local APICs. A change of memory regions soon after would wait for them (KVM's SRCU grace period).
 pub fn before_vcpus(vm: &VmFd, cpus: u16) -> Result<()> {

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use lexopt::Arg::{Long, Short};
 
+use super::run::mebibytes;
 use super::{Command, Given, default_id, id, number, value};
 use crate::api::BODY_MAX;
 use crate::arch;
@@ -13,6 +14,7 @@ use crate::config::Config;
 use crate::dialect::Dialect;
 use crate::error::{Context, Error, Result};
 use crate::guest::runtime;
+use crate::microvm::ahead::Warm;
 use crate::microvm::counts::StartTime;
 
 const HELP: &str = "\
@@ -38,6 +40,9 @@ Options:
       --metadata FILE      The metadata that the guest can ask for: an object in this JSON file
       --mmds-size-limit BYTES
                            The most that it may be, as JSON [default: as the largest request body]
+      --warm cpus=N,memory=SIZE
+                           Make now what a guest of this size needs of KVM: started or restored later, it
+                           runs sooner
       --no-seccomp         Accepted, without effect yet
   -h, --help               Print this
 
@@ -51,6 +56,7 @@ Examples:
 
 /// Where the API is served if nothing says otherwise: as Firecracker does.
 const DEFAULT_SOCKET: &str = "/run/firecracker.socket";
+const EXPECTED_WARM: &str = "expected cpus=N,memory=SIZE, as in cpus=1,memory=128M";
 
 /// The help, with the options of the outputs.
 pub fn help() -> String {
@@ -72,6 +78,8 @@ pub struct Serve {
     pub http_api_max_payload_size: usize,
     pub metadata: Option<PathBuf>,
     pub mmds_size_limit: Option<usize>,
+    /// For what size of guest all is made ahead.
+    pub warm: Option<Warm>,
     /// Whose API is spoken.
     pub dialect: Dialect,
 }
@@ -89,6 +97,7 @@ pub fn parse(parser: &mut lexopt::Parser, persona: Persona) -> Result<Command, l
         http_api_max_payload_size: BODY_MAX,
         metadata: None,
         mmds_size_limit: None,
+        warm: None,
         dialect: if persona == Persona::Firecracker { Dialect::Firecracker } else { Dialect::Alula },
     };
     let mut start = StartTime::default();
@@ -117,6 +126,7 @@ pub fn parse(parser: &mut lexopt::Parser, persona: Persona) -> Result<Command, l
             Long("mmds-size-limit") => {
                 serve.mmds_size_limit = Some(value(parser, "--mmds-size-limit", number)?);
             }
+            Long("warm") => serve.warm = Some(value(parser, "--warm", warm)?),
             Long("no-seccomp") => {}
             // Who gives one counts on it.
             Long("seccomp-filter") => {
@@ -136,8 +146,25 @@ pub fn parse(parser: &mut lexopt::Parser, persona: Persona) -> Result<Command, l
     if serve.no_api && serve.config_file.is_none() {
         return Err("--no-api needs --config-file".into());
     }
+    if serve.warm.is_some() && serve.config_file.is_some() {
+        return Err("--warm is for a guest that comes later: leave it out, or --config-file".into());
+    }
     start.note();
     Ok(Command::Serve(serve))
+}
+
+/// `cpus=2,memory=1G`, in either order.
+fn warm(text: &str) -> Result<Warm, String> {
+    let (mut cpus, mut memory) = (None, None);
+    for part in text.split(',') {
+        match part.split_once('=') {
+            Some(("cpus", count)) if cpus.is_none() => cpus = Some(number(count)?),
+            Some(("memory", size)) if memory.is_none() => memory = Some(mebibytes(size)?),
+            _ => return Err(EXPECTED_WARM.to_owned()),
+        }
+    }
+    let warm = cpus.zip(memory).map(|(cpus, memory_mib)| Warm { cpus, memory_mib });
+    warm.ok_or_else(|| EXPECTED_WARM.to_owned())
 }
 
 impl Serve {

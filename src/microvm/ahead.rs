@@ -1,0 +1,84 @@
+//! What is made for a machine before anybody asks for one.
+
+use super::Microvm;
+use crate::config::MachineConfig;
+use crate::error::{Context, Result};
+use crate::log;
+use crate::machine::{Base, Prepared, Shell};
+
+/// The machine that is expected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Warm {
+    /// How many CPUs it has.
+    pub cpus: u16,
+    /// How much memory it has.
+    pub memory_mib: u64,
+}
+
+impl Warm {
+    /// As a configuration says it.
+    fn config(self) -> MachineConfig {
+        MachineConfig { vcpu_count: self.cpus, mem_size_mib: self.memory_mib, ..MachineConfig::default() }
+    }
+
+    fn shell(self) -> Result<Base> {
+        Shell::new(Prepared::new()?, self.cpus, Some(self.memory_mib)).map(Base::from)
+    }
+}
+
+impl Microvm {
+    /// Makes all of a machine that is like `warm` but what it is made for, and makes it again whenever it was used for
+    /// one that failed.
+    ///
+    /// # Errors
+    /// There can be no such machine, or not on this host.
+    pub fn keep_warm(&mut self, warm: Warm) -> Result<()> {
+        let attempt = || format!("prepare for a guest of {} CPUs and {} MiB", warm.cpus, warm.memory_mib);
+        self.config.check_machine(&warm.config()).with_context(attempt)?;
+        self.ahead = Some(warm.shell().with_context(attempt)?);
+        self.warm = Some(warm);
+        Ok(())
+    }
+
+    /// Does what does not depend on the configuration, ahead, while nobody waits. What stands in the
+    /// way is told by `start`.
+    pub fn prepare(&mut self) {
+        if self.ahead.is_none() && self.machine.is_none() {
+            let made = self.warm.map_or_else(|| Prepared::new().map(Base::from), Warm::shell);
+            self.ahead = made.ok();
+        }
+    }
+
+    /// The machine came to nothing: the next one is expected as this one was.
+    pub(super) fn prepare_again(&mut self) {
+        if self.warm.is_some() {
+            self.prepare();
+        }
+    }
+
+    /// What a machine like this is built on. What was made ahead is used up by it, if it is like that.
+    pub(super) fn take_base(&mut self, machine: &MachineConfig) -> Result<Base> {
+        match self.ahead.take() {
+            Some(Base::Shell(shell)) if !is_for(&shell, machine) => {
+                log::line(format_args!(
+                    "the guest has {} CPUs and {} MiB, and what was prepared (--warm) is for {} and {}: it is \
+                     not used",
+                    machine.vcpu_count,
+                    machine.mem_size_mib,
+                    shell.cpus(),
+                    shell.memory_size() >> 20,
+                ));
+                // To end it takes its time. If the guest can be started without it, it is ended then.
+                self.ahead = Some(Base::Shell(shell));
+                Prepared::new().map(Base::from)
+            }
+            Some(base) => Ok(base),
+            None => Prepared::new().map(Base::from),
+        }
+    }
+}
+
+fn is_for(shell: &Shell, machine: &MachineConfig) -> bool {
+    let size = machine.mem_size_mib.checked_mul(1 << 20);
+    shell.cpus() == usize::from(machine.vcpu_count) && size == Some(shell.memory_size())
+}
