@@ -60,6 +60,8 @@ impl Gate {
         if *state != Standing::Gone {
             *state = to;
             self.open.store(to == Standing::Open, Ordering::SeqCst);
+            // Whoever wakes takes the lock at once.
+            drop(state);
             self.changed.notify_all();
         }
     }
