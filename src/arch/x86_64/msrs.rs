@@ -59,7 +59,7 @@ const UNLISTED: [u32; 33] = [
 ];
 
 /// KVM takes fewer than 256 at a time.
-const BATCH: usize = 128;
+const BATCH: usize = 255;
 
 /// The numbers of the registers that are the state of this KVM's CPUs, of which `vcpu` is one.
 pub fn of_cpus(kvm: &Kvm, vcpu: &VcpuFd) -> Result<Vec<u32>> {

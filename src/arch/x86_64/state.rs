@@ -140,20 +140,22 @@ pub fn restore_vcpus(vm: &VmFd, vcpus: &[impl Deref<Target = VcpuFd>], states: &
     let mut first = None;
     for (index, (vcpu, state)) in vcpus.iter().zip(states).enumerate() {
         let restored = restore_vcpu(vm, vcpu, state, words, first);
-        let offset = restored.with_context(|| format!("restore CPU {index}"))?;
-        first = first.or(state.tsc_offset.zip(offset));
+        restored.with_context(|| format!("restore CPU {index}"))?;
+        // The last CPU has nobody after it.
+        if first.is_none() && index + 1 < vcpus.len() {
+            first = state.tsc_offset.zip(ioctls::tsc_offset(vcpu));
+        }
     }
     Ok(())
 }
 
-/// Returns the offset of the CPU's time stamp counter, if KVM tells.
 fn restore_vcpu(
     vm: &VmFd,
     vcpu: &VcpuFd,
     state: &VcpuState,
     xsave_words: usize,
     first: Option<(u64, u64)>,
-) -> Result<Option<u64>> {
+) -> Result<()> {
     check(state, xsave_words)?;
     let VcpuState { mp_state, regs, sregs, pdptrs, xsave, xcrs, debug, lapic, .. } = state;
     let VcpuState { cpuid, tsc_khz, tsc_offset, msrs, events, .. } = state;
@@ -177,23 +179,29 @@ fn restore_vcpu(
     vcpu.set_debug_regs(debug).context("set the debug registers")?;
     // Before the model-specific registers: KVM ignores a deadline of a timer that is in another mode.
     vcpu.set_lapic(lapic).context("set the local APIC")?;
-    // The time stamp counter before everything that is measured by it, the deadline above all. KVM gives CPUs
-    // that are set to nearly the same the same offset; where it tells, they are made as far apart as they were.
-    let (tsc, others): (Vec<_>, Vec<_>) = msrs.iter().partition(|(index, _)| *index == msrs::TSC);
-    msrs::set(vcpu, &tsc)?;
+    // The time stamp counter before everything that is measured by it, the deadline above all: KVM takes registers in
+    // the order of the list.
+    let mut msrs = msrs.clone();
+    msrs.sort_by_key(|(index, _)| match *index {
+        msrs::TSC => 0,
+        msrs::TSC_DEADLINE => 2,
+        _ => 1,
+    });
+    let mut rest = &msrs[..];
+    // KVM gives CPUs that are set to nearly the same time the same offset; where it tells, they are made as far apart
+    // as they were, before anything else is set.
     if let (Some((first_saved, first_now)), Some(saved)) = (first, tsc_offset) {
+        let (tsc, others) = msrs.split_at(msrs.iter().take_while(|(index, _)| *index == msrs::TSC).count());
+        msrs::set(vcpu, tsc)?;
+        rest = others;
         let offset = first_now.wrapping_add(saved.wrapping_sub(first_saved));
         ioctls::set_tsc_offset(vcpu, offset).context("set the offset of the time stamp counter")?;
     }
-    let (deadline, others): (Vec<_>, Vec<_>) =
-        others.into_iter().partition(|(index, _)| *index == msrs::TSC_DEADLINE);
-    msrs::set(vcpu, &others)?;
-    msrs::set(vcpu, &deadline)?;
+    msrs::set(vcpu, rest)?;
     // Last: what was set above may have raised or dropped some.
     vcpu.set_vcpu_events(events).context("set the pending events")?;
     // The guest's clock register is set by now: its watchdogs learn of the time that it did not run.
-    tell_that_it_stood_still(vcpu)?;
-    Ok(ioctls::tsc_offset(vcpu))
+    tell_that_it_stood_still(vcpu)
 }
 
 /// Refuses what would have no end, or would have KVM read beyond an end.
