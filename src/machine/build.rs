@@ -50,7 +50,7 @@ pub fn build(
         "allocated {} MiB of guest memory for {} CPUs",
         machine.mem_size_mib, machine.vcpu_count
     ));
-    let mut platform = platform(config, ranges, host)?;
+    let mut platform = platform(config, ranges);
     vm.complete(&mut platform)?;
     let timeline = std::mem::take(&mut vm.timeline);
     let vm = Arc::new(vm);
@@ -101,18 +101,18 @@ pub fn build(
 }
 
 /// What boot tables say of the machine before it has any part.
-fn platform(config: &Config, memory: Vec<Range>, host: &mut Host) -> Result<Platform> {
-    Ok(Platform {
+fn platform(config: &Config, memory: Vec<Range>) -> Platform {
+    Platform {
         cpus: config.machine_config.vcpu_count,
         smt: config.machine_config.smt,
         memory,
         command_line: command_line(config),
         initrd: None,
-        random_seed: host.random_seed()?,
+        random_seed: [0; 32],
         nodes: Vec::new(),
         pci: config.pci,
         gic: None,
-    })
+    }
 }
 
 /// How many bytes of memory the guest is to have.
@@ -151,6 +151,7 @@ pub fn load(machine: &mut Machine, config: &Config, host: &mut Host) -> Result<(
     let vcpus = machine.vcpus.stopped();
     machine.vm.set_cpu_model(&vcpus, platform, &config.cpuid())?;
     platform.nodes = machine.parts.nodes();
+    platform.random_seed = host.random_seed()?;
     let entry = match &config.boot_source {
         None => {
             let mut kernel = Cursor::new(firmware::IMAGE);

@@ -56,8 +56,13 @@ impl Microvm {
         }
     }
 
-    /// What a machine like this is built on. What was made ahead is used up by it, if it is like that.
-    pub(super) fn take_base(&mut self, machine: &MachineConfig) -> Result<Base> {
+    /// What a machine like this is built on. What was made ahead is used up by it, if it is like that; else KVM is
+    /// opened by `prepare`.
+    pub(super) fn take_base(
+        &mut self,
+        machine: &MachineConfig,
+        prepare: impl FnOnce() -> Result<Prepared>,
+    ) -> Result<Base> {
         match self.ahead.take() {
             Some(Base::Shell(shell)) if !is_for(&shell, machine) => {
                 log::line(format_args!(
@@ -70,10 +75,10 @@ impl Microvm {
                 ));
                 // To end it takes its time. If the guest can be started without it, it is ended then.
                 self.ahead = Some(Base::Shell(shell));
-                Prepared::new().map(Base::from)
+                prepare().map(Base::from)
             }
             Some(base) => Ok(base),
-            None => Prepared::new().map(Base::from),
+            None => prepare().map(Base::from),
         }
     }
 }

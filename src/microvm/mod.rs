@@ -26,7 +26,7 @@ use crate::history::{self, Event};
 use crate::host::{Access, Host, Resource, Sharing};
 use crate::jobs::{Jobs, Ticket};
 use crate::log;
-use crate::machine::{Base, Machine, RunState};
+use crate::machine::{Base, Machine, Prepared, RunState};
 use crate::memory::page_set::PageSet;
 use crate::metadata::store::Store;
 use crate::metadata::{self, Service};
@@ -190,7 +190,7 @@ impl Microvm {
 
     /// A machine that runs.
     fn build(&mut self, reason: &'static str) -> Result<Box<Machine>> {
-        let base = self.take_base(&self.config.machine_config.clone())?;
+        let base = self.take_base(&self.config.machine_config.clone(), Prepared::new)?;
         let service = self.config.mmds_config.clone();
         self.host.serve_metadata(service.map(|config| Service { config, store: self.metadata.clone() }));
         let mut machine = Box::new(Machine::build(&self.id, &self.config, &mut self.host, base)?);

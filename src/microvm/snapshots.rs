@@ -12,7 +12,7 @@ use crate::config::{Config, HugePages};
 use crate::devices::kind::ConfiguredDevice;
 use crate::error::{Context, Error, Result};
 use crate::history::{self, Event};
-use crate::machine::Machine;
+use crate::machine::{Machine, Prepared};
 use crate::memory::Source;
 use crate::metadata::Service;
 
@@ -127,7 +127,7 @@ impl Microvm {
         let mut saved = stored.machine;
         let config = load.config(&saved.config, &self.config)?;
         saved.config.clone_from(&config);
-        let base = self.take_base(&config.machine_config)?;
+        let base = self.take_base(&config.machine_config, Prepared::for_saved)?;
         let service = config.mmds_config.clone();
         self.host.serve_metadata(service.map(|config| Service { config, store: self.metadata.clone() }));
         let source = Source::Private { file: &file, pieces: &pieces };

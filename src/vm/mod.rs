@@ -35,21 +35,28 @@ pub struct Prepared {
     names: [Name; 2],
     kvm: Kvm,
     vm: VmFd,
-    cpu_model: CpuModel,
+    /// None: it is asked for when it is needed.
+    cpu_model: Option<CpuModel>,
     timeline: Timeline,
 }
 
 impl Prepared {
     /// Opens KVM, makes a virtual machine and asks what its CPUs can be.
     pub fn new() -> Result<Self> {
+        let mut prepared = Self::for_saved()?;
+        prepared.cpu_model = Some(CpuModel::new(&prepared.kvm)?);
+        prepared.timeline.mark("CPU model");
+        Ok(prepared)
+    }
+
+    /// Opens KVM and makes a virtual machine, whose CPUs are what saved ones were.
+    pub fn for_saved() -> Result<Self> {
         let mut timeline = Timeline::default();
         let kvm = open_kvm()?;
         let vm = create_vm(&kvm)?;
         timeline.mark("virtual machine");
-        let cpu_model = CpuModel::new(&kvm)?;
-        timeline.mark("CPU model");
         let names = [Name::new(&kvm, "KVM"), Name::new(&vm, "virtual machine")];
-        Ok(Self { names, kvm, vm, cpu_model, timeline })
+        Ok(Self { names, kvm, vm, cpu_model: None, timeline })
     }
 }
 
@@ -91,7 +98,8 @@ pub struct Vm {
     /// What is asked of KVM itself when the machine is saved.
     kvm: Kvm,
     fd: VmFd,
-    cpu_model: CpuModel,
+    /// None: it was not needed yet.
+    cpu_model: Option<CpuModel>,
     max_vcpus: usize,
     slots: Mutex<Slots>,
     routes: irq::Routes,
@@ -169,7 +177,10 @@ impl Vm {
         platform: &Platform,
         modifiers: &[CpuidModifier],
     ) -> Result<()> {
-        self.cpu_model.apply(vcpus, platform, modifiers)
+        match &self.cpu_model {
+            Some(model) => model.apply(vcpus, platform, modifiers),
+            None => CpuModel::new(&self.kvm)?.apply(vcpus, platform, modifiers),
+        }
     }
 
     /// Gives the guest another region of memory, in the lowest slot that is free, and returns that. `is_tracked`:
