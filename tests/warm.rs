@@ -7,8 +7,9 @@ mod common;
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write;
+use std::process::Command;
 
-use common::{Folder, Service, run, wait_for};
+use common::{Folder, Process, Service, alula, run, wait_for};
 use serde_json::{Value, json};
 
 const WORDS: &str = "echo cpus=2 memory=64 case=cpus,memory end=7";
@@ -113,6 +114,41 @@ fn what_was_made_for_another_guest_is_left_with_a_word() {
             let text = end(service, "2 cases, 0 failed");
             assert!(text.contains(&expected), "{text}");
         }
+    }
+}
+
+#[test]
+fn a_parked_guest_has_all_that_it_needs_to_go_on() {
+    let (_folder, mut load) = saved();
+    load["resume_vm"] = json!(false);
+    for options in [&[][..], WARM] {
+        let service = Service::start(options);
+        let mut client = service.client();
+        client.ok("PUT", "/snapshot/load", &load.to_string());
+        wait_for(|| vcpus(&service).len() == 2);
+        let threads = vcpus(&service);
+        client.ok("PATCH", "/vm", r#"{"state": "Resumed"}"#);
+        assert_eq!(vcpus(&service), threads);
+        end(service, "2 cases, 0 failed");
+    }
+}
+
+#[test]
+fn a_restore_asks_for_nothing_that_the_state_says() {
+    let (folder, _) = saved();
+    let trace = folder.path("trace");
+    let mut command = Command::new("strace");
+    command.args(["-f", "-qq", "-e", "trace=ioctl,openat", "-o"]).arg(&trace).arg(alula());
+    command.args(["run", "--restore"]).arg(folder.path("saved"));
+    let mut process = Process::spawn(command);
+    process.stdin.as_mut().unwrap().write_all(b"go on\n").unwrap();
+    let ended = process.end();
+    assert_eq!(ended.code, Some(7), "{}", ended.text);
+    let trace = fs::read_to_string(trace).unwrap();
+    assert!(trace.contains("/dev/kvm") && trace.contains("KVM_RUN"), "{trace}");
+    // What the host's CPUs are, and random bytes for boot tables.
+    for needless in ["KVM_GET_SUPPORTED_CPUID", "/dev/urandom"] {
+        assert!(!trace.contains(needless), "{trace}");
     }
 }
 

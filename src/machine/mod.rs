@@ -149,6 +149,13 @@ impl Machine {
         Ok(())
     }
 
+    /// Does all of [`Machine::resume`] that can be done before, for a machine that has not run yet: threads are there,
+    /// and what KVM makes for CPUs when they first run.
+    pub fn park(&mut self) -> Result<()> {
+        self.loops.start()?;
+        self.vcpus.start_ahead()
+    }
+
     /// Returns when no CPU runs any more. No effect on a paused machine.
     pub fn pause(&mut self) -> Result<()> {
         self.vcpus.stop();

@@ -142,6 +142,8 @@ impl Microvm {
         if load.resumes {
             machine.resume()?;
             history::tell(|| Event::Resumed { reason });
+        } else {
+            machine.park()?;
         }
         Ok((machine, config))
     }

@@ -108,7 +108,7 @@ impl Vcpu {
         self.spawn(index, surroundings, None)
     }
 
-    /// The same for a vCPU that has no state yet. Its thread first enters KVM once, which returns at once: what KVM
+    /// The same for a vCPU that has not run yet, whether it has its state or not. Its thread first enters KVM once, which returns at once: what KVM
     /// makes for a vCPU when it first runs, for its thread and for the machine, is there then. `done` is dropped
     /// after that.
     pub fn start_ahead(
@@ -186,7 +186,7 @@ impl Vcpu {
     }
 }
 
-/// Enters KVM, where that is possible without any state, and comes back before there is guest code.
+/// Enters KVM, where that can be done without any state, and comes back before any guest code runs.
 fn rehearse(shared: &Shared) {
     if arch::ENTERS_WITHOUT_STATE {
         let mut fd = shared.fd.lock().unwrap_or_else(PoisonError::into_inner);

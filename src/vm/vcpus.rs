@@ -34,7 +34,8 @@ impl Vcpus {
         all.try_for_each(|(index, vcpu)| vcpu.start(index, &self.surroundings))
     }
 
-    /// The same for vCPUs that have no state yet: returns when what KVM makes for them when they first run is there.
+    /// The same for vCPUs that have not run yet: returns when what KVM makes for them when they first run is there, as far
+    /// as this architecture's can have it before.
     ///
     /// # Errors
     /// The host gives no more threads.
