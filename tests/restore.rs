@@ -460,6 +460,8 @@ fn a_restore_tells_kvm_once_what_it_takes_once() {
         assert!(of(&shell, made) <= if is_ahead { 0 } else { *count }, "{made}: {shell:?}");
     }
     assert_eq!(of(&machine, "KVM_SET_USER_MEMORY_REGION"), 1, "{machine:?}");
+    // Its CPUs were told what those of the host are.
+    assert_eq!(of(&shell, "KVM_SET_CPUID2"), 0, "{shell:?}");
     // With a GICv2 there is no message that KVM knows.
     let tables = of(&bus, "KVM_SET_GSI_ROUTING");
     assert!(tables == 1 || !x86_64 && tables == 0, "{bus:?}");

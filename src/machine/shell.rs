@@ -45,6 +45,7 @@ impl Shell {
         let mut shell = Self::around(prepared, cpus, memory)?;
         shell.loops.make_shared()?;
         shell.loops.start()?;
+        shell.vm.foresee_cpu_model(&shell.vcpus.stopped())?;
         shell.vcpus.start_ahead()?;
         Ok(shell)
     }

@@ -178,9 +178,15 @@ impl Vm {
         modifiers: &[CpuidModifier],
     ) -> Result<()> {
         match &self.cpu_model {
-            Some(model) => model.apply(vcpus, platform, modifiers),
-            None => CpuModel::new(&self.kvm)?.apply(vcpus, platform, modifiers),
+            Some(model) => model.apply(vcpus, platform.smt, modifiers),
+            None => CpuModel::new(&self.kvm)?.apply(vcpus, platform.smt, modifiers),
         }
+    }
+
+    /// Tells KVM what the CPUs most likely are, before that is known: those of the host. KVM can be told otherwise until
+    /// they run.
+    pub fn foresee_cpu_model(&self, vcpus: &[impl Deref<Target = VcpuFd>]) -> Result<()> {
+        self.cpu_model.as_ref().map_or(Ok(()), |model| model.apply(vcpus, false, &[]))
     }
 
     /// Gives the guest another region of memory, in the lowest slot that is free, and returns that. `is_tracked`:

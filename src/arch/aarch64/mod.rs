@@ -71,7 +71,7 @@ impl CpuModel {
     pub fn apply(
         &self,
         _vcpus: &[impl Deref<Target = VcpuFd>],
-        _platform: &Platform,
+        _smt: bool,
         _modifiers: &[CpuidModifier],
     ) -> Result<()> {
         Ok(())

@@ -7,6 +7,9 @@ use crate::error::{Error, Result};
 use crate::platform::{CpuidModifier, CpuidRegister};
 
 const LEAF_1_ECX_TSC_DEADLINE: u32 = 1 << 24;
+const LEAF_1_ECX_OSXSAVE: u32 = 1 << 27;
+const LEAF_1_EDX_APIC: u32 = 1 << 9;
+const LEAF_7_ECX_OSPKE: u32 = 1 << 4;
 const LEAF_1_ECX_HYPERVISOR: u32 = 1 << 31;
 const LEAF_1_EDX_HTT: u32 = 1 << 28;
 /// CMP_LEGACY: the logical CPUs of leaf 1 are cores, not threads.
@@ -132,6 +135,27 @@ pub fn set_apic_id(cpuid: &mut CpuId, topology: Topology, apic_id: u32) {
     }
 }
 
+/// Whether KVM, told one, has been told the other: they are the same but for what KVM itself keeps up to date with
+/// control registers and the local APIC, whatever it is told.
+pub fn is_same(one: &[kvm_cpuid_entry2], other: &[kvm_cpuid_entry2]) -> bool {
+    one.iter().map(without_state).eq(other.iter().map(without_state))
+}
+
+fn without_state(entry: &kvm_cpuid_entry2) -> kvm_cpuid_entry2 {
+    let mut entry = kvm_cpuid_entry2 { padding: [0; 3], ..*entry };
+    match (entry.function, entry.index) {
+        (0x1, _) => {
+            entry.ecx &= !LEAF_1_ECX_OSXSAVE;
+            entry.edx &= !LEAF_1_EDX_APIC;
+        }
+        (0x7, 0) => entry.ecx &= !LEAF_7_ECX_OSPKE,
+        // How large the XSAVE area is for what is switched on.
+        (0xd, 0 | 1) => entry.ebx = 0,
+        _ => {}
+    }
+    entry
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -179,6 +203,33 @@ mod tests {
         assert_eq!((changed.eax, changed.ebx, changed.ecx, changed.edx), (0, 0b1010, 5, 0));
         let error = modified(&supported, &[modifier(0x21)]).unwrap_err().to_string();
         assert!(error.contains("leaf 0x21, subleaf 0x1 of CPUID (`cpuid_modifiers`)"), "{error}");
+    }
+
+    #[test]
+    fn what_kvm_keeps_up_to_date_by_itself_makes_no_other_cpu() {
+        let entry = |function, index, words: [u32; 4]| {
+            let [eax, ebx, ecx, edx] = words;
+            kvm_cpuid_entry2 { function, index, eax, ebx, ecx, edx, ..Default::default() }
+        };
+        let told = [entry(1, 0, [1, 2, 0, 0]), entry(7, 0, [0; 4]), entry(0xd, 1, [7, 0, 3, 0])];
+        let runs = [
+            entry(1, 0, [1, 2, 1 << 27, 1 << 9]),
+            entry(7, 0, [0, 0, 1 << 4, 0]),
+            entry(0xd, 1, [7, 0x340, 3, 0]),
+        ];
+        assert!(is_same(&told, &runs));
+        for (index, other) in [
+            (0, entry(1, 0, [1, 2, 1 << 26, 0])),
+            (0, entry(1, 0, [1, 3, 0, 0])),
+            (1, entry(7, 1, [0; 4])),
+            (2, entry(0xd, 2, [7, 0, 3, 0])),
+            (2, entry(0xd, 1, [6, 0, 3, 0])),
+        ] {
+            let mut changed = told;
+            changed[index] = other;
+            assert!(!is_same(&changed, &runs), "{other:?}");
+        }
+        assert!(!is_same(&told[..2], &runs) && !is_same(&told, &runs[..2]));
     }
 
     #[test]

@@ -79,14 +79,15 @@ impl CpuModel {
         Ok(Self { supported, tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer) })
     }
 
-    /// Tells KVM what the CPUs are, before they first run: those of the host, changed by `modifiers`.
+    /// Tells KVM what the CPUs are, before they first run: those of the host, with two of them a core if `smt`, changed by
+    /// `modifiers`.
     pub fn apply(
         &self,
         vcpus: &[impl Deref<Target = VcpuFd>],
-        platform: &Platform,
+        smt: bool,
         modifiers: &[CpuidModifier],
     ) -> Result<()> {
-        let topology = cpuid::Topology { cpus: platform.cpus, threads: if platform.smt { 2 } else { 1 } };
+        let topology = cpuid::Topology { cpus: vcpus.len() as u16, threads: if smt { 2 } else { 1 } };
         let mut cpuid = match modifiers {
             [] => cpuid::machine(&self.supported, topology, self.tsc_deadline)?,
             modifiers => {

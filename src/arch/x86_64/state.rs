@@ -11,7 +11,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 
-use super::{InterruptController, ioctls, msrs, tell_that_it_stood_still};
+use super::{InterruptController, cpuid, ioctls, msrs, tell_that_it_stood_still};
 use crate::error::{Context, Error, Result};
 
 /// More model-specific registers than any KVM has: a saved state cannot keep KVM busy with more.
@@ -159,9 +159,13 @@ fn restore_vcpu(
     check(state, xsave_words)?;
     let VcpuState { mp_state, regs, sregs, pdptrs, xsave, xcrs, debug, lapic, .. } = state;
     let VcpuState { cpuid, tsc_khz, tsc_offset, msrs, events, .. } = state;
-    // First: it says which registers there are.
-    let cpuid = CpuId::from_entries(cpuid).expect("their number has been checked");
-    vcpu.set_cpuid2(&cpuid).context("set the CPUID")?;
+    // First: it says which registers there are. A CPU that was made ahead may have been told the same, which KVM takes
+    // long for.
+    let has_it = vcpu.get_cpuid2(cpuid.len()).is_ok_and(|told| cpuid::is_same(told.as_slice(), cpuid));
+    if !has_it {
+        let cpuid = CpuId::from_entries(cpuid).expect("their number has been checked");
+        vcpu.set_cpuid2(&cpuid).context("set the CPUID")?;
+    }
     if vcpu.get_tsc_khz().context("get the rate of the time stamp counter")? != *tsc_khz {
         let attempt = || format!("set the rate of the time stamp counter to {tsc_khz} kHz");
         vcpu.set_tsc_khz(*tsc_khz).with_context(attempt)?;
