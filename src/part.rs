@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde_json::Value;
 
+use crate::error::Result;
 use crate::metrics::View;
 use crate::platform::{Node, Place};
 use crate::snapshot::SaveState;
@@ -21,6 +22,11 @@ pub trait Component: Any + SaveState + Send {
     /// What boot tables say of the component when it is at `place`.
     fn nodes(&self, _place: Place) -> Vec<Node> {
         Vec::new()
+    }
+    /// Gives guest memory what the component has there when the guest starts, behind all that a load writes; a
+    /// restore does the same by itself.
+    fn begin(&mut self) -> Result<()> {
+        Ok(())
     }
     /// What the component counts.
     fn metrics(&self, _view: View) -> Option<Value> {

@@ -96,6 +96,14 @@ pub enum Place {
     },
     /// A device number of the PCI bus.
     Pci(u32),
+    /// Guest memory that no guest has as its RAM, and the interrupt line if there is one: the device has no
+    /// registers, and writes there what the guest reads.
+    Memory {
+        /// The guest physical addresses.
+        range: Range,
+        /// The interrupt line.
+        gsi: Option<u32>,
+    },
 }
 
 impl fmt::Display for Place {
@@ -104,6 +112,7 @@ impl fmt::Display for Place {
             Self::Ports { range, .. } => write!(f, "port {:#x}", range.start)?,
             Self::Registers { range, .. } => write!(f, "address {:#x}", range.start)?,
             Self::Pci(number) => write!(f, "PCI device {number}")?,
+            Self::Memory { range, .. } => write!(f, "memory at {:#x}", range.start)?,
         }
         match self.gsi() {
             Some(gsi) => write!(f, " with interrupt line {gsi}"),
@@ -116,7 +125,7 @@ impl Place {
     /// The interrupt line.
     pub fn gsi(self) -> Option<u32> {
         match self {
-            Self::Ports { gsi, .. } | Self::Registers { gsi, .. } => gsi,
+            Self::Ports { gsi, .. } | Self::Registers { gsi, .. } | Self::Memory { gsi, .. } => gsi,
             Self::Pci(_) => None,
         }
     }

@@ -79,6 +79,10 @@ fn acpi_tables(machine: &Machine) -> Vec<u8> {
     let mut firmware = vec![0; 0x2_0000];
     machine.memory().memory().read_slice(&mut firmware, GuestAddress(0xe_0000)).unwrap();
     let tables = firmware.chunks(16).position(|chunk| chunk.starts_with(b"RSD PTR ")).unwrap();
+    // The generation ID before the reset vector is another one in each machine.
+    let id = &mut firmware[0x1_ffe0..0x1_fff0];
+    assert!(id != [0; 16]);
+    id.fill(0);
     all.extend_from_slice(&firmware[tables * 16..]);
     all
 }

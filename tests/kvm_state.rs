@@ -47,7 +47,7 @@ impl Write for Console {
 struct Guest {
     vcpus: Vec<Vcpu>,
     surroundings: Arc<Surroundings>,
-    _parts: Vec<Part>,
+    parts: Vec<Part>,
     platform: Platform,
     vm: Arc<Vm>,
     memory: Memory,
@@ -90,6 +90,7 @@ impl Guest {
         host.give_console(Box::new(console.clone()));
         let mut site = Site {
             vm: &vm,
+            memory: &memory,
             surroundings: &surroundings,
             host: &mut host,
             serial: None,
@@ -105,7 +106,7 @@ impl Guest {
         }
         register_kick().unwrap();
         let vcpus = vcpus.into_iter().enumerate().map(|(index, fd)| Vcpu::new(index, fd)).collect();
-        Self { vcpus, surroundings: Arc::new(surroundings), _parts: parts, platform, vm, memory }
+        Self { vcpus, surroundings: Arc::new(surroundings), parts, platform, vm, memory }
     }
 
     /// A guest that has not run yet.
@@ -119,6 +120,7 @@ impl Guest {
         guest.vm.set_cpu_model(&stopped, &guest.platform, &[]).unwrap();
         arch::boot(&stopped, &entry).unwrap();
         drop(stopped);
+        guest.parts.iter().for_each(|part| part.lock().begin().unwrap());
         guest
     }
 

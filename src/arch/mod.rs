@@ -19,6 +19,12 @@ pub use x86_64::*;
 
 mod kernel;
 
+/// The place of the device of this name that is in `memory` of a guest; none: this architecture does not have the
+/// device.
+pub fn place_in_memory(name: &str, memory: &[crate::memory::Range]) -> Option<crate::platform::Place> {
+    layout::in_memory(memory).into_iter().find(|(other, _)| *other == name).map(|(_, place)| place)
+}
+
 /// The place of the fixed device of this name; none: this architecture does not have the device.
 pub fn fixed_place(name: &str) -> Option<crate::platform::Place> {
     layout::FIXED.iter().find(|(other, _)| *other == name).map(|(_, place)| *place)

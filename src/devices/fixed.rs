@@ -1,7 +1,9 @@
-//! The devices at fixed places: each describes itself in its own file by [`FixedDevice`], and the architecture's
-//! `layout` says where the device is.
+//! The devices at fixed places, on a bus or in guest memory: each describes itself in its own file by
+//! [`FixedDevice`], and the architecture's `layout` says where the device is.
 
 use std::sync::{Arc, Mutex};
+
+use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
 
 use super::boot_timer::BootTimer;
 use super::console;
@@ -9,6 +11,7 @@ use crate::arch;
 use crate::bus::BusDevice;
 use crate::error::{Error, Result};
 use crate::host::Host;
+use crate::memory::{Memory, Region};
 use crate::part::{Component, Part};
 use crate::platform::{MessageFrame, Place};
 use crate::poll::EventFd;
@@ -16,7 +19,7 @@ use crate::vm::Vm;
 use crate::vm::vcpu::Surroundings;
 
 /// A device that a machine has at the place that `layout` gives.
-pub trait FixedDevice: BusDevice + Component + Sized {
+pub trait FixedDevice: Component + Sized {
     /// The name of the device in `layout` and in the machine.
     const NAME: &'static str;
     /// The group of metrics that what the device counts is added to.
@@ -30,6 +33,8 @@ pub trait FixedDevice: BusDevice + Component + Sized {
 pub struct Site<'a> {
     /// The virtual machine.
     pub vm: &'a Arc<Vm>,
+    /// The guest's memory.
+    pub memory: &'a Memory,
     /// The buses that devices are put on, and where they note the guest's end.
     pub surroundings: &'a Surroundings,
     /// Where the serial console's output goes.
@@ -52,15 +57,29 @@ impl Site<'_> {
         let gsi = place.gsi().ok_or_else(|| Error::host("the device's place has no interrupt line"))?;
         self.vm.interrupt(gsi)
     }
+
+    fn add<D: FixedDevice>(&mut self, place: Place, component: Arc<Mutex<D>>) {
+        let metrics = D::METRICS.map(str::to_owned).into_iter().collect();
+        self.parts.push(Part { name: D::NAME.to_owned(), place, metrics, component });
+    }
 }
 
-/// Makes a device and puts it at its place, where this architecture has one.
-pub fn put<D: FixedDevice>(site: &mut Site<'_>) -> Result<()> {
+/// Makes a device and puts it at its place on a bus, where this architecture has one.
+pub fn put<D: FixedDevice + BusDevice>(site: &mut Site<'_>) -> Result<()> {
     let Some(place) = arch::fixed_place(D::NAME) else { return Ok(()) };
     let Some(device) = D::build(place, site)? else { return Ok(()) };
     let device = Arc::new(Mutex::new(device));
     site.surroundings.attach(place, device.clone())?;
-    let metrics = D::METRICS.map(str::to_owned).into_iter().collect();
-    site.parts.push(Part { name: D::NAME.to_owned(), place, metrics, component: device });
+    site.add::<D>(place, device);
+    Ok(())
+}
+
+/// Makes a device whose place is in guest memory, where this architecture has one.
+pub fn put_in_memory<D: FixedDevice>(site: &mut Site<'_>) -> Result<()> {
+    let ranges: Vec<_> = site.memory.memory().iter().map(Region::range).collect();
+    let Some(place) = arch::place_in_memory(D::NAME, &ranges) else { return Ok(()) };
+    if let Some(device) = D::build(place, site)? {
+        site.add::<D>(place, Arc::new(Mutex::new(device)));
+    }
     Ok(())
 }

@@ -6,6 +6,7 @@ pub mod console;
 pub mod entropy;
 pub mod exit;
 pub mod fixed;
+pub mod generation;
 pub mod gpio;
 pub mod keyboard;
 pub mod kind;
@@ -15,10 +16,11 @@ pub mod power;
 pub mod pvpanic;
 pub mod rtc;
 pub mod v2m;
+pub mod vmclock;
 pub mod vsock;
 
 use crate::error::{Error, Result};
-use fixed::{Site, put};
+use fixed::{Site, put, put_in_memory};
 use kind::DeviceKind;
 
 /// The devices that a configuration can list, in the order that guests find them: a new one is a file
@@ -42,7 +44,9 @@ pub fn put_fixed(site: &mut Site<'_>) -> Result<()> {
     put::<exit::ExitRegister>(site)?;
     put::<pvpanic::PvPanic>(site)?;
     put::<boot_timer::BootTimer>(site)?;
-    put::<v2m::V2m>(site)
+    put::<v2m::V2m>(site)?;
+    put_in_memory::<generation::GenerationId>(site)?;
+    put_in_memory::<vmclock::VmClock>(site)
 }
 
 /// The part of `config` that is read at `offset`; beyond its end there are zeros.

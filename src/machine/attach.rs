@@ -49,7 +49,7 @@ impl Machine {
         let place = self.place_for(&name, places).with_context(attempt)?;
         match place {
             Place::Pci(number) => log::debug(format_args!("attach {name} as PCI device {number}")),
-            Place::Ports { range, .. } | Place::Registers { range, .. } => {
+            Place::Ports { range, .. } | Place::Registers { range, .. } | Place::Memory { range, .. } => {
                 log::debug(format_args!("attach {name} at {:#x}", range.start));
             }
         }

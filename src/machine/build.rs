@@ -57,6 +57,7 @@ pub fn build(
 
     let mut site = Site {
         vm: &vm,
+        memory: &memory,
         surroundings: &surroundings,
         host,
         serial: config.serial.as_ref(),
@@ -173,6 +174,7 @@ pub fn load(machine: &mut Machine, config: &Config, host: &mut Host) -> Result<(
             })?
         }
     };
+    machine.parts.begin()?;
     log::debug(format_args!(
         "the kernel is entered at {:#x} with `{}`",
         entry.address, platform.command_line

@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde_json::{Map, Value};
 
 use crate::arch;
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::metrics::{View, add_up};
 use crate::part::{Component, Part};
 use crate::platform::{Node, Place};
@@ -48,6 +48,11 @@ impl Parts {
             }
         }
         Ok(())
+    }
+
+    /// Gives guest memory what the parts have there when the guest starts.
+    pub fn begin(&self) -> Result<()> {
+        self.0.iter().try_for_each(|part| part.lock().begin().with_context(|| format!("begin {}", part.name)))
     }
 
     /// Stops all parts, which then touch neither guest memory nor interrupts.

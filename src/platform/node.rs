@@ -9,6 +9,8 @@ use crate::memory::Range;
 pub enum Node {
     /// ACPI: a device of the namespace.
     Acpi(AcpiDevice),
+    /// ACPI: an interrupt line by which a device says that what it tells has changed.
+    Event(AcpiEvent),
     /// ACPI: the registers by which a guest powers off and resets.
     Power(PowerRegisters),
     /// ACPI: where the configuration space of PCI bus 0 is memory.
@@ -19,6 +21,21 @@ pub enum Node {
     MessageTree(TreeNode),
     /// Device tree: a property of `/chosen`.
     Chosen(Property),
+}
+
+/// An event of ACPI's Generic Event Device (ACPI 6.5, 5.6.9): when the interrupt comes, the driver of the device is
+/// notified with [`AcpiEvent::CHANGED`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AcpiEvent {
+    /// The interrupt line, by its GSI: an edge, high. Several devices may have one line.
+    pub gsi: u32,
+    /// The name of the device, four characters.
+    pub device: &'static str,
+}
+
+impl AcpiEvent {
+    /// The first of the values whose meaning is the device's own (5.6.6).
+    pub const CHANGED: u8 = 0x80;
 }
 
 /// A device of ACPI's namespace (ACPI 6.5, 6.1).
@@ -56,6 +73,8 @@ pub enum AcpiValue {
     Text(&'static str),
     /// A number.
     Number(u32),
+    /// A package of two numbers.
+    Pair(u32, u32),
 }
 
 /// A resource of a device in ACPI's namespace (ACPI 6.5, 6.4).
@@ -78,7 +97,7 @@ impl Place {
     pub fn resources(self) -> Vec<Resource> {
         let registers = match self {
             Self::Ports { range, .. } => Some(Resource::Ports(range)),
-            Self::Registers { range, .. } => Some(Resource::Memory(range)),
+            Self::Registers { range, .. } | Self::Memory { range, .. } => Some(Resource::Memory(range)),
             Self::Pci(_) => None,
         };
         registers.into_iter().chain(self.gsi().map(Resource::Interrupt)).collect()
@@ -176,7 +195,7 @@ fn unit(name: &str, place: Place) -> String {
 
 fn range(place: Place) -> Range {
     match place {
-        Place::Ports { range, .. } | Place::Registers { range, .. } => range,
+        Place::Ports { range, .. } | Place::Registers { range, .. } | Place::Memory { range, .. } => range,
         Place::Pci(number) => Range { start: number.into(), size: 0 },
     }
 }

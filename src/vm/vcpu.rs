@@ -40,6 +40,7 @@ impl Surroundings {
             Place::Ports { range, .. } => self.pio.attach(range, device),
             Place::Registers { range, .. } => self.mmio.attach(range, device),
             Place::Pci(_) => Err(Error::host("registers of PCI devices are where the guest puts them")),
+            Place::Memory { .. } => Err(Error::host("what is in memory has no registers")),
         }
     }
 }

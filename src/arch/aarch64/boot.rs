@@ -3,7 +3,7 @@
 use linux_loader::loader::{KernelLoader, pe::PE};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{fdt, unpack};
+use super::{fdt, layout, unpack};
 use crate::arch::kernel::{self, Format, KernelSource};
 use crate::error::{Context, Error, Result};
 use crate::memory::{Range, Regions};
@@ -46,7 +46,7 @@ pub fn load(
         }
     }
     check_command_line(&platform.command_line)?;
-    let ram = platform.memory[0];
+    let ram = layout::ram(&platform.memory);
     let (address, kernel_end) = match format {
         Format::Compressed(packed) => unpack::load(memory, kernel, packed, ram)?,
         _ => load_image(memory, kernel, &head, ram)?,

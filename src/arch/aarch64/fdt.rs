@@ -35,12 +35,11 @@ pub fn tree(platform: &Platform) -> Result<Vec<u8>, Error> {
     }
     fdt.end_node(chosen)?;
 
-    for range in &platform.memory {
-        let memory = fdt.begin_node(&format!("memory@{:x}", range.start))?;
-        fdt.property_string("device_type", "memory")?;
-        fdt.property_array_u64("reg", &[range.start, range.size])?;
-        fdt.end_node(memory)?;
-    }
+    let ram = layout::ram(&platform.memory);
+    let memory = fdt.begin_node(&format!("memory@{:x}", ram.start))?;
+    fdt.property_string("device_type", "memory")?;
+    fdt.property_array_u64("reg", &[ram.start, ram.size])?;
+    fdt.end_node(memory)?;
     cpus(&mut fdt, platform)?;
 
     let psci = fdt.begin_node("psci")?;

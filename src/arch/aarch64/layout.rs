@@ -56,6 +56,25 @@ const fn registers(start: u64, size: u64, gsi: Option<u32>) -> Place {
 
 /// Memory starts here and is in one piece.
 pub const MEMORY_START: u64 = 0x4000_0000;
+const PAGE: u64 = 0x1000;
+/// The last pages of it are those of devices.
+const DEVICE_PAGES: u64 = 2 * PAGE;
+
+/// What of a machine's memory its guest is told to have as RAM.
+pub fn ram(memory: &[Range]) -> Range {
+    let Range { start, size } = memory[0];
+    Range { start, size: size.saturating_sub(DEVICE_PAGES) }
+}
+
+/// The devices that are in guest memory: each has a page of its own behind the RAM, since guests map one of them to
+/// their programs.
+pub fn in_memory(memory: &[Range]) -> [(&'static str, Place); 2] {
+    let page = |index: u64, size: u64, gsi: u32| {
+        let range = Range { start: ram(memory).end() + index * PAGE, size };
+        Place::Memory { range, gsi: Some(gsi) }
+    };
+    [("VM generation ID", page(0, 16, 2)), ("VM clock", page(1, PAGE, 3))]
+}
 
 /// The ranges that `size` bytes of memory lie in.
 pub fn memory(size: u64) -> Vec<Range> {

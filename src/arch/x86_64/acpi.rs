@@ -1,8 +1,8 @@
 //! ACPI tables (ACPI 6.5, hardware-reduced): CPUs, interrupt controllers, the fixed devices, the way off.
 
 use acpi_tables::aml::{
-    AddressSpace as Window, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name,
-    Package, ResourceTemplate,
+    AddressSpace as Window, AddressSpaceCacheable, Arg, Device, EISAName, Equal, IO, If, Interrupt,
+    Memory32Fixed, Method, Name, Notify, Package, Path, ResourceTemplate,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -14,7 +14,7 @@ use acpi_tables::{Aml, AmlSink};
 
 use super::layout;
 use crate::memory::Range;
-use crate::platform::node::{AcpiDevice, AcpiValue, PowerRegisters, Resource};
+use crate::platform::node::{AcpiDevice, AcpiEvent, AcpiValue, PowerRegisters, Resource};
 use crate::platform::{Node, Platform};
 
 const OEM: [u8; 6] = *b"ALULA ";
@@ -61,9 +61,11 @@ pub struct Tables {
     pub bytes: Vec<u8>,
 }
 
-/// All tables, down from the reset vector.
+/// All tables, down from the reset vector and the generation ID before it.
 pub fn tables(platform: &Platform) -> Tables {
-    let mut all = Tables { start: layout::RESET_VECTOR, bytes: reset_code(platform).into() };
+    let mut bytes = vec![0; (layout::RESET_VECTOR - layout::GENERATION_ID) as usize];
+    bytes.extend(reset_code(platform));
+    let mut all = Tables { start: layout::GENERATION_ID, bytes };
     let dsdt = all.prepend(&dsdt(platform));
     let fadt = all.prepend(&fadt(platform, dsdt));
     let madt = all.prepend(&madt(platform));
@@ -147,27 +149,61 @@ fn dsdt(platform: &Platform) -> Sdt {
             _ => {}
         }
     }
+    events(platform, &mut aml);
     let mut dsdt = Sdt::new(*b"DSDT", 36, 6, OEM, OEM_TABLE, 1);
     dsdt.append_slice(&aml.0);
     dsdt
 }
 
-fn device(node: &AcpiDevice, aml: &mut Bytes) {
-    let value = |value: &AcpiValue| -> Box<dyn Aml> {
-        match value {
-            AcpiValue::Eisa(id) => Box::new(EISAName::new(id)),
-            AcpiValue::Text(text) => Box::new(*text),
-            AcpiValue::Number(number) => Box::new(*number),
+impl Aml for AcpiValue {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        match self {
+            Self::Eisa(id) => EISAName::new(id).to_aml_bytes(sink),
+            Self::Text(text) => text.to_aml_bytes(sink),
+            Self::Number(number) => number.to_aml_bytes(sink),
+            Self::Pair(first, second) => Package::new(vec![first, second]).to_aml_bytes(sink),
         }
-    };
+    }
+}
+
+fn device(node: &AcpiDevice, aml: &mut Bytes) {
     let resources: Vec<_> = node.resources.iter().map(resource).collect();
     let resources = ResourceTemplate::new(resources.iter().map(Box::as_ref).collect());
-    let values: Vec<_> = node.objects.iter().map(|(name, object)| (*name, value(object))).collect();
     let mut names: Vec<_> =
-        values.iter().map(|(name, value)| Name::new((*name).into(), value.as_ref())).collect();
+        node.objects.iter().map(|(name, value)| Name::new((*name).into(), value)).collect();
     names.push(Name::new("_CRS".into(), &resources));
     let names = names.iter().map(|name| name as &dyn Aml).collect();
     Device::new(format!("_SB_.{}", node.name).as_str().into(), names).to_aml_bytes(aml);
+}
+
+/// The Generic Event Device (5.6.9): its method is told which of its interrupts came, and notifies the drivers of all
+/// devices that have that one.
+fn events(platform: &Platform, aml: &mut Bytes) {
+    let events: Vec<&AcpiEvent> = platform
+        .nodes
+        .iter()
+        .filter_map(|node| if let Node::Event(event) = node { Some(event) } else { None })
+        .collect();
+    let mut lines: Vec<u32> = events.iter().map(|event| event.gsi).collect();
+    lines.sort_unstable();
+    lines.dedup();
+    if lines.is_empty() {
+        return;
+    }
+    let lines: Vec<_> = lines.into_iter().map(|gsi| resource(&Resource::Interrupt(gsi))).collect();
+    let resources = ResourceTemplate::new(lines.iter().map(Box::as_ref).collect());
+    let paths: Vec<_> = events.iter().map(|event| Path::new(&format!("\\_SB_.{}", event.device))).collect();
+    let notifications: Vec<_> = paths.iter().map(|path| Notify::new(path, &AcpiEvent::CHANGED)).collect();
+    let conditions: Vec<_> = events.iter().map(|event| Equal::new(&Arg(0), &event.gsi)).collect();
+    let steps: Vec<_> = conditions
+        .iter()
+        .zip(&notifications)
+        .map(|(condition, notification)| If::new(condition, vec![notification]))
+        .collect();
+    let steps = steps.iter().map(|step| step as &dyn Aml).collect();
+    let (id, resources) = (Name::new("_HID".into(), &"ACPI0013"), Name::new("_CRS".into(), &resources));
+    let method = Method::new("_EVT".into(), 1, true, steps);
+    Device::new("_SB_.GED_".into(), vec![&id, &resources, &method]).to_aml_bytes(aml);
 }
 
 fn resource(resource: &Resource) -> Box<dyn Aml> {

@@ -48,6 +48,21 @@ const fn registers(start: u64, size: u64) -> Place {
     Place::Registers { range: Range { start, size }, gsi: None }
 }
 
+/// The devices that are in guest memory instead, in the part of the first MiB that the memory map reserves. Of a
+/// PC's interrupts, that of the second serial port is nobody's here: both have it, since what changes one of them
+/// changes both.
+pub fn in_memory(_: &[Range]) -> [(&'static str, Place); 2] {
+    [
+        ("VM generation ID", memory_of(GENERATION_ID, 16)),
+        // A page of its own, which guests map to their programs. The memory map of a PC has option ROMs there.
+        ("VM clock", memory_of(0xd_f000, 0x1000)),
+    ]
+}
+
+const fn memory_of(start: u64, size: u64) -> Place {
+    Place::Memory { range: Range { start, size }, gsi: Some(3) }
+}
+
 /// I/O APIC pins for devices that are added: after those that PC tradition has given away.
 pub const DEVICE_GSIS: std::ops::Range<u32> = 5..24;
 
@@ -65,7 +80,10 @@ pub const PAGE_TABLES: u64 = 0x9000;
 pub const MAPPED_AT_ENTRY: u64 = 1 << 30;
 /// The first 640 KiB less one, where PCs keep the extended BIOS data area.
 pub const LOW_RAM_END: u64 = 0x9_fc00;
-/// The ACPI tables are below this, in the page that this is in as far as they fit. It is where the firmware of
+/// The ACPI tables are below this, in the page that this is in as far as they fit: the generation ID of the virtual
+/// machine shares that page.
+pub const GENERATION_ID: u64 = RESET_VECTOR - 16;
+/// It is where the firmware of
 /// a PC begins in real mode (FFFF:0): a kernel that wants the firmware to reset the machine goes there.
 pub const RESET_VECTOR: u64 = 0xf_fff0;
 pub const KERNEL_START: u64 = 0x10_0000;

@@ -39,7 +39,7 @@ pub fn no_pci_words() -> Option<&'static str> {
 
 /// Whether boot tables of this architecture say this.
 pub fn prints(node: &Node) -> bool {
-    matches!(node, Node::Acpi(_) | Node::Power(_) | Node::Ecam(_))
+    matches!(node, Node::Acpi(_) | Node::Event(_) | Node::Power(_) | Node::Ecam(_))
 }
 
 /// Whether a core can be given two hardware threads.
