@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 /// A kernel image of this architecture: ELF with a PVH note on x86_64, Image on aarch64.
 pub static IMAGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/firmware.bin"));
 
-const CASES: [&str; 16] = [
+const CASES: [&str; 17] = [
     "memory",
     "tables",
     "cpus",
@@ -13,6 +13,7 @@ const CASES: [&str; 16] = [
     "serial",
     "exit-register",
     "nobody-there",
+    "identity",
     "messages",
     "block",
     "net",

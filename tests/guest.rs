@@ -24,10 +24,10 @@ fn it_finds_the_machine_it_was_promised() {
         let ended = firmware(&["--cpus", cpus, "--memory", memory]);
         assert_eq!(ended.code, Some(0), "{}", ended.text);
         assert!(ended.text.contains(&format!("cpus: ok ({cpus} started)")), "{}", ended.text);
-        for case in ["memory", "tables", "timer", "serial", "exit-register", "nobody-there"] {
+        for case in ["memory", "tables", "timer", "serial", "exit-register", "nobody-there", "identity"] {
             assert!(ended.text.contains(&format!("\n{case}: ok")), "{}", ended.text);
         }
-        assert!(ended.text.contains("7 cases, 0 failed\n"), "{}", ended.text);
+        assert!(ended.text.contains("8 cases, 0 failed\n"), "{}", ended.text);
         assert!(ended.text.contains("alula: the guest ended with code 0\n"), "{}", ended.text);
     }
 }
@@ -287,7 +287,7 @@ fn a_guest_under_way_is_none_the_worse_for_a_hundred_pauses() {
         client.ok("PATCH", "/vm", r#"{"state": "Paused"}"#);
         client.ok("PATCH", "/vm", r#"{"state": "Resumed"}"#);
     }
-    service.process.expect("7 cases, 0 failed");
+    service.process.expect("8 cases, 0 failed");
 }
 
 // ELF kernels are x86_64's; aarch64 has one boot protocol, which every other test uses.
@@ -343,7 +343,7 @@ fn a_pvh_kernel_with_a_virtual_entry_point_boots() {
     let kernel = folder.write("vmlinux", image);
     let ended = firmware(&[kernel.to_str().unwrap(), "--cmdline", "cpus=1 memory=128"]);
     assert_eq!(ended.code, Some(0), "{}", ended.text);
-    assert!(ended.text.contains("7 cases, 0 failed"), "{}", ended.text);
+    assert!(ended.text.contains("8 cases, 0 failed"), "{}", ended.text);
 }
 
 // Only on x86_64 are there KVMs that emulate kernel code, and compilers that must be kept from SSE.
@@ -382,7 +382,7 @@ fn a_disk_and_random_bytes_are_found_and_work() {
         assert!(ended.text.contains("\nblock: ok (2048 sectors)"), "{}", ended.text);
         assert!(ended.text.contains("\nentropy: ok (32 bytes, twice)"), "{}", ended.text);
         // A GICv2's message frame is looked at, too.
-        let cases = if gic() == Some(2) && !transport.is_empty() { 10 } else { 9 };
+        let cases = if gic() == Some(2) && !transport.is_empty() { 11 } else { 10 };
         assert!(ended.text.contains(&format!("{cases} cases, 0 failed")), "{}", ended.text);
         let written = std::fs::read(&disk).unwrap();
         assert_eq!(&written[512..516], [0x5a, 0x5b, 0x58, 0x59], "sector 1 has what the guest wrote");

@@ -28,6 +28,9 @@ const TIMER_INTERRUPT: u32 = 27;
 /// What an exception that nobody expects ends with.
 const EXCEPTION: u32 = 101;
 
+/// The interrupts that tell of changes of the generation ID and of the VM clock.
+const IDENTITY_INTERRUPTS: [u32; 2] = [34, 35];
+
 const PSCI_CPU_OFF: u64 = 0x8400_0002;
 const PSCI_CPU_ON: u64 = 0xc400_0003;
 const PSCI_SYSTEM_OFF: u64 = 0x8400_0008;
@@ -227,6 +230,22 @@ pub fn wait_for_timer() -> Result<&'static str, &'static str> {
         (true, 0) => Ok("virtual timer by GICv3, at work and from WFI"),
         (true, _) => Ok("virtual timer by GICv2, at work and from WFI"),
     }
+}
+
+/// Has the interrupts of a changed identity noted by the distributor: they are edges (GICD_ICFGR). No CPU is
+/// interrupted.
+pub fn expect_identity() {
+    for interrupt in IDENTITY_INTERRUPTS {
+        let configuration = GIC_DISTRIBUTOR + 0xc00 + u64::from(interrupt / 16 * 4);
+        write32(configuration, read32(configuration) | 2 << (interrupt % 16 * 2));
+    }
+}
+
+/// Whether these interrupts have come (GICD_ISPENDR).
+pub fn has_identity_come() -> bool {
+    IDENTITY_INTERRUPTS.into_iter().all(|interrupt| {
+        read32(GIC_DISTRIBUTOR + 0x200 + u64::from(interrupt / 32 * 4)) & 1 << (interrupt % 32) != 0
+    })
 }
 
 /// The frame that takes interrupt messages of a GICv2 raises its interrupts, and only those.

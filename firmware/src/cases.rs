@@ -12,7 +12,7 @@ use crate::words::{Words, number};
 /// A case prints what it found in parentheses, or what was expected and what was found.
 type Case = fn(&Machine, &Words) -> bool;
 
-const CASES: [(&str, Case); 7] = [
+const CASES: [(&str, Case); 8] = [
     ("memory", memory),
     ("tables", tables),
     ("cpus", cpus),
@@ -20,6 +20,7 @@ const CASES: [(&str, Case); 7] = [
     ("serial", serial),
     ("exit-register", exit_register),
     ("nobody-there", nobody_there),
+    ("identity", identity),
 ];
 
 /// Cases for a virtio device of a type: run where there is one, and where they are asked for by name.
@@ -35,6 +36,11 @@ const CHOSEN_CASES: [(&str, Case); 5] = [
     ("features", features),
 ];
 
+/// Whether the command line asks for this case by its name.
+pub fn is_chosen(words: &Words, name: &[u8]) -> bool {
+    words.value("case").is_some_and(|chosen| chosen.split(|byte| *byte == b',').any(|word| word == name))
+}
+
 /// Runs the cases that the command line names, or all but the chosen ones; returns how many failed.
 pub fn run(machine: &Machine, words: &Words) -> u32 {
     let (mut ran, mut failed) = (0u32, 0u32);
@@ -47,9 +53,7 @@ pub fn run(machine: &Machine, words: &Words) -> u32 {
     let all = CASES.into_iter().chain(messages).map(alone);
     let all = all.chain(devices.map(|(name, kind, case)| (name, Some(kind), case)));
     for (name, device, case) in all.chain(chosen_only.map(alone)) {
-        if chosen
-            .is_some_and(|chosen| !chosen.split(|byte| *byte == b',').any(|word| word == name.as_bytes()))
-        {
+        if chosen.is_some() && !is_chosen(words, name.as_bytes()) {
             continue;
         }
         say!(name, ": ");
@@ -222,6 +226,47 @@ fn exit_register(_: &Machine, _: &Words) -> bool {
         return false;
     }
     say!("ok (", Hex(arch::EXIT), ")");
+    true
+}
+
+/// The machine has an ID, and a VM clock whose counters move on together: which ID, which one it was when the guest
+/// started, how often the guest was restored, and whether an interrupt has told so, is told for who compares. (The
+/// interrupt is let in only where this case was asked for by name.)
+fn identity(machine: &Machine, _: &Words) -> bool {
+    const MAGIC: u32 = u32::from_le_bytes(*b"VCLK");
+    const PATIENCE: u32 = 1_000_000;
+    let field = |offset: u64| arch::read32(machine.vm_clock + offset);
+    let wide = |offset: u64| u64::from(field(offset)) | u64::from(field(offset + 4)) << 32;
+    if (field(0), field(8) & 0xffff) != (MAGIC, 1) {
+        say!("expected a VM clock of version 1, found ", Hex(field(0).into()), " ", Hex(field(8).into()));
+        return false;
+    }
+    // The protocol of the page: what was read while the sequence number stood still at an even one is true.
+    let read = |_| {
+        let sequence = field(12);
+        arch::full_barrier();
+        let found = (wide(16), wide(0x68));
+        arch::full_barrier();
+        (sequence & 1 == 0 && field(12) == sequence).then_some(found)
+    };
+    let Some((disruptions, generations)) = (0..PATIENCE).find_map(read) else {
+        say!("expected a VM clock that can be read, found ", field(12));
+        return false;
+    };
+    if disruptions != generations {
+        say!("expected equal counters, found ", disruptions, " and ", generations);
+        return false;
+    }
+    let id = machine.id();
+    if id == [0; 4] {
+        say!("expected an ID, found zeros");
+        return false;
+    }
+    say!("ok (ID");
+    id.iter().for_each(|word| say!(" ", Hex((*word).into())));
+    say!(", at first");
+    machine.first_id.iter().for_each(|word| say!(" ", Hex((*word).into())));
+    say!(", generation ", generations, if arch::has_identity_come() { ", told)" } else { ")" });
     true
 }
 

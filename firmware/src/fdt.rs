@@ -92,6 +92,10 @@ pub fn read(machine: &mut Machine, tree: u64) -> u64 {
             interface = u64_at(value + 16);
         } else if is_gic && path[2].starts_with(b"v2m@") {
             machine.message_frame = Some(u64_at(value));
+        } else if path[1].starts_with(b"vmgenid@") {
+            machine.generation_id = u64_at(value);
+        } else if path[1].starts_with(b"vmclock@") {
+            machine.vm_clock = u64_at(value);
         } else if path[1].starts_with(b"memory@") {
             for entry in 0..length / 16 {
                 machine.add_memory(u64_at(value + 16 * entry), u64_at(value + 16 * entry + 8));

@@ -1,5 +1,7 @@
 //! The machine as its boot tables tell it.
 
+use crate::arch;
+
 /// Ranges of memory that are kept; machines have one to three.
 pub const RANGES_MAX: usize = 8;
 
@@ -23,6 +25,12 @@ pub struct Machine {
     pub cpus: u64,
     /// Where a frame for interrupt messages is (GICv2).
     pub message_frame: Option<u64>,
+    /// Where the generation ID of the virtual machine is.
+    pub generation_id: u64,
+    /// Where the page of the VM clock is.
+    pub vm_clock: u64,
+    /// The generation ID when the guest started.
+    pub first_id: [u32; 4],
 }
 
 impl Machine {
@@ -36,6 +44,9 @@ impl Machine {
             ranges: 0,
             cpus: 0,
             message_frame: None,
+            generation_id: 0,
+            vm_clock: 0,
+            first_id: [0; 4],
         }
     }
 
@@ -63,6 +74,12 @@ impl Machine {
     pub fn other_cpus(&self) -> impl Iterator<Item = u32> {
         // SAFETY: as above.
         (1..CPUS_MAX.min(self.cpus as usize)).map(|index| unsafe { CPU_IDS[index] })
+    }
+
+    /// The generation ID of the virtual machine.
+    pub fn id(&self) -> [u32; 4] {
+        // One after the other: a call to `memset` is longer.
+        [0, 4, 8, 12].map(|offset| arch::read32(self.generation_id + offset))
     }
 
     /// The ranges of memory.

@@ -61,8 +61,14 @@ fn start(command_line: &'static [u8], read_tables: impl FnOnce() -> Machine) -> 
     while words.has("flood") {
         say!("flood\n");
     }
-    let machine = &read_tables();
+    let mut machine = read_tables();
+    machine.first_id = machine.id();
+    let machine = &machine;
     arch::catch_exceptions();
+    // Before it says anything: who reads that may save the guest at once.
+    if cases::is_chosen(&words, b"identity") {
+        arch::expect_identity();
+    }
     say!("alula firmware: ", arch::NAME, ", ", machine.protocol, "\n");
     if words.has("booted") {
         arch::write8(arch::BOOT_TIMER, 123);

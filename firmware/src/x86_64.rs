@@ -10,6 +10,10 @@ use crate::machine::{Machine, text_at};
 
 #[path = "x86_64_entry.rs"]
 mod entry;
+#[path = "x86_64_identity.rs"]
+mod identity;
+
+pub use identity::{expect_identity, has_identity_come};
 
 pub const NAME: &str = "x86_64";
 /// The exit register.
@@ -109,6 +113,7 @@ fn u64_at(address: u64) -> u64 {
 fn read_pvh(info: u64) -> Machine {
     map_devices();
     let mut machine = Machine::new("PVH", "ACPI");
+    identity::note_places(&mut machine);
     if u32_at(info) != 0x336e_c578 {
         machine.fault = Some("no PVH start info");
         return machine;
@@ -125,6 +130,7 @@ fn read_pvh(info: u64) -> Machine {
 fn read_linux64(params: u64) -> Machine {
     map_devices();
     let mut machine = Machine::new("64-bit Linux boot protocol", "ACPI");
+    identity::note_places(&mut machine);
     let entries = u64::from(u32_at(params + 0x1e8) & 0xff);
     for entry in (0..entries).map(|index| params + 0x2d0 + 20 * index).filter(|entry| u32_at(entry + 16) == 1)
     {

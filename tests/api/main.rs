@@ -31,7 +31,7 @@ fn a_client_boots_pauses_and_resumes_a_guest() {
     service.boot_source("cpus=2 memory=64 end=idle");
     let start = client.ok("PUT", "/actions", START);
     assert_eq!(start.head, "HTTP/1.1 204 \r\nServer: Firecracker API\r\nConnection: keep-alive\r\n\r\n");
-    service.process.expect("7 cases, 0 failed");
+    service.process.expect("8 cases, 0 failed");
     for (state, told) in
         [("Paused", "Paused"), ("Paused", "Paused"), ("Resumed", "Running"), ("Resumed", "Running")]
     {

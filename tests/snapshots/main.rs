@@ -27,6 +27,10 @@ struct Saved {
 
 impl Saved {
     fn new(extra: &[&str]) -> Self {
+        Self::with(extra, "echo", true)
+    }
+
+    fn with(extra: &[&str], words: &str, has_disk: bool) -> Self {
         let folder = Folder::new();
         folder.write("disk", vec![7; 1 << 20]);
         let mut service = Service::start(extra);
@@ -36,8 +40,10 @@ impl Saved {
         client.ok("PUT", "/entropy", "{}");
         let disk =
             json!({ "drive_id": "disk", "is_root_device": false, "path_on_host": folder.path("disk") });
-        client.ok("PUT", "/drives/disk", &disk.to_string());
-        service.boot_source("echo");
+        if has_disk {
+            client.ok("PUT", "/drives/disk", &disk.to_string());
+        }
+        service.boot_source(words);
         client.ok("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#);
         service.process.expect("alula firmware");
         client.ok("PATCH", "/vm", PAUSE);
@@ -125,6 +131,53 @@ fn a_restored_guest_is_saved_and_restored_again() {
     }
     saved.service.client().ok("PATCH", "/vm", GO_ON);
     end(saved.service);
+}
+
+/// A service whose guest goes on from the snapshot of `saved`, which has no disk.
+fn clone_of(saved: &Saved) -> Service {
+    let service = Service::start(&[]);
+    service.client().ok("PUT", "/snapshot/load", &saved.load(&json!({ "resume_vm": true })));
+    service
+}
+
+/// What the guest says of its identity: its ID, the ID that it started with, and the rest.
+fn identity(service: Service) -> (String, String, String) {
+    let text = end(service).text;
+    let said = text.lines().find_map(|line| line.strip_prefix("identity: ok (ID "));
+    let said = said.unwrap_or_else(|| panic!("{text}"));
+    let (id, rest) = said.split_once(", at first ").unwrap();
+    let (first, rest) = rest.split_once(", ").unwrap();
+    (id.to_owned(), first.to_owned(), rest.to_owned())
+}
+
+#[test]
+fn each_clone_has_an_identity_of_its_own_and_is_told_so() {
+    let saved = Saved::with(&[], "echo case=identity", false);
+    let mut client = saved.service.client();
+    client.ok("PUT", "/snapshot/create", &saved.create());
+    client.ok("PATCH", "/vm", GO_ON);
+    client.ok("PATCH", "/vm", PAUSE);
+    client.ok("PATCH", "/vm", GO_ON);
+    let clones: Vec<Service> = (0..3).map(|_| clone_of(&saved)).collect();
+    // A clone is saved in turn: its clones are of the next generation.
+    let mut clone = clones[0].client();
+    clone.ok("PATCH", "/vm", PAUSE);
+    clone.ok("PUT", "/snapshot/create", &saved.create());
+    clone.ok("PATCH", "/vm", GO_ON);
+    let next: Vec<Service> = (0..2).map(|_| clone_of(&saved)).collect();
+    let (original, first, rest) = identity(saved.service);
+    assert_eq!((&original, &*rest), (&first, "generation 0)"), "it has only been paused");
+    let mut ids = vec![original.clone()];
+    let generations =
+        clones.into_iter().map(|clone| (1, clone)).chain(next.into_iter().map(|clone| (2, clone)));
+    for (generation, clone) in generations {
+        let (id, first, rest) = identity(clone);
+        assert_eq!((first, rest), (original.clone(), format!("generation {generation}, told)")));
+        ids.push(id);
+    }
+    ids.sort();
+    ids.dedup();
+    assert_eq!(ids.len(), 6, "two guests have one ID: {ids:?}");
 }
 
 #[test]
