@@ -85,7 +85,8 @@ pub struct LoadSnapshot {
     network_overrides: Vec<NetworkOverride>,
     /// Where the vsock socket is to be.
     vsock_override: Option<VsockOverride>,
-    /// The guest's clock is to be put forward by the time since it was saved: not there yet.
+    /// The guest's clock (KVM's, x86_64) is put forward by the time of day since it was saved; else it goes on where
+    /// it was.
     #[serde(default)]
     clock_realtime: bool,
     /// Of which size the pages of its memory are to be.
@@ -202,9 +203,6 @@ impl LoadSnapshot {
         if is_backend(BackendType::Uffd) {
             return Err(not_yet("`backend_type` `Uffd`", "give the memory as a `File`"));
         }
-        if self.clock_realtime {
-            return Err(not_yet("`clock_realtime`", "leave it out, and have the guest set its clock"));
-        }
         let huge_pages = match self.huge_pages {
             LoadedPages::Snapshot => None,
             LoadedPages::None => Some(HugePages::None),
@@ -219,6 +217,7 @@ impl LoadSnapshot {
             location: location(self.folder, self.snapshot_path, memory),
             resumes: self.resume_vm,
             tracks_writes: self.track_dirty_pages || self.enable_diff_snapshots == Some(true),
+            follows_time_of_day: self.clock_realtime,
             huge_pages,
             interfaces: interfaces.map(|one| (one.iface_id, one.host_dev_name)).collect(),
             vsock: self.vsock_override.map(|vsock| vsock.uds_path),

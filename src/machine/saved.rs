@@ -56,6 +56,15 @@ impl SavedMachine {
         self.vcpus.len()
     }
 
+    /// Has a restore put the guest's clock forward by the time of day that has passed since the machine was saved.
+    /// Without this, the clock goes on where it was.
+    ///
+    /// # Errors
+    /// The architecture has no such clock, or nobody knows when the machine was saved.
+    pub fn follow_time_of_day(&mut self) -> Result<()> {
+        self.vm.follow_time_of_day()
+    }
+
     /// The machine that was saved as these bytes, which anybody may have written.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
         let damaged = |error| Error::config(format!("the saved machine is damaged: {error}"));

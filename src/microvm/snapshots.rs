@@ -25,6 +25,8 @@ pub struct Load {
     pub resumes: bool,
     /// What is written to its memory is to be noted.
     pub tracks_writes: bool,
+    /// The guest's clock is to be put forward by the time of day that has passed since it was saved.
+    pub follows_time_of_day: bool,
     /// Of which size the pages of its memory are; None: as before.
     pub huge_pages: Option<HugePages>,
     /// The TAP interfaces of network interfaces, by the ids of these.
@@ -40,6 +42,7 @@ impl Load {
             location,
             resumes: true,
             tracks_writes: false,
+            follows_time_of_day: false,
             huge_pages: None,
             interfaces: Vec::new(),
             vsock: None,
@@ -125,6 +128,9 @@ impl Microvm {
         }
         let pieces = stored.pieces();
         let mut saved = stored.machine;
+        if load.follows_time_of_day {
+            saved.follow_time_of_day().context("`clock_realtime`")?;
+        }
         let config = load.config(&saved.config, &self.config)?;
         saved.config.clone_from(&config);
         let base = self.take_base(&config.machine_config, Prepared::for_saved)?;

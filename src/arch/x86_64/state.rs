@@ -2,11 +2,12 @@
 //! back. The CPUs must not run, and no device may raise an interrupt meanwhile.
 
 use std::ops::Deref;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use kvm_bindings::{
-    CpuId, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES,
-    kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_regs,
-    kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+    CpuId, KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
+    KVM_MAX_CPUID_ENTRIES, kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip, kvm_lapic_state,
+    kvm_mp_state, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
@@ -32,8 +33,28 @@ const EFER_LMA: u64 = 1 << 10;
 #[derive(Clone, Serialize, Deserialize)]
 pub struct VmState {
     chips: [kvm_irqchip; CHIPS.len()],
-    /// With what KVM tells beside: the host's time of day and time stamp counter at that moment.
+    /// With the host's time of day at that moment, and where KVM tells it, the host's time stamp counter.
     clock: kvm_clock_data,
+    /// The clock is to be put forward by the time of day that has passed since then.
+    #[serde(skip)]
+    follows_time_of_day: bool,
+}
+
+impl VmState {
+    /// Has a restore put the guest's clock forward by the time that has passed since this was saved, by the time of
+    /// day of the two hosts.
+    ///
+    /// # Errors
+    /// The state does not say when it was saved.
+    pub fn follow_time_of_day(&mut self) -> Result<()> {
+        if self.clock.realtime == 0 {
+            return Err(Error::config(
+                "the snapshot does not say at which time of day it was taken: leave it out",
+            ));
+        }
+        self.follows_time_of_day = true;
+        Ok(())
+    }
 }
 
 /// What KVM holds of a CPU.
@@ -63,22 +84,29 @@ pub fn save_vm(vm: &VmFd, _controller: &InterruptController) -> Result<VmState> 
         chip.chip_id = id;
         vm.get_irqchip(chip).with_context(|| format!("get the state of {name}"))?;
     }
-    let clock = vm.get_clock().context("get the guest's KVM clock")?;
-    Ok(VmState { chips, clock })
+    let mut clock = vm.get_clock().context("get the guest's KVM clock")?;
+    if clock.flags & KVM_CLOCK_REALTIME == 0 {
+        // KVM tells the time of day only of clocks that all CPUs of the guest have in common.
+        clock.realtime =
+            SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as u64);
+    }
+    Ok(VmState { chips, clock, follows_time_of_day: false })
 }
 
 /// Gives a machine that was just built the state of another one.
 pub fn restore_vm(vm: &VmFd, _controller: &InterruptController, state: &VmState) -> Result<()> {
-    let VmState { chips, clock } = state;
+    let VmState { chips, clock, follows_time_of_day } = state;
     // Before the CPUs: what an I/O APIC has pending it sends to local APICs, which are then overwritten by what
     // they had received when they were saved.
     for (chip, (id, name)) in chips.iter().zip(CHIPS) {
         let chip = kvm_irqchip { chip_id: id, ..*chip };
         vm.set_irqchip(&chip).with_context(|| format!("set the state of {name}"))?;
     }
-    // Without flags the clock goes on where it was: with the host's time of day, it would jump by the time
-    // since then. Before the CPUs: their clock registers make KVM write the time into the guest's memory.
-    let clock = kvm_clock_data { clock: clock.clock, ..Default::default() };
+    // Without flags the clock goes on where it was; with the time of day, KVM adds what has passed since then, and
+    // nothing where that lies in the future. Before the CPUs: their clock registers make KVM write the time into the
+    // guest's memory.
+    let flags = if *follows_time_of_day { KVM_CLOCK_REALTIME } else { 0 };
+    let clock = kvm_clock_data { clock: clock.clock, realtime: clock.realtime, flags, ..Default::default() };
     vm.set_clock(&clock).context("set the guest's KVM clock")
 }
 
@@ -230,4 +258,40 @@ fn check(state: &VcpuState, xsave_words: usize) -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOUR: u64 = 3_600_000_000_000;
+
+    /// The guest's clock in a machine that was just restored.
+    fn restored(state: &VmState) -> u64 {
+        let vm = Kvm::new().unwrap().create_vm().unwrap();
+        vm.create_irq_chip().unwrap();
+        restore_vm(&vm, &InterruptController, state).unwrap();
+        vm.get_clock().unwrap().clock
+    }
+
+    #[test]
+    fn a_clock_goes_on_where_it_was_or_follows_the_time_of_day() {
+        let vm = Kvm::new().unwrap().create_vm().unwrap();
+        vm.create_irq_chip().unwrap();
+        let mut state = save_vm(&vm, &InterruptController).unwrap();
+        let (saved, at) = (state.clock.clock, state.clock.realtime);
+        // It was saved an hour ago.
+        state.clock.realtime = at - HOUR;
+        let found = restored(&state);
+        assert!((saved..saved + HOUR).contains(&found), "{saved} became {found}");
+        state.follow_time_of_day().unwrap();
+        let found = restored(&state);
+        assert!((saved + HOUR..saved + 2 * HOUR).contains(&found), "{saved} became {found}");
+        // A host whose time of day is behind puts no clock back.
+        state.clock.realtime = at + HOUR;
+        let found = restored(&state);
+        assert!((saved..saved + HOUR).contains(&found), "{saved} became {found}");
+        state.clock.realtime = 0;
+        assert!(state.follow_time_of_day().unwrap_err().to_string().contains("at which time of day"));
+    }
 }
