@@ -60,6 +60,8 @@
 //! leaves a whole snapshot or none, stands in `carry/folder.rs`. Which pages a difference has, [`machine::Tracker`]
 //! tells, or the kernel (`carry/pages.rs`). A restore ([`microvm::snapshots`]) builds the machine over its memory's
 //! file, restores it, and only then takes it for its own.
+//! By two of the parts, which are in its memory (`devices/generation.rs`, `devices/vmclock.rs`), the guest learns that it
+//! is another one now.
 //!
 //! Where something new goes:
 //! - A virtio device: a file in `devices/` that implements [`devices::kind::DeviceConfig`] and
@@ -67,7 +69,7 @@
 //!   API, the command line, metrics and the machine take all they need from there.
 //! - A device at a fixed place: a file in `devices/` that implements [`devices::fixed::FixedDevice`], in
 //!   `devices/mod.rs` its module and its line of `put_fixed`, and its place in `FIXED` in the `layout.rs` of
-//!   each architecture that has the device.
+//!   each architecture that has the device; of a device that is in guest memory instead of on a bus, in `in_memory`.
 //! - An API call: what it does, as a method of [`microvm::Microvm`]; a variant of [`api::Request`], its line in
 //!   `api/routes.rs`, its arm in `api/handle.rs`, and its line in `api/schema.rs`, from which the OpenAPI file and
 //!   `docs/api.md` are made. A body stands with what it configures; one that configures nothing, in `api/bodies.rs`.
