@@ -1,6 +1,7 @@
 //! Guest memory: where its pages come from, and by which type everything else sees it.
 
 pub mod backing;
+pub mod lost;
 pub mod mapping;
 pub mod page_set;
 mod source;

@@ -134,6 +134,22 @@ impl Location {
         }
     }
 
+    /// The file of the memory, of which the state says `memory`.
+    ///
+    /// # Errors
+    /// The state cannot be one of this place.
+    pub fn memory(&self, memory: &MemoryFile) -> Result<PathBuf> {
+        match (self, &memory.name) {
+            (Self::Files { memory, .. }, _) => Ok(memory.clone()),
+            (Self::Folder(folder), Some(name)) => Ok(folder.join(beside(name)?)),
+            (Self::Folder(_), None) => {
+                let message =
+                    "its memory is at a path of its own: give both paths (`snapshot_path`, `mem_backend`)";
+                Err(Error::config(message))
+            }
+        }
+    }
+
     /// Reads the state, and opens the memory.
     ///
     /// # Errors
@@ -143,15 +159,7 @@ impl Location {
         let stored = Stored::read(&path, with_checksums)?;
         let attempt = || format!("read the state of a machine, `{}`", path.display());
         stored.check_origin().with_context(attempt)?;
-        let memory = match (self, &stored.memory.name) {
-            (Self::Files { memory, .. }, _) => memory.clone(),
-            (Self::Folder(folder), Some(name)) => folder.join(beside(name).with_context(attempt)?),
-            (Self::Folder(_), None) => {
-                let message =
-                    "its memory is at a path of its own: give both paths (`snapshot_path`, `mem_backend`)";
-                return Err(Error::config(message)).with_context(attempt);
-            }
-        };
+        let memory = self.memory(&stored.memory).with_context(attempt)?;
         let attempt = || format!("open the memory of a machine, `{}`", memory.display());
         let opened = open(&memory, "memory of a saved machine", attempt)?;
         let (length, size) = (opened.metadata().with_context(attempt)?.len(), stored.memory.size);

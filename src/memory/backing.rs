@@ -1,7 +1,8 @@
 //! The file that pages of a region come from, and what it holds for them.
 
 use std::fs::File;
-use std::io::{ErrorKind, Result as IoResult};
+use std::io::Result as IoResult;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::FileExt;
 
 use super::mapping::{Mapping, Pages, memory_file};
@@ -35,6 +36,12 @@ impl Backing {
         Ok(Self { file, pieces, pages: Pages::Private })
     }
 
+    /// The file, and how long it must be at least, in bytes.
+    pub(super) fn extent(&self) -> (RawFd, u64) {
+        let ends = self.pieces.iter().map(|Piece { range, position }| position + range.size);
+        (self.file.as_raw_fd(), ends.max().unwrap_or(0))
+    }
+
     /// Shows the pieces in the mapping of the region at `range`.
     pub(super) fn show(&self, range: Range, mapping: &Mapping) -> Result<()> {
         for Piece { range: piece, position } in &self.pieces {
@@ -55,32 +62,17 @@ impl Backing {
     /// left as it is.
     ///
     /// # Errors
-    /// The file cannot be read.
+    /// The file cannot be read, or was made shorter.
     pub fn read(&self, start: u64, bytes: &mut [u8]) -> IoResult<()> {
         let end = start + bytes.len() as u64;
         for Piece { range, position } in &self.pieces {
             let (from, to) = (range.start.max(start), range.end().min(end));
             if from < to {
                 let part = &mut bytes[(from - start) as usize..(to - start) as usize];
-                read_to_end(&self.file, part, position + (from - range.start))?;
+                // Nobody may take what is gone from the file for zeros.
+                self.file.read_exact_at(part, position + (from - range.start))?;
             }
         }
         Ok(())
     }
-}
-
-/// Fills `bytes` from `place` of the file on; what lies after its end is left as it is.
-fn read_to_end(file: &File, mut bytes: &mut [u8], mut place: u64) -> IoResult<()> {
-    while !bytes.is_empty() {
-        match file.read_at(bytes, place) {
-            Ok(0) => return Ok(()),
-            Ok(count) => {
-                bytes = &mut bytes[count..];
-                place += count as u64;
-            }
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
 }

@@ -8,12 +8,13 @@ use serde_json::Value;
 
 use super::Microvm;
 use super::purpose::Purpose;
-use super::signals::Signals;
+use super::signals::{self, Signals};
 use crate::error::Result;
 use crate::history::{self, Event, Feed};
 use crate::jobs::Ticket;
 use crate::log;
 use crate::machine::{Exit, Machine};
+use crate::memory::lost;
 use crate::poll::{Events, Interest, Ready};
 use crate::sys::descriptor;
 use crate::terminal::{self, Keys, Raw};
@@ -181,6 +182,16 @@ impl Monitor {
         }
     }
 
+    /// Ends the process of a guest that has lost its memory. Threads of the machine may stand still for ever, with
+    /// locks that an end in order takes.
+    fn end_by_lost_memory(&mut self) -> ! {
+        let reason = lost::words();
+        history::tell(|| Event::Failed { reason: history::text(&reason) });
+        log::end(log::Level::Error, &reason);
+        self.say_last_words(&Ending { reason, level: log::Level::Error, code: signals::MEMORY_LOST });
+        signals::end_by_lost_memory()
+    }
+
     /// Tells whoever wants to know what has happened.
     fn tell(&mut self) -> Result<()> {
         if let Some(feed) = &mut self.feed {
@@ -217,6 +228,9 @@ impl Monitor {
     fn wait(&mut self, microvm: &mut Microvm) -> Result<Outcome> {
         let mut ready = Vec::new();
         loop {
+            if lost::is_lost() {
+                self.end_by_lost_memory();
+            }
             if self.watching && self.look_at <= Instant::now() {
                 microvm.look_at_metrics();
             }

@@ -19,6 +19,7 @@ use std::time::Duration;
 
 use crate::error::Result;
 use crate::host::socket_file;
+use crate::memory::lost;
 use crate::poll::{self, EventFd, Events, Ready};
 use crate::sys::{descriptor, process};
 use crate::terminal;
@@ -33,6 +34,8 @@ const GRACE: Duration = Duration::from_millis(100);
 
 /// A signal's number is added to this, as shells do.
 const SIGNAL_BASE: u8 = 128;
+/// Guest memory is gone from its file (Firecracker's code for SIGBUS).
+pub const MEMORY_LOST: u8 = 149;
 /// The soft limit of CPU time is used up (Firecracker's code). At the hard limit the kernel kills.
 const OUT_OF_CPU_TIME: u8 = 154;
 
@@ -74,6 +77,18 @@ pub fn words(signal: u8) -> String {
 pub fn survive_file_size_limit() {
     extern "C" fn on_signal(_: i32) {}
     handle_unless_ignored(libc::SIGXFSZ, on_signal);
+}
+
+/// Has the process end by [`lost::is_lost`] when it touches guest memory that is gone from its file; for machines whose
+/// memory comes from one. The thread's own stack is as sound as ever then, so that the handler needs none of its own,
+/// which would be one more system call for each thread.
+pub fn watch_memory() {
+    process::handle_fault(libc::SIGBUS, on_bus_error);
+}
+
+/// Ends the process, whose guest has lost its memory: without waiting for threads that may wait for it for ever.
+pub fn end_by_lost_memory() -> ! {
+    end_at_once(MEMORY_LOST, || ())
 }
 
 /// Ending signals come here instead of ending the process by themselves, unless they were ignored when it
@@ -185,28 +200,61 @@ extern "C" fn on_going_on(_: i32) {
 
 extern "C" fn on_timer(_: i32) {
     process::keep_errno(|| match (CAME.load(SeqCst), IS_URGENT.load(SeqCst)) {
+        _ if lost::is_lost() => end_at_once(MEMORY_LOST, say_lost),
         // No signal is noted: the one that armed the timer was an ignored one, and was forgotten.
         (0, _) => {}
         (_, false) if IS_ENDING.load(SeqCst) => say(WRITING),
-        (signal, is_urgent) => end_at_once(signal, if is_urgent { INSISTED } else { HELD_UP }),
+        (signal, is_urgent) => {
+            let code = u8::try_from(signal).map_or(u8::MAX, exit_code);
+            end_at_once(code, || say(if is_urgent { INSISTED } else { HELD_UP }))
+        }
     });
 }
 
-fn end_at_once(signal: i32, words: &[u8]) {
+/// Memory that this thread has touched is not there. The main loop has the time to tell of it that it has to take up a
+/// signal; this thread, which cannot go on, may hold a lock that it needs.
+extern "C" fn on_bus_error(signal: i32, fault: process::Fault<'_>) {
+    let is_ours = fault.address().is_some_and(lost::note_fault);
+    if !is_ours {
+        // As if there were no handler. The signal comes again when this returns.
+        process::handle_by_default(signal);
+        return process::raise(signal);
+    }
+    if process::is_main_thread() {
+        end_at_once(MEMORY_LOST, say_lost);
+    }
+    arm(PATIENCE);
+    wake();
+    process::sleep_for_ever();
+}
+
+fn say_lost() {
+    if has_reader() {
+        process::write_error(b"alula: ");
+        lost::say(process::write_error);
+        process::write_error(b"\n");
+    }
+}
+
+fn end_at_once(code: u8, say: impl FnOnce()) -> ! {
     // If anything below is held up, SIGALRM kills.
     process::handle_by_default(libc::SIGALRM);
     process::start_timer(GRACE);
     terminal::restore();
     socket_file::remove_all();
-    say(words);
-    process::exit_now(u8::try_from(signal).map_or(u8::MAX, exit_code));
+    say();
+    process::exit_now(code);
 }
 
 /// Says it on standard error, if that does not wait for its reader.
 fn say(words: &[u8]) {
-    if descriptor::poll(&libc::STDERR_FILENO, libc::POLLOUT, 0) != 0 {
+    if has_reader() {
         process::write_error(words);
     }
+}
+
+fn has_reader() -> bool {
+    descriptor::poll(&libc::STDERR_FILENO, libc::POLLOUT, 0) != 0
 }
 
 fn wake() {

@@ -6,14 +6,14 @@ use std::time::Instant;
 use serde_json::{Value, json};
 
 use super::counts::LATENCIES;
-use super::{Microvm, note};
+use super::{Microvm, note, signals};
 use crate::carry::stored::{Location, Sums};
 use crate::config::{Config, HugePages};
 use crate::devices::kind::ConfiguredDevice;
 use crate::error::{Context, Error, Result};
 use crate::history::{self, Event};
 use crate::machine::{Machine, Prepared};
-use crate::memory::Source;
+use crate::memory::{Source, lost};
 use crate::metadata::Service;
 
 /// What is to be restored, and what is to be other than it was.
@@ -107,6 +107,7 @@ impl Microvm {
         }
         let loaded = self.build_saved(load, reason);
         let (machine, config) = loaded.inspect_err(|_| {
+            lost::forget();
             self.host.serve_metadata(None);
             self.prepare_again();
         })?;
@@ -139,6 +140,8 @@ impl Microvm {
         let source = Source::Private { file: &file, pieces: &pieces };
         let mut machine =
             Machine::build_from(source, &saved.places, &self.id, &config, &mut self.host, base)?;
+        lost::watch(&machine.memory().memory(), &load.location.memory(&stored.memory)?);
+        signals::watch_memory();
         machine.restore(&saved)?;
         if load.tracks_writes {
             machine.track_writes(true)?;

@@ -72,6 +72,25 @@ pub fn seal_size(file: &File) -> Result<()> {
     control(file.as_raw_fd(), libc::F_ADD_SEALS, seals).map(drop)
 }
 
+/// How long the open file with this number is, in bytes (fstat(2)); None: there is none.
+pub fn length(fd: RawFd) -> Option<u64> {
+    // SAFETY: `stat` is plain data of which zeros are valid, and the call writes to the local one.
+    unsafe {
+        let mut told: libc::stat = zeroed();
+        check(libc::fstat(fd, &raw mut told)).ok()?;
+        u64::try_from(told.st_size).ok()
+    }
+}
+
+/// Whether the open file with this number is in a tmpfs that has no room for another page (fstatfs(2)).
+pub fn is_full_tmpfs(fd: RawFd) -> bool {
+    // SAFETY: `statfs` is plain data of which zeros are valid, and the call writes to the local one.
+    unsafe {
+        let mut told: libc::statfs = zeroed();
+        libc::fstatfs(fd, &raw mut told) == 0 && told.f_type == libc::TMPFS_MAGIC && told.f_bavail == 0
+    }
+}
+
 /// Waits at most so long, or until a signal, for one of these events (`libc::POLL...`), and says which there are, with
 /// POLLERR and POLLHUP among them; 0: none, or the wait was interrupted (poll(2)).
 pub fn poll(fd: &impl AsRawFd, events: i16, timeout_ms: i32) -> i16 {

@@ -114,12 +114,14 @@ pub fn block_signals(set: &libc::sigset_t) {
     unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, set, null_mut()) };
 }
 
-/// Blocks all signals in this thread: other threads take those that are sent to the process.
+/// Blocks all signals in this thread: other threads take those that are sent to the process. SIGBUS stays: it tells
+/// the thread of what the thread itself has touched, and where it is blocked, the kernel kills without a handler.
 pub fn block_all_signals() {
     // SAFETY: `sigset_t` is plain data that sigfillset initialises.
     let all = unsafe {
         let mut all: libc::sigset_t = zeroed();
         libc::sigfillset(&raw mut all);
+        libc::sigdelset(&raw mut all, libc::SIGBUS);
         all
     };
     block_signals(&all);
@@ -146,6 +148,48 @@ pub fn handle(signal: i32, handler: extern "C" fn(i32), flags: i32, beside: &[i3
         let mut before: libc::sigaction = zeroed();
         libc::sigaction(signal, &raw const handled, &raw mut before);
         before
+    }
+}
+
+/// Has `handler` called on a signal that an access to memory causes, with the address that was accessed. The handler
+/// does nothing but what signal-safety(7) allows.
+pub fn handle_fault(signal: i32, handler: extern "C" fn(i32, Fault<'_>)) {
+    let handled = action(handler as *const () as usize, libc::SA_SIGINFO, &[]);
+    // SAFETY: the call reads a local structure. A handler that is asked for with SA_SIGINFO is called with the signal's
+    // number and a pointer to a `siginfo_t` that lives as long as the call: `Fault` is a reference to that.
+    unsafe { libc::sigaction(signal, &raw const handled, null_mut()) };
+}
+
+/// What the kernel tells of a signal.
+#[repr(transparent)]
+pub struct Fault<'s>(&'s libc::siginfo_t);
+
+impl Fault<'_> {
+    /// The address whose access has caused the signal; None: somebody has sent it.
+    pub fn address(&self) -> Option<usize> {
+        // SAFETY: a signal with a positive code comes from the kernel, which tells the address of those that it sends
+        // for an access to memory (sigaction(2)).
+        (self.0.si_code > 0).then(|| unsafe { self.0.si_addr() } as usize)
+    }
+}
+
+/// Sends this thread a signal; one that is blocked comes when it is blocked no more.
+pub fn raise(signal: i32) {
+    // SAFETY: the call takes a number.
+    unsafe { libc::raise(signal) };
+}
+
+/// Whether this is the thread that the process began with.
+pub fn is_main_thread() -> bool {
+    // SAFETY: the calls return numbers.
+    unsafe { libc::gettid() == libc::getpid() }
+}
+
+/// Has this thread do nothing any more.
+pub fn sleep_for_ever() -> ! {
+    loop {
+        // SAFETY: the call takes nothing.
+        unsafe { libc::pause() };
     }
 }
 

@@ -14,6 +14,7 @@ use crate::bus::{Bus, Shared as SharedDevice};
 use crate::descriptors::Name;
 use crate::error::{Context, Error, Result};
 use crate::log;
+use crate::memory::lost;
 use crate::metrics::{Counter, metrics};
 use crate::platform::Place;
 use crate::sys;
@@ -276,7 +277,10 @@ fn last_exit(exit: std::result::Result<VcpuExit<'_>, kvm_ioctls::Error>, index: 
             "the processor refused to enter the guest on CPU {index} (reason {reason:#x})"
         )),
         Ok(unknown) => Exit::Failed(format!("KVM_RUN on CPU {index} returned {unknown:?}")),
-        Err(error) => Exit::Failed(format!("KVM_RUN on CPU {index}: {error}")),
+        Err(error) => {
+            lost::look_at(&error.into());
+            Exit::Failed(format!("KVM_RUN on CPU {index}: {error}"))
+        }
     }
 }
 
@@ -289,6 +293,9 @@ fn trace(index: usize, what: &str, length: usize, space: &str, address: u64) {
 fn end(shared: &Shared, surroundings: &Surroundings, exit: Exit) {
     if matches!(exit, Exit::Failed(_)) {
         shared.metrics.failures.add(1);
+    }
+    if matches!(exit, Exit::Failed(_) | Exit::TripleFault) {
+        lost::look_at_file();
     }
     surroundings.end.set(exit);
 }

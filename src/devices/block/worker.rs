@@ -13,7 +13,7 @@ use super::ring::Ring;
 use crate::error::{Context, Error, Result};
 use crate::history::{self, Event};
 use crate::log;
-use crate::memory::Regions;
+use crate::memory::{Regions, lost};
 use crate::poll::{self, Interest, Timer};
 use crate::uring::Uring;
 use crate::virtio::{Queue, Registrar, Share, Worker};
@@ -342,6 +342,7 @@ impl Running {
                 Code::Ok
             }
             Err(error) => {
+                lost::look_at(&error);
                 self.disk.metrics.execute_fails.add(1);
                 let device = format!("disk `{}`", self.disk.id);
                 let reason = match request.kind {
