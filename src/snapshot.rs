@@ -2,10 +2,75 @@
 //! into a component freshly built from the same configuration. Saved state is untrusted, like guest
 //! memory: whatever it says, a restore ends in a sound component or in an error.
 
-use serde::Serialize;
-use serde::de::DeserializeOwned;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::marker::PhantomData;
+
+use serde::de::{DeserializeOwned, Error as _, MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::{Context, Error, Result};
+
+/// The most that the saved state of one part may be, in bytes: a list of things that are two bytes in a file may take
+/// 16 times as much of memory.
+const STATE_MAX: usize = 512 << 10;
+
+/// A list of at most `MAX` things, as anybody may have written it: where its things are small in a file and large in
+/// memory, this bounds how much memory reading them takes.
+pub fn at_most<'de, const MAX: usize, T: Deserialize<'de>, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Vec<T>, D::Error> {
+    struct List<T, const MAX: usize>(PhantomData<T>);
+
+    impl<'de, T: Deserialize<'de>, const MAX: usize> Visitor<'de> for List<T, MAX> {
+        type Value = Vec<T>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(f, "at most {MAX} of them")
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut all: A) -> Result<Vec<T>, A::Error> {
+            let mut list = Vec::with_capacity(all.size_hint().unwrap_or(0).min(MAX));
+            while let Some(next) = all.next_element()? {
+                if list.len() == MAX {
+                    return Err(A::Error::custom(format_args!("there are more than {MAX} of something")));
+                }
+                list.push(next);
+            }
+            Ok(list)
+        }
+    }
+
+    deserializer.deserialize_seq(List::<T, MAX>(PhantomData))
+}
+
+/// The same for things with names.
+pub fn at_most_named<'de, const MAX: usize, T: Deserialize<'de>, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<BTreeMap<String, T>, D::Error> {
+    struct Map<T, const MAX: usize>(PhantomData<T>);
+
+    impl<'de, T: Deserialize<'de>, const MAX: usize> Visitor<'de> for Map<T, MAX> {
+        type Value = BTreeMap<String, T>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(f, "at most {MAX} of them, by their names")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, mut all: A) -> Result<Self::Value, A::Error> {
+            let mut map = BTreeMap::new();
+            while let Some((name, next)) = all.next_entry()? {
+                if map.len() == MAX {
+                    return Err(A::Error::custom(format_args!("there are more than {MAX} of something")));
+                }
+                map.insert(name, next);
+            }
+            Ok(map)
+        }
+    }
+
+    deserializer.deserialize_map(Map::<T, MAX>(PhantomData))
+}
 
 /// Something whose state can be saved and restored.
 pub trait Snapshot {
@@ -53,6 +118,12 @@ impl<T: Snapshot> SaveState for T {
     }
 
     fn restore_state(&mut self, bytes: &[u8]) -> Result<()> {
+        if bytes.len() > STATE_MAX {
+            let length = bytes.len();
+            return Err(Error::config(format!(
+                "the saved state has {length} bytes, at most {STATE_MAX} are read: it is damaged"
+            )));
+        }
         let (version, bytes): (u16, _) = take(bytes)?;
         if version != T::VERSION {
             let known = T::VERSION;

@@ -16,8 +16,11 @@ const FORMAT: u16 = 1;
 const HEADER_SIZE: usize = 64;
 const ENTRY_SIZE: usize = 32;
 /// The most that a state file may be, in bytes: its length decides how much memory is allocated to read it, and
-/// a sparse file costs its owner nothing. A machine of 32 vCPUs and 100 devices has less than 1 MiB.
+/// a sparse file costs its owner nothing. A machine of 32 vCPUs and 100 devices has less than 1 MiB; the checksums of
+/// 1 TiB of memory have 4 MiB.
 const FILE_MAX: u64 = 64 << 20;
+/// The most that its sections may have together without the checksums of memory, which a restore does not read.
+const SECTIONS_SIZE_MAX: u64 = 16 << 20;
 /// The most sections that a file may have, so that the table of a damaged file is never large.
 const SECTIONS_MAX: usize = 4096;
 
@@ -132,6 +135,12 @@ pub fn read(file: &File, with_checksums: bool) -> Result<(Origin, Vec<Section>)>
         return Err(Error::config("it is damaged: the checksum of its header does not fit"));
     }
     let entries = parse_table(&table, length)?;
+    let size: u64 = entries.iter().filter(|entry| entry.kind != CHECKSUMS).map(|entry| entry.length).sum();
+    if size > SECTIONS_SIZE_MAX {
+        return Err(Error::config(format!(
+            "its sections have {size} bytes without the checksums, at most {SECTIONS_SIZE_MAX} are read: it is damaged"
+        )));
+    }
     let wanted = |entry: &&Entry| with_checksums || entry.kind != CHECKSUMS;
     let sections = entries.iter().filter(wanted).enumerate().map(|(index, entry)| {
         let mut bytes = vec![0; entry.length as usize];

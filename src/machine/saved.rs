@@ -5,15 +5,24 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use super::build::memory_size;
 use super::parts::Places;
 use super::{Machine, RunState};
+use crate::arch::layout;
 use crate::config::Config;
 use crate::error::{Context, Error, Result};
 use crate::memory::Range;
+use crate::snapshot;
 use crate::vm::state::{VcpuState, VmState};
 
 /// The form of a saved machine as bytes; another one is refused. One more whenever [`SavedMachine`] changes.
 const VERSION: u16 = 1;
+
+/// More parts and regions of memory than any machine has, and the longest configuration that is read, in bytes: of what
+/// anybody may have written, what is small in a file and large in memory is bounded.
+const PARTS_MAX: usize = 1024;
+const RANGES_MAX: usize = 16;
+const CONFIG_MAX: usize = 1 << 20;
 
 /// A machine that stands still, without its memory: from this, [`Machine::build_at`] and [`Machine::restore`] make
 /// one that goes on where it stood, over the same memory.
@@ -23,11 +32,14 @@ pub struct SavedMachine {
     #[serde(serialize_with = "write_config", deserialize_with = "read_config")]
     pub config: Config,
     /// Where its parts are.
+    #[serde(deserialize_with = "snapshot::at_most_named::<PARTS_MAX, _, _>")]
     pub places: Places,
+    #[serde(deserialize_with = "snapshot::at_most::<RANGES_MAX, _, _>")]
     memory: Vec<Range>,
     vm: VmState,
     vcpus: Vec<VcpuState>,
     /// The states of the parts by their names, each with its version, as the part writes it.
+    #[serde(deserialize_with = "snapshot::at_most_named::<PARTS_MAX, _, _>")]
     pub parts: BTreeMap<String, Vec<u8>>,
 }
 
@@ -36,7 +48,14 @@ fn write_config<S: Serializer>(config: &Config, serializer: S) -> Result<S::Ok, 
 }
 
 fn read_config<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Config, D::Error> {
-    Config::from_saved(&String::deserialize(deserializer)?).map_err(serde::de::Error::custom)
+    let text = String::deserialize(deserializer)?;
+    if text.len() > CONFIG_MAX {
+        let length = text.len();
+        return Err(serde::de::Error::custom(format_args!(
+            "its configuration has {length} bytes, at most {CONFIG_MAX} are read"
+        )));
+    }
+    Config::from_saved(&text).map_err(serde::de::Error::custom)
 }
 
 impl SavedMachine {
@@ -73,10 +92,30 @@ impl SavedMachine {
             let message = format!("the saved machine has version {version}, this is for {VERSION}");
             return Err(Error::config(message));
         }
-        match postcard::take_from_bytes(bytes).map_err(damaged)? {
-            (saved, []) => Ok(saved),
-            (_, rest) => Err(Error::config(format!("the saved machine has {} bytes too many", rest.len()))),
+        let (saved, rest): (Self, _) = postcard::take_from_bytes(bytes).map_err(damaged)?;
+        if !rest.is_empty() {
+            return Err(Error::config(format!("the saved machine has {} bytes too many", rest.len())));
         }
+        saved.check()?;
+        Ok(saved)
+    }
+
+    /// Whether what it has of memory and CPUs is what its configuration says, before anything of that size is made.
+    fn check(&self) -> Result<()> {
+        let machine = &self.config.machine_config;
+        if self.memory != layout::memory(memory_size(machine.mem_size_mib)?) {
+            let size = machine.mem_size_mib;
+            return Err(Error::config(format!(
+                "the saved machine is damaged: it has other memory than the {size} MiB of its configuration"
+            )));
+        }
+        let (cpus, other) = (machine.vcpu_count, self.vcpus.len());
+        if usize::from(cpus) != other {
+            return Err(Error::config(format!(
+                "the saved machine is damaged: it has {other} CPUs, and its configuration says {cpus}"
+            )));
+        }
+        Ok(())
     }
 }
 

@@ -48,3 +48,45 @@ unsafe impl GlobalAlloc for Counting {
         unsafe { System.dealloc(pointer, layout) }
     }
 }
+
+/// To be a test program's `#[global_allocator]`: notes how many bytes all threads together have allocated at most.
+pub struct Peaking;
+
+static NOW: AtomicI64 = AtomicI64::new(0);
+static PEAK: AtomicI64 = AtomicI64::new(0);
+
+/// From here on [`peak`] counts; returns how many bytes there are.
+pub fn begin_peak() -> i64 {
+    let now = NOW.load(Relaxed);
+    PEAK.store(now, Relaxed);
+    now
+}
+
+/// How many bytes there were at most since [`begin_peak`].
+pub fn peak() -> i64 {
+    PEAK.load(Relaxed)
+}
+
+fn note(change: i64) {
+    let now = NOW.fetch_add(change, Relaxed) + change;
+    PEAK.fetch_max(now, Relaxed);
+}
+
+// SAFETY: the system's allocator does it all; counting allocates nothing.
+unsafe impl GlobalAlloc for Peaking {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        note(layout.size() as i64);
+        // SAFETY: the caller's promises are the same.
+        unsafe { System.alloc(layout) }
+    }
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        note(layout.size() as i64);
+        // SAFETY: as above.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        note(-(layout.size() as i64));
+        // SAFETY: as above.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}

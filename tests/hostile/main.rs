@@ -6,6 +6,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod memory;
+mod states;
 
 use std::fs;
 use std::io::Write;
@@ -13,6 +14,9 @@ use std::path::PathBuf;
 
 use common::{Folder, Process, Service};
 use serde_json::{Value, json};
+
+#[global_allocator]
+static ALLOCATOR: common::allocator::Peaking = common::allocator::Peaking;
 
 const PAUSE: &str = r#"{"state": "Paused"}"#;
 const GO_ON: &str = r#"{"state": "Resumed"}"#;

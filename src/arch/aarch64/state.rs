@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::gic::InterruptController;
 use super::gic_state::{self, GicState};
 use crate::error::{Context, Error, Result};
+use crate::snapshot;
 
 /// More registers than any KVM has of a CPU, and what `kvm-bindings` can list: a saved state cannot keep KVM busy
 /// with more.
@@ -57,6 +58,7 @@ pub struct VcpuState {
     features: [u32; 7],
     mp_state: u32,
     /// Numbers and values, in the order in which KVM lists them.
+    #[serde(deserialize_with = "snapshot::at_most::<REGISTERS_MAX, _, _>")]
     registers: Vec<(u64, Vec<u8>)>,
     events: Events,
 }

@@ -14,9 +14,12 @@ use serde::{Deserialize, Serialize};
 
 use super::{InterruptController, cpuid, ioctls, msrs, tell_that_it_stood_still};
 use crate::error::{Context, Error, Result};
+use crate::snapshot;
 
 /// More model-specific registers than any KVM has: a saved state cannot keep KVM busy with more.
 const MSRS_MAX: usize = 1024;
+/// More words than any processor has as the registers of its FPU and extensions: those of AMX come to 11 KiB.
+const XSAVE_MAX: usize = 16 << 10;
 
 /// The interrupt controllers of a machine; which stands where in [`VmState::chips`].
 const CHIPS: [(u32, &str); 3] = [
@@ -65,14 +68,17 @@ pub struct VcpuState {
     sregs: kvm_sregs,
     /// The page directory pointers of a CPU in PAE mode.
     pdptrs: Option<[u64; 4]>,
+    #[serde(deserialize_with = "snapshot::at_most::<XSAVE_MAX, _, _>")]
     xsave: Vec<u32>,
     xcrs: kvm_xcrs,
     debug: kvm_debugregs,
     lapic: kvm_lapic_state,
+    #[serde(deserialize_with = "snapshot::at_most::<KVM_MAX_CPUID_ENTRIES, _, _>")]
     cpuid: Vec<kvm_cpuid_entry2>,
     tsc_khz: u32,
     /// None: KVM does not tell.
     tsc_offset: Option<u64>,
+    #[serde(deserialize_with = "snapshot::at_most::<MSRS_MAX, _, _>")]
     msrs: Vec<msrs::Msr>,
     events: kvm_vcpu_events,
 }
