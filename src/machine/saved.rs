@@ -146,6 +146,17 @@ impl Machine {
         Ok(SavedMachine { config, places, memory: self.platform.memory.clone(), vm, vcpus, parts })
     }
 
+    /// Whether this host's CPUs have what those of the saved machine had, which may be another host's. On one host,
+    /// with the kernel that it had, they do.
+    ///
+    /// # Errors
+    /// What they lack, by name.
+    pub fn check_host(&self, saved: &SavedMachine) -> Result<()> {
+        let stopped = self.vcpus.stopped();
+        let Some(first) = stopped.first() else { return Ok(()) };
+        self.vm.check_cpu_model(first, &saved.vcpus, &self.platform, &saved.config.cpuid())
+    }
+
     /// Makes this machine the one that was saved. The caller promises that it was just built, from the saved
     /// configuration and places, and that its memory holds, or will hold before it is resumed, what the saved
     /// one's did. After an error it must not be used.

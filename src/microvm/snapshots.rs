@@ -142,6 +142,9 @@ impl Microvm {
             Machine::build_from(source, &saved.places, &self.id, &config, &mut self.host, base)?;
         lost::watch(&machine.memory().memory(), &load.location.memory(&stored.memory)?);
         signals::watch_memory();
+        if stored.origin.boot_id != stored::boot_id()? {
+            machine.check_host(&saved)?;
+        }
         machine.restore(&saved)?;
         if load.tracks_writes {
             machine.track_writes(true)?;

@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use vm_memory::GuestMemoryBackend as _;
 
-use crate::arch::{self, CpuModel};
+use crate::arch::{self, CpuModel, VcpuState};
 use crate::descriptors::Name;
 use crate::error::{Context, Error, Result};
 use crate::memory::{Range, Region, Regions};
@@ -187,6 +187,24 @@ impl Vm {
     /// they run.
     pub fn foresee_cpu_model(&self, vcpus: &[impl Deref<Target = VcpuFd>]) -> Result<()> {
         self.cpu_model.as_ref().map_or(Ok(()), |model| model.apply(vcpus, false, &[]))
+    }
+
+    /// Whether this host's CPUs, of which `vcpu` is one that has not run, can be what these saved ones were, their CPUID
+    /// changed by `modifiers`.
+    ///
+    /// # Errors
+    /// They lack something, which is named.
+    pub fn check_cpu_model(
+        &self,
+        vcpu: &VcpuFd,
+        saved: &[VcpuState],
+        platform: &Platform,
+        modifiers: &[CpuidModifier],
+    ) -> Result<()> {
+        match &self.cpu_model {
+            Some(model) => model.check(vcpu, saved, platform, modifiers),
+            None => CpuModel::new(&self.kvm)?.check(vcpu, saved, platform, modifiers),
+        }
     }
 
     /// Gives the guest another region of memory, in the lowest slot that is free, and returns that. `is_tracked`:

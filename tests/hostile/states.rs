@@ -301,6 +301,29 @@ fn changed_states_are_refused_or_make_guests_that_live_alone() {
     }
 }
 
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn what_another_host_lacks_is_named_before_anything_runs() {
+    let base = Base::new(&[]);
+    // The entry of leaf 7 as `struct kvm_cpuid_entry2` begins, up to EBX: of which no processor has had bit 22.
+    let mut machine = base.machine().to_vec();
+    let entry = [7_u32, 0, 1].map(u32::to_le_bytes).concat();
+    let at = machine.windows(entry.len()).position(|bytes| bytes == entry).expect("CPUs have leaf 7");
+    machine[at + 16 + 2] |= 1 << 6;
+    let elsewhere = Origin { boot_id: base.origin.boot_id.map(|byte| !byte), ..base.origin };
+    let moved = |machine: &[u8]| {
+        let mut sections = base.sections.clone();
+        sections[0].bytes = machine.to_vec();
+        state_file::write(&elsewhere, &sections)
+    };
+    // Where it was saved, nobody asks what KVM has.
+    base.load(&base.with_machine(machine.clone())).unwrap();
+    base.load(&moved(base.machine())).unwrap();
+    let error = base.load(&moved(&machine)).unwrap_err().to_string();
+    let expected = "CPU 0 of the guest was told of what this host's processor or KVM does not have: pcommit: restore it on";
+    assert!(error.contains(expected), "{error}");
+}
+
 /// A state with `count` elements of two bytes each in a list that stands behind `before`.
 fn long_list(before: &impl serde::Serialize, element: &[u8], count: usize) -> Vec<u8> {
     let mut bytes = postcard::to_stdvec(before).unwrap();

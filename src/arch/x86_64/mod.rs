@@ -4,6 +4,7 @@ mod acpi;
 mod boot;
 mod cpuid;
 mod elf;
+mod features;
 mod ioctls;
 pub mod layout;
 mod msrs;
@@ -14,8 +15,8 @@ use std::ops::Deref;
 
 use kvm_bindings::{
     CpuId, KVM_CAP_X2APIC_API, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
-    KVM_IRQCHIP_PIC_SLAVE, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS,
-    kvm_enable_cap, kvm_irq_routing_entry, kvm_irq_routing_irqchip,
+    KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
+    KVM_X2APIC_API_USE_32BIT_IDS, kvm_enable_cap, kvm_irq_routing_entry, kvm_irq_routing_irqchip,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
@@ -23,7 +24,7 @@ pub use boot::{Entry, load};
 pub use registers::{boot, is_halted_for_good, refuse_instruction, tell_that_it_stood_still};
 pub use state::{VcpuState, VmState, restore_vcpus, restore_vm, save_vcpus, save_vm};
 
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 use crate::platform::{CpuidModifier, Node, Platform};
 
 /// What uname calls this architecture.
@@ -87,20 +88,58 @@ impl CpuModel {
         smt: bool,
         modifiers: &[CpuidModifier],
     ) -> Result<()> {
-        let topology = cpuid::Topology { cpus: vcpus.len() as u16, threads: if smt { 2 } else { 1 } };
-        let mut cpuid = match modifiers {
-            [] => cpuid::machine(&self.supported, topology, self.tsc_deadline)?,
-            modifiers => {
-                let changed = cpuid::modified(&self.supported, modifiers)?;
-                cpuid::machine(&changed, topology, self.tsc_deadline)?
-            }
-        };
+        let topology = topology(vcpus.len() as u16, smt);
+        let mut cpuid = self.of_machine(topology, modifiers)?;
         for (index, vcpu) in vcpus.iter().enumerate() {
             cpuid::set_apic_id(&mut cpuid, topology, index as u32);
             vcpu.set_cpuid2(&cpuid).with_context(|| format!("set the CPUID of vCPU {index}"))?;
         }
         Ok(())
     }
+
+    /// Whether a machine that is built here would be told of all features that these saved CPUs were told of. Numbers
+    /// that differ from host to host are no features, and stay as they were.
+    ///
+    /// # Errors
+    /// The host lacks some: all of them are named.
+    pub fn check(
+        &self,
+        vcpu: &VcpuFd,
+        saved: &[VcpuState],
+        platform: &Platform,
+        modifiers: &[CpuidModifier],
+    ) -> Result<()> {
+        let ours = self.of_machine(topology(platform.cpus, platform.smt), modifiers)?;
+        // What KVM reads back is what was saved, too, and more than it is given where it is a software KVM: such a one
+        // has no say in what the processor's instruction tells.
+        vcpu.set_cpuid2(&ours).context("set the CPUID")?;
+        let ours = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).context("get the CPUID")?;
+        for (index, state) in saved.iter().enumerate() {
+            let lacking = features::lacking(&state.cpuid, ours.as_slice());
+            if !lacking.is_empty() {
+                return Err(Error::config(format!(
+                    "CPU {index} of the guest was told of what this host's processor or KVM does not have: {}: restore \
+                     it on a host like the one that saved it, or boot it with less (`cpu-config`)",
+                    lacking.join(", ")
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    fn of_machine(&self, topology: cpuid::Topology, modifiers: &[CpuidModifier]) -> Result<CpuId> {
+        match modifiers {
+            [] => cpuid::machine(&self.supported, topology, self.tsc_deadline),
+            modifiers => {
+                let changed = cpuid::modified(&self.supported, modifiers)?;
+                cpuid::machine(&changed, topology, self.tsc_deadline)
+            }
+        }
+    }
+}
+
+fn topology(cpus: u16, smt: bool) -> cpuid::Topology {
+    cpuid::Topology { cpus, threads: if smt { 2 } else { 1 } }
 }
 
 /// Interrupt messages are written to a CPU's local APIC: who wrote them does not matter.

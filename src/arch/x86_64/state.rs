@@ -74,7 +74,7 @@ pub struct VcpuState {
     debug: kvm_debugregs,
     lapic: kvm_lapic_state,
     #[serde(deserialize_with = "snapshot::at_most::<KVM_MAX_CPUID_ENTRIES, _, _>")]
-    cpuid: Vec<kvm_cpuid_entry2>,
+    pub(super) cpuid: Vec<kvm_cpuid_entry2>,
     tsc_khz: u32,
     /// None: KVM does not tell.
     tsc_offset: Option<u64>,

@@ -1,0 +1,228 @@
+//! Features of the processor that a saved guest was told of, and that a host does not have (Intel SDM 2A, CPUID; AMD
+//! APM 3, appendix E; KVM's cpuid.rst). KVM takes a CPUID that says more than the processor can do, and the guest would
+//! find out by an exception, some time later.
+
+use kvm_bindings::kvm_cpuid_entry2;
+
+/// A register of CPUID whose bits each are a feature.
+struct Word {
+    leaf: u32,
+    subleaf: u32,
+    register: &'static str,
+    read: fn(&kvm_cpuid_entry2) -> u32,
+    /// Bits that say how the CPU stands at this moment, or that KVM does by itself.
+    ignored: u32,
+    /// The bits that have a name which people know, as /proc/cpuinfo has it.
+    names: &'static [(u32, &'static str)],
+}
+
+/// APIC (the local APIC is on) and OSXSAVE, OSPKE (what the guest has switched on), MONITOR (by an MSR).
+const APIC: u32 = 1 << 9;
+const OSXSAVE: u32 = 1 << 27;
+const OSPKE: u32 = 1 << 4;
+const MONITOR: u32 = 1 << 3;
+
+const WORDS: [Word; 13] = [
+    Word {
+        leaf: 1,
+        subleaf: 0,
+        register: "ecx",
+        read: |entry| entry.ecx,
+        ignored: OSXSAVE | MONITOR,
+        names: &[
+            (0, "sse3"),
+            (1, "pclmulqdq"),
+            (9, "ssse3"),
+            (12, "fma"),
+            (13, "cx16"),
+            (17, "pcid"),
+            (19, "sse4_1"),
+            (20, "sse4_2"),
+            (21, "x2apic"),
+            (22, "movbe"),
+            (23, "popcnt"),
+            (24, "tsc_deadline_timer"),
+            (25, "aes"),
+            (26, "xsave"),
+            (28, "avx"),
+            (29, "f16c"),
+            (30, "rdrand"),
+        ],
+    },
+    Word {
+        leaf: 1,
+        subleaf: 0,
+        register: "edx",
+        read: |entry| entry.edx,
+        ignored: APIC,
+        names: &[(4, "tsc"), (19, "clflush"), (23, "mmx"), (24, "fxsr"), (25, "sse"), (26, "sse2")],
+    },
+    Word { names: &[(0, "xsaveopt"), (1, "xsavec"), (3, "xsaves"), (4, "xfd")], ..eax(0xd, 1) },
+    Word {
+        leaf: 7,
+        subleaf: 0,
+        register: "ebx",
+        read: |entry| entry.ebx,
+        ignored: 0,
+        names: &[
+            (0, "fsgsbase"),
+            (1, "tsc_adjust"),
+            (3, "bmi1"),
+            (5, "avx2"),
+            (7, "smep"),
+            (8, "bmi2"),
+            (9, "erms"),
+            (10, "invpcid"),
+            (16, "avx512f"),
+            (17, "avx512dq"),
+            (18, "rdseed"),
+            (19, "adx"),
+            (20, "smap"),
+            (21, "avx512ifma"),
+            (22, "pcommit"),
+            (23, "clflushopt"),
+            (24, "clwb"),
+            (28, "avx512cd"),
+            (29, "sha_ni"),
+            (30, "avx512bw"),
+            (31, "avx512vl"),
+        ],
+    },
+    Word {
+        leaf: 7,
+        subleaf: 0,
+        register: "ecx",
+        read: |entry| entry.ecx,
+        ignored: OSPKE,
+        names: &[
+            (1, "avx512vbmi"),
+            (2, "umip"),
+            (3, "pku"),
+            (6, "avx512_vbmi2"),
+            (7, "user_shstk"),
+            (8, "gfni"),
+            (9, "vaes"),
+            (10, "vpclmulqdq"),
+            (11, "avx512_vnni"),
+            (12, "avx512_bitalg"),
+            (14, "avx512_vpopcntdq"),
+            (16, "la57"),
+            (22, "rdpid"),
+        ],
+    },
+    Word {
+        leaf: 7,
+        subleaf: 0,
+        register: "edx",
+        read: |entry| entry.edx,
+        ignored: 0,
+        names: &[
+            (4, "fsrm"),
+            (10, "md_clear"),
+            (14, "serialize"),
+            (20, "ibt"),
+            (22, "amx_bf16"),
+            (23, "avx512_fp16"),
+            (24, "amx_tile"),
+            (25, "amx_int8"),
+            (26, "ibrs"),
+            (27, "stibp"),
+            (28, "flush_l1d"),
+            (29, "arch_capabilities"),
+            (31, "ssbd"),
+        ],
+    },
+    Word { names: &[(4, "avx_vnni"), (5, "avx512_bf16"), (23, "avx_ifma"), (26, "lam")], ..eax(7, 1) },
+    Word {
+        leaf: 0x8000_0001,
+        subleaf: 0,
+        register: "ecx",
+        read: |entry| entry.ecx,
+        ignored: 0,
+        names: &[(0, "lahf_lm"), (5, "abm"), (6, "sse4a"), (8, "3dnowprefetch"), (16, "fma4")],
+    },
+    Word {
+        leaf: 0x8000_0001,
+        subleaf: 0,
+        register: "edx",
+        read: |entry| entry.edx,
+        ignored: APIC,
+        names: &[(11, "syscall"), (20, "nx"), (26, "pdpe1gb"), (27, "rdtscp"), (29, "lm")],
+    },
+    Word {
+        leaf: 0x8000_0007,
+        subleaf: 0,
+        register: "edx",
+        read: |entry| entry.edx,
+        ignored: 0,
+        names: &[(8, "constant_tsc")],
+    },
+    Word {
+        leaf: 0x8000_0008,
+        subleaf: 0,
+        register: "ebx",
+        read: |entry| entry.ebx,
+        ignored: 0,
+        names: &[(0, "clzero"), (9, "wbnoinvd"), (12, "ibpb"), (14, "ibrs"), (15, "stibp"), (24, "ssbd")],
+    },
+    Word { ..eax(0x8000_0021, 0) },
+    Word {
+        names: &[
+            (0, "kvm-clock (old)"),
+            (3, "kvm-clock"),
+            (4, "kvm-async-pf"),
+            (5, "kvm-steal-time"),
+            (6, "kvm-pv-eoi"),
+            (7, "kvm-pv-unhalt"),
+            (9, "kvm-pv-tlb-flush"),
+            (11, "kvm-pv-ipi"),
+            (14, "kvm-async-pf-int"),
+        ],
+        ..eax(0x4000_0001, 0)
+    },
+];
+
+const fn eax(leaf: u32, subleaf: u32) -> Word {
+    Word { leaf, subleaf, register: "eax", read: |entry| entry.eax, ignored: 0, names: &[] }
+}
+
+impl Word {
+    fn of(&self, cpuid: &[kvm_cpuid_entry2]) -> u32 {
+        let mut entries = cpuid.iter();
+        let entry = entries.find(|entry| (entry.function, entry.index) == (self.leaf, self.subleaf));
+        entry.map_or(0, self.read)
+    }
+
+    fn name(&self, bit: u32) -> String {
+        match self.names.iter().find(|(named, _)| *named == bit) {
+            Some((_, name)) => (*name).to_owned(),
+            None => format!("bit {bit} of {} in CPUID {:#x}.{}", self.register, self.leaf, self.subleaf),
+        }
+    }
+}
+
+/// The names of the features that `saved` has, and `ours` has not.
+pub fn lacking(saved: &[kvm_cpuid_entry2], ours: &[kvm_cpuid_entry2]) -> Vec<String> {
+    let mut names = Vec::new();
+    for word in &WORDS {
+        let bits = word.of(saved) & !word.of(ours) & !word.ignored;
+        names.extend((0..u32::BITS).filter(|bit| bits >> bit & 1 == 1).map(|bit| word.name(bit)));
+    }
+    names
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_host_lacks_is_told_by_name() {
+        let leaf =
+            |function, index, ebx, ecx| kvm_cpuid_entry2 { function, index, ebx, ecx, ..Default::default() };
+        let saved = [leaf(1, 0, 0, 1 << 28 | OSXSAVE), leaf(7, 0, 1 << 16 | 1 << 5 | 1 << 15, OSPKE)];
+        let ours = [leaf(1, 0, 0, 0), leaf(7, 0, 1 << 5, u32::MAX)];
+        assert_eq!(lacking(&saved, &ours), ["avx", "bit 15 of ebx in CPUID 0x7.0", "avx512f"]);
+        assert_eq!(lacking(&saved[..1], &[]), ["avx"], "a leaf that is not there has no features");
+        assert!(lacking(&ours[..1], &saved).is_empty() && lacking(&saved, &saved).is_empty());
+    }
+}
