@@ -1,0 +1,245 @@
+//! Saves that are cut off at any moment, and system calls of a save or a load that fail: the old snapshot is there, the
+//! new one, or none, and the process goes on.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::common::{Client, Folder, Response, Service, run, wait_for};
+use super::{GO_ON, PAUSE, Snapshot, running, type_line};
+
+/// How often a process is killed while it saves, in each form, if that is told.
+const KILLS: &str = "ALULA_TEST_KILLS";
+
+/// Where a snapshot is saved to.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Form {
+    Folder,
+    Paths,
+}
+
+impl Form {
+    fn body(self, folder: &Folder) -> String {
+        match self {
+            Self::Folder => json!({ "folder": folder.path("saved") }),
+            Self::Paths => {
+                json!({ "snapshot_path": folder.path("state"), "mem_file_path": folder.path("memory") })
+            }
+        }
+        .to_string()
+    }
+
+    /// Whether there is a snapshot; one that is there must be whole.
+    fn is_there(self, folder: &Folder) -> bool {
+        let state = folder.path(if self == Self::Folder { "saved/state" } else { "state" });
+        if self == Self::Paths && !state.exists() {
+            return false;
+        }
+        let arguments = match self {
+            Self::Folder => vec![folder.path("saved")],
+            Self::Paths => vec![state, folder.path("memory")],
+        };
+        let words = ["snapshot", "verify"].map(PathBuf::from);
+        let ended = run(words.iter().chain(&arguments));
+        assert_eq!(ended.code, Some(0), "{self:?}: {}", ended.text);
+        true
+    }
+}
+
+fn put(path: &str, body: &str) -> String {
+    format!("PUT {path} HTTP/1.1\r\nContent-Length: {}\r\n\r\n{body}", body.len())
+}
+
+#[test]
+fn a_save_that_is_killed_leaves_a_whole_snapshot_or_none() {
+    let kills = std::env::var(KILLS).map_or(4, |kills| kills.parse::<u32>().unwrap());
+    for form in [Form::Folder, Form::Paths] {
+        let (mut gone, mut length) = (0, Duration::ZERO);
+        let mut place = None;
+        for number in 0..kills {
+            let (folder, service) = running(&[]);
+            let mut client = service.client();
+            client.ok("PATCH", "/vm", PAUSE);
+            // Each over what the one before has left.
+            let folder = place.get_or_insert(folder);
+            let body = form.body(folder);
+            if number == 0 || number % 8 == 7 {
+                let begun = Instant::now();
+                client.ok("PUT", "/snapshot/create", &body);
+                length = begun.elapsed();
+            }
+            client.send(&put("/snapshot/create", &body));
+            // All moments of a save, from its first to a little after its last.
+            std::thread::sleep(length.mul_f64(f64::from(number * 7 % kills) * 1.2 / f64::from(kills)));
+            let mut process = service.process;
+            process.child.kill().unwrap();
+            process.child.wait().unwrap();
+            let is_there = form.is_there(folder);
+            assert!(is_there || form == Form::Paths, "the old snapshot is gone");
+            gone += u32::from(!is_there);
+        }
+        println!("{form:?}: {gone} of {kills} kills left none");
+        let (_, service) = running(&[]);
+        let mut client = service.client();
+        client.ok("PATCH", "/vm", PAUSE);
+        let folder = place.unwrap();
+        client.ok("PUT", "/snapshot/create", &form.body(&folder));
+        assert!(form.is_there(&folder));
+        let left = fs::read_dir(folder.path(if form == Form::Folder { "saved" } else { "." })).unwrap();
+        let left: Vec<_> = left.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        assert!(!left.iter().any(|name| name.ends_with(".new")), "{left:?}");
+        assert!(form == Form::Paths || left.len() == 2, "{left:?}");
+    }
+}
+
+/// A tracer that has one system call of a process fail; the process goes on by itself when this is dropped.
+struct Fault {
+    tracer: Child,
+    told: PathBuf,
+}
+
+impl Fault {
+    /// The `number`th call that `which` and `more` arguments of strace name, of any of its threads, from now on.
+    fn new(service: &Service, which: &str, number: u32, more: &[&str]) -> Self {
+        let told = service.folder.path("trace");
+        let errors = service.folder.path("tracer");
+        let _ = fs::remove_file(&told);
+        let tracer = Command::new("strace")
+            .args(["-f", "-p", &service.process.child.id().to_string(), "-o", told.to_str().unwrap()])
+            .args(["-e", &format!("trace={which}")])
+            .args(["-e", &format!("inject={which}:error=EIO:when={number}")])
+            .args(more)
+            .stderr(Stdio::from(fs::File::create(&errors).unwrap()))
+            .spawn()
+            .unwrap();
+        wait_for(|| fs::read_to_string(&errors).unwrap().contains("attached"));
+        Self { tracer, told }
+    }
+
+    /// Lets go of the process, and returns the line of the call that has failed, if one has.
+    fn end(mut self) -> Option<String> {
+        super::common::send(&self.tracer, libc::SIGINT);
+        self.tracer.wait().unwrap();
+        let told = fs::read_to_string(&self.told).unwrap();
+        told.lines().find(|line| line.contains("(INJECTED)")).map(str::to_owned)
+    }
+}
+
+impl Drop for Fault {
+    fn drop(&mut self) {
+        let _ = self.tracer.kill();
+        let _ = self.tracer.wait();
+    }
+}
+
+/// Asks while the `number`th call `which` fails, of those that `more` leaves; None: there were not so many.
+fn ask(
+    service: &Service,
+    (which, number, more): (&str, u32, &[&str]),
+    path: &str,
+    body: &str,
+) -> Option<(String, Response)> {
+    // Connected before.
+    let mut client = service.client();
+    client.ok("GET", "/", "");
+    let fault = Fault::new(service, which, number, more);
+    let answer = client.request("PUT", path, body);
+    fault.end().map(|line| (line, answer))
+}
+
+#[test]
+fn a_save_of_which_a_system_call_fails_can_be_tried_again() {
+    for form in [Form::Folder, Form::Paths] {
+        let (folder, mut service) = running(&[]);
+        let mut client = service.client();
+        client.ok("PATCH", "/vm", PAUSE);
+        let body = form.body(&folder);
+        let paths = ["saved/state.new", "state.new", "memory.new"].map(|name| folder.path(name));
+        let paths: Vec<_> = paths.iter().flat_map(|path| ["-P", path.to_str().unwrap()]).collect();
+        let mut failed = 0;
+        for (which, more) in [
+            ("fsync", &[][..]),
+            ("rename", &[]),
+            ("ftruncate", &[]),
+            ("pwrite64", &[]),
+            ("mkdir", &[]),
+            ("flock", &[]),
+            ("write", &paths),
+        ] {
+            for number in 1.. {
+                client.ok("PUT", "/snapshot/create", &body);
+                let call = (which, number, more);
+                let Some((line, answer)) = ask(&service, call, "/snapshot/create", &body) else { break };
+                failed += 1;
+                check_failed_save(form, &folder, &line, &answer);
+            }
+        }
+        assert!(failed > 10, "only {failed} calls were made to fail");
+        client.ok("PUT", "/snapshot/create", &body);
+        assert!(form.is_there(&folder));
+        client.ok("PATCH", "/vm", GO_ON);
+        type_line(&mut service.process);
+        let ended = service.process.end();
+        assert!(ended.code == Some(0) && ended.text.contains(" cases, 0 failed"), "{}", ended.text);
+    }
+}
+
+fn check_failed_save(form: Form, folder: &Folder, line: &str, answer: &Response) {
+    let there = form.is_there(folder);
+    assert!(there || form == Form::Paths, "{line}: the old snapshot is gone");
+    if answer.status() != "204" {
+        let fault = answer.fault();
+        let path = folder.0.to_str().unwrap();
+        let is_named = fault.contains(path) || fault.contains("write the memory of the guest");
+        assert!(answer.status() == "400" && is_named, "{line}: {fault}");
+    }
+}
+
+/// How many calls are left out after one that was made to fail. All are tried if this is told.
+const ALL: &str = "ALULA_TEST_ALL_CALLS";
+
+#[test]
+fn a_load_of_which_a_system_call_fails_can_be_tried_again() {
+    let step = if std::env::var_os(ALL).is_some() { 1 } else { 9 };
+    let snapshot = Snapshot::new(&["--enable-pci"]);
+    let load = snapshot.load(&json!({}));
+    let anew = || {
+        // The one before was killed, and could not remove it.
+        let _ = fs::remove_file(snapshot.path("vsock"));
+        Service::start(&[])
+    };
+    let mut service = anew();
+    let (mut refused, mut borne) = (0, 0);
+    for which in ["ioctl", "openat", "pread64", "eventfd2"] {
+        for number in (1..).step_by(if which == "ioctl" { step } else { step.div_ceil(3) }) {
+            let call = (which, number, &[][..]);
+            let Some((line, answer)) = ask(&service, call, "/snapshot/load", &load) else { break };
+            if answer.status() == "204" {
+                // What can be done without is done without.
+                borne += 1;
+                service = anew();
+                continue;
+            }
+            refused += 1;
+            let fault = answer.fault();
+            assert!(answer.status() == "400" && fault.contains("Input/output error"), "{line}: {fault}");
+            check_nothing_is_left(&mut service.client(), &snapshot.path("vsock"), &line);
+        }
+        // The last one was not made to fail.
+        service = anew();
+    }
+    println!("{refused} loads were refused, {borne} were done for all that");
+    assert!(refused > 10);
+    let (line, answer) = ask(&service, ("ioctl", 20, &[]), "/snapshot/load", &load).unwrap();
+    assert_eq!(answer.status(), "400", "{line}");
+    snapshot.go_on(service);
+}
+
+fn check_nothing_is_left(client: &mut Client, vsock: &Path, line: &str) {
+    let told: Value = client.ok("GET", "/", "").json();
+    assert_eq!(told["state"], "Not started");
+    assert!(!vsock.exists(), "{line}: the vsock socket of a machine that is none was left");
+}
