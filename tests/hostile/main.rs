@@ -6,6 +6,8 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod crash;
+#[cfg(target_arch = "x86_64")]
+mod kept;
 mod memory;
 mod states;
 
