@@ -136,8 +136,11 @@ fn damage(bytes: &mut Vec<u8>, numbers: &mut Numbers) {
     }
 }
 
-/// The kinds of changes: each makes a file of a base, with another machine's at hand.
-const CHANGES: [(&str, fn(&Base, &Base, &mut Numbers) -> Vec<u8>); 10] = [
+/// Makes a state file of a base, with another machine's at hand.
+type Change = fn(&Base, &Base, &mut Numbers) -> Vec<u8>;
+
+/// The kinds of changes.
+const CHANGES: [(&str, Change); 10] = [
     ("the file", |base, _, numbers| {
         let mut file = base.file.clone();
         damage(&mut file, numbers);
