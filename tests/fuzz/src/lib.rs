@@ -12,6 +12,7 @@ pub mod http;
 pub mod passt;
 pub mod pci;
 pub mod qcow2;
+pub mod snapshot;
 pub mod sockets;
 pub mod state;
 
