@@ -15,8 +15,8 @@ fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     if arch == "x86_64" && variable("HOST") == variable("TARGET") && knows_packed_relocations() {
         println!("cargo::rustc-link-arg-bins=-Wl,-z,pack-relative-relocs");
-        // Each segment begins a page: the linker would have them share pages of the file, and a process writes to, and
-        // so has for itself, two more where data that is relocated and data that is written begin within one.
+        // Each segment begins a page: the linker would have them share pages of the file, and relocated data, to all of
+        // which a process writes as it starts, would begin within a page and so touch one more.
         println!("cargo::rustc-link-arg-bins=-Wl,-z,separate-loadable-segments");
     }
 
