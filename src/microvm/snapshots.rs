@@ -5,9 +5,11 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 
+use vm_memory::GuestAddressSpace;
+
 use super::counts::LATENCIES;
 use super::{Microvm, note, signals};
-use crate::carry::stored::{Location, Sums};
+use crate::carry::stored::{self, Location, Sums};
 use crate::config::{Config, HugePages};
 use crate::devices::kind::ConfiguredDevice;
 use crate::error::{Context, Error, Result};
