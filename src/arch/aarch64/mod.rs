@@ -24,7 +24,7 @@ pub use gic::{InterruptController, MESSAGES_NAME_THEIR_DEVICE, default_routes};
 pub use state::{VcpuState, VmState, restore_vcpus, restore_vm, save_vcpus, save_vm};
 
 use crate::error::{Context, Result};
-use crate::platform::{CpuidModifier, Node};
+use crate::platform::{CpuidModifier, Node, Platform};
 
 /// What uname calls this architecture.
 pub const NAME: &str = "aarch64";
