@@ -33,7 +33,7 @@ pub fn at_most<'de, const MAX: usize, T: Deserialize<'de>, D: Deserializer<'de>>
             let mut list = Vec::with_capacity(all.size_hint().unwrap_or(0).min(MAX));
             while let Some(next) = all.next_element()? {
                 if list.len() == MAX {
-                    return Err(A::Error::custom(format_args!("there are more than {MAX} of something")));
+                    return Err(A::Error::custom(format_args!("a list has more than {MAX} entries")));
                 }
                 list.push(next);
             }
@@ -61,7 +61,7 @@ pub fn at_most_named<'de, const MAX: usize, T: Deserialize<'de>, D: Deserializer
             let mut map = BTreeMap::new();
             while let Some((name, next)) = all.next_entry()? {
                 if map.len() == MAX {
-                    return Err(A::Error::custom(format_args!("there are more than {MAX} of something")));
+                    return Err(A::Error::custom(format_args!("a list has more than {MAX} entries")));
                 }
                 map.insert(name, next);
             }

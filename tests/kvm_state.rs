@@ -275,12 +275,8 @@ const LIES: [(&str, fn(&mut Vec<Value>), &str); 6] = [
     ("xsave", |words| words.push(0.into()), "its saved FPU registers have "),
     ("xsave", |words| drop(words.pop()), "its saved FPU registers have "),
     ("msrs", |msrs| msrs.insert(1, json!([0xdead_beef_u32, 5])), "specific register 0xdeadbeef to 0x5"),
-    ("msrs", |msrs| msrs.resize(1025, json!([16, 5])), "1025 model-specific registers, there are at most"),
-    (
-        "cpuid",
-        |entries| entries.resize(257, entries[0].clone()),
-        "257 entries of CPUID, there are at most 256",
-    ),
+    ("msrs", |msrs| msrs.resize(1025, json!([16, 5])), "a list has more than 1024 entries"),
+    ("cpuid", |entries| entries.resize(257, entries[0].clone()), "a list has more than 256 entries"),
     ("mp_state", |bytes| bytes[0] = 99.into(), "set the run state: "),
 ];
 
@@ -293,7 +289,7 @@ const LIES: [(&str, fn(&mut Vec<Value>), &str); 5] = [
         "set the register 0x603000000013dead to",
     ),
     ("registers", |all| all[0][1] = json!(vec![0; 7]), "has a saved value of 7 bytes"),
-    ("registers", |all| all.resize(501, all[0].clone()), "501 registers, there are at most 500"),
+    ("registers", |all| all.resize(501, all[0].clone()), "a list has more than 500 entries"),
     (
         "features",
         |words| words[0] = 0.into(),
@@ -319,9 +315,13 @@ fn saved() -> Saved {
 /// What a machine says of these states of its CPUs.
 fn refusal(vcpus: &[Value]) -> String {
     let guest = Guest::build(2, false, "", &Console::default());
-    let decode = |vcpu: &Value| serde_json::from_value(vcpu.clone()).unwrap();
-    let vcpus: Vec<VcpuState> = vcpus.iter().map(decode).collect();
-    guest.vm.restore_vcpus(&guest.vcpus, &vcpus).unwrap_err().to_string()
+    let decoded: Result<Vec<VcpuState>, _> =
+        vcpus.iter().map(|vcpu| serde_json::from_value(vcpu.clone())).collect();
+    match decoded {
+        Ok(vcpus) => guest.vm.restore_vcpus(&guest.vcpus, &vcpus).unwrap_err().to_string(),
+        // What would take much memory is refused where it is read.
+        Err(error) => error.to_string(),
+    }
 }
 
 #[test]
@@ -333,7 +333,8 @@ fn a_state_that_kvm_does_not_take_whole_is_refused_by_name() {
         let mut vcpus = vcpus.clone();
         change(vcpus[1][list].as_array_mut().unwrap());
         let error = refusal(&vcpus);
-        assert!(error.starts_with("restore CPU 1: ") && error.contains(expected), "{list}: {error}");
+        let is_placed = error.starts_with("restore CPU 1: ") || expected.starts_with("a list has more");
+        assert!(is_placed && error.contains(expected), "{list}: {error}");
     }
 }
 

@@ -19,6 +19,8 @@ use crate::machine::RunState;
 use crate::memory::page_set::PageSet;
 use crate::memory::{Memory, Region};
 
+const ATTEMPT: &str = "write the memory of the guest";
+
 /// Who has a machine stand still while it is saved.
 const REASON: &str = "snapshot";
 
@@ -97,7 +99,6 @@ impl Writing {
     /// this process has of its own.
     fn write(self, machine: Vec<u8>, written: Option<PageSet>) -> Result<u64> {
         let (memory, file) = (self.memory.memory(), self.draft.memory_file());
-        const ATTEMPT: &str = "write the memory of the guest";
         let (sums, pages) = match self.kind {
             Kind::Full => {
                 let written = memory_file::write(&memory, &self.pagemap, file).context(ATTEMPT)?;
@@ -120,8 +121,8 @@ impl Writing {
     /// snapshot that counts.
     pub(super) fn keep(self, machine: Vec<u8>, sums: &Sums) -> Result<()> {
         let (size, file) = (self.memory.memory().iter().map(Region::len).sum(), self.draft.memory_file());
-        file.set_len(size).context("give the memory its length")?;
-        file.sync_all().context("flush the memory to the disk")?;
+        file.set_len(size).context("set its length").context(ATTEMPT)?;
+        file.sync_all().context("flush it to the disk").context(ATTEMPT)?;
         let memory_file = MemoryFile { name: self.draft.memory_name(), size };
         self.draft.keep(&stored::state(machine, &memory_file, sums, self.boot_id)?)
     }

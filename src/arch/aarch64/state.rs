@@ -130,12 +130,6 @@ fn restore_vcpu(vm: &VmFd, vcpu: &VcpuFd, state: &VcpuState) -> Result<()> {
             init.target, init.features
         )));
     }
-    if registers.len() > REGISTERS_MAX {
-        return Err(Error::config(format!(
-            "the saved state has {} registers, there are at most {REGISTERS_MAX}",
-            registers.len()
-        )));
-    }
     // The CPU was initialised when it was made, those but the first switched off: this says which are on.
     vcpu.set_mp_state(kvm_mp_state { mp_state: *mp_state }).context("set the run state")?;
     for (register, value) in registers.iter().filter(|(register, _)| !COUNTERS.contains(register)) {

@@ -65,6 +65,12 @@ pub fn set_sregs2(vcpu: &VcpuFd, sregs: &kvm_sregs, pdptrs: [u64; 4]) -> Result<
     done(unsafe { ioctl_with_ref(vcpu, KVM_SET_SREGS2(), &sregs) })
 }
 
+/// The rate of this CPU's time stamp counter, in kHz. The wrapper of kvm-ioctls gives back -1 as the reason of a
+/// failure.
+pub fn tsc_khz(vcpu: &VcpuFd) -> Result<u32, Error> {
+    vcpu.get_tsc_khz().map_err(|_| Error::last())
+}
+
 fn tsc_offset_attribute(value: *mut u64) -> kvm_device_attr {
     kvm_device_attr {
         group: KVM_VCPU_TSC_CTRL,
