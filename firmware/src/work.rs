@@ -21,7 +21,9 @@ pub fn work(machine: &Machine, mib: u64) -> bool {
     }
     let start = largest.0 + CLEAR;
     let places = || (start..start + (mib << 20)).step_by(STEP);
-    let word = |pass: u64, place: u64| (place ^ pass.wrapping_mul(0x9e37_79b9_7f4a_7c15)).rotate_left(pass as u32 % 64);
+    let word = |pass: u64, place: u64| {
+        (place ^ pass.wrapping_mul(0x9e37_79b9_7f4a_7c15)).rotate_left(pass as u32 % 64)
+    };
     // SAFETY: the memory from `CLEAR` on is nobody else's, and is written here alone; others read it meanwhile.
     places().for_each(|place| unsafe { write_volatile(place as *mut u64, word(0, place)) });
     say!("working\n");
@@ -31,7 +33,17 @@ pub fn work(machine: &Machine, mib: u64) -> bool {
             let found = unsafe { read_volatile(place as *const u64) };
             let expected = word(pass - 1, place);
             if found != expected {
-                say!("work: expected ", Hex(expected), " at ", Hex(place), " in pass ", pass, ", found ", Hex(found), "\n");
+                say!(
+                    "work: expected ",
+                    Hex(expected),
+                    " at ",
+                    Hex(place),
+                    " in pass ",
+                    pass,
+                    ", found ",
+                    Hex(found),
+                    "\n"
+                );
                 return false;
             }
             // SAFETY: as above.
