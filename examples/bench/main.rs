@@ -1,4 +1,4 @@
-//! What `scripts/bench` runs: figures of starts, of restores and of I/O. A report, never a verdict.
+//! The program behind `scripts/bench`: it reports figures of starts, of restores and of I/O, and judges none.
 
 mod counters;
 mod host;

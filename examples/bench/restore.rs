@@ -1,4 +1,4 @@
-//! What a restore and a clone cost, in turn with a program that does nothing but make KVM's calls (floor.c).
+//! This bench measures restores and clones in turn with a program that only makes KVM's calls (floor.c).
 //!
 //! The guest was saved when a byte had been typed that it had not seen: the first thing that a restored one does is
 //! to send it back. Each time goes from what is asked to that byte.
@@ -18,13 +18,13 @@ use crate::start::{compile, cpu_time, median};
 use crate::{Folder, Result};
 
 const MEMORY_MIB: &str = "128";
-/// What is done ahead has so long: a client takes its time, too.
+/// How long a service has to prepare itself before it is asked, as it has with a client that takes its time.
 const AHEAD: Duration = Duration::from_millis(60);
 /// As many clones are started at a time.
 const AT_A_TIME: usize = 4;
 
-/// What is measured: its name, which mode of the floor program does the same, and what it must reach on a quiet
-/// machine: ms, and times the floor.
+/// One row of the report: its name, how a guest is restored, which mode of the floor program does the same, and the bars
+/// on a quiet machine: in ms, and as a multiple of the floor.
 struct Row(&'static str, Way, &'static str, f64, f64);
 
 /// How a guest is restored.
@@ -41,7 +41,7 @@ enum Way {
 }
 
 impl Way {
-    /// What a service is told for it.
+    /// The options of the service that restores in this way.
     fn options(self) -> &'static [&'static str] {
         if self == Self::Warm { &["--warm", "cpus=1,memory=128M"] } else { &[] }
     }
@@ -54,7 +54,7 @@ const ROWS: [Row; 4] = [
     Row("resumption of a parked clone", Way::Resume, "parked", 0.3, 1.6),
 ];
 
-/// What one restore came to.
+/// A guest that was restored, and what the restore cost.
 struct Restored {
     child: Child,
     wall_ms: f64,
@@ -83,7 +83,7 @@ impl Restored {
     }
 }
 
-/// What is restored, and by whom.
+/// The snapshot that is restored, and the programs that restore it.
 struct Bench {
     ours: String,
     saved: PathBuf,
@@ -317,7 +317,7 @@ pub fn clones(ours: &str, number: usize) -> Result<()> {
     Ok(())
 }
 
-/// What many clones came to.
+/// The figures of a run of many clones.
 struct Many {
     a_second: f64,
     cpu_ms: f64,

@@ -8,7 +8,7 @@ use crate::machine::Machine;
 
 /// Where the memory begins in the machine's largest range: clear of all that was loaded.
 const CLEAR: u64 = 16 << 20;
-/// So far apart are the words that are written, in bytes: several in each page.
+/// The distance between two words that are written, in bytes: each page has several of them.
 const STEP: usize = 1 << 10;
 
 /// Works on so many MiB until a line ends, and answers every other byte that is typed. Returns whether memory

@@ -160,7 +160,7 @@ impl CreateSnapshot {
         }
     }
 
-    /// What to save, and where to.
+    /// The request as the microVM takes it: what is to be saved, and where to.
     pub fn plan(self) -> Save {
         Save {
             location: location(self.folder, self.snapshot_path, self.mem_file_path),

@@ -90,7 +90,7 @@ impl Machine {
     }
 }
 
-/// What notes which pages of guest memory are written.
+/// The record of which pages of guest memory are written.
 pub struct Tracker {
     vm: Arc<Vm>,
     memory: Memory,

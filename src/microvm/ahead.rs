@@ -1,4 +1,4 @@
-//! What is made for a machine before anybody asks for one.
+//! Parts of a machine that are made before anybody asks for one.
 
 use super::Microvm;
 use crate::config::MachineConfig;

@@ -42,7 +42,7 @@ pub(super) struct Live {
     room: Vec<u8>,
 }
 
-/// What notes the guest's writes, for as long as this is there if nobody else wants to know.
+/// A record of the guest's writes, which ends with this value unless somebody else keeps one.
 struct Tracking {
     tracker: Tracker,
     is_ours: bool,

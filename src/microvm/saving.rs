@@ -60,7 +60,7 @@ pub(super) struct Saving {
     begun: Instant,
     /// Since when the guest stands still, which ran before, and is to go on when the snapshot is there.
     stands_since: Option<Instant>,
-    /// So long it stood still for it, and goes on since.
+    /// The guest stood still for so long, and goes on since.
     stood: Duration,
     /// The job, which has more than one part if the guest goes on meanwhile.
     ticket: Ticket,
@@ -84,7 +84,7 @@ impl Saving {
     }
 }
 
-/// What a job needs to write a snapshot: all that it opens is open.
+/// All that a job needs to write a snapshot, with every file open.
 pub(super) struct Writing {
     pub(super) kind: Kind,
     pub(super) draft: Draft,

@@ -160,7 +160,7 @@ pub fn handle_fault(signal: i32, handler: extern "C" fn(i32, Fault<'_>)) {
     unsafe { libc::sigaction(signal, &raw const handled, null_mut()) };
 }
 
-/// What the kernel tells of a signal.
+/// A signal as the kernel describes it to its handler.
 #[repr(transparent)]
 pub struct Fault<'s>(&'s libc::siginfo_t);
 

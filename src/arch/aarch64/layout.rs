@@ -60,7 +60,7 @@ const PAGE: u64 = 0x1000;
 /// The last pages of it are those of devices.
 const DEVICE_PAGES: u64 = 2 * PAGE;
 
-/// What of a machine's memory its guest is told to have as RAM.
+/// The part of a machine's memory that its guest is told to have as RAM.
 pub fn ram(memory: &[Range]) -> Range {
     let Range { start, size } = memory[0];
     Range { start, size: size.saturating_sub(DEVICE_PAGES) }

@@ -80,11 +80,11 @@ pub const PAGE_TABLES: u64 = 0x9000;
 pub const MAPPED_AT_ENTRY: u64 = 1 << 30;
 /// The first 640 KiB less one, where PCs keep the extended BIOS data area.
 pub const LOW_RAM_END: u64 = 0x9_fc00;
-/// The ACPI tables are below this, in the page that this is in as far as they fit: the generation ID of the virtual
-/// machine shares that page.
+/// Where the generation ID of the virtual machine is: in the page of the ACPI tables, which end below it, so that it
+/// costs no page of its own.
 pub const GENERATION_ID: u64 = RESET_VECTOR - 16;
-/// It is where the firmware of
-/// a PC begins in real mode (FFFF:0): a kernel that wants the firmware to reset the machine goes there.
+/// Where the firmware of a PC begins in real mode (FFFF:0): a kernel that wants the firmware to reset the machine goes
+/// there. The ACPI tables are in the same page as far as they fit.
 pub const RESET_VECTOR: u64 = 0xf_fff0;
 pub const KERNEL_START: u64 = 0x10_0000;
 
