@@ -25,7 +25,8 @@ const PATH_MAX: usize = 4096;
 /// The words around the path.
 const BEFORE: &str = "the guest's memory is lost: its file `";
 const AFTER: &str = "` was made shorter, or cannot be read or given room (a broken or a full disk, a full tmpfs): leave \
-                     the file as it is while a guest uses it, and restore the guest again from a whole snapshot";
+                     the file as it is while a guest uses it, and restore the guest again from a whole snapshot; \
+                     of a file that is sound, the log of the host's kernel (dmesg) has why KVM gave up";
 
 /// The first address of this process and the one after the last.
 struct Place {
