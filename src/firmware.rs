@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 /// A kernel image of this architecture: ELF with a PVH note on x86_64, Image on aarch64.
 pub static IMAGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/firmware.bin"));
 
-const CASES: [&str; 17] = [
+const CASES: [&str; 19] = [
     "memory",
     "tables",
     "cpus",
@@ -18,11 +18,13 @@ const CASES: [&str; 17] = [
     "block",
     "net",
     "entropy",
+    "vsock",
     "hostile",
     "hostile-net",
     "pvpanic",
     "refused",
     "features",
+    "vsock-restored",
 ];
 const ENDS: [&str; 7] = ["poweroff", "reset", "halt", "crash", "fail", "idle", "spin"];
 const FLAGS: [&str; 6] = ["hello", "answer", "flood", "booted", "bench", "echo"];

@@ -7,6 +7,7 @@ use crate::hostile;
 use crate::hostile_net;
 use crate::machine::Machine;
 use crate::virtio::{self, Device};
+use crate::vsock;
 use crate::words::{Words, number};
 
 /// A case prints what it found in parentheses, or what was expected and what was found.
@@ -24,16 +25,21 @@ const CASES: [(&str, Case); 8] = [
 ];
 
 /// Cases for a virtio device of a type: run where there is one, and where they are asked for by name.
-const DEVICE_CASES: [(&str, u32, Case); 3] =
-    [("block", 2, devices::block), ("net", 1, devices::net), ("entropy", 4, devices::entropy)];
+const DEVICE_CASES: [(&str, u32, Case); 4] = [
+    ("block", 2, devices::block),
+    ("net", 1, devices::net),
+    ("entropy", 4, devices::entropy),
+    ("vsock", 19, vsock::vsock),
+];
 
 /// Cases that run only where they are asked for by name.
-const CHOSEN_CASES: [(&str, Case); 5] = [
+const CHOSEN_CASES: [(&str, Case); 6] = [
     ("hostile", hostile::run),
     ("hostile-net", hostile_net::run),
     ("pvpanic", pvpanic),
     ("refused", refused),
     ("features", features),
+    ("vsock-restored", vsock::restored),
 ];
 
 /// Whether the command line asks for this case by its name.

@@ -25,6 +25,7 @@ mod hostile;
 mod hostile_net;
 mod machine;
 mod virtio;
+mod vsock;
 mod words;
 mod work;
 

@@ -67,7 +67,7 @@ const EMPTY: Ring = Ring {
     used: [[0; 2]; SIZE],
 };
 
-/// Rings for the devices of one case: it uses at most two devices with two queues.
+/// Rings for the devices of one case: it uses at most four queues.
 static mut RINGS: [Ring; 4] = [EMPTY; 4];
 static mut RINGS_TAKEN: usize = 0;
 
@@ -413,6 +413,14 @@ impl Queue {
     /// Sends a request of up to 4 buffers and waits for the answer: how many bytes were written.
     #[inline(never)]
     pub fn request(&self, buffers: &[Buffer]) -> Option<u32> {
+        let before = self.used_index();
+        self.offer_chain(buffers);
+        self.wait_used(before)
+    }
+
+    /// Sends a request of up to 4 buffers.
+    #[inline(never)]
+    pub fn offer_chain(&self, buffers: &[Buffer]) {
         for (index, buffer) in buffers.iter().enumerate() {
             let more = index + 1 < buffers.len();
             self.set_descriptor(
@@ -425,9 +433,7 @@ impl Queue {
                 },
             );
         }
-        let before = self.used_index();
         self.offer(0);
-        self.wait_used(before)
     }
 
     /// Waits until more was used than `before`.
