@@ -85,6 +85,11 @@ pub enum Event {
         /// Why.
         reason: String,
     },
+    /// A page that the guest needs has not come from its page-fault handler for 5 s: it waits.
+    PageAwaited {
+        /// The handler's socket.
+        path: PathBuf,
+    },
     /// The guest asked for a reset.
     Reset,
     /// The guest powered off.

@@ -37,7 +37,8 @@
 //! of io_uring, timers, event descriptors, an epoll set), and lets in who connects where `main` listens; for
 //! anything else a worker asks `main` by an errand. What a client asks for and takes long is a job, on a thread
 //! that `main` starts with open descriptors; the client is answered when the job is done.
-//! `command` is there for `alula run -- COMMAND`: a client of the guest's vsock socket.
+//! `command` is there for `alula run -- COMMAND`: a client of the guest's vsock socket. `faults` looks after the
+//! page-fault handler of a guest that has one: who waits for its pages can be any other thread.
 //! `main` handles the signals that end the process; while it is held up, a vCPU's thread does. A vCPU whose lock
 //! somebody else holds is paused; a device whose workers gave their queues back is paused. Pause, reset, save
 //! and a change by the user all are stop, then maybe start: on the device's loop, for which a vCPU that resets
@@ -59,7 +60,8 @@
 //! and then the memory, which nobody changes meanwhile, to files ([`carry`]): in which order, so that a crash
 //! leaves a whole snapshot or none, stands in `carry/folder.rs`. Which pages a difference has, [`machine::Tracker`]
 //! tells, or the kernel (`carry/pages.rs`). A restore ([`microvm::snapshots`]) builds the machine over its memory's
-//! file, restores it, and only then takes it for its own.
+//! file, or over memory that a page-fault handler fills ([`memory::faults`], `microvm/handler.rs`), restores it, and only
+//! then takes it for its own.
 //! By two of the parts, which are in its memory (`devices/generation.rs`, `devices/vmclock.rs`), the guest learns that it
 //! is another one now.
 //!

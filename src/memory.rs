@@ -1,6 +1,7 @@
 //! Guest memory: where its pages come from, and by which type everything else sees it.
 
 pub mod backing;
+pub mod faults;
 pub mod lost;
 pub mod mapping;
 pub mod page_set;
@@ -73,11 +74,13 @@ pub struct Region {
     mapping: Option<Arc<Mapping>>,
     /// None: no page comes from a file.
     backing: Option<Backing>,
+    /// A page that is not there comes from another process.
+    is_served: bool,
 }
 
 impl From<GuestRegionMmap<Written>> for Region {
     fn from(pages: GuestRegionMmap<Written>) -> Self {
-        Self { pages, mapping: None, backing: None }
+        Self { pages, mapping: None, backing: None, is_served: false }
     }
 }
 
@@ -108,7 +111,7 @@ impl Region {
     /// `source` has for the region.
     fn over(mapping: Arc<Mapping>, range: Range, source: Source<'_>) -> Result<Self> {
         let backing = match source {
-            Source::Anonymous => None,
+            Source::Anonymous | Source::Served(_) => None,
             Source::Shared => Some(Backing::shared(range)?),
             Source::Private { file, pieces } => Some(Backing::private(range, file, pieces)?),
         };
@@ -116,10 +119,13 @@ impl Region {
             backing.show(range, &mapping)?;
         }
         let size = range.size as usize;
+        if let Source::Served(faults) = source {
+            faults.serve(&mapping, size).context("have page faults of guest memory served")?;
+        }
         let pages = mapping.describe(size, Written::new(size))?;
         let pages = GuestRegionMmap::new(pages, GuestAddress(range.start))
             .ok_or_else(|| Error::config("guest memory does not fit the address space"))?;
-        Ok(Self { pages, mapping: Some(mapping), backing })
+        Ok(Self { pages, mapping: Some(mapping), backing, is_served: matches!(source, Source::Served(_)) })
     }
 
     /// Its guest addresses.
@@ -136,6 +142,11 @@ impl Region {
     /// The file that its content comes from where no page is this process's own; None: zeros.
     pub fn backing(&self) -> Option<&Backing> {
         self.backing.as_ref()
+    }
+
+    /// Whether a page that this process has not is not zeros, but another process's to give.
+    pub fn is_served(&self) -> bool {
+        self.is_served
     }
 
     /// Asks the host for huge pages, or to give none, whatever its policy is.

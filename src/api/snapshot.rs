@@ -111,7 +111,7 @@ struct MemoryBackend {
 enum BackendType {
     /// A file.
     File,
-    /// A program that serves page faults, by its socket: not there yet.
+    /// A program that serves page faults, by its socket.
     Uffd,
 }
 
@@ -199,10 +199,8 @@ impl LoadSnapshot {
 
     /// The snapshot that the request names, and how it is to be restored.
     pub fn plan(self) -> Result<Load> {
-        let is_backend = |kind| self.mem_backend.as_ref().is_some_and(|backend| backend.backend_type == kind);
-        if is_backend(BackendType::Uffd) {
-            return Err(not_yet("`backend_type` `Uffd`", "give the memory as a `File`"));
-        }
+        let is_served =
+            self.mem_backend.as_ref().is_some_and(|backend| backend.backend_type == BackendType::Uffd);
         let huge_pages = match self.huge_pages {
             LoadedPages::Snapshot => None,
             LoadedPages::None => Some(HugePages::None),
@@ -215,6 +213,7 @@ impl LoadSnapshot {
         let interfaces = self.network_overrides.into_iter();
         Ok(Load {
             location: location(self.folder, self.snapshot_path, memory),
+            is_served,
             resumes: self.resume_vm,
             tracks_writes: self.track_dirty_pages || self.enable_diff_snapshots == Some(true),
             follows_time_of_day: self.clock_realtime,

@@ -128,7 +128,8 @@ impl Writer<'_> {
         self.pagemap.read_exact_at(entries, place).context("read /proc/self/pagemap")?;
         let (entries, _) = entries.as_chunks();
         for (index, (page, entry)) in block.chunks_mut(self.page).zip(entries).enumerate() {
-            if is_own(u64::from_le_bytes(*entry)) {
+            // A page that another process has yet to give is given now.
+            if region.is_served() || is_own(u64::from_le_bytes(*entry)) {
                 let from = MemoryRegionAddress(at + (index * self.page) as u64);
                 region.read_slice(page, from).context("read a page of the guest")?;
             }

@@ -155,11 +155,7 @@ impl Location {
     /// # Errors
     /// One of them cannot be opened, is not what Alula wrote on this architecture, or they do not belong together.
     pub fn open(&self, with_checksums: bool) -> Result<(Stored, Named<File>)> {
-        let path = self.state();
-        let stored = Stored::read(&path, with_checksums)?;
-        let attempt = || format!("read the state of a machine, `{}`", path.display());
-        stored.check_origin().with_context(attempt)?;
-        let memory = self.memory(&stored.memory).with_context(attempt)?;
+        let (stored, memory) = self.read_with(with_checksums)?;
         let attempt = || format!("open the memory of a machine, `{}`", memory.display());
         let opened = open(&memory, "memory of a saved machine", attempt)?;
         let (length, size) = (opened.metadata().with_context(attempt)?.len(), stored.memory.size);
@@ -170,6 +166,24 @@ impl Location {
             .with_context(attempt);
         }
         Ok((stored, opened))
+    }
+
+    /// Reads the state alone: its memory is somebody else's.
+    ///
+    /// # Errors
+    /// The state cannot be opened, or is not what Alula wrote on this architecture.
+    pub fn read(&self) -> Result<Stored> {
+        self.read_with(false).map(|(stored, _)| stored)
+    }
+
+    /// Reads the state, and says where the memory is.
+    fn read_with(&self, checksums: bool) -> Result<(Stored, PathBuf)> {
+        let path = self.state();
+        let stored = Stored::read(&path, checksums)?;
+        let attempt = || format!("read the state of a machine, `{}`", path.display());
+        stored.check_origin().with_context(attempt)?;
+        let memory = self.memory(&stored.memory).with_context(attempt)?;
+        Ok((stored, memory))
     }
 }
 

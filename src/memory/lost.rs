@@ -1,5 +1,5 @@
-//! Guest memory whose pages cannot be had from their file any more: the file was made shorter while it was mapped, the
-//! file system has no room for a page, or the disk is broken. Whoever touches such a page in this process gets SIGBUS,
+//! Guest memory whose pages cannot be had any more: the file that they come from was made shorter while it was mapped, the
+//! file system has no room for a page, or the disk is broken; or the program that gives them is gone. Whoever touches such a page in this process gets SIGBUS,
 //! and a system call that does, KVM_RUN among them, fails with EFAULT. The guest cannot go on then: what it would read
 //! next is not what it wrote.
 //!
@@ -14,19 +14,23 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU8, AtomicU64, AtomicUsize,
 
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
-use super::Regions;
 use super::backing::Backing;
+use super::{Region, Regions};
 use crate::sys::descriptor;
 
 /// More regions than any machine begins with.
 const PLACES_MAX: usize = 8;
 /// The longest path that is noted whole, in bytes: the kernel takes no longer ones (PATH_MAX).
 const PATH_MAX: usize = 4096;
-/// The words around the path.
+/// The words around the path of a file.
 const BEFORE: &str = "the guest's memory is lost: its file `";
 const AFTER: &str = "` was made shorter, or cannot be read or given room (a broken or a full disk, a full tmpfs): leave \
                      the file as it is while a guest uses it, and restore the guest again from a whole snapshot; \
                      of a file that is sound, the log of the host's kernel (dmesg) has why KVM gave up";
+/// The words around the path of a socket.
+const BEFORE_SOCKET: &str = "the guest's memory is lost: the page-fault handler at `";
+const AFTER_SOCKET: &str = "` is gone, or has given what is no page, and the guest needs one: have a handler run, with its \
+                            connection open, for as long as the guest does, and restore the guest again";
 
 /// The first address of this process and the one after the last.
 struct Place {
@@ -40,11 +44,15 @@ static PATH: [AtomicU8; PATH_MAX] = [const { AtomicU8::new(0) }; PATH_MAX];
 /// The file, which is open for as long as the memory is there, and how long it must be.
 static FILE: AtomicI32 = AtomicI32::new(-1);
 static LENGTH: AtomicU64 = AtomicU64::new(0);
+/// The path is that of a page-fault handler's socket.
+static IS_SERVED: AtomicBool = AtomicBool::new(false);
 static IS_LOST: AtomicBool = AtomicBool::new(false);
 
-/// Notes that `memory` comes from the file at `path`. What was noted before is forgotten.
+/// Notes that `memory` comes from the file at `path`, or from who listens at this socket. What was noted before is
+/// forgotten.
 pub fn watch(memory: &Regions, path: &Path) {
     forget();
+    IS_SERVED.store(memory.iter().any(Region::is_served), SeqCst);
     let bytes = path.as_os_str().as_bytes().iter().copied().chain(std::iter::repeat(0));
     PATH.iter().zip(bytes).for_each(|(to, from)| to.store(from, SeqCst));
     for (place, region) in PLACES.iter().zip(memory.iter()) {
@@ -58,7 +66,7 @@ pub fn watch(memory: &Regions, path: &Path) {
     }
 }
 
-/// No memory of this process comes from a file any more.
+/// No memory of this process comes from a file or from another process any more.
 pub fn forget() {
     for place in &PLACES {
         place.end.store(0, SeqCst);
@@ -76,6 +84,11 @@ pub fn note_fault(address: usize) -> bool {
         IS_LOST.store(true, SeqCst);
     }
     is_ours
+}
+
+/// Notes that who gives the pages is gone.
+pub fn note_handler_gone() {
+    IS_LOST.store(true, SeqCst);
 }
 
 /// Looks at how a system call failed that was given guest memory: if a page of that cannot be had, this is noted.
@@ -103,12 +116,14 @@ pub fn is_lost() -> bool {
     IS_LOST.load(SeqCst)
 }
 
-/// Gives `put` piece by piece what to say then, which names the file. A signal's handler may call this.
+/// Gives `put` piece by piece what to say then, which names the file or the socket. A signal's handler may call this.
 pub fn say(mut put: impl FnMut(&[u8])) {
     let mut path = [0; PATH_MAX];
     path.iter_mut().zip(&PATH).for_each(|(to, from)| *to = from.load(SeqCst));
     let length = path.iter().position(|byte| *byte == 0).unwrap_or(PATH_MAX);
-    [BEFORE.as_bytes(), &path[..length], AFTER.as_bytes()].into_iter().for_each(&mut put);
+    let (before, after) =
+        if IS_SERVED.load(SeqCst) { (BEFORE_SOCKET, AFTER_SOCKET) } else { (BEFORE, AFTER) };
+    [before.as_bytes(), &path[..length], after.as_bytes()].into_iter().for_each(&mut put);
 }
 
 /// The same as a text.

@@ -110,6 +110,11 @@ impl Mapping {
     pub fn start(&self) -> NonNull<u8> {
         self.start
     }
+
+    /// How many bytes it has.
+    pub fn size(&self) -> usize {
+        self.size
+    }
 }
 
 /// Asks the host for huge pages behind guest memory, or for none, whatever its policy is (madvise(2)).

@@ -3,6 +3,7 @@
 use std::fs::File;
 
 use super::Range;
+use super::faults::Faults;
 use super::mapping::page_size;
 use crate::error::{Context, Error, Result};
 
@@ -13,6 +14,8 @@ pub enum Source<'s> {
     Anonymous,
     /// Zeros, in a file without a name for each region ([`Region::file`]), which another process can map, too.
     Shared,
+    /// Whatever another process gives for a page when it is first touched.
+    Served(&'s Faults),
     /// The content of a file, as a copy that this process changes for itself: a page is read when it is first
     /// touched. What no piece is for is zeros. Nobody may make the file shorter meanwhile: a page
     /// that is gone from it would end the process (SIGBUS).
@@ -28,7 +31,7 @@ impl Source<'_> {
     /// Whether it can be a source for memory at `ranges`.
     pub(super) fn check(self, ranges: &[Range]) -> Result<()> {
         match self {
-            Self::Anonymous | Self::Shared => Ok(()),
+            Self::Anonymous | Self::Shared | Self::Served(_) => Ok(()),
             Self::Private { file, pieces } => {
                 check_pieces(ranges, file, pieces).context("map guest memory from its file")
             }

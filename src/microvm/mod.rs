@@ -4,6 +4,7 @@
 
 pub mod ahead;
 pub mod counts;
+mod handler;
 mod live;
 mod metrics;
 pub mod monitor;
@@ -55,6 +56,8 @@ pub struct Microvm {
     /// On the heap: with it, this would be large, and each function that it is moved through would have room for it on
     /// the stack, for as long as the guest runs.
     machine: Option<Box<Machine>>,
+    /// Who gives the pages of the machine's memory. Dropped after the machine, whose threads may wait for one.
+    handler: Option<handler::Handler>,
     jobs: Jobs<Finish>,
     saving: Option<saving::Saving>,
     /// Pages that were written since the last snapshot, as far as the log was asked for a later one that failed;
@@ -77,6 +80,7 @@ impl Microvm {
             ahead: None,
             warm: None,
             machine: None,
+            handler: None,
             jobs: Jobs::default(),
             saving: None,
             unsaved: None,
@@ -162,6 +166,11 @@ impl Microvm {
     /// Whether the machine runs; none: it has not started.
     pub fn state(&self) -> Option<RunState> {
         self.machine.as_deref().map(Machine::state)
+    }
+
+    /// Whether somebody waits for a page of the guest's memory that its page-fault handler has not given yet.
+    pub fn waits_for_page(&self) -> bool {
+        self.handler.as_ref().is_some_and(handler::Handler::is_awaited)
     }
 
     /// Does what the machine wants done; to be called when its `wake_fd` is readable. Returns whether an agent in

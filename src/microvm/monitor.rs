@@ -231,9 +231,12 @@ impl Monitor {
             if lost::is_lost() {
                 self.end_by_lost_memory();
             }
-            if self.watching && self.look_at <= Instant::now() {
+            let is_due = self.look_at <= Instant::now();
+            if self.watching && is_due {
                 microvm.look_at_metrics();
             }
+            // A CPU that waits for a page has not halted, and whoever looks at it would wait, too.
+            let may_have_halted = is_due && !microvm.waits_for_page();
             if let Some(machine) = microvm.machine() {
                 if !self.watching {
                     self.watch(machine)?;
@@ -242,8 +245,10 @@ impl Monitor {
                     history::tell(|| exit.event());
                     return Ok(if self.is_done() { Outcome::Done } else { Outcome::Ended(exit) });
                 }
-                if self.look_at <= Instant::now() {
-                    machine.check_halted()?;
+                if is_due {
+                    if may_have_halted {
+                        machine.check_halted()?;
+                    }
                     machine.flush_console();
                     // Not every shell says so when it brings a running job to the foreground.
                     if self.input.is_elsewhere {

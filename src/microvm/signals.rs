@@ -86,6 +86,13 @@ pub fn watch_memory() {
     process::handle_fault(libc::SIGBUS, on_bus_error);
 }
 
+/// The guest has lost its memory, as was noted: has the main loop end the process, which is ended all the same if the
+/// loop does not turn.
+pub fn end_soon_by_lost_memory() {
+    arm(PATIENCE);
+    wake();
+}
+
 /// Ends the process, whose guest has lost its memory: without waiting for threads that may wait for it for ever.
 pub fn end_by_lost_memory() -> ! {
     end_at_once(MEMORY_LOST, || ())
@@ -223,8 +230,7 @@ extern "C" fn on_bus_error(signal: i32, fault: process::Fault<'_>) {
     if process::is_main_thread() {
         end_at_once(MEMORY_LOST, say_lost);
     }
-    arm(PATIENCE);
-    wake();
+    end_soon_by_lost_memory();
     process::sleep_for_ever();
 }
 

@@ -1,5 +1,6 @@
 //! A microVM that goes on from files that one was saved to.
 
+use std::fs::File;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -8,14 +9,17 @@ use serde_json::{Value, json};
 use vm_memory::GuestAddressSpace;
 
 use super::counts::LATENCIES;
+use super::handler::Handler;
 use super::{Microvm, note, signals};
-use crate::carry::stored::{self, Location, Sums};
+use crate::carry::stored::{self, Location, Stored, Sums};
 use crate::config::{Config, HugePages};
+use crate::descriptors::Named;
 use crate::devices::kind::ConfiguredDevice;
 use crate::error::{Context, Error, Result};
 use crate::history::{self, Event};
 use crate::machine::{Machine, Prepared};
-use crate::memory::{Source, lost};
+use crate::memory::faults::Faults;
+use crate::memory::{Piece, Source, lost};
 use crate::metadata::Service;
 
 /// What is to be restored, and what is to be other than it was.
@@ -23,6 +27,8 @@ use crate::metadata::Service;
 pub struct Load {
     /// Where the snapshot is.
     pub location: Location,
+    /// The path of the memory is that of a socket, where a page-fault handler listens.
+    pub is_served: bool,
     /// The guest is to run at once.
     pub resumes: bool,
     /// What is written to its memory is to be noted.
@@ -42,6 +48,7 @@ impl Load {
     pub fn new(location: Location) -> Self {
         Self {
             location,
+            is_served: false,
             resumes: true,
             tracks_writes: false,
             follows_time_of_day: false,
@@ -108,21 +115,26 @@ impl Microvm {
             return Err(Error::config(message));
         }
         let loaded = self.build_saved(load, reason);
-        let (machine, config) = loaded.inspect_err(|_| {
+        let (machine, config, handler) = loaded.inspect_err(|_| {
             lost::forget();
             self.host.serve_metadata(None);
             self.prepare_again();
         })?;
         self.host.release_all();
         (self.machine, self.config, self.ahead) = (Some(Box::new(machine)), config, None);
+        self.handler = handler;
         note(begun, [&LATENCIES.load_snapshot, &LATENCIES.vmm_load_snapshot]);
         self.write_metrics();
         Ok(())
     }
 
-    /// A machine that goes on where the saved one stood, and its configuration.
-    fn build_saved(&mut self, load: &Load, reason: &'static str) -> Result<(Machine, Config)> {
-        let (stored, file) = load.location.open(false)?;
+    /// A machine that goes on where the saved one stood, its configuration, and who gives its pages.
+    fn build_saved(
+        &mut self,
+        load: &Load,
+        reason: &'static str,
+    ) -> Result<(Machine, Config, Option<Handler>)> {
+        let (stored, given) = Given::open(load)?;
         if matches!((&load.location, &stored.sums), (Location::Folder(_), Sums::Diff(_))) {
             return Err(Error::config(
                 "it has only the memory that was written since the snapshot before it: merge it into that \
@@ -130,6 +142,7 @@ impl Microvm {
             ));
         }
         let pieces = stored.pieces();
+        let memory = load.location.memory(&stored.memory)?;
         let mut saved = stored.machine;
         if load.follows_time_of_day {
             saved.follow_time_of_day().context("`clock_realtime`")?;
@@ -139,15 +152,22 @@ impl Microvm {
         let base = self.take_base(&config.machine_config, Prepared::for_saved)?;
         let service = config.mmds_config.clone();
         self.host.serve_metadata(service.map(|config| Service { config, store: self.metadata.clone() }));
-        let source = Source::Private { file: &file, pieces: &pieces };
+        let source = given.source(&pieces);
         let mut machine =
             Machine::build_from(source, &saved.places, &self.id, &config, &mut self.host, base)?;
-        lost::watch(&machine.memory().memory(), &load.location.memory(&stored.memory)?);
+        lost::watch(&machine.memory().memory(), &memory);
         signals::watch_memory();
+        let handler = match given {
+            Given::File(_) => None,
+            Given::Faults(faults) => Some(Handler::call(&memory, faults, machine.memory())?),
+        };
         if stored.origin.boot_id != stored::boot_id()? {
             machine.check_host(&saved)?;
         }
-        machine.restore(&saved)?;
+        let restored = machine.restore(&saved);
+        // What was restored from pages that have not come says nothing.
+        handler.iter().try_for_each(Handler::conclude)?;
+        restored?;
         if load.tracks_writes {
             machine.track_writes(true)?;
         }
@@ -159,6 +179,32 @@ impl Microvm {
         } else {
             machine.park()?;
         }
-        Ok((machine, config))
+        Ok((machine, config, handler))
+    }
+}
+
+/// What the memory of a saved machine is had from.
+enum Given {
+    /// Its file.
+    File(Named<File>),
+    /// A page-fault handler, by this.
+    Faults(Faults),
+}
+
+impl Given {
+    /// Reads the state, and opens the file of the memory.
+    fn open(load: &Load) -> Result<(Stored, Self)> {
+        if load.is_served {
+            return Ok((load.location.read()?, Self::Faults(Faults::open()?)));
+        }
+        let (stored, file) = load.location.open(false)?;
+        Ok((stored, Self::File(file)))
+    }
+
+    fn source<'g>(&'g self, pieces: &'g [Piece]) -> Source<'g> {
+        match self {
+            Self::File(file) => Source::Private { file, pieces },
+            Self::Faults(faults) => Source::Served(faults),
+        }
     }
 }

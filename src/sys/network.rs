@@ -1,9 +1,9 @@
 //! Calls on sockets, network interfaces and vsock ports (vsock(7)).
 #![allow(unsafe_code)]
 
-use std::io::Result;
+use std::io::{ErrorKind, Result};
 use std::mem::{size_of_val, zeroed};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::ptr;
 
@@ -69,6 +69,33 @@ pub fn receive(socket: &impl AsRawFd, bytes: &mut [u8], flags: i32) -> Result<us
 pub fn send(socket: &impl AsRawFd, bytes: &[u8]) -> Result<usize> {
     // SAFETY: the call reads at most the length of the slice.
     check_count(unsafe { libc::send(socket.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), 0) })
+}
+
+/// Sends all of `bytes` and another descriptor of what `fd` has open to the other end of a Unix socket, as one message
+/// (SCM_RIGHTS, unix(7)).
+///
+/// # Errors
+/// There is no room for all of it, or the other end has broken off.
+pub fn send_with(socket: &impl AsRawFd, bytes: &[u8], fd: &impl AsRawFd) -> Result<()> {
+    let mut part = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
+    // Room for a header and one descriptor, as aligned as a header has to be.
+    let mut control = [0_u64; 4];
+    // SAFETY: `msghdr` is plain data of which zeros are valid.
+    let mut message: libc::msghdr = unsafe { zeroed() };
+    (message.msg_iov, message.msg_iovlen) = (&raw mut part, 1);
+    message.msg_control = control.as_mut_ptr().cast();
+    // SAFETY: the functions compute lengths and places within the local buffer, which has room for a header and four
+    // bytes, and the call reads the local structures and the slice.
+    let sent = unsafe {
+        message.msg_controllen = libc::CMSG_SPACE(size_of::<RawFd>() as u32) as _;
+        let header = libc::CMSG_FIRSTHDR(&raw const message);
+        (*header).cmsg_level = libc::SOL_SOCKET;
+        (*header).cmsg_type = libc::SCM_RIGHTS;
+        (*header).cmsg_len = libc::CMSG_LEN(size_of::<RawFd>() as u32) as _;
+        libc::CMSG_DATA(header).cast::<RawFd>().write_unaligned(fd.as_raw_fd());
+        libc::sendmsg(socket.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL)
+    };
+    if check_count(sent)? == bytes.len() { Ok(()) } else { Err(ErrorKind::WriteZero.into()) }
 }
 
 /// Lets through to a socket only what a program of classic BPF accepts (SO_ATTACH_FILTER, socket(7)).

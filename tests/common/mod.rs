@@ -4,6 +4,7 @@
 pub mod allocator;
 pub mod disk;
 pub mod driver;
+pub mod faults;
 pub mod held;
 pub mod loopback;
 pub mod network;

@@ -6,6 +6,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod crash;
+mod handlers;
 #[cfg(target_arch = "x86_64")]
 mod kept;
 mod memory;

@@ -215,7 +215,7 @@ fn refuse_requests(saved: &Saved) {
         (json!({ "huge_pages": "2M" }), "`huge_pages` `2M` is not implemented yet"),
         (
             json!({ "mem_backend": { "backend_type": "Uffd", "backend_path": "/s" } }),
-            "`backend_type` `Uffd` is not implemented yet",
+            "hand the guest's memory to the page-fault handler at `/s`: connect",
         ),
         (
             json!({ "network_overrides": [{ "iface_id": "net", "host_dev_name": "tap9" }] }),

@@ -1,0 +1,234 @@
+//! A page-fault handler: a program of the host that gives a restored guest the pages of its memory as they are first
+//! touched. It is told where the memory is as Firecracker tells it: by one message over its Unix socket, a JSON array of
+//! the regions, with the descriptor by which it serves faults (SCM_RIGHTS). The connection stays open for as
+//! long as the guest is there, and tells by its end that the handler is gone.
+//!
+//! Who touches a page that a handler does not give waits for ever, and can be anybody: a thread of its own looks
+//! after that.
+
+use std::io::Result as IoResult;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering::SeqCst};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
+
+use super::signals;
+use crate::carry::memory_file;
+use crate::descriptors::Named;
+use crate::error::{Context, Error, Result};
+use crate::history::{self, Event};
+use crate::host::socket;
+use crate::log;
+use crate::memory::faults::Faults;
+use crate::memory::mapping::page_size;
+use crate::memory::{Memory, Region, Regions, lost};
+use crate::poll::{self, EventFd};
+use crate::sys::{descriptor, network, process};
+
+/// So long a fault may be open without a page, before a handler that is gone ends its guest, one that is there is told
+/// of, and a restore fails.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Faults are looked at so often, in milliseconds.
+const LOOK_MS: i32 = 500;
+/// So often in a row, where there may be none at some moment.
+const LOOKS: u32 = 8;
+/// So many faults of this process from one look to the next are more than it has without a guest that gets pages.
+const FAULTS_MIN: u64 = 64;
+
+/// A handler, and the thread that looks after it, until this is dropped.
+pub(super) struct Handler {
+    shared: Arc<Shared>,
+    stop: Arc<EventFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+struct Shared {
+    faults: Faults,
+    memory: Memory,
+    socket: Named<UnixStream>,
+    path: PathBuf,
+    /// Where the kernel counts the faults that this process had (proc_pid_stat(5)).
+    counts: Named<std::fs::File>,
+    /// One of the three below.
+    stage: AtomicU8,
+}
+
+/// The guest has not run yet, and `main` may wait for a page.
+const LOADING: u8 = 0;
+/// The guest has all that a restore gives, and may run.
+const LOADED: u8 = 1;
+/// A page that a restore needed has not come.
+const GIVEN_UP: u8 = 2;
+
+/// A region of guest memory, in the words of the message.
+#[derive(Serialize)]
+struct Mapped {
+    base_host_virt_addr: u64,
+    size: u64,
+    /// Where the region lies in the memory file.
+    offset: u64,
+    /// In bytes.
+    page_size: u64,
+    /// The same, in bytes for all its name (deprecated).
+    page_size_kib: u64,
+}
+
+impl Handler {
+    /// Has who listens at `path` serve the `faults` of `memory`, nothing of which was touched yet.
+    ///
+    /// # Errors
+    /// Nobody listens there.
+    pub(super) fn call(path: &Path, faults: Faults, memory: &Memory) -> Result<Self> {
+        let attempt = || format!("hand the guest's memory to the page-fault handler at `{}`", path.display());
+        let socket = Named::new("page-fault handler", socket::connect(path).with_context(attempt)?);
+        let message = serde_json::to_vec(&mapped(&memory.memory())).with_context(attempt)?;
+        network::send_with(&*socket, &message, &faults).with_context(attempt)?;
+        let counts = std::fs::File::open("/proc/self/stat").context("open /proc/self/stat")?;
+        let shared = Arc::new(Shared {
+            faults,
+            memory: memory.clone(),
+            socket,
+            path: path.to_owned(),
+            counts: Named::new("count of page faults", counts),
+            stage: AtomicU8::new(LOADING),
+        });
+        let stop = Arc::new(poll::event("end of the page-fault handler")?);
+        let (watched, until) = (shared.clone(), stop.clone());
+        let thread =
+            std::thread::Builder::new().name("faults".to_owned()).spawn(move || watched.watch(&until));
+        let thread = thread.context("start the thread `faults`")?;
+        Ok(Self { shared, stop, thread: Some(thread) })
+    }
+
+    /// Whether somebody waits for a page.
+    pub(super) fn is_awaited(&self) -> bool {
+        self.shared.is_awaited()
+    }
+
+    /// The guest is whole, and may run: from here on it waits for its pages.
+    ///
+    /// # Errors
+    /// A page that was needed has not come: what was read of memory says nothing.
+    pub(super) fn conclude(&self) -> Result<()> {
+        if self.shared.stage.compare_exchange(LOADING, LOADED, SeqCst, SeqCst).is_ok() {
+            return Ok(());
+        }
+        Err(Error::host(format!(
+            "the page-fault handler at `{}` has not given a page of the guest's memory for {} s: have it read the \
+             message of its socket, and answer each fault (UFFDIO_COPY, UFFDIO_ZEROPAGE)",
+            self.shared.path.display(),
+            PATIENCE.as_secs()
+        )))
+    }
+}
+
+impl Drop for Handler {
+    fn drop(&mut self) {
+        // A counter that is full wakes as well.
+        let _ = self.stop.write(1);
+        if let Some(thread) = self.thread.take() {
+            // A thread that panicked has said so itself.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn mapped(memory: &Regions) -> Vec<Mapped> {
+    let ranges: Vec<_> = memory.iter().map(Region::range).collect();
+    let regions = memory.iter().zip(memory_file::offsets(&ranges));
+    let mapped = regions.map(|(region, offset)| Mapped {
+        base_host_virt_addr: region.as_ptr() as u64,
+        size: region.len(),
+        offset,
+        page_size: page_size(),
+        page_size_kib: page_size(),
+    });
+    mapped.collect()
+}
+
+impl Shared {
+    /// Looks at the faults until `stop` is written to, or the guest has lost its memory.
+    fn watch(&self, stop: &EventFd) {
+        // Where KVM holds every other thread in a fault, this one takes the signals that end the process.
+        process::set_signal_mask(&process::signals(&[]));
+        let (mut count, mut waiting_since, mut is_told) = (self.count(), None, false);
+        while descriptor::poll(stop, libc::POLLIN, LOOK_MS) == 0 {
+            let before = std::mem::replace(&mut count, self.count());
+            if !self.is_awaited() || count > before + FAULTS_MIN {
+                (waiting_since, is_told) = (None, false);
+                continue;
+            }
+            let since = *waiting_since.get_or_insert_with(Instant::now);
+            if since.elapsed() < PATIENCE {
+                continue;
+            }
+            if self.stage.compare_exchange(LOADING, GIVEN_UP, SeqCst, SeqCst).is_ok() {
+                // Whoever waits goes on with zeros, and finds that the restore has failed.
+                return self.faults.leave(&self.memory.memory());
+            }
+            if self.is_gone() {
+                lost::note_handler_gone();
+                signals::end_soon_by_lost_memory();
+                // If the main loop does not turn, the timer's signal comes to this thread.
+                process::sleep_for_ever();
+            }
+            if !std::mem::replace(&mut is_told, true) {
+                let (path, seconds) = (&self.path, PATIENCE.as_secs());
+                log::line(format_args!(
+                    "the guest waits for a page that the page-fault handler at `{}` has not given for {seconds} s",
+                    path.display()
+                ));
+                history::tell(|| Event::PageAwaited { path: path.clone() });
+            }
+        }
+    }
+
+    /// Whether somebody waits for a page. A thread that is to stop and cannot, because KVM or the kernel needs
+    /// the page, tries again and again, and does not wait for some moments.
+    fn is_awaited(&self) -> bool {
+        (0..LOOKS).any(|_| self.faults.waiting().is_ok_and(|count| count > 0))
+    }
+
+    fn is_gone(&self) -> bool {
+        let events = descriptor::poll(&*self.socket, libc::POLLRDHUP, 0);
+        events & (libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR) != 0
+    }
+
+    /// How many faults this process had that have ended.
+    fn count(&self) -> u64 {
+        let read = || -> IoResult<u64> {
+            let mut text = [0; 1024];
+            let length = self.counts.read_at(&mut text, 0)?;
+            Ok(faults_of(&String::from_utf8_lossy(&text[..length])))
+        };
+        read().unwrap_or(0)
+    }
+}
+
+/// The minor and major faults of a process, of which the kernel has told so.
+fn faults_of(stat: &str) -> u64 {
+    // The name before may have spaces and parentheses.
+    let fields = stat.rsplit(')').next().unwrap_or_default();
+    let field = |index| fields.split_whitespace().nth(index).and_then(|text| text.parse::<u64>().ok());
+    field(7).unwrap_or(0) + field(9).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn faults_are_counted_whatever_the_process_is_called() {
+        let stat = "42 (a) b (c) S 1 42 42 0 -1 4194560 100 7 3 9 5 4 0 0 20 0";
+        assert_eq!(faults_of(stat), 103);
+        assert_eq!(faults_of(""), 0);
+        let now = std::fs::read_to_string("/proc/self/stat").unwrap();
+        assert!(faults_of(&now) > 0, "{now}");
+    }
+}

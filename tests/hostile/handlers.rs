@@ -1,0 +1,265 @@
+//! Page-fault handlers: those that give a guest its pages, and those that do not.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::process::{Child, Command};
+use std::time::Duration;
+
+use alula::memory::faults::Faults;
+use serde_json::{Value, json};
+
+use super::common::{self, Service, faults, wait_for};
+use super::{GO_ON, PAUSE, Snapshot, events, type_line};
+
+const LOST: u8 = 149;
+/// Set: this process is a handler, which does what it is told here: how, the socket, the file of the memory.
+const SERVES: &str = "ALULA_TEST_SERVES";
+
+#[test]
+fn a_handler_is_looked_at_from_outside() {
+    let Ok(told) = std::env::var(SERVES) else { return };
+    let [how, socket, memory] = told.split('|').collect::<Vec<_>>().try_into().unwrap();
+    let listener = UnixListener::bind(socket).unwrap();
+    if how == "deaf" {
+        loop {
+            std::thread::park();
+        }
+    }
+    let memory = File::open(memory).unwrap();
+    for stream in listener.incoming() {
+        let stream = stream.unwrap();
+        if how == "hangs up" {
+            continue;
+        }
+        let (message, faults) = faults::receive(&stream);
+        let regions = faults::regions(&message);
+        let page_of = |address: u64| {
+            let is_in =
+                |region: &&faults::Region| (region.start..region.start + region.size).contains(&address);
+            let region = regions.iter().find(is_in).unwrap();
+            let start = address & !(region.page - 1);
+            let mut page = vec![0; region.page as usize];
+            memory.read_exact_at(&mut page, region.offset + (start - region.start)).unwrap();
+            (start, page)
+        };
+        if how == "ahead" {
+            for region in &regions {
+                (region.start..region.start + region.size).step_by(region.page as usize).for_each(
+                    |address| {
+                        let (start, page) = page_of(address);
+                        faults::copy(&faults, start, &page).unwrap();
+                    },
+                );
+            }
+        }
+        let mut count = 0;
+        while let Some(address) = faults::next(&faults, &stream) {
+            let (start, mut page) = page_of(address);
+            count += 1;
+            match how {
+                "silent" => continue,
+                "late" => std::thread::sleep(Duration::from_millis(if count == 1 { 1500 } else { 1 })),
+                "wrong" if count > 20 => page.fill(0),
+                _ => {}
+            }
+            // A page that two CPUs wait for is there already.
+            let given = faults::copy(&faults, start, &page).map_err(|error| error.raw_os_error());
+            assert!(
+                given.is_ok() || given == Err(Some(libc::EEXIST)) || given == Err(Some(libc::ESRCH)),
+                "{given:?}"
+            );
+            if how == "twice" {
+                let _ = faults::copy(&faults, start, &vec![0xff; page.len()]);
+            }
+        }
+    }
+}
+
+/// A process that is a handler, which ends with this.
+struct Handler {
+    child: Child,
+    socket: PathBuf,
+}
+
+impl Handler {
+    /// A handler that works so, for the memory of `snapshot`.
+    fn start(snapshot: &Snapshot, how: &str) -> Self {
+        let socket = snapshot.path(how);
+        let told = format!("{how}|{}|{}", socket.display(), snapshot.path("memory").display());
+        let child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "handlers::a_handler_is_looked_at_from_outside", "--nocapture"])
+            .env(SERVES, told)
+            .spawn()
+            .unwrap();
+        wait_for(|| socket.exists());
+        Self { child, socket }
+    }
+
+    /// The fields of a load that name it.
+    fn backend(&self, resumes: bool) -> Value {
+        let backend = json!({ "backend_type": "Uffd", "backend_path": self.socket });
+        json!({ "mem_backend": backend, "resume_vm": resumes })
+    }
+}
+
+impl Drop for Handler {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn goes_to_its_end(mut service: Service) {
+    type_line(&mut service.process);
+    let ended = service.process.end();
+    assert!(ended.code == Some(0) && ended.text.contains(" cases, 0 failed"), "{}", ended.text);
+}
+
+#[test]
+fn a_guest_gets_its_pages_from_a_handler() {
+    let snapshot = Snapshot::new(&[]);
+    for how in ["at once", "late", "twice", "ahead"] {
+        let handler = Handler::start(&snapshot, how);
+        let warm: &[&str] = if how == "at once" { &["--warm", "cpus=2,memory=64M"] } else { &[] };
+        let service = Service::start(warm);
+        service.client().ok("PUT", "/snapshot/load", &snapshot.load(&handler.backend(true)));
+        goes_to_its_end(service);
+    }
+}
+
+#[test]
+fn a_guest_with_a_handler_is_saved_whole() {
+    let snapshot = Snapshot::new(&[]);
+    let handler = Handler::start(&snapshot, "at once");
+    let service = Service::start(&[]);
+    let mut client = service.client();
+    client.ok("PUT", "/snapshot/load", &snapshot.load(&handler.backend(false)));
+    let path = |name: &str| snapshot.path(name);
+    let save = |kind: &str, state: &str, memory: &str| {
+        let body =
+            json!({ "snapshot_type": kind, "snapshot_path": path(state), "mem_file_path": path(memory) });
+        service.client().ok("PUT", "/snapshot/create", &body.to_string());
+    };
+    // A difference has the pages that have come, in the order of which nobody was asked for more.
+    save("Diff", "diff", "diff-memory");
+    save("Full", "full", "full-memory");
+    let paths = |names: [&str; 4]| names.map(|name| path(name).to_str().unwrap().to_owned());
+    let merge = [
+        ["snapshot", "merge"].map(str::to_owned).to_vec(),
+        paths(["state", "memory", "diff", "diff-memory"]).to_vec(),
+    ];
+    let before = fs::read(path("memory")).unwrap();
+    common::output(
+        common::alula().to_str().unwrap(),
+        &merge.concat().iter().map(String::as_str).collect::<Vec<_>>(),
+    );
+    let [full, merged] = ["full-memory", "memory"].map(|name| fs::read(path(name)).unwrap());
+    assert!(full == merged, "a difference and the whole are not the same");
+    // Only the pages by which a clone knows that it is one have changed.
+    let changed = before.chunks(4096).zip(full.chunks(4096)).filter(|(one, other)| one != other).count();
+    assert!((1..=2).contains(&changed), "{changed} pages have changed");
+    drop(service);
+    snapshot.go_on(Service::start(&[]));
+}
+
+#[test]
+fn a_load_whose_handler_gives_nothing_fails_and_is_tried_again() {
+    std::thread::scope(|scope| {
+        for how in ["silent", "deaf", "hangs up"] {
+            scope.spawn(move || {
+                let snapshot = Snapshot::new(&[]);
+                fs::write(snapshot.path("file"), "").unwrap();
+                let handler = Handler::start(&snapshot, how);
+                let service = Service::start(&[]);
+                for path in [snapshot.path("file"), snapshot.path("nobody"), "x".repeat(200).into()] {
+                    let backend = json!({ "backend_type": "Uffd", "backend_path": path });
+                    let expected = format!(
+                        "hand the guest's memory to the page-fault handler at `{}`: connect",
+                        path.display()
+                    );
+                    snapshot.refuse(&service, &json!({ "mem_backend": backend }), &expected);
+                }
+                let expected = "has not given a page of the guest's memory for 5 s: have it read";
+                snapshot.refuse(&service, &handler.backend(true), expected);
+                let right = Handler::start(&snapshot, "at once");
+                service.client().ok("PUT", "/snapshot/load", &snapshot.load(&right.backend(true)));
+                goes_to_its_end(service);
+            });
+        }
+    });
+}
+
+#[test]
+fn a_handler_that_is_gone_ends_its_guest_with_words() {
+    let snapshot = Snapshot::new(&[]);
+    let mut handler = Handler::start(&snapshot, "at once");
+    let told = snapshot.path("events");
+    let service = Service::start(&["--events", told.to_str().unwrap()]);
+    let mut client = service.client();
+    client.ok("PUT", "/snapshot/load", &snapshot.load(&handler.backend(false)));
+    handler.child.kill().unwrap();
+    client.send(&format!("PATCH /vm HTTP/1.1\r\nContent-Length: {}\r\n\r\n{GO_ON}", GO_ON.len()));
+    let (socket, ended) = (service.socket, service.process.end());
+    let path = handler.socket.display();
+    let words = format!("the guest's memory is lost: the page-fault handler at `{path}` is gone, or");
+    assert_eq!(ended.code, Some(LOST.into()), "{}", ended.text);
+    assert!(ended.text.contains(&words), "{}", ended.text);
+    let told = events(&told);
+    let [.., failed, last] = &told[..] else { panic!("{told:?}") };
+    assert!(
+        failed["event"] == "failed" && failed["reason"].as_str().unwrap().starts_with(&words),
+        "{failed}"
+    );
+    assert!(last["event"] == "ended" && last["exit_code"] == LOST, "{last}");
+    assert!(!socket.exists() && !snapshot.path("vsock").exists(), "a socket was left behind");
+}
+
+#[test]
+fn a_guest_waits_for_a_handler_that_stands_still() {
+    let snapshot = Snapshot::new(&[]);
+    let handler = Handler::start(&snapshot, "at once");
+    let told = snapshot.path("events");
+    let service = Service::start(&["--events", told.to_str().unwrap()]);
+    service.client().ok("PUT", "/snapshot/load", &snapshot.load(&handler.backend(false)));
+    common::send(&handler.child, libc::SIGSTOP);
+    service.client().ok("PATCH", "/vm", GO_ON);
+    wait_for(|| events(&told).iter().any(|event| event["event"] == "page_awaited"));
+    let awaited = events(&told).into_iter().find(|event| event["event"] == "page_awaited").unwrap();
+    assert_eq!(awaited["path"], handler.socket.to_str().unwrap());
+    assert_eq!(service.client().ok("GET", "/", "").json()["state"], "Running");
+    common::send(&handler.child, libc::SIGCONT);
+    goes_to_its_end(service);
+}
+
+#[test]
+fn a_handler_that_gives_wrong_pages_harms_its_guest_alone() {
+    let snapshot = Snapshot::new(&[]);
+    let handler = Handler::start(&snapshot, "wrong");
+    let mut service = Service::start(&[]);
+    service.client().ok("PUT", "/snapshot/load", &snapshot.load(&handler.backend(true)));
+    type_line(&mut service.process);
+    // What comes of it is the guest's business: it may end, or do anything for ever.
+    for _ in 0..20 {
+        if !service.process.is_running() {
+            let code = service.process.end().code.unwrap();
+            assert!((120..=123).contains(&code), "{code}");
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    service.client().ok("PATCH", "/vm", PAUSE);
+}
+
+#[test]
+fn who_may_not_have_faults_served_is_told_what_to_do() {
+    let told = std::thread::spawn(|| {
+        common::forbid(libc::SYS_userfaultfd, libc::EPERM);
+        common::forbid(libc::SYS_ioctl, libc::ENOTTY);
+        Faults::open().unwrap_err().to_string()
+    });
+    let told = told.join().unwrap();
+    assert!(told.contains("this user may not have faults of the kernel served"), "{told}");
+    assert!(told.contains("vm.unprivileged_userfaultfd"), "{told}");
+}
