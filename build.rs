@@ -13,6 +13,7 @@ fn main() {
     let linked = out.join("firmware.elf");
     println!("cargo::rerun-if-changed=firmware");
     println!("cargo::rerun-if-changed=build.rs");
+    name_commit(&variable("PROFILE"));
     if arch == "x86_64" && variable("HOST") == variable("TARGET") && knows_packed_relocations() {
         println!("cargo::rustc-link-arg-bins=-Wl,-z,pack-relative-relocs");
         // Each segment begins a page: the linker would have them share pages of the file, and relocated data, to all of
@@ -43,6 +44,30 @@ fn main() {
     let elf = fs::read(&linked).expect("the linker's output is there");
     let image = if arch == "aarch64" { flatten(&elf) } else { elf };
     fs::write(out.join("firmware.bin"), image).expect("the build folder can be written to");
+}
+
+/// Has a release's `alula version` name the commit that it is built from, if git knows one. Other builds do not: each
+/// commit would have all of it compiled anew.
+fn name_commit(profile: &str) {
+    let git = |arguments: &[&str]| {
+        let output =
+            Command::new("git").args(arguments).output().ok().filter(|output| output.status.success())?;
+        Some(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    };
+    // A copy of the sources within a checkout of something else has nothing of its commits: the prefix of the
+    // checkout itself is empty.
+    if profile != "release" || git(&["rev-parse", "--show-prefix"]).as_deref() != Some("") {
+        return;
+    }
+    // Each commit and each change of branch is a line of this file.
+    if let Some(log) =
+        git(&["rev-parse", "--git-path", "logs/HEAD"]).filter(|log| fs::exists(log).unwrap_or(false))
+    {
+        println!("cargo::rerun-if-changed={log}");
+    }
+    if let Some(commit) = git(&["rev-parse", "--short=12", "HEAD"]) {
+        println!("cargo::rustc-env=ALULA_COMMIT={commit}");
+    }
 }
 
 /// Whether the C library applies packed relocations (DT_RELR, since glibc 2.36): they are a thirtieth of the

@@ -9,6 +9,7 @@ mod ctl;
 mod exec;
 mod outputs;
 mod persona;
+mod readiness;
 mod session;
 mod snapshot;
 
@@ -32,6 +33,7 @@ use crate::microvm::signals::{self, Signals};
 use crate::microvm::snapshots::Load;
 use crate::terminal;
 use arguments::{Command, Run, Serve};
+use readiness::Readiness;
 
 /// The monitor itself could not do what was asked (`alula run`): not a code of the guest's.
 const FAILED_RUN: u8 = 125;
@@ -265,6 +267,7 @@ fn conclude_command(outcome: &Result<Outcome>, prepared: &command::Prepared) -> 
 }
 
 fn serve(arguments: Serve, feed: &mut Option<Feed>) -> Result<Ending> {
+    let readiness = Readiness::expected();
     let config = arguments.config()?;
     let signals = Signals::take_over()?;
     let server = match arguments.no_api {
@@ -287,10 +290,14 @@ fn serve(arguments: Serve, feed: &mut Option<Feed>) -> Result<Ending> {
         history::tell(|| Event::Configured { what: history::text(path.display()) });
     }
     let mut monitor = Monitor::new(signals, server, feed.take())?;
-    let start = |microvm: &mut Microvm| match (starts_at_once, arguments.warm) {
-        (true, _) => microvm.start("config file").context("start the guest"),
-        (false, Some(warm)) => microvm.keep_warm(warm),
-        (false, None) => Ok(()),
+    let start = |microvm: &mut Microvm| {
+        match (starts_at_once, arguments.warm) {
+            (true, _) => microvm.start("config file").context("start the guest")?,
+            (false, Some(warm)) => microvm.keep_warm(warm)?,
+            (false, None) => {}
+        }
+        readiness.tell();
+        Ok(())
     };
     Ok(monitor.run(microvm, start, |outcome| conclude(outcome, FAILED_SERVE, served)))
 }

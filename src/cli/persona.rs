@@ -36,7 +36,10 @@ impl Persona {
     /// What `--version` prints: clients take the second word of the first line.
     pub fn version(self) -> String {
         match self {
-            Self::Alula => concat!("alula ", env!("CARGO_PKG_VERSION"), "\n").to_owned(),
+            Self::Alula => match option_env!("ALULA_COMMIT") {
+                Some(commit) => format!("alula {} (commit {commit})\n", env!("CARGO_PKG_VERSION")),
+                None => concat!("alula ", env!("CARGO_PKG_VERSION"), "\n").to_owned(),
+            },
             Self::Firecracker => format!("Firecracker v{API_VERSION}\n\n"),
             Self::Jailer => format!("Jailer v{API_VERSION}\n\n"),
             Self::SnapshotEditor => format!("snapshot-editor {API_VERSION}\n"),

@@ -2,7 +2,7 @@
 //! programs that it starts: who they are, their terminals and their end.
 #![allow(unsafe_code)]
 
-use std::ffi::CStr;
+use std::ffi::{CStr, OsString};
 use std::io::{ErrorKind, Result};
 use std::mem::zeroed;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -31,6 +31,15 @@ pub fn begin() {
             libc::open(c"/dev/null".as_ptr(), libc::O_RDWR);
         }
     }
+}
+
+/// Takes a variable out of the environment, for this process and for the programs that it starts. No other thread may
+/// exist yet.
+pub fn take_variable(name: &str) -> Option<OsString> {
+    let value = std::env::var_os(name)?;
+    // SAFETY: nobody else reads the environment meanwhile, as there is no other thread.
+    unsafe { std::env::remove_var(name) };
+    Some(value)
 }
 
 /// What a clock says (clock_gettime(2)): `libc::CLOCK_...`, which there is.

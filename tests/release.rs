@@ -1,14 +1,19 @@
-//! Completions and man pages, as scripts/release-docs makes them of the binary's own help: what shells and groff
-//! make of them, and that nothing of the help is missing.
+//! What is published of a version. Completions and man pages, as scripts/release-docs makes them of the binary's own
+//! help: what shells and groff make of them, and that nothing of the help is missing. Packages, as scripts/release makes
+//! them: unpacked, what is in them runs.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by it")]
 
 mod common;
 
 use std::collections::BTreeSet;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixDatagram;
+use std::path::Path;
 use std::process::Command;
 
-use common::{Folder, alula, output};
+use common::{Folder, PATIENCE, Process, alula, output};
+use serde_json::json;
 
 /// What a program says, which must have nothing to complain of.
 fn said(program: &str, arguments: &[&str]) -> String {
@@ -226,5 +231,135 @@ fn man_pages_have_every_line_of_the_help_and_no_fault() {
         for word in ["NAME", "SYNOPSIS", "DESCRIPTION"] {
             assert!(has(word), "{name}: {word}: {text}");
         }
+    }
+}
+
+/// Has scripts/release pack `folder`/binary in `folder`/NAME, and returns the sums of what it has made.
+fn released(folder: &Folder, name: &str) -> String {
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/release");
+    let binary = format!("{}={}", std::env::consts::ARCH, folder.path("binary").display());
+    output(script, &[env!("CARGO_PKG_VERSION"), folder.path(name).to_str().unwrap(), &binary]);
+    std::fs::read_to_string(folder.path(name).join("SHA256SUMS")).unwrap()
+}
+
+/// A script in a file that can be executed.
+fn script(folder: &Folder, name: &str, lines: &str) {
+    let file = folder.write(name, format!("#!/bin/sh\n{lines}\n"));
+    std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o755)).unwrap();
+}
+
+/// The command of the unit in a package, for this guest: `%i`. What it names is in `folder` instead.
+fn command_of_the_unit(folder: &Folder, guest: &str) -> Command {
+    let unit = std::fs::read_to_string(folder.path("root/usr/lib/systemd/system/alula@.service")).unwrap();
+    let line = unit.lines().find_map(|line| line.strip_prefix("ExecStart=")).unwrap();
+    let place = |word: &str| match word.strip_prefix('/') {
+        Some(path) => folder.path("root").join(path).to_str().unwrap().replace("%i", guest),
+        None => word.replace("%i", guest),
+    };
+    let words: Vec<_> = line.split(' ').map(place).collect();
+    let mut command = Command::new(&words[0]);
+    command.args(&words[1..]);
+    command
+}
+
+/// Starts guests as the unit would, beside a service manager, and a passt that notes its environment.
+fn run_the_unit(folder: &Folder) {
+    std::fs::create_dir_all(folder.path("root/run/alula")).unwrap();
+    let manager = UnixDatagram::bind(folder.path("manager")).unwrap();
+    manager.set_read_timeout(Some(PATIENCE)).unwrap();
+    script(folder, "passt", "env > \"$0.environment\"; eval \"exec cat <&$4\" > /dev/null");
+    let start = |guest: &str, kernel: &Path| {
+        let config = json!({
+            "boot-source": { "kernel_image_path": kernel, "boot_args": "hello end=idle" },
+            "network-interfaces": [{ "iface_id": "n", "user": {} }],
+        });
+        folder.write(&format!("root/etc/alula/{guest}.json"), config.to_string());
+        let mut command = command_of_the_unit(folder, guest);
+        let path = format!("{}:{}", folder.0.display(), std::env::var("PATH").unwrap());
+        command.env("NOTIFY_SOCKET", folder.path("manager")).env("PATH", path);
+        Process::spawn(command)
+    };
+    let failed = start("broken", &folder.path("none")).end();
+    assert!(failed.code == Some(1) && failed.text.contains("none"), "{failed:?}");
+    let mut service = start("web-1", &folder.firmware());
+    let mut bytes = [0; 100];
+    let count = manager.recv(&mut bytes).unwrap();
+    assert_eq!(&bytes[..count], b"READY=1");
+    service.expect("A");
+    let program = folder.path("root/usr/bin/alula");
+    let socket = folder.path("root/run/alula/web-1.sock");
+    let told = said(program.to_str().unwrap(), &["ctl", "--api-sock", socket.to_str().unwrap(), "status"]);
+    assert!(told.starts_with("web-1: running; 1 CPU"), "{told}");
+    service.send(libc::SIGTERM);
+    service.end();
+    manager.set_nonblocking(true).unwrap();
+    assert!(manager.recv(&mut bytes).is_err(), "one of the two told that it was ready, once");
+    let environment = std::fs::read_to_string(folder.path("passt.environment")).unwrap();
+    assert!(environment.contains("PATH=") && !environment.contains("NOTIFY_SOCKET"), "{environment}");
+}
+
+#[test]
+fn a_package_is_unpacked_and_what_is_in_it_runs() {
+    let folder = Folder::new();
+    // Without what is for debuggers, it is small.
+    output("strip", &["-o", folder.path("binary").to_str().unwrap(), alula().to_str().unwrap()]);
+    let sums = released(&folder, "packages");
+    assert_eq!(sums, released(&folder, "again"), "the same is made twice");
+    let mut checked = Command::new("sha256sum");
+    checked.args(["--check", "SHA256SUMS"]).current_dir(folder.path("packages"));
+    let checked = checked.output().unwrap();
+    let (arch, version) = (std::env::consts::ARCH, env!("CARGO_PKG_VERSION"));
+    let debian_arch = if arch == "x86_64" { "amd64" } else { "arm64" };
+    let (name, package) = (format!("alula-{version}-{arch}"), format!("alula_{version}_{debian_arch}.deb"));
+    let expected = format!("{name}.tar.gz: OK\n{package}: OK\n");
+    assert!(checked.status.success() && checked.stdout == expected.as_bytes(), "{checked:?}");
+
+    let package = folder.path("packages").join(package);
+    let package = package.to_str().unwrap();
+    assert_eq!(said("dpkg-deb", &["--field", package, "Version", "Architecture"]).lines().count(), 2);
+    let listed = said("dpkg-deb", &["--contents", package]);
+    assert!(listed.lines().all(|line| line.contains(" root/root ")), "{listed}");
+    output("dpkg", &["-x", package, folder.path("root").to_str().unwrap()]);
+    for file in [
+        "usr/bin/alula",
+        "usr/share/man/man1/alula.1.gz",
+        "usr/share/bash-completion/completions/alula",
+        "usr/share/zsh/vendor-completions/_alula",
+        "usr/share/fish/vendor_completions.d/alula.fish",
+        "usr/share/doc/alula/copyright",
+        "usr/share/doc/alula/changelog.gz",
+        "etc/alula",
+    ] {
+        assert!(folder.path("root").join(file).exists(), "{file}");
+    }
+    let page = folder.path("root/usr/share/man/man1/alula-serve.1.gz");
+    assert!(said("gzip", &["-dc", page.to_str().unwrap()]).contains(".TH "));
+    run_the_unit(&folder);
+
+    let tarball = folder.path("packages").join(format!("{name}.tar.gz"));
+    let listed = said("tar", &["-tzf", tarball.to_str().unwrap()]);
+    for file in ["alula", "alula@.service", "man/alula.1", "completions/alula.fish", "LICENSE"] {
+        assert!(listed.lines().any(|line| line == format!("{name}/{file}")), "{file}: {listed}");
+    }
+}
+
+#[test]
+fn a_release_is_of_the_version_that_it_says() {
+    let folder = Folder::new();
+    let (arch, ours) = (std::env::consts::ARCH, env!("CARGO_PKG_VERSION"));
+    script(&folder, "other", "echo alula 9.9.9");
+    for (version, binary, expected) in [
+        ("9.9.9", "other", format!("this is version {ours}, not 9.9.9")),
+        (ours, "other", format!("is of version 9.9.9, not {ours}")),
+        (ours, "none", "there is no such program".to_owned()),
+        (ours, "/bin/true", "/bin/true needs the C library of its machine".to_owned()),
+    ] {
+        let binary = format!("{arch}={}", folder.path(binary).display());
+        let release = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/release");
+        let mut command = Command::new(release);
+        let output = command.arg(version).arg(folder.path("out")).arg(&binary).output().unwrap();
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && errors.contains(&expected), "{version} {binary:?}: {errors}");
+        assert!(!folder.path("out").exists());
     }
 }
