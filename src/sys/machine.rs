@@ -12,7 +12,7 @@ use std::ptr;
 use super::check;
 use super::descriptor::owned;
 
-fn c_string(text: impl AsRef<OsStr>) -> Result<CString> {
+pub(super) fn c_string(text: impl AsRef<OsStr>) -> Result<CString> {
     CString::new(text.as_ref().as_bytes()).map_err(|_| ErrorKind::InvalidInput.into())
 }
 

@@ -3,7 +3,9 @@
 //! brackets.
 
 pub mod descriptor;
+pub mod folder;
 pub mod machine;
+pub mod namespace;
 pub mod network;
 pub mod process;
 
