@@ -8,6 +8,7 @@
 //!   [`descriptors`]: what is open, by name, and what was inherited.
 //!   [`terminal`]: the terminal that it was started from.
 //!   [`sink`]: where lines for the outside go. [`log`]: messages. [`timeline`]: the steps of a start.
+//!   [`jail`]: what shuts a program in before it begins.
 //! - [`snapshot`]: state that outlives the process. [`limiter`]: rate limits. [`metadata`]: what a guest is told
 //!   of itself, and the service that tells it.
 //! - [`poll`]: the core of an event loop. [`history`]: what happens to the microVM, for its readers.
@@ -113,6 +114,7 @@ pub mod firmware;
 pub mod guest;
 pub mod history;
 pub mod host;
+pub mod jail;
 pub mod jobs;
 pub mod json;
 pub mod limiter;

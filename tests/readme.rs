@@ -122,7 +122,7 @@ fn what_is_not_there_yet_is_what_is_refused() {
         rows.iter().filter(|row| row[1].starts_with(happens)).flat_map(|row| quoted(row[0])).collect()
     };
     let mut refused = names("refused");
-    assert_eq!(names("under these names"), BTreeSet::from(["jailer", "snapshot-editor"]));
+    assert_eq!(names("under this name"), BTreeSet::from(["snapshot-editor"]));
 
     let service = Service::start(&[]);
     let mut client = service.client();
@@ -155,12 +155,9 @@ fn what_is_not_there_yet_is_what_is_refused() {
         assert!(refused.remove(name), "{name} is refused, and not in the README's table");
     }
     assert_eq!(refused, BTreeSet::from(["2M"]), "nothing here looks for these");
-    for name in ["jailer", "snapshot-editor"] {
-        let folder = Folder::new();
-        let program = called(name, &folder);
-        let status = |option: &str| Command::new(&program).arg(option).output().unwrap().status.success();
-        assert!(status("--version") && status("--help") && !status("--id"), "{name}");
-    }
+    let editor = called("snapshot-editor", &folder);
+    let status = |option: &str| Command::new(&editor).arg(option).output().unwrap().status.success();
+    assert!(status("--version") && status("--help") && !status("--id"));
 }
 
 /// The numbers in the row of the README's figures that begins so.

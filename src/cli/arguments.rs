@@ -5,6 +5,7 @@ mod cache;
 pub mod command;
 pub mod ctl;
 pub mod exec;
+mod jail;
 mod kernel;
 mod run;
 mod serve;
@@ -18,6 +19,7 @@ use lexopt::ValueExt;
 
 use crate::api::{CONFIG_SCHEMA, OPENAPI};
 use crate::cli::persona::Persona;
+use crate::jail::Jail;
 use crate::spelling;
 
 pub use run::Run;
@@ -34,6 +36,7 @@ Usage: alula COMMAND [OPTIONS]
 Commands:
   run       Boot a guest, put its console on this terminal and return how it ended
   serve     Wait for requests on a control socket (Firecracker's API)
+  jail      Shut one of these, or another program, in before it begins
   ctl       Ask a running microVM something, or tell it to do something
   snapshot  Look at the files of a saved microVM, or merge a difference into them
   exec      Run a command in a guest that is up
@@ -51,7 +54,7 @@ Commands:
 `alula COMMAND --help` tells more. -V, --version prints the version.
 ";
 
-const COMMANDS: &str = "run, serve, ctl, snapshot, exec, cp, wait, kernel, cache, agent, check, schema, firmware, help or version; see `alula --help`";
+const COMMANDS: &str = "run, serve, jail, ctl, snapshot, exec, cp, wait, kernel, cache, agent, check, schema, firmware, help or version; see `alula --help`";
 
 const FIRMWARE_HELP: &str = "\
 Write the image of the embedded firmware guest to standard output.
@@ -89,6 +92,7 @@ The exit code is 0 if there is none, 1 if there are some, 153 for wrong argument
 pub enum Command {
     Run(Box<Run>),
     Serve(Serve),
+    Jail(Box<Jail>),
     Ctl(ctl::Ctl),
     Agent(agent::Agent),
     /// Fetch a kernel: out of these packages, or the newest.
@@ -125,6 +129,7 @@ fn other(persona: Persona, mut arguments: Vec<OsString>) -> Result<Command, Stri
         Persona::Firecracker => serve::help()
             .replace("Usage: alula serve", "Usage: firecracker")
             .replace("alula serve", "firecracker"),
+        Persona::Jailer => jail::HELP.replace("alula jail", "jailer"),
         _ => "Only --version is implemented yet.\n".to_owned(),
     };
     if let Some(text) = persona.print(&arguments, help) {
@@ -140,6 +145,9 @@ fn other(persona: Persona, mut arguments: Vec<OsString>) -> Result<Command, Stri
                 format!("{}; see `firecracker --help`", with_meant_option(&error, serve::help))
             })
         }
+        Persona::Jailer => jail::parse(&mut lexopt::Parser::from_args(arguments)).map_err(|error| {
+            format!("{}; see `jailer --help`", with_meant_option(&error, || jail::HELP.to_owned()))
+        }),
         _ => Err("only --version is implemented yet under this name: what this program does comes later"
             .to_owned()),
     }
@@ -163,6 +171,7 @@ fn alula(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, Strin
     let (parsed, name) = match command.to_str() {
         Some("run") => (run::parse(&mut parser), "run"),
         Some("serve") => (serve::parse(&mut parser, Persona::Alula), "serve"),
+        Some("jail") => (jail::parse(&mut parser), "jail"),
         Some("ctl") => (ctl::parse(&mut parser), "ctl"),
         Some("snapshot") => (snapshot::parse(&mut parser), "snapshot"),
         Some("exec") => (exec::exec(&mut parser), "exec"),
@@ -277,7 +286,7 @@ impl Given {
 pub fn value<T>(
     parser: &mut lexopt::Parser,
     option: &str,
-    parse: impl Fn(&str) -> Result<T, String>,
+    parse: impl FnOnce(&str) -> Result<T, String>,
 ) -> Result<T, lexopt::Error> {
     let text = parser.value()?.string()?;
     parse(&text).map_err(|expected| format!("{option} {text}: {expected}").into())
@@ -421,7 +430,7 @@ mod tests {
         };
         let commands = HELP.split("Commands:\n").nth(1).unwrap().split("\n\n").next().unwrap();
         let names: Vec<_> = commands.lines().filter_map(|line| line.split_whitespace().next()).collect();
-        assert!(names.len() == 15 && names.iter().all(|name| COMMANDS.contains(name)), "{names:?}");
+        assert!(names.len() == 16 && names.iter().all(|name| COMMANDS.contains(name)), "{names:?}");
         for name in names {
             let help = text(&format!("{name} --help"));
             assert_eq!(help, text(&format!("help {name}")), "{name}");

@@ -68,6 +68,7 @@ pub fn main() -> u8 {
             let feed = arguments.outputs.open_feed(&arguments.id, !arguments.no_api);
             finish(feed, FAILED_SERVE, |feed| serve(arguments, feed))
         }),
+        Command::Jail(jail) => apart(|| told(crate::jail::enter(&jail))),
         Command::Ctl(arguments) => apart(|| told(ctl::run(&arguments))),
         Command::Exec(arguments) => apart(|| exec::exec(arguments)),
         Command::Copy(arguments) => apart(|| told(exec::copy(&arguments))),

@@ -1,0 +1,276 @@
+//! A jail: a process with a root, namespaces, limits and a user of its own, which becomes another program
+//! (`alula jail`, and Firecracker's `jailer`). Everything that may be refused is done while it can be undone; what was
+//! opened before the root changes is reached by its descriptor alone.
+
+pub mod cgroup;
+mod made;
+mod namespaces;
+mod root;
+
+use std::ffi::{CString, OsString};
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::RawFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::clock;
+use crate::error::{Context, Error, Result};
+use crate::sys::{descriptor, namespace, process};
+use cgroup::Cgroups;
+use made::Made;
+use root::{Program, Root};
+
+/// So many descriptors a program in a jail may have open if nothing is said: Firecracker's default.
+const DESCRIPTORS: u64 = 2048;
+/// The longest message that a new process tells of why it does not become the program, in bytes.
+const MESSAGE_MAX: u64 = 4096;
+
+/// What a jail is to be.
+#[derive(Debug)]
+pub struct Jail {
+    /// Its name.
+    pub id: String,
+    /// The program that runs in it; none: this one.
+    pub program: Option<PathBuf>,
+    /// The folder of all jails.
+    pub base: PathBuf,
+    /// The user of the program; none: as in the host.
+    pub uid: Option<u32>,
+    /// The group of the program; none: as in the host.
+    pub gid: Option<u32>,
+    /// An ordinary user makes it, in a user namespace.
+    pub has_user_namespace: bool,
+    /// The network namespace; none: as in the host.
+    pub network: Option<PathBuf>,
+    /// Whether it goes on in the background.
+    pub is_daemon: bool,
+    /// Whether the program is process 1 of a PID namespace.
+    pub has_pid_namespace: bool,
+    /// Its control groups.
+    pub cgroups: Cgroups,
+    /// The size of the largest file that the program may write, in bytes.
+    pub file_size: Option<u64>,
+    /// How many descriptors it may have.
+    pub descriptors: Option<u64>,
+    /// The descriptors that it inherits beside the first three.
+    pub kept: Vec<RawFd>,
+    /// The arguments of the program.
+    pub arguments: Arguments,
+}
+
+/// What the program is told: its command, if it has such, `--id` with the jail's name, when it began, and the rest.
+#[derive(Debug, Default)]
+pub struct Arguments {
+    /// What comes first.
+    pub command: Option<OsString>,
+    /// Whether the program takes `--start-time-us` and what belongs to it.
+    pub takes_times: bool,
+    /// What comes last.
+    pub rest: Vec<OsString>,
+}
+
+/// Who the program in a jail is.
+#[derive(Clone, Copy, Debug)]
+struct User {
+    uid: u32,
+    gid: u32,
+    /// Whether that is so in a user namespace only, and the host's user is who made the jail.
+    is_mapped: bool,
+}
+
+/// When this process began, by the monotonic clock and by its CPU time.
+struct Begun {
+    at: Duration,
+    cpu: Duration,
+}
+
+/// Enters the jail and becomes its program: this returns only why that could not be, and then nothing is left of the
+/// jail. In the background or in a PID namespace, another process does, and this returns when that has.
+///
+/// # Errors
+/// An option asks for what cannot be, or the host refuses.
+pub fn enter(jail: &Jail) -> Result<()> {
+    let begun = Begun { at: clock::monotonic(), cpu: clock::cpu_time() };
+    let user = jail.user()?;
+    jail.close_descriptors()?;
+    if let Some(path) = &jail.network {
+        namespaces::join_network(path)?;
+    }
+    // All that follows is opened in the jail's mount namespace: only that can be mounted there.
+    namespaces::enter(user, &jail.id)?;
+    let program = Program::open(jail.program.as_deref())?;
+    let mut made = Made::default();
+    let result = jail.make(&program, user, &begun, &mut made);
+    if result.is_err() {
+        made.undo();
+    }
+    result
+}
+
+impl Jail {
+    fn user(&self) -> Result<User> {
+        let (uid, gid) = process::identity();
+        let user = User {
+            uid: self.uid.unwrap_or(uid),
+            gid: self.gid.unwrap_or(gid),
+            is_mapped: self.has_user_namespace,
+        };
+        match (uid, self.has_user_namespace) {
+            (0, true) => Err(Error::config(
+                "--userns: root would still own the host's files in there: leave it out, and name an ordinary user by \
+                 --uid and --gid",
+            )),
+            (_, true) if user.uid == 0 => Err(Error::config(
+                "--uid 0: with --userns, the program would have all rights in its namespaces: choose another number, or \
+                 leave it out",
+            )),
+            (0, false) | (_, true) => Ok(user),
+            (_, false) => Err(Error::config(
+                "only root can make a jail without a user namespace: give --userns, or call this as root",
+            )),
+        }
+    }
+
+    fn close_descriptors(&self) -> Result<()> {
+        let mut kept = self.kept.clone();
+        kept.sort_unstable();
+        kept.dedup();
+        for fd in &kept {
+            // One that this process has opened for itself, or that would be closed anyway, is not handed on.
+            if descriptor::closes_on_exec(*fd).unwrap_or(true) {
+                return Err(Error::config(format!(
+                    "--keep-fd {fd}: no descriptor of this number was inherited: start this process with it"
+                )));
+            }
+        }
+        namespace::close_others(&kept).context("close the descriptors that the jail does not inherit")
+    }
+
+    fn make(&self, program: &Program, user: User, begun: &Begun, made: &mut Made) -> Result<()> {
+        let null = match self.is_daemon {
+            true => Some(File::options().read(true).write(true).open("/dev/null").context("open /dev/null")?),
+            false => None,
+        };
+        let root = Root::make(&self.base, &self.id, program, user, made)?;
+        made.members = self.cgroups.make(&program.name.to_string_lossy(), &self.id, made)?;
+        made.members.iter_mut().try_for_each(cgroup::Member::enter)?;
+        root.enter(made)?;
+        if self.is_daemon || self.has_pid_namespace {
+            return self.start(program, &root, user, begun, null, made);
+        }
+        Err(self.become_program(program, user, [begun.at, begun.cpu, Duration::ZERO]))
+    }
+
+    /// Has a new process become the program, and tells its number. Ends when the program is there.
+    fn start(
+        &self,
+        program: &Program,
+        root: &Root,
+        user: User,
+        begun: &Begun,
+        null: Option<File>,
+        made: &mut Made,
+    ) -> Result<()> {
+        if self.has_pid_namespace {
+            namespace::unshare(libc::CLONE_NEWPID).context("--new-pid-ns: make a PID namespace")?;
+        }
+        let (told, mut tell) = std::io::pipe().context("make a pipe to the jail's process")?;
+        let spent = clock::cpu_time().saturating_sub(begun.cpu);
+        let Some(pid) = namespace::fork().context("make a process for the jail")? else {
+            let prepare = || match null {
+                Some(null) => {
+                    namespace::leave_session()?;
+                    namespace::replace_standard_streams(&null)
+                }
+                None => Ok(()),
+            };
+            let error = match prepare().context("--daemonize: leave the terminal") {
+                Ok(()) => self.become_program(program, user, [begun.at, Duration::ZERO, spent]),
+                Err(error) => error,
+            };
+            // The other process has no other reason to be there.
+            let _ = tell.write_all(error.to_string().as_bytes());
+            process::exit_now(1);
+        };
+        drop(tell);
+        let mut reason = String::new();
+        let result = root.tell_process(program, pid, made).and_then(|()| {
+            // The end of the pipe is that of the process before the program: a descriptor that is closed then.
+            told.take(MESSAGE_MAX).read_to_string(&mut reason).context("wait for the jail's process")
+        });
+        match result {
+            Ok(_) if reason.is_empty() => Ok(()),
+            Ok(_) => Err(Error::host(reason)),
+            Err(error) => {
+                namespace::kill(pid);
+                Err(error)
+            }
+        }
+    }
+
+    /// Gives up all that the program is not to have, and becomes it; returns why that could not be.
+    fn become_program(&self, program: &Program, user: User, times: [Duration; 3]) -> Error {
+        let result = self.limit().and_then(|()| {
+            namespace::renounce().context("give up the rights that the jail does not have")?;
+            match user.is_mapped {
+                true => Ok(()),
+                false => namespace::become_user(user.uid, user.gid)
+                    .with_context(|| format!("become --uid {} and --gid {}", user.uid, user.gid)),
+            }
+        });
+        let arguments = result.and_then(|()| self.command_line(program, times));
+        let error = match arguments {
+            Ok(arguments) => {
+                let error = namespace::execute(program.descriptor(), &arguments);
+                let more = match error.raw_os_error() {
+                    Some(libc::ENOENT) => {
+                        ": it needs a loader or an interpreter, which the jail does not have: name a \
+                                           program that is linked statically"
+                            .to_owned()
+                    }
+                    Some(libc::EACCES) => format!(": user {} may not execute it: `chmod a+rx`", user.uid),
+                    _ => String::new(),
+                };
+                Error::host(format!("--exec-file: execute `{}`: {error}{more}", program.name.display()))
+            }
+            Err(error) => error,
+        };
+        if !user.is_mapped {
+            namespace::become_root_user();
+        }
+        error
+    }
+
+    fn limit(&self) -> Result<()> {
+        if let Some(bytes) = self.file_size {
+            namespace::limit(libc::RLIMIT_FSIZE, bytes)
+                .with_context(|| format!("--resource-limit fsize={bytes}: set it"))?;
+        }
+        // A user cannot have more than the host allows, which is nobody's wish if none was told.
+        let count = self.descriptors.unwrap_or(DESCRIPTORS);
+        match namespace::limit(libc::RLIMIT_NOFILE, count) {
+            Err(_) if self.descriptors.is_none() => Ok(()),
+            result => result.with_context(|| format!("--resource-limit no-file={count}: set it")),
+        }
+    }
+
+    /// The program's name and its arguments. The times are when the jail was begun, and how much CPU time the process
+    /// that becomes the program, and those before it, had used then.
+    fn command_line(&self, program: &Program, times: [Duration; 3]) -> Result<Vec<CString>> {
+        let Arguments { command, takes_times, rest } = &self.arguments;
+        let mut line = vec![std::path::Path::new("/").join(&program.name).into_os_string()];
+        line.extend(command.clone());
+        line.extend(["--id".into(), OsString::from(&self.id)]);
+        if *takes_times {
+            let options = ["--start-time-us", "--start-time-cpu-us", "--parent-cpu-time-us"];
+            for (option, time) in options.into_iter().zip(times) {
+                line.extend([option.into(), time.as_micros().to_string().into()]);
+            }
+        }
+        line.extend(rest.iter().cloned());
+        let words = line.iter().map(|word| CString::new(word.as_bytes()));
+        words.collect::<std::result::Result<_, _>>().context("pass the program's arguments")
+    }
+}

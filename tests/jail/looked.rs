@@ -1,0 +1,66 @@
+//! What the kernel tells of a process.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+
+/// What the kernel tells of a process.
+pub struct Looked(pub u32);
+
+impl Looked {
+    pub fn read(&self, file: &str) -> String {
+        std::fs::read_to_string(format!("/proc/{}/{file}", self.0)).unwrap()
+    }
+
+    /// The words of a line of its status.
+    pub fn status(&self, name: &str) -> Vec<String> {
+        let status = self.read("status");
+        let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        line.unwrap().split_whitespace().map(str::to_owned).collect()
+    }
+
+    pub fn namespace(&self, kind: &str) -> PathBuf {
+        std::fs::read_link(format!("/proc/{}/ns/{kind}", self.0)).unwrap()
+    }
+
+    pub fn limit(&self, name: &str) -> String {
+        let limits = self.read("limits");
+        let line = limits.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        line.split_whitespace().next().unwrap().to_owned()
+    }
+
+    /// What it has open: number and last part of the path.
+    pub fn descriptors(&self) -> Vec<(i32, String)> {
+        let folder = std::fs::read_dir(format!("/proc/{}/fd", self.0)).unwrap();
+        let opened = folder.map(|entry| {
+            let entry = entry.unwrap();
+            let path = std::fs::read_link(entry.path()).unwrap_or_default();
+            let name = path.file_name().unwrap_or_default().to_str().unwrap().to_owned();
+            (entry.file_name().to_str().unwrap().parse().unwrap(), name)
+        });
+        opened.collect()
+    }
+
+    /// No rights, no way to get any, no variables, and only the jail to see.
+    pub fn check_shut_in(&self, mounts: usize) {
+        for name in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
+            assert_eq!(self.status(name), ["0000000000000000"], "{name}");
+        }
+        assert_eq!(self.status("NoNewPrivs"), ["1"]);
+        assert_eq!(self.read("environ"), "");
+        assert_eq!(self.read("mountinfo").lines().count(), mounts, "{}", self.read("mountinfo"));
+        for kind in ["mnt", "ipc", "uts"] {
+            assert_ne!(self.namespace(kind), Looked(std::process::id()).namespace(kind), "{kind}");
+        }
+        let root = std::fs::read_dir(format!("/proc/{}/root", self.0)).unwrap();
+        let names: BTreeSet<_> = root.map(|entry| entry.unwrap().file_name()).collect();
+        let has = |name: &str| names.contains(std::ffi::OsStr::new(name));
+        assert!(has("alula") && has("run") && !has("proc") && !has("etc"), "{names:?}");
+    }
+
+    /// In KiB.
+    pub fn private_memory(&self) -> u64 {
+        let rollup = self.read("smaps_rollup");
+        let lines = rollup.lines().filter(|line| line.starts_with("Private_"));
+        lines.map(|line| line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap()).sum()
+    }
+}

@@ -1,0 +1,317 @@
+//! `alula jail`: what a program in it still has, that it costs next to nothing, and that nothing is left of one that
+//! could not be made.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by it")]
+
+#[path = "../common/mod.rs"]
+mod common;
+mod looked;
+mod refused;
+mod site;
+
+use std::fs::File;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::mpsc::channel;
+
+use common::{Client, Process, network, wait_for};
+use looked::Looked;
+use site::{Site, end};
+
+/// Who programs in jails are here.
+const UID: u32 = 1234;
+const GID: u32 = 1235;
+/// Who has no rights at all.
+const NOBODY: u32 = 65534;
+/// The most private memory that a jail may cost, in KiB.
+const MEMORY_MAX_KIB: u64 = 300;
+/// So many guests are compared.
+const GUESTS: usize = 10;
+
+fn boot(client: &mut Client, kernel: &Path) {
+    client.ok("PUT", "/machine-config", r#"{"vcpu_count": 1, "mem_size_mib": 16}"#);
+    let boot =
+        serde_json::json!({ "kernel_image_path": kernel, "boot_args": "memory=16 case=serial end=idle" });
+    client.ok("PUT", "/boot-source", &boot.to_string());
+    client.ok("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#);
+    assert_eq!(client.ok("GET", "/", "").json()["state"], "Running");
+}
+
+/// The path of a network namespace, which lives as long as this.
+struct Network(PathBuf, #[allow(dead_code, reason = "its end ends the thread")] std::sync::mpsc::Sender<()>);
+
+impl Network {
+    fn new() -> Self {
+        let (sender, receiver) = channel();
+        let (end, ended) = channel();
+        std::thread::spawn(move || {
+            network::enter();
+            let task = std::fs::read_link("/proc/thread-self").unwrap();
+            sender.send(Path::new("/proc").join(task).join("ns/net")).unwrap();
+            let _ = ended.recv();
+        });
+        Self(receiver.recv().unwrap(), end)
+    }
+}
+
+#[test]
+fn a_guest_runs_in_a_jail_that_root_made() {
+    let site = Site::new();
+    site.put_kernel("web");
+    let network = Network::new();
+    let files = ["kept", "other"].map(|name| File::open(site.folder.write(name, "")).unwrap());
+    let kept = network::hand_over(&files[0]);
+    network::hand_over(&files[1]);
+    let mut command = site.jail("web");
+    command.args(site.limits()).arg("--netns").arg(&network.0).env("SECRET", "1");
+    command.args(["--resource-limit", "fsize=1048576", "--resource-limit", "no-file=200"]);
+    command.args(["--keep-fd", &kept.to_string(), "--", "--api-sock", "/run/api.sock"]);
+    let process = Process::spawn(command);
+    let mut client = site.client("web");
+    boot(&mut client, Path::new("/kernel"));
+
+    let looked = Looked(process.child.id());
+    looked.check_shut_in(1);
+    assert_eq!(looked.status("Uid"), vec![UID.to_string(); 4]);
+    assert_eq!(looked.status("Gid"), vec![GID.to_string(); 4]);
+    assert!(looked.status("Groups").is_empty());
+    assert_eq!(looked.namespace("net"), std::fs::read_link(&network.0).unwrap());
+    let opened = looked.descriptors();
+    assert!(opened.contains(&(kept, "kept".to_owned())), "{opened:?}");
+    assert!(!opened.iter().any(|(_, name)| name == "other"), "{opened:?}");
+    assert_eq!(
+        (looked.limit("Max file size"), looked.limit("Max open files")),
+        ("1048576".into(), "200".into())
+    );
+    let path = format!("/{}/web", site.parent);
+    for (root, file, value) in &site.groups {
+        let group = root.join(&site.parent).join("web");
+        assert_eq!(std::fs::read_to_string(group.join(file)).unwrap().trim(), *value, "{file}");
+        let processes = std::fs::read_to_string(group.join("cgroup.procs")).unwrap();
+        assert_eq!(processes.trim(), looked.0.to_string(), "{file}");
+    }
+    assert!(looked.read("cgroup").contains(&path), "{}", looked.read("cgroup"));
+
+    // The program is the one outside, under two names: no byte of it is there twice.
+    let own = std::fs::metadata(common::alula()).unwrap();
+    for path in [site.root("web").join("alula"), format!("/proc/{}/exe", looked.0).into()] {
+        let found = std::fs::metadata(path).unwrap();
+        assert_eq!((found.dev(), found.ino()), (own.dev(), own.ino()));
+    }
+    let devices = site.root("web").join("dev");
+    for name in ["kvm", "net/tun", "urandom"] {
+        let node = std::fs::metadata(devices.join(name)).unwrap();
+        assert!(
+            node.file_type().is_char_device() && node.uid() == UID && node.mode() & 0o777 == 0o600,
+            "{name}"
+        );
+    }
+    assert_eq!(devices.join("userfaultfd").exists(), Path::new("/dev/userfaultfd").exists());
+    let metrics = client.ok("GET", "/metrics", "").json();
+    let started = metrics["api_server"]["process_startup_time_us"].as_u64().unwrap();
+    let cpu = metrics["api_server"]["process_startup_time_cpu_us"].as_u64().unwrap();
+    assert!(started > 0 && cpu > 0 && started < 100_000_000, "{started} {cpu}");
+}
+
+#[test]
+fn a_jail_in_the_background_tells_its_number() {
+    let site = Site::new();
+    for (id, options, has_namespace) in [
+        ("both", &["--daemonize", "--new-pid-ns"][..], true),
+        ("background", &["--daemonize"], false),
+        ("first", &["--new-pid-ns"], true),
+    ] {
+        let mut command = site.jail(id);
+        command.args(site.limits()).args(options).args(["--", "--api-sock", "/run/api.sock"]);
+        let mut process = Process::spawn(command);
+        // A program in the foreground keeps the output of who started it.
+        wait_for(|| !process.is_running());
+        let code = process.child.wait().unwrap().code();
+        assert_eq!(code, Some(0), "{id}: {}", process.drain());
+        let pid = std::fs::read_to_string(site.root(id).join("alula.pid")).unwrap();
+        let looked = Looked(pid.parse().unwrap());
+        let mut client = site.client(id);
+        assert_eq!(client.ok("GET", "/", "").json()["id"], id);
+        looked.check_shut_in(1);
+        let numbers = looked.status("NSpid");
+        assert_eq!(numbers.last().unwrap() == "1", has_namespace, "{numbers:?}");
+        let session = looked.read("stat").rsplit(") ").next().unwrap().split(' ').nth(3).unwrap().to_owned();
+        let is_daemon = options.contains(&"--daemonize");
+        assert_eq!(session == pid || session == "0", is_daemon, "{id}: session {session}");
+        let output = std::fs::read_link(format!("/proc/{pid}/fd/1")).unwrap();
+        assert_eq!(output.ends_with("null"), is_daemon, "{output:?}");
+        network::kill(looked.0);
+        wait_for(|| !Path::new(&format!("/proc/{pid}/mountinfo")).exists());
+    }
+}
+
+/// `alula jail --userns` as a user without rights.
+fn as_nobody(program: &Path, site: &Site, id: &str) -> Command {
+    let mut command = Command::new(program);
+    command.args(["jail", "--id", id, "--userns", "--chroot-base-dir"]).arg(site.base());
+    command.uid(NOBODY).gid(NOBODY);
+    command
+}
+
+#[test]
+fn an_ordinary_user_makes_a_jail() {
+    let site = Site::new();
+    common::open_devices();
+    let program = common::for_everybody(&site.folder);
+    let mut command = as_nobody(&program, &site, "own");
+    command.args(["--uid", "77", "--gid", "78", "--", "--api-sock", "/run/api.sock"]);
+    let process = Process::spawn(command);
+    let mut client = site.client("own");
+    std::fs::write(site.root("own").join("kernel"), alula::firmware::IMAGE).unwrap();
+    boot(&mut client, Path::new("/kernel"));
+    let looked = Looked(process.child.id());
+    // The root, and each of the host's devices.
+    let devices = ["kvm", "net/tun", "urandom", "userfaultfd"];
+    let mounted = devices.iter().filter(|name| Path::new("/dev").join(name).exists());
+    looked.check_shut_in(1 + mounted.count());
+    assert_eq!(looked.read("uid_map").split_whitespace().collect::<Vec<_>>(), ["77", "65534", "1"]);
+    assert_eq!(looked.read("gid_map").split_whitespace().collect::<Vec<_>>(), ["78", "65534", "1"]);
+    assert_eq!(looked.status("Uid")[0], NOBODY.to_string());
+    // Here, the user may not name the program a second time: it is a copy, and the text is shared all the same.
+    let [copy, own] =
+        [&site.root("own").join("alula"), &program].map(|path| std::fs::metadata(path).unwrap());
+    assert_eq!((copy.len(), copy.nlink()), (own.len(), 1));
+    assert_eq!(std::fs::metadata(format!("/proc/{}/exe", looked.0)).unwrap().ino(), own.ino());
+    drop(process);
+
+    let before = site.everything();
+    for (options, expected) in [
+        (&["--uid", "0"][..], "--uid 0: with --userns, the program would have all rights"),
+        (&["--netns", "/proc/1/ns/net"], "--netns /proc/1/ns/net: "),
+        (&["--resource-limit", "no-file=999999999"], "--resource-limit no-file=999999999: set it: "),
+        (&["--exec-file", "SCRIPT"], "it needs a loader or an interpreter"),
+        (&["--chroot-base-dir", "/proc/jails"], "--chroot-base-dir: make `/proc/jails`: "),
+    ] {
+        let script = site.folder.path("script");
+        if options.contains(&"SCRIPT") {
+            std::fs::write(&script, "#!/bin/sh\n").unwrap();
+            std::fs::set_permissions(&script, PermissionsExt::from_mode(0o755)).unwrap();
+        }
+        let mut command = match options[0] {
+            "--chroot-base-dir" => {
+                let mut command = Command::new(&program);
+                command.args(["jail", "--id", "x", "--userns"]).uid(NOBODY).gid(NOBODY);
+                command
+            }
+            _ => as_nobody(&program, &site, "x"),
+        };
+        command
+            .args(options.iter().map(|word| if *word == "SCRIPT" { script.to_str().unwrap() } else { word }));
+        let ended = end(command);
+        let _ = std::fs::remove_file(&script);
+        assert!(ended.code == Some(1) && ended.text.contains(expected), "{options:?}: {ended:?}");
+        // An empty folder of jails by the script's name is none of it.
+        assert_eq!(site.everything(), before, "{options:?}");
+    }
+    let mut command = Command::new(&program);
+    command.args(["jail", "--id", "x", "--uid", "1", "--gid", "1"]).uid(NOBODY).gid(NOBODY);
+    let ended = end(command);
+    assert!(ended.code == Some(1) && ended.text.contains("give --userns, or call this as root"), "{ended:?}");
+}
+
+#[test]
+fn a_jail_on_another_file_system_has_a_copy() {
+    let site = Site::new();
+    std::fs::create_dir(site.base()).unwrap();
+    common::mount(&site.base(), "tmpfs", "size=128m,mode=755");
+    let mut command = site.jail("far");
+    command.args(["--", "--api-sock", "/run/api.sock"]);
+    let process = Process::spawn(command);
+    site.client("far").ok("GET", "/", "");
+    let own = std::fs::metadata(common::alula()).unwrap();
+    let copy = std::fs::metadata(site.root("far").join("alula")).unwrap();
+    assert!(copy.dev() != own.dev() && copy.len() == own.len() && copy.mode() & 0o111 != 0);
+    // What runs is the one outside.
+    let runs = std::fs::metadata(format!("/proc/{}/exe", process.child.id())).unwrap();
+    assert_eq!((runs.dev(), runs.ino()), (own.dev(), own.ino()));
+    drop(process);
+
+    common::mount(&site.base(), "tmpfs", "size=128m,mode=755,nodev");
+    let ended = end(site.jail("far"));
+    let expected = "its file system is mounted without devices (`nodev`)";
+    assert!(ended.code == Some(1) && ended.text.contains(expected), "{ended:?}");
+    assert_eq!(std::fs::read_dir(site.base()).unwrap().count(), 0);
+}
+
+#[test]
+fn a_program_that_its_user_can_write_is_copied() {
+    let site = Site::new();
+    let program = common::for_everybody(&site.folder);
+    std::os::unix::fs::chown(&program, Some(UID), None).unwrap();
+    let mut command = site.jail("own");
+    command.arg("--exec-file").arg(&program).args(["--", "version"]);
+    end(command);
+    let [copy, own] =
+        [&site.root("own").join("alula"), &program].map(|path| std::fs::metadata(path).unwrap());
+    assert!(copy.ino() != own.ino() && own.nlink() == 1 && copy.len() == own.len());
+}
+
+/// A block of docs/jail.md, pasted into a shell by this user, whose home is the test's folder.
+fn pasted(site: &Site, number: usize, uid: u32) -> Command {
+    let block = include_str!("../../docs/jail.md").split("```sh\n").nth(number).unwrap();
+    let script = block.split("```").next().unwrap();
+    let mut command = Command::new("sh");
+    command.args(["-ec", script]).uid(uid).gid(uid).env("HOME", &site.folder.0);
+    command.env("PATH", format!("{}:{}", site.folder.0.display(), std::env::var("PATH").unwrap()));
+    command
+}
+
+#[test]
+fn the_examples_of_the_page_do_as_they_say() {
+    let site = Site::new();
+    common::open_devices();
+    common::for_everybody(&site.folder);
+    // The first writes there.
+    std::fs::create_dir_all("/srv").unwrap();
+    common::mount(Path::new("/srv"), "tmpfs", "size=128m");
+    let ended = end(pasted(&site, 1, 0));
+    assert!(ended.code == Some(0) && ended.text.contains("web: not started"), "{ended:?}");
+    assert_eq!(std::fs::read_dir("/srv/jailer/alula").unwrap().count(), 0);
+    let ended = end(pasted(&site, 2, NOBODY));
+    assert!(ended.code == Some(0) && ended.text.contains("8 cases, 0 failed"), "{ended:?}");
+    assert_eq!(std::fs::read_dir(site.folder.path("jails/alula")).unwrap().count(), 0);
+    // The group of the first, whose parent others may use.
+    let group = site.groups[0].0.join("alula/web");
+    wait_for(|| std::fs::remove_dir(&group).is_ok());
+    let _ = std::fs::remove_dir(group.parent().unwrap());
+}
+
+/// Starts a guest, whose root or folder has its kernel and its socket.
+fn start_guest(site: &Site, id: &str, is_jailed: bool) -> Process {
+    site.put_kernel(id);
+    let root = site.root(id);
+    let kernel = if is_jailed { "/kernel".into() } else { root.join("kernel") };
+    let command = if is_jailed {
+        let mut command = site.jail(id);
+        command.args(["--", "--api-sock", "/run/api.sock"]);
+        command
+    } else {
+        std::fs::create_dir(root.join("run")).unwrap();
+        let mut command = Command::new(std::path::absolute(common::alula()).unwrap());
+        command.args(["serve", "--api-sock"]).arg(root.join("run/api.sock"));
+        command
+    };
+    let process = Process::spawn(command);
+    boot(&mut site.client(id), &kernel);
+    process
+}
+
+#[test]
+fn guests_in_jails_share_one_program() {
+    let site = Site::new();
+    let private = [false, true].map(|is_jailed| {
+        let ids = (0..GUESTS).map(|number| format!("{is_jailed}-{number}"));
+        let guests: Vec<_> = ids.map(|id| start_guest(&site, &id, is_jailed)).collect();
+        let all = guests.iter().map(|guest| Looked(guest.child.id()).private_memory());
+        all.sum::<u64>() / GUESTS as u64
+    });
+    let [unjailed, jailed] = private;
+    assert!(jailed <= unjailed + MEMORY_MAX_KIB, "{unjailed} KiB, in a jail {jailed} KiB");
+}

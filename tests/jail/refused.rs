@@ -1,0 +1,100 @@
+//! What cannot be a jail is refused by the name of the option, and nothing of it is left.
+
+use std::os::unix::fs::{PermissionsExt, symlink};
+
+use crate::common;
+use crate::site::{Site, end};
+
+/// What stands in the way of the jail `id`, and what is said of it.
+const IN_THE_WAY: &[(&str, &str)] = &[
+    ("leads", "root` is a symbolic link, which could lead anywhere: remove it, or choose another --id"),
+    ("away", "alula/away` is a symbolic link"),
+    ("there", "root/dev` is a symbolic link"),
+    ("file", "root` is no folder: remove it, or choose another --id"),
+    ("left", "alula` is left from an earlier jail: if that has ended, remove its folder"),
+];
+
+/// Options, in which a word in capitals is a file of the test's, and what is said of them.
+const OPTIONS: &[(&str, &str)] = &[
+    ("--netns /dev/null", "--netns /dev/null: it is no network namespace: `ip netns add NAME` makes one"),
+    ("--netns /nonexistent", "--netns /nonexistent: No such file"),
+    (
+        "--exec-file LINK",
+        "it is a symbolic link: name the program that it leads to, or give that a second name",
+    ),
+    ("--exec-file PLAIN", "it is not executable: name a program, and make it executable by `chmod +x`"),
+    ("--exec-file /dev", "--exec-file /dev: it is not executable"),
+    ("--exec-file /nonexistent", "--exec-file /nonexistent: No such file"),
+    ("--exec-file SCRIPT", "--exec-file: execute `SCRIPT`: No such file or directory"),
+    ("--exec-file PRIVATE", "user 1234 may not execute it: `chmod a+rx`"),
+    ("--daemonize --new-pid-ns --exec-file PRIVATE", "user 1234 may not execute it"),
+    ("--cgroup pids.nonesuch=1", "pids.nonesuch`: this kernel has no such limit"),
+    ("--cgroup pids.max=many", "--cgroup pids.max=many: write to `"),
+    (
+        "--cgroup-version 1 --cgroup nonesuch.max=1",
+        "no hierarchy of version 1 with the controller `nonesuch`",
+    ),
+    ("--cgroup-version 2 --cgroup nonesuch.max=1", "does not offer the controller `nonesuch` (it offers: "),
+    ("--cgroup-version 2 --parent-cgroup nonesuch", "--parent-cgroup nonesuch: open `"),
+    ("--keep-fd 199", "--keep-fd 199: no descriptor of this number was inherited"),
+    ("--resource-limit no-file=999999999999", "--resource-limit no-file=999999999999: set it"),
+    ("--userns", "--userns: root would still own the host's files in there"),
+];
+
+/// Puts all that in the way.
+fn obstruct(site: &Site) {
+    let elsewhere = site.folder.path("elsewhere");
+    std::fs::create_dir(&elsewhere).unwrap();
+    std::fs::create_dir_all(site.root("there")).unwrap();
+    for id in ["leads", "file"] {
+        std::fs::create_dir_all(site.root(id).parent().unwrap()).unwrap();
+    }
+    symlink(&elsewhere, site.root("leads")).unwrap();
+    std::fs::write(site.root("file"), "").unwrap();
+    symlink(&elsewhere, site.base().join("alula/away")).unwrap();
+    symlink(&elsewhere, site.root("there").join("dev")).unwrap();
+    // The last jail has ended.
+    let mut command = site.jail("left");
+    command.args(["--", "version"]);
+    let ended = end(command);
+    assert_eq!(ended.code, Some(153), "`version` takes no --id: {ended:?}");
+}
+
+/// Makes the files that [`OPTIONS`] name.
+fn put_programs(site: &Site) {
+    let put = |name: &str, mode, content: &[u8]| {
+        let path = site.folder.write(name, content);
+        std::fs::set_permissions(&path, PermissionsExt::from_mode(mode)).unwrap();
+    };
+    put("SCRIPT", 0o755, b"#!/bin/sh\n");
+    put("PLAIN", 0o644, b"#!/bin/sh\n");
+    put("PRIVATE", 0o700, &std::fs::read(common::alula()).unwrap());
+    symlink(common::alula(), site.folder.path("LINK")).unwrap();
+}
+
+#[test]
+fn what_cannot_be_a_jail_leaves_nothing_behind() {
+    let site = Site::new();
+    obstruct(&site);
+    put_programs(&site);
+    let before = site.everything();
+    let ids = IN_THE_WAY.iter().map(|(id, expected)| (*id, "", *expected));
+    for (id, options, expected) in
+        ids.chain(OPTIONS.iter().map(|(options, expected)| ("x", *options, *expected)))
+    {
+        let mut command = site.jail(id);
+        // What the case is about comes after limits that can be, and is to be undone with them.
+        if !options.contains("cgroup") {
+            command.args(site.limits());
+        } else if options.starts_with("--cgroup pids") {
+            command.args(["--cgroup-version", site.version, "--parent-cgroup", &site.parent]);
+        }
+        let is_file = |word: &str| word.bytes().all(|byte| byte.is_ascii_uppercase());
+        for word in options.split_whitespace() {
+            command.arg(if is_file(word) { site.folder.path(word) } else { word.into() });
+        }
+        let ended = end(command);
+        assert!(ended.code == Some(1) && ended.text.contains(expected), "{id} {options}: {ended:?}");
+        assert_eq!(site.everything(), before, "{id} {options}");
+    }
+}
