@@ -1,8 +1,12 @@
-//! Runs inside a Linux guest that `scripts/bench io` measures: does what comes on standard input, a
+//! Runs inside a Linux guest that `scripts/bench io` or `vsock` measures: does what comes on standard input, a
 //! command a line, and answers `done` and how often.
 //! - `read|write BYTES DEPTH COUNT`: requests of the first disk, DEPTH of them in flight; at random places,
 //!   or one after the other from 1 MiB on. Linux's AIO past the page cache: each batch is submitted at once.
 //! - `tcp-send|tcp-receive BYTES`, `udp-send|udp-receive BYTES DEPTH COUNT`: to and from the host.
+//! - `vsock-send|vsock-receive BYTES`, `vsock-echo COUNT`: to and from the host's ports, bytes of the host's, one after
+//!   the other, sent back.
+//! - `vsock-open COUNT`: connections to the host, kept until `vsock-close`.
+//! - `agent`: starts the agent that lies beside this program.
 //! - `end`.
 
 #![allow(unsafe_code)]
@@ -10,7 +14,7 @@
 use std::fs::File;
 use std::io::{BufRead, Read, Write};
 use std::net::{TcpStream, UdpSocket};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
 type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
@@ -21,11 +25,30 @@ const TCP_SINK: u16 = 5001;
 const TCP_SOURCE: u16 = 5002;
 const UDP_SINK: u16 = 5003;
 const UDP_GUEST: u16 = 5004;
+/// The host's ports (examples/bench/vsock.rs).
+const VSOCK_SINK: u32 = 5001;
+const VSOCK_SOURCE: u32 = 5002;
+const VSOCK_PINGER: u32 = 5003;
+const VSOCK_KEEPER: u32 = 5004;
+const VSOCK_BLOCK: usize = 64 << 10;
+/// What lies beside this program where vsock is measured: the agent, and modules in the order to load them.
+const AGENT: &str = "/bench/alula";
+const MODULES: [&str; 3] = [
+    "/bench/modules/vsock.ko",
+    "/bench/modules/vmw_vsock_virtio_transport_common.ko",
+    "/bench/modules/vmw_vsock_virtio_transport.ko",
+];
 /// From this size on, requests go one after the other.
 const SEQUENTIAL: u64 = 1 << 20;
 
 fn main() -> Result<()> {
+    for module in MODULES {
+        if let Ok(file) = File::open(module) {
+            alula::sys::machine::load_module(&file, false)?;
+        }
+    }
     println!("bench: ready");
+    let mut kept = Vec::new();
     for line in std::io::stdin().lock().lines() {
         let line = line?;
         let words: Vec<&str> = line.split_whitespace().collect();
@@ -37,6 +60,21 @@ fn main() -> Result<()> {
             "tcp-receive" => tcp_receive(value(1)),
             "udp-send" => udp_send(value(1), value(3)),
             "udp-receive" => udp_receive(value(3)),
+            "vsock-send" => vsock_send(value(1)),
+            "vsock-receive" => vsock_receive(value(1)),
+            "vsock-echo" => vsock_echo(value(1)),
+            "vsock-open" => vsock_open(value(1), &mut kept),
+            "vsock-close" => {
+                kept.clear();
+                Ok(0)
+            }
+            "agent" => {
+                let mut command = std::process::Command::new(AGENT);
+                // What it says is not an answer of this program.
+                let quiet = std::process::Stdio::null;
+                command.arg("agent").stdin(quiet()).stdout(quiet()).stderr(quiet());
+                command.spawn().map(|_| 1).map_err(Into::into)
+            }
             "end" => break,
             _ => Err("there is no such command".into()),
         };
@@ -179,6 +217,70 @@ fn udp_receive(count: u64) -> Result<u64> {
     let mut datagram = [0; 2048];
     for _ in 0..count {
         socket.recv(&mut datagram)?;
+    }
+    Ok(count)
+}
+
+/// A connection to a port of the host.
+fn vsock(port: u32) -> Result<File> {
+    // SAFETY: the calls read an address of the size that they are told; the descriptor is nobody else's.
+    unsafe {
+        let socket = libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0);
+        if socket < 0 {
+            return Err(std::io::Error::last_os_error().into());
+        }
+        let socket = OwnedFd::from_raw_fd(socket);
+        let mut address: libc::sockaddr_vm = std::mem::zeroed();
+        address.svm_family = libc::AF_VSOCK as libc::sa_family_t;
+        (address.svm_cid, address.svm_port) = (libc::VMADDR_CID_HOST, port);
+        let length = size_of::<libc::sockaddr_vm>() as libc::socklen_t;
+        if libc::connect(socket.as_raw_fd(), (&raw const address).cast(), length) != 0 {
+            return Err(format!("connect to port {port}: {}", std::io::Error::last_os_error()).into());
+        }
+        Ok(socket.into())
+    }
+}
+
+fn vsock_send(bytes: u64) -> Result<u64> {
+    let mut stream = vsock(VSOCK_SINK)?;
+    let block = vec![0x5a; VSOCK_BLOCK];
+    let mut left = bytes as usize;
+    while left > 0 {
+        left -= stream.write(&block[..left.min(block.len())])?;
+    }
+    // SAFETY: the call has no memory.
+    unsafe { libc::shutdown(stream.as_raw_fd(), libc::SHUT_WR) };
+    // It is done when the other side has it all.
+    let _ = stream.read(&mut [0])?;
+    Ok(bytes)
+}
+
+fn vsock_receive(bytes: u64) -> Result<u64> {
+    let mut stream = vsock(VSOCK_SOURCE)?;
+    let mut block = vec![0; VSOCK_BLOCK];
+    let mut got = 0;
+    while got < bytes {
+        got += stream.read(&mut block)? as u64;
+    }
+    Ok(got)
+}
+
+fn vsock_echo(count: u64) -> Result<u64> {
+    let mut stream = vsock(VSOCK_PINGER)?;
+    let mut byte = [0];
+    for _ in 0..count {
+        stream.read_exact(&mut byte)?;
+        stream.write_all(&byte)?;
+    }
+    Ok(count)
+}
+
+fn vsock_open(count: u64, kept: &mut Vec<File>) -> Result<u64> {
+    let limit = libc::rlimit { rlim_cur: count + 100, rlim_max: count + 100 };
+    // SAFETY: the call reads a structure.
+    unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) };
+    for _ in 0..count {
+        kept.push(vsock(VSOCK_KEEPER)?);
     }
     Ok(count)
 }

@@ -111,7 +111,7 @@ pub struct Boot {
 }
 
 /// System calls that are told apart; numbers differ by architecture, names do not.
-const CALLS: [(&str, libc::c_long); 14] = [
+const CALLS: [(&str, libc::c_long); 15] = [
     ("ioctl", libc::SYS_ioctl),
     ("read", libc::SYS_read),
     ("write", libc::SYS_write),
@@ -129,6 +129,7 @@ const CALLS: [(&str, libc::c_long); 14] = [
     ("io_uring_enter", libc::SYS_io_uring_enter),
     ("futex", libc::SYS_futex),
     ("recvmsg", libc::SYS_recvmsg),
+    ("sendmsg", libc::SYS_sendmsg),
 ];
 
 /// A thread of the monitor, and its events: all system calls, then those of `CALLS`.
@@ -144,6 +145,8 @@ struct Thread {
     clock: Option<File>,
     /// Of a vCPU: interrupts by its own timer.
     timer: Option<File>,
+    /// Of a vCPU: how often a program of the guest, or its kernel, has asked what the CPU can (x86_64).
+    cpuid: Option<File>,
 }
 
 /// An interrupt comes to a local APIC: Linux' LOCAL_TIMER_VECTOR, from the vCPU's thread.
@@ -180,6 +183,11 @@ pub struct Counts {
 }
 
 impl Counts {
+    /// Exits of the load: without [`Self::clock_exits`].
+    pub fn load_exits(&self) -> u64 {
+        self.exits["all"].saturating_sub(self.clock_exits())
+    }
+
     /// Exits that are not of the load: they come with time, however much is done in it.
     pub fn clock_exits(&self) -> u64 {
         let of = |name| self.exits.get(name).copied().unwrap_or(0);
@@ -219,6 +227,8 @@ impl<'a> Counters<'a> {
             let clock = clock.map(|id| count(id, thread, Some(CLOCK.2.to_owned()))).transpose()?;
             let timer = tracepoint(TIMER.0).filter(|_| is_vcpu);
             let timer = timer.map(|id| count(id, thread, Some(TIMER.1.to_owned()))).transpose()?;
+            let cpuid = tracepoint("kvm_cpuid").filter(|_| is_vcpu);
+            let cpuid = cpuid.map(|id| count(id, thread, None)).transpose()?;
             let filters = CALLS.iter().map(|(_, number)| Some(format!("id == {number}")));
             let events = [None].into_iter().chain(filters).map(|filter| count(id, thread, filter));
             let schedstat = path.join("schedstat");
@@ -230,6 +240,7 @@ impl<'a> Counters<'a> {
                 accesses,
                 clock,
                 timer,
+                cpuid,
             });
         }
         Ok(Self { debug, pid, threads })
@@ -251,6 +262,9 @@ impl<'a> Counters<'a> {
             }
             if let Some(clock) = &thread.clock {
                 *counts.exits.entry(CLOCK.0).or_default() += value(clock)?;
+            }
+            if let Some(cpuid) = &thread.cpuid {
+                *counts.exits.entry("CPUID").or_default() += value(cpuid)?;
             }
             let calls = if thread.is_vcpu { &mut counts.vcpu_calls } else { &mut counts.other_calls };
             for (name, event) in names.clone().zip(&thread.events) {

@@ -1,4 +1,5 @@
-//! The program behind `scripts/bench`: it reports figures of starts, of restores and of I/O, and judges none.
+//! The program behind `scripts/bench`: it reports figures of starts, of restores, of I/O
+//! and of vsock, and judges none.
 
 mod counters;
 mod host;
@@ -8,6 +9,7 @@ mod monitor;
 mod restore;
 mod start;
 mod table;
+mod vsock;
 
 type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
 
@@ -31,6 +33,7 @@ fn main() -> Result<()> {
         "restore" => restore::restore(&ours, runs.unwrap_or(100)),
         "clones" => restore::clones(&ours, runs.unwrap_or(100)),
         "io" => io::io(&ours, other.as_deref(), linux, &only),
+        "vsock" => vsock::vsock(&ours, other.as_deref(), &linux.ok_or("--linux is missing")?),
         _ => Err(format!("unknown bench {what}").into()),
     }
 }

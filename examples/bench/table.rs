@@ -183,7 +183,7 @@ fn kinds(row: &Measured) -> String {
     parts.join("; ")
 }
 
-fn verdict(is_met: bool) -> &'static str {
+pub fn verdict(is_met: bool) -> &'static str {
     if is_met { "ok" } else { "OVER" }
 }
 
