@@ -212,7 +212,7 @@ fn run(mut arguments: Run, feed: &mut Option<Feed>) -> Result<Ending> {
         Some(prepared) => prepared.config.clone(),
         None => arguments.config()?,
     };
-    let signals = Signals::take_over()?;
+    let signals = Signals::take_over();
     let server = match &arguments.api_sock {
         Some(path) => Some(listen(path, crate::api::BODY_MAX)?),
         None if arguments.is_named => listen_for(&arguments.id)?,
@@ -270,7 +270,7 @@ fn conclude_command(outcome: &Result<Outcome>, prepared: &command::Prepared) -> 
 fn serve(arguments: Serve, feed: &mut Option<Feed>) -> Result<Ending> {
     let readiness = Readiness::expected();
     let config = arguments.config()?;
-    let signals = Signals::take_over()?;
+    let signals = Signals::take_over();
     let server = match arguments.no_api {
         true => None,
         false => Some(listen(&arguments.socket()?, arguments.http_api_max_payload_size)?),

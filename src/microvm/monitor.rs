@@ -19,16 +19,15 @@ use crate::poll::{Events, Interest, Ready};
 use crate::sys::descriptor;
 use crate::terminal::{self, Keys, Raw};
 
-const SIGNALS: u64 = 0;
-const STDIN: u64 = 1;
-const EXIT: u64 = 2;
-const MACHINE: u64 = 3;
-const HAPPENED: u64 = 4;
-const FEED: u64 = 5;
-const JOBS: u64 = 6;
-const PURPOSE: u64 = 7;
+const STDIN: u64 = 0;
+const EXIT: u64 = 1;
+const MACHINE: u64 = 2;
+const HAPPENED: u64 = 3;
+const FEED: u64 = 4;
+const JOBS: u64 = 5;
+const PURPOSE: u64 = 6;
 /// The first of those of the front.
-const FRONT: u64 = 8;
+const FRONT: u64 = 7;
 
 /// How often a running guest is looked at (halted for good? console output kept?).
 const LOOK: Duration = Duration::from_secs(1);
@@ -115,7 +114,6 @@ impl Monitor {
     /// Waits for `signals` and the clients of `front`, and tells `feed` what happens.
     pub fn new(signals: Signals, mut front: Option<Box<dyn Front>>, feed: Option<Feed>) -> Result<Self> {
         let events = Events::new()?;
-        events.add(&signals, Interest::IN, SIGNALS)?;
         if let Some(front) = &mut front {
             front.register(&events, FRONT)?;
         }
@@ -270,16 +268,27 @@ impl Monitor {
             {
                 front.expire(Instant::now(), &self.events)?;
             }
-            self.signals.wait(&self.events, self.timeout(), &mut ready)?;
-            if ready.is_empty() {
-                continue;
+            if let Some(signal) = self.take_signal() {
+                return Ok(Outcome::Signal(signal));
             }
+            self.signals.wait(&self.events, self.timeout(), &mut ready)?;
             for event in &ready {
                 if let Some(outcome) = self.handle(*event, microvm)? {
                     return Ok(outcome);
                 }
             }
         }
+    }
+
+    /// The signal that ends the process, if one came. One that says that the process goes on is done with here.
+    fn take_signal(&mut self) -> Option<u8> {
+        let mut signal = self.signals.next()?;
+        if i32::from(signal) == libc::SIGCONT {
+            self.input.go_on(&self.events);
+            signal = self.signals.next()?;
+        }
+        log::debug(format_args!("signal {signal} came"));
+        Some(signal)
     }
 
     fn timeout(&self) -> Option<Duration> {
@@ -292,13 +301,6 @@ impl Monitor {
 
     fn handle(&mut self, event: Ready, microvm: &mut Microvm) -> Result<Option<Outcome>> {
         match event.token {
-            SIGNALS => match self.signals.next() {
-                Some(signal) if i32::from(signal) == libc::SIGCONT => self.input.go_on(&self.events),
-                signal => {
-                    signal.iter().for_each(|signal| log::debug(format_args!("signal {signal} came")));
-                    return Ok(signal.map(Outcome::Signal));
-                }
-            },
             STDIN => self.input.is_ready = true,
             MACHINE => {
                 if microvm.attend()

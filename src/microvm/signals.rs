@@ -1,9 +1,10 @@
 //! The signals that end the process, whatever its main thread does, and the one that says it goes on.
 //!
-//! Handlers note a signal and wake the main loop, which ends in order. If the loop does not take the signal
-//! up in time, or if another one comes, a timer's handler ends the process at once: it restores the
-//! terminal, removes the files of the sockets, and exits with the code that the signal has. A panic, in any thread,
-//! ends the process at once, too, and removes them.
+//! Handlers note a signal, whose coming interrupts the wait of the main loop, which ends in order. A signal can come
+//! when the loop has looked for signals and does not wait yet, or to another thread: so handlers start a timer that
+//! ticks, and each tick interrupts the wait, too. If the loop does not take the signal up in time, or if another one
+//! comes, the timer's handler ends the process at once: it restores the terminal, removes the files of the sockets, and
+//! exits with the code that the signal has. A panic, in any thread, ends the process at once, too, and removes them.
 //!
 //! Which thread runs a handler makes no difference. The main thread is the kernel's first choice. Once a
 //! guest runs, the main thread lets these signals in only while it waits for events: what else it does may
@@ -12,25 +13,26 @@
 //! all signals: a disk can hold them in the same way. Before its guest runs, the process has one thread,
 //! and such a file system leaves it to SIGKILL.
 
-use std::os::fd::{AsRawFd, RawFd};
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering::SeqCst};
 use std::time::Duration;
 
 use crate::error::Result;
 use crate::host::socket_file;
 use crate::memory::lost;
-use crate::poll::{self, EventFd, Events, Ready};
+use crate::poll::{Events, Ready};
 use crate::sys::{descriptor, process};
 use crate::terminal;
 
 const ENDING: [i32; 5] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT, libc::SIGXCPU];
 
-/// How long the main loop has to take a signal up. What holds it longer may hold it for ever.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// The time between two ticks of the timer: so late a signal is taken up that comes just before a wait.
+const TICK: Duration = Duration::from_millis(20);
+/// How many ticks the main loop has to take a signal up, 2 s. What holds it longer may hold it for ever.
+const PATIENCE: u32 = 100;
 /// How long an end in order still has after another signal. Two that come within a moment are one wish: a
 /// shell passes on the hang-up of its terminal, which the kernel tells, too.
 const GRACE: Duration = Duration::from_millis(100);
+const GRACE_TICKS: u32 = (GRACE.as_millis() / TICK.as_millis()) as u32;
 
 /// A signal's number is added to this, as shells do.
 const SIGNAL_BASE: u8 = 128;
@@ -53,8 +55,9 @@ static IS_URGENT: AtomicBool = AtomicBool::new(false);
 static IS_ENDING: AtomicBool = AtomicBool::new(false);
 /// The process was stopped, and goes on.
 static GOES_ON: AtomicBool = AtomicBool::new(false);
-/// Wakes the main loop.
-static WAKE: OnceLock<EventFd> = OnceLock::new();
+/// How many ticks of the timer are left until its handler does what is to be done.
+static TICKS: AtomicU32 = AtomicU32::new(0);
+
 /// The exit code of a process that this signal ended.
 pub fn exit_code(signal: u8) -> u8 {
     match i32::from(signal) {
@@ -90,7 +93,6 @@ pub fn watch_memory() {
 /// loop does not turn.
 pub fn end_soon_by_lost_memory() {
     arm(PATIENCE);
-    wake();
 }
 
 /// Ends the process, whose guest has lost its memory: without waiting for threads that may wait for it for ever.
@@ -101,7 +103,6 @@ pub fn end_by_lost_memory() -> ! {
 /// Ending signals come here instead of ending the process by themselves, unless they were ignored when it
 /// was started (nohup(1), a background job of a script), and SIGCONT does, if it is asked for.
 pub struct Signals {
-    wake: &'static EventFd,
     /// The main thread's mask while it waits: it lets everything in.
     nothing: libc::sigset_t,
 }
@@ -109,14 +110,12 @@ pub struct Signals {
 impl Signals {
     /// Sets up the handlers and the panic hook, and lets in signals that the process was started with blocked: its
     /// parent has blocked them for reasons of its own.
-    pub fn take_over() -> Result<Self> {
+    pub fn take_over() -> Self {
         let report = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |panic| {
             socket_file::remove_all();
             report(panic);
         }));
-        let wake = poll::event("signals")?;
-        let wake = WAKE.get_or_init(|| wake);
         for signal in ENDING {
             if !handle_unless_ignored(signal, on_ending) {
                 // An ignored signal may have reached the handler while that was installed: it is forgotten.
@@ -125,7 +124,7 @@ impl Signals {
         }
         let nothing = process::signals(&[]);
         process::set_signal_mask(&nothing);
-        Ok(Self { wake, nothing })
+        Self { nothing }
     }
 
     /// From here on [`Self::next`] also tells of SIGCONT.
@@ -140,15 +139,14 @@ impl Signals {
         process::block_signals(&process::signals(&[a, b, c, d, e, libc::SIGALRM]));
     }
 
-    /// Waits for events, and for signals: those make this readable.
+    /// Waits for events, and for signals, which end the wait. Whoever waits looks for signals before
+    /// ([`Self::next`]).
     pub fn wait(&self, events: &Events, timeout: Option<Duration>, ready: &mut Vec<Ready>) -> Result<()> {
         events.wait_masked(timeout, ready, &self.nothing)
     }
 
     /// The signal that came, if one did.
     pub fn next(&self) -> Option<u8> {
-        // Nothing to read: it was read with another signal.
-        let _ = self.wake.read();
         match CAME.load(SeqCst) {
             0 if GOES_ON.swap(false, SeqCst) => Some(libc::SIGCONT as u8),
             0 => None,
@@ -173,12 +171,6 @@ impl Signals {
     }
 }
 
-impl AsRawFd for Signals {
-    fn as_raw_fd(&self) -> RawFd {
-        self.wake.as_raw_fd()
-    }
-}
-
 // From here on: what handlers do, in any thread and in the midst of anything. They use atomics and
 // async-signal-safe calls (signal-safety(7)), and leave `errno` as it was.
 
@@ -187,12 +179,11 @@ extern "C" fn on_ending(signal: i32) {
         let is_first = CAME.compare_exchange(0, signal, SeqCst, SeqCst).is_ok();
         if is_first && !IS_ENDING.load(SeqCst) {
             arm(PATIENCE);
-            wake();
         } else if signal != libc::SIGXCPU {
             // The kernel repeats SIGXCPU with every second of CPU time: nobody insists by it.
             CAME.store(signal, SeqCst);
             if !IS_URGENT.swap(true, SeqCst) {
-                arm(GRACE);
+                arm(GRACE_TICKS);
             }
         }
     });
@@ -201,21 +192,44 @@ extern "C" fn on_ending(signal: i32) {
 extern "C" fn on_going_on(_: i32) {
     process::keep_errno(|| {
         GOES_ON.store(true, SeqCst);
-        wake();
+        // The time of a signal that ends the process runs already.
+        if CAME.load(SeqCst) == 0 {
+            arm(PATIENCE);
+        }
     });
 }
 
+/// A tick. Most of them only interrupt the main loop's wait; the last one does what is to be done.
 extern "C" fn on_timer(_: i32) {
-    process::keep_errno(|| match (CAME.load(SeqCst), IS_URGENT.load(SeqCst)) {
+    process::keep_errno(|| {
+        // None is left: this one was under way when the timer was stopped.
+        let Ok(before) = TICKS.fetch_update(SeqCst, SeqCst, |ticks| ticks.checked_sub(1)) else { return };
+        let left = before - 1;
+        let is_over = CAME.load(SeqCst) == 0 && !GOES_ON.load(SeqCst) && !lost::is_lost();
+        if left == 0 || is_over && TICKS.compare_exchange(left, 0, SeqCst, SeqCst).is_ok() {
+            process::start_timer(Duration::ZERO, Duration::ZERO);
+            // A signal that another thread has handled meanwhile needs the timer that was just stopped.
+            if TICKS.load(SeqCst) != 0 {
+                process::start_timer(TICK, TICK);
+            }
+        }
+        if left == 0 {
+            on_last_tick();
+        }
+    });
+}
+
+fn on_last_tick() {
+    match (CAME.load(SeqCst), IS_URGENT.load(SeqCst)) {
         _ if lost::is_lost() => end_at_once(MEMORY_LOST, say_lost),
-        // No signal is noted: the one that armed the timer was an ignored one, and was forgotten.
+        // The process goes on after a stop, and the main loop is held up: that is no reason to end.
         (0, _) => {}
         (_, false) if IS_ENDING.load(SeqCst) => say(WRITING),
         (signal, is_urgent) => {
             let code = u8::try_from(signal).map_or(u8::MAX, exit_code);
             end_at_once(code, || say(if is_urgent { INSISTED } else { HELD_UP }))
         }
-    });
+    }
 }
 
 /// Memory that this thread has touched is not there. The main loop has the time to tell of it that it has to take up a
@@ -245,7 +259,7 @@ fn say_lost() {
 fn end_at_once(code: u8, say: impl FnOnce()) -> ! {
     // If anything below is held up, SIGALRM kills.
     process::handle_by_default(libc::SIGALRM);
-    process::start_timer(GRACE);
+    process::start_timer(GRACE, Duration::ZERO);
     terminal::restore();
     socket_file::remove_all();
     say();
@@ -263,19 +277,13 @@ fn has_reader() -> bool {
     descriptor::poll(&libc::STDERR_FILENO, libc::POLLOUT, 0) != 0
 }
 
-fn wake() {
-    if let Some(wake) = WAKE.get() {
-        // A counter that is full wakes as well.
-        let _ = wake.write(1);
-    }
-}
-
-/// Has the timer's handler called after this time.
-fn arm(after: Duration) {
+/// Has the timer tick so often before its handler does what is to be done.
+fn arm(ticks: u32) {
+    TICKS.store(ticks, SeqCst);
     // The kernel would stop a background process that restores the terminal (SIGTTOU), and would keep the
     // timer's signal from killing while the handler runs (SA_NODEFER).
     process::handle(libc::SIGALRM, on_timer, libc::SA_NODEFER, &[libc::SIGTTOU]);
-    process::start_timer(after);
+    process::start_timer(TICK, TICK);
 }
 
 /// Has `handler` called; false: the signal was ignored, and stays so, here and in programs started from here.

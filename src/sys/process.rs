@@ -215,11 +215,12 @@ pub fn handle_by_default(signal: i32) {
     unsafe { libc::sigaction(signal, &raw const default, null_mut()) };
 }
 
-/// Has SIGALRM sent to this process after so long, once (setitimer(2)).
-pub fn start_timer(after: Duration) {
-    let never = libc::timeval { tv_sec: 0, tv_usec: 0 };
-    let after = libc::timeval { tv_sec: after.as_secs() as _, tv_usec: after.subsec_micros().into() };
-    let timer = libc::itimerval { it_interval: never, it_value: after };
+/// Has SIGALRM sent to this process after so long, and then again and again after `every` (setitimer(2)). A time of 0:
+/// never.
+pub fn start_timer(after: Duration, every: Duration) {
+    let [after, every] = [after, every]
+        .map(|time| libc::timeval { tv_sec: time.as_secs() as _, tv_usec: time.subsec_micros().into() });
+    let timer = libc::itimerval { it_interval: every, it_value: after };
     // SAFETY: the call reads a local structure.
     unsafe { libc::setitimer(libc::ITIMER_REAL, &raw const timer, null_mut()) };
 }
