@@ -33,7 +33,9 @@ struct Manner {
 /// One client.
 pub struct Connection {
     pub stream: Named<UnixStream>,
-    pub interest: Interest,
+    /// What is waited for on the event loop. None: the connection is not on the loop yet. What a client asks as it
+    /// connects is served before that, and a client that then leaves needs no place on it.
+    pub interest: Option<Interest>,
     input: Vec<u8>,
     pub output: Vec<u8>,
     /// Nothing more is served; when the output is out, what still comes is thrown away.
@@ -66,7 +68,7 @@ impl Connection {
     pub fn new(stream: UnixStream, moved: u64) -> Self {
         Self {
             stream: Named::new("API client", stream),
-            interest: Interest::IN,
+            interest: None,
             input: Vec::new(),
             output: Vec::new(),
             ending: false,

@@ -133,9 +133,11 @@ impl Server {
                     self.moves += 1;
                     connection.moved = self.moves;
                 }
-                if interest != connection.interest {
-                    events.change(&connection.stream, interest, ready_token(self.token, index))?;
-                    connection.interest = interest;
+                let (stream, token) = (&connection.stream, ready_token(self.token, index));
+                match connection.interest.replace(interest) {
+                    None => events.add(stream, interest, token)?,
+                    Some(before) if before != interest => events.change(stream, interest, token)?,
+                    Some(_) => {}
                 }
                 Ok(answered)
             }
@@ -245,7 +247,6 @@ impl Server {
             log::debug(format_args!("{CONNECTIONS_MAX} clients of the API are served: one more is refused"));
             connection.end(http::error_bytes("503", "Too many open connections"));
         }
-        events.add(&connection.stream, connection.interest, ready_token(self.token, index))?;
         self.connections[index] = Some(connection);
         Ok(Some(index))
     }
