@@ -10,14 +10,11 @@ use super::fixed::{FixedDevice, Site};
 use crate::error::{Context, Error, Result};
 use crate::memory::Memory;
 use crate::part::Component;
-use crate::platform::node::{AcpiDevice, AcpiEvent, AcpiValue, TreeNode};
+use crate::platform::node::{AcpiDevice, AcpiValue};
 use crate::platform::{Node, Place};
 use crate::poll::EventFd;
 use crate::snapshot::Snapshot;
 use crate::sys::process;
-
-/// How ACPI calls the device.
-const ACPI_NAME: &str = "VGEN";
 
 /// The ID, and the interrupt that says that it is another one.
 pub struct GenerationId {
@@ -71,18 +68,13 @@ impl Snapshot for GenerationId {
 impl Component for GenerationId {
     fn nodes(&self, place: Place) -> Vec<Node> {
         let GuestAddress(address) = self.address;
-        let tree = TreeNode::at("vmgenid", place)
-            .texts("compatible", &["microsoft,vmgenid"])
-            .registers(place)
-            .interrupt(place);
         // The document has the compatible ID in small letters, and Linux takes it as ACPI reads it, in capitals.
         // ACPI before 5.0 has no IDs of that length: Linux knows a short one, too.
-        let acpi = AcpiDevice::new(ACPI_NAME, AcpiValue::Text("VMGENCTR"), Vec::new())
+        let acpi = AcpiDevice::new("VGEN", AcpiValue::Text("VMGENCTR"), Vec::new())
             .with("_CID", AcpiValue::Text("VM_Gen_Counter"))
             .with("_DDN", AcpiValue::Text("VM_Gen_Counter"))
             .with("ADDR", AcpiValue::Pair(address as u32, (address >> 32) as u32));
-        let event = place.gsi().map(|gsi| Node::Event(AcpiEvent { gsi, device: ACPI_NAME }));
-        [Node::Acpi(acpi), Node::Tree(tree)].into_iter().chain(event).collect()
+        Node::of_memory(place, "vmgenid", "microsoft,vmgenid", acpi)
     }
 
     fn begin(&mut self) -> Result<()> {

@@ -12,13 +12,10 @@ use super::fixed::{FixedDevice, Site};
 use crate::error::{Context, Error, Result};
 use crate::memory::Memory;
 use crate::part::Component;
-use crate::platform::node::{AcpiDevice, AcpiEvent, AcpiValue, TreeNode};
+use crate::platform::node::{AcpiDevice, AcpiValue};
 use crate::platform::{Node, Place};
 use crate::poll::EventFd;
 use crate::snapshot::Snapshot;
-
-/// How ACPI calls the device.
-const ACPI_NAME: &str = "VCLK";
 
 const MAGIC: u32 = u32::from_le_bytes(*b"VCLK");
 const SIZE: u32 = 0x1000;
@@ -134,20 +131,15 @@ impl Snapshot for VmClock {
 
 impl Component for VmClock {
     fn nodes(&self, place: Place) -> Vec<Node> {
-        let tree = TreeNode::at("vmclock", place)
-            .texts("compatible", &["amazon,vmclock"])
-            .registers(place)
-            .interrupt(place);
         // The interrupt is the event device's.
         let resources = match place {
             Place::Memory { range, .. } => Place::Memory { range, gsi: None }.resources(),
             _ => Vec::new(),
         };
-        let acpi = AcpiDevice::new(ACPI_NAME, AcpiValue::Text("AMZNC10C"), resources)
+        let acpi = AcpiDevice::new("VCLK", AcpiValue::Text("AMZNC10C"), resources)
             .with("_CID", AcpiValue::Text("VMCLOCK"))
             .with("_DDN", AcpiValue::Text("VMCLOCK"));
-        let event = place.gsi().map(|gsi| Node::Event(AcpiEvent { gsi, device: ACPI_NAME }));
-        [Node::Acpi(acpi), Node::Tree(tree)].into_iter().chain(event).collect()
+        Node::of_memory(place, "vmclock", "amazon,vmclock", acpi)
     }
 
     fn begin(&mut self) -> Result<()> {

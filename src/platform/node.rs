@@ -23,6 +23,18 @@ pub enum Node {
     Chosen(Property),
 }
 
+impl Node {
+    /// What is said of a device that is in guest memory at `place`, and whose interrupt says that what is there has
+    /// changed: to a guest with ACPI, `acpi` and an event of that device; in a device tree, a node called `name` that
+    /// is `compatible` with that.
+    pub fn of_memory(place: Place, name: &str, compatible: &str, acpi: AcpiDevice) -> Vec<Self> {
+        let tree =
+            TreeNode::at(name, place).texts("compatible", &[compatible]).registers(place).interrupt(place);
+        let event = place.gsi().map(|gsi| Self::Event(AcpiEvent { gsi, device: acpi.name.clone() }));
+        [Self::Acpi(acpi), Self::Tree(tree)].into_iter().chain(event).collect()
+    }
+}
+
 /// An event of ACPI's Generic Event Device (ACPI 6.5, 5.6.9): when the interrupt comes, the driver of the device is
 /// notified with [`AcpiEvent::CHANGED`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,7 +42,7 @@ pub struct AcpiEvent {
     /// The interrupt line, by its GSI: an edge, high. Several devices may have one line.
     pub gsi: u32,
     /// The name of the device, four characters.
-    pub device: &'static str,
+    pub device: String,
 }
 
 impl AcpiEvent {
