@@ -117,7 +117,7 @@ impl Guest {
         let initrd = None::<&mut std::fs::File>;
         let entry = arch::load(&memory, &mut kernel, initrd, &mut guest.platform).unwrap();
         let stopped: Vec<_> = guest.vcpus.iter().map(Vcpu::stopped).collect();
-        guest.vm.set_cpu_model(&stopped, &guest.platform, &[]).unwrap();
+        guest.vm.with_cpu_model(|model| model.apply(&stopped, guest.platform.smt, &[])).unwrap();
         arch::boot(&stopped, &entry).unwrap();
         drop(stopped);
         guest.parts.iter().for_each(|part| part.lock().begin().unwrap());

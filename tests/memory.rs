@@ -102,7 +102,7 @@ impl Guest {
         let mut vm = Vm::new(Prepared::new().unwrap(), &memory.memory()).unwrap();
         let cpu = vm.create_vcpus(platform.cpus).unwrap().remove(0);
         vm.complete(&mut platform).unwrap();
-        vm.set_cpu_model(&[&cpu], &platform, &[]).unwrap();
+        vm.with_cpu_model(|model| model.apply(&[&cpu], platform.smt, &[])).unwrap();
         code::start(&cpu);
         Self { vm, cpu, memory }
     }

@@ -150,7 +150,8 @@ pub fn load(machine: &mut Machine, config: &Config, host: &mut Host) -> Result<(
     let memory = &*machine.memory.memory();
     let platform = &mut machine.platform;
     let vcpus = machine.vcpus.stopped();
-    machine.vm.set_cpu_model(&vcpus, platform, &config.cpuid())?;
+    // CPUs that are restored are what they were instead.
+    machine.vm.with_cpu_model(|model| model.apply(&vcpus, platform.smt, &config.cpuid()))?;
     platform.nodes = machine.parts.nodes();
     platform.random_seed = host.random_seed()?;
     let entry = match &config.boot_source {

@@ -154,7 +154,8 @@ impl Machine {
     pub fn check_host(&self, saved: &SavedMachine) -> Result<()> {
         let stopped = self.vcpus.stopped();
         let Some(first) = stopped.first() else { return Ok(()) };
-        self.vm.check_cpu_model(first, &saved.vcpus, &self.platform, &saved.config.cpuid())
+        let modifiers = saved.config.cpuid();
+        self.vm.with_cpu_model(|model| model.check(first, &saved.vcpus, &self.platform, &modifiers))
     }
 
     /// Makes this machine the one that was saved. The caller promises that it was just built, from the saved

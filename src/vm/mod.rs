@@ -18,11 +18,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use vm_memory::GuestMemoryBackend as _;
 
-use crate::arch::{self, CpuModel, VcpuState};
+use crate::arch::{self, CpuModel};
 use crate::descriptors::Name;
 use crate::error::{Context, Error, Result};
 use crate::memory::{Range, Region, Regions};
-use crate::platform::{CpuidModifier, MessageFrame, Platform};
+use crate::platform::{MessageFrame, Platform};
 use crate::poll::EventFd;
 use crate::timeline::Timeline;
 use slots::Slots;
@@ -169,17 +169,11 @@ impl Vm {
         Ok(())
     }
 
-    /// Tells KVM what the CPUs are, before they first run: those of the host, their CPUID changed by `modifiers`.
-    /// CPUs that are restored are what they were instead.
-    pub fn set_cpu_model(
-        &self,
-        vcpus: &[impl Deref<Target = VcpuFd>],
-        platform: &Platform,
-        modifiers: &[CpuidModifier],
-    ) -> Result<()> {
+    /// Has `ask` ask what KVM is told of CPUs, which KVM says here if nobody has wanted to know yet.
+    pub fn with_cpu_model<T>(&self, ask: impl FnOnce(&CpuModel) -> Result<T>) -> Result<T> {
         match &self.cpu_model {
-            Some(model) => model.apply(vcpus, platform.smt, modifiers),
-            None => CpuModel::new(&self.kvm)?.apply(vcpus, platform.smt, modifiers),
+            Some(model) => ask(model),
+            None => ask(&CpuModel::new(&self.kvm)?),
         }
     }
 
@@ -187,24 +181,6 @@ impl Vm {
     /// they run.
     pub fn foresee_cpu_model(&self, vcpus: &[impl Deref<Target = VcpuFd>]) -> Result<()> {
         self.cpu_model.as_ref().map_or(Ok(()), |model| model.apply(vcpus, false, &[]))
-    }
-
-    /// Whether this host's CPUs, of which `vcpu` is one that has not run, can be what these saved ones were, their CPUID
-    /// changed by `modifiers`.
-    ///
-    /// # Errors
-    /// They lack something, which is named.
-    pub fn check_cpu_model(
-        &self,
-        vcpu: &VcpuFd,
-        saved: &[VcpuState],
-        platform: &Platform,
-        modifiers: &[CpuidModifier],
-    ) -> Result<()> {
-        match &self.cpu_model {
-            Some(model) => model.check(vcpu, saved, platform, modifiers),
-            None => CpuModel::new(&self.kvm)?.check(vcpu, saved, platform, modifiers),
-        }
     }
 
     /// Gives the guest another region of memory, in the lowest slot that is free, and returns that. `is_tracked`:
