@@ -12,7 +12,6 @@ pub mod tap;
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -21,7 +20,7 @@ use crate::error::{Context, Result};
 use crate::log;
 use crate::metadata::Service;
 use crate::sink::{Purpose, Sink};
-use crate::sys::process;
+use crate::sys::{descriptor, process};
 use console::StdoutWriter;
 use listener::Listener;
 use passt::Passt;
@@ -281,8 +280,8 @@ impl Host {
             (Some(Resource::Console(output)), _) => Ok(output),
             (_, Some(path)) => open_console(path),
             (_, None) => {
-                let fd =
-                    std::io::stdout().as_fd().try_clone_to_owned().context("duplicate standard output")?;
+                let fd = descriptor::standard_output().try_clone_to_owned();
+                let fd = fd.context("duplicate standard output")?;
                 Ok(Box::new(StdoutWriter::new(fd)))
             }
         }

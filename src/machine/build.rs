@@ -26,9 +26,9 @@ use crate::log;
 use crate::memory::{Range, Region, Source};
 use crate::platform::Platform;
 
-/// The list of parts begins with room for this many, which few machines have: a list that grows is copied, and
-/// each copy may touch one more page of memory.
-const PARTS: usize = 16;
+/// The list of parts has room for this many beside the configured ones: a list that grows is copied, and each copy may
+/// touch one more page of memory.
+const FIXED_PARTS: usize = 8;
 /// Less than the boot tables, a kernel and its FDT need.
 const MEMORY_MIN: u64 = 2 << 20;
 
@@ -64,7 +64,7 @@ pub fn build(
         room: &wake,
         boot_timer,
         message_frame: platform.message_frame(),
-        parts: Vec::with_capacity(PARTS),
+        parts: Vec::with_capacity(FIXED_PARTS + config.devices().count()),
     };
     put_fixed(&mut site)?;
     let mut parts = site.parts;

@@ -68,7 +68,8 @@ impl Parts {
 
     /// What the boot tables of this architecture say of the parts.
     pub fn nodes(&self) -> Vec<Node> {
-        let mut all = Vec::with_capacity(self.0.len());
+        // Few parts have more than one.
+        let mut all = Vec::with_capacity(self.0.len() + 4);
         for part in &self.0 {
             all.extend(part.lock().nodes(part.place).into_iter().filter(arch::prints));
         }

@@ -5,7 +5,7 @@ use std::ffi::CString;
 use std::fs::File;
 use std::io::{Error, ErrorKind, Result};
 use std::mem::{ManuallyDrop, zeroed};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
@@ -237,6 +237,12 @@ pub fn change_device(file: &File, what: DeviceRange, offset: u64, length: u64) -
 pub fn standard_input() -> ManuallyDrop<File> {
     // SAFETY: the descriptor is open for as long as the process is, and is not closed here.
     ManuallyDrop::new(unsafe { File::from_raw_fd(libc::STDIN_FILENO) })
+}
+
+/// Standard output without the library's buffer.
+pub fn standard_output() -> BorrowedFd<'static> {
+    // SAFETY: the descriptor is open for as long as the process is.
+    unsafe { BorrowedFd::borrow_raw(libc::STDOUT_FILENO) }
 }
 
 /// The modes of a terminal; None: it is none (tcgetattr(3)).

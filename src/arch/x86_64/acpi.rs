@@ -26,7 +26,18 @@ const BOOT_FLAGS: u16 = 1 << 2 | 1 << 5;
 /// The reset register among the power registers.
 const RESET_REGISTER: u16 = 2;
 
+/// Room for all tables of a machine with few CPUs. What grows from nothing leaves a piece of the heap behind with each
+/// step, and the C library keeps pieces of at most 1032 bytes apart (`tcache`) instead of putting them together again.
+const ROOM: usize = 1280;
+
 struct Bytes(Vec<u8>);
+
+impl Bytes {
+    fn new() -> Self {
+        Self(Vec::with_capacity(ROOM))
+    }
+}
+
 impl AmlSink for Bytes {
     fn byte(&mut self, byte: u8) {
         self.0.push(byte);
@@ -63,7 +74,8 @@ pub struct Tables {
 
 /// All tables, down from the reset vector and the generation ID before it.
 pub fn tables(platform: &Platform) -> Tables {
-    let mut bytes = vec![0; (layout::RESET_VECTOR - layout::GENERATION_ID) as usize];
+    let mut bytes = Vec::with_capacity(ROOM);
+    bytes.resize((layout::RESET_VECTOR - layout::GENERATION_ID) as usize, 0);
     bytes.extend(reset_code(platform));
     let mut all = Tables { start: layout::GENERATION_ID, bytes };
     let dsdt = all.prepend(&dsdt(platform));
@@ -85,7 +97,7 @@ pub fn tables(platform: &Platform) -> Tables {
 impl Tables {
     /// Puts a table before the others and returns its guest physical address.
     fn prepend(&mut self, table: &dyn Aml) -> u64 {
-        let mut new = Bytes(Vec::new());
+        let mut new = Bytes::new();
         table.to_aml_bytes(&mut new);
         new.0.resize(new.0.len().next_multiple_of(16), 0);
         self.start -= new.0.len() as u64;
@@ -139,7 +151,7 @@ fn madt(platform: &Platform) -> Sdt {
 
 /// DSDT: the devices that a guest cannot find by probing, and how to power off.
 fn dsdt(platform: &Platform) -> Sdt {
-    let mut aml = Bytes(Vec::new());
+    let mut aml = Bytes::new();
     for node in &platform.nodes {
         match node {
             Node::Power(power) => {

@@ -58,7 +58,7 @@ pub const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 reboot=k panic=-1";
 const XAPIC_CPUS: u16 = 255;
 
 /// Entries of CPUID that are asked for first: today's processors have about 60, and room for all that KVM
-/// may tell would be 10 KiB of every monitor's memory.
+/// may tell would be 10 KiB of every monitor's memory. What is not needed of it is given back.
 const CPUID_ENTRIES: usize = 80;
 
 /// What KVM is told of CPUs; what does not depend on the machine is asked once, ahead.
@@ -77,6 +77,7 @@ impl CpuModel {
                 _ => Err(error),
             })
             .context("ask KVM for the supported CPUID")?;
+        let supported = CpuId::from_entries(supported.as_slice()).expect("as many as KVM can tell of");
         Ok(Self { supported, tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer) })
     }
 
