@@ -56,7 +56,7 @@ fn known(folder: &Folder) -> Host {
 }
 
 /// A machine with a disk and a network interface, loaded with the firmware guest.
-fn machine(folder: &Folder, cpus: u16, pci: bool) -> Machine {
+fn machine(folder: &Folder, cpus: u16, pci: bool) -> Box<Machine> {
     let disk = folder.write("disk", vec![0; 1 << 20]);
     let text = format!(
         r#"{{"machine-config": {{"vcpu_count": {cpus}, "mem_size_mib": 64}},

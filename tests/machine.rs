@@ -55,12 +55,12 @@ fn host(folder: &Folder) -> Host {
     host
 }
 
-fn build(folder: &Folder, config: &Config, places: &Places) -> alula::error::Result<Machine> {
+fn build(folder: &Folder, config: &Config, places: &Places) -> alula::error::Result<Box<Machine>> {
     Machine::build_at(places, "test", config, &mut host(folder), Prepared::new().unwrap())
 }
 
 /// A machine with a disk, loaded with the firmware guest, whose console goes to `folder`.
-fn machine(folder: &Folder, pci: bool, words: &str) -> Machine {
+fn machine(folder: &Folder, pci: bool, words: &str) -> Box<Machine> {
     let config = config(folder, pci, words, &["disk"]);
     let mut machine = build(folder, &config, &Places::new()).unwrap();
     machine.load(&config, &mut host(folder)).unwrap();

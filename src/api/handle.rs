@@ -276,7 +276,7 @@ mod tests {
 
     fn controller() -> Controller {
         let microvm = Microvm::new("test".to_owned(), Config::default());
-        Controller { microvm, handler: Handler::default() }
+        Controller { microvm: *microvm, handler: Handler::default() }
     }
 
     fn fault_of(response: Response) -> String {

@@ -34,7 +34,9 @@ pub static KINDS: &[DeviceKind] = &[
 
 /// Makes the devices at fixed places, in the order in which boot tables list them: a new one is a file that
 /// implements [`fixed::FixedDevice`], its module above, its line here, and its place in the `layout` of each
-/// architecture that has one.
+/// architecture that has one. In a stack frame of its own: each device is made on the stack, and a machine's build,
+/// which calls deep, has no room to give away.
+#[inline(never)]
 pub fn put_fixed(site: &mut Site<'_>) -> Result<()> {
     put::<power::Power>(site)?;
     put::<console::Console>(site)?;

@@ -39,7 +39,7 @@ pub fn build(
     config: &Config,
     host: &mut Host,
     base: Base,
-) -> Result<Machine> {
+) -> Result<Box<Machine>> {
     let boot_timer = config.boot_timer.then(BootTimer::start);
     let machine = &config.machine_config;
     let ranges = layout::memory(memory_size(machine.mem_size_mib)?);
@@ -74,7 +74,7 @@ pub fn build(
     };
     let parts = Parts(parts);
     parts.check_places(places)?;
-    let mut machine = Machine {
+    let mut machine = Box::new(Machine {
         id: id.to_owned(),
         config: config.clone(),
         state: RunState::Paused,
@@ -95,7 +95,7 @@ pub fn build(
         tracks_writes: false,
         vm,
         memory,
-    };
+    });
     config.devices().try_for_each(|device| machine.attach(device, places, host))?;
     machine.timeline.mark("devices");
     Ok(machine)

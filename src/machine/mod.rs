@@ -89,10 +89,11 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Wires a machine together from `config`; it has no content yet and does not run. `id` is its
+    /// Wires a machine together from `config`; it has no content yet and does not run. It is on the heap, as places on
+    /// the stack that it is moved through stay in memory. `id` is its
     /// name: addresses of its interfaces are derived from it. `base` is what it is built on: KVM alone
     /// ([`Prepared`]), or a [`Shell`] that was made ahead for as many CPUs.
-    pub fn build(id: &str, config: &Config, host: &mut Host, base: impl Into<Base>) -> Result<Self> {
+    pub fn build(id: &str, config: &Config, host: &mut Host, base: impl Into<Base>) -> Result<Box<Self>> {
         Self::build_at(&Places::new(), id, config, host, base)
     }
 
@@ -104,7 +105,7 @@ impl Machine {
         config: &Config,
         host: &mut Host,
         base: impl Into<Base>,
-    ) -> Result<Self> {
+    ) -> Result<Box<Self>> {
         Self::build_from(Source::Anonymous, places, id, config, host, base)
     }
 
@@ -116,7 +117,7 @@ impl Machine {
         config: &Config,
         host: &mut Host,
         base: impl Into<Base>,
-    ) -> Result<Self> {
+    ) -> Result<Box<Self>> {
         build::build(source, places, id, config, host, base.into())
     }
 

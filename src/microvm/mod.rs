@@ -70,9 +70,11 @@ pub struct Microvm {
 
 /// Before and after its start, and while it is.
 impl Microvm {
-    /// The microVM that `config` describes, not started yet.
-    pub fn new(id: String, config: Config) -> Self {
-        Self {
+    /// The microVM that `config` describes, not started yet. On the heap, as every place on the stack that it is moved
+    /// through stays in memory for as long as the process runs.
+    #[inline(never)]
+    pub fn new(id: String, config: Config) -> Box<Self> {
+        Box::new(Self {
             id,
             config,
             host: Host::default(),
@@ -86,7 +88,7 @@ impl Microvm {
             unsaved: None,
             metadata: Arc::new(Store::new(metadata::SIZE_MAX)),
             has_agent: false,
-        }
+        })
     }
 
     /// Keeps so many bytes of metadata at most, and begins with those of the file at `path`.
@@ -202,7 +204,7 @@ impl Microvm {
         let base = self.take_base(&self.config.machine_config.clone(), Prepared::new)?;
         let service = self.config.mmds_config.clone();
         self.host.serve_metadata(service.map(|config| Service { config, store: self.metadata.clone() }));
-        let mut machine = Box::new(Machine::build(&self.id, &self.config, &mut self.host, base)?);
+        let mut machine = Machine::build(&self.id, &self.config, &mut self.host, base)?;
         machine.load(&self.config, &mut self.host)?;
         if self.config.machine_config.track_dirty_pages {
             machine.track_writes(true)?;

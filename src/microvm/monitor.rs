@@ -154,7 +154,7 @@ impl Monitor {
     /// written is out, and readers of events know.
     pub fn run(
         &mut self,
-        mut microvm: Microvm,
+        mut microvm: Box<Microvm>,
         start: impl FnOnce(&mut Microvm) -> Result<()>,
         conclude: impl FnOnce(&Result<Outcome>) -> Ending,
     ) -> Ending {

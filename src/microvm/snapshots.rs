@@ -121,7 +121,7 @@ impl Microvm {
             self.prepare_again();
         })?;
         self.host.release_all();
-        (self.machine, self.config, self.ahead) = (Some(Box::new(machine)), config, None);
+        (self.machine, self.config, self.ahead) = (Some(machine), config, None);
         self.handler = handler;
         note(begun, [&LATENCIES.load_snapshot, &LATENCIES.vmm_load_snapshot]);
         self.write_metrics();
@@ -133,7 +133,7 @@ impl Microvm {
         &mut self,
         load: &Load,
         reason: &'static str,
-    ) -> Result<(Machine, Config, Option<Handler>)> {
+    ) -> Result<(Box<Machine>, Config, Option<Handler>)> {
         let (stored, given) = Given::open(load)?;
         if matches!((&load.location, &stored.sums), (Location::Folder(_), Sums::Diff(_))) {
             return Err(Error::config(

@@ -45,7 +45,7 @@ impl Screen {
 }
 
 /// A machine built and loaded for the first time, which runs.
-pub fn boot(config: &Config, screen: &Screen) -> Machine {
+pub fn boot(config: &Config, screen: &Screen) -> Box<Machine> {
     let mut host = screen.host();
     let mut machine = Machine::build("test", config, &mut host, Prepared::new().unwrap()).unwrap();
     machine.load(config, &mut host).unwrap();
@@ -76,13 +76,13 @@ pub struct Suspended {
 }
 
 impl Suspended {
-    pub fn new(mut machine: Machine) -> Self {
+    pub fn new(mut machine: Box<Machine>) -> Self {
         let bytes = machine.save().unwrap().to_bytes().unwrap();
         Self { bytes, pages: pages(machine.memory()) }
     }
 
     /// Builds the machine that `bytes` are of; it does not run yet.
-    pub fn build(&self, bytes: &[u8], screen: &Screen) -> Result<Machine> {
+    pub fn build(&self, bytes: &[u8], screen: &Screen) -> Result<Box<Machine>> {
         let saved = SavedMachine::from_bytes(bytes)?;
         let mut machine = Machine::build_at(
             &saved.places,
@@ -100,7 +100,7 @@ impl Suspended {
     }
 
     /// The same on a shell that was made ahead, over a file with the guest's memory in `folder`.
-    pub fn build_on(&self, shell: Shell, folder: &Folder, screen: &Screen) -> Machine {
+    pub fn build_on(&self, shell: Shell, folder: &Folder, screen: &Screen) -> Box<Machine> {
         let saved = SavedMachine::from_bytes(&self.bytes).unwrap();
         let ranges = layout::memory(saved.config.machine_config.mem_size_mib << 20);
         let path = folder.path("memory");
@@ -126,7 +126,7 @@ impl Suspended {
     }
 
     /// The same, which runs.
-    pub fn go_on(&self, screen: &Screen) -> Machine {
+    pub fn go_on(&self, screen: &Screen) -> Box<Machine> {
         let mut machine = self.build(&self.bytes, screen).unwrap();
         let (again, saved) = (machine.save().unwrap(), SavedMachine::from_bytes(&self.bytes).unwrap());
         assert!(again.parts.len() > 5 && again.parts.keys().eq(saved.parts.keys()));
