@@ -1,6 +1,56 @@
 //! What lies beneath an image, and in which format.
 
+use alula::devices::block::{Config, Overlay};
+use alula::host::Host;
+
 use super::*;
+
+#[test]
+fn an_overlay_is_sound_and_reads_as_what_is_beneath_it() {
+    let folder = Folder::new();
+    let base = pattern(1, SIZE);
+    folder.write("base", &base);
+    let (mut below, mut expected) = (Config::new("d", folder.path("base")), base.clone());
+    for (name, beneath) in [("one", "raw"), ("two", "qcow2"), ("three", "qcow2")] {
+        let (overlay, over) = Overlay::make(&below, &folder.path(name), &mut Host::default()).unwrap();
+        overlay.keep();
+        let check = |expected: &[u8]| {
+            qemu_img(&folder, &["check", "-q", name]);
+            folder.write("expected", expected);
+            qemu_img(&folder, &["compare", "-q", "-f", "qcow2", "-F", "raw", name, "expected"]);
+        };
+        check(&expected);
+        let told: Value = serde_json::from_str(&qemu_img(&folder, &["info", "--output=json", name])).unwrap();
+        assert_eq!(
+            (&told["backing-filename-format"], &told["virtual-size"]),
+            (&json!(beneath), &json!(SIZE))
+        );
+        // The next one reads what is written to this one.
+        let mut disk = Disk::new(serde_json::to_value(&over).unwrap()).unwrap();
+        scribble(&mut disk, &mut expected, beneath.len() as u64);
+        assert!(content(&mut disk) == expected);
+        disk.end();
+        check(&expected);
+        below = over;
+    }
+    assert_eq!(below.backing.as_ref().unwrap().len(), 3);
+    // What the images name themselves is found, too.
+    below.backing = None;
+    let (overlay, over) = Overlay::make(&below, &folder.path("four"), &mut Host::default()).unwrap();
+    assert_eq!(over.backing.unwrap().len(), 4);
+    drop(overlay);
+    assert!(!folder.path("four").exists(), "one that is not kept is removed");
+    let sparse = std::fs::File::create(folder.path("large")).unwrap();
+    sparse.set_len(5 << 40).unwrap();
+    below = Config::new("d", folder.path("large"));
+    let (overlay, _) = Overlay::make(&below, &folder.path("over"), &mut Host::default()).unwrap();
+    qemu_img(&folder, &["check", "-q", "over"]);
+    drop(overlay);
+    below.is_read_only = true;
+    let refused = Overlay::make(&below, &folder.path("over"), &mut Host::default()).err().unwrap();
+    assert!(refused.to_string().contains("leave `overlay` out"), "{refused}");
+    assert_eq!(std::fs::read(folder.path("base")).unwrap(), base);
+}
 
 #[test]
 fn a_chain_is_followed_within_its_folder_or_where_it_is_named() {

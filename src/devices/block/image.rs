@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::bounce::Bounce;
-use super::config::{Config, Format};
+use super::config::{Backing, Config, Format};
 use super::flushes::Flushes;
 use super::lock::lock;
 use super::qcow2::Qcow2;
@@ -117,6 +117,14 @@ impl Image {
         match &self.content {
             Content::Raw(raw) => raw.file(),
             Content::Qcow2(image) => image.file(),
+        }
+    }
+
+    /// The images beneath it, the next one first.
+    pub fn beneath(&self) -> &[Backing] {
+        match &self.content {
+            Content::Raw(_) => &[],
+            Content::Qcow2(image) => image.beneath(),
         }
     }
 

@@ -25,6 +25,7 @@ use crate::snapshot::Snapshot;
 use crate::virtio::{Io, VirtioDevice, Worker};
 pub use config::{Backing, CacheType, Config, Format, IoEngine, Patch, QUEUES_MAX};
 use image::Image;
+pub use qcow2::Overlay;
 use worker::Running;
 
 /// Requests are counted in sectors of this size, whatever the disk's own is.

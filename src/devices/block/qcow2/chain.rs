@@ -31,6 +31,8 @@ pub struct Chain<'a> {
     /// ...unless the configuration names them.
     named: Option<std::slice::Iter<'a, Backing>>,
     seen: Vec<(u64, u64)>,
+    /// Those that are beneath, as they were found.
+    beneath: Vec<Backing>,
 }
 
 impl<'a> Chain<'a> {
@@ -45,11 +47,17 @@ impl<'a> Chain<'a> {
         let path = path.canonicalize().context("find its folder")?;
         let folder = path.parent().unwrap_or(Path::new("/")).to_owned();
         let sharing = host.sharing(lock);
-        Ok(Self { what, host, sharing, folder, named: named.map(<[_]>::iter), seen: Vec::new() })
+        let named = named.map(<[_]>::iter);
+        Ok(Self { what, host, sharing, folder, named, seen: Vec::new(), beneath: Vec::new() })
     }
 
-    /// The topmost image, in `layer`, with all that is beneath it.
-    pub fn open(mut self, layer: Layer, path: &Path, access: Access) -> Result<FormatAccess<Layer>> {
+    /// The topmost image, in `layer`, with all that is beneath it; and what that is.
+    pub fn open(
+        mut self,
+        layer: Layer,
+        path: &Path,
+        access: Access,
+    ) -> Result<(FormatAccess<Layer>, Vec<Backing>)> {
         self.enter(layer.file())?;
         let image = self.image(layer, path, access)?;
         match self.named.as_mut().and_then(Iterator::next) {
@@ -57,7 +65,7 @@ impl<'a> Chain<'a> {
                 "`backing` names `{}`, but no image says that something is beneath it",
                 left.path_on_host.display()
             ))),
-            None => Ok(image),
+            None => Ok((image, self.beneath)),
         }
     }
 
@@ -106,6 +114,7 @@ impl<'a> Chain<'a> {
         let file = self.host.file(self.what, &path, Access::Read, self.sharing)?;
         self.enter(&file)?;
         lock(&file, Access::Read, self.sharing, self.what, &path)?;
+        self.beneath.push(Backing { path_on_host: path.clone(), format });
         match format {
             Format::Qcow2 => {
                 let header = Header::read(&file, measure(&file, &path)?, Access::Read)?;

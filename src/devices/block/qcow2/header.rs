@@ -14,7 +14,7 @@ use crate::log;
 pub const MAGIC: u32 = 0x5146_49fb;
 /// The fields that version 2 has, and those of version 3.
 pub const LENGTH: usize = 72;
-const LENGTH_3: usize = 104;
+pub const LENGTH_3: usize = 104;
 
 /// The limits that QEMU has too: an image that claims more would take this much memory at once.
 const L1_BYTES_MAX: u64 = 32 << 20;

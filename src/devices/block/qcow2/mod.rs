@@ -28,6 +28,7 @@ mod layer;
 mod medium;
 #[cfg(test)]
 mod model;
+mod overlay;
 mod tables;
 #[cfg(test)]
 mod tests;
@@ -39,7 +40,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use imago::{FormatAccess, Mapping};
 
-use super::config::{CacheType, Config};
+use super::config::{Backing, CacheType, Config};
 use super::image::measure;
 use crate::descriptors::Named;
 use crate::error::{Context, Result};
@@ -50,6 +51,7 @@ use growth::{Data, Growth, Writable};
 use header::Header;
 use layer::Layer;
 use medium::Medium;
+pub use overlay::Overlay;
 use tables::Tables;
 
 /// An open image.
@@ -59,6 +61,8 @@ pub struct Qcow2 {
     growth: Growth,
     /// The topmost file, a second time: `imago` keeps its own.
     file: Named<File>,
+    /// The images beneath it, the next one first.
+    beneath: Vec<Backing>,
     /// Bytes per cluster, and the version of the format.
     cluster: u64,
     version: u32,
@@ -92,12 +96,13 @@ impl Qcow2 {
                 Layer::image(file, header.mark.is_some())
             }
         };
-        let image = chain.open(layer, path, access)?;
+        let (image, beneath) = chain.open(layer, path, access)?;
         let Header { cluster, version, .. } = header;
         Ok(Self {
             access: RwLock::new(image),
             growth: Growth::default(),
             file: own,
+            beneath,
             cluster,
             version,
             writable,
@@ -129,6 +134,11 @@ impl Qcow2 {
     /// The topmost file.
     pub fn file(&self) -> &File {
         &self.file
+    }
+
+    /// The images beneath it, the next one first.
+    pub fn beneath(&self) -> &[Backing] {
+        &self.beneath
     }
 
     /// The size of the disk in bytes.
