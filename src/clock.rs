@@ -1,21 +1,24 @@
 //! The time of day as log lines and events tell it, and the time since the process began.
 
 use std::fmt;
-use std::sync::OnceLock;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::sys;
 
-static BEGUN: OnceLock<Instant> = OnceLock::new();
+/// When the process began, by the monotonic clock, in nanoseconds; 0: nobody has said.
+static BEGUN: AtomicU64 = AtomicU64::new(0);
 
-/// The process begins now: to be called first of all.
+/// The process begins now: to be called first of all, and by a copy of a process.
 pub fn begin() {
-    BEGUN.get_or_init(Instant::now);
+    BEGUN.store(monotonic().as_nanos() as u64, Relaxed);
 }
 
 /// How long ago that was.
 pub fn uptime() -> Duration {
-    BEGUN.get_or_init(Instant::now).elapsed()
+    let now = monotonic();
+    let begun = BEGUN.compare_exchange(0, now.as_nanos() as u64, Relaxed, Relaxed);
+    now.saturating_sub(begun.map_or_else(Duration::from_nanos, |_| now))
 }
 
 /// The host's monotonic clock, which is the same for all processes.

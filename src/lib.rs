@@ -63,6 +63,7 @@
 //! tells, or the kernel (`carry/pages.rs`). A restore ([`microvm::snapshots`]) builds the machine over its memory's
 //! file, or over memory that a page-fault handler fills ([`memory::faults`], `microvm/handler.rs`), restores it, and only
 //! then takes it for its own.
+//! A template ([`api::template`]) does once what does not depend on the clone, and copies its process for each clone.
 //! By two of the parts, which are in its memory (`devices/generation.rs`, `devices/vmclock.rs`), the guest learns that it
 //! is another one now.
 //!

@@ -18,6 +18,7 @@ pub mod routes;
 mod schema;
 mod server;
 pub mod snapshot;
+pub mod template;
 
 use serde_json::{Map, Value};
 

@@ -4,7 +4,7 @@ use serde::de::DeserializeOwned;
 
 use super::Request;
 use super::bodies::{Action, ActionBody, VmBody};
-use super::snapshot::{self, CreateSnapshot, LoadSnapshot};
+use super::snapshot::{self, CreateSnapshot, LoadSnapshot, MakeClone};
 use crate::config::MachinePatch;
 use crate::devices::kind::DeviceKind;
 use crate::devices::{self, KINDS};
@@ -12,6 +12,8 @@ use crate::dialect::Dialect;
 
 /// First path tokens of Firecracker's API that are not served yet: refused as such, not as unknown.
 const NOT_IMPLEMENTED: [&str; 4] = ["balloon", "hotplug", "pmem", "gdb"];
+
+const NO_TEMPLATE: &str = "A template is asked for clones, not a microVM: `alula template`.";
 
 /// The request, or the fault message for the client.
 pub fn route(dialect: Dialect, method: &str, path: &str, body: &[u8]) -> Result<Request, String> {
@@ -76,6 +78,7 @@ pub fn route(dialect: Dialect, method: &str, path: &str, body: &[u8]) -> Result<
             dialect.check_fields(body, snapshot::LOAD_PUBLISHED).map_err(deserializing)?;
             Request::LoadSnapshot(Box::new(parse::<LoadSnapshot>(body)?.whole().map_err(deserializing)?))
         }
+        ("PUT", ["clones"]) if dialect != Dialect::Firecracker => return Err(NO_TEMPLATE.to_owned()),
         ("PATCH", ["vm", ..]) => Request::PatchVm(parse::<VmBody>(body)?.state),
         ("GET" | "PUT" | "PATCH" | "DELETE", [first, ..]) if NOT_IMPLEMENTED.contains(first) => {
             return Err(format!("`{method} {path_whole}` is not implemented yet."));
@@ -126,6 +129,15 @@ fn device(
 fn invalid(method: &str, path: &str) -> String {
     let first = path.split('/').next().unwrap_or_default();
     format!("Invalid request method and/or path: {method} {first}.")
+}
+
+/// What the client of a template asks for, or the fault message for it.
+pub fn route_of_template(method: &str, path: &str, body: &[u8]) -> Result<MakeClone, String> {
+    match (method, path.trim_matches('/')) {
+        ("PUT", "clones") if !body.is_empty() => parse(body),
+        ("PUT", "clones") => Err("Empty PUT request.".to_owned()),
+        (method, path) => Err(invalid(method, path) + " A template answers `PUT /clones` alone."),
+    }
 }
 
 fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, String> {

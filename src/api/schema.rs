@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use super::API_VERSION;
 use super::bodies::{ActionBody, FirecrackerVersion, Guest, InstanceInfo, VmBody};
 use super::routes::route;
-use super::snapshot::{CreateSnapshot, LoadSnapshot};
+use super::snapshot::{CreateSnapshot, LoadSnapshot, Made, MakeClone};
 use crate::config::{BootSource, CpuConfig, MachineConfig, MachinePatch};
 use crate::devices::kind::DeviceKind;
 use crate::devices::{KINDS, console};
@@ -124,6 +124,15 @@ fn changes(generator: &mut SchemaGenerator) -> Vec<Operation> {
             of::<CreateSnapshot>(generator),
         ),
         early("put", "/snapshot/load", "Restore a microVM that was saved", of::<LoadSnapshot>(generator)),
+        Operation {
+            answer: Answer::Json(of::<Made>(generator)),
+            ..change(
+                "put",
+                "/clones",
+                "Make a clone; of a template's socket (`alula template`)",
+                of::<MakeClone>(generator),
+            )
+        },
     ]
 }
 

@@ -57,6 +57,11 @@ impl Server {
         events.add(&self.listener, Interest::IN, token)
     }
 
+    /// Closes the listener and the connections, which the process that this one is a copy of goes on to serve.
+    pub fn leave(self) {
+        self.listener.leave();
+    }
+
     /// Handles an event with one of this server's tokens. Returns whether a request was answered.
     pub fn handle(&mut self, ready: Ready, events: &Events, service: &mut Service<'_>) -> Result<bool> {
         let index = match ready.token.checked_sub(self.token + 1) {

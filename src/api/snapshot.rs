@@ -2,12 +2,18 @@
 
 use std::path::PathBuf;
 
-use serde::Deserialize;
 use serde::de::Error as _;
+use serde::{Deserialize, Serialize};
 
+use super::template::Order;
 use crate::carry::stored::Location;
-use crate::config::HugePages;
+use crate::config::{Config, HugePages};
+use crate::devices::console;
 use crate::error::{Error, Result};
+use crate::guest::runtime;
+use crate::log;
+use crate::metrics;
+use crate::microvm::drives::Drive;
 use crate::microvm::saving::{Kind, Save};
 use crate::microvm::snapshots::Load;
 
@@ -60,7 +66,7 @@ enum SnapshotType {
 }
 
 /// Body of `PUT /snapshot/load`.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Default, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "SnapshotLoadParams"))]
 #[serde(deny_unknown_fields)]
 pub struct LoadSnapshot {
@@ -85,6 +91,9 @@ pub struct LoadSnapshot {
     network_overrides: Vec<NetworkOverride>,
     /// Where the vsock socket is to be.
     vsock_override: Option<VsockOverride>,
+    /// Ours: disks that are to be others.
+    #[serde(default)]
+    drive_overrides: Vec<DriveOverride>,
     /// The guest's clock (KVM's, x86_64) is put forward by the time of day since it was saved; else it goes on where
     /// it was.
     #[serde(default)]
@@ -92,6 +101,53 @@ pub struct LoadSnapshot {
     /// Of which size the pages of its memory are to be.
     #[serde(default)]
     huge_pages: LoadedPages,
+}
+
+/// Body of `PUT /clones`, which a template answers: what process the clone is to be, and what is to be other than it
+/// was saved.
+#[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "CloneParams"))]
+#[serde(deny_unknown_fields)]
+pub struct MakeClone {
+    /// The clone's name: 1 to 64 letters, digits and hyphens. Without `api_sock`, `alula exec ID`, `alula ctl ID` and
+    /// the like find the clone by the name.
+    id: Option<String>,
+    /// Where the clone's API is served: a path where nothing is yet.
+    api_sock: Option<PathBuf>,
+    /// Where the clone's messages go; left out: to the template's standard error.
+    logger: Option<log::Config>,
+    /// Where the clone's metrics go.
+    metrics: Option<metrics::Config>,
+    /// Where the guest's console goes; left out: to the template's standard output.
+    serial: Option<console::Config>,
+    /// Whether writes of the guest and its devices to memory are noted.
+    #[serde(default)]
+    track_dirty_pages: bool,
+    /// The guest runs at once.
+    #[serde(default)]
+    resume_vm: bool,
+    /// Network interfaces that are to be on other TAP interfaces of the host.
+    #[serde(default)]
+    network_overrides: Vec<NetworkOverride>,
+    /// Where the vsock socket is to be.
+    vsock_override: Option<VsockOverride>,
+    /// Ours: disks that are to be others.
+    #[serde(default)]
+    drive_overrides: Vec<DriveOverride>,
+    /// The guest's clock is put forward, as by `/snapshot/load`.
+    #[serde(default)]
+    clock_realtime: bool,
+    /// Of which size the pages of its memory are to be.
+    #[serde(default)]
+    huge_pages: LoadedPages,
+}
+
+/// The answer to `PUT /clones`.
+#[derive(Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "CloneInfo"))]
+pub struct Made {
+    /// The number of the clone's process.
+    pub pid: u32,
 }
 
 /// Where the memory of a snapshot comes from.
@@ -131,6 +187,21 @@ struct NetworkOverride {
 struct VsockOverride {
     /// The path of the socket.
     uds_path: PathBuf,
+}
+
+/// A disk that is to be another one.
+#[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+struct DriveOverride {
+    /// The id of the disk.
+    drive_id: String,
+    /// The file or block device; or with `overlay`, where an image is made.
+    path_on_host: PathBuf,
+    /// A qcow2 image is made at the path, where nothing may be yet: it has what the guest writes, and the disk that was
+    /// saved is only read.
+    #[serde(default)]
+    overlay: bool,
 }
 
 /// Of which size the pages of restored memory are.
@@ -211,6 +282,7 @@ impl LoadSnapshot {
         };
         let memory = self.mem_backend.map(|backend| backend.backend_path).or(self.mem_file_path);
         let interfaces = self.network_overrides.into_iter();
+        let drives = self.drive_overrides.into_iter();
         Ok(Load {
             location: location(self.folder, self.snapshot_path, memory),
             is_served,
@@ -220,7 +292,36 @@ impl LoadSnapshot {
             huge_pages,
             interfaces: interfaces.map(|one| (one.iface_id, one.host_dev_name)).collect(),
             vsock: self.vsock_override.map(|vsock| vsock.uds_path),
+            drives: drives
+                .map(|one| Drive { id: one.drive_id, path: one.path_on_host, is_overlay: one.overlay })
+                .collect(),
         })
+    }
+}
+
+impl MakeClone {
+    /// The clone as it is to be made of a template; an error is the fault message.
+    pub fn plan(self) -> std::result::Result<Order, String> {
+        if let Some(id) = &self.id {
+            runtime::check_id(id).map_err(|expected| format!("`id` `{id}`: {expected}"))?;
+        }
+        if self.id.is_none() && self.api_sock.is_none() {
+            return Err("The clone has neither `id` nor `api_sock`: nobody would find it.".to_owned());
+        }
+        let load = LoadSnapshot {
+            track_dirty_pages: self.track_dirty_pages,
+            resume_vm: self.resume_vm,
+            network_overrides: self.network_overrides,
+            vsock_override: self.vsock_override,
+            drive_overrides: self.drive_overrides,
+            clock_realtime: self.clock_realtime,
+            huge_pages: self.huge_pages,
+            ..LoadSnapshot::default()
+        };
+        let mut config = Config::default();
+        (config.logger, config.metrics, config.serial) = (self.logger, self.metrics, self.serial);
+        let load = load.plan().map_err(|error| error.to_string())?;
+        Ok(Order { id: self.id, api_sock: self.api_sock, config, load })
     }
 }
 

@@ -10,6 +10,7 @@ mod kernel;
 mod run;
 mod serve;
 pub mod snapshot;
+pub mod template;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -19,14 +20,12 @@ use lexopt::ValueExt;
 
 use crate::api::{CONFIG_SCHEMA, OPENAPI};
 use crate::cli::persona::Persona;
+use crate::guest::runtime;
 use crate::jail::Jail;
 use crate::spelling;
 
 pub use run::Run;
 pub use serve::Serve;
-
-/// Firecracker's limit on a microVM's name.
-const ID_MAX: usize = 64;
 
 const HELP: &str = "\
 A microVM monitor: one process runs one virtual machine on Linux KVM.
@@ -39,6 +38,8 @@ Commands:
   jail      Shut one of these, or another program, in before it begins
   ctl       Ask a running microVM something, or tell it to do something
   snapshot  Look at the files of a saved microVM, or merge a difference into them
+  template  Make clones of a saved microVM, each in a moment, for who asks
+  clone     Have a template make clones
   exec      Run a command in a guest that is up
   cp        Copy files into a guest that is up, or out of it
   wait      Wait until the agent in a guest answers
@@ -54,7 +55,7 @@ Commands:
 `alula COMMAND --help` tells more. -V, --version prints the version.
 ";
 
-const COMMANDS: &str = "run, serve, jail, ctl, snapshot, exec, cp, wait, kernel, cache, agent, check, schema, firmware, help or version; see `alula --help`";
+const COMMANDS: &str = "run, serve, jail, ctl, snapshot, template, clone, exec, cp, wait, kernel, cache, agent, check, schema, firmware, help or version; see `alula --help`";
 
 const FIRMWARE_HELP: &str = "\
 Write the image of the embedded firmware guest to standard output.
@@ -105,6 +106,8 @@ pub enum Command {
     Copy(exec::Copy),
     Wait(exec::Wait),
     Snapshot(snapshot::Snapshot),
+    Template(template::Template),
+    Clone(template::Clones),
     /// Validate the config file at this path.
     Check(PathBuf),
     Firmware,
@@ -174,6 +177,8 @@ fn alula(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, Strin
         Some("jail") => (jail::parse(&mut parser), "jail"),
         Some("ctl") => (ctl::parse(&mut parser), "ctl"),
         Some("snapshot") => (snapshot::parse(&mut parser), "snapshot"),
+        Some("template") => (template::template(&mut parser), "template"),
+        Some("clone") => (template::clone(&mut parser), "clone"),
         Some("exec") => (exec::exec(&mut parser), "exec"),
         Some("cp") => (exec::cp(&mut parser), "cp"),
         Some("wait") => (exec::wait(&mut parser), "wait"),
@@ -304,9 +309,7 @@ where
 }
 
 fn id(text: &str) -> Result<String, String> {
-    let fits = (1..=ID_MAX).contains(&text.len())
-        && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
-    fits.then(|| text.to_owned()).ok_or_else(|| format!("expected 1 to {ID_MAX} letters, digits and hyphens"))
+    runtime::check_id(text).map(|()| text.to_owned())
 }
 
 #[cfg(test)]

@@ -39,7 +39,7 @@ pub fn run(ctl: &Ctl) -> Result<()> {
 }
 
 /// The body of a good answer; a bad one is an error with the fault's own words.
-fn ask(client: &mut Client, method: &str, path: &str, body: &str) -> Result<String> {
+pub fn ask(client: &mut Client, method: &str, path: &str, body: &str) -> Result<String> {
     let Answer { status, body } = client.request(method, path, body)?;
     if (200..300).contains(&status) {
         return Ok(body);
@@ -50,7 +50,7 @@ fn ask(client: &mut Client, method: &str, path: &str, body: &str) -> Result<Stri
     Err(Error::config(format!("{method} {path}: {fault}")))
 }
 
-fn parsed(body: &str) -> Result<Value> {
+pub fn parsed(body: &str) -> Result<Value> {
     json::from_text(body).context("read the monitor's answer")
 }
 
@@ -178,7 +178,7 @@ fn standard_input() -> Result<String> {
     }
 }
 
-fn say(line: &str) -> Result<()> {
+pub fn say(line: &str) -> Result<()> {
     let mut output = std::io::stdout().lock();
     writeln!(output, "{line}").and_then(|()| output.flush()).context("write to standard output")
 }

@@ -12,6 +12,7 @@ mod persona;
 mod readiness;
 mod session;
 mod snapshot;
+mod template;
 
 use std::io::{IsTerminal, Write};
 use std::path::Path;
@@ -84,6 +85,8 @@ pub fn main() -> u8 {
             Ok(text) => print(text.as_bytes()),
             Err(error) => told(Err(error)),
         }),
+        Command::Template(arguments) => apart(|| template::run(&arguments)),
+        Command::Clone(arguments) => apart(|| told(template::clone(&arguments))),
         Command::Check(path) => apart(|| check::run(&path)),
         Command::Print(text) => print(text.as_bytes()),
         Command::Show(text) => print(text.as_bytes()),

@@ -6,6 +6,18 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Context, Error, Result};
 
+/// Firecracker's limit on a microVM's name.
+const ID_MAX: usize = 64;
+
+/// Whether a microVM can have this name; the error says what was expected.
+pub fn check_id(id: &str) -> Result<(), String> {
+    let is_right = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
+    match (1..=ID_MAX).contains(&id.len()) && id.bytes().all(is_right) {
+        true => Ok(()),
+        false => Err(format!("expected 1 to {ID_MAX} letters, digits and hyphens")),
+    }
+}
+
 /// The folder of control sockets, `$XDG_RUNTIME_DIR/alula`, or `/run/alula` without a user's runtime folder.
 pub fn folder() -> PathBuf {
     let base = std::env::var_os("XDG_RUNTIME_DIR").filter(|folder| !folder.is_empty());

@@ -64,6 +64,11 @@ impl Listener {
         .with_context(attempt)
     }
 
+    /// Closes the socket, which the process that this one is a copy of goes on to serve.
+    pub fn leave(self) {
+        self.file.leave();
+    }
+
     /// Whether it is this socket that programs find at `path`.
     pub fn is_at(&self, path: &Path) -> bool {
         self.file.is_at(path)
@@ -156,8 +161,14 @@ fn check_left(path: &Path) -> Result<()> {
 fn try_to_connect(path: &Path) -> Option<ErrorKind> {
     let (sender, answer) = std::sync::mpsc::channel();
     let path = path.to_owned();
-    std::thread::spawn(move || sender.send(UnixStream::connect(path).err().map(|error| error.kind())));
-    answer.recv_timeout(ANSWER_TIME).unwrap_or(None)
+    let connect = move || sender.send(UnixStream::connect(path).err().map(|error| error.kind()));
+    let thread = std::thread::spawn(connect);
+    let answer = answer.recv_timeout(ANSWER_TIME);
+    if answer.is_ok() {
+        // A process that is to be copied must not have a thread that is about to end. This one has nothing left to do.
+        let _ = thread.join();
+    }
+    answer.unwrap_or(None)
 }
 
 fn is_socket(path: &Path) -> bool {

@@ -34,6 +34,11 @@ impl SocketFile {
         Self { path: path.to_owned(), identity, note }
     }
 
+    /// Leaves the file to the process that this one is a copy of, which has the socket, too.
+    pub fn leave(mut self) {
+        self.identity = None;
+    }
+
     /// Whether it is this file that programs find at `path`.
     pub fn is_at(&self, path: &Path) -> bool {
         self.path == path && self.identity.is_some() && identity(path) == self.identity

@@ -39,8 +39,8 @@ use crate::vm::vcpus::Vcpus;
 use loops::Loops;
 use parts::{Parts, Pausing};
 
-pub use crate::vm::Prepared;
 pub use crate::vm::exit::Exit;
+pub use crate::vm::{OpenKvm, Prepared};
 pub use parts::Places;
 pub use regions::Tracker;
 pub use saved::SavedMachine;

@@ -4,6 +4,7 @@
 
 pub mod ahead;
 pub mod counts;
+pub mod drives;
 mod handler;
 mod live;
 mod metrics;

@@ -9,18 +9,64 @@ use serde_json::{Value, json};
 use vm_memory::GuestAddressSpace;
 
 use super::counts::LATENCIES;
+use super::drives::{self, Drive};
 use super::handler::Handler;
 use super::{Microvm, note, signals};
 use crate::carry::stored::{self, Location, Stored, Sums};
 use crate::config::{Config, HugePages};
 use crate::descriptors::Named;
+use crate::devices::block::Overlay;
 use crate::devices::kind::ConfiguredDevice;
 use crate::error::{Context, Error, Result};
 use crate::history::{self, Event};
-use crate::machine::{Machine, Prepared};
+use crate::machine::{Machine, OpenKvm};
 use crate::memory::faults::Faults;
 use crate::memory::{Piece, Source, lost};
 use crate::metadata::Service;
+
+/// A snapshot that was read and checked, with all that can be done of a restore before it is asked for.
+pub struct Opened {
+    stored: Stored,
+    pieces: Vec<Piece>,
+    memory: Given,
+    /// Where state and memory are.
+    paths: [PathBuf; 2],
+    /// It was saved on this host, since its last boot.
+    is_of_this_boot: bool,
+    kvm: Option<OpenKvm>,
+}
+
+impl Opened {
+    /// Reads the state at `location`, and opens the memory, which a page-fault handler gives if it `is_served`.
+    ///
+    /// # Errors
+    /// One of them is not there, or not right; or they are a difference.
+    pub fn open(location: &Location, is_served: bool) -> Result<Self> {
+        let (stored, memory) = if is_served {
+            (location.read()?, Given::Faults(Faults::open()?))
+        } else {
+            let (stored, file) = location.open(false)?;
+            (stored, Given::File(file))
+        };
+        if matches!((location, &stored.sums), (Location::Folder(_), Sums::Diff(_))) {
+            return Err(Error::config(
+                "it has only the memory that was written since the snapshot before it: merge it into that \
+                 (`alula snapshot merge`)",
+            ));
+        }
+        let paths = [location.state(), location.memory(&stored.memory)?];
+        let is_of_this_boot = stored.origin.boot_id == stored::boot_id()?;
+        Ok(Self { pieces: stored.pieces(), stored, memory, paths, is_of_this_boot, kvm: None })
+    }
+
+    /// Opens KVM, too.
+    ///
+    /// # Errors
+    /// This host has none, or this user may not use it.
+    pub fn with_kvm(self) -> Result<Self> {
+        Ok(Self { kvm: Some(OpenKvm::new()?), ..self })
+    }
+}
 
 /// What is to be restored, and what is to be other than it was.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,6 +87,8 @@ pub struct Load {
     pub interfaces: Vec<(String, String)>,
     /// The path of its vsock socket.
     pub vsock: Option<PathBuf>,
+    /// Disks that are to be others.
+    pub drives: Vec<Drive>,
 }
 
 impl Load {
@@ -55,6 +103,7 @@ impl Load {
             huge_pages: None,
             interfaces: Vec::new(),
             vsock: None,
+            drives: Vec::new(),
         }
     }
 
@@ -87,17 +136,30 @@ impl Load {
 
 /// Makes `field` of the device of a section `value`, of the one called `id` if there can be several.
 fn change(config: &mut Config, section: &str, id: Option<&str>, field: &str, value: Value) -> Result<()> {
+    change_device(config, section, id, |told| {
+        told[field] = value;
+        Ok(())
+    })
+}
+
+/// Has `change` change what a configuration file would say of that device.
+pub(super) fn change_device<T>(
+    config: &mut Config,
+    section: &str,
+    id: Option<&str>,
+    change: impl FnOnce(&mut Value) -> Result<T>,
+) -> Result<T> {
     let is_it = |device: &&ConfiguredDevice| {
         device.kind().section == section && id.is_none_or(|id| device.id() == id)
     };
     let device = config.devices().find(is_it);
     let device = device.ok_or_else(|| Error::config("the saved machine has no such device"))?;
     let mut told = serde_json::to_value(device).context("write the device's configuration")?;
-    told[field] = value;
+    let made = change(&mut told)?;
     let changed = device.kind().parse(told.to_string().as_bytes());
     let changed = changed.map_err(|error| Error::config(error.to_string()))?;
     changed.check()?;
-    config.put(changed)
+    config.put(changed).map(|()| made)
 }
 
 impl Microvm {
@@ -106,6 +168,16 @@ impl Microvm {
     /// # Errors
     /// The snapshot, or what it needs of the host, is not there or not right. This microVM is as it was before.
     pub fn load_snapshot(&mut self, load: &Load, reason: &'static str) -> Result<()> {
+        self.load_from(|| Opened::open(&load.location, load.is_served), load, reason)
+    }
+
+    /// The same of a snapshot that `open` gives.
+    pub fn load_from(
+        &mut self,
+        open: impl FnOnce() -> Result<Opened>,
+        load: &Load,
+        reason: &'static str,
+    ) -> Result<()> {
         let begun = Instant::now();
         if self.machine.is_some() {
             return Err(Error::config("the microVM has started already"));
@@ -114,7 +186,7 @@ impl Microvm {
             let message = "Loading a microVM snapshot not allowed after configuring boot-specific resources.";
             return Err(Error::config(message));
         }
-        let loaded = self.build_saved(load, reason);
+        let loaded = open().and_then(|opened| self.build_saved(opened, load, reason));
         let (machine, config, handler) = loaded.inspect_err(|_| {
             lost::forget();
             self.host.serve_metadata(None);
@@ -131,37 +203,32 @@ impl Microvm {
     /// A machine that goes on where the saved one stood, its configuration, and who gives its pages.
     fn build_saved(
         &mut self,
+        opened: Opened,
         load: &Load,
         reason: &'static str,
     ) -> Result<(Box<Machine>, Config, Option<Handler>)> {
-        let (stored, given) = Given::open(load)?;
-        if matches!((&load.location, &stored.sums), (Location::Folder(_), Sums::Diff(_))) {
-            return Err(Error::config(
-                "it has only the memory that was written since the snapshot before it: merge it into that \
-                 (`alula snapshot merge`)",
-            ));
-        }
-        let pieces = stored.pieces();
-        let memory = load.location.memory(&stored.memory)?;
+        let Opened { stored, pieces, memory, paths, is_of_this_boot, kvm } = opened;
         let mut saved = stored.machine;
         if load.follows_time_of_day {
             saved.follow_time_of_day().context("`clock_realtime`")?;
         }
-        let config = load.config(&saved.config, &self.config)?;
+        let mut config = load.config(&saved.config, &self.config)?;
+        let overlays = drives::replace(&mut config, &load.drives, &paths, &mut self.host)?;
         saved.config.clone_from(&config);
-        let base = self.take_base(&config.machine_config, Prepared::for_saved)?;
+        let prepare = || kvm.map_or_else(OpenKvm::new, Ok)?.prepare();
+        let base = self.take_base(&config.machine_config, prepare)?;
         let service = config.mmds_config.clone();
         self.host.serve_metadata(service.map(|config| Service { config, store: self.metadata.clone() }));
-        let source = given.source(&pieces);
+        let source = memory.source(&pieces);
         let mut machine =
             Machine::build_from(source, &saved.places, &self.id, &config, &mut self.host, base)?;
-        lost::watch(&machine.memory().memory(), &memory);
+        lost::watch(&machine.memory().memory(), &paths[1]);
         signals::watch_memory();
-        let handler = match given {
+        let handler = match memory {
             Given::File(_) => None,
-            Given::Faults(faults) => Some(Handler::call(&memory, faults, machine.memory())?),
+            Given::Faults(faults) => Some(Handler::call(&paths[1], faults, machine.memory())?),
         };
-        if stored.origin.boot_id != stored::boot_id()? {
+        if !is_of_this_boot {
             machine.check_host(&saved)?;
         }
         let restored = machine.restore(&saved);
@@ -179,6 +246,7 @@ impl Microvm {
         } else {
             machine.park()?;
         }
+        overlays.into_iter().for_each(Overlay::keep);
         Ok((machine, config, handler))
     }
 }
@@ -192,15 +260,6 @@ enum Given {
 }
 
 impl Given {
-    /// Reads the state, and opens the file of the memory.
-    fn open(load: &Load) -> Result<(Stored, Self)> {
-        if load.is_served {
-            return Ok((load.location.read()?, Self::Faults(Faults::open()?)));
-        }
-        let (stored, file) = load.location.open(false)?;
-        Ok((stored, Self::File(file)))
-    }
-
     fn source<'g>(&'g self, pieces: &'g [Piece]) -> Source<'g> {
         match self {
             Self::File(file) => Source::Private { file, pieces },

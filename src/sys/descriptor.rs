@@ -39,6 +39,26 @@ pub fn set_closes_on_exec(fd: &impl AsRawFd, closes: bool) -> Result<()> {
     control(fd.as_raw_fd(), libc::F_SETFD, if closes { libc::FD_CLOEXEC } else { 0 }).map(drop)
 }
 
+/// Closes every descriptor but standard input, output and error (close_range(2)). Nothing that this process has opened
+/// may be open any more: this is for what others have left to it.
+///
+/// # Errors
+/// The kernel has no such call (before Linux 5.9).
+pub fn close_inherited() -> Result<()> {
+    // SAFETY: the call takes numbers; that no owner of a descriptor is left is the caller's promise.
+    check(unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, 0) } as i32).map(drop)
+}
+
+/// Makes standard input an empty one.
+///
+/// # Errors
+/// /dev/null cannot be opened.
+pub fn empty_standard_input() -> Result<()> {
+    let null = File::open("/dev/null")?;
+    // SAFETY: the call takes numbers. Nobody owns descriptor 0: it is open from the start of the process to its end.
+    check(unsafe { libc::dup2(null.as_raw_fd(), libc::STDIN_FILENO) }).map(drop)
+}
+
 /// The flags of an open file: `libc::O_...` (F_GETFL, fcntl(2)).
 ///
 /// # Errors

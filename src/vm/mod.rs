@@ -30,7 +30,38 @@ use slots::Slots;
 const KVM_DEVICE: &str = "/dev/kvm";
 const KVM_API_VERSION: i32 = 12;
 
-/// KVM, open, and what it says of itself: nothing here depends on the guest.
+/// KVM, open. A copy of this process can use it as well, while a virtual machine is of use only to the process that
+/// made it.
+pub struct OpenKvm {
+    name: Name,
+    kvm: Kvm,
+}
+
+impl OpenKvm {
+    /// Opens it.
+    ///
+    /// # Errors
+    /// This host has none, or this user may not use it.
+    pub fn new() -> Result<Self> {
+        let kvm = open_kvm()?;
+        Ok(Self { name: Name::new(&kvm, "KVM"), kvm })
+    }
+
+    /// Makes a virtual machine, whose CPUs are what saved ones were.
+    ///
+    /// # Errors
+    /// There are as many as there may be, or no memory for another.
+    pub fn prepare(self) -> Result<Prepared> {
+        let Self { name, kvm } = self;
+        let mut timeline = Timeline::default();
+        let vm = create_vm(&kvm)?;
+        timeline.mark("virtual machine");
+        let names = [name, Name::new(&vm, "virtual machine")];
+        Ok(Prepared { names, kvm, vm, cpu_model: None, timeline })
+    }
+}
+
+/// A virtual machine, and what KVM says of itself: nothing here depends on the guest.
 pub struct Prepared {
     names: [Name; 2],
     kvm: Kvm,
@@ -43,20 +74,10 @@ pub struct Prepared {
 impl Prepared {
     /// Opens KVM, makes a virtual machine and asks what its CPUs can be.
     pub fn new() -> Result<Self> {
-        let mut prepared = Self::for_saved()?;
+        let mut prepared = OpenKvm::new()?.prepare()?;
         prepared.cpu_model = Some(CpuModel::new(&prepared.kvm)?);
         prepared.timeline.mark("CPU model");
         Ok(prepared)
-    }
-
-    /// Opens KVM and makes a virtual machine, whose CPUs are what saved ones were.
-    pub fn for_saved() -> Result<Self> {
-        let mut timeline = Timeline::default();
-        let kvm = open_kvm()?;
-        let vm = create_vm(&kvm)?;
-        timeline.mark("virtual machine");
-        let names = [Name::new(&kvm, "KVM"), Name::new(&vm, "virtual machine")];
-        Ok(Self { names, kvm, vm, cpu_model: None, timeline })
     }
 }
 

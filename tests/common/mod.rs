@@ -120,10 +120,27 @@ pub fn limit_descriptors(process: u32, soft: u64) -> u64 {
     }
 }
 
-#[allow(unsafe_code)]
 pub fn send(child: &Child, signal: i32) {
+    send_to(child.id(), signal);
+}
+
+#[allow(unsafe_code)]
+pub fn send_to(pid: u32, signal: i32) {
     // SAFETY: the call takes numbers.
-    unsafe { libc::kill(child.id() as i32, signal) };
+    unsafe { libc::kill(pid as i32, signal) };
+}
+
+/// Waits until a child has ended that this process has not started itself, and returns its code, or None and the signal.
+#[allow(unsafe_code)]
+pub fn await_child(pid: u32) -> (Option<i32>, i32) {
+    let mut status = 0;
+    wait_for(|| {
+        // SAFETY: the call writes the local number.
+        let ended = unsafe { libc::waitpid(pid as i32, &mut status, libc::WNOHANG) };
+        assert!(ended >= 0, "{pid} is no child: {}", std::io::Error::last_os_error());
+        ended > 0
+    });
+    (libc::WIFEXITED(status).then(|| libc::WEXITSTATUS(status)), libc::WTERMSIG(status))
 }
 
 /// A running process, killed when the test ends.

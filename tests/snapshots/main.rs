@@ -6,6 +6,7 @@
 mod common;
 mod diff;
 mod live;
+mod template;
 
 use std::fs::{self, File};
 use std::io::Write;

@@ -1,0 +1,61 @@
+//! The disks of a restored microVM that are to be others than it was saved with.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use crate::config::Config;
+use crate::devices::block;
+use crate::error::{Context, Error, Result};
+use crate::host::Host;
+
+/// A disk that is to be another one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Drive {
+    /// The disk.
+    pub id: String,
+    /// Where its image is, or where an image over that which it has is made.
+    pub path: PathBuf,
+    /// One is made.
+    pub is_overlay: bool,
+}
+
+/// Changes the disks of `config`, and returns the images that were made for that. `taken` are files of the snapshot.
+///
+/// # Errors
+/// There is no such disk, or one is named twice; an image is a file of the snapshot; no image can be made.
+pub fn replace(
+    config: &mut Config,
+    drives: &[Drive],
+    taken: &[PathBuf],
+    host: &mut Host,
+) -> Result<Vec<block::Overlay>> {
+    let mut made = Vec::new();
+    for (index, drive) in drives.iter().enumerate() {
+        if drives[..index].iter().any(|other| other.id == drive.id) {
+            return Err(Error::config(format!("`drive_overrides`: `{}` is there twice", drive.id)));
+        }
+        let attempt = || format!("`drive_overrides` of `{}`", drive.id);
+        if taken.iter().any(|path| are_same(path, &drive.path)) {
+            let message = format!("`{}` is a file of the snapshot itself", drive.path.display());
+            return Err(Error::config(message)).with_context(attempt);
+        }
+        let overlay = super::snapshots::change_device(config, "drives", Some(&drive.id), |told| {
+            if !drive.is_overlay {
+                told["path_on_host"] = serde_json::json!(drive.path);
+                return Ok(None);
+            }
+            let below = serde_json::from_value(told.take()).context("read the disk's configuration")?;
+            let (overlay, over) = block::Overlay::make(&below, &drive.path, host)?;
+            *told = serde_json::to_value(over).context("write the disk's configuration")?;
+            Ok(Some(overlay))
+        });
+        made.extend(overlay.with_context(attempt)?);
+    }
+    Ok(made)
+}
+
+/// Whether there is one file at both paths.
+fn are_same(one: &Path, other: &Path) -> bool {
+    let identity = |path: &Path| std::fs::metadata(path).ok().map(|found| (found.dev(), found.ino()));
+    identity(one).is_some_and(|identity_of_one| identity(other) == Some(identity_of_one))
+}
