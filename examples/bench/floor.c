@@ -5,6 +5,7 @@
  *   floor cold STATE MEMORY MIB   restores it when a byte comes on standard input
  *   floor warm STATE MEMORY MIB   has made all that does not depend on the state by then
  *   floor parked STATE MEMORY MIB has restored it by then, and lets it run
+ *   floor template STATE MEMORY MIB  has read the state by then, and restores it in a copy of itself for each byte
  *
  * A restored guest finds a byte in the serial port, sends it back, which goes to standard output, and halts for
  * good. */
@@ -288,6 +289,10 @@ int main(int count, char **words)
 	if (is_warm || !strcmp(mode, "cold"))
 		wait_for_request();
 	read_state(state_path);
+	if (!strcmp(mode, "template"))
+		do
+			wait_for_request();
+		while (must("fork", fork()));
 	if (!is_warm)
 		make_vm();
 	show_memory(memory_path, is_warm);

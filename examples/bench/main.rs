@@ -9,6 +9,7 @@ mod monitor;
 mod restore;
 mod start;
 mod table;
+mod template;
 mod vsock;
 
 type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;

@@ -43,13 +43,19 @@ pub fn connect(child: &mut Child, socket: &Path) -> Result<UnixStream> {
 
 /// Sends a request and waits for its answer, which must be a success.
 pub fn request(client: &mut UnixStream, method: &str, path: &str, body: &str) -> Result<()> {
+    request_body(client, method, path, body).map(drop)
+}
+
+/// The same, with the body of the answer.
+pub fn request_body(client: &mut UnixStream, method: &str, path: &str, body: &str) -> Result<String> {
     send(client, method, path, body)?;
     let mut answer = [0; 4096];
     let count = client.read(&mut answer)?;
     let answer = String::from_utf8_lossy(&answer[..count]);
+    let body = answer.lines().last().unwrap_or_default();
     match answer.starts_with("HTTP/1.1 2") {
-        true => Ok(()),
-        false => Err(format!("{method} {path}: {}", answer.lines().last().unwrap_or_default()).into()),
+        true => Ok(body.to_owned()),
+        false => Err(format!("{method} {path}: {body}").into()),
     }
 }
 

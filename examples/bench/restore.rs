@@ -15,13 +15,14 @@ use serde_json::json;
 use crate::counters::own_memory;
 use crate::monitor::{connect, request, send, spawn};
 use crate::start::{compile, cpu_time, median};
+use crate::template::{self, Machine};
 use crate::{Folder, Result};
 
 const MEMORY_MIB: &str = "128";
 /// How long a service has to prepare itself before it is asked, as it has with a client that takes its time.
-const AHEAD: Duration = Duration::from_millis(60);
+pub const AHEAD: Duration = Duration::from_millis(60);
 /// As many clones are started at a time.
-const AT_A_TIME: usize = 4;
+pub const AT_A_TIME: usize = 4;
 
 /// One row of the report: its name, how a guest is restored, which mode of the floor program does the same, and the bars
 /// on a quiet machine: in ms, and as a multiple of the floor.
@@ -84,10 +85,10 @@ impl Restored {
 }
 
 /// The snapshot that is restored, and the programs that restore it.
-struct Bench {
-    ours: String,
-    saved: PathBuf,
-    socket: PathBuf,
+pub struct Bench {
+    pub ours: String,
+    pub saved: PathBuf,
+    pub socket: PathBuf,
     floor: PathBuf,
     /// The floor's state and memory.
     floors: [PathBuf; 2],
@@ -142,7 +143,7 @@ impl Bench {
     }
 
     /// The floor program's command in this mode.
-    fn floor(&self, mode: &str) -> Command {
+    pub fn floor(&self, mode: &str) -> Command {
         let mut command = Command::new(&self.floor);
         command.arg(mode).args(&self.floors).arg(MEMORY_MIB);
         command
@@ -298,22 +299,38 @@ fn count(bench: &Bench, way: Option<Way>, mode: &str) -> Result<(usize, usize)> 
     Ok(found)
 }
 
-/// The table of `number` clones that are there at once, each a process of its own.
+/// The tables of `number` clones that are there at once, each a process of its own.
 pub fn clones(ours: &str, number: usize) -> Result<()> {
     let bench = Bench::new(ours)?;
-    let alula = many(number, || bench.one(Way::Run))?;
-    let floor = many(number, || bench.one_floor("exec"))?;
-    println!("clones: 1 CPU, {MEMORY_MIB} MiB, {number} at once by exec, {AT_A_TIME} started at a time");
-    println!("{:<44} {:>10} {:>10} {:>6}", "", "alula", "floor", "ratio");
-    for (name, ours, least, bar) in [
-        ("clones a second", alula.a_second, floor.a_second, ">= 650 on a quiet machine, >= 0.6 x floor"),
-        ("CPU time of one until its byte, ms", alula.cpu_ms, floor.cpu_ms, "<= 1.8"),
-        ("page faults of one until then", alula.faults, floor.faults, ""),
-        ("anonymous memory of the first one, KiB", alula.first_kib, floor.first_kib, "<= 140"),
-        ("anonymous memory of the last one, KiB", alula.last_kib, floor.last_kib, "within 10% of the first"),
-    ] {
+    let machine = Machine::new();
+    let alula = many(number, &machine, || bench.one(Way::Run))?;
+    let floor = many(number, &machine, || bench.one_floor("exec"))?;
+    let row = |name: &str, ours: f64, least: f64, bar: &str| {
         println!("{name:<44} {ours:>10.2} {least:>10.2} {:>6.2}  {bar}", ours / least);
-    }
+    };
+    let head = |how: &str| {
+        println!("clones: 1 CPU, {MEMORY_MIB} MiB, {number} at once by {how}, {AT_A_TIME} started at a time");
+        println!("{:<44} {:>10} {:>10} {:>6}", "", "alula", "floor", "ratio");
+    };
+    head("exec");
+    let bar = ">= 650 on a quiet machine, >= 0.6 x floor";
+    row("clones a second", alula.a_second, floor.a_second, bar);
+    row("CPU time of one until its byte, ms", alula.cpu_ms, floor.cpu_ms, "<= 1.8");
+    row("page faults of one until then", alula.faults, floor.faults, "");
+    row("anonymous memory of the first one, KiB", alula.first_kib, floor.first_kib, "<= 140");
+    row("anonymous memory of the last one, KiB", alula.last_kib, floor.last_kib, "within 10% of the first");
+    row("whole machine, for each, KiB (it has run)", alula.machine_kib, floor.machine_kib, "");
+    let alula = template::ours(&bench, number, &machine)?;
+    let floor = template::floor(&bench, number, &machine)?;
+    head("a template");
+    let bar = ">= 1000 on a quiet machine, >= 0.55 x floor";
+    row("clones a second", alula.a_second, floor.a_second, bar);
+    row("CPU time of one until it is idle, ms", alula.cpu_ms, floor.cpu_ms, "");
+    row("CPU time of the template for it, ms", alula.template_ms, floor.template_ms, "");
+    let both = |figures: &template::Figures| figures.cpu_ms + figures.template_ms;
+    row("both together, ms", both(&alula), both(&floor), "<= 1.2");
+    row("memory of its own, KiB", alula.own_kib, floor.own_kib, "<= 64");
+    row("whole machine, for each, KiB (it has run)", alula.machine_kib, floor.machine_kib, "");
     Ok(())
 }
 
@@ -324,10 +341,12 @@ struct Many {
     faults: f64,
     first_kib: f64,
     last_kib: f64,
+    machine_kib: f64,
 }
 
 /// Starts `number` clones, some at a time, and ends them when all are there.
-fn many(number: usize, start: impl Fn() -> Result<Restored> + Sync) -> Result<Many> {
+fn many(number: usize, machine: &Machine, start: impl Fn() -> Result<Restored> + Sync) -> Result<Many> {
+    let before = machine.used()?;
     let (left, clones) = (Mutex::new(number), Mutex::new(Vec::with_capacity(number)));
     let one = || -> std::result::Result<(), String> {
         loop {
@@ -350,6 +369,7 @@ fn many(number: usize, start: impl Fn() -> Result<Restored> + Sync) -> Result<Ma
     let a_second = number as f64 / begun.elapsed().as_secs_f64();
     let clones = clones.into_inner().map_err(|_| "a thread failed")?;
     let measured = started.map_err(Into::into).and_then(|()| {
+        let machine_kib = (machine.used()? - before) / number as f64;
         let memory = |clone: Option<&Restored>| own_memory(clone.ok_or("no clone")?.child.id());
         let of = |value: fn(&Restored) -> f64| median(&clones.iter().map(value).collect::<Vec<_>>());
         Ok(Many {
@@ -358,6 +378,7 @@ fn many(number: usize, start: impl Fn() -> Result<Restored> + Sync) -> Result<Ma
             faults: of(|clone| clone.faults),
             first_kib: memory(clones.first())? as f64,
             last_kib: memory(clones.last())? as f64,
+            machine_kib,
         })
     });
     clones.into_iter().try_for_each(Restored::end)?;
