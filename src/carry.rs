@@ -2,8 +2,10 @@
 
 pub mod diff;
 pub mod folder;
+pub mod line;
 pub mod memory_file;
 pub mod merge;
 pub mod pages;
+pub mod rebase;
 pub mod state_file;
 pub mod stored;

@@ -122,7 +122,7 @@ fn what_is_not_there_yet_is_what_is_refused() {
         rows.iter().filter(|row| row[1].starts_with(happens)).flat_map(|row| quoted(row[0])).collect()
     };
     let mut refused = names("refused");
-    assert_eq!(names("under this name"), BTreeSet::from(["snapshot-editor"]));
+    assert_eq!(names("under this name"), BTreeSet::from(["snapshot-editor", "edit-memory rebase"]));
 
     let service = Service::start(&[]);
     let mut client = service.client();

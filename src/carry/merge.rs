@@ -1,6 +1,7 @@
 //! A difference that is merged into the snapshot before it, which becomes the later of the two.
 
 use super::diff;
+use super::line::Line;
 use super::stored::{self, Location, MemoryFile, Stored, Sums};
 use crate::error::{Context, Error, Result};
 
@@ -32,12 +33,18 @@ pub fn merge(base: &Location, of: &Location) -> Result<u64> {
     if before.machine.memory() != later.machine.memory() {
         return Err(Error::config("they are of machines with other memory")).with_context(attempt);
     }
+    if let Some((line, base)) = later.line.zip(before.line) {
+        line.check_follows(base.place).with_context(attempt)?;
+    }
     let size = before.memory.size;
     let written = diff::merge((&memory, checksums), (&pages, blocks), size, draft.memory_file());
     let written = written.with_context(attempt)?;
     draft.memory_file().sync_all().context("flush it to the disk").with_context(attempt)?;
     let memory = MemoryFile { name: draft.memory_name(), size };
     let machine = later.machine.to_bytes()?;
-    draft.keep(&stored::state(machine, &memory, &Sums::Whole(written.checksums), later.origin.boot_id)?)?;
+    // It is the later one now, and a whole one.
+    let line = later.line.map(|line| Line { after: None, ..line });
+    let sums = Sums::Whole(written.checksums);
+    draft.keep(&stored::state(machine, &memory, &sums, later.origin.boot_id, line.as_ref())?)?;
     Ok(size)
 }

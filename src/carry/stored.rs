@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::diff;
 use super::folder::{self, Draft};
+use super::line::Line;
 use super::memory_file;
 use super::state_file::{self, Origin, Section};
 use crate::arch;
@@ -24,6 +25,8 @@ const MACHINE: u16 = 1;
 const MEMORY: u16 = 2;
 /// The section, of no bytes, of a state whose memory is that of a difference.
 const DIFF: u16 = 3;
+/// The section that says which snapshot it is; states of old have none.
+const LINE: u16 = 4;
 /// The form of each section; the machine says its own beside.
 const VERSION: u16 = 1;
 /// The most that the machine may have as bytes. What is read from them may take several times as much memory of
@@ -63,6 +66,8 @@ pub struct Stored {
     pub machine: SavedMachine,
     /// Where its memory is.
     pub memory: MemoryFile,
+    /// Which snapshot it is; None: it does not say.
+    pub line: Option<Line>,
     /// The checksums of its memory, or none if they were not asked for.
     pub sums: Sums,
 }
@@ -212,6 +217,13 @@ impl Stored {
             Ok((place, [])) => place,
             _ => return Err(Error::config("what it says of the memory is damaged")),
         };
+        let line = match sections.iter().any(|section| section.kind == LINE) {
+            true => match postcard::take_from_bytes::<Line>(section(sections, LINE, "line")?) {
+                Ok((line, [])) => Some(line),
+                _ => return Err(Error::config("what it says of the snapshots before it is damaged")),
+            },
+            false => None,
+        };
         if total(machine.memory()) != Some(memory.size) {
             return Err(Error::config("its memory has another size than its file: it is damaged"));
         }
@@ -224,7 +236,7 @@ impl Stored {
                 Sums::Whole(words.iter().map(|word| u32::from_le_bytes(*word)).collect())
             }
         };
-        Ok(Self { origin, machine, memory, sums })
+        Ok(Self { origin, machine, memory, line, sums })
     }
 
     /// Whether it was made on this architecture.
@@ -247,11 +259,17 @@ impl Stored {
 }
 
 /// The content of the state file of a machine, of which `machine` are the bytes, whose memory was written so and is
-/// called `name` beside it.
+/// called `name` beside it; `line`: which snapshot it is, if that is known.
 ///
 /// # Errors
 /// It is more than can be read again.
-pub fn state(machine: Vec<u8>, memory: &MemoryFile, sums: &Sums, boot_id: [u8; 16]) -> Result<Vec<u8>> {
+pub fn state(
+    machine: Vec<u8>,
+    memory: &MemoryFile,
+    sums: &Sums,
+    boot_id: [u8; 16],
+    line: Option<&Line>,
+) -> Result<Vec<u8>> {
     if machine.len() > MACHINE_MAX {
         let message =
             format!("the state of the machine has {} bytes, at most {MACHINE_MAX} are kept", machine.len());
@@ -260,6 +278,10 @@ pub fn state(machine: Vec<u8>, memory: &MemoryFile, sums: &Sums, boot_id: [u8; 1
     let memory = postcard::to_extend(memory, Vec::new()).context("write where the memory is")?;
     let section = |kind, bytes| Section { kind, version: VERSION, bytes };
     let mut sections = vec![section(MACHINE, machine), section(MEMORY, memory)];
+    if let Some(line) = line {
+        let line = postcard::to_extend(line, Vec::new()).context("write which snapshot it is")?;
+        sections.push(section(LINE, line));
+    }
     let checksums = match sums {
         Sums::Whole(checksums) => checksums.iter().flat_map(|sum| sum.to_le_bytes()).collect(),
         Sums::Diff(blocks) => {
@@ -282,7 +304,11 @@ pub fn boot_id() -> Result<[u8; 16]> {
     Ok(number.to_be_bytes())
 }
 
-fn random() -> Result<u128> {
+/// A number that nothing else has.
+///
+/// # Errors
+/// The host has no random bytes.
+pub fn random() -> Result<u128> {
     let mut bytes = [0; 16];
     process::random(&mut bytes).context("get random bytes of the host")?;
     Ok(u128::from_le_bytes(bytes))

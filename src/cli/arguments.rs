@@ -133,7 +133,8 @@ fn other(persona: Persona, mut arguments: Vec<OsString>) -> Result<Command, Stri
             .replace("Usage: alula serve", "Usage: firecracker")
             .replace("alula serve", "firecracker"),
         Persona::Jailer => jail::HELP.replace("alula jail", "jailer"),
-        _ => "Only --version is implemented yet.\n".to_owned(),
+        Persona::SnapshotEditor => snapshot::editor_help(),
+        Persona::Alula => HELP.to_owned(),
     };
     if let Some(text) = persona.print(&arguments, help) {
         return Ok(Command::Print(text));
@@ -151,8 +152,18 @@ fn other(persona: Persona, mut arguments: Vec<OsString>) -> Result<Command, Stri
         Persona::Jailer => jail::parse(&mut lexopt::Parser::from_args(arguments)).map_err(|error| {
             format!("{}; see `jailer --help`", with_meant_option(&error, || jail::HELP.to_owned()))
         }),
-        _ => Err("only --version is implemented yet under this name: what this program does comes later"
-            .to_owned()),
+        Persona::SnapshotEditor => {
+            let is_rebase = arguments.first().is_some_and(|word| word == "edit-memory");
+            let parsed = snapshot::parse(&mut lexopt::Parser::from_args(arguments));
+            match parsed.map_err(|error| error.to_string()) {
+                Ok(command) if is_rebase => Ok(command),
+                Ok(_) => {
+                    Err("`edit-memory rebase` is what there is; see `snapshot-editor --help`".to_owned())
+                }
+                Err(error) => Err(format!("{error}; see `snapshot-editor --help`")),
+            }
+        }
+        Persona::Alula => alula(arguments),
     }
 }
 

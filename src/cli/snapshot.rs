@@ -5,8 +5,9 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use super::arguments::snapshot::Snapshot;
-use crate::carry::merge;
+use crate::carry::line::{Line, Place};
 use crate::carry::stored::{Location, Stored, Sums, boot_id};
+use crate::carry::{merge, rebase};
 use crate::error::{Context, Result};
 
 /// What to print.
@@ -15,6 +16,10 @@ pub fn run(snapshot: &Snapshot) -> Result<String> {
         Snapshot::Inspect(path) => inspect(path),
         Snapshot::Verify(location) => verify(location),
         Snapshot::Merge(base, diff) => merge(base, diff),
+        Snapshot::Rebase { memory, diff } => {
+            let bytes = rebase::rebase(memory, diff)?;
+            Ok(format!("{}: {bytes} bytes were put into it\n", memory.display()))
+        }
     }
 }
 
@@ -27,7 +32,7 @@ fn inspect(path: &Path) -> Result<String> {
 
 /// What a state says, for people and programs.
 fn told(stored: &Stored) -> Result<Value> {
-    let Stored { origin, machine, memory, sums } = stored;
+    let Stored { origin, machine, memory, line, sums } = stored;
     let architecture = match origin.architecture {
         62 => json!("x86_64"),
         183 => json!("aarch64"),
@@ -53,9 +58,22 @@ fn told(stored: &Stored) -> Result<Value> {
         "cpus": machine.cpus(),
         "memory": { "ranges": ranges, "file": memory.name, "size": memory.size, "checksums": checksums },
         "kind": sums.kind(),
+        "snapshot": line.map(|line| place(line.place)),
+        "after": line.and_then(after),
         "parts": parts,
         "config": config,
     }))
+}
+
+/// Which snapshot something is.
+fn place(Place { microvm, number }: Place) -> Value {
+    json!({ "microvm": format!("{microvm:032x}"), "number": number })
+}
+
+/// What a difference may be merged into.
+fn after(line: Line) -> Option<Value> {
+    let after = line.after?;
+    Some(json!({ "number": after.number, "restored_from": after.restored_from.map(place) }))
 }
 
 fn verify(location: &Location) -> Result<String> {

@@ -61,6 +61,7 @@ pub struct Microvm {
     handler: Option<handler::Handler>,
     jobs: Jobs<Finish>,
     saving: Option<saving::Saving>,
+    taken: saving::Taken,
     /// Pages that were written since the last snapshot, as far as the log was asked for a later one that failed;
     /// None: no snapshot since writes are noted.
     unsaved: Option<PageSet>,
@@ -86,6 +87,7 @@ impl Microvm {
             handler: None,
             jobs: Jobs::default(),
             saving: None,
+            taken: saving::Taken::default(),
             unsaved: None,
             metadata: Arc::new(Store::new(metadata::SIZE_MAX)),
             has_agent: false,

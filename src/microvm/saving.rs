@@ -9,6 +9,7 @@ use super::counts::LATENCIES;
 use super::live::Live;
 use super::{Finish, Microvm, note};
 use crate::carry::folder::Draft;
+use crate::carry::line::{After, Line, Place};
 use crate::carry::memory_file::{self, Pagemap};
 use crate::carry::stored::{self, Location, MemoryFile, Sums};
 use crate::carry::{diff, pages};
@@ -57,6 +58,8 @@ impl Kind {
 /// A snapshot that is being written.
 pub(super) struct Saving {
     kind: Kind,
+    /// The how manieth one of this microVM it is.
+    number: u32,
     begun: Instant,
     /// Since when the guest stands still, which ran before, and is to go on when the snapshot is there.
     stands_since: Option<Instant>,
@@ -84,12 +87,33 @@ impl Saving {
     }
 }
 
+/// The snapshots of this microVM so far.
+#[derive(Default)]
+pub(super) struct Taken {
+    /// By which number they are known, from the first one on.
+    microvm: Option<u128>,
+    /// How many were begun.
+    count: u32,
+    /// The last that is whole.
+    last: u32,
+    /// Where the microVM comes from.
+    restored_from: Option<Place>,
+}
+
+impl Taken {
+    /// None of a microVM that was restored from the one at this place.
+    pub(super) fn from(restored_from: Option<Place>) -> Self {
+        Self { restored_from, ..Self::default() }
+    }
+}
+
 /// All that a job needs to write a snapshot, with every file open.
 pub(super) struct Writing {
     pub(super) kind: Kind,
     pub(super) draft: Draft,
     pub(super) pagemap: Pagemap,
     boot_id: [u8; 16],
+    line: Line,
     pub(super) memory: Memory,
 }
 
@@ -124,7 +148,7 @@ impl Writing {
         file.set_len(size).context("set its length").context(ATTEMPT)?;
         file.sync_all().context("flush it to the disk").context(ATTEMPT)?;
         let memory_file = MemoryFile { name: self.draft.memory_name(), size };
-        self.draft.keep(&stored::state(machine, &memory_file, sums, self.boot_id)?)
+        self.draft.keep(&stored::state(machine, &memory_file, sums, self.boot_id, Some(&self.line))?)
     }
 }
 
@@ -159,7 +183,9 @@ impl Microvm {
         // All that can be known to fail does so before the guest is disturbed.
         let memory = machine.memory().clone();
         let (pagemap, boot_id) = (Pagemap::open()?, stored::boot_id()?);
-        let writing = Writing { kind: *kind, draft: location.begin()?, pagemap, boot_id, memory };
+        let line = self.next_in_line(*kind)?;
+        let number = line.place.number;
+        let writing = Writing { kind: *kind, draft: location.begin()?, pagemap, boot_id, line, memory };
         let stands_since = (resumes && !is_live).then(Instant::now);
         if stands_since.is_some() {
             self.pause(REASON)?;
@@ -168,7 +194,7 @@ impl Microvm {
         match &started {
             Ok(ticket) => {
                 let (kind, ticket, stood) = (*kind, *ticket, Duration::ZERO);
-                self.saving = Some(Saving { kind, begun, stands_since, stood, ticket });
+                self.saving = Some(Saving { kind, number, begun, stands_since, stood, ticket });
             }
             Err(_) if stands_since.is_some() => self.resume(REASON)?,
             Err(_) => {}
@@ -254,6 +280,7 @@ impl Microvm {
     fn end_snapshot(&mut self, written: Result<u64>) -> Result<Option<Value>> {
         let saving = self.saving.take();
         if written.is_ok() {
+            self.taken.last = saving.as_ref().map_or(self.taken.last, |saving| saving.number);
             // What is written from here on is for the next one.
             self.unsaved = self.started()?.tracks_writes().then(PageSet::default);
         }
@@ -267,6 +294,23 @@ impl Microvm {
         }
         went_on?;
         written.map(|_| None)
+    }
+
+    /// Which snapshot the next one is, and what it comes after.
+    fn next_in_line(&mut self, kind: Kind) -> Result<Line> {
+        let noted_since = self.unsaved.is_some();
+        let Taken { microvm, count, last, restored_from } = &mut self.taken;
+        let microvm = match microvm {
+            Some(microvm) => *microvm,
+            None => *microvm.insert(stored::random()?),
+        };
+        *count = count.saturating_add(1);
+        // A difference has what was noted since the last one, or all that is this process's own.
+        let after = match noted_since {
+            true => After { number: *last, restored_from: None },
+            false => After { number: 0, restored_from: *restored_from },
+        };
+        Ok(Line { place: Place { microvm, number: *count }, after: (kind == Kind::Diff).then_some(after) })
     }
 
     /// While a snapshot is being written, nothing may change what it is of.

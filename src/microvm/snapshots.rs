@@ -11,7 +11,9 @@ use vm_memory::GuestAddressSpace;
 use super::counts::LATENCIES;
 use super::drives::{self, Drive};
 use super::handler::Handler;
+use super::saving::Taken;
 use super::{Microvm, note, signals};
+use crate::carry::line::Place;
 use crate::carry::stored::{self, Location, Stored, Sums};
 use crate::config::{Config, HugePages};
 use crate::descriptors::Named;
@@ -187,27 +189,28 @@ impl Microvm {
             return Err(Error::config(message));
         }
         let loaded = open().and_then(|opened| self.build_saved(opened, load, reason));
-        let (machine, config, handler) = loaded.inspect_err(|_| {
+        let Restored { machine, config, handler, place } = loaded.inspect_err(|_| {
             lost::forget();
             self.host.serve_metadata(None);
             self.prepare_again();
         })?;
         self.host.release_all();
         (self.machine, self.config, self.ahead) = (Some(machine), config, None);
-        self.handler = handler;
+        (self.handler, self.taken) = (handler, Taken::from(place));
         note(begun, [&LATENCIES.load_snapshot, &LATENCIES.vmm_load_snapshot]);
         self.write_metrics();
         Ok(())
     }
 
-    /// A machine that goes on where the saved one stood, its configuration, and who gives its pages.
+    /// A machine that goes on where the saved one stood.
     fn build_saved(
         &mut self,
         opened: Opened,
         load: &Load,
         reason: &'static str,
-    ) -> Result<(Box<Machine>, Config, Option<Handler>)> {
+    ) -> Result<Restored> {
         let Opened { stored, pieces, memory, paths, is_of_this_boot, kvm } = opened;
+        let place = stored.line.map(|line| line.place);
         let mut saved = stored.machine;
         if load.follows_time_of_day {
             saved.follow_time_of_day().context("`clock_realtime`")?;
@@ -247,8 +250,18 @@ impl Microvm {
             machine.park()?;
         }
         overlays.into_iter().for_each(Overlay::keep);
-        Ok((machine, config, handler))
+        Ok(Restored { machine, config, handler, place })
     }
+}
+
+/// A machine that was restored.
+struct Restored {
+    machine: Box<Machine>,
+    config: Config,
+    /// Who gives its pages, if they do not come from a file. Dropped after the machine.
+    handler: Option<Handler>,
+    /// Which snapshot it was, if that says so.
+    place: Option<Place>,
 }
 
 /// What the memory of a saved machine is had from.

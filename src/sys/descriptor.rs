@@ -140,6 +140,25 @@ pub fn wait(
     check(count).map(|count| count as usize)
 }
 
+/// The next range of `file` from `from` on that is no hole (lseek(2)); None: there is none up to its end. On file systems
+/// without holes, all of it is.
+///
+/// # Errors
+/// The file is none that has a length.
+pub fn next_data(file: &File, from: u64) -> Result<Option<(u64, u64)>> {
+    let seek = |from: u64, what| {
+        let from = libc::off_t::try_from(from).map_err(Error::other)?;
+        // SAFETY: the call takes numbers.
+        let at = unsafe { libc::lseek(file.as_raw_fd(), from, what) };
+        u64::try_from(at).map_err(|_| Error::last_os_error())
+    };
+    match seek(from, libc::SEEK_DATA) {
+        Ok(start) => Ok(Some((start, seek(start, libc::SEEK_HOLE)?))),
+        Err(error) if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
 /// Whether this user may write to what is at `path` (access(2)).
 ///
 /// # Errors

@@ -147,7 +147,7 @@ fn called_firecracker_it_has_that_monitors_command_line_and_limits() {
     let editor = common::called("snapshot-editor", &folder);
     assert_eq!(output(&editor, &["--version"]).stdout, b"snapshot-editor 1.17.0\n");
     let refused = output(&editor, &["edit-memory"]);
-    assert!(String::from_utf8_lossy(&refused.stderr).contains("only --version is implemented yet"));
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("`edit-memory rebase --memory-path MEMORY"));
     assert_eq!(output(&firecracker, &["--dance"]).status.code(), Some(153));
     assert_eq!(output(&firecracker, &["--id", "a_b"]).status.code(), Some(153));
     assert_eq!(output(&firecracker, &["--no-api"]).status.code(), Some(153));

@@ -4,10 +4,11 @@ use std::fs;
 use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use serde_json::{Value, json};
 
-use super::common::{Client, Folder, Service, mount_tmpfs, run};
+use super::common::{Client, Folder, Service, called, mount_tmpfs, run};
 use super::{GO_ON, PAUSE, fault};
 
 /// What takes the firmware's benches, in MiB, and a little more.
@@ -102,6 +103,17 @@ impl Reader {
         }
     }
 
+    /// Sees that `diff` is not merged into `base`, of which nothing changes.
+    fn refuse_merge(&self, base: &str, diff: &str, expected: &str) {
+        let paths = [self.path(base), self.memory(base), self.path(diff), self.memory(diff)];
+        let before = [fs::read(&paths[0]).unwrap(), fs::read(&paths[1]).unwrap()];
+        let words = ["snapshot", "merge"].map(PathBuf::from);
+        let refused = run(words.iter().chain(&paths));
+        assert!(refused.code == Some(1) && refused.text.contains(expected), "{}", refused.text);
+        assert!(refused.text.contains("leave none out"), "{}", refused.text);
+        assert!(before == [fs::read(&paths[0]).unwrap(), fs::read(&paths[1]).unwrap()]);
+    }
+
     /// Whether two files have the same memory; the first page that differs is told.
     fn assert_same(&self, one: &str, other: &str) {
         let [one, other] = [one, other].map(|name| fs::read(self.memory(name)).unwrap());
@@ -134,15 +146,24 @@ fn save_chain(reader: &mut Reader) {
     reader.save("Full", "whole");
 }
 
-fn check_chain(reader: Reader) {
+fn check_chain(reader: Reader, is_noted: bool) {
     let diffs = ["1", "2", "3", "4"];
+    if is_noted {
+        // What was written between is in the first.
+        reader.refuse_merge("base", "2", "of that microVM; what it is to be merged into is snapshot");
+    }
     reader.merge("base", &diffs);
+    reader.refuse_merge("base", "1", "which has these pages or later ones");
+    reader.refuse_merge("whole", "4", "which has these pages or later ones");
     reader.assert_same("base", "whole");
     let refused = run(["snapshot", "merge", "a", "b"]);
     assert!(refused.code == Some(1) && refused.text.contains("`a/state`"), "{}", refused.text);
     // What was merged is the last difference's machine with all of its memory.
     let mut again = reader.restored("base", &json!({}));
     again.read(4096, 2);
+    again.save("Diff", "later");
+    again.refuse_merge("whole", "later", "of another microVM, or from before or after another restore");
+    again.merge("base", &["later"]);
     again.client.ok("PATCH", "/vm", GO_ON);
     again.service.process.stdin.as_mut().unwrap().write_all(b"end\n").unwrap();
     assert_eq!(again.service.process.end().code, Some(0));
@@ -154,7 +175,7 @@ fn differences_of_noted_writes_come_to_the_whole() {
     save_chain(&mut reader);
     assert!(reader.blocks("3") < 64 << 10, "{} bytes, and nothing was written", reader.blocks("3"));
     assert!(reader.blocks("1") < 1 << 20 && reader.blocks("2") > 128 << 10);
-    check_chain(reader);
+    check_chain(reader, true);
 }
 
 #[test]
@@ -173,7 +194,7 @@ fn differences_of_a_restored_guest_are_its_own_pages() {
             fs::remove_file(reader.memory(file)).unwrap();
         }
         save_chain(&mut reader);
-        check_chain(reader);
+        check_chain(reader, track);
     }
 }
 
@@ -203,6 +224,7 @@ fn people_save_differences_and_merge_them() {
     saved(&["ctl", "--api-sock", &socket, "snapshot", &diff, "--diff"]);
     let told: Value = serde_json::from_str(&run(["snapshot", "inspect", &diff]).text).unwrap();
     assert_eq!(told["kind"], "Diff");
+    assert!(told["snapshot"]["number"] == 2 && told["after"]["number"] == 1, "{told}");
     refused(&["run", "--restore", &diff], "merge it into that (`alula snapshot merge`)");
     refused(&["snapshot", "merge", &base, &base], "the one that is to be merged is no difference");
     refused(&["snapshot", "merge", &diff, &diff], "is a difference itself");
@@ -224,4 +246,47 @@ fn people_save_differences_and_merge_them() {
     saved(&["snapshot", "merge", &base, &diff]);
     assert!(names() != before && names().len() == 2, "{:?}", names());
     saved(&["snapshot", "verify", &base]);
+}
+
+#[test]
+fn a_memory_file_takes_the_pages_of_a_difference_without_states() {
+    let mut reader = Reader::new(&json!({ "track_dirty_pages": true }), &[]);
+    reader.save("Full", "base");
+    reader.read(65_536, 2);
+    reader.save("Diff", "diff");
+    reader.save("Full", "whole");
+    let editor = called("snapshot-editor", &reader.folder);
+    let edit = |memory: &Path, diff: &Path| {
+        let words = ["edit-memory", "rebase", "--memory-path"];
+        let output =
+            Command::new(&editor).args(words).arg(memory).arg("--diff-path").arg(diff).output().unwrap();
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let (base, diff) = (reader.memory("base"), reader.memory("diff"));
+    let before = fs::read(&base).unwrap();
+    let none = reader.path("none");
+    fs::write(reader.path("short"), vec![1; 4096]).unwrap();
+    for (memory, diff, expected) in [
+        (&base, &none, "No such file"),
+        (&none, &diff, "No such file"),
+        (&base, &reader.path("short"), "the difference has 4096 bytes, and the memory"),
+        (&reader.folder.0, &diff, "directory"),
+    ] {
+        let (code, text) = edit(memory, diff);
+        assert!(code == Some(1) && text.contains(expected), "{code:?} {text}");
+    }
+    assert!(fs::read(&base).unwrap() == before);
+    // Once more does no harm.
+    for _ in 0..2 {
+        assert_eq!(edit(&base, &diff), (Some(0), String::new()));
+        reader.assert_same("base", "whole");
+    }
+    for words in [&["edit-memory"][..], &["edit-memory", "rebase", "--memory-path", "m"], &["inspect", "s"]] {
+        assert_eq!(Command::new(&editor).args(words).output().unwrap().status.code(), Some(153), "{words:?}");
+    }
+    let ours = ["snapshot", "merge", "a", "b", "--diff-path", "c"];
+    assert!(run(ours).text.contains("are for `edit-memory rebase`"));
+    fs::rename(&base, reader.memory("diff")).unwrap();
+    let mut again = reader.restored("diff", &json!({}));
+    again.read(4096, 1);
 }
