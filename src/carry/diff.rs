@@ -145,9 +145,15 @@ pub fn merge(
     for (index, expected) in checksums.iter().enumerate() {
         let start = (index * BLOCK) as u64;
         let block = &mut block[..(size - start).min(BLOCK as u64) as usize];
-        memory_file::read_block(base, start, block, *expected).context("the earlier snapshot")?;
-        if let Some(pages) = blocks.next_if(|pages| pages.index as usize == index) {
-            pages.read_checked(diff, block).context("the difference")?;
+        let has_data =
+            memory_file::read_block(base, start, block, *expected).context("the earlier snapshot")?;
+        match blocks.next_if(|pages| pages.index as usize == index) {
+            Some(pages) => pages.read_checked(diff, block).context("the difference")?,
+            None if !has_data => {
+                written.checksums.push(*expected);
+                continue;
+            }
+            None => {}
         }
         written.checksums.push(crc32fast::hash(block));
         for (from, to) in memory_file::runs(block, PAGE_MIN) {

@@ -7,6 +7,7 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::sync::OnceLock;
 
 use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
@@ -14,6 +15,7 @@ use crate::descriptors::Named;
 use crate::error::{Context, Error, Result};
 use crate::memory::mapping::page_size;
 use crate::memory::{Piece, Range, Region, Regions};
+use crate::sys::descriptor;
 
 /// Memory is checked in blocks of this size, in bytes.
 pub const BLOCK: usize = 1 << 20;
@@ -114,6 +116,18 @@ impl Writer<'_> {
 
     /// Writes the pages of the block of `region` at `at` that are not zero.
     fn block(&mut self, region: &Region, at: u64, length: usize) -> Result<()> {
+        let host = region.get_host_address(MemoryRegionAddress(at)).context("find a page of the guest")?;
+        let mut entries = [0; BLOCK / PAGE_MIN * 8];
+        let entries = &mut entries[..length.div_ceil(self.page) * 8];
+        let place = (host as usize / self.page * 8) as u64;
+        self.pagemap.read_exact_at(entries, place).context("read /proc/self/pagemap")?;
+        let (entries, _) = entries.as_chunks();
+        let is_untouched = !entries.iter().any(|entry| is_own(u64::from_le_bytes(*entry)));
+        if is_untouched && region.backing().is_none() && !region.is_served() {
+            // Nobody needs to look at zeros.
+            self.written.checksums.push(checksum_of_zeros(length));
+            return Ok(());
+        }
         let block = &mut self.block[..length];
         block.fill(0);
         // What the process has no page of its own for is still in the file that it was mapped from.
@@ -121,12 +135,6 @@ impl Writer<'_> {
             let start = region.range().start + at;
             backing.read(start, block).context("read the memory that it was restored from")?;
         }
-        let host = region.get_host_address(MemoryRegionAddress(at)).context("find a page of the guest")?;
-        let mut entries = [0; BLOCK / PAGE_MIN * 8];
-        let entries = &mut entries[..length.div_ceil(self.page) * 8];
-        let place = (host as usize / self.page * 8) as u64;
-        self.pagemap.read_exact_at(entries, place).context("read /proc/self/pagemap")?;
-        let (entries, _) = entries.as_chunks();
         for (index, (page, entry)) in block.chunks_mut(self.page).zip(entries).enumerate() {
             // A page that another process has yet to give is given now.
             if region.is_served() || is_own(u64::from_le_bytes(*entry)) {
@@ -199,7 +207,7 @@ pub fn verify(file: &File, length: u64, checksums: &[u32]) -> Result<()> {
     for (index, expected) in checksums.iter().enumerate() {
         let place = (index * BLOCK) as u64;
         let block = &mut block[..(length - place).min(BLOCK as u64) as usize];
-        read_block(file, place, block, *expected)?;
+        let _has_data = read_block(file, place, block, *expected)?;
     }
     Ok(())
 }
@@ -216,10 +224,29 @@ pub(super) fn check_length(file: &File, length: u64, checksums: &[u32]) -> Resul
     Ok(())
 }
 
-/// Reads the block of `file` at `place`, which must have this checksum.
-pub(super) fn read_block(file: &File, place: u64, block: &mut [u8], checksum: u32) -> Result<()> {
-    file.read_exact_at(block, place).with_context(|| format!("read its block at {place:#x}"))?;
-    if crc32fast::hash(block) == checksum { Ok(()) } else { Err(damaged(place)) }
+/// The checksum of so many zeros, at most a block.
+fn checksum_of_zeros(length: usize) -> u32 {
+    static OF_BLOCK: OnceLock<u32> = OnceLock::new();
+    let sum = || crc32fast::hash(&vec![0; length]);
+    if length == BLOCK { *OF_BLOCK.get_or_init(sum) } else { sum() }
+}
+
+/// Reads the block of `file` at `place`, which must have this checksum. False: it is a hole, all zeros.
+pub(super) fn read_block(file: &File, place: u64, block: &mut [u8], checksum: u32) -> Result<bool> {
+    let attempt = || format!("read its block at {place:#x}");
+    let data = descriptor::next_data(file, place).with_context(attempt)?;
+    let is_hole = data.is_none_or(|(start, _)| start >= place + block.len() as u64);
+    let found = match is_hole {
+        true => {
+            block.fill(0);
+            checksum_of_zeros(block.len())
+        }
+        false => {
+            file.read_exact_at(block, place).with_context(attempt)?;
+            crc32fast::hash(block)
+        }
+    };
+    if found == checksum { Ok(!is_hole) } else { Err(damaged(place)) }
 }
 
 pub(super) fn damaged(place: u64) -> Error {
