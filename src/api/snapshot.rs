@@ -51,6 +51,10 @@ pub struct CreateSnapshot {
     /// Ours: a microVM that runs goes on while most of it is written, and stands still for a moment.
     #[serde(default)]
     live: bool,
+    /// Ours, with `live`: one that writes to its memory faster than the disk takes it is slowed down meanwhile, and not
+    /// given up.
+    #[serde(default)]
+    slow_down: bool,
 }
 
 /// The part of the memory that is saved.
@@ -223,6 +227,9 @@ enum LoadedPages {
 impl CreateSnapshot {
     /// The body, if it says where to.
     pub fn whole(self) -> serde_json::Result<Self> {
+        if self.slow_down && !self.live {
+            return Err(serde_json::Error::custom("`slow_down` is for `live`"));
+        }
         match (&self.folder, &self.snapshot_path, &self.mem_file_path) {
             (Some(_), None, None) | (None, Some(_), Some(_)) => Ok(self),
             (Some(_), ..) => Err(too_many("`folder`", "`snapshot_path` and `mem_file_path`")),
@@ -240,6 +247,7 @@ impl CreateSnapshot {
                 SnapshotType::Diff => Kind::Diff,
             },
             is_live: self.live,
+            slows_down: self.slow_down,
         }
     }
 }

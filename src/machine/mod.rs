@@ -39,6 +39,7 @@ use crate::vm::vcpus::Vcpus;
 use loops::Loops;
 use parts::{Parts, Pausing};
 
+pub use crate::vm::brake::Brake;
 pub use crate::vm::exit::Exit;
 pub use crate::vm::{OpenKvm, Prepared};
 pub use parts::Places;

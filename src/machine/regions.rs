@@ -12,6 +12,7 @@ use crate::memory::page_set::PageSet;
 use crate::memory::{self, Memory, Range, Region, Regions, Source};
 use crate::sys::process::order_all_threads;
 use crate::vm::Vm;
+use crate::vm::brake::Brake;
 
 /// The largest memory whose addresses `layout` is asked for: no processor of today has more address bits than 52.
 const ADDRESSES: u64 = 1 << 52;
@@ -83,6 +84,11 @@ impl Machine {
     /// meanwhile.
     pub fn tracker(&self) -> Tracker {
         Tracker { vm: self.vm.clone(), memory: self.memory.clone() }
+    }
+
+    /// What slows its CPUs down, for whoever has to keep up with what they write.
+    pub fn brake(&self) -> Brake {
+        self.vcpus.brake()
     }
 
     fn replace_memory(&self, regions: Regions) {

@@ -11,7 +11,7 @@ use crate::carry::stored::Sums;
 use crate::carry::{diff, memory_file, pages};
 use crate::error::{Context, Error, Result};
 use crate::log;
-use crate::machine::Tracker;
+use crate::machine::{Brake, Tracker};
 use crate::memory::Piece;
 use crate::memory::page_set::PageSet;
 
@@ -34,6 +34,8 @@ pub(super) struct Live {
     /// The checksums of a `Full` one's first round.
     first: Option<Vec<u32>>,
     rounds: u32,
+    /// What slows the guest down, if that is asked for.
+    brake: Option<Brake>,
     /// Pages that are to be written in the next round, whether they were written to since or not.
     left: PageSet,
     /// How many pages were written to the file.
@@ -59,11 +61,12 @@ impl Drop for Tracking {
 }
 
 impl Live {
-    /// Of a guest of which writes are noted already if `is_tracked`.
-    pub(super) fn new(writing: Writing, tracker: Tracker, is_tracked: bool) -> Self {
+    /// Of a guest of which writes are noted already if `is_tracked`, and which `brake`, if there is one, slows down
+    /// as far as needed.
+    pub(super) fn new(writing: Writing, tracker: Tracker, is_tracked: bool, brake: Option<Brake>) -> Self {
         let tracking = Tracking { tracker, is_ours: !is_tracked };
         let (written, left) = (PageSet::default(), PageSet::default());
-        Self { writing, tracking, written, first: None, rounds: 0, left, count: 0, room: Vec::new() }
+        Self { writing, tracking, written, first: None, rounds: 0, brake, left, count: 0, room: Vec::new() }
     }
 
     /// Copies memory to the file until little is left to be copied. `unsaved`: the pages that a difference has
@@ -75,7 +78,7 @@ impl Live {
         if self.rounds == 0 {
             self.begin(unsaved)?;
         }
-        let Self { writing, tracking, written, rounds, left, count, .. } = self;
+        let Self { writing, tracking, written, rounds, brake, left, count, .. } = self;
         let (memory, file) = (writing.memory.memory(), writing.draft.memory_file());
         let take = || {
             let mut taken = tracking.tracker.take()?;
@@ -83,10 +86,11 @@ impl Live {
             taken.add(&std::mem::take(left));
             Ok(taken)
         };
-        go_round(rounds, take, |taken| {
+        let write = |taken: &PageSet| {
             *count += taken.count();
             pages::write(&memory, taken, file)
-        })
+        };
+        go_round(rounds, take, write, brake.as_mut().map(|brake| || press(brake)))
     }
 
     fn begin(&mut self, unsaved: Option<PageSet>) -> Result<()> {
@@ -127,6 +131,7 @@ impl Live {
             self.left = last;
             return Ok(None);
         }
+        self.brake = None;
         let memory = self.writing.memory.memory();
         let mut room = &mut self.room[..];
         for Piece { range, .. } in pages::pieces(&pages::places(&memory), &last) {
@@ -166,12 +171,21 @@ impl Live {
     }
 }
 
-/// Takes what was written since the last time and writes it, until that is little.
+fn press(brake: &mut Brake) -> Result<()> {
+    brake.press()?;
+    log::debug(format_args!("the guest's CPUs rest {} % of the time", brake.percent()));
+    Ok(())
+}
+
+/// Takes what was written since the last time and writes it, until that is little. A guest that has written not much less
+/// than in the round before is slowed down by `slow`.
 fn go_round(
     rounds: &mut u32,
     mut take: impl FnMut() -> Result<PageSet>,
     mut write: impl FnMut(&PageSet) -> Result<()>,
+    mut slow: Option<impl FnMut() -> Result<()>>,
 ) -> Result<()> {
+    let mut before = u64::MAX;
     loop {
         let taken = take()?;
         write(&taken)?;
@@ -182,20 +196,31 @@ fn go_round(
             return Ok(());
         }
         if *rounds >= ROUNDS_MAX {
+            let else_slow = if slow.is_some() { "" } else { ", or have it slowed down (`slow_down`)" };
             return Err(Error::guest(format!(
                 "the guest writes to its memory faster than the disk takes it: {} MiB were left after \
-                 {rounds} rounds: save to a faster disk, or pause the guest first",
+                 {rounds} rounds: save to a faster disk, or pause the guest first{else_slow}",
                 left >> 20
             )));
         }
+        if let Some(slow) = &mut slow
+            && left > before / 2
+        {
+            slow()?;
+        }
+        before = left;
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::cell::Cell;
+
     use crate::memory::Range;
     use crate::memory::mapping::page_size;
+
+    const NOT_SLOW: Option<fn() -> Result<()>> = None;
 
     /// So many bytes of a large region.
     fn pages(bytes: u64) -> PageSet {
@@ -215,7 +240,7 @@ mod tests {
             written += pages.bytes();
             Ok(())
         };
-        go_round(&mut rounds, take, write).unwrap();
+        go_round(&mut rounds, take, write, NOT_SLOW).unwrap();
         assert_eq!((rounds, written), (3, (69 << 20) + SMALL));
         assert_eq!(left.next(), Some(1));
     }
@@ -224,15 +249,32 @@ mod tests {
     fn a_guest_that_writes_faster_than_the_disk_is_given_up() {
         let mut rounds = 0;
         for round in [ROUNDS_MAX, ROUNDS_MAX + 1] {
-            let error = go_round(&mut rounds, || Ok(pages(SMALL + page_size())), |_| Ok(())).unwrap_err();
+            let error =
+                go_round(&mut rounds, || Ok(pages(SMALL + page_size())), |_| Ok(()), NOT_SLOW).unwrap_err();
             let expected =
                 "the guest writes to its memory faster than the disk takes it: 4 MiB were left after";
             assert!(error.to_string().contains(expected), "{error}");
+            assert!(error.to_string().ends_with("or have it slowed down (`slow_down`)"), "{error}");
             assert_eq!(rounds, round);
         }
         // What cannot be written ends it at once.
         rounds = 0;
-        go_round(&mut rounds, || Ok(pages(0)), |_| Err(Error::host("full"))).unwrap_err();
+        go_round(&mut rounds, || Ok(pages(0)), |_| Err(Error::host("full")), NOT_SLOW).unwrap_err();
         assert_eq!(rounds, 0);
+    }
+
+    #[test]
+    fn a_guest_is_slowed_down_until_it_writes_less_and_less() {
+        let (mut rounds, speed) = (0, Cell::new(64_u64 << 20));
+        let slow = || {
+            speed.set(speed.get() / 4);
+            Ok(())
+        };
+        go_round(&mut rounds, || Ok(pages(speed.get())), |_| Ok(()), Some(slow)).unwrap();
+        // The first round says nothing of the next; 64, 64, 16, 16 and 4 MiB.
+        assert_eq!((rounds, speed.get()), (5, 4 << 20));
+        rounds = 0;
+        let error = go_round(&mut rounds, || Ok(pages(5 << 20)), |_| Ok(()), Some(|| Ok(()))).unwrap_err();
+        assert!(error.to_string().ends_with("or pause the guest first"), "{error}");
     }
 }

@@ -34,6 +34,8 @@ pub struct Save {
     pub kind: Kind,
     /// A guest that runs goes on while most of it is written.
     pub is_live: bool,
+    /// One that writes faster than the disk takes it is slowed down meanwhile.
+    pub slows_down: bool,
 }
 
 /// How much of a microVM's memory is saved.
@@ -165,7 +167,7 @@ impl Microvm {
     }
 
     fn begin_snapshot(&mut self, save: &Save, begun: Instant) -> Result<Ticket> {
-        let Save { location, kind, is_live } = save;
+        let Save { location, kind, is_live, slows_down } = save;
         self.check_not_saving()?;
         let machine = self.started()?;
         if machine.is_changing() {
@@ -190,7 +192,7 @@ impl Microvm {
         if stands_since.is_some() {
             self.pause(REASON)?;
         }
-        let started = if is_live { self.copy_live(writing) } else { self.save_to(writing) };
+        let started = if is_live { self.copy_live(writing, *slows_down) } else { self.save_to(writing) };
         match &started {
             Ok(ticket) => {
                 let (kind, ticket, stood) = (*kind, *ticket, Duration::ZERO);
@@ -203,10 +205,11 @@ impl Microvm {
     }
 
     /// Has a job copy the memory of a guest that runs, as far as it can be copied while the guest goes on.
-    fn copy_live(&mut self, writing: Writing) -> Result<Ticket> {
+    fn copy_live(&mut self, writing: Writing, slows_down: bool) -> Result<Ticket> {
         let unsaved = self.unsaved.clone();
         let machine = self.started()?;
-        let mut live = Live::new(writing, machine.tracker(), machine.tracks_writes());
+        let brake = slows_down.then(|| machine.brake());
+        let mut live = Live::new(writing, machine.tracker(), machine.tracks_writes(), brake);
         self.start_job("snapshot", move || -> Finish {
             let copied = live.copy(unsaved);
             Box::new(move |microvm| microvm.end_round(live, copied))

@@ -210,6 +210,18 @@ pub fn raise(signal: i32) {
     unsafe { libc::raise(signal) };
 }
 
+/// The number of this thread (gettid(2)).
+pub fn thread_number() -> i32 {
+    // SAFETY: the call returns a number.
+    unsafe { libc::gettid() }
+}
+
+/// Sends a signal to the thread of this process with this number, if there is one (tgkill(2)).
+pub fn signal_thread(number: i32, signal: i32) {
+    // SAFETY: the call takes numbers.
+    unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), number, signal) };
+}
+
 /// Whether this is the thread that the process began with.
 pub fn is_main_thread() -> bool {
     // SAFETY: the calls return numbers.

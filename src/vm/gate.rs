@@ -1,7 +1,8 @@
 //! The gate that every vCPU thread passes before it runs guest code.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Standing {
@@ -17,11 +18,14 @@ pub struct Gate {
     /// `state` is `Open`, to be read without the lock between two entries into the guest. In one order
     /// with the vCPUs' `immediate_exit`, hence sequentially consistent.
     open: AtomicBool,
+    /// For so long a vCPU rests that was kicked, in milliseconds.
+    rest_ms: AtomicU64,
 }
 
 impl Default for Gate {
     fn default() -> Self {
-        Self { state: Mutex::new(Standing::Closed), changed: Condvar::new(), open: AtomicBool::new(false) }
+        let (state, open) = (Mutex::new(Standing::Closed), AtomicBool::new(false));
+        Self { state, changed: Condvar::new(), open, rest_ms: AtomicU64::new(0) }
     }
 }
 
@@ -53,6 +57,35 @@ impl Gate {
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         *state == Standing::Open
+    }
+
+    /// From now on a vCPU that was kicked while the gate is open rests for so long before it goes on.
+    pub fn have_rest(&self, time: Duration) {
+        self.rest_ms.store(time.as_millis() as u64, Ordering::SeqCst);
+        // Whoever rests looks anew.
+        drop(self.state.lock().unwrap_or_else(PoisonError::into_inner));
+        self.changed.notify_all();
+    }
+
+    /// For how long vCPUs rest.
+    pub fn rest_time(&self) -> Duration {
+        Duration::from_millis(self.rest_ms.load(Ordering::SeqCst))
+    }
+
+    /// Waits for as long as vCPUs are to rest, and not while the gate is closed.
+    pub fn rest(&self) {
+        if self.rest_time().is_zero() {
+            return;
+        }
+        let begun = Instant::now();
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        while *state == Standing::Open {
+            let left = self.rest_time().saturating_sub(begun.elapsed());
+            if left.is_zero() {
+                return;
+            }
+            (state, _) = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner);
+        }
     }
 
     fn set(&self, to: Standing) {

@@ -1,5 +1,6 @@
 //! One KVM virtual machine: memory regions, vCPUs, interrupt lines.
 
+pub mod brake;
 pub mod exit;
 pub mod gate;
 pub mod irq;

@@ -1,5 +1,6 @@
 //! A vCPU and its thread: runs guest code, hands exits to the buses, stops at the gate.
 
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -17,7 +18,7 @@ use crate::log;
 use crate::memory::lost;
 use crate::metrics::{Counter, metrics};
 use crate::platform::Place;
-use crate::sys;
+use crate::sys::process;
 use crate::vm::exit::{End, Exit};
 use crate::vm::gate::Gate;
 use crate::vm::kvm::ImmediateExit;
@@ -56,7 +57,25 @@ struct Shared {
     _name: Name,
     fd: Mutex<VcpuFd>,
     immediate_exit: ImmediateExit,
+    /// The number of its thread; 0: it has none yet.
+    thread: AtomicI32,
     metrics: Metrics,
+}
+
+/// What makes a vCPU look at the gate, for a thread that does not own it.
+#[derive(Clone)]
+pub struct Kicker(Arc<Shared>);
+
+impl Kicker {
+    /// Makes the vCPU look at the gate soon.
+    pub fn kick(&self) {
+        self.0.immediate_exit.set(1);
+        let thread = self.0.thread.load(Ordering::SeqCst);
+        if thread != 0 {
+            // Of a thread that is gone, another one may have the number now: its handler does nothing either.
+            process::signal_thread(thread, kick_signal());
+        }
+    }
 }
 
 metrics! {
@@ -99,6 +118,7 @@ impl Vcpu {
                 _name: name,
                 fd: Mutex::new(fd),
                 immediate_exit,
+                thread: AtomicI32::new(0),
                 metrics: Metrics::new(),
             }),
             thread: None,
@@ -133,6 +153,7 @@ impl Vcpu {
             let thread = std::thread::Builder::new()
                 .name(format!("vcpu{index}"))
                 .spawn(move || {
+                    shared.thread.store(process::thread_number(), Ordering::SeqCst);
                     if let Some(rehearsed) = rehearsed {
                         rehearse(&shared);
                         drop(rehearsed);
@@ -147,6 +168,11 @@ impl Vcpu {
             self.thread = Some(thread);
         }
         Ok(())
+    }
+
+    /// What kicks it for another thread.
+    pub(super) fn kicker(&self) -> Kicker {
+        Kicker(self.shared.clone())
     }
 
     /// Whether the vCPU has a thread.
@@ -175,7 +201,7 @@ impl Vcpu {
 
     /// CPU time that the vCPU's thread has used so far, in nanoseconds.
     pub fn cpu_time_ns(&self) -> u64 {
-        let time = self.thread.as_ref().map_or(Duration::ZERO, sys::process::cpu_time);
+        let time = self.thread.as_ref().map_or(Duration::ZERO, process::cpu_time);
         time.as_nanos() as u64
     }
 
@@ -250,6 +276,7 @@ fn run(shared: &Shared, surroundings: &Surroundings, index: usize, stood_still: 
                     // A signal that stops the process, a debugger, the freezer of a control group or of a
                     // host that sleeps: each interrupts KVM_RUN, and holds this thread until it is over.
                     tell_that_it_stood_still(&fd, index);
+                    surroundings.gate.rest();
                 }
                 shared.immediate_exit.set(0);
             }

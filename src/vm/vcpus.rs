@@ -6,6 +6,7 @@ use std::sync::{Arc, MutexGuard};
 
 use kvm_ioctls::VcpuFd;
 
+use super::brake::Brake;
 use super::vcpu::{Surroundings, Vcpu, register_kick};
 use crate::error::Result;
 
@@ -61,6 +62,11 @@ impl Vcpus {
     /// All of them, stopped; waits until they are. The gate must be closed, and they must have been kicked.
     pub fn stopped(&self) -> Vec<MutexGuard<'_, VcpuFd>> {
         self.all.iter().map(Vcpu::stopped).collect()
+    }
+
+    /// What slows them down.
+    pub fn brake(&self) -> Brake {
+        Brake::new(self.surroundings.gate.clone(), self.all.iter().map(Vcpu::kicker).collect())
     }
 
     fn kick(&self) {

@@ -3,11 +3,12 @@
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
 
 use serde_json::{Value, json};
 
 use super::common::held::Held;
-use super::common::{Client, Folder, Process, Service, mount_tmpfs, run};
+use super::common::{Client, Folder, Process, Service, mount_tmpfs, run, send, wait_for};
 use super::{PAUSE, fault};
 
 /// A guest that writes 2 MiB of its memory all the time, and looks whether it is as it was written.
@@ -19,6 +20,11 @@ struct Worker {
 
 impl Worker {
     fn new(track: bool, extra: &[&str]) -> Self {
+        Self::writing(2, track, extra)
+    }
+
+    /// One that writes so many MiB.
+    fn writing(mib: u32, track: bool, extra: &[&str]) -> Self {
         let folder = Folder::new();
         // What is mounted here is seen by what is started afterwards.
         fs::create_dir(folder.path("small")).unwrap();
@@ -29,7 +35,7 @@ impl Worker {
         let machine = json!({ "vcpu_count": 2, "mem_size_mib": 64, "track_dirty_pages": track });
         client.ok("PUT", "/machine-config", &machine.to_string());
         client.ok("PUT", "/entropy", "{}");
-        service.boot_source("work=2");
+        service.boot_source(&format!("work={mib}"));
         client.ok("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#);
         let mut worker = Self { folder, service, client };
         worker.service.process.expect("working");
@@ -165,5 +171,57 @@ fn who_pauses_a_guest_that_is_saved_live_finds_it_paused() {
     other.ok("PATCH", "/vm", super::GO_ON);
     fault(&mut other, "/snapshot/create", &plain, "pause it first (`PATCH /vm`), or say `live`");
     worker.works();
+    end(worker.service.process);
+}
+
+/// Has each of a process's writes to files take so long, in microseconds, until it is dropped.
+struct Slow(Child);
+
+impl Slow {
+    fn new(service: &Service, delay_us: u32) -> Self {
+        let mut strace = Command::new("strace");
+        strace.args([
+            "-f",
+            "-q",
+            "-e",
+            "trace=pwrite64",
+            "-e",
+            &format!("inject=pwrite64:delay_enter={delay_us}"),
+        ]);
+        strace.args(["-o", "/dev/null", "-p", &service.process.child.id().to_string()]);
+        let traced = strace.spawn().unwrap();
+        let status = format!("/proc/{}/status", service.process.child.id());
+        wait_for(|| !fs::read_to_string(&status).unwrap().contains("TracerPid:\t0\n"));
+        Self(traced)
+    }
+}
+
+impl Drop for Slow {
+    fn drop(&mut self) {
+        send(&self.0, libc::SIGINT);
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_guest_that_writes_faster_than_a_disk_is_slowed_down() {
+    let mut worker = Worker::writing(24, false, &[]);
+    let create = |worker: &Worker, name: &str, more: &Value| {
+        let mut body: Value = serde_json::from_str(&worker.create("Full", name)).unwrap();
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        body.to_string()
+    };
+    let wrong = create(&worker, "saved", &json!({ "live": false, "slow_down": true }));
+    fault(&mut worker.client, "/snapshot/create", &wrong, "`slow_down` is for `live`");
+    let slow = Slow::new(&worker.service, 20_000);
+    let body = create(&worker, "saved", &json!({ "slow_down": true }));
+    worker.client.ok("PUT", "/snapshot/create", &body);
+    drop(slow);
+    let created = worker.events("snapshot_created");
+    assert_eq!(created.len(), 1);
+    // It has all of its time again, and the clone never had less.
+    worker.works();
+    let place = worker.path("saved");
+    end(Process::start(["run", "--restore", place.to_str().unwrap(), "--id", "again"]));
     end(worker.service.process);
 }
