@@ -21,7 +21,9 @@ use fctools::vm::models::{
 };
 use fctools::vm::shutdown::{VmShutdownAction, VmShutdownMethod};
 use fctools::vm::{Vm, VmState};
+use fctools::vmm::arguments::jailer::JailerArguments;
 use fctools::vmm::arguments::{VmmApiSocket, VmmArguments};
+use fctools::vmm::executor::jailed::{FlatVirtualPathResolver, JailedVmmExecutor};
 use fctools::vmm::executor::unrestricted::UnrestrictedVmmExecutor;
 use fctools::vmm::id::VmmId;
 use fctools::vmm::installation::VmmInstallation;
@@ -29,6 +31,9 @@ use fctools::vmm::ownership::VmmOwnershipModel;
 use fctools::vmm::resource::system::ResourceSystem;
 use fctools::vmm::resource::{CreatedResourceType, MovedResourceType, Resource, ResourceType};
 use futures_util::StreamExt;
+
+/// The user and the group of monitors in jails.
+const JAILED: u32 = 1234;
 
 type Guest = Vm<UnrestrictedVmmExecutor, DirectProcessSpawner, TokioRuntime>;
 
@@ -40,6 +45,22 @@ struct Site {
 }
 
 impl Site {
+    /// The same, for machines in jails, whose monitor is a user of its own: the program is none that a link leads to.
+    fn for_jails() -> Self {
+        let mut site = Self::new();
+        let path = site.folder.path("monitor");
+        std::fs::create_dir(&path).unwrap();
+        let monitor = path.join("firecracker");
+        std::fs::hard_link(common::alula(), &monitor)
+            .or_else(|_| std::fs::copy(common::alula(), &monitor).map(drop))
+            .unwrap();
+        let program = |name: &str| site.folder.path(name);
+        site.installation = VmmInstallation::new(monitor, program("jailer"), program("snapshot-editor"));
+        let owner = VmmOwnershipModel::Downgraded { uid: JAILED, gid: JAILED };
+        site.resources = ResourceSystem::new(DirectProcessSpawner, TokioRuntime, owner);
+        site
+    }
+
     /// Inside of a runtime.
     fn new() -> Self {
         let folder = Folder::new();
@@ -212,5 +233,45 @@ fn it_learns_how_a_guest_ended() {
         assert_eq!(outcome.exit_status.code(), Some(7));
         assert!(matches!(vm.get_state(), VmState::Crashed(status) if status.code() == Some(7)));
         vm.cleanup().await.unwrap();
+    });
+}
+
+#[test]
+fn it_boots_guests_in_jails() {
+    common::root::settle();
+    run(async {
+        let id = VmmId::new("fctools-jailed").unwrap();
+        for (is_attached, init_by_file) in [(true, false), (false, true)] {
+            let mut site = Site::for_jails();
+            let mut data = site.configuration("case=block echo end=poweroff");
+            // An interface would be root's.
+            data.network_interfaces.clear();
+            let base = site.folder.path("base");
+            let jailer = JailerArguments::new(id.clone()).chroot_base_dir(&base).max_fd_limit(500);
+            let jailer = if is_attached { jailer } else { jailer.daemonize().exec_in_new_pid_ns() };
+            let arguments =
+                VmmArguments::new(VmmApiSocket::Enabled("/run/api.socket".into())).disable_seccomp();
+            let executor = JailedVmmExecutor::new(arguments, jailer, FlatVirtualPathResolver);
+            let init_method = match init_by_file {
+                true => InitMethod::ViaJsonConfiguration("/config.json".into()),
+                false => InitMethod::ViaApiCalls,
+            };
+            let configuration = VmConfiguration::New { init_method, data };
+            let (resources, installation) = (site.resources, site.installation);
+            let mut vm = Vm::prepare(executor, resources, installation, configuration).await.unwrap();
+            vm.start(PATIENCE).await.unwrap();
+            assert_eq!(vm.get_info().await.unwrap().id, "fctools-jailed");
+            let root = base.join("firecracker/fctools-jailed/root");
+            assert_eq!(std::os::unix::fs::MetadataExt::uid(&root.join("run").metadata().unwrap()), JAILED);
+            assert_eq!(root.join("firecracker.pid").exists(), !is_attached);
+            let method = match is_attached {
+                true => VmShutdownMethod::WriteToSerial(b"bye\n".to_vec()),
+                false => VmShutdownMethod::Kill,
+            };
+            let outcome = vm.shutdown(by(method)).await.unwrap();
+            assert_eq!(outcome.exit_status.success(), is_attached, "{outcome:?}");
+            vm.cleanup().await.unwrap();
+            assert!(!root.exists());
+        }
     });
 }

@@ -8,6 +8,7 @@ pub mod faults;
 pub mod held;
 pub mod loopback;
 pub mod network;
+pub mod root;
 pub mod suspend;
 pub mod terminal;
 pub mod vsock;

@@ -5,25 +5,9 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use alula::sys::{machine, namespace};
-
+use crate::common::root::settle;
 use crate::common::{self, Client, Ended, Folder, Process, wait_for};
 use crate::{GID, UID};
-
-/// Gives this thread a mount namespace of its own, with a root that a jail can leave: that of a rig is its initial
-/// ramdisk.
-pub fn settle() {
-    namespace::unshare(libc::CLONE_NEWNS).unwrap();
-    namespace::keep_mounts_apart().unwrap();
-    let mounts = std::fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
-    if !mounts.lines().any(|line| line.split(' ').nth(4) == Some("/") && !line.contains(" - rootfs ")) {
-        let place = Folder::new();
-        machine::mount("/", place.0.to_str().unwrap(), "", libc::MS_BIND | libc::MS_REC, "").unwrap();
-        std::env::set_current_dir(&place.0).unwrap();
-        machine::become_root().unwrap();
-        std::mem::forget(place);
-    }
-}
 
 /// A folder of jails, and a control group for their own.
 pub struct Site {
