@@ -72,8 +72,8 @@ fn live(newborn: Newborn) -> Result<Ending> {
 }
 
 /// Who serves the clone, and the clone before it is loaded.
-fn prepare(order: &Order) -> Result<(Monitor, Microvm)> {
-    let signals = Signals::take_over()?;
+fn prepare(order: &Order) -> Result<(Monitor, Box<Microvm>)> {
+    let signals = Signals::take_over();
     let id = order.id.as_deref().unwrap_or(DEFAULT_ID);
     let socket = match &order.api_sock {
         Some(path) => path.clone(),

@@ -203,12 +203,7 @@ impl Microvm {
     }
 
     /// A machine that goes on where the saved one stood.
-    fn build_saved(
-        &mut self,
-        opened: Opened,
-        load: &Load,
-        reason: &'static str,
-    ) -> Result<Restored> {
+    fn build_saved(&mut self, opened: Opened, load: &Load, reason: &'static str) -> Result<Restored> {
         let Opened { stored, pieces, memory, paths, is_of_this_boot, kvm } = opened;
         let place = stored.line.map(|line| line.place);
         let mut saved = stored.machine;
