@@ -420,7 +420,7 @@ mod tests {
             ("run --restore d --cpus 2", "leave out --cpus"),
             ("run --restore d --disk x", "leave out --disk"),
             ("run --restore d -- true", "leave out COMMAND"),
-            ("snapshot", "one of `inspect`, `verify` and `merge` is expected; see `alula snapshot --help`"),
+            ("snapshot", "one of `inspect`, `verify`, `merge` and `edit-memory` is expected; see `alula snapshot --help`"),
             ("snapshot merge a", "two folders, or a state and its memory twice, are expected"),
             ("snapshot verify", "a folder, or a state and its memory, is expected"),
             ("snapshot inspect a b", "one state, or its folder, is expected"),
@@ -444,7 +444,7 @@ mod tests {
         };
         let commands = HELP.split("Commands:\n").nth(1).unwrap().split("\n\n").next().unwrap();
         let names: Vec<_> = commands.lines().filter_map(|line| line.split_whitespace().next()).collect();
-        assert!(names.len() == 16 && names.iter().all(|name| COMMANDS.contains(name)), "{names:?}");
+        assert!(names.len() == 18 && names.iter().all(|name| COMMANDS.contains(name)), "{names:?}");
         for name in names {
             let help = text(&format!("{name} --help"));
             assert_eq!(help, text(&format!("help {name}")), "{name}");
