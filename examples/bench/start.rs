@@ -14,8 +14,18 @@ use alula::machine::{Machine, Prepared};
 use crate::monitor::{connect, request, spawn};
 use crate::{Folder, Result};
 
-/// A figure's name, its unit, and its value in every run.
-struct Figure(&'static str, &'static str, Vec<f64>);
+/// A figure's name with its unit, and its value in every run.
+struct Figure(&'static str, Vec<f64>);
+
+/// What is measured of one monitor: figures, as far as it comes.
+struct Series {
+    figures: Vec<Figure>,
+    /// What it cannot do.
+    cannot: Option<String>,
+}
+
+/// So many starts are traced, which counts the same at each but for what the client's pace decides.
+const TRACED_RUNS: usize = 5;
 
 pub fn start(ours: &str, other: Option<&str>, runs: usize) -> Result<()> {
     let own = Folder::new()?;
@@ -25,30 +35,30 @@ pub fn start(ours: &str, other: Option<&str>, runs: usize) -> Result<()> {
     let kernel = folder.join("firmware");
     std::fs::write(&kernel, alula::firmware::IMAGE)?;
 
-    let mut own_figures = figures();
-    let mut others = other.map(|binary| (binary, figures(), None));
+    let other_there = other.map(|binary| (binary, false));
+    let monitors: Vec<(&str, bool)> = [(ours, true)].into_iter().chain(other_there).collect();
+    let (mut timed, mut counted) = (Series::of(&TIMED, &monitors), Series::of(&COUNTED, &monitors));
     for _ in 0..runs {
-        one_start(ours, true, folder, &kernel, &mut own_figures)?;
-        if let Some((binary, figures, cannot @ None)) = &mut others {
-            *cannot = one_start(binary, false, folder, &kernel, figures).err();
+        for ((binary, is_ours), series) in monitors.iter().zip(&mut timed) {
+            series.add(|figures| one_start(binary, *is_ours, folder, &kernel, figures));
         }
         let (wall, cpu) = one_floor(&floor)?;
         floors[0].push(wall);
         floors[1].push(cpu);
     }
-    println!("start: 1 CPU, 128 MiB, medians of {runs} runs");
-    println!("{:<44} {:>10} {:>10} {:>7}", "", "alula", if other.is_some() { "other" } else { "" }, "ratio");
-    for (index, Figure(name, unit, values)) in own_figures.iter().enumerate() {
-        let ours = median(values);
-        print!("{:<44} {ours:>10.2}", format!("{name}, {unit}"));
-        match others.as_ref().map(|(_, figures, _)| figures[index].2.as_slice()) {
-            None => println!(),
-            Some([]) => println!(" {:>10}", "cannot"),
-            Some(values) => println!(" {:>10.2} {:>7.2}", median(values), ours / median(values)),
+    for _ in 0..TRACED_RUNS {
+        for ((binary, is_ours), series) in monitors.iter().zip(&mut counted) {
+            series.add(|figures| one_count(binary, *is_ours, folder, &kernel, figures));
         }
     }
-    if let Some((binary, _, Some(error))) = &others {
-        println!("{binary} cannot do all of it: {error}");
+    println!("start: 1 CPU, 128 MiB, medians of {runs} runs, of what is counted {TRACED_RUNS}");
+    println!("{:<44} {:>10} {:>10} {:>7}", "", "alula", if other.is_some() { "other" } else { "" }, "ratio");
+    print_medians(&timed);
+    print_medians(&counted);
+    for ((binary, _), series) in monitors.iter().zip(&timed).chain(monitors.iter().zip(&counted)) {
+        if let Some(error) = &series.cannot {
+            println!("{binary} cannot do all of it: {error}");
+        }
     }
     println!(
         "{:<44} {:>10.2} / CPU {:.2}",
@@ -57,7 +67,6 @@ pub fn start(ours: &str, other: Option<&str>, runs: usize) -> Result<()> {
         median(&floors[1])
     );
     println!("binary: {:.2} MiB", std::fs::metadata(ours)?.len() as f64 / f64::from(1 << 20));
-    syscalls(ours, folder, &kernel)?;
     split(runs)?;
     Ok(())
 }
@@ -89,18 +98,53 @@ fn one_floor(floor: &Path) -> Result<(f64, f64)> {
     Ok((wall, cpu))
 }
 
-fn figures() -> Vec<Figure> {
-    [
-        ("spawn to first API answer", "ms"),
-        ("CPU time by then", "ms"),
-        ("InstanceStart to the guest's first byte", "ms"),
-        ("InstanceStart answered", "ms"),
-        ("anonymous memory after start", "KiB"),
-        ("the binary's own pages in memory", "KiB"),
-        ("pause", "ms"),
-    ]
-    .map(|(name, unit)| Figure(name, unit, Vec::new()))
-    .into()
+const TIMED: [&str; 7] = [
+    "spawn to first API answer, ms",
+    "CPU time by then, ms",
+    "InstanceStart to the guest's first byte, ms",
+    "InstanceStart answered, ms",
+    "anonymous memory after start, KiB",
+    "the binary's own pages in memory, KiB",
+    "pause, ms",
+];
+const COUNTED: [&str; 3] =
+    ["system calls to the first API answer", "system calls to the guest's first byte", "of them KVM ioctls"];
+
+impl Series {
+    /// One for each monitor, without a value yet.
+    fn of(names: &[&'static str], monitors: &[(&str, bool)]) -> Vec<Self> {
+        let figures = || names.iter().map(|name| Figure(name, Vec::new())).collect();
+        monitors.iter().map(|_| Self { figures: figures(), cannot: None }).collect()
+    }
+
+    /// One more value of each figure by `run`, unless that has failed before.
+    fn add(&mut self, run: impl FnOnce(&mut [Figure]) -> Result<()>) {
+        if self.cannot.is_none() {
+            self.cannot = run(&mut self.figures).err().map(|error| error.to_string());
+        }
+    }
+}
+
+/// A row for each figure of ours, with that of the other monitor and the ratio beside it.
+fn print_medians(series: &[Series]) {
+    let medians = |index: usize| series.iter().map(move |one| median_of(&one.figures[index].1));
+    for (index, Figure(name, _)) in series[0].figures.iter().enumerate() {
+        print!("{name:<44}");
+        for median in medians(index) {
+            match median {
+                Some(median) => print!(" {median:>10.2}"),
+                None => print!(" {:>10}", "cannot"),
+            }
+        }
+        match medians(index).collect::<Vec<_>>()[..] {
+            [Some(ours), Some(other)] => println!(" {:>7.2}", ours / other),
+            _ => println!(),
+        }
+    }
+}
+
+fn median_of(values: &[f64]) -> Option<f64> {
+    (!values.is_empty()).then(|| median(values))
 }
 
 /// One more value of each figure, as far as this monitor comes.
@@ -130,7 +174,7 @@ fn watch(
 ) -> Result<()> {
     let ms = |duration: Duration| duration.as_secs_f64() * 1e3;
     let mut figures = figures.iter_mut();
-    let mut add = |value| figures.next().expect("there is a name for each").2.push(value);
+    let mut add = |value| figures.next().expect("there is a name for each").1.push(value);
     let mut client = connect(child, socket)?;
     request(&mut client, "GET", "/", "")?;
     let answered = spawned.elapsed();
@@ -203,36 +247,54 @@ pub fn median(values: &[f64]) -> f64 {
     sorted[sorted.len() / 2]
 }
 
-/// Counts system calls of one start, from exec to the guest's first byte.
-fn syscalls(binary: &str, folder: &Path, kernel: &Path) -> Result<()> {
+/// Counts the system calls of one start, from exec to the guest's first byte.
+fn one_count(
+    binary: &str,
+    is_ours: bool,
+    folder: &Path,
+    kernel: &Path,
+    figures: &mut [Figure],
+) -> Result<()> {
     let (socket, trace) = (folder.join("api.socket"), folder.join("trace"));
-    let mut child = Command::new("strace")
-        .args(["-f", "-qq", "-o"])
-        .arg(&trace)
-        .args([binary, "serve", "--api-sock"])
-        .arg(&socket)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()?;
-    let mut client = connect(&mut child, &socket)?;
+    let mut command = Command::new("strace");
+    command.args(["-f", "-qq", "-o"]).arg(&trace);
+    if is_ours {
+        command.args([binary, "serve"]);
+    } else {
+        // strace gives a program no other name than its file's.
+        let named = folder.join("firecracker");
+        let _ = std::fs::remove_file(&named);
+        std::os::unix::fs::symlink(std::fs::canonicalize(binary)?, &named)?;
+        command.arg(named);
+    }
+    command.arg("--api-sock").arg(&socket);
+    let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
+    let traced = one_traced(&mut child, &socket, kernel);
+    // What is written there at the guest's first byte.
+    let text = std::fs::read_to_string(&trace)?;
+    // strace ends with its child, which it started and we may signal.
+    let pid = text.split_whitespace().next().ok_or("an empty trace")?;
+    Command::new("kill").args(["-KILL", pid]).status()?;
+    child.wait()?;
+    let _ = std::fs::remove_file(&socket);
+    traced?;
+    let calls: Vec<&str> = text.lines().filter(|line| line.contains('(')).collect();
+    let answer = calls.iter().position(|line| line.contains("HTTP/1.1 200")).ok_or("it has not answered")?;
+    let ioctls = calls.iter().filter(|line| line.contains("ioctl(") && line.contains("KVM_")).count();
+    for (figure, count) in figures.iter_mut().zip([answer + 1, calls.len(), ioctls]) {
+        figure.1.push(count as f64);
+    }
+    Ok(())
+}
+
+/// Starts a guest, until its first byte.
+fn one_traced(child: &mut Child, socket: &Path, kernel: &Path) -> Result<()> {
+    let mut client = connect(child, socket)?;
     request(&mut client, "GET", "/", "")?;
     configure(&mut client, kernel)?;
     std::thread::sleep(Duration::from_millis(200));
     request(&mut client, "PUT", "/actions", r#"{"action_type":"InstanceStart"}"#)?;
-    child.stdout.take().ok_or("no output")?.read_exact(&mut [0])?;
-    let text = std::fs::read_to_string(&trace)?;
-    let calls: Vec<&str> = text.lines().filter(|line| line.contains('(')).collect();
-    let answer = calls.iter().position(|line| line.contains("HTTP/1.1 200")).unwrap_or(0) + 1;
-    let ioctls = calls.iter().filter(|line| line.contains("ioctl(") && line.contains("KVM_")).count();
-    println!(
-        "system calls: {answer} to the first answer, {} to the first byte, {ioctls} of them KVM ioctls",
-        calls.len()
-    );
-    // strace ends with its child, which it started and we may signal.
-    let pid = text.split_whitespace().next().ok_or("an empty trace")?;
-    Command::new("kill").arg(pid).status()?;
-    child.wait()?;
-    Ok(())
+    Ok(child.stdout.take().ok_or("no output")?.read_exact(&mut [0])?)
 }
 
 /// A console that tells when the guest's first byte comes.
