@@ -16,6 +16,7 @@ use crate::part::{Component, Part};
 use crate::platform::{MessageFrame, Place};
 use crate::poll::EventFd;
 use crate::vm::Vm;
+use crate::vm::irq::Line;
 use crate::vm::vcpu::Surroundings;
 
 /// A device that a machine has at the place that `layout` gives.
@@ -54,14 +55,22 @@ pub struct Site<'a> {
 impl Site<'_> {
     /// An event that raises the interrupt line of `place`.
     pub fn interrupt(&self, place: Place) -> Result<Arc<EventFd>> {
-        let gsi = place.gsi().ok_or_else(|| Error::host("the device's place has no interrupt line"))?;
-        self.vm.interrupt(gsi)
+        self.vm.interrupt(gsi(place)?)
+    }
+
+    /// The interrupt line of `place`, for a device that seldom raises it.
+    pub fn line(&self, place: Place) -> Result<Line> {
+        Ok(Line::Idle(self.vm.clone(), gsi(place)?))
     }
 
     fn add<D: FixedDevice>(&mut self, place: Place, component: Arc<Mutex<D>>) {
         let metrics = D::METRICS.map(str::to_owned).into_iter().collect();
         self.parts.push(Part { name: D::NAME.to_owned(), place, metrics, component });
     }
+}
+
+fn gsi(place: Place) -> Result<u32> {
+    place.gsi().ok_or_else(|| Error::host("the device's place has no interrupt line"))
 }
 
 /// Makes a device and puts it at its place on a bus, where this architecture has one.

@@ -2,8 +2,6 @@
 //! microsoft,vmgenid): 16 random bytes in guest memory, which are others whenever the guest goes on from a snapshot.
 //! By them a guest knows that it may be one of several clones: Linux then draws all its random numbers anew.
 
-use std::sync::Arc;
-
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 use super::fixed::{FixedDevice, Site};
@@ -12,20 +10,20 @@ use crate::memory::Memory;
 use crate::part::Component;
 use crate::platform::node::{AcpiDevice, AcpiValue};
 use crate::platform::{Node, Place};
-use crate::poll::EventFd;
 use crate::snapshot::Snapshot;
 use crate::sys::process;
+use crate::vm::irq::Line;
 
 /// The ID, and the interrupt that says that it is another one.
 pub struct GenerationId {
     memory: Memory,
     address: GuestAddress,
-    interrupt: Arc<EventFd>,
+    interrupt: Line,
 }
 
 impl GenerationId {
     /// An ID at `address` in `memory`, where nothing is written yet. That it has changed is told by `interrupt`.
-    pub fn new(memory: Memory, address: u64, interrupt: Arc<EventFd>) -> Self {
+    pub fn new(memory: Memory, address: u64, interrupt: Line) -> Self {
         Self { memory, address: GuestAddress(address), interrupt }
     }
 
@@ -44,7 +42,7 @@ impl FixedDevice for GenerationId {
         let Place::Memory { range, .. } = place else {
             return Err(Error::host("the generation ID is in guest memory"));
         };
-        Ok(Some(Self::new(site.memory.clone(), range.start, site.interrupt(place)?)))
+        Ok(Some(Self::new(site.memory.clone(), range.start, site.line(place)?)))
     }
 }
 
@@ -61,7 +59,7 @@ impl Snapshot for GenerationId {
     /// again.
     fn restore(&mut self, (): ()) -> Result<()> {
         self.renew()?;
-        self.interrupt.write(1).context("interrupt the guest for its new generation ID")
+        self.interrupt.raise().context("interrupt the guest for its new generation ID")
     }
 }
 
@@ -84,15 +82,17 @@ impl Component for GenerationId {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
     use crate::memory::{self, Range};
-    use crate::poll;
+    use crate::poll::{self, EventFd};
 
     const AT: u64 = 0x1ff0;
 
     fn device(memory: &Memory) -> (GenerationId, Arc<EventFd>) {
         let interrupt = Arc::new(poll::event("interrupt").unwrap());
-        (GenerationId::new(memory.clone(), AT, interrupt.clone()), interrupt)
+        (GenerationId::new(memory.clone(), AT, Line::Connected(interrupt.clone())), interrupt)
     }
 
     fn id(memory: &Memory) -> [u8; 16] {

@@ -2,7 +2,6 @@
 //! the guest's kernel, and each program that maps the page, sees without a system call that time was disrupted or
 //! that the guest went on from a snapshot. The page tells no time: the guest has other clocks for that.
 
-use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use serde::{Deserialize, Serialize};
@@ -14,8 +13,8 @@ use crate::memory::Memory;
 use crate::part::Component;
 use crate::platform::node::{AcpiDevice, AcpiValue};
 use crate::platform::{Node, Place};
-use crate::poll::EventFd;
 use crate::snapshot::Snapshot;
+use crate::vm::irq::Line;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"VCLK");
 const SIZE: u32 = 0x1000;
@@ -37,7 +36,7 @@ const GENERATIONS: u64 = 0x68;
 pub struct VmClock {
     memory: Memory,
     address: GuestAddress,
-    interrupt: Arc<EventFd>,
+    interrupt: Line,
     state: State,
 }
 
@@ -55,7 +54,7 @@ pub struct State {
 impl VmClock {
     /// A clock whose page is at `address` in `memory`, where nothing is written yet. Changes are told by
     /// `interrupt`.
-    pub fn new(memory: Memory, address: u64, interrupt: Arc<EventFd>) -> Self {
+    pub fn new(memory: Memory, address: u64, interrupt: Line) -> Self {
         Self { memory, address: GuestAddress(address), interrupt, state: State::default() }
     }
 
@@ -104,7 +103,7 @@ impl FixedDevice for VmClock {
         let Place::Memory { range, .. } = place else {
             return Err(Error::host("the VM clock is in guest memory"));
         };
-        Ok(Some(Self::new(site.memory.clone(), range.start, site.interrupt(place)?)))
+        Ok(Some(Self::new(site.memory.clone(), range.start, site.line(place)?)))
     }
 }
 
@@ -125,7 +124,7 @@ impl Snapshot for VmClock {
         self.state.generations = state.generations.wrapping_add(1);
         self.write_fields()?;
         self.close()?;
-        self.interrupt.write(1).context("interrupt the guest for the change of its VM clock")
+        self.interrupt.raise().context("interrupt the guest for the change of its VM clock")
     }
 }
 
@@ -151,15 +150,17 @@ impl Component for VmClock {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
     use crate::memory::{self, Range};
-    use crate::poll;
+    use crate::poll::{self, EventFd};
 
     const AT: u64 = 0x1000;
 
     fn device(memory: &Memory) -> (VmClock, Arc<EventFd>) {
         let interrupt = Arc::new(poll::event("interrupt").unwrap());
-        (VmClock::new(memory.clone(), AT, interrupt.clone()), interrupt)
+        (VmClock::new(memory.clone(), AT, Line::Connected(interrupt.clone())), interrupt)
     }
 
     fn memory() -> Memory {

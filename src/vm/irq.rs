@@ -55,6 +55,28 @@ impl Routes {
 #[derive(Default)]
 pub struct Connections(Mutex<Vec<(u32, Weak<EventFd>)>>);
 
+/// An interrupt line that is connected when it is raised for the first time, for a device whose news most guests never
+/// see: until then it costs no descriptor, and a start no system call.
+pub enum Line {
+    /// It was not raised yet: the line of this number.
+    Idle(Arc<Vm>, u32),
+    /// The event raises it.
+    Connected(Arc<EventFd>),
+}
+
+impl Line {
+    /// Raises the line for a moment: an edge.
+    pub fn raise(&mut self) -> Result<()> {
+        let event = match self {
+            Self::Idle(vm, gsi) => vm.interrupt(*gsi)?,
+            Self::Connected(event) => event.clone(),
+        };
+        event.write(1).context("raise an interrupt line")?;
+        *self = Self::Connected(event);
+        Ok(())
+    }
+}
+
 impl Vm {
     /// An event that raises the interrupt line `gsi` for a moment when written: an edge.
     pub fn interrupt(&self, gsi: u32) -> Result<Arc<EventFd>> {
