@@ -3,7 +3,7 @@
 //! The modules, low to high; each uses only those before it (tests/tidy.rs reads this list):
 //! - [`sys`]: system calls that the standard library does not have, each as a safe function.
 //! - [`error`]: the one error type. [`paths`]: why a path could not be opened. [`spelling`]: what a
-//!   misspelled word was meant to be. [`clock`]: the time of day. [`json`]: values as clients write them.
+//!   misspelled word was meant to be. [`units`]: sizes as people write them. [`clock`]: the time of day. [`json`]: values as clients write them.
 //!   [`dialect`]: whose API is spoken. [`metrics`]: counters. [`process`]: what this process costs.
 //!   [`descriptors`]: what is open, by name, and what was inherited.
 //!   [`terminal`]: the terminal that it was started from.
@@ -138,6 +138,7 @@ pub mod spelling;
 pub mod sys;
 pub mod terminal;
 pub mod timeline;
+pub mod units;
 pub mod uring;
 pub mod virtio;
 pub mod vm;

@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 use lexopt::ValueExt;
 
 use super::exec::{is_of_run, take_of_run, time};
-use super::run::mebibytes;
 use super::value;
 use crate::protocol::request::Run;
+use crate::units::mebibytes;
 
 /// The options, for the help.
 pub const HELP: &str = "

@@ -4,7 +4,6 @@ use std::path::PathBuf;
 
 use lexopt::Arg::{Long, Short};
 
-use super::run::mebibytes;
 use super::{Command, Given, default_id, id, number, value};
 use crate::api::BODY_MAX;
 use crate::arch;
@@ -16,6 +15,7 @@ use crate::error::{Context, Error, Result};
 use crate::guest::runtime;
 use crate::microvm::ahead::Warm;
 use crate::microvm::counts::StartTime;
+use crate::units::mebibytes;
 
 const HELP: &str = "\
 Wait for requests on a control socket (Firecracker's API). The guest's serial console is standard input
