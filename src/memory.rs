@@ -2,6 +2,7 @@
 
 pub mod backing;
 pub mod faults;
+mod given;
 pub mod lost;
 pub mod mapping;
 pub mod page_set;
@@ -15,7 +16,7 @@ use std::ops::Deref;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
-use vm_memory::bitmap::BS;
+use vm_memory::bitmap::{BS, Bitmap};
 use vm_memory::guest_memory::Result as AccessResult;
 use vm_memory::{
     GuestAddress, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryRegion, GuestMemoryRegionBytes,
@@ -24,7 +25,8 @@ use vm_memory::{
 
 use crate::error::{Context, Error, Result};
 use backing::Backing;
-use mapping::{Mapping, page_size};
+pub use given::give_back;
+use mapping::{Mapping, Pages, page_size};
 pub use source::{Piece, Source};
 pub use written::{Written, is_tracked};
 
@@ -157,6 +159,19 @@ impl Region {
         mapping::ask_for_huge_pages(&self.pages, wanted)
     }
 
+    /// Gives the pages of `size` bytes from `offset` on back to the host; both are multiples of the host's page
+    /// size. What the guest finds there afterwards is anything that was there before, or zeros.
+    ///
+    /// # Errors
+    /// The range is not in the region, or the kernel's, of madvise(2).
+    fn give_back(&self, offset: usize, size: usize) -> IoResult<()> {
+        let whose = if self.file().is_some() { Pages::OfFile } else { Pages::Private };
+        mapping::give_back(&self.pages, offset, size, whose)?;
+        // KVM notes what CPUs write, and this is no write: a difference has to have what is there now.
+        self.written().mark_dirty(offset, size);
+        Ok(())
+    }
+
     /// Which of its pages this process has written.
     pub fn written(&self) -> &Written {
         MmapRegion::bitmap(&self.pages)
@@ -250,7 +265,6 @@ mod tests {
     use std::os::unix::fs::FileExt;
 
     use super::mapping::{HUGE_PAGE, memory_file};
-    use vm_memory::bitmap::Bitmap;
     use vm_memory::{Bytes, GuestAddressSpace};
 
     fn ranges(memory: &Regions) -> Vec<Range> {

@@ -131,6 +131,35 @@ pub(super) fn ask_for_huge_pages(pages: &MmapRegion<Written>, wanted: bool) -> I
     }
 }
 
+/// Gives the pages of a part of guest memory back to the host, `size` bytes from `offset` on (madvise(2)). Both are
+/// multiples of the host's page size.
+///
+/// # Errors
+/// The part is not in the mapping, or the kernel's: memory of huge pages, for one, is given back in whole ones.
+#[allow(unsafe_code)]
+pub(super) fn give_back(
+    pages: &MmapRegion<Written>,
+    offset: usize,
+    size: usize,
+    whose: Pages,
+) -> IoResult<()> {
+    if offset.checked_add(size).is_none_or(|end| end > pages.size()) {
+        return Err(IoError::from_raw_os_error(libc::EINVAL));
+    }
+    let advice = match whose {
+        // The file has the pages: they go when the file has none there.
+        Pages::OfFile => libc::MADV_REMOVE,
+        Pages::Private => libc::MADV_DONTNEED,
+    };
+    let start = pages.as_ptr().wrapping_add(offset);
+    // SAFETY: the range lies in the region's own mapping, as was just seen. What it holds changes, as guest memory
+    // may at any time: nobody has a reference into it.
+    match unsafe { libc::madvise(start.cast(), size, advice) } {
+        0 => Ok(()),
+        _ => Err(IoError::last_os_error()),
+    }
+}
+
 impl Drop for Mapping {
     #[allow(unsafe_code)]
     fn drop(&mut self) {

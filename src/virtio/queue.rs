@@ -34,6 +34,11 @@ impl Share {
         self.is_used_up = true;
     }
 
+    /// The same if `is_all`.
+    pub fn use_up_if(&mut self, is_all: bool) {
+        self.is_used_up |= is_all;
+    }
+
     /// What is left, for a worker that counts something else than requests.
     pub fn rest(self) -> Self {
         Self { requests: u16::MAX, ..self }
@@ -214,6 +219,16 @@ impl Queue {
         memory: &Regions,
         mut handle: impl FnMut(Chain<'_>) -> Result<Option<u32>>,
     ) -> Result<()> {
+        self.serve_within(memory, |chain, _| handle(chain))
+    }
+
+    /// The same, for requests that cost more than their descriptors: `handle` uses the turn's share up when it has
+    /// done as much as a turn may.
+    pub fn serve_within(
+        &mut self,
+        memory: &Regions,
+        mut handle: impl FnMut(Chain<'_>, &mut Share) -> Result<Option<u32>>,
+    ) -> Result<()> {
         if !self.begin_turn(memory)? {
             return Ok(());
         }
@@ -221,7 +236,7 @@ impl Queue {
         loop {
             while let Some(chain) = self.pop(memory, &mut share)? {
                 let head = chain.head();
-                let Some(written) = handle(chain)? else {
+                let Some(written) = handle(chain, &mut share)? else {
                     self.undo_pop();
                     return self.notify(memory);
                 };
