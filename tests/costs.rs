@@ -56,6 +56,20 @@ unsafe extern "C" fn memcpy(to: *mut u8, from: *const u8, count: usize) -> *mut 
     to
 }
 
+/// How often memory was given back to the kernel.
+static ADVICE: AtomicU64 = AtomicU64::new(0);
+
+/// Takes the C library's place, and counts.
+#[allow(unsafe_code)]
+#[unsafe(no_mangle)]
+unsafe extern "C" fn madvise(start: *mut libc::c_void, size: usize, advice: i32) -> i32 {
+    if counts() {
+        ADVICE.fetch_add(1, Relaxed);
+    }
+    // SAFETY: what the caller promises is passed on.
+    unsafe { libc::syscall(libc::SYS_madvise, start, size, advice) as i32 }
+}
+
 const WARM: u32 = 50;
 const ROUNDS: u32 = 100;
 /// Requests that are in flight together: as many as the test's rings take, of 3 descriptors each.
@@ -68,6 +82,8 @@ const NET_HEADER: usize = 12;
 const RX: usize = 0;
 const TX: usize = 1;
 const ETHER_TYPE: u16 = 0x88b5;
+
+const GIVE_PAGES: &str = "256 pages that lie together";
 
 /// A way that a device is used: buffers of one request, which are used again for each.
 struct Path {
@@ -99,6 +115,7 @@ fn configurations(folder: &Folder) -> Vec<(String, ConfiguredDevice)> {
             "network-interfaces" => vec![json!({ "iface_id": "net", "host_dev_name": "tap0" })],
             "entropy" => vec![json!({})],
             "vsock" => vec![json!({ "guest_cid": 3, "uds_path": folder.path("vsock") })],
+            "balloon" => vec![json!({ "amount_mib": 1, "deflate_on_oom": false })],
             other => panic!("teach this test how a device of `{other}` is configured"),
         }
     };
@@ -174,6 +191,12 @@ fn paths(device: &ConfiguredDevice, guest: &mut Guest) -> Vec<Path> {
             // A header is read, and one is written.
             vec![Path { name: "packet of no connection", queue: TX, requests, rooms, copied_max: 88.0 }]
         }
+        "balloon" => {
+            // As Linux gives them: 256 pages that lie together, in the quarter of memory that nothing else is in.
+            let pages: Vec<u8> = (768..1024_u32).rev().flat_map(u32::to_le_bytes).collect();
+            let requests = (0..DEPTH).map(|_| vec![(guest.allocate(&pages), 0)]).collect();
+            vec![Path { name: GIVE_PAGES, queue: 0, requests, rooms: Vec::new(), copied_max: 1024.0 }]
+        }
         other => panic!("teach this test how a device of `{other}` is used"),
     }
 }
@@ -235,7 +258,7 @@ fn a_warm_device_allocates_nothing_and_copies_only_headers() {
             for path in &all {
                 // What one way of use has warmed, another may need more of.
                 round(&mut guest, path, &wire);
-                let count = || (allocations(), COPIED_BYTES.load(Relaxed));
+                let count = || (allocations(), COPIED_BYTES.load(Relaxed), ADVICE.load(Relaxed));
                 let before = count();
                 for _ in 0..ROUNDS {
                     round(&mut guest, path, &wire);
@@ -248,6 +271,8 @@ fn a_warm_device_allocates_nothing_and_copies_only_headers() {
                 println!("cost: {what:<60} {:>8.3} {copied:>8.1}", allocated as f64 / requests);
                 assert_eq!(allocated, 0, "{what}: allocations of {requests} requests");
                 assert!(copied <= path.copied_max, "{what}: {copied} bytes are copied");
+                let expected = if path.name == GIVE_PAGES { requests as u64 } else { 0 };
+                assert_eq!(after.2 - before.2, expected, "{what}: calls of madvise");
             }
             IS_COUNTING.store(false, Relaxed);
             wait_for(|| guest.status() & common::driver::NEEDS_RESET == 0);

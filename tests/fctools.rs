@@ -190,7 +190,7 @@ fn it_boots_a_guest_by_the_api_and_drives_it_to_its_end() {
         match vm.get_balloon_device().await.unwrap_err() {
             VmApiError::ReceivedErrorResponse { status_code, fault_message } => {
                 assert_eq!(status_code, 400);
-                assert!(fault_message.contains("not implemented yet"), "{fault_message}");
+                assert!(fault_message.contains("No balloon device found."), "{fault_message}");
             }
             other => panic!("{other}"),
         }

@@ -172,7 +172,7 @@ fn what_was_changed_while_the_guest_ran_is_saved() {
     let other = ground.folder.write("other", vec![0; 2 << 20]);
     let disk = config.devices().find(|device| device.id() == "disk").unwrap();
     let change = json!({ "drive_id": "disk", "path_on_host": other }).to_string();
-    let change = disk.kind().parse_patch(change.as_bytes()).unwrap();
+    let change = disk.kind().parse_patch("", change.as_bytes()).unwrap();
     let changed = disk.patched(&change).unwrap();
     machine.patch_device(&changed, change.patch(), &mut Host::default()).unwrap();
     machine.detach("network interface `net`").unwrap();

@@ -25,11 +25,12 @@ const CASES: [(&str, Case); 8] = [
 ];
 
 /// Cases for a virtio device of a type: run where there is one, and where they are asked for by name.
-const DEVICE_CASES: [(&str, u32, Case); 4] = [
+const DEVICE_CASES: [(&str, u32, Case); 5] = [
     ("block", 2, devices::block),
     ("net", 1, devices::net),
     ("entropy", 4, devices::entropy),
     ("vsock", 19, vsock::vsock),
+    ("balloon", 5, devices::balloon),
 ];
 
 /// Cases that run only where they are asked for by name.

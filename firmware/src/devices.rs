@@ -115,6 +115,38 @@ pub fn entropy(_: &Machine, _: &Words) -> bool {
     true
 }
 
+/// A page that is given to the host is another one afterwards, and one that is taken back keeps what is written to it.
+pub fn balloon(_: &Machine, _: &Words) -> bool {
+    #[repr(align(4096))]
+    struct Pages([u8; 2 * 4096]);
+    static mut PAGES: Pages = Pages([0; 2 * 4096]);
+    let Some([inflate, deflate]) = Device::find(5).and_then(|device| device.start::<2>()) else {
+        say!("expected a balloon that starts, found none");
+        return false;
+    };
+    // SAFETY: one CPU runs the cases, and this one once.
+    let Pages(pages) = unsafe { &mut *&raw mut PAGES };
+    pages.fill(0x5a);
+    let number = (pages.as_ptr() as u64 / 4096) as u32;
+    let asked = number.to_le_bytes();
+    for (what, queue) in [("given", inflate), ("taken back", deflate)] {
+        if queue.request(&[read_by_device(&asked)]) != Some(0) {
+            say!("expected a page to be ", what, ", found no answer");
+            return false;
+        }
+        let found = black_box(&mut *pages);
+        let expected = if what == "given" { 0 } else { 0xa5 };
+        let as_expected = |(index, byte): (usize, &u8)| *byte == if index < 4096 { expected } else { 0x5a };
+        if !found.iter().enumerate().all(as_expected) {
+            say!("expected one page alone to be another one once it was ", what, ", found something else");
+            return false;
+        }
+        found[..4096].fill(0xa5);
+    }
+    say!("ok (page ", number, ")");
+    true
+}
+
 /// A frame goes out, and where this case was asked for, one comes in: then the other side is a test, which
 /// answers what it gets. No other network does: both frames have the EtherType for local experiments.
 pub fn net(_: &Machine, words: &Words) -> bool {

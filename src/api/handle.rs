@@ -126,6 +126,7 @@ fn check_time(microvm: &Microvm, request: &Request) -> Result<(), String> {
         {
             Err(BEFORE_START.to_owned())
         }
+        TellDevice(_, place) if !has_started && !place.is_empty() => Err(BEFORE_START.to_owned()),
         _ => Ok(()),
     }
 }
@@ -177,9 +178,14 @@ fn handle(microvm: &mut Microvm, request: Request) -> Result<Reply, String> {
             microvm.put_device(device).map_err(fault(area))
         }
         PatchDevice(kind, change) => match microvm.patch_device(kind, change) {
-            Ok(Some(ticket)) => return Ok(Reply::Later { ticket, area: kind.fault }),
-            done => done.map(drop).map_err(fault(kind.fault)),
+            Ok(Some(ticket)) => return Ok(Reply::Later { ticket, area: kind.update_fault }),
+            done => done.map(drop).map_err(fault(kind.update_fault)),
         },
+        TellDevice(kind, place) => {
+            let area = if place.is_empty() { kind.fault } else { kind.update_fault };
+            let told = microvm.tell_device(kind, place).map_err(fault(area))?;
+            return Ok(Response::Value(told).into());
+        }
         DeleteDevice(..) => Err(cannot_hotplug(microvm, "removing a device from a running microVM")),
         Action(action) => act(microvm, action),
         CreateSnapshot(body) => {

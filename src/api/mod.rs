@@ -79,8 +79,10 @@ pub enum Request {
     PutBootSource(BootSource),
     /// `PUT /{path of its kind}[/{id}]`
     PutDevice(ConfiguredDevice),
-    /// `PATCH /{path of its kind}/{id}`
+    /// `PATCH /{path of its kind}/{id or place}`
     PatchDevice(&'static DeviceKind, Change),
+    /// `GET /{path of its kind}[/{place}]`
+    TellDevice(&'static DeviceKind, &'static str),
     /// `DELETE /{path of its kind}/{id}`
     DeleteDevice(&'static DeviceKind, String),
     /// `GET /mmds`

@@ -11,27 +11,23 @@ use crate::devices::{self, KINDS};
 use crate::dialect::Dialect;
 
 /// First path tokens of Firecracker's API that are not served yet: refused as such, not as unknown.
-const NOT_IMPLEMENTED: [&str; 4] = ["balloon", "hotplug", "pmem", "gdb"];
+const NOT_IMPLEMENTED: [&str; 3] = ["hotplug", "pmem", "gdb"];
 
 const NO_TEMPLATE: &str = "A template is asked for clones, not a microVM: `alula template`.";
 
 /// The request, or the fault message for the client.
 pub fn route(dialect: Dialect, method: &str, path: &str, body: &[u8]) -> Result<Request, String> {
+    let path_whole = path;
+    let path = path.trim_matches('/');
     match (method, body.is_empty()) {
         ("GET", false) => return Err("GET request cannot have a body.".to_owned()),
         ("PUT", true) => return Err("Empty PUT request.".to_owned()),
-        ("PATCH", true) => return Err("Empty PATCH request.".to_owned()),
+        ("PATCH", true) if needs_body(path) => return Err("Empty PATCH request.".to_owned()),
         ("DELETE", false) => return Err("Empty Delete request.".to_owned()),
         _ => {}
     }
-    let path_whole = path;
-    let path = path.trim_matches('/');
-    for kind in KINDS {
-        match path.strip_prefix(kind.path) {
-            Some("") => return device(dialect, kind, method, "", body),
-            Some(id) if id.starts_with('/') => return device(dialect, kind, method, &id[1..], body),
-            _ => {}
-        }
+    if let Some((kind, rest)) = kind_of(path) {
+        return device(dialect, kind, method, rest, body);
     }
     let tokens: Vec<&str> = path.split('/').collect();
     Ok(match (method, tokens.as_slice()) {
@@ -87,16 +83,27 @@ pub fn route(dialect: Dialect, method: &str, path: &str, body: &[u8]) -> Result<
     })
 }
 
-/// A request for a device of `kind`; `id` is the rest of the path.
+/// The kind of devices that a path is for, and the rest of the path.
+fn kind_of(path: &str) -> Option<(&'static DeviceKind, &str)> {
+    KINDS.iter().find_map(|kind| match path.strip_prefix(kind.path)? {
+        "" => Some((kind, "")),
+        rest => rest.strip_prefix('/').map(|rest| (kind, rest)),
+    })
+}
+
+fn needs_body(path: &str) -> bool {
+    kind_of(path).is_none_or(|(kind, place)| kind.many || (kind.patch_needs_body)(place))
+}
+
+/// A request for a device of `kind`; `rest` is the rest of the path: an id, or the place of something of the device.
 fn device(
     dialect: Dialect,
     kind: &'static DeviceKind,
     method: &str,
-    id: &str,
+    rest: &str,
     body: &[u8],
 ) -> Result<Request, String> {
-    // What follows the path of one that has no id is ignored, as with all paths of one word.
-    let id = if kind.many { id } else { "" };
+    let (id, place) = if kind.many { (rest, "") } else { ("", rest) };
     if kind.many && (id.is_empty() || id.contains('/')) {
         return Err(match (method, id.is_empty()) {
             ("PUT" | "PATCH" | "DELETE", true) => "The ID cannot be empty.".to_owned(),
@@ -111,13 +118,17 @@ fn device(
         false => Err((kind.id_mismatch)(id, other)),
     };
     match method {
+        "GET" if let Some(place) = kind.told.iter().find(|told| **told == place) => {
+            Ok(Request::TellDevice(kind, place))
+        }
+        // What follows the path of one that has no id is ignored, as with all paths of one word.
         "PUT" => {
             let device = kind.parse_as(dialect, body).map_err(deserializing)?;
             same_id(device.id())?;
             Ok(Request::PutDevice(device))
         }
         "PATCH" if kind.patchable => {
-            let change = kind.parse_patch(body).map_err(deserializing)?;
+            let change = kind.parse_patch(place, body).map_err(deserializing)?;
             same_id(&change.id)?;
             Ok(Request::PatchDevice(kind, change))
         }
@@ -188,6 +199,37 @@ mod tests {
             let expected = format!("Invalid request method and/or path: PUT {}.", kind.path);
             assert_eq!(beyond, kind.many.then_some(expected));
         }
+    }
+
+    #[test]
+    fn what_a_device_tells_and_changes_has_places_of_its_own() {
+        for place in ["", "/statistics", "/hinting/status"] {
+            let told = route("GET", &format!("/balloon{place}"), b"");
+            assert!(matches!(told, Ok(Request::TellDevice(_, found)) if found == place.trim_matches('/')));
+        }
+        let changed = |place: &str, body: &str| match route("PATCH", place, body.as_bytes()) {
+            Ok(Request::PatchDevice(_, change)) => Ok(change.body),
+            Ok(_) => panic!("{place} is no change"),
+            Err(fault) => Err(fault),
+        };
+        let amount = serde_json::json!({ "amount_mib": 1 });
+        assert_eq!(changed("/balloon", r#"{"amount_mib": 1}"#), Ok(amount));
+        for (place, body) in [("start", ""), ("start", "{}"), ("stop", ""), ("stop", "{}")] {
+            let place = format!("hinting/{place}");
+            let body_told = if body.is_empty() { serde_json::Value::Null } else { serde_json::json!({}) };
+            assert_eq!(
+                changed(&format!("/balloon/{place}"), body),
+                Ok(serde_json::json!({ place: body_told }))
+            );
+        }
+        for place in ["/balloon", "/balloon/statistics", "/balloon/hinting", "/drives/hinting/start"] {
+            assert_eq!(changed(place, ""), Err("Empty PATCH request.".to_owned()));
+        }
+        let invalid = |method: &str, path: &str| route(method, path, b"").err().unwrap();
+        for path in ["/balloon/hinting", "/balloon/nothing"] {
+            assert_eq!(invalid("GET", path), "Invalid request method and/or path: GET balloon.");
+        }
+        assert_eq!(invalid("GET", "/entropy"), "Invalid request method and/or path: GET entropy.");
     }
 
     #[test]

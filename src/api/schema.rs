@@ -138,7 +138,7 @@ fn changes(generator: &mut SchemaGenerator) -> Vec<Operation> {
 
 /// What is changed of devices of one kind.
 fn changes_of(kind: &DeviceKind, generator: &mut SchemaGenerator) -> Vec<Operation> {
-    let (body, patch) = (kind.schemas)(generator);
+    let body = (kind.schema)(generator);
     let path = match kind.many {
         true => format!("/{}/{{id}}", kind.path),
         false => format!("/{}", kind.path),
@@ -146,7 +146,15 @@ fn changes_of(kind: &DeviceKind, generator: &mut SchemaGenerator) -> Vec<Operati
     let noun = kind.noun;
     let article = if noun.starts_with('e') { "an" } else { "a" };
     let mut list = vec![change("put", &path, &format!("Add or replace {article} {noun}, {BEFORE}"), body)];
-    list.extend(patch.map(|patch| change("patch", &path, &format!("Change {article} {noun} in use"), patch)));
+    let below = |place: &str| if place.is_empty() { path.clone() } else { format!("{path}/{place}") };
+    list.extend((kind.told_schemas)(generator).into_iter().map(|(place, what, schema)| {
+        let (path, summary, answer) = (below(place), what.to_owned(), Answer::Json(schema));
+        Operation { method: "get", path, summary, body: None, answer }
+    }));
+    list.extend((kind.patches)(generator).into_iter().map(|(place, what, body)| {
+        let summary = what.map_or_else(|| format!("Change {article} {noun} in use"), str::to_owned);
+        Operation { method: "patch", path: below(place), summary, body, answer: Answer::Nothing }
+    }));
     list
 }
 
@@ -166,7 +174,7 @@ fn config_properties(generator: &mut SchemaGenerator) -> Schema {
     section("serial", generator.subschema_for::<console::Config>());
     section("mmds-config", generator.subschema_for::<metadata::Config>());
     for kind in KINDS {
-        let (one, _) = (kind.schemas)(generator);
+        let one = (kind.schema)(generator);
         let list = || schemars::json_schema!({ "type": "array", "items": one.clone() });
         section(kind.section, if kind.many { list() } else { one.clone() });
     }
@@ -178,9 +186,7 @@ fn config_told_back(generator: &mut SchemaGenerator) -> Schema {
     let mut config = config_properties(generator).to_value();
     let sections = config["properties"].as_object_mut().expect("it has sections");
     sections.remove("serial");
-    for section in ["balloon", "memory-hotplug"] {
-        sections.insert(section.to_owned(), json!({ "type": "object" }));
-    }
+    sections.insert("memory-hotplug".to_owned(), json!({ "type": "object" }));
     for (section, schema) in sections.iter_mut() {
         if schema["items"].is_null() && !["machine-config", "boot-source"].contains(&section.as_str()) {
             *schema = match schema["type"].is_null() {
@@ -217,7 +223,10 @@ fn openapi() -> Value {
         }
         if let Some(schema) = body {
             let content = json!({ "application/json": { "schema": schema } });
-            operation["requestBody"] = json!({ "required": true, "content": content });
+            // What may be left out is no fault when it is.
+            let without = route(Dialect::Alula, &method.to_uppercase(), &path, b"").err();
+            let is_required = without.is_some_and(|fault| fault.starts_with("Empty "));
+            operation["requestBody"] = json!({ "required": is_required, "content": content });
         }
         let place = paths.entry(path.clone()).or_insert_with(|| json!({}));
         place[method] = operation;

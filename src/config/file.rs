@@ -34,7 +34,7 @@ const PROBLEMS_MAX: usize = 100;
 /// The sections of a config file that other monitors know and this one does not have yet: asked for,
 /// they are refused, so that no guest starts without a device that its owner counts on. A section of a
 /// device in the table is not looked for here.
-const NOT_IMPLEMENTED: [&str; 3] = ["balloon", "pmem", "memory-hotplug"];
+const NOT_IMPLEMENTED: [&str; 2] = ["pmem", "memory-hotplug"];
 
 /// Something wrong with a config file.
 #[derive(Clone, Debug, PartialEq)]

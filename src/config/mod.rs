@@ -39,8 +39,8 @@ const SERIAL: &str = "serial";
 const MMDS_CONFIG: &str = "mmds-config";
 
 /// Sections that are always null when a configuration is told: where messages and metrics go is never
-/// told by Firecracker, and the devices of the others are not there yet. Its clients look for all of them.
-const NOT_TOLD: [&str; 4] = [LOGGER, METRICS, "balloon", "memory-hotplug"];
+/// told by Firecracker, and the device of the last is not there yet. Its clients look for all of them.
+const NOT_TOLD: [&str; 3] = [LOGGER, METRICS, "memory-hotplug"];
 /// The same for lists of devices.
 const EMPTY: [&str; 1] = ["pmem"];
 
@@ -114,10 +114,19 @@ impl Config {
 
     /// Whether `machine` makes sense here.
     pub fn check_machine(&self, machine: &MachineConfig) -> Result<()> {
-        machine.check(self.dialect)
+        machine.check(self.dialect)?;
+        let fits = |device: &&ConfiguredDevice| device.check_memory(machine.mem_size_mib).is_ok();
+        match self.devices.iter().find(|device| !fits(device)) {
+            None => Ok(()),
+            // Firecracker's words.
+            Some(device) => Err(Error::config(format!(
+                "The memory size (MiB) is smaller than the previously set {} target size.",
+                device.kind().noun
+            ))),
+        }
     }
 
-    /// Whether `device` can be beside those that it does not replace.
+    /// Whether `device` can be in this machine, beside those that it does not replace.
     pub fn check_beside(&self, device: &ConfiguredDevice) -> Result<()> {
         let mut others = self.devices.iter().filter(|other| !device.replaces(other));
         if others.clone().count() >= DEVICES_MAX {
@@ -125,7 +134,8 @@ impl Config {
                 "there are {DEVICES_MAX} devices already, more than any machine takes"
             )));
         }
-        others.try_for_each(|other| device.check_beside(other))
+        others.try_for_each(|other| device.check_beside(other))?;
+        device.check_memory(self.machine_config.mem_size_mib)
     }
 
     /// Puts a device into the configuration, in the place of one that it replaces.

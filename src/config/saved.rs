@@ -136,7 +136,9 @@ mod tests {
             "mmds-config": {{"network_interfaces": ["net"], "version": "V2", "ipv4_address": "169.254.1.1",
                 "imds_compat": true}},
             "vsock": {{"guest_cid": 4, "uds_path": "/v", "vsock_id": "v"}},
-            "entropy": {{"rate_limiter": {limits}}}
+            "entropy": {{"rate_limiter": {limits}}},
+            "balloon": {{"amount_mib": 5, "deflate_on_oom": true, "stats_polling_interval_s": 6,
+                "free_page_hinting": true, "free_page_reporting": true}}
         }}"#,
             smt = crate::arch::HAS_SMT,
             bucket = bucket(4),
@@ -157,7 +159,7 @@ mod tests {
         generator.subschema_for::<metrics::Config>();
         generator.subschema_for::<console::Config>();
         generator.subschema_for::<metadata::Config>();
-        KINDS.iter().for_each(|kind| drop((kind.schemas)(generator)));
+        KINDS.iter().for_each(|kind| drop((kind.schema)(generator)));
         let types = generator.take_definitions(true);
         let fields = types.values().filter_map(|one| one["properties"].as_object()).flat_map(Map::keys);
         let only_x86_64 = ["smt", "leaf", "subleaf", "flags", "modifiers", "register"];
@@ -221,6 +223,7 @@ mod tests {
                 "existing network interface: `x`",
             ),
             (r#""queue_pairs":2"#, r#""queue_pairs":0"#, "0 `queue_pairs` cannot be"),
+            (r#""amount_mib":5"#, r#""amount_mib":65"#, "Amount of pages requested is too large."),
         ] {
             assert!(text.contains(from), "{from}: {text}");
             let error = Config::from_saved(&text.replacen(from, to, 1)).unwrap_err().to_string();

@@ -7,14 +7,18 @@ use std::fmt;
 use std::sync::Arc;
 
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde::{Serialize, Serializer};
 use serde_json::Value;
 
 use super::KINDS;
+#[cfg(test)]
+use super::change::PatchSchemas;
 use crate::dialect::Dialect;
 use crate::error::{Context, Error, Result};
 use crate::host::Host;
 use crate::virtio::VirtioDevice;
+
+pub use super::change::{Change, NotPatchable, Patch};
 
 /// One device as its owner writes it down: the body of its PUT request, an element of its section of
 /// the config file, what its option on the command line comes to.
@@ -33,6 +37,11 @@ pub trait DeviceConfig:
     const NOUN: &'static str;
     /// How faults of the API about it begin: "Drive config error".
     const FAULT: &'static str;
+    /// How faults of the API about one in use begin.
+    const UPDATE_FAULT: &'static str = Self::FAULT;
+    /// The places below its path at which GET tells something of one: at the empty one its configuration, at the
+    /// others what [`VirtioDevice::tell`] says.
+    const TOLD: &'static [&'static str] = &[];
     /// The option of the command line that adds one.
     const OPTION: CliOption;
     /// One that makes sense in itself, as JSON: for the documentation and the tests.
@@ -55,6 +64,10 @@ pub trait DeviceConfig:
     }
     /// Whether it can be in one machine with `other` of its kind, whose id is another.
     fn check_beside(&self, _other: &Self) -> Result<()> {
+        Ok(())
+    }
+    /// Whether a guest with so much memory, in MiB, can have it.
+    fn check_memory(&self, _memory_mib: u64) -> Result<()> {
         Ok(())
     }
     /// If the guest boots from it: what the kernel's command line must say.
@@ -84,11 +97,20 @@ pub trait DeviceConfig:
     fn patched(&self, _patch: &Self::Patch) -> Result<Self> {
         Err(Error::config("nothing of it can be changed while it runs"))
     }
+    /// The places of `TOLD`.
+    #[cfg(test)]
+    fn told_schemas(_: &mut schemars::SchemaGenerator) -> ToldSchemas {
+        Vec::new()
+    }
     /// The fault for a path and a body that name two ids.
     fn id_mismatch(_path: &str, _body: &str) -> String {
         "The id from the path does not match the id from the body!".to_owned()
     }
 }
+
+/// What GET tells of a device: places below its path, each with what is told there, in words and as a schema.
+#[cfg(test)]
+pub type ToldSchemas = Vec<(&'static str, &'static str, schemars::Schema)>;
 
 /// What the schema that is checked in needs: nothing, outside of the tests.
 #[cfg(not(test))]
@@ -113,31 +135,6 @@ pub fn check_words<'a>(words: impl Iterator<Item = &'a str>, may_be_repeated: &[
         given.push(name);
     }
     Ok(())
-}
-
-/// The body of a PATCH request.
-pub trait Patch: DeserializeOwned + Described + Send + 'static {
-    /// There is such a request.
-    const EXISTS: bool = true;
-    /// The device that is to be changed.
-    fn id(&self) -> &str;
-}
-
-/// Of a device that cannot be changed while it runs.
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-pub enum NotPatchable {}
-
-impl<'de> Deserialize<'de> for NotPatchable {
-    fn deserialize<D: Deserializer<'de>>(_: D) -> Result<Self, D::Error> {
-        Err(serde::de::Error::custom("it cannot be changed"))
-    }
-}
-
-impl Patch for NotPatchable {
-    const EXISTS: bool = false;
-    fn id(&self) -> &str {
-        match *self {}
-    }
 }
 
 /// An option of the command line.
@@ -165,6 +162,10 @@ pub struct DeviceKind {
     pub noun: &'static str,
     /// How faults begin.
     pub fault: &'static str,
+    /// How faults about one in use begin.
+    pub update_fault: &'static str,
+    /// The places at which something of one is told.
+    pub told: &'static [&'static str],
     /// The command line's option.
     pub option: CliOption,
     /// One as JSON.
@@ -173,11 +174,19 @@ pub struct DeviceKind {
     pub patchable: bool,
     /// The fault for two ids.
     pub id_mismatch: fn(&str, &str) -> String,
-    /// The schemas of its PUT and PATCH bodies.
+    /// Whether a PATCH request to a place must have a body.
+    pub patch_needs_body: fn(&str) -> bool,
+    /// The schema of its PUT body.
     #[cfg(test)]
-    pub schemas: fn(&mut schemars::SchemaGenerator) -> (schemars::Schema, Option<schemars::Schema>),
+    pub schema: fn(&mut schemars::SchemaGenerator) -> schemars::Schema,
+    /// Its PATCH requests.
+    #[cfg(test)]
+    pub patches: fn(&mut schemars::SchemaGenerator) -> PatchSchemas,
+    /// What GET tells.
+    #[cfg(test)]
+    pub told_schemas: fn(&mut schemars::SchemaGenerator) -> ToldSchemas,
     parse: fn(&[u8], Dialect) -> serde_json::Result<ConfiguredDevice>,
-    parse_patch: fn(&[u8]) -> serde_json::Result<Change>,
+    parse_patch: fn(&str, &[u8]) -> serde_json::Result<Change>,
     from_option: fn(&str, usize) -> Result<ConfiguredDevice, String>,
 }
 
@@ -191,15 +200,22 @@ impl DeviceKind {
             many: C::MANY,
             noun: C::NOUN,
             fault: C::FAULT,
+            update_fault: C::UPDATE_FAULT,
+            told: C::TOLD,
             option: C::OPTION,
             example: C::EXAMPLE,
             patchable: C::Patch::EXISTS,
             id_mismatch: C::id_mismatch,
+            patch_needs_body: C::Patch::needs_body,
             #[cfg(test)]
-            schemas: |generator| {
-                let body = generator.subschema_for::<C>();
-                (body, C::Patch::EXISTS.then(|| generator.subschema_for::<C::Patch>()))
+            schema: |generator| generator.subschema_for::<C>(),
+            #[cfg(test)]
+            patches: |generator| match C::Patch::EXISTS {
+                true => C::Patch::schemas(generator),
+                false => Vec::new(),
             },
+            #[cfg(test)]
+            told_schemas: C::told_schemas,
             parse: |text, dialect| {
                 dialect.check_fields(text, C::PUBLISHED)?;
                 serde_json::from_slice::<C>(text).map(ConfiguredDevice::new)
@@ -219,9 +235,9 @@ impl DeviceKind {
         (self.parse)(text, dialect)
     }
 
-    /// A change to a device from JSON.
-    pub fn parse_patch(&self, text: &[u8]) -> serde_json::Result<Change> {
-        (self.parse_patch)(text)
+    /// A change to a device from the body of a request, to `place` below the device's path.
+    pub fn parse_patch(&self, place: &str, text: &[u8]) -> serde_json::Result<Change> {
+        (self.parse_patch)(place, text)
     }
 
     /// A device from its option's value; `number` of its kind have come before.
@@ -301,6 +317,11 @@ impl ConfiguredDevice {
         self.0.check_beside(other)
     }
 
+    /// Whether a guest with so much memory, in MiB, can have it.
+    pub fn check_memory(&self, memory_mib: u64) -> Result<()> {
+        self.0.check_memory(memory_mib)
+    }
+
     /// If the guest boots from it: what the kernel's command line must say.
     pub fn root_words(&self) -> Option<String> {
         self.0.root_words()
@@ -343,42 +364,13 @@ impl Serialize for ConfiguredDevice {
     }
 }
 
-/// A change to a device, of the same kind as the device.
-pub struct Change {
-    /// The device's id.
-    pub id: String,
-    /// The words of the client, for who is told of the change.
-    pub body: Value,
-    /// The same as the kind's `Patch`.
-    patch: Box<dyn Any + Send>,
-    apply: fn(&ConfiguredDevice, &dyn Any) -> Result<ConfiguredDevice>,
-}
-
-impl Change {
-    fn parse<C: DeviceConfig>(text: &[u8]) -> serde_json::Result<Self> {
-        // First as its own type, which knows of duplicate fields and tells where something is wrong.
-        let patch: C::Patch = serde_json::from_slice(text)?;
-        let apply = |device: &ConfiguredDevice, patch: &dyn Any| {
-            let config = device.config::<C>().zip(patch.downcast_ref());
-            let (config, patch) = config.expect("a device is changed by a change of its kind");
-            config.patched(patch).map(ConfiguredDevice::new)
-        };
-        let (id, body) = (patch.id().to_owned(), serde_json::from_slice(text)?);
-        Ok(Self { id, body, patch: Box::new(patch), apply })
-    }
-
-    /// What is to be changed, as the kind's `Patch`: what [`VirtioDevice::patch`] takes.
-    pub fn patch(&self) -> &dyn Any {
-        &*self.patch
-    }
-}
-
 /// `DeviceConfig` without what has no place in a trait object.
 trait AnyConfig: Any + fmt::Debug + Send + Sync {
     fn section(&self) -> &'static str;
     fn id(&self) -> &str;
     fn check(&self) -> Result<()>;
     fn check_beside(&self, other: &ConfiguredDevice) -> Result<()>;
+    fn check_memory(&self, memory_mib: u64) -> Result<()>;
     fn root_words(&self) -> Option<String>;
     fn is_deprecated(&self) -> bool;
     fn threads(&self) -> usize;
@@ -400,6 +392,9 @@ impl<C: DeviceConfig> AnyConfig for C {
     }
     fn check_beside(&self, other: &ConfiguredDevice) -> Result<()> {
         other.config().map_or(Ok(()), |other| DeviceConfig::check_beside(self, other))
+    }
+    fn check_memory(&self, memory_mib: u64) -> Result<()> {
+        DeviceConfig::check_memory(self, memory_mib)
     }
     fn root_words(&self) -> Option<String> {
         DeviceConfig::root_words(self)

@@ -1,7 +1,9 @@
 //! The devices: those at fixed places, and those that a configuration lists, each in a file of its own.
 
+pub mod balloon;
 pub mod block;
 pub mod boot_timer;
+pub mod change;
 pub mod console;
 pub mod entropy;
 pub mod exit;
@@ -30,6 +32,7 @@ pub static KINDS: &[DeviceKind] = &[
     DeviceKind::of::<net::Config>(),
     DeviceKind::of::<entropy::Config>(),
     DeviceKind::of::<vsock::Config>(),
+    DeviceKind::of::<balloon::Config>(),
 ];
 
 /// Makes the devices at fixed places, in the order in which boot tables list them: a new one is a file that

@@ -265,6 +265,14 @@ impl Machine {
         self.config.put(changed.clone())
     }
 
+    /// What a device that a configuration lists tells of `what`, as [`VirtioDevice::tell`] says.
+    ///
+    /// [`VirtioDevice::tell`]: crate::virtio::VirtioDevice::tell
+    pub fn tell(&self, name: &str, what: &str) -> Result<Value> {
+        let told = self.parts.get(name)?.with(|device: &mut Transport| device.tell(what));
+        told.unwrap_or_else(|| Err(Error::config(format!("{name} tells nothing"))))
+    }
+
     /// Whether a device is being changed.
     pub fn is_changing(&self) -> bool {
         !self.changing.is_empty()

@@ -352,11 +352,27 @@ impl Microvm {
         job.map(Some)
     }
 
+    /// What a device of which there is one tells: at an empty `place` its configuration, else what it says itself.
+    pub fn tell_device(&self, kind: &DeviceKind, place: &str) -> Result<Value> {
+        let device = self.device(kind, "")?;
+        match place {
+            "" => serde_json::to_value(device).context("write its configuration"),
+            place => self.machine.as_deref().ok_or_else(not_started)?.tell(&device.name(), place),
+        }
+    }
+
+    fn device(&self, kind: &DeviceKind, id: &str) -> Result<&ConfiguredDevice> {
+        let unknown = || match kind.many {
+            true => format!("there is no {}", kind.name(id)),
+            // Firecracker's words.
+            false => format!("No {} found.", kind.noun),
+        };
+        self.config.device(kind, id).ok_or_else(|| Error::config(unknown()))
+    }
+
     /// A device as it is configured, and as it will be.
     fn changed(&self, kind: &DeviceKind, change: &Change) -> Result<(ConfiguredDevice, ConfiguredDevice)> {
-        let device = self.config.device(kind, &change.id);
-        let unknown = || Error::config(format!("there is no {}", kind.name(&change.id)));
-        let device = device.ok_or_else(unknown)?.clone();
+        let device = self.device(kind, &change.id)?.clone();
         let changed = device.patched(change)?;
         // Before the device has it: a change that is refused changes nothing.
         self.config.check_beside(&changed)?;

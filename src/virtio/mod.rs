@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::error::{Error, Result};
 use crate::host::Host;
@@ -64,6 +65,11 @@ pub trait VirtioDevice: SaveState + Send {
     /// change that is refused changes nothing.
     fn patch(&mut self, _change: &dyn Any, _host: &mut Host) -> Result<bool> {
         Err(Error::config("nothing of it can be changed once the guest runs"))
+    }
+    /// What a client of the API asks about it beyond its configuration. `what` is one of the places below its path
+    /// that its kind lists as told.
+    fn tell(&self, _what: &str) -> Result<Value> {
+        Err(Error::config("there is nothing to tell of it"))
     }
     /// What it counts, shared with its workers; it goes on through resets.
     fn metrics(&self) -> Option<Arc<dyn Group>> {

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by it")]
 
+mod balloon;
 #[path = "../common/mod.rs"]
 mod common;
 mod config;

@@ -16,7 +16,8 @@ fn bad_bodies_get_a_fault_that_names_the_field() {
         ("PUT", "/actions", r#"{"action_type": "Dance"}"#, format!("{serde}unknown variant `Dance`")),
         ("GET", "/machine-config", "{}", "GET request cannot have a body.".to_owned()),
         ("PUT", "/teapot/7", "{}", "Invalid request method and/or path: PUT teapot.".to_owned()),
-        ("PUT", "/balloon", "{}", "`PUT /balloon` is not implemented yet.".to_owned()),
+        ("PUT", "/hotplug/memory", "{}", "`PUT /hotplug/memory` is not implemented yet.".to_owned()),
+        ("PUT", "/balloon", "{}", format!("{serde}missing field `amount_mib`")),
         (
             "PUT",
             "/machine-config",

@@ -311,7 +311,7 @@ impl Disk {
     /// What the API's PATCH does.
     pub fn patch(&self, body: Value) -> Result<(), String> {
         let kind = DeviceKind::of::<Config>();
-        let change = kind.parse_patch(body.to_string().as_bytes()).map_err(|error| error.to_string())?;
+        let change = kind.parse_patch("", body.to_string().as_bytes()).map_err(|error| error.to_string())?;
         self.pause();
         let result = self.transport.lock().unwrap().patch(change.patch(), &mut Host::default());
         self.resume();

@@ -2,6 +2,7 @@
 //! catches up, goes on in a machine built anew, and is like new after a reset.
 #![allow(clippy::unwrap_used, reason = "a test fails by it")]
 
+mod balloon;
 #[path = "../common/mod.rs"]
 mod common;
 mod of_the_host;
@@ -36,6 +37,10 @@ use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 const SECTOR: usize = 512;
 const RX: usize = 0;
 const TX: usize = 1;
+/// Queues of the balloon, and the size of its pages.
+const INFLATE: usize = 0;
+const STATISTICS: usize = 2;
+const PAGE: u64 = 4096;
 /// EtherType for local experiments.
 const ETHER_TYPE: u16 = 0x88b5;
 const NET_HEADER: usize = 12;
@@ -81,6 +86,13 @@ impl Host {
             "network-interfaces": [{ "iface_id": "net", "host_dev_name": "tap0" }],
             "entropy": {},
             "vsock": { "guest_cid": 3, "uds_path": self.folder.path("v") },
+            "balloon": {
+                "amount_mib": 1,
+                "deflate_on_oom": true,
+                "stats_polling_interval_s": 3600,
+                "free_page_hinting": true,
+                "free_page_reporting": true,
+            },
         });
         let config = Config::parse(config.to_string().as_bytes()).unwrap();
         for kind in KINDS {
@@ -158,6 +170,14 @@ impl Host {
                 guest.offer(TX, &[(out, 0)]);
                 Check::Refused { round, room }
             }
+            "balloon" => {
+                // A page that nothing else is in.
+                let page = driver::MEMORY - PAGE;
+                guest.fill(page, PAGE, round | 1);
+                let numbers = guest.allocate(&((page / PAGE) as u32).to_le_bytes());
+                guest.offer(INFLATE, &[(numbers, 0)]);
+                Check::GivenBack { page }
+            }
             other => panic!("teach this test how a device of `{other}` is used"),
         }
     }
@@ -211,6 +231,13 @@ impl Host {
                 let packet = Packet::parse(&guest.bytes(room));
                 assert_eq!((packet.op, packet.to_port, packet.from_port), (RST, round.into(), 1000));
             }
+            Check::GivenBack { page } => {
+                guest.next_used(INFLATE);
+                assert!(
+                    guest.bytes((page, PAGE as u32)).iter().all(|byte| *byte == 0),
+                    "it was not given back"
+                );
+            }
             Check::Random { bytes } => {
                 assert_eq!(guest.next_used(0).1, 64);
                 assert_ne!(guest.bytes(bytes), [0; 64]);
@@ -231,15 +258,25 @@ enum Check {
     Frames { round: u8, room: (u64, u32) },
     Random { bytes: (u64, u32) },
     Refused { round: u8, room: (u64, u32) },
+    GivenBack { page: u64 },
 }
 
 fn is_net(device: &ConfiguredDevice) -> bool {
     device.kind().section == "network-interfaces"
 }
 
+/// Whether a device keeps the last buffer of this queue, whatever it says.
+fn keeps(device: &ConfiguredDevice, queue: usize) -> bool {
+    device.kind().section == "balloon" && queue == STATISTICS
+}
+
 /// Whether buffers of this queue wait for what comes from outside.
 fn waits(device: &ConfiguredDevice, queue: usize) -> bool {
-    is_net(device) && queue == RX || device.kind().section == "vsock" && queue != TX
+    match device.kind().section {
+        "network-interfaces" => queue == RX,
+        "vsock" => queue != TX,
+        _ => keeps(device, queue),
+    }
 }
 
 fn kick_all(guest: &mut Guest) {

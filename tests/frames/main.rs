@@ -128,7 +128,7 @@ fn counted(guest: &Guest, name: &str) -> u64 {
 
 fn patch(guest: &mut Guest, body: Value) {
     let kind = KINDS.iter().find(|kind| kind.section == "network-interfaces").unwrap();
-    let change = kind.parse_patch(body.to_string().as_bytes()).unwrap();
+    let change = kind.parse_patch("", body.to_string().as_bytes()).unwrap();
     guest.pause();
     guest.transport.lock().unwrap().patch(change.patch(), &mut Host::default()).unwrap();
     guest.resume();

@@ -323,6 +323,9 @@ impl kind::Patch for Patch {
     fn id(&self) -> &str {
         &self.drive_id
     }
+    fn parse(_: &str, body: &[u8]) -> serde_json::Result<Self> {
+        serde_json::from_slice(body)
+    }
 }
 
 #[cfg(test)]

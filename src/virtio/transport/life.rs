@@ -3,6 +3,7 @@
 use std::any::Any;
 use std::sync::mpsc::{Sender, channel};
 
+use serde_json::Value;
 use virtio_queue::QueueT;
 use vm_memory::GuestAddressSpace;
 
@@ -218,6 +219,11 @@ impl Transport {
             }
         }
         self.go_on();
+    }
+
+    /// What a client asks about the device (`VirtioDevice::tell`).
+    pub fn tell(&self, what: &str) -> Result<Value> {
+        self.device.tell(what)
     }
 
     /// The user changes the device, which is paused (`VirtioDevice::patch`).

@@ -236,6 +236,9 @@ impl crate::devices::kind::Patch for Patch {
     fn id(&self) -> &str {
         &self.iface_id
     }
+    fn parse(_: &str, body: &[u8]) -> serde_json::Result<Self> {
+        serde_json::from_slice(body)
+    }
 }
 
 #[cfg(test)]
