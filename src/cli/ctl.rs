@@ -26,6 +26,7 @@ pub fn run(ctl: &Ctl) -> Result<()> {
         Ask::Events => client.lines("/events", |line| event(line, ctl.json)),
         Ask::Pause => set_state(client, "Paused", ctl.json),
         Ask::Resume => set_state(client, "Resumed", ctl.json),
+        Ask::Balloon(size) => balloon(client, *size, ctl.json),
         Ask::Snapshot(folder, is_diff) => snapshot(client, folder, *is_diff, ctl.json),
         Ask::Shutdown => {
             ask(&mut client, "PUT", "/actions", r#"{"action_type": "Shutdown"}"#)?;
@@ -83,6 +84,24 @@ fn status(mut client: Client, json: bool) -> Result<()> {
 fn set_state(mut client: Client, state: &str, json: bool) -> Result<()> {
     ask(&mut client, "PATCH", "/vm", &format!(r#"{{"state": "{state}"}}"#))?;
     if json { Ok(()) } else { say(&state.to_lowercase()) }
+}
+
+/// Sets what the guest is to do without, or says what it does.
+fn balloon(mut client: Client, amount_mib: Option<u64>, json: bool) -> Result<()> {
+    if let Some(amount_mib) = amount_mib {
+        let body = json!({ "amount_mib": amount_mib }).to_string();
+        ask(&mut client, "PATCH", "/balloon", &body)?;
+        return if json {
+            Ok(())
+        } else {
+            say(&format!("the guest was asked to do without {amount_mib} MiB"))
+        };
+    }
+    let config = ask(&mut client, "GET", "/balloon", "")?;
+    let has_statistics =
+        parsed(&config)?["stats_polling_interval_s"].as_u64().is_some_and(|interval| interval > 0);
+    let told = if has_statistics { ask(&mut client, "GET", "/balloon/statistics", "")? } else { config };
+    show(&told, json, false)
 }
 
 fn snapshot(mut client: Client, folder: &Path, is_diff: bool, json: bool) -> Result<()> {

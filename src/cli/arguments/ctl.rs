@@ -6,6 +6,7 @@ use lexopt::ValueExt;
 use super::exec::Reach;
 use super::{Command, Given};
 use crate::spelling;
+use crate::units::mebibytes;
 
 const HELP: &str = "\
 Ask a running microVM something, or tell it to do something, over its control socket.
@@ -20,6 +21,7 @@ Commands:
   metrics            What it has done so far, without what it never did
   events             What has happened to it, and what happens from now on
   pause, resume      Stop its CPUs and devices, let them go on
+  balloon [SIZE]     How much memory its guest is to do without, and does; with a SIZE, like 512M: set it
   snapshot FOLDER    Save it, with its memory, to files there; it stands still for a moment, and goes on
   shutdown           Ask the guest to power off: Ctrl-Alt-Del on x86_64, the power key on aarch64
   get PATH           Any request of the API (docs/api.md), like `get /machine-config`
@@ -41,9 +43,9 @@ Examples:
   alula ctl put /boot-source '{\"kernel_image_path\": \"vmlinux\"}'
 ";
 
-const COMMANDS: [&str; 13] = [
-    "status", "config", "guest", "metrics", "events", "pause", "resume", "snapshot", "shutdown", "get",
-    "put", "patch", "delete",
+const COMMANDS: [&str; 14] = [
+    "status", "config", "guest", "metrics", "events", "pause", "resume", "balloon", "snapshot", "shutdown",
+    "get", "put", "patch", "delete",
 ];
 
 /// `alula ctl`.
@@ -64,6 +66,8 @@ pub enum Ask {
     Events,
     Pause,
     Resume,
+    /// Have the guest do without so many MiB; None: say what it does without.
+    Balloon(Option<u64>),
     /// Save to this folder, as a difference if that is true.
     Snapshot(std::path::PathBuf, bool),
     Shutdown,
@@ -105,6 +109,8 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
         ["events"] => Ask::Events,
         ["pause"] => Ask::Pause,
         ["resume"] => Ask::Resume,
+        ["balloon"] => Ask::Balloon(None),
+        ["balloon", size] => Ask::Balloon(Some(mebibytes(size)?)),
         ["snapshot", folder] => Ask::Snapshot(folder.into(), is_diff),
         ["snapshot", ..] => return Err("one folder, and `--diff` or not, is expected".into()),
         ["shutdown"] => Ask::Shutdown,
