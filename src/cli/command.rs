@@ -214,6 +214,7 @@ fn drivers(config: &Config) -> Vec<&'static str> {
         "network-interfaces" => Some("virtio_net"),
         "entropy" => Some("virtio_rng"),
         "vsock" => Some("vmw_vsock_virtio_transport"),
+        "balloon" => Some("virtio_balloon"),
         _ => None,
     };
     let transport = if config.pci { "virtio_pci" } else { "virtio_mmio" };

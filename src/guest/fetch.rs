@@ -11,12 +11,13 @@ use super::program::{APT_HELPER, program, run};
 use crate::error::{Context, Error, Result};
 
 /// What guests may need: transports, devices, and what roots are made of.
-const MODULES: [&str; 9] = [
+const MODULES: [&str; 10] = [
     "virtio_mmio",
     "virtio_pci",
     "virtio_blk",
     "virtio_net",
     "virtio_rng",
+    "virtio_balloon",
     "vmw_vsock_virtio_transport",
     "overlay",
     "erofs",

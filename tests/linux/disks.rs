@@ -1,6 +1,6 @@
 //! Disks in Linux guests.
 
-use super::*;
+use super::{memory, *};
 
 /// What the writers of `alula.run=disk-scatter=write` (resources/guest-init) leave on a disk of 32 MiB.
 fn scattered() -> Vec<u8> {
@@ -130,11 +130,14 @@ fn a_disk_is_swapped_while_the_guest_runs() {
     for transport in TRANSPORTS {
         let mut service = Service::start(transport);
         let mut client = service.client();
+        // What is free goes by itself behind one transport, and is asked for behind the other.
+        let reports = transport.is_empty();
         let boot = json!({
             "kernel_image_path": asset(KERNELS[0]),
             "initrd_path": asset("initramfs.cpio"),
-            "boot_args": command_line("disk-swap"),
+            "boot_args": command_line("disk-swap,memory-give-back"),
         });
+        memory::add_balloon(&mut client, reports);
         client.ok("PUT", "/boot-source", &boot.to_string());
         let empty = service.folder.write("empty", "");
         let drive = json!({ "drive_id": "d", "is_root_device": false, "path_on_host": empty });
@@ -146,6 +149,7 @@ fn a_disk_is_swapped_while_the_guest_runs() {
         let other = service.folder.write("other", content);
         client.ok("PATCH", "/drives/d", &json!({ "drive_id": "d", "path_on_host": other }).to_string());
         service.process.expect("disk: now 2048 sectors, another image...");
+        memory::comes_and_goes(&mut service, reports);
         let Service { process, folder, .. } = service;
         assert_eq!(process.end().code, Some(0));
         drop(folder);

@@ -11,6 +11,7 @@ mod commands;
 #[path = "../common/mod.rs"]
 mod common;
 mod disks;
+mod memory;
 mod networks;
 
 use std::io::{BufRead, Read, Write};

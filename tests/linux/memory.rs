@@ -1,0 +1,62 @@
+//! Memory that a guest gives back: by what it reports as free, and by the balloon.
+
+use super::*;
+
+/// What the guest has in MiB, and what it is to do without once it is asked: not all that it has to spare.
+const MEMORY: u64 = 256;
+const WITHOUT: u64 = 128;
+
+/// Gives the machine to be its memory, and a balloon.
+pub fn add_balloon(client: &mut common::Client, reports: bool) {
+    let machine = json!({ "vcpu_count": 1, "mem_size_mib": MEMORY }).to_string();
+    client.ok("PUT", "/machine-config", &machine);
+    let balloon = json!({
+        "amount_mib": 0, "deflate_on_oom": true, "stats_polling_interval_s": 1, "free_page_reporting": reports,
+    });
+    client.ok("PUT", "/balloon", &balloon.to_string());
+}
+
+/// How much memory of its own the process has, in MiB.
+fn own(process: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap();
+    line_of(&status, "RssAnon:").trim_end_matches(" kB").trim().parse::<u64>().unwrap() >> 10
+}
+
+/// The guest, which does `memory-give-back`, fills its memory and frees it; then it is asked to do without half of
+/// it, and takes some back.
+pub fn comes_and_goes(service: &mut Service, reports: bool) {
+    let process = service.process.child.id();
+    let mut client = service.client();
+    let mut statistic = |name: &str| client.ok("GET", "/balloon/statistics", "").json()[name].as_u64();
+    let said = service.process.expect(" MiB filled");
+    let filled: u64 = line_of(&said, "memory: ").trim_end_matches(" MiB filled").parse().unwrap();
+    let full = own(process);
+    assert!(filled >= MEMORY / 3 && full >= filled, "{full} MiB, {filled} of them filled");
+    let go_on = |service: &mut Service| service.process.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
+    go_on(service);
+    service.process.expect("memory: freed");
+    if reports {
+        wait_for(|| own(process) <= full - filled * 9 / 10);
+    }
+    wait_for(|| statistic("free_memory").is_some_and(|free| free >> 20 >= filled));
+    assert!(statistic("total_memory").is_some_and(|total| (MEMORY / 2..=MEMORY).contains(&(total >> 20))));
+    assert!(reports || own(process) >= full - 8, "it gave memory back that nobody has asked for");
+    service.client().ok("PATCH", "/balloon", &json!({ "amount_mib": WITHOUT }).to_string());
+    wait_for(|| statistic("actual_mib") == Some(WITHOUT));
+    // Some of what the guest gives, it has never touched.
+    let left = own(process);
+    assert!(left <= full - WITHOUT / 2, "{left} MiB of {full}");
+    // More than it has left: it need not end a program for that.
+    go_on(service);
+    service.process.expect("memory: 100 MiB taken");
+    wait_for(|| statistic("actual_mib").is_some_and(|actual| actual < WITHOUT - 8));
+    let counted = service.client().ok("GET", "/metrics", "").json()["balloon"].clone();
+    let reported = reports.then_some("free_page_report_freed");
+    for name in ["inflate_count", "deflate_count", "stats_updates_count"].into_iter().chain(reported) {
+        assert!(counted[name].as_u64().unwrap() > 0, "{name}: {counted}");
+    }
+    for name in ["event_fails", "free_page_report_fails", "stats_update_fails"] {
+        assert_eq!(counted[name], 0, "{counted}");
+    }
+    go_on(service);
+}
