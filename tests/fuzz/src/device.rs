@@ -13,6 +13,9 @@ use crate::host::{self, Host, TX};
 
 /// Steps of one input: more find nothing that fewer would not, slower.
 const STEPS_MAX: usize = 64;
+/// Queues of the balloon: one gives pages to the host, whose numbers are up to the bytes.
+const INFLATE: usize = 0;
+const STATISTICS: usize = 2;
 /// Flags of a descriptor.
 const INDIRECT: u16 = 4;
 
@@ -134,6 +137,11 @@ impl Run<'_> {
         (start, length)
     }
 
+    /// A request to this queue may have the host take the pages of the rings.
+    fn may_give_rings(&self, queue: usize) -> bool {
+        self.device.kind().section == "balloon" && queue == INFLATE
+    }
+
     /// What is written there is not the ring's.
     fn spares_rings(buffer: (u64, u32)) -> bool {
         buffer.0 >= DATA && buffer.0.checked_add(buffer.1.into()).is_some()
@@ -146,6 +154,7 @@ impl Run<'_> {
         if size == 0 || !self.may_offer() {
             return;
         }
+        self.sound &= !self.may_give_rings(queue);
         let mut buffers = Vec::new();
         for _ in 0..count.min(size.into()) {
             let flags = u16::from(self.u8());
@@ -195,6 +204,7 @@ impl Run<'_> {
         if self.guest().available(queue).1 < 3 || !self.may_offer() {
             return;
         }
+        self.sound &= !self.may_give_rings(queue);
         let mut header = self.some_bytes(32);
         header.resize(header.len().max(16), 0);
         // A small kind and a sector of the disk, mostly.
@@ -231,12 +241,18 @@ impl Run<'_> {
 
     /// Whether a device that runs has used every chain, if the driver is sound.
     fn look(&mut self) {
-        let waits = ["network-interfaces", "vsock"].contains(&self.device.kind().section);
+        let section = self.device.kind().section;
         if !self.sound || self.paused {
             return;
         }
-        // Room for frames, packets and events waits for them, and queue pairs for a command.
-        for queue in (0..self.guest().queues()).filter(|queue| !waits || *queue == TX) {
+        // Room for frames, packets and events waits for them, queue pairs for a command, and statistics for the time
+        // to be told anew.
+        let is_used = |queue: &usize| match section {
+            "network-interfaces" | "vsock" => *queue == TX,
+            "balloon" => *queue != STATISTICS,
+            _ => true,
+        };
+        for queue in (0..self.guest().queues()).filter(is_used) {
             self.guest().wait_for(|guest| {
                 let done = guest.used_index(queue) == guest.available(queue).0;
                 done || guest.status() & (DRIVER_OK | NEEDS_RESET) != DRIVER_OK

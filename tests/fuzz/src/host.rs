@@ -205,6 +205,13 @@ impl Host {
                 assert_eq!(guest.request(0, &[(bytes, WRITE)]), 64);
                 assert_ne!(guest.bytes(bytes), [0; 64]);
             }
+            "balloon" => {
+                let page = 2 * driver::MEMORY;
+                guest.fill(page, 4096, 7);
+                let number = guest.allocate(&((page / 4096) as u32).to_le_bytes());
+                guest.request(0, &[(number, 0)]);
+                assert_eq!(guest.bytes((page, 4096)), [0; 4096]);
+            }
             other => panic!("teach this how a device of `{other}` is used"),
         }
     }
@@ -303,6 +310,13 @@ fn devices() -> Vec<ConfiguredDevice> {
         "network-interfaces": [{ "iface_id": "net", "host_dev_name": TAP, "mtu": 1500, "queue_pairs": 2 }],
         "entropy": {},
         "vsock": { "guest_cid": vsock::CID, "uds_path": socket() },
+        "balloon": {
+            "amount_mib": 1,
+            "deflate_on_oom": true,
+            "stats_polling_interval_s": 3600,
+            "free_page_hinting": true,
+            "free_page_reporting": true,
+        },
     });
     let config = Config::parse(config.to_string().as_bytes()).unwrap();
     for kind in KINDS {

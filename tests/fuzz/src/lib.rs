@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "a target fails by it")]
 
 pub mod agent;
+pub mod balloon;
 pub mod config;
 pub mod device;
 pub mod ground;
