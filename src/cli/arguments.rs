@@ -420,7 +420,10 @@ mod tests {
             ("run --restore d --cpus 2", "leave out --cpus"),
             ("run --restore d --disk x", "leave out --disk"),
             ("run --restore d -- true", "leave out COMMAND"),
-            ("snapshot", "one of `inspect`, `verify`, `merge` and `edit-memory` is expected; see `alula snapshot --help`"),
+            (
+                "snapshot",
+                "one of `inspect`, `verify`, `merge` and `edit-memory` is expected; see `alula snapshot --help`",
+            ),
             ("snapshot merge a", "two folders, or a state and its memory twice, are expected"),
             ("snapshot verify", "a folder, or a state and its memory, is expected"),
             ("snapshot inspect a b", "one state, or its folder, is expected"),
