@@ -130,7 +130,7 @@ impl Region {
         Ok(Self { pages, mapping: Some(mapping), backing, is_served: matches!(source, Source::Served(_)) })
     }
 
-    /// Its guest addresses.
+    /// The guest addresses of the region.
     pub fn range(&self) -> Range {
         Range { start: self.start_addr().0, size: self.len() }
     }
@@ -177,7 +177,7 @@ impl Region {
         MmapRegion::bitmap(&self.pages)
     }
 
-    /// What keeps its pages mapped for as long as somebody has it.
+    /// What keeps the pages of the region mapped for as long as somebody has it.
     pub fn mapping(&self) -> Option<Arc<Mapping>> {
         self.mapping.clone()
     }

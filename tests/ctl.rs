@@ -128,7 +128,7 @@ fn half_a_body_is_none_in_either_direction() {
     let mut process = Process::start(ctl(["put", "/machine-config", "-"]));
     let mut stdin = process.stdin.take().unwrap();
     let body = [&b"{}"[..], &vec![b' '; 17 << 20]].concat();
-    // It is not read to its end.
+    // Standard input is not read to its end.
     let _ = stdin.write_all(&body);
     drop(stdin);
     let ended = process.end();

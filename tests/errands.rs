@@ -32,7 +32,7 @@ struct Caller {
     path: PathBuf,
     /// By io_uring: its loop waits in the ring.
     has_ring: bool,
-    /// It always has something else to do as well.
+    /// The worker always has something else to do as well.
     is_busy: bool,
     notes: Arc<Notes>,
 }

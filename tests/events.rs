@@ -253,7 +253,7 @@ fn a_reader_that_sends_nothing_more_still_reads() {
             assert_eq!(stream.next().unwrap()["request"], request);
         }
     }
-    // They keep nobody awake meanwhile: user and system time in hundredths of a second (proc(5), stat).
+    // Readers keep nobody awake meanwhile: user and system time in hundredths of a second (proc(5), stat).
     let busy = || {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
         let fields: Vec<_> = stat.rsplit(") ").next().unwrap().split(' ').collect();

@@ -201,7 +201,7 @@ fn the_oldest_go_when_there_is_no_room_and_those_in_use_do_not() {
         images.list().into_iter().map(of).collect()
     };
     assert_eq!(names(), ["a", "b", "c"]);
-    // It was the oldest; now it is in use, and the one used last.
+    // The image `a` was the oldest; now it is in use, and the one used last.
     let used = images.of(&place.tree("a"), false, limit, nothing).unwrap();
     let other = images.of(&place.tree("d"), false, limit, nothing).unwrap();
     assert_eq!(names(), ["c", "a", "d"]);

@@ -137,7 +137,7 @@ fn a_client_that_goes_away_meanwhile_is_no_problem() {
     wait_for(|| api.turn() == 0 && api.ends.len() == 1);
     drop(slow);
     wait_for(|| api.turn() > 0);
-    // It is not told of again, and another client may have its place.
+    // The API does not hear of that client again, and another one may have its place.
     assert_eq!(api.turn(), 0);
     let mut other = api.client();
     ask(&mut other, &["/job"]);
@@ -222,7 +222,7 @@ fn a_disk_that_does_not_answer_holds_up_its_change_alone() {
     drop(held);
     assert_eq!(client.receive().status(), "204");
     assert_eq!(path(&mut third), disk("b")["path_on_host"]);
-    // It goes on, and can be changed again.
+    // The disk goes on, and can be changed again.
     let before = reads();
     wait_for(|| reads() > before);
     third.ok("PATCH", "/drives/a", &c);

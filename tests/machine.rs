@@ -146,7 +146,7 @@ fn machines_are_built_on_shells_that_were_made_ahead() {
         // Without memory, with that of the machine, and with other memory than the machine is to have.
         for mem_size_mib in [None, Some(64), Some(128)] {
             let shell = shell(mem_size_mib);
-            // It waits.
+            // The threads of the CPUs come to wait at the gate.
             std::thread::sleep(std::time::Duration::from_millis(20));
             let config =
                 config(&folder, pci, "booted cpus=2 memory=64 case=cpus,memory,block,entropy", &["disk"]);

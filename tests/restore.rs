@@ -153,7 +153,7 @@ fn a_machine_is_restored_on_a_shell_that_was_made_ahead() {
             machine.type_on_console(b"\n");
             machine.resume().unwrap();
             assert!(end(&machine, &screen).starts_with("4 "));
-            // It has run: it can be restored no more.
+            // A machine that has run can be restored no more.
             machine.pause().unwrap();
             let saved = SavedMachine::from_bytes(&suspended.bytes).unwrap();
             refused(machine.restore(&saved), "it has run already");
@@ -210,7 +210,7 @@ fn a_machine_that_cannot_be_saved_or_restored_says_why() {
     machine.pause().unwrap();
     let saved = machine.save().unwrap();
     refused(machine.restore(&saved), "restore the machine: it has run already: build it anew");
-    // It goes on, for all that.
+    // The machine goes on, for all that.
     machine.resume().unwrap();
     machine.type_on_console(b"\n");
     end(&machine, &screen);
@@ -460,7 +460,7 @@ fn a_restore_tells_kvm_once_what_it_takes_once() {
         assert!(of(&shell, made) <= if is_ahead { 0 } else { *count }, "{made}: {shell:?}");
     }
     assert_eq!(of(&machine, "KVM_SET_USER_MEMORY_REGION"), 1, "{machine:?}");
-    // Its CPUs were told what those of the host are.
+    // The shell's CPUs were told what those of the host are.
     assert_eq!(of(&shell, "KVM_SET_CPUID2"), 0, "{shell:?}");
     // With a GICv2 there is no message that KVM knows.
     let tables = of(&bus, "KVM_SET_GSI_ROUTING");

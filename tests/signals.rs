@@ -28,7 +28,7 @@ impl Guarded {
         self.0.id() as i32
     }
 
-    /// Its exit code; waits for the end.
+    /// Waits for the end of the process, and returns its exit code.
     fn end(&mut self) -> Option<i32> {
         let mut status = None;
         wait_for(|| {

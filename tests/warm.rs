@@ -161,10 +161,10 @@ fn after_a_load_that_fails_a_service_is_as_warm_as_before() {
         let fault = client.request("PUT", "/snapshot/load", &body.to_string()).fault();
         assert!(fault.contains(expected), "{fault}");
     };
-    // It was not needed yet.
+    // The shell was not needed yet.
     refuse(&json!({ "folder": "/nonexistent" }), "No such file");
     assert_eq!(vcpus(&service), threads);
-    // It was used up by a machine that came to nothing.
+    // The shell was used up by a machine that came to nothing.
     fs::rename(folder.path("disk"), folder.path("away")).unwrap();
     refuse(&load, "open disk `disk`");
     wait_for(|| vcpus(&service).len() == 2);

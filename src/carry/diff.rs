@@ -81,7 +81,7 @@ pub fn to_bytes(blocks: &[Block]) -> Vec<u8> {
 /// The blocks that were written as `bytes`, which anybody may have written, of a memory of `size` bytes.
 ///
 /// # Errors
-/// They are not the blocks of such a memory, in their order.
+/// The bytes do not describe blocks of such a memory, in their order.
 pub fn from_bytes(bytes: &[u8], size: u64) -> Result<Vec<Block>> {
     let damaged = || Error::config("what it says of the pages of the difference is damaged");
     let (entries, rest) = bytes.as_chunks();
@@ -118,7 +118,7 @@ pub fn describe(memory: &Regions, pages: &PageSet, file: &File) -> Result<Vec<Bl
 /// Compares the pages of a difference in `file` with their checksums: in its own file, or where it was merged into.
 ///
 /// # Errors
-/// They are not as they were written; the first such block is named.
+/// A block is not as it was written; the first such one is named.
 pub fn verify(file: &File, size: u64, blocks: &[Block]) -> Result<()> {
     let there = file.metadata().context("read its length")?.len();
     if there != size {

@@ -177,7 +177,7 @@ impl NewFile {
 fn remove_left(path: &Path) -> Result<()> {
     let options = libc::O_NOFOLLOW | libc::O_NONBLOCK;
     let Ok(file) = OpenOptions::new().write(true).custom_flags(options).open(path) else {
-        // It is not there, or making a new one tells why that cannot be.
+        // The file is not there, or making a new one tells why that cannot be.
         return Ok(());
     };
     if file.try_lock().is_err() {

@@ -92,7 +92,7 @@ impl Sums {
     /// Compares the memory in `file`, of `size` bytes, with them.
     ///
     /// # Errors
-    /// It is not as it was written.
+    /// The memory is not as it was written.
     pub fn verify(&self, file: &File, size: u64) -> Result<()> {
         match self {
             Self::Whole(checksums) => memory_file::verify(file, size, checksums),
@@ -196,7 +196,7 @@ impl Stored {
     /// Reads the state file at `path`, from whatever architecture.
     ///
     /// # Errors
-    /// It cannot be opened, or is not what Alula wrote.
+    /// The state cannot be opened, or is not what Alula wrote.
     pub fn read(path: &Path, with_checksums: bool) -> Result<Self> {
         let attempt = || format!("read the state of a machine, `{}`", path.display());
         let file = open(path, "state of a saved machine", attempt)?;
@@ -262,7 +262,7 @@ impl Stored {
 /// called `name` beside it; `line`: which snapshot it is, if that is known.
 ///
 /// # Errors
-/// It is more than can be read again.
+/// The state is larger than what can be read again.
 pub fn state(
     machine: Vec<u8>,
     memory: &MemoryFile,

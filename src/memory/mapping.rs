@@ -34,9 +34,9 @@ unsafe impl Sync for Mapping {}
 /// Whose the pages of a file are that a mapping shows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pages {
-    /// What is written is seen in the file.
+    /// Writes are seen in the file.
     OfFile,
-    /// What is written is seen in the mapping alone.
+    /// Writes are seen in the mapping alone.
     Private,
 }
 
@@ -106,7 +106,7 @@ impl Mapping {
         pages.build().context("describe guest memory")
     }
 
-    /// Its first byte.
+    /// The first byte of the mapping.
     pub fn start(&self) -> NonNull<u8> {
         self.start
     }
@@ -207,7 +207,7 @@ impl Window {
         }
     }
 
-    /// Its first byte.
+    /// The first byte of the mapping.
     pub fn start(&self) -> NonNull<u8> {
         self.start
     }

@@ -150,7 +150,7 @@ fn copies_go_both_ways() {
 fn what_is_no_file_stays_and_what_has_no_room_is_told() {
     let small = Folder::new();
     common::mount_tmpfs(&small.0, 1 << 20);
-    // It is started by this thread, and so it sees the same file systems.
+    // This thread starts the agent, which so sees the file systems that this thread sees.
     let agent = Agent::start();
     let vsock = agent.vsock();
     let cp = |from: &str, to: &str| copy(&vsock, from, to);

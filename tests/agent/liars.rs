@@ -66,7 +66,7 @@ fn a_lie_ends_a_command_with_its_reason() {
     let two = frames(&[HELLO, (Type::Exited, &[0, 3]), (Type::Exited, &[0, 4]), (Type::Output, b"late")]);
     let vsock = monitor(&folder, two, false);
     assert_eq!(alula(&["exec", "--vsock", &vsock, "true"]), (3, vec![], String::new()));
-    // It goes in the middle of its words.
+    // The agent is gone in the middle of what it says.
     for bytes in [Vec::new(), b"\x81\xff".to_vec(), frames(&[HELLO]), frames(&[HELLO, (Type::Output, b"")])] {
         let vsock = monitor(&folder, bytes, true);
         let (code, _, errors) = alula(&["exec", "--vsock", &vsock, "true"]);

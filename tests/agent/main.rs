@@ -45,7 +45,7 @@ impl Agent {
     fn vsock(&self) -> String {
         let (path, agent) = (self.folder.path("vsock"), self.folder.path("agent"));
         let listener = UnixListener::bind(&path).unwrap();
-        // It ends with the process.
+        // The thread ends with the process.
         std::thread::spawn(move || {
             for client in listener.incoming() {
                 let (mut client, agent) = (client.unwrap(), agent.clone());

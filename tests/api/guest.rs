@@ -83,7 +83,7 @@ fn a_guest_is_told_of_by_its_agent() {
         (b"OK 1\n\x81\xff\xff\xff".to_vec(), "a frame of type 129 and 16777215 bytes"),
         (b"OK 1\nSSH-2.0-OpenSSH".to_vec(), "a frame of the unknown type 83"),
         (b"HTTP/1.1 400 Bad Request\r\n".to_vec(), "is no monitor's answer"),
-        // It never ends what it says, or says nothing.
+        // The agent never ends what it says, or says nothing.
         (frames(&[hello]), "does not answer, and the time is up"),
         (b"OK 1\n\x81".to_vec(), "does not answer, and the time is up"),
         (Vec::new(), "there was no answer for 3 s"),

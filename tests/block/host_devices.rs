@@ -40,7 +40,7 @@ fn a_block_device_is_a_disk_whose_blocks_go_to_it_and_are_given_back() {
             expected[zeros.start * 512..zeros.end * 512].fill(0);
         }
         assert!(content(&file, 0, 1 << 20) == expected, "{what}");
-        // Its file system may need one for what it notes.
+        // The file system may need a block for what it notes of the file.
         assert!(blocks() >= before - 320, "zeros that are not to be given back keep their blocks: {what}");
         let sub = if block == 512 { OK } else { IO_ERROR };
         assert_eq!(disk.read(1, 512).map(drop), sub, "{what}");
@@ -54,7 +54,7 @@ fn a_block_device_is_a_disk_whose_blocks_go_to_it_and_are_given_back() {
         assert!(content(&file, 0, 1 << 20) == expected, "{what}");
         let error = Disk::new(config(&device.path, engine, more)).err().unwrap();
         assert!(error.contains("it is in use by"), "{error}");
-        // It grew.
+        // The host device grows.
         file.set_len(2 << 20).unwrap();
         device.measure_again();
         disk.was_interrupted();

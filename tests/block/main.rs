@@ -165,7 +165,7 @@ fn a_disk_that_cannot_be_written_or_is_told_not_to_offers_no_discard() {
             assert!(disk.ranges(DISCARD, &[(0, 8, 0)]).is_err());
             if more.get("is_read_only").is_some() {
                 assert_eq!(disk.write(0, &[1; 512]), IO_ERROR);
-                // It is not left to the file to refuse it.
+                // The device refuses the write, and does not leave that to the file.
                 let metrics = disk.transport.lock().unwrap().metrics(View::Total);
                 assert_eq!(
                     (&metrics["invalid_reqs_count"], &metrics["execute_fails"]),

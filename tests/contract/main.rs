@@ -158,7 +158,7 @@ impl Host {
                 Check::Random { bytes }
             }
             "vsock" => {
-                // What is no connection is refused.
+                // A packet that belongs to no connection is refused.
                 let packet = Packet::new(RW, round.into(), 1000);
                 let out = guest.allocate(&packet.bytes());
                 let room = guest.allocate(&[0; 64]);
@@ -196,7 +196,7 @@ impl Host {
                 let wire = &self.wire;
                 assert_eq!(wire.receive()[14], round, "another frame came out");
                 guest.next_used(TX);
-                // What came out goes in.
+                // A frame goes in, with the number of the round inverted.
                 let mut frame = [0xff; 60];
                 frame[12..14].copy_from_slice(&ETHER_TYPE.to_be_bytes());
                 frame[14] = round ^ 0xff;
@@ -219,7 +219,7 @@ impl Host {
                 guest.next_used(TX);
                 guest.wait_for(|guest| {
                     if guest.has_used(EVENT) {
-                        // It is told that its connections are gone: it listens again.
+                        // The driver is told that its connections are gone, and listens again.
                         guest.next_used(EVENT);
                         let event = guest.allocate(&[0; 4]);
                         guest.offer(EVENT, &[(event, WRITE)]);

@@ -109,7 +109,7 @@ fn a_device_whose_bus_mastering_was_taken_waits_for_its_driver() {
         guest.pause();
         guest.resume();
         assert_eq!(used(&guest), before, "it went on without its driver");
-        // Its driver says that it is ready, while it may not and then may reach memory.
+        // The driver says that it is ready while the device may not reach memory, and then while it may.
         guest.set_bus_master(false);
         guest.set_status(11 | DRIVER_OK);
         guest.pause();

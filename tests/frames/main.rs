@@ -162,7 +162,7 @@ fn a_guest_sees_its_tap_go_down_and_up() {
     }
     let (mut guest, _wire) = guest(TransportKind::Mmio, json!({}));
     guest.start(F_EVENT_IDX);
-    // Its thread has started it.
+    // The first request is done when the io thread has started the device.
     let out = outgoing(&mut guest, 1);
     guest.request(TX, &[(out, 0)]);
     common::output("ip", &["link", "del", "tap0"]);
@@ -260,7 +260,7 @@ fn the_tap_leaves_to_the_driver_what_it_takes_and_nothing_else() {
         checksum_is_the_drivers(&mut guest, &mut rooms);
         assert_eq!(checksum_is_the_drivers(&mut guest, &mut rooms), expected, "{features:#x}");
         if expected {
-            // It changes its mind, and back.
+            // The driver takes checksums back, and leaves them to the host again.
             for offloads in [0, F_GUEST_CSUM] {
                 let set = [&[5, 0][..], &offloads.to_le_bytes()].concat();
                 assert_eq!(command(&mut guest, 2, &set), 0);

@@ -108,7 +108,7 @@ fn a_frame_of_passt_waits_in_peace_until_there_is_room_for_all() {
         guest.wait_for(|guest| counted(guest, "no_rx_avail_buffer") > 0);
         let turns = (0..TURNS).take_while(|_| guest.turn_once()).count();
         assert!(turns < TURNS, "it looks at the same buffer again and again");
-        // It is to be kicked for the next one.
+        // The device is to be kicked for the next buffer.
         let (offered, size) = guest.available(RX);
         let [_, _, used] = Guest::parts(RX);
         let memory = guest.memory.memory();

@@ -65,7 +65,7 @@ fn a_place_far_beyond_the_end_of_the_file_is_not_written() {
             disk.end();
             let length = image.metadata().unwrap().len();
             assert!(length <= SIZE as u64, "{engine}, {what}: the file grew to {length} bytes");
-            // It can be repaired.
+            // The image can be repaired.
             image.write_all_at(&sound.to_be_bytes(), at).unwrap();
             assert!(open().read(0, CLUSTER).unwrap() == pattern(1, CLUSTER), "{engine}, {what}");
         }

@@ -139,7 +139,7 @@ fn an_image_whose_process_is_killed_has_all_that_was_flushed() {
             .stderr(std::process::Stdio::piped())
             .spawn()
             .unwrap();
-        // It is killed some lines later, in the middle of something.
+        // The victim is killed some lines later, in the middle of something.
         let mut lines = BufReader::new(victim.stderr.take().unwrap()).lines().map_while(Result::ok);
         let mut told: Vec<String> = lines.by_ref().take(2 + seed as usize % 5).collect();
         std::thread::sleep(std::time::Duration::from_micros(seed * 7919 % 5000));

@@ -58,7 +58,7 @@ impl Worker {
         assert_eq!(verified.code, Some(0), "{}", verified.text);
     }
 
-    /// It runs, and what it does is right.
+    /// The guest runs, and what it does is right.
     fn works(&mut self) {
         assert_eq!(self.client.ok("GET", "/", "").json()["state"], "Running");
         self.service.process.stdin.as_mut().unwrap().write_all(b"x").unwrap();

@@ -184,7 +184,7 @@ fn a_program_of_the_guest_talks_with_one_of_the_host() {
     drop(host);
     world.driver.send(Packet { flags: SHUT_RECEIVE, ..Packet::new(SHUTDOWN, 1000, 80) }, &[]);
     loop {
-        // It may be told first that the host is gone.
+        // The guest may be told first that the host is gone.
         match world.driver.receive().0.op {
             SHUTDOWN => {}
             op => break assert_eq!(op, RST),
@@ -216,7 +216,7 @@ fn a_half_close_of_the_host_leaves_the_way_back_open() {
         world.driver.guest.resume();
         assert_eq!(world.driver.receive().1, b"last");
         assert_ne!(world.driver.expect(SHUTDOWN).flags & SHUT_SEND, 0);
-        // Its closing would be told, too.
+        // The client stays open: that it was closed would be told, too.
         ended.push(client);
     }
     // The guest will not read: who writes is told.
@@ -260,7 +260,7 @@ fn a_host_that_writes_faster_than_the_guest_reads_loses_nothing() {
                 received += bytes.len();
             }
             CREDIT_REQUEST => {
-                // It has read everything, and says so only now.
+                // The guest has read everything, and says so only now.
                 assert_eq!(received, told + common::vsock::ROOM as usize);
                 told = received;
                 asked += 1;
@@ -273,7 +273,7 @@ fn a_host_that_writes_faster_than_the_guest_reads_loses_nothing() {
     }
     assert!(asked >= ALL / common::vsock::ROOM as usize - 1, "{asked}");
     drop(writer.join().unwrap());
-    // It takes room to find out whether there are more bytes.
+    // The device needs room to find out whether there are more bytes.
     world.driver.send(Packet { forwarded: ALL as u32, ..Packet::new(CREDIT_UPDATE, 7, port) }, &[]);
     while world.driver.receive().0.op != SHUTDOWN {}
 }
@@ -297,7 +297,7 @@ fn a_guest_that_writes_faster_than_the_host_reads_loses_nothing() {
         hear(&mut world, &mut limit);
         limit > 0
     });
-    // It may send more and more ahead, as the host reads.
+    // The guest may send more and more ahead, as the host reads.
     assert_eq!(limit, 4 << 10);
     let mut buffer = vec![0; 50_000];
     while read < ALL {
@@ -441,7 +441,7 @@ fn an_agent_tells_by_a_call_of_root_that_it_listens() {
         (51, READY_PORT + 1, false),
     ] {
         world.driver.send(Packet::new(REQUEST, guest_port, host_port), &[]);
-        // It is refused in any case: nothing is left of it.
+        // The connection is refused in any case: nothing is left of it.
         world.driver.expect(RST);
         let has_called = world.driver.guest.host.lock().unwrap().take_agent_call();
         assert_eq!(has_called, is_told, "{guest_port} {host_port}");

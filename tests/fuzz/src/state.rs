@@ -71,7 +71,7 @@ fn check(guest: &mut Guest) {
     assert!(guest.save()[0] == saved[0], "what was restored is not what was saved");
 }
 
-/// It goes on, whatever it makes of it.
+/// The guest goes on, whatever it makes of its state.
 fn live(mut guest: Guest) -> Guest {
     guest.resume();
     for queue in 0..guest.queues() {
