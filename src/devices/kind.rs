@@ -263,8 +263,15 @@ impl PartialEq for DeviceKind {
 }
 
 /// A device as configured, whatever its kind.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct ConfiguredDevice(Arc<dyn AnyConfig>);
+
+/// As JSON, which every kind can be said in: their own `Debug` would be tables of functions, which each start writes.
+impl fmt::Debug for ConfiguredDevice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.0.section(), self.0.to_value())
+    }
+}
 
 impl ConfiguredDevice {
     /// A device of `config`'s kind.
@@ -365,7 +372,7 @@ impl Serialize for ConfiguredDevice {
 }
 
 /// `DeviceConfig` without what has no place in a trait object.
-trait AnyConfig: Any + fmt::Debug + Send + Sync {
+trait AnyConfig: Any + Send + Sync {
     fn section(&self) -> &'static str;
     fn id(&self) -> &str;
     fn check(&self) -> Result<()>;

@@ -16,7 +16,6 @@ use crate::virtio::buffers::Buffers;
 static ZEROS: [u8; 4096] = [0; 4096];
 
 /// An open file, and where it ends at the latest.
-#[derive(Debug)]
 pub struct Medium {
     file: Named<File>,
     /// The file never becomes longer. A damaged table may name a place a million gigabytes away.
@@ -31,7 +30,6 @@ pub struct Medium {
 }
 
 /// The autoclear features of an image that was opened to be written, and may never be.
-#[derive(Debug)]
 struct Claims {
     are_there: AtomicBool,
     /// Held while they are taken away.

@@ -29,7 +29,6 @@ const COUNTS_PLACE: usize = 48;
 const COUNTS_CLUSTERS: usize = 56;
 
 /// The tables of one image.
-#[derive(Debug)]
 pub struct Tables {
     medium: Arc<Medium>,
     cluster: u64,
@@ -42,7 +41,6 @@ pub struct Tables {
     freed: AtomicBool,
 }
 
-#[derive(Debug)]
 struct Held {
     /// Where the table of tables is, and that of reference counts.
     links: Range<u64>,
