@@ -4,6 +4,7 @@
 mod counters;
 mod host;
 mod io;
+mod jail;
 mod loads;
 mod monitor;
 mod restore;
@@ -33,6 +34,7 @@ fn main() -> Result<()> {
         "start" => start::start(&ours, other.as_deref(), runs.unwrap_or(20)),
         "restore" => restore::restore(&ours, runs.unwrap_or(100)),
         "clones" => restore::clones(&ours, runs.unwrap_or(100)),
+        "jail" => jail::jail(&ours, runs.unwrap_or(100)),
         "io" => io::io(&ours, other.as_deref(), linux, &only),
         "vsock" => vsock::vsock(&ours, other.as_deref(), &linux.ok_or("--linux is missing")?),
         _ => Err(format!("unknown bench {what}").into()),

@@ -213,7 +213,7 @@ fn watch(
     Ok(())
 }
 
-fn configure(client: &mut UnixStream, kernel: &Path) -> Result<()> {
+pub fn configure(client: &mut UnixStream, kernel: &Path) -> Result<()> {
     let boot = serde_json::json!({ "kernel_image_path": kernel, "boot_args": "hello" });
     request(client, "PUT", "/boot-source", &boot.to_string())?;
     request(client, "PUT", "/machine-config", r#"{"vcpu_count":1,"mem_size_mib":128}"#)
