@@ -6,6 +6,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+#[path = "build/filters.rs"]
+mod filters;
+
+use filters::{Arch, Others};
+
 fn main() {
     let variable = |name: &str| env::var(name).unwrap_or_else(|_| panic!("cargo sets {name}"));
     let arch = variable("CARGO_CFG_TARGET_ARCH");
@@ -14,6 +19,9 @@ fn main() {
     println!("cargo::rerun-if-changed=firmware");
     println!("cargo::rerun-if-changed=build.rs");
     name_commit(&variable("PROFILE"));
+    println!("cargo::rerun-if-changed=build/filters.rs");
+    println!("cargo::rerun-if-changed=resources/seccomp");
+    fs::write(out.join("filters.rs"), walls(&arch)).expect("the build folder can be written to");
     if arch == "x86_64" && variable("HOST") == variable("TARGET") && knows_packed_relocations() {
         println!("cargo::rustc-link-arg-bins=-Wl,-z,pack-relative-relocs");
         // Each segment begins a page: the linker would have them share pages of the file, and relocated data, to all of
@@ -91,6 +99,37 @@ fn arrange_sections(out: &Path) {
     );
     fs::write(&script, text).expect("the build folder can be written to");
     println!("cargo::rustc-link-arg-bins=-Wl,--no-eh-frame-hdr,-T,{}", script.display());
+}
+
+/// The filters of system calls, each as an array of instructions, and the names of calls by their numbers.
+fn walls(arch: &str) -> String {
+    let (_, arch) =
+        Arch::ALL.into_iter().find(|(name, _)| *name == arch).expect("an architecture that is known");
+    let read = |name: &str| {
+        fs::read_to_string(format!("resources/seccomp/{name}"))
+            .unwrap_or_else(|error| panic!("{name}: {error}"))
+    };
+    let table = read("calls");
+    let mut code = String::new();
+    for (name, lists) in filters::LISTS {
+        let list: String = lists.iter().map(|list| read(&format!("{list}.list"))).collect();
+        let others = if *name == "EARLY" { Others::Allowed } else { Others::Refused };
+        let program =
+            filters::compile(&list, &table, arch, others).unwrap_or_else(|error| panic!("{name}: {error}"));
+        code += &format!("pub static {name}: [Instruction; {}] = [\n", program.len());
+        for filters::Instruction { code: what, jt, jf, k } in program {
+            code += &format!("Instruction {{ code: {what}, jt: {jt}, jf: {jf}, k: {k} }},\n");
+        }
+        code += "];\n";
+    }
+    let numbers = filters::numbers(&table, arch).expect("the lists were read");
+    let mut names = vec![""; numbers.values().max().map_or(0, |last| *last as usize + 1)];
+    numbers.iter().for_each(|(name, number)| names[*number as usize] = *name);
+    code + &format!(
+        "pub const NAMES: &str = {:?};\npub const SET: u32 = {};\n",
+        names.join(" "),
+        arch.audit()
+    )
 }
 
 /// Whether the C library applies packed relocations (DT_RELR, since glibc 2.36): they are a thirtieth of the

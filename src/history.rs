@@ -5,10 +5,11 @@
 //! slow one finds that what it has not read is gone, and is told how much. So readers cost no memory
 //! of their own, and nobody waits for them.
 
+mod feed;
+
 use std::collections::VecDeque;
 use std::fmt::{Display, Write};
-use std::os::fd::{AsRawFd, RawFd};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -20,7 +21,8 @@ use crate::clock::{self, Utc};
 use crate::error::Result;
 use crate::log;
 use crate::poll::{self, EventFd};
-use crate::sink::{Purpose, Sink};
+
+pub use feed::{Feed, tell_at_once};
 
 /// So many events are kept: a client or a guest that causes them for ever must not make us grow.
 const KEPT_MAX: usize = 256;
@@ -286,51 +288,6 @@ impl Reader {
     }
 }
 
-/// A file, FIFO or inherited descriptor that gets every line (`--events`).
-pub struct Feed {
-    sink: Sink,
-    reader: Reader,
-    /// The last line could not be written, and not because there is no room now: the other side is gone.
-    is_broken: bool,
-}
-
-impl Feed {
-    /// Opens it, as any sink.
-    pub fn open(path: &Path) -> Result<Self> {
-        Ok(Self { sink: Sink::open(Purpose::Events, path)?, reader: Reader::default(), is_broken: false })
-    }
-
-    /// Writes what it has not got yet, as far as it goes without waiting.
-    pub fn tell(&mut self) {
-        // Only what is written counts as read: the history keeps the rest.
-        let mut ahead = self.reader;
-        self.is_broken = false;
-        while self.sink.flush() {
-            let lines = ahead.read(1);
-            if lines.is_empty() {
-                return;
-            }
-            // There was room.
-            self.is_broken = !self.sink.write_line(lines.as_bytes());
-            if self.is_broken {
-                return;
-            }
-            self.reader = ahead;
-        }
-    }
-
-    /// Whether it has not got everything, and may still get it.
-    pub fn is_behind(&mut self) -> bool {
-        !self.is_broken && (!self.sink.flush() || self.reader.is_behind())
-    }
-}
-
-impl AsRawFd for Feed {
-    fn as_raw_fd(&self) -> RawFd {
-        self.sink.as_raw_fd()
-    }
-}
-
 static HISTORY: Mutex<History> = Mutex::new(History::new());
 /// There may be readers: without an API and `--events` there are none, and nothing is kept.
 static OPEN: AtomicBool = AtomicBool::new(false);
@@ -423,17 +380,6 @@ mod tests {
         for (number, line) in seen.iter().enumerate() {
             assert_eq!(line["request"], format!("GET /{number}"));
         }
-    }
-
-    #[test]
-    fn nobody_waits_for_a_feed_whose_reader_is_gone() {
-        lock().add(Event::PoweredOff);
-        let (reader, writer) = std::io::pipe().unwrap();
-        let mut feed = Feed::open(Path::new(&crate::descriptors::hand_over(&writer))).unwrap();
-        assert!(feed.is_behind());
-        drop(reader);
-        feed.tell();
-        assert!(!feed.is_behind());
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::thread::JoinHandle;
 
 use crate::error::{Context, Error, Result};
 use crate::poll::{self, EventFd};
+use crate::walls;
 
 /// So many jobs may be open at a time: a client that asks for more and more would use up threads and memory.
 /// Fewer than connections of the API are served at once, so that clients that wait keep nobody else out.
@@ -64,6 +65,7 @@ impl<T: Send + 'static> Jobs<T> {
         };
         let job = move || {
             poll::leave_signals_to_others();
+            walls::enclose(walls::Kind::Job);
             let result = work();
             ended.results.lock().unwrap_or_else(PoisonError::into_inner).push((ticket, result));
             // A counter that is full wakes as well.

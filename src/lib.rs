@@ -13,13 +13,14 @@
 //!   of itself, and the service that tells it.
 //! - [`poll`]: the core of an event loop. [`history`]: what happens to the microVM, for its readers.
 //!   [`uring`]: io_uring for an event loop. [`memory`]: guest memory. [`host`]: what a machine needs of the host.
-//!   [`errands`]: what io threads have `main` do. [`jobs`]: what `main` has others do.
+//!   [`errands`]: what io threads have `main` do.
 //! - [`archive`]: files and trees as tar streams. [`protocol`]: what the agent in a guest and who asks it say to
 //!   each other.
 //!   [`agent`]: what this program does inside a guest: an init that starts programs for the host.
 //! - [`platform`]: what boot tables must say, as plain data. [`part`]: what is done with every part of a
 //!   machine. [`bus`]: address to device.
 //! - [`arch`]: everything that differs between x86_64 and aarch64, behind one set of names.
+//! - [`walls`]: what is left of the kernel to each thread. [`jobs`]: what `main` has others do.
 //! - [`vm`]: one KVM virtual machine, its vCPUs and their gate, and how a guest ends.
 //! - [`pci`]: configuration space, MSI-X, and the root that moves registers on the bus.
 //! - [`virtio`]: what a virtio device promises, its registers and queues, and the io threads it lives on.
@@ -40,7 +41,8 @@
 //! that `main` starts with open descriptors; the client is answered when the job is done.
 //! `command` is there for `alula run -- COMMAND`: a client of the guest's vsock socket. `faults` looks after the
 //! page-fault handler of a guest that has one: who waits for its pages can be any other thread.
-//! `main` handles the signals that end the process; while it is held up, a vCPU's thread does. A vCPU whose lock
+//! `main` handles the signals that end the process; while it is held up, `signals` does, a thread that is there for
+//! nothing else. Every thread has walls of its kind, from its beginning. A vCPU whose lock
 //! somebody else holds is paused; a device whose workers gave their queues back is paused. Pause, reset, save
 //! and a change by the user all are stop, then maybe start: on the device's loop, for which a vCPU that resets
 //! the device waits.
@@ -142,3 +144,4 @@ pub mod units;
 pub mod uring;
 pub mod virtio;
 pub mod vm;
+pub mod walls;

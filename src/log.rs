@@ -15,6 +15,7 @@ use crate::clock::Utc;
 use crate::error::Result;
 use crate::metrics::{Counter, metrics};
 use crate::sink::{Purpose, Sink, has_room};
+use crate::sys::process;
 pub use config::{Config, Level};
 
 /// So many lines of a level that guests cause are written in one period; a guest that breaks its rings,
@@ -149,6 +150,23 @@ pub fn end(level: Level, message: impl Display) {
     };
     if has_file {
         write(level, &message, Location::caller());
+    }
+}
+
+/// Says something in the midst of something else, maybe within [`line`]: on standard error, and in the log file if that
+/// is not being written to.
+pub fn aside(message: impl Display) {
+    process::write_error(format!("alula: {message}\n").as_bytes());
+    aside_in_file(message);
+}
+
+/// The same in the log file alone, if there is one.
+pub fn aside_in_file(message: impl Display) {
+    if let Ok(mut log) = LOG.try_lock()
+        && log.sink.is_some()
+    {
+        let line = log.line(Level::Error, &message, Location::caller());
+        log.write_to_sink(&line);
     }
 }
 

@@ -2,8 +2,21 @@
 
 use std::io::{Error as IoError, ErrorKind};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::Error;
+
+/// Files are opened in some folders only (`--allow`).
+static IS_LIMITED: AtomicBool = AtomicBool::new(false);
+
+/// Notes that files are opened in the folders of `--allow` only from here on.
+pub fn note_limits() {
+    IS_LIMITED.store(true, Ordering::Relaxed);
+}
+
+fn beside_limits() -> &'static str {
+    if IS_LIMITED.load(Ordering::Relaxed) { ", or it is in no folder of --allow" } else { "" }
+}
 
 /// Why the file at `path` could not be opened to be read, or also to be written.
 pub fn cannot_open(path: &Path, error: &IoError, write: bool) -> Error {
@@ -13,7 +26,9 @@ pub fn cannot_open(path: &Path, error: &IoError, write: bool) -> Error {
             "it can only be read: give it read-only (`is_read_only`, `ro`), or let this user write it"
                 .to_owned(),
         ),
-        ErrorKind::PermissionDenied => Some("this user may not open it, or not enter its folder".to_owned()),
+        ErrorKind::PermissionDenied => {
+            Some(format!("this user may not open it, or not enter its folder{}", beside_limits()))
+        }
         _ => None,
     };
     Error::host(match more {
@@ -30,11 +45,12 @@ pub fn cannot_make(path: &Path, error: &IoError) -> Error {
             Error::config(format!("there is no folder `{}`: create it", folder.display()))
         }
         ErrorKind::PermissionDenied if path.exists() => {
-            Error::host(format!("{error}: this user may not write it"))
+            Error::host(format!("{error}: this user may not write it{}", beside_limits()))
         }
         ErrorKind::PermissionDenied => Error::host(format!(
-            "{error}: this user may not make files in `{}`: choose another path",
-            folder.display()
+            "{error}: this user may not make files in `{}`{}: choose another path",
+            folder.display(),
+            beside_limits()
         )),
         _ => Error::host(error.to_string()),
     }

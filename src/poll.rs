@@ -73,7 +73,7 @@ const EVENTS: usize = 32;
 /// Blocks all signals in this thread: other threads take those that are sent to the process. For a thread
 /// that may be held by a disk that does not answer, where only SIGKILL reaches it.
 pub fn leave_signals_to_others() {
-    sys::process::block_all_signals();
+    sys::process::block_all_signals(&[]);
 }
 
 /// A set of descriptors to wait for, level-triggered unless `Interest::EDGE_TRIGGERED` is given. The kernel

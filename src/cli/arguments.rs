@@ -364,7 +364,7 @@ mod tests {
             ("--api-socket s", "invalid option '--api-socket': is `--api-sock` meant?; see `firecracker"),
             ("--start-time-us soon", "--start-time-us soon: expected a number"),
             ("--metadata", "missing argument for option '--metadata'"),
-            ("--seccomp-filter f", "--seccomp-filter is not implemented yet: no filter would be set up"),
+            ("--seccomp-filter f", "--seccomp-filter is not implemented yet: each thread has"),
             ("--no-seccomp --seccomp-filter=f", "--seccomp-filter is not implemented yet"),
             ("--id a --id=b", "--id is given twice: give it once; see `firecracker --help`"),
             ("-- --version --api-sock", ""),

@@ -13,6 +13,7 @@ mod readiness;
 mod session;
 mod snapshot;
 mod template;
+mod walls;
 
 use std::io::{IsTerminal, Write};
 use std::path::Path;
@@ -33,6 +34,7 @@ use crate::microvm::monitor::{Ending, Front, Monitor, Outcome};
 use crate::microvm::signals::{self, Signals};
 use crate::microvm::snapshots::Load;
 use crate::terminal;
+use crate::walls::begin;
 use arguments::{Command, Run, Serve};
 use readiness::Readiness;
 
@@ -225,6 +227,7 @@ fn run(mut arguments: Run, feed: &mut Option<Feed>) -> Result<Ending> {
     microvm.keep_metadata(crate::metadata::SIZE_MAX, arguments.metadata.as_deref())?;
     microvm.open_outputs()?;
     history::tell(|| Event::Configured { what: "command line".to_owned() });
+    begin(&arguments.walls, arguments.api_sock.as_deref())?;
     let mut monitor = Monitor::new(signals, server, feed.take())?;
     let mut command = None;
     if let Some(prepared) = &mut prepared {
@@ -274,9 +277,10 @@ fn serve(arguments: Serve, feed: &mut Option<Feed>) -> Result<Ending> {
     let readiness = Readiness::expected();
     let config = arguments.config()?;
     let signals = Signals::take_over();
-    let server = match arguments.no_api {
-        true => None,
-        false => Some(listen(&arguments.socket()?, arguments.http_api_max_payload_size)?),
+    let socket = if arguments.no_api { None } else { Some(arguments.socket()?) };
+    let server = match &socket {
+        None => None,
+        Some(path) => Some(listen(path, arguments.http_api_max_payload_size)?),
     };
     let starts_at_once = config.is_some();
     let mut config = config.unwrap_or_default();
@@ -293,6 +297,7 @@ fn serve(arguments: Serve, feed: &mut Option<Feed>) -> Result<Ending> {
     if let Some(path) = &arguments.config_file {
         history::tell(|| Event::Configured { what: history::text(path.display()) });
     }
+    begin(&arguments.walls, socket.as_deref())?;
     let mut monitor = Monitor::new(signals, server, feed.take())?;
     let start = |microvm: &mut Microvm| {
         match (starts_at_once, arguments.warm) {

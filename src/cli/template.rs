@@ -19,6 +19,7 @@ use crate::microvm::monitor::{Ending, Monitor};
 use crate::microvm::signals::{self, Signals};
 use crate::microvm::snapshots::Opened;
 use crate::sys::descriptor;
+use crate::walls::{self, Wanted};
 
 /// What a microVM is called that nobody has named.
 const DEFAULT_ID: &str = "anonymous-instance";
@@ -84,6 +85,7 @@ fn prepare(order: &Order) -> Result<(Monitor, Box<Microvm>)> {
     let front = listen(&socket, BODY_MAX)?;
     let mut microvm = Microvm::new(id.to_owned(), order.config.clone());
     microvm.open_outputs()?;
+    walls::begin(&Wanted::default(), Some(&socket))?;
     Ok((Monitor::new(signals, Some(front), None)?, microvm))
 }
 

@@ -36,6 +36,7 @@ use crate::virtio::transport::Transport;
 use crate::vm::Vm;
 use crate::vm::vcpu::Surroundings;
 use crate::vm::vcpus::Vcpus;
+use crate::walls;
 use loops::Loops;
 use parts::{Parts, Pausing};
 
@@ -146,6 +147,8 @@ impl Machine {
             self.has_run = true;
             self.surroundings.gate.open();
             self.state = RunState::Running;
+            // The guest need not wait for it: `main` takes nothing from the guest before it is done here.
+            walls::close()?;
             log::debug("the guest's CPUs and devices run");
         }
         Ok(())

@@ -30,6 +30,7 @@ use crate::memory::mapping::page_size;
 use crate::memory::{Memory, Region, Regions, lost};
 use crate::poll::{self, EventFd};
 use crate::sys::{descriptor, network, process};
+use crate::walls;
 
 /// So long a fault may be open without a page, before a handler that is gone ends its guest, one that is there is told
 /// of, and a restore fails.
@@ -155,6 +156,7 @@ fn mapped(memory: &Regions) -> Vec<Mapped> {
 impl Shared {
     /// Looks at the faults until `stop` is written to, or the guest has lost its memory.
     fn watch(&self, stop: &EventFd) {
+        walls::enclose(walls::Kind::Faults);
         // Where KVM holds every other thread in a fault, this one takes the signals that end the process.
         process::set_signal_mask(&process::signals(&[]));
         let (mut count, mut waiting_since, mut is_told) = (self.count(), None, false);

@@ -18,6 +18,7 @@ use crate::memory::lost;
 use crate::poll::{Events, Interest, Ready};
 use crate::sys::descriptor;
 use crate::terminal::{self, Keys, Raw};
+use crate::walls::{self, refusal};
 
 const STDIN: u64 = 0;
 const EXIT: u64 = 1;
@@ -190,6 +191,14 @@ impl Monitor {
         signals::end_by_lost_memory()
     }
 
+    /// Ends the process, a thread of which did what its filter does not allow, and stands still for ever.
+    fn end_by_refusal(&mut self) -> ! {
+        let reason = refusal::words();
+        log::end(log::Level::Error, &reason);
+        self.say_last_words(&Ending { reason, level: log::Level::Error, code: signals::REFUSED });
+        signals::end_by_refusal()
+    }
+
     /// Tells whoever wants to know what has happened.
     fn tell(&mut self) -> Result<()> {
         if let Some(feed) = &mut self.feed {
@@ -229,6 +238,9 @@ impl Monitor {
             if lost::is_lost() {
                 self.end_by_lost_memory();
             }
+            if refusal::is_noted() {
+                self.end_by_refusal();
+            }
             let is_due = self.look_at <= Instant::now();
             if self.watching && is_due {
                 microvm.look_at_metrics();
@@ -260,6 +272,7 @@ impl Monitor {
                 }
             } else if self.prepare_at.is_some_and(|at| at <= Instant::now()) {
                 microvm.prepare();
+                walls::prepare()?;
                 self.prepare_at = None;
             }
             self.listen_for_events()?;
@@ -348,7 +361,7 @@ impl Monitor {
     fn watch(&mut self, machine: &Machine) -> Result<()> {
         self.events.add(machine.exit_fd(), Interest::IN, EXIT)?;
         self.events.add(machine.wake_fd(), Interest::IN, MACHINE)?;
-        self.signals.share();
+        self.signals.share()?;
         self.signals.tell_of_going_on();
         if self.purpose.is_none() {
             self.input.enter(&self.events);

@@ -9,19 +9,23 @@
 //! Which thread runs a handler makes no difference. The main thread is the kernel's first choice. Once a
 //! guest runs, the main thread lets these signals in only while it waits for events: what else it does may
 //! take for ever (a file on a file system that does not answer holds it where only SIGKILL reaches it), and
-//! meanwhile a vCPU's thread takes them, whose KVM_RUN any signal interrupts. The threads of devices block
-//! all signals: a disk can hold them in the same way. Before its guest runs, the process has one thread,
-//! and such a file system leaves it to SIGKILL.
+//! meanwhile the thread `signals` takes them, which does nothing else. All others block them: a disk can hold the
+//! threads of devices in the same way, and the walls of a vCPU's thread do not let it remove files. Before its
+//! guest runs, the process has no such thread, and such a file system leaves it to SIGKILL.
 
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering::SeqCst};
 use std::time::Duration;
 
-use crate::error::Result;
+use crate::error::{Context, Result};
+use crate::history::{self, Event};
 use crate::host::socket_file;
+use crate::log;
 use crate::memory::lost;
 use crate::poll::{Events, Ready};
+use crate::sys::confine::{self, Refused};
 use crate::sys::{descriptor, process};
 use crate::terminal;
+use crate::walls::{self, refusal};
 
 const ENDING: [i32; 5] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT, libc::SIGXCPU];
 
@@ -38,6 +42,8 @@ const GRACE_TICKS: u32 = (GRACE.as_millis() / TICK.as_millis()) as u32;
 const SIGNAL_BASE: u8 = 128;
 /// Guest memory is gone from its file (Firecracker's code for SIGBUS).
 pub const MEMORY_LOST: u8 = 149;
+/// A system call was made that a filter does not allow (Firecracker's code for SIGSYS).
+pub const REFUSED: u8 = 148;
 /// The soft limit of CPU time is used up (Firecracker's code). At the hard limit the kernel kills.
 const OUT_OF_CPU_TIME: u8 = 154;
 
@@ -55,6 +61,8 @@ static IS_URGENT: AtomicBool = AtomicBool::new(false);
 static IS_ENDING: AtomicBool = AtomicBool::new(false);
 /// The process was stopped, and goes on.
 static GOES_ON: AtomicBool = AtomicBool::new(false);
+/// A thread panics that may not remove files.
+static PANICS: AtomicBool = AtomicBool::new(false);
 /// How many ticks of the timer are left until its handler does what is to be done.
 static TICKS: AtomicU32 = AtomicU32::new(0);
 
@@ -113,9 +121,16 @@ impl Signals {
     pub fn take_over() -> Self {
         let report = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |panic| {
+            if walls::is_enclosed() {
+                clean_up_by_others();
+                // The library would look for the files of a backtrace.
+                return process::write_error(format!("\nthread {panic}\n").as_bytes());
+            }
             socket_file::remove_all();
             report(panic);
         }));
+        refusal::tell(alarm);
+        confine::handle_refused(on_refused);
         for signal in ENDING {
             if !handle_unless_ignored(signal, on_ending) {
                 // An ignored signal may have reached the handler while that was installed: it is forgotten.
@@ -132,11 +147,17 @@ impl Signals {
         process::handle(libc::SIGCONT, on_going_on, 0, &[]);
     }
 
-    /// From here on this thread takes ending signals only in [`Self::wait`]. Threads of vCPUs must be there
-    /// already, to take them otherwise.
-    pub fn share(&self) {
+    /// From here on this thread takes ending signals only in [`Self::wait`]: another one is there to take them
+    /// otherwise.
+    ///
+    /// # Errors
+    /// The host gives no more threads.
+    pub fn share(&self) -> Result<()> {
+        let thread = std::thread::Builder::new().name("signals".to_owned());
+        thread.spawn(|| process::sleep_for_ever()).context("start the thread `signals`")?;
         let [a, b, c, d, e] = ENDING;
         process::block_signals(&process::signals(&[a, b, c, d, e, libc::SIGALRM]));
+        Ok(())
     }
 
     /// Waits for events, and for signals, which end the wait. Whoever waits looks for signals before
@@ -222,6 +243,12 @@ extern "C" fn on_timer(_: i32) {
 fn on_last_tick() {
     match (CAME.load(SeqCst), IS_URGENT.load(SeqCst)) {
         _ if lost::is_lost() => end_at_once(MEMORY_LOST, say_lost),
+        _ if refusal::is_noted() => end_at_once(REFUSED, say_refused),
+        _ if PANICS.load(SeqCst) => {
+            terminal::restore();
+            socket_file::remove_all();
+            PANICS.store(false, SeqCst);
+        }
         // The process goes on after a stop, and the main loop is held up: that is no reason to end.
         (0, _) => {}
         (_, false) if IS_ENDING.load(SeqCst) => say(WRITING),
@@ -246,6 +273,63 @@ extern "C" fn on_bus_error(signal: i32, fault: process::Fault<'_>) {
     }
     end_soon_by_lost_memory();
     process::sleep_for_ever();
+}
+
+/// This thread has made a system call that its filter does not allow. The main loop tells of it and ends the process, if
+/// it does not do so in time, whoever takes the timer's signal.
+extern "C" fn on_refused(signal: i32, refused: &Refused, _: &mut confine::Context) {
+    if !refused.is_by_filter() {
+        // As if there were no handler. The signal comes again when this returns.
+        process::handle_by_default(signal);
+        return process::raise(signal);
+    }
+    let is_first = refusal::note(refused);
+    if process::is_main_thread() {
+        match is_first {
+            true => end_at_once(REFUSED, say_refused),
+            // Within what the line above does.
+            false => process::exit_now(REFUSED),
+        }
+    }
+    alarm();
+    process::sleep_for_ever();
+}
+
+/// Has the main loop look why the process is to end, and gives it the time that it has for a signal.
+fn alarm() {
+    arm(PATIENCE);
+}
+
+/// Ends the process, for a call that was refused, after its readers know.
+pub fn end_by_refusal() -> ! {
+    end_at_once(REFUSED, || ())
+}
+
+/// A system call is refused exactly where it is made, and the allocator makes none that are: what the last words need
+/// can be allocated. A lock that they need is tried, and the timer ends the process if they are held up.
+fn say_refused() {
+    if has_reader() {
+        process::write_error(b"alula: ");
+        refusal::say(process::write_error);
+        process::write_error(b"\n");
+    }
+    let reason = refusal::words();
+    log::aside_in_file(&reason);
+    history::tell_at_once(Event::Ended { reason: history::text(&reason), exit_code: REFUSED });
+}
+
+/// Has another thread put the terminal and sockets in order, for one that panics and may not.
+fn clean_up_by_others() {
+    const STEP: Duration = Duration::from_millis(1);
+    const STEPS: u32 = 100;
+    PANICS.store(true, SeqCst);
+    arm(1);
+    for _ in 0..STEPS {
+        if !PANICS.load(SeqCst) {
+            return;
+        }
+        std::thread::sleep(STEP);
+    }
 }
 
 fn say_lost() {

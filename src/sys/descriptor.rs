@@ -92,6 +92,12 @@ pub fn seal_size(file: &File) -> Result<()> {
     control(file.as_raw_fd(), libc::F_ADD_SEALS, seals).map(drop)
 }
 
+/// Writes to the open file with this number; what does not go at once is lost.
+pub fn write(fd: RawFd, bytes: &[u8]) {
+    // SAFETY: the call reads the slice, as long as it is.
+    unsafe { libc::write(fd, bytes.as_ptr().cast(), bytes.len()) };
+}
+
 /// How long the open file with this number is, in bytes (fstat(2)); None: there is none.
 pub fn length(fd: RawFd) -> Option<u64> {
     // SAFETY: `stat` is plain data of which zeros are valid, and the call writes to the local one.

@@ -2,6 +2,7 @@
 //! what its caller lends to it. The names are those of the manual's calls in plain words, the pages are named in
 //! brackets.
 
+pub mod confine;
 pub mod descriptor;
 pub mod folder;
 pub mod machine;

@@ -145,14 +145,17 @@ pub fn block_signals(set: &libc::sigset_t) {
     unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, set, null_mut()) };
 }
 
-/// Blocks all signals in this thread: other threads take those that are sent to the process. SIGBUS stays: it tells
-/// the thread of what the thread itself has touched, and where it is blocked, the kernel kills without a handler.
-pub fn block_all_signals() {
+/// Blocks all signals but those of `kept` in this thread: other threads take those that are sent to the process. SIGBUS
+/// and SIGSYS stay: they tell the thread of what the thread itself has touched or called, and where they are blocked,
+/// the kernel kills without a handler.
+pub fn block_all_signals(kept: &[i32]) {
     // SAFETY: `sigset_t` is plain data that sigfillset initialises.
     let all = unsafe {
         let mut all: libc::sigset_t = zeroed();
         libc::sigfillset(&raw mut all);
-        libc::sigdelset(&raw mut all, libc::SIGBUS);
+        for signal in kept.iter().chain(&[libc::SIGBUS, libc::SIGSYS]) {
+            libc::sigdelset(&raw mut all, *signal);
+        }
         all
     };
     block_signals(&all);
@@ -228,6 +231,12 @@ pub fn is_main_thread() -> bool {
     unsafe { libc::gettid() == libc::getpid() }
 }
 
+/// Writes what this thread is called, up to a zero, to `name` (PR_GET_NAME, prctl(2)).
+pub fn name_thread(name: &mut [u8; 16]) {
+    // SAFETY: the call writes at most 16 bytes.
+    unsafe { libc::prctl(libc::PR_GET_NAME, name.as_mut_ptr()) };
+}
+
 /// Has this thread do nothing any more.
 pub fn sleep_for_ever() -> ! {
     loop {
@@ -283,8 +292,7 @@ pub fn remove_if_same(path: &CStr, identity: (u64, u64)) {
 
 /// Writes to standard error, without a lock; what does not go at once is lost.
 pub fn write_error(words: &[u8]) {
-    // SAFETY: the call reads the slice, as long as it is.
-    unsafe { libc::write(libc::STDERR_FILENO, words.as_ptr().cast(), words.len()) };
+    super::descriptor::write(libc::STDERR_FILENO, words);
 }
 
 /// Ends the process at once.

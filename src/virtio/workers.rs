@@ -17,6 +17,7 @@ use crate::error::{Context, Error, Result};
 use crate::log;
 use crate::poll::{self, EventFd, Events, Interest, Ready};
 use crate::uring::Uring;
+use crate::walls;
 
 pub use registrar::{Desk, Registrar, Switch, Watched};
 
@@ -89,6 +90,7 @@ impl Loop {
             let this = self.clone();
             let thread = std::thread::Builder::new().name(self.name.clone()).spawn(move || {
                 poll::leave_signals_to_others();
+                walls::enclose(walls::Kind::Io);
                 this.run();
             });
             inbox.thread = Some(thread.with_context(|| format!("start the thread `{}`", self.name))?);

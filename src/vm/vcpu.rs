@@ -22,6 +22,7 @@ use crate::sys::process;
 use crate::vm::exit::{End, Exit};
 use crate::vm::gate::Gate;
 use crate::vm::kvm::ImmediateExit;
+use crate::walls;
 
 /// What every vCPU works with.
 pub struct Surroundings {
@@ -153,6 +154,9 @@ impl Vcpu {
             let thread = std::thread::Builder::new()
                 .name(format!("vcpu{index}"))
                 .spawn(move || {
+                    // One that takes a signal that ends the process would have to remove files.
+                    sys::process::block_all_signals(&[kick_signal()]);
+                    walls::enclose(walls::Kind::Vcpu);
                     shared.thread.store(process::thread_number(), Ordering::SeqCst);
                     if let Some(rehearsed) = rehearsed {
                         rehearse(&shared);

@@ -6,6 +6,7 @@ pub mod disk;
 pub mod driver;
 pub mod faults;
 pub mod held;
+pub mod inject;
 pub mod loopback;
 pub mod network;
 pub mod root;

@@ -7,6 +7,7 @@ mod gic_state;
 mod ioctls;
 pub mod layout;
 mod state;
+pub mod trap;
 mod unpack;
 
 use std::ops::Deref;

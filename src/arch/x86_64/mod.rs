@@ -10,6 +10,7 @@ pub mod layout;
 mod msrs;
 mod registers;
 mod state;
+pub mod trap;
 
 use std::ops::Deref;
 

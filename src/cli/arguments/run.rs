@@ -9,6 +9,7 @@ use super::command::{self, Wanted};
 use super::{Command, Given, default_id, id, number, value};
 use crate::arch;
 use crate::cli::outputs::{self, OutputOptions};
+use crate::cli::walls;
 use crate::config::{BootSource, Config};
 use crate::devices::kind::{CliOption, ConfiguredDevice, DeviceKind};
 use crate::devices::{KINDS, net};
@@ -109,6 +110,7 @@ pub struct Run {
     pub restore: Option<PathBuf>,
     pub api_sock: Option<PathBuf>,
     pub outputs: OutputOptions,
+    pub walls: crate::walls::Wanted,
     pub id: String,
     /// The user has given that name.
     pub is_named: bool,
@@ -132,6 +134,7 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
         restore: None,
         api_sock: None,
         outputs: OutputOptions::default(),
+        walls: crate::walls::Wanted::default(),
         id: default_id(),
         is_named: false,
         wanted: Wanted::default(),
@@ -158,6 +161,9 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
             Long("api-sock") => run.api_sock = Some(parser.value()?.into()),
             Long("id") => (run.id, run.is_named) = (value(parser, "--id", id)?, true),
             Short('h') | Long("help") => return Ok(Command::Print(run_help())),
+            Long(name) if let Some(name) = walls::named(name) => {
+                walls::take(&mut run.walls, name, parser)?;
+            }
             Long(name) if let Some(name) = OutputOptions::named(name) => run.outputs.take(name, parser)?,
             Long(name) if let Some(kind) = KINDS.iter().find(|kind| kind.option.name == name) => {
                 let device = device(parser, kind, &run.devices)?;
@@ -179,7 +185,7 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
 }
 
 fn may_be_repeated(option: &str) -> bool {
-    option == "publish"
+    ["publish", "allow"].contains(&option)
         || Wanted::may_be_repeated(option)
         || KINDS.iter().any(|kind| kind.many && kind.option.name == option)
 }
@@ -211,7 +217,7 @@ fn run_help() -> String {
             help += &format!("{:indent$}{line}\n", "");
         }
     }
-    let help = outputs::with_help(&(help + RUN_HELP_AFTER_DEVICES));
+    let help = walls::with_help(&outputs::with_help(&(help + RUN_HELP_AFTER_DEVICES)));
     help.replacen("\n\nThe exit code", &format!("\n{}\nThe exit code", command::HELP), 1)
 }
 

@@ -9,6 +9,7 @@ use crate::api::BODY_MAX;
 use crate::arch;
 use crate::cli::outputs::{self, OutputOptions};
 use crate::cli::persona::Persona;
+use crate::cli::walls;
 use crate::config::Config;
 use crate::dialect::Dialect;
 use crate::error::{Context, Error, Result};
@@ -43,7 +44,6 @@ Options:
       --warm cpus=N,memory=SIZE
                            Make now what a guest of this size needs of KVM: started or restored later, it
                            runs sooner
-      --no-seccomp         Accepted, without effect yet
   -h, --help               Print this
 
 The exit code is 0 when the guest powered off or reset, else as `alula run` returns it; 1 on errors, 153
@@ -58,9 +58,9 @@ Examples:
 const DEFAULT_SOCKET: &str = "/run/firecracker.socket";
 const EXPECTED_WARM: &str = "expected cpus=N,memory=SIZE, as in cpus=1,memory=128M";
 
-/// The help, with the options of the outputs.
+/// The help, with the options of the outputs and of the walls.
 pub fn help() -> String {
-    outputs::with_help(HELP)
+    walls::with_help(&outputs::with_help(HELP))
 }
 
 /// `alula serve`.
@@ -72,6 +72,7 @@ pub struct Serve {
     pub no_api: bool,
     pub enable_pci: bool,
     pub outputs: OutputOptions,
+    pub walls: Wanted,
     pub id: String,
     /// The user has given the name, by which the guest is to be found.
     pub is_named: bool,
@@ -92,6 +93,7 @@ pub fn parse(parser: &mut lexopt::Parser, persona: Persona) -> Result<Command, l
         no_api: false,
         enable_pci: false,
         outputs: OutputOptions::default(),
+        walls: Wanted::default(),
         id: default_id(),
         is_named: false,
         http_api_max_payload_size: BODY_MAX,
@@ -103,7 +105,9 @@ pub fn parse(parser: &mut lexopt::Parser, persona: Persona) -> Result<Command, l
     let mut start = StartTime::default();
     let mut given = Given::default();
     while let Some(argument) = parser.next()? {
-        given.once(&argument)?;
+        if !matches!(argument, Long("allow")) {
+            given.once(&argument)?;
+        }
         match argument {
             Long("api-sock") => serve.api_sock = Some(parser.value()?.into()),
             Long("config-file") => serve.config_file = Some(parser.value()?.into()),
@@ -127,14 +131,8 @@ pub fn parse(parser: &mut lexopt::Parser, persona: Persona) -> Result<Command, l
                 serve.mmds_size_limit = Some(value(parser, "--mmds-size-limit", number)?);
             }
             Long("warm") => serve.warm = Some(value(parser, "--warm", warm)?),
-            Long("no-seccomp") => {}
-            // Who gives one counts on it.
-            Long("seccomp-filter") => {
-                return Err(
-                    "--seccomp-filter is not implemented yet: no filter would be set up; leave it out, \
-                            or say --no-seccomp"
-                        .into(),
-                );
+            Long(name) if let Some(name) = walls::named(name) => {
+                walls::take(&mut serve.walls, name, parser)?;
             }
             Long(name) if let Some(name) = OutputOptions::named(name) => serve.outputs.take(name, parser)?,
             Long(name @ ("snapshot-version" | "describe-snapshot")) => {

@@ -14,6 +14,7 @@ use crate::host::{Host, tap};
 use crate::limiter::RateLimiter;
 use crate::metadata::stack::Stack;
 use crate::virtio::VirtioDevice;
+use crate::walls;
 pub use mac::Mac;
 pub use option::publish;
 pub use publish::Publish;
@@ -192,6 +193,7 @@ impl DeviceConfig for Config {
                 device::Net::over_taps(self, mac, taps)
             }
             CarrierName::User(user) => {
+                walls::check_may_start("passt")?;
                 user.check_host()?;
                 device::Net::over_passt(self, mac, host.passt(user.passt_arguments(self.mtu))?)
             }

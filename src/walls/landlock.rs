@@ -1,0 +1,116 @@
+//! What of the host's files and ports is left (landlock(7)): rules for `main` and for the other threads.
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Context, Error, Result};
+use crate::sys::confine::{Handled, Ruleset, landlock_version};
+
+/// Rights to files, in the order of the versions that brought them (linux/landlock.h).
+const EXECUTE: u64 = 1;
+const WRITE_FILE: u64 = 1 << 1;
+const READ_FILE: u64 = 1 << 2;
+const READ_DIR: u64 = 1 << 3;
+const REMOVE_FILE: u64 = 1 << 5;
+const MAKE_CHAR: u64 = 1 << 6;
+const MAKE_BLOCK: u64 = 1 << 11;
+const FIRST: u64 = (1 << 13) - 1;
+/// Version 2: to move a file from one folder to another, which is forbidden where no rule allows it.
+const REFER: u64 = 1 << 13;
+/// Version 3.
+const TRUNCATE: u64 = 1 << 14;
+/// Version 5.
+const IOCTL_DEVICE: u64 = 1 << 15;
+/// Version 4: to bind and connect sockets of TCP.
+const PORTS: u64 = 0b11;
+/// Version 6: to connect to abstract Unix sockets of others.
+const ABSTRACT_SOCKETS: u64 = 1;
+
+/// What nobody here ever does.
+const NEVER: u64 = EXECUTE | MAKE_CHAR | MAKE_BLOCK;
+/// What can be done to something that is no folder.
+const OF_FILES: u64 = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEVICE;
+
+/// Devices that a machine is made with, whatever its user allows.
+const DEVICES: [&str; 5] = ["/dev/kvm", "/dev/net/tun", "/dev/vhost-net", "/dev/userfaultfd", "/dev/null"];
+/// What the kernel tells of this process and of disks.
+const TOLD: [&str; 3] = ["/proc", "/sys/dev", "/sys/devices"];
+
+/// The kernel's Landlock.
+#[derive(Clone, Copy, Debug)]
+pub struct Landlock {
+    version: u32,
+}
+
+impl Landlock {
+    /// None, with the reason: the kernel has none.
+    pub fn find() -> std::result::Result<Self, std::io::Error> {
+        landlock_version().map(|version| Self { version })
+    }
+
+    fn files(self) -> u64 {
+        let later = [(2, REFER), (3, TRUNCATE), (5, IOCTL_DEVICE)];
+        later
+            .iter()
+            .filter(|(version, _)| *version <= self.version)
+            .fold(FIRST, |all, (_, right)| all | right)
+    }
+
+    fn ruleset(self, files: u64) -> Result<Ruleset> {
+        let ports = if self.version >= 4 { PORTS } else { 0 };
+        let scopes = if self.version >= 6 { ABSTRACT_SOCKETS } else { 0 };
+        let known = match self.version {
+            0..4 => 1,
+            4..6 => 2,
+            _ => 3,
+        };
+        Ruleset::new(Handled { files, ports, scopes }, known).context("make rules of Landlock")
+    }
+
+    /// For threads that open nothing: no file, no port.
+    pub fn of_threads(self) -> Result<Ruleset> {
+        self.ruleset(self.files())
+    }
+
+    /// For `main`: all files that the user may open, but none is executed, and no node of a device is made.
+    pub fn of_main(self) -> Result<Ruleset> {
+        if self.version < 2 {
+            return self.ruleset(NEVER);
+        }
+        let rules = self.ruleset(NEVER | REFER)?;
+        allow(&rules, Path::new("/"), REFER)?;
+        Ok(rules)
+    }
+
+    /// For `main` that may use what is in these folders, and of everything else what it is made of: devices, and the
+    /// folder in which it removes its own socket when it ends.
+    pub fn of_main_within(self, folders: &[PathBuf], socket: Option<&Path>) -> Result<Ruleset> {
+        let all = self.files();
+        let rules = self.ruleset(all)?;
+        for folder in folders {
+            allow(&rules, folder, all & !NEVER)
+                .with_context(|| format!("allow `{}` (--allow)", folder.display()))?;
+        }
+        for device in DEVICES {
+            // What this host has none of, nobody can use.
+            let _ = allow(&rules, Path::new(device), all & (READ_FILE | WRITE_FILE | IOCTL_DEVICE));
+        }
+        for place in TOLD {
+            let _ = allow(&rules, Path::new(place), READ_FILE | READ_DIR);
+        }
+        socket.map_or(Ok(()), |folder| allow(&rules, folder, REMOVE_FILE))?;
+        Ok(rules)
+    }
+}
+
+fn allow(rules: &Ruleset, path: &Path, files: u64) -> Result<()> {
+    let place: File = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_PATH)
+        .open(path)
+        .map_err(|error| crate::paths::cannot_open(path, &error, false))?;
+    let is_folder = place.metadata().is_ok_and(|metadata| metadata.is_dir());
+    let files = if is_folder { files } else { files & OF_FILES };
+    rules.allow(&place, files).map_err(|error| Error::host(error.to_string()))
+}

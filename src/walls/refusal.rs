@@ -1,0 +1,209 @@
+//! A system call that a filter does not allow: which, in which thread, and what becomes of it.
+
+use std::fmt::{self, Display, Write};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, AtomicUsize, Ordering::SeqCst};
+
+use super::made;
+use crate::arch::trap;
+use crate::error::{Context, Error, Result};
+use crate::log;
+use crate::sys::confine::{self, Instruction, Refused};
+use crate::sys::process;
+
+/// A number that no call has: by it the address is learned.
+const NO_CALL: u32 = 4095;
+/// So many different calls are told of that a filter would refuse.
+const TOLD_MAX: usize = 256;
+/// The longest name of a thread that is kept (pthread_setname_np(3)).
+const NAME_MAX: usize = 15;
+
+/// The call that was refused first.
+static NUMBER: AtomicI32 = AtomicI32::new(-1);
+/// Of which set of calls it is.
+static SET: AtomicU32 = AtomicU32::new(0);
+static IS_NOTED: AtomicBool = AtomicBool::new(false);
+static THREAD: [std::sync::atomic::AtomicU8; NAME_MAX] =
+    [const { std::sync::atomic::AtomicU8::new(0) }; NAME_MAX];
+/// Why a thread has no walls.
+static FAILURE: Mutex<Option<String>> = Mutex::new(None);
+
+/// The address that calls come from which are made again; 0: it is not known.
+static ADDRESS: AtomicUsize = AtomicUsize::new(0);
+/// What was told of already.
+static TOLD: [AtomicU64; TOLD_MAX] = [const { AtomicU64::new(0) }; TOLD_MAX];
+
+/// Notes a call that was refused in this thread. A signal's handler may call this. Whether it was the first one.
+pub fn note(refused: &Refused) -> bool {
+    if IS_NOTED.swap(true, SeqCst) {
+        return false;
+    }
+    SET.store(refused.arch, SeqCst);
+    THREAD.iter().zip(thread_name(process::name_thread)).for_each(|(to, from)| to.store(from, SeqCst));
+    NUMBER.store(refused.number, SeqCst);
+    true
+}
+
+/// What this thread is called: the library's own name is not there yet while a thread begins.
+fn thread_name(ask: impl FnOnce(&mut [u8; NAME_MAX + 1])) -> [u8; NAME_MAX + 1] {
+    let mut name = [0; NAME_MAX + 1];
+    match process::is_main_thread() {
+        true => name[..4].copy_from_slice(b"main"),
+        false => ask(&mut name),
+    }
+    name
+}
+
+/// Whether the process is to end by it.
+pub fn is_noted() -> bool {
+    NUMBER.load(SeqCst) >= 0 || IS_FAILURE.load(SeqCst)
+}
+
+static IS_FAILURE: AtomicBool = AtomicBool::new(false);
+/// What has the main loop look.
+static ALARM: std::sync::OnceLock<fn()> = std::sync::OnceLock::new();
+
+/// Has `alarm` called when a thread could not be enclosed: it is to wake the main loop, and the thread ends no more.
+pub fn tell(alarm: fn()) {
+    let _ = ALARM.set(alarm);
+}
+
+/// Ends the process for this error, and never returns to the thread.
+pub(super) fn end_without_walls(error: &Error) -> ! {
+    *FAILURE.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(error.to_string());
+    IS_FAILURE.store(true, SeqCst);
+    if let Some(alarm) = ALARM.get() {
+        alarm();
+    }
+    process::sleep_for_ever()
+}
+
+/// What was refused, in words.
+pub fn words() -> String {
+    let failure = FAILURE.try_lock().ok().and_then(|failure| failure.clone());
+    failure.unwrap_or_else(|| Words.to_string())
+}
+
+/// The same for a handler: without allocation, to `write` in pieces.
+pub fn say(write: impl FnMut(&[u8])) {
+    struct To<W>(W);
+    impl<W: FnMut(&[u8])> Write for To<W> {
+        fn write_str(&mut self, text: &str) -> fmt::Result {
+            (self.0)(text.as_bytes());
+            Ok(())
+        }
+    }
+    let _ = write!(To(write), "{Words}");
+}
+
+struct Words;
+
+impl Display for Words {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the thread `")?;
+        let name = THREAD.iter().map(|byte| byte.load(SeqCst)).take_while(|byte| *byte != 0);
+        name.map(char::from).try_for_each(|letter| f.write_char(letter))?;
+        let number = NUMBER.load(SeqCst);
+        f.write_str("` made the system call ")?;
+        match SET.load(SeqCst) {
+            made::SET => write!(f, "`{}` ({number})", name_of(number))?,
+            set => write!(f, "{number} of another architecture ({set:#x})")?,
+        }
+        f.write_str(
+            ", which its filter does not allow: either somebody has broken into this process, or the filter is \
+             wrong: --seccomp-log goes on and tells of each such call, --no-seccomp lays no filter",
+        )
+    }
+}
+
+/// The name of a call.
+fn name_of(number: i32) -> &'static str {
+    let name = usize::try_from(number).ok().and_then(|number| made::NAMES.split(' ').nth(number));
+    name.filter(|name| !name.is_empty()).unwrap_or("unknown")
+}
+
+/// Finds out from where [`confine::again`] makes calls, by one that is refused.
+pub(super) fn learn_address() -> Result<()> {
+    let statement = |code: u16, jf: u8, k: u32| Instruction { code, jt: 0, jf, k };
+    confine::handle_refused(on_told);
+    confine::filter(&[
+        statement(0x20, 0, 0),
+        statement(0x15, 1, NO_CALL),
+        statement(0x06, 0, libc::SECCOMP_RET_TRAP),
+        statement(0x06, 0, libc::SECCOMP_RET_ALLOW),
+    ])
+    .context("lay a filter of system calls (--seccomp-log)")?;
+    confine::again(NO_CALL as i32, [0; 6]);
+    match ADDRESS.load(SeqCst) {
+        0 => Err(Error::host("--seccomp-log: this kernel does not tell what was refused")),
+        _ => Ok(()),
+    }
+}
+
+/// The program, for calls that are told of instead of refused: what is made again passes, and what starts a thread
+/// or a process, which cannot be made again from within a signal's handler.
+pub(super) fn told(program: &[Instruction]) -> Vec<Instruction> {
+    /// Where `struct seccomp_data` has the address, its halves (linux/seccomp.h).
+    const ADDRESS_AT: u32 = 8;
+    let statement = |code: u16, jt: u8, jf: u8, k: u32| Instruction { code, jt, jf, k };
+    let address = ADDRESS.load(SeqCst) as u64;
+    let mut told = vec![
+        statement(0x20, 0, 0, 0),
+        statement(0x15, 5, 0, libc::SYS_clone as u32),
+        statement(0x15, 4, 0, libc::SYS_clone3 as u32),
+        statement(0x20, 0, 0, ADDRESS_AT),
+        statement(0x15, 0, 3, address as u32),
+        statement(0x20, 0, 0, ADDRESS_AT + 4),
+        statement(0x15, 0, 1, (address >> 32) as u32),
+        statement(0x06, 0, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    told.extend_from_slice(program);
+    told
+}
+
+/// Tells of a call that would have been refused, once, and makes it.
+extern "C" fn on_told(_: i32, refused: &Refused, context: &mut confine::Context) {
+    if !refused.is_by_filter() {
+        return;
+    }
+    if refused.number == NO_CALL as i32 {
+        return ADDRESS.store(refused.address, SeqCst);
+    }
+    process::keep_errno(|| {
+        let arguments = trap::arguments(context);
+        let name = thread_name(|name| {
+            let call = [libc::PR_GET_NAME as u64, name.as_mut_ptr() as u64, 0, 0, 0, 0];
+            confine::again(libc::SYS_prctl as i32, call);
+        });
+        let thread = std::str::from_utf8(&name).unwrap_or_default().trim_end_matches('\0');
+        if is_new(thread, refused.number, arguments) {
+            let [a, b, c, ..] = arguments;
+            log::aside(format_args!(
+                "--seccomp-log: the thread `{thread}` makes the system call `{}` ({}) with {a:#x}, {b:#x}, {c:#x}, \
+                 which its filter does not allow",
+                name_of(refused.number),
+                refused.number
+            ));
+        }
+        trap::set_result(context, confine::again(refused.number, arguments));
+    });
+}
+
+/// Whether it is the first call of its kind. Of calls that do many things, each thing is one.
+fn is_new(thread: &str, number: i32, arguments: [u64; 6]) -> bool {
+    let does_many = [libc::SYS_ioctl, libc::SYS_fcntl, libc::SYS_madvise, libc::SYS_mmap, libc::SYS_prctl];
+    let thing = match does_many.contains(&libc::c_long::from(number)) {
+        true => arguments[0] as u32 as u64 ^ (arguments[1] << 8) ^ (arguments[2] << 16) & 0xff_0000,
+        false => 0,
+    };
+    let kind = thread.bytes().take(4).fold(1, |all: u64, byte| all.wrapping_mul(31) ^ u64::from(byte));
+    let mark = (kind << 48 | (number as u64) << 36) ^ thing | 1;
+    for told in &TOLD {
+        match told.compare_exchange(0, mark, SeqCst, SeqCst) {
+            Ok(_) => return true,
+            Err(other) if other == mark => return false,
+            Err(_) => {}
+        }
+    }
+    false
+}

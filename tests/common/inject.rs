@@ -1,0 +1,162 @@
+//! A thread of another process that is made to make system calls, as by somebody who has broken into it (ptrace(2)).
+#![allow(unsafe_code)]
+
+use std::io::Error;
+
+/// So much below the top of a stack nobody has anything.
+const BELOW: u64 = 4096;
+
+/// The registers of a thread that was stopped within a system call.
+#[cfg(target_arch = "x86_64")]
+mod registers {
+    pub type Registers = libc::user_regs_struct;
+
+    pub fn stack(registers: &Registers) -> u64 {
+        registers.rsp
+    }
+
+    /// Has the instruction that made the call make this one.
+    pub fn call(registers: &mut Registers, number: i64, arguments: [u64; 3]) {
+        [registers.rdi, registers.rsi, registers.rdx] = arguments;
+        (registers.r10, registers.rax) = (0, number as u64);
+        // No call is begun again.
+        registers.orig_rax = u64::MAX;
+        registers.rip -= 2;
+    }
+
+    pub fn result(registers: &Registers) -> i64 {
+        registers.rax as i64
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+mod registers {
+    pub type Registers = libc::user_regs_struct;
+
+    pub fn stack(registers: &Registers) -> u64 {
+        registers.sp
+    }
+
+    /// Has the instruction that made the call make this one.
+    pub fn call(registers: &mut Registers, number: i64, arguments: [u64; 3]) {
+        registers.regs[..3].copy_from_slice(&arguments);
+        registers.regs[3] = 0;
+        registers.regs[8] = number as u64;
+        registers.pc -= 4;
+    }
+
+    pub fn result(registers: &Registers) -> i64 {
+        registers.regs[0] as i64
+    }
+}
+
+use registers::Registers;
+
+/// A thread that stands still, and goes on when this is dropped.
+pub struct Injected {
+    thread: i32,
+    before: Registers,
+}
+
+/// What became of a call.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It returned this: a negative number is an error's.
+    Returned(i64),
+    /// The thread got this signal for it.
+    Signal(i32),
+}
+
+fn ask(request: libc::c_uint, thread: i32, address: u64, data: u64) -> i64 {
+    // SAFETY: each request that is made here reads and writes what it is given alone.
+    let answer = unsafe { libc::ptrace(request as _, thread, address, data) };
+    assert_ne!(answer, -1, "ptrace request {request:#x} of {thread}: {}", Error::last_os_error());
+    answer
+}
+
+impl Injected {
+    /// Stops the thread of `process` that is called so. It must be within a system call, where all wait.
+    pub fn new(process: u32, name: &str) -> Self {
+        let tasks = std::fs::read_dir(format!("/proc/{process}/task")).unwrap();
+        let thread = tasks.map(|task| task.unwrap().path()).find(|task| match name {
+            "main" => task.ends_with(process.to_string()),
+            name => std::fs::read_to_string(task.join("comm")).unwrap().trim() == name,
+        });
+        let thread = thread.unwrap_or_else(|| panic!("there is no thread `{name}`"));
+        let thread = thread.file_name().unwrap().to_str().unwrap().parse().unwrap();
+        ask(libc::PTRACE_SEIZE, thread, 0, 0);
+        ask(libc::PTRACE_INTERRUPT, thread, 0, 0);
+        wait(thread);
+        Self { thread, before: registers(thread) }
+    }
+
+    /// Has it make a call with these arguments; a text among them is put on its stack.
+    pub fn call(&mut self, number: i64, arguments: [u64; 3], text: (usize, &[u8])) -> Outcome {
+        let (mut now, mut arguments) = (self.before, arguments);
+        if !text.1.is_empty() {
+            let place = (registers::stack(&now) - BELOW) & !15;
+            for (index, word) in text.1.chunks(8).enumerate() {
+                let mut bytes = [0; 8];
+                bytes[..word.len()].copy_from_slice(word);
+                let at = place + index as u64 * 8;
+                ask(libc::PTRACE_POKEDATA, self.thread, at, u64::from_ne_bytes(bytes));
+            }
+            arguments[text.0] = place;
+        }
+        registers::call(&mut now, number, arguments);
+        set_registers(self.thread, &now);
+        ask(libc::PTRACE_SINGLESTEP, self.thread, 0, 0);
+        match wait(self.thread) {
+            libc::SIGTRAP => Outcome::Returned(registers::result(&registers(self.thread))),
+            signal => Outcome::Signal(signal),
+        }
+    }
+
+    /// Lets it go on with this signal, where it is.
+    pub fn end(self, signal: i32) {
+        ask(libc::PTRACE_DETACH, self.thread, 0, signal as u64);
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for Injected {
+    fn drop(&mut self) {
+        set_registers(self.thread, &self.before);
+        ask(libc::PTRACE_DETACH, self.thread, 0, 0);
+    }
+}
+
+/// Waits until it stands still, and says for what signal.
+fn wait(thread: i32) -> i32 {
+    let mut status = 0;
+    // SAFETY: the call writes to the local number.
+    let answer = unsafe { libc::waitpid(thread, &mut status, libc::__WALL) };
+    assert!(answer == thread && libc::WIFSTOPPED(status), "{answer}, status {status:#x}");
+    libc::WSTOPSIG(status)
+}
+
+/// The set of registers that both architectures have (NT_PRSTATUS).
+fn vector(registers: &mut Registers) -> libc::iovec {
+    libc::iovec { iov_base: (&raw mut *registers).cast(), iov_len: size_of::<Registers>() }
+}
+
+fn registers(thread: i32) -> Registers {
+    // SAFETY: all zeros are a value of this structure of numbers.
+    let mut registers: Registers = unsafe { std::mem::zeroed() };
+    let mut vector = vector(&mut registers);
+    ask(libc::PTRACE_GETREGSET, thread, 1, (&raw mut vector) as u64);
+    registers
+}
+
+fn set_registers(thread: i32, registers: &Registers) {
+    #[cfg(target_arch = "aarch64")]
+    {
+        // No call is begun again (NT_ARM_SYSTEM_CALL).
+        let mut none = -1_i32;
+        let mut vector = libc::iovec { iov_base: (&raw mut none).cast(), iov_len: size_of::<i32>() };
+        ask(libc::PTRACE_SETREGSET, thread, 0x404, (&raw mut vector) as u64);
+    }
+    let mut registers = *registers;
+    let mut vector = vector(&mut registers);
+    ask(libc::PTRACE_SETREGSET, thread, 1, (&raw mut vector) as u64);
+}

@@ -1,0 +1,344 @@
+//! The walls: what each thread has, what becomes of one that does what it may not, and what a host may lack.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by it")]
+
+mod common;
+
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::Path;
+use std::process::Command;
+
+use alula::host::listener::Listener;
+use alula::microvm::signals::Signals;
+use alula::poll::leave_signals_to_others;
+use alula::walls::{Kind, Wanted, begin, enclose, refusal};
+use common::inject::{Injected, Outcome};
+use common::{Folder, Process, Service, forbid, run, wait_for};
+use serde_json::{Value, json};
+
+const START: &str = r#"{"action_type": "InstanceStart"}"#;
+
+/// The threads of a process, by their names: `Seccomp`, and `NoNewPrivs` of their status (proc(5)).
+fn walls(process: u32) -> Vec<(String, String, String)> {
+    let tasks = std::fs::read_dir(format!("/proc/{process}/task")).unwrap();
+    let threads = tasks.filter_map(|task| {
+        // It may just have ended.
+        let status = std::fs::read_to_string(task.unwrap().path().join("status")).ok()?;
+        let field = |name: &str| {
+            status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(":\t")).unwrap().to_owned()
+        };
+        Some((field("Name"), field("Seccomp"), field("NoNewPrivs")))
+    });
+    threads.collect()
+}
+
+/// Waits until a process has these threads, and looks whether each has walls.
+fn assert_walled(process: u32, expected: &[&str]) {
+    let names = || {
+        let mut names: Vec<_> = walls(process).into_iter().map(|(name, ..)| name).collect();
+        // One of the kernel's own, where KVM has it.
+        names.retain(|name| !name.starts_with("kvm-"));
+        names.sort_unstable();
+        names
+    };
+    wait_for(|| names() == expected);
+    wait_for(|| walls(process).iter().all(|thread| thread.1 == "2"));
+    let all = walls(process);
+    for thread in &all {
+        assert_eq!((thread.1.as_str(), thread.2.as_str()), ("2", "1"), "{all:?}");
+    }
+}
+
+/// A guest that does nothing, with an io thread.
+fn idle(arguments: &[&str]) -> Process {
+    let words = ["run", "--entropy", "--cmdline", "end=idle"];
+    let mut process = Process::start([&words[..], arguments].concat());
+    process.expect(", 0 failed");
+    process
+}
+
+const IN: u64 = libc::AF_INET as u64;
+const STREAM: u64 = libc::SOCK_STREAM as u64;
+/// A file that is there, as a thread is to open or execute it.
+const PATH: &[u8] = b"/proc/self/exe\0";
+
+/// What somebody who has broken into a thread would try, by the name of the call.
+fn trespass(thread: &mut Injected, what: &str) -> Outcome {
+    let here = libc::AT_FDCWD as u64;
+    match what {
+        "openat" => thread.call(libc::SYS_openat, [here, 0, 0], (1, PATH)),
+        "execve" => thread.call(libc::SYS_execve, [0, 0, 0], (0, PATH)),
+        "socket" => thread.call(libc::SYS_socket, [IN, STREAM, 0], (0, b"")),
+        // Port 1 of 127.0.0.1, by a socket if there can be one.
+        _ => match thread.call(libc::SYS_socket, [IN, STREAM, 0], (0, b"")) {
+            Outcome::Returned(socket) if socket >= 0 => {
+                let address =
+                    [&(libc::AF_INET as u16).to_ne_bytes()[..], &[0, 1, 127, 0, 0, 1], &[0; 8]].concat();
+                thread.call(libc::SYS_connect, [socket as u64, 0, 16], (1, &address))
+            }
+            outcome => outcome,
+        },
+    }
+}
+
+fn last_event(path: &Path) -> Value {
+    let text = std::fs::read_to_string(path).unwrap();
+    serde_json::from_str(text.lines().last().unwrap_or_else(|| panic!("no event"))).unwrap()
+}
+
+#[test]
+fn every_thread_of_a_guest_that_runs_has_a_filter() {
+    let folder = Folder::new();
+    let disk =
+        format!("{},engine=async,threads=2,queues=2", folder.write("disk", vec![0; 1 << 20]).display());
+    let vsock = folder.path("vsock").display().to_string();
+    let mut process = Process::start(
+        ["run", "--cpus", "2", "--cmdline", "end=idle", "--entropy", "--disk", &disk, "--vsock", &vsock]
+            .iter(),
+    );
+    process.expect(", 0 failed");
+    let id = process.child.id();
+    assert_walled(id, &["alula", "io", "io-0", "io-1", "signals", "vcpu0", "vcpu1"]);
+}
+
+#[test]
+fn a_service_has_filters_before_its_first_guest_and_after() {
+    for (extra, before) in
+        [(&[][..], &["alula"][..]), (&["--warm", "cpus=1,memory=128M"], &["alula", "io", "vcpu0"])]
+    {
+        let service = Service::start(extra);
+        let id = service.process.child.id();
+        assert_walled(id, before);
+        service.boot_source("end=idle");
+        let mut client = service.client();
+        client.ok("PUT", "/entropy", "{}");
+        client.ok("PUT", "/actions", START);
+        assert_walled(id, &["alula", "io", "signals", "vcpu0"]);
+    }
+}
+
+#[test]
+fn a_thread_that_does_what_it_may_not_ends_the_process() {
+    let folder = Folder::new();
+    for (name, call) in [
+        ("vcpu0", "openat"),
+        ("vcpu0", "socket"),
+        ("vcpu0", "execve"),
+        ("io", "openat"),
+        ("io", "socket"),
+        ("io", "execve"),
+        ("signals", "execve"),
+        ("main", "socket"),
+        ("main", "execve"),
+    ] {
+        let (events, log, socket) = (folder.path("events"), folder.path("log"), folder.path("socket"));
+        let [e, l, s] = [&events, &log, &socket].map(|path| path.to_str().unwrap());
+        let process = idle(&["--events", e, "--log-path", l, "--api-sock", s]);
+        let mut thread = Injected::new(process.child.id(), name);
+        assert_eq!(trespass(&mut thread, call), Outcome::Signal(libc::SIGSYS), "{name}: {call}");
+        thread.end(libc::SIGSYS);
+        let ended = process.end();
+        assert_eq!(ended.code, Some(148), "{name}: {call}: {ended:?}");
+        let words = format!("the thread `{name}` made the system call `{call}");
+        let event = last_event(&events);
+        let told = [ended.text, std::fs::read_to_string(&log).unwrap(), event["reason"].to_string()];
+        assert!(told.iter().all(|text| text.contains(&words)), "{name}: {call}: {told:?}");
+        assert_eq!((&event["event"], &event["exit_code"]), (&"ended".into(), &148.into()), "{name}");
+        assert!(!socket.exists(), "{name}: {call}");
+        for path in [events, log] {
+            std::fs::remove_file(path).unwrap();
+        }
+    }
+}
+
+#[test]
+fn without_filters_rules_keep_threads_from_files_and_ports() {
+    let refused = Outcome::Returned(-i64::from(libc::EACCES));
+    let process = idle(&["--no-seccomp"]);
+    for (name, call, is_refused) in [
+        ("vcpu0", "openat", true),
+        ("vcpu0", "execve", true),
+        ("io", "openat", true),
+        ("io", "execve", true),
+        ("main", "execve", true),
+        ("main", "openat", false),
+    ] {
+        let outcome = trespass(&mut Injected::new(process.child.id(), name), call);
+        assert_eq!(outcome == refused, is_refused, "{name}: {call}: {outcome:?}");
+    }
+    // Ports are restricted from version 4 on (Linux 6.7): without it, nobody listens there.
+    let nobody = Outcome::Returned(-i64::from(libc::ECONNREFUSED));
+    for name in ["vcpu0", "io", "main"] {
+        let outcome = trespass(&mut Injected::new(process.child.id(), name), "connect");
+        assert!(outcome == refused || outcome == nobody && landlock_version() < 4, "{name}: {outcome:?}");
+    }
+    let process = idle(&["--no-sandbox"]);
+    for name in ["vcpu0", "io", "main"] {
+        let outcome = trespass(&mut Injected::new(process.child.id(), name), "openat");
+        assert!(matches!(outcome, Outcome::Returned(0..)), "{name}: {outcome:?}");
+    }
+}
+
+fn landlock_version() -> u32 {
+    alula::sys::confine::landlock_version().unwrap_or(0)
+}
+
+#[test]
+fn what_would_be_refused_is_told_and_done_if_that_is_wanted() {
+    let mut process = idle(&["--seccomp-log"]);
+    let mut thread = Injected::new(process.child.id(), "io");
+    assert_eq!(trespass(&mut thread, "socket"), Outcome::Signal(libc::SIGSYS));
+    thread.end(libc::SIGSYS);
+    process.expect("--seccomp-log: the thread `io` makes the system call `socket`");
+    assert!(process.is_running());
+}
+
+/// Set in the process that has walls laid upon a thread of its own, which does this then.
+const DOES: &str = "ALULA_TEST_DOES";
+
+/// What a thread of its own does in another process of this test: its exit status, and what it said.
+fn apart(test: &str, what: &str) -> (std::process::ExitStatus, String) {
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args([test, "--exact", "--nocapture"])
+        .env(DOES, what)
+        .output()
+        .unwrap();
+    (output.status, String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+/// Lays walls upon a thread, which does `work` then.
+fn enclosed(kind: Kind, work: impl FnOnce() + Send + 'static) -> ! {
+    let signals = Signals::take_over();
+    begin(&Wanted::default(), None).unwrap();
+    std::thread::Builder::new()
+        .name("walled".to_owned())
+        .spawn(move || {
+            leave_signals_to_others();
+            enclose(kind);
+            work();
+        })
+        .unwrap();
+    signals.share().unwrap();
+    // The end comes from elsewhere, or from here when a call is refused: nobody runs the main loop.
+    wait_for(refusal::is_noted);
+    eprintln!("{}", refusal::words());
+    std::process::exit(7);
+}
+
+#[test]
+fn a_thread_for_a_job_neither_connects_nor_executes() {
+    const NAME: &str = "a_thread_for_a_job_neither_connects_nor_executes";
+    if let Some(what) = std::env::var_os(DOES) {
+        enclosed(Kind::Job, move || {
+            let connect = || drop(std::net::TcpStream::connect("127.0.0.1:1"));
+            let execute = || drop(CommandExt::exec(&mut Command::new("/bin/true")));
+            if what == "socket" { connect() } else { execute() }
+        });
+    }
+    for call in ["socket", "execve"] {
+        let (status, text) = apart(NAME, call);
+        assert_eq!(status.code(), Some(7), "{call}: {text}");
+        assert!(text.contains(&format!("the thread `walled` made the system call `{call}`")), "{text}");
+    }
+}
+
+#[test]
+fn a_thread_that_panics_says_so_and_leaves_no_socket() {
+    const NAME: &str = "a_thread_that_panics_says_so_and_leaves_no_socket";
+    if let Some(folder) = std::env::var_os(DOES) {
+        let listener = Listener::bind("socket", &Path::new(&folder).join("s")).unwrap();
+        enclosed(Kind::Vcpu, move || {
+            let _listener = listener;
+            panic!("as it shall")
+        });
+    }
+    let folder = Folder::new();
+    let (status, text) = apart(NAME, folder.0.to_str().unwrap());
+    assert_eq!(status.signal(), Some(libc::SIGABRT), "{status:?}: {text}");
+    assert!(text.contains("as it shall") && text.contains("tests/walls.rs"), "{text}");
+    assert!(!folder.path("s").exists());
+}
+
+#[test]
+fn what_is_not_in_an_allowed_folder_is_not_opened() {
+    let (allowed, other) = (Folder::new(), Folder::new());
+    let (inside, outside) = (allowed.write("disk", [0; 4096]), other.write("disk", [0; 4096]));
+    let allow = ["--allow", allowed.0.to_str().unwrap()];
+    let ended = run(["run", allow[0], allow[1], "--disk", inside.to_str().unwrap()]);
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    let ended = run(["run", allow[0], allow[1], "--disk", outside.to_str().unwrap()]);
+    assert_eq!(ended.code, Some(125), "{ended:?}");
+    assert!(ended.text.contains("or it is in no folder of --allow"), "{ended:?}");
+    // A link that leads out of the folder is no way out.
+    let link = allowed.path("link");
+    std::os::unix::fs::symlink(&outside, &link).unwrap();
+    assert_eq!(run(["run", allow[0], allow[1], "--disk", link.to_str().unwrap()]).code, Some(125));
+    let ended = run(["run", allow[0], allow[1], "--net", "user"]);
+    assert!(ended.text.contains("with --allow no program is started"), "{ended:?}");
+    let ended = run(["run", "--allow", "/nonexistent"]);
+    assert!(ended.text.contains("allow `/nonexistent` (--allow): "), "{ended:?}");
+
+    let service = Service::start(&["--allow", allowed.0.to_str().unwrap()]);
+    let disk =
+        |path: &Path| json!({ "drive_id": "a", "path_on_host": path, "is_root_device": false }).to_string();
+    let mut client = service.client();
+    let fault = client.request("PUT", "/drives/a", &disk(&outside)).fault();
+    assert!(fault.contains("in no folder of --allow"), "{fault}");
+    client.ok("PUT", "/drives/a", &disk(&inside));
+    let kernel = json!({ "kernel_image_path": allowed.firmware(), "boot_args": "end=idle" }).to_string();
+    client.ok("PUT", "/boot-source", &kernel);
+    client.ok("PUT", "/actions", START);
+    let body = json!({ "drive_id": "a", "path_on_host": outside }).to_string();
+    let fault = client.request("PATCH", "/drives/a", &body).fault();
+    assert!(fault.contains("in no folder of --allow"), "{fault}");
+    let socket = service.socket.clone();
+    let mut process = service.process;
+    process.send(libc::SIGTERM);
+    process.end();
+    assert!(!socket.exists());
+}
+
+#[test]
+fn a_kernel_without_walls_is_told_of_and_used() {
+    let cases: [(libc::c_long, i32, &str); 3] = [
+        (
+            libc::SYS_landlock_create_ruleset,
+            libc::ENOSYS,
+            "this kernel has no Landlock, or it is switched off",
+        ),
+        (libc::SYS_landlock_create_ruleset, libc::EOPNOTSUPP, "this kernel has no Landlock"),
+        (libc::SYS_seccomp, libc::ENOSYS, "this kernel has no filters of system calls (seccomp)"),
+    ];
+    for (call, errno, words) in cases {
+        let ended = std::thread::scope(|scope| {
+            let lacking = scope.spawn(|| {
+                forbid(call, errno);
+                (run(["run"]), run(["run", "--allow", "/tmp"]))
+            });
+            lacking.join().unwrap()
+        });
+        assert_eq!(ended.0.code, Some(0), "{ended:?}");
+        assert_eq!(ended.0.text.matches(words).count(), 1, "{ended:?}");
+        let is_needed = call == libc::SYS_landlock_create_ruleset;
+        assert_eq!(ended.1.text.contains("--allow needs Landlock"), is_needed, "{ended:?}");
+    }
+}
+
+#[test]
+fn options_that_leave_walls_out_are_in_the_log() {
+    let folder = Folder::new();
+    for (option, words) in [
+        ("--no-seccomp", "--no-seccomp: system calls are not filtered"),
+        ("--no-sandbox", "--no-sandbox: files and ports are not restricted"),
+    ] {
+        let log = folder.path("log");
+        let ended = run(["run", option, "--log-path", log.to_str().unwrap()]);
+        assert_eq!(ended.code, Some(0), "{ended:?}");
+        assert!(std::fs::read_to_string(&log).unwrap().contains(words), "{option}");
+        std::fs::remove_file(log).unwrap();
+    }
+    let ended = run(["run", "--no-sandbox", "--allow", "/tmp"]);
+    assert_eq!(ended.code, Some(153), "{ended:?}");
+    let ended = run(["run", "--seccomp-filter", "/tmp/f"]);
+    assert!(ended.code == Some(153) && ended.text.contains("is not implemented yet"), "{ended:?}");
+}
