@@ -155,7 +155,7 @@ impl Vcpu {
                 .name(format!("vcpu{index}"))
                 .spawn(move || {
                     // One that takes a signal that ends the process would have to remove files.
-                    sys::process::block_all_signals(&[kick_signal()]);
+                    process::block_all_signals(&[kick_signal()]);
                     walls::enclose(walls::Kind::Vcpu);
                     shared.thread.store(process::thread_number(), Ordering::SeqCst);
                     if let Some(rehearsed) = rehearsed {

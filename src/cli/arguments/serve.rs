@@ -17,6 +17,7 @@ use crate::guest::runtime;
 use crate::microvm::ahead::Warm;
 use crate::microvm::counts::StartTime;
 use crate::units::mebibytes;
+use crate::walls::Wanted;
 
 const HELP: &str = "\
 Wait for requests on a control socket (Firecracker's API). The guest's serial console is standard input
