@@ -80,6 +80,9 @@ const ARGUMENTS: u32 = 16;
 /// From this number on, calls are those of x32, another set of calls of x86_64.
 const X32: u32 = 0x4000_0000;
 
+/// No call, -1: whoever traces the process has the kernel leave a call out, as strace(1) does when it injects a fault.
+const NONE: u32 = u32::MAX;
+
 /// The numbers of system calls, from `resources/seccomp/calls`.
 pub fn numbers(table: &str, arch: Arch) -> Result<BTreeMap<&str, u32>, String> {
     let mut numbers = BTreeMap::new();
@@ -197,6 +200,7 @@ fn ranges(calls: &BTreeMap<u32, Vec<Vec<Condition>>>, listed: u32, other: u32) -
         ranges.push((number + 1, default.clone()));
     }
     ranges.push((X32, vec![statement(RETURN, TRAP)]));
+    ranges.push((NONE, vec![statement(RETURN, ALLOW)]));
     // Of two that begin at one number the former is empty; neighbours with one verdict are one range.
     let mut whole = Ranges::new();
     for (index, range) in ranges.iter().enumerate() {
