@@ -33,8 +33,18 @@ fn a_guest_is_looked_at_paused_and_resumed() {
     let kernel =
         json!({ "kernel_image_path": service.folder.firmware(), "boot_args": "case=serial end=idle" });
     ok(&["put", "/boot-source", &kernel.to_string()], "done");
-    ok(&["put", "/actions", r#"{"action_type": "InstanceStart"}"#], "done");
+    ok(&["start"], "started");
     ok(&["status"], "vm-1: running; 2 CPUs, 65 MiB of memory, 1 disk\n");
+    ok(&["status"], &format!("\nprocess {}, up ", service.process.child.id()));
+    ok(&["limit", "d", "bandwidth=10M", "ops=500"], "limited from now on");
+    ok(&["limit", "d", "ops=off"], "limited from now on");
+    let limited = r#"{"bandwidth":{"size":10485760,"one_time_burst":null,"refill_time":1000},"ops":null}"#;
+    let config = service.client().ok("GET", "/vm/config", "").json();
+    assert_eq!(config["drives"][0]["rate_limiter"], serde_json::from_str::<Value>(limited).unwrap());
+    ok(&["flush"], "written");
+    if cfg!(target_arch = "x86_64") {
+        ok(&["ctrl-alt-del"], "the keys were pressed");
+    }
     ok(&["pause"], "paused");
     ok(&["status"], "vm-1: paused");
     ok(&["resume"], "resumed");
@@ -47,7 +57,9 @@ fn a_guest_is_looked_at_paused_and_resumed() {
         assert_eq!(code, Some(0), "{text}");
         serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"))
     };
-    assert_eq!(json_of(&["status"])["state"], "Running");
+    let status = json_of(&["status"]);
+    assert_eq!((&status["state"], &status["pid"]), (&json!("Running"), &json!(service.process.child.id())));
+    assert!(status["cpu_us"].as_u64() > Some(0) && status["memory_bytes"].as_u64() > Some(0), "{status}");
     assert_eq!(json_of(&["config"])["drives"][0]["drive_id"], "d");
     assert!(json_of(&["metrics"])["api_server"].is_object());
     assert_eq!(ctl(&service, &["pause", "--json"]), (Some(0), String::new()));
@@ -96,6 +108,7 @@ fn what_is_refused_is_said_with_the_faults_words() {
         (&["get", "/ HTTP/1.1\r\n\r\nGET /"], 1, "is no path of the API"),
         (&["delete", "/machine-config"], 1, "Invalid request method and/or path: DELETE machine-config."),
         (&["dance"], 153, "there is no command `dance`"),
+        (&["limit", "d", "ops=5"], 1, "no disk and no network interface of the guest is called `d`"),
         (&["put", "/vm"], 153, "a path and a body in JSON are expected; see `alula ctl --help`"),
         (&[], 153, "a command is missing"),
     ] {
@@ -182,6 +195,74 @@ fn a_guest_is_asked_to_power_off() {
     let service = Service::running("case=serial end=idle");
     let (code, text) = ctl(&service, &["shutdown"]);
     assert_eq!((code, text.as_str()), (Some(0), "the guest was asked to power off\n"));
+}
+
+#[test]
+fn a_guest_is_stopped_and_waited_for() {
+    // One that powers off when it is told to by its console, which takes a while.
+    let mut service = Service::running("case=serial echo end=poweroff");
+    let mut stop = Process::start(["ctl", "--api-sock", service.socket.to_str().unwrap(), "stop"]);
+    let mut client = service.client();
+    let actions = |metrics: &Value| metrics["put_api_requests"]["actions_count"].as_u64();
+    common::wait_for(|| actions(&client.ok("GET", "/metrics", "").json()) == Some(2));
+    assert!(stop.is_running(), "the guest has not ended yet");
+    service.process.stdin.as_mut().unwrap().write_all(b"bye\n").unwrap();
+    stop.expect("powered off");
+    assert_eq!(stop.end().code, Some(0));
+
+    let mut service = Service::running("case=serial end=idle");
+    service.client().ok("PATCH", "/vm", r#"{"state": "Paused"}"#);
+    let (code, text) = ctl(&service, &["stop"]);
+    assert!(code == Some(1) && text.contains("the guest is paused, and cannot power off"), "{text}");
+    assert_eq!(ctl(&service, &["stop", "--force"]).0, Some(0));
+    common::wait_for(|| !service.process.is_running());
+    assert!(!service.socket.exists());
+
+    let mut unstarted = Service::start(&[]);
+    assert_eq!(ctl(&unstarted, &["stop"]).0, Some(0));
+    common::wait_for(|| !unstarted.process.is_running());
+}
+
+#[test]
+fn all_guests_of_a_user_are_listed_and_what_is_left_is_swept() {
+    let folder = Folder::new();
+    common::called("alula", &folder);
+    // In a namespace of its own, whose processes are all that there are, and end with the shell.
+    let script = r#"cd "$1"; mkdir run; export XDG_RUNTIME_DIR="$1/run" PATH="$1:$PATH"
+        alula serve --id web < /dev/null > web.log 2>&1 &
+        alula serve --id left < /dev/null > left.log 2>&1 & left=$!
+        alula serve --api-sock own.sock < /dev/null > own.log 2>&1 &
+        for tried in $(seq 1000); do
+            ALULA_SOCKET=own.sock alula ctl status && alula ctl web status && alula ctl left status && break
+        done > /dev/null 2>&1
+        kill -9 $left; wait $left
+        for words in "" --json --sweep ""; do alula ctl list $words; echo "=== $?"; done
+        alula ctl list --watch | grep -m 2 NAME"#;
+    let mut command = Command::new("unshare");
+    let output =
+        command.args(["-p", "-f", "--mount-proc", "sh", "-c", script, "sh"]).arg(&folder.0).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let told = String::from_utf8_lossy(&output.stderr);
+    let parts: Vec<_> = text.split("=== 0\n").collect();
+    let [list, json, swept, again, watched] = parts[..] else { panic!("{text}{told}") };
+    let socket = |name: &str| folder.path(name).display().to_string();
+    let places = ["run/alula/web.sock", "run/alula/left.sock", "own.sock"].map(socket);
+    // Of other users' services too, where there are some.
+    let line = |list: &str, place: &str| list.lines().find(|line| line.ends_with(place)).map(str::to_owned);
+    let [web, left, own] =
+        [0, 1, 2].map(|index: usize| line(list, &places[index]).unwrap_or_else(|| panic!("{list}")));
+    assert!(web.starts_with("web ") && web.contains("  not started  ") && web.contains("iB"), "{list}");
+    assert!(left.starts_with("left ") && left.contains("  ended  "), "{list}");
+    assert!(own.starts_with("anonymous-instance "), "{list}");
+    assert!(list.contains("have ended and left") || list.contains("has ended and left its socket"), "{list}");
+    let guests: Vec<Value> = serde_json::from_str(json).unwrap();
+    let guest = |place: &str| guests.iter().find(|guest| guest["socket"] == place).unwrap();
+    assert!(guest(&places[0])["pid"].as_u64() > Some(1) && guest(&places[2])["uptime_ms"].is_u64(), "{json}");
+    assert_eq!(guest(&places[1])["state"], "ended");
+    assert!(swept.contains(&format!("removed `{}`", places[1])) && !swept.contains("web"), "{swept}");
+    assert_eq!(line(again, &places[1]), None);
+    assert!(line(again, &places[0]).is_some() && line(again, &places[2]).is_some(), "{again}");
+    assert_eq!(watched.lines().filter(|line| line.contains("EXITS/s")).count(), 2, "{watched}{told}");
 }
 
 #[test]

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use crate::error::{Context, Error, Result};
+use crate::sys::network;
 
 /// An answer with a larger body, or a larger head, is none of ours.
 const BODY_MAX: u64 = 16 << 20;
@@ -30,10 +31,20 @@ pub struct Answer {
 impl Client {
     /// Connects to the monitor that serves the socket at `path`.
     pub fn connect(path: &Path) -> Result<Self> {
+        Self::connect_within(path, PATIENCE)
+    }
+
+    /// The same; the monitor has so long for each answer.
+    pub fn connect_within(path: &Path, patience: Duration) -> Result<Self> {
         let attempt = || format!("connect to API socket `{}`", path.display());
         let stream = UnixStream::connect(path).map_err(cannot_connect).with_context(attempt)?;
-        stream.set_read_timeout(Some(PATIENCE)).with_context(attempt)?;
+        stream.set_read_timeout(Some(patience)).with_context(attempt)?;
         Ok(Self { stream: BufReader::new(stream) })
+    }
+
+    /// The monitor's process, if it is one that can be seen from here.
+    pub fn process(&self) -> Option<u32> {
+        network::peer(self.stream.get_ref())
     }
 
     /// Waits for answers however long they take: large files may have to be written first.

@@ -2,20 +2,34 @@
 
 use std::io::{Read, Write};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::arguments::ctl::{Ask, Ctl};
-use crate::api::client::{Answer, Client};
+use super::guests::{self, Usage};
+use super::table;
+use crate::api::client::{Answer, Client, Heard};
 use crate::error::{Context, Error, Result};
 use crate::json;
+use crate::limiter::RateLimiter;
 use crate::log::in_one_line;
+use crate::sys::process::signal;
 
 /// A body on standard input of more bytes is refused before it is kept: no monitor takes it.
 const STDIN_MAX: u64 = 16 << 20;
 
+/// How long a guest may take to power off.
+const STOP_TIME: Duration = Duration::from_secs(60);
+
 /// Asks, and prints the answer.
 pub fn run(ctl: &Ctl) -> Result<()> {
+    match &ctl.ask {
+        Ask::List => return guests::list(ctl.json),
+        Ask::Watch => return guests::watch(ctl.json),
+        Ask::Sweep => return guests::sweep(),
+        _ => {}
+    }
     let socket = super::exec::api_of(&ctl.reach)?.unwrap_or_default();
     let mut client = Client::connect(&socket)?;
     match &ctl.ask {
@@ -28,14 +42,17 @@ pub fn run(ctl: &Ctl) -> Result<()> {
         Ask::Resume => set_state(client, "Resumed", ctl.json),
         Ask::Balloon(size) => balloon(client, *size, ctl.json),
         Ask::Snapshot(folder, is_diff) => snapshot(client, folder, *is_diff, ctl.json),
-        Ask::Shutdown => {
-            ask(&mut client, "PUT", "/actions", r#"{"action_type": "Shutdown"}"#)?;
-            if ctl.json { Ok(()) } else { say("the guest was asked to power off") }
-        }
+        Ask::Start => act(&mut client, "InstanceStart", ctl.json, "started"),
+        Ask::Shutdown => act(&mut client, "Shutdown", ctl.json, "the guest was asked to power off"),
+        Ask::Stop { force } => stop(client, &socket, *force, ctl.json),
+        Ask::CtrlAltDel => act(&mut client, "SendCtrlAltDel", ctl.json, "the keys were pressed"),
+        Ask::Flush => act(&mut client, "FlushMetrics", ctl.json, "written"),
+        Ask::Limit(device, limiter) => limit(client, device, *limiter, ctl.json),
         Ask::Request(method, path, body) => {
             let body = if body == "-" { &standard_input()? } else { body };
             show(&ask(&mut client, method, path, body)?, ctl.json, false)
         }
+        Ask::List | Ask::Watch | Ask::Sweep => unreachable!("these ask no guest that has a name"),
     }
 }
 
@@ -56,12 +73,21 @@ pub fn parsed(body: &str) -> Result<Value> {
 }
 
 fn status(mut client: Client, json: bool) -> Result<()> {
-    let instance = ask(&mut client, "GET", "/", "")?;
+    let mut instance = parsed(&ask(&mut client, "GET", "/", "")?)?;
+    if !instance.is_object() {
+        return Err(Error::host("the monitor's answer to `GET /` is no object: it is none of this API"));
+    }
+    let (process, usage) = (client.process(), Usage::of(&mut client));
     if json {
-        return say(&instance);
+        instance["pid"] = process.into();
+        if let (Some(fields), Some(Value::Object(usage))) =
+            (instance.as_object_mut(), usage.map(|usage| usage.json()))
+        {
+            fields.extend(usage);
+        }
+        return say(&instance.to_string());
     }
     let config = parsed(&ask(&mut client, "GET", "/vm/config", "")?)?;
-    let instance = parsed(&instance)?;
     let text = |value: &Value| value.as_str().unwrap_or("?").to_owned();
     let machine = &config["machine-config"];
     let count = |number: &Value, noun: &str| match number.as_u64() {
@@ -78,7 +104,91 @@ fn status(mut client: Client, json: bool) -> Result<()> {
         }
     }
     let state = text(&instance["state"]).to_lowercase();
-    say(&format!("{}: {state}; {}", text(&instance["id"]), parts.join(", ")))
+    say(&format!("{}: {state}; {}", text(&instance["id"]), parts.join(", ")))?;
+    let mut costs: Vec<_> = process.map(|process| format!("process {process}")).into_iter().collect();
+    if let Some(usage) = usage {
+        costs.push(format!("up {}", table::time(Duration::from_millis(usage.uptime_ms))));
+        costs.push(format!("{} of the host's memory", table::size(usage.memory_bytes)));
+        costs.push(format!("{} of CPU time", table::time(Duration::from_micros(usage.cpu_us))));
+    }
+    if costs.is_empty() { Ok(()) } else { say(&costs.join(", ")) }
+}
+
+fn act(client: &mut Client, action: &str, json: bool, done: &str) -> Result<()> {
+    ask(client, "PUT", "/actions", &json!({ "action_type": action }).to_string())?;
+    if json { Ok(()) } else { say(done) }
+}
+
+/// Has the guest power off, or ends it, and waits until its monitor has ended.
+fn stop(mut client: Client, socket: &Path, force: bool, json: bool) -> Result<()> {
+    let state = parsed(&ask(&mut client, "GET", "/", "")?)?["state"].take();
+    let process = client.process();
+    // What happens from here on.
+    let mut lines = Client::connect(socket)?.follow("/events")?;
+    if force || state == "Not started" {
+        let process = process.ok_or_else(|| Error::host("its process cannot be seen from here"));
+        let ended = process.and_then(|process| signal(process, libc::SIGTERM).context("end its process"));
+        ended.context("end the guest at once")?;
+    } else if state == "Paused" {
+        return Err(Error::config(
+            "the guest is paused, and cannot power off: `alula ctl resume` it first, or `stop --force`",
+        ));
+    } else {
+        ask(&mut client, "PUT", "/actions", r#"{"action_type": "Shutdown"}"#)?;
+    }
+    let deadline = Instant::now() + STOP_TIME;
+    let mut reason = "the guest has ended".to_owned();
+    loop {
+        let rest = deadline.saturating_duration_since(Instant::now());
+        match lines.next(Some(rest))? {
+            Heard::Line(line) => {
+                let event = parsed(&line)?;
+                if event["event"] == "ended" {
+                    reason = in_one_line(event["reason"].as_str().unwrap_or_default());
+                }
+            }
+            Heard::End => return if json { Ok(()) } else { say(&reason) },
+            Heard::Nothing if rest.is_zero() => {
+                return Err(Error::guest(format!(
+                    "the guest has not powered off within {} s: `alula ctl stop --force` ends it at once",
+                    STOP_TIME.as_secs()
+                )));
+            }
+            Heard::Nothing => {}
+        }
+    }
+}
+
+/// Limits a disk, or each direction of a network interface, whichever has this name.
+fn limit(mut client: Client, device: &str, limiter: RateLimiter, json: bool) -> Result<()> {
+    let config = parsed(&ask(&mut client, "GET", "/vm/config", "")?)?;
+    let has = |section: &str, id: &str| {
+        let devices = config[section].as_array().into_iter().flatten();
+        devices.into_iter().any(|other| other[id] == device)
+    };
+    // A limit that is left out stays as it is; told whole, one that is `off` would be left out.
+    let buckets = [("bandwidth", limiter.bandwidth), ("ops", limiter.ops)];
+    let limits: Map<_, _> =
+        buckets.into_iter().filter_map(|(name, bucket)| Some((name.to_owned(), json!(bucket?)))).collect();
+    let (path, body) = match (has("drives", "drive_id"), has("network-interfaces", "iface_id")) {
+        (true, false) => ("/drives", json!({ "drive_id": device, "rate_limiter": limits })),
+        (false, true) => {
+            let body = json!({ "iface_id": device, "rx_rate_limiter": limits, "tx_rate_limiter": limits });
+            ("/network-interfaces", body)
+        }
+        (false, false) => {
+            return Err(Error::config(format!(
+                "no disk and no network interface of the guest is called `{device}`"
+            )));
+        }
+        (true, true) => {
+            return Err(Error::config(format!(
+                "a disk and a network interface are called `{device}`: say which by `alula ctl patch`"
+            )));
+        }
+    };
+    ask(&mut client, "PATCH", &format!("{path}/{device}"), &body.to_string())?;
+    if json { Ok(()) } else { say("limited from now on") }
 }
 
 fn set_state(mut client: Client, state: &str, json: bool) -> Result<()> {

@@ -103,12 +103,12 @@ pub fn wait(wait: &Wait) -> u8 {
 
 /// Lets a monitor that is being started make its socket, so long at most.
 fn wait_for_monitor(reach: &Reach, time: Duration) {
-    let path = match reach {
-        Reach::Vsock(path) | Reach::Api(path) => path.clone(),
-        Reach::Id(id) => runtime::socket(id),
+    let is_there = || match reach {
+        Reach::Vsock(path) | Reach::Api(path) => path.exists(),
+        Reach::Id(id) => runtime::look(id).is_some(),
     };
     let until = Instant::now() + time;
-    while !path.exists() && Instant::now() < until {
+    while !is_there() && Instant::now() < until {
         std::thread::sleep(AGAIN_UNTOLD);
     }
 }

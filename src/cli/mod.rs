@@ -7,11 +7,13 @@ mod check;
 mod command;
 mod ctl;
 mod exec;
+mod guests;
 mod outputs;
 mod persona;
 mod readiness;
 mod session;
 mod snapshot;
+mod table;
 mod template;
 mod walls;
 

@@ -1,4 +1,4 @@
-//! Where a guest with a name is found: `alula/ID.sock` in the user's runtime folder.
+//! Where a guest with a name is found: `alula/ID.sock` in the user's runtime folder, or the system's.
 
 use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
@@ -18,21 +18,35 @@ pub fn check_id(id: &str) -> Result<(), String> {
     }
 }
 
+/// Where guests without a user are: services of the system.
+const SYSTEM: &str = "/run/alula";
+
 /// The folder of control sockets, `$XDG_RUNTIME_DIR/alula`, or `/run/alula` without a user's runtime folder.
 pub fn folder() -> PathBuf {
     let base = std::env::var_os("XDG_RUNTIME_DIR").filter(|folder| !folder.is_empty());
-    base.map_or_else(|| PathBuf::from("/run"), PathBuf::from).join("alula")
+    base.map_or_else(|| PathBuf::from(SYSTEM), |base| PathBuf::from(base).join("alula"))
 }
 
-/// The control socket of the guest of this name.
-pub fn socket(id: &str) -> PathBuf {
-    folder().join(format!("{id}.sock"))
+/// The folders in which guests are looked for: this user's own, then the one of services of the system.
+pub fn folders() -> Vec<PathBuf> {
+    let mut folders = vec![folder(), PathBuf::from(SYSTEM)];
+    folders.dedup();
+    folders
+}
+
+fn socket_in(folder: &Path, id: &str) -> PathBuf {
+    folder.join(format!("{id}.sock"))
+}
+
+/// The control socket of the guest of this name, if it is there.
+pub fn look(id: &str) -> Option<PathBuf> {
+    folders().iter().map(|folder| socket_in(folder, id)).find(|path| path.exists())
 }
 
 /// The control socket of a guest of this name that is to be made: its folder is there afterwards. Whoever listens there
 /// takes over what a monitor that was killed has left ([`crate::host::listener::Listener::bind`]).
 pub fn prepare(id: &str) -> Result<PathBuf> {
-    let path = socket(id);
+    let path = socket_in(&folder(), id);
     prepare_at(&path).map(|()| path)
 }
 
@@ -45,21 +59,22 @@ fn prepare_at(path: &Path) -> Result<()> {
 
 /// The control socket of the guest of this name, which is there.
 pub fn find(id: &str) -> Result<PathBuf> {
-    let path = socket(id);
-    if path.exists() {
+    if let Some(path) = look(id) {
         return Ok(path);
     }
+    let path = socket_in(&folder(), id);
     Err(Error::config(format!(
         "there is no guest `{id}`: `{}` is not there (a guest is found by the --id that it was started with; --api-sock \
          names its socket otherwise){}",
         path.display(),
-        others(&folder())
+        others(&folders())
     )))
 }
 
-fn others(folder: &Path) -> String {
-    let mut names: Vec<String> = std::fs::read_dir(folder)
-        .into_iter()
+fn others(folders: &[PathBuf]) -> String {
+    let mut names: Vec<String> = folders
+        .iter()
+        .flat_map(std::fs::read_dir)
         .flatten()
         .flatten()
         .filter_map(|entry| entry.file_name().to_str()?.strip_suffix(".sock").map(str::to_owned))

@@ -69,6 +69,16 @@ impl Listener {
         self.file.leave();
     }
 
+    /// Removes the socket that a process has left at `path`. Returns whether there was one: one that somebody listens at
+    /// stays.
+    pub fn sweep(path: &Path) -> Result<bool> {
+        if check_left(path).is_err() {
+            return Ok(false);
+        }
+        let swept = clear(path).map(|_| true);
+        swept.with_context(|| format!("remove what a process has left at `{}`", path.display()))
+    }
+
     /// Whether it is this socket that programs find at `path`.
     pub fn is_at(&self, path: &Path) -> bool {
         self.file.is_at(path)
@@ -103,12 +113,18 @@ fn check(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Listens at `path` in place of a process that has ended. What anybody listens at stays as it is: who takes a path
-/// over has the folder's lock, so that nobody removes what another one has just made there.
+/// Listens at `path` in place of a process that has ended.
 fn take_over(path: &Path) -> Result<UnixListener> {
+    let _lock = clear(path)?;
+    listen(path).map_err(|error| paths::cannot_make(path, &error))
+}
+
+/// Removes what a process has left at `path`. What anybody listens at stays as it is: who takes a path over has the
+/// folder's lock, which is returned, so that nobody removes what another one has just made there.
+fn clear(path: &Path) -> Result<File> {
     let before = socket_file::identity(path);
     check_left(path)?;
-    let _lock = lock(paths::folder(path))?;
+    let lock = lock(paths::folder(path))?;
     std::thread::sleep(SETTLE_TIME);
     check_left(path)?;
     if socket_file::identity(path) != before {
@@ -118,7 +134,7 @@ fn take_over(path: &Path) -> Result<UnixListener> {
     removed.with_context(|| {
         format!("remove the socket that a process has left there (`rm '{}'`)", path.display())
     })?;
-    listen(path).map_err(|error| paths::cannot_make(path, &error))
+    Ok(lock)
 }
 
 /// A listening socket at `path` that does not block from the first.

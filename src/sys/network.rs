@@ -53,6 +53,20 @@ pub fn accept(listener: &impl AsRawFd) -> Result<UnixStream> {
     owned(unsafe { libc::accept4(listener.as_raw_fd(), nobody, std::ptr::null_mut(), flags) }).map(Into::into)
 }
 
+/// The process at the other end of a Unix socket: the one that listens there, or that has made the pair (SO_PEERCRED in
+/// unix(7)). None: it is in a PID namespace that this process does not see.
+pub fn peer(socket: &impl AsRawFd) -> Option<u32> {
+    let mut peer = libc::ucred { pid: 0, uid: 0, gid: 0 };
+    let mut length = size_of_val(&peer) as libc::socklen_t;
+    // SAFETY: the call writes no more than `length` bytes, all of the local structure.
+    let asked = unsafe {
+        let place = ptr::from_mut(&mut peer).cast();
+        libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_PEERCRED, place, &mut length)
+    };
+    check(asked).ok()?;
+    u32::try_from(peer.pid).ok().filter(|pid| *pid > 0)
+}
+
 /// Receives into the front of `bytes`, and returns how many there were (recv(2)); `flags`: `libc::MSG_...`.
 ///
 /// # Errors

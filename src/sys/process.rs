@@ -361,6 +361,17 @@ pub fn reap() -> Option<(u32, Exit)> {
     Some((pid, exit))
 }
 
+/// Sends a signal to a process.
+///
+/// # Errors
+/// There is none of this number any more (ESRCH), or this user may not (EPERM).
+pub fn signal(process: u32, signal: i32) -> Result<()> {
+    // Numbers below 1 are groups of processes, or all.
+    let process = libc::pid_t::try_from(process).ok().filter(|process| *process > 0);
+    // SAFETY: the call takes numbers.
+    check(unsafe { libc::kill(process.ok_or(ErrorKind::InvalidInput)?, signal) }).map(drop)
+}
+
 /// Sends a signal to a process group. A group that is gone gets none.
 pub fn signal_group(group: u32, signal: u8) {
     // A group of 0 or 1 would be our own, or everybody.

@@ -5,17 +5,20 @@ use lexopt::ValueExt;
 
 use super::exec::Reach;
 use super::{Command, Given};
+use crate::limiter::{RateLimiter, TokenBucket};
 use crate::spelling;
 use crate::units::mebibytes;
 
 const HELP: &str = "\
 Ask a running microVM something, or tell it to do something, over its control socket.
 
-Usage: alula ctl [--json] ID COMMAND
-       alula ctl [--api-sock SOCKET] [--json] COMMAND
+Usage: alula ctl [OPTIONS] ID COMMAND
+       alula ctl [OPTIONS] --api-sock SOCKET COMMAND
+       alula ctl list [--watch] [--sweep] [--json]
 
 Commands:
-  status             Whether it runs, and what it is made of
+  list               All guests of this user, and what each costs
+  status             Whether it runs, what it is made of, and what it costs
   config             Its whole configuration
   guest              What the agent in its guest says: version, uptime, memory, addresses
   metrics            What it has done so far, without what it never did
@@ -23,30 +26,71 @@ Commands:
   pause, resume      Stop its CPUs and devices, let them go on
   balloon [SIZE]     How much memory its guest is to do without, and does; with a SIZE, like 512M: set it
   snapshot FOLDER    Save it, with its memory, to files there; it stands still for a moment, and goes on
+  start              Start the guest of a service that was configured by requests
   shutdown           Ask the guest to power off: Ctrl-Alt-Del on x86_64, the power key on aarch64
+  stop               The same, and wait until it has: the exit code is 1 if it has not after 60 s
+  ctrl-alt-del       Press these keys on its keyboard: many systems reboot then (x86_64)
+  limit DEVICE WORD  Limit a disk, or each direction of a network interface, from now on
+  flush              Write a line of metrics now, where `--metrics-path` says
   get PATH           Any request of the API (docs/api.md), like `get /machine-config`
   put PATH JSON      With this body; `-` reads it from standard input
   patch PATH JSON    The same
   delete PATH        Without a body
 
 Options:
-      --api-sock SOCKET  The socket, instead of the guest's ID [default: /run/firecracker.socket]
+      --api-sock SOCKET  The socket, instead of the guest's ID [default: what the variable ALULA_SOCKET
+                         says, or /run/firecracker.socket]
       --json             Print JSON, for programs
       --diff             With `snapshot`: save only what was written to memory since the last one
+      --force            With `stop`: end the guest at once, as if its power failed
+      --watch            With `list`: show what guests do in every second, until Ctrl-C
+      --sweep            With `list`: remove the sockets that guests with a name have left when they were
+                         killed, and say which
   -h, --help             Print this
+
+A limit is `bandwidth=10M` (bytes a second, with K, M or G), `ops=500` (requests or frames a second), or both;
+`off` instead of a number ends it.
 
 The exit code is 0, or 1 when the microVM cannot be reached or refuses, 153 for wrong arguments.
 
 Examples:
   alula ctl web guest
+  alula ctl web limit disk0 bandwidth=20M ops=500
+  alula ctl list --watch
   alula ctl --api-sock /tmp/alula.sock status
   alula ctl put /boot-source '{\"kernel_image_path\": \"vmlinux\"}'
 ";
 
-const COMMANDS: [&str; 14] = [
-    "status", "config", "guest", "metrics", "events", "pause", "resume", "balloon", "snapshot", "shutdown",
-    "get", "put", "patch", "delete",
+const COMMANDS: [&str; 20] = [
+    "list",
+    "status",
+    "config",
+    "guest",
+    "metrics",
+    "events",
+    "pause",
+    "resume",
+    "balloon",
+    "snapshot",
+    "start",
+    "shutdown",
+    "stop",
+    "ctrl-alt-del",
+    "limit",
+    "flush",
+    "get",
+    "put",
+    "patch",
+    "delete",
 ];
+
+/// The socket that is asked when none is named.
+const SOCKET_VARIABLE: &str = "ALULA_SOCKET";
+const DEFAULT_SOCKET: &str = "/run/firecracker.socket";
+
+/// The options that only one command has, and that command.
+const EXTRA: [(&str, &str); 4] =
+    [("diff", "snapshot"), ("force", "stop"), ("watch", "list"), ("sweep", "list")];
 
 /// `alula ctl`.
 #[derive(Debug)]
@@ -70,21 +114,36 @@ pub enum Ask {
     Balloon(Option<u64>),
     /// Save to this folder, as a difference if that is true.
     Snapshot(std::path::PathBuf, bool),
+    Start,
     Shutdown,
+    Stop {
+        force: bool,
+    },
+    CtrlAltDel,
+    /// This device, from now on.
+    Limit(String, RateLimiter),
+    Flush,
+    List,
+    Watch,
+    Sweep,
     /// Method, path and body of a request.
     Request(&'static str, String, String),
 }
 
 /// Parses what comes after `alula ctl`.
 pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
-    let (mut reach, mut json, mut is_diff, mut words) = (None, false, false, Vec::new());
-    let mut given = Given::default();
+    let (mut reach, mut json, mut words) = (None, false, Vec::new());
+    let (mut given, mut extra) = (Given::default(), None);
     while let Some(argument) = parser.next()? {
         given.once(&argument)?;
         match argument {
             Long("api-sock") => reach = Some(Reach::Api(parser.value()?.into())),
             Long("json") => json = true,
-            Long("diff") => is_diff = true,
+            Long(name) if let Some((option, command)) = EXTRA.iter().find(|(option, _)| *option == name) => {
+                if let Some((other, _)) = extra.replace((*option, *command)) {
+                    return Err(format!("--{other} and --{option} do not go together").into());
+                }
+            }
             Short('h') | Long("help") => return Ok(Command::Print(HELP.to_owned())),
             Value(word) => words.push(word.string()?),
             other => return Err(other.unexpected()),
@@ -100,8 +159,24 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
         reach = Some(Reach::Id(super::exec::name_of(id)?));
         words.remove(0);
     }
+    if let Some((option, command)) = extra
+        && words.first() != Some(&command)
+    {
+        return Err(format!("`--{option}` is for `{command}` alone").into());
+    }
+    let ask = ask(&words, extra.map(|(option, _)| option))?;
+    let socket = || std::env::var_os(SOCKET_VARIABLE).filter(|socket| !socket.is_empty());
+    let reach = reach.unwrap_or_else(|| Reach::Api(socket().unwrap_or_else(|| DEFAULT_SOCKET.into()).into()));
+    Ok(Command::Ctl(Ctl { reach, json, ask }))
+}
+
+/// What the words of a command ask for, with one of [`EXTRA`]'s options.
+fn ask(words: &[&str], extra: Option<&str>) -> Result<Ask, lexopt::Error> {
     let request = |method, path: &&str, body: &str| Ask::Request(method, (*path).to_owned(), body.to_owned());
-    let ask = match words.as_slice() {
+    Ok(match words {
+        ["list"] if extra == Some("watch") => Ask::Watch,
+        ["list"] if extra == Some("sweep") => Ask::Sweep,
+        ["list"] => Ask::List,
         ["status"] => Ask::Status,
         ["config"] => Ask::Config,
         ["guest"] => Ask::Guest,
@@ -111,24 +186,87 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
         ["resume"] => Ask::Resume,
         ["balloon"] => Ask::Balloon(None),
         ["balloon", size] => Ask::Balloon(Some(mebibytes(size)?)),
-        ["snapshot", folder] => Ask::Snapshot(folder.into(), is_diff),
+        ["snapshot", folder] => Ask::Snapshot(folder.into(), extra.is_some()),
         ["snapshot", ..] => return Err("one folder, and `--diff` or not, is expected".into()),
+        ["start"] => Ask::Start,
         ["shutdown"] => Ask::Shutdown,
+        ["stop"] => Ask::Stop { force: extra.is_some() },
+        ["ctrl-alt-del"] => Ask::CtrlAltDel,
+        ["limit", device, limits @ ..] => Ask::Limit((*device).to_owned(), rate_limiter(limits)?),
+        ["limit"] => return Err("a device, and `bandwidth=` or `ops=`, are expected".into()),
+        ["flush"] => Ask::Flush,
         ["get", path] => request("GET", path, ""),
         ["put", path, body] => request("PUT", path, body),
         ["patch", path, body] => request("PATCH", path, body),
         ["delete", path] => request("DELETE", path, ""),
-        [] => return Err("a command is missing: status, config, metrics, events, pause, ...".into()),
+        [] => return Err("a command is missing: list, status, config, metrics, events, pause, ...".into()),
         ["put" | "patch", ..] => return Err("a path and a body in JSON are expected".into()),
         ["get" | "delete", ..] => return Err("one path is expected".into()),
         [word, ..] => {
             let message = format!("there is no command `{word}`, or it has too many words");
             return Err(spelling::with_hint(message, word, COMMANDS).into());
         }
-    };
-    if is_diff && !matches!(ask, Ask::Snapshot(..)) {
-        return Err("`--diff` is for `snapshot FOLDER` alone".into());
+    })
+}
+
+/// `bandwidth=10M`, `ops=off`: so much a second.
+fn rate_limiter(words: &[&str]) -> Result<RateLimiter, String> {
+    const EXPECTED: &str =
+        "expected `bandwidth=N`, with K, M or G, `ops=N`, or both, with `off` for no limit";
+    let mut limiter = RateLimiter::default();
+    for word in words {
+        let (bucket, number) = match word.split_once('=') {
+            Some(("bandwidth", number)) => (&mut limiter.bandwidth, number),
+            Some(("ops", number)) => (&mut limiter.ops, number),
+            _ => return Err(format!("`{word}`: {EXPECTED}")),
+        };
+        let size = a_second(number).ok_or_else(|| format!("`{word}`: {EXPECTED}"))?;
+        // A bucket of 0 is no limit.
+        let refill_time = if size == 0 { 0 } else { 1000 };
+        if bucket.replace(TokenBucket { size, one_time_burst: None, refill_time }).is_some() {
+            return Err(format!("`{word}`: that limit is given twice"));
+        }
     }
-    let reach = reach.unwrap_or_else(|| Reach::Api("/run/firecracker.socket".into()));
-    Ok(Command::Ctl(Ctl { reach, json, ask }))
+    if limiter == RateLimiter::default() { Err(EXPECTED.to_owned()) } else { Ok(limiter) }
+}
+
+/// A number that is not 0, with its unit; `off` is 0.
+fn a_second(text: &str) -> Option<u64> {
+    let (digits, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
+    let factor: u64 = match (digits, unit) {
+        ("", "off") => return Some(0),
+        (_, "") => 1,
+        (_, "K") => 1 << 10,
+        (_, "M") => 1 << 20,
+        (_, "G") => 1 << 30,
+        _ => return None,
+    };
+    digits.parse().ok().filter(|number: &u64| *number > 0)?.checked_mul(factor)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_is_so_much_a_second() {
+        let bucket = |size, refill_time| Some(TokenBucket { size, one_time_burst: None, refill_time });
+        for (words, bandwidth, ops) in [
+            (&["bandwidth=10M"][..], bucket(10 << 20, 1000), None),
+            (&["ops=500", "bandwidth=off"], bucket(0, 0), bucket(500, 1000)),
+        ] {
+            assert_eq!(rate_limiter(words), Ok(RateLimiter { bandwidth, ops }), "{words:?}");
+        }
+        for (words, expected) in [
+            (&[][..], "expected `bandwidth=N`"),
+            (&["fast"], "`fast`: expected"),
+            (&["ops=0"], "`ops=0`: expected"),
+            (&["ops=1T"], "`ops=1T`: expected"),
+            (&["bandwidth=99999999999G"], "expected"),
+            (&["ops=1", "ops=2"], "`ops=2`: that limit is given twice"),
+        ] {
+            let error = rate_limiter(words).unwrap_err();
+            assert!(error.contains(expected), "{words:?}: {error}");
+        }
+    }
 }

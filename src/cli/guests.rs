@@ -1,0 +1,351 @@
+//! `alula ctl list`: all guests of this user, what each costs its host, and the sockets that guests have left behind.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
+use std::fs;
+use std::io::{IsTerminal, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::persona::Persona;
+use super::table::{self, Align};
+use crate::api::client::Client;
+use crate::error::{Context, Result};
+use crate::guest::runtime;
+use crate::host::listener::Listener;
+use crate::json;
+use crate::log::in_one_line;
+use crate::sys::process;
+
+/// A monitor that does not answer for so long is shown as silent: the others are not to wait for it.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// How often a table that is watched is made anew.
+const PERIOD: Duration = Duration::from_secs(1);
+/// Where Firecracker, and a service without a name, has its socket.
+const DEFAULT_SOCKET: &str = "/run/firecracker.socket";
+
+/// What a guest and its monitor have cost the host so far: sums since the monitor's start, but for the memory.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Usage {
+    pub uptime_ms: u64,
+    pub cpu_us: u64,
+    pub memory_bytes: u64,
+    read_bytes: u64,
+    written_bytes: u64,
+    received_bytes: u64,
+    sent_bytes: u64,
+    exits: u64,
+}
+
+impl Usage {
+    /// What the monitor tells. None: it tells nothing of the kind, as another monitor with the same API.
+    pub fn of(client: &mut Client) -> Option<Self> {
+        let answer = client.request("GET", "/metrics", "").ok().filter(|answer| answer.status == 200)?;
+        Self::read(&json::from_text(&answer.body).ok()?)
+    }
+
+    fn read(metrics: &Value) -> Option<Self> {
+        let count = |group: &str, fields: &[&str]| -> u64 {
+            let numbers = fields.iter().filter_map(|field| metrics[group][field].as_u64());
+            numbers.fold(0, u64::saturating_add)
+        };
+        let process = &metrics["process"];
+        let threads = process["cpu_us"].as_object()?.values().filter_map(Value::as_u64);
+        Some(Self {
+            uptime_ms: process["uptime_ms"].as_u64()?,
+            cpu_us: threads.fold(0, u64::saturating_add),
+            memory_bytes: process["memory"]["resident_bytes"].as_u64()?,
+            read_bytes: count("block", &["read_bytes"]),
+            written_bytes: count("block", &["write_bytes"]),
+            received_bytes: count("net", &["rx_bytes_count"]),
+            sent_bytes: count("net", &["tx_bytes_count"]),
+            exits: count("vcpu", &["exit_io_in", "exit_io_out", "exit_mmio_read", "exit_mmio_write"]),
+        })
+    }
+
+    /// For programs.
+    pub fn json(&self) -> Value {
+        json!({
+            "uptime_ms": self.uptime_ms, "cpu_us": self.cpu_us, "memory_bytes": self.memory_bytes,
+            "read_bytes": self.read_bytes, "written_bytes": self.written_bytes,
+            "received_bytes": self.received_bytes, "sent_bytes": self.sent_bytes, "exits": self.exits,
+        })
+    }
+}
+
+/// One socket, and who answers there.
+struct Guest {
+    socket: PathBuf,
+    id: String,
+    /// `running`, `paused`, `not started`; `silent`: it does not answer; `ended`: nobody listens there any more.
+    state: String,
+    process: Option<u32>,
+    usage: Option<Usage>,
+}
+
+impl Guest {
+    /// Who answers at `socket`, which is there.
+    fn at(socket: PathBuf) -> Self {
+        let name = socket.file_stem().unwrap_or_default().to_string_lossy();
+        let mut guest =
+            Self { id: in_one_line(&name), socket, state: "silent".to_owned(), process: None, usage: None };
+        let is_left = || Listener::look("socket", &guest.socket).is_ok();
+        let Ok(mut client) = Client::connect_within(&guest.socket, PATIENCE) else {
+            if is_left() {
+                guest.state = "ended".to_owned();
+            }
+            return guest;
+        };
+        guest.process = client.process();
+        let Ok(answer) = client.request("GET", "/", "") else { return guest };
+        let instance: Value = json::from_text(&answer.body).unwrap_or_default();
+        if let (Some(id), Some(state)) = (instance["id"].as_str(), instance["state"].as_str()) {
+            guest.id = in_one_line(id);
+            guest.state = in_one_line(&state.to_lowercase());
+            guest.usage = Usage::of(&mut client);
+        }
+        guest
+    }
+
+    fn json(&self) -> Value {
+        let Self { socket, id, state, process, usage } = self;
+        let mut value = json!({ "id": id, "state": state, "socket": socket, "pid": process });
+        if let (Value::Object(fields), Some(Value::Object(usage))) =
+            (&mut value, usage.as_ref().map(Usage::json))
+        {
+            fields.extend(usage);
+        }
+        value
+    }
+}
+
+/// The guests, by their sockets: those in the folders of guests with a name, and those that processes of this user
+/// were told to make.
+fn all() -> Vec<Guest> {
+    let mut sockets: BTreeSet<PathBuf> = named().collect();
+    sockets.extend(of_processes().filter(|socket| socket.exists()));
+    let mut guests: Vec<_> = sockets.into_iter().map(Guest::at).collect();
+    guests.sort_by(|one, other| one.id.cmp(&other.id));
+    guests
+}
+
+fn named() -> impl Iterator<Item = PathBuf> {
+    let entries = runtime::folders().into_iter().flat_map(fs::read_dir).flatten().flatten();
+    entries.map(|entry| entry.path()).filter(|path| path.extension() == Some("sock".as_ref()))
+}
+
+fn of_processes() -> impl Iterator<Item = PathBuf> {
+    let (own, _) = process::identity();
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten().map(|entry| entry.path());
+    // Any of them may end at any time.
+    processes.filter_map(move |process| {
+        process.file_name()?.to_str()?.parse::<u32>().ok()?;
+        if fs::metadata(&process).ok()?.uid() != own {
+            return None;
+        }
+        let socket = socket_of(&fs::read(process.join("cmdline")).ok()?)?;
+        let socket = fs::read_link(process.join("cwd")).ok()?.join(socket);
+        // In the root that the process has.
+        match fs::read_link(process.join("root")).ok()? {
+            root if root == Path::new("/") => Some(socket),
+            root => Some(root.join(socket.strip_prefix("/").unwrap_or(&socket))),
+        }
+    })
+}
+
+/// The socket that a process was told to serve, by its command line; None: it has no such socket, or one that is in
+/// the folder of guests with a name.
+fn socket_of(command_line: &[u8]) -> Option<PathBuf> {
+    let mut words = command_line.split(|byte| *byte == 0).map(OsStr::from_bytes);
+    let program = words.next()?;
+    let is_service = match Persona::of(program) {
+        Persona::Firecracker => true,
+        Persona::Alula if Path::new(program).file_name() == Some("alula".as_ref()) => {
+            match words.next()?.to_str()? {
+                "serve" => true,
+                "run" => false,
+                _ => return None,
+            }
+        }
+        _ => return None,
+    };
+    let words: Vec<_> = words.take_while(|word| *word != "--").collect();
+    let value = |option: &str| {
+        words.iter().zip(1..).find_map(|(word, next)| {
+            match word.as_bytes().strip_prefix(option.as_bytes())? {
+                [] => words.get(next).map(PathBuf::from),
+                [b'=', value @ ..] => Some(OsStr::from_bytes(value).into()),
+                _ => None,
+            }
+        })
+    };
+    let has_name = || Persona::of(program) == Persona::Alula && value("--id").is_some();
+    value("--api-sock").or_else(|| (is_service && !has_name()).then(|| DEFAULT_SOCKET.into()))
+}
+
+/// Shows all guests once, as a table, or for programs as JSON.
+pub fn list(json: bool) -> Result<()> {
+    let guests = all();
+    if json {
+        return print(&format!("{:#}\n", guests.iter().map(Guest::json).collect::<Value>()));
+    }
+    let left = guests.iter().filter(|guest| guest.state == "ended").count();
+    print(&shown(&guests))?;
+    match left {
+        0 => Ok(()),
+        1 => print("one of them has ended and left its socket: `alula ctl list --sweep` removes it\n"),
+        left => print(&format!(
+            "{left} of them have ended and left their sockets: `alula ctl list --sweep` removes them\n"
+        )),
+    }
+}
+
+/// Removes the sockets of guests with a name that have ended without doing so themselves.
+pub fn sweep() -> Result<()> {
+    for socket in named() {
+        if Listener::sweep(&socket)? {
+            print(&format!("removed `{}`\n", socket.display()))?;
+        }
+    }
+    Ok(())
+}
+
+/// Shows what guests do, anew every second, until the process is ended.
+pub fn watch(json: bool) -> Result<()> {
+    let is_terminal = std::io::stdout().is_terminal();
+    let mut before = BTreeMap::new();
+    loop {
+        let begun = Instant::now();
+        let guests = all();
+        let text = match json {
+            true => format!("{}\n", guests.iter().map(Guest::json).collect::<Value>()),
+            false => rates(&guests, &before),
+        };
+        match is_terminal && !json {
+            // From the upper left corner, each line over the one that was there.
+            true => print(&format!("\x1b[H{}\x1b[J", text.replace('\n', "\x1b[K\n")))?,
+            false => print(&text)?,
+        }
+        let known = guests.into_iter().filter_map(|guest| Some((guest.socket, guest.usage?)));
+        before = known.collect();
+        std::thread::sleep(PERIOD.saturating_sub(begun.elapsed()));
+    }
+}
+
+fn shown(guests: &[Guest]) -> String {
+    let head = ["NAME", "STATE", "PID", "UP", "CPU", "MEMORY", "SOCKET"];
+    let rows = guests.iter().map(|guest| {
+        let of_usage = |tell: fn(&Usage) -> String| guest.usage.as_ref().map(tell).unwrap_or_default();
+        [
+            guest.id.clone(),
+            guest.state.clone(),
+            guest.process.map(|process| process.to_string()).unwrap_or_default(),
+            of_usage(|usage| table::time(Duration::from_millis(usage.uptime_ms))),
+            of_usage(|usage| table::time(Duration::from_micros(usage.cpu_us))),
+            of_usage(|usage| table::size(usage.memory_bytes)),
+            in_one_line(&guest.socket.to_string_lossy()),
+        ]
+    });
+    use Align::{Left, Right};
+    table::text(head, [Left, Left, Right, Right, Right, Right, Left], rows)
+}
+
+/// What guests have done in the time since `before`, a second.
+fn rates(guests: &[Guest], before: &BTreeMap<PathBuf, Usage>) -> String {
+    let head = ["NAME", "STATE", "CPU %", "MEMORY", "READ/s", "WRITTEN/s", "RECEIVED/s", "SENT/s", "EXITS/s"];
+    let rows = guests.iter().map(|guest| {
+        let mut row = [const { String::new() }; 9];
+        (row[0], row[1]) = (guest.id.clone(), guest.state.clone());
+        let Some(now) = &guest.usage else { return row };
+        row[3] = table::size(now.memory_bytes);
+        let Some(before) = before.get(&guest.socket) else { return row };
+        let passed_ms = now.uptime_ms.saturating_sub(before.uptime_ms).max(1);
+        let rate = |count: fn(&Usage) -> u64| {
+            count(now).saturating_sub(count(before)).saturating_mul(1000) / passed_ms
+        };
+        row[2] = format!("{}", rate(|usage| usage.cpu_us) / 10_000);
+        row[4] = table::size(rate(|usage| usage.read_bytes));
+        row[5] = table::size(rate(|usage| usage.written_bytes));
+        row[6] = table::size(rate(|usage| usage.received_bytes));
+        row[7] = table::size(rate(|usage| usage.sent_bytes));
+        row[8] = rate(|usage| usage.exits).to_string();
+        row
+    });
+    use Align::{Left, Right};
+    table::text(head, [Left, Left, Right, Right, Right, Right, Right, Right, Right], rows)
+}
+
+fn print(text: &str) -> Result<()> {
+    let mut output = std::io::stdout().lock();
+    output.write_all(text.as_bytes()).and_then(|()| output.flush()).context("write to standard output")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_line_tells_the_socket_of_its_process() {
+        for (line, expected) in [
+            ("alula serve --api-sock a.sock", Some("a.sock")),
+            ("/usr/bin/alula run --cpus 2 --api-sock=/s vmlinux", Some("/s")),
+            ("alula serve", Some("/run/firecracker.socket")),
+            ("alula serve --id web", None),
+            ("alula run --id web", None),
+            ("alula run -- alula serve --api-sock x", None),
+            ("alula ctl --api-sock a.sock status", None),
+            ("alula run vmlinux --api-sock", None),
+            ("firecracker --id web", Some("/run/firecracker.socket")),
+            ("firecracker-v1.17.0-x86_64 --id web --api-sock /fc", Some("/fc")),
+            ("bash serve --api-sock a.sock", None),
+            ("", None),
+        ] {
+            let bytes = line.replace(' ', "\0").into_bytes();
+            assert_eq!(socket_of(&bytes), expected.map(PathBuf::from), "{line}");
+        }
+    }
+
+    #[test]
+    fn rates_are_what_came_within_the_guests_own_time() {
+        let usage = |uptime_ms, cpu_us, exits| Usage { uptime_ms, cpu_us, exits, ..Usage::default() };
+        let guest = |id: &str, usage| Guest {
+            socket: id.into(),
+            id: id.to_owned(),
+            state: "running".to_owned(),
+            process: None,
+            usage,
+        };
+        let before = BTreeMap::from([(PathBuf::from("a"), usage(1000, 500_000, 10))]);
+        // Half a CPU for two seconds; one that is new; one that tells nothing.
+        let guests = [
+            guest("a", Some(usage(3000, 1_500_000, 110))),
+            guest("b", Some(usage(5, 5, 5))),
+            guest("c", None),
+        ];
+        let text = rates(&guests, &before);
+        let rows: Vec<Vec<_>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
+        assert_eq!(rows[1], ["a", "running", "50", "0", "B", "0", "B", "0", "B", "0", "B", "0", "B", "50"]);
+        assert_eq!(rows[2], ["b", "running", "0", "B"]);
+        assert_eq!(rows[3], ["c", "running"]);
+    }
+
+    #[test]
+    fn usage_is_the_sum_of_threads_and_directions() {
+        let metrics = json!({
+            "process": { "uptime_ms": 7, "cpu_us": { "main": 1, "vcpu 0": 2 }, "memory": { "resident_bytes": 4096 } },
+            "block": { "read_bytes": 3, "write_bytes": 4 }, "net": { "rx_bytes_count": 5, "tx_bytes_count": 6 },
+            "vcpu": { "exit_io_in": 1, "exit_io_out": 1, "exit_mmio_read": u64::MAX, "exit_mmio_write": 1 },
+        });
+        let usage = Usage::read(&metrics).unwrap();
+        assert_eq!((usage.uptime_ms, usage.cpu_us, usage.memory_bytes, usage.exits), (7, 3, 4096, u64::MAX));
+        assert_eq!(
+            (usage.read_bytes, usage.written_bytes, usage.received_bytes, usage.sent_bytes),
+            (3, 4, 5, 6)
+        );
+        assert_eq!(Usage::read(&json!({ "process": {} })), None);
+    }
+}
