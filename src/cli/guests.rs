@@ -105,7 +105,7 @@ impl Guest {
         let instance: Value = json::from_text(&answer.body).unwrap_or_default();
         if let (Some(id), Some(state)) = (instance["id"].as_str(), instance["state"].as_str()) {
             guest.id = in_one_line(id);
-            guest.state = in_one_line(&state.to_lowercase());
+            guest.state = in_one_line(state.to_lowercase());
             guest.usage = Usage::of(&mut client);
         }
         guest
@@ -247,7 +247,7 @@ fn shown(guests: &[Guest]) -> String {
             of_usage(|usage| table::time(Duration::from_millis(usage.uptime_ms))),
             of_usage(|usage| table::time(Duration::from_micros(usage.cpu_us))),
             of_usage(|usage| table::size(usage.memory_bytes)),
-            in_one_line(&guest.socket.to_string_lossy()),
+            in_one_line(guest.socket.to_string_lossy()),
         ]
     });
     use Align::{Left, Right};
