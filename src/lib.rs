@@ -40,7 +40,8 @@
 //! anything else a worker asks `main` by an errand. What a client asks for and takes long is a job, on a thread
 //! that `main` starts with open descriptors; the client is answered when the job is done.
 //! `command` is there for `alula run -- COMMAND`: a client of the guest's vsock socket. `faults` looks after the
-//! page-fault handler of a guest that has one: who waits for its pages can be any other thread.
+//! page-fault handler of a guest that has one: who waits for its pages can be any other thread. `brake` has CPUs rest that
+//! write faster than a live snapshot is written, if that is asked for.
 //! `main` handles the signals that end the process; while it is held up, `signals` does, a thread that is there for
 //! nothing else. Every thread has walls of its kind, from its beginning. A vCPU whose lock
 //! somebody else holds is paused; a device whose workers gave their queues back is paused. Pause, reset, save

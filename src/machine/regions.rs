@@ -87,7 +87,10 @@ impl Machine {
     }
 
     /// What slows its CPUs down, for whoever has to keep up with what they write.
-    pub fn brake(&self) -> Brake {
+    ///
+    /// # Errors
+    /// The host gives no more threads.
+    pub fn brake(&self) -> Result<Brake> {
         self.vcpus.brake()
     }
 

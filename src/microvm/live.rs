@@ -171,10 +171,9 @@ impl Live {
     }
 }
 
-fn press(brake: &mut Brake) -> Result<()> {
-    brake.press()?;
+fn press(brake: &mut Brake) {
+    brake.press();
     log::debug(format_args!("the guest's CPUs rest {} % of the time", brake.percent()));
-    Ok(())
 }
 
 /// Takes what was written since the last time and writes it, until that is little. A guest that has written not much less
@@ -183,7 +182,7 @@ fn go_round(
     rounds: &mut u32,
     mut take: impl FnMut() -> Result<PageSet>,
     mut write: impl FnMut(&PageSet) -> Result<()>,
-    mut slow: Option<impl FnMut() -> Result<()>>,
+    mut slow: Option<impl FnMut()>,
 ) -> Result<()> {
     let mut before = u64::MAX;
     loop {
@@ -206,7 +205,7 @@ fn go_round(
         if let Some(slow) = &mut slow
             && left > before / 2
         {
-            slow()?;
+            slow();
         }
         before = left;
     }
@@ -220,7 +219,7 @@ mod tests {
     use crate::memory::Range;
     use crate::memory::mapping::page_size;
 
-    const NOT_SLOW: Option<fn() -> Result<()>> = None;
+    const NOT_SLOW: Option<fn()> = None;
 
     /// So many bytes of a large region.
     fn pages(bytes: u64) -> PageSet {
@@ -266,15 +265,12 @@ mod tests {
     #[test]
     fn a_guest_is_slowed_down_until_it_writes_less_and_less() {
         let (mut rounds, speed) = (0, Cell::new(64_u64 << 20));
-        let slow = || {
-            speed.set(speed.get() / 4);
-            Ok(())
-        };
+        let slow = || speed.set(speed.get() / 4);
         go_round(&mut rounds, || Ok(pages(speed.get())), |_| Ok(()), Some(slow)).unwrap();
         // The first round says nothing of the next; 64, 64, 16, 16 and 4 MiB.
         assert_eq!((rounds, speed.get()), (5, 4 << 20));
         rounds = 0;
-        let error = go_round(&mut rounds, || Ok(pages(5 << 20)), |_| Ok(()), Some(|| Ok(()))).unwrap_err();
+        let error = go_round(&mut rounds, || Ok(pages(5 << 20)), |_| Ok(()), Some(|| ())).unwrap_err();
         assert!(error.to_string().ends_with("or pause the guest first"), "{error}");
     }
 }

@@ -208,7 +208,7 @@ impl Microvm {
     fn copy_live(&mut self, writing: Writing, slows_down: bool) -> Result<Ticket> {
         let unsaved = self.unsaved.clone();
         let machine = self.started()?;
-        let brake = slows_down.then(|| machine.brake());
+        let brake = slows_down.then(|| machine.brake()).transpose()?;
         let mut live = Live::new(writing, machine.tracker(), machine.tracks_writes(), brake);
         self.start_job("snapshot", move || -> Finish {
             let copied = live.copy(unsaved);

@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::Thread;
 use std::time::Duration;
 
 use super::gate::Gate;
@@ -15,46 +16,44 @@ const RUN: Duration = Duration::from_millis(2);
 /// For so long they rest between: at each step a guest has a half, a quarter, ... of the time, and at last a hundredth.
 const RESTS_MS: [u64; 6] = [2, 6, 14, 30, 62, 198];
 
-/// The CPUs of a machine, which are slowed down more and more, until this is dropped.
+/// The CPUs of a machine, which are slowed down more and more, until this is dropped. Whoever has it may be a thread that
+/// can start no other: the one that has the CPUs rest is there from the beginning, and sleeps.
 pub struct Brake {
     gate: Arc<Gate>,
-    kickers: Vec<Kicker>,
     step: usize,
-    /// What ends the thread that has the CPUs rest.
-    is_over: Option<Arc<AtomicBool>>,
+    /// Its thread ends, by itself and soon: nobody waits for it.
+    is_over: Arc<AtomicBool>,
+    thread: Thread,
 }
 
 impl Brake {
-    pub(super) fn new(gate: Arc<Gate>, kickers: Vec<Kicker>) -> Self {
-        Self { gate, kickers, step: 0, is_over: None }
+    pub(super) fn new(gate: Arc<Gate>, kickers: Vec<Kicker>) -> Result<Self> {
+        let is_over = Arc::new(AtomicBool::new(false));
+        let (until, rests) = (is_over.clone(), gate.clone());
+        let beat = move || {
+            poll::leave_signals_to_others();
+            while !until.load(Ordering::SeqCst) {
+                match rests.rest_time() {
+                    Duration::ZERO => std::thread::park(),
+                    rest => {
+                        // They come out of the guest, and rest by themselves.
+                        kickers.iter().for_each(Kicker::kick);
+                        std::thread::sleep(rest + RUN);
+                    }
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name("brake".to_owned()).spawn(beat);
+        let thread = thread.context("start the thread `brake`")?.thread().clone();
+        Ok(Self { gate, step: 0, is_over, thread })
     }
 
     /// Slows the CPUs down by one more step, if there is one. Devices go on.
-    ///
-    /// # Errors
-    /// The host gives no more threads.
-    pub fn press(&mut self) -> Result<()> {
-        let Some(rest) = RESTS_MS.get(self.step) else { return Ok(()) };
+    pub fn press(&mut self) {
+        let Some(rest) = RESTS_MS.get(self.step) else { return };
         self.step += 1;
         self.gate.have_rest(Duration::from_millis(*rest));
-        if self.is_over.is_none() {
-            let (gate, kickers) = (self.gate.clone(), self.kickers.clone());
-            let is_over = Arc::new(AtomicBool::new(false));
-            let until = is_over.clone();
-            let beat = move || {
-                poll::leave_signals_to_others();
-                while !until.load(Ordering::SeqCst) {
-                    // They come out of the guest, and rest by themselves.
-                    kickers.iter().for_each(Kicker::kick);
-                    std::thread::sleep(gate.rest_time() + RUN);
-                }
-            };
-            let thread = std::thread::Builder::new().name("brake".to_owned()).spawn(beat);
-            // It ends by itself, soon after it is told to: nobody waits for it.
-            drop(thread.context("start the thread `brake`")?);
-            self.is_over = Some(is_over);
-        }
-        Ok(())
+        self.thread.unpark();
     }
 
     /// How much of the time the CPUs rest, in percent.
@@ -66,9 +65,8 @@ impl Brake {
 
 impl Drop for Brake {
     fn drop(&mut self) {
-        if let Some(is_over) = &self.is_over {
-            is_over.store(true, Ordering::SeqCst);
-            self.gate.have_rest(Duration::ZERO);
-        }
+        self.is_over.store(true, Ordering::SeqCst);
+        self.gate.have_rest(Duration::ZERO);
+        self.thread.unpark();
     }
 }

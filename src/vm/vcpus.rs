@@ -65,7 +65,10 @@ impl Vcpus {
     }
 
     /// What slows them down.
-    pub fn brake(&self) -> Brake {
+    ///
+    /// # Errors
+    /// The host gives no more threads.
+    pub fn brake(&self) -> Result<Brake> {
         Brake::new(self.surroundings.gate.clone(), self.all.iter().map(Vcpu::kicker).collect())
     }
 
