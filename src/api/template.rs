@@ -149,9 +149,10 @@ impl Template {
     /// Serves clones of `opened` at `socket`, where nothing may be yet. From here on the signals that end the process
     /// are taken by [`Self::serve`].
     pub fn new(opened: Opened, socket: &Path) -> Result<Self> {
-        let [a, b, c, d] = ENDING;
         // Children are its own where it is process 1: the kernel gives it those of others, too.
-        let signals = process::watch(&[a, b, c, d, libc::SIGCHLD]).context("watch for signals")?;
+        let ending = ENDING.into_iter().filter(|signal| !process::is_ignored(*signal));
+        let watched: Vec<i32> = ending.chain([libc::SIGCHLD]).collect();
+        let signals = process::watch(&watched).context("watch for signals")?;
         let (mut server, events) = (Server::bind(socket, BODY_MAX)?, Events::new()?);
         let signals = File::from(signals);
         events.add(&signals, Interest::IN, SIGNALS)?;

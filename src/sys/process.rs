@@ -245,6 +245,16 @@ pub fn sleep_for_ever() -> ! {
     }
 }
 
+/// Whether a signal is ignored: whoever started this process may have wished so (nohup(1)).
+pub fn is_ignored(signal: i32) -> bool {
+    // SAFETY: the structure is plain data of which zeros are valid; the call writes it.
+    unsafe {
+        let mut now: libc::sigaction = zeroed();
+        libc::sigaction(signal, std::ptr::null(), &raw mut now);
+        now.sa_sigaction == libc::SIG_IGN
+    }
+}
+
 /// Has done on a signal what [`handle`] has told of.
 pub fn handle_as_before(signal: i32, before: &libc::sigaction) {
     // SAFETY: the call reads what the kernel has returned.
