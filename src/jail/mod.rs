@@ -200,14 +200,14 @@ impl Jail {
             // The end of the pipe is that of the process before the program: a descriptor that is closed then.
             told.take(MESSAGE_MAX).read_to_string(&mut reason).context("wait for the jail's process")
         });
-        match result {
-            Ok(_) if reason.is_empty() => Ok(()),
+        let result = match result {
+            Ok(_) if reason.is_empty() => return Ok(()),
             Ok(_) => Err(Error::host(reason)),
-            Err(error) => {
-                namespace::kill(pid);
-                Err(error)
-            }
-        }
+            Err(error) => Err(error),
+        };
+        // Its control group can be removed when it is gone.
+        namespace::end(pid);
+        result
     }
 
     /// Gives up all that the program is not to have, and becomes it; returns why that could not be.

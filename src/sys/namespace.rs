@@ -151,10 +151,14 @@ pub fn fork() -> Result<Option<u32>> {
     Ok(u32::try_from(pid).ok().filter(|pid| *pid > 0))
 }
 
-/// Ends a process that this one has made and that is not waited for.
-pub fn kill(pid: u32) {
-    // SAFETY: the call takes numbers; the process is there until it was waited for.
-    unsafe { libc::kill(pid as libc::pid_t, libc::SIGKILL) };
+/// Ends a process that this one has made, and waits until it is gone from where it was: a control group, a namespace.
+pub fn end(pid: u32) {
+    let mut status = 0;
+    // SAFETY: the calls take numbers, and write the local one; the process is there until it was waited for.
+    unsafe {
+        libc::kill(pid as libc::pid_t, libc::SIGKILL);
+        libc::waitpid(pid as libc::pid_t, &raw mut status, 0);
+    }
 }
 
 /// Leaves the session of whoever has started this process (setsid(2)).

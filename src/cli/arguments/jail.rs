@@ -17,7 +17,7 @@ a user, no environment, and no open file that is not named. docs/jail.md tells m
 Usage: alula jail --id ID --uid N --gid N [OPTIONS] [-- ARGUMENTS...]
        alula jail --id ID --userns [OPTIONS] [-- ARGUMENTS...]
 
-ARGUMENTS are the program's; with this program itself, they may begin with the command [default: serve]. The
+ARGUMENTS are the program's; with this program itself, they may begin with `run` or `serve` [default: serve]. The
 program is told `--id ID` too, and when it was started.
 
 Options:
