@@ -56,6 +56,8 @@ use registers::Registers;
 pub struct Injected {
     thread: i32,
     before: Registers,
+    /// Its calls are expected to be refused: after one step, a signal of the step would be left as well.
+    pub is_refused: bool,
 }
 
 /// What became of a call.
@@ -87,7 +89,7 @@ impl Injected {
         ask(libc::PTRACE_SEIZE, thread, 0, 0);
         ask(libc::PTRACE_INTERRUPT, thread, 0, 0);
         wait(thread);
-        Self { thread, before: registers(thread) }
+        Self { thread, before: registers(thread), is_refused: false }
     }
 
     /// Has it make a call with these arguments; a text among them is put on its stack.
@@ -105,7 +107,8 @@ impl Injected {
         }
         registers::call(&mut now, number, arguments);
         set_registers(self.thread, &now);
-        ask(libc::PTRACE_SINGLESTEP, self.thread, 0, 0);
+        let go_on = if self.is_refused { libc::PTRACE_CONT } else { libc::PTRACE_SINGLESTEP };
+        ask(go_on, self.thread, 0, 0);
         match wait(self.thread) {
             libc::SIGTRAP => Outcome::Returned(registers::result(&registers(self.thread))),
             signal => Outcome::Signal(signal),
@@ -128,9 +131,12 @@ impl Drop for Injected {
 
 /// Waits until it stands still, and says for what signal.
 fn wait(thread: i32) -> i32 {
-    let mut status = 0;
-    // SAFETY: the call writes to the local number.
-    let answer = unsafe { libc::waitpid(thread, &mut status, libc::__WALL) };
+    let (mut status, mut answer) = (0, 0);
+    super::wait_for(|| {
+        // SAFETY: the call writes to the local number.
+        answer = unsafe { libc::waitpid(thread, &mut status, libc::__WALL | libc::WNOHANG) };
+        answer != 0
+    });
     assert!(answer == thread && libc::WIFSTOPPED(status), "{answer}, status {status:#x}");
     libc::WSTOPSIG(status)
 }
