@@ -2,6 +2,9 @@
 //! environment names.
 
 use std::ffi::OsStr;
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::OwnedFd;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
@@ -30,7 +33,9 @@ impl Readiness {
     /// Tells it, once.
     pub fn tell(self) {
         let Some(socket) = self.0 else { return };
-        if let Err(error) = socket.send(b"READY=1") {
+        // The guest runs: of the calls that would do this, `main` may still make write(2).
+        let mut socket = File::from(OwnedFd::from(socket));
+        if let Err(error) = socket.write_all(b"READY=1") {
             log::line(format_args!("tell the service manager that the service is ready: {error}"));
         }
     }
