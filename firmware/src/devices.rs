@@ -125,7 +125,7 @@ pub fn balloon(_: &Machine, _: &Words) -> bool {
         return false;
     };
     // SAFETY: one CPU runs the cases, and this one once.
-    let Pages(pages) = unsafe { &mut *&raw mut PAGES };
+    let pages = unsafe { &mut (*(&raw mut PAGES)).0 };
     pages.fill(0x5a);
     let number = (pages.as_ptr() as u64 / 4096) as u32;
     let asked = number.to_le_bytes();

@@ -190,7 +190,8 @@ pub fn vsock(_: &Machine, words: &Words) -> bool {
         return true;
     }
     connection.ports = [1025, LISTENER];
-    let steps: [(&str, fn(&mut Connection) -> bool); 4] = [
+    type Step = fn(&mut Connection) -> bool;
+    let steps: [(&str, Step); 4] = [
         ("to be connected", Connection::connect),
         ("what was said to come back", Connection::is_echoed),
         ("no more than there is room for", Connection::receives_within_its_room),
