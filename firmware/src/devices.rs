@@ -118,14 +118,14 @@ pub fn entropy(_: &Machine, _: &Words) -> bool {
 /// A page that is given to the host is another one afterwards, and one that is taken back keeps what is written to it.
 pub fn balloon(_: &Machine, _: &Words) -> bool {
     #[repr(align(4096))]
-    struct Pages([u8; 2 * 4096]);
+    struct Pages(#[allow(dead_code)] [u8; 2 * 4096]);
     static mut PAGES: Pages = Pages([0; 2 * 4096]);
     let Some([inflate, deflate]) = Device::find(5).and_then(|device| device.start::<2>()) else {
         say!("expected a balloon that starts, found none");
         return false;
     };
     // SAFETY: one CPU runs the cases, and this one once.
-    let pages = unsafe { &mut (*(&raw mut PAGES)).0 };
+    let pages = unsafe { &mut *(&raw mut PAGES).cast::<[u8; 2 * 4096]>() };
     pages.fill(0x5a);
     let number = (pages.as_ptr() as u64 / 4096) as u32;
     let asked = number.to_le_bytes();
