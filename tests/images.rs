@@ -254,7 +254,7 @@ fn runs_at_once_share_one_image() {
 /// the root file system is told before that matters. `through` comes before the program.
 fn run(place: &Place, through: &[&str], rootfs: &Path, more: &[&str]) -> Ended {
     let alula = common::for_everybody(&place.folder);
-    let words = [through, &[alula.to_str().unwrap(), "run", "--memory", "32M", "--rootfs"]].concat();
+    let words = [through, &[alula.to_str().unwrap(), "run", "--memory", "64M", "--rootfs"]].concat();
     let mut command = Command::new(words[0]);
     command.args(&words[1..]).arg(rootfs).args(more).args(["--", "true"]);
     command.env("ALULA_CACHE", place.path("cache")).env("ALULA_KERNEL", place.folder.firmware());
@@ -276,11 +276,11 @@ fn cache(place: &Place, more: &[&str]) -> String {
 fn what_cannot_be_a_root_file_system_is_told() {
     let place = Place::new();
     let (a, fifo, socket) = (place.path("a"), place.path("fifo"), place.path("socket"));
-    fs::write(a.join("file"), vec![1; 9 << 20]).unwrap();
+    fs::write(a.join("file"), vec![1; 17 << 20]).unwrap();
     assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
     let listener = UnixListener::bind(&socket).unwrap();
     fs::create_dir_all(place.path("shut/inside")).unwrap();
-    fs::write(place.path("shut/file"), vec![1; 9 << 20]).unwrap();
+    fs::write(place.path("shut/file"), vec![1; 17 << 20]).unwrap();
     let open =
         |path: &str, mode| fs::set_permissions(place.path(path), fs::Permissions::from_mode(mode)).unwrap();
     let nobody: &[&str] = &["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"];
@@ -300,7 +300,7 @@ fn what_cannot_be_a_root_file_system_is_told() {
         (&[], &socket, &[], format!("it is a socket, {needed}")),
         (&[], &PathBuf::from("/dev/null"), &[], format!("it is a character device, {needed}")),
         (&[], &place.path("none"), &[], "No such file or directory".to_owned()),
-        (&[], &a, &["--cache-limit", "8M"], "it has 9 MiB, and images may take 8 MiB: allow more".to_owned()),
+        (&[], &a, &["--cache-limit", "8M"], "it has 17 MiB, and images may take 8 MiB: allow more".to_owned()),
         (bare, &a, &[], "there is no `mke2fs` on this machine: install e2fsprogs".to_owned()),
     ] {
         let ended = run(&place, through, path, more);
@@ -321,7 +321,7 @@ fn what_cannot_be_a_root_file_system_is_told() {
 #[test]
 fn images_are_shown_and_removed_on_demand() {
     let place = Place::new();
-    fs::write(place.path("a/file"), vec![1; 9 << 20]).unwrap();
+    fs::write(place.path("a/file"), vec![1; 17 << 20]).unwrap();
     assert!(cache(&place, &[]).starts_with("0 images, 0 MiB, in `"));
     for _ in 0..2 {
         let ended = run(&place, &[], &place.path("a"), &[]);
