@@ -152,6 +152,46 @@ fn a_thread_that_does_what_it_may_not_ends_the_process() {
     }
 }
 
+/// `main` can hang on a thread that is refused a call, or on a lock of it: who ends the process then is another one.
+#[test]
+fn a_thread_that_is_refused_ends_a_process_whose_main_is_held_up() {
+    let process = idle(&[]);
+    let main = Injected::new(process.child.id(), "main");
+    let mut thread = Injected::new(process.child.id(), "io");
+    thread.is_refused = true;
+    assert_eq!(trespass(&mut thread, "openat"), Outcome::Signal(libc::SIGSYS));
+    thread.end(libc::SIGSYS);
+    let ended = process.end();
+    assert_eq!(ended.code, Some(148), "{ended:?}");
+    // It has ended with its process.
+    std::mem::forget(main);
+}
+
+#[test]
+fn a_guest_that_is_loaded_and_stands_still_has_its_walls() {
+    let folder = Folder::new();
+    let [state, memory] = ["state", "memory"].map(|name| folder.path(name).display().to_string());
+    let service = Service::start(&[]);
+    service.boot_source("end=idle");
+    let mut client = service.client();
+    client.ok("PUT", "/entropy", "{}");
+    client.ok("PUT", "/actions", START);
+    client.ok("PATCH", "/vm", r#"{"state": "Paused"}"#);
+    let create = json!({ "snapshot_path": state, "mem_file_path": memory });
+    client.ok("PUT", "/snapshot/create", &create.to_string());
+    let clone = Service::start(&[]);
+    let backend = json!({ "backend_type": "File", "backend_path": memory });
+    let load = json!({ "snapshot_path": state, "mem_backend": backend });
+    clone.client().ok("PUT", "/snapshot/load", &load.to_string());
+    let id = clone.process.child.id();
+    assert_walled(id, &["alula", "io", "signals", "vcpu0"]);
+    for name in ["io", "signals", "vcpu0"] {
+        let mut thread = Injected::new(id, name);
+        thread.is_refused = true;
+        assert_eq!(trespass(&mut thread, "socket"), Outcome::Signal(libc::SIGSYS), "{name}");
+    }
+}
+
 #[test]
 fn without_filters_rules_keep_threads_from_files_and_ports() {
     let refused = Outcome::Returned(-i64::from(libc::EACCES));

@@ -156,7 +156,7 @@ fn mapped(memory: &Regions) -> Vec<Mapped> {
 impl Shared {
     /// Looks at the faults until `stop` is written to, or the guest has lost its memory.
     fn watch(&self, stop: &EventFd) {
-        walls::enclose(walls::Kind::Faults);
+        walls::enclose(walls::Kind::Aide);
         // Where KVM holds every other thread in a fault, this one takes the signals that end the process.
         process::set_signal_mask(&process::signals(&[]));
         let (mut count, mut waiting_since, mut is_told) = (self.count(), None, false);
@@ -174,7 +174,8 @@ impl Shared {
                 // Whoever waits goes on with zeros, and finds that the restore has failed.
                 return self.faults.leave(&self.memory.memory());
             }
-            if self.is_gone() {
+            // A vCPU that waits for its page would hold up an end as long.
+            if self.is_gone() || signals::is_ending() {
                 lost::note_handler_gone();
                 signals::end_soon_by_lost_memory();
                 // If the main loop does not turn, the timer's signal comes to this thread.
@@ -191,10 +192,12 @@ impl Shared {
         }
     }
 
-    /// Whether somebody waits for a page. A thread that is to stop and cannot, because KVM or the kernel needs
-    /// the page, tries again and again, and does not wait for some moments.
+    /// Whether somebody waits for a page, or the handler has not read that pages are gone, for which a device waits that
+    /// gives them back. A thread that is to stop and cannot, because KVM or the kernel needs the page, tries again and
+    /// again, and does not wait for some moments.
     fn is_awaited(&self) -> bool {
-        (0..LOOKS).any(|_| self.faults.waiting().is_ok_and(|count| count > 0))
+        let is_unread = || descriptor::poll(&self.faults, libc::POLLIN, 0) & libc::POLLIN != 0;
+        (0..LOOKS).any(|_| self.faults.waiting().is_ok_and(|count| count > 0) || is_unread())
     }
 
     fn is_gone(&self) -> bool {

@@ -103,6 +103,11 @@ pub fn end_soon_by_lost_memory() {
     arm(PATIENCE);
 }
 
+/// Whether the process is about to end in order, which may take as long as what it waits for.
+pub fn is_ending() -> bool {
+    IS_ENDING.load(SeqCst)
+}
+
 /// Ends the process, whose guest has lost its memory: without waiting for threads that may wait for it for ever.
 pub fn end_by_lost_memory() -> ! {
     end_at_once(MEMORY_LOST, || ())
@@ -154,7 +159,13 @@ impl Signals {
     /// The host gives no more threads.
     pub fn share(&self) -> Result<()> {
         let thread = std::thread::Builder::new().name("signals".to_owned());
-        thread.spawn(|| process::sleep_for_ever()).context("start the thread `signals`")?;
+        // A restored guest that stands still has this thread before `main` lays its own last walls, and a filter is one
+        // thread's.
+        let wait = || {
+            walls::enclose(walls::Kind::Aide);
+            process::sleep_for_ever()
+        };
+        thread.spawn(wait).context("start the thread `signals`")?;
         let [a, b, c, d, e] = ENDING;
         process::block_signals(&process::signals(&[a, b, c, d, e, libc::SIGALRM]));
         Ok(())
@@ -226,7 +237,8 @@ extern "C" fn on_timer(_: i32) {
         // None is left: this one was under way when the timer was stopped.
         let Ok(before) = TICKS.fetch_update(SeqCst, SeqCst, |ticks| ticks.checked_sub(1)) else { return };
         let left = before - 1;
-        let is_over = CAME.load(SeqCst) == 0 && !GOES_ON.load(SeqCst) && !lost::is_lost();
+        let is_over =
+            CAME.load(SeqCst) == 0 && !GOES_ON.load(SeqCst) && !lost::is_lost() && !refusal::is_noted();
         if left == 0 || is_over && TICKS.compare_exchange(left, 0, SeqCst, SeqCst).is_ok() {
             process::start_timer(Duration::ZERO, Duration::ZERO);
             // A signal that another thread has handled meanwhile needs the timer that was just stopped.

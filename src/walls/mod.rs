@@ -40,8 +40,8 @@ pub enum Kind {
     Io,
     /// It does one thing that takes long, for `main`.
     Job,
-    /// It looks after a page-fault handler, and takes signals as `main` does: what `main` may do once its guest runs.
-    Faults,
+    /// It takes signals as `main` does, or looks after a page-fault handler, too: what `main` may do once its guest runs.
+    Aide,
 }
 
 /// What becomes of a system call that a filter does not allow.
@@ -179,7 +179,7 @@ pub fn enclose(kind: Kind) {
         Kind::Vcpu => (&walls.of_threads, &made::VCPU),
         Kind::Io => (&walls.of_threads, &made::IO),
         Kind::Job => (&walls.of_main, &made::JOB),
-        Kind::Faults => (&walls.of_main, &made::MAIN),
+        Kind::Aide => (&walls.of_main, &made::MAIN),
     };
     if let Err(error) = enter(rules.as_ref()).and_then(|()| lay(walls, program)) {
         refusal::end_without_walls(&error);
