@@ -84,6 +84,8 @@ struct User {
 struct Begun {
     at: Duration,
     cpu: Duration,
+    /// Which bits of modes its files are made without, and the program's are to be (umask(2)).
+    umask: u32,
 }
 
 /// Enters the jail and becomes its program: this returns only why that could not be, and then nothing is left of the
@@ -92,7 +94,9 @@ struct Begun {
 /// # Errors
 /// An option asks for what cannot be, or the host refuses.
 pub fn enter(jail: &Jail) -> Result<()> {
-    let begun = Begun { at: clock::monotonic(), cpu: clock::cpu_time() };
+    // What the jail's user must reach, others than root must reach, whatever root makes its own files by.
+    let umask = process::set_umask(0o022);
+    let begun = Begun { at: clock::monotonic(), cpu: clock::cpu_time(), umask };
     let user = jail.user()?;
     jail.close_descriptors()?;
     if let Some(path) = &jail.network {
@@ -160,7 +164,7 @@ impl Jail {
         if self.is_daemon || self.has_pid_namespace {
             return self.start(program, &root, user, begun, null, made);
         }
-        Err(self.become_program(program, user, [begun.at, begun.cpu, Duration::ZERO]))
+        Err(self.become_program(program, user, begun.umask, [begun.at, begun.cpu, Duration::ZERO]))
     }
 
     /// Has a new process become the program, and tells its number. Ends when the program is there.
@@ -187,7 +191,7 @@ impl Jail {
                 None => Ok(()),
             };
             let error = match prepare().context("--daemonize: leave the terminal") {
-                Ok(()) => self.become_program(program, user, [begun.at, Duration::ZERO, spent]),
+                Ok(()) => self.become_program(program, user, begun.umask, [begun.at, Duration::ZERO, spent]),
                 Err(error) => error,
             };
             // The other process has no other reason to be there.
@@ -211,7 +215,7 @@ impl Jail {
     }
 
     /// Gives up all that the program is not to have, and becomes it; returns why that could not be.
-    fn become_program(&self, program: &Program, user: User, times: [Duration; 3]) -> Error {
+    fn become_program(&self, program: &Program, user: User, umask: u32, times: [Duration; 3]) -> Error {
         let result = self.limit().and_then(|()| {
             namespace::renounce().context("give up the rights that the jail does not have")?;
             match user.is_mapped {
@@ -223,6 +227,7 @@ impl Jail {
         let arguments = result.and_then(|()| self.command_line(program, times));
         let error = match arguments {
             Ok(arguments) => {
+                process::set_umask(umask);
                 let error = namespace::execute(program.descriptor(), &arguments);
                 let more = match error.raw_os_error() {
                     Some(libc::ENOENT) => {

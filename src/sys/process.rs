@@ -466,6 +466,12 @@ pub fn prepare(command: &mut Command, user: Option<User>, has_terminal: bool) {
     unsafe { command.pre_exec(enter) };
 }
 
+/// Makes files and folders from here on without these bits of their modes (umask(2)), and returns which they were.
+pub fn set_umask(bits: u32) -> u32 {
+    // SAFETY: the call takes and returns a number.
+    unsafe { libc::umask(bits) }
+}
+
 /// Who this process is: its user and its group.
 pub fn identity() -> (u32, u32) {
     // SAFETY: the calls return numbers.
