@@ -300,7 +300,12 @@ fn what_cannot_be_a_root_file_system_is_told() {
         (&[], &socket, &[], format!("it is a socket, {needed}")),
         (&[], &PathBuf::from("/dev/null"), &[], format!("it is a character device, {needed}")),
         (&[], &place.path("none"), &[], "No such file or directory".to_owned()),
-        (&[], &a, &["--cache-limit", "8M"], "it has 17 MiB, and images may take 8 MiB: allow more".to_owned()),
+        (
+            &[],
+            &a,
+            &["--cache-limit", "8M"],
+            "it has 17 MiB, and images may take 8 MiB: allow more".to_owned(),
+        ),
         (bare, &a, &[], "there is no `mke2fs` on this machine: install e2fsprogs".to_owned()),
     ] {
         let ended = run(&place, through, path, more);

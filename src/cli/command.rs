@@ -124,6 +124,9 @@ pub fn prepare(arguments: &mut Run) -> Result<Prepared> {
     arguments.cmdline = Some(format!("{line} {}", boot::words()));
     let mut config = arguments.config()?;
     let own_folder = OwnFolder::new()?;
+    if !arguments.walls.allowed.is_empty() {
+        arguments.walls.allowed.push(own_folder.0.clone());
+    }
     let vsock = add_vsock(&mut config, &own_folder)?;
     let mut boot = Boot { hostname: Some(arguments.id.clone()), ..Boot::default() };
     let (mut modules, mut tree, mut image) = (Vec::new(), None, None);

@@ -229,7 +229,8 @@ fn run(mut arguments: Run, feed: &mut Option<Feed>) -> Result<Ending> {
     microvm.keep_metadata(crate::metadata::SIZE_MAX, arguments.metadata.as_deref())?;
     microvm.open_outputs()?;
     history::tell(|| Event::Configured { what: "command line".to_owned() });
-    begin(&arguments.walls, arguments.api_sock.as_deref())?;
+    let named = arguments.is_named.then(|| runtime::prepare(&arguments.id).ok()).flatten();
+    begin(&arguments.walls, arguments.api_sock.as_deref().or(named.as_deref()))?;
     let mut monitor = Monitor::new(signals, server, feed.take())?;
     let mut command = None;
     if let Some(prepared) = &mut prepared {
