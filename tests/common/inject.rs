@@ -37,12 +37,14 @@ mod registers {
         registers.sp
     }
 
+    /// `svc #0`.
+    pub const CALL: u32 = 0xd400_0001;
+
     /// Has the instruction that made the call make this one.
     pub fn call(registers: &mut Registers, number: i64, arguments: [u64; 3]) {
         registers.regs[..3].copy_from_slice(&arguments);
         registers.regs[3] = 0;
         registers.regs[8] = number as u64;
-        registers.pc -= 4;
     }
 
     pub fn result(registers: &Registers) -> i64 {
@@ -76,6 +78,13 @@ fn ask(request: libc::c_uint, thread: i32, address: u64, data: u64) -> i64 {
     answer
 }
 
+/// What stands at an address.
+#[cfg(target_arch = "aarch64")]
+fn ask_for(request: libc::c_uint, thread: i32, address: u64) -> i64 {
+    // SAFETY: the C library has the word in a local of its own, and returns it.
+    unsafe { libc::ptrace(request as _, thread, address, 0_u64) }
+}
+
 impl Injected {
     /// Stops the thread of `process` that is called so. It must be within a system call, where all wait.
     pub fn new(process: u32, name: &str) -> Self {
@@ -106,6 +115,11 @@ impl Injected {
             arguments[text.0] = place;
         }
         registers::call(&mut now, number, arguments);
+        // The kernel stops a thread before a call that is to be begun again, and after any other one.
+        #[cfg(target_arch = "aarch64")]
+        if ask_for(libc::PTRACE_PEEKTEXT, self.thread, now.pc) as u32 != registers::CALL {
+            now.pc -= 4;
+        }
         set_registers(self.thread, &now);
         let go_on = if self.is_refused { libc::PTRACE_CONT } else { libc::PTRACE_SINGLESTEP };
         ask(go_on, self.thread, 0, 0);
