@@ -43,9 +43,9 @@ pub fn comes_and_goes(service: &mut Service, reports: bool) {
     assert!(reports || own(process) >= full - 8, "it gave memory back that nobody has asked for");
     service.client().ok("PATCH", "/balloon", &json!({ "amount_mib": WITHOUT }).to_string());
     wait_for(|| statistic("actual_mib") == Some(WITHOUT));
-    // Some of what the guest gives, it has never touched.
+    // Much of what the guest gives, it has never touched.
     let left = own(process);
-    assert!(left <= full - WITHOUT / 2, "{left} MiB of {full}");
+    assert!(left <= full - WITHOUT / 8, "{left} MiB of {full}");
     // More than it has left: it need not end a program for that.
     go_on(service);
     service.process.expect("memory: 100 MiB taken");
