@@ -217,8 +217,7 @@ fn a_guest_that_writes_faster_than_a_disk_is_slowed_down() {
     let body = create(&worker, "saved", &json!({ "slow_down": true }));
     worker.client.ok("PUT", "/snapshot/create", &body);
     drop(slow);
-    let created = worker.events("snapshot_created");
-    assert_eq!(created.len(), 1);
+    wait_for(|| worker.events("snapshot_created").len() == 1);
     // It has all of its time again, and the clone never had less.
     worker.works();
     let place = worker.path("saved");
