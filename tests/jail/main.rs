@@ -264,7 +264,6 @@ fn pasted(site: &Site, number: usize, uid: u32) -> Command {
 }
 
 #[test]
-#[ignore = "a jail in the background hangs at its start here now and then: the cause is not found yet"]
 fn the_examples_of_the_page_do_as_they_say() {
     let site = Site::new();
     common::open_devices();
