@@ -21,7 +21,7 @@ pub struct Instruction {
     pub k: u32,
 }
 
-/// For what processor a program is.
+/// The processor that a program is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Arch {
     X86_64,
@@ -29,10 +29,10 @@ pub enum Arch {
 }
 
 impl Arch {
-    /// Both, as cargo names them.
+    /// Both architectures, with the names that cargo has for them.
     pub const ALL: [(&'static str, Arch); 2] = [("x86_64", Self::X86_64), ("aarch64", Self::Aarch64)];
 
-    /// AUDIT_ARCH_... (linux/audit.h).
+    /// The number of the architecture: AUDIT_ARCH_... (linux/audit.h).
     pub fn audit(self) -> u32 {
         match self {
             Self::X86_64 => 0xc000_003e,
@@ -51,16 +51,16 @@ pub const LISTS: &[(&str, &[&str])] = &[
     ("EARLY", &["early"]),
 ];
 
-/// What becomes of calls that no line names.
+/// The verdict on the calls that no line of a list names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Others {
-    /// They are refused: the list is of what is allowed.
+    /// Calls without a line are refused: the list is of what is allowed.
     Refused,
-    /// They are allowed: the list is of what is refused.
+    /// Calls without a line are allowed: the list is of what is refused.
     Allowed,
 }
 
-/// BPF_LD | BPF_W | BPF_ABS, and so on (linux/bpf_common.h).
+/// The codes of instructions: BPF_LD | BPF_W | BPF_ABS, and so on (linux/bpf_common.h).
 const LOAD: u16 = 0x20;
 const AND: u16 = 0x54;
 const JUMP: u16 = 0x05;
@@ -68,7 +68,7 @@ const JUMP_IF_EQUAL: u16 = 0x15;
 const JUMP_IF_AT_LEAST: u16 = 0x35;
 const RETURN: u16 = 0x06;
 
-/// SECCOMP_RET_ALLOW and SECCOMP_RET_TRAP (linux/seccomp.h).
+/// The verdicts: SECCOMP_RET_ALLOW and SECCOMP_RET_TRAP (linux/seccomp.h).
 const ALLOW: u32 = 0x7fff_0000;
 const TRAP: u32 = 0x0003_0000;
 
@@ -106,12 +106,12 @@ fn number(text: &str) -> Result<u32, String> {
     parsed.map_err(|error| format!("`{text}`: {error}"))
 }
 
-/// What an argument must be.
+/// A condition on one argument of a system call: the values for which its line holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Condition {
     pub argument: u32,
     pub mask: u32,
-    /// Any of these.
+    /// The values, any one of which the argument, with the mask applied, must have.
     pub values: Vec<u32>,
 }
 
@@ -158,7 +158,7 @@ fn condition(word: &str) -> Result<Condition, String> {
     }
 }
 
-/// The program of a list.
+/// Makes the program of a list.
 pub fn compile(list: &str, table: &str, arch: Arch, others: Others) -> Result<Vec<Instruction>, String> {
     let numbers = numbers(table, arch)?;
     let mut calls = BTreeMap::<u32, Vec<Vec<Condition>>>::new();
@@ -185,7 +185,7 @@ fn statement(code: u16, k: u32) -> Instruction {
     Instruction { code, jt: 0, jf: 0, k }
 }
 
-/// Where each range of numbers begins, and what is done with its calls.
+/// The ranges of the numbers of calls: where each begins, and what is done with its calls.
 type Ranges = Vec<(u32, Vec<Instruction>)>;
 
 fn ranges(calls: &BTreeMap<u32, Vec<Vec<Condition>>>, listed: u32, other: u32) -> Result<Ranges, String> {
@@ -201,7 +201,7 @@ fn ranges(calls: &BTreeMap<u32, Vec<Vec<Condition>>>, listed: u32, other: u32) -
     }
     ranges.push((X32, vec![statement(RETURN, TRAP)]));
     ranges.push((NONE, vec![statement(RETURN, ALLOW)]));
-    // Of two that begin at one number the former is empty; neighbours with one verdict are one range.
+    // Of two ranges that begin at one number the former is empty; neighbours with one verdict are one range.
     let mut whole = Ranges::new();
     for (index, range) in ranges.iter().enumerate() {
         let is_empty = ranges.get(index + 1).is_some_and(|next| next.0 == range.0);
@@ -237,7 +237,7 @@ fn arguments(ways: &[Vec<Condition>], listed: u32, other: u32) -> Result<Vec<Ins
     let mut program = Vec::new();
     for way in ways {
         let mut checks = Vec::new();
-        // From the last to the first, so that it is known how far it is to the end of the way.
+        // The conditions go from the last to the first, so that it is known how far it is to the end of the way.
         let mut rest = vec![statement(RETURN, listed)];
         for condition in way.iter().rev() {
             let mut check = vec![statement(LOAD, ARGUMENTS + 8 * condition.argument)];

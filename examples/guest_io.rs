@@ -31,7 +31,7 @@ const VSOCK_SOURCE: u32 = 5002;
 const VSOCK_PINGER: u32 = 5003;
 const VSOCK_KEEPER: u32 = 5004;
 const VSOCK_BLOCK: usize = 64 << 10;
-/// What lies beside this program where vsock is measured: the agent, and modules in the order to load them.
+/// The files beside this program where vsock is measured: the agent, and modules in the order to load them.
 const AGENT: &str = "/bench/alula";
 const MODULES: [&str; 3] = [
     "/bench/modules/vsock.ko",
@@ -70,7 +70,7 @@ fn main() -> Result<()> {
             }
             "agent" => {
                 let mut command = std::process::Command::new(AGENT);
-                // What it says is not an answer of this program.
+                // The agent's output is not an answer of this program.
                 let quiet = std::process::Stdio::null;
                 command.arg("agent").stdin(quiet()).stdout(quiet()).stderr(quiet());
                 command.spawn().map(|_| 1).map_err(Into::into)
@@ -188,7 +188,7 @@ fn tcp_send(bytes: u64) -> Result<u64> {
         left -= stream.write(&block[..left.min(block.len())])?;
     }
     stream.shutdown(std::net::Shutdown::Write)?;
-    // It is done when the other side has it all.
+    // The transfer is done when the other side has all bytes.
     let _ = stream.read(&mut [0])?;
     Ok(bytes)
 }
@@ -250,7 +250,7 @@ fn vsock_send(bytes: u64) -> Result<u64> {
     }
     // SAFETY: the call has no memory.
     unsafe { libc::shutdown(stream.as_raw_fd(), libc::SHUT_WR) };
-    // It is done when the other side has it all.
+    // The transfer is done when the other side has all bytes.
     let _ = stream.read(&mut [0])?;
     Ok(bytes)
 }

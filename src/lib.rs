@@ -3,7 +3,8 @@
 //! The modules, low to high; each uses only those before it (tests/tidy.rs reads this list):
 //! - [`sys`]: system calls that the standard library does not have, each as a safe function.
 //! - [`error`]: the one error type. [`paths`]: why a path could not be opened. [`spelling`]: what a
-//!   misspelled word was meant to be. [`units`]: sizes as people write them. [`clock`]: the time of day. [`json`]: values as clients write them.
+//!   misspelled word was meant to be. [`units`]: sizes as people write them. [`clock`]: the time of day.
+//!   [`json`]: values as clients write them.
 //!   [`dialect`]: whose API is spoken. [`metrics`]: counters. [`process`]: what this process costs.
 //!   [`descriptors`]: what is open, by name, and what was inherited.
 //!   [`terminal`]: the terminal that it was started from.
@@ -83,7 +84,8 @@
 //! - A word of the command line: the file of its command in `cli/arguments/`, with the text of the help. A new command
 //!   is a variant of `Command` in `cli/arguments.rs`, too.
 //! - Something that readers of `GET /events` hear of: a variant of [`history::Event`]. Something that is counted: a
-//!   field of the `metrics!` of whoever counts it. A system call: a function in `sys/`.
+//!   field of the `metrics!` of whoever counts it. A system call: a function in `sys/`; one that is made once a guest
+//!   runs, a line in `resources/seccomp`, too ([`walls`] says in which list).
 //!
 //! The ways through it, file by file:
 //! - An access of the guest to a register: `vm/vcpu.rs` takes it out of KVM, `bus.rs` finds the device. Of a virtio

@@ -160,7 +160,7 @@ pub fn aside(message: impl Display) {
     aside_in_file(message);
 }
 
-/// The same in the log file alone, if there is one.
+/// Says something as [`aside`] does, but in the log file alone, if there is one.
 pub fn aside_in_file(message: impl Display) {
     if let Ok(mut log) = LOG.try_lock()
         && log.sink.is_some()

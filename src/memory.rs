@@ -76,7 +76,7 @@ pub struct Region {
     mapping: Option<Arc<Mapping>>,
     /// None: no page comes from a file.
     backing: Option<Backing>,
-    /// A page that is not there comes from another process.
+    /// Whether pages that are not there come from another process.
     is_served: bool,
 }
 
@@ -146,7 +146,7 @@ impl Region {
         self.backing.as_ref()
     }
 
-    /// Whether a page that this process has not is not zeros, but another process's to give.
+    /// Whether pages that are not there come from another process, and are not zeros.
     pub fn is_served(&self) -> bool {
         self.is_served
     }
@@ -167,7 +167,7 @@ impl Region {
     fn give_back(&self, offset: usize, size: usize) -> IoResult<()> {
         let whose = if self.file().is_some() { Pages::OfFile } else { Pages::Private };
         mapping::give_back(&self.pages, offset, size, whose)?;
-        // KVM notes what CPUs write, and this is no write: a difference has to have what is there now.
+        // KVM notes what CPUs write, and giving back is no write: a difference has to have what is there now.
         self.written().mark_dirty(offset, size);
         Ok(())
     }
@@ -177,7 +177,7 @@ impl Region {
         MmapRegion::bitmap(&self.pages)
     }
 
-    /// What keeps the pages of the region mapped for as long as somebody has it.
+    /// The mapping that keeps the pages of the region mapped for as long as somebody has it.
     pub fn mapping(&self) -> Option<Arc<Mapping>> {
         self.mapping.clone()
     }

@@ -139,7 +139,7 @@ fn a_body_of_100_mb_is_refused_unread() {
     let before = holdings(&service);
     let mut client = service.client();
     client.send("PUT /boot-source HTTP/1.1\r\nContent-Length: 104857600\r\n\r\n");
-    // The client goes on sending, as clients do that do not look.
+    // The client goes on sending, as clients do that do not look for an answer.
     client.stream.set_write_timeout(Some(Duration::from_millis(200))).unwrap();
     let chunk = vec![b' '; 1 << 20];
     let sent = (0..100).take_while(|_| client.stream.write_all(&chunk).is_ok()).count();
@@ -314,7 +314,7 @@ proptest! {
         let service = if starts_first { Service::running("hello") } else { Service::start(&[]) };
         let mut client = service.client();
         for request in &requests {
-            // These requests would write files where the test runs.
+            // A request with a `path` to one of these resources would write a file where the test runs.
             let writes = ["/logger", "/metrics", "/serial"].contains(&request.1.as_str());
             if writes && request.2.to_string().contains("path") {
                 continue;

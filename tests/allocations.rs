@@ -138,9 +138,9 @@ fn at(disk: &mut Disk, kind: u32, length: usize, sectors: impl Iterator<Item = u
 
 /// What `imago` allocates for a mapping that it prepares: the list of its clusters, and the box of both.
 const MAPPING: f64 = 2.0;
-/// What `imago` allocates to give clusters back: a list of them, and the same again, sorted.
+/// The allocations by `imago` to give clusters back: a list of them, and the same list again, sorted.
 const GIVING_BACK: f64 = 2.0;
-/// What `imago` allocates to write a table: the list of the buffer's pieces, and the range that is written.
+/// The allocations by `imago` to write a table: the list of the buffer's pieces, and the range that is written.
 /// (The buffer itself it has from the system's allocator, past this one.) Then the table as it is held until
 /// it may be in the file, and a place for it; of reference counts, those in the file and those that are higher.
 const TABLE: f64 = 4.5;

@@ -199,7 +199,7 @@ fn a_guest_is_asked_to_power_off() {
 
 #[test]
 fn a_guest_is_stopped_and_waited_for() {
-    // One that powers off when it is told to by its console, which takes a while.
+    // The guest powers off when it is told to by its console, which takes a while.
     let mut service = Service::running("case=serial echo end=poweroff");
     let mut stop = Process::start(["ctl", "--api-sock", service.socket.to_str().unwrap(), "stop"]);
     let mut client = service.client();
@@ -227,7 +227,7 @@ fn a_guest_is_stopped_and_waited_for() {
 fn all_guests_of_a_user_are_listed_and_what_is_left_is_swept() {
     let folder = Folder::new();
     common::called("alula", &folder);
-    // In a namespace of its own, whose processes are all that there are, and end with the shell.
+    // The script runs in a PID namespace of its own, whose processes are all that it finds, and end with the shell.
     let script = r#"cd "$1"; mkdir run; export XDG_RUNTIME_DIR="$1/run" PATH="$1:$PATH"
         alula serve --id web < /dev/null > web.log 2>&1 &
         alula serve --id left < /dev/null > left.log 2>&1 & left=$!
@@ -247,7 +247,7 @@ fn all_guests_of_a_user_are_listed_and_what_is_left_is_swept() {
     let [list, json, swept, again, watched] = parts[..] else { panic!("{text}{told}") };
     let socket = |name: &str| folder.path(name).display().to_string();
     let places = ["run/alula/web.sock", "run/alula/left.sock", "own.sock"].map(socket);
-    // Of other users' services too, where there are some.
+    // The list may have lines of other users' services, too.
     let line = |list: &str, place: &str| list.lines().find(|line| line.ends_with(place)).map(str::to_owned);
     let [web, left, own] =
         [0, 1, 2].map(|index: usize| line(list, &places[index]).unwrap_or_else(|| panic!("{list}")));

@@ -45,7 +45,7 @@ struct Site {
 }
 
 impl Site {
-    /// The same, for machines in jails, whose monitor is a user of its own: the program is none that a link leads to.
+    /// Makes a site for machines in jails, whose monitor is a user of its own: no symbolic link leads to the program.
     fn for_jails() -> Self {
         let mut site = Self::new();
         let path = site.folder.path("monitor");
@@ -244,7 +244,7 @@ fn it_boots_guests_in_jails() {
         for (is_attached, init_by_file) in [(true, false), (false, true)] {
             let mut site = Site::for_jails();
             let mut data = site.configuration("case=block echo end=poweroff");
-            // An interface would be root's.
+            // A network interface would be root's, which the monitor in a jail is not.
             data.network_interfaces.clear();
             let base = site.folder.path("base");
             let jailer = JailerArguments::new(id.clone()).chroot_base_dir(&base).max_fd_limit(500);

@@ -28,7 +28,7 @@ fn list(name: &str, parts: &[&str]) -> (String, Others) {
     (text, if name == "EARLY" { Others::Allowed } else { Others::Refused })
 }
 
-/// What a filter may look at.
+/// The data of a system call that a filter may look at (seccomp(2)).
 #[derive(Clone, Copy, Debug)]
 struct Call {
     number: u32,
@@ -50,7 +50,7 @@ impl Call {
     }
 }
 
-/// What a program answers (linux/filter.h), and how many instructions that takes.
+/// Runs a filter's program (linux/filter.h) for a call: returns its answer, and how many instructions that takes.
 fn run(program: &[Instruction], call: &Call) -> (u32, usize) {
     let (mut at, mut value, mut steps) = (0, 0_u32, 0);
     loop {
@@ -80,14 +80,14 @@ fn run(program: &[Instruction], call: &Call) -> (u32, usize) {
     }
 }
 
-/// The same list in the words of `seccompiler`, which has names of calls of its own.
+/// A list's lines in the JSON of `seccompiler`, which has names of calls of its own.
 fn in_json(lines: &[Line<'_>], others: Others) -> String {
     let mut rules = Vec::new();
     let is_always = |call: &str| lines.iter().any(|line| line.call == call && line.conditions.is_empty());
     for Line { call, conditions } in
         lines.iter().filter(|line| line.conditions.is_empty() || !is_always(line.call))
     {
-        // One rule for each choice of values.
+        // `seccompiler` needs a rule for each choice of values.
         let mut choices: Vec<Vec<Value>> = vec![Vec::new()];
         for Condition { argument, mask, values } in conditions {
             let op = if *mask == u32::MAX { json!("eq") } else { json!({ "masked_eq": mask }) };
@@ -138,7 +138,7 @@ fn arguments(random: &mut Random, values: &[u32]) -> [u64; 6] {
     })
 }
 
-/// Every list for every architecture.
+/// Calls `check` with the program of every list for every architecture.
 fn all(mut check: impl FnMut(&str, Arch, &str, Others, &[Instruction])) {
     let table = read("calls");
     for (name, parts) in LISTS {
@@ -230,7 +230,7 @@ fn a_list_that_is_wrong_is_refused_when_alula_is_built() {
         let error = filters::compile(line, &table, Arch::X86_64, Others::Refused).unwrap_err();
         assert!(error.contains(expected), "{line}: {error}");
     }
-    // One line of the other architecture is none of this one's.
+    // aarch64 has no call `open`: a line with it is refused there, but for one that is marked as x86_64's.
     let error = filters::compile("open # a", &table, Arch::Aarch64, Others::Refused).unwrap_err();
     assert!(error.contains("there is no call `open` for Aarch64"), "{error}");
     filters::compile("x86_64:open # a", &table, Arch::Aarch64, Others::Refused).unwrap();

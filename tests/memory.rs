@@ -111,7 +111,7 @@ impl Guest {
     fn copy(&mut self, address: u64) -> Option<u8> {
         code::look_at(&self.cpu, address);
         let read = self.next();
-        // What the guest says of memory that is not there means nothing.
+        // The byte that the guest tells of an address without memory means nothing.
         while read.is_none() && self.next().is_none() {}
         read
     }

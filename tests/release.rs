@@ -1,6 +1,6 @@
-//! What is published of a version. Completions and man pages, as scripts/release-docs makes them of the binary's own
-//! help: what shells and groff make of them, and that nothing of the help is missing. Packages, as scripts/release makes
-//! them: unpacked, what is in them runs.
+//! The files that are published of a version. Completions and man pages, as scripts/release-docs makes them of the
+//! binary's own help: what shells and groff make of them, and that nothing of the help is missing. Packages, as
+//! scripts/release makes them: unpacked, what is in them runs.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by it")]
 
@@ -15,7 +15,7 @@ use std::process::Command;
 use common::{Folder, PATIENCE, Process, alula, output};
 use serde_json::json;
 
-/// What a program says, which must have nothing to complain of.
+/// The output of a program, which must succeed and have nothing to complain of.
 fn said(program: &str, arguments: &[&str]) -> String {
     let output = Command::new(program).args(arguments).output();
     let output = output.unwrap_or_else(|error| panic!("{program} is needed: {error}"));
@@ -53,13 +53,13 @@ fn options(command: &str) -> BTreeSet<String> {
     long.chain(["--help".to_owned()]).collect()
 }
 
-/// What may follow a command beside its options.
+/// The words that may follow a command beside its options.
 fn words(command: &str) -> BTreeSet<String> {
     let help = help(&[command]);
     let words: Vec<String> = match command {
         "ctl" => {
             let lines = section(&help, "Commands:");
-            // `pause, resume      Stop ...`; `put PATH JSON`.
+            // Lines are like `pause, resume      Stop ...` and `put PATH JSON`.
             let names = lines.iter().map(|line| line.split("  ").next().unwrap());
             names
                 .flat_map(|names| names.split(", "))
@@ -70,7 +70,7 @@ fn words(command: &str) -> BTreeSet<String> {
             section(&help, "Schemas:").iter().map(|line| line.split(' ').next().unwrap().to_owned()).collect()
         }
         "help" => commands(),
-        // `Usage: alula kernel fetch [--from ...]`; `[clear]`.
+        // Lines are like `Usage: alula kernel fetch [--from ...]`, and the word may be optional: `[clear]`.
         "snapshot" | "cache" | "kernel" => {
             let usage = help.lines().filter_map(|line| line.split_once(&format!("alula {command} ")));
             let usage = usage.filter(|(before, _)| matches!(before.trim(), "Usage:" | ""));
@@ -84,7 +84,7 @@ fn words(command: &str) -> BTreeSet<String> {
     words.into_iter().collect()
 }
 
-/// Everything that scripts/release-docs makes.
+/// A folder with everything that scripts/release-docs makes.
 fn made() -> Folder {
     let folder = Folder::new();
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/release-docs");
@@ -92,7 +92,7 @@ fn made() -> Folder {
     folder
 }
 
-/// What a shell's `script`, after the file of completions was read, says of a command line.
+/// The words that a shell's `script`, which reads the file of completions, offers for a command line.
 fn completed(shell: &[&str], script: &str, file: &str, line: &[&str]) -> BTreeSet<String> {
     let arguments = [&shell[1..], &["-c", script, shell[0], file], line].concat();
     let text = said(shell[0], &arguments);
@@ -114,8 +114,8 @@ fn completions_offer_every_command_option_and_word() {
             ((${#COMPREPLY[@]} == 0)) || printf '%s\n' "${COMPREPLY[@]}""#;
         completed(&["bash", "--norc"], script, &bash_file, line)
     };
-    // Outside of a completion, zsh has none of the functions that completions call. It offers what begins
-    // like the word by itself.
+    // Outside of a completion, zsh has none of the functions that completions call. Within one, zsh itself picks the
+    // words that begin like the one typed.
     let zsh = |line: &[&str]| {
         let script = r#"setopt err_exit no_unset; file=$1; shift; words=("$@"); CURRENT=$#
             compadd() { [[ $1 == -- ]]; shift; (($# == 0)) || print -l -- "$@" }
@@ -133,7 +133,7 @@ fn completions_offer_every_command_option_and_word() {
     let mut offered = 0;
     for command in commands.iter().filter(|command| *command != "version") {
         let words = words(command);
-        // `alula help` takes none.
+        // `alula help` takes no options.
         let options = if command == "help" { BTreeSet::new() } else { options(command) };
         offered += options.len() + words.len();
         assert_eq!(bash(&["alula", command, "--"]), options, "{command}");
@@ -193,11 +193,11 @@ fn man_pages_have_every_line_of_the_help_and_no_fault() {
     let mut pages: Vec<_> =
         std::fs::read_dir(folder.path("man")).unwrap().map(|page| page.unwrap().path()).collect();
     pages.sort();
-    // Of `help` and `version` the page of all has everything.
+    // `help` and `version` have no pages of their own: the page of `alula` has everything of them.
     assert_eq!(pages.len(), 1 + commands().len() - 2);
     for page in pages {
         let name = page.file_name().unwrap().to_str().unwrap().strip_suffix(".1").unwrap().to_owned();
-        // Wide, so that nothing is broken over lines: without what a terminal would make bold.
+        // The page is wide, so that nothing is broken over lines, and has nothing that a terminal would make bold.
         let arguments = ["-ww", "-man", "-Tascii", "-P-cbou", "-rLL=1000n", page.to_str().unwrap()];
         let text = said("groff", &arguments);
         let lines: Vec<&str> = text.lines().map(str::trim).collect();
@@ -206,7 +206,7 @@ fn man_pages_have_every_line_of_the_help_and_no_fault() {
         let about = help.lines().next().unwrap().split('.').next().unwrap();
         let has = |wanted: &str| lines.contains(&wanted);
         assert!(has(&format!("{name} - {about}")), "{name}: no name: {text}");
-        // What is said of a short one stands in the same line.
+        // The text of a short option stands in the option's line.
         let begins = |wanted: &str| {
             lines.iter().any(|line| {
                 line.strip_prefix(wanted).is_some_and(|rest| rest.is_empty() || rest.starts_with(' '))
@@ -248,7 +248,7 @@ fn script(folder: &Folder, name: &str, lines: &str) {
     std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o755)).unwrap();
 }
 
-/// The command of the unit in a package, for this guest: `%i`. What it names is in `folder` instead.
+/// The command of the unit in a package, for this guest: `%i`. The files that it names are in `folder` instead.
 fn command_of_the_unit(folder: &Folder, guest: &str) -> Command {
     let unit = std::fs::read_to_string(folder.path("root/usr/lib/systemd/system/alula@.service")).unwrap();
     let line = unit.lines().find_map(|line| line.strip_prefix("ExecStart=")).unwrap();
@@ -301,7 +301,7 @@ fn run_the_unit(folder: &Folder) {
 #[test]
 fn a_package_is_unpacked_and_what_is_in_it_runs() {
     let folder = Folder::new();
-    // Without what is for debuggers, it is small.
+    // The binary is small without what is for debuggers.
     output("strip", &["-o", folder.path("binary").to_str().unwrap(), alula().to_str().unwrap()]);
     let sums = released(&folder, "packages");
     assert_eq!(sums, released(&folder, "again"), "the same is made twice");

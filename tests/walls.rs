@@ -22,7 +22,7 @@ const START: &str = r#"{"action_type": "InstanceStart"}"#;
 fn walls(process: u32) -> Vec<(String, String, String)> {
     let tasks = std::fs::read_dir(format!("/proc/{process}/task")).unwrap();
     let threads = tasks.filter_map(|task| {
-        // It may just have ended.
+        // The thread may just have ended.
         let status = std::fs::read_to_string(task.unwrap().path().join("status")).ok()?;
         let field = |name: &str| {
             status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(":\t")).unwrap().to_owned()
@@ -36,7 +36,7 @@ fn walls(process: u32) -> Vec<(String, String, String)> {
 fn assert_walled(process: u32, expected: &[&str]) {
     let names = || {
         let mut names: Vec<_> = walls(process).into_iter().map(|(name, ..)| name).collect();
-        // The kernel's own, where KVM and io_uring have them.
+        // Threads of the kernel's own, where KVM and io_uring have them, do not count.
         names.retain(|name| !["kvm-", "iou-"].iter().any(|own| name.starts_with(own)));
         names.sort_unstable();
         names
@@ -62,7 +62,7 @@ const STREAM: u64 = libc::SOCK_STREAM as u64;
 /// A file that is there, as a thread is to open or execute it.
 const PATH: &[u8] = b"/proc/self/exe\0";
 
-/// What somebody who has broken into a thread would try, by the name of the call.
+/// Has a thread try what somebody who has broken into it would, by the name of the call.
 fn trespass(thread: &mut Injected, what: &str) -> Outcome {
     let here = libc::AT_FDCWD as u64;
     match what {
@@ -152,7 +152,7 @@ fn a_thread_that_does_what_it_may_not_ends_the_process() {
     }
 }
 
-/// `main` can hang on a thread that is refused a call, or on a lock of it: who ends the process then is another one.
+/// `main` can hang on a thread that is refused a call, or on a lock of that thread: another one ends the process then.
 #[test]
 fn a_thread_that_is_refused_ends_a_process_whose_main_is_held_up() {
     let process = idle(&[]);
@@ -163,7 +163,7 @@ fn a_thread_that_is_refused_ends_a_process_whose_main_is_held_up() {
     thread.end(libc::SIGSYS);
     let ended = process.end();
     assert_eq!(ended.code, Some(148), "{ended:?}");
-    // It has ended with its process.
+    // The thread `main` has ended with its process: nothing is left to be let go.
     std::mem::forget(main);
 }
 
@@ -207,7 +207,7 @@ fn without_filters_rules_keep_threads_from_files_and_ports() {
         let outcome = trespass(&mut Injected::new(process.child.id(), name), call);
         assert_eq!(outcome == refused, is_refused, "{name}: {call}: {outcome:?}");
     }
-    // Ports are restricted from version 4 on (Linux 6.7): without it, nobody listens there.
+    // Landlock restricts ports from version 4 on (Linux 6.7): before, the call finds that nobody listens there.
     let nobody = Outcome::Returned(-i64::from(libc::ECONNREFUSED));
     for name in ["vcpu0", "io", "main"] {
         let outcome = trespass(&mut Injected::new(process.child.id(), name), "connect");
@@ -235,10 +235,10 @@ fn what_would_be_refused_is_told_and_done_if_that_is_wanted() {
     assert!(process.is_running());
 }
 
-/// Set in the process that has walls laid upon a thread of its own, which does this then.
+/// The variable of a process that has walls laid upon a thread of its own: what the thread does then.
 const DOES: &str = "ALULA_TEST_DOES";
 
-/// What a thread of its own does in another process of this test: its exit status, and what it said.
+/// Has another process of this test enclose a thread that does `what`: returns its exit status, and what it said.
 fn apart(test: &str, what: &str) -> (std::process::ExitStatus, String) {
     let output = Command::new(std::env::current_exe().unwrap())
         .args([test, "--exact", "--nocapture"])
@@ -261,7 +261,7 @@ fn enclosed(kind: Kind, work: impl FnOnce() + Send + 'static) -> ! {
         })
         .unwrap();
     signals.share().unwrap();
-    // The end comes from elsewhere, or from here when a call is refused: nobody runs the main loop.
+    // The thread ends the process, or this one does when a call is refused: nobody runs the main loop.
     wait_for(refusal::is_noted);
     eprintln!("{}", refusal::words());
     std::process::exit(7);
@@ -290,7 +290,7 @@ fn a_thread_that_panics_says_so_and_leaves_no_socket() {
     if let Some(folder) = std::env::var_os(DOES) {
         std::mem::forget(Listener::bind("socket", &Path::new(&folder).join("s")).unwrap());
         enclosed(Kind::Vcpu, move || {
-            // As in the program itself, where a panic does not unwind.
+            // The panic ends the process, as in the program itself, where a panic does not unwind.
             let _ = std::panic::catch_unwind(|| panic!("as it shall"));
             std::process::abort();
         });

@@ -1,4 +1,4 @@
-//! What a jail costs: CPU time until the monitor in it answers, and private memory of its guest.
+//! The cost of a jail: CPU time until the monitor in it answers, and private memory of its guest.
 
 use std::fs;
 use std::os::unix::net::UnixStream;
@@ -11,17 +11,17 @@ use crate::{Folder, Result};
 
 /// The user and the group of the monitors.
 const USER: &str = "1234";
-/// So many guests are there at once.
+/// The number of guests that run at once.
 const GUESTS: usize = 100;
 
 /// How the monitor is started.
 #[derive(Clone, Copy)]
 enum Way {
-    /// By itself.
+    /// The monitor by itself.
     Alone,
-    /// In a jail that needs none of these.
+    /// The monitor in a jail without a control group.
     Jail,
-    /// With a control group.
+    /// The monitor in a jail with a control group.
     Group,
 }
 
@@ -98,7 +98,7 @@ impl Started {
     }
 }
 
-/// The private memory of a guest, of many at once, in KiB.
+/// The private memory of one guest, in KiB: the mean of as many as [`GUESTS`] at once.
 fn memory(ours: &str, folder: &Path, way: Way) -> Result<f64> {
     let mut guests = Vec::new();
     let mut all = || -> Result<f64> {

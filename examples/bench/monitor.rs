@@ -46,7 +46,7 @@ pub fn request(client: &mut UnixStream, method: &str, path: &str, body: &str) ->
     request_body(client, method, path, body).map(drop)
 }
 
-/// The same, with the body of the answer.
+/// Sends a request as [`request`] does, and returns the answer's body, too.
 pub fn request_body(client: &mut UnixStream, method: &str, path: &str, body: &str) -> Result<String> {
     send(client, method, path, body)?;
     let mut answer = [0; 4096];

@@ -19,13 +19,13 @@ use crate::template::{self, Machine};
 use crate::{Folder, Result};
 
 const MEMORY_MIB: &str = "128";
-/// How long a service has to prepare itself before it is asked, as it has with a client that takes its time.
+/// The time that a service has to prepare itself before it is asked, as it has with a client that takes its time.
 pub const AHEAD: Duration = Duration::from_millis(60);
 /// As many clones are started at a time.
 pub const AT_A_TIME: usize = 4;
 
-/// One row of the report: its name, how a guest is restored, which mode of the floor program does the same, and the bars
-/// on a quiet machine: in ms, and as a multiple of the floor.
+/// A row of the report: its name, how a guest is restored, the floor program's mode for that, and the bars on a quiet
+/// machine: in ms, and as a multiple of the floor.
 struct Row(&'static str, Way, &'static str, f64, f64);
 
 /// How a guest is restored.

@@ -17,14 +17,14 @@ use crate::{Folder, Result};
 /// A figure's name with its unit, and its value in every run.
 struct Figure(&'static str, Vec<f64>);
 
-/// What is measured of one monitor: figures, as far as it comes.
+/// The figures measured of one monitor, as many as it can give.
 struct Series {
     figures: Vec<Figure>,
-    /// What it cannot do.
+    /// The error of the run that failed, after which nothing is measured: what the monitor cannot do.
     cannot: Option<String>,
 }
 
-/// So many starts are traced, which counts the same at each but for what the client's pace decides.
+/// The number of starts that are traced: the counts of each are the same but for what the client's pace decides.
 const TRACED_RUNS: usize = 5;
 
 pub fn start(ours: &str, other: Option<&str>, runs: usize) -> Result<()> {
@@ -111,13 +111,13 @@ const COUNTED: [&str; 3] =
     ["system calls to the first API answer", "system calls to the guest's first byte", "of them KVM ioctls"];
 
 impl Series {
-    /// One for each monitor, without a value yet.
+    /// Makes one series for each monitor, without a value yet.
     fn of(names: &[&'static str], monitors: &[(&str, bool)]) -> Vec<Self> {
         let figures = || names.iter().map(|name| Figure(name, Vec::new())).collect();
         monitors.iter().map(|_| Self { figures: figures(), cannot: None }).collect()
     }
 
-    /// One more value of each figure by `run`, unless that has failed before.
+    /// Has `run` add a value to each figure, unless an earlier run has failed.
     fn add(&mut self, run: impl FnOnce(&mut [Figure]) -> Result<()>) {
         if self.cannot.is_none() {
             self.cannot = run(&mut self.figures).err().map(|error| error.to_string());
@@ -125,7 +125,7 @@ impl Series {
     }
 }
 
-/// A row for each figure of ours, with that of the other monitor and the ratio beside it.
+/// Prints a row for each figure: Alula's median, with that of the other monitor and the ratio beside it.
 fn print_medians(series: &[Series]) {
     let medians = |index: usize| series.iter().map(move |one| median_of(&one.figures[index].1));
     for (index, Figure(name, _)) in series[0].figures.iter().enumerate() {
@@ -270,7 +270,7 @@ fn one_count(
     command.arg("--api-sock").arg(&socket);
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
     let traced = one_traced(&mut child, &socket, kernel);
-    // What is written there at the guest's first byte.
+    // The trace is read as far as it is written at the guest's first byte.
     let text = std::fs::read_to_string(&trace)?;
     // strace ends with its child, which it started and we may signal.
     let pid = text.split_whitespace().next().ok_or("an empty trace")?;
@@ -287,7 +287,7 @@ fn one_count(
     Ok(())
 }
 
-/// Starts a guest, until its first byte.
+/// Starts a guest, and waits for its first byte.
 fn one_traced(child: &mut Child, socket: &Path, kernel: &Path) -> Result<()> {
     let mut client = connect(child, socket)?;
     request(&mut client, "GET", "/", "")?;

@@ -12,17 +12,17 @@ use crate::monitor::{connect, request_body};
 use crate::restore::{AT_A_TIME, Bench};
 use crate::start::{cpu_time, median};
 
-/// What clones of a template cost.
+/// The cost of a template's clones.
 pub struct Figures {
-    /// So many were made a second.
+    /// The number of clones made a second.
     pub a_second: f64,
-    /// The CPU time of one until it was idle.
+    /// The CPU time of a clone until it was idle.
     pub cpu_ms: f64,
-    /// What the template spent on each.
+    /// The CPU time that the template spent on each clone.
     pub template_ms: f64,
-    /// Memory that one has for itself: without what it shares with the template, and without its guest's.
+    /// The memory that a clone has for itself: without what it shares with the template, and without its guest's.
     pub own_kib: f64,
-    /// What the machine has less, for each.
+    /// The memory that the machine has less for each clone.
     pub machine_kib: f64,
 }
 
@@ -44,7 +44,7 @@ impl Machine {
         Self { before: own.map(|own| root.join(own)), group: made.then_some(group) }
     }
 
-    /// In KiB, growing.
+    /// A number of KiB that grows as memory is taken: only the difference of two says anything.
     pub fn used(&self) -> Result<f64> {
         let Some(group) = &self.group else {
             let told = std::fs::read_to_string("/proc/meminfo")?;
@@ -59,7 +59,7 @@ impl Drop for Machine {
     fn drop(&mut self) {
         if let (Some(group), Some(before)) = (&self.group, &self.before) {
             let _ = std::fs::write(before.join("cgroup.procs"), std::process::id().to_string());
-            // Processes that were killed may not have left it yet.
+            // Processes that were killed may not have left the group yet.
             for _ in 0..100 {
                 if std::fs::remove_dir(group).is_ok() {
                     return;
@@ -70,7 +70,7 @@ impl Drop for Machine {
     }
 }
 
-/// Has `alula template` make `number` clones, asked by some clients at a time.
+/// Has `alula template` make `number` clones, asked by some clients at a time, and measures them.
 pub fn ours(bench: &Bench, number: usize, machine: &Machine) -> Result<Figures> {
     let socket = bench.socket.with_file_name("template.socket");
     let mut command = Command::new(&bench.ours);
@@ -107,7 +107,7 @@ fn pid(client: &mut std::os::unix::net::UnixStream, body: &str) -> std::result::
     answer["pid"].as_u64().map(|pid| pid as u32).ok_or_else(|| format!("it has answered {answer}"))
 }
 
-/// The same of the floor program, which is told of each by a byte.
+/// Has the floor program make `number` clones, each asked for by a byte, and measures them as [`ours`] does.
 pub fn floor(bench: &Bench, number: usize, machine: &Machine) -> Result<Figures> {
     let mut command = bench.floor("template");
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
@@ -119,7 +119,7 @@ pub fn floor(bench: &Bench, number: usize, machine: &Machine) -> Result<Figures>
     })
 }
 
-/// Has `make` make them, and waits for the byte of each.
+/// Has `make` make `number` clones, waits for the byte of each, and returns their figures.
 fn measure(
     child: &mut Child,
     number: usize,
@@ -152,7 +152,7 @@ fn measure(
     measured
 }
 
-/// What a process has written to and shares with nobody, in KiB, without its guest's memory.
+/// The memory that a process has written to and shares with nobody, in KiB, without its guest's memory.
 fn private_memory(pid: u32) -> Result<f64> {
     const GUEST_KIB: u64 = 32 << 10;
     let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps"))?;

@@ -1,4 +1,4 @@
-//! What vsock costs, counted: bytes both ways, round trips, connections, and a command by the agent.
+//! The cost of vsock, counted: bytes both ways, round trips, connections, and a command by the agent.
 
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -43,7 +43,7 @@ struct Subject<'a> {
     is_ours: bool,
 }
 
-/// A running guest that waits for commands, and what its monitor does.
+/// A running guest that waits for commands, and the counters of what its monitor does.
 struct Guest<'a> {
     monitor: Monitor,
     counters: Counters<'a>,
@@ -81,7 +81,7 @@ fn measure(
     linux: &(PathBuf, PathBuf),
     gone: &Receiver<()>,
 ) -> Result<()> {
-    // One guest after the other has the disk.
+    // The guest without vsock ends before the other one starts: one at a time has the disk.
     let without = own_memory(start(subject, debug, folder, flags, linux, false)?.monitor.pid())?;
     let mut guest = start(subject, debug, folder, flags, linux, true)?;
     let memory = own_memory(guest.monitor.pid())? as f64 - without as f64;
@@ -92,7 +92,7 @@ fn measure(
     connections(&mut guest, gone)
 }
 
-/// Prints a figure, and what it is held against.
+/// Prints a figure, and the bar that it is held against.
 fn bar(name: &str, found: f64, max: Option<f64>, more: &str) {
     let max = max.map(|max| format!(" <= {max}: {}", verdict(found <= max))).unwrap_or_default();
     println!("{name:<52} {found:>9.2}{max}{}{more}", if more.is_empty() { "" } else { "; " });
@@ -130,7 +130,7 @@ fn start<'a>(
 }
 
 impl Guest<'_> {
-    /// What the device has counted; nothing of a monitor that is not ours.
+    /// The kicks that the device of Alula has counted; None: the monitor is another one.
     fn kicks(&self) -> Result<Option<u64>> {
         if !self.is_ours {
             return Ok(None);
@@ -141,7 +141,7 @@ impl Guest<'_> {
         Ok(Some(of("rx_queue_event_count")? + of("tx_queue_event_count")?))
     }
 
-    /// What a command costs.
+    /// Gives the guest a command, and returns its cost: what was counted, kicks, and the time.
     fn cost(&mut self, command: &str) -> Result<(Counts, Option<u64>, Duration)> {
         let kicks = self.kicks()?;
         let (before, begun) = (self.counters.read()?, Instant::now());
@@ -165,11 +165,11 @@ fn streams(guest: &mut Guest<'_>) -> Result<()> {
         ),
         ("guest to host, writes a MiB", "vsock-send", &["write", "writev", "sendmsg", "pwritev"], WRITES_MAX),
     ] {
-        // The first of its kind fills what is filled once.
+        // The first transfer of a kind is not counted: it fills what is filled only once.
         guest.monitor.command(&format!("{command} {}", 1 << 20))?;
         let (counts, kicks, time) = guest.cost(&format!("{command} {}", MIB << 20))?;
         let per = |count: u64| count as f64 / MIB as f64;
-        // Those of the io thread, which does nothing else here. A signal to an event is a write, too.
+        // The calls of the io thread are found, which does nothing else here. A signal to an event is a write, too.
         let found = calls.iter().filter_map(|call| counts.other_calls.get(call)).sum();
         let rate = MIB as f64 / time.as_secs_f64();
         bar(name, per(found), Some(max), &format!("{rate:.0} MiB/s, {}", kinds(&counts, MIB)));
@@ -187,7 +187,7 @@ fn round_trips(guest: &mut Guest<'_>) -> Result<()> {
     Ok(())
 }
 
-/// `true` in the guest, from the connection to the exit code: medians.
+/// Measures the command `true` in the guest, from the connection to the exit code: medians.
 fn commands(guest: &mut Guest<'_>, client: &str) -> Result<()> {
     guest.monitor.command("agent")?;
     let mut command = Command::new(client);
@@ -211,13 +211,13 @@ fn commands(guest: &mut Guest<'_>, client: &str) -> Result<()> {
     let middle = &all[COMMANDS / 2];
     let (exits, asked) = (middle.load_exits(), middle.exits.get("CPUID").copied().unwrap_or(0));
     bar("exits of `true`", exits as f64, Some(COMMAND_EXITS_MAX), &kinds(middle, 1));
-    // A C library asks the CPU for all that it can, at the start of each program.
+    // A C library asks the CPU for all of its features (CPUID) at the start of each program.
     let own = exits.saturating_sub(asked) as f64;
     bar("  of a program that does not ask for CPUID", own, Some(COMMAND_EXITS_MAX), "");
     Ok(())
 }
 
-/// Connections that are open, and idle.
+/// Measures the memory of connections that are open and idle.
 fn connections(guest: &mut Guest<'_>, gone: &Receiver<()>) -> Result<()> {
     let before = own_memory(guest.monitor.pid())?;
     let begun = Instant::now();
@@ -230,13 +230,13 @@ fn connections(guest: &mut Guest<'_>, gone: &Receiver<()>) -> Result<()> {
     let each = (grown << 10) as f64 / CONNECTIONS as f64;
     let more = format!("{CONNECTIONS} open at once, opened in {:.1} s", time.as_secs_f64());
     bar("bytes of an idle connection, by whole pages", each, Some(CONNECTION_BYTES_MAX), &more);
-    // The next guest's are counted from zero.
+    // The connections of the next guest are counted from zero: these end first.
     guest.monitor.command("vsock-close")?;
     (0..CONNECTIONS).try_for_each(|_| gone.recv_timeout(Duration::from_secs(100)))?;
     Ok(())
 }
 
-/// Kinds of exits and of system calls, for each unit.
+/// The counts of each kind of exit and of system call, for each unit.
 fn kinds(counts: &Counts, units: u64) -> String {
     let list = |what: &str, calls: &Calls| {
         let per = |count: u64| count as f64 / units as f64;
@@ -255,7 +255,7 @@ fn serve_guests(folder: &Path) -> Result<Receiver<()>> {
     let serve = |port: u32, serve: fn(UnixStream) -> std::io::Result<()>| -> Result<()> {
         let listener = listen(port)?;
         std::thread::spawn(move || {
-            // A guest that ends in the middle has had enough.
+            // A stream that fails is one of a guest that has ended in the middle, which is no error.
             listener.incoming().flatten().for_each(|stream| drop(serve(stream)));
         });
         Ok(())

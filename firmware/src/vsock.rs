@@ -2,7 +2,7 @@
 //! was asked for by name, a test is the other side, which listens at port 80: it sends back the first 5 bytes, sends
 //! [`MORE`] bytes after 5 further ones, reads until the guest sends no more, says `rest`, and closes.
 
-// What the device wrote, the compiler believes unchanged without it.
+// Without `black_box`, the compiler takes a buffer that the device wrote to for unchanged.
 use core::hint::black_box;
 
 use crate::console::say;
@@ -20,10 +20,10 @@ const SHUTDOWN: u16 = 4;
 const RW: u16 = 5;
 const CREDIT_UPDATE: u16 = 6;
 const CREDIT_REQUEST: u16 = 7;
-/// The guest's end sends no more.
+/// The flag of a shutdown by which the guest's end says that it sends no more.
 const SEND: u32 = 2;
 
-/// Where the other side listens, and where nobody does.
+/// The port at which the other side listens, and one at which nobody does.
 const LISTENER: u32 = 80;
 const NOBODY: u32 = 81;
 /// The room that the guest says it has, in bytes: less than the other side sends.
@@ -79,7 +79,7 @@ impl Connection {
         .is_some()
     }
 
-    /// The next packet; none: none comes, or it is not for this connection.
+    /// Receives the next packet; None: no packet comes, or it is not for this connection.
     #[inline(never)]
     fn receive(&mut self) -> Option<Packet> {
         let mut bytes = [0; HEADER + ROOM];
@@ -131,7 +131,7 @@ impl Connection {
                     .iter()
                     .enumerate()
                     .all(|(index, byte)| *byte == (before - begin + index) as u8),
-                // Only who has used up its credit asks for more.
+                // A host asks for more credit only when it has used up what it had.
                 CREDIT_REQUEST => self.received - self.told == ROOM,
                 _ => false,
             };
@@ -176,8 +176,8 @@ fn missing(what: &str) -> bool {
     false
 }
 
-/// Who connects where nobody listens is refused. Where this case was asked for, bytes go both ways, each way has its
-/// end, and the host sends no more than the guest has room for.
+/// A guest that connects where nobody listens is refused. Where this case was asked for, bytes go both ways, each way
+/// has its end, and the host sends no more than the guest has room for.
 pub fn vsock(_: &Machine, words: &Words) -> bool {
     let Some((mut connection, _)) = start(NOBODY) else {
         return missing("a socket device that starts");
@@ -214,7 +214,7 @@ pub fn restored(_: &Machine, _: &Words) -> bool {
     if !connection.connect() || !connection.is_echoed() {
         return missing("what was said to come back");
     }
-    // In a line of its own, for who reads lines.
+    // The word is a line of its own, for a test that reads lines.
     say!("connected\n");
     let mut event = [0xff_u8; 4];
     let count = events.request(&[written_by_device(&mut event)]);
@@ -222,7 +222,7 @@ pub fn restored(_: &Machine, _: &Words) -> bool {
     if count != Some(4) || *black_box(&event) != [0; 4] {
         return missing("an event that tells of a reset");
     }
-    // Only who gives the buffer back has heard.
+    // A guest has taken the event in only when it gives the buffer back.
     events.offer_chain(&[written_by_device(&mut event)]);
     if !connection.send(RW, 0, b"hello") || connection.next_op() != RST {
         return missing("the connection to be gone");

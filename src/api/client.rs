@@ -34,7 +34,7 @@ impl Client {
         Self::connect_within(path, PATIENCE)
     }
 
-    /// The same; the monitor has so long for each answer.
+    /// Connects as [`Self::connect`] does, to a monitor that may take as long as `patience` for each answer.
     pub fn connect_within(path: &Path, patience: Duration) -> Result<Self> {
         let attempt = || format!("connect to API socket `{}`", path.display());
         let stream = UnixStream::connect(path).map_err(cannot_connect).with_context(attempt)?;

@@ -33,8 +33,8 @@ struct Manner {
 /// One client.
 pub struct Connection {
     pub stream: Named<UnixStream>,
-    /// What is waited for on the event loop. None: the connection is not on the loop yet. What a client asks as it
-    /// connects is served before that, and a client that then leaves needs no place on it.
+    /// The events of the connection that the event loop waits for. None: the connection is not on the loop yet. What a
+    /// client asks as it connects is served before that, and a client that then leaves needs no place on the loop.
     pub interest: Option<Interest>,
     input: Vec<u8>,
     pub output: Vec<u8>,

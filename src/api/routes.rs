@@ -121,7 +121,7 @@ fn device(
         "GET" if let Some(place) = kind.told.iter().find(|told| **told == place) => {
             Ok(Request::TellDevice(kind, place))
         }
-        // What follows the path of one that has no id is ignored, as with all paths of one word.
+        // A kind of device without ids has a path of one word, and what follows that is ignored, as in Firecracker.
         "PUT" => {
             let device = kind.parse_as(dialect, body).map_err(deserializing)?;
             same_id(device.id())?;
@@ -142,7 +142,7 @@ fn invalid(method: &str, path: &str) -> String {
     format!("Invalid request method and/or path: {method} {first}.")
 }
 
-/// What the client of a template asks for, or the fault message for it.
+/// The clone that a template's client asks for, or the fault message for the client.
 pub fn route_of_template(method: &str, path: &str, body: &[u8]) -> Result<MakeClone, String> {
     match (method, path.trim_matches('/')) {
         ("PUT", "clones") if !body.is_empty() => parse(body),

@@ -223,7 +223,7 @@ fn openapi() -> Value {
         }
         if let Some(schema) = body {
             let content = json!({ "application/json": { "schema": schema } });
-            // What may be left out is no fault when it is.
+            // A body is required if a request without it is refused as empty.
             let without = route(Dialect::Alula, &method.to_uppercase(), &path, b"").err();
             let is_required = without.is_some_and(|fault| fault.starts_with("Empty "));
             operation["requestBody"] = json!({ "required": is_required, "content": content });

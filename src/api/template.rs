@@ -22,8 +22,8 @@ use crate::microvm::snapshots::{Load, Opened};
 use crate::poll::{Events, Interest, Ready};
 use crate::sys::process;
 
-/// So many clones are made at a time. Clients that ask and hang up would make processes without end, each of which may
-/// wait for a disk that does not answer.
+/// The most clones that are made at a time. Clients that ask and hang up would make processes without end, each of
+/// which may wait for a disk that does not answer.
 const BIRTHS_MAX: usize = 32;
 /// The most that a clone tells, in bytes: what a pipe takes at once (PIPE_BUF, pipe(7)).
 const TOLD_MAX: usize = libc::PIPE_BUF;
@@ -31,41 +31,41 @@ const TOLD_MAX: usize = libc::PIPE_BUF;
 const DONE: u8 = b'+';
 const FAILED: u8 = b'-';
 
-/// Signals that end the template; its clones have none of it.
+/// The signals that end the template; its clones do not end with it.
 const ENDING: [i32; 4] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];
 
 const SIGNALS: u64 = 0;
-/// The first of those of the clones that are being made, and then the first of those of the server.
+/// The first token of the clones that are being made, and the first token of the server.
 const BIRTHS: u64 = 1;
 const SERVER: u64 = BIRTHS + BIRTHS_MAX as u64;
 
 /// A clone as it is to be.
 pub struct Order {
-    /// Its name.
+    /// The clone's name.
     pub id: Option<String>,
-    /// Where its API is served; None: where it is found by its name.
+    /// Where the clone's API is served; None: where the clone is found by its name.
     pub api_sock: Option<PathBuf>,
-    /// Where its messages, metrics and console go.
+    /// Where the clone's messages, metrics and console go.
     pub config: Config,
-    /// What is to be other than it was saved.
+    /// The respects in which the clone is to be other than the saved microVM.
     pub load: Load,
 }
 
-/// How a process ends to be a template.
+/// The ways in which a process ends to be a template.
 pub enum Turn {
-    /// This signal ended it.
+    /// A signal of this number ended the template.
     Ended(u8),
-    /// It is a copy, which is to be this clone.
+    /// The process is a copy of the template, and is to be this clone.
     Clone(Box<Newborn>),
 }
 
 /// A clone that is to be made of this process.
 pub struct Newborn {
-    /// What was asked for.
+    /// The order for the clone, as a client gave it.
     pub order: Order,
-    /// What was read.
+    /// The snapshot, as the template has read it.
     pub opened: Opened,
-    /// Whom to tell how it went.
+    /// The means to tell the template whether the clone is there.
     pub report: Report,
 }
 
@@ -96,10 +96,10 @@ struct Birth {
 }
 
 impl Birth {
-    /// How its request is answered, once there is something to read.
+    /// The answer to the request for the clone, once the clone has told something.
     fn conclude(mut self) -> Response {
         let mut told = [0; TOLD_MAX];
-        // It was written at once, and is read so.
+        // A report is written by one write(2), and so is read by one read(2).
         let count = self.told.read(&mut told).unwrap_or(0);
         let fault = match told[..count].split_first() {
             Some((&DONE, _)) => return Response::Value(json!(Made { pid: self.pid })),
@@ -125,7 +125,7 @@ pub struct Template {
     orders: Orders,
 }
 
-/// What was asked for and not begun.
+/// The orders for clones that are not begun yet.
 #[derive(Default)]
 struct Orders {
     last: Ticket,
@@ -149,7 +149,7 @@ impl Template {
     /// Serves clones of `opened` at `socket`, where nothing may be yet. From here on the signals that end the process
     /// are taken by [`Self::serve`].
     pub fn new(opened: Opened, socket: &Path) -> Result<Self> {
-        // Children are its own where it is process 1: the kernel gives it those of others, too.
+        // As process 1, a template has its clones for children, and orphans, too, which the kernel gives it.
         let ending = ENDING.into_iter().filter(|signal| !process::is_ignored(*signal));
         let watched: Vec<i32> = ending.chain([libc::SIGCHLD]).collect();
         let signals = process::watch(&watched).context("watch for signals")?;
@@ -161,11 +161,11 @@ impl Template {
         Ok(Self { opened, server, events, signals, births, orders: Orders::default() })
     }
 
-    /// Makes clones until a signal comes. It returns in each clone, too, which is this process's copy.
+    /// Makes clones until a signal comes. The function returns in each clone, too, which is this process's copy.
     pub fn serve(mut self) -> Result<Turn> {
         let mut ready = Vec::new();
         loop {
-            // A millisecond more: epoll rounds down.
+            // The wait is a millisecond longer, as epoll rounds down.
             let rest = |at: Instant| at.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
             self.events.wait(self.server.expires_at().map(rest), &mut ready)?;
             for event in &ready {
@@ -176,7 +176,7 @@ impl Template {
             self.server.expire(Instant::now(), &self.events)?;
             while let Some((ticket, order)) = self.orders.waiting.pop() {
                 if let Some(report) = self.begin(ticket)? {
-                    // Everything else is the template's.
+                    // The clone keeps the snapshot alone: everything else is the template's.
                     self.server.leave();
                     return Ok(Turn::Clone(Box::new(Newborn { order, opened: self.opened, report })));
                 }
@@ -215,7 +215,7 @@ impl Template {
         server.answer(ticket, response, events, &mut |method, path, body| orders.serve(method, path, body))
     }
 
-    /// Begins to make a clone. It returns twice: in the copy with whom to tell how it went.
+    /// Begins to make a clone. The function returns twice: in the copy, with the means to tell how that went.
     fn begin(&mut self, ticket: Ticket) -> Result<Option<Report>> {
         match self.copy(ticket) {
             Ok(report) => Ok(report),

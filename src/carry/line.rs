@@ -1,4 +1,4 @@
-//! Which snapshot comes after which: into which ones the pages of a difference may be merged.
+//! The order of a microVM's snapshots, which decides into which ones the pages of a difference may be merged.
 
 use serde::{Deserialize, Serialize};
 
@@ -13,21 +13,21 @@ pub struct Place {
     pub number: u32,
 }
 
-/// What a state says of its place.
+/// A snapshot's place, and what the snapshot comes after, as its state says.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
 pub struct Line {
-    /// Its own.
+    /// The snapshot's own place.
     pub place: Place,
-    /// Of a difference: what it comes after.
+    /// The snapshots that a difference comes after; None: the snapshot is a whole one.
     pub after: Option<After>,
 }
 
 /// The snapshots that a difference has all pages since.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
 pub struct After {
-    /// The first of its microVM's.
+    /// The number of the first of these snapshots that are of the difference's own microVM.
     pub number: u32,
-    /// The one that the microVM was restored from, if it is one of them and its state has said its place.
+    /// The snapshot that the microVM was restored from, if it is one of these and its state has said its place.
     pub restored_from: Option<Place>,
 }
 
@@ -35,8 +35,8 @@ impl Line {
     /// Whether this difference may be merged into the snapshot at `base`.
     ///
     /// # Errors
-    /// It lacks pages that were written since that one, or is of another microVM; the error says which snapshots are
-    /// meant.
+    /// The difference lacks pages that were written since the snapshot at `base`, or is of another microVM; the error
+    /// says which snapshots are meant.
     pub fn check_follows(&self, base: Place) -> Result<()> {
         let Self { place: Place { microvm, number }, after: Some(after) } = *self else { return Ok(()) };
         let is_own = base.microvm == microvm;

@@ -42,7 +42,7 @@ pub fn merge(base: &Location, of: &Location) -> Result<u64> {
     draft.memory_file().sync_all().context("flush it to the disk").with_context(attempt)?;
     let memory = MemoryFile { name: draft.memory_name(), size };
     let machine = later.machine.to_bytes()?;
-    // It is the later one now, and a whole one.
+    // The merged snapshot is the later one now, and a whole one.
     let line = later.line.map(|line| Line { after: None, ..line });
     let sums = Sums::Whole(written.checksums);
     draft.keep(&stored::state(machine, &memory, &sums, later.origin.boot_id, line.as_ref())?)?;

@@ -14,7 +14,8 @@ use crate::sys::descriptor;
 /// file is changed in place: after a failure or a crash, doing it again makes it whole.
 ///
 /// # Errors
-/// One of the two cannot be opened, read or written, or they have another size; then nothing has changed.
+/// One of the files cannot be opened, or the files differ in size; then nothing has changed. Or one of them cannot be
+/// read or written.
 pub fn rebase(memory: &Path, diff: &Path) -> Result<u64> {
     let attempt = || format!("put the pages of `{}` into `{}`", diff.display(), memory.display());
     let open = |path: &Path, access| {

@@ -25,7 +25,7 @@ const MACHINE: u16 = 1;
 const MEMORY: u16 = 2;
 /// The section, of no bytes, of a state whose memory is that of a difference.
 const DIFF: u16 = 3;
-/// The section that says which snapshot it is; states of old have none.
+/// The section that says which snapshot a state is of; states of old have none.
 const LINE: u16 = 4;
 /// The form of each section; the machine says its own beside.
 const VERSION: u16 = 1;
@@ -66,7 +66,7 @@ pub struct Stored {
     pub machine: SavedMachine,
     /// Where its memory is.
     pub memory: MemoryFile,
-    /// Which snapshot it is; None: it does not say.
+    /// The snapshot's place, and what the snapshot comes after; None: the state does not say.
     pub line: Option<Line>,
     /// The checksums of its memory, or none if they were not asked for.
     pub sums: Sums,
@@ -304,7 +304,7 @@ pub fn boot_id() -> Result<[u8; 16]> {
     Ok(number.to_be_bytes())
 }
 
-/// A number that nothing else has.
+/// A random number, which nothing else has.
 ///
 /// # Errors
 /// The host has no random bytes.

@@ -123,7 +123,7 @@ fn act(client: &mut Client, action: &str, json: bool, done: &str) -> Result<()> 
 fn stop(mut client: Client, socket: &Path, force: bool, json: bool) -> Result<()> {
     let state = parsed(&ask(&mut client, "GET", "/", "")?)?["state"].take();
     let process = client.process();
-    // What happens from here on.
+    // The events are followed before the guest is ended, so that the reason of its end is among them.
     let mut lines = Client::connect(socket)?.follow("/events")?;
     if force || state == "Not started" {
         let process = process.ok_or_else(|| Error::host("its process cannot be seen from here"));
@@ -166,7 +166,7 @@ fn limit(mut client: Client, device: &str, limiter: RateLimiter, json: bool) -> 
         let devices = config[section].as_array().into_iter().flatten();
         devices.into_iter().any(|other| other[id] == device)
     };
-    // A limit that is left out stays as it is; told whole, one that is `off` would be left out.
+    // A limit that is left out stays as it is; a limiter that is told whole would leave out a limit that is `off`.
     let buckets = [("bandwidth", limiter.bandwidth), ("ops", limiter.ops)];
     let limits: Map<_, _> =
         buckets.into_iter().filter_map(|(name, bucket)| Some((name.to_owned(), json!(bucket?)))).collect();
@@ -196,7 +196,7 @@ fn set_state(mut client: Client, state: &str, json: bool) -> Result<()> {
     if json { Ok(()) } else { say(&state.to_lowercase()) }
 }
 
-/// Sets what the guest is to do without, or says what it does.
+/// Sets how much memory the guest is to do without, or says how much it does without.
 fn balloon(mut client: Client, amount_mib: Option<u64>, json: bool) -> Result<()> {
     if let Some(amount_mib) = amount_mib {
         let body = json!({ "amount_mib": amount_mib }).to_string();

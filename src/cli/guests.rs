@@ -28,7 +28,7 @@ const PERIOD: Duration = Duration::from_secs(1);
 /// Where Firecracker, and a service without a name, has its socket.
 const DEFAULT_SOCKET: &str = "/run/firecracker.socket";
 
-/// What a guest and its monitor have cost the host so far: sums since the monitor's start, but for the memory.
+/// The costs of a guest and its monitor to the host so far: sums since the monitor's start, but for the memory.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Usage {
     pub uptime_ms: u64,
@@ -42,7 +42,7 @@ pub struct Usage {
 }
 
 impl Usage {
-    /// What the monitor tells. None: it tells nothing of the kind, as another monitor with the same API.
+    /// The costs that the monitor tells. None: it tells nothing of the kind, as another monitor with the same API.
     pub fn of(client: &mut Client) -> Option<Self> {
         let answer = client.request("GET", "/metrics", "").ok().filter(|answer| answer.status == 200)?;
         Self::read(&json::from_text(&answer.body).ok()?)
@@ -67,7 +67,7 @@ impl Usage {
         })
     }
 
-    /// For programs.
+    /// The costs as JSON, for programs.
     pub fn json(&self) -> Value {
         json!({
             "uptime_ms": self.uptime_ms, "cpu_us": self.cpu_us, "memory_bytes": self.memory_bytes,
@@ -77,18 +77,18 @@ impl Usage {
     }
 }
 
-/// One socket, and who answers there.
+/// One socket, and the guest whose monitor answers there.
 struct Guest {
     socket: PathBuf,
     id: String,
-    /// `running`, `paused`, `not started`; `silent`: it does not answer; `ended`: nobody listens there any more.
+    /// `running`, `paused`, `not started`; `silent`: no answer comes; `ended`: nobody listens there any more.
     state: String,
     process: Option<u32>,
     usage: Option<Usage>,
 }
 
 impl Guest {
-    /// Who answers at `socket`, which is there.
+    /// The guest whose monitor answers at `socket`, which is there.
     fn at(socket: PathBuf) -> Self {
         let name = socket.file_stem().unwrap_or_default().to_string_lossy();
         let mut guest =
@@ -141,7 +141,7 @@ fn named() -> impl Iterator<Item = PathBuf> {
 fn of_processes() -> impl Iterator<Item = PathBuf> {
     let (own, _) = process::identity();
     let processes = fs::read_dir("/proc").into_iter().flatten().flatten().map(|entry| entry.path());
-    // Any of them may end at any time.
+    // Any of the processes may end at any time.
     processes.filter_map(move |process| {
         process.file_name()?.to_str()?.parse::<u32>().ok()?;
         if fs::metadata(&process).ok()?.uid() != own {
@@ -149,7 +149,7 @@ fn of_processes() -> impl Iterator<Item = PathBuf> {
         }
         let socket = socket_of(&fs::read(process.join("cmdline")).ok()?)?;
         let socket = fs::read_link(process.join("cwd")).ok()?.join(socket);
-        // In the root that the process has.
+        // The path is one in the root that the process has.
         match fs::read_link(process.join("root")).ok()? {
             root if root == Path::new("/") => Some(socket),
             root => Some(root.join(socket.strip_prefix("/").unwrap_or(&socket))),
@@ -254,7 +254,7 @@ fn shown(guests: &[Guest]) -> String {
     table::text(head, [Left, Left, Right, Right, Right, Right, Left], rows)
 }
 
-/// What guests have done in the time since `before`, a second.
+/// A table of what guests have done a second, in the time since `before`.
 fn rates(guests: &[Guest], before: &BTreeMap<PathBuf, Usage>) -> String {
     let head = ["NAME", "STATE", "CPU %", "MEMORY", "READ/s", "WRITTEN/s", "RECEIVED/s", "SENT/s", "EXITS/s"];
     let rows = guests.iter().map(|guest| {
@@ -320,7 +320,7 @@ mod tests {
             usage,
         };
         let before = BTreeMap::from([(PathBuf::from("a"), usage(1000, 500_000, 10))]);
-        // Half a CPU for two seconds; one that is new; one that tells nothing.
+        // The guests: one with half a CPU for two seconds, one that is new, one that tells nothing.
         let guests = [
             guest("a", Some(usage(3000, 1_500_000, 110))),
             guest("b", Some(usage(5, 5, 5))),

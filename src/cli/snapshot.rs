@@ -65,12 +65,12 @@ fn told(stored: &Stored) -> Result<Value> {
     }))
 }
 
-/// Which snapshot something is.
+/// The place of a snapshot, as JSON.
 fn place(Place { microvm, number }: Place) -> Value {
     json!({ "microvm": format!("{microvm:032x}"), "number": number })
 }
 
-/// What a difference may be merged into.
+/// The snapshots that a difference may be merged into, as JSON; None: the snapshot is a whole one.
 fn after(line: Line) -> Option<Value> {
     let after = line.after?;
     Some(json!({ "number": after.number, "restored_from": after.restored_from.map(place) }))

@@ -21,10 +21,10 @@ use crate::microvm::snapshots::Opened;
 use crate::sys::descriptor;
 use crate::walls::{self, Wanted};
 
-/// What a microVM is called that nobody has named.
+/// The name of a microVM that nobody has named.
 const DEFAULT_ID: &str = "anonymous-instance";
 
-/// Is a template, or then a clone, and returns its exit code.
+/// Makes this process a template, or then a clone, and returns the exit code.
 pub fn run(arguments: &Template) -> u8 {
     match serve(arguments) {
         Ok(Turn::Ended(signal)) => signals::exit_code(signal),
@@ -38,14 +38,15 @@ pub fn run(arguments: &Template) -> u8 {
 }
 
 fn serve(arguments: &Template) -> Result<Turn> {
-    // All clones would have them: a terminal's keys would be anybody's, and a TAP interface everybody's.
+    // All clones would have the inherited descriptors: a terminal's keys would be anybody's, and a TAP interface
+    // everybody's.
     descriptor::close_inherited().context("close descriptors that were inherited")?;
     descriptor::empty_standard_input().context("open /dev/null as standard input")?;
     let opened = Opened::open(&arguments.location, false)?.with_kvm()?;
     template::Template::new(opened, &arguments.api_sock)?.serve()
 }
 
-/// Is a clone until its guest has ended.
+/// Makes this process a clone until its guest has ended.
 fn live(newborn: Newborn) -> Result<Ending> {
     let Newborn { order, opened, report } = newborn;
     let (mut monitor, microvm) = match prepare(&order) {
@@ -65,14 +66,14 @@ fn live(newborn: Newborn) -> Result<Ending> {
         left = outcome.as_ref().err().map(|error| Error::host(error.to_string()));
         conclude(outcome, FAILED_SERVE, served)
     });
-    // When nothing of it is left: whoever is told asks for another one at the same socket.
+    // A fault is told when nothing of the clone is left: a client that is told asks for another at the same socket.
     if let (Some(report), Some(error)) = (report, left) {
         report.tell(Err(&error));
     }
     Ok(ending)
 }
 
-/// Who serves the clone, and the clone before it is loaded.
+/// Makes the monitor that serves the clone, and the clone's microVM, which is not loaded yet.
 fn prepare(order: &Order) -> Result<(Monitor, Box<Microvm>)> {
     let signals = Signals::take_over();
     let id = order.id.as_deref().unwrap_or(DEFAULT_ID);
@@ -107,7 +108,7 @@ pub fn clone(clones: &Clones) -> Result<()> {
     Ok(())
 }
 
-/// The request for one of them.
+/// The body of the request for one clone.
 fn order(clones: &Clones, id: &str, number: u32) -> Result<Value> {
     let own = |text: &str| text.replace("{id}", id).replace("{n}", &number.to_string());
     // The template may be in another folder.

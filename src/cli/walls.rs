@@ -18,7 +18,7 @@ pub fn with_help(help: &str) -> String {
     help.replacen("\n\nThe exit code", &format!("\n{HELP}\nThe exit code"), 1)
 }
 
-/// The option of this name, if it is one of these.
+/// The option called `name`, if it is one of `NAMES`.
 pub fn named(name: &str) -> Option<&'static str> {
     NAMES.into_iter().find(|other| *other == name)
 }
@@ -30,7 +30,7 @@ pub fn take(wanted: &mut Wanted, name: &str, parser: &mut lexopt::Parser) -> Res
         "seccomp-log" => wanted.filters = Filters::Told,
         "no-seccomp" => wanted.filters = Filters::None,
         "no-sandbox" => (wanted.filters, wanted.no_rules) = (Filters::None, true),
-        // Who gives one counts on it.
+        // A user who gives a filter counts on it: the option is refused, not ignored.
         _ => {
             return Err(
                 "--seccomp-filter is not implemented yet: each thread has a filter of Alula's own; leave it out, or \

@@ -14,24 +14,24 @@ pub type PatchSchemas = Vec<(&'static str, Option<&'static str>, Option<schemars
 
 /// A PATCH request.
 pub trait Patch: Described + Send + Sized + 'static {
-    /// There is such a request.
+    /// Whether devices of the kind have a PATCH request.
     const EXISTS: bool = true;
     /// The device that is to be changed; empty where there is but one.
     fn id(&self) -> &str;
-    /// From the body of a request to `place`, which is what follows the path of a device of which there is but one.
+    /// Parses the body of a request to `place`, which is what follows the path of a device of which there is but one.
     fn parse(place: &str, body: &[u8]) -> serde_json::Result<Self>;
     /// Whether a request to `place` must have a body.
     fn needs_body(_place: &str) -> bool {
         true
     }
-    /// Its places.
+    /// The places that the kind's PATCH requests go to, with their schemas.
     #[cfg(test)]
     fn schemas(generator: &mut schemars::SchemaGenerator) -> PatchSchemas {
         vec![("", None, Some(generator.subschema_for::<Self>()))]
     }
 }
 
-/// Of a device that cannot be changed while it runs.
+/// The PATCH request of a device that cannot be changed while it runs: there is none.
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub enum NotPatchable {}
 
@@ -49,16 +49,16 @@ impl Patch for NotPatchable {
 pub struct Change {
     /// The device's id.
     pub id: String,
-    /// The words of the client, for who is told of the change.
+    /// The words of the client, for whoever is told of the change.
     pub body: Value,
-    /// The same as the kind's `Patch`.
+    /// The change, as the `Patch` of the device's kind.
     patch: Box<dyn Any + Send>,
     pub(super) apply: fn(&ConfiguredDevice, &dyn Any) -> Result<ConfiguredDevice>,
 }
 
 impl Change {
     pub(super) fn parse<C: DeviceConfig>(place: &str, text: &[u8]) -> serde_json::Result<Self> {
-        // First as its own type, which knows of duplicate fields and tells where something is wrong.
+        // The body is parsed as its own type first, which knows of duplicate fields and tells where something is wrong.
         let patch = C::Patch::parse(place, text)?;
         let apply = |device: &ConfiguredDevice, patch: &dyn Any| {
             let config = device.config::<C>().zip(patch.downcast_ref());
@@ -71,7 +71,7 @@ impl Change {
         Ok(Self { id, body, patch: Box::new(patch), apply })
     }
 
-    /// What is to be changed, as the kind's `Patch`: what [`patch`](crate::virtio::VirtioDevice::patch) takes.
+    /// The change as the kind's `Patch`, which [`patch`](crate::virtio::VirtioDevice::patch) of the device takes.
     pub fn patch(&self) -> &dyn Any {
         &*self.patch
     }

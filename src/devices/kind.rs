@@ -37,9 +37,9 @@ pub trait DeviceConfig:
     const NOUN: &'static str;
     /// How faults of the API about it begin: "Drive config error".
     const FAULT: &'static str;
-    /// How faults of the API about one in use begin.
+    /// How faults of the API about a device in use begin.
     const UPDATE_FAULT: &'static str = Self::FAULT;
-    /// The places below its path at which GET tells something of one: at the empty one its configuration, at the
+    /// The places below a device's path at which GET tells something: at the empty one its configuration, at the
     /// others what [`VirtioDevice::tell`] says.
     const TOLD: &'static [&'static str] = &[];
     /// The option of the command line that adds one.
@@ -66,7 +66,7 @@ pub trait DeviceConfig:
     fn check_beside(&self, _other: &Self) -> Result<()> {
         Ok(())
     }
-    /// Whether a guest with so much memory, in MiB, can have it.
+    /// Whether a guest with this much memory, in MiB, can have the device.
     fn check_memory(&self, _memory_mib: u64) -> Result<()> {
         Ok(())
     }
@@ -97,7 +97,7 @@ pub trait DeviceConfig:
     fn patched(&self, _patch: &Self::Patch) -> Result<Self> {
         Err(Error::config("nothing of it can be changed while it runs"))
     }
-    /// The places of `TOLD`.
+    /// The places of `TOLD`, each with what GET tells there and its schema.
     #[cfg(test)]
     fn told_schemas(_: &mut schemars::SchemaGenerator) -> ToldSchemas {
         Vec::new()
@@ -108,7 +108,7 @@ pub trait DeviceConfig:
     }
 }
 
-/// What GET tells of a device: places below its path, each with what is told there, in words and as a schema.
+/// The places below a device's path that GET answers at, each with what is told there, in words and as a schema.
 #[cfg(test)]
 pub type ToldSchemas = Vec<(&'static str, &'static str, schemars::Schema)>;
 
@@ -162,9 +162,9 @@ pub struct DeviceKind {
     pub noun: &'static str,
     /// How faults begin.
     pub fault: &'static str,
-    /// How faults about one in use begin.
+    /// How faults about a device in use begin.
     pub update_fault: &'static str,
-    /// The places at which something of one is told.
+    /// The places below a device's path at which GET tells something.
     pub told: &'static [&'static str],
     /// The command line's option.
     pub option: CliOption,
@@ -176,13 +176,13 @@ pub struct DeviceKind {
     pub id_mismatch: fn(&str, &str) -> String,
     /// Whether a PATCH request to a place must have a body.
     pub patch_needs_body: fn(&str) -> bool,
-    /// The schema of its PUT body.
+    /// The schema of the body of the kind's PUT request.
     #[cfg(test)]
     pub schema: fn(&mut schemars::SchemaGenerator) -> schemars::Schema,
-    /// Its PATCH requests.
+    /// The PATCH requests to devices of the kind.
     #[cfg(test)]
     pub patches: fn(&mut schemars::SchemaGenerator) -> PatchSchemas,
-    /// What GET tells.
+    /// The places that GET answers at for devices of the kind.
     #[cfg(test)]
     pub told_schemas: fn(&mut schemars::SchemaGenerator) -> ToldSchemas,
     parse: fn(&[u8], Dialect) -> serde_json::Result<ConfiguredDevice>,
@@ -266,7 +266,8 @@ impl PartialEq for DeviceKind {
 #[derive(Clone)]
 pub struct ConfiguredDevice(Arc<dyn AnyConfig>);
 
-/// As JSON, which every kind can be said in: their own `Debug` would be tables of functions, which each start writes.
+/// A device is shown as JSON, as every kind can be: the kinds' own `Debug` would be tables of functions, which each
+/// start writes.
 impl fmt::Debug for ConfiguredDevice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} {}", self.0.section(), self.0.to_value())
@@ -324,7 +325,7 @@ impl ConfiguredDevice {
         self.0.check_beside(other)
     }
 
-    /// Whether a guest with so much memory, in MiB, can have it.
+    /// Whether a guest with this much memory, in MiB, can have the device.
     pub fn check_memory(&self, memory_mib: u64) -> Result<()> {
         self.0.check_memory(memory_mib)
     }

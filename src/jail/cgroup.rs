@@ -14,26 +14,26 @@ use crate::sys::folder;
 const PROCESSES: &str = "cgroup.procs";
 /// The file by which a group of version 2 gives its controllers to those below it.
 const SHARED: &str = "cgroup.subtree_control";
-/// What a group of version 1 must have before a process enters, and does not inherit by itself.
+/// The files that a group of version 1 must have values in before a process enters, and does not inherit by itself.
 const CPUSET: [&str; 2] = ["cpuset.cpus", "cpuset.mems"];
-/// More than any file here holds, in bytes.
+/// The most that is read of a group's file, in bytes: more than any of them holds.
 const TEXT_MAX: u64 = 64 << 10;
 
 /// How the kernel's control groups are mounted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Version {
-    /// A hierarchy for each controller.
+    /// Version 1: a hierarchy for each controller.
     V1,
-    /// One for all.
+    /// Version 2: one hierarchy for all controllers.
     V2,
 }
 
-/// What goes into a file of a group: `memory.max=1G`.
+/// A value that is written to a file of a group: `memory.max=1G`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Setting {
     /// The file's name, which begins with its controller.
     pub file: String,
-    /// What is written there.
+    /// The text that is written to the file.
     pub value: String,
 }
 
@@ -41,7 +41,7 @@ impl Setting {
     /// Parses `FILE=VALUE`.
     ///
     /// # Errors
-    /// What was expected.
+    /// The text has another form; the message says what was expected.
     pub fn parse(text: &str) -> Result<Self, String> {
         let is_name =
             |file: &str| file.contains('.') && !file.starts_with('.') && !file.contains(['/', '\0']);
@@ -54,7 +54,7 @@ impl Setting {
         self.file.split('.').next().unwrap_or_default()
     }
 
-    /// Writes it to a group.
+    /// Writes the value to its file in a group.
     fn apply(&self, group: &Place, path: &Path) -> Result<()> {
         let Self { file, value } = self;
         let path = path.join(file);
@@ -74,7 +74,7 @@ impl Setting {
 /// The name of a parent group: relative, and nowhere upwards.
 ///
 /// # Errors
-/// What was expected.
+/// The text is no such name; the message says what was expected.
 pub fn parent(text: &str) -> Result<String, String> {
     let is_sound = !text.starts_with('/') && text.split('/').all(|part| !["", ".", ".."].contains(&part));
     match is_sound {
@@ -85,10 +85,10 @@ pub fn parent(text: &str) -> Result<String, String> {
     }
 }
 
-/// What is to be limited, and where.
+/// The limits that a jail is to have, and the control groups that they are set in.
 #[derive(Debug)]
 pub struct Cgroups {
-    /// Which hierarchies; none: version 1 where that has all the controllers.
+    /// The version of the hierarchies; none: version 1 where that has all the controllers.
     pub version: Option<Version>,
     /// The group in which the jail's is made; none: one with the program's name.
     pub parent: Option<String>,
@@ -100,19 +100,19 @@ pub struct Cgroups {
 pub struct Member {
     path: PathBuf,
     processes: File,
-    /// The same file of the group that the process is in so far.
+    /// The file `cgroup.procs` of the group that the process is in so far.
     home: Option<File>,
 }
 
 impl Member {
     /// Enters the group.
     pub fn enter(&mut self) -> Result<()> {
-        // The process that writes is number 0.
+        // The number 0 stands for the process that writes.
         let attempt = || format!("--cgroup: enter the group `{}`", self.path.display());
         self.processes.write_all(b"0").with_context(attempt)
     }
 
-    /// Goes back, if that can be.
+    /// Goes back to the group that the process was in before, if that can be.
     pub fn leave(&mut self) {
         let _ = self.home.as_mut().map(|home| home.write_all(b"0"));
     }
@@ -122,7 +122,7 @@ impl Member {
 struct Hierarchy {
     mount: PathBuf,
     root: Place,
-    /// The group of this process in it, below what is mounted.
+    /// The group of this process in the hierarchy, below what is mounted.
     home: PathBuf,
 }
 
@@ -175,7 +175,7 @@ impl Cgroups {
         let hierarchy = Hierarchy::v2(host)?;
         let offered = read(&hierarchy.root, "cgroup.controllers").unwrap_or_default();
         let mut controllers: Vec<&str> = self.settings.iter().map(Setting::controller).collect();
-        // Files that every group has, as cgroup.max.descendants.
+        // Files that every group has, as cgroup.max.descendants, are of no controller.
         controllers.retain(|controller| *controller != "cgroup");
         for controller in &controllers {
             if !offered.split_whitespace().any(|other| other == *controller) {
@@ -195,7 +195,7 @@ impl Cgroups {
     }
 }
 
-/// Gives what a group has of these controllers to those below it.
+/// Gives these controllers of a group to the groups below it.
 fn share(group: &Place, path: &Path, controllers: &[&str]) -> Result<()> {
     let shared = read(group, SHARED).unwrap_or_default();
     for controller in controllers {
@@ -228,7 +228,7 @@ fn inherit(above: &Place, group: &Place) -> Result<()> {
     Ok(())
 }
 
-/// The group `parent` of version 2, which is there.
+/// Opens the group `parent` of version 2, which must be there already.
 fn join_existing(host: &Host, parent: &str) -> Result<Member> {
     let hierarchy = Hierarchy::v2(host)?;
     let path = hierarchy.mount.join(parent);
@@ -252,7 +252,7 @@ impl Hierarchy {
         })
     }
 
-    /// The first mounted one of this kind, and with this controller.
+    /// Opens the first mounted hierarchy of this kind, and with this controller.
     fn open(host: &Host, kind: &str, controller: Option<&str>) -> Result<Option<Self>> {
         let Some((inner, mount)) = host.mount(kind, controller) else { return Ok(None) };
         let root = File::open(mount).with_context(|| format!("--cgroup: open `{mount}`"))?;
@@ -261,8 +261,8 @@ impl Hierarchy {
         Ok(Some(Self { mount: mount.into(), root: Rc::new(root.into()), home }))
     }
 
-    /// Opens or makes the group `parent/id`. `before` is done with each that another is made in, `after` with that and
-    /// the one above it.
+    /// Opens or makes the group `parent/id`. `before` is called for each group that another is made in, `after` for
+    /// that group and the one made in it.
     fn descend(
         &self,
         parent: &str,
@@ -304,7 +304,7 @@ fn read(group: &Place, name: &str) -> std::io::Result<String> {
     open(group, name, libc::O_RDONLY)?.take(TEXT_MAX).read_to_string(&mut text).map(|_| text)
 }
 
-/// What the kernel tells of hierarchies.
+/// The kernel's lists of mounted hierarchies and of this process's groups.
 struct Host {
     mounts: String,
     groups: String,
@@ -317,7 +317,7 @@ impl Host {
         Ok(Self { mounts: read("/proc/self/mountinfo")?, groups: read("/proc/self/cgroup")? })
     }
 
-    /// What of a hierarchy is mounted, and where (proc(5), mountinfo).
+    /// The folder of a hierarchy that is mounted, and the place where it is mounted (proc(5), mountinfo).
     fn mount(&self, kind: &str, controller: Option<&str>) -> Option<(&str, &str)> {
         self.mounts.lines().find_map(|line| {
             let (place, file_system) = line.split_once(" - ")?;

@@ -1,4 +1,4 @@
-//! What a jail has made outside of itself so far: it goes again if the jail comes to nothing.
+//! The folders, files and mounts that a jail has made so far, which are removed again if the jail comes to nothing.
 
 use std::ffi::OsStr;
 use std::ffi::OsString;
@@ -12,7 +12,7 @@ use crate::sys::{folder, namespace};
 /// An open folder, in which something is made.
 pub type Place = Rc<OwnedFd>;
 
-/// All of it, in the order in which it was made.
+/// All that a jail has made outside of itself, in the order in which it was made.
 #[derive(Default)]
 pub struct Made {
     names: Vec<(Place, OsString)>,
@@ -47,7 +47,7 @@ impl Made {
         Ok(file)
     }
 
-    /// Removes it all. What somebody else uses by now stays.
+    /// Removes all that was made, but what somebody else uses by now.
     pub fn undo(mut self) {
         if let Some((mounts, devices)) = &self.mounts {
             namespace::detach(mounts, devices);

@@ -22,17 +22,17 @@ use cgroup::Cgroups;
 use made::Made;
 use root::{Program, Root};
 
-/// So many descriptors a program in a jail may have open if nothing is said: Firecracker's default.
+/// The number of descriptors that a program in a jail may have open if nothing is said: Firecracker's default.
 const DESCRIPTORS: u64 = 2048;
 /// The longest message that a new process tells of why it does not become the program, in bytes.
 const MESSAGE_MAX: u64 = 4096;
 
-/// What a jail is to be.
+/// The description of a jail that is to be made.
 #[derive(Debug)]
 pub struct Jail {
-    /// Its name.
+    /// The jail's name.
     pub id: String,
-    /// The program that runs in it; none: this one.
+    /// The program that runs in the jail; none: this one.
     pub program: Option<PathBuf>,
     /// The folder of all jails.
     pub base: PathBuf,
@@ -40,43 +40,43 @@ pub struct Jail {
     pub uid: Option<u32>,
     /// The group of the program; none: as in the host.
     pub gid: Option<u32>,
-    /// An ordinary user makes it, in a user namespace.
+    /// Whether an ordinary user makes the jail, in a user namespace.
     pub has_user_namespace: bool,
     /// The network namespace; none: as in the host.
     pub network: Option<PathBuf>,
-    /// Whether it goes on in the background.
+    /// Whether the program goes on in the background.
     pub is_daemon: bool,
     /// Whether the program is process 1 of a PID namespace.
     pub has_pid_namespace: bool,
-    /// Its control groups.
+    /// The jail's control groups.
     pub cgroups: Cgroups,
     /// The size of the largest file that the program may write, in bytes.
     pub file_size: Option<u64>,
-    /// How many descriptors it may have.
+    /// How many descriptors the program may have.
     pub descriptors: Option<u64>,
-    /// The descriptors that it inherits beside the first three.
+    /// The descriptors that the program inherits beside the first three.
     pub kept: Vec<RawFd>,
     /// The arguments of the program.
     pub arguments: Arguments,
 }
 
-/// What the program is told: its command, if it has such, `--id` with the jail's name, when it began, and the rest.
+/// The program's arguments: its command, if it has such, `--id` with the jail's name, when it began, and the rest.
 #[derive(Debug, Default)]
 pub struct Arguments {
-    /// What comes first.
+    /// The program's command, which comes first.
     pub command: Option<OsString>,
     /// Whether the program takes `--start-time-us` and what belongs to it.
     pub takes_times: bool,
-    /// What comes last.
+    /// The arguments that come last.
     pub rest: Vec<OsString>,
 }
 
-/// Who the program in a jail is.
+/// The user and group of the program in a jail.
 #[derive(Clone, Copy, Debug)]
 struct User {
     uid: u32,
     gid: u32,
-    /// Whether that is so in a user namespace only, and the host's user is who made the jail.
+    /// Whether these numbers hold in a user namespace only, and the host's user is who made the jail.
     is_mapped: bool,
 }
 
@@ -84,17 +84,17 @@ struct User {
 struct Begun {
     at: Duration,
     cpu: Duration,
-    /// Which bits of modes its files are made without, and the program's are to be (umask(2)).
+    /// The mask that this process made its files by, and the program is to make its own by (umask(2)).
     umask: u32,
 }
 
 /// Enters the jail and becomes its program: this returns only why that could not be, and then nothing is left of the
-/// jail. In the background or in a PID namespace, another process does, and this returns when that has.
+/// jail. In the background or in a PID namespace, another process becomes the program, and this returns when it has.
 ///
 /// # Errors
 /// An option asks for what cannot be, or the host refuses.
 pub fn enter(jail: &Jail) -> Result<()> {
-    // What the jail's user must reach, others than root must reach, whatever root makes its own files by.
+    // The jail's user must reach files that root makes here, whatever mask root makes its own files by.
     let umask = process::set_umask(0o022);
     let begun = Begun { at: clock::monotonic(), cpu: clock::cpu_time(), umask };
     let user = jail.user()?;
@@ -102,7 +102,7 @@ pub fn enter(jail: &Jail) -> Result<()> {
     if let Some(path) = &jail.network {
         namespaces::join_network(path)?;
     }
-    // All that follows is opened in the jail's mount namespace: only that can be mounted there.
+    // All that follows is opened in the jail's mount namespace: only what was opened there can be mounted there.
     namespaces::enter(user, &jail.id)?;
     let program = Program::open(jail.program.as_deref())?;
     let mut made = Made::default();
@@ -142,7 +142,7 @@ impl Jail {
         kept.sort_unstable();
         kept.dedup();
         for fd in &kept {
-            // One that this process has opened for itself, or that would be closed anyway, is not handed on.
+            // A descriptor that this process opened for itself, or that would be closed anyway, is not handed on.
             if descriptor::closes_on_exec(*fd).unwrap_or(true) {
                 return Err(Error::config(format!(
                     "--keep-fd {fd}: no descriptor of this number was inherited: start this process with it"
@@ -167,7 +167,7 @@ impl Jail {
         Err(self.become_program(program, user, begun.umask, [begun.at, begun.cpu, Duration::ZERO]))
     }
 
-    /// Has a new process become the program, and tells its number. Ends when the program is there.
+    /// Has a new process become the program, and tells its number. Returns when the program is there.
     fn start(
         &self,
         program: &Program,
@@ -194,14 +194,14 @@ impl Jail {
                 Ok(()) => self.become_program(program, user, begun.umask, [begun.at, Duration::ZERO, spent]),
                 Err(error) => error,
             };
-            // The other process has no other reason to be there.
+            // The process that reads this message has no other reason to be there.
             let _ = tell.write_all(error.to_string().as_bytes());
             process::exit_now(1);
         };
         drop(tell);
         let mut reason = String::new();
         let result = root.tell_process(program, pid, made).and_then(|()| {
-            // The end of the pipe is that of the process before the program: a descriptor that is closed then.
+            // The pipe ends when the new process becomes the program, or ends: its descriptor is closed then.
             told.take(MESSAGE_MAX).read_to_string(&mut reason).context("wait for the jail's process")
         });
         let result = match result {
@@ -209,7 +209,7 @@ impl Jail {
             Ok(_) => Err(Error::host(reason)),
             Err(error) => Err(error),
         };
-        // Its control group can be removed when it is gone.
+        // The control group of the new process can be removed when the process is gone.
         namespace::end(pid);
         result
     }
@@ -253,7 +253,7 @@ impl Jail {
             namespace::limit(libc::RLIMIT_FSIZE, bytes)
                 .with_context(|| format!("--resource-limit fsize={bytes}: set it"))?;
         }
-        // A user cannot have more than the host allows, which is nobody's wish if none was told.
+        // A user cannot have more descriptors than the host allows, which is no error if no number was given.
         let count = self.descriptors.unwrap_or(DESCRIPTORS);
         match namespace::limit(libc::RLIMIT_NOFILE, count) {
             Err(_) if self.descriptors.is_none() => Ok(()),

@@ -15,16 +15,16 @@ use crate::error::{Context, Error, Result};
 use crate::paths;
 use crate::sys::{folder, namespace, process};
 
-/// This program itself, even if its file is gone.
+/// The path of this program itself, even if its file is gone.
 const OWN: &str = "/proc/self/exe";
 /// Where a device is in the host and in a jail, and its numbers (Documentation/admin-guide/devices.txt).
 const DEVICES: [(&str, u32, u32); 3] =
     [("dev/kvm", 10, 232), ("dev/net/tun", 10, 200), ("dev/urandom", 1, 9)];
-/// The device of no fixed number. It is left out where the host does not have it.
+/// The device for page faults, which has no fixed number. A jail has none where the host has none.
 const USERFAULTFD: &str = "dev/userfaultfd";
 /// Folders in the jail, each after the one that it is in.
 const FOLDERS: [&str; 2] = ["dev", "dev/net"];
-/// Where a program makes its socket, which is its own.
+/// The folder in which a program makes its socket, and which belongs to the program.
 const RUN: &str = "run";
 
 /// The program that runs in a jail, opened before its folder can be changed by anybody.
@@ -39,14 +39,14 @@ impl Program {
     /// Opens what `--exec-file` names, or this program.
     ///
     /// # Errors
-    /// It is a link, no file, or cannot be executed.
+    /// The path leads to a link, to no file, or to one that cannot be executed.
     pub fn open(path: Option<&Path>) -> Result<Self> {
         let Some(path) = path else { return Self::own() };
         let said = || format!("--exec-file {}", path.display());
         let name = path
             .file_name()
             .ok_or_else(|| Error::config(format!("{}: expected the path of a file", said())))?;
-        // Without waiting for somebody who writes to a FIFO.
+        // The path is opened without waiting for somebody who writes to a FIFO.
         let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
         let file = File::options().read(true).custom_flags(flags).open(path).map_err(|error| match error
             .raw_os_error()
@@ -66,7 +66,7 @@ impl Program {
         let path = std::fs::read_link(OWN).with_context(attempt)?;
         let own = File::open(OWN).with_context(attempt)?;
         let own = Self::of(&path, path.file_name().unwrap_or_default(), own)?;
-        // The file by its path, if that is the same, can have a second name; this one belongs to another mount
+        // The file at the path, if it is the same, can have a second name; the file of /proc belongs to another mount
         // namespace, from which nothing can be linked.
         match Self::open(Some(&path)) {
             Ok(found) if found.is_same(&own) => Ok(found),
@@ -95,26 +95,26 @@ impl Program {
     fn can_be_written_by(&self, user: User) -> bool {
         let (uid, gid) = if user.is_mapped { process::identity() } else { (user.uid, user.gid) };
         let (metadata, mode) = (&self.metadata, self.metadata.mode());
-        // Root is who could anyway.
+        // Root could change the program anyway.
         uid != 0 && (metadata.uid() == uid || metadata.gid() == gid && mode & 0o020 != 0 || mode & 0o002 != 0)
     }
 
-    /// The descriptor to execute it by.
+    /// The descriptor by which the program is executed.
     pub fn descriptor(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
 }
 
-/// The folder.
+/// The folder that becomes the root of a jail.
 pub struct Root {
     place: Place,
     path: PathBuf,
     user: User,
-    /// Devices of the host that are to be mounted in it.
+    /// Devices of the host that are to be mounted in the folder.
     bound: Vec<&'static str>,
 }
 
-/// Why something could not be made at `path`, which is so by this option.
+/// The error for something that could not be made at `path`, which comes from the option `option`.
 fn cannot_make(option: &str, path: &Path, error: &IoError) -> Error {
     let path = path.display();
     match error.raw_os_error() {
@@ -133,11 +133,11 @@ fn cannot_make(option: &str, path: &Path, error: &IoError) -> Error {
 }
 
 impl Root {
-    /// Makes the folder of the jail `id` below `base`, with all that its program needs. One that is there already is
-    /// taken with what it holds, unless an earlier jail has left it.
+    /// Makes the folder of the jail `id` below `base`, with all that its program needs. A folder that is there already
+    /// is taken with what it holds, unless an earlier jail has left it.
     ///
     /// # Errors
-    /// A part of its path is a link, or this user may not make one.
+    /// A part of the folder's path is a link, or this user may not make the folder.
     pub fn make(base: &Path, id: &str, program: &Program, user: User, made: &mut Made) -> Result<Self> {
         let mut place = make_base(base, made)?;
         let mut path = base.to_owned();
@@ -213,7 +213,7 @@ impl Root {
         }
         self.within(path, folder::make_device(&*self.place, path, number))?;
         made.note(&self.place, path);
-        // Whoever owns the folder already could have exchanged it by now.
+        // The owner of a folder that was there already could have exchanged the device by now.
         let node = self.within(path, folder::open(&*self.place, path, libc::O_PATH, 0))?;
         let node = File::from(node);
         let is_it = |found: &Metadata| found.file_type().is_char_device() && found.rdev() == number;
@@ -251,7 +251,7 @@ impl Root {
     /// Tells in the jail's folder the number of the process that the program is.
     ///
     /// # Errors
-    /// There is such a file already.
+    /// The jail's folder has a file of this name already.
     pub fn tell_process(&self, program: &Program, pid: u32, made: &mut Made) -> Result<()> {
         let mut name = program.name.clone();
         name.push(".pid");
@@ -266,7 +266,7 @@ fn make_base(base: &Path, made: &mut Made) -> Result<Place> {
     let failed = |path: &Path, error: IoError| cannot_make("--chroot-base-dir", path, &error);
     let base = std::path::absolute(base).map_err(|error| failed(base, error))?;
     let mut there = base.as_path();
-    // Whoever names the folder may name it by way of links.
+    // The user who names the folder may name it by way of links.
     let opened = loop {
         match File::options().read(true).custom_flags(libc::O_DIRECTORY).open(there) {
             Err(error) if error.kind() == ErrorKind::NotFound => match there.parent() {

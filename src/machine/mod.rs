@@ -147,7 +147,7 @@ impl Machine {
             self.has_run = true;
             self.surroundings.gate.open();
             self.state = RunState::Running;
-            // The guest need not wait for it: `main` takes nothing from the guest before it is done here.
+            // The guest need not wait for the walls: `main` takes nothing from the guest before they are closed.
             walls::close()?;
             log::debug("the guest's CPUs and devices run");
         }
@@ -268,7 +268,7 @@ impl Machine {
         self.config.put(changed.clone())
     }
 
-    /// What a device that a configuration lists tells of `what`, as [`VirtioDevice::tell`] says.
+    /// The answer of a device that a configuration lists to who asks for `what`, as [`VirtioDevice::tell`] says.
     ///
     /// [`VirtioDevice::tell`]: crate::virtio::VirtioDevice::tell
     pub fn tell(&self, name: &str, what: &str) -> Result<Value> {

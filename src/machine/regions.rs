@@ -86,7 +86,7 @@ impl Machine {
         Tracker { vm: self.vm.clone(), memory: self.memory.clone() }
     }
 
-    /// What slows its CPUs down, for whoever has to keep up with what they write.
+    /// A brake that slows the machine's CPUs down, for whoever has to keep up with what they write.
     ///
     /// # Errors
     /// The host gives no more threads.

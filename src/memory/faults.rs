@@ -21,22 +21,22 @@ const API: u64 = 0xc018_aa3f;
 const REGISTER: u64 = 0xc020_aa00;
 const UNREGISTER: u64 = 0x8010_aa01;
 const API_VERSION: u64 = 0xaa;
-/// Its reader is told of pages that are given back: they are zeros afterwards.
+/// The feature by which a descriptor's reader is told of pages that are given back: they are zeros afterwards.
 const EVENT_REMOVE: u64 = 1 << 3;
-/// Faults of pages that are not there.
+/// The mode in which faults of pages that are not there are taken.
 const MISSING: u64 = 1;
 const DEVICE: &str = "/dev/userfaultfd";
 
-/// What page faults of this process are served by.
+/// The descriptor by which another process serves page faults of this one.
 #[derive(Debug)]
 pub struct Faults {
     fd: Named<OwnedFd>,
-    /// What the kernel tells of the faults under way.
+    /// The file in which the kernel tells of the faults under way.
     info: Named<File>,
 }
 
 impl Faults {
-    /// Makes one, which serves nothing yet.
+    /// Makes a descriptor, by which nothing is served yet.
     ///
     /// # Errors
     /// The kernel has no such faults, or this user may not have those of the kernel served, as KVM's are.
@@ -127,8 +127,8 @@ fn call<const WORDS: usize>(fd: &impl AsRawFd, request: u64, words: &mut [u64; W
         size_of_val(words) as u64,
         "the size that a request's number says"
     );
-    // SAFETY: each of these calls reads and writes a structure of so many words of 64 bits, the local ones. What they
-    // change of this process's memory is whose pages missing ones are, which for guest memory is anybody's.
+    // SAFETY: each of these calls reads and writes a structure of so many words of 64 bits, the local ones. All that
+    // they change of this process's memory is who gives missing pages, which for guest memory may be anybody.
     match unsafe { libc::ioctl(fd.as_raw_fd(), request as _, words.as_mut_ptr()) } {
         0 => Ok(()),
         _ => Err(IoError::last_os_error()),

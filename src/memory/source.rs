@@ -14,7 +14,7 @@ pub enum Source<'s> {
     Anonymous,
     /// Zeros, in a file without a name for each region ([`Region::file`]), which another process can map, too.
     Shared,
-    /// Whatever another process gives for a page when it is first touched.
+    /// Pages that another process gives, each when it is first touched.
     Served(&'s Faults),
     /// The content of a file, as a copy that this process changes for itself: a page is read when it is first
     /// touched. What no piece is for is zeros. Nobody may make the file shorter meanwhile: a page

@@ -11,11 +11,11 @@ use crate::host::Host;
 /// A disk that is to be another one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Drive {
-    /// The disk.
+    /// The disk's id.
     pub id: String,
-    /// Where its image is, or where an image over that which it has is made.
+    /// Where the disk's image is, or where an image over that which the disk has is made.
     pub path: PathBuf,
-    /// One is made.
+    /// An image over that which the disk has is made at `path`.
     pub is_overlay: bool,
 }
 

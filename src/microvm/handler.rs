@@ -3,8 +3,8 @@
 //! the regions, with the descriptor by which it serves faults (SCM_RIGHTS). The connection stays open for as
 //! long as the guest is there, and tells by its end that the handler is gone.
 //!
-//! Who touches a page that a handler does not give waits for ever, and can be anybody: a thread of its own looks
-//! after that.
+//! A thread that touches a page which a handler does not give waits for ever, and can be any thread of the process: the
+//! thread `faults` looks after that.
 
 use std::io::Result as IoResult;
 use std::os::unix::fs::FileExt;
@@ -32,17 +32,17 @@ use crate::poll::{self, EventFd};
 use crate::sys::{descriptor, network, process};
 use crate::walls;
 
-/// So long a fault may be open without a page, before a handler that is gone ends its guest, one that is there is told
-/// of, and a restore fails.
+/// How long a fault may be open without a page, before a handler that is gone ends its guest, a handler that is there
+/// is told of, and a restore fails.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// Faults are looked at so often, in milliseconds.
+/// The time between two looks at the faults, in milliseconds.
 const LOOK_MS: i32 = 500;
-/// So often in a row, where there may be none at some moment.
+/// How often in a row each look asks for open faults, as there may be none at some moment.
 const LOOKS: u32 = 8;
-/// So many faults of this process from one look to the next are more than it has without a guest that gets pages.
+/// The most faults that this process has from one look to the next while its guest gets no pages.
 const FAULTS_MIN: u64 = 64;
 
-/// A handler, and the thread that looks after it, until this is dropped.
+/// A handler, and the thread that looks after it until this value is dropped.
 pub(super) struct Handler {
     shared: Arc<Shared>,
     stop: Arc<EventFd>,
@@ -56,7 +56,7 @@ struct Shared {
     path: PathBuf,
     /// Where the kernel counts the faults that this process had (proc_pid_stat(5)).
     counts: Named<std::fs::File>,
-    /// One of the three below.
+    /// The stage of the restore: [`LOADING`], [`LOADED`] or [`GIVEN_UP`].
     stage: AtomicU8,
 }
 
@@ -74,14 +74,14 @@ struct Mapped {
     size: u64,
     /// Where the region lies in the memory file.
     offset: u64,
-    /// In bytes.
+    /// The size of the region's pages, in bytes.
     page_size: u64,
-    /// The same, in bytes for all its name (deprecated).
+    /// The size of the region's pages, too, in bytes for all the field's name (deprecated).
     page_size_kib: u64,
 }
 
 impl Handler {
-    /// Has who listens at `path` serve the `faults` of `memory`, nothing of which was touched yet.
+    /// Has the program that listens at `path` serve the `faults` of `memory`, nothing of which was touched yet.
     ///
     /// # Errors
     /// Nobody listens there.
@@ -171,7 +171,7 @@ impl Shared {
                 continue;
             }
             if self.stage.compare_exchange(LOADING, GIVEN_UP, SeqCst, SeqCst).is_ok() {
-                // Whoever waits goes on with zeros, and finds that the restore has failed.
+                // A thread that waits goes on with a page of zeros; `main` finds that the restore has failed.
                 return self.faults.leave(&self.memory.memory());
             }
             // A vCPU that waits for its page would hold up an end as long.
@@ -216,9 +216,9 @@ impl Shared {
     }
 }
 
-/// The minor and major faults of a process, of which the kernel has told so.
+/// The number of minor and major faults of a process, from the text of its `stat` (proc_pid_stat(5)).
 fn faults_of(stat: &str) -> u64 {
-    // The name before may have spaces and parentheses.
+    // The name of the process, before these fields, may have spaces and parentheses.
     let fields = stat.rsplit(')').next().unwrap_or_default();
     let field = |index| fields.split_whitespace().nth(index).and_then(|text| text.parse::<u64>().ok());
     field(7).unwrap_or(0) + field(9).unwrap_or(0)

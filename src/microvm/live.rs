@@ -34,7 +34,7 @@ pub(super) struct Live {
     /// The checksums of a `Full` one's first round.
     first: Option<Vec<u32>>,
     rounds: u32,
-    /// What slows the guest down, if that is asked for.
+    /// The brake that slows the guest down, if that is asked for.
     brake: Option<Brake>,
     /// Pages that are to be written in the next round, whether they were written to since or not.
     left: PageSet,
@@ -61,8 +61,8 @@ impl Drop for Tracking {
 }
 
 impl Live {
-    /// Of a guest of which writes are noted already if `is_tracked`, and which `brake`, if there is one, slows down
-    /// as far as needed.
+    /// A snapshot of a guest of which writes are noted already if `is_tracked`, and which `brake`, if there is one,
+    /// slows down as far as needed.
     pub(super) fn new(writing: Writing, tracker: Tracker, is_tracked: bool, brake: Option<Brake>) -> Self {
         let tracking = Tracking { tracker, is_ours: !is_tracked };
         let (written, left) = (PageSet::default(), PageSet::default());
@@ -176,8 +176,8 @@ fn press(brake: &mut Brake) {
     log::debug(format_args!("the guest's CPUs rest {} % of the time", brake.percent()));
 }
 
-/// Takes what was written since the last time and writes it, until that is little. A guest that has written not much less
-/// than in the round before is slowed down by `slow`.
+/// Takes the pages that were written since the last time and writes them, until they are few. A guest that has written
+/// not much less than in the round before is slowed down by `slow`.
 fn go_round(
     rounds: &mut u32,
     mut take: impl FnMut() -> Result<PageSet>,

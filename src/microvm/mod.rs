@@ -57,7 +57,7 @@ pub struct Microvm {
     /// On the heap: with it, this would be large, and each function that it is moved through would have room for it on
     /// the stack, for as long as the guest runs.
     machine: Option<Box<Machine>>,
-    /// Who gives the pages of the machine's memory. Dropped after the machine, whose threads may wait for one.
+    /// The page-fault handler of the machine's memory. Dropped after the machine, whose threads may wait for a page.
     handler: Option<handler::Handler>,
     jobs: Jobs<Finish>,
     saving: Option<saving::Saving>,
@@ -352,7 +352,7 @@ impl Microvm {
         job.map(Some)
     }
 
-    /// What a device of which there is one tells: at an empty `place` its configuration, else what it says itself.
+    /// Tells of a device of which there is one: at an empty `place` its configuration, else what it says itself.
     pub fn tell_device(&self, kind: &DeviceKind, place: &str) -> Result<Value> {
         let device = self.device(kind, "")?;
         match place {

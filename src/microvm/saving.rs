@@ -34,7 +34,7 @@ pub struct Save {
     pub kind: Kind,
     /// A guest that runs goes on while most of it is written.
     pub is_live: bool,
-    /// One that writes faster than the disk takes it is slowed down meanwhile.
+    /// A guest that writes faster than the disk takes it is slowed down meanwhile.
     pub slows_down: bool,
 }
 
@@ -60,12 +60,12 @@ impl Kind {
 /// A snapshot that is being written.
 pub(super) struct Saving {
     kind: Kind,
-    /// The how manieth one of this microVM it is.
+    /// The snapshot's number among those of this microVM.
     number: u32,
     begun: Instant,
     /// Since when the guest stands still, which ran before, and is to go on when the snapshot is there.
     stands_since: Option<Instant>,
-    /// The guest stood still for so long, and goes on since.
+    /// How long the guest has stood still in all before it went on again.
     stood: Duration,
     /// The job, which has more than one part if the guest goes on meanwhile.
     ticket: Ticket,
@@ -92,18 +92,18 @@ impl Saving {
 /// The snapshots of this microVM so far.
 #[derive(Default)]
 pub(super) struct Taken {
-    /// By which number they are known, from the first one on.
+    /// The random number by which this microVM's snapshots are known, from the first one on.
     microvm: Option<u128>,
-    /// How many were begun.
+    /// How many snapshots were begun.
     count: u32,
-    /// The last that is whole.
+    /// The number of the last snapshot that was written to its end.
     last: u32,
-    /// Where the microVM comes from.
+    /// The snapshot that the microVM was restored from, if there is one and its place is known.
     restored_from: Option<Place>,
 }
 
 impl Taken {
-    /// None of a microVM that was restored from the one at this place.
+    /// No snapshots yet, of a microVM that was restored from the snapshot at `restored_from`.
     pub(super) fn from(restored_from: Option<Place>) -> Self {
         Self { restored_from, ..Self::default() }
     }
@@ -299,7 +299,7 @@ impl Microvm {
         written.map(|_| None)
     }
 
-    /// Which snapshot the next one is, and what it comes after.
+    /// Gives the next snapshot its place, and says what that snapshot comes after.
     fn next_in_line(&mut self, kind: Kind) -> Result<Line> {
         let noted_since = self.unsaved.is_some();
         let Taken { microvm, count, last, restored_from } = &mut self.taken;
@@ -308,7 +308,7 @@ impl Microvm {
             None => *microvm.insert(stored::random()?),
         };
         *count = count.saturating_add(1);
-        // A difference has what was noted since the last one, or all that is this process's own.
+        // A difference has the pages that were noted since the last snapshot, or all that are this process's own.
         let after = match noted_since {
             true => After { number: *last, restored_from: None },
             false => After { number: 0, restored_from: *restored_from },

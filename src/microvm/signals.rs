@@ -152,7 +152,7 @@ impl Signals {
         process::handle(libc::SIGCONT, on_going_on, 0, &[]);
     }
 
-    /// From here on this thread takes ending signals only in [`Self::wait`]: another one is there to take them
+    /// From here on this thread takes ending signals only in [`Self::wait`]: another thread is there to take them
     /// otherwise.
     ///
     /// # Errors
@@ -234,7 +234,7 @@ extern "C" fn on_going_on(_: i32) {
 /// A tick. Most of them only interrupt the main loop's wait; the last one does what is to be done.
 extern "C" fn on_timer(_: i32) {
     process::keep_errno(|| {
-        // None is left: this one was under way when the timer was stopped.
+        // No tick is left: this one was under way when the timer was stopped.
         let Ok(before) = TICKS.fetch_update(SeqCst, SeqCst, |ticks| ticks.checked_sub(1)) else { return };
         let left = before - 1;
         let is_over =
@@ -299,7 +299,7 @@ extern "C" fn on_refused(signal: i32, refused: &Refused, _: &mut confine::Contex
     if process::is_main_thread() {
         match is_first {
             true => end_at_once(REFUSED, say_refused),
-            // Within what the line above does.
+            // The call was refused within what the line above does.
             false => process::exit_now(REFUSED),
         }
     }
@@ -312,7 +312,7 @@ fn alarm() {
     arm(PATIENCE);
 }
 
-/// Ends the process, for a call that was refused, after its readers know.
+/// Ends the process because of a system call that was refused, after its readers have been told.
 pub fn end_by_refusal() -> ! {
     end_at_once(REFUSED, || ())
 }
@@ -330,7 +330,7 @@ fn say_refused() {
     history::tell_at_once(Event::Ended { reason: history::text(&reason), exit_code: REFUSED });
 }
 
-/// Has another thread put the terminal and sockets in order, for one that panics and may not.
+/// Has another thread put the terminal and sockets in order, for a thread that panics and may not.
 fn clean_up_by_others() {
     const STEP: Duration = Duration::from_millis(1);
     const STEPS: u32 = 100;

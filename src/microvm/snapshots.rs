@@ -31,9 +31,9 @@ pub struct Opened {
     stored: Stored,
     pieces: Vec<Piece>,
     memory: Given,
-    /// Where state and memory are.
+    /// The paths of the state and of the memory.
     paths: [PathBuf; 2],
-    /// It was saved on this host, since its last boot.
+    /// The snapshot was saved on this host, since the host's last boot.
     is_of_this_boot: bool,
     kvm: Option<OpenKvm>,
 }
@@ -42,7 +42,7 @@ impl Opened {
     /// Reads the state at `location`, and opens the memory, which a page-fault handler gives if it `is_served`.
     ///
     /// # Errors
-    /// One of them is not there, or not right; or they are a difference.
+    /// The state or the memory is not there, or not right; or they are those of a difference.
     pub fn open(location: &Location, is_served: bool) -> Result<Self> {
         let (stored, memory) = if is_served {
             (location.read()?, Given::Faults(Faults::open()?))
@@ -64,7 +64,7 @@ impl Opened {
     /// Opens KVM, too.
     ///
     /// # Errors
-    /// This host has none, or this user may not use it.
+    /// This host has no KVM, or this user may not use it.
     pub fn with_kvm(self) -> Result<Self> {
         Ok(Self { kvm: Some(OpenKvm::new()?), ..self })
     }
@@ -89,7 +89,7 @@ pub struct Load {
     pub interfaces: Vec<(String, String)>,
     /// The path of its vsock socket.
     pub vsock: Option<PathBuf>,
-    /// Disks that are to be others.
+    /// The disks that are to be others than those that were saved.
     pub drives: Vec<Drive>,
 }
 
@@ -144,7 +144,8 @@ fn change(config: &mut Config, section: &str, id: Option<&str>, field: &str, val
     })
 }
 
-/// Has `change` change what a configuration file would say of that device.
+/// Has `change` change what a configuration file would say of the device of a section, of the one called `id` if there
+/// can be several.
 pub(super) fn change_device<T>(
     config: &mut Config,
     section: &str,
@@ -173,7 +174,7 @@ impl Microvm {
         self.load_from(|| Opened::open(&load.location, load.is_served), load, reason)
     }
 
-    /// The same of a snapshot that `open` gives.
+    /// Does what [`Self::load_snapshot`] does, with a snapshot that `open` gives.
     pub fn load_from(
         &mut self,
         open: impl FnOnce() -> Result<Opened>,
@@ -202,7 +203,7 @@ impl Microvm {
         Ok(())
     }
 
-    /// A machine that goes on where the saved one stood.
+    /// Builds a machine that goes on where the saved one stood.
     fn build_saved(&mut self, opened: Opened, load: &Load, reason: &'static str) -> Result<Restored> {
         let Opened { stored, pieces, memory, paths, is_of_this_boot, kvm } = opened;
         let place = stored.line.map(|line| line.place);
@@ -230,7 +231,7 @@ impl Microvm {
             machine.check_host(&saved)?;
         }
         let restored = machine.restore(&saved);
-        // What was restored from pages that have not come says nothing.
+        // If pages have not come, how the restore ended says nothing: the handler's fault is told first.
         handler.iter().try_for_each(Handler::conclude)?;
         restored?;
         if load.tracks_writes {
@@ -253,17 +254,17 @@ impl Microvm {
 struct Restored {
     machine: Box<Machine>,
     config: Config,
-    /// Who gives its pages, if they do not come from a file. Dropped after the machine.
+    /// The page-fault handler that gives the machine's pages, if no file does. Dropped after the machine.
     handler: Option<Handler>,
-    /// Which snapshot it was, if that says so.
+    /// The place of the snapshot that the machine was restored from, if its state says so.
     place: Option<Place>,
 }
 
-/// What the memory of a saved machine is had from.
+/// The source of a saved machine's memory.
 enum Given {
-    /// Its file.
+    /// The file of the memory.
     File(Named<File>),
-    /// A page-fault handler, by this.
+    /// A page-fault handler, which serves these faults.
     Faults(Faults),
 }
 

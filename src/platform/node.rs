@@ -24,9 +24,9 @@ pub enum Node {
 }
 
 impl Node {
-    /// What is said of a device that is in guest memory at `place`, and whose interrupt says that what is there has
-    /// changed: to a guest with ACPI, `acpi` and an event of that device; in a device tree, a node called `name` that
-    /// is `compatible` with that.
+    /// The nodes of a device that is in guest memory at `place`, and whose interrupt says that what is there has
+    /// changed: for a guest with ACPI, `acpi` and an event of that device; for a device tree, a node called `name` with
+    /// this `compatible`.
     pub fn of_memory(place: Place, name: &str, compatible: &str, acpi: AcpiDevice) -> Vec<Self> {
         let tree =
             TreeNode::at(name, place).texts("compatible", &[compatible]).registers(place).interrupt(place);

@@ -1,5 +1,5 @@
-//! What this process takes away from itself: rights that a program could gain, system calls (seccomp(2)), files and
-//! ports (landlock(7)); and what it is told of a call that was refused.
+//! The calls by which this process takes away from itself: rights that a program could gain, system calls (seccomp(2)),
+//! files and ports (landlock(7)); and the signal that tells of a call that was refused.
 #![allow(unsafe_code)]
 
 use std::io::Result;
@@ -28,7 +28,7 @@ pub fn gain_no_privileges() -> Result<()> {
 /// Whether the kernel has filters that answer a refused call with a signal (SECCOMP_GET_ACTION_AVAIL, seccomp(2)).
 ///
 /// # Errors
-/// It has none.
+/// The kernel has no such filters.
 pub fn check_filters() -> Result<()> {
     let action = libc::SECCOMP_RET_TRAP;
     // SAFETY: the call reads the local number.
@@ -51,15 +51,15 @@ pub fn filter(program: &[Instruction]) -> Result<()> {
     .map(drop)
 }
 
-/// What rules are about: rights to files, to ports of TCP, and what is kept within (`struct landlock_ruleset_attr`).
+/// The rights that rules handle: to files, to ports of TCP, and scopes (`struct landlock_ruleset_attr`).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Handled {
-    /// LANDLOCK_ACCESS_FS_...
+    /// Rights to files: LANDLOCK_ACCESS_FS_...
     pub files: u64,
-    /// LANDLOCK_ACCESS_NET_...
+    /// Rights to ports: LANDLOCK_ACCESS_NET_...
     pub ports: u64,
-    /// LANDLOCK_SCOPE_...
+    /// Scopes: LANDLOCK_SCOPE_...
     pub scopes: u64,
 }
 
@@ -82,7 +82,7 @@ impl Ruleset {
     /// Forbids all of `handled`, of which this version of Landlock knows the first `known` fields.
     ///
     /// # Errors
-    /// The kernel's: it does not know something of it.
+    /// The kernel's: it does not know one of the rights.
     pub fn new(handled: Handled, known: usize) -> Result<Self> {
         let size = size_of::<u64>() * known.min(3);
         // SAFETY: the call reads so many bytes of the local structure, which is no shorter.
@@ -90,10 +90,10 @@ impl Ruleset {
         owned(made as i32).map(Self)
     }
 
-    /// Allows this of what is forbidden to the file that is open as `place`, and to all below it.
+    /// Allows the rights `files`, of those that are forbidden, to the file that is open as `place` and to all below it.
     ///
     /// # Errors
-    /// EINVAL: something of it can be done to folders only, and this is none, or is not forbidden at all.
+    /// EINVAL: one of the rights is for folders only, and `place` is none, or is not forbidden at all.
     pub fn allow(&self, place: &impl AsRawFd, files: u64) -> Result<()> {
         const PATH_BENEATH: libc::c_int = 1;
         #[repr(C, packed)]
@@ -111,7 +111,7 @@ impl Ruleset {
     /// Lays the rules upon this thread, and those that it starts, for ever.
     ///
     /// # Errors
-    /// E2BIG: as many are upon it as there can be.
+    /// E2BIG: as many rules are upon the thread as there can be.
     pub fn enter(&self) -> Result<()> {
         // SAFETY: the call takes numbers.
         check(unsafe { libc::syscall(libc::SYS_landlock_restrict_self, self.0.as_raw_fd(), 0) as i32 })
@@ -133,14 +133,14 @@ pub struct Refused {
     head: [i32; 4],
     /// The address after the instruction that made the call.
     pub address: usize,
-    /// Its number.
+    /// The number of the call.
     pub number: i32,
     /// The set of calls that the number is of: AUDIT_ARCH_...
     pub arch: u32,
 }
 
 impl Refused {
-    /// Whether the kernel tells it for a filter (SYS_SECCOMP); else somebody has sent the signal.
+    /// Whether the kernel tells of the call for a filter (SYS_SECCOMP); else somebody has sent the signal.
     pub fn is_by_filter(&self) -> bool {
         const BY_FILTER: i32 = 1;
         self.head[2] == BY_FILTER

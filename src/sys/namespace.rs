@@ -1,5 +1,5 @@
-//! What shuts a process in: its namespaces, its root, who it is, its limits, and the program that it becomes. All of
-//! it is for a process of one thread.
+//! The calls that shut a process in: its namespaces, its root, who it is, its limits, and the program that it becomes.
+//! All of them are for a process of one thread.
 #![allow(unsafe_code)]
 
 use std::ffi::{CString, OsStr};
@@ -56,7 +56,7 @@ pub fn copy_mounts(place: Option<&OwnedFd>, path: impl AsRef<OsStr>) -> Result<O
     owned(unsafe { libc::syscall(libc::SYS_open_tree, place, path.as_ptr(), flags) } as i32)
 }
 
-/// Mounts such a copy on an open place (move_mount(2)).
+/// Mounts a copy that [`copy_mounts`] has made on an open place (move_mount(2)).
 ///
 /// # Errors
 /// The kernel's.
@@ -91,7 +91,7 @@ pub fn become_root(mounts: &OwnedFd) -> Result<()> {
     std::env::set_current_dir("/")
 }
 
-/// Takes away what is mounted at these paths in an attached mount, and that itself; what cannot be taken away stays.
+/// Takes away the mounts at these paths in an attached mount, and that one itself; what cannot be taken away stays.
 pub fn detach(mounts: &OwnedFd, paths: &[&str]) {
     if enter(mounts).is_err() {
         return;
@@ -141,7 +141,7 @@ pub fn limit(resource: u32, most: u64) -> Result<()> {
     check(unsafe { libc::setrlimit(resource as _, &raw const limit) }).map(drop)
 }
 
-/// Splits this process in two (fork(2)). `None`: this is the new one; else its number.
+/// Splits this process in two (fork(2)). `None`: this is the new process; else the number of the new one.
 ///
 /// # Errors
 /// The kernel's.

@@ -66,8 +66,8 @@ pub trait VirtioDevice: SaveState + Send {
     fn patch(&mut self, _change: &dyn Any, _host: &mut Host) -> Result<bool> {
         Err(Error::config("nothing of it can be changed once the guest runs"))
     }
-    /// What a client of the API asks about it beyond its configuration. `what` is one of the places below its path
-    /// that its kind lists as told.
+    /// The answer to a client of the API that asks about the device beyond its configuration. `what` is one of the
+    /// places below the device's path that its kind lists as told.
     fn tell(&self, _what: &str) -> Result<Value> {
         Err(Error::config("there is nothing to tell of it"))
     }

@@ -34,7 +34,7 @@ impl Share {
         self.is_used_up = true;
     }
 
-    /// The same if `is_all`.
+    /// Takes nothing more in this turn, as after [`Share::use_up`], if `is_all`.
     pub fn use_up_if(&mut self, is_all: bool) {
         self.is_used_up |= is_all;
     }
@@ -222,8 +222,8 @@ impl Queue {
         self.serve_within(memory, |chain, _| handle(chain))
     }
 
-    /// The same, for requests that cost more than their descriptors: `handle` uses the turn's share up when it has
-    /// done as much as a turn may.
+    /// Handles requests as [`Queue::serve`] does, but such that cost more than their descriptors: `handle` uses the
+    /// turn's share up when it has done as much as a turn may.
     pub fn serve_within(
         &mut self,
         memory: &Regions,

@@ -1,4 +1,4 @@
-//! What slows a guest down that writes to its memory faster than a disk takes it: its CPUs run for a moment, rest, and so
+//! The brake for a guest that writes to its memory faster than a disk takes it: its CPUs run for a moment, rest, and so
 //! on. A guest sees that as a host with little CPU time.
 
 use std::sync::Arc;
@@ -11,17 +11,17 @@ use super::vcpu::Kicker;
 use crate::error::{Context, Result};
 use crate::poll;
 
-/// For so long CPUs run at a time.
+/// The time for which CPUs run between two rests.
 const RUN: Duration = Duration::from_millis(2);
-/// For so long they rest between: at each step a guest has a half, a quarter, ... of the time, and at last a hundredth.
+/// The time for which CPUs rest, at each step: a guest has a half, a quarter, ... of the time, and at last a hundredth.
 const RESTS_MS: [u64; 6] = [2, 6, 14, 30, 62, 198];
 
-/// The CPUs of a machine, which are slowed down more and more, until this is dropped. Whoever has it may be a thread that
-/// can start no other: the one that has the CPUs rest is there from the beginning, and sleeps.
+/// The CPUs of a machine, which are slowed down more and more, until this is dropped. Its owner may be a thread that
+/// can start no other: the thread that has the CPUs rest is there from the beginning, and sleeps.
 pub struct Brake {
     gate: Arc<Gate>,
     step: usize,
-    /// Its thread ends, by itself and soon: nobody waits for it.
+    /// Whether the brake's thread is to end, which it does by itself and soon: nobody waits for it.
     is_over: Arc<AtomicBool>,
     thread: Thread,
 }
@@ -36,7 +36,7 @@ impl Brake {
                 match rests.rest_time() {
                     Duration::ZERO => std::thread::park(),
                     rest => {
-                        // They come out of the guest, and rest by themselves.
+                        // CPUs that are kicked come out of the guest, and rest by themselves.
                         kickers.iter().for_each(Kicker::kick);
                         std::thread::sleep(rest + RUN);
                     }

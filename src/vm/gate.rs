@@ -18,7 +18,7 @@ pub struct Gate {
     /// `state` is `Open`, to be read without the lock between two entries into the guest. In one order
     /// with the vCPUs' `immediate_exit`, hence sequentially consistent.
     open: AtomicBool,
-    /// For so long a vCPU rests that was kicked, in milliseconds.
+    /// The time for which a vCPU that was kicked rests, in milliseconds.
     rest_ms: AtomicU64,
 }
 
@@ -62,7 +62,7 @@ impl Gate {
     /// From now on a vCPU that was kicked while the gate is open rests for so long before it goes on.
     pub fn have_rest(&self, time: Duration) {
         self.rest_ms.store(time.as_millis() as u64, Ordering::SeqCst);
-        // Whoever rests looks anew.
+        // A vCPU that rests looks anew how long it is to rest.
         drop(self.state.lock().unwrap_or_else(PoisonError::into_inner));
         self.changed.notify_all();
     }

@@ -58,9 +58,9 @@ pub struct Connections(Mutex<Vec<(u32, Weak<EventFd>)>>);
 /// An interrupt line that is connected when it is raised for the first time, for a device whose news most guests never
 /// see: until then it costs no descriptor, and a start no system call.
 pub enum Line {
-    /// It was not raised yet: the line of this number.
+    /// A line that was not raised yet, by its number.
     Idle(Arc<Vm>, u32),
-    /// The event raises it.
+    /// A line that was raised before, by the event that raises it.
     Connected(Arc<EventFd>),
 }
 

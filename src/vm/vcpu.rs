@@ -58,12 +58,12 @@ struct Shared {
     _name: Name,
     fd: Mutex<VcpuFd>,
     immediate_exit: ImmediateExit,
-    /// The number of its thread; 0: it has none yet.
+    /// The number of the vCPU's thread; 0: it has none yet.
     thread: AtomicI32,
     metrics: Metrics,
 }
 
-/// What makes a vCPU look at the gate, for a thread that does not own it.
+/// A handle by which a thread that does not own a vCPU makes it look at the gate.
 #[derive(Clone)]
 pub struct Kicker(Arc<Shared>);
 
@@ -73,7 +73,7 @@ impl Kicker {
         self.0.immediate_exit.set(1);
         let thread = self.0.thread.load(Ordering::SeqCst);
         if thread != 0 {
-            // Of a thread that is gone, another one may have the number now: its handler does nothing either.
+            // Another thread may have the number of one that is gone: the signal's handler does nothing there, either.
             process::signal_thread(thread, kick_signal());
         }
     }
@@ -154,7 +154,7 @@ impl Vcpu {
             let thread = std::thread::Builder::new()
                 .name(format!("vcpu{index}"))
                 .spawn(move || {
-                    // One that takes a signal that ends the process would have to remove files.
+                    // A thread that takes a signal that ends the process would have to remove files.
                     process::block_all_signals(&[kick_signal()]);
                     walls::enclose(walls::Kind::Vcpu);
                     shared.thread.store(process::thread_number(), Ordering::SeqCst);
@@ -174,7 +174,7 @@ impl Vcpu {
         Ok(())
     }
 
-    /// What kicks it for another thread.
+    /// A handle by which another thread kicks the vCPU.
     pub(super) fn kicker(&self) -> Kicker {
         Kicker(self.shared.clone())
     }

@@ -64,7 +64,7 @@ impl Vcpus {
         self.all.iter().map(Vcpu::stopped).collect()
     }
 
-    /// What slows them down.
+    /// A brake that slows the vCPUs down.
     ///
     /// # Errors
     /// The host gives no more threads.

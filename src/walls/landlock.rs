@@ -1,4 +1,4 @@
-//! What of the host's files and ports is left (landlock(7)): rules for `main` and for the other threads.
+//! The rules for the host's files and ports that are left (landlock(7)), for `main` and for the other threads.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
@@ -18,23 +18,23 @@ const MAKE_BLOCK: u64 = 1 << 11;
 const FIRST: u64 = (1 << 13) - 1;
 /// Version 2: to move a file from one folder to another, which is forbidden where no rule allows it.
 const REFER: u64 = 1 << 13;
-/// Version 3.
+/// Version 3: to truncate files.
 const TRUNCATE: u64 = 1 << 14;
-/// Version 5.
+/// Version 5: to call ioctl(2) on devices.
 const IOCTL_DEVICE: u64 = 1 << 15;
 /// Version 4: to bind and connect sockets of TCP.
 const PORTS: u64 = 0b11;
 /// Version 6: to connect to abstract Unix sockets of others.
 const ABSTRACT_SOCKETS: u64 = 1;
 
-/// What nobody here ever does.
+/// The rights that no thread ever uses once rules are laid upon it.
 const NEVER: u64 = EXECUTE | MAKE_CHAR | MAKE_BLOCK;
-/// What can be done to something that is no folder.
+/// The rights to something that is no folder.
 const OF_FILES: u64 = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEVICE;
 
 /// Devices that a machine is made with, whatever its user allows.
 const DEVICES: [&str; 5] = ["/dev/kvm", "/dev/net/tun", "/dev/vhost-net", "/dev/userfaultfd", "/dev/null"];
-/// What the kernel tells of this process and of disks.
+/// The folders in which the kernel tells of this process and of disks.
 const TOLD: [&str; 3] = ["/proc", "/sys/dev", "/sys/devices"];
 
 /// The kernel's Landlock.
@@ -44,7 +44,7 @@ pub struct Landlock {
 }
 
 impl Landlock {
-    /// None, with the reason: the kernel has none.
+    /// The kernel's Landlock, or the reason why it has none.
     pub fn find() -> std::result::Result<Self, std::io::Error> {
         landlock_version().map(|version| Self { version })
     }
@@ -68,12 +68,12 @@ impl Landlock {
         Ruleset::new(Handled { files, ports, scopes }, known).context("make rules of Landlock")
     }
 
-    /// For threads that open nothing: no file, no port.
+    /// The rules for threads that open nothing: no file, no port.
     pub fn of_threads(self) -> Result<Ruleset> {
         self.ruleset(self.files())
     }
 
-    /// For `main`: all files that the user may open, but none is executed, and no node of a device is made.
+    /// The rules for `main`: all files that the user may open, but none is executed, and no node of a device is made.
     pub fn of_main(self) -> Result<Ruleset> {
         if self.version < 2 {
             return self.ruleset(NEVER);
@@ -83,8 +83,8 @@ impl Landlock {
         Ok(rules)
     }
 
-    /// For `main` that may use what is in these folders, and of everything else what it is made of: devices, and the
-    /// folder in which it removes its own socket when it ends.
+    /// The rules for a `main` that may use what is in these folders, and beside that only what a machine is made with:
+    /// devices, and the folder in which `main` removes its own socket when it ends.
     pub fn of_main_within(self, folders: &[PathBuf], socket: Option<&Path>) -> Result<Ruleset> {
         let all = self.files();
         let rules = self.ruleset(all)?;
@@ -93,7 +93,7 @@ impl Landlock {
                 .with_context(|| format!("allow `{}` (--allow)", folder.display()))?;
         }
         for device in DEVICES {
-            // What this host has none of, nobody can use.
+            // A device that this host does not have needs no rule.
             let _ = allow(&rules, Path::new(device), all & (READ_FILE | WRITE_FILE | IOCTL_DEVICE));
         }
         for place in TOLD {

@@ -7,8 +7,8 @@
 //! what it does, and with the reason. `main.list` is also for threads that `main` starts once its guest runs and that
 //! have no list of their own. A call that is needed only before the guest runs needs no line.
 //!
-//! `main` goes in two steps. Before its guest runs it may start programs (passt), which inherit its filter, so
-//! that this one, `early.list`, names what is refused. When the gate is first opened, [`close`] lays the other one.
+//! `main` goes in two steps. Before its guest runs it may start programs (passt), which inherit its filter, so that
+//! the first filter, `early.list`, names what is refused. When the gate is first opened, [`close`] lays the other one.
 
 mod landlock;
 pub mod refusal;
@@ -25,38 +25,39 @@ use crate::paths;
 use crate::sys::confine::{self, Instruction, Ruleset};
 use landlock::Landlock;
 
-/// The programs, and the names of system calls, which build.rs has made.
+/// The filters' programs, and the names of system calls, which build.rs has made.
 mod made {
     use super::Instruction;
     include!(concat!(env!("OUT_DIR"), "/filters.rs"));
 }
 
-/// What a thread is there for, which says what it may do.
+/// The purpose of a thread, which says what the thread may do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// It runs guest code.
+    /// The thread of a guest's CPU, which runs guest code.
     Vcpu,
-    /// It runs devices' workers.
+    /// A thread that runs devices' workers.
     Io,
-    /// It does one thing that takes long, for `main`.
+    /// A thread that does one thing that takes long, for `main`.
     Job,
-    /// It takes signals as `main` does, or looks after a page-fault handler, too: what `main` may do once its guest runs.
+    /// A thread that takes signals as `main` does, or looks after a page-fault handler: it may do what `main` may once
+    /// the guest runs.
     Aide,
 }
 
-/// What becomes of a system call that a filter does not allow.
+/// The fate of a system call that a filter does not allow.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Filters {
-    /// It ends the process.
+    /// A call that is not allowed ends the process.
     #[default]
     Strict,
-    /// It is told of, and made.
+    /// A call that is not allowed is told of, and made.
     Told,
     /// There are no filters.
     None,
 }
 
-/// What the user wants of the walls.
+/// The user's wishes for the walls.
 #[derive(Clone, Debug, Default)]
 pub struct Wanted {
     /// The filters of system calls.
@@ -67,17 +68,17 @@ pub struct Wanted {
     pub allowed: Vec<PathBuf>,
 }
 
-/// What the walls of this process are made of.
+/// The parts that the walls of this process are made of.
 struct Walls {
     filters: Filters,
-    /// For threads that open nothing.
+    /// The rules for threads that open nothing.
     of_threads: Option<Named<Ruleset>>,
-    /// For `main` and who works for it; `is_narrow`: `main` has had it from the beginning.
+    /// The rules for `main` and who works for it; `is_narrow`: `main` has had them from the beginning.
     of_main: Option<Named<Ruleset>>,
     is_narrow: bool,
 }
 
-/// None: this process runs no guest, and has none.
+/// The walls of this process; none: it runs no guest, and has no walls.
 static WALLS: OnceLock<Walls> = OnceLock::new();
 thread_local! {
     static IS_ENCLOSED: Cell<bool> = const { Cell::new(false) };
@@ -93,9 +94,9 @@ static IS_PREPARED: AtomicBool = AtomicBool::new(false);
 /// `main` has its last filter, and so has what it starts.
 static IS_CLOSED: AtomicBool = AtomicBool::new(false);
 
-/// Makes ready what is laid upon threads from now on, and says what this host has none of. With folders that are
-/// allowed, `main` is kept within them from here on; it still removes its `socket` when it ends. What is
-/// there already must be the thread of `main` alone.
+/// Makes the walls ready that are laid upon threads from now on, and says which of them this host has not. With
+/// folders that are allowed, `main` is kept within them from here on; it still removes its `socket` when it ends. No
+/// thread but that of `main` may be there yet.
 ///
 /// # Errors
 /// A folder that is to be allowed cannot be opened, or this host cannot keep `main` within it.
@@ -161,10 +162,10 @@ fn enter(rules: Option<&Named<Ruleset>>) -> Result<()> {
     rules.map_or(Ok(()), |rules| rules.enter().context("keep a thread from files and ports (Landlock)"))
 }
 
-/// Lays what `main` has before its guest runs upon it, while nobody waits. No effect the second time.
+/// Lays upon `main` the filter that it has before its guest runs, while nobody waits. No effect the second time.
 ///
 /// # Errors
-/// The kernel has no memory for it.
+/// The kernel has no memory for the filter.
 pub fn prepare() -> Result<()> {
     match WALLS.get() {
         Some(walls) if !IS_CLOSED.load(SeqCst) && !IS_PREPARED.swap(true, SeqCst) => lay(walls, &made::EARLY),
@@ -172,7 +173,7 @@ pub fn prepare() -> Result<()> {
     }
 }
 
-/// Lays upon this thread, which has just begun, what its kind has. One without walls ends the process.
+/// Lays the walls of its kind upon this thread, which has just begun. A thread that can have none ends the process.
 pub fn enclose(kind: Kind) {
     let Some(walls) = WALLS.get() else { return };
     let (rules, program): (_, &[Instruction]) = match kind {
@@ -187,11 +188,11 @@ pub fn enclose(kind: Kind) {
     IS_ENCLOSED.set(true);
 }
 
-/// Lays upon `main` what it has from now on, for good: its guest runs, and no program is started any more. No effect
-/// the second time.
+/// Lays upon `main` the walls that it has from now on, for good: its guest runs, and no program is started any more. No
+/// effect the second time.
 ///
 /// # Errors
-/// The kernel has no memory for it.
+/// The kernel has no memory for the filter.
 pub fn close() -> Result<()> {
     let Some(walls) = WALLS.get() else { return Ok(()) };
     if IS_CLOSED.swap(true, SeqCst) {
@@ -206,7 +207,7 @@ pub fn close() -> Result<()> {
 /// Whether `main` may still start a program.
 ///
 /// # Errors
-/// It may not: why, and what to do.
+/// `main` may not start the program: why, and what to do.
 pub fn check_may_start(program: &str) -> Result<()> {
     let Some(walls) = WALLS.get() else { return Ok(()) };
     let why = match walls.is_narrow {

@@ -11,16 +11,16 @@ use crate::log;
 use crate::sys::confine::{self, Instruction, Refused};
 use crate::sys::process;
 
-/// A number that no call has: by it the address is learned.
+/// A number that no system call has: by a call of this number the address is learned.
 const NO_CALL: u32 = 4095;
-/// So many different calls are told of that a filter would refuse.
+/// The number of different calls that are told of which a filter would refuse.
 const TOLD_MAX: usize = 256;
 /// The longest name of a thread that is kept (pthread_setname_np(3)).
 const NAME_MAX: usize = 15;
 
 /// The call that was refused first.
 static NUMBER: AtomicI32 = AtomicI32::new(-1);
-/// Of which set of calls it is.
+/// The set of calls that the refused one is of: AUDIT_ARCH_...
 static SET: AtomicU32 = AtomicU32::new(0);
 static IS_NOTED: AtomicBool = AtomicBool::new(false);
 static THREAD: [std::sync::atomic::AtomicU8; NAME_MAX] =
@@ -28,12 +28,13 @@ static THREAD: [std::sync::atomic::AtomicU8; NAME_MAX] =
 /// Why a thread has no walls.
 static FAILURE: Mutex<Option<String>> = Mutex::new(None);
 
-/// The address that calls come from which are made again; 0: it is not known.
+/// The address from which calls are made again; 0: it is not known.
 static ADDRESS: AtomicUsize = AtomicUsize::new(0);
-/// What was told of already.
+/// Marks of the calls that were told of already.
 static TOLD: [AtomicU64; TOLD_MAX] = [const { AtomicU64::new(0) }; TOLD_MAX];
 
-/// Notes a call that was refused in this thread. A signal's handler may call this. Whether it was the first one.
+/// Notes a call that was refused in this thread, and returns whether it was the first one. A signal's handler may call
+/// this.
 pub fn note(refused: &Refused) -> bool {
     if IS_NOTED.swap(true, SeqCst) {
         return false;
@@ -44,7 +45,7 @@ pub fn note(refused: &Refused) -> bool {
     true
 }
 
-/// What this thread is called: the library's own name is not there yet while a thread begins.
+/// The name of this thread, which the kernel is asked for: the library has none yet while a thread begins.
 fn thread_name(ask: impl FnOnce(&mut [u8; NAME_MAX + 1])) -> [u8; NAME_MAX + 1] {
     let mut name = [0; NAME_MAX + 1];
     match process::is_main_thread() {
@@ -54,16 +55,16 @@ fn thread_name(ask: impl FnOnce(&mut [u8; NAME_MAX + 1])) -> [u8; NAME_MAX + 1] 
     name
 }
 
-/// Whether the process is to end by it.
+/// Whether the process is to end by a call that was refused, or by a thread that has no walls.
 pub fn is_noted() -> bool {
     NUMBER.load(SeqCst) >= 0 || IS_FAILURE.load(SeqCst)
 }
 
 static IS_FAILURE: AtomicBool = AtomicBool::new(false);
-/// What has the main loop look.
+/// The function that wakes the main loop.
 static ALARM: std::sync::OnceLock<fn()> = std::sync::OnceLock::new();
 
-/// Has `alarm` called when a thread could not be enclosed: it is to wake the main loop, and the thread ends no more.
+/// Has `alarm` called when a thread could not be enclosed: `alarm` is to wake the main loop; the thread sleeps on.
 pub fn tell(alarm: fn()) {
     let _ = ALARM.set(alarm);
 }
@@ -78,13 +79,13 @@ pub(super) fn end_without_walls(error: &Error) -> ! {
     process::sleep_for_ever()
 }
 
-/// What was refused, in words.
+/// The message about the call that was refused, or about the thread that has no walls.
 pub fn words() -> String {
     let failure = FAILURE.try_lock().ok().and_then(|failure| failure.clone());
     failure.unwrap_or_else(|| Words.to_string())
 }
 
-/// The same for a handler: without allocation, to `write` in pieces.
+/// Writes the message about the refused call for a handler: without allocation, to `write` in pieces.
 pub fn say(write: impl FnMut(&[u8])) {
     struct To<W>(W);
     impl<W: FnMut(&[u8])> Write for To<W> {
@@ -122,7 +123,7 @@ fn name_of(number: i32) -> &'static str {
     name.filter(|name| !name.is_empty()).unwrap_or("unknown")
 }
 
-/// Finds out from where [`confine::again`] makes calls, by one that is refused.
+/// Finds out from where [`confine::again`] makes calls, by a call that is refused.
 pub(super) fn learn_address() -> Result<()> {
     let statement = |code: u16, jf: u8, k: u32| Instruction { code, jt: 0, jf, k };
     confine::handle_refused(on_told);
@@ -140,10 +141,10 @@ pub(super) fn learn_address() -> Result<()> {
     }
 }
 
-/// The program, for calls that are told of instead of refused: what is made again passes, and what starts a thread
-/// or a process, which cannot be made again from within a signal's handler.
+/// The program of a filter whose calls are told of instead of refused: calls that are made again pass, and those that
+/// start a thread or a process, which cannot be made again from within a signal's handler.
 pub(super) fn told(program: &[Instruction]) -> Vec<Instruction> {
-    /// Where `struct seccomp_data` has the address, its halves (linux/seccomp.h).
+    /// The place of the address in `struct seccomp_data`, the lower half first (linux/seccomp.h).
     const ADDRESS_AT: u32 = 8;
     let statement = |code: u16, jt: u8, jf: u8, k: u32| Instruction { code, jt, jf, k };
     let address = ADDRESS.load(SeqCst) as u64;
@@ -189,7 +190,7 @@ extern "C" fn on_told(_: i32, refused: &Refused, context: &mut confine::Context)
     });
 }
 
-/// Whether it is the first call of its kind. Of calls that do many things, each thing is one.
+/// Whether a call is the first of its kind. For calls that do many things, each thing is a kind of its own.
 fn is_new(thread: &str, number: i32, arguments: [u64; 6]) -> bool {
     let does_many = [libc::SYS_ioctl, libc::SYS_fcntl, libc::SYS_madvise, libc::SYS_mmap, libc::SYS_prctl];
     let thing = match does_many.contains(&libc::c_long::from(number)) {

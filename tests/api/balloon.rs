@@ -6,7 +6,7 @@ const BALLOON: &str = r#"{"amount_mib": 16, "deflate_on_oom": true, "stats_polli
     "free_page_hinting": true}"#;
 const BEFORE: &str = "The requested operation is not supported before starting the microVM.";
 const AFTER: &str = "The requested operation is not supported after starting the microVM.";
-/// What is told and changed of a balloon in use.
+/// The requests for a balloon in use: for what is told of it, and for changes.
 const IN_USE: [(&str, &str, &str); 6] = [
     ("GET", "/balloon/statistics", ""),
     ("GET", "/balloon/hinting/status", ""),
@@ -42,7 +42,7 @@ fn a_balloon_is_told_back_and_kept_within_the_memory() {
                     target size.";
     assert_eq!(fault, expected);
     client.ok("PATCH", "/machine-config", r#"{"mem_size_mib": 16}"#);
-    // What was refused changed nothing; another one replaces it.
+    // The refused requests have changed nothing; another balloon replaces this one.
     assert_eq!(client.ok("GET", "/balloon", "").json(), told);
     client.ok("PUT", "/balloon", r#"{"amount_mib": 0, "deflate_on_oom": false}"#);
     assert_eq!(client.ok("GET", "/balloon", "").json()["stats_polling_interval_s"], 0);
@@ -53,7 +53,7 @@ fn a_balloon_that_nobody_drives_says_so() {
     let mut service = Service::start(&[]);
     let mut client = service.client();
     client.ok("PUT", "/balloon", BALLOON);
-    // Its case drives the balloon and then resets it.
+    // The firmware's case drives the balloon and then resets it.
     service.boot_source("case=balloon end=idle");
     client.ok("PUT", "/actions", START);
     service.process.expect("1 cases, 0 failed");
@@ -71,7 +71,7 @@ fn a_balloon_that_nobody_drives_says_so() {
     let never = client.request("PATCH", "/balloon/statistics", r#"{"stats_polling_interval_s": 0}"#).fault();
     assert_eq!(never, "Balloon update error: Statistics cannot be enabled/disabled after activation.");
     assert_eq!(client.request("PUT", "/balloon", BALLOON).fault(), AFTER);
-    // Nothing of that has changed anything.
+    // The refused requests have not changed the balloon.
     assert_eq!(client.ok("GET", "/balloon", "").json()["amount_mib"], 16);
     let counted = client.ok("GET", "/metrics", "").json()["balloon"].clone();
     assert!(counted["inflate_count"].as_u64().unwrap() > 0 && counted["event_fails"] == 0, "{counted}");

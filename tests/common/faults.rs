@@ -1,4 +1,4 @@
-//! What a page-fault handler of a test does: it takes the message of a monitor, and gives pages (userfaultfd(2),
+//! The page-fault handler of a test: it takes the message of a monitor, and gives pages (userfaultfd(2),
 //! ioctl_userfaultfd(2)).
 
 use std::fs::File;
@@ -13,7 +13,7 @@ const COPY: u64 = 0xc028_aa03;
 /// UFFD_EVENT_PAGEFAULT.
 const PAGEFAULT: u8 = 0x12;
 
-/// What came as one message: its text, and the descriptor with it.
+/// Receives a monitor's message: returns its text, and the descriptor that came with it.
 #[allow(unsafe_code)]
 pub fn receive(stream: &UnixStream) -> (String, File) {
     let mut bytes = vec![0_u8; 64 << 10];

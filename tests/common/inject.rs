@@ -3,7 +3,7 @@
 
 use std::io::Error;
 
-/// So much below the top of a stack nobody has anything.
+/// The distance below the top of a thread's stack at which a call's text is put: nobody has anything there.
 const BELOW: u64 = 4096;
 
 /// The registers of a thread that was stopped within a system call.
@@ -15,11 +15,11 @@ mod registers {
         registers.rsp
     }
 
-    /// Has the instruction that made the call make this one.
+    /// Has the instruction that made the interrupted call make the call `number`.
     pub fn call(registers: &mut Registers, number: i64, arguments: [u64; 3]) {
         [registers.rdi, registers.rsi, registers.rdx] = arguments;
         (registers.r10, registers.rax) = (0, number as u64);
-        // No call is begun again.
+        // The kernel is not to begin the interrupted call again.
         registers.orig_rax = u64::MAX;
         registers.rip -= 2;
     }
@@ -40,7 +40,7 @@ mod registers {
     /// `svc #0`.
     pub const CALL: u32 = 0xd400_0001;
 
-    /// Has the instruction that made the call make this one.
+    /// Has the instruction that made the interrupted call make the call `number`.
     pub fn call(registers: &mut Registers, number: i64, arguments: [u64; 3]) {
         registers.regs[..3].copy_from_slice(&arguments);
         registers.regs[3] = 0;
@@ -54,20 +54,21 @@ mod registers {
 
 use registers::Registers;
 
-/// A thread that stands still, and goes on when this is dropped.
+/// A thread that stands still, and goes on when this value is dropped.
 pub struct Injected {
     thread: i32,
     before: Registers,
-    /// Its calls are expected to be refused: after one step, a signal of the step would be left as well.
+    /// Whether the thread's calls are expected to be refused. Such a thread goes on without a single step, of which a
+    /// signal would be left as well.
     pub is_refused: bool,
 }
 
-/// What became of a call.
+/// The outcome of a system call that the thread was made to make.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// It returned this: a negative number is an error's.
+    /// The value that the call returned: a negative number is an error's.
     Returned(i64),
-    /// The thread got this signal for it.
+    /// The signal that the thread got for the call.
     Signal(i32),
 }
 
@@ -78,7 +79,7 @@ fn ask(request: libc::c_uint, thread: i32, address: u64, data: u64) -> i64 {
     answer
 }
 
-/// What stands at an address.
+/// The word that `request` reads at an address of the thread's memory.
 #[cfg(target_arch = "aarch64")]
 fn ask_for(request: libc::c_uint, thread: i32, address: u64) -> i64 {
     // SAFETY: the C library has the word in a local of its own, and returns it.
@@ -86,7 +87,7 @@ fn ask_for(request: libc::c_uint, thread: i32, address: u64) -> i64 {
 }
 
 impl Injected {
-    /// Stops the thread of `process` that is called so. It must be within a system call, where all wait.
+    /// Stops the thread of `process` that is called `name`. The thread must be within a system call, where all wait.
     pub fn new(process: u32, name: &str) -> Self {
         let tasks = std::fs::read_dir(format!("/proc/{process}/task")).unwrap();
         let thread = tasks.map(|task| task.unwrap().path()).find(|task| match name {
@@ -101,7 +102,7 @@ impl Injected {
         Self { thread, before: registers(thread), is_refused: false }
     }
 
-    /// Has it make a call with these arguments; a text among them is put on its stack.
+    /// Has the thread make a call with these arguments; a text among them is put on the thread's stack.
     pub fn call(&mut self, number: i64, arguments: [u64; 3], text: (usize, &[u8])) -> Outcome {
         let (mut now, mut arguments) = (self.before, arguments);
         if !text.1.is_empty() {
@@ -129,7 +130,7 @@ impl Injected {
         }
     }
 
-    /// Lets it go on with this signal, where it is.
+    /// Lets the thread go on where it is, with this signal.
     pub fn end(self, signal: i32) {
         ask(libc::PTRACE_DETACH, self.thread, 0, signal as u64);
         std::mem::forget(self);
@@ -143,7 +144,7 @@ impl Drop for Injected {
     }
 }
 
-/// Waits until it stands still, and says for what signal.
+/// Waits until the thread stands still, and returns the signal that stopped it.
 fn wait(thread: i32) -> i32 {
     let (mut status, mut answer) = (0, 0);
     super::wait_for(|| {
@@ -155,7 +156,7 @@ fn wait(thread: i32) -> i32 {
     libc::WSTOPSIG(status)
 }
 
-/// The set of registers that both architectures have (NT_PRSTATUS).
+/// The place of the set of registers that both architectures have (NT_PRSTATUS).
 fn vector(registers: &mut Registers) -> libc::iovec {
     libc::iovec { iov_base: (&raw mut *registers).cast(), iov_len: size_of::<Registers>() }
 }
@@ -171,7 +172,7 @@ fn registers(thread: i32) -> Registers {
 fn set_registers(thread: i32, registers: &Registers) {
     #[cfg(target_arch = "aarch64")]
     {
-        // No call is begun again (NT_ARM_SYSTEM_CALL).
+        // The kernel is not to begin the interrupted call again (NT_ARM_SYSTEM_CALL).
         let mut none = -1_i32;
         let mut vector = libc::iovec { iov_base: (&raw mut none).cast(), iov_len: size_of::<i32>() };
         ask(libc::PTRACE_SETREGSET, thread, 0x404, (&raw mut vector) as u64);

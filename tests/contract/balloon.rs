@@ -32,7 +32,7 @@ fn guest() -> Guest {
     guest
 }
 
-/// Which pages of the last quarter are zeros; the others are as they were.
+/// The numbers of the pages in the last quarter of memory that are zeros; asserts that the others are as they were.
 fn given_back(guest: &Guest) -> Vec<u64> {
     let bytes = guest.bytes((FIRST * PAGE, ((PAGES - FIRST) * PAGE) as u32));
     let pages = bytes.chunks(PAGE as usize).zip(FIRST..);
@@ -76,17 +76,17 @@ fn counted(guest: &Guest, name: &str) -> u64 {
 fn page_numbers_that_are_none_are_left_out_and_one_twice_is_once() {
     let mut guest = guest();
     let first = FIRST as u32;
-    // Not in order, one of them twice, beyond memory, at the end of all addresses; and half a number.
+    // The numbers are not in order, one of them twice, beyond memory, at the end of all addresses; and half a number.
     let all = [first + 5, u32::MAX, first + 1, PAGES as u32, first + 1, 1 << 31, first + 6];
     let (address, length) = numbers(&mut guest, &all);
     guest.request(INFLATE, &[((address, length + 3), 0)]);
     assert_eq!(given_back(&guest), [FIRST + 1, FIRST + 5, FIRST + 6]);
-    // A driver that takes pages back touches them, and one that asks for those of others has them all the same.
+    // A driver touches the pages that it takes back; pages that it never gave are its own all the same.
     guest.fill((FIRST + 1) * PAGE, PAGE, 7);
     let back = numbers(&mut guest, &[first + 1, 3, u32::MAX]);
     guest.request(DEFLATE, &[(back, 0)]);
     assert_eq!(given_back(&guest), [FIRST + 5, FIRST + 6]);
-    // Numbers that the driver does not let be read, none, and more than fit one turn.
+    // Requests with numbers that the device may not read, with none, and with more than fit one turn give no page back.
     guest.request(INFLATE, &[(back, WRITE)]);
     guest.request(INFLATE, &[((back.0, 0), 0)]);
     guest.request(INFLATE, &[((FIRST * PAGE, 0x8000), 0)]);
@@ -101,7 +101,7 @@ fn page_numbers_that_are_none_are_left_out_and_one_twice_is_once() {
 #[test]
 fn a_turn_gives_back_no_more_than_its_share() {
     let mut guest = guest();
-    // Each of these would be a call of its own, were there such pages.
+    // Each of these numbers would take a system call of its own, were there such pages.
     let scattered: Vec<u32> = (0..1024).map(|number| 0x8000_0000 + 2 * number).collect();
     let scattered = numbers(&mut guest, &scattered);
     let free = ((1 << 40, 256 << 20), WRITE);
@@ -131,7 +131,7 @@ fn whole_pages_alone_of_what_is_free_go_back() {
         ((start + 8 * PAGE, PAGE as u32), WRITE),
         ((start + 9 * PAGE, 2 * PAGE as u32), WRITE),
         ((start + 10 * PAGE, PAGE as u32), WRITE),
-        // What the device may only read is not free.
+        // A piece that the device may only read is not free.
         ((start + 20 * PAGE, PAGE as u32), 0),
         ((driver::MEMORY - PAGE, 1 << 30), WRITE),
         ((u64::MAX - 5, 3), WRITE),
@@ -167,7 +167,7 @@ fn free_pages_are_taken_of_the_run_that_was_asked_for() {
         let command = guest.allocate(&command.to_le_bytes());
         guest.request(HINTING, &[(command, 0)]);
     };
-    // Nobody has asked: with a number or without one, they stay.
+    // No run of hinting was asked for: hinted pages stay, whether the driver has named a run or not.
     hint(&mut guest, 1);
     say(&mut guest, 2);
     hint(&mut guest, 2);
@@ -179,14 +179,14 @@ fn free_pages_are_taken_of_the_run_that_was_asked_for() {
     say(&mut guest, first);
     hint(&mut guest, 3);
     say(&mut guest, 0);
-    // It has told of all, and is not to use them yet: nothing that comes now is of that run.
+    // The driver has told of all pages, and is not to use them yet: no page that comes now is of that run.
     assert_eq!(word(&mut guest, 8), first);
     hint(&mut guest, 4);
     patch(&mut guest, "hinting/stop", "").unwrap();
     assert_eq!(told(&guest, "hinting/status"), json!({ "host_cmd": 1, "guest_cmd": 0 }));
     say(&mut guest, first);
     hint(&mut guest, 5);
-    // Another run has another number, and ends by itself.
+    // A second run has another number, and ends by itself.
     patch(&mut guest, "hinting/start", "").unwrap();
     let second = word(&mut guest, 8);
     assert_ne!(first, second);
@@ -198,7 +198,7 @@ fn free_pages_are_taken_of_the_run_that_was_asked_for() {
     hint(&mut guest, 8);
     assert_eq!(given_back(&guest), [FIRST + 3, FIRST + 7]);
     assert_eq!(counted(&guest, "free_page_hint_freed"), 2 * PAGE);
-    // A command that is too short is none.
+    // A buffer of less than four bytes is no command: the driver broke a rule.
     let short = guest.allocate(&[0; 3]);
     guest.offer(HINTING, &[(short, 0)]);
     guest.kick(HINTING);
@@ -223,11 +223,11 @@ fn statistics_are_what_the_driver_said_last_whatever_it_says() {
     });
     assert_eq!(told(&guest, "statistics"), expected);
     assert_eq!(counted(&guest, "stats_update_fails"), 1);
-    // The buffer stays with the device until it is to be told anew; another one sends it back.
+    // The buffer stays with the device until statistics are wanted anew; another buffer sends it back.
     assert_eq!(guest.used_index(STATISTICS), 0);
     say(&mut guest, &[1, 2, 3]);
     assert_eq!(guest.next_used(STATISTICS).0, head);
-    // So many pages the driver says it has given, and what is not for it to write stays.
+    // The driver writes the number of pages that it has given; the fields that are not for it to write stay.
     guest.set_config(0, &[0xff; 6]);
     guest.set_config(7, &[1, 0xff, 0xff]);
     assert_eq!([0, 4, 8, 12].map(|offset| word(&mut guest, offset)), [256, 0x0100_ffff, 0, 0]);
@@ -238,7 +238,7 @@ fn statistics_are_what_the_driver_said_last_whatever_it_says() {
         expected.as_object_mut().unwrap().remove(name);
     }
     assert_eq!(told(&guest, "statistics"), expected);
-    // More than there can be, most of it not in memory: the driver broke a rule, and the device goes on after a reset.
+    // Statistics of 4 GiB, most of them not in memory: the driver broke a rule, and the device goes on after a reset.
     guest.offer(STATISTICS, &[((driver::MEMORY - 100, u32::MAX), 0)]);
     guest.kick(STATISTICS);
     guest.wait_for(|guest| guest.status() & NEEDS_RESET != 0);
@@ -263,7 +263,7 @@ fn a_driver_that_is_to_tell_anew_gets_its_buffer_back() {
         assert_eq!(guest.next_used(STATISTICS), (head, 0));
         assert_eq!(told(&guest, "statistics")["free_memory"], 8);
     }
-    // One that never answers again is not asked again.
+    // A driver that never answers again is not asked again.
     std::thread::sleep(std::time::Duration::from_millis(1200));
     assert!(!guest.has_used(STATISTICS) && guest.status() & NEEDS_RESET == 0);
 }
@@ -280,7 +280,7 @@ fn a_target_is_changed_for_a_driver_that_is_there() {
     patch(&mut guest, "", r#"{"amount_mib": 3}"#).unwrap();
     assert!(guest.is_interrupted(None), "the driver is not told");
     assert_eq!(word(&mut guest, 0), 3 * 256);
-    // In a machine built anew it is so without having been driven there.
+    // In a machine built anew, the target is changed without a driver having started the device there.
     let suspended = guest.suspend();
     let opened = config(json!({ "amount_mib": 3 })).open("it", &mut host::Host::default()).unwrap();
     let memory = memory::allocate(&[memory::Range { start: 0, size: driver::MEMORY }]).unwrap();
@@ -291,7 +291,7 @@ fn a_target_is_changed_for_a_driver_that_is_there() {
     patch(&mut guest, "statistics", r#"{"stats_polling_interval_s": 5}"#).unwrap();
     let never = patch(&mut guest, "statistics", r#"{"stats_polling_interval_s": 0}"#).unwrap_err();
     assert_eq!(never.to_string(), "Statistics cannot be enabled/disabled after activation.");
-    // The driver is gone, and its pages are the guest's.
+    // After a reset the driver is gone, and the pages that it gave are the guest's.
     guest.reset();
     assert_eq!(word(&mut guest, 4), 0);
     assert!(patch(&mut guest, "", r#"{"amount_mib": 2}"#).is_err());

@@ -14,7 +14,7 @@ use super::common::{self, Service, faults, wait_for};
 use super::{GO_ON, PAUSE, Snapshot, events, type_line};
 
 const LOST: u8 = 149;
-/// Set: this process is a handler, which does what it is told here: how, the socket, the file of the memory.
+/// The variable that makes a process a handler: how it is to work, its socket, and the file of the memory.
 const SERVES: &str = "ALULA_TEST_SERVES";
 
 #[test]
@@ -64,7 +64,7 @@ fn a_handler_is_looked_at_from_outside() {
                 "wrong" if count > 20 => page.fill(0),
                 _ => {}
             }
-            // A page that two CPUs wait for is there already.
+            // A page that two CPUs wait for is there already at the second fault.
             let given = faults::copy(&faults, start, &page).map_err(|error| error.raw_os_error());
             assert!(
                 given.is_ok() || given == Err(Some(libc::EEXIST)) || given == Err(Some(libc::ESRCH)),
@@ -77,14 +77,14 @@ fn a_handler_is_looked_at_from_outside() {
     }
 }
 
-/// A process that is a handler, which ends with this.
+/// A process that is a handler, which ends when this value is dropped.
 struct Handler {
     child: Child,
     socket: PathBuf,
 }
 
 impl Handler {
-    /// A handler that works so, for the memory of `snapshot`.
+    /// Starts a handler that works as `how` says, for the memory of `snapshot`.
     fn start(snapshot: &Snapshot, how: &str) -> Self {
         let socket = snapshot.path(how);
         let told = format!("{how}|{}|{}", socket.display(), snapshot.path("memory").display());
@@ -97,7 +97,7 @@ impl Handler {
         Self { child, socket }
     }
 
-    /// The fields of a load that name it.
+    /// The fields of a load that name this handler.
     fn backend(&self, resumes: bool) -> Value {
         let backend = json!({ "backend_type": "Uffd", "backend_path": self.socket });
         json!({ "mem_backend": backend, "resume_vm": resumes })
@@ -142,7 +142,7 @@ fn a_guest_with_a_handler_is_saved_whole() {
             json!({ "snapshot_type": kind, "snapshot_path": path(state), "mem_file_path": path(memory) });
         service.client().ok("PUT", "/snapshot/create", &body.to_string());
     };
-    // A difference has the pages that have come, in the order of which nobody was asked for more.
+    // A difference has the pages that have come so far: the handler is asked for no more to save it.
     save("Diff", "diff", "diff-memory");
     save("Full", "full", "full-memory");
     let paths = |names: [&str; 4]| names.map(|name| path(name).to_str().unwrap().to_owned());
@@ -181,7 +181,7 @@ fn a_load_whose_handler_gives_nothing_fails_and_is_tried_again() {
                     );
                     snapshot.refuse(&service, &json!({ "mem_backend": backend }), &expected);
                 }
-                // One that hangs up may do so before the message is sent, or after.
+                // A handler that hangs up may do so before the message is sent, or after.
                 let expected = match how {
                     "hangs up" => "the page-fault handler at `",
                     _ => "has not given a page of the guest's memory for 5 s: have it read",
@@ -244,7 +244,7 @@ fn a_handler_that_gives_wrong_pages_harms_its_guest_alone() {
     let mut service = Service::start(&[]);
     service.client().ok("PUT", "/snapshot/load", &snapshot.load(&handler.backend(true)));
     type_line(&mut service.process);
-    // What comes of it is the guest's business: it may end, or do anything for ever.
+    // What wrong pages lead to is the guest's business: it may end, or do anything for ever.
     for _ in 0..20 {
         if !service.process.is_running() {
             let code = service.process.end().code.unwrap();

@@ -1,9 +1,9 @@
-//! What the kernel tells of a process.
+//! The state of a process, as the kernel tells of it (proc(5)).
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-/// What the kernel tells of a process.
+/// A process by its ID, whose state the kernel tells (proc(5)).
 pub struct Looked(pub u32);
 
 impl Looked {
@@ -11,7 +11,7 @@ impl Looked {
         std::fs::read_to_string(format!("/proc/{}/{file}", self.0)).unwrap()
     }
 
-    /// The words of a line of its status.
+    /// The words of a line of the process's status.
     pub fn status(&self, name: &str) -> Vec<String> {
         let status = self.read("status");
         let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
@@ -28,7 +28,7 @@ impl Looked {
         line.split_whitespace().next().unwrap().to_owned()
     }
 
-    /// What it has open: number and last part of the path.
+    /// The process's open descriptors: number and last part of the path.
     pub fn descriptors(&self) -> Vec<(i32, String)> {
         let folder = std::fs::read_dir(format!("/proc/{}/fd", self.0)).unwrap();
         let opened = folder.map(|entry| {
@@ -40,7 +40,7 @@ impl Looked {
         opened.collect()
     }
 
-    /// No rights, no way to get any, no variables, and only the jail to see.
+    /// Asserts that the process has no rights, no way to get any, no variables, and only the jail to see.
     pub fn check_shut_in(&self, mounts: usize) {
         for name in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
             assert_eq!(self.status(name), ["0000000000000000"], "{name}");
@@ -57,7 +57,7 @@ impl Looked {
         assert!(has("alula") && has("run") && !has("proc") && !has("etc"), "{names:?}");
     }
 
-    /// In KiB.
+    /// The process's private memory, in KiB.
     pub fn private_memory(&self) -> u64 {
         let rollup = self.read("smaps_rollup");
         let lines = rollup.lines().filter(|line| line.starts_with("Private_"));

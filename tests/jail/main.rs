@@ -20,14 +20,14 @@ use common::{Client, Process, network, wait_for};
 use looked::Looked;
 use site::{Site, end};
 
-/// Who programs in jails are here.
+/// The user and the group that programs in jails have here.
 const UID: u32 = 1234;
 const GID: u32 = 1235;
-/// Who has no rights at all.
+/// The user, and the group, without any rights.
 const NOBODY: u32 = 65534;
 /// The most private memory that a jail may cost, in KiB.
 const MEMORY_MAX_KIB: u64 = 300;
-/// So many guests are compared.
+/// The number of guests in jails that are compared with as many outside.
 const GUESTS: usize = 10;
 
 fn boot(client: &mut Client, kernel: &Path) {
@@ -39,7 +39,7 @@ fn boot(client: &mut Client, kernel: &Path) {
     assert_eq!(client.ok("GET", "/", "").json()["state"], "Running");
 }
 
-/// The path of a network namespace, which lives as long as this.
+/// The path of a network namespace, which lives as long as this value.
 struct Network(PathBuf, #[allow(dead_code, reason = "its end ends the thread")] std::sync::mpsc::Sender<()>);
 
 impl Network {
@@ -167,14 +167,14 @@ fn an_ordinary_user_makes_a_jail() {
     std::fs::write(site.root("own").join("kernel"), alula::firmware::IMAGE).unwrap();
     boot(&mut client, Path::new("/kernel"));
     let looked = Looked(process.child.id());
-    // The root, and each of the host's devices.
+    // The mounts are the root, and each of the host's devices.
     let devices = ["kvm", "net/tun", "urandom", "userfaultfd"];
     let mounted = devices.iter().filter(|name| Path::new("/dev").join(name).exists());
     looked.check_shut_in(1 + mounted.count());
     assert_eq!(looked.read("uid_map").split_whitespace().collect::<Vec<_>>(), ["77", "65534", "1"]);
     assert_eq!(looked.read("gid_map").split_whitespace().collect::<Vec<_>>(), ["78", "65534", "1"]);
     assert_eq!(looked.status("Uid")[0], NOBODY.to_string());
-    // Here, the user may not name the program a second time: it is a copy, and the text is shared all the same.
+    // This user may not make a second name of the program: the jail has a copy, and the text is shared all the same.
     let [copy, own] =
         [&site.root("own").join("alula"), &program].map(|path| std::fs::metadata(path).unwrap());
     assert_eq!((copy.len(), copy.nlink()), (own.len(), 1));
@@ -207,7 +207,7 @@ fn an_ordinary_user_makes_a_jail() {
         let ended = end(command);
         let _ = std::fs::remove_file(&script);
         assert!(ended.code == Some(1) && ended.text.contains(expected), "{options:?}: {ended:?}");
-        // An empty folder of jails by the script's name is none of it.
+        // Nothing is left, not even an empty folder of jails by the script's name.
         assert_eq!(site.everything(), before, "{options:?}");
     }
     let mut command = Command::new(&program);
@@ -228,7 +228,7 @@ fn a_jail_on_another_file_system_has_a_copy() {
     let own = std::fs::metadata(common::alula()).unwrap();
     let copy = std::fs::metadata(site.root("far").join("alula")).unwrap();
     assert!(copy.dev() != own.dev() && copy.len() == own.len() && copy.mode() & 0o111 != 0);
-    // What runs is the one outside.
+    // The program that runs is the one outside, not its copy in the jail.
     let runs = std::fs::metadata(format!("/proc/{}/exe", process.child.id())).unwrap();
     assert_eq!((runs.dev(), runs.ino()), (own.dev(), own.ino()));
     drop(process);
@@ -268,7 +268,7 @@ fn the_examples_of_the_page_do_as_they_say() {
     let site = Site::new();
     common::open_devices();
     common::for_everybody(&site.folder);
-    // The first writes there.
+    // The first example writes to /srv.
     std::fs::create_dir_all("/srv").unwrap();
     common::mount(Path::new("/srv"), "tmpfs", "size=128m");
     let ended = end(pasted(&site, 1, 0));
@@ -277,7 +277,7 @@ fn the_examples_of_the_page_do_as_they_say() {
     let ended = end(pasted(&site, 2, NOBODY));
     assert!(ended.code == Some(0) && ended.text.contains("8 cases, 0 failed"), "{ended:?}");
     assert_eq!(std::fs::read_dir(site.folder.path("jails/alula")).unwrap().count(), 0);
-    // The group of the first, whose parent others may use.
+    // The control group of the first example goes; others may use its parent.
     let group = site.groups[0].0.join("alula/web");
     wait_for(|| std::fs::remove_dir(&group).is_ok());
     let _ = std::fs::remove_dir(group.parent().unwrap());

@@ -1,11 +1,11 @@
-//! What cannot be a jail is refused by the name of the option, and nothing of it is left.
+//! A jail that cannot be made is refused by the name of the option, and nothing of it is left.
 
 use std::os::unix::fs::{PermissionsExt, symlink};
 
 use crate::common;
 use crate::site::{Site, end};
 
-/// What stands in the way of the jail `id`, and what is said of it.
+/// The IDs of jails that something stands in the way of, and the words that each is refused with.
 const IN_THE_WAY: &[(&str, &str)] = &[
     ("leads", "root` is a symbolic link, which could lead anywhere: remove it, or choose another --id"),
     ("away", "alula/away` is a symbolic link"),
@@ -14,7 +14,7 @@ const IN_THE_WAY: &[(&str, &str)] = &[
     ("left", "alula` is left from an earlier jail: if that has ended, remove its folder"),
 ];
 
-/// Options, in which a word in capitals is a file of the test's, and what is said of them.
+/// Options, in which a word in capitals is a file of the test's, and the words that they are refused with.
 const OPTIONS: &[(&str, &str)] = &[
     ("--netns /dev/null", "--netns /dev/null: it is no network namespace: `ip netns add NAME` makes one"),
     ("--netns /nonexistent", "--netns /nonexistent: No such file"),
@@ -41,7 +41,7 @@ const OPTIONS: &[(&str, &str)] = &[
     ("--userns", "--userns: root would still own the host's files in there"),
 ];
 
-/// Puts all that in the way.
+/// Puts something in the way of each jail of [`IN_THE_WAY`].
 fn obstruct(site: &Site) {
     let elsewhere = site.folder.path("elsewhere");
     std::fs::create_dir(&elsewhere).unwrap();
@@ -53,7 +53,7 @@ fn obstruct(site: &Site) {
     std::fs::write(site.root("file"), "").unwrap();
     symlink(&elsewhere, site.base().join("alula/away")).unwrap();
     symlink(&elsewhere, site.root("there").join("dev")).unwrap();
-    // The last jail has ended.
+    // The jail `left` has ended, and is in the way of the next one.
     let mut command = site.jail("left");
     command.args(["--", "version"]);
     let ended = end(command);
@@ -83,7 +83,7 @@ fn what_cannot_be_a_jail_leaves_nothing_behind() {
         ids.chain(OPTIONS.iter().map(|(options, expected)| ("x", *options, *expected)))
     {
         let mut command = site.jail(id);
-        // What the case is about comes after limits that can be, and is to be undone with them.
+        // The fault of the case comes after limits that can be set, which are to be undone with all else.
         if !options.contains("cgroup") {
             command.args(site.limits());
         } else if options.starts_with("--cgroup pids") {

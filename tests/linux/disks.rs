@@ -130,7 +130,7 @@ fn a_disk_is_swapped_while_the_guest_runs() {
     for transport in TRANSPORTS {
         let mut service = Service::start(transport);
         let mut client = service.client();
-        // What is free goes by itself behind one transport, and is asked for behind the other.
+        // Behind one transport the guest reports its free memory by itself; behind the other it is asked for memory.
         let reports = transport.is_empty();
         let boot = json!({
             "kernel_image_path": asset(KERNELS[0]),

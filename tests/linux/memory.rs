@@ -2,11 +2,11 @@
 
 use super::*;
 
-/// What the guest has in MiB, and what it is to do without once it is asked: not all that it has to spare.
+/// The guest's memory, and what the guest is to do without once it is asked, in MiB: not all that it can spare.
 const MEMORY: u64 = 256;
 const WITHOUT: u64 = 128;
 
-/// Gives the machine to be its memory, and a balloon.
+/// Configures the memory and a balloon of a machine that is not started yet.
 pub fn add_balloon(client: &mut common::Client, reports: bool) {
     let machine = json!({ "vcpu_count": 1, "mem_size_mib": MEMORY }).to_string();
     client.ok("PUT", "/machine-config", &machine);
@@ -16,7 +16,7 @@ pub fn add_balloon(client: &mut common::Client, reports: bool) {
     client.ok("PUT", "/balloon", &balloon.to_string());
 }
 
-/// How much memory of its own the process has, in MiB.
+/// The memory that the process has of its own, in MiB.
 fn own(process: u32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap();
     line_of(&status, "RssAnon:").trim_end_matches(" kB").trim().parse::<u64>().unwrap() >> 10
@@ -43,10 +43,10 @@ pub fn comes_and_goes(service: &mut Service, reports: bool) {
     assert!(reports || own(process) >= full - 8, "it gave memory back that nobody has asked for");
     service.client().ok("PATCH", "/balloon", &json!({ "amount_mib": WITHOUT }).to_string());
     wait_for(|| statistic("actual_mib") == Some(WITHOUT));
-    // Much of what the guest gives, it has never touched.
+    // The guest has never touched much of the memory that it gives.
     let left = own(process);
     assert!(left <= full - WITHOUT / 8, "{left} MiB of {full}");
-    // More than it has left: it need not end a program for that.
+    // The guest takes more than it has left, and need not end a program for that.
     go_on(service);
     service.process.expect("memory: 100 MiB taken");
     wait_for(|| statistic("actual_mib").is_some_and(|actual| actual < WITHOUT - 8));

@@ -25,7 +25,7 @@ fn an_overlay_is_sound_and_reads_as_what_is_beneath_it() {
             (&told["backing-filename-format"], &told["virtual-size"]),
             (&json!(beneath), &json!(SIZE))
         );
-        // The next one reads what is written to this one.
+        // The next overlay reads what is written to this one.
         let mut disk = Disk::new(serde_json::to_value(&over).unwrap()).unwrap();
         scribble(&mut disk, &mut expected, beneath.len() as u64);
         assert!(content(&mut disk) == expected);
@@ -34,7 +34,7 @@ fn an_overlay_is_sound_and_reads_as_what_is_beneath_it() {
         below = over;
     }
     assert_eq!(below.backing.as_ref().unwrap().len(), 3);
-    // What the images name themselves is found, too.
+    // The images beneath are found by the names in the images, too.
     below.backing = None;
     let (overlay, over) = Overlay::make(&below, &folder.path("four"), &mut Host::default()).unwrap();
     assert_eq!(over.backing.unwrap().len(), 4);

@@ -149,7 +149,7 @@ fn save_chain(reader: &mut Reader) {
 fn check_chain(reader: Reader, is_noted: bool) {
     let diffs = ["1", "2", "3", "4"];
     if is_noted {
-        // What was written between is in the first.
+        // The pages that were written between the two are in the difference `1`: `2` is not merged without it.
         reader.refuse_merge("base", "2", "of that microVM; what it is to be merged into is snapshot");
     }
     reader.merge("base", &diffs);
@@ -276,7 +276,7 @@ fn a_memory_file_takes_the_pages_of_a_difference_without_states() {
         assert!(code == Some(1) && text.contains(expected), "{code:?} {text}");
     }
     assert!(fs::read(&base).unwrap() == before);
-    // Once more does no harm.
+    // A difference that is put into memory once more does no harm.
     for _ in 0..2 {
         assert_eq!(edit(&base, &diff), (Some(0), String::new()));
         reader.assert_same("base", "whole");

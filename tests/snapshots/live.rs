@@ -23,7 +23,7 @@ impl Worker {
         Self::writing(2, track, extra)
     }
 
-    /// One that writes so many MiB.
+    /// A worker whose guest writes `mib` MiB all the time.
     fn writing(mib: u32, track: bool, extra: &[&str]) -> Self {
         let folder = Folder::new();
         // What is mounted here is seen by what is started afterwards.
@@ -58,7 +58,7 @@ impl Worker {
         assert_eq!(verified.code, Some(0), "{}", verified.text);
     }
 
-    /// The guest runs, and what it does is right.
+    /// Asserts that the guest runs, and that what it does is right.
     fn works(&mut self) {
         assert_eq!(self.client.ok("GET", "/", "").json()["state"], "Running");
         self.service.process.stdin.as_mut().unwrap().write_all(b"x").unwrap();
@@ -174,7 +174,7 @@ fn who_pauses_a_guest_that_is_saved_live_finds_it_paused() {
     end(worker.service.process);
 }
 
-/// Has each of a process's writes to files take so long, in microseconds, until it is dropped.
+/// A tracer that delays each of a process's writes to files, by a number of microseconds, until this value is dropped.
 struct Slow(Child);
 
 impl Slow {
@@ -218,7 +218,7 @@ fn a_guest_that_writes_faster_than_a_disk_is_slowed_down() {
     worker.client.ok("PUT", "/snapshot/create", &body);
     drop(slow);
     wait_for(|| worker.events("snapshot_created").len() == 1);
-    // It has all of its time again, and the clone never had less.
+    // After the snapshot the guest has all of its CPU time again, and the clone never had less.
     worker.works();
     let place = worker.path("saved");
     end(Process::start(["run", "--restore", place.to_str().unwrap(), "--id", "again"]));

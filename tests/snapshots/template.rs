@@ -21,11 +21,11 @@ struct Template {
 }
 
 impl Template {
-    /// `before`: what is to start it.
+    /// Saves a guest, and starts a template of it, by the command `before` where one is given.
     fn new(before: &[&str]) -> Self {
         let mut saved = Saved::with(&[], "echo case=identity,block", true);
         saved.service.process.stdin.as_mut().unwrap().write_all(b"go on\n").unwrap();
-        // Before another client is let in after this one was answered, the line is in the guest's UART.
+        // The line is in the guest's UART before the service lets in another client after this request.
         saved.service.client().ok("GET", "/", "");
         saved.service.client().ok(
             "PUT",
@@ -33,7 +33,7 @@ impl Template {
             &json!({ "folder": saved.path("saved") }).to_string(),
         );
         let Saved { folder, service } = saved;
-        // A disk has one writer.
+        // The saved guest ends, as a disk has one writer.
         drop(service);
         let alula = std::path::absolute(alula()).unwrap();
         let mut command = match before {
@@ -55,7 +55,7 @@ impl Template {
         self.folder.path(name)
     }
 
-    /// Asks for a clone with a disk and a console of its own.
+    /// The body of a request for a clone with a disk and a console of its own.
     fn order(&self, id: &str, more: &Value) -> String {
         let mut body = json!({
             "id": id,
@@ -80,7 +80,7 @@ impl Template {
 
 impl Drop for Template {
     fn drop(&mut self) {
-        // Those that are not this process's any more were waited for.
+        // Clones that are not children of this process any more were waited for.
         for pid in self.clones.iter().filter(|pid| parent(**pid) == Some(std::process::id())) {
             common::send_to(*pid, libc::SIGKILL);
             await_child(*pid);
@@ -94,7 +94,7 @@ fn parent(pid: u32) -> Option<u32> {
     stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok()
 }
 
-/// What a process has open that only one process may have: its sockets, and what tells it of signals.
+/// The open files of a process that only one process may have: its sockets, and what tells it of signals.
 fn own(pid: u32) -> BTreeSet<String> {
     let links = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
     let links = links.flatten().filter_map(|link| fs::read_link(link.path()).ok());
@@ -120,7 +120,7 @@ fn ten_clones_of_a_template_are_ten_guests() {
         let shared: Vec<_> = own(*pid).intersection(&of_template).cloned().collect();
         assert!(shared.is_empty(), "{shared:?}");
     }
-    // Neither one of them nor the template is missed by the others.
+    // The other clones go on without one of them, and without the template.
     let (_, killed) = clones.remove(4);
     common::send_to(killed, libc::SIGKILL);
     assert_eq!(await_child(killed), (None, libc::SIGKILL));
@@ -149,7 +149,7 @@ fn ten_clones_of_a_template_are_ten_guests() {
 
 #[test]
 fn a_template_goes_on_after_a_clone_that_cannot_be_made() {
-    // Whoever starts it so does not want it to end with a terminal.
+    // Whoever starts a template with SIGHUP ignored does not want it to end with a terminal.
     let mut template = Template::new(&["sh", "-c", "trap '' HUP; exec \"$@\"", "sh"]);
     template.process.send(libc::SIGHUP);
     let mut client = template.client();
@@ -202,13 +202,13 @@ fn a_template_goes_on_after_a_clone_that_cannot_be_made() {
         assert_eq!(client.request(method, path, body).status(), "400", "{method} {path}");
     }
     assert_eq!(fs::read_to_string(template.path("there")).unwrap(), "a file of somebody's");
-    // It is nobody's business what the original thinks of a clone: the right one follows.
+    // The refused clones have changed nothing in the template: a right one follows.
     let order = template.order("last", &json!({ "resume_vm": true }));
     let last = template.make(&mut client, &order);
     assert_eq!(await_child(last).0, Some(0));
     common::send_to(first, libc::SIGTERM);
     assert_eq!(await_child(first).0, Some(128 + libc::SIGTERM));
-    // Of a microVM's own socket nobody is to expect clones.
+    // A microVM's own socket makes no clones.
     let service = common::Service::start(&[]);
     let fault = service.client().request("PUT", "/clones", "{}").fault();
     assert!(fault.contains("A template is asked for clones"), "{fault}");
@@ -230,7 +230,7 @@ fn clones_are_asked_for_by_a_command_and_found_by_name() {
     assert_eq!(made.text, format!("web-1: process {}\nweb-2: process {}\n", pids[0], pids[1]));
     let status = command(&["ctl", "web-2", "status"]);
     assert!(status.text.starts_with("web-2: paused; 2 CPUs"), "{}", status.text);
-    // The second one's name is taken, and the first one is made all the same.
+    // A clone by a name that is taken is refused, and the clone that has it stays.
     let again = command(&["clone", "--template", "t.sock", "--id", "web-1", "--overlay", "disk=x.qcow2"]);
     assert_eq!(again.code, Some(1));
     assert!(again.text.contains("make clone `web-1`: PUT /clones: Clone error: "), "{}", again.text);
@@ -255,7 +255,7 @@ fn clones_of_process_1_are_its_children_and_are_reaped() {
         let body = template.order(&format!("c{number}"), &json!({ "resume_vm": number == 0 }));
         client.ok("PUT", "/clones", &body);
         if number == 0 {
-            // Its guest ends, and it is waited for.
+            // The first clone's guest ends, and the template waits for the clone.
             wait_for(|| children(first[0]).is_empty());
         }
     }
@@ -299,7 +299,7 @@ fn a_disk_of_a_restored_guest_can_be_another_one() {
     let Saved { folder, service: other } = saved;
     super::end(other);
     assert_ne!(fs::read(folder.path("copy")).unwrap(), vec![7; 1 << 20], "the guest has written to its disk");
-    // Over an overlay there can be another.
+    // Each restored guest can have an overlay of its own over the saved disk.
     let mut load = json!({
         "snapshot_path": folder.path("state"),
         "mem_file_path": folder.path("memory"),

@@ -2,10 +2,10 @@
 
 use super::*;
 
-/// What firmware/src/vsock.rs calls `MORE`.
+/// The number of bytes that a test sends to the guest after `more!`: `MORE` of firmware/src/vsock.rs.
 const MORE: usize = 350;
 
-/// Listens where the guest connects to; the thread serves so many connections.
+/// Serves `count` connections of the guest, one after the other, in a thread.
 fn serve(listener: UnixListener, serve: fn(UnixStream), count: usize) -> std::thread::JoinHandle<()> {
     std::thread::spawn(move || listener.incoming().take(count).for_each(|stream| serve(stream.unwrap())))
 }
@@ -22,7 +22,7 @@ fn the_firmware_talks_both_ways_and_ends_one_after_the_other() {
         let folder = Folder::new();
         let socket = folder.path("v");
         let vsock = format!("{},cid=77", socket.display());
-        // Where nobody is the other side, the case says what it can of the device alone.
+        // When nobody listens on the host, the case says what it can of the device alone.
         let ended = common::run([&["run", "--vsock", &vsock], transport].concat());
         assert!(ended.text.contains("\nvsock: ok (CID 77)"), "{}", ended.text);
         assert_eq!(ended.code, Some(0), "{}", ended.text);

@@ -120,7 +120,7 @@ pub enum Ask {
         force: bool,
     },
     CtrlAltDel,
-    /// This device, from now on.
+    /// Limit this device, from now on.
     Limit(String, RateLimiter),
     Flush,
     List,
@@ -170,7 +170,7 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
     Ok(Command::Ctl(Ctl { reach, json, ask }))
 }
 
-/// What the words of a command ask for, with one of [`EXTRA`]'s options.
+/// Parses the words of a command, and the one option of [`EXTRA`] that was given with it.
 fn ask(words: &[&str], extra: Option<&str>) -> Result<Ask, lexopt::Error> {
     let request = |method, path: &&str, body: &str| Ask::Request(method, (*path).to_owned(), body.to_owned());
     Ok(match words {
@@ -209,7 +209,7 @@ fn ask(words: &[&str], extra: Option<&str>) -> Result<Ask, lexopt::Error> {
     })
 }
 
-/// `bandwidth=10M`, `ops=off`: so much a second.
+/// Parses the limits of a device, each a number a second: `bandwidth=10M`, `ops=off`.
 fn rate_limiter(words: &[&str]) -> Result<RateLimiter, String> {
     const EXPECTED: &str =
         "expected `bandwidth=N`, with K, M or G, `ops=N`, or both, with `off` for no limit";

@@ -60,7 +60,7 @@ Example:
 #[derive(Debug)]
 pub struct Clones {
     pub template: PathBuf,
-    /// None: one, which is called as they are.
+    /// The number of clones, each called `id` with its number. None: one, called `id`.
     pub count: Option<u32>,
     pub id: String,
     /// Ids of disks, paths, and whether that of an overlay is meant.
@@ -110,7 +110,7 @@ pub fn clone(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
     Ok(Command::Clone(clones))
 }
 
-/// `a=b`.
+/// Parses an id and a value, `a=b`.
 fn pair(text: &str) -> Result<(String, String), String> {
     let pair = text.split_once('=').filter(|(one, other)| !one.is_empty() && !other.is_empty());
     pair.map(|(one, other)| (one.to_owned(), other.to_owned())).ok_or_else(|| "expected ID=VALUE".to_owned())

@@ -1,4 +1,4 @@
-//! The device without its queues: its configuration space, and what is told of it.
+//! The balloon device without its queues: its configuration space, and the answers to GET requests.
 
 use std::any::Any;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -30,7 +30,7 @@ const PAGES_PER_MIB: u32 = 256;
 const ACTUAL: std::ops::Range<u64> = 4..8;
 
 metrics! {
-    /// What it did; names as in Firecracker's metrics.
+    /// The counters of the balloon's work; names as in Firecracker's metrics.
     pub struct Metrics {
         /// Kicks of the queue by which pages are given.
         inflate_count: Counter,
@@ -42,48 +42,48 @@ metrics! {
         stats_update_fails: Counter,
         /// Pieces of memory that the guest reported as free.
         free_page_report_count: Counter,
-        /// Bytes of these that went back to the host.
+        /// Bytes that the guest reported as free and that went back to the host.
         free_page_report_freed: Counter,
-        /// Times that the host did not take some of these.
+        /// Times that the host did not take some of the memory that the guest reported as free.
         free_page_report_fails: Counter,
         /// Pieces of memory that the guest said were free when it was asked.
         free_page_hint_count: Counter,
-        /// Bytes of these that went back to the host.
+        /// Bytes that the guest said were free when it was asked, and that went back to the host.
         free_page_hint_freed: Counter,
-        /// Times that the host did not take some of these.
+        /// Times that the host did not take some of the memory that the guest said was free when it was asked.
         free_page_hint_fails: Counter,
     }
 }
 
-/// The command of free page hinting by which the guest may use its pages again (virtio 1.2, 5.5.6.3); what it says
-/// when it has told of all of them is 0. Greater ones ask it to tell.
+/// The command of free page hinting by which the guest may use its pages again (virtio 1.2, 5.5.6.3); the guest says 0
+/// when it has told of all its free pages. Greater numbers ask the guest to tell of them.
 pub const DONE: u32 = 1;
 
 /// The answer to `GET /balloon/hinting/status`.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "BalloonHintingStatus"))]
 pub struct Status {
-    /// What the guest was asked last: 0: nothing yet; 1: to use its pages again; else to tell of its free pages, by
-    /// a number that is another one each time.
+    /// The last request to the guest: 0: none yet; 1: to use its pages again; else to tell of its free pages, by a
+    /// number that is another one each time.
     pub host_cmd: u32,
-    /// The number of which the guest tells its free pages; 0: it has told of all.
+    /// The number of the request for which the guest tells its free pages; 0: the guest has told of all.
     pub guest_cmd: Option<u32>,
 }
 
-/// What the guest can see of the device beyond its configuration, and what it has told.
+/// The state of the device beyond its configuration: what the guest can see, and what the guest has told.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
 pub struct State {
-    /// A driver has been ready for it since the last reset.
+    /// A driver has been ready for the device since its last reset.
     is_driven: bool,
-    /// So many pages the driver says that it has given.
+    /// The number of pages that the driver says it has given.
     actual: u32,
     /// The last number by which the guest was asked for free pages.
     last_cmd: u32,
     /// The guest may use its pages again once it has told of all.
     pub acknowledges: bool,
-    /// How far it is with that.
+    /// How far the guest is with telling of its free pages.
     pub hinting: Status,
-    /// What it told last.
+    /// The statistics that the guest told last.
     pub statistics: Statistics,
 }
 
@@ -92,13 +92,13 @@ pub struct State {
 pub struct Shared(Arc<Mutex<State>>);
 
 impl Shared {
-    /// The state, which nobody else changes meanwhile. Nothing is waited for with it.
+    /// The state, locked: nobody else changes it meanwhile. Whoever holds the lock waits for nothing.
     pub fn lock(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// The device.
+/// The balloon device, without its queues.
 pub struct Balloon {
     config: Config,
     metrics: Arc<Metrics>,
@@ -111,7 +111,8 @@ impl Balloon {
         Self { config, metrics, state: Shared::default() }
     }
 
-    /// What each of its queues is for, as QEMU and Firecracker number those that are there (5.5.2).
+    /// The purposes of the device's queues, in the order in which QEMU and Firecracker number those that are there
+    /// (5.5.2).
     fn work(&self) -> impl Iterator<Item = Work> {
         let Config { stats_polling_interval_s, free_page_hinting, free_page_reporting, .. } = self.config;
         let optional = [
@@ -217,7 +218,7 @@ impl VirtioDevice for Balloon {
         match patch {
             Patch::Amount(_) | Patch::Interval(_) => {}
             Patch::Start(start) => {
-                // 0 and 1 are no numbers (5.5.6.3).
+                // The commands 0 and 1 are no numbers of requests (5.5.6.3).
                 state.last_cmd = state.last_cmd.wrapping_add(1).max(DONE + 1);
                 state.acknowledges = start.acknowledge_on_stop.unwrap_or(true);
                 state.hinting.host_cmd = state.last_cmd;

@@ -22,7 +22,7 @@ use crate::virtio::VirtioDevice;
 /// The form of the value of `--balloon`.
 const FORM: &str = "SIZE[,oom][,stats=SECONDS][,hinting][,reporting]";
 
-/// What GET tells, and PATCH changes, below the path of the device.
+/// The places below the path of the device that GET and PATCH requests go to.
 const STATISTICS: &str = "statistics";
 const HINTING_STATUS: &str = "hinting/status";
 const HINTING_START: &str = "hinting/start";
@@ -33,11 +33,11 @@ const HINTING_STOP: &str = "hinting/stop";
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "Balloon"))]
 #[serde(deny_unknown_fields, expecting = "struct BalloonDeviceConfig")]
 pub struct Config {
-    /// So much memory the guest is to do without, in MiB.
+    /// The amount of memory that the guest is to do without, in MiB.
     pub amount_mib: u32,
     /// A guest that has no memory left may take some back, whatever it is to do without.
     pub deflate_on_oom: bool,
-    /// The guest tells its statistics so often, in seconds; 0: never.
+    /// The interval at which the guest tells its statistics, in seconds; 0: it never tells them.
     #[serde(default)]
     pub stats_polling_interval_s: u16,
     /// The guest can be asked which of its pages are free.
@@ -53,7 +53,7 @@ pub struct Config {
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "BalloonUpdate"))]
 #[serde(deny_unknown_fields, expecting = "struct BalloonUpdateConfig")]
 pub struct Amount {
-    /// So much memory the guest is to do without from now on, in MiB.
+    /// The amount of memory that the guest is to do without from now on, in MiB.
     amount_mib: u32,
 }
 
@@ -62,8 +62,8 @@ pub struct Amount {
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "BalloonStatsUpdate"))]
 #[serde(deny_unknown_fields, expecting = "struct BalloonUpdateStatsConfig")]
 pub struct Interval {
-    /// The guest tells its statistics so often from now on, in seconds. What does so can not be made to stop, nor
-    /// what does not to begin.
+    /// The interval at which the guest tells its statistics from now on, in seconds. A guest that tells them cannot be
+    /// made to stop, nor one that does not to begin.
     stats_polling_interval_s: u16,
 }
 
@@ -81,13 +81,13 @@ pub struct Start {
 #[derive(Debug)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub enum Patch {
-    /// What the guest is to do without.
+    /// A new amount of memory that the guest is to do without.
     Amount(Amount),
-    /// How often it tells its statistics.
+    /// A new interval at which the guest tells its statistics.
     Interval(Interval),
-    /// It is to tell which pages are free.
+    /// A request to the guest to tell which of its pages are free.
     Start(Start),
-    /// It need not any more, and may use them again.
+    /// The end of hinting: the guest need not tell of free pages any more, and may use them again.
     Stop,
 }
 
@@ -186,7 +186,7 @@ which memory is free (docs/elastic.md)",
 
     fn check_memory(&self, memory_mib: u64) -> Result<()> {
         match u64::from(self.amount_mib) > memory_mib {
-            // Firecracker's words, and what is wrong.
+            // The message has Firecracker's words, and what is wrong.
             true => Err(Error::config(format!(
                 "Amount of pages requested is too large. (`amount_mib`: {} of a guest with {memory_mib} MiB)",
                 self.amount_mib

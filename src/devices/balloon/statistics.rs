@@ -1,4 +1,4 @@
-//! What a guest says of its memory (virtio 1.2, 5.5.6.4): nobody has checked that.
+//! The statistics that a guest tells of its memory (virtio 1.2, 5.5.6.4): nobody has checked them.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -9,10 +9,10 @@ const NAMES: &str = "swap_in swap_out major_faults minor_faults free_memory tota
                      disk_caches hugetlb_allocations hugetlb_failures oom_kill alloc_stall async_scan direct_scan \
                      async_reclaim direct_reclaim";
 const COUNT: usize = 16;
-/// A tag of two bytes and a value of eight, without a gap.
+/// The size of an entry: a tag of two bytes and a value of eight, without a gap.
 const ENTRY: usize = 10;
-/// So many bytes of what a guest says are read: room for more tags than there are. A guest can make a buffer of
-/// 4 GiB.
+/// The number of bytes that are read of a guest's statistics: room for more tags than there are. A guest can make a
+/// buffer of 4 GiB.
 pub const SIZE_MAX: usize = 64 * ENTRY;
 
 /// The statistics that a guest told last, by their tags.
@@ -20,7 +20,7 @@ pub const SIZE_MAX: usize = 64 * ENTRY;
 pub struct Statistics([Option<u64>; COUNT]);
 
 impl Statistics {
-    /// What a driver's buffer says, and how many entries of it have a tag that is unknown.
+    /// The statistics that a driver's buffer has, and the number of its entries whose tag is unknown.
     pub fn parse(bytes: &[u8]) -> (Self, u64) {
         let (mut told, mut unknown) = (Self::default(), 0);
         let (entries, _) = bytes.as_chunks::<ENTRY>();
@@ -33,7 +33,7 @@ impl Statistics {
         (told, unknown)
     }
 
-    /// Adds what was told to `answer`.
+    /// Adds the statistics that were told to `answer`.
     pub fn tell(&self, answer: &mut Map<String, Value>) {
         let told = NAMES.split_whitespace().zip(self.0);
         answer.extend(told.filter_map(|(name, value)| Some((name.to_owned(), value?.into()))));

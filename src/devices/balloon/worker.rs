@@ -1,5 +1,5 @@
-//! What the device does with its queues. Pages go back to the host in ranges, each as long as pages lie together: a
-//! request of Linux' driver has 256 of them.
+//! The balloon's work on its queues. Pages go back to the host in ranges, each as long as pages lie together: a
+//! request of Linux' driver has 256 pages.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,33 +15,33 @@ use crate::poll::{self, Interest, Timer};
 use crate::virtio::buffers::Buffers;
 use crate::virtio::{Chain, Interrupts, Io, Queue, Registrar, Share, Worker};
 
-/// So many pages go back in one turn, and so many page numbers of one request are looked at: a guest can have each
-/// page be a system call, which makes all of its CPUs forget the page. What a longer request gives beyond that stays
-/// where it is, as a device may decide.
+/// The number of pages that go back in one turn, and of page numbers that are looked at in one request: a guest can
+/// have each page be a system call, which makes all of its CPUs forget the page. Pages that a longer request gives
+/// beyond that stay where they are, as a device may decide.
 const PAGES_PER_TURN: usize = 1024;
-/// The same, in bytes, for memory that a guest says is free, which it can name by the GiB in a few descriptors. Linux
-/// names 128 MiB at a time.
+/// The number of bytes that go back in one turn of memory that a guest says is free, which the guest can name by the
+/// GiB in a few descriptors. Linux names 128 MiB at a time.
 const FREE_PER_TURN: u64 = 256 << 20;
 
-/// What a queue is for.
+/// The purpose of a queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Work {
-    /// The driver gives pages.
+    /// The queue on which the driver gives pages.
     Inflate,
-    /// It takes pages back.
+    /// The queue on which the driver takes pages back.
     Deflate,
-    /// It tells its statistics.
+    /// The queue on which the driver tells its statistics.
     Statistics,
-    /// It tells which pages are free, asked.
+    /// The queue on which the driver tells which pages are free when it is asked.
     Hinting,
-    /// It tells which pages are free, of itself.
+    /// The queue on which the driver tells which pages are free of itself.
     Reporting,
 }
 
-/// The event of the timer; those of the queues have the queues' numbers.
+/// The number of the timer's event; events of the queues have the queues' numbers.
 const TIMER: u32 = u32::MAX - 1;
 
-/// The running half.
+/// The running half of the balloon, which serves its queues.
 pub struct Running {
     queues: Vec<(Work, Queue)>,
     /// The driver's buffer of statistics, which it gets back when it is to tell anew.
@@ -52,16 +52,16 @@ pub struct Running {
     interrupts: Arc<Interrupts>,
 }
 
-/// What pages are given back with.
+/// The part of the running half that gives pages back to the host.
 struct Pages {
     memory: Memory,
     buffers: Buffers,
-    /// Those of one request.
+    /// The ranges of memory that one request gives.
     ranges: Vec<Range>,
     metrics: Arc<Metrics>,
 }
 
-/// What became of a request's pages: how many bytes went back to the host, and how often it did not take some.
+/// The fate of a request's pages: how many bytes went back to the host, and how often the host did not take some.
 #[derive(Default)]
 struct Given {
     bytes: u64,
@@ -69,8 +69,8 @@ struct Given {
 }
 
 impl Running {
-    /// Over the queues of `io`, which are for `work` in this order. Statistics are asked for every `interval_s`
-    /// seconds; 0: never.
+    /// A running half with the queues of `io`, which are for `work` in this order. Statistics are asked for every
+    /// `interval_s` seconds; 0: never.
     pub fn new(
         io: Io,
         work: Vec<Work>,
@@ -91,7 +91,7 @@ impl Running {
         Ok(Self { queues, held: None, timer: timer.transpose()?, shared, pages, interrupts })
     }
 
-    /// Takes what the driver tells, and keeps the last buffer of it.
+    /// Takes the statistics that the driver tells, and keeps the last buffer of them.
     fn take_statistics(&mut self, at: usize) -> Result<()> {
         let Self { queues, held, shared, pages, .. } = self;
         let (queue, memory) = (&mut queues[at].1, pages.memory.memory());
@@ -108,7 +108,7 @@ impl Running {
                 pages.metrics.stats_update_fails.add(unknown);
                 shared.lock().statistics = told;
                 let head = chain.head();
-                // One is enough: a driver that gives another one has no use for that before.
+                // One buffer is held at a time: a driver that gives another one has no use for that before.
                 if let Some(before) = held.replace(head) {
                     queue.push(&memory, before, 0)?;
                 }
@@ -129,12 +129,12 @@ impl Running {
                 queue.push(&memory, head, 0)?;
                 queue.notify(&memory)
             }
-            // It has not answered yet, and may never do.
+            // The driver has given no buffer of statistics yet, and may never do so.
             _ => Ok(()),
         }
     }
 
-    /// Takes what a driver says is free of a run that it was asked for, and how far it is with it.
+    /// Takes the pages that a driver says are free, in a run that it was asked for, and how far the driver is with it.
     fn take_hints(&mut self, at: usize) -> Result<()> {
         let Self { queues, shared, pages, interrupts, .. } = self;
         let (memory, mut left) = (pages.memory.memory(), FREE_PER_TURN);
@@ -181,7 +181,7 @@ impl Running {
                 })
             }
             Work::Deflate => {
-                // Who takes a page back touches it, and has another one.
+                // There is nothing to do: a guest that takes a page back touches it, and has another one.
                 pages.metrics.deflate_count.add(1);
                 queue.serve(&memory, |_| Ok(Some(0)))
             }
@@ -220,7 +220,7 @@ impl Worker for Running {
     fn stop(self: Box<Self>) -> Vec<Queue> {
         let Self { queues, held, .. } = *self;
         let give = |(work, mut queue): (Work, Queue)| {
-            // What is held was popped last, and will be popped again.
+            // The buffer that is held was popped last, and will be popped again.
             if work == Work::Statistics && held.is_some() {
                 queue.undo_pop();
             }
@@ -231,7 +231,7 @@ impl Worker for Running {
 }
 
 impl Pages {
-    /// The first bytes that a driver has written, as far as there is room: how many.
+    /// Reads the first bytes that a driver has written, as far as there is room, and returns how many.
     fn read(&mut self, chain: Chain<'_>, bytes: &mut [u8]) -> Result<usize> {
         self.buffers.clear();
         self.buffers.add_readable(chain)?;

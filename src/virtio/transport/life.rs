@@ -221,7 +221,7 @@ impl Transport {
         self.go_on();
     }
 
-    /// What a client asks about the device (`VirtioDevice::tell`).
+    /// The answer to a client that asks about the device (`VirtioDevice::tell`).
     pub fn tell(&self, what: &str) -> Result<Value> {
         self.device.tell(what)
     }

@@ -50,7 +50,7 @@ pub fn run(bytes: &[u8]) {
 struct Driver<'a> {
     host: &'a Host,
     device: &'a ConfiguredDevice,
-    /// There but while it is built anew.
+    /// The guest; None: it is being built anew.
     guest: Option<Guest>,
     /// The pages that were given and not written to since.
     empty: Vec<u64>,
@@ -129,7 +129,7 @@ impl Driver<'_> {
             };
             pieces.push(((start, length), if bytes.arbitrary::<u8>()? == 0 { 0 } else { WRITE }));
         }
-        // What a driver says on the queue of hints, to be read, is a command.
+        // On the queue of hints, a piece that the device may only read is a command.
         if queue == HINTING {
             pieces.retain(|(_, flags)| *flags == WRITE);
         }
@@ -164,7 +164,7 @@ impl Driver<'_> {
         let command = [0, 1, asked, asked, bytes.arbitrary()?][usize::from(bytes.arbitrary::<u8>()? % 5)];
         let buffer = self.guest().allocate(&u32::to_le_bytes(command));
         self.guest().request(HINTING, &[(buffer, 0)]);
-        // Each run here ends when the driver says so.
+        // Each run of hinting here ends when the driver says so.
         self.said = Some(command);
         self.run = self.run.filter(|_| command > 1);
         Ok(())
@@ -184,7 +184,7 @@ impl Driver<'_> {
         let said = bytes.bytes(count)?.to_vec();
         let guest = self.guest();
         let (available, size) = guest.available(STATISTICS);
-        // The last one stays with the device.
+        // The last buffer of statistics stays with the device.
         assert!(available.wrapping_sub(guest.used_index(STATISTICS)) <= 1 && size > 1);
         let buffer = guest.allocate(&said);
         guest.offer(STATISTICS, &[(buffer, 0)]);
@@ -225,7 +225,7 @@ impl Driver<'_> {
         Ok(())
     }
 
-    /// Another machine goes on from the state of this one.
+    /// Has another machine go on from the state of this guest's machine.
     fn build_anew(&mut self) {
         self.guest().pause();
         let old = self.guest.take().unwrap();
@@ -239,7 +239,7 @@ impl Driver<'_> {
         self.guest = Some(guest);
     }
 
-    /// Whether exactly the pages that were given are empty.
+    /// Asserts that exactly the pages that were given are empty.
     fn look(&mut self) {
         let empty = std::mem::take(&mut self.empty);
         let guest = self.guest();

@@ -31,7 +31,7 @@ pub struct Chain<'a> {
     /// ...unless the configuration names them.
     named: Option<std::slice::Iter<'a, Backing>>,
     seen: Vec<(u64, u64)>,
-    /// Those that are beneath, as they were found.
+    /// The images beneath the topmost one, in the order in which they were found.
     beneath: Vec<Backing>,
 }
 
@@ -51,7 +51,7 @@ impl<'a> Chain<'a> {
         Ok(Self { what, host, sharing, folder, named, seen: Vec::new(), beneath: Vec::new() })
     }
 
-    /// The topmost image, in `layer`, with all that is beneath it; and what that is.
+    /// Opens the topmost image, in `layer`, with all images beneath it, and returns which these are, too.
     pub fn open(
         mut self,
         layer: Layer,

@@ -65,7 +65,7 @@ impl Overlay {
         Ok((overlay, config))
     }
 
-    /// It is used: it stays.
+    /// Keeps the image, which is in use from now on: it is not removed.
     pub fn keep(mut self) {
         self.0 = None;
     }
@@ -89,7 +89,7 @@ fn content(base: &Path, format: Format, size: u64) -> Result<Vec<u8>> {
     // An entry of the table stands for a cluster full of entries, 8 bytes each.
     let entries = size.div_ceil(CLUSTER * CLUSTER / 8);
     let clusters = 3 + (entries * 8).div_ceil(CLUSTER);
-    // One block of counts, 2 bytes each, is enough for the tables of 2^50 bytes.
+    // One block of reference counts, 2 bytes each, is enough for the tables of a disk of 2^50 bytes.
     if clusters > CLUSTER / 2 {
         return Err(Error::config(format!("a disk of {size} bytes is too large for it")));
     }
