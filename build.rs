@@ -9,7 +9,7 @@ use std::process::Command;
 #[path = "build/filters.rs"]
 mod filters;
 
-use filters::{Arch, Others};
+use filters::Arch;
 
 fn main() {
     let variable = |name: &str| env::var(name).unwrap_or_else(|_| panic!("cargo sets {name}"));
@@ -18,9 +18,9 @@ fn main() {
     let linked = out.join("firmware.elf");
     println!("cargo::rerun-if-changed=firmware");
     println!("cargo::rerun-if-changed=build.rs");
-    name_commit(&variable("PROFILE"));
     println!("cargo::rerun-if-changed=build/filters.rs");
     println!("cargo::rerun-if-changed=resources/seccomp");
+    name_commit(&variable("PROFILE"));
     fs::write(out.join("filters.rs"), walls(&arch)).expect("the build folder can be written to");
     if arch == "x86_64" && variable("HOST") == variable("TARGET") && knows_packed_relocations() {
         println!("cargo::rustc-link-arg-bins=-Wl,-z,pack-relative-relocs");
@@ -111,11 +111,10 @@ fn walls(arch: &str) -> String {
     };
     let table = read("calls");
     let mut code = String::new();
-    for (name, lists) in filters::LISTS {
+    for (name, lists, others) in filters::LISTS {
         let list: String = lists.iter().map(|list| read(&format!("{list}.list"))).collect();
-        let others = if *name == "EARLY" { Others::Allowed } else { Others::Refused };
         let program =
-            filters::compile(&list, &table, arch, others).unwrap_or_else(|error| panic!("{name}: {error}"));
+            filters::compile(&list, &table, arch, *others).unwrap_or_else(|error| panic!("{name}: {error}"));
         code += &format!("pub static {name}: [Instruction; {}] = [\n", program.len());
         for filters::Instruction { code: what, jt, jf, k } in program {
             code += &format!("Instruction {{ code: {what}, jt: {jt}, jf: {jf}, k: {k} }},\n");

@@ -41,14 +41,14 @@ impl Arch {
     }
 }
 
-/// The programs, and the lists that each is made of. `main` passes its own on to threads that it starts later, whose
-/// filters come on top of it.
-pub const LISTS: &[(&str, &[&str])] = &[
-    ("VCPU", &["common", "vcpu"]),
-    ("IO", &["common", "io"]),
-    ("JOB", &["common", "job"]),
-    ("MAIN", &["common", "io", "job", "main"]),
-    ("EARLY", &["early"]),
+/// The programs, the lists that each is made of, and the verdict on all other calls. `main` passes its own on to
+/// threads that it starts later, whose filters come on top of it.
+pub const LISTS: &[(&str, &[&str], Others)] = &[
+    ("VCPU", &["common", "vcpu"], Others::Refused),
+    ("IO", &["common", "io"], Others::Refused),
+    ("JOB", &["common", "job"], Others::Refused),
+    ("MAIN", &["common", "io", "job", "main"], Others::Refused),
+    ("EARLY", &["early"], Others::Allowed),
 ];
 
 /// The verdict on the calls that no line of a list names.

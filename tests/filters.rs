@@ -22,12 +22,6 @@ fn read(name: &str) -> String {
     std::fs::read_to_string(path).unwrap()
 }
 
-/// A list of [`LISTS`], and what becomes of calls that it does not name.
-fn list(name: &str, parts: &[&str]) -> (String, Others) {
-    let text = parts.iter().map(|part| read(&format!("{part}.list"))).collect();
-    (text, if name == "EARLY" { Others::Allowed } else { Others::Refused })
-}
-
 /// The data of a system call that a filter may look at (seccomp(2)).
 #[derive(Clone, Copy, Debug)]
 struct Call {
@@ -141,10 +135,10 @@ fn arguments(random: &mut Random, values: &[u32]) -> [u64; 6] {
 /// Calls `check` with the program of every list for every architecture.
 fn all(mut check: impl FnMut(&str, Arch, &str, Others, &[Instruction])) {
     let table = read("calls");
-    for (name, parts) in LISTS {
-        let (text, others) = list(name, parts);
+    for (name, parts, others) in LISTS {
+        let text: String = parts.iter().map(|part| read(&format!("{part}.list"))).collect();
         for (_, arch) in Arch::ALL {
-            check(name, arch, &text, others, &filters::compile(&text, &table, arch, others).unwrap());
+            check(name, arch, &text, *others, &filters::compile(&text, &table, arch, *others).unwrap());
         }
     }
 }
