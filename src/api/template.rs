@@ -4,6 +4,7 @@
 //! The process has one thread and serves one socket; no machine of KVM's is made in it, for that would belong to its
 //! memory alone. A request waits for what its clone tells by a pipe, so that several clones are made at a time.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{PipeReader, PipeWriter, Read, Write};
 use std::path::{Path, PathBuf};
@@ -129,7 +130,7 @@ pub struct Template {
 #[derive(Default)]
 struct Orders {
     last: Ticket,
-    waiting: Vec<(Ticket, Order)>,
+    waiting: VecDeque<(Ticket, Order)>,
 }
 
 impl Orders {
@@ -137,7 +138,7 @@ impl Orders {
         match routes::route_of_template(method, path, body).and_then(|body| body.plan()) {
             Ok(order) => {
                 self.last += 1;
-                self.waiting.push((self.last, order));
+                self.waiting.push_back((self.last, order));
                 Reply::Later { ticket: self.last, area: "Clone error" }
             }
             Err(message) => Response::Fault(message).into(),
@@ -174,7 +175,7 @@ impl Template {
                 }
             }
             self.server.expire(Instant::now(), &self.events)?;
-            while let Some((ticket, order)) = self.orders.waiting.pop() {
+            while let Some((ticket, order)) = self.orders.waiting.pop_front() {
                 if let Some(report) = self.begin(ticket)? {
                     // The clone keeps the snapshot alone: everything else is the template's.
                     self.server.leave();
