@@ -18,7 +18,7 @@ mod template;
 mod walls;
 
 use std::io::{IsTerminal, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::agent::init;
 use crate::api::Api;
@@ -192,14 +192,21 @@ fn listen(path: &Path, body_max: usize) -> Result<Box<dyn Front>> {
     Ok(Box::new(Api::bind(path, body_max)?))
 }
 
-/// Serves where a guest is found by its name. A place for that is not everybody's: without one, the guest runs all
-/// the same.
-fn listen_for(id: &str) -> Result<Option<Box<dyn Front>>> {
-    match runtime::prepare(id) {
+/// Serves at the socket that `run` was told, or where its guest is found by its name, and returns the path, too. A place
+/// for named guests is not everybody's: without one, the guest runs all the same.
+fn listen_for(arguments: &Run) -> Result<Option<(PathBuf, Box<dyn Front>)>> {
+    let id = &arguments.id;
+    let path = match &arguments.api_sock {
+        Some(path) => return Ok(Some((path.clone(), listen(path, crate::api::BODY_MAX)?))),
+        None if !arguments.is_named => return Ok(None),
+        None => runtime::prepare(id),
+    };
+    match path {
         Ok(path) => {
             let attempt =
                 || format!("serve guest `{id}` by its name, which no other guest that runs may have");
-            listen(&path, crate::api::BODY_MAX).map(Some).with_context(attempt)
+            let front = listen(&path, crate::api::BODY_MAX).with_context(attempt)?;
+            Ok(Some((path, front)))
         }
         Err(error) => {
             log::line(format_args!(
@@ -220,17 +227,12 @@ fn run(mut arguments: Run, feed: &mut Option<Feed>) -> Result<Ending> {
         None => arguments.config()?,
     };
     let signals = Signals::take_over();
-    let server = match &arguments.api_sock {
-        Some(path) => Some(listen(path, crate::api::BODY_MAX)?),
-        None if arguments.is_named => listen_for(&arguments.id)?,
-        None => None,
-    };
+    let (socket, server) = listen_for(&arguments)?.unzip();
     let mut microvm = Microvm::new(arguments.id.clone(), config);
     microvm.keep_metadata(crate::metadata::SIZE_MAX, arguments.metadata.as_deref())?;
     microvm.open_outputs()?;
     history::tell(|| Event::Configured { what: "command line".to_owned() });
-    let named = arguments.is_named.then(|| runtime::prepare(&arguments.id).ok()).flatten();
-    begin(&arguments.walls, arguments.api_sock.as_deref().or(named.as_deref()))?;
+    begin(&arguments.walls, socket.as_deref())?;
     let mut monitor = Monitor::new(signals, server, feed.take())?;
     let mut command = None;
     if let Some(prepared) = &mut prepared {
