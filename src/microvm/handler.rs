@@ -177,7 +177,7 @@ impl Shared {
             // A vCPU that waits for its page would hold up an end as long.
             if self.is_gone() || signals::is_ending() {
                 lost::note_handler_gone();
-                signals::end_soon_by_lost_memory();
+                signals::end_soon();
                 // If the main loop does not turn, the timer's signal comes to this thread.
                 process::sleep_for_ever();
             }

@@ -97,9 +97,9 @@ pub fn watch_memory() {
     process::handle_fault(libc::SIGBUS, on_bus_error);
 }
 
-/// The guest has lost its memory, as was noted: has the main loop end the process, which is ended all the same if the
-/// loop does not turn.
-pub fn end_soon_by_lost_memory() {
+/// Has the main loop end the process for what was noted: memory that is lost, or a system call that was refused. The
+/// process is ended all the same if the loop does not turn.
+pub fn end_soon() {
     arm(PATIENCE);
 }
 
@@ -134,7 +134,7 @@ impl Signals {
             socket_file::remove_all();
             report(panic);
         }));
-        refusal::tell(alarm);
+        refusal::tell(end_soon);
         confine::handle_refused(on_refused);
         for signal in ENDING {
             if !handle_unless_ignored(signal, on_ending) {
@@ -283,7 +283,7 @@ extern "C" fn on_bus_error(signal: i32, fault: process::Fault<'_>) {
     if process::is_main_thread() {
         end_at_once(MEMORY_LOST, say_lost);
     }
-    end_soon_by_lost_memory();
+    end_soon();
     process::sleep_for_ever();
 }
 
@@ -303,13 +303,8 @@ extern "C" fn on_refused(signal: i32, refused: &Refused, _: &mut confine::Contex
             false => process::exit_now(REFUSED),
         }
     }
-    alarm();
+    end_soon();
     process::sleep_for_ever();
-}
-
-/// Has the main loop look why the process is to end, and gives it the time that it has for a signal.
-fn alarm() {
-    arm(PATIENCE);
 }
 
 /// Ends the process because of a system call that was refused, after its readers have been told.
