@@ -269,7 +269,9 @@ fn it_boots_guests_in_jails() {
                 false => VmShutdownMethod::Kill,
             };
             let outcome = vm.shutdown(by(method)).await.unwrap();
-            assert_eq!(outcome.exit_status.success(), is_attached, "{outcome:?}");
+            // The status of a program that is nobody's child here is what is left of it in /proc: nothing, if it has
+            // been waited for already.
+            assert!(outcome.exit_status.success() || !is_attached, "{outcome:?}");
             vm.cleanup().await.unwrap();
             assert!(!root.exists());
         }
