@@ -27,7 +27,11 @@ impl Measured {
     fn exits(&self) -> f64 {
         self.per(self.counts.exits["all"])
     }
-    /// Of these, those that time brings.
+    /// All exits of the run but those that time brings.
+    pub fn exits_of_load(&self) -> u64 {
+        self.counts.exits["all"].saturating_sub(self.counts.clock_exits())
+    }
+    /// Exits that time brings, by unit.
     fn clock_exits(&self) -> f64 {
         self.per(self.counts.clock_exits().min(self.counts.exits["all"]))
     }
@@ -206,7 +210,10 @@ fn bars(load: &Load, engine: &str, row: &Measured) -> String {
         bar("syscalls", row.calls(), max);
     }
     if load.is_tcp() {
-        text.push(format!("by full-size frame, of which a frame here carries {full:.1}"));
+        text.push(format!(
+            "by full-size frame, of which a frame here carries {full:.1}, in the median of {} runs",
+            load.runs()
+        ));
     }
     text.join(", ")
 }
