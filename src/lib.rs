@@ -34,37 +34,42 @@
 //! - [`guest`]: what the host asks of the agent in a guest, and what boots a guest whose init it is.
 //! - [`api`]: the control socket. [`cli`]: the command line.
 //!
-//! Threads: `main` serves the socket, signals and standard input, and alone opens files and sockets and starts
-//! threads; one per vCPU runs guest code and passes accesses to the buses; `io`, where there are devices, runs
+//! Threads: `main` serves the socket, signals and standard input, and alone starts threads and opens the files and
+//! sockets of the machine; one per vCPU runs guest code and passes accesses to the buses; `io`, where there are devices, runs
 //! their workers (a device can ask for threads of its own). An io thread makes what its workers wait by (rings
 //! of io_uring, timers, event descriptors, an epoll set), and lets in who connects where `main` listens; for
 //! anything else a worker asks `main` by an errand. What a client asks for and takes long is a job, on a thread
 //! that `main` starts with open descriptors; the client is answered when the job is done.
-//! `command` is there for `alula run -- COMMAND`: a client of the guest's vsock socket. `faults` looks after the
+//! `command` is there for `alula run -- COMMAND`: a client of the guest's vsock socket, which it connects to, and of
+//! the files that the user has copied in and out. `faults` looks after the
 //! page-fault handler of a guest that has one: who waits for its pages can be any other thread. `brake` has CPUs rest that
-//! write faster than a live snapshot is written, if that is asked for.
-//! `main` handles the signals that end the process; while it is held up, `signals` does, a thread that is there for
-//! nothing else. Every thread has walls of its kind, from its beginning. A vCPU whose lock
-//! somebody else holds is paused; a device whose workers gave their queues back is paused. Pause, reset, save
+//! write faster than a live snapshot is written, if that is asked for. A thread of a moment tries whether somebody
+//! still listens at a socket's path (`host/listener.rs`).
+//! `main` handles the signals that end the process; while it is held up, `signals` and `faults` do. A thread has the
+//! walls of its kind from its beginning; `command`, `brake` and the one of a moment have those of `main`. A vCPU whose
+//! lock somebody else holds is paused; a device whose workers gave their queues back is paused. Pause, reset, save
 //! and a change by the user all are stop, then maybe start: on the device's loop, for which a vCPU that resets
 //! the device waits.
 //!
 //! A machine is a list of parts ([`part::Part`]: a name, a place, a component), in the order in which they are
 //! built: devices at fixed places, the PCI bus, then what the configuration lists. Pause, resume, metrics and
-//! boot tables (each component gives its own nodes, which `arch` prints) walk that list. A device comes by
-//! [`machine::Machine::attach`] and goes by `detach`, in a build as later.
+//! boot tables walk that list; what ACPI or FDT say of a component are its own `nodes()`, in the device's file, which
+//! `arch` prints. A device comes by [`machine::Machine::attach`] and goes by `detach`, in a build as later
+//! (`machine/attach.rs`, which also chooses the places of configured devices; a restore is given those of the state).
 //!
 //! What needs no configuration but the number of CPUs is a machine's shell ([`machine::Shell`]): KVM's machine with
-//! its interrupt controllers and CPUs, whose threads wait at the gate, the io thread, and memory if its size is
-//! known. A build makes the shell in passing, or takes one that was made ahead. What a build leaves out, the content
+//! its interrupt controllers and CPUs, and memory if its size is known. A build makes the shell in passing, or takes
+//! one that was made ahead, whose CPUs' threads wait at the gate, and whose io thread is there. What a build leaves out, the content
 //! of CPUs and memory, a load or a restore gives.
 //!
 //! A machine that stands still is saved and restored by the same list ([`machine::Machine::save`], `restore`):
-//! what a guest can change of a component is the component's own [`snapshot::Snapshot`], and the order of all of
-//! it, with KVM's half before the parts, stands in `machine/saved.rs`. [`microvm::saving`] has a job write that,
-//! and then the memory, which nobody changes meanwhile, to files ([`carry`]): in which order, so that a crash
-//! leaves a whole snapshot or none, stands in `carry/folder.rs`. Which pages a difference has, [`machine::Tracker`]
-//! tells, or the kernel (`carry/pages.rs`). A restore ([`microvm::snapshots`]) builds the machine over its memory's
+//! what a guest can change of a component is the component's own [`snapshot::Snapshot`]. The order of the parts and of
+//! KVM's half stands in `machine/saved.rs`; the order of what KVM holds, register by register, in the `state.rs` of
+//! each architecture. [`microvm::saving`] takes the state and has a job write it to files ([`carry`]), after the
+//! memory, which nobody changes meanwhile; of a guest that goes on, `microvm/live.rs` copies the memory in rounds. In
+//! which order files come and go, so that a crash leaves a whole snapshot or none, stands in `carry/folder.rs`. Which
+//! pages a difference has, [`machine::Tracker`] tells (`machine/regions.rs`: KVM's log, and what devices have noted
+//! in `memory/written.rs`), or the kernel (`carry/pages.rs`). A restore ([`microvm::snapshots`]) builds the machine over its memory's
 //! file, or over memory that a page-fault handler fills ([`memory::faults`], `microvm/handler.rs`), restores it, and only
 //! then takes it for its own.
 //! A template ([`api::template`]) does once what does not depend on the clone, and copies its process for each clone.
@@ -74,13 +79,18 @@
 //! Where something new goes:
 //! - A virtio device: a file in `devices/` that implements [`devices::kind::DeviceConfig`] and
 //!   [`virtio::VirtioDevice`], and in `devices/mod.rs` its module and its line of `KINDS`. The config file, the
-//!   API, the command line, metrics and the machine take all they need from there.
+//!   API, the command line and the machine take all they need from there; the body of a request, its option, and what
+//!   is opened for it ahead (`hold`) are in the device's file (`devices/block/config.rs`, ...). A device that Firecracker
+//!   has, too: its metrics' names in `microvm/counts.rs` and `microvm/metrics.rs`; a device that a guest's kernel has as a
+//!   module: its name in `cli/command.rs`.
 //! - A device at a fixed place: a file in `devices/` that implements [`devices::fixed::FixedDevice`], in
 //!   `devices/mod.rs` its module and its line of `put_fixed`, and its place in `FIXED` in the `layout.rs` of
 //!   each architecture that has the device; of a device that is in guest memory instead of on a bus, in `in_memory`.
 //! - An API call: what it does, as a method of [`microvm::Microvm`]; a variant of [`api::Request`], its line in
 //!   `api/routes.rs`, its arm in `api/handle.rs`, and its line in `api/schema.rs`, from which the OpenAPI file and
-//!   `docs/api.md` are made. A body stands with what it configures; one that configures nothing, in `api/bodies.rs`.
+//!   `docs/api.md` are made. A body stands with what it configures; one that configures nothing, in `api/bodies.rs`
+//!   or, of snapshots and clones, `api/snapshot.rs`. Unknown fields are refused by serde's `deny_unknown_fields`; those of
+//!   ours that Firecracker does not know, by [`dialect`].
 //! - A word of the command line: the file of its command in `cli/arguments/`, with the text of the help. A new command
 //!   is a variant of `Command` in `cli/arguments.rs`, too.
 //! - Something that readers of `GET /events` hear of: a variant of [`history::Event`]. Something that is counted: a
@@ -88,7 +98,8 @@
 //!   runs, a line in `resources/seccomp`, too ([`walls`] says in which list).
 //!
 //! The ways through it, file by file:
-//! - An access of the guest to a register: `vm/vcpu.rs` takes it out of KVM, `bus.rs` finds the device. Of a virtio
+//! - An access of the guest to a register: `vm/vcpu.rs` takes it out of KVM, `bus.rs` finds the device; what KVM does
+//!   itself are kicks of queues and acknowledged interrupts (`vm/posted.rs`). Of a virtio
 //!   device, `virtio/mmio.rs` or `virtio/pci.rs` find the register, and `virtio/transport.rs` does what it means.
 //! - A request in a queue: KVM writes to the queue's event, the loop in `virtio/workers.rs` calls the worker that the
 //!   device has started (`devices/block/worker.rs`, `devices/net/tap/mod.rs`, `devices/vsock/worker.rs`, ...).
@@ -99,7 +110,7 @@
 //!   `microvm/monitor.rs` is told, and `microvm/signals.rs` tells it of signals.
 //!
 //! Invariants (tests/tidy.rs checks what can be checked): modules use only lower ones; `arch/mod.rs`
-//! alone asks for the architecture; `unsafe` is only in listed files; a device without its queues
+//! alone asks for the architecture; `unsafe` is only in listed files of `src` and `tests`; a device without its queues
 //! touches neither guest memory nor interrupts; what a guest does ends at most itself or its device.
 
 pub mod agent;
