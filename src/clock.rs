@@ -14,7 +14,7 @@ pub fn begin() {
     BEGUN.store(monotonic().as_nanos() as u64, Relaxed);
 }
 
-/// How long ago that was.
+/// The time since [`begin`] was called.
 pub fn uptime() -> Duration {
     let now = monotonic();
     let begun = BEGUN.compare_exchange(0, now.as_nanos() as u64, Relaxed, Relaxed);

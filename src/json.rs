@@ -25,7 +25,7 @@ where
     Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 
-/// A path: a string, in messages too.
+/// A path. serde's own `PathBuf` would say `path string` in its messages, where clients expect `a string`.
 pub fn path<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Error> {
     String::deserialize(deserializer).map(PathBuf::from)
 }

@@ -8,6 +8,7 @@ use crate::error::{self, Error};
 use crate::snapshot::Snapshot;
 
 /// A bucket of `size` tokens that is refilled in `refill_time` milliseconds. It is no limit if either is 0.
+/// Fields that it does not have are ignored, as Firecracker ignores them here.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "TokenBucket"))]
 #[serde(expecting = "struct TokenBucketConfig")]

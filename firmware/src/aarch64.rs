@@ -155,7 +155,7 @@ extern "C" fn unexpected(syndrome: u64, address: u64) -> ! {
 
 /// Where a GICv2's CPU interface is; 0: it is a GICv3.
 fn gic_v2() -> u64 {
-    // SAFETY: it is written once, before the first interrupt is let in.
+    // SAFETY: the start of the guest writes the variable once, before it lets the first interrupt in.
     unsafe { cpu_interface }
 }
 

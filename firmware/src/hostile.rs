@@ -1,5 +1,5 @@
-//! A driver that breaks every rule it can. After each breach, a device that is not meant must still
-//! answer, and the one that is must work again after a reset.
+//! A driver that breaks every rule it can. After each breach, all other devices must still answer, and the device
+//! that it was done to must work again after a reset.
 
 use crate::arch::{read32, write32};
 use crate::console::say;

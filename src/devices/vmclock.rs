@@ -130,7 +130,7 @@ impl Snapshot for VmClock {
 
 impl Component for VmClock {
     fn nodes(&self, place: Place) -> Vec<Node> {
-        // The interrupt is the event device's.
+        // The interrupt is left out: it belongs to the generic event device, whose node names it.
         let resources = match place {
             Place::Memory { range, .. } => Place::Memory { range, gsi: None }.resources(),
             _ => Vec::new(),

@@ -155,7 +155,7 @@ impl Images {
         if file.metadata().with_context(attempt)?.nlink() == 0 {
             return Ok(None);
         }
-        // In a cache of somebody else's, the time stays.
+        // The time of the last use, by which the oldest images go first. Only the owner of a cache can set it.
         let _ = file.set_modified(SystemTime::now());
         Ok(Some(Image { path, _used: file }))
     }

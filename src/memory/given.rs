@@ -7,9 +7,9 @@ use vm_memory::GuestMemoryBackend;
 use super::mapping::page_size;
 use super::{Range, Regions};
 
-/// Gives what `range` has of whole pages of the host back to it, and returns how many bytes these are. The range may
-/// be anything: what of it is no memory is left out. A guest that touches the pages later gets others: of zeros, or
-/// those of the file that its memory came from.
+/// Gives the host back all of its pages that lie in `range` as a whole, and returns how many bytes these are. The range
+/// may be anything: the parts of it that are no memory are left out. A guest that touches these addresses later finds
+/// new pages there: of zeros, or of the file that its memory came from.
 ///
 /// # Errors
 /// The kernel's, of madvise(2): what it refuses in one region is not tried in the next.

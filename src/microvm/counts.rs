@@ -58,7 +58,7 @@ pub struct StartTime {
 }
 
 impl StartTime {
-    /// Notes how long that took, until now.
+    /// Notes how long the start of the process has taken until now.
     pub fn note(&self) {
         let us = |time: Duration| time.as_micros() as u64;
         if let Some(start) = self.time_us {

@@ -219,7 +219,7 @@ impl Microvm {
     /// What can be copied of a guest that goes on was copied, or could not be: now it stands still for the rest.
     fn end_round(&mut self, mut live: Live, copied: Result<()>) -> Result<Option<Value>> {
         let last = copied.context("write the memory of the guest").and_then(|()| self.copy_last(&mut live));
-        // The log has told of these: if this snapshot fails, the next one has to have them.
+        // KVM's dirty log tells of a page once: if this snapshot fails, the next one must have these pages, too.
         self.unsaved.iter_mut().for_each(|unsaved| unsaved.add(&live.written));
         let ticket = self.saving.as_ref().map_or(0, |saving| saving.ticket);
         let goes_on = match last {

@@ -7,5 +7,5 @@ pub mod root;
 
 /// Bytes of configuration space of one function.
 pub const CONFIG_SIZE: u64 = 4096;
-/// Functions of our bus: each device has one.
+/// The most devices that the bus can have, of one function each.
 pub const DEVICES_MAX: usize = 32;

@@ -52,7 +52,7 @@ struct Slot {
 /// The bus: up to 32 devices of one function each.
 pub struct Root {
     vm: Arc<Vm>,
-    /// The bus has the root among its devices (configuration space is memory), so the root must not keep it.
+    /// The bus has the root among its devices (configuration space is memory), and a bus that the root kept would never be dropped.
     mmio: Weak<Bus>,
     /// By device number.
     slots: [Option<Slot>; DEVICES_MAX],
@@ -215,7 +215,8 @@ impl Snapshot for Root {
     }
 }
 
-/// Only in the window that the boot tables give: elsewhere are memory and other devices.
+/// Puts the registers on the bus, if `place` is in the window that the boot tables give to PCI: elsewhere are memory and
+/// other devices. Returns whether it did.
 fn put(vm: &Vm, mmio: &Bus, registers: &FunctionRegisters, place: Range) -> bool {
     let window = layout::PCI_MEMORY;
     if place.start < window.start || place.start > window.end() - place.size {

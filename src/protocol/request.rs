@@ -85,7 +85,7 @@ impl Window {
 pub struct Read {
     /// Where it is.
     pub path: PathBuf,
-    /// As which user.
+    /// The user in the guest who opens the files: whoever the agent runs as, if this is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user: Option<String>,
 }
@@ -101,7 +101,7 @@ pub struct Write {
     /// Folders on the way that are missing are made.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub parents: bool,
-    /// As which user.
+    /// The user in the guest who opens the files: whoever the agent runs as, if this is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user: Option<String>,
 }

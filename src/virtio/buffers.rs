@@ -23,7 +23,7 @@ pub const VECTORS_MAX: usize = libc::UIO_MAXIOV as usize;
 /// Pieces of guest memory, in the order of their descriptors.
 ///
 /// Invariant: every vector lies in a region of `memory`, which is mapped for as long as this lives:
-/// regions of a machine are only added while its devices run.
+/// while the devices of a machine run, regions are added to it, but none is taken away.
 pub struct Buffers {
     memory: Memory,
     /// Most requests have one.

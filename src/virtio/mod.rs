@@ -158,7 +158,7 @@ impl Interrupts {
 
     /// Notes what to tell the driver; a write to the event, if there is one, tells it.
     fn raise(&self, bit: u32, vector: impl FnOnce(&(AtomicU16, Vec<AtomicU16>)) -> u16) -> Option<&EventFd> {
-        // The other way round, an older acknowledgement would be taken for one of this.
+        // Acknowledgements that the driver wrote before are taken first: after the bit is set, they would clear it.
         self.settle();
         self.status.fetch_or(bit, Ordering::SeqCst);
         let index = self.vectors.as_ref().map_or(0, vector);

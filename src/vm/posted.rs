@@ -22,9 +22,9 @@ pub struct Posted {
 }
 
 impl Posted {
-    /// Has `apply` do with the bits that were written since the last time, of all values, what they say. Nobody
-    /// else is told that there are no more of them before that is done: a device that went on meanwhile would
-    /// see older bits applied to what it has done since.
+    /// Calls `apply` with the bits of all values that were written since the last call. Other callers wait until
+    /// `apply` has returned: one that found no bits and went on meanwhile would have older bits applied to what it
+    /// has done since.
     pub fn take(&self, apply: impl FnOnce(u32)) {
         let mut writes = self.writes.lock().unwrap_or_else(PoisonError::into_inner);
         writes.sort();

@@ -15,7 +15,8 @@ mod registers {
         registers.rsp
     }
 
-    /// Has the instruction that made the interrupted call make the call `number`.
+    /// Sets the registers back to the instruction that made the system call in which the thread was stopped, so that
+    /// it makes the call `number` next.
     pub fn call(registers: &mut Registers, number: i64, arguments: [u64; 3]) {
         [registers.rdi, registers.rsi, registers.rdx] = arguments;
         (registers.r10, registers.rax) = (0, number as u64);
@@ -40,7 +41,8 @@ mod registers {
     /// `svc #0`.
     pub const CALL: u32 = 0xd400_0001;
 
-    /// Has the instruction that made the interrupted call make the call `number`.
+    /// Sets the registers back to the instruction that made the system call in which the thread was stopped, so that
+    /// it makes the call `number` next.
     pub fn call(registers: &mut Registers, number: i64, arguments: [u64; 3]) {
         registers.regs[..3].copy_from_slice(&arguments);
         registers.regs[3] = 0;

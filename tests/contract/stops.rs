@@ -96,7 +96,7 @@ fn a_device_whose_bus_mastering_was_taken_waits_for_its_driver() {
         guest.start(F_EVENT_IDX);
         host.exercise(device, &mut guest, 1);
         guest.set_bus_master(false);
-        // The next kernel gives it back before it resets the device, whose rings are gone.
+        // The next kernel allows bus mastering again before it resets the device, whose rings are gone by then.
         let before = used(&guest);
         let check = host.offer(device, &mut guest, 2);
         kick_all(&mut guest);
@@ -117,7 +117,8 @@ fn a_device_whose_bus_mastering_was_taken_waits_for_its_driver() {
         assert_eq!(used(&guest), before, "it went on without bus mastering");
         guest.set_bus_master(true);
         host.check(&mut guest, check);
-        // A state by which the function has it, and its device has not, would stand still for ever.
+        // A device would stand still for ever after a restore from a state that has bus mastering in the function's
+        // register, but not in the device.
         guest.pause();
         guest.set_bus_master(false);
         let mut state = guest.save();

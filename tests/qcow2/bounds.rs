@@ -12,7 +12,7 @@ fn a_virtual_disk_that_grew_is_measured_again() {
         assert_eq!(disk.write(0, &pattern(9, 4096)), Ok(()));
         disk.pause();
         let resize = ["resize", "-q", "--shrink", "-f", "qcow2"];
-        // Locked against others, as QEMU's own tools respect it: asked by force.
+        // The image is locked against other programs, and QEMU's tools heed the lock.
         let output = Command::new("qemu-img").args(resize).arg(&path).arg("4M").output().unwrap();
         assert!(!output.status.success(), "another process could write to an image in use");
         // What such a tool writes.

@@ -18,7 +18,7 @@ struct Progress {
     begun: u64,
     is_under_way: bool,
     has_failed: bool,
-    /// The queues that wait for the end of that one, each once.
+    /// The queues that wait for the end of the flush that is under way, each once.
     waiting: Vec<Arc<EventFd>>,
 }
 
@@ -26,7 +26,7 @@ struct Progress {
 pub enum Turn {
     /// It goes to the host.
     Begin(Flushing),
-    /// Another one began after this was asked for, and is done: so is this.
+    /// A flush that began after this one was asked for is done, and with it this one.
     Done,
     /// An earlier one failed.
     Failed,

@@ -81,7 +81,8 @@ impl Switch {
 }
 
 /// What a worker keeps of its loop for what comes up while it runs: descriptors that come and go, and what only
-/// `main` may do. The worker takes it with it to no other start: a worker that starts again has another one.
+/// `main` may do. A desk is for one start of its worker: a worker that
+/// starts again is given another desk.
 #[derive(Clone)]
 pub struct Desk {
     events: Arc<Events>,

@@ -279,7 +279,7 @@ impl Run<'_> {
         let mut guest = self.host.guest_anew(self.device, old);
         guest.notes = notes;
         guest.pause();
-        // What a guest brings a device into can be taken over, unless its rings cannot be.
+        // Every state into which a guest can bring a device can be restored, unless the guest's rings are unsound.
         let restored = guest.restore(&state);
         assert!(restored.is_ok() || !self.sound, "{}", restored.unwrap_err());
         if restored.is_ok() {
