@@ -52,12 +52,6 @@ fn send(process: i32, signal: i32) {
     unsafe { libc::kill(process, signal) };
 }
 
-/// The state of its main thread (proc(5), stat); none: there is no such process.
-fn state(process: i32) -> Option<char> {
-    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
-    stat.rsplit(") ").next()?.chars().next()
-}
-
 /// A set of signals in /proc/PID/status, or in that of a thread of it: `SigBlk`, `ShdPnd`...
 fn signals(process: &str, set: &str) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap();
@@ -145,7 +139,7 @@ fn a_file_system_that_does_not_answer_does_not_hold_signals_up() {
         Client::connect(&socket).send(&(head + &body));
         // Only SIGKILL reaches it there: `D` (proc(5)).
         let pid = process.id();
-        wait_for(|| state(pid) == Some('D'));
+        wait_for(|| common::state(pid as u32) == Some('D'));
         // So others take signals, but for those that a disk can hold in the same way.
         for thread in std::fs::read_dir(format!("/proc/{pid}/task")).unwrap() {
             let path = thread.unwrap().path();
@@ -161,7 +155,10 @@ fn a_file_system_that_does_not_answer_does_not_hold_signals_up() {
         for signal in sent {
             send(pid, *signal);
             // One that waits would swallow another of its kind, and come in the order of their numbers.
-            wait_for(|| state(pid) != Some('D') || signals(&pid.to_string(), "ShdPnd") & bit(*signal) == 0);
+            wait_for(|| {
+                common::state(pid as u32) != Some('D')
+                    || signals(&pid.to_string(), "ShdPnd") & bit(*signal) == 0
+            });
         }
         assert_eq!(process.end(), Some(code), "{sent:?}");
         let mut said = String::new();
@@ -371,12 +368,13 @@ fn a_job_that_returns_to_the_foreground_has_the_terminal_again() {
 #[test]
 fn a_stopped_job_that_is_ended_leaves_its_terminal_alone() {
     let (mut terminal, folder) = (Terminal::new(), Folder::new());
-    let (mut shell, job) = stopped_job(&mut terminal, &folder, "exit 3");
+    // The shell would refuse to exit while it takes the job for a stopped one: `jobs` has it look.
+    let (mut shell, job) = stopped_job(&mut terminal, &folder, "jobs; exit 3");
     let before = terminal.modes();
     send(job, TERM);
     // As the `kill` of most shells does. The job must not be stopped anew, for touching the terminal.
     send(job, libc::SIGCONT);
-    wait_for(|| [None, Some('Z')].contains(&state(job)));
+    wait_for(|| common::is_over(job as u32));
     assert_eq!(terminal.modes(), before);
     terminal.user.write_all(b"go on\n").unwrap();
     assert_eq!(shell.end(), Some(3));

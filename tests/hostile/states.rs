@@ -21,6 +21,8 @@ use super::common::{Service, allocator};
 const STATES: &str = "ALULA_TEST_STATES";
 /// What a load may allocate beside the guest's memory, in bytes.
 const ALLOCATED_MAX: i64 = 64 << 20;
+/// How often a load that seems to allocate more is looked at again.
+const TRIES: usize = 5;
 /// How long a guest runs that nobody has refused.
 const TURN: Duration = Duration::from_millis(3);
 /// Far more than a load takes.
@@ -269,9 +271,19 @@ fn watch_over() {
 
 /// Loads a state, which must be cheap and must not panic.
 fn tried(base: &Base, state: &[u8], what: &str) -> Result<()> {
-    let (before, panics) = (allocator::begin_peak(), PANICS.load(SeqCst));
-    let loaded = base.load(state);
-    let allocated = allocator::peak() - before;
+    let panics = PANICS.load(SeqCst);
+    let load = || {
+        let before = allocator::begin_peak();
+        let loaded = base.load(state);
+        (loaded, allocator::peak() - before)
+    };
+    let (mut loaded, mut allocated) = load();
+    // The tests beside this one allocate, too. What is the load's own is allocated each time.
+    for _ in 0..TRIES {
+        if allocated > ALLOCATED_MAX {
+            (loaded, allocated) = load();
+        }
+    }
     assert!(allocated <= ALLOCATED_MAX, "{what}: {} MiB were allocated", allocated >> 20);
     assert_eq!(PANICS.load(SeqCst), panics, "{what}: a thread panicked");
     loaded
