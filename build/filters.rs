@@ -7,8 +7,8 @@
 //!
 //! A line of a list is `[ARCH:]CALL [CONDITION...] # REASON`. A condition is `N=VALUE[|VALUE...]`, argument N is one
 //! of these values, or `N&MASK=VALUE`; all of a line's must hold, and of several lines of one call any one. Values are
-//! numbers, `0x` before those of base 16. Of an argument the lower 32 bits are looked at: the kernel looks at no
-//! others of flags and of an ioctl's command.
+//! numbers, `0x` before those of base 16, or `OWN`, the number of the process that the program is for. Of an argument the
+//! lower 32 bits are looked at: the kernel looks at no others of flags, of an ioctl's command, and of a process's number.
 
 use std::collections::BTreeMap;
 
@@ -64,7 +64,7 @@ pub enum Others {
 const LOAD: u16 = 0x20;
 const AND: u16 = 0x54;
 const JUMP: u16 = 0x05;
-const JUMP_IF_EQUAL: u16 = 0x15;
+pub const JUMP_IF_EQUAL: u16 = 0x15;
 const JUMP_IF_AT_LEAST: u16 = 0x35;
 const RETURN: u16 = 0x06;
 
@@ -82,6 +82,10 @@ const X32: u32 = 0x4000_0000;
 
 /// No call, -1: whoever traces the process has the kernel leave a call out, as strace(1) does when it injects a fault.
 const NONE: u32 = u32::MAX;
+
+/// The value that stands for `OWN` in a program until the number of the process is put in its place: no process has this
+/// number.
+pub const OWN: u32 = u32::MAX - 1;
 
 /// The numbers of system calls, from `resources/seccomp/calls`.
 pub fn numbers(table: &str, arch: Arch) -> Result<BTreeMap<&str, u32>, String> {
@@ -151,7 +155,14 @@ fn condition(word: &str) -> Result<Condition, String> {
         Some((argument, mask)) => (number(argument)?, number(mask)?),
         None => (number(left)?, u32::MAX),
     };
-    let values = values.split('|').map(number).collect::<Result<_, _>>()?;
+    let value = |text: &str| match text {
+        "OWN" => Ok(OWN),
+        text => number(text).and_then(|value| match value {
+            OWN => Err(format!("`{text}` stands for `OWN`")),
+            value => Ok(value),
+        }),
+    };
+    let values = values.split('|').map(value).collect::<Result<_, _>>()?;
     match argument {
         0..6 => Ok(Condition { argument, mask, values }),
         _ => Err("a call has the arguments 0 to 5".to_owned()),

@@ -200,6 +200,50 @@ fn calls_of_other_architectures_and_of_x32_are_refused() {
 }
 
 #[test]
+fn signals_go_to_the_process_itself_alone() {
+    const PROCESS: u32 = 1234;
+    all(|name, arch, text, others, program| {
+        if others == Others::Allowed {
+            assert!(!text.contains("OWN"), "{name}: passt inherits this filter");
+            return;
+        }
+        let table = read("calls");
+        let numbers = filters::numbers(&table, arch).unwrap();
+        let mut program = program.to_vec();
+        for it in &mut program {
+            if (it.code, it.k) == (filters::JUMP_IF_EQUAL, filters::OWN) {
+                it.k = PROCESS;
+            }
+        }
+        for (call, number) in &numbers {
+            let call_of = |process: u32, signal: u64| Call {
+                number: *number,
+                arch: arch.audit(),
+                arguments: [process.into(), 7, signal, 0, 0, 0],
+            };
+            match *call {
+                "tgkill" => {
+                    for (process, signal) in [PROCESS, PROCESS + 1, 0, 1, filters::OWN, u32::MAX]
+                        .into_iter()
+                        .flat_map(|process| (1..=64).map(move |signal| (process, signal)))
+                    {
+                        // The signals are those of abort(3), and of `main` the one that stops a vCPU.
+                        let is_needed = signal == 6 || name == "MAIN" && signal == 34;
+                        let expected = if process == PROCESS && is_needed { ALLOW } else { TRAP };
+                        let call = call_of(process, signal);
+                        assert_eq!(run(&program, &call).0, expected, "{name}: {call:?}");
+                    }
+                }
+                "kill" | "tkill" | "rt_sigqueueinfo" | "rt_tgsigqueueinfo" | "pidfd_send_signal" => {
+                    assert_eq!(run(&program, &call_of(PROCESS, 9)).0, TRAP, "{name}: {call}");
+                }
+                _ => {}
+            }
+        }
+    });
+}
+
+#[test]
 fn a_call_that_a_tracer_has_left_out_is_none() {
     all(|name, arch, _, _, program| {
         let call = Call { number: u32::MAX, arch: arch.audit(), arguments: [0; 6] };
@@ -220,6 +264,7 @@ fn a_list_that_is_wrong_is_refused_when_alula_is_built() {
         ("ioctl 1=0xzz # a", "`0xzz`"),
         ("ioctl 1=1|2|x # a", "`x`"),
         ("mmap 2&=4 # a", "``"),
+        ("tgkill 0=0xfffffffe # a", "`0xfffffffe` stands for `OWN`"),
     ] {
         let error = filters::compile(line, &table, Arch::X86_64, Others::Refused).unwrap_err();
         assert!(error.contains(expected), "{line}: {error}");

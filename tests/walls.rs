@@ -59,6 +59,8 @@ fn idle(arguments: &[&str]) -> Process {
 
 const IN: u64 = libc::AF_INET as u64;
 const STREAM: u64 = libc::SOCK_STREAM as u64;
+/// A process that cannot be there: its number is larger than any (PID_MAX_LIMIT).
+const NOBODY: u64 = 0x7fff_fff0;
 /// A file that is there, as a thread is to open or execute it.
 const PATH: &[u8] = b"/proc/self/exe\0";
 
@@ -69,6 +71,8 @@ fn trespass(thread: &mut Injected, what: &str) -> Outcome {
         "openat" => thread.call(libc::SYS_openat, [here, 0, 0], (1, PATH)),
         "execve" => thread.call(libc::SYS_execve, [0, 0, 0], (0, PATH)),
         "socket" => thread.call(libc::SYS_socket, [IN, STREAM, 0], (0, b"")),
+        "kill" => thread.call(libc::SYS_kill, [NOBODY, 9, 0], (0, b"")),
+        "tgkill" => thread.call(libc::SYS_tgkill, [NOBODY, 1, 6], (0, b"")),
         // Port 1 of 127.0.0.1, by a socket if there can be one.
         _ => match thread.call(libc::SYS_socket, [IN, STREAM, 0], (0, b"")) {
             Outcome::Returned(socket) if socket >= 0 => {
@@ -130,6 +134,10 @@ fn a_thread_that_does_what_it_may_not_ends_the_process() {
         ("signals", "execve"),
         ("main", "socket"),
         ("main", "execve"),
+        ("vcpu0", "tgkill"),
+        ("io", "tgkill"),
+        ("main", "tgkill"),
+        ("main", "kill"),
     ] {
         let (events, log, socket) = (folder.path("events"), folder.path("log"), folder.path("socket"));
         let [e, l, s] = [&events, &log, &socket].map(|path| path.to_str().unwrap());

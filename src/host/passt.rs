@@ -2,10 +2,12 @@
 
 use std::ffi::OsString;
 use std::io::{PipeReader, Read};
+use std::net::Shutdown;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use crate::descriptors::Named;
 use crate::error::{Context, Error, Result};
@@ -14,6 +16,9 @@ use crate::sys::descriptor;
 
 /// What is read of its last words.
 const WORDS_MAX: usize = 4096;
+/// A passt that has lost its stream has so long to end, and is looked at as often.
+const END_TIME: Duration = Duration::from_secs(1);
+const END_STEP: Duration = Duration::from_millis(1);
 
 /// A passt that was started here, and the stream of frames to it.
 pub struct Passt {
@@ -75,10 +80,20 @@ impl Passt {
 }
 
 impl Drop for Passt {
+    /// Ends passt by taking its stream away, as the end of this process would: once the guest runs, no thread may send
+    /// a signal to another process. One that does not end, because somebody has stopped it, is left alone.
     fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        let _ = self.stream.shutdown(Shutdown::Both);
+        let begun = Instant::now();
+        while let Ok(None) = self.child.try_wait() {
+            if begun.elapsed() > END_TIME {
+                let id = self.child.id();
+                return log::line(format_args!(
+                    "passt, process {id}, does not end though its stream has ended"
+                ));
+            }
+            std::thread::sleep(END_STEP);
+        }
     }
 }
 

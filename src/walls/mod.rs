@@ -71,6 +71,8 @@ pub struct Wanted {
 /// The parts that the walls of this process are made of.
 struct Walls {
     filters: Filters,
+    /// The number of this process, by which it may send signals to itself alone.
+    process: u32,
     /// The rules for threads that open nothing.
     of_threads: Option<Named<Ruleset>>,
     /// The rules for `main` and who works for it; `is_narrow`: `main` has had them from the beginning.
@@ -139,6 +141,7 @@ pub fn begin(wanted: &Wanted, socket: Option<&Path>) -> Result<()> {
     });
     let walls = Walls {
         filters,
+        process: std::process::id(),
         of_threads: landlock.map(Landlock::of_threads).transpose()?.map(|rules| named("threads", rules)),
         of_main: of_main.transpose()?.map(|rules| named("main", rules)),
         is_narrow,
@@ -223,10 +226,26 @@ pub fn check_may_start(program: &str) -> Result<()> {
 }
 
 fn lay(walls: &Walls, program: &[Instruction]) -> Result<()> {
+    if walls.filters == Filters::None {
+        return Ok(());
+    }
+    // The copy is on the stack: the first block of memory that a thread allocates costs more than the filter.
+    let mut copy = [Instruction { code: 0, jt: 0, jf: 0, k: 0 }; made::LONGEST];
+    let copy = &mut copy[..program.len()];
+    copy.copy_from_slice(program);
+    put_own(copy, walls.process);
     match walls.filters {
-        Filters::None => return Ok(()),
-        Filters::Strict => confine::filter(program),
-        Filters::Told => confine::filter(&refusal::told(program)),
+        Filters::Told => confine::filter(&refusal::told(copy)),
+        _ => confine::filter(copy),
     }
     .context("lay a filter of system calls upon a thread (seccomp)")
+}
+
+/// Puts the number of the process into a program, where arguments are compared with it.
+fn put_own(program: &mut [Instruction], process: u32) {
+    for instruction in program {
+        if (instruction.code, instruction.k) == (made::JUMP_IF_EQUAL, made::OWN) {
+            instruction.k = process;
+        }
+    }
 }
