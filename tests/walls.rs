@@ -61,6 +61,8 @@ const IN: u64 = libc::AF_INET as u64;
 const STREAM: u64 = libc::SOCK_STREAM as u64;
 /// A process that cannot be there: its number is larger than any (PID_MAX_LIMIT).
 const NOBODY: u64 = 0x7fff_fff0;
+/// A key pressed on somebody's terminal.
+const TIOCSTI: u32 = 0x5412;
 /// A file that is there, as a thread is to open or execute it.
 const PATH: &[u8] = b"/proc/self/exe\0";
 
@@ -73,6 +75,7 @@ fn trespass(thread: &mut Injected, what: &str) -> Outcome {
         "socket" => thread.call(libc::SYS_socket, [IN, STREAM, 0], (0, b"")),
         "kill" => thread.call(libc::SYS_kill, [NOBODY, 9, 0], (0, b"")),
         "tgkill" => thread.call(libc::SYS_tgkill, [NOBODY, 1, 6], (0, b"")),
+        "ioctl" => thread.call(libc::SYS_ioctl, [0, u64::from(TIOCSTI), 0], (0, b"")),
         // Port 1 of 127.0.0.1, by a socket if there can be one.
         _ => match thread.call(libc::SYS_socket, [IN, STREAM, 0], (0, b"")) {
             Outcome::Returned(socket) if socket >= 0 => {
@@ -138,6 +141,7 @@ fn a_thread_that_does_what_it_may_not_ends_the_process() {
         ("io", "tgkill"),
         ("main", "tgkill"),
         ("main", "kill"),
+        ("io", "ioctl"),
     ] {
         let (events, log, socket) = (folder.path("events"), folder.path("log"), folder.path("socket"));
         let [e, l, s] = [&events, &log, &socket].map(|path| path.to_str().unwrap());
@@ -150,6 +154,13 @@ fn a_thread_that_does_what_it_may_not_ends_the_process() {
         assert_eq!(ended.code, Some(148), "{name}: {call}: {ended:?}");
         let words = format!("the thread `{name}` made the system call `{call}");
         let event = last_event(&events);
+        let meaning = match call {
+            "ioctl" => "command 0x5412, which",
+            "socket" => "family 0x2, which",
+            "tgkill" => "signal 0x6, which",
+            _ => "), which",
+        };
+        assert!(ended.text.contains(meaning), "{name}: {call}: {ended:?}");
         let told = [ended.text, std::fs::read_to_string(&log).unwrap(), event["reason"].to_string()];
         assert!(told.iter().all(|text| text.contains(&words)), "{name}: {call}: {told:?}");
         assert_eq!((&event["event"], &event["exit_code"]), (&"ended".into(), &148.into()), "{name}");

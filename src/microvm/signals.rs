@@ -289,13 +289,13 @@ extern "C" fn on_bus_error(signal: i32, fault: process::Fault<'_>) {
 
 /// This thread has made a system call that its filter does not allow. The main loop tells of it and ends the process, if
 /// it does not do so in time, whoever takes the timer's signal.
-extern "C" fn on_refused(signal: i32, refused: &Refused, _: &mut confine::Context) {
+extern "C" fn on_refused(signal: i32, refused: &Refused, context: &mut confine::Context) {
     if !refused.is_by_filter() {
         // As if there were no handler. The signal comes again when this returns.
         process::handle_by_default(signal);
         return process::raise(signal);
     }
-    let is_first = refusal::note(refused);
+    let is_first = refusal::note(refused, context);
     if process::is_main_thread() {
         match is_first {
             true => end_at_once(REFUSED, say_refused),

@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, AtomicUsize
 
 use super::made;
 use crate::arch::trap;
-use crate::error::{Context, Error, Result};
+use crate::error::{Context as _, Error, Result};
 use crate::log;
-use crate::sys::confine::{self, Instruction, Refused};
+use crate::sys::confine::{self, Context, Instruction, Refused};
 use crate::sys::process;
 
 /// A number that no system call has: by a call of this number the address is learned.
@@ -22,6 +22,8 @@ const NAME_MAX: usize = 15;
 static NUMBER: AtomicI32 = AtomicI32::new(-1);
 /// The set of calls that the refused one is of: AUDIT_ARCH_...
 static SET: AtomicU32 = AtomicU32::new(0);
+/// The argument of the refused call that says what it does, if there is such a one.
+static MEANING: AtomicU64 = AtomicU64::new(0);
 static IS_NOTED: AtomicBool = AtomicBool::new(false);
 static THREAD: [std::sync::atomic::AtomicU8; NAME_MAX] =
     [const { std::sync::atomic::AtomicU8::new(0) }; NAME_MAX];
@@ -35,11 +37,13 @@ static TOLD: [AtomicU64; TOLD_MAX] = [const { AtomicU64::new(0) }; TOLD_MAX];
 
 /// Notes a call that was refused in this thread, and returns whether it was the first one. A signal's handler may call
 /// this.
-pub fn note(refused: &Refused) -> bool {
+pub fn note(refused: &Refused, context: &Context) -> bool {
     if IS_NOTED.swap(true, SeqCst) {
         return false;
     }
     SET.store(refused.arch, SeqCst);
+    let meaning = meaning_of(refused.number).map(|(argument, _)| trap::arguments(context)[argument]);
+    MEANING.store(meaning.unwrap_or_default(), SeqCst);
     THREAD.iter().zip(thread_name(process::name_thread)).for_each(|(to, from)| to.store(from, SeqCst));
     NUMBER.store(refused.number, SeqCst);
     true
@@ -107,7 +111,12 @@ impl Display for Words {
         let number = NUMBER.load(SeqCst);
         f.write_str("` made the system call ")?;
         match SET.load(SeqCst) {
-            made::SET => write!(f, "`{}` ({number})", name_of(number))?,
+            made::SET => {
+                write!(f, "`{}` ({number})", name_of(number))?;
+                if let Some((_, what)) = meaning_of(number) {
+                    write!(f, ", {what} {:#x}", MEANING.load(SeqCst) as u32)?;
+                }
+            }
             set => write!(f, "{number} of another architecture ({set:#x})")?,
         }
         f.write_str(
@@ -115,6 +124,22 @@ impl Display for Words {
              wrong: --seccomp-log goes on and tells of each such call, --no-seccomp lays no filter",
         )
     }
+}
+
+/// The argument that says what a call of many purposes does, and what that is; the kernel looks at its lower 32 bits.
+fn meaning_of(number: i32) -> Option<(usize, &'static str)> {
+    let meanings = [
+        (libc::SYS_ioctl, 1, "command"),
+        (libc::SYS_fcntl, 1, "command"),
+        (libc::SYS_prctl, 0, "option"),
+        (libc::SYS_mmap, 2, "protection"),
+        (libc::SYS_mprotect, 2, "protection"),
+        (libc::SYS_madvise, 2, "advice"),
+        (libc::SYS_socket, 0, "family"),
+        (libc::SYS_tgkill, 2, "signal"),
+    ];
+    let found = meanings.into_iter().find(|(call, ..)| *call == libc::c_long::from(number));
+    found.map(|(_, argument, what)| (argument, what))
 }
 
 /// The name of a call.
@@ -163,7 +188,7 @@ pub(super) fn told(program: &[Instruction]) -> Vec<Instruction> {
 }
 
 /// Tells of a call that would have been refused, once, and makes it.
-extern "C" fn on_told(_: i32, refused: &Refused, context: &mut confine::Context) {
+extern "C" fn on_told(_: i32, refused: &Refused, context: &mut Context) {
     if !refused.is_by_filter() {
         return;
     }
