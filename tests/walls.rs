@@ -361,6 +361,37 @@ fn what_is_not_in_an_allowed_folder_is_not_opened() {
 }
 
 #[test]
+fn a_commands_own_folder_goes_with_it_however_it_ends() {
+    let folder = Folder::new();
+    let kernel = folder.firmware();
+    let own = folder.path("run/alula");
+    std::fs::create_dir_all(&own).unwrap();
+    let folders = || std::fs::read_dir(&own).unwrap().count();
+    for (allowed, is_refused, code) in [(None, false, 143), (Some(&kernel), false, 143), (None, true, 148)] {
+        let mut command = Command::new(common::alula());
+        command.env("XDG_RUNTIME_DIR", folder.path("run")).args(["run", "--cmdline", "end=idle"]);
+        allowed.into_iter().for_each(|path| _ = command.arg("--allow").arg(path));
+        command.arg(&kernel).args(["--", "true"]);
+        let mut process = Process::spawn(command);
+        let id = process.child.id();
+        wait_for(|| walls(id).iter().filter(|thread| thread.0 == "vcpu0" && thread.1 == "2").count() == 1);
+        wait_for(|| walls(id).iter().all(|thread| thread.1 == "2"));
+        assert_eq!(folders(), 1);
+        if is_refused {
+            let mut thread = Injected::new(id, "io");
+            thread.is_refused = true;
+            assert_eq!(trespass(&mut thread, "openat"), Outcome::Signal(libc::SIGSYS));
+            thread.end(libc::SIGSYS);
+        } else {
+            process.send(libc::SIGTERM);
+        }
+        let ended = process.end();
+        assert_eq!(ended.code, Some(code), "{ended:?}");
+        assert_eq!(folders(), 0, "{code}");
+    }
+}
+
+#[test]
 fn a_kernel_without_walls_is_told_of_and_used() {
     let cases: [(libc::c_long, i32, &str); 3] = [
         (

@@ -24,6 +24,7 @@ use crate::guest::hearing::Hearing;
 use crate::guest::images::{self, Image, Images};
 use crate::guest::tree::Tree;
 use crate::guest::{kernel, runtime};
+use crate::host::socket_file::OwnFolder;
 use crate::host::{self, Access, Resource};
 use crate::microvm::purpose::Purpose;
 use crate::poll::leave_signals_to_others;
@@ -43,25 +44,15 @@ const CONSOLE_MAX: usize = 16 << 10;
 /// So many of the last lines are shown.
 const CONSOLE_LINES: usize = 20;
 
-/// A folder of this process's own, gone with it.
-struct OwnFolder(PathBuf);
-
-impl OwnFolder {
-    fn new() -> Result<Self> {
-        let make = |base: PathBuf| {
-            let path = base.join(format!("alula-{}", std::process::id()));
-            std::fs::DirBuilder::new().mode(0o700).create(&path).map(|()| Self(path))
-        };
-        make(runtime::folder())
-            .or_else(|_| make(std::env::temp_dir()))
-            .with_context(|| format!("make a folder in `{}`", std::env::temp_dir().display()))
-    }
-}
-
-impl Drop for OwnFolder {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
+/// Makes a folder of this process's own, which nobody else can enter.
+fn make_own_folder() -> Result<OwnFolder> {
+    let make = |base: PathBuf| {
+        let path = base.join(format!("alula-{}", std::process::id()));
+        std::fs::DirBuilder::new().mode(0o700).create(&path).map(|()| OwnFolder::at(path))
+    };
+    make(runtime::folder())
+        .or_else(|_| make(std::env::temp_dir()))
+        .with_context(|| format!("make a folder in `{}`", std::env::temp_dir().display()))
 }
 
 /// What the guest's initial ramdisk is called, which has no path.
@@ -123,10 +114,8 @@ pub fn prepare(arguments: &mut Run) -> Result<Prepared> {
     let line = arguments.cmdline.take().unwrap_or_else(|| crate::arch::DEFAULT_COMMAND_LINE.to_owned());
     arguments.cmdline = Some(format!("{line} {}", boot::words()));
     let mut config = arguments.config()?;
-    let own_folder = OwnFolder::new()?;
-    if !arguments.walls.allowed.is_empty() {
-        arguments.walls.allowed.push(own_folder.0.clone());
-    }
+    let own_folder = make_own_folder()?;
+    arguments.walls.own = Some(own_folder.path().to_owned());
     let vsock = add_vsock(&mut config, &own_folder)?;
     let mut boot = Boot { hostname: Some(arguments.id.clone()), ..Boot::default() };
     let (mut modules, mut tree, mut image) = (Vec::new(), None, None);
@@ -184,9 +173,10 @@ fn add_vsock(config: &mut Config, own_folder: &OwnFolder) -> Result<PathBuf> {
     let there = config.devices().find(|device| device.kind().section == "vsock").cloned();
     let device = match there {
         Some(device) => device,
-        None => {
-            device("vsock", &serde_json::json!({"guest_cid": 3, "uds_path": own_folder.0.join("vsock")}))?
-        }
+        None => device(
+            "vsock",
+            &serde_json::json!({"guest_cid": 3, "uds_path": own_folder.path().join("vsock")}),
+        )?,
     };
     let value = serde_json::to_value(&device).context("read the vsock device's path")?;
     config.put(device)?;

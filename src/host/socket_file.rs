@@ -1,5 +1,5 @@
-//! The files of the sockets that this process listens on: each is removed with its socket, and all of them when
-//! the process ends at once, by a signal's handler or a panic.
+//! The files of the sockets that this process listens on, and the folder that such a socket may have to itself: each
+//! file is removed with its socket, and all of them when the process ends at once, by a signal's handler or a panic.
 
 use std::ffi::CStr;
 use std::os::unix::ffi::OsStrExt;
@@ -12,8 +12,8 @@ use crate::sys::process;
 /// The longest path of a socket, in bytes (unix(7)).
 pub const PATH_MAX: usize = 107;
 /// As many files are known to [`remove_all`]: a process has an API socket and a vsock socket, and while the
-/// latter moves, one more. Others are removed with their sockets alone.
-const FILES_MAX: usize = 4;
+/// latter moves, one more; and a folder. Others are removed with their sockets alone.
+const FILES_MAX: usize = 5;
 
 /// What a signal's handler may read at any time: no locks, no memory that is freed.
 static NOTES: [Note; FILES_MAX] = [const { Note::new() }; FILES_MAX];
@@ -55,14 +55,44 @@ impl Drop for SocketFile {
     }
 }
 
+/// A folder that this process has made for a socket. The folder and what is in it are removed when this is dropped; when
+/// the process ends at once, the folder is removed after the sockets.
+pub struct OwnFolder {
+    path: PathBuf,
+    note: Option<&'static Note>,
+}
+
+impl OwnFolder {
+    /// The folder that was made at `path`.
+    pub fn at(path: PathBuf) -> Self {
+        let note = identity(&path).and_then(|identity| Note::take(&path, identity));
+        Self { path, note }
+    }
+
+    /// The folder's path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for OwnFolder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.path);
+        self.note.into_iter().for_each(Note::give_back);
+    }
+}
+
 /// Device and inode of what is at a path.
 pub fn identity(path: &Path) -> Option<(u64, u64)> {
     std::fs::symlink_metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
-/// Removes the files of all sockets, for an end at once. A signal's handler may call this.
+/// Removes the files of all sockets, for an end at once, and then the folder that was made for one of them. A signal's
+/// handler may call this.
 pub fn remove_all() {
-    NOTES.iter().for_each(Note::remove);
+    for _ in ["sockets", "the folder that is empty then"] {
+        NOTES.iter().for_each(Note::remove);
+    }
 }
 
 /// A file, as a handler finds it.
@@ -80,8 +110,11 @@ impl Note {
         Self { is_taken: AtomicBool::new(false), path, device: AtomicU64::new(0), inode: AtomicU64::new(0) }
     }
 
-    /// Notes a file. None: so many are noted already.
+    /// Notes a file or a folder. None: so many are noted already, or the path is too long for a socket's.
     fn take(path: &Path, (device, inode): (u64, u64)) -> Option<&'static Self> {
+        if path.as_os_str().len() > PATH_MAX {
+            return None;
+        }
         let note = NOTES.iter().find(|note| !note.is_taken.swap(true, SeqCst))?;
         let bytes = path.as_os_str().as_bytes().iter().copied().chain(std::iter::repeat(0));
         note.path.iter().zip(bytes).for_each(|(to, from)| to.store(from, SeqCst));

@@ -289,13 +289,16 @@ pub fn keep_errno(body: impl FnOnce()) {
     unsafe { *errno = before };
 }
 
-/// Removes the file at `path` if it has this device and inode (lstat(2), unlink(2)).
+/// Removes the file, or the empty folder, at `path` if it has this device and inode (lstat(2), unlink(2), rmdir(2)).
 pub fn remove_if_same(path: &CStr, identity: (u64, u64)) {
     // SAFETY: `stat` is plain data of which zeros are valid; the calls use it and a string that ends with a zero.
     unsafe {
         let mut found: libc::stat = zeroed();
         if libc::lstat(path.as_ptr(), &raw mut found) == 0 && (found.st_dev, found.st_ino) == identity {
-            libc::unlink(path.as_ptr());
+            match found.st_mode & libc::S_IFMT {
+                libc::S_IFDIR => libc::rmdir(path.as_ptr()),
+                _ => libc::unlink(path.as_ptr()),
+            };
         }
     }
 }

@@ -12,6 +12,7 @@ const EXECUTE: u64 = 1;
 const WRITE_FILE: u64 = 1 << 1;
 const READ_FILE: u64 = 1 << 2;
 const READ_DIR: u64 = 1 << 3;
+const REMOVE_DIR: u64 = 1 << 4;
 const REMOVE_FILE: u64 = 1 << 5;
 const MAKE_CHAR: u64 = 1 << 6;
 const MAKE_BLOCK: u64 = 1 << 11;
@@ -84,8 +85,14 @@ impl Landlock {
     }
 
     /// The rules for a `main` that may use what is in these folders, and beside that only what a machine is made with:
-    /// devices, and the folder in which `main` removes its own socket when it ends.
-    pub fn of_main_within(self, folders: &[PathBuf], socket: Option<&Path>) -> Result<Ruleset> {
+    /// devices, the folder in which `main` removes its own socket when it ends, and a folder of its `own`, which it
+    /// removes as well.
+    pub fn of_main_within(
+        self,
+        folders: &[PathBuf],
+        own: Option<&Path>,
+        socket: Option<&Path>,
+    ) -> Result<Ruleset> {
         let all = self.files();
         let rules = self.ruleset(all)?;
         for folder in folders {
@@ -100,6 +107,10 @@ impl Landlock {
             let _ = allow(&rules, Path::new(place), READ_FILE | READ_DIR);
         }
         socket.map_or(Ok(()), |folder| allow(&rules, folder, REMOVE_FILE))?;
+        if let Some(own) = own {
+            allow(&rules, own, all & !NEVER)?;
+            allow(&rules, crate::paths::folder(own), REMOVE_DIR)?;
+        }
         Ok(rules)
     }
 }

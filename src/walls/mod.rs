@@ -66,6 +66,8 @@ pub struct Wanted {
     pub no_rules: bool,
     /// `main` opens files in these folders only; empty: it may open all that its user may.
     pub allowed: Vec<PathBuf>,
+    /// A folder that this process has made for itself: `main` opens files in there, too, and removes it when it ends.
+    pub own: Option<PathBuf>,
 }
 
 /// The parts that the walls of this process are made of.
@@ -136,7 +138,7 @@ pub fn begin(wanted: &Wanted, socket: Option<&Path>) -> Result<()> {
     let is_narrow = !wanted.allowed.is_empty();
     let socket = socket.map(paths::folder);
     let of_main = landlock.map(|landlock| match is_narrow {
-        true => landlock.of_main_within(&wanted.allowed, socket),
+        true => landlock.of_main_within(&wanted.allowed, wanted.own.as_deref(), socket),
         false => landlock.of_main(),
     });
     let walls = Walls {
