@@ -1,6 +1,7 @@
-//! `alula ctl list`: all guests of this user, what each costs its host, and the sockets that guests have left behind.
+//! `alula ctl list`: all guests of this user, for root those of all users, what each costs its host, and the sockets that
+//! guests have left behind.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs;
 use std::io::{IsTerminal, Write};
@@ -88,8 +89,9 @@ struct Guest {
 }
 
 impl Guest {
-    /// The guest whose monitor answers at `socket`, which is there.
-    fn at(socket: PathBuf) -> Self {
+    /// The guest whose monitor answers at `socket`, which is there. None: somebody else answers there than the process
+    /// that is `expected` to.
+    fn at(socket: PathBuf, expected: Option<u32>) -> Option<Self> {
         let name = socket.file_stem().unwrap_or_default().to_string_lossy();
         let mut guest =
             Self { id: in_one_line(&name), socket, state: "silent".to_owned(), process: None, usage: None };
@@ -98,17 +100,20 @@ impl Guest {
             if is_left() {
                 guest.state = "ended".to_owned();
             }
-            return guest;
+            return Some(guest);
         };
         guest.process = client.process();
-        let Ok(answer) = client.request("GET", "/", "") else { return guest };
+        if expected.is_some_and(|expected| guest.process != Some(expected)) {
+            return None;
+        }
+        let Ok(answer) = client.request("GET", "/", "") else { return Some(guest) };
         let instance: Value = json::from_text(&answer.body).unwrap_or_default();
         if let (Some(id), Some(state)) = (instance["id"].as_str(), instance["state"].as_str()) {
             guest.id = in_one_line(id);
             guest.state = in_one_line(state.to_lowercase());
             guest.usage = Usage::of(&mut client);
         }
-        guest
+        Some(guest)
     }
 
     fn json(&self) -> Value {
@@ -123,12 +128,16 @@ impl Guest {
     }
 }
 
-/// The guests, by their sockets: those in the folders of guests with a name, and those that processes of this user
-/// were told to make.
+/// The guests, by their sockets: those in the folders of guests with a name, and those that processes were told to
+/// make, of this user, or of all users if this one is root. A process of another user can have root connect to any
+/// socket by its command line, and nothing is asked of one that another process serves.
 fn all() -> Vec<Guest> {
-    let mut sockets: BTreeSet<PathBuf> = named().collect();
-    sockets.extend(of_processes().filter(|socket| socket.exists()));
-    let mut guests: Vec<_> = sockets.into_iter().map(Guest::at).collect();
+    let mut sockets: BTreeMap<PathBuf, Option<u32>> = named().map(|socket| (socket, None)).collect();
+    for (socket, process) in of_processes().filter(|(socket, _)| socket.exists()) {
+        sockets.entry(socket).or_insert(process);
+    }
+    let mut guests: Vec<_> =
+        sockets.into_iter().filter_map(|(socket, process)| Guest::at(socket, process)).collect();
     guests.sort_by(|one, other| one.id.cmp(&other.id));
     guests
 }
@@ -138,28 +147,52 @@ fn named() -> impl Iterator<Item = PathBuf> {
     entries.map(|entry| entry.path()).filter(|path| path.extension() == Some("sock".as_ref()))
 }
 
-fn of_processes() -> impl Iterator<Item = PathBuf> {
+/// The sockets of processes, each with the process that is to answer there, if that is another user's.
+fn of_processes() -> impl Iterator<Item = (PathBuf, Option<u32>)> {
     let (own, _) = process::identity();
     let processes = fs::read_dir("/proc").into_iter().flatten().flatten().map(|entry| entry.path());
     // Any of the processes may end at any time.
     processes.filter_map(move |process| {
-        process.file_name()?.to_str()?.parse::<u32>().ok()?;
-        if fs::metadata(&process).ok()?.uid() != own {
+        let number = process.file_name()?.to_str()?.parse::<u32>().ok()?;
+        let owner = fs::metadata(&process).ok()?.uid();
+        if own != owner && own != 0 {
             return None;
         }
-        let socket = socket_of(&fs::read(process.join("cmdline")).ok()?)?;
-        let socket = fs::read_link(process.join("cwd")).ok()?.join(socket);
-        // The path is one in the root that the process has.
-        match fs::read_link(process.join("root")).ok()? {
-            root if root == Path::new("/") => Some(socket),
-            root => Some(root.join(socket.strip_prefix("/").unwrap_or(&socket))),
-        }
+        let served = socket_of(&fs::read(process.join("cmdline")).ok()?)?;
+        let root = root_of(&process)?;
+        let socket = match served {
+            Served::At(socket) => fs::read_link(process.join("cwd")).ok()?.join(socket),
+            // Among the folders of guests with a name is this process's own, not one in another root.
+            Served::ByName(id) if root != Path::new("/") => runtime::of_system(&id),
+            Served::ByName(_) => return None,
+        };
+        let socket = root.join(socket.strip_prefix("/").unwrap_or(&socket));
+        Some((socket, (own != owner).then_some(number)))
     })
 }
 
-/// The socket that a process was told to serve, by its command line; None: it has no such socket, or one that is in
-/// the folder of guests with a name.
-fn socket_of(command_line: &[u8]) -> Option<PathBuf> {
+/// The root in which a process finds its files, as this process reaches it.
+fn root_of(process: &Path) -> Option<PathBuf> {
+    let link = process.join("root");
+    let identity = |path: &Path| fs::metadata(path).ok().map(|root| (root.dev(), root.ino()));
+    match fs::read_link(&link).ok()? {
+        // The root of another mount namespace has no path here: the kernel's link leads there all the same.
+        root if root == Path::new("/") && identity(&link)? != identity(&root)? => Some(link),
+        root => Some(root),
+    }
+}
+
+/// The way in which a process serves its API.
+#[derive(Debug, PartialEq)]
+enum Served {
+    /// At this path, in the root and the folder that the process has.
+    At(PathBuf),
+    /// In the folder of guests with a name, by this one.
+    ByName(String),
+}
+
+/// The socket that a process was told to serve, by its command line; None: it has no such socket.
+fn socket_of(command_line: &[u8]) -> Option<Served> {
     let mut words = command_line.split(|byte| *byte == 0).map(OsStr::from_bytes);
     let program = words.next()?;
     let is_service = match Persona::of(program) {
@@ -183,8 +216,13 @@ fn socket_of(command_line: &[u8]) -> Option<PathBuf> {
             }
         })
     };
-    let has_name = || Persona::of(program) == Persona::Alula && value("--id").is_some();
-    value("--api-sock").or_else(|| (is_service && !has_name()).then(|| DEFAULT_SOCKET.into()))
+    if let Some(path) = value("--api-sock") {
+        return Some(Served::At(path));
+    }
+    match value("--id").filter(|_| Persona::of(program) == Persona::Alula) {
+        Some(id) => runtime::check_id(id.to_str()?).is_ok().then(|| Served::ByName(id.display().to_string())),
+        None => is_service.then(|| Served::At(DEFAULT_SOCKET.into())),
+    }
 }
 
 /// Shows all guests once, as a table, or for programs as JSON.
@@ -294,8 +332,9 @@ mod tests {
             ("alula serve --api-sock a.sock", Some("a.sock")),
             ("/usr/bin/alula run --cpus 2 --api-sock=/s vmlinux", Some("/s")),
             ("alula serve", Some("/run/firecracker.socket")),
-            ("alula serve --id web", None),
-            ("alula run --id web", None),
+            ("alula serve --id web", Some(":web")),
+            ("alula run --id web", Some(":web")),
+            ("alula run --id ../web", None),
             ("alula run -- alula serve --api-sock x", None),
             ("alula ctl --api-sock a.sock status", None),
             ("alula run vmlinux --api-sock", None),
@@ -305,7 +344,11 @@ mod tests {
             ("", None),
         ] {
             let bytes = line.replace(' ', "\0").into_bytes();
-            assert_eq!(socket_of(&bytes), expected.map(PathBuf::from), "{line}");
+            let expected = expected.map(|text| match text.strip_prefix(':') {
+                Some(id) => Served::ByName(id.to_owned()),
+                None => Served::At(text.into()),
+            });
+            assert_eq!(socket_of(&bytes), expected, "{line}");
         }
     }
 

@@ -34,6 +34,11 @@ pub fn folders() -> Vec<PathBuf> {
     folders
 }
 
+/// The control socket of the guest of this name whose monitor has no user's runtime folder, in the monitor's own root.
+pub fn of_system(id: &str) -> PathBuf {
+    socket_in(Path::new(SYSTEM), id)
+}
+
 fn socket_in(folder: &Path, id: &str) -> PathBuf {
     folder.join(format!("{id}.sock"))
 }

@@ -109,10 +109,24 @@ fn a_guest_runs_in_a_jail_that_root_made() {
         );
     }
     assert_eq!(devices.join("userfaultfd").exists(), Path::new("/dev/userfaultfd").exists());
+    assert_listed(0, process.child.id(), "web", "running");
     let metrics = client.ok("GET", "/metrics", "").json();
     let started = metrics["api_server"]["process_startup_time_us"].as_u64().unwrap();
     let cpu = metrics["api_server"]["process_startup_time_cpu_us"].as_u64().unwrap();
     assert!(started > 0 && cpu > 0 && started < 100_000_000, "{started} {cpu}");
+}
+
+/// Asserts that `alula ctl list` of this user has the guest of a process, whose socket is found from out here.
+fn assert_listed(user: u32, process: u32, id: &str, state: &str) {
+    let mut command = Command::new(std::path::absolute(common::alula()).unwrap());
+    command.args(["ctl", "list", "--json"]).uid(user);
+    let ended = end(command);
+    let guests: Vec<serde_json::Value> = serde_json::from_str(&ended.text).unwrap();
+    let guest = guests.iter().find(|guest| guest["pid"] == process);
+    let guest = guest.unwrap_or_else(|| panic!("{process}: {}", ended.text));
+    assert_eq!((&guest["id"], &guest["state"]), (&id.into(), &state.into()), "{guest}");
+    let mut client = Client::connect(Path::new(guest["socket"].as_str().unwrap()));
+    assert_eq!(client.ok("GET", "/", "").json()["id"], id);
 }
 
 #[test]
@@ -139,6 +153,7 @@ fn a_jail_in_the_background_tells_its_number() {
         let looked = Looked(pid.parse().unwrap());
         let mut client = site.client(id);
         assert_eq!(client.ok("GET", "/", "").json()["id"], id);
+        assert_listed(0, looked.0, id, "not started");
         looked.check_shut_in(1);
         let numbers = looked.status("NSpid");
         assert_eq!(numbers.last().unwrap() == "1", has_namespace, "{numbers:?}");
@@ -171,6 +186,7 @@ fn an_ordinary_user_makes_a_jail() {
     let mut client = site.client("own");
     std::fs::write(site.root("own").join("kernel"), alula::firmware::IMAGE).unwrap();
     boot(&mut client, Path::new("/kernel"));
+    assert_listed(NOBODY, process.child.id(), "own", "running");
     let looked = Looked(process.child.id());
     // The mounts are the root, and each of the host's devices.
     let devices = ["kvm", "net/tun", "urandom", "userfaultfd"];
