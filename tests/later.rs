@@ -184,6 +184,34 @@ fn many_who_wait_keep_nobody_out() {
 }
 
 #[test]
+fn a_pause_does_not_wait_for_ever_for_a_disk() {
+    let mut service = Service::start(&[]);
+    let disk = service.folder.write("disk", vec![0; 1 << 20]);
+    service.boot_source("bench");
+    let mut client = service.client();
+    let body = json!({ "drive_id": "a", "path_on_host": disk, "is_root_device": false });
+    client.ok("PUT", "/drives/a", &body.to_string());
+    client.ok("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#);
+    service.process.expect("bench: ready");
+    // A load without an end: its disk has something in flight at any time.
+    service.process.stdin.as_mut().unwrap().write_all(b"read 4096 1 1000000000\n").unwrap();
+    let mut reads = || client.ok("GET", "/metrics", "").json()["block"]["read_count"].as_u64().unwrap();
+    wait_for(|| reads() > 0);
+    let held = Held::new(&service.process.child, "io");
+    let mut other = service.client();
+    let fault = other.request("PATCH", "/vm", r#"{"state": "Paused"}"#).fault();
+    assert!(fault.contains("what is in flight at disk `a` has not ended in 10 s"), "{fault}");
+    assert_eq!(other.ok("GET", "/", "").json()["state"], "Running");
+    drop(held);
+    let before = reads();
+    wait_for(|| reads() > before);
+    other.ok("PATCH", "/vm", r#"{"state": "Paused"}"#);
+    other.ok("PATCH", "/vm", r#"{"state": "Resumed"}"#);
+    let before = reads();
+    wait_for(|| reads() > before);
+}
+
+#[test]
 fn a_disk_that_does_not_answer_holds_up_its_change_alone() {
     let mut service = Service::start(&[]);
     for disk in ["a", "b", "c"] {

@@ -13,6 +13,7 @@ mod shell;
 
 use std::any::Any;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use serde_json::{Map, Value};
 
@@ -47,6 +48,10 @@ pub use parts::Places;
 pub use regions::Tracker;
 pub use saved::SavedMachine;
 pub use shell::{Base, Shell};
+
+/// The time that what devices have in flight may take when the machine is to stand still. A disk on a file system that
+/// does not answer would hold `main`, and with it the API, for ever.
+const PAUSE_TIME: Duration = Duration::from_secs(10);
 
 /// Whether the guest's CPUs may run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -161,10 +166,19 @@ impl Machine {
         self.vcpus.start_ahead()
     }
 
-    /// Returns when no CPU runs any more. No effect on a paused machine.
+    /// Returns when no CPU runs any more, and no device works. No effect on a paused machine.
+    ///
+    /// # Errors
+    /// A device has something in flight that the host does not end in `PAUSE_TIME`: the machine goes on as before.
     pub fn pause(&mut self) -> Result<()> {
         self.vcpus.stop();
-        self.parts.pause();
+        if let Err(error) = self.parts.pause(PAUSE_TIME) {
+            if self.state == RunState::Running {
+                self.parts.resume(&self.changing);
+                self.surroundings.gate.open();
+            }
+            return Err(error);
+        }
         self.state = RunState::Paused;
         log::debug("the guest's CPUs and devices stand still");
         Ok(())

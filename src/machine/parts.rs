@@ -55,9 +55,26 @@ impl Parts {
         self.0.iter().try_for_each(|part| part.lock().begin().with_context(|| format!("begin {}", part.name)))
     }
 
-    /// Stops all parts, which then touch neither guest memory nor interrupts.
-    pub fn pause(&self) {
-        pause(&self.0);
+    /// Stops all parts, which then touch neither guest memory nor interrupts. That takes as long as what they have in
+    /// flight, but no longer than `time`: then all are to go on ([`Self::resume`]).
+    ///
+    /// # Errors
+    /// These parts have not stopped in that time.
+    pub fn pause(&self, time: Duration) -> Result<()> {
+        if begin_pause(&self.0).wait_for(time) {
+            return Ok(());
+        }
+        let is_busy = |part: &&Part| !begin_pause(std::slice::from_ref(part)).wait_for(Duration::ZERO);
+        let busy: Vec<_> = self.0.iter().filter(is_busy).map(|part| part.name.as_str()).collect();
+        match busy.is_empty() {
+            true => Ok(()),
+            false => Err(Error::host(format!(
+                "what is in flight at {} has not ended in {} s: the host does not answer it, so the guest goes on: \
+                 look after that host's file or network, and try again",
+                busy.join(", "),
+                time.as_secs()
+            ))),
+        }
     }
 
     /// Lets all parts go on, but not those of these names.
@@ -121,5 +138,77 @@ pub fn add(all: &mut Map<String, Value>, group: &str, counted: &Value) {
     let sum = all.entry(group).or_insert_with(|| Value::Object(Map::new()));
     if let (Value::Object(sum), Value::Object(counted)) = (sum, counted) {
         add_up(sum, counted);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+    use crate::snapshot::SaveState;
+
+    macro_rules! stateless {
+        ($part:ty) => {
+            impl SaveState for $part {
+                fn save_state(&self) -> Result<Vec<u8>> {
+                    Ok(Vec::new())
+                }
+                fn restore_state(&mut self, _: &[u8]) -> Result<()> {
+                    Ok(())
+                }
+            }
+        };
+    }
+
+    /// A part that has stopped when its host lets it.
+    #[derive(Default)]
+    struct Slow(Vec<std::sync::mpsc::Sender<()>>);
+
+    stateless!(Slow);
+
+    impl Component for Slow {
+        fn pause(&mut self, stopped: std::sync::mpsc::Sender<()>) {
+            self.0.push(stopped);
+        }
+
+        fn resume(&mut self) {
+            self.0.clear();
+        }
+    }
+
+    /// A part that stops at once.
+    struct Quick;
+
+    stateless!(Quick);
+
+    impl Component for Quick {}
+
+    #[test]
+    fn parts_that_do_not_stop_in_time_are_named() {
+        let part = |name: &str, component: Arc<Mutex<dyn Component>>| Part {
+            name: name.to_owned(),
+            place: Place::Pci(3),
+            metrics: Vec::new(),
+            component,
+        };
+        let parts = Parts(vec![
+            part("disk `a`", Arc::new(Mutex::new(Slow::default()))),
+            part("disk `b`", Arc::new(Mutex::new(Quick))),
+            part("disk `c`", Arc::new(Mutex::new(Slow::default()))),
+        ]);
+        let error = parts.pause(Duration::from_millis(1)).unwrap_err().to_string();
+        assert!(error.starts_with("what is in flight at disk `a`, disk `c` has not ended"), "{error}");
+        // One stops while the others are waited for.
+        let release = |index: usize| parts.0[index].lock().resume();
+        release(0);
+        let error = std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| parts.pause(Duration::from_millis(50)));
+            waiting.join().unwrap().unwrap_err().to_string()
+        });
+        assert!(error.contains("disk `a`, disk `c`"), "{error}");
+        release(0);
+        release(2);
+        assert!(Parts(parts.0.into_iter().skip(1).take(1).collect()).pause(Duration::from_secs(100)).is_ok());
     }
 }
