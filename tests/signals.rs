@@ -169,6 +169,49 @@ fn a_file_system_that_does_not_answer_does_not_hold_signals_up() {
     }
 }
 
+#[test]
+fn what_a_guest_has_flushed_is_there_however_alula_ends() {
+    let folder = Folder::new();
+    let (socket, events) = (folder.path("s"), folder.path("events"));
+    let ends =
+        [(TERM, Some(143)), (libc::SIGINT, Some(130)), (libc::SIGHUP, Some(129)), (libc::SIGKILL, None)];
+    for (signal, code) in ends {
+        for engine in ["sync", "async"] {
+            let disk = folder.write("disk", vec![0; 1 << 20]);
+            let disk_option = format!("{},engine={engine}", disk.display());
+            let mut process = Process::start([
+                "run",
+                "--disk",
+                &disk_option,
+                "--api-sock",
+                socket.to_str().unwrap(),
+                "--events",
+                events.to_str().unwrap(),
+                "--cmdline",
+                "case=block end=idle",
+            ]);
+            // The guest says so when its flush is answered.
+            process.expect("1 cases, 0 failed");
+            process.send(signal);
+            let ended = process.end();
+            assert_eq!(ended.code, code, "{engine}: {}", ended.text);
+            let written = std::fs::read(&disk).unwrap();
+            assert_eq!(&written[512..516], [0x5a, 0x5b, 0x58, 0x59], "{engine}, signal {signal}");
+            let told = std::fs::read_to_string(&events).unwrap();
+            let last: serde_json::Value = serde_json::from_str(told.lines().last().unwrap()).unwrap();
+            // A process that is killed tells nothing, and leaves its socket to the next one.
+            assert_eq!(socket.exists(), code.is_none(), "{engine}, signal {signal}");
+            match code {
+                Some(code) => {
+                    assert_eq!((&last["event"], &last["exit_code"]), (&"ended".into(), &code.into()))
+                }
+                None => assert_eq!(last["event"], "started", "{told}"),
+            }
+            std::fs::remove_file(&events).unwrap();
+        }
+    }
+}
+
 /// A guest whose console nobody reads, its errors, and its API's socket.
 fn unread(words: &str, folder: &Folder) -> (Guarded, PipeReader, PipeReader) {
     let ((output, console), (errors, its_errors)) = (std::io::pipe().unwrap(), std::io::pipe().unwrap());

@@ -67,6 +67,50 @@ fn sources(folder: &str) -> Vec<(String, String)> {
     found
 }
 
+/// A clock that somebody sets makes nothing here come late or early: the time of day is asked for only where it is shown,
+/// compared with other times of day, or the guest's own.
+#[test]
+fn the_time_of_day_is_asked_for_only_where_it_is_shown() {
+    const ASKS: &[&str] = &[
+        // The clock of a guest that is restored somewhere else.
+        "src/arch/x86_64/state.rs",
+        // The times at which files of an archive were changed.
+        "src/archive.rs",
+        // The clock that all others here ask, for messages, events and metrics.
+        "src/clock.rs",
+        // The ages of images in the cache.
+        "src/guest/images.rs",
+        // The agent sets the clock of its guest.
+        "src/sys/machine.rs",
+    ];
+    const SHOWS: &[&str] = &["src/history.rs", "src/log.rs", "src/microvm/metrics.rs"];
+    let all = sources("src");
+    let with = |words: &[&str]| -> Vec<_> {
+        let has = |text: &str| words.iter().any(|word| text.contains(word));
+        let mut names: Vec<_> = all.iter().filter(|file| has(&file.1)).map(|file| file.0.as_str()).collect();
+        names.sort_unstable();
+        names
+    };
+    assert_eq!(with(&["SystemTime", "libc::CLOCK_REALTIME", "gettimeofday"]), ASKS);
+    assert_eq!(with(&["Utc::now", "Utc,"]), SHOWS);
+}
+
+/// Each test that the page on reliability names is there.
+#[test]
+fn the_tests_that_the_page_on_reliability_names_are_there() {
+    let page = std::fs::read_to_string(root().join("docs/reliability.md")).unwrap();
+    let all: Vec<_> = ["src", "tests"].into_iter().flat_map(sources).collect();
+    let quoted = page.split('`').skip(1).step_by(2);
+    // A name of a test is a sentence.
+    let names = quoted.filter_map(|text| text.split_whitespace().last());
+    let names: Vec<_> = names.filter(|name| name.matches('_').count() >= 3).collect();
+    assert!(names.len() > 60, "{names:?}");
+    for name in names {
+        let head = format!("fn {name}(");
+        assert!(all.iter().any(|(_, text)| text.contains(&head)), "{name}: there is no such test");
+    }
+}
+
 /// The layers, low to high, as the map in src/lib.rs lists them: a module uses only those before it.
 fn layers() -> Vec<String> {
     let map = std::fs::read_to_string(root().join("src/lib.rs")).unwrap();

@@ -238,6 +238,39 @@ fn an_ordinary_user_makes_a_jail() {
 }
 
 #[test]
+fn a_jail_that_uses_up_its_memory_ends_alone() {
+    const LIMIT: u64 = 48 << 20;
+    let site = Site::new();
+    let (_, file, _) = &site.groups[1];
+    let start = |id: &str| {
+        site.put_kernel(id);
+        let mut command = site.jail(id);
+        command.args(["--cgroup-version", site.version, "--parent-cgroup", &site.parent, "--cgroup"]);
+        command.arg(format!("{file}={LIMIT}")).args(["--", "--api-sock", "/run/api.sock"]);
+        let process = Process::spawn(command);
+        let mut client = site.client(id);
+        client.ok("PUT", "/machine-config", r#"{"vcpu_count": 1, "mem_size_mib": 128}"#);
+        (process, client)
+    };
+    let run = |client: &mut Client, words: &str| {
+        let boot = serde_json::json!({ "kernel_image_path": "/kernel", "boot_args": words });
+        client.ok("PUT", "/boot-source", &boot.to_string());
+        client.ok("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#);
+    };
+    let (mut modest, mut other) = start("modest");
+    run(&mut other, "work=8");
+    modest.expect("working");
+    let (mut greedy, mut client) = start("greedy");
+    run(&mut client, "work=100");
+    // The kernel kills the process: it has no memory for last words.
+    wait_for(|| !greedy.is_running());
+    let status = greedy.child.wait().unwrap();
+    assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(libc::SIGKILL), "{status:?}");
+    assert_eq!(other.ok("GET", "/", "").json()["state"], "Running");
+    assert!(modest.is_running());
+}
+
+#[test]
 fn a_jail_on_another_file_system_has_a_copy() {
     let site = Site::new();
     std::fs::create_dir(site.base()).unwrap();
