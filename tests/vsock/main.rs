@@ -420,9 +420,13 @@ fn a_packet_allocates_nothing_and_an_idle_connection_is_small() {
         }
     };
     rounds(&mut world, 600);
-    let before = allocator::allocations();
-    rounds(&mut world, 600);
-    assert_eq!(allocator::allocations() - before, 0, "for 1,200 packets");
+    // The devices of the tests beside this one are counted, too: a packet that allocates does so each time.
+    let allocations = |_| {
+        let before = allocator::allocations();
+        rounds(&mut world, 120);
+        allocator::allocations() - before
+    };
+    assert_eq!((0..5).map(allocations).min(), Some(0), "for 240 packets");
     let before = allocator::bytes();
     let clients: Vec<_> = (0..IDLE).map(|_| world.connected(6)).collect();
     let each = (allocator::bytes() - before) / IDLE as i64;
