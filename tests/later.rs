@@ -193,8 +193,10 @@ fn a_pause_does_not_wait_for_ever_for_a_disk() {
     client.ok("PUT", "/drives/a", &body.to_string());
     client.ok("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#);
     service.process.expect("bench: ready");
-    // A load without an end: its disk has something in flight at any time.
-    service.process.stdin.as_mut().unwrap().write_all(b"read 4096 1 1000000000\n").unwrap();
+    // A load without an end: its disk has something in flight at any time. The guest gives a load up that stands still
+    // for long, and then reads its next line.
+    let load = b"read 4096 1 1000000000\n";
+    service.process.stdin.as_mut().unwrap().write_all(load).unwrap();
     let mut reads = || client.ok("GET", "/metrics", "").json()["block"]["read_count"].as_u64().unwrap();
     wait_for(|| reads() > 0);
     let held = Held::new(&service.process.child, "io");
@@ -203,6 +205,7 @@ fn a_pause_does_not_wait_for_ever_for_a_disk() {
     assert!(fault.contains("what is in flight at disk `a` has not ended in 10 s"), "{fault}");
     assert_eq!(other.ok("GET", "/", "").json()["state"], "Running");
     drop(held);
+    service.process.stdin.as_mut().unwrap().write_all(load).unwrap();
     let before = reads();
     wait_for(|| reads() > before);
     other.ok("PATCH", "/vm", r#"{"state": "Paused"}"#);
