@@ -6,6 +6,7 @@
 mod common;
 mod diff;
 mod live;
+mod lives;
 mod template;
 
 use std::fs::{self, File};

@@ -14,15 +14,15 @@ use crate::common::{self, Client, Folder, Process, alula, await_child, wait_for}
 const GO_ON: &str = super::GO_ON;
 
 /// A template of a guest that has read its line already, and goes on to its end by itself.
-struct Template {
-    folder: Folder,
-    process: Process,
-    clones: Vec<u32>,
+pub struct Template {
+    pub folder: Folder,
+    pub process: Process,
+    pub clones: Vec<u32>,
 }
 
 impl Template {
     /// Saves a guest, and starts a template of it, by the command `before` where one is given.
-    fn new(before: &[&str]) -> Self {
+    pub fn new(before: &[&str]) -> Self {
         let mut saved = Saved::with(&[], "echo case=identity,block", true);
         saved.service.process.stdin.as_mut().unwrap().write_all(b"go on\n").unwrap();
         // The line is in the guest's UART before the service lets in another client after this request.
@@ -51,12 +51,12 @@ impl Template {
         Self { folder, process, clones: Vec::new() }
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub fn path(&self, name: &str) -> PathBuf {
         self.folder.path(name)
     }
 
     /// The body of a request for a clone with a disk and a console of its own.
-    fn order(&self, id: &str, more: &Value) -> String {
+    pub fn order(&self, id: &str, more: &Value) -> String {
         let mut body = json!({
             "id": id,
             "api_sock": format!("{id}.sock"),
@@ -67,13 +67,13 @@ impl Template {
         body.to_string()
     }
 
-    fn make(&mut self, client: &mut Client, body: &str) -> u32 {
+    pub fn make(&mut self, client: &mut Client, body: &str) -> u32 {
         let pid = client.ok("PUT", "/clones", body).json()["pid"].as_u64().unwrap() as u32;
         self.clones.push(pid);
         pid
     }
 
-    fn client(&self) -> Client {
+    pub fn client(&self) -> Client {
         Client::connect(&self.path("t.sock"))
     }
 }
