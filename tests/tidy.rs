@@ -3,7 +3,10 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by it")]
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+
+use serde_json::Value;
 
 const UNSAFE: &[&str] = &[
     "src/arch/aarch64/ioctls.rs",
@@ -93,6 +96,64 @@ fn the_time_of_day_is_asked_for_only_where_it_is_shown() {
     };
     assert_eq!(with(&["SystemTime", "libc::CLOCK_REALTIME", "gettimeofday"]), ASKS);
     assert_eq!(with(&["Utc::now", "Utc,"]), SHOWS);
+}
+
+/// The crates that the binary is made of on an architecture, as cargo finds them without a network: names and licences.
+fn crates(architecture: &str) -> BTreeMap<String, String> {
+    let platform = format!("{architecture}-unknown-linux-gnu");
+    let words =
+        ["metadata", "--format-version", "1", "--locked", "--offline", "--filter-platform", &platform];
+    let output = std::process::Command::new(env!("CARGO")).args(words).current_dir(root()).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let metadata: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let list = |value: &Value| value.as_array().unwrap().clone();
+    let (packages, nodes) = (list(&metadata["packages"]), list(&metadata["resolve"]["nodes"]));
+    let (mut todo, mut found) = (vec![metadata["resolve"]["root"].clone()], BTreeMap::new());
+    // A crate may be there in several versions.
+    let mut seen = Vec::new();
+    while let Some(id) = todo.pop() {
+        if seen.contains(&id) {
+            continue;
+        }
+        let package = packages.iter().find(|package| package["id"] == id).unwrap();
+        let text = |field: &str| package[field].as_str().unwrap_or("none").to_owned();
+        found.insert(text("name"), text("license"));
+        let node = nodes.iter().find(|node| node["id"] == id).unwrap();
+        // What is needed to run: not by tests alone, nor by a build script.
+        let needs = |dep: &Value| list(&dep["dep_kinds"]).iter().any(|kind| kind["kind"].is_null());
+        todo.extend(list(&node["deps"]).into_iter().filter(needs).map(|dep| dep["pkg"].clone()));
+        seen.push(id);
+    }
+    found.remove("alula");
+    found
+}
+
+#[test]
+fn each_crate_of_the_binary_has_its_reason_and_a_free_licence() {
+    const LICENCES: &[&str] =
+        &["0BSD", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "MIT", "Unicode-3.0", "Unlicense", "Zlib"];
+    let list = std::fs::read_to_string(root().join("resources/crates.list")).unwrap();
+    let mut listed = BTreeMap::new();
+    for line in list.lines().filter(|line| !line.is_empty() && !line.starts_with('#')) {
+        let [name, licence, reason] = line.split(" | ").collect::<Vec<_>>()[..] else {
+            panic!("`{line}`: name, licence and reason are expected");
+        };
+        assert!(!reason.is_empty() && listed.insert(name.to_owned(), licence.to_owned()).is_none(), "{line}");
+        // Each part must be had by one of our licences.
+        let is_free = |part: &str| part.split([' ', '/']).any(|word| LICENCES.contains(&word));
+        let parts = licence.replace(['(', ')'], "");
+        assert!(parts.split(" AND ").all(is_free), "{name} has the licence {licence}");
+    }
+    let found: BTreeMap<_, _> = ["x86_64", "aarch64"].into_iter().flat_map(crates).collect();
+    assert_eq!(found, listed, "resources/crates.list is not what Cargo.lock says");
+    // Those that Cargo.toml names have a reason there: a comment above them, or above those that they stand with.
+    let manifest = std::fs::read_to_string(root().join("Cargo.toml")).unwrap();
+    for section in
+        manifest.split("\n[").filter(|part| part.lines().next().unwrap().ends_with("dependencies]"))
+    {
+        let first = section.lines().nth(1).unwrap();
+        assert!(first.starts_with('#'), "the reason of `{first}` is missing");
+    }
 }
 
 /// Each test that the page on reliability names is there.
