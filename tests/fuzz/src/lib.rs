@@ -10,6 +10,7 @@ pub mod device;
 pub mod ground;
 pub mod host;
 pub mod http;
+pub mod metadata;
 pub mod passt;
 pub mod pci;
 pub mod qcow2;
@@ -17,6 +18,8 @@ pub mod snapshot;
 pub mod sockets;
 pub mod state;
 
+#[path = "../../common/allocator.rs"]
+pub mod allocator;
 #[path = "../../common/driver/mod.rs"]
 pub mod driver;
 #[path = "../../common/network.rs"]
