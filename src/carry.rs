@@ -9,3 +9,4 @@ pub mod pages;
 pub mod rebase;
 pub mod state_file;
 pub mod stored;
+pub mod working_set;

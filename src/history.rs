@@ -87,6 +87,11 @@ pub enum Event {
         /// Why.
         reason: String,
     },
+    /// What the guest needs first after a restore was noted beside the snapshot.
+    WorkingSetNoted {
+        /// So many pages of 4 KiB of its memory file.
+        pages: u64,
+    },
     /// A page that the guest needs has not come from its page-fault handler for 5 s: it waits.
     PageAwaited {
         /// The handler's socket.

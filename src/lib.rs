@@ -42,7 +42,8 @@
 //! that `main` starts with open descriptors; the client is answered when the job is done.
 //! `command` is there for `alula run -- COMMAND`: a client of the guest's vsock socket, which it connects to, and of
 //! the files that the user has copied in and out. `faults` looks after the
-//! page-fault handler of a guest that has one: who waits for its pages can be any other thread. `brake` has CPUs rest that
+//! page-fault handler of a guest that has one: who waits for its pages can be any other thread. `ahead` asks the kernel for what a
+//! restored guest will need of its memory's file, and ends. `brake` has CPUs rest that
 //! write faster than a live snapshot is written, if that is asked for. A thread of a moment tries whether somebody
 //! still listens at a socket's path (`host/listener.rs`).
 //! `main` handles the signals that end the process; while it is held up, `signals` and `faults` do. A thread has the
@@ -69,7 +70,8 @@
 //! memory, which nobody changes meanwhile; of a guest that goes on, `microvm/live.rs` copies the memory in rounds. In
 //! which order files come and go, so that a crash leaves a whole snapshot or none, stands in `carry/folder.rs`. Which
 //! pages a difference has, [`machine::Tracker`] tells (`machine/regions.rs`: KVM's log, and what devices have noted
-//! in `memory/written.rs`), or the kernel (`carry/pages.rs`). A restore ([`microvm::snapshots`]) builds the machine over its memory's
+//! in `memory/written.rs`), or the kernel (`carry/pages.rs`). What a restored guest needs of that memory first can be
+//! noted beside it (`carry/working_set.rs`, `microvm/working_set.rs`). A restore ([`microvm::snapshots`]) builds the machine over its memory's
 //! file, or over memory that a page-fault handler fills ([`memory::faults`], `microvm/handler.rs`), restores it, and only
 //! then takes it for its own.
 //! A template ([`api::template`]) does once what does not depend on the clone, and copies its process for each clone.

@@ -33,6 +33,7 @@ const UNSAFE: &[&str] = &[
     "tests/api/socket.rs",
     "tests/cli.rs",
     "tests/common/allocator.rs",
+    "tests/common/cache.rs",
     "tests/common/faults.rs",
     "tests/common/held.rs",
     "tests/common/inject.rs",

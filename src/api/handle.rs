@@ -121,6 +121,7 @@ fn check_time(microvm: &Microvm, request: &Request) -> Result<(), String> {
         | DeleteDevice(..)
         | Guest
         | CreateSnapshot(_)
+        | NoteWorkingSet(_)
         | Action(super::Action::SendCtrlAltDel | super::Action::FlushMetrics | super::Action::Shutdown)
             if !has_started =>
         {
@@ -188,19 +189,21 @@ fn handle(microvm: &mut Microvm, request: Request) -> Result<Reply, String> {
         }
         DeleteDevice(..) => Err(cannot_hotplug(microvm, "removing a device from a running microVM")),
         Action(action) => act(microvm, action),
-        CreateSnapshot(body) => {
-            let area = "Create snapshot error";
-            let begun = microvm.create_snapshot(&body.plan());
-            return begun.map(|ticket| Reply::Later { ticket, area }).map_err(fault(area));
-        }
+        CreateSnapshot(body) => return later("Create snapshot error", microvm.create_snapshot(&body.plan())),
         LoadSnapshot(body) => {
             let loaded = body.plan().and_then(|load| microvm.load_snapshot(&load, "PUT /snapshot/load"));
             loaded.map_err(fault("Load snapshot error"))
         }
+        NoteWorkingSet(body) => return later("Working set error", microvm.note_working_set(body.after())),
         PatchVm(VmState::Paused) => microvm.pause("PATCH /vm").map_err(fault("Internal VMM error")),
         PatchVm(VmState::Resumed) => microvm.resume("PATCH /vm").map_err(fault("Internal VMM error")),
     };
     done.map(|()| Response::Done.into())
+}
+
+/// The answer to a request for which a job has begun, or could not.
+fn later(area: &'static str, begun: Result<Ticket, Error>) -> Result<Reply, String> {
+    begun.map(|ticket| Reply::Later { ticket, area }).map_err(fault(area))
 }
 
 fn instance(microvm: &Microvm) -> Value {

@@ -34,7 +34,7 @@ use crate::metrics as counted;
 
 pub use front::Api;
 pub use server::Server;
-use snapshot::{CreateSnapshot, LoadSnapshot};
+use snapshot::{CreateSnapshot, LoadSnapshot, NoteWorkingSet};
 
 /// The version of Firecracker's API that is spoken; clients decide by it what they may send.
 pub const API_VERSION: &str = "1.17.0";
@@ -101,6 +101,8 @@ pub enum Request {
     CreateSnapshot(CreateSnapshot),
     /// `PUT /snapshot/load`
     LoadSnapshot(Box<LoadSnapshot>),
+    /// `PUT /snapshot/working-set`
+    NoteWorkingSet(NoteWorkingSet),
 }
 
 impl Request {

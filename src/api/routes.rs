@@ -74,6 +74,9 @@ pub fn route(dialect: Dialect, method: &str, path: &str, body: &[u8]) -> Result<
             dialect.check_fields(body, snapshot::LOAD_PUBLISHED).map_err(deserializing)?;
             Request::LoadSnapshot(Box::new(parse::<LoadSnapshot>(body)?.whole().map_err(deserializing)?))
         }
+        ("PUT", ["snapshot", "working-set"]) if dialect != Dialect::Firecracker => {
+            Request::NoteWorkingSet(parse(body)?)
+        }
         ("PUT", ["clones"]) if dialect != Dialect::Firecracker => return Err(NO_TEMPLATE.to_owned()),
         ("PATCH", ["vm", ..]) => Request::PatchVm(parse::<VmBody>(body)?.state),
         ("GET" | "PUT" | "PATCH" | "DELETE", [first, ..]) if NOT_IMPLEMENTED.contains(first) => {

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use super::API_VERSION;
 use super::bodies::{ActionBody, FirecrackerVersion, Guest, InstanceInfo, VmBody};
 use super::routes::route;
-use super::snapshot::{CreateSnapshot, LoadSnapshot, Made, MakeClone};
+use super::snapshot::{CreateSnapshot, LoadSnapshot, Made, MakeClone, NoteWorkingSet};
 use crate::config::{BootSource, CpuConfig, MachineConfig, MachinePatch};
 use crate::devices::kind::DeviceKind;
 use crate::devices::{KINDS, console};
@@ -124,6 +124,12 @@ fn changes(generator: &mut SchemaGenerator) -> Vec<Operation> {
             of::<CreateSnapshot>(generator),
         ),
         early("put", "/snapshot/load", "Restore a microVM that was saved", of::<LoadSnapshot>(generator)),
+        change(
+            "put",
+            "/snapshot/working-set",
+            "Note beside the snapshot what its guest needs first, after a restore",
+            of::<NoteWorkingSet>(generator),
+        ),
         Operation {
             answer: Answer::Json(of::<Made>(generator)),
             ..change(

@@ -1,6 +1,7 @@
 //! The bodies of requests that save a microVM and restore one.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde::de::Error as _;
 use serde::{Deserialize, Serialize};
@@ -105,6 +106,23 @@ pub struct LoadSnapshot {
     /// Of which size the pages of its memory are to be.
     #[serde(default)]
     huge_pages: LoadedPages,
+}
+
+/// Body of `PUT /snapshot/working-set`: when it is noted which pages of its memory a restored microVM has touched.
+#[derive(Debug, Default, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "WorkingSetParams"))]
+#[serde(deny_unknown_fields)]
+pub struct NoteWorkingSet {
+    /// So many milliseconds from now, at most an hour; left out: now, because the guest is ready.
+    #[serde(default)]
+    after_ms: u64,
+}
+
+impl NoteWorkingSet {
+    /// The time from now on.
+    pub fn after(&self) -> Duration {
+        Duration::from_millis(self.after_ms)
+    }
 }
 
 /// Body of `PUT /clones`, which a template answers: what process the clone is to be, and what is to be other than it

@@ -16,6 +16,8 @@ use crate::paths;
 
 /// The name of the state in a folder.
 pub const STATE: &str = "state";
+/// The name of the file that says which pages of the memory its guest needs first.
+pub const WORKING_SET: &str = "working-set";
 /// The beginning of the names of memory files in a folder.
 const MEMORY: &str = "memory-";
 /// What is added to the name of a file that is not whole yet.
@@ -193,17 +195,58 @@ fn in_use(path: &Path) -> Error {
     ))
 }
 
+/// The file of a working set that is being written, in the folder of its memory.
+pub struct Beside(NewFile);
+
+impl Beside {
+    /// Begins the working set of a memory in the folder at `path`.
+    ///
+    /// # Errors
+    /// The folder cannot be written to, or somebody else writes a working set there.
+    pub fn new(path: &Path) -> Result<Self> {
+        let attempt = || format!("note in folder `{}` what its guest needs first", path.display());
+        let folder = open_folder(path).with_context(attempt)?;
+        NewFile::new(&path.join(WORKING_SET), folder).with_context(attempt).map(Self)
+    }
+
+    /// Makes the file, with `bytes`, the one that counts.
+    ///
+    /// # Errors
+    /// The file cannot be written, flushed or renamed.
+    pub fn keep(mut self, bytes: &[u8]) -> Result<()> {
+        let attempt = || format!("write `{}`", self.0.new.display());
+        self.0.file.write_all(bytes).with_context(attempt)?;
+        self.0.file.sync_all().with_context(attempt)?;
+        self.0.put_in_place()
+    }
+}
+
+impl Drop for Beside {
+    fn drop(&mut self) {
+        if self.0.new != self.0.path {
+            let _ = fs::remove_file(&self.0.new);
+        }
+    }
+}
+
+/// The number in the name of a memory in a folder of ours, by which it is known; None: it has no such name.
+pub fn number_of(name: &str) -> Option<u128> {
+    u128::from_str_radix(name.strip_prefix(MEMORY)?, 16).ok()
+}
+
 /// Whether a file in a folder of ours is called so because it is a memory.
 pub fn is_memory(name: &str) -> bool {
     name.strip_prefix(MEMORY).is_some_and(|id| id.bytes().all(|byte| byte.is_ascii_hexdigit()))
 }
 
-/// The memory files that are in a folder of ours.
+/// The memory files that are in a folder of ours, and what is only of use with one of them.
 fn memory_files(folder: &Path) -> std::io::Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder)? {
         let entry = entry?;
-        if is_memory(&entry.file_name().to_string_lossy()) {
+        // The working set is that of an old memory, too.
+        let name = entry.file_name();
+        if is_memory(&name.to_string_lossy()) || name == WORKING_SET {
             found.push(entry.path());
         }
     }

@@ -45,6 +45,25 @@ pub fn offsets(ranges: &[Range]) -> Vec<u64> {
     ranges.iter().scan(0, next).collect()
 }
 
+/// Which pages of this process are asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Which {
+    /// Those that the process has of its own: what a file has at their place is another page.
+    Own,
+    /// Those that were touched, and those of a file that the kernel has mapped beside one that was.
+    Touched,
+}
+
+impl Which {
+    /// Whether these are pages with such an entry in pagemap.
+    fn has(self, entry: u64) -> bool {
+        match self {
+            Self::Own => is_own(entry),
+            Self::Touched => entry & (IS_PRESENT | IS_SWAPPED) != 0,
+        }
+    }
+}
+
 /// What tells which pages this process has of its own, open.
 pub struct Pagemap(Named<File>);
 
@@ -55,21 +74,29 @@ impl Pagemap {
         Ok(Self(Named::new("map of this process's pages", file)))
     }
 
-    /// Calls `then` with the number of each page that this process has of its own, of the `pages` pages from the
-    /// address `start` on, which begins one.
+    /// Calls `then` with the number of each page that `which` is for, of the `pages` pages from the address `start` on,
+    /// which begins one.
     ///
     /// # Errors
     /// The kernel does not tell.
-    pub(super) fn each_own(&self, start: usize, pages: usize, mut then: impl FnMut(usize)) -> Result<()> {
+    pub(super) fn each(
+        &self,
+        which: Which,
+        start: usize,
+        pages: usize,
+        mut then: impl FnMut(usize),
+    ) -> Result<()> {
         let mut entries = vec![0; BLOCK / PAGE_MIN * 8];
         let at_once = entries.len() / 8;
         for first in (0..pages).step_by(at_once) {
             let entries = &mut entries[..(pages - first).min(at_once) * 8];
             let place = ((start / page_size() as usize + first) * 8) as u64;
             self.0.read_exact_at(entries, place).context("read /proc/self/pagemap")?;
-            let own = |entry: &&[u8; 8]| is_own(u64::from_le_bytes(**entry));
             let (entries, _) = entries.as_chunks();
-            (first..).zip(entries).filter(|(_, entry)| own(entry)).for_each(|(page, _)| then(page));
+            let pages = (first..).zip(entries);
+            pages
+                .filter(|(_, entry)| which.has(u64::from_le_bytes(**entry)))
+                .for_each(|(page, _)| then(page));
         }
         Ok(())
     }

@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
-use super::memory_file::{self, BLOCK, Pagemap};
+use super::memory_file::{self, BLOCK, Pagemap, Which};
 use crate::error::{Context, Result};
 use crate::memory::mapping::page_size;
 use crate::memory::page_set::PageSet;
@@ -39,16 +39,23 @@ pub fn pieces<'p>(places: &'p [Piece], pages: &'p PageSet) -> impl Iterator<Item
 /// # Errors
 /// The kernel does not tell.
 pub fn own(memory: &Regions, pagemap: &Pagemap) -> Result<PageSet> {
+    those(Which::Own, memory, pagemap)
+}
+
+/// The pages of `memory` that `which` is for. Of memory that is a file's and this process's at once, all are.
+///
+/// # Errors
+/// The kernel does not tell.
+pub fn those(which: Which, memory: &Regions, pagemap: &Pagemap) -> Result<PageSet> {
     let mut regions = Vec::new();
     for region in memory.iter() {
         let pages = (region.len() / page_size()) as usize;
         let mut words = vec![0; pages.div_ceil(64)];
         if region.file().is_some() {
-            // All of them are the file's and this process's at once.
             words.fill(u64::MAX);
         } else {
             let host = region.get_host_address(MemoryRegionAddress(0)).context("find a page of the guest")?;
-            pagemap.each_own(host as usize, pages, |page| words[page / 64] |= 1 << (page % 64))?;
+            pagemap.each(which, host as usize, pages, |page| words[page / 64] |= 1 << (page % 64))?;
         }
         regions.push((region.range(), words));
     }

@@ -42,6 +42,7 @@ pub fn run(ctl: &Ctl) -> Result<()> {
         Ask::Resume => set_state(client, "Resumed", ctl.json),
         Ask::Balloon(size) => balloon(client, *size, ctl.json),
         Ask::Snapshot(folder, is_diff) => snapshot(client, folder, *is_diff, ctl.json),
+        Ask::Record => record(client, ctl.json),
         Ask::Start => act(&mut client, "InstanceStart", ctl.json, "started"),
         Ask::Shutdown => act(&mut client, "Shutdown", ctl.json, "the guest was asked to power off"),
         Ask::Stop { force } => stop(client, &socket, *force, ctl.json),
@@ -222,6 +223,12 @@ fn snapshot(mut client: Client, folder: &Path, is_diff: bool, json: bool) -> Res
     client.wait_for_ever()?;
     ask(&mut client, "PUT", "/snapshot/create", &body)?;
     if json { Ok(()) } else { say(&format!("saved to `{}`", folder.display())) }
+}
+
+fn record(mut client: Client, json: bool) -> Result<()> {
+    client.wait_for_ever()?;
+    ask(&mut client, "PUT", "/snapshot/working-set", "{}")?;
+    if json { Ok(()) } else { say("noted for later restores") }
 }
 
 /// Prints a body; `sparse`: for people, without zeros.

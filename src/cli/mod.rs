@@ -248,6 +248,9 @@ fn run(mut arguments: Run, feed: &mut Option<Feed>) -> Result<Ending> {
                 .load_snapshot(&Load::new(Location::Folder(folder.clone())), "command line")
                 .with_context(|| format!("restore the guest in `{}`", folder.display()))?,
         }
+        if let Some(after) = arguments.record {
+            microvm.note_working_set(after).context("--record")?;
+        }
         command.map_or(Ok(()), |begin| begin())
     };
     let ending = monitor.run(microvm, start, |outcome| match &prepared {

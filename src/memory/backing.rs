@@ -36,6 +36,11 @@ impl Backing {
         Ok(Self { file, pieces, pages: Pages::Private })
     }
 
+    /// The file.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
     /// The file, and how long it must be at least, in bytes.
     pub(super) fn extent(&self) -> (RawFd, u64) {
         let ends = self.pieces.iter().map(|Piece { range, position }| position + range.size);

@@ -13,6 +13,7 @@ pub mod purpose;
 pub mod saving;
 pub mod signals;
 pub mod snapshots;
+pub mod working_set;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -62,6 +63,10 @@ pub struct Microvm {
     jobs: Jobs<Finish>,
     saving: Option<saving::Saving>,
     taken: saving::Taken,
+    /// The folder that the machine was restored from, if it is one of ours.
+    origin: Option<working_set::Origin>,
+    /// The last job that notes there what the guest needs first.
+    noting: Option<Ticket>,
     /// Pages that were written since the last snapshot, as far as the log was asked for a later one that failed;
     /// None: no snapshot since writes are noted.
     unsaved: Option<PageSet>,
@@ -88,6 +93,8 @@ impl Microvm {
             jobs: Jobs::default(),
             saving: None,
             taken: saving::Taken::default(),
+            origin: None,
+            noting: None,
             unsaved: None,
             metadata: Arc::new(Store::new(metadata::SIZE_MAX)),
             has_agent: false,

@@ -281,6 +281,12 @@ impl Monitor {
             {
                 front.expire(Instant::now(), &self.events)?;
             }
+            if !self.awaits_jobs
+                && let Some(event) = microvm.jobs_event()
+            {
+                self.events.add(event, Interest::IN, JOBS)?;
+                self.awaits_jobs = true;
+            }
             if let Some(signal) = self.take_signal() {
                 return Ok(Outcome::Signal(signal));
             }
@@ -348,12 +354,6 @@ impl Monitor {
         if front.handle(event, &self.events, microvm)? && self.prepare_at.is_some() {
             // The first answer is out; its client needs a moment for the next request.
             self.prepare_at = Some(Instant::now());
-        }
-        if !self.awaits_jobs
-            && let Some(event) = microvm.jobs_event()
-        {
-            self.events.add(event, Interest::IN, JOBS)?;
-            self.awaits_jobs = true;
         }
         Ok(())
     }

@@ -12,9 +12,11 @@ use super::counts::LATENCIES;
 use super::drives::{self, Drive};
 use super::handler::Handler;
 use super::saving::Taken;
+use super::working_set::{self, Origin};
 use super::{Microvm, note, signals};
 use crate::carry::line::Place;
 use crate::carry::stored::{self, Location, Stored, Sums};
+use crate::carry::working_set::WorkingSet;
 use crate::config::{Config, HugePages};
 use crate::descriptors::Named;
 use crate::devices::block::Overlay;
@@ -33,6 +35,9 @@ pub struct Opened {
     memory: Given,
     /// The paths of the state and of the memory.
     paths: [PathBuf; 2],
+    /// The folder that both are in, if it is one of ours, and what was noted there of what the guest needs first.
+    origin: Option<Origin>,
+    working_set: Option<WorkingSet>,
     /// The snapshot was saved on this host, since the host's last boot.
     is_of_this_boot: bool,
     kvm: Option<OpenKvm>,
@@ -58,7 +63,10 @@ impl Opened {
         }
         let paths = [location.state(), location.memory(&stored.memory)?];
         let is_of_this_boot = stored.origin.boot_id == stored::boot_id()?;
-        Ok(Self { pieces: stored.pieces(), stored, memory, paths, is_of_this_boot, kvm: None })
+        let origin = Origin::of(location, &stored).filter(|_| !is_served);
+        let working_set = origin.as_ref().and_then(|origin| origin.working_set(stored.memory.size));
+        let pieces = stored.pieces();
+        Ok(Self { pieces, stored, memory, paths, origin, working_set, is_of_this_boot, kvm: None })
     }
 
     /// Opens KVM, too.
@@ -190,14 +198,14 @@ impl Microvm {
             return Err(Error::config(message));
         }
         let loaded = open().and_then(|opened| self.build_saved(opened, load, reason));
-        let Restored { machine, config, handler, place } = loaded.inspect_err(|_| {
+        let Restored { machine, config, handler, place, origin } = loaded.inspect_err(|_| {
             lost::forget();
             self.host.serve_metadata(None);
             self.prepare_again();
         })?;
         self.host.release_all();
         (self.machine, self.config, self.ahead) = (Some(machine), config, None);
-        (self.handler, self.taken) = (handler, Taken::from(place));
+        (self.handler, self.taken, self.origin) = (handler, Taken::from(place), origin);
         note(begun, [&LATENCIES.load_snapshot, &LATENCIES.vmm_load_snapshot]);
         self.write_metrics();
         Ok(())
@@ -205,7 +213,10 @@ impl Microvm {
 
     /// Builds a machine that goes on where the saved one stood.
     fn build_saved(&mut self, opened: Opened, load: &Load, reason: &'static str) -> Result<Restored> {
-        let Opened { stored, pieces, memory, paths, is_of_this_boot, kvm } = opened;
+        let Opened { stored, pieces, memory, paths, origin, working_set, is_of_this_boot, kvm } = opened;
+        if let (Given::File(file), Some(set)) = (&memory, working_set) {
+            working_set::read_ahead(set, file, stored.memory.size);
+        }
         let place = stored.line.map(|line| line.place);
         let mut saved = stored.machine;
         if load.follows_time_of_day {
@@ -246,7 +257,7 @@ impl Microvm {
             machine.park()?;
         }
         overlays.into_iter().for_each(Overlay::keep);
-        Ok(Restored { machine, config, handler, place })
+        Ok(Restored { machine, config, handler, place, origin })
     }
 }
 
@@ -258,6 +269,8 @@ struct Restored {
     handler: Option<Handler>,
     /// The place of the snapshot that the machine was restored from, if its state says so.
     place: Option<Place>,
+    /// The folder of that snapshot, if it is one of ours.
+    origin: Option<Origin>,
 }
 
 /// The source of a saved machine's memory.

@@ -165,6 +165,48 @@ pub fn next_data(file: &File, from: u64) -> Result<Option<(u64, u64)>> {
     }
 }
 
+/// Has the kernel read `length` bytes of `file` from `offset` on into memory, without waiting for them
+/// (POSIX_FADV_WILLNEED, posix_fadvise(2)). A file system may do nothing.
+///
+/// # Errors
+/// The file is none that can be read ahead.
+pub fn read_ahead(file: &File, offset: u64, length: u64) -> Result<()> {
+    let number = |number: u64| libc::off_t::try_from(number).map_err(Error::other);
+    let (offset, length) = (number(offset)?, number(length)?);
+    // SAFETY: the call takes numbers.
+    match unsafe { libc::posix_fadvise(file.as_raw_fd(), offset, length, libc::POSIX_FADV_WILLNEED) } {
+        0 => Ok(()),
+        error => Err(Error::from_raw_os_error(error)),
+    }
+}
+
+/// Whether the kernel has the pages of `file` at all of `offsets`, multiples of the page size that are below `length`, in
+/// memory (mincore(2)). Of a file that is another user's, and that this one may not write to, the kernel says so
+/// whatever is true.
+///
+/// # Errors
+/// The file cannot be mapped.
+pub fn is_in_memory(file: &File, length: u64, offsets: impl IntoIterator<Item = u64>) -> Result<bool> {
+    let length = usize::try_from(length).map_err(Error::other)?;
+    let (place, fd) = (std::ptr::null_mut(), file.as_raw_fd());
+    // SAFETY: a new mapping, where there was none, of which nothing is read.
+    let start = unsafe { libc::mmap(place, length, libc::PROT_READ, libc::MAP_SHARED, fd, 0) };
+    if start == libc::MAP_FAILED {
+        return Err(Error::last_os_error());
+    }
+    let has = |offset: u64| {
+        let mut page = 0;
+        let place = start.wrapping_byte_add(offset as usize);
+        // SAFETY: the kernel writes one byte, for the one page that is asked for.
+        let told = unsafe { libc::mincore(place, 1, &raw mut page) };
+        told == 0 && page & 1 != 0
+    };
+    let has_all = offsets.into_iter().filter(|offset| *offset < length as u64).all(has);
+    // SAFETY: it was mapped above with this length, and nobody else knows of it.
+    unsafe { libc::munmap(start, length) };
+    Ok(has_all)
+}
+
 /// Whether this user may write to what is at `path` (access(2)).
 ///
 /// # Errors

@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
 pub mod allocator;
+pub mod cache;
 pub mod disk;
 pub mod driver;
 pub mod faults;

@@ -8,6 +8,7 @@ mod diff;
 mod live;
 mod lives;
 mod template;
+mod working_set;
 
 use std::fs::{self, File};
 use std::io::Write;

@@ -26,6 +26,8 @@ Commands:
   pause, resume      Stop its CPUs and devices, let them go on
   balloon [SIZE]     How much memory its guest is to do without, and does; with a SIZE, like 512M: set it
   snapshot FOLDER    Save it, with its memory, to files there; it stands still for a moment, and goes on
+  record             Note in the folder that it was restored from what its guest has needed of its memory
+                     until now, because it is ready: later restores have that read ahead
   start              Start the guest of a service that was configured by requests
   shutdown           Ask the guest to power off: Ctrl-Alt-Del on x86_64, the power key on aarch64
   stop               The same, and wait until it has: the exit code is 1 if it has not after 60 s
@@ -61,7 +63,7 @@ Examples:
   alula ctl put /boot-source '{\"kernel_image_path\": \"vmlinux\"}'
 ";
 
-const COMMANDS: [&str; 20] = [
+const COMMANDS: [&str; 21] = [
     "list",
     "status",
     "config",
@@ -72,6 +74,7 @@ const COMMANDS: [&str; 20] = [
     "resume",
     "balloon",
     "snapshot",
+    "record",
     "start",
     "shutdown",
     "stop",
@@ -114,6 +117,8 @@ pub enum Ask {
     Balloon(Option<u64>),
     /// Save to this folder, as a difference if that is true.
     Snapshot(std::path::PathBuf, bool),
+    /// Note what its guest has needed of its memory.
+    Record,
     Start,
     Shutdown,
     Stop {
@@ -188,6 +193,7 @@ fn ask(words: &[&str], extra: Option<&str>) -> Result<Ask, lexopt::Error> {
         ["balloon", size] => Ask::Balloon(Some(mebibytes(size)?)),
         ["snapshot", folder] => Ask::Snapshot(folder.into(), extra.is_some()),
         ["snapshot", ..] => return Err("one folder, and `--diff` or not, is expected".into()),
+        ["record"] => Ask::Record,
         ["start"] => Ask::Start,
         ["shutdown"] => Ask::Shutdown,
         ["stop"] => Ask::Stop { force: extra.is_some() },

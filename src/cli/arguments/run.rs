@@ -1,11 +1,13 @@
 //! `alula run`: its options, its help, and the configuration that comes of it.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use lexopt::Arg::{Long, Short, Value};
 use lexopt::ValueExt;
 
 use super::command::{self, Wanted};
+use super::exec::time;
 use super::{Command, Given, default_id, id, number, value};
 use crate::arch;
 use crate::cli::outputs::{self, OutputOptions};
@@ -51,6 +53,8 @@ const RUN_HELP_AFTER_DEVICES: &str = "      --publish [ADDRESS:]HOST:GUEST[/udp]
       --restore FOLDER   Go on with the guest that `alula ctl snapshot FOLDER` has saved there. What it
                          is made of is as it was; --id, --api-sock, --metadata and the options for
                          those who watch it can be given
+      --record TIME      With --restore: note in FOLDER, so long after, what the guest has needed of its
+                         memory; later restores have it read ahead where it is not in memory yet
       --self-test        Boot the firmware guest, whatever the file says of a kernel
       --api-sock SOCKET  Also serve the control API on this socket
       --id ID            The microVM's name: 1 to 64 letters, digits and hyphens. Without --api-sock, the
@@ -108,6 +112,8 @@ pub struct Run {
     pub self_test: bool,
     /// The folder of a saved microVM.
     pub restore: Option<PathBuf>,
+    /// When it is noted what the restored guest needs first.
+    pub record: Option<Duration>,
     pub api_sock: Option<PathBuf>,
     pub outputs: OutputOptions,
     pub walls: crate::walls::Wanted,
@@ -132,6 +138,7 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
         config: None,
         self_test: false,
         restore: None,
+        record: None,
         api_sock: None,
         outputs: OutputOptions::default(),
         walls: crate::walls::Wanted::default(),
@@ -157,6 +164,7 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
             Long("enable-pci") => run.enable_pci = true,
             Long("config") => run.config = Some(parser.value()?.into()),
             Long("restore") => run.restore = Some(parser.value()?.into()),
+            Long("record") => run.record = Some(value(parser, "--record", time)?),
             Long("self-test") => run.self_test = true,
             Long("api-sock") => run.api_sock = Some(parser.value()?.into()),
             Long("id") => (run.id, run.is_named) = (value(parser, "--id", id)?, true),
@@ -231,6 +239,8 @@ impl Run {
     fn check(&self, publishes: bool) -> Result<(), lexopt::Error> {
         if self.restore.is_some() {
             self.check_restore(publishes)?;
+        } else if self.record.is_some() {
+            return Err("--record is for a guest that is restored: give --restore, too".into());
         }
         self.wanted.check()?;
         if self.has_command() && (self.initrd.is_some() || self.self_test) {

@@ -1,0 +1,133 @@
+//! What a restored guest needs of its memory first: noted when it is ready, and asked of the kernel by later restores.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde_json::Value;
+use vm_memory::GuestAddressSpace;
+
+use super::{Finish, Microvm};
+use crate::carry::folder::{self, Beside};
+use crate::carry::memory_file::Pagemap;
+use crate::carry::stored::{Location, Stored};
+use crate::carry::working_set::WorkingSet;
+use crate::descriptors::Named;
+use crate::error::{Context, Error, Result};
+use crate::history::{self, Event};
+use crate::jobs::Ticket;
+use crate::log;
+use crate::memory::Memory;
+use crate::poll;
+use crate::walls;
+
+/// The longest time that a guest can be given until it is ready: a job waits for that, of which there are few.
+pub const TIME_MAX: Duration = Duration::from_secs(3600);
+
+/// The folder that a guest was restored from, and its memory's number there.
+#[derive(Clone, Debug)]
+pub(super) struct Origin {
+    folder: PathBuf,
+    memory: u128,
+}
+
+impl Origin {
+    /// The folder of the snapshot at `location`, which says of itself what `stored` has; None: it is in no folder of
+    /// ours.
+    pub(super) fn of(location: &Location, stored: &Stored) -> Option<Self> {
+        let Location::Folder(folder) = location else { return None };
+        let memory = folder::number_of(stored.memory.name.as_deref()?)?;
+        Some(Self { folder: folder.clone(), memory })
+    }
+
+    /// What was noted there, if that was of this memory, whose file has `size` bytes.
+    pub(super) fn working_set(&self, size: u64) -> Option<WorkingSet> {
+        WorkingSet::read(&self.folder, self.memory, size)
+    }
+}
+
+/// Has a thread ask the kernel for the pages of `set`, unless `file`, of `size` bytes, is in memory already. The guest
+/// does not wait for that, and is none the worse if it cannot be done.
+pub(super) fn read_ahead(set: WorkingSet, file: &Named<std::fs::File>, size: u64) {
+    if set.is_in_memory(file, size) {
+        return;
+    }
+    let start = || -> Result<()> {
+        let file = Named::new("memory that is read ahead", file.try_clone().context("keep its file open")?);
+        let work = move || {
+            poll::leave_signals_to_others();
+            walls::enclose(walls::Kind::Job);
+            if let Err(error) = set.ask_for(&file) {
+                log::debug(format_args!("{error}"));
+            }
+        };
+        let thread = std::thread::Builder::new().name("ahead".to_owned()).spawn(work);
+        thread.context("start the thread `ahead`").map(drop)
+    };
+    if let Err(error) = start() {
+        log::line(format_args!("have the guest's memory read ahead: {error}"));
+    }
+}
+
+impl Microvm {
+    /// Notes beside the snapshot that this microVM was restored from, when the time `after` is over, which of its
+    /// pages have been touched by then. A job does that, whose ticket is returned.
+    ///
+    /// # Errors
+    /// The microVM was not restored from a folder, or its pages are being noted already.
+    pub fn note_working_set(&mut self, after: Duration) -> Result<Ticket> {
+        self.started()?;
+        if self.origin.is_none() {
+            return Err(Error::config(
+                "its memory is not from the folder of a snapshot (`alula run --restore FOLDER`, `folder` of \
+                 `/snapshot/load`): what it needs first can be noted in such a folder alone",
+            ));
+        }
+        if self.noting.is_some_and(|ticket| self.jobs.is_open(ticket)) {
+            return Err(Error::config("it is being noted already what the guest needs first"));
+        }
+        if after > TIME_MAX {
+            let seconds = TIME_MAX.as_secs();
+            return Err(Error::config(format!("a guest is given at most {seconds} s until it is ready")));
+        }
+        let ticket = self.start_job("note", move || -> Finish {
+            std::thread::sleep(after);
+            Box::new(Self::note_now)
+        })?;
+        self.noting = Some(ticket);
+        Ok(ticket)
+    }
+
+    /// The guest is ready: has the job go on, which can open nothing by itself.
+    fn note_now(&mut self) -> Result<Option<Value>> {
+        let begun = (|| {
+            let memory = self.started()?.memory().clone();
+            let origin =
+                self.origin.clone().ok_or_else(|| Error::host("its snapshot is not known any more"))?;
+            let (pagemap, file) = (Pagemap::open()?, Beside::new(&origin.folder)?);
+            let ticket = self.noting.ok_or_else(|| Error::host("its job is not known any more"))?;
+            self.jobs.go_on(ticket, "note", move || -> Finish {
+                let noted = note(&memory, &pagemap, file, origin.memory);
+                Box::new(|_| tell(noted))
+            })
+        })();
+        match begun {
+            Ok(()) => Ok(None),
+            Err(error) => tell(Err(error)),
+        }
+    }
+}
+
+fn note(memory: &Memory, pagemap: &Pagemap, file: Beside, number: u128) -> Result<u64> {
+    let set = WorkingSet::note(&memory.memory(), pagemap)?;
+    file.keep(&set.to_bytes(number))?;
+    Ok(set.pages())
+}
+
+/// Whoever asked may be no client: all that want to know are told.
+fn tell(noted: Result<u64>) -> Result<Option<Value>> {
+    match &noted {
+        Ok(pages) => history::tell(|| Event::WorkingSetNoted { pages: *pages }),
+        Err(error) => log::line(format_args!("note what the guest needs first: {error}")),
+    }
+    noted.map(|_| None)
+}
