@@ -208,7 +208,7 @@ fn passt_lives_as_long_as_the_monitor_whatever_ends_it() {
         assert!(status.contains("SigBlk:\t0000000000000000\n"), "{status}");
         guest.send(signal);
         guest.end();
-        common::wait_for(|| common::is_over(passt));
+        common::wait_for(|| common::ended::is_over(passt));
     }
 }
 

@@ -139,7 +139,7 @@ fn a_file_system_that_does_not_answer_does_not_hold_signals_up() {
         Client::connect(&socket).send(&(head + &body));
         // Only SIGKILL reaches it there: `D` (proc(5)).
         let pid = process.id();
-        wait_for(|| common::state(pid as u32) == Some('D'));
+        wait_for(|| common::ended::state(pid as u32) == Some('D'));
         // So others take signals, but for those that a disk can hold in the same way.
         for thread in std::fs::read_dir(format!("/proc/{pid}/task")).unwrap() {
             let path = thread.unwrap().path();
@@ -156,7 +156,7 @@ fn a_file_system_that_does_not_answer_does_not_hold_signals_up() {
             send(pid, *signal);
             // One that waits would swallow another of its kind, and come in the order of their numbers.
             wait_for(|| {
-                common::state(pid as u32) != Some('D')
+                common::ended::state(pid as u32) != Some('D')
                     || signals(&pid.to_string(), "ShdPnd") & bit(*signal) == 0
             });
         }
@@ -417,7 +417,7 @@ fn a_stopped_job_that_is_ended_leaves_its_terminal_alone() {
     send(job, TERM);
     // As the `kill` of most shells does. The job must not be stopped anew, for touching the terminal.
     send(job, libc::SIGCONT);
-    wait_for(|| common::is_over(job as u32));
+    wait_for(|| common::ended::is_over(job as u32));
     assert_eq!(terminal.modes(), before);
     terminal.user.write_all(b"go on\n").unwrap();
     assert_eq!(shell.end(), Some(3));

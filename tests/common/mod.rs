@@ -5,6 +5,7 @@ pub mod allocator;
 pub mod cache;
 pub mod disk;
 pub mod driver;
+pub mod ended;
 pub mod faults;
 pub mod held;
 pub mod inject;
@@ -361,17 +362,6 @@ impl Service {
 /// the guest go on with an exception.
 pub fn is_software_kvm() -> bool {
     Path::new("/sys/module/kvm_pvm").exists()
-}
-
-/// The state of a process's main thread (proc(5), stat). None: there is no such process.
-pub fn state(process: u32) -> Option<char> {
-    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
-    stat.rsplit(") ").next()?.chars().next()
-}
-
-/// Whether a process has ended, and be it that nobody has waited for it: process 1 of a container need not.
-pub fn is_over(process: u32) -> bool {
-    matches!(state(process), None | Some('Z' | 'X'))
 }
 
 pub fn wait_for(mut condition: impl FnMut() -> bool) {

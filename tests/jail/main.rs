@@ -163,7 +163,7 @@ fn a_jail_in_the_background_tells_its_number() {
         let output = std::fs::read_link(format!("/proc/{pid}/fd/1")).unwrap();
         assert_eq!(output.ends_with("null"), is_daemon, "{output:?}");
         network::kill(looked.0);
-        wait_for(|| common::is_over(looked.0));
+        wait_for(|| common::ended::is_over(looked.0));
     }
 }
 
