@@ -26,8 +26,7 @@ Commands:
   pause, resume      Stop its CPUs and devices, let them go on
   balloon [SIZE]     How much memory its guest is to do without, and does; with a SIZE, like 512M: set it
   snapshot FOLDER    Save it, with its memory, to files there; it stands still for a moment, and goes on
-  record             Note in the folder that it was restored from what its guest has needed of its memory
-                     until now, because it is ready: later restores have that read ahead
+  record             Note beside the snapshot what its guest needed first: later restores read that ahead
   start              Start the guest of a service that was configured by requests
   shutdown           Ask the guest to power off: Ctrl-Alt-Del on x86_64, the power key on aarch64
   stop               The same, and wait until it has: the exit code is 1 if it has not after 60 s
