@@ -1,6 +1,8 @@
 //! Values in JSON bodies, read as Firecracker's clients know it: by the names that its types have in
 //! messages, and with null where it takes null.
 
+pub mod words;
+
 use std::fmt;
 use std::marker::PhantomData;
 use std::path::PathBuf;

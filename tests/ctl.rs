@@ -322,7 +322,7 @@ fn a_config_file_is_checked_whole_and_nothing_starts() {
     assert_eq!(code, Some(1), "{text}");
     for expected in [
         "vm.json: `drive` is no section of a config file: nobody reads it: is `drives` meant?",
-        "vm.json:2:40: `machine-config`: `vcpu_count`: invalid type: string \"two\", expected u8",
+        "vm.json:2:40: `machine-config`: `vcpu_count`: expected a whole number, found the text \"two\"",
         "vm.json:4:52: `drives`: unknown field `path`",
         "vm.json:4:5: disk `a`: `path_on_host` is missing",
         "vm.json:5:5: disk `b`: `socket` is not implemented yet",
@@ -333,7 +333,13 @@ fn a_config_file_is_checked_whole_and_nothing_starts() {
     }
     assert_eq!(text.lines().count(), 7, "{text}");
     let (code, text) = check("{\n  \"drives\": [,]\n}");
-    assert_eq!((code, text.as_str()), (Some(1), "vm.json:2:14: expected value\n"));
+    assert_eq!(
+        (code, text.as_str()),
+        (
+            Some(1),
+            "vm.json:2:14: expected a value: an object, a list, a string, a number, true, false or null\n"
+        )
+    );
     let missing = run(["check", "/nonexistent.json"]);
     assert_eq!(missing.code, Some(1));
     assert!(missing.text.contains("read config file `/nonexistent.json`: No such file"), "{}", missing.text);
@@ -378,15 +384,15 @@ fn everything_wrong_with_one_resource_is_told_at_once() {
         "`boot-source`: unknown field `initrd`",
         "(`vcpu_count`, --cpus)",
         "`machine-config`: unknown field `speed`",
-        "`machine-config`: `mem_size_mib`: invalid type: string \"much\"",
+        "`machine-config`: `mem_size_mib`: expected a whole number, found the text \"much\"",
         "`cpu_template` is not implemented yet",
         "`huge_pages` is not implemented yet",
-        "`is_root_device`: invalid type: integer `7`",
+        "`is_root_device`: expected true or false, found `7`",
         "`drives`: duplicate field `cache_type`",
         "`num_queues` is 99",
         "`drives`: unknown field `bandwith`",
         "`logger`: `level`: unknown level `loud`",
-        "`logger`: `show_level`: invalid type",
+        "`logger`: `show_level`: expected true or false",
         "missing field `iface_id`",
         "`host_dev_name` and `user` exclude each other",
         "an `mtu` of 1 is too small",

@@ -321,7 +321,7 @@ fn a_list_is_no_struct_with_defaults() {
             "" => sent = json!([]),
             within => sent[within] = json!([]),
         }
-        let error = becomes(Dialect::Alula, body.method, body.path, &sent).unwrap_err();
+        let error = becomes(Dialect::Firecracker, body.method, body.path, &sent).unwrap_err();
         assert!(error.contains("invalid length 0, expected struct "), "{sent}: {error}");
     }
 }
@@ -341,9 +341,12 @@ fn types_are_called_as_serde_calls_them() {
         ("PUT", "/entropy", r#"{"rate_limiter": 7}"#, "integer `7`, expected struct RateLimiterConfig at"),
         ("PUT", "/metrics", r#"{"metrics_path": "/m", "properties": {"a": 1}}"#, "expected a string"),
     ] {
-        let error = route(Dialect::Alula, method, path, sent.as_bytes()).err().unwrap();
+        let error = route(Dialect::Firecracker, method, path, sent.as_bytes()).err().unwrap();
         assert!(error.contains(expected), "{sent}: {error}");
     }
     let metrics = br#"{"metrics_path": "/m", "colour": 7}"#;
-    assert!(route(Dialect::Alula, "PUT", "/metrics", metrics).is_ok(), "unknown fields are ignored here");
+    assert!(
+        route(Dialect::Firecracker, "PUT", "/metrics", metrics).is_ok(),
+        "unknown fields are ignored here"
+    );
 }

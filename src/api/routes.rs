@@ -9,17 +9,19 @@ use crate::config::MachinePatch;
 use crate::devices::kind::DeviceKind;
 use crate::devices::{self, KINDS};
 use crate::dialect::Dialect;
+use crate::json;
 
 /// First path tokens of Firecracker's API that are not served yet: refused as such, not as unknown.
-const NOT_IMPLEMENTED: [&str; 3] = ["hotplug", "pmem", "gdb"];
+pub(super) const NOT_IMPLEMENTED: [&str; 3] = ["hotplug", "pmem", "gdb"];
 
 const NO_TEMPLATE: &str = "A template is asked for clones, not a microVM: `alula template`.";
 
 /// The request, or the fault message for the client.
 pub fn route(dialect: Dialect, method: &str, path: &str, body: &[u8]) -> Result<Request, String> {
+    let body = Body { bytes: body, dialect };
     let path_whole = path;
     let path = path.trim_matches('/');
-    match (method, body.is_empty()) {
+    match (method, body.bytes.is_empty()) {
         ("GET", false) => return Err("GET request cannot have a body.".to_owned()),
         ("PUT", true) => return Err("Empty PUT request.".to_owned()),
         ("PATCH", true) if needs_body(path) => return Err("Empty PATCH request.".to_owned()),
@@ -27,7 +29,7 @@ pub fn route(dialect: Dialect, method: &str, path: &str, body: &[u8]) -> Result<
         _ => {}
     }
     if let Some((kind, rest)) = kind_of(path) {
-        return device(dialect, kind, method, rest, body);
+        return device(kind, method, rest, body);
     }
     let tokens: Vec<&str> = path.split('/').collect();
     Ok(match (method, tokens.as_slice()) {
@@ -39,46 +41,44 @@ pub fn route(dialect: Dialect, method: &str, path: &str, body: &[u8]) -> Result<
         ("GET", ["events"]) => Request::Events,
         ("GET", ["guest"]) if dialect != Dialect::Firecracker => Request::Guest,
         ("GET", ["metrics"]) => Request::Metrics,
-        ("PUT", ["metrics", ..]) => Request::PutMetrics(parse(body)?),
-        ("PUT", ["logger", ..]) => Request::PutLogger(parse(body)?),
-        ("PUT", ["serial", ..]) => Request::PutSerial(parse(body)?),
-        ("PUT", ["machine-config", ..]) => Request::PutMachineConfig(parse(body)?),
+        ("PUT", ["metrics", ..]) => Request::PutMetrics(body.parse()?),
+        ("PUT", ["logger", ..]) => Request::PutLogger(body.parse()?),
+        ("PUT", ["serial", ..]) => Request::PutSerial(body.parse()?),
+        ("PUT", ["machine-config", ..]) => Request::PutMachineConfig(body.parse()?),
         ("PATCH", ["machine-config", ..]) => {
-            let patch: MachinePatch = parse(body)?;
+            let patch: MachinePatch = body.parse()?;
             if patch == MachinePatch::default() {
                 return Err("Empty PATCH request.".to_owned());
             }
             Request::PatchMachineConfig(patch)
         }
         ("GET", ["mmds"]) => Request::Metadata,
-        ("PUT", ["mmds"]) => Request::PutMetadata(parse(body)?),
-        ("PATCH", ["mmds"]) => Request::PatchMetadata(parse(body)?),
-        ("PUT", ["mmds", "config"]) => Request::PutMetadataConfig(parse(body)?),
-        ("PUT", ["cpu-config", ..]) => Request::PutCpuConfig(parse(body)?),
-        ("PUT", ["boot-source", ..]) => Request::PutBootSource(parse(body)?),
-        ("PUT", ["actions", ..]) => match parse::<ActionBody>(body)?.action_type {
+        ("PUT", ["mmds"]) => Request::PutMetadata(body.parse()?),
+        ("PATCH", ["mmds"]) => Request::PatchMetadata(body.parse()?),
+        ("PUT", ["mmds", "config"]) => Request::PutMetadataConfig(body.parse()?),
+        ("PUT", ["cpu-config", ..]) => Request::PutCpuConfig(body.parse()?),
+        ("PUT", ["boot-source", ..]) => Request::PutBootSource(body.parse()?),
+        ("PUT", ["actions", ..]) => match body.parse::<ActionBody>()?.action_type {
             // Ours; the words are those of serde.
             Action::Shutdown if dialect == Dialect::Firecracker => {
-                return Err(deserializing(serde::de::Error::unknown_variant(
-                    "Shutdown",
-                    &["FlushMetrics", "InstanceStart", "SendCtrlAltDel"],
-                )));
+                let known = &["FlushMetrics", "InstanceStart", "SendCtrlAltDel"];
+                return Err(body.refuse(&serde::de::Error::unknown_variant("Shutdown", known)));
             }
             action => Request::Action(action),
         },
         ("PUT", ["snapshot", "create"]) => {
-            dialect.check_fields(body, snapshot::CREATE_PUBLISHED).map_err(deserializing)?;
-            Request::CreateSnapshot(parse::<CreateSnapshot>(body)?.whole().map_err(deserializing)?)
+            let asked: CreateSnapshot = body.parse_of(snapshot::CREATE_PUBLISHED)?;
+            Request::CreateSnapshot(asked.whole().map_err(|error| body.refuse(&error))?)
         }
         ("PUT", ["snapshot", "load"]) => {
-            dialect.check_fields(body, snapshot::LOAD_PUBLISHED).map_err(deserializing)?;
-            Request::LoadSnapshot(Box::new(parse::<LoadSnapshot>(body)?.whole().map_err(deserializing)?))
+            let asked: LoadSnapshot = body.parse_of(snapshot::LOAD_PUBLISHED)?;
+            Request::LoadSnapshot(Box::new(asked.whole().map_err(|error| body.refuse(&error))?))
         }
         ("PUT", ["snapshot", "working-set"]) if dialect != Dialect::Firecracker => {
             Request::NoteWorkingSet(parse(body)?)
         }
         ("PUT", ["clones"]) if dialect != Dialect::Firecracker => return Err(NO_TEMPLATE.to_owned()),
-        ("PATCH", ["vm", ..]) => Request::PatchVm(parse::<VmBody>(body)?.state),
+        ("PATCH", ["vm", ..]) => Request::PatchVm(body.parse::<VmBody>()?.state),
         ("GET" | "PUT" | "PATCH" | "DELETE", [first, ..]) if NOT_IMPLEMENTED.contains(first) => {
             return Err(format!("`{method} {path_whole}` is not implemented yet."));
         }
@@ -99,13 +99,7 @@ fn needs_body(path: &str) -> bool {
 }
 
 /// A request for a device of `kind`; `rest` is the rest of the path: an id, or the place of something of the device.
-fn device(
-    dialect: Dialect,
-    kind: &'static DeviceKind,
-    method: &str,
-    rest: &str,
-    body: &[u8],
-) -> Result<Request, String> {
+fn device(kind: &'static DeviceKind, method: &str, rest: &str, body: Body<'_>) -> Result<Request, String> {
     let (id, place) = if kind.many { (rest, "") } else { ("", rest) };
     if kind.many && (id.is_empty() || id.contains('/')) {
         return Err(match (method, id.is_empty()) {
@@ -126,12 +120,12 @@ fn device(
         }
         // A kind of device without ids has a path of one word, and what follows that is ignored, as in Firecracker.
         "PUT" => {
-            let device = kind.parse_as(dialect, body).map_err(deserializing)?;
+            let device = kind.parse_as(body.dialect, body.bytes).map_err(|error| body.refuse(&error))?;
             same_id(device.id())?;
             Ok(Request::PutDevice(device))
         }
         "PATCH" if kind.patchable => {
-            let change = kind.parse_patch(place, body).map_err(deserializing)?;
+            let change = kind.parse_patch(place, body.bytes).map_err(|error| body.refuse(&error))?;
             same_id(&change.id)?;
             Ok(Request::PatchDevice(kind, change))
         }
@@ -148,19 +142,41 @@ fn invalid(method: &str, path: &str) -> String {
 /// The clone that a template's client asks for, or the fault message for the client.
 pub fn route_of_template(method: &str, path: &str, body: &[u8]) -> Result<MakeClone, String> {
     match (method, path.trim_matches('/')) {
-        ("PUT", "clones") if !body.is_empty() => parse(body),
+        ("PUT", "clones") if !body.is_empty() => Body { bytes: body, dialect: Dialect::Alula }.parse(),
         ("PUT", "clones") => Err("Empty PUT request.".to_owned()),
         (method, path) => Err(invalid(method, path) + " A template answers `PUT /clones` alone."),
     }
 }
 
-fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, String> {
-    serde_json::from_slice(body).map_err(deserializing)
+/// The body of a request, and whose words its client knows.
+#[derive(Clone, Copy)]
+struct Body<'a> {
+    bytes: &'a [u8],
+    dialect: Dialect,
 }
 
-/// The fault for a body that serde refuses.
-pub fn deserializing(error: serde_json::Error) -> String {
-    format!("An error occurred when deserializing the json body of a request: {error}.")
+impl Body<'_> {
+    fn parse<T: DeserializeOwned>(self) -> Result<T, String> {
+        serde_json::from_slice(self.bytes).map_err(|error| self.refuse(&error))
+    }
+
+    /// The same of one whose fields in Firecracker's API are `published`.
+    fn parse_of<T: DeserializeOwned>(self, published: &'static [&'static str]) -> Result<T, String> {
+        self.dialect.check_fields(self.bytes, published).map_err(|error| self.refuse(&error))?;
+        self.parse()
+    }
+
+    /// The fault for a body that serde refuses. Firecracker's clients look for serde's own words.
+    fn refuse(self, error: &serde_json::Error) -> String {
+        let what = match (self.dialect, error.line()) {
+            (Dialect::Firecracker, _) => error.to_string(),
+            (Dialect::Alula, 0) => json::words::tell(self.bytes, error),
+            (Dialect::Alula, line) => {
+                format!("{} at line {line} column {}", json::words::tell(self.bytes, error), error.column())
+            }
+        };
+        format!("An error occurred when deserializing the json body of a request: {what}.")
+    }
 }
 
 #[cfg(test)]
@@ -253,7 +269,12 @@ mod tests {
             ("GET", "/machine-config?x", "", format!("{invalid} GET machine-config?x.")),
             ("POST", "/actions", "{}", format!("{invalid} POST actions.")),
             ("DELETE", "/", "", format!("{invalid} DELETE .")),
-            ("PUT", "/actions", "{", format!("{json} EOF while parsing an object at line 1 column 1.")),
+            (
+                "PUT",
+                "/actions",
+                "{",
+                format!("{json} the text ends within an object: a `}}` is missing at line 1 column 1."),
+            ),
             ("DELETE", "/pmem/root", "", "`DELETE /pmem/root` is not implemented yet.".to_owned()),
             ("PUT", "/drives/", "{}", "The ID cannot be empty.".to_owned()),
         ] {
@@ -261,11 +282,14 @@ mod tests {
         }
         for (body, expected) in [
             (r#"{"kernel_image_path":"k","colour":1}"#, "unknown field `colour`"),
-            (r#"{"kernel_image_path":7}"#, "invalid type: integer `7`, expected a string at line 1"),
-            (r#"{"kernel_image_path":"k","initrd_path":[]}"#, "invalid type: sequence, expected a string"),
+            (r#"{"kernel_image_path":7}"#, "`kernel_image_path`: expected a string, found `7` at line 1"),
+            (
+                r#"{"kernel_image_path":"k","initrd_path":[]}"#,
+                "`initrd_path`: expected a string, found a list at",
+            ),
             (r#"{"kernel_image_path":"a","kernel_image_path":"b"}"#, "duplicate field `kernel_image_path`"),
-            ("[]", "invalid length 0, expected struct BootSourceConfig at"),
-            ("7", "invalid type: integer `7`, expected struct BootSourceConfig"),
+            ("[]", "expected an object, found a list at"),
+            ("7", "request: expected an object, found `7` at"),
         ] {
             let error = route("PUT", "/boot-source", body.as_bytes()).err().unwrap();
             assert!(error.starts_with(json), "{error}");

@@ -149,7 +149,10 @@ impl Config {
         let mut problems = Vec::new();
         let sections = match serde_json::from_slice(text) {
             Ok(Sections(sections)) => sections,
-            Err(error) => return (config, vec![unreadable(&error)]),
+            Err(error) => {
+                let place = Some((error.line(), error.column()));
+                return (config, vec![Problem { message: json::words::tell(text, &error), place }]);
+            }
         };
         if dialect == Dialect::Firecracker && !sections.iter().any(|(name, _)| name == "drives") {
             problems.push(Problem::new("missing field `drives`: give an empty list for none".to_owned()));
@@ -325,43 +328,10 @@ impl<'a> Deserialize<'a> for Sections<'a> {
     }
 }
 
-fn unreadable(error: &serde_json::Error) -> Problem {
-    let text = error.to_string();
-    let message = text.split(" at line ").next().unwrap_or_default().to_owned();
-    Problem { message, place: Some((error.line(), error.column())) }
-}
-
 /// With the section, and the field that serde does not always name.
 fn unreadable_in(section: &str, text: &str, error: &serde_json::Error) -> Problem {
-    let problem = unreadable(error);
-    let field = match problem.message.contains(" field `") {
-        true => None,
-        false => field_at(text, error.line(), error.column()),
-    };
-    let field = field.map_or(String::new(), |field| format!(" `{field}`:"));
-    Problem { message: format!("`{section}`:{field} {}", problem.message), ..problem }
-}
-
-/// The name of the field whose value is at this place of a JSON text: the last name before it.
-fn field_at(text: &str, line: usize, column: usize) -> Option<&str> {
-    let start: usize = text.split_inclusive('\n').take(line.saturating_sub(1)).map(str::len).sum();
-    let end = (start + column).min(text.len());
-    let (mut field, mut string, mut escaped) = (None, None, false);
-    for (place, byte) in text.bytes().enumerate().take(end) {
-        match (string, byte) {
-            (Some(_), _) if escaped => escaped = false,
-            (Some(_), b'\\') => escaped = true,
-            (Some(begin), b'"') => {
-                string = None;
-                if text[place + 1..].trim_start().starts_with(':') {
-                    field = text.get(begin..place);
-                }
-            }
-            (None, b'"') => string = Some(place + 1),
-            _ => {}
-        }
-    }
-    field
+    let message = json::words::tell(text.as_bytes(), error);
+    Problem { message: format!("`{section}`: {message}"), place: Some((error.line(), error.column())) }
 }
 
 impl Problem {
@@ -421,9 +391,9 @@ mod tests {
             "`drives`: `path_on_host` is missing",
             "two disks are called `d`: each needs a name of its own",
             "disk `f`: A root block device already exists! (`is_root_device`)",
-            "`network-interfaces`: invalid type: map, expected a sequence",
+            "`network-interfaces`: expected a list, found an object",
             "`logger`: `level`: unknown level `loud`",
-            "`metrics`: `emit_id`: invalid type: integer `7`, expected a boolean",
+            "`metrics`: `emit_id`: expected true or false, found `7`",
         ]) {
             assert!(problem.starts_with(expected), "{problem}");
         }
@@ -432,9 +402,12 @@ mod tests {
         assert!(problems[3].ends_with(" at line 6 column 5"), "{}", problems[3]);
         assert!(problems[7].ends_with(" at line 11 column 24"), "{}", problems[7]);
         for (text, expected) in [
-            ("{\n\"a\": }", "expected value at line 2 column 6"),
+            (
+                "{\n\"a\": }",
+                "expected a value: an object, a list, a string, a number, true, false or null at line 2 column 6",
+            ),
             (r#"{"drives": [], "drives": []}"#, "duplicate field `drives` at line 1 column 23"),
-            ("[]", "invalid type: sequence, expected an object with the sections"),
+            ("[]", "expected an object with the sections of a configuration, found a list"),
         ] {
             let problems = Config::parse(text.as_bytes()).unwrap_err();
             assert!(problems[0].to_string().starts_with(expected), "{text}: {}", problems[0]);

@@ -28,6 +28,7 @@ use crate::error::{Context, Error, Result};
 use crate::history::{self, Event};
 use crate::host::{Access, Host, Resource, Sharing};
 use crate::jobs::{Jobs, Ticket};
+use crate::json;
 use crate::log;
 use crate::machine::{Base, Machine, Prepared, RunState};
 use crate::memory::page_set::PageSet;
@@ -106,7 +107,10 @@ impl Microvm {
         self.metadata = Arc::new(Store::new(size_max));
         let Some(path) = path else { return Ok(()) };
         let text = Config::read_called("metadata", path)?;
-        let data = serde_json::from_slice(&text).map_err(|error| Error::config(error.to_string()));
+        let data = serde_json::from_slice(&text).map_err(|error| {
+            let (line, column) = (error.line(), error.column());
+            Error::config(format!("{} at line {line} column {column}", json::words::tell(&text, &error)))
+        });
         let put = |data| self.metadata.put(data).map_err(|refused| Error::config(refused.to_string()));
         data.and_then(put).with_context(|| format!("read metadata `{}`", path.display()))
     }

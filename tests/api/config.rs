@@ -29,8 +29,8 @@ fn config_files_that_make_no_sense_are_refused() {
     let kernel = kernel.to_str().unwrap();
     let boot = format!(r#""boot-source": {{"kernel_image_path": "{kernel}"}}"#);
     for (text, expected) in [
-        (String::new(), "EOF while parsing"),
-        ("{".to_owned(), "EOF while parsing an object"),
+        (String::new(), "the text ends where a value is expected"),
+        ("{".to_owned(), "the text ends within an object"),
         ("{}".to_owned(), "`boot-source` is missing"),
         (format!(r#"{{{boot}, "pmem": [{{"id": "a"}}]}}"#), "`pmem` is not implemented yet"),
         (format!(r#"{{{boot}, "drives": [{{"drive_id": "a"}}]}}"#), "missing field `is_root_device`"),
@@ -206,7 +206,7 @@ fn a_config_file_has_the_changes_of_cpus_or_names_their_file() {
         assert_eq!(code, Some(0), "{cpu}: {text}");
     }
     for (cpu, expected) in [
-        ("[]".to_owned(), "`cpu-config`: invalid length 0"),
+        ("[]".to_owned(), "`cpu-config`: expected an object, found a list"),
         (r#""/nonexistent/cpu.json""#.to_owned(), "read CPU config `/nonexistent/cpu.json`: No such file"),
         (json!(wrong).to_string(), "wrong.json`: `cpu-config`: unknown field `cpuid`"),
         (r#"{"msr_modifiers": [{"addr": "0x1", "bitmap": "0b1"}]}"#.to_owned(), "`msr_modifiers` is not"),

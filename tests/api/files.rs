@@ -139,9 +139,9 @@ fn disks_and_interfaces_are_checked_where_they_are_named() {
             "it is a directory, a file or block device is needed",
         ),
         ("/drives/a", drive(json!({ "path_on_host": null })), "`path_on_host` is missing"),
-        ("/drives/a", drive(json!({ "io_engine": "Quick" })), "unknown variant `Quick`"),
+        ("/drives/a", drive(json!({ "io_engine": "Quick" })), "unknown value `Quick`"),
         ("/drives/a", drive(json!({ "rate_limiter": { "speed": 1 } })), "unknown field `speed`"),
-        ("/drives/a", drive(json!({ "cache_type": "Fast" })), "unknown variant `Fast`"),
+        ("/drives/a", drive(json!({ "cache_type": "Fast" })), "unknown value `Fast`"),
         ("/drives/a-b", drive(json!({ "drive_id": "a-b" })), "can only contain alphanumeric characters"),
         (
             "/network-interfaces/n",

@@ -96,15 +96,20 @@ fn refused_devices_and_paths() -> Vec<Refused> {
 
 #[test]
 fn faults_are_those_that_clients_know() {
-    let service = Service::start(&[]);
-    let mut client = service.client();
+    let folder = common::Folder::new();
+    let socket = folder.path("s");
+    let mut command = std::process::Command::new(common::called("firecracker", &folder));
+    command.arg("--api-sock").arg(&socket);
+    let _process = common::Process::spawn(command);
+    wait_for(|| UnixStream::connect(&socket).is_ok());
+    let mut client = Client::connect(&socket);
     for (method, path, body, expected) in [refused_machines(), refused_devices_and_paths()].concat() {
         let response = client.request(method, path, body);
         assert!(response.fault().starts_with(&expected), "{method} {path} {body}: {response:?}");
         assert!(response.head.contains("\r\nContent-Type: application/json\r\n"), "{response:?}");
     }
     // Names may be of any script.
-    let disk = service.folder.write("disk", [0; 4096]);
+    let disk = folder.write("disk", [0; 4096]);
     let body = json!({ "drive_id": "плата_1", "is_root_device": false, "path_on_host": disk }).to_string();
     client.ok("PUT", "/drives/плата_1", &body);
 }

@@ -165,7 +165,7 @@ fn a_template_goes_on_after_a_clone_that_cannot_be_made() {
         (json!({ "api_sock": "none/a.sock" }), "there is no folder `none`"),
         (json!({ "id": "a_b" }), "`id` `a_b`: expected 1 to 64 letters"),
         (json!({ "id": null, "api_sock": null }), "neither `id` nor `api_sock`"),
-        (json!({ "id": 7 }), "invalid type: integer `7`, expected a string"),
+        (json!({ "id": 7 }), "`id`: expected a string, found `7`"),
         (json!({ "folder": "saved" }), "unknown field `folder`"),
         (json!({ "huge_pages": "2M" }), "`huge_pages` `2M` is not implemented yet"),
         (

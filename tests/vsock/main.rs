@@ -376,7 +376,7 @@ fn a_socket_is_made_when_it_is_named_and_goes_at_the_end() {
         ("1", "v", "a `guest_cid` of 1 cannot be"),
         ("2", "v", "a `guest_cid` of 2 cannot be"),
         ("4294967295", "v", "a `guest_cid` of 4294967295 cannot be"),
-        ("4294967296", "v", "expected u32"),
+        ("4294967296", "v", "`guest_cid`: expected a smaller number"),
         ("3", "live", "another process serves it"),
         ("3", "file", "there is something else already"),
         ("3", "none/v", "there is no folder"),
