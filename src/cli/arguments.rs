@@ -7,6 +7,7 @@ pub mod ctl;
 pub mod exec;
 mod jail;
 mod kernel;
+mod meant;
 mod run;
 mod serve;
 pub mod snapshot;
@@ -22,7 +23,6 @@ use crate::api::{CONFIG_SCHEMA, OPENAPI};
 use crate::cli::persona::Persona;
 use crate::guest::runtime;
 use crate::jail::Jail;
-use crate::spelling;
 
 pub use run::Run;
 pub use serve::Serve;
@@ -145,17 +145,17 @@ fn other(persona: Persona, mut arguments: Vec<OsString>) -> Result<Command, Stri
             if let Some(end) = arguments.iter().position(|argument| argument == "--") {
                 arguments.truncate(end);
             }
-            serve::parse(&mut lexopt::Parser::from_args(arguments), persona).map_err(|error| {
-                format!("{}; see `firecracker --help`", with_meant_option(&error, serve::help))
+            serve::parse(&mut lexopt::Parser::from_args(&arguments), persona).map_err(|error| {
+                format!("{}; see `firecracker --help`", meant::with_word(&error, &arguments, &serve::help()))
             })
         }
-        Persona::Jailer => jail::parse(&mut lexopt::Parser::from_args(arguments)).map_err(|error| {
-            format!("{}; see `jailer --help`", with_meant_option(&error, || jail::HELP.to_owned()))
+        Persona::Jailer => jail::parse(&mut lexopt::Parser::from_args(&arguments)).map_err(|error| {
+            format!("{}; see `jailer --help`", meant::with_word(&error, &arguments, jail::HELP))
         }),
         Persona::SnapshotEditor => {
             let is_rebase = arguments.first().is_some_and(|word| word == "edit-memory");
-            let parsed = snapshot::parse(&mut lexopt::Parser::from_args(arguments));
-            match parsed.map_err(|error| error.to_string()) {
+            let parsed = snapshot::parse(&mut lexopt::Parser::from_args(&arguments));
+            match parsed.map_err(|error| meant::with_word(&error, &arguments, snapshot::HELP)) {
                 Ok(command) if is_rebase => Ok(command),
                 Ok(_) => {
                     Err("`edit-memory rebase` is what there is; see `snapshot-editor --help`".to_owned())
@@ -168,7 +168,8 @@ fn other(persona: Persona, mut arguments: Vec<OsString>) -> Result<Command, Stri
 }
 
 fn alula(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, String> {
-    let mut parser = lexopt::Parser::from_args(arguments);
+    let arguments: Vec<_> = arguments.into_iter().collect();
+    let mut parser = lexopt::Parser::from_args(&arguments);
     let command = match parser.next().map_err(|error| error.to_string())? {
         Some(Value(command)) => command,
         Some(Short('h') | Long("help")) => return Ok(Command::Print(HELP.to_owned())),
@@ -213,10 +214,8 @@ fn alula(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, Strin
             (alone(&mut parser, HELP.to_owned()).map(|help| help.unwrap_or_else(version)), "version")
         }
         _ => {
-            let message = format!("there is no command {command:?}");
             let commands = COMMANDS.split([',', ' ', ';']);
-            let message = spelling::with_hint(message, &command.to_string_lossy(), commands);
-            return Err(format!("{message}: {COMMANDS}"));
+            return Err(format!("{}: {COMMANDS}", meant::no_command(&command, commands)));
         }
     };
     parsed.map_err(|error| {
@@ -224,22 +223,8 @@ fn alula(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, Strin
             Ok(Command::Print(help)) => help,
             _ => String::new(),
         };
-        format!("{}; see `alula {name} --help`", with_meant_option(&error, help))
+        format!("{}; see `alula {name} --help`", meant::with_word(&error, &arguments, &help()))
     })
-}
-
-/// The error, and the option of those in the help that was meant, if it is about one that there is not.
-fn with_meant_option(error: &lexopt::Error, help: impl FnOnce() -> String) -> String {
-    let message = error.to_string();
-    match error {
-        lexopt::Error::UnexpectedOption(option) => {
-            let is_none = |letter: char| !(letter.is_ascii_alphanumeric() || letter == '-');
-            let help = help();
-            let options = help.split(is_none).filter(|word| word.len() > 2 && word.starts_with("--"));
-            spelling::with_hint(message, option, options)
-        }
-        _ => message,
-    }
 }
 
 /// What comes after a command without arguments: nothing, or the wish for its help.
@@ -312,11 +297,11 @@ fn default_id() -> String {
     "anonymous-instance".to_owned()
 }
 
-fn number<T: std::str::FromStr>(text: &str) -> Result<T, String>
-where
-    T::Err: std::fmt::Display,
-{
-    text.parse().map_err(|error| format!("expected a number: {error}"))
+fn number<T: std::str::FromStr>(text: &str) -> Result<T, String> {
+    // Who wants to know more than that finds it in the help.
+    let is_too_large = text.bytes().all(|byte| byte.is_ascii_digit()) && !text.is_empty();
+    let expected = if is_too_large { "expected a smaller number" } else { "expected a whole number" };
+    text.parse().map_err(|_| expected.to_owned())
 }
 
 fn id(text: &str) -> Result<String, String> {
@@ -362,7 +347,7 @@ mod tests {
         for (line, expected) in [
             ("run", "unexpected argument \"run\"; see `firecracker --help`"),
             ("--api-socket s", "invalid option '--api-socket': is `--api-sock` meant?; see `firecracker"),
-            ("--start-time-us soon", "--start-time-us soon: expected a number"),
+            ("--start-time-us soon", "--start-time-us soon: expected a whole number"),
             ("--metadata", "missing argument for option '--metadata'"),
             ("--seccomp-filter f", "--seccomp-filter is not implemented yet: each thread has"),
             ("--no-seccomp --seccomp-filter=f", "--seccomp-filter is not implemented yet"),
@@ -397,10 +382,10 @@ mod tests {
             ("run --frobnicate", "invalid option '--frobnicate'; see `alula run --help`"),
             ("run --dsik x", "invalid option '--dsik': is `--disk` meant?"),
             ("serve --config x", "invalid option '--config': is `--config-file` meant?"),
-            ("ctl stats", "there is no command `stats`, or it has too many words: is `status` meant?"),
+            ("ctl statsu", "there is no command `statsu`, or it has too many words: is `status` meant?"),
             ("schema x", "there is no schema \"x\": expected `openapi` or `config`"),
             ("run --cpus", "missing argument for option '--cpus'"),
-            ("run --cpus 70000", "--cpus 70000: expected a number: number too large"),
+            ("run --cpus 70000", "--cpus 70000: expected a smaller number"),
             ("run --memory much", "--memory much: expected a size like 256M or 2G"),
             ("run --initrd i", "--initrd needs a kernel"),
             ("run --self-test k", "give no kernel beside it"),

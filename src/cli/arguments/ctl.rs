@@ -4,9 +4,8 @@ use lexopt::Arg::{Long, Short, Value};
 use lexopt::ValueExt;
 
 use super::exec::Reach;
-use super::{Command, Given};
+use super::{Command, Given, meant};
 use crate::limiter::{RateLimiter, TokenBucket};
-use crate::spelling;
 use crate::units::mebibytes;
 
 const HELP: &str = "\
@@ -62,7 +61,8 @@ Examples:
   alula ctl put /boot-source '{\"kernel_image_path\": \"vmlinux\"}'
 ";
 
-const COMMANDS: [&str; 21] = [
+/// The words that say what is asked for.
+pub const COMMANDS: [&str; 21] = [
     "list",
     "status",
     "config",
@@ -207,10 +207,7 @@ fn ask(words: &[&str], extra: Option<&str>) -> Result<Ask, lexopt::Error> {
         [] => return Err("a command is missing: list, status, config, metrics, events, pause, ...".into()),
         ["put" | "patch", ..] => return Err("a path and a body in JSON are expected".into()),
         ["get" | "delete", ..] => return Err("one path is expected".into()),
-        [word, ..] => {
-            let message = format!("there is no command `{word}`, or it has too many words");
-            return Err(spelling::with_hint(message, word, COMMANDS).into());
-        }
+        words => return Err(meant::no_ctl_command(words).into()),
     })
 }
 

@@ -7,8 +7,10 @@ use lexopt::Arg::{Long, Short, Value};
 
 use super::{Command, Given};
 use crate::carry::stored::Location;
+use crate::spelling;
 
-const HELP: &str = "\
+/// The help.
+pub const HELP: &str = "\
 Look at the files of a saved microVM, and merge them.
 
 Usage: alula snapshot inspect STATE|FOLDER
@@ -105,7 +107,11 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
         }
         (Some("inspect"), _) => return Err("one state, or its folder, is expected".into()),
         (Some("verify"), _) => return Err("a folder, or a state and its memory, is expected".into()),
-        _ => return Err(EXPECTED.into()),
+        _ => {
+            let (word, words) = (what.unwrap_or_default(), ["inspect", "verify", "merge", "edit-memory"]);
+            let message = format!("there is no command `{word}`");
+            return Err(format!("{}: {EXPECTED}", spelling::with_hint(message, word, words)).into());
+        }
     };
     Ok(Command::Snapshot(snapshot))
 }

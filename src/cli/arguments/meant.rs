@@ -1,0 +1,268 @@
+//! What somebody meant who wrote an option or a command that there is not: one that is spelled alike, or the one
+//! that does what goes by this name in other programs.
+
+use std::ffi::{OsStr, OsString};
+
+use super::ctl;
+use crate::spelling;
+
+/// What other monitors and container tools call options, and what they are called here. An option is told where the
+/// command has it.
+const OPTIONS: [(&str, &str); 42] = [
+    ("-a", "--cmdline"),
+    ("--append", "--cmdline"),
+    ("--args", "--cmdline"),
+    ("--boot-args", "--cmdline"),
+    ("--params", "--cmdline"),
+    ("-c", "--cpus"),
+    ("--smp", "--cpus"),
+    ("--cores", "--cpus"),
+    ("--vcpu-count", "--cpus"),
+    ("-m", "--memory"),
+    ("--ram", "--memory"),
+    ("--size", "--memory"),
+    ("--mem-size-mib", "--memory"),
+    ("-i", "--initrd"),
+    ("--initramfs", "--initrd"),
+    ("--ramdisk", "--initrd"),
+    ("-d", "--disk"),
+    ("--hda", "--disk"),
+    ("--drive", "--disk"),
+    ("--block", "--disk"),
+    ("--image", "--disk"),
+    ("--root", "--rootfs"),
+    ("-n", "--net"),
+    ("--nic", "--net"),
+    ("--netdev", "--net"),
+    ("--tap", "--net"),
+    ("--rng", "--entropy"),
+    ("--random", "--entropy"),
+    ("--cid", "--vsock"),
+    ("-p", "--publish"),
+    ("--port", "--publish"),
+    ("-e", "--env"),
+    ("-u", "--user"),
+    ("-w", "--workdir"),
+    ("--cwd", "--workdir"),
+    ("--name", "--id"),
+    ("-s", "--api-sock"),
+    ("--sock", "--api-sock"),
+    ("--socket", "--api-sock"),
+    ("--log-level", "--level"),
+    ("--log", "--log-path"),
+    ("--log-file", "--log-path"),
+];
+
+/// The same of commands, with the words of those that have more than one.
+const COMMANDS: [(&str, &str); 14] = [
+    ("boot", "run"),
+    ("create", "run"),
+    ("launch", "run"),
+    ("daemon", "serve"),
+    ("server", "serve"),
+    ("ls", "ctl list"),
+    ("ps", "ctl list"),
+    ("top", "ctl list --watch"),
+    ("kill", "ctl stop --force"),
+    ("restore", "run --restore"),
+    ("ssh", "exec"),
+    ("shell", "exec"),
+    ("lint", "check"),
+    ("validate", "check"),
+];
+
+/// The same of `alula ctl`.
+const CTL_COMMANDS: [(&str, &str); 15] = [
+    ("stat", "status"),
+    ("info", "status"),
+    ("show", "status"),
+    ("ls", "list"),
+    ("ps", "list"),
+    ("top", "list --watch"),
+    ("stats", "metrics"),
+    ("kill", "stop --force"),
+    ("save", "snapshot"),
+    ("suspend", "pause"),
+    ("unpause", "resume"),
+    ("continue", "resume"),
+    ("halt", "shutdown"),
+    ("poweroff", "shutdown"),
+    ("post", "put"),
+];
+
+/// The second word of the line of `others` that has this one first.
+fn other(word: &str, others: &[(&'static str, &'static str)]) -> Option<&'static str> {
+    others.iter().find(|(name, _)| *name == word).map(|(_, meant)| *meant)
+}
+
+/// `message`, and what was meant by `word`: what goes by its name elsewhere, or the one of `words` that is most like it.
+pub fn with_hint<'w>(
+    message: String,
+    word: &str,
+    others: &[(&'static str, &'static str)],
+    words: impl IntoIterator<Item = &'w str>,
+) -> String {
+    match other(word, others) {
+        Some(meant) => format!("{message}: is `{meant}` meant?"),
+        None => spelling::with_hint(message, word, words),
+    }
+}
+
+/// The message about a command that there is not; `commands` are those that there are.
+pub fn no_command<'w>(word: &OsStr, commands: impl IntoIterator<Item = &'w str>) -> String {
+    let message = format!("there is no command {word:?}");
+    let word = word.to_string_lossy();
+    // What is done with a guest that runs stands below `ctl`.
+    if ctl::COMMANDS.contains(&&*word) {
+        return format!("{message}: is `alula ctl {word}` meant?");
+    }
+    with_hint(message, &word, &COMMANDS, commands)
+}
+
+/// The message about `words` of which none is a command of `alula ctl` in its place. A guest's name may come first.
+pub fn no_ctl_command(words: &[&str]) -> String {
+    let hint = |word: &&str| {
+        let message = format!("there is no command `{word}`, or it has too many words");
+        let hinted = with_hint(message.clone(), word, &CTL_COMMANDS, ctl::COMMANDS);
+        (hinted != message).then_some(hinted)
+    };
+    let first = words.first().copied().unwrap_or_default();
+    let of_a_word = words.iter().take(2).find_map(hint);
+    of_a_word.unwrap_or_else(|| format!("there is no command `{first}`, or it has too many words"))
+}
+
+/// The message about what is wrong with `arguments`: with what of the command's `help` was meant, if it is about an
+/// option or a word that there is not.
+pub fn with_word(error: &lexopt::Error, arguments: &[OsString], help: &str) -> String {
+    match error {
+        lexopt::Error::UnexpectedOption(option) => with_option(option, arguments, help),
+        lexopt::Error::UnexpectedArgument(word) => {
+            // Of `Usage: alula kernel fetch [--from URL|FILE]...`, what is written as it stands: `fetch`.
+            let usage = help
+                .lines()
+                .filter(|line| line.contains("alula "))
+                .flat_map(|line| line.split_whitespace().skip_while(|word| *word != "alula").skip(2));
+            let words = usage.map(|word| word.trim_matches(['[', ']']));
+            let words = words.filter(|word| word.bytes().all(|letter| letter.is_ascii_lowercase()));
+            spelling::with_hint(error.to_string(), &word.to_string_lossy(), words)
+        }
+        _ => error.to_string(),
+    }
+}
+
+fn with_option(option: &str, arguments: &[OsString], help: &str) -> String {
+    // Where other programs have words after one hyphen, only the first letter is told.
+    let is_whole = |word: &&str| word.len() > 2 && !word.starts_with("--") && word.starts_with(option);
+    let whole = arguments.iter().filter_map(|word| word.to_str()).find(is_whole).unwrap_or(option);
+    let message = format!("invalid option '{whole}'");
+    // What stands before the description, in the lines that describe options.
+    let lines = help.lines().map(str::trim_start).filter(|line| line.starts_with('-'));
+    let heads = lines.map(|line| line.split("  ").next().unwrap_or_default());
+    let words = heads.flat_map(|head| head.split([' ', ',', '[', '=']));
+    let options: Vec<_> = words.filter(|word| word.starts_with("--")).collect();
+    let is_letter = whole.len() == 2;
+    let hyphen = if is_letter || whole.starts_with("--") { "" } else { "-" };
+    let word = format!("{hyphen}{whole}");
+    match other(&word, &OPTIONS).filter(|meant| options.contains(meant)) {
+        Some(meant) => format!("{message}: is `{meant}` meant?"),
+        // One letter is like each other letter.
+        None if is_letter => message,
+        None => spelling::with_hint(message, &word, options),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::parse;
+    use super::*;
+
+    fn refused(line: &str) -> String {
+        parse(line.split_whitespace().map(OsString::from)).expect_err(line)
+    }
+
+    #[test]
+    fn words_of_other_programs_are_told_by_their_names_here() {
+        for (line, meant) in [
+            ("alula run -m 512", "--memory"),
+            ("alula run -smp 2", "--cpus"),
+            ("alula run --smp 2", "--cpus"),
+            ("alula run --vcpus 2", "--cpus"),
+            ("alula run --mem 1G", "--memory"),
+            ("alula run -memory 1G", "--memory"),
+            ("alula run -append x", "--cmdline"),
+            ("alula run --drive a", "--disk"),
+            ("alula run --tap tap0", "--net"),
+            ("alula run --name a", "--id"),
+            ("alula serve --socket s", "--api-sock"),
+            ("alula serve --name s", "--id"),
+            ("alula exec -u root web id", "--user"),
+            ("alula exec --cwd / web ls", "--workdir"),
+            ("alula exec --usr root web id", "--user"),
+            ("alula ctl --jsn status", "--json"),
+            ("alula ctl --socket s status", "--api-sock"),
+            ("alula cp --sock s a :b", "--api-sock"),
+            ("alula wait --time 3 a", "--timeout"),
+            ("alula clone --coun 3 a", "--count"),
+            ("alula snapshot --memory a", "--memory-path"),
+            ("alula jail --user 3", "--userns"),
+            ("alula boot", "run"),
+            ("alula restore", "run --restore"),
+            ("alula stop web", "alula ctl stop"),
+            ("alula list", "alula ctl list"),
+            ("alula ps", "ctl list"),
+            ("alula snapshott", "snapshot"),
+            ("alula ctl kill", "stop --force"),
+            ("alula ctl web poweroff", "shutdown"),
+            ("alula ctl stat", "status"),
+            ("alula snapshot inspct a", "inspect"),
+            ("alula kernel fech", "fetch"),
+            ("alula cache clean", "clear"),
+            ("firecracker --config f", "--config-file"),
+            ("firecracker --socket s", "--api-sock"),
+            ("jailer --exec f", "--exec-file"),
+            ("snapshot-editor edit-memry", "edit-memory"),
+            ("snapshot-editor edit-memory rebase --memory-pth a", "--memory-path"),
+        ] {
+            let error = refused(line);
+            assert!(error.contains(&format!("is `{meant}` meant?")), "{line}: {error}");
+        }
+    }
+
+    #[test]
+    fn what_is_like_nothing_gets_no_hint_and_only_options_are_told() {
+        for line in [
+            "alula run -z",
+            "alula run --frobnicate",
+            "alula exec -m 1 web id",
+            "alula check --cpus",
+            "alula dance",
+            "alula ctl dance",
+            "alula ctl web dance",
+        ] {
+            let error = refused(line);
+            assert!(!error.contains("meant?"), "{line}: {error}");
+        }
+    }
+
+    #[test]
+    fn what_is_told_is_there() {
+        let help = |line: &str| match parse(line.split_whitespace().map(OsString::from)) {
+            Ok(super::super::Command::Print(help)) => help,
+            other => panic!("{line}: {other:?}"),
+        };
+        let options =
+            ["run", "exec", "serve"].map(|command| help(&format!("alula {command} --help"))).concat();
+        for (name, meant) in OPTIONS {
+            assert!(options.contains(&format!("{meant} ")), "{name}: {meant}");
+        }
+        let commands = help("alula --help");
+        for (name, meant) in COMMANDS {
+            let first = meant.split(' ').next().unwrap();
+            assert!(commands.contains(&format!("\n  {first} ")), "{name}: {meant}");
+        }
+        for (name, meant) in CTL_COMMANDS {
+            assert!(ctl::COMMANDS.contains(&meant.split(' ').next().unwrap()), "{name}: {meant}");
+            assert!(!ctl::COMMANDS.contains(&name), "{name} is there");
+        }
+    }
+}
