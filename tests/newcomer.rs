@@ -4,12 +4,13 @@
 
 mod common;
 
+use std::io::Write;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use common::{Folder, Process, alula};
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// How `command` ends without input: its code and its words.
 fn ended(command: Command) -> (Option<i32>, String) {
@@ -176,4 +177,49 @@ fn outputs_of_a_config_file_are_refused_before_the_guest_runs() {
             assert!(!folder.path("s").exists(), "{line}: its socket is left");
         }
     }
+}
+
+#[test]
+fn several_files_are_checked_and_standard_input_and_told_as_json() {
+    let folder = Folder::new();
+    let good = json!({ "boot-source": { "kernel_image_path": folder.firmware() }, "comment": 1 }).to_string();
+    let good_file = folder.write("good.json", &good);
+    let bad = "{\n \"machine-config\": {\"vcpu_count\": 1, \"mem_size_mib\": -1}}";
+    let (good_file, none) = (good_file.to_str().unwrap(), folder.path("none.json"));
+    let none = none.to_str().unwrap();
+    let check = |arguments: &[&str], input: &str| {
+        let mut command = Command::new(alula());
+        command.arg("check").args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+        // One that reads no input may have ended.
+        let _ = child.stdin.take().unwrap().write_all(input.as_bytes());
+        let output = child.wait_with_output().unwrap();
+        (
+            output.status.code(),
+            String::from_utf8(output.stdout).unwrap(),
+            String::from_utf8(output.stderr).unwrap(),
+        )
+    };
+    let (code, told, _) = check(&[good_file, "-"], &good);
+    assert_eq!((code, told.matches(": ok\n").count()), (Some(0), 2), "{told}");
+    assert!(told.contains("\n(standard input): ok\n"), "{told}");
+    let (code, told, errors) = check(&["-", none, good_file], bad);
+    assert_eq!(code, Some(1), "{told}");
+    assert!(
+        told.starts_with("(standard input):2:55: `machine-config`: `mem_size_mib`: expected a number"),
+        "{told}"
+    );
+    assert!(told.contains("good.json: ok\n"), "{told}");
+    assert!(errors.contains("read config file `") && errors.contains("No such file"), "{errors}");
+
+    let (code, told, errors) = check(&["--json", "-", none, good_file], bad);
+    assert_eq!((code, errors.as_str()), (Some(1), ""));
+    let told: Value = serde_json::from_str(&told).unwrap();
+    let first = &told[0]["problems"][0];
+    assert_eq!((&first["line"], &first["column"]), (&json!(2), &json!(55)), "{told}");
+    let oks: Vec<_> = told.as_array().unwrap().iter().map(|file| &file["ok"]).collect();
+    assert_eq!(oks, [&json!(false), &json!(false), &json!(true)], "{told}");
+    assert_eq!(told[0]["file"], "(standard input)");
+    assert_eq!((&told[2]["file"], &told[2]["problems"][0]["warning"]), (&json!(good_file), &json!(true)));
+    assert!(check(&["-", "-"], "{}").2.contains("can be read but once"));
 }

@@ -78,14 +78,23 @@ Schemas:
 const CHECK_HELP: &str = "\
 Look for everything wrong with a config file, without starting anything.
 
-Usage: alula check CONFIG
+Usage: alula check [--json] CONFIG...
 
 Each problem is a line on standard output: file, line and column, the section and the field. What the
 configuration names is looked for, and not changed: kernel, initial ramdisk, disks, TAP interfaces, and
 the folders that output goes to. Sections that nobody reads are told of; `$schema`, and notes whose name
-begins with `_`, are not.
+begins with `_`, are not. `-` is standard input.
 
-The exit code is 0 if there is none, 1 if there are some, 153 for wrong arguments.
+Options:
+      --json  Print a JSON array of files: `file`, whether it is `ok`, and its `problems`, each with
+              `message`, `line` and `column` (where there is a place), and whether it is a `warning`
+  -h, --help  Print this
+
+The exit code is 0 if there is none in any of them, 1 if there are some, 153 for wrong arguments.
+
+Examples:
+  alula check /etc/alula/*.json
+  jq '.drives = []' vm.json | alula check -
 ";
 
 /// What the user wants.
@@ -108,8 +117,8 @@ pub enum Command {
     Snapshot(snapshot::Snapshot),
     Template(template::Template),
     Clone(template::Clones),
-    /// Validate the config file at this path.
-    Check(PathBuf),
+    /// Look for what is wrong with config files.
+    Check(Check),
     Firmware,
     /// Print this text.
     Print(String),
@@ -236,16 +245,28 @@ fn alone(parser: &mut lexopt::Parser, help: String) -> Result<Option<Command>, l
     }
 }
 
+/// `alula check`.
+#[derive(Debug, Default)]
+pub struct Check {
+    /// At least one; `-` is standard input.
+    pub files: Vec<PathBuf>,
+    pub json: bool,
+}
+
 fn check(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
-    let mut file = None;
+    let mut check = Check::default();
     while let Some(argument) = parser.next()? {
         match argument {
             Short('h') | Long("help") => return Ok(Command::Print(CHECK_HELP.to_owned())),
-            Value(path) if file.is_none() => file = Some(path.into()),
+            Long("json") => check.json = true,
+            Value(path) => check.files.push(path.into()),
             other => return Err(other.unexpected()),
         }
     }
-    file.map(Command::Check).ok_or_else(|| "a config file is missing".into())
+    if check.files.is_empty() {
+        return Err("a config file is missing".into());
+    }
+    Ok(Command::Check(check))
 }
 
 fn schema(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {

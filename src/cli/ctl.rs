@@ -302,7 +302,8 @@ fn says_something(value: &Value) -> bool {
     }
 }
 
-fn standard_input() -> Result<String> {
+/// The text on standard input.
+pub fn standard_input() -> Result<String> {
     let mut body = String::new();
     let read = std::io::stdin().lock().take(STDIN_MAX + 1).read_to_string(&mut body);
     match read.context("read standard input")? as u64 {

@@ -91,7 +91,7 @@ pub fn main() -> u8 {
         }),
         Command::Template(arguments) => apart(|| template::run(&arguments)),
         Command::Clone(arguments) => apart(|| told(template::clone(&arguments))),
-        Command::Check(path) => apart(|| check::run(&path)),
+        Command::Check(arguments) => apart(|| told_code(check::run(&arguments))),
         Command::Print(text) => print(text.as_bytes()),
         Command::Show(text) => print(text.as_bytes()),
         Command::Firmware if std::io::stdout().is_terminal() => {
@@ -125,6 +125,11 @@ fn told(result: Result<()>) -> u8 {
             FAILED_SERVE
         }
     }
+}
+
+/// The same for what has exit codes of its own.
+fn told_code(result: Result<u8>) -> u8 {
+    result.unwrap_or_else(|error| told(Err(error)))
 }
 
 fn print(bytes: &[u8]) -> u8 {
