@@ -3,11 +3,20 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Once, OnceLock};
 
-use crate::sys::descriptor;
+use crate::sys::{descriptor, process};
 
 const STDIN: i32 = libc::STDIN_FILENO;
-/// Ctrl-A: the next key is for us. Ctrl-A X leaves, Ctrl-A Ctrl-A is a Ctrl-A for the guest.
+/// Ctrl-A: the next key is for us, as [`KEYS`] tells.
 const ESCAPE: u8 = 0x01;
+
+/// What is said once, when the guest gets the keys.
+const HINT: &str = "alula: Ctrl-A X leaves, Ctrl-A ? lists the keys\n";
+/// What Ctrl-A ? says. What the guest wrote last may have left the cursor anywhere.
+const KEYS: &str = "\r
+alula: Ctrl-A X leaves; a guest that was started for this ends\r
+alula: Ctrl-A Ctrl-A types a Ctrl-A\r
+alula: Ctrl-A ? lists these keys; all others are typed\r
+";
 
 /// How the terminal was before it was first changed here; kept for the panic hook and signals too, which
 /// cannot wait for a lock.
@@ -25,9 +34,14 @@ pub fn is_in_background() -> bool {
 pub struct Raw(());
 
 impl Raw {
-    /// Makes standard input raw, if it is a terminal: keys go to the guest as they are typed.
-    pub fn enter() -> Option<Self> {
+    /// Makes standard input raw, if it is a terminal: keys go to the guest as they are typed. The first time,
+    /// `tells` has a terminal that messages go to told how to leave.
+    pub fn enter(tells: bool) -> Option<Self> {
+        static TOLD: Once = Once::new();
         let now = descriptor::terminal_mode(STDIN)?;
+        if tells && descriptor::terminal_mode(libc::STDERR_FILENO).is_some() {
+            TOLD.call_once(|| process::write_error(HINT.as_bytes()));
+        }
         // A shell may have made it raw again, as it was when this process was stopped.
         let mut mode = *ORIGINAL.get_or_init(|| now);
         mode.c_lflag &= !(libc::ICANON | libc::ECHO | libc::ISIG | libc::IEXTEN);
@@ -83,6 +97,10 @@ impl Keys {
             match (self.escaped, *key) {
                 (false, ESCAPE) => self.escaped = true,
                 (true, b'x' | b'X') => return true,
+                (true, b'?') => {
+                    self.escaped = false;
+                    process::write_error(KEYS.as_bytes());
+                }
                 (true, ESCAPE) => {
                     self.escaped = false;
                     guest.push(ESCAPE);
@@ -113,5 +131,6 @@ mod tests {
         assert_eq!(filter(&[b"a\x01", b"xb"]), (b"a".to_vec(), true));
         assert_eq!(filter(&[b"\x01\x01x"]), (b"\x01x".to_vec(), false));
         assert_eq!(filter(&[b"\x01b"]), (b"\x01b".to_vec(), false));
+        assert_eq!(filter(&[b"a\x01?b\x01", b"?x"]), (b"abx".to_vec(), false));
     }
 }

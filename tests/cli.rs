@@ -322,6 +322,49 @@ fn the_terminal_is_raw_for_the_guest_and_restored_on_every_way_out() {
 }
 
 #[test]
+fn the_keys_are_told_once_and_listed_when_asked_for() {
+    const HINT: &str = "alula: Ctrl-A X leaves, Ctrl-A ? lists the keys";
+    for (arguments, is_told) in [(&[][..], true), (&["--quiet"], false), (&["-v"], true)] {
+        let mut terminal = Terminal::new();
+        let mut command = Command::new(alula());
+        command.args(["run", "--cmdline", "case=serial echo end=6"]).args(arguments);
+        let messages = terminal.monitor.try_clone().unwrap();
+        let mut child = terminal.with(&mut command).stderr(messages).spawn().unwrap();
+        drop(command);
+        let before = terminal.read_until("alula firmware");
+        wait_for(|| terminal.is_raw());
+        terminal.user.write_all(b"\x01?").unwrap();
+        let keys = terminal.read_until("lists these keys");
+        assert!(keys.contains("alula: Ctrl-A X leaves; a guest that was started for this ends"), "{keys}");
+        terminal.user.write_all(b"line\r").unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(6));
+        // The line is echoed by the guest. What is said last stands behind it, and this after it.
+        terminal.monitor_says("the end of this test");
+        let after = terminal.read_until("the end of this test");
+        let all = [before, keys, after].concat();
+        assert_eq!(all.matches(HINT).count(), usize::from(is_told), "{arguments:?}: {all}");
+        assert_eq!(all.contains("alula: the guest ended with code 6"), is_told, "{arguments:?}: {all}");
+        assert_eq!(all.contains(r#"{"event":"started""#), arguments == ["-v"], "{arguments:?}: {all}");
+    }
+}
+
+#[test]
+fn a_quiet_run_has_its_end_in_its_log_and_its_errors_on_standard_error() {
+    let folder = Folder::new();
+    let log = folder.path("log");
+    let ended =
+        run(["run", "--quiet", "--cmdline", "case=serial end=3", "--log-path", log.to_str().unwrap()]);
+    assert_eq!(ended.code, Some(3));
+    assert!(!ended.text.contains("alula: "), "{}", ended.text);
+    let log = std::fs::read_to_string(&log).unwrap();
+    assert!(log.contains("the guest ended"), "{log}");
+    assert!(refused(&["--quiet", "/nonexistent"]).contains("open kernel `/nonexistent`"));
+    let both = run(["run", "-q", "-v"]);
+    assert_eq!(both.code, Some(153));
+    assert!(both.text.contains("--quiet and --verbose do not go together"), "{}", both.text);
+}
+
+#[test]
 fn the_firmware_is_not_written_to_a_terminal() {
     let terminal = Terminal::new();
     let mut child = terminal.start(&["firmware"]);

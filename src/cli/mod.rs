@@ -264,6 +264,11 @@ fn run(mut arguments: Run, feed: &mut Option<Feed>) -> Result<Ending> {
     });
     // The command's terminal is the other thread's.
     terminal::restore();
+    if arguments.outputs.is_quiet() && ending.level != Level::Error {
+        // On standard error, whoever is quiet wants nothing of this level; a log file has it.
+        log::info(&ending.reason);
+        return Ok(Ending { reason: String::new(), ..ending });
+    }
     Ok(ending)
 }
 

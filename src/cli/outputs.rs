@@ -7,7 +7,7 @@ use lexopt::ValueExt;
 use crate::config::Config;
 use crate::error::Result;
 use crate::history::{self, Feed};
-use crate::log;
+use crate::log::{self, Level};
 use crate::metrics;
 
 const HELP: &str = "
@@ -43,6 +43,8 @@ pub struct OutputOptions {
     log: Option<log::Config>,
     metrics: Option<PathBuf>,
     boot_timer: bool,
+    /// How much is said on standard error, where nothing else was said of it.
+    voice: Option<Level>,
 }
 
 impl OutputOptions {
@@ -74,7 +76,14 @@ impl OutputOptions {
     /// Adds to the configuration what was said; it overrides what is there.
     pub fn configure(&self, config: &mut Config) {
         config.boot_timer = self.boot_timer;
-        if let Some(log) = self.log.clone() {
+        let mut log = self.log.clone();
+        if let Some(level) = self.voice {
+            let log = log.get_or_insert_default();
+            if log.log_path.is_none() {
+                log.level.get_or_insert(level);
+            }
+        }
+        if let Some(log) = log {
             config.logger = Some(config.logger.take().unwrap_or_default().changed(&log));
         }
         if let Some(metrics_path) = self.metrics.clone() {
@@ -82,6 +91,19 @@ impl OutputOptions {
             let (emit_id, properties) = file.map_or((false, None), |file| (file.emit_id, file.properties));
             config.metrics = Some(metrics::Config { metrics_path, emit_id, properties });
         }
+    }
+
+    /// Takes `--quiet`, as Error, or `--verbose`, as Info.
+    pub fn speak(&mut self, level: Level) -> Result<(), lexopt::Error> {
+        match self.voice.replace(level) {
+            Some(other) if other != level => Err("--quiet and --verbose do not go together".into()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether nothing is to be said that is no error.
+    pub fn is_quiet(&self) -> bool {
+        self.voice == Some(Level::Error)
     }
 
     /// Whether the guest is to have a boot timer.

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Context, Result};
 use crate::guest::call::{Call, Ending, Said};
+use crate::log::{self, Level};
 use crate::poll::{Events, Interest};
 use crate::protocol::request::{Ask, Run, Window};
 use crate::sys::process;
@@ -219,7 +220,7 @@ impl Session {
         })?;
         // Until then, Ctrl-C ends this process.
         if has_begun && self.has_terminal && self.input.is_some() {
-            self.raw = Raw::enter();
+            self.raw = Raw::enter(log::wants(Level::Warning));
         }
         Ok(ending)
     }

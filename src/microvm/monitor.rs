@@ -414,7 +414,7 @@ impl Input {
             self.stop_waiting(events);
             self.is_ready = false;
         } else {
-            self.raw = Raw::enter();
+            self.raw = Raw::enter(log::wants(log::Level::Warning));
             self.await_more(events);
         }
     }

@@ -1,7 +1,7 @@
 //! Terminals of the tests (pty(7)), and shells that have one.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
@@ -69,11 +69,18 @@ impl Terminal {
         command.stdin(side()).stdout(side()).stderr(Stdio::null())
     }
 
-    pub fn read_until(&mut self, text: &str) {
+    /// Writes to the terminal as the monitor does.
+    pub fn monitor_says(&self, text: &str) {
+        File::from(self.monitor.try_clone().unwrap()).write_all(text.as_bytes()).unwrap();
+    }
+
+    /// What was written to the terminal, up to this text.
+    pub fn read_until(&mut self, text: &str) -> String {
         let (mut seen, mut byte) = (Vec::new(), [0]);
         while !String::from_utf8_lossy(&seen).contains(text) {
             self.user.read_exact(&mut byte).unwrap();
             seen.push(byte[0]);
         }
+        String::from_utf8_lossy(&seen).into_owned()
     }
 }

@@ -17,11 +17,13 @@ use crate::devices::kind::{CliOption, ConfiguredDevice, DeviceKind};
 use crate::devices::{KINDS, net};
 use crate::error::{Error, Result};
 use crate::firmware;
+use crate::log::Level;
 use crate::metadata;
 use crate::units::mebibytes;
 
 const RUN_HELP_BEFORE_DEVICES: &str = "\
-Boot a guest, put its console on this terminal and return how it ended. Ctrl-A X leaves.
+Boot a guest, put its console on this terminal and return how it ended. Ctrl-A X leaves, Ctrl-A ?
+lists the keys.
 
 Usage: alula run [OPTIONS] [KERNEL]
        alula run [OPTIONS] [KERNEL] -- COMMAND [ARGS...]
@@ -61,6 +63,8 @@ const RUN_HELP_AFTER_DEVICES: &str = "      --publish [ADDRESS:]HOST:GUEST[/udp]
                          control API is served on $XDG_RUNTIME_DIR/alula/ID.sock (or /run/alula/ID.sock),
                          where `alula exec ID`, `cp`, `wait` and `ctl` find the guest
                          [default: anonymous-instance, which is not served]
+  -q, --quiet            Say nothing but errors: neither how the guest ended nor which keys are for Alula
+  -v, --verbose          Say what is being done, as `--level Info` does
   -h, --help             Print this
 
 The exit code is the guest's own (docs/exit-codes.md): 0 powered off, N the code it wrote to the exit
@@ -168,6 +172,8 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
             Long("self-test") => run.self_test = true,
             Long("api-sock") => run.api_sock = Some(parser.value()?.into()),
             Long("id") => (run.id, run.is_named) = (value(parser, "--id", id)?, true),
+            Short('q') | Long("quiet") => run.outputs.speak(Level::Error)?,
+            Short('v') | Long("verbose") => run.outputs.speak(Level::Info)?,
             Short('h') | Long("help") => return Ok(Command::Print(run_help())),
             Long(name) if let Some(name) = walls::named(name) => {
                 walls::take(&mut run.walls, name, parser)?;
