@@ -365,6 +365,16 @@ fn a_quiet_run_has_its_end_in_its_log_and_its_errors_on_standard_error() {
 }
 
 #[test]
+fn a_kernel_on_a_software_kvm_is_told_at_once_what_to_expect() {
+    let folder = Folder::new();
+    let kernel = folder.write("vmlinuz", vec![0; 2 << 20]);
+    let text = run(["run", kernel.to_str().unwrap()]).text;
+    let said = "alula: this host's KVM (kvm_pvm) has no hardware virtualisation and emulates kernel code";
+    assert_eq!(text.starts_with(said), common::is_software_kvm(), "{text}");
+    assert!(!run(["run", folder.firmware().to_str().unwrap()]).text.contains(said));
+}
+
+#[test]
 fn the_firmware_is_not_written_to_a_terminal() {
     let terminal = Terminal::new();
     let mut child = terminal.start(&["firmware"]);

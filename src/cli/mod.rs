@@ -22,8 +22,10 @@ use std::path::{Path, PathBuf};
 
 use crate::agent::init;
 use crate::api::Api;
+use crate::arch;
 use crate::carry::stored::Location;
 use crate::clock;
+use crate::config::Config;
 use crate::dialect::Dialect;
 use crate::error::{Context, Result};
 use crate::firmware;
@@ -237,6 +239,7 @@ fn run(mut arguments: Run, feed: &mut Option<Feed>) -> Result<Ending> {
     microvm.keep_metadata(crate::metadata::SIZE_MAX, arguments.metadata.as_deref())?;
     microvm.open_outputs()?;
     history::tell(|| Event::Configured { what: "command line".to_owned() });
+    warn_of_software_kvm(microvm.config());
     begin(&arguments.walls, socket.as_deref())?;
     let mut monitor = Monitor::new(signals, server, feed.take())?;
     let mut command = None;
@@ -270,6 +273,22 @@ fn run(mut arguments: Run, feed: &mut Option<Feed>) -> Result<Ending> {
         return Ok(Ending { reason: String::new(), ..ending });
     }
     Ok(ending)
+}
+
+/// Tells who boots a kernel that is no firmware guest what they can expect of a KVM that emulates it.
+fn warn_of_software_kvm(config: &Config) {
+    /// A Linux has more bytes than this, and our own guest less.
+    const LINUX_MIN: u64 = 1 << 20;
+    let Some(source) = config.boot_source.as_ref().filter(|_| arch::is_software_kvm()) else { return };
+    let kernel = &source.kernel_image_path;
+    if kernel.metadata().is_ok_and(|file| file.is_file() && file.len() >= LINUX_MIN) {
+        log::line(format_args!(
+            "this host's KVM (kvm_pvm) has no hardware virtualisation and emulates kernel code instruction by \
+             instruction: unless `{}` was built for it, it will not come up, and may be silent for minutes \
+             before it ends (docs/troubleshooting.md)",
+            kernel.display()
+        ));
+    }
 }
 
 /// The same for a guest that was there for a command: one that has ended before it has failed.

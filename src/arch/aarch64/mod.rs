@@ -38,6 +38,11 @@ pub fn no_pci_words() -> Option<&'static str> {
     None
 }
 
+/// Whether this host's KVM emulates all code of kernels: there is none of that kind.
+pub fn is_software_kvm() -> bool {
+    false
+}
+
 /// Whether boot tables of this architecture say this.
 pub fn prints(node: &Node) -> bool {
     matches!(node, Node::Tree(_) | Node::MessageTree(_) | Node::Chosen(_))

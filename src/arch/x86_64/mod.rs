@@ -22,7 +22,9 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 pub use boot::{Entry, load};
-pub use registers::{boot, is_halted_for_good, refuse_instruction, tell_that_it_stood_still};
+pub use registers::{
+    boot, is_halted_for_good, is_software_kvm, refuse_instruction, tell_that_it_stood_still,
+};
 pub use state::{VcpuState, VmState, restore_vcpus, restore_vm, save_vcpus, save_vm};
 
 use crate::error::{Context, Error, Result};

@@ -181,7 +181,7 @@ fn internal_error(vcpu: &mut VcpuFd, index: usize) -> (String, bool) {
 /// Whether this host's KVM emulates all code of kernels: what it cannot do is no fault of the guest's. Such a
 /// KVM (kvm_pvm) runs where the processor has neither VMX nor SVM, of which any other needs one. The processor
 /// says so (CPUID): a vCPU's thread opens no file.
-fn is_software_kvm() -> bool {
+pub fn is_software_kvm() -> bool {
     const VMX: u32 = 1 << 5;
     const SVM: u32 = 1 << 2;
     __cpuid(1).ecx & VMX == 0 && __cpuid(0x8000_0001).ecx & SVM == 0
