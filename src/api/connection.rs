@@ -28,6 +28,8 @@ struct Manner {
     is_head: bool,
     /// As the last one of the connection.
     closes: bool,
+    /// As text, where there is one beside JSON.
+    wants_text: bool,
 }
 
 /// One client.
@@ -191,14 +193,14 @@ impl Connection {
                 }
             }
             http::Parsed::Bad(message) => self.refuse(&message),
-            http::Parsed::Request { method, path, body, closes } => {
+            http::Parsed::Request { method, path, body, closes, wants_text } => {
                 let (end, is_head) = (body.end, method == "HEAD");
                 let reply = service(if is_head { "GET" } else { method }, path, &self.input[body]);
                 self.input.drain(..end);
                 self.continued = false;
                 // The time that was measured is that of the request just served.
                 self.rest();
-                let manner = Manner { is_head, closes };
+                let manner = Manner { is_head, closes, wants_text };
                 match reply {
                     Reply::Now(response) => self.answer(&response, manner),
                     Reply::Later { ticket, .. } => self.waits_for = Some((ticket, manner)),
@@ -214,8 +216,8 @@ impl Connection {
         }
     }
 
-    fn answer(&mut self, response: &Response, Manner { is_head, closes }: Manner) {
-        let mut bytes = http::response_bytes(response);
+    fn answer(&mut self, response: &Response, Manner { is_head, closes, wants_text }: Manner) {
+        let mut bytes = http::response_bytes(response, wants_text);
         if is_head {
             bytes = http::without_body(bytes);
         }

@@ -151,7 +151,7 @@ fn handle(microvm: &mut Microvm, request: Request) -> Result<Reply, String> {
                 Err(error) => Response::Value(to_value(&guest::nobody(&error))).into(),
             });
         }
-        Metrics => return Ok(Response::Value(Value::Object(microvm.count(View::Total))).into()),
+        Metrics => return Ok(Response::Metrics(microvm.count(View::Total)).into()),
         PutLogger(logger) => microvm
             .set_logger(logger)
             .map_err(fault("Logger error: Cannot initialize the logging system due to bad user input")),

@@ -2,7 +2,9 @@
 
 use std::ops::Range;
 
-use super::Response;
+use serde_json::json;
+
+use super::{Response, prometheus};
 
 /// Names the API that is spoken, for clients that ask who answers.
 const SERVER: &str = "Firecracker API";
@@ -28,6 +30,8 @@ pub enum Parsed<'a> {
         body: Range<usize>,
         /// The connection ends with the answer (RFC 9112, 9.3).
         closes: bool,
+        /// The client accepts text, and does not name JSON.
+        wants_text: bool,
     },
     /// The head of a request whose body comes in chunks ([`super::chunks`]).
     Chunked {
@@ -62,10 +66,11 @@ pub fn parse(input: &[u8], body_max: usize, put_together: Option<usize>) -> Pars
         Err(error) => return bad(&format!("Invalid HTTP request: {error}.")),
     };
     let is_old = request.version == Some(0);
-    let Framing { length, is_chunked, expects_continue, closes } = match framing(request.headers, is_old) {
-        Ok(framing) => framing,
-        Err(message) => return bad(message),
-    };
+    let Framing { length, is_chunked, expects_continue, closes, wants_text } =
+        match framing(request.headers, is_old) {
+            Ok(framing) => framing,
+            Err(message) => return bad(message),
+        };
     let length = match put_together {
         None if is_chunked => {
             let expects_continue = expects_continue && input.len() == head;
@@ -85,7 +90,7 @@ pub fn parse(input: &[u8], body_max: usize, put_together: Option<usize>) -> Pars
     }
     let (method, target) = (request.method.expect("complete"), request.path.expect("complete"));
     match path(target) {
-        Some(path) => Parsed::Request { method, path, body, closes },
+        Some(path) => Parsed::Request { method, path, body, closes, wants_text },
         None => bad("Invalid URI: an absolute path is needed."),
     }
 }
@@ -102,7 +107,7 @@ pub fn too_large(length: u64, body_max: usize) -> String {
     )
 }
 
-/// The headers of a request that concern its body and its connection.
+/// The headers of a request that concern its body, its connection and its answer.
 #[derive(Default)]
 struct Framing {
     length: u64,
@@ -110,6 +115,7 @@ struct Framing {
     /// The client waits for a 100.
     expects_continue: bool,
     closes: bool,
+    wants_text: bool,
 }
 
 /// `is_old`: of HTTP/1.0, whose connections end with an answer unless the client says otherwise.
@@ -137,6 +143,15 @@ fn framing(headers: &[httparse::Header<'_>], is_old: bool) -> Result<Framing, &'
         } else if is("Expect") {
             // A client of HTTP/1.0 knows no 100 (RFC 9110, 10.1.1).
             framing.expects_continue = !is_old && says(b"100-continue");
+        } else if is("Accept") {
+            // Media types have parameters, like the weight (RFC 9110, 12.5.1), which are of no interest here.
+            let types = || {
+                words
+                    .clone()
+                    .map(|one| one.split(|byte| *byte == b';').next().unwrap_or_default().trim_ascii())
+            };
+            let accepts = |wanted: &[u8]| types().any(|one| one.eq_ignore_ascii_case(wanted));
+            framing.wants_text = accepts(b"text/plain") && !accepts(b"application/json");
         } else if is("Connection") {
             framing.closes = if is_old { !says(b"keep-alive") } else { framing.closes || says(b"close") };
         }
@@ -163,9 +178,14 @@ pub fn continue_bytes() -> Vec<u8> {
     head("100").into_bytes()
 }
 
-/// A response on the wire. There is no reason phrase, and nothing about a body where there is none.
-pub fn response_bytes(response: &Response) -> Vec<u8> {
+/// A response on the wire, for a client that wants text or JSON where there are both. There is no reason phrase, and
+/// nothing about a body where there is none.
+pub fn response_bytes(response: &Response, wants_text: bool) -> Vec<u8> {
     match response {
+        Response::Metrics(metrics) if wants_text => {
+            with_body_of(prometheus::CONTENT_TYPE, "200", &prometheus::text(metrics))
+        }
+        Response::Metrics(metrics) => with_body("200", &json!(metrics).to_string()),
         Response::Done => head("204").into_bytes(),
         Response::Value(value) => with_body("200", &value.to_string()),
         Response::Fault(message) => with_body("400", &fault(message)),
@@ -176,7 +196,7 @@ pub fn response_bytes(response: &Response) -> Vec<u8> {
         )
         .into_bytes(),
         Response::Deprecated(response) => {
-            let mut bytes = response_bytes(response);
+            let mut bytes = response_bytes(response, wants_text);
             let common = head("204").len() - 2;
             bytes.splice(common..common, *b"Deprecation: true\r\n");
             bytes
@@ -185,7 +205,7 @@ pub fn response_bytes(response: &Response) -> Vec<u8> {
 }
 
 fn fault(message: &str) -> String {
-    serde_json::json!({ "fault_message": message }).to_string()
+    json!({ "fault_message": message }).to_string()
 }
 
 /// The same response as the last one of a connection.
@@ -211,10 +231,14 @@ pub fn error_bytes(status: &str, message: &str) -> Vec<u8> {
 }
 
 fn with_body(status: &str, body: &str) -> Vec<u8> {
+    with_body_of("application/json", status, body)
+}
+
+fn with_body_of(kind: &str, status: &str, body: &str) -> Vec<u8> {
     let mut head = head(status);
     head.truncate(head.len() - 2);
     let length = body.len();
-    format!("{head}Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n{body}").into_bytes()
+    format!("{head}Content-Type: {kind}\r\nContent-Length: {length}\r\n\r\n{body}").into_bytes()
 }
 
 fn head(status: &str) -> String {
@@ -236,7 +260,10 @@ mod tests {
         for end in 1..body.end {
             assert_eq!(request(&text[..end]), Parsed::Incomplete { expects_continue: false }, "{end}");
         }
-        assert_eq!(request(text), Parsed::Request { method: "PUT", path: "/actions", body, closes: false });
+        assert_eq!(
+            request(text),
+            Parsed::Request { method: "PUT", path: "/actions", body, closes: false, wants_text: false }
+        );
     }
 
     #[test]
@@ -291,6 +318,33 @@ mod tests {
     }
 
     #[test]
+    fn metrics_are_text_for_who_accepts_it_and_not_json() {
+        let prometheus =
+            "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.4,*/*;q=0.1";
+        for (accept, expected) in [
+            ("text/plain", true),
+            (prometheus, true),
+            ("TEXT/PLAIN ; q=1", true),
+            ("*/*", false),
+            ("text/html", false),
+            ("application/json", false),
+            ("application/json, text/plain, */*", false),
+            ("text/plainer", false),
+        ] {
+            match request(&format!("GET /metrics HTTP/1.1\r\nAccept: {accept}\r\n\r\n")) {
+                Parsed::Request { wants_text, .. } => assert_eq!(wants_text, expected, "{accept}"),
+                other => panic!("{accept}: {other:?}"),
+            }
+        }
+        let metrics = Response::Metrics([("a".to_owned(), json!({ "b": 1 }))].into_iter().collect());
+        let answer = |wants_text| String::from_utf8(response_bytes(&metrics, wants_text)).unwrap();
+        assert!(answer(false).ends_with("application/json\r\nContent-Length: 13\r\n\r\n{\"a\":{\"b\":1}}"));
+        let text = answer(true);
+        assert!(text.contains("\r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\n"), "{text}");
+        assert!(text.ends_with("Content-Length: 12\r\n\r\nalula_a_b 1\n"), "{text}");
+    }
+
+    #[test]
     fn a_connection_lasts_as_long_as_its_client_says() {
         for (head, expected) in [
             ("HTTP/1.1", false),
@@ -307,7 +361,7 @@ mod tests {
                 other => panic!("{head}: {other:?}"),
             }
         }
-        let answer = last(response_bytes(&Response::Done));
+        let answer = last(response_bytes(&Response::Done, false));
         assert_eq!(answer, b"HTTP/1.1 204 \r\nServer: Firecracker API\r\nConnection: close\r\n\r\n");
     }
 
@@ -319,7 +373,7 @@ mod tests {
         let body = head.len()..head.len() + 2;
         assert_eq!(
             parse(format!("{head}{{}}").as_bytes(), 100, Some(2)),
-            Parsed::Request { method: "PUT", path: "/a", body, closes: false }
+            Parsed::Request { method: "PUT", path: "/a", body, closes: false, wants_text: false }
         );
     }
 
@@ -327,14 +381,16 @@ mod tests {
     fn responses_are_as_on_the_peers_wire() {
         let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
         let common = "Server: Firecracker API\r\nConnection: keep-alive\r\n";
-        assert_eq!(text(response_bytes(&Response::Done)), format!("HTTP/1.1 204 \r\n{common}\r\n"));
+        assert_eq!(text(response_bytes(&Response::Done, false)), format!("HTTP/1.1 204 \r\n{common}\r\n"));
         let deprecated = Response::Deprecated(Box::new(Response::Done));
         let expected = format!("HTTP/1.1 204 \r\n{common}Deprecation: true\r\n\r\n");
-        assert_eq!(text(response_bytes(&deprecated)), expected);
+        assert_eq!(text(response_bytes(&deprecated, true)), expected);
         let deprecated = Response::Deprecated(Box::new(Response::Fault("no".to_owned())));
-        assert!(text(response_bytes(&deprecated)).contains("alive\r\nDeprecation: true\r\nContent-Type: "));
+        assert!(
+            text(response_bytes(&deprecated, true)).contains("alive\r\nDeprecation: true\r\nContent-Type: ")
+        );
         assert_eq!(
-            text(response_bytes(&Response::Fault("no".to_owned()))),
+            text(response_bytes(&Response::Fault("no".to_owned()), true)),
             format!(
                 "HTTP/1.1 400 \r\n{common}Content-Type: application/json\r\nContent-Length: 22\r\n\r\n\
                  {{\"fault_message\":\"no\"}}"

@@ -11,6 +11,7 @@ mod guest;
 mod handle;
 pub mod http;
 mod observe;
+mod prometheus;
 #[cfg(test)]
 mod published;
 pub mod routes;
@@ -145,6 +146,8 @@ pub enum Response {
     Done,
     /// What was asked for (200).
     Value(Value),
+    /// What was counted (200): JSON, or text for who wants that.
+    Metrics(Map<String, Value>),
     /// Not done, and why (400).
     Fault(String),
     /// Not done, because it is too much to be kept (413).
