@@ -6,6 +6,8 @@ pub mod bodies;
 mod chunks;
 pub mod client;
 mod connection;
+#[cfg(test)]
+mod examples;
 mod front;
 mod guest;
 mod handle;

@@ -6,10 +6,11 @@ use schemars::generate::SchemaSettings;
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde_json::{Map, Value, json};
 
-use super::API_VERSION;
 use super::bodies::{ActionBody, FirecrackerVersion, Guest, InstanceInfo, VmBody};
+use super::examples::EXAMPLES;
 use super::routes::route;
 use super::snapshot::{CreateSnapshot, LoadSnapshot, Made, MakeClone, NoteWorkingSet};
+use super::{API_VERSION, Request};
 use crate::config::{BootSource, CpuConfig, MachineConfig, MachinePatch};
 use crate::devices::kind::DeviceKind;
 use crate::devices::{KINDS, console};
@@ -69,7 +70,11 @@ fn questions(generator: &mut SchemaGenerator) -> Vec<Operation> {
             "What the agent in the guest says of it, after the start",
             Answer::Json(of::<Guest>(generator)),
         ),
-        get("/metrics", "What the microVM has done since its start", Answer::Json(any_object())),
+        get(
+            "/metrics",
+            "What the microVM has done since its start; Prometheus' text for who accepts `text/plain`",
+            Answer::Json(any_object()),
+        ),
         get("/mmds", "The metadata that the guest can ask for", Answer::Json(any_object())),
         get(
             "/events",
@@ -205,6 +210,18 @@ fn config_told_back(generator: &mut SchemaGenerator) -> Schema {
     config.try_into().expect("an object is a schema")
 }
 
+/// What generated clients call a request: `putMachineConfig`.
+fn operation_id(method: &str, path: &str) -> String {
+    let words = path.split(['/', '-']).filter(|word| !word.is_empty() && *word != "{id}");
+    let capital = |word: &str| word[..1].to_uppercase() + &word[1..];
+    let name: String = words.map(capital).collect();
+    format!("{method}{}", if name.is_empty() { "Instance" } else { &name })
+}
+
+fn example_of(method: &str, path: &str) -> Option<&'static str> {
+    EXAMPLES.iter().find(|(of, at, _)| (*of, *at) == (method, path)).map(|(.., body)| *body)
+}
+
 fn openapi() -> Value {
     let mut generator = SchemaSettings::openapi3().into_generator();
     let mut paths = Map::new();
@@ -221,8 +238,8 @@ fn openapi() -> Value {
             }
         };
         let fault = json!({ "$ref": "#/components/responses/Fault" });
-        let mut operation =
-            json!({ "summary": summary, "responses": { success.0: success.1, "400": fault } });
+        let mut operation = json!({ "operationId": operation_id(method, &path), "summary": summary,
+                "responses": { success.0: success.1, "400": fault } });
         if path == "/mmds" && method != "get" {
             // This code is for metadata that is too large for its store, and for nothing else.
             operation["responses"]["413"] = operation["responses"]["400"].clone();
@@ -232,6 +249,10 @@ fn openapi() -> Value {
             // A body is required if a request without it is refused as empty.
             let without = route(Dialect::Alula, &method.to_uppercase(), &path, b"").err();
             let is_required = without.is_some_and(|fault| fault.starts_with("Empty "));
+            let mut content = content;
+            if let Some(example) = example_of(method, &path) {
+                content["application/json"]["example"] = serde_json::from_str(example).expect("it is JSON");
+            }
             operation["requestBody"] = json!({ "required": is_required, "content": content });
         }
         let place = paths.entry(path.clone()).or_insert_with(|| json!({}));
@@ -253,6 +274,10 @@ fn openapi() -> Value {
             "title": "Alula", "version": API_VERSION,
             "description": "Firecracker's API as far as Alula has it, and what Alula adds. HTTP/1.1 over a UNIX socket."
         },
+        "servers": [{
+            "url": "http://localhost",
+            "description": "Over the UNIX socket that `--api-sock` names; the name of the host is of no interest"
+        }],
         "paths": paths,
         "components": {
             "schemas": generator.take_definitions(true),
@@ -271,6 +296,18 @@ fn config_schema() -> Value {
     schema["required"] = json!(["boot-source"]);
     schema["$defs"] = generator.take_definitions(true).into();
     schema
+}
+
+/// The example bodies, for people.
+fn examples() -> String {
+    let mut text = "\n## Example bodies\n\nEach is one that is taken; `alula ctl put PATH BODY` sends it, and so does curl:\n\n```sh\n\
+             curl --unix-socket alula.sock -X PUT http://localhost/vsock -d '{\"guest_cid\": 3, \"uds_path\": \"v.sock\"}'\n```\n\n\
+             | request | body |\n|---|---|\n"
+        .to_owned();
+    for (method, path, body) in EXAMPLES {
+        text += &format!("| {} `{path}` | `{body}` |\n", method.to_uppercase());
+    }
+    text
 }
 
 /// The reference for people, made of the OpenAPI document.
@@ -301,9 +338,8 @@ never closed, and may shut their side for sending.
         let reference = schema["$ref"].as_str().unwrap_or_default();
         reference.rsplit('/').next().unwrap_or_default().to_owned()
     };
-    let link = |name: &str| match name {
-        "" => String::new(),
-        name => format!("[{name}](#{})", name.to_lowercase()),
+    let link = |name: &str| {
+        if name.is_empty() { String::new() } else { format!("[{name}](#{})", name.to_lowercase()) }
     };
     for (path, methods) in api["paths"].as_object().into_iter().flatten() {
         for (method, operation) in
@@ -314,8 +350,8 @@ never closed, and may shut their side for sending.
             text += &format!("| {} `{path}` | {summary} | {body} |\n", method.to_uppercase());
         }
     }
-    text += "\n## Config file\n\nA JSON object; `alula check` looks for everything wrong with one.\n\n";
-    text += "| section | what it holds |\n|---|---|\n";
+    text += &examples();
+    text += "\n## Config file\n\nA JSON object; `alula check` looks for everything wrong with one.\n\n| section | what it holds |\n|---|---|\n";
     let config = config_properties(&mut SchemaSettings::openapi3().into_generator()).to_value();
     for (section, schema) in config["properties"].as_object().into_iter().flatten() {
         let what = match schema["items"].is_object() {
@@ -384,7 +420,7 @@ fn type_of(schema: &Value, link: &dyn Fn(&str) -> String) -> String {
 }
 
 /// Compares what is checked in with what the types say now.
-fn check(file: &str, checked_in: &str, now: &str) {
+pub(super) fn check(file: &str, checked_in: &str, now: &str) {
     if std::env::var_os("ALULA_WRITE_SCHEMA").is_some() {
         std::fs::write(format!("{}/{file}", env!("CARGO_MANIFEST_DIR")), now).unwrap();
     } else {
@@ -406,6 +442,35 @@ fn the_schema_that_is_checked_in_is_what_the_types_say() {
     let config = pretty(&config_schema());
     check("resources/config.schema.json", include_str!("../../resources/config.schema.json"), &config);
     check("docs/api.md", include_str!("../../docs/api.md"), &markdown(&api));
+}
+
+#[test]
+fn every_body_has_an_example_that_is_taken() {
+    let mut names = std::collections::BTreeSet::new();
+    for (path, methods) in openapi()["paths"].as_object().unwrap() {
+        for (method, operation) in
+            methods.as_object().unwrap().iter().filter(|(name, _)| *name != "parameters")
+        {
+            let name = operation["operationId"].as_str().unwrap();
+            assert!(names.insert(name.to_owned()), "{name} is there twice");
+            let has_body = operation["requestBody"]["content"]["application/json"].is_object();
+            assert_eq!(has_body, example_of(method, path).is_some(), "{method} {path}");
+        }
+    }
+    for (method, path, body) in EXAMPLES {
+        let value: Value = serde_json::from_str(body).unwrap();
+        let id = ["drive_id", "iface_id"].iter().find_map(|field| value[*field].as_str());
+        let path = path.replace("{id}", id.unwrap_or_default());
+        let refused = match path.as_str() {
+            "/clones" => super::routes::route_of_template("PUT", &path, body.as_bytes()).err(),
+            _ => match route(Dialect::Alula, &method.to_uppercase(), &path, body.as_bytes()) {
+                Ok(Request::PutDevice(device)) => device.check().err().map(|error| error.to_string()),
+                Ok(Request::PutCpuConfig(cpu)) => cpu.check().err().map(|error| error.to_string()),
+                other => other.err(),
+            },
+        };
+        assert_eq!(refused, None, "{method} {path}");
+    }
 }
 
 #[test]
