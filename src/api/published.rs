@@ -5,7 +5,9 @@
 use serde_json::{Map, Value, json};
 
 use super::Request;
-use super::routes::route;
+use super::routes::{NOT_IMPLEMENTED, route};
+use super::schema::check;
+use super::snapshot;
 use crate::dialect::Dialect;
 
 /// What becomes of a value.
@@ -54,6 +56,7 @@ const MACHINE: &[(&str, &str, Becomes, Becomes)] = &[
     ("cpu_template", r#""T2""#, NotYet, Done),
     ("cpu_template", r#""None""#, Done, Done),
     ("huge_pages", r#""2M""#, NotYet, Done),
+    ("huge_pages", r#""Transparent""#, Done, Done),
 ];
 
 const BODIES: &[Body] = &[
@@ -272,27 +275,87 @@ fn every_published_property_is_done_refused_by_name_or_null() {
     }
 }
 
+/// The names of the fields that the schema has for the body of a request.
+fn fields(api: &Value, method: &str, path: &str) -> Vec<String> {
+    let place = match path.strip_suffix("/a") {
+        Some(path) => format!("{path}/{{id}}"),
+        None => path.to_owned(),
+    };
+    let content = &api["paths"][place][method.to_lowercase()]["requestBody"]["content"]["application/json"];
+    let name = content["schema"]["$ref"].as_str().unwrap().rsplit('/').next().unwrap();
+    let properties: &Map<String, Value> =
+        api["components"]["schemas"][name]["properties"].as_object().unwrap();
+    properties.keys().cloned().collect()
+}
+
+/// A table of what Firecracker's requests have and how it stands here.
+fn standing() -> String {
+    let api: Value = serde_json::from_str(super::OPENAPI).unwrap();
+    let mut text =
+        "| request | the same | not yet | more than Firecracker has |\n|---|---|---|---|\n".to_owned();
+    let list = |names: &[String]| names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
+    let mut row = |method: &str, path: &str, same: &[String], not_yet: &[String]| {
+        let is_known =
+            |field: &String| !same.iter().chain(not_yet).any(|name| name.split(':').next() == Some(field));
+        let more: Vec<_> = fields(&api, method, path).into_iter().filter(is_known).collect();
+        let path = path.strip_suffix("/a").map_or(path.to_owned(), |path| format!("{path}/{{id}}"));
+        text += &format!("| {method} `{path}` | {} | {} | {} |\n", list(same), list(not_yet), list(&more));
+    };
+    for body in BODIES.iter().filter(|body| body.within.is_empty()) {
+        let (mut same, mut not_yet) = (Vec::new(), Vec::new());
+        for (property, value, given, _) in body.properties {
+            let (names, name) = match given {
+                NotYet
+                    if body
+                        .properties
+                        .iter()
+                        .any(|(other, _, given, _)| other == property && *given == Done) =>
+                {
+                    (&mut not_yet, format!("{property}: {value}"))
+                }
+                NotYet => (&mut not_yet, (*property).to_owned()),
+                Done | Refused => (&mut same, (*property).to_owned()),
+            };
+            if !names.contains(&name) {
+                names.push(name);
+            }
+        }
+        row(body.method, body.path, &same, &not_yet);
+    }
+    for (path, published) in
+        [("/snapshot/create", snapshot::CREATE_PUBLISHED), ("/snapshot/load", snapshot::LOAD_PUBLISHED)]
+    {
+        let same: Vec<_> = published.iter().map(|name| (*name).to_owned()).collect();
+        row("PUT", path, &same, &[]);
+    }
+    for path in NOT_IMPLEMENTED {
+        text += &format!("| all of `/{path}` | | all of it | |\n");
+    }
+    text
+}
+
+#[test]
+fn the_page_on_firecracker_says_what_there_is() {
+    const MARK: &str = "<!-- The table is made by the tests of src/api/published.rs. -->\n\n";
+    const PAGE: &str = include_str!("../../docs/firecracker.md");
+    let (before, after) = PAGE.split_once(MARK).unwrap();
+    let rest = after.split_once("\n\n").unwrap().1;
+    check("docs/firecracker.md", PAGE, &format!("{before}{MARK}{}\n{rest}", standing()));
+}
+
 #[test]
 fn fields_that_are_not_published_are_ours_alone() {
     let api: Value = serde_json::from_str(super::OPENAPI).unwrap();
     let mut ours = Vec::new();
     for body in BODIES.iter().filter(|body| body.within.is_empty()) {
-        let place = match body.path.strip_suffix("/a") {
-            Some(path) => format!("{path}/{{id}}"),
-            None => body.path.to_owned(),
-        };
-        let request = &api["paths"][place][body.method.to_lowercase()]["requestBody"];
-        let schema = request["content"]["application/json"]["schema"]["$ref"].as_str().unwrap();
-        let schema = &api["components"]["schemas"][schema.rsplit('/').next().unwrap()];
-        let fields: &Map<String, Value> = schema["properties"].as_object().unwrap();
-        for (field, _) in fields {
-            if body.properties.iter().any(|(property, ..)| property == field) {
+        for field in fields(&api, body.method, body.path) {
+            if body.properties.iter().any(|(property, ..)| *property == field) {
                 continue;
             }
-            ours.push(field.as_str());
+            ours.push(field.clone());
             // As an unknown one would be, in the same words.
             for value in [json!(1), json!([]), Value::Null] {
-                let sent = body.with(field, value);
+                let sent = body.with(&field, value);
                 let error = becomes(Dialect::Firecracker, body.method, body.path, &sent).unwrap_err();
                 let expected = format!("unknown field `{field}`, expected one of `");
                 assert!(error.contains(&expected), "{sent}: {error}");
@@ -303,7 +366,7 @@ fn fields_that_are_not_published_are_ours_alone() {
         }
     }
     for field in ["format", "backing", "direct_io", "num_queues", "threads", "user", "queue_pairs"] {
-        assert!(ours.contains(&field), "{field}: {ours:?}");
+        assert!(ours.iter().any(|other| other == field), "{field}: {ours:?}");
     }
     let shutdown = json!({ "action_type": "Shutdown" });
     assert_eq!(becomes(Dialect::Alula, "PUT", "/actions", &shutdown), Ok(()));
