@@ -64,6 +64,28 @@ kill %1";
     assert!(output.status.success() && !text.contains("fault_message"), "{text}");
 }
 
+#[test]
+fn the_client_in_python_drives_a_guest() {
+    let service = Service::start(&[]);
+    let client = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/client.py");
+    let mut command = Command::new("python3");
+    // Without what this user has installed beside the standard library.
+    command.args(["-I", client]).arg(&service.socket).arg(service.folder.firmware());
+    let output = command.arg("cpus=2 memory=128 end=idle").output().unwrap();
+    let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    for expected in [
+        "PUT /vsock: Vsock config error: ",
+        "a `guest_cid` of 1 cannot be",
+        "\nPaused\n",
+        "'main': ",
+        "\nstarted\n",
+        "\npaused\nresumed\n",
+    ] {
+        assert!(text.contains(expected), "{expected}: {text}");
+    }
+    assert!(output.status.success(), "{text}");
+}
+
 /// Where Firecracker's API begins.
 const PATHS: [&str; 18] = [
     "/actions",
