@@ -21,10 +21,58 @@ CACHE=${ALULA_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/alula}
 HOST_ARCH=$(uname -m)
 mkdir -p "$CACHE"
 
-say() { printf '%s\n' "$*" >&2; }
+say() {
+    printf '%s' "$*" >&2
+    # The line of `doing` may be there.
+    [[ ! -t 2 ]] || printf '\e[K' >&2
+    printf '\n' >&2
+}
 die() {
     say "${0##*/}: $*"
     exit 1
+}
+
+minutes() { printf '%d min %02d s' "$(($1 / 60))" "$(($1 % 60))"; }
+
+# doing WHAT [FOLDER]: says what comes now, and until the next `doing` or the end how long it has taken: on a terminal
+# once a second in a line that what is printed next takes the place of, elsewhere in a line a minute. With a folder
+# that is filled meanwhile, also how much is in it.
+doing_watcher='' doing_owner=''
+doing() {
+    doing_nothing
+    doing_owner=$BASHPID
+    say "${0##*/}: $1"
+    # Nobody who waits for the end of this script's output waits for the watcher.
+    watch_doing "$doing_owner" "$@" >/dev/null </dev/null &
+    doing_watcher=$!
+}
+
+# doing_nothing: ends what the last `doing` began.
+doing_nothing() {
+    # A subshell leaves alone what it did not begin.
+    [[ $doing_watcher && $doing_owner == "$BASHPID" ]] || return 0
+    kill "$doing_watcher" 2>/dev/null || true
+    wait "$doing_watcher" 2>/dev/null || true
+    doing_watcher=
+    [[ ! -t 2 ]] || printf '\e[K' >&2
+}
+trap doing_nothing EXIT
+
+# watch_doing PROCESS WHAT [FOLDER]: the watcher; it ends with the process, however that ends.
+watch_doing() {
+    local begun=$SECONDS passed told=0 line
+    # Of a process that has ended, and was not waited for, the program is not there either.
+    while sleep 1 2>/dev/null && [[ -e /proc/$1/exe ]]; do
+        passed=$((SECONDS - begun))
+        line="${0##*/}: $2: $(minutes "$passed")"
+        [[ ! -d ${3:-} ]] || line+=", $(du -sm "$3" 2>/dev/null | cut -f 1) MB"
+        if [[ -t 2 ]]; then
+            printf '%s\e[K\r' "$line" >&2
+        elif ((passed / 60 > told)); then
+            told=$((passed / 60))
+            say "$line"
+        fi
+    done
 }
 
 # need COMMAND=PACKAGE...: installs the Debian packages whose commands are missing.
@@ -35,7 +83,7 @@ need() {
     done
     ((${#missing[@]})) || return 0
     command -v apt-get >/dev/null || die "install the programs of these Debian packages: ${missing[*]}"
-    say "installing ${missing[*]}"
+    doing "installing ${missing[*]}"
     local sudo=()
     if ((EUID)); then
         command -v sudo >/dev/null || die "as root: apt-get install ${missing[*]}"
@@ -46,6 +94,7 @@ need() {
             "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends "${missing[@]}"
     } >"$CACHE/apt-install.log" 2>&1 ||
         die "apt-get install ${missing[*]}: $(tail -n 3 "$CACHE/apt-install.log")"
+    doing_nothing
 }
 
 # one_at_a_time: waits until no other script changes the cache; until this one ends.
@@ -81,8 +130,10 @@ APT::Architectures { "amd64"; "arm64"; };
 APT::Sandbox::User "root";
 Acquire::Languages "none";
 EOF
+    doing "reading the lists of packages"
     apt-get update -q >"$apt/update.log" 2>&1 || die "apt-get update: $(tail -n 3 "$apt/update.log")"
     touch "$apt/updated"
+    doing_nothing
 }
 
 # unpack FOLDER PACKAGE...: downloads Debian packages and unpacks them into FOLDER.
@@ -91,6 +142,7 @@ unpack() {
     shift
     private_apt
     debs=$(mktemp -d "$CACHE/debs.XXXXXX")
+    doing "downloading ${*%%:*}" "$debs"
     (cd "$debs" && apt-get download -q "$@" >log 2>&1) || die "download $*: $(tail -n 3 "$debs/log")"
     mkdir -p "$folder"
     local deb
@@ -98,6 +150,7 @@ unpack() {
         dpkg -x "$deb" "$folder"
     done
     rm -rf "$debs"
+    doing_nothing
 }
 
 # depends PACKAGE PATTERN: the first dependency of PACKAGE that matches.
