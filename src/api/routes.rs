@@ -75,7 +75,7 @@ pub fn route(dialect: Dialect, method: &str, path: &str, body: &[u8]) -> Result<
             Request::LoadSnapshot(Box::new(asked.whole().map_err(|error| body.refuse(&error))?))
         }
         ("PUT", ["snapshot", "working-set"]) if dialect != Dialect::Firecracker => {
-            Request::NoteWorkingSet(parse(body)?)
+            Request::NoteWorkingSet(body.parse()?)
         }
         ("PUT", ["clones"]) if dialect != Dialect::Firecracker => return Err(NO_TEMPLATE.to_owned()),
         ("PATCH", ["vm", ..]) => Request::PatchVm(body.parse::<VmBody>()?.state),
