@@ -380,6 +380,7 @@ fn a_script_that_is_used_wrongly_says_so_in_words_of_its_own() {
         ("bench", "bench: what to measure is missing; usage: scripts/bench"),
         ("bench restore --runs soon", "bench: restore takes --runs and a number; usage: scripts/bench"),
         ("bench clones many", "bench: clones takes a number; usage: scripts/bench"),
+        ("bench soak long", "bench: soak takes seconds, and --seed with a number; usage: scripts/bench"),
         ("bench io --rig", "bench: an option lacks its value; usage: scripts/bench"),
         ("bench io --rig mips", "bench: unknown architecture `mips`"),
         ("bench io --vs /nonexistent", "bench: --vs /nonexistent: there is no such program"),

@@ -1,5 +1,5 @@
 //! The program behind `scripts/bench`: it reports figures of starts, of restores, of I/O
-//! and of vsock, and judges none.
+//! and of vsock, and judges none but the one of a soak, whether a monitor grows.
 
 mod counters;
 mod host;
@@ -8,6 +8,7 @@ mod jail;
 mod loads;
 mod monitor;
 mod restore;
+mod soak;
 mod start;
 mod table;
 mod template;
@@ -19,11 +20,12 @@ fn main() -> Result<()> {
     let mut arguments = std::env::args().skip(1);
     let ours = arguments.next().ok_or("the binary to measure is missing")?;
     let what = arguments.next().ok_or("what to measure is missing")?;
-    let (mut runs, mut other, mut linux, mut only) = (None, None, None, String::new());
+    let (mut runs, mut other, mut linux, mut only, mut seed) = (None, None, None, String::new(), None);
     while let Some(argument) = arguments.next() {
         let mut value = || arguments.next().ok_or(format!("{argument} lacks its value"));
         match argument.as_str() {
             "--runs" => runs = Some(value()?.parse()?),
+            "--seed" => seed = Some(value()?.parse()?),
             "--vs" => other = Some(value()?),
             "--only" => only = value()?,
             "--linux" => linux = Some((value()?.into(), value()?.into())),
@@ -35,6 +37,7 @@ fn main() -> Result<()> {
         "restore" => restore::restore(&ours, runs.unwrap_or(100)),
         "clones" => restore::clones(&ours, runs.unwrap_or(100)),
         "jail" => jail::jail(&ours, runs.unwrap_or(100)),
+        "soak" => soak::soak(&ours, runs.unwrap_or(60), seed),
         "io" => io::io(&ours, other.as_deref(), linux, &only),
         "vsock" => vsock::vsock(&ours, other.as_deref(), &linux.ok_or("--linux is missing")?),
         _ => Err(format!("unknown bench {what}").into()),

@@ -41,6 +41,11 @@ pub fn connect(child: &mut Child, socket: &Path) -> Result<UnixStream> {
     }
 }
 
+/// Connects to a monitor that listens already.
+pub fn connect_to(socket: &Path) -> Result<UnixStream> {
+    Ok(UnixStream::connect(socket)?)
+}
+
 /// Sends a request and waits for its answer, which must be a success.
 pub fn request(client: &mut UnixStream, method: &str, path: &str, body: &str) -> Result<()> {
     request_body(client, method, path, body).map(drop)
