@@ -426,6 +426,10 @@ mod tests {
             ("run --restore d --cpus 2", "leave out --cpus"),
             ("run --restore d --disk x", "leave out --disk"),
             ("run --restore d -- true", "leave out COMMAND"),
+            ("run --rootfs d --", "a command to run in the guest is expected after `--`"),
+            ("run k --copy a", "--copy is for a command to run in the guest: give it after `--`"),
+            ("run --copy-out a:b -- true", "--copy-out a:b: expected GUEST:HOST, GUEST with a slash before"),
+            ("run --timeout x -- true", "--timeout x: expected a time like 30s, 5m or 500ms"),
             (
                 "snapshot",
                 "one of `inspect`, `verify`, `merge` and `edit-memory` is expected; see `alula snapshot --help`",
