@@ -1,6 +1,6 @@
 //! `alula exec`, `alula cp` and `alula wait`: what is asked of the agent in a guest that is up.
 
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -63,11 +63,14 @@ pub fn api_of(reach: &Reach) -> Result<Option<PathBuf>> {
 
 /// The socket of the guest's vsock device.
 fn vsock_of(reach: &Reach) -> Result<PathBuf> {
-    let api = match (api_of(reach)?, reach) {
-        (None, Reach::Vsock(path)) => return Ok(path.clone()),
-        (api, _) => api.unwrap_or_default(),
-    };
-    let answer = Client::connect(&api)?.request("GET", "/vm/config", "")?;
+    match (api_of(reach)?, reach) {
+        (None, Reach::Vsock(path)) => Ok(path.clone()),
+        (api, _) => ask_for_vsock(Client::connect(&api.unwrap_or_default())?),
+    }
+}
+
+fn ask_for_vsock(mut client: Client) -> Result<PathBuf> {
+    let answer = client.request("GET", "/vm/config", "")?;
     let config: Value = json::from_text(&answer.body).context("read the monitor's answer")?;
     match config["vsock"]["uds_path"].as_str() {
         Some(path) => Ok(PathBuf::from(path)),
@@ -101,14 +104,27 @@ pub fn wait(wait: &Wait) -> u8 {
     }
 }
 
-/// Lets a monitor that is being started make its socket, so long at most.
-fn wait_for_monitor(reach: &Reach, time: Duration) {
-    let is_there = || match reach {
-        Reach::Vsock(path) | Reach::Api(path) => path.exists(),
-        Reach::Id(id) => runtime::look(id).is_some(),
+/// The vsock device's socket of a guest whose monitor may be about to start: it has until then to be there.
+fn vsock_of_new(reach: &Reach, until: Instant) -> Result<PathBuf> {
+    // A monitor that starts makes the file of its socket, and listens there a moment later.
+    let comes = |path: &Path| match UnixStream::connect(path) {
+        Ok(_) => true,
+        Err(error) => matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused),
     };
-    let until = Instant::now() + time;
-    while !is_there() && Instant::now() < until {
+    loop {
+        let is_late = Instant::now() >= until;
+        match reach {
+            Reach::Vsock(path) if is_late || path.exists() => return Ok(path.clone()),
+            Reach::Vsock(_) => {}
+            _ => match api_of(reach).and_then(|api| Client::connect(&api.unwrap_or_default())) {
+                Ok(client) => return ask_for_vsock(client),
+                Err(error) if is_late => return Err(error),
+                Err(error) => match api_of(reach) {
+                    Ok(Some(path)) if !comes(&path) => return Err(error),
+                    _ => {}
+                },
+            },
+        }
         std::thread::sleep(AGAIN_UNTOLD);
     }
 }
@@ -120,8 +136,7 @@ fn wait_for_agent(wait: &Wait) -> Result<bool> {
         let rest = deadline.map(|at| at.saturating_duration_since(Instant::now()));
         rest.map_or(time, |rest| rest.min(time))
     };
-    wait_for_monitor(&wait.reach, within(APPEARANCE));
-    let socket = vsock_of(&wait.reach)?;
+    let socket = vsock_of_new(&wait.reach, Instant::now() + within(APPEARANCE))?;
     // What happens from now on is told, so that nothing is missed between the question and the wait.
     let follow = |api: PathBuf| Client::connect(&api)?.follow("/events");
     let mut told = api_of(&wait.reach)?.map(follow).transpose()?;

@@ -211,3 +211,24 @@ fn a_monitor_that_goes_in_the_middle_is_told() {
         monitor.join().unwrap();
     }
 }
+
+#[test]
+fn who_waits_outlasts_a_socket_at_which_nobody_listens_yet() {
+    let folder = Folder::new();
+    let (path, next) = (folder.path("api"), folder.path("next"));
+    // The file stays.
+    drop(UnixListener::bind(&path).unwrap());
+    let mut waiting = Command::new(common::alula());
+    waiting.args(["wait", "--api-sock", path.to_str().unwrap()]);
+    let waiting = waiting.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    // It has most likely tried by then: between two tries it sleeps.
+    common::wait_for(|| common::ended::state(waiting.id()) == Some('S'));
+    let listener = UnixListener::bind(&next).unwrap();
+    fs::rename(&next, &path).unwrap();
+    let (mut client, _) = listener.accept().unwrap();
+    client.read_exact(&mut [0; 20]).unwrap();
+    drop(client);
+    let output = waiting.wait_with_output().unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(1) && errors.contains("the monitor hung up"), "{errors}");
+}
