@@ -469,7 +469,9 @@ fn every_body_has_an_example_that_is_taken() {
                 other => other.err(),
             },
         };
-        assert_eq!(refused, None, "{method} {path}");
+        // An example of one architecture is refused by the other one.
+        let is_taken = refused.as_ref().is_none_or(|words| words.ends_with("aarch64 has no CPUID"));
+        assert!(is_taken, "{method} {path}: {refused:?}");
     }
 }
 

@@ -199,6 +199,8 @@ fn joined(mut runs: Vec<Run>) -> Vec<Run> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::MetadataExt;
+
     use super::*;
     use crate::memory::{self, Piece, Range, Source};
     use std::os::unix::fs::FileExt;
@@ -277,6 +279,7 @@ mod tests {
         let memory = memory.memory();
         let pagemap = Pagemap::open().unwrap();
         assert_eq!(WorkingSet::note(&memory, &pagemap).unwrap().pages(), 0);
+        let before = file.metadata().unwrap().blocks();
         let _: u8 = memory.read_obj(GuestAddress(1 << 20)).unwrap();
         memory.write_obj(7_u8, GuestAddress(6 << 20)).unwrap();
         memory.write_obj(7_u8, GuestAddress((4 << 30) + (3 << 20))).unwrap();
@@ -286,8 +289,11 @@ mod tests {
             noted.runs.iter().any(|run| (u64::from(run.first)..run.end()).contains(&page))
         };
         assert!(has(1 << 20) && has((8 << 20) + (3 << 20)), "{noted:?}");
+        // A write to a mapped hole fills the hole of a file in memory (tmpfs), and no other.
+        let is_filled = file.metadata().unwrap().blocks() > before;
+        assert_eq!(has(6 << 20), is_filled, "{noted:?}");
         // The kernel maps what it has beside a page, but not far.
-        assert!(!has(6 << 20) && !has(3 << 20) && !has((8 << 20) + (6 << 20)), "{noted:?}");
+        assert!(!has(3 << 20) && !has((8 << 20) + (6 << 20)), "{noted:?}");
         assert!(noted.is_in_memory(&file, 16 << 20));
         noted.ask_for(&file).unwrap();
         let anonymous = memory::allocate(&ranges).unwrap();

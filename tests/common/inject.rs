@@ -28,6 +28,10 @@ mod registers {
     pub fn result(registers: &Registers) -> i64 {
         registers.rax as i64
     }
+
+    pub fn is_within_a_call(_: i32, registers: &Registers) -> bool {
+        registers.orig_rax as i64 >= 0
+    }
 }
 
 #[cfg(target_arch = "aarch64")]
@@ -51,6 +55,13 @@ mod registers {
 
     pub fn result(registers: &Registers) -> i64 {
         registers.regs[0] as i64
+    }
+
+    /// The kernel stops a thread before a call that is to be begun again, and after any other one.
+    pub fn is_within_a_call(thread: i32, registers: &Registers) -> bool {
+        [registers.pc, registers.pc - 4]
+            .iter()
+            .any(|pc| super::ask_for(libc::PTRACE_PEEKTEXT, thread, *pc) as u32 == CALL)
     }
 }
 
@@ -89,7 +100,7 @@ fn ask_for(request: libc::c_uint, thread: i32, address: u64) -> i64 {
 }
 
 impl Injected {
-    /// Stops the thread of `process` that is called `name`. The thread must be within a system call, where all wait.
+    /// Stops the thread of `process` that is called `name` within a system call, where all threads wait.
     pub fn new(process: u32, name: &str) -> Self {
         let tasks = std::fs::read_dir(format!("/proc/{process}/task")).unwrap();
         let thread = tasks.map(|task| task.unwrap().path()).find(|task| match name {
@@ -98,10 +109,21 @@ impl Injected {
         });
         let thread = thread.unwrap_or_else(|| panic!("there is no thread `{name}`"));
         let thread = thread.file_name().unwrap().to_str().unwrap().parse().unwrap();
-        ask(libc::PTRACE_SEIZE, thread, 0, 0);
-        ask(libc::PTRACE_INTERRUPT, thread, 0, 0);
-        wait(thread);
-        Self { thread, before: registers(thread), is_refused: false }
+        let mut before = None;
+        super::wait_for(|| {
+            ask(libc::PTRACE_SEIZE, thread, 0, 0);
+            ask(libc::PTRACE_INTERRUPT, thread, 0, 0);
+            wait(thread);
+            let now = registers(thread);
+            if registers::is_within_a_call(thread, &now) {
+                before = Some(now);
+            } else {
+                // A thread that has just begun is on its way to where it waits.
+                ask(libc::PTRACE_DETACH, thread, 0, 0);
+            }
+            before.is_some()
+        });
+        Self { thread, before: before.unwrap(), is_refused: false }
     }
 
     /// Has the thread make a call with these arguments; a text among them is put on the thread's stack.

@@ -24,11 +24,16 @@ const CLUSTER: usize = 64 << 10;
 
 /// Runs `qemu-img` (Debian package qemu-utils) in `folder`.
 fn qemu_img(folder: &Folder, arguments: &[&str]) -> String {
-    let output = Command::new("qemu-img").args(arguments).current_dir(&folder.0).output();
-    let output = output.expect("qemu-img is needed: `apt-get install qemu-utils`");
-    let text = [output.stdout, output.stderr].concat();
-    let text = String::from_utf8_lossy(&text).into_owned();
-    assert!(output.status.success(), "qemu-img {arguments:?}: {text}");
+    let (mut text, mut is_done) = (String::new(), false);
+    // A process that another test has just started holds the locks of its parent until it has become its program.
+    common::wait_for(|| {
+        let output = Command::new("qemu-img").args(arguments).current_dir(&folder.0).output();
+        let output = output.expect("qemu-img is needed: `apt-get install qemu-utils`");
+        text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+        is_done = output.status.success();
+        is_done || !text.contains("Is another process using the image")
+    });
+    assert!(is_done, "qemu-img {arguments:?}: {text}");
     text
 }
 
