@@ -14,7 +14,7 @@ use crate::{Folder, Result};
 const DISK_SIZE: usize = 32 << 20;
 /// The time after which everything has been used that is used at all; of a short run, a third.
 const WARM: Duration = Duration::from_secs(300);
-/// What the monitor's memory of its own may grow by afterwards.
+/// The most by which the monitor's own memory may grow after [`WARM`].
 const GROWTH_MAX_KIB: u64 = 64;
 
 /// Numbers that come in the same order with the same seed (xorshift).

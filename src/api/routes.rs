@@ -160,7 +160,7 @@ impl Body<'_> {
         serde_json::from_slice(self.bytes).map_err(|error| self.refuse(&error))
     }
 
-    /// The same of one whose fields in Firecracker's API are `published`.
+    /// Reads the body as [`Self::parse`] does; Firecracker's API has those of its fields that are `published`.
     fn parse_of<T: DeserializeOwned>(self, published: &'static [&'static str]) -> Result<T, String> {
         self.dialect.check_fields(self.bytes, published).map_err(|error| self.refuse(&error))?;
         self.parse()

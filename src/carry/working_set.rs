@@ -104,7 +104,7 @@ impl WorkingSet {
     /// What such a file says of the memory of this number, whose file has `size` bytes. None: it is of another memory.
     ///
     /// # Errors
-    /// It is damaged.
+    /// The file is damaged.
     fn from_bytes(bytes: &[u8], memory: u128, size: u64) -> Result<Option<Self>> {
         let damaged = || Error::config("it is damaged");
         let (head, runs) = bytes.split_at_checked(HEADER).ok_or_else(damaged)?;
