@@ -87,9 +87,9 @@ pub enum Event {
         /// Why.
         reason: String,
     },
-    /// What the guest needs first after a restore was noted beside the snapshot.
+    /// The pages that the guest needs first after a restore were noted beside the snapshot.
     WorkingSetNoted {
-        /// So many pages of 4 KiB of its memory file.
+        /// The number of these pages, of 4 KiB each, in its memory file.
         pages: u64,
     },
     /// A page that the guest needs has not come from its page-fault handler for 5 s: it waits.

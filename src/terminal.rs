@@ -9,9 +9,9 @@ const STDIN: i32 = libc::STDIN_FILENO;
 /// Ctrl-A: the next key is for us, as [`KEYS`] tells.
 const ESCAPE: u8 = 0x01;
 
-/// What is said once, when the guest gets the keys.
+/// The line that a terminal is told once, when the guest gets the keys.
 const HINT: &str = "alula: Ctrl-A X leaves, Ctrl-A ? lists the keys\n";
-/// What Ctrl-A ? says. What the guest wrote last may have left the cursor anywhere.
+/// The answer to Ctrl-A ?. It begins on a new line, because the guest may have left the cursor anywhere.
 const KEYS: &str = "\r
 alula: Ctrl-A X leaves; a guest that was started for this ends\r
 alula: Ctrl-A Ctrl-A types a Ctrl-A\r

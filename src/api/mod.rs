@@ -148,7 +148,7 @@ pub enum Response {
     Done,
     /// What was asked for (200).
     Value(Value),
-    /// What was counted (200): JSON, or text for who wants that.
+    /// The counters of the microVM (200), as JSON, or as text for a client that asks for text.
     Metrics(Map<String, Value>),
     /// Not done, and why (400).
     Fault(String),

@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 
 use crate::devices::KINDS;
 
-/// What the body is, for the client.
+/// The media type of the text, by which a client knows its format and version.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// The lines of each metric, which must stand together.

@@ -210,7 +210,7 @@ fn config_told_back(generator: &mut SchemaGenerator) -> Schema {
     config.try_into().expect("an object is a schema")
 }
 
-/// What generated clients call a request: `putMachineConfig`.
+/// The name of a request's function in clients that are generated from the schema, like `putMachineConfig`.
 fn operation_id(method: &str, path: &str) -> String {
     let words = path.split(['/', '-']).filter(|word| !word.is_empty() && *word != "{id}");
     let capital = |word: &str| word[..1].to_uppercase() + &word[1..];

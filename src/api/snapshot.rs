@@ -113,7 +113,7 @@ pub struct LoadSnapshot {
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "WorkingSetParams"))]
 #[serde(deny_unknown_fields)]
 pub struct NoteWorkingSet {
-    /// So many milliseconds from now, at most an hour; left out: now, because the guest is ready.
+    /// The time until the guest is ready, in milliseconds from now, at most an hour. Left out: the guest is ready now.
     #[serde(default)]
     after_ms: u64,
 }

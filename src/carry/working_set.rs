@@ -1,5 +1,6 @@
-//! What a restored guest needs of its memory's file first: noted once, beside the snapshot in its folder, and asked of
-//! the kernel by later restores, all at once, where a guest would wait for one page after the other.
+//! The file of a working set: the places in a memory's file that a restored guest needs first. The file is written once,
+//! beside the snapshot in its folder; later restores ask the kernel for all of these places at once, where a guest would
+//! wait for one page after the other.
 //!
 //! The file says nothing that a guest relies on: it is a list of places in the memory's file, which are read a little
 //! earlier. Whoever writes a wrong one makes a restore slower at most.
@@ -31,8 +32,8 @@ const RUN: usize = 8;
 const RUNS_MAX: usize = 32 << 10;
 /// Runs with at most so many pages between them are one: to read these takes a disk less time than another request.
 const GAP: u32 = 8;
-/// So many runs are looked at, spread over all of them, to find out whether the file is in memory: enough to find one that
-/// is in memory for the larger part, and as few as a restore that takes half a millisecond does not notice.
+/// The number of runs, spread over all of them, that tell whether the file is in memory: enough to find a file of which the
+/// larger part is in memory, and as few as a restore that takes half a millisecond does not notice.
 const LOOKS: usize = 16;
 /// The size of the pages in which runs are counted, whatever the size of this host's is.
 const PAGE: u64 = PAGE_MIN as u64;
@@ -57,8 +58,8 @@ pub struct WorkingSet {
 }
 
 impl WorkingSet {
-    /// What of `memory`, which comes from a file, this process has touched so far. What the file has as a hole is left
-    /// out: no disk is read for it.
+    /// The pages of `memory`, which comes from a file, that this process has touched so far. Pages in holes of the file are
+    /// left out: no disk is read for them.
     ///
     /// # Errors
     /// The memory does not come from a file, or the kernel does not tell.
@@ -101,7 +102,8 @@ impl WorkingSet {
         bytes
     }
 
-    /// What such a file says of the memory of this number, whose file has `size` bytes. None: it is of another memory.
+    /// Reads the file's content, for the memory of this number, whose own file has `size` bytes. None: the working set is
+    /// that of another memory.
     ///
     /// # Errors
     /// The file is damaged.
@@ -132,8 +134,8 @@ impl WorkingSet {
         if follow && fit { Ok(Some(Self { runs })) } else { Err(damaged()) }
     }
 
-    /// What is noted in `folder` for the memory of this number there, whose file has `size` bytes. Nothing noted, or
-    /// nothing that can be used, which the log tells of, is nothing.
+    /// The working set that is noted in `folder` for the memory of this number there, whose file has `size` bytes. None:
+    /// nothing is noted, or the note cannot be used, and the log says why.
     pub fn read(folder: &Path, memory: u128, size: u64) -> Option<Self> {
         let path = folder.join(WORKING_SET);
         // Most snapshots have none.
@@ -162,7 +164,7 @@ impl WorkingSet {
         let looks = self.runs.iter().step_by(step).map(|run| u64::from(run.first) * PAGE);
         // A host with larger pages has a page at the beginning of each of its own alone.
         let whole = |offset: u64| offset - offset % crate::memory::mapping::page_size();
-        // What cannot be found out is left alone.
+        // A kernel that does not tell is not asked to read ahead either.
         descriptor::is_in_memory(file, size, looks.map(whole)).unwrap_or(true)
     }
 

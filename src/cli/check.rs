@@ -10,10 +10,10 @@ use crate::config::{Config, Problem};
 use crate::dialect::Dialect;
 use crate::error::{Error, Result};
 
-/// What there is to say of one file.
+/// The findings on one file.
 struct Verdict {
     file: String,
-    /// What is not read, which does not make the file wrong.
+    /// Sections that are not read, which do not make the file wrong.
     warnings: Vec<String>,
     problems: Vec<Problem>,
 }

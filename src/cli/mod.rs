@@ -129,7 +129,7 @@ fn told(result: Result<()>) -> u8 {
     }
 }
 
-/// The same for what has exit codes of its own.
+/// Says what stood in the way of a command that has exit codes of its own, if anything did.
 fn told_code(result: Result<u8>) -> u8 {
     result.unwrap_or_else(|error| told(Err(error)))
 }

@@ -1,4 +1,4 @@
-//! What is wrong with a JSON text, in words for people: serde names the types of programs, and not always the field.
+//! Messages on JSON texts that are wrong, in words for people: serde names the types of programs, and not always the field.
 
 /// A message of serde, without the place that it ends with, for who writes JSON by hand. What it says of fields
 /// and their values it says in backticks, and so does this.
@@ -45,15 +45,16 @@ pub fn plain(message: &str) -> String {
     words.to_owned()
 }
 
-/// What stands for all types of whole numbers.
+/// The words for all types of whole numbers.
 const NUMBER: &str = "a whole number";
 
-/// What serde has found, and what it has expected, in a message that begins so.
+/// The two halves of a message of serde that begins with `beginning`: the value that it has found, and the type that it
+/// has expected.
 fn split<'m>(message: &'m str, beginning: &str) -> Option<(&'m str, &'m str)> {
     message.strip_prefix(beginning)?.rsplit_once(", expected ")
 }
 
-/// What a program's type is for people.
+/// The words for a type that serde has expected.
 fn kind(expected: &str) -> &str {
     match expected {
         "u8" | "u16" | "u32" | "u64" | "usize" | "i8" | "i16" | "i32" | "i64" | "isize" => NUMBER,
@@ -68,7 +69,7 @@ fn kind(expected: &str) -> &str {
     }
 }
 
-/// What serde calls a value.
+/// The words for a value that serde has found.
 fn found_words(found: &str) -> String {
     let known = [
         ("string ", "the text "),
@@ -108,7 +109,7 @@ pub fn field_at(text: &[u8], line: usize, column: usize) -> Option<&str> {
     field
 }
 
-/// What is wrong with `text`, in plain words with the field and without the place.
+/// The fault of `text` that `error` tells, in plain words, with the field and without the place.
 pub fn tell(text: &[u8], error: &serde_json::Error) -> String {
     let message = error.to_string();
     let message = plain(message.split(" at line ").next().unwrap_or_default());

@@ -1,4 +1,5 @@
-//! What a restored guest needs of its memory first: noted when it is ready, and asked of the kernel by later restores.
+//! The working set of a restored guest: the pages that it needs first are noted when it is ready, and later restores ask
+//! the kernel for them.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -39,7 +40,7 @@ impl Origin {
         Some(Self { folder: folder.clone(), memory })
     }
 
-    /// What was noted there, if that was of this memory, whose file has `size` bytes.
+    /// The working set that was noted there, if it is of this memory, whose file has `size` bytes.
     pub(super) fn working_set(&self, size: u64) -> Option<WorkingSet> {
         WorkingSet::read(&self.folder, self.memory, size)
     }
@@ -123,7 +124,7 @@ fn note(memory: &Memory, pagemap: &Pagemap, file: Beside, number: u128) -> Resul
     Ok(set.pages())
 }
 
-/// Whoever asked may be no client: all that want to know are told.
+/// Tells the log and the events how it ended: a note that the command line asked for has no client to be answered.
 fn tell(noted: Result<u64>) -> Result<Option<Value>> {
     match &noted {
         Ok(pages) => history::tell(|| Event::WorkingSetNoted { pages: *pages }),

@@ -1,12 +1,12 @@
-//! What somebody meant who wrote an option or a command that there is not: one that is spelled alike, or the one
-//! that does what goes by this name in other programs.
+//! Hints for options and commands that there are not: the one that is spelled alike, or the one that does what goes by
+//! this name in other programs.
 
 use std::ffi::{OsStr, OsString};
 
 use super::ctl;
 use crate::spelling;
 
-/// What other monitors and container tools call options, and what they are called here. An option is told where the
+/// The names of options in other monitors and container tools, and those of the same options here. An option is told where the
 /// command has it.
 const OPTIONS: [(&str, &str); 42] = [
     ("-a", "--cmdline"),
@@ -53,7 +53,7 @@ const OPTIONS: [(&str, &str); 42] = [
     ("--log-file", "--log-path"),
 ];
 
-/// The same of commands, with the words of those that have more than one.
+/// The names of commands in other programs, and the commands here, some of which are two words.
 const COMMANDS: [(&str, &str); 14] = [
     ("boot", "run"),
     ("create", "run"),
@@ -71,7 +71,7 @@ const COMMANDS: [(&str, &str); 14] = [
     ("validate", "check"),
 ];
 
-/// The same of `alula ctl`.
+/// The names of other programs' commands for a running guest, and the commands of `alula ctl`.
 const CTL_COMMANDS: [(&str, &str); 15] = [
     ("stat", "status"),
     ("info", "status"),
@@ -112,7 +112,7 @@ pub fn with_hint<'w>(
 pub fn no_command<'w>(word: &OsStr, commands: impl IntoIterator<Item = &'w str>) -> String {
     let message = format!("there is no command {word:?}");
     let word = word.to_string_lossy();
-    // What is done with a guest that runs stands below `ctl`.
+    // Commands for a running guest are those of `ctl`.
     if ctl::COMMANDS.contains(&&*word) {
         return format!("{message}: is `alula ctl {word}` meant?");
     }
