@@ -348,8 +348,15 @@ impl Session {
         }
         for (end, kind) in [(&mut process.stdout, Type::Output), (&mut process.stderr, Type::Errors)] {
             let Some(open) = end else { continue };
-            match open.attempt(|file| file.read(&mut scratch[HEAD..])) {
-                // A terminal whose last program has gone says EIO.
+            let mut read = |open: &mut End| open.attempt(|file| file.read(&mut scratch[HEAD..]));
+            // A terminal whose last program has gone says EIO. Linux waits for output on its way, looks whether there
+            // is any, and then whether the last program has gone (n_tty_read): what a program writes between the two
+            // and ends is there at the next read.
+            let result = match read(open) {
+                Some(Err(_)) if process.has_terminal => read(open),
+                result => result,
+            };
+            match result {
                 Some(Ok(0) | Err(_)) => *end = None,
                 Some(Ok(count)) => {
                     process.silent_since = None;
