@@ -76,6 +76,29 @@ pub struct CpuidModifier {
     pub value: u32,
 }
 
+/// A change of a register of every CPU that has a number: a model-specific register (x86_64), or one as KVM numbers it
+/// (aarch64; KVM api, KVM_GET_ONE_REG).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RegisterModifier {
+    /// The register.
+    pub number: u64,
+    /// The bits that are changed.
+    pub mask: u128,
+    /// What these bits become; 0 outside of `mask`.
+    pub value: u128,
+}
+
+/// How the guest's CPUs differ from those that this host's KVM gives.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CpuChanges {
+    /// The numbers of capabilities that KVM must have (KVM api, KVM_CHECK_EXTENSION).
+    pub capabilities: Vec<u32>,
+    /// Changes of CPUID (x86_64).
+    pub cpuid: Vec<CpuidModifier>,
+    /// Changes of other registers.
+    pub registers: Vec<RegisterModifier>,
+}
+
 /// Where a part of the machine is, as the guest reaches it. Interrupt lines are GSIs: pins of the I/O APIC on
 /// x86_64, shared peripheral interrupts (SPIs) on aarch64.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]

@@ -149,11 +149,11 @@ fn what_is_not_there_yet_is_what_is_refused() {
     let service = Service::start(&[]);
     let mut client = service.client();
     // All of it but one property.
-    let capabilities = r#"{"cpuid_modifiers": [], "kvm_capabilities": ["1"]}"#;
-    let fault = client.request("PUT", "/cpu-config", capabilities).fault();
-    assert!(fault.contains("`kvm_capabilities` is not implemented yet"), "{fault}");
+    let features = r#"{"vcpu_features": [{"index": 0, "bitmap": "0b1"}]}"#;
+    let fault = client.request("PUT", "/cpu-config", features).fault();
+    assert!(fault.contains("`vcpu_features` is not implemented yet"), "{fault}");
     client.ok("PUT", "/cpu-config", r#"{"cpuid_modifiers": []}"#);
-    assert!(refused.remove("/cpu-config") && refused.remove("cpuid_modifiers"));
+    assert!(refused.remove("/cpu-config") && refused.remove("vcpu_features"));
     for path in PATHS {
         assert_eq!(is_path_refused(&mut client, path), refused.remove(path), "{path}");
     }

@@ -336,6 +336,14 @@ macro_rules! raised_by {
     };
 }
 
+/// TPIDR_EL1, which is there for software alone.
+pub fn unused_register() -> u64 {
+    let value;
+    // SAFETY: the register is read, which changes nothing.
+    unsafe { asm!("mrs {}, tpidr_el1", out(reg) value, options(nomem, nostack)) };
+    value
+}
+
 /// There is no CPUID.
 pub fn features() -> Option<[u32; 2]> {
     None

@@ -179,7 +179,7 @@ pub fn write32(address: u64, value: u32) {
 
 fn read_msr(register: u32) -> u64 {
     let (low, high): (u32, u32);
-    // SAFETY: the registers named in this file are there on every CPU with an x2APIC.
+    // SAFETY: the registers named in this file are there on every CPU of 64 bits with an x2APIC.
     unsafe { asm!("rdmsr", in("ecx") register, out("eax") low, out("edx") high, options(nomem, nostack)) };
     u64::from(low) | u64::from(high) << 32
 }
@@ -295,6 +295,12 @@ fn raised_by_code_at(address: u64) -> u64 {
         );
         read_volatile(&raw const RAISED)
     }
+}
+
+/// IA32_SYSENTER_ESP, which only SYSENTER uses.
+pub fn unused_register() -> u64 {
+    const SYSENTER_ESP: u32 = 0x175;
+    read_msr(SYSENTER_ESP)
 }
 
 /// The features that leaf 1 of CPUID tells in ECX and EDX.

@@ -8,6 +8,7 @@ use super::Request;
 use super::routes::{NOT_IMPLEMENTED, route};
 use super::schema::check;
 use super::snapshot;
+use crate::arch;
 use crate::dialect::Dialect;
 
 /// What becomes of a value.
@@ -37,6 +38,10 @@ struct Body {
 const LIMITER: &str = r#"{"bandwidth": {"size": 1, "refill_time": 1}, "ops": null}"#;
 const BUCKET: &str = r#"{"size": 1, "refill_time": 1, "one_time_burst": 1}"#;
 const DRIVE: &str = r#"{"drive_id": "a", "is_root_device": false, "path_on_host": "/a"}"#;
+const REGISTERS: &str = r#"[{"addr": "0x10", "bitmap": "0b1"}]"#;
+/// What becomes of registers that only one architecture has.
+const HAS_MSRS: Becomes = if arch::HAS_CPUID { Done } else { Refused };
+const HAS_REGISTERS: Becomes = if arch::HAS_CPUID { Refused } else { Done };
 const INTERFACE: &str = r#"{"iface_id": "a", "host_dev_name": "tap0"}"#;
 
 const fn body(
@@ -87,10 +92,10 @@ const BODIES: &[Body] = &[
         "/cpu-config",
         "{}",
         &[
-            ("kvm_capabilities", r#"["!56"]"#, NotYet, Done),
+            ("kvm_capabilities", r#"["!56"]"#, Done, Done),
             ("cpuid_modifiers", "[]", Done, Done),
-            ("msr_modifiers", r#"[{"addr": "0x10", "bitmap": "0b1"}]"#, NotYet, Done),
-            ("reg_modifiers", r#"[{"addr": "0x10", "bitmap": "0b1"}]"#, NotYet, Done),
+            ("msr_modifiers", REGISTERS, HAS_MSRS, Done),
+            ("reg_modifiers", REGISTERS, HAS_REGISTERS, Done),
             ("vcpu_features", r#"[{"index": 0, "bitmap": "0b1"}]"#, NotYet, Done),
         ],
     ),

@@ -8,10 +8,10 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::arch;
 use crate::error::{Error, Result};
-use crate::platform::{CpuidModifier, CpuidRegister};
+use crate::platform::{CpuChanges, CpuidModifier, CpuidRegister, RegisterModifier};
 
-/// More changes than this are refused: each is compared with all CPUID entries of the host, and a config file
-/// has room for tens of thousands. A processor has some hundred registers of CPUID.
+/// More changes than this are refused: each is compared with all CPUID entries of the host, or is two calls of KVM for
+/// each CPU, and a config file has room for tens of thousands. A processor has some hundred registers of CPUID.
 const MODIFIERS_MAX: usize = 1024;
 
 /// How the CPUs that the guest sees differ from those that the host's KVM supports. An empty body changes
@@ -22,12 +22,13 @@ const MODIFIERS_MAX: usize = 1024;
 pub struct CpuConfig {
     /// Changes of CPUID (x86_64).
     pub cpuid_modifiers: Option<Vec<CpuidLeaf>>,
-    /// Not implemented yet, except an empty list: capabilities of KVM, switched off or asked for.
-    kvm_capabilities: Option<Vec<String>>,
-    /// Not implemented yet, except an empty list: model-specific registers (x86_64).
-    msr_modifiers: Option<Vec<RegisterModifier>>,
-    /// Not implemented yet, except an empty list: registers (aarch64).
-    reg_modifiers: Option<Vec<RegisterModifier>>,
+    /// Capabilities of KVM by their numbers (`"56"`), which this host's KVM must have. With `!` in front (`"!56"`) the
+    /// start does not ask for one; Alula asks for none but those that it uses, so this changes nothing.
+    kvm_capabilities: Option<Vec<Capability>>,
+    /// Changes of model-specific registers (x86_64), which are part of a CPU's state for KVM.
+    msr_modifiers: Option<Vec<MsrChange>>,
+    /// Changes of registers as KVM numbers them (aarch64; KVM api, KVM_GET_ONE_REG).
+    reg_modifiers: Option<Vec<ArmRegisterChange>>,
     /// Not implemented yet, except an empty list: features of the CPUs (aarch64).
     vcpu_features: Option<Vec<CpuFeature>>,
 }
@@ -38,9 +39,9 @@ pub struct CpuConfig {
 #[serde(deny_unknown_fields, expecting = "struct CpuidLeafModifier")]
 pub struct CpuidLeaf {
     /// The leaf (EAX): a text such as `0x80000001`.
-    leaf: Number,
+    leaf: Number<32>,
     /// The subleaf (ECX): a text such as `0x0`.
-    subleaf: Number,
+    subleaf: Number<32>,
     /// KVM's flags of the entry. An entry is found by its leaf and subleaf, whatever its flags are.
     flags: u32,
     /// The changes, register by register.
@@ -56,7 +57,7 @@ struct RegisterChange {
     register: Register,
     /// Its bits, the highest first, after `0b`: `0` and `1` are set so, `x` is left as the host has it. What
     /// is not written in front is `x`; `_` separates.
-    bitmap: Bits,
+    bitmap: Bits<32>,
 }
 
 /// A register that CPUID answers in.
@@ -70,15 +71,26 @@ enum Register {
     Edx,
 }
 
-/// A change of a register that has an address.
+/// A change of a model-specific register.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-#[serde(deny_unknown_fields)]
-struct RegisterModifier {
-    /// The register's address or id.
-    addr: String,
-    /// Its bits.
-    bitmap: String,
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "MsrModifier"))]
+#[serde(deny_unknown_fields, expecting = "struct MsrModifier")]
+struct MsrChange {
+    /// The register's number: a text such as `0x10a`.
+    addr: Number<32>,
+    /// The register's bits, as those of CPUID; at most 64.
+    bitmap: Bits<64>,
+}
+
+/// A change of a register of aarch64.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "ArmRegisterModifier"))]
+#[serde(deny_unknown_fields, expecting = "struct ArmRegisterModifier")]
+struct ArmRegisterChange {
+    /// KVM's number of the register: a text such as `0x603000000013c020`.
+    addr: Number<64>,
+    /// The register's bits, as those of CPUID; at most as many as the register has.
+    bitmap: Bits<128>,
 }
 
 /// A change of a set of CPU features.
@@ -98,32 +110,57 @@ impl CpuConfig {
 
     /// Whether it makes sense on this architecture, whatever the host can do.
     pub fn check(&self) -> Result<()> {
-        let lists = [
-            ("kvm_capabilities", self.kvm_capabilities.as_ref().map(Vec::len)),
-            ("msr_modifiers", self.msr_modifiers.as_ref().map(Vec::len)),
-            ("reg_modifiers", self.reg_modifiers.as_ref().map(Vec::len)),
-            ("vcpu_features", self.vcpu_features.as_ref().map(Vec::len)),
-        ];
-        if let Some((field, _)) = lists.into_iter().find(|(_, length)| length.is_some_and(|it| it > 0)) {
-            return Err(Error::config(format!("`{field}` is not implemented yet: leave it out")));
+        if self.vcpu_features.as_ref().is_some_and(|list| !list.is_empty()) {
+            return Err(Error::config("`vcpu_features` is not implemented yet: leave it out"));
         }
         let leaves = self.cpuid_modifiers.as_deref().unwrap_or_default();
-        if !arch::HAS_CPUID && !leaves.is_empty() {
-            return Err(Error::config(format!("`cpuid_modifiers`: {} has no CPUID", arch::NAME)));
+        let count_of = |length: Option<usize>| length.unwrap_or(0);
+        let of_leaves = leaves.iter().map(|leaf| leaf.modifiers.len()).sum::<usize>();
+        let of_msrs = count_of(self.msr_modifiers.as_ref().map(Vec::len));
+        let of_registers = count_of(self.reg_modifiers.as_ref().map(Vec::len));
+        let of_capabilities = count_of(self.kvm_capabilities.as_ref().map(Vec::len));
+        let foreign = [
+            ("cpuid_modifiers", arch::HAS_CPUID, leaves.len(), "CPUID"),
+            ("msr_modifiers", arch::HAS_CPUID, of_msrs, "model-specific registers"),
+            ("reg_modifiers", !arch::HAS_CPUID, of_registers, "registers of aarch64"),
+        ];
+        for (field, has_them, count, what) in foreign {
+            if !has_them && count > 0 {
+                return Err(Error::config(format!("`{field}`: {} has no {what}", arch::NAME)));
+            }
         }
-        let count = leaves.iter().map(|leaf| leaf.modifiers.len()).sum::<usize>();
-        if count > MODIFIERS_MAX {
-            let reason =
-                format!("`cpuid_modifiers` has {count} registers: at most {MODIFIERS_MAX} are taken");
-            return Err(Error::config(reason));
+        let lists = [
+            ("cpuid_modifiers", of_leaves, "registers"),
+            ("msr_modifiers", of_msrs, "registers"),
+            ("reg_modifiers", of_registers, "registers"),
+            ("kvm_capabilities", of_capabilities, "capabilities"),
+        ];
+        match lists.into_iter().find(|(_, count, _)| *count > MODIFIERS_MAX) {
+            Some((field, count, what)) => {
+                Err(Error::config(format!("`{field}` has {count} {what}: at most {MODIFIERS_MAX} are taken")))
+            }
+            None => Ok(()),
         }
-        Ok(())
+    }
+
+    /// All changes, in their order.
+    pub fn changes(&self) -> CpuChanges {
+        let msr = |change: &MsrChange| change.bitmap.of_register(change.addr.0);
+        let register = |change: &ArmRegisterChange| change.bitmap.of_register(change.addr.0);
+        let asked = |capability: &Capability| capability.is_needed.then_some(capability.number);
+        CpuChanges {
+            capabilities: self.kvm_capabilities.iter().flatten().filter_map(asked).collect(),
+            cpuid: self.cpuid(),
+            registers: (self.msr_modifiers.iter().flatten().map(msr))
+                .chain(self.reg_modifiers.iter().flatten().map(register))
+                .collect(),
+        }
     }
 
     /// The changes of CPUID, one register after the other.
-    pub fn cpuid(&self) -> Vec<CpuidModifier> {
+    fn cpuid(&self) -> Vec<CpuidModifier> {
         let of_leaf = |leaf: &CpuidLeaf| {
-            let (function, index) = (leaf.leaf.0, leaf.subleaf.0);
+            let (function, index) = (leaf.leaf.0 as u32, leaf.subleaf.0 as u32);
             let modifier = move |change: &RegisterChange| CpuidModifier {
                 leaf: function,
                 subleaf: index,
@@ -133,8 +170,8 @@ impl CpuConfig {
                     Register::Ecx => CpuidRegister::Ecx,
                     Register::Edx => CpuidRegister::Edx,
                 },
-                mask: change.bitmap.mask,
-                value: change.bitmap.value,
+                mask: change.bitmap.mask as u32,
+                value: change.bitmap.value as u32,
             };
             leaf.modifiers.iter().map(modifier).collect::<Vec<_>>()
         };
@@ -142,11 +179,11 @@ impl CpuConfig {
     }
 }
 
-/// A number of 32 bits as text: hexadecimal after `0x`, binary after `0b`.
+/// A number of at most so many bits as text: hexadecimal after `0x`, binary after `0b`.
 #[derive(Clone, Copy, Debug, PartialEq)]
-struct Number(u32);
+struct Number<const BITS: u32>(u64);
 
-impl Number {
+impl<const BITS: u32> Number<BITS> {
     fn parse(text: &str) -> Option<Self> {
         let (digits, radix) = match text.strip_prefix("0x") {
             Some(digits) => (digits, 16),
@@ -154,20 +191,22 @@ impl Number {
         };
         // `from_str_radix` takes a sign.
         let all_digits = digits.chars().all(|digit| digit.is_digit(radix));
-        all_digits.then(|| u32::from_str_radix(digits, radix).ok().map(Self))?
+        let number = u64::from_str_radix(digits, radix).ok().filter(|_| all_digits)?;
+        (number.checked_shr(BITS).unwrap_or(0) == 0).then_some(Self(number))
     }
 }
 
-/// The bits of a register that are changed (`mask`), and what they become (`value`, 0 elsewhere).
+/// The bits of a register that are changed (`mask`), and what they become (`value`, 0 elsewhere); no others than the
+/// lowest `BITS`.
 #[derive(Clone, Copy, Debug, PartialEq)]
-struct Bits {
-    mask: u32,
-    value: u32,
+struct Bits<const BITS: u32> {
+    mask: u128,
+    value: u128,
 }
 
-impl Bits {
+impl<const BITS: u32> Bits<BITS> {
     fn parse(text: &str) -> Option<Self> {
-        let (mut mask, mut value, mut count) = (0u32, 0u32, 0);
+        let (mut mask, mut value, mut count) = (0u128, 0u128, 0);
         for letter in text.strip_prefix("0b")?.chars().filter(|letter| *letter != '_') {
             let (is_changed, bit) = match letter {
                 '0' => (1, 0),
@@ -178,7 +217,30 @@ impl Bits {
             (mask, value) = (mask << 1 | is_changed, value << 1 | bit);
             count += 1;
         }
-        (1..=u32::BITS).contains(&count).then_some(Self { mask, value })
+        (1..=BITS).contains(&count).then_some(Self { mask, value })
+    }
+
+    fn of_register(&self, number: u64) -> RegisterModifier {
+        RegisterModifier { number, mask: self.mask, value: self.value }
+    }
+}
+
+/// A capability of KVM, and whether KVM must have it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Capability {
+    number: u32,
+    is_needed: bool,
+}
+
+impl Capability {
+    fn parse(text: &str) -> Option<Self> {
+        let (digits, is_needed) = match text.strip_prefix('!') {
+            Some(digits) => (digits, false),
+            None => (text, true),
+        };
+        let all_digits = digits.chars().all(|digit| digit.is_ascii_digit());
+        let number = digits.parse().ok().filter(|_| all_digits)?;
+        Some(Self { number, is_needed })
     }
 }
 
@@ -198,39 +260,60 @@ impl<T> Visitor<'_> for Text<T> {
     }
 }
 
-impl<'de> Deserialize<'de> for Number {
+impl<'de, const BITS: u32> Deserialize<'de> for Number<BITS> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let expected = "a text with a number of 32 bits, such as \"0x80000001\"";
+        let expected = match BITS {
+            32 => "a text with a number of 32 bits, such as \"0x80000001\"",
+            _ => "a text with a number of 64 bits, such as \"0x603000000013c020\"",
+        };
         deserializer.deserialize_str(Text { expected, parse: Self::parse })
     }
 }
 
-impl Serialize for Number {
+impl<const BITS: u32> Serialize for Number<BITS> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(&format_args!("{:#x}", self.0))
     }
 }
 
-impl<'de> Deserialize<'de> for Bits {
+impl<'de, const BITS: u32> Deserialize<'de> for Bits<BITS> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let expected = "a text with at most 32 of `0`, `1` and `x` after `0b`, such as \"0bxx10\"";
+        let expected = match BITS {
+            32 => "a text with at most 32 of `0`, `1` and `x` after `0b`, such as \"0bxx10\"",
+            64 => "a text with at most 64 of `0`, `1` and `x` after `0b`, such as \"0bxx10\"",
+            _ => "a text with at most 128 of `0`, `1` and `x` after `0b`, such as \"0bxx10\"",
+        };
         deserializer.deserialize_str(Text { expected, parse: Self::parse })
     }
 }
 
-impl Serialize for Bits {
+impl<const BITS: u32> Serialize for Bits<BITS> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let letter = |bit: u32| match (self.mask >> bit & 1, self.value >> bit & 1) {
             (0, _) => 'x',
             (_, 0) => '0',
             _ => '1',
         };
-        let letters: String = (0..u32::BITS).rev().map(letter).collect();
+        let letters: String = (0..BITS).rev().map(letter).collect();
         serializer.collect_str(&format_args!("0b{letters}"))
     }
 }
 
-/// Both are texts in JSON.
+impl<'de> Deserialize<'de> for Capability {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let expected = "a text with the number of a capability, such as \"56\" or \"!56\"";
+        deserializer.deserialize_str(Text { expected, parse: Self::parse })
+    }
+}
+
+impl Serialize for Capability {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let sign = if self.is_needed { "" } else { "!" };
+        serializer.collect_str(&format_args!("{sign}{}", self.number))
+    }
+}
+
+/// These are texts in JSON.
 #[cfg(test)]
 mod schema {
     use std::borrow::Cow;
@@ -238,10 +321,10 @@ mod schema {
     use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 
     macro_rules! text {
-        ($($name:ident)*) => {
-            $(impl JsonSchema for super::$name {
+        ($name:literal, $type:ty $(, $bits:ident)?) => {
+            impl $(<const $bits: u32>)? JsonSchema for $type {
                 fn schema_name() -> Cow<'static, str> {
-                    stringify!($name).into()
+                    $name.into()
                 }
                 fn inline_schema() -> bool {
                     true
@@ -249,10 +332,12 @@ mod schema {
                 fn json_schema(_: &mut SchemaGenerator) -> Schema {
                     json_schema!({ "type": "string" })
                 }
-            })*
+            }
         };
     }
-    text!(Number Bits);
+    text!("Number", super::Number<BITS>, BITS);
+    text!("Bits", super::Bits<BITS>, BITS);
+    text!("Capability", super::Capability);
 }
 
 #[cfg(test)]
@@ -269,6 +354,24 @@ mod tests {
             r#"{{"cpuid_modifiers":[{{"leaf":"{leaf}","subleaf":"0b1","flags":1,
             "modifiers":[{{"register":"ecx","bitmap":"{bitmap}"}}]}}]}}"#
         )
+    }
+
+    /// A change of so many bits of a register.
+    fn register(field: &str, bits: usize) -> String {
+        format!(r#"{{"{field}":[{{"addr":"0x10","bitmap":"0b{}"}}]}}"#, "1".repeat(bits))
+    }
+
+    #[test]
+    fn registers_and_capabilities_are_those_that_the_text_names() {
+        let (field, bits) = if arch::HAS_CPUID { ("msr_modifiers", 64) } else { ("reg_modifiers", 128) };
+        let text = register(field, bits).replacen('{', r#"{"kvm_capabilities":["7","!56"],"#, 1);
+        let config = parse(&text).unwrap();
+        let all = u128::MAX >> (u128::BITS as usize - bits);
+        let expected = RegisterModifier { number: 0x10, mask: all, value: all };
+        let changes = config.changes();
+        assert_eq!((&changes.registers[..], &changes.capabilities[..]), (&[expected][..], &[7][..]));
+        let told = serde_json::to_string(&config).unwrap();
+        assert_eq!(parse(&told).unwrap(), config, "what is told can be given: {told}");
     }
 
     #[test]
@@ -297,8 +400,18 @@ mod tests {
             (leaf("0x1", "0b"), "at most 32 of `0`, `1` and `x`"),
             (leaf("0x1", "0b2"), "invalid value"),
             (leaf("0x1", &format!("0b{}", "x".repeat(33))), "invalid value"),
-            (r#"{"msr_modifiers":[{"addr":"0x1","bitmap":"0b1"}]}"#.to_owned(), "`msr_modifiers` is not"),
-            (r#"{"kvm_capabilities":["!56"]}"#.to_owned(), "`kvm_capabilities` is not implemented"),
+            (
+                r#"{"msr_modifiers":[{"addr":"0x100000000","bitmap":"0b1"}]}"#.to_owned(),
+                "a number of 32 bits",
+            ),
+            (r#"{"reg_modifiers":[{"addr":"0x10000000000000000","bitmap":"0b1"}]}"#.to_owned(), "of 64 bits"),
+            (register("msr_modifiers", 65), "at most 64 of `0`, `1` and `x`"),
+            (register("reg_modifiers", 129), "at most 128 of `0`, `1` and `x`"),
+            (register(if arch::HAS_CPUID { "reg_modifiers" } else { "msr_modifiers" }, 1), "_modifiers`: "),
+            (r#"{"kvm_capabilities":["+56"]}"#.to_owned(), "the number of a capability"),
+            (r#"{"kvm_capabilities":["!!56"]}"#.to_owned(), "the number of a capability"),
+            (r#"{"kvm_capabilities":[""]}"#.to_owned(), "the number of a capability"),
+            (r#"{"kvm_capabilities":["4294967296"]}"#.to_owned(), "the number of a capability"),
             (r#"{"vcpu_features":[{"index":0,"bitmap":"0b1"}]}"#.to_owned(), "`vcpu_features` is not"),
             (r#"{"cpuid":[]}"#.to_owned(), "unknown field `cpuid`"),
         ] {

@@ -19,7 +19,7 @@ use crate::error::{Context, Error, Result};
 use crate::log;
 use crate::metadata;
 use crate::metrics;
-use crate::platform::CpuidModifier;
+use crate::platform::CpuChanges;
 use crate::sink::{Purpose, Sink};
 
 pub use cpu::CpuConfig;
@@ -187,9 +187,9 @@ impl Config {
         wrong
     }
 
-    /// The changes of the CPUs' CPUID.
-    pub fn cpuid(&self) -> Vec<CpuidModifier> {
-        self.cpu_config.as_ref().map_or(Vec::new(), CpuConfig::cpuid)
+    /// How the CPUs differ from the host's.
+    pub fn cpu_changes(&self) -> CpuChanges {
+        self.cpu_config.as_ref().map_or_else(CpuChanges::default, CpuConfig::changes)
     }
 
     /// What the command line must say of the root device.

@@ -110,12 +110,14 @@ mod tests {
             }
             false => "[]",
         };
+        let registers = r#"[{"addr": "0x10", "bitmap": "0b1x0"}]"#;
+        let (msrs, others) = if crate::arch::HAS_CPUID { (registers, "[]") } else { ("[]", registers) };
         let text = format!(
             r#"{{
             "boot-source": {{"kernel_image_path": "k", "initrd_path": "i", "boot_args": "quiet"}},
             "machine-config": {{"vcpu_count": 4, "mem_size_mib": 64, "smt": {smt}, "huge_pages": "Never"}},
-            "cpu-config": {{"cpuid_modifiers": {cpuid}, "kvm_capabilities": [], "msr_modifiers": [],
-                "reg_modifiers": [], "vcpu_features": []}},
+            "cpu-config": {{"cpuid_modifiers": {cpuid}, "kvm_capabilities": ["!56"], "msr_modifiers": {msrs},
+                "reg_modifiers": {others}, "vcpu_features": []}},
             "logger": {{"log_path": "l", "level": "Debug", "show_level": true, "show_log_origin": true,
                 "module": "virtio"}},
             "metrics": {{"metrics_path": "m", "emit_id": true, "properties": {{"a": "b"}}}},
@@ -164,7 +166,7 @@ mod tests {
         let fields = types.values().filter_map(|one| one["properties"].as_object()).flat_map(Map::keys);
         let only_x86_64 = ["smt", "leaf", "subleaf", "flags", "modifiers", "register"];
         let cannot = |field: &str| {
-            ["track_dirty_pages", "cpu_template", "socket", "addr", "index", "bitmap"].contains(&field)
+            ["track_dirty_pages", "cpu_template", "socket", "index"].contains(&field)
                 || !crate::arch::HAS_CPUID && only_x86_64.contains(&field)
         };
         fields.filter(|field| !cannot(field)).cloned().collect()

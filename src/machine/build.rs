@@ -151,7 +151,7 @@ pub fn load(machine: &mut Machine, config: &Config, host: &mut Host) -> Result<(
     let platform = &mut machine.platform;
     let vcpus = machine.vcpus.stopped();
     // CPUs that are restored are what they were instead.
-    machine.vm.with_cpu_model(|model| model.apply(&vcpus, platform.smt, &config.cpuid()))?;
+    machine.vm.settle_cpus(&vcpus, platform.smt, &config.cpu_changes())?;
     platform.nodes = machine.parts.nodes();
     platform.random_seed = host.random_seed()?;
     let entry = match &config.boot_source {

@@ -154,7 +154,7 @@ impl Machine {
     pub fn check_host(&self, saved: &SavedMachine) -> Result<()> {
         let stopped = self.vcpus.stopped();
         let Some(first) = stopped.first() else { return Ok(()) };
-        let modifiers = saved.config.cpuid();
+        let modifiers = saved.config.cpu_changes().cpuid;
         self.vm.with_cpu_model(|model| model.check(first, &saved.vcpus, &self.platform, &modifiers))
     }
 

@@ -23,7 +23,7 @@ use crate::arch::{self, CpuModel};
 use crate::descriptors::Name;
 use crate::error::{Context, Error, Result};
 use crate::memory::{Range, Region, Regions};
-use crate::platform::{MessageFrame, Platform};
+use crate::platform::{CpuChanges, MessageFrame, Platform};
 use crate::poll::EventFd;
 use crate::timeline::Timeline;
 use slots::Slots;
@@ -197,6 +197,28 @@ impl Vm {
             Some(model) => ask(model),
             None => ask(&CpuModel::new(&self.kvm)?),
         }
+    }
+
+    /// Tells KVM what the CPUs are, before they first run: those of the host, with two of them a core if `smt`, and with
+    /// `changes`.
+    ///
+    /// # Errors
+    /// This host's KVM lacks what `changes` asks for, or does not take it.
+    pub fn settle_cpus(
+        &self,
+        vcpus: &[impl Deref<Target = VcpuFd>],
+        smt: bool,
+        changes: &CpuChanges,
+    ) -> Result<()> {
+        let lacks = |number: &&u32| self.fd.check_extension_raw(u64::from(**number)) <= 0;
+        if let Some(number) = changes.capabilities.iter().find(lacks) {
+            return Err(Error::config(format!(
+                "capability {number} of KVM (`kvm_capabilities`): this host's KVM does not have it"
+            )));
+        }
+        self.with_cpu_model(|model| model.apply(vcpus, smt, &changes.cpuid))?;
+        // CPUID says which registers a CPU has.
+        arch::change_registers(&self.kvm, vcpus, &changes.registers)
     }
 
     /// Tells KVM what the CPUs most likely are, before that is known: those of the host. KVM can be told otherwise until

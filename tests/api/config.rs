@@ -190,6 +190,44 @@ fn a_guests_cpus_are_changed_as_their_configuration_says() {
     }
 }
 
+/// A register that only an operating system would use, as the firmware tells (IA32_SYSENTER_ESP, TPIDR_EL1), and one
+/// that KVM does not have.
+const REGISTERS: (&str, &str, &str) = if cfg!(target_arch = "x86_64") {
+    ("msr_modifiers", "0x175", "0xdead")
+} else {
+    ("reg_modifiers", "0x603000000013c684", "0x603000000013dead")
+};
+/// KVM_CAP_IRQFD, which every KVM has, and a number that none has.
+const CAPABILITIES: (u32, u32) = (32, 1_000_000);
+
+#[test]
+fn cpus_have_registers_and_kvm_what_the_configuration_asks() {
+    let (field, register, missing) = REGISTERS;
+    let (known, unknown) = CAPABILITIES;
+    let start = |register: &str, capability: String| {
+        let service = Service::start(&[]);
+        let mut client = service.client();
+        let modifiers = json!([{ "addr": register, "bitmap": "0b1x01_0000_0000_0000" }]);
+        let body = json!({ field: modifiers, "kvm_capabilities": [capability, format!("!{unknown}")] });
+        client.ok("PUT", "/cpu-config", &body.to_string());
+        let told = client.ok("GET", "/vm/config", "").json();
+        assert_eq!(told["cpu-config"][field][0]["addr"], register, "{told}");
+        client.ok("PUT", "/machine-config", r#"{"vcpu_count": 2, "mem_size_mib": 64}"#);
+        service.boot_source("case=features end=idle");
+        let started = client.request("PUT", "/actions", START);
+        (service, started)
+    };
+    let (mut service, started) = start(register, known.to_string());
+    assert_eq!(started.status(), "204", "{}", started.body);
+    service.process.expect("register 0x9000,");
+    let (_, refused) = start(missing, known.to_string());
+    let expected = format!("register {missing}");
+    assert!(refused.fault().contains(&expected) && refused.body.contains(field), "{}", refused.body);
+    let (_, refused) = start(register, unknown.to_string());
+    let expected = "capability 1000000 of KVM (`kvm_capabilities`): this host's KVM does not have it";
+    assert!(refused.fault().contains(expected), "{}", refused.body);
+}
+
 #[test]
 fn a_config_file_has_the_changes_of_cpus_or_names_their_file() {
     let folder = common::Folder::new();
@@ -209,7 +247,7 @@ fn a_config_file_has_the_changes_of_cpus_or_names_their_file() {
         ("[]".to_owned(), "`cpu-config`: expected an object, found a list"),
         (r#""/nonexistent/cpu.json""#.to_owned(), "read CPU config `/nonexistent/cpu.json`: No such file"),
         (json!(wrong).to_string(), "wrong.json`: `cpu-config`: unknown field `cpuid`"),
-        (r#"{"msr_modifiers": [{"addr": "0x1", "bitmap": "0b1"}]}"#.to_owned(), "`msr_modifiers` is not"),
+        (r#"{"msr_modifiers": [{"addr": "1", "bitmap": "0b1"}]}"#.to_owned(), "a number of 32 bits"),
     ] {
         let (code, text) = check(&cpu);
         assert!(code == Some(1) && text.contains(expected), "{cpu}: {code:?} {text}");

@@ -22,7 +22,7 @@ use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 pub use boot::{Entry, load};
 pub use gic::{InterruptController, MESSAGES_NAME_THEIR_DEVICE, default_routes};
 
-pub use state::{VcpuState, VmState, restore_vcpus, restore_vm, save_vcpus, save_vm};
+pub use state::{VcpuState, VmState, change_registers, restore_vcpus, restore_vm, save_vcpus, save_vm};
 
 use crate::error::{Context, Result};
 use crate::platform::{CpuidModifier, Node, Platform};

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::gic::InterruptController;
 use super::gic_state::{self, GicState};
 use crate::error::{Context, Error, Result};
+use crate::platform::RegisterModifier;
 use crate::snapshot;
 
 /// More registers than any KVM has of a CPU, and what `kvm-bindings` can list: a saved state cannot keep KVM busy
@@ -154,6 +155,32 @@ fn get(vcpu: &VcpuFd, register: u64) -> Result<Vec<u8>> {
     let attempt = || format!("get the register {register:#x}");
     let size = vcpu.get_one_reg(register, &mut value).with_context(attempt)?;
     Ok(value[..size].to_vec())
+}
+
+/// Changes registers of CPUs that have not run.
+///
+/// # Errors
+/// It names the register that this host's KVM does not have or does not take so.
+pub fn change_registers(
+    _kvm: &Kvm,
+    vcpus: &[impl Deref<Target = VcpuFd>],
+    changes: &[RegisterModifier],
+) -> Result<()> {
+    for RegisterModifier { number, mask, value } in changes {
+        let attempt = || format!("change the register {number:#x} (`reg_modifiers`)");
+        let bits = 8 * size(*number) as u32;
+        if bits > u128::BITS || mask.checked_shr(bits).unwrap_or(0) != 0 {
+            return Err(Error::config(format!("{}: it has {bits} bits", attempt())));
+        }
+        for vcpu in vcpus {
+            let mut held = [0; size_of::<u128>()];
+            let read = get(vcpu, *number).with_context(attempt)?;
+            held[..read.len()].copy_from_slice(&read);
+            let wanted = u128::from_le_bytes(held) & !mask | value;
+            set(vcpu, *number, &wanted.to_le_bytes()[..read.len()]).with_context(attempt)?;
+        }
+    }
+    Ok(())
 }
 
 fn set(vcpu: &VcpuFd, register: u64, value: &[u8]) -> Result<()> {

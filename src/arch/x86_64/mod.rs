@@ -22,6 +22,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 pub use boot::{Entry, load};
+pub use msrs::change_registers;
 pub use registers::{
     boot, is_halted_for_good, is_software_kvm, refuse_instruction, tell_that_it_stood_still,
 };

@@ -1,10 +1,13 @@
 //! Model-specific registers (Intel SDM 4; KVM api, KVM_GET_MSRS): which of them are a CPU's state, and how they
 //! are read and written without losing one.
 
+use std::ops::Deref;
+
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd};
 
 use crate::error::{Context, Error, Result};
+use crate::platform::RegisterModifier;
 
 /// A register's number and its value.
 pub type Msr = (u32, u64);
@@ -107,6 +110,34 @@ pub fn set(vcpu: &VcpuFd, msrs: &[Msr]) -> Result<()> {
                 )));
             }
             rest = &rest[1..];
+        }
+    }
+    Ok(())
+}
+
+/// Changes registers of CPUs that have not run. A register that is not among a CPU's state would be lost by a snapshot.
+///
+/// # Errors
+/// It names the register that this host's KVM does not have, does not list as state or does not take so.
+pub fn change_registers(
+    kvm: &Kvm,
+    vcpus: &[impl Deref<Target = VcpuFd>],
+    changes: &[RegisterModifier],
+) -> Result<()> {
+    let Some(first) = vcpus.first().filter(|_| !changes.is_empty()) else { return Ok(()) };
+    let state = of_cpus(kvm, first)?;
+    for RegisterModifier { number, mask, value } in changes {
+        let lacks = || {
+            Error::config(format!(
+                "change the model-specific register {number:#x} (`msr_modifiers`): this host's KVM does not have it \
+                 among a CPU's state"
+            ))
+        };
+        let index = u32::try_from(*number).ok().filter(|index| state.contains(index)).ok_or_else(lacks)?;
+        for vcpu in vcpus {
+            let [(_, held)] = get(vcpu, &[index])?[..] else { return Err(lacks()) };
+            let wanted = held & !(*mask as u64) | *value as u64;
+            set(vcpu, &[(index, wanted)]).context("`msr_modifiers`")?;
         }
     }
     Ok(())
