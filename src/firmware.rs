@@ -23,8 +23,10 @@ pub fn check_words(words: &str) -> Result<()> {
         let (name, value) = word.split_once('=').map_or((word, None), |(name, value)| (name, Some(value)));
         let is_number = |value: &str| value.parse::<u32>().is_ok();
         match (name, value) {
-            ("cpus" | "memory" | "work", Some(value)) if is_number(value) => {}
-            ("cpus" | "memory" | "work", _) => return refuse(word, format!("expected {name}=NUMBER")),
+            ("cpus" | "memory" | "work" | "touch", Some(value)) if is_number(value) => {}
+            ("cpus" | "memory" | "work" | "touch", _) => {
+                return refuse(word, format!("expected {name}=NUMBER"));
+            }
             ("end", Some(value)) if is_number(value) || has(ENDS, value) => {}
             ("end", _) => return refuse(word, format!("expected end=NUMBER or one of {}", told(ENDS))),
             ("case", Some(value)) if value.split(',').all(|case| has(CASES, case)) => {}
@@ -34,7 +36,7 @@ pub fn check_words(words: &str) -> Result<()> {
             (name, None) if has(FLAGS, name) => {}
             _ => {
                 let flags = told(FLAGS);
-                return refuse(word, format!("expected cpus=, memory=, work=, case=, end=, {flags}"));
+                return refuse(word, format!("expected cpus=, memory=, work=, touch=, case=, end=, {flags}"));
             }
         }
     }
@@ -47,13 +49,16 @@ mod tests {
 
     #[test]
     fn words_that_the_firmware_does_not_know_are_refused() {
-        for words in ["", "cpus=2  memory=128 end=300", "case=serial,hostile-net echo end=idle", "hello"] {
+        for words in
+            ["", "cpus=2  memory=128 end=300", "case=serial,hostile-net echo end=idle", "hello", "touch=2"]
+        {
             check_words(words).unwrap();
         }
         for (words, expected) in [
             ("cpu=2", "does not know `cpu=2`: expected cpus="),
             ("cpus=two", "expected cpus=NUMBER"),
             ("memory", "expected memory=NUMBER"),
+            ("touch=", "expected touch=NUMBER"),
             ("case=serial,net,", "with names of memory, tables"),
             ("case=serial end=stop", "does not know `end=stop`: expected end=NUMBER or one of poweroff"),
             ("hello=1", "does not know `hello=1`"),

@@ -255,6 +255,20 @@ fn what_is_typed_reaches_the_guest_whole() {
 }
 
 #[test]
+fn a_guest_looks_at_what_it_filled_when_a_byte_is_typed() {
+    let mut guest = Process::start(["run", "--memory", "64M", "--cmdline", "touch=32 case=serial end=7"]);
+    guest.expect("filled\n");
+    guest.stdin.as_mut().unwrap().write_all(b"y").unwrap();
+    let ended = guest.end();
+    assert_eq!(ended.code, Some(7), "{}", ended.text);
+    assert!(ended.text.contains("yserial: ok"), "{}", ended.text);
+    // The first 16 MiB are not filled.
+    let ended = firmware(&["--memory", "64M", "--cmdline", "touch=49"]);
+    assert_eq!(ended.code, Some(1), "{}", ended.text);
+    assert!(ended.text.contains("there is not so much memory"), "{}", ended.text);
+}
+
+#[test]
 fn what_is_typed_may_come_from_a_file() {
     let folder = Folder::new();
     let typed = "x".repeat(500);

@@ -1,7 +1,9 @@
-//! The network that the bench makes for its guests, by the tests' means.
+//! What the bench has the host do, by the tests' means: the network of its guests, and what is in memory of files.
 
 #![allow(clippy::unwrap_used, dead_code, reason = "the tests' means are the tests'")]
 
+#[path = "../../tests/common/cache.rs"]
+pub mod cache;
 #[path = "../../tests/common/network.rs"]
 pub mod network;
 

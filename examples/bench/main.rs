@@ -1,6 +1,7 @@
 //! The program behind `scripts/bench`: it reports figures of starts, of restores, of I/O
 //! and of vsock, and judges none but the one of a soak, whether a monitor grows.
 
+mod ahead;
 mod counters;
 mod host;
 mod io;
@@ -13,6 +14,8 @@ mod start;
 mod table;
 mod template;
 mod vsock;
+
+use std::sync::atomic::{AtomicU32, Ordering};
 
 type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
 
@@ -49,7 +52,14 @@ struct Folder(std::path::PathBuf);
 
 impl Folder {
     fn new() -> Result<Self> {
-        let folder = std::env::temp_dir().join(format!("alula-bench-{}", std::process::id()));
+        Self::within(&std::env::temp_dir())
+    }
+
+    /// Makes the folder in the one at `place`.
+    fn within(place: &std::path::Path) -> Result<Self> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let folder = place.join(format!("alula-bench-{}-{number}", std::process::id()));
         std::fs::create_dir_all(&folder)?;
         Ok(Self(folder))
     }

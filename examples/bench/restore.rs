@@ -12,13 +12,14 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
+use crate::ahead;
 use crate::counters::own_memory;
 use crate::monitor::{connect, request, send, spawn};
 use crate::start::{compile, cpu_time, median};
 use crate::template::{self, Machine};
 use crate::{Folder, Result};
 
-const MEMORY_MIB: &str = "128";
+const MEMORY_MIB: u32 = 128;
 /// The time that a service has to prepare itself before it is asked, as it has with a client that takes its time.
 pub const AHEAD: Duration = Duration::from_millis(60);
 /// As many clones are started at a time.
@@ -30,7 +31,7 @@ struct Row(&'static str, Way, &'static str, f64, f64);
 
 /// How a guest is restored.
 #[derive(Clone, Copy, PartialEq)]
-enum Way {
+pub enum Way {
     /// `alula run --restore`.
     Run,
     /// A load in `alula serve`.
@@ -56,9 +57,9 @@ const ROWS: [Row; 4] = [
 ];
 
 /// A guest that was restored, and what the restore cost.
-struct Restored {
+pub struct Restored {
     child: Child,
-    wall_ms: f64,
+    pub wall_ms: f64,
     cpu_ms: f64,
     faults: f64,
 }
@@ -77,11 +78,18 @@ impl Restored {
         Ok(Self { child, wall_ms, cpu_ms, faults })
     }
 
-    fn end(mut self) -> Result<()> {
+    pub fn end(mut self) -> Result<()> {
         self.child.kill()?;
         self.child.wait()?;
         Ok(())
     }
+}
+
+/// A guest that is saved: its memory, its command line, and what it says last before it waits for a byte.
+pub struct Guest {
+    pub memory_mib: u32,
+    pub words: &'static str,
+    pub ready: &'static str,
 }
 
 /// The snapshot that is restored, and the programs that restore it.
@@ -89,6 +97,7 @@ pub struct Bench {
     pub ours: String,
     pub saved: PathBuf,
     pub socket: PathBuf,
+    memory_mib: u32,
     floor: PathBuf,
     /// The floor's state and memory.
     floors: [PathBuf; 2],
@@ -96,40 +105,51 @@ pub struct Bench {
 }
 
 impl Bench {
-    /// Builds the floor program, and has both guests saved.
-    fn new(ours: &str) -> Result<Self> {
+    /// Builds the floor program, and has both guests saved, each with so much memory.
+    fn new(ours: &str, memory_mib: u32) -> Result<Self> {
+        let guest = Guest { memory_mib, words: "answer", ready: "A\n" };
+        Self::of(ours, &guest, Folder::new()?)
+    }
+
+    /// Builds the floor program, and has this guest and the floor's saved in `folder`.
+    pub fn of(ours: &str, guest: &Guest, folder: Folder) -> Result<Self> {
         if !cfg!(target_arch = "x86_64") {
             return Err("restores are measured on x86_64 alone: the floor program makes its calls".into());
         }
-        let folder = Folder::new()?;
         let path = |name: &str| folder.0.join(name);
         let (source, floor) = (path("floor.c"), path("floor"));
         std::fs::write(&source, include_str!("floor.c"))?;
         compile(&source, &floor)?;
         let floors = [path("floor-state"), path("floor-memory")];
-        let status = Command::new(&floor).arg("save").args(&floors).arg(MEMORY_MIB).status()?;
+        let memory_mib = guest.memory_mib;
+        let status = Command::new(&floor).arg("save").args(&floors).arg(memory_mib.to_string()).status()?;
         if !status.success() {
             return Err(format!("the floor program could not save its guest: {status}").into());
         }
         let (ours, saved, socket) = (ours.to_owned(), path("saved"), path("api.socket"));
-        let bench = Self { ours, saved, socket, floor, floors, _folder: folder };
-        bench.save()?;
+        let bench = Self { ours, saved, socket, memory_mib, floor, floors, _folder: folder };
+        bench.save(guest)?;
         Ok(bench)
     }
 
     /// Saves a guest that a byte waits for.
-    fn save(&self) -> Result<()> {
+    fn save(&self, guest: &Guest) -> Result<()> {
         let kernel = self.saved.with_file_name("firmware");
         std::fs::write(&kernel, alula::firmware::IMAGE)?;
         let mut child = spawn(&self.ours, true, &self.socket, &[], Stdio::piped())?;
         let done = (|| {
             let mut client = connect(&mut child, &self.socket)?;
-            let boot = json!({ "kernel_image_path": kernel, "boot_args": "answer" });
+            let boot = json!({ "kernel_image_path": kernel, "boot_args": guest.words });
             request(&mut client, "PUT", "/boot-source", &boot.to_string())?;
-            let machine = format!(r#"{{"vcpu_count":1,"mem_size_mib":{MEMORY_MIB}}}"#);
-            request(&mut client, "PUT", "/machine-config", &machine)?;
+            let machine = json!({ "vcpu_count": 1, "mem_size_mib": guest.memory_mib });
+            request(&mut client, "PUT", "/machine-config", &machine.to_string())?;
             request(&mut client, "PUT", "/actions", r#"{"action_type":"InstanceStart"}"#)?;
-            child.stdout.as_mut().ok_or("no output")?.read_exact(&mut [0; 2])?;
+            let (output, mut said) = (child.stdout.as_mut().ok_or("no output")?, Vec::new());
+            while !said.ends_with(guest.ready.as_bytes()) {
+                let mut byte = [0];
+                output.read_exact(&mut byte)?;
+                said.push(byte[0]);
+            }
             request(&mut client, "PATCH", "/vm", r#"{"state":"Paused"}"#)?;
             child.stdin.as_mut().ok_or("no input")?.write_all(b"x")?;
             // The byte is in the serial port, and saved with it, when the monitor had time for it.
@@ -145,7 +165,7 @@ impl Bench {
     /// The floor program's command in this mode.
     pub fn floor(&self, mode: &str) -> Command {
         let mut command = Command::new(&self.floor);
-        command.arg(mode).args(&self.floors).arg(MEMORY_MIB);
+        command.arg(mode).args(&self.floors).arg(self.memory_mib.to_string());
         command
     }
 
@@ -157,7 +177,7 @@ impl Bench {
     }
 
     /// A load request, after which the guest runs or not.
-    fn load(&self, resumes: bool) -> String {
+    pub fn load(&self, resumes: bool) -> String {
         json!({ "folder": self.saved, "resume_vm": resumes }).to_string()
     }
 
@@ -176,7 +196,7 @@ impl Bench {
     }
 
     /// Alula restores once.
-    fn one(&self, way: Way) -> Result<Restored> {
+    pub fn one(&self, way: Way) -> Result<Restored> {
         if way == Way::Run {
             let spawned = Instant::now();
             let mut command = self.run();
@@ -205,7 +225,7 @@ impl Bench {
 
 /// The table of restores, as medians of `runs`.
 pub fn restore(ours: &str, runs: usize) -> Result<()> {
-    let bench = Bench::new(ours)?;
+    let bench = Bench::new(ours, MEMORY_MIB)?;
     let mut times = ROWS.map(|_| [Vec::new(), Vec::new()]);
     for _ in 0..runs {
         for (Row(_, way, mode, ..), [alula, floor]) in ROWS.iter().zip(&mut times) {
@@ -233,7 +253,8 @@ pub fn restore(ours: &str, runs: usize) -> Result<()> {
         let (alula, floor) = (count(&bench, Some(*way), mode)?, count(&bench, None, mode)?);
         println!("{name:<34} {:>8} ({:>3}) {:>9} ({:>3})", alula.0, alula.1, floor.0, floor.1);
     }
-    Ok(())
+    drop(bench);
+    ahead::ahead(ours, runs)
 }
 
 fn with_least(values: &[f64]) -> String {
@@ -301,7 +322,7 @@ fn count(bench: &Bench, way: Option<Way>, mode: &str) -> Result<(usize, usize)> 
 
 /// The tables of `number` clones that are there at once, each a process of its own.
 pub fn clones(ours: &str, number: usize) -> Result<()> {
-    let bench = Bench::new(ours)?;
+    let bench = Bench::new(ours, MEMORY_MIB)?;
     let machine = Machine::new();
     let alula = many(number, &machine, || bench.one(Way::Run))?;
     let floor = many(number, &machine, || bench.one_floor("exec"))?;

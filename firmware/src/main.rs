@@ -11,6 +11,8 @@
 //! - `bench`: put the devices under the loads that are typed (bench.rs).
 //! - `echo`: before the cases, send back what is typed until a line ends.
 //! - `work=MIB`: before the cases, write so much memory again and again, until a line ends (work.rs).
+//! - `touch=MIB`: before the cases, fill so much memory, and look at one page of 64 when a byte is typed, before
+//!   it is sent back (work.rs): what benches of restores from a disk wait for.
 //! - `end=poweroff|reset|halt|crash|fail|idle|spin|N`: how to end, instead of by the number of failed cases.
 
 #![no_std]
@@ -79,6 +81,11 @@ fn start(command_line: &'static [u8], read_tables: impl FnOnce() -> Machine) -> 
     }
     if let Some(mib) = words.value("work").and_then(words::number)
         && !work::work(machine, mib)
+    {
+        arch::exit(1);
+    }
+    if let Some(mib) = words.value("touch").and_then(words::number)
+        && !work::touch(machine, mib)
     {
         arch::exit(1);
     }
