@@ -37,7 +37,7 @@ fn main() -> Result<()> {
     }
     match what.as_str() {
         "start" => start::start(&ours, other.as_deref(), runs.unwrap_or(20)),
-        "restore" => restore::restore(&ours, runs.unwrap_or(100)),
+        "restore" => restore::restore(&ours, other.as_deref(), runs.unwrap_or(100)),
         "clones" => restore::clones(&ours, runs.unwrap_or(100)),
         "jail" => jail::jail(&ours, runs.unwrap_or(100)),
         "soak" => soak::soak(&ours, runs.unwrap_or(60), seed),

@@ -19,7 +19,7 @@ use crate::start::{compile, cpu_time, median};
 use crate::template::{self, Machine};
 use crate::{Folder, Result};
 
-const MEMORY_MIB: u32 = 128;
+pub const MEMORY_MIB: u32 = 128;
 /// The time that a service has to prepare itself before it is asked, as it has with a client that takes its time.
 pub const AHEAD: Duration = Duration::from_millis(60);
 /// As many clones are started at a time.
@@ -27,7 +27,7 @@ pub const AT_A_TIME: usize = 4;
 
 /// A row of the report: its name, how a guest is restored, the floor program's mode for that, and the bars on a quiet
 /// machine: in ms, and as a multiple of the floor.
-struct Row(&'static str, Way, &'static str, f64, f64);
+pub struct Row(pub &'static str, pub Way, pub &'static str, pub f64, pub f64);
 
 /// How a guest is restored.
 #[derive(Clone, Copy, PartialEq)]
@@ -44,12 +44,13 @@ pub enum Way {
 
 impl Way {
     /// The options of the service that restores in this way.
-    fn options(self) -> &'static [&'static str] {
-        if self == Self::Warm { &["--warm", "cpus=1,memory=128M"] } else { &[] }
+    fn options(self, memory_mib: u32) -> Vec<String> {
+        let warm = || vec!["--warm".to_owned(), format!("cpus=1,memory={memory_mib}M")];
+        if self == Self::Warm { warm() } else { Vec::new() }
     }
 }
 
-const ROWS: [Row; 4] = [
+pub const ROWS: [Row; 4] = [
     Row("spawn of `alula run --restore`", Way::Run, "exec", 2.2, 1.35),
     Row("load request to a service", Way::Load, "cold", 1.5, 1.35),
     Row("load request to a warm service", Way::Warm, "warm", 0.6, 1.6),
@@ -58,7 +59,7 @@ const ROWS: [Row; 4] = [
 
 /// A guest that was restored, and what the restore cost.
 pub struct Restored {
-    child: Child,
+    pub child: Child,
     pub wall_ms: f64,
     cpu_ms: f64,
     faults: f64,
@@ -106,7 +107,7 @@ pub struct Bench {
 
 impl Bench {
     /// Builds the floor program, and has both guests saved, each with so much memory.
-    fn new(ours: &str, memory_mib: u32) -> Result<Self> {
+    pub fn new(ours: &str, memory_mib: u32) -> Result<Self> {
         let guest = Guest { memory_mib, words: "answer", ready: "A\n" };
         Self::of(ours, &guest, Folder::new()?)
     }
@@ -182,7 +183,7 @@ impl Bench {
     }
 
     /// The floor program restores once.
-    fn one_floor(&self, mode: &str) -> Result<Restored> {
+    pub fn one_floor(&self, mode: &str) -> Result<Restored> {
         let spawned = Instant::now();
         let mut command = self.floor(mode);
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
@@ -203,7 +204,9 @@ impl Bench {
             command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
             return Restored::wait(command.spawn()?, spawned);
         }
-        let mut child = spawn(&self.ours, true, &self.socket, way.options(), Stdio::null())?;
+        let options = way.options(self.memory_mib);
+        let options: Vec<_> = options.iter().map(String::as_str).collect();
+        let mut child = spawn(&self.ours, true, &self.socket, &options, Stdio::null())?;
         let mut client = connect(&mut child, &self.socket)?;
         request(&mut client, "GET", "/", "")?;
         std::thread::sleep(AHEAD);
@@ -223,43 +226,57 @@ impl Bench {
     }
 }
 
-/// The table of restores, as medians of `runs`.
-pub fn restore(ours: &str, runs: usize) -> Result<()> {
+/// The tables of restores, as medians of `runs`, with `other` beside them, which takes the same requests.
+pub fn restore(ours: &str, other: Option<&str>, runs: usize) -> Result<()> {
     let bench = Bench::new(ours, MEMORY_MIB)?;
-    let mut times = ROWS.map(|_| [Vec::new(), Vec::new()]);
+    let peer = other.map(|binary| Bench::new(binary, MEMORY_MIB)).transpose()?;
+    let mut times = ROWS.map(|_| [Vec::new(), Vec::new(), Vec::new()]);
     for _ in 0..runs {
-        for (Row(_, way, mode, ..), [alula, floor]) in ROWS.iter().zip(&mut times) {
-            for (restored, times) in [(bench.one(*way)?, alula), (bench.one_floor(mode)?, floor)] {
-                times.push(restored.wall_ms);
-                restored.end()?;
+        for (Row(_, way, mode, ..), times) in ROWS.iter().zip(&mut times) {
+            let others = peer.as_ref().map(|peer| peer.one(*way)).transpose()?;
+            let restored = [Some(bench.one(*way)?), Some(bench.one_floor(mode)?), others];
+            for (restored, times) in restored.into_iter().zip(times) {
+                if let Some(restored) = restored {
+                    times.push(restored.wall_ms);
+                    restored.end()?;
+                }
             }
         }
     }
-    println!("restore: 1 CPU, {MEMORY_MIB} MiB, to the guest's byte, ms; medians (least) of {runs} runs");
-    println!("{:<34} {:>15} {:>15} {:>6}", "", "alula", "floor", "ratio");
-    for (Row(name, _, _, ms_max, ratio_max), [alula, floor]) in ROWS.iter().zip(&times) {
+    println!(
+        "restore: 1 CPU, {MEMORY_MIB} MiB, to the guest's byte, ms; medians (least, p99) of {runs} runs"
+    );
+    println!("{:<34} {:>23} {:>23} {:>6}", "", "alula", "floor", "ratio");
+    for (Row(name, _, _, ms_max, ratio_max), [alula, floor, others]) in ROWS.iter().zip(&times) {
         let (ours, least) = (median(alula), median(floor));
         println!(
             "{name:<34} {} {} {:>6.2}  <= {ms_max} on a quiet machine: {}, <= {ratio_max} x floor: {}",
-            with_least(alula),
-            with_least(floor),
+            spread(alula),
+            spread(floor),
             ours / least,
             verdict(ours <= *ms_max),
             verdict(ours / least <= *ratio_max),
         );
+        if peer.is_some() {
+            let ratio = ours / median(others);
+            println!("{:<34} {} {:>23} {ratio:>6.2}  of alula's to it", "  other", spread(others), "");
+        }
     }
     println!("system calls (KVM's ioctls among them), from the spawn or the request to the byte:");
     for Row(name, way, mode, ..) in &ROWS {
         let (alula, floor) = (count(&bench, Some(*way), mode)?, count(&bench, None, mode)?);
         println!("{name:<34} {:>8} ({:>3}) {:>9} ({:>3})", alula.0, alula.1, floor.0, floor.1);
     }
-    drop(bench);
+    drop((bench, peer));
     ahead::ahead(ours, runs)
 }
 
-fn with_least(values: &[f64]) -> String {
-    let least = values.iter().copied().fold(f64::INFINITY, f64::min);
-    format!("{:>6.2} ({least:>6.2})", median(values))
+/// The median, the least, and what 99 of 100 values do not exceed.
+fn spread(values: &[f64]) -> String {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let p99 = sorted[(sorted.len() * 99).div_ceil(100) - 1];
+    format!("{:>6.2} ({:>6.2} {p99:>7.2})", median(values), sorted[0])
 }
 
 fn verdict(is_met: bool) -> &'static str {
@@ -276,7 +293,7 @@ fn count(bench: &Bench, way: Option<Way>, mode: &str) -> Result<(usize, usize)> 
         Some(Way::Run) => bench.run(),
         Some(way) => {
             let mut serve = Command::new(&bench.ours);
-            serve.arg("serve").arg("--api-sock").arg(&bench.socket).args(way.options());
+            serve.arg("serve").arg("--api-sock").arg(&bench.socket).args(way.options(bench.memory_mib));
             serve
         }
     };
