@@ -5,6 +5,7 @@
  *   floor cold STATE MEMORY MIB   restores it when a byte comes on standard input
  *   floor warm STATE MEMORY MIB   has made all that does not depend on the state by then
  *   floor parked STATE MEMORY MIB has restored it by then, and lets it run
+ *   floor slots STATE MEMORY MIB  says how long KVM takes for the slots of the memory alone, in ns
  *   floor template STATE MEMORY MIB  has read the state by then, and restores it in a copy of itself for each byte
  *
  * A restored guest finds a byte in the serial port, sends it back, which goes to standard output, and halts for
@@ -22,6 +23,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { ENTRIES = 256, REGISTERS = 512, XSAVE_MAX = 16384, STACK = 65536 };
@@ -46,6 +48,9 @@ struct state {
 	struct kvm_vcpu_events events;
 	char xsave[XSAVE_MAX];
 };
+
+/* Where memory ends below the devices' addresses, and where it goes on above them. */
+static const uint64_t gap = 3ull << 30, gap_end = 4ull << 30;
 
 static struct state state;
 static int kvm, vm, cpu;
@@ -91,10 +96,24 @@ static void make_vm(void)
 	KVM(vm, KVM_SET_TSS_ADDR, 0xfffbd000);
 }
 
-static void make_cpu(void)
+static void add_slots(void)
 {
 	struct kvm_userspace_memory_region region = { .memory_size = size, .userspace_addr = (uintptr_t)memory };
+	if (size > gap)
+		region.memory_size = gap;
 	KVM(vm, KVM_SET_USER_MEMORY_REGION, &region);
+	if (size <= gap)
+		return;
+	region.slot = 1;
+	region.guest_phys_addr = gap_end;
+	region.memory_size = size - gap;
+	region.userspace_addr += gap;
+	KVM(vm, KVM_SET_USER_MEMORY_REGION, &region);
+}
+
+static void make_cpu(void)
+{
+	add_slots();
 	KVM(vm, KVM_CREATE_IRQCHIP, 0);
 	cpu = KVM(vm, KVM_CREATE_VCPU, 0);
 	run = mmap(NULL, KVM(kvm, KVM_GET_VCPU_MMAP_SIZE, 0), PROT_READ | PROT_WRITE, MAP_SHARED, cpu, 0);
@@ -267,6 +286,22 @@ static void save(const char *state_path, const char *memory_path)
 	write_file(memory_path, memory, USED, size);
 }
 
+static uint64_t now_ns(void)
+{
+	struct timespec now;
+	must("clock_gettime", clock_gettime(CLOCK_MONOTONIC, &now));
+	return now.tv_sec * 1000000000ull + now.tv_nsec;
+}
+
+static void time_slots(const char *memory_path)
+{
+	make_vm();
+	show_memory(memory_path, 0);
+	uint64_t begun = now_ns();
+	add_slots();
+	printf("%llu\n", (unsigned long long)(now_ns() - begun));
+}
+
 int main(int count, char **words)
 {
 	if (count != 5)
@@ -276,6 +311,10 @@ int main(int count, char **words)
 	size = strtoull(words[4], NULL, 10) << 20;
 	if (!strcmp(mode, "save")) {
 		save(state_path, memory_path);
+		return 0;
+	}
+	if (!strcmp(mode, "slots")) {
+		time_slots(memory_path);
 		return 0;
 	}
 	if (is_warm) {

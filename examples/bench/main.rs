@@ -9,6 +9,7 @@ mod jail;
 mod loads;
 mod monitor;
 mod restore;
+mod sizes;
 mod soak;
 mod start;
 mod table;

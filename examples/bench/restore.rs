@@ -12,12 +12,12 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use crate::ahead;
 use crate::counters::own_memory;
 use crate::monitor::{connect, request, send, spawn};
 use crate::start::{compile, cpu_time, median};
 use crate::template::{self, Machine};
 use crate::{Folder, Result};
+use crate::{ahead, sizes};
 
 pub const MEMORY_MIB: u32 = 128;
 /// The time that a service has to prepare itself before it is asked, as it has with a client that takes its time.
@@ -268,6 +268,7 @@ pub fn restore(ours: &str, other: Option<&str>, runs: usize) -> Result<()> {
         println!("{name:<34} {:>8} ({:>3}) {:>9} ({:>3})", alula.0, alula.1, floor.0, floor.1);
     }
     drop((bench, peer));
+    sizes::sizes(ours, runs)?;
     ahead::ahead(ours, runs)
 }
 
@@ -354,6 +355,8 @@ pub fn clones(ours: &str, number: usize) -> Result<()> {
     let bar = ">= 650 on a quiet machine, >= 0.6 x floor";
     row("clones a second", alula.a_second, floor.a_second, bar);
     row("CPU time of one until its byte, ms", alula.cpu_ms, floor.cpu_ms, "<= 1.8");
+    row("spawn to the byte, the first tenth, ms", alula.first_ms, floor.first_ms, "");
+    row("spawn to the byte, the last tenth, ms", alula.last_ms, floor.last_ms, "within 10% of the first");
     row("page faults of one until then", alula.faults, floor.faults, "");
     row("anonymous memory of the first one, KiB", alula.first_kib, floor.first_kib, "<= 140");
     row("anonymous memory of the last one, KiB", alula.last_kib, floor.last_kib, "within 10% of the first");
@@ -377,6 +380,9 @@ struct Many {
     a_second: f64,
     cpu_ms: f64,
     faults: f64,
+    /// Medians of the clones that were there first, and last: of a tenth of all.
+    first_ms: f64,
+    last_ms: f64,
     first_kib: f64,
     last_kib: f64,
     machine_kib: f64,
@@ -410,8 +416,13 @@ fn many(number: usize, machine: &Machine, start: impl Fn() -> Result<Restored> +
         let machine_kib = (machine.used()? - before) / number as f64;
         let memory = |clone: Option<&Restored>| own_memory(clone.ok_or("no clone")?.child.id());
         let of = |value: fn(&Restored) -> f64| median(&clones.iter().map(value).collect::<Vec<_>>());
+        let tenth = number.div_ceil(10);
+        let wall =
+            |clones: &[Restored]| median(&clones.iter().map(|clone| clone.wall_ms).collect::<Vec<_>>());
         Ok(Many {
             a_second,
+            first_ms: wall(&clones[..tenth]),
+            last_ms: wall(&clones[number - tenth..]),
             cpu_ms: of(|clone| clone.cpu_ms),
             faults: of(|clone| clone.faults),
             first_kib: memory(clones.first())? as f64,
