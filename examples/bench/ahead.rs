@@ -52,8 +52,8 @@ pub fn ahead(ours: &str, runs: usize) -> Result<()> {
     }
     let [cold, hot] = [cold, hot].map(|times| times.map(|times| median(&times)));
     println!(
-        "first answer after a load request, {TOUCHED} pages touched, ms; medians of {cold_runs} runs from the disk, {runs} \
-         from memory"
+        "first answer after a load request, {TOUCHED} pages touched, ms; medians of {cold_runs} runs from the disk, \
+         {runs} from memory"
     );
     println!(
         "{:<34} {:>8} {:>9} {:>7} {:>9} {:>7}",
