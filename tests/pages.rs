@@ -1,0 +1,254 @@
+//! The pages of `docs` and the README: each command of Alula's in their blocks of shell is one that Alula understands,
+//! and what can run here does.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by it")]
+
+mod common;
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream, UdpSocket};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use common::{Folder, PATIENCE, alula, called, network};
+
+/// An option that no command has.
+const NONE: &str = "--frobnicate";
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// The README and every page of `docs`: path and text.
+fn pages() -> Vec<(PathBuf, String)> {
+    let docs = std::fs::read_dir(root().join("docs")).unwrap().map(|entry| entry.unwrap().path());
+    let paths = docs.chain([root().join("README.md")]);
+    let pages: Vec<_> = paths.map(|path| (path.clone(), std::fs::read_to_string(path).unwrap())).collect();
+    assert!(pages.len() > 15, "{pages:?}");
+    pages
+}
+
+/// The blocks of shell of a page.
+fn blocks(page: &str) -> impl Iterator<Item = &str> {
+    page.split("```sh\n").skip(1).map(|rest| rest.split("```").next().unwrap())
+}
+
+/// The simple commands of a script, as lists of words without quotes. A variable's value is `1`. Redirections stay as
+/// words, which none of the commands that are looked at minds.
+fn commands(script: &str) -> Vec<Vec<String>> {
+    let (mut commands, mut words, mut word) = (vec![], vec![], None::<String>);
+    let mut letters = script.chars().peekable();
+    while let Some(letter) = letters.next() {
+        match letter {
+            '\'' => {
+                word.get_or_insert_default().extend(letters.by_ref().take_while(|letter| *letter != '\''))
+            }
+            '"' => word.get_or_insert_default().extend(letters.by_ref().take_while(|letter| *letter != '"')),
+            '#' if word.is_none() => while letters.next_if(|letter| *letter != '\n').is_some() {},
+            '\\' if letters.peek() == Some(&'\n') => drop(letters.next()),
+            ' ' | '\n' | ';' | '|' | '&' | '(' | ')' => {
+                words.extend(word.take());
+                if letter != ' ' {
+                    commands.push(std::mem::take(&mut words));
+                }
+            }
+            _ => word.get_or_insert_default().push(letter),
+        }
+    }
+    words.extend(word);
+    commands.push(words);
+    commands
+}
+
+/// The words after `alula` in this command, if it is one.
+fn arguments(words: &[String]) -> Option<Vec<String>> {
+    let leading = ["until", "if", "while", "do", "then", "!", "sudo", "exec"];
+    let is_before = |word: &&String| leading.contains(&word.as_str()) || word.contains('=');
+    let mut words = words.iter().skip_while(is_before);
+    let rest = (words.next()? == "alula").then_some(words)?;
+    let rest = rest.take_while(|word| !word.starts_with(['<', '>']) && !word.starts_with("2>"));
+    let is_name = |letter: char| letter.is_ascii_alphanumeric() || letter == '_';
+    let without_variables = |word: &String| {
+        let mut parts = word.split('$');
+        let first = parts.next().unwrap().to_owned();
+        parts.fold(first, |text, part| text + "1" + part.trim_start_matches(is_name))
+    };
+    Some(rest.map(without_variables).collect())
+}
+
+/// What Alula says of `arguments` with an option among its own that there is not.
+fn said_of(arguments: &[String]) -> String {
+    let mut words = arguments.to_vec();
+    let place = words.iter().position(|word| word == "--").unwrap_or(words.len());
+    // What follows a guest's name is a program's: the option is the first of the command's own.
+    let place = if words.first().is_some_and(|word| word == "exec") { 1 } else { place };
+    words.insert(place, NONE.to_owned());
+    let output = Command::new(alula()).args(words).stdin(Stdio::null()).output().unwrap();
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[test]
+fn each_command_of_the_pages_is_one_that_there_is() {
+    let expected = format!("alula: invalid option '{NONE}'");
+    let mut seen = 0;
+    for (path, text) in pages() {
+        for words in blocks(&text).flat_map(commands) {
+            let Some(arguments) = arguments(&words) else { continue };
+            let said = said_of(&arguments);
+            assert!(said.starts_with(&expected), "{}: {arguments:?}: {said}", path.display());
+            seen += 1;
+        }
+    }
+    assert!(seen > 60, "only {seen} commands were found");
+    // A word that there is not is told before the option.
+    for wrong in ["run --rotfs x", "ctl --wach list", "run --memory much", "jail --uid x", "template --api s"]
+    {
+        let words: Vec<_> = wrong.split(' ').map(str::to_owned).collect();
+        assert!(!said_of(&words).starts_with(&expected), "{wrong}");
+    }
+}
+
+#[test]
+fn the_readme_leads_to_each_page() {
+    let readme = std::fs::read_to_string(root().join("README.md")).unwrap();
+    for (path, _) in pages() {
+        let name = path.file_name().unwrap().to_str().unwrap();
+        assert!(name == "README.md" || readme.contains(&format!("](docs/{name}")), "{name}: no link");
+    }
+}
+
+/// The block of shell of this page that contains `text`.
+fn block(page: &str, text: &str) -> String {
+    let page = std::fs::read_to_string(root().join("docs").join(page)).unwrap();
+    blocks(&page).find(|block| block.contains(text)).unwrap().to_owned()
+}
+
+/// Runs a script in `folder`, which is also where guests have their sockets, and returns what it prints.
+fn ran(folder: &Folder, script: &str) -> String {
+    let path = format!("{}:{}", folder.path("bin").display(), std::env::var("PATH").unwrap());
+    let mut command = Command::new("bash");
+    command.args(["-e", "-c", script]).current_dir(&folder.0).env("PATH", path);
+    command.env("XDG_RUNTIME_DIR", folder.path("run")).env_remove("SUDO_USER");
+    let output = command.stdin(Stdio::null()).output().unwrap();
+    let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    assert!(output.status.success(), "{script}: {text}");
+    text
+}
+
+#[test]
+fn a_fleet_lives_and_is_cloned_as_the_page_says() {
+    let folder = Folder::new();
+    let bin = Folder(folder.path("bin"));
+    std::fs::create_dir(&bin.0).unwrap();
+    std::fs::create_dir(folder.path("run")).unwrap();
+    called("alula", &bin);
+    // What guests and template print goes elsewhere: this test waits for the commands alone.
+    let quiet = |text: &str| {
+        text.replace("< /dev/null &", "< /dev/null > guest 2>&1 &")
+            .replace(".sock &", ".sock > template 2>&1 &")
+    };
+    let text = ran(&folder, &quiet(&block("fleet.md", "\"web-$n\" --cmdline")));
+    for name in ["web-1", "web-2", "web-3"] {
+        assert!(text.contains(&format!("{name}: running")), "{name}: {text}");
+        assert!(text.matches(name).count() >= 3, "{name}: {text}");
+    }
+    let text = ran(&folder, &quiet(&block("fleet.md", "alula template")));
+    for name in ["copy-1", "copy-2", "copy-3"] {
+        assert!(text.matches(name).count() >= 2, "{name}: {text}");
+    }
+    assert!(ran(&folder, "ls run/alula").is_empty(), "sockets are left");
+}
+
+/// Carries frames between two interfaces for as long as this process lives.
+fn connect(one: &File, other: &File) {
+    for (from, to) in [(one, other), (other, one)] {
+        let (mut from, mut to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
+        std::thread::spawn(move || {
+            let mut frame = [0; 1 << 16];
+            while let Ok(count) = from.read(&mut frame) {
+                // An interface that is down, or gone, takes no frame.
+                let _ = to.write(&frame[..count]);
+            }
+        });
+    }
+}
+
+/// In a network of its own, with an interface `eth0`: sets it up with `script`, and does `work` there.
+fn elsewhere(script: String, work: impl FnOnce() + Send + 'static) -> (File, std::thread::JoinHandle<()>) {
+    let (sender, receiver) = std::sync::mpsc::channel();
+    let thread = std::thread::spawn(move || {
+        network::enter();
+        sender.send(network::open_tap("eth0", network::TAP)).unwrap();
+        ran(&Folder::new(), &script);
+        work();
+    });
+    (receiver.recv().unwrap(), thread)
+}
+
+/// The host's lines about a TAP, those that `rules` are in, and the guest's: the guest reaches the world, and the world the
+/// guest's port.
+fn a_guest_reaches_the_world_and_is_reached(rules: &[&str]) {
+    const WORLD: &str = "198.51.100.7:53";
+    network::enter();
+    let uplink = network::open_tap("up0", network::TAP);
+    let folder = Folder::new();
+    ran(
+        &folder,
+        "ip link set lo up; ip link set up0 up; ip addr add 10.9.8.2/24 dev up0; \
+         ip route add default via 10.9.8.1",
+    );
+    ran(&folder, &block("host-networks.md", "ip tuntap"));
+    rules.iter().for_each(|rule| drop(ran(&folder, &block("host-networks.md", rule))));
+    let tap = network::open_tap("tap0", network::TAP);
+
+    let world = "ip link set lo up; ip link set eth0 up; ip addr add 10.9.8.1/24 dev eth0; \
+                 ip addr add 198.51.100.7/32 dev lo";
+    let (asked, told) = std::sync::mpsc::channel();
+    let (world, world_thread) = elsewhere(world.to_owned(), move || {
+        let socket = UdpSocket::bind(WORLD).unwrap();
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        asked.send(()).unwrap();
+        let (_, from) = socket.recv_from(&mut [0; 8]).unwrap();
+        assert_eq!(from.ip().to_string(), "10.9.8.2", "the guest's own address is seen");
+        socket.send_to(b"answer", from).unwrap();
+        let mut stream = TcpStream::connect("10.9.8.2:8080").unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut page = String::new();
+        stream.read_to_string(&mut page).unwrap();
+        assert_eq!(page, "a page");
+    });
+    // The name servers of this machine are left alone.
+    let guest = block("host-networks.md", "dev eth0").replace("/etc/resolv.conf", "resolv.conf");
+    let (guest, guest_thread) = elsewhere(guest, move || {
+        let listener = TcpListener::bind("172.16.0.2:80").unwrap();
+        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+        socket.set_read_timeout(Some(std::time::Duration::from_millis(100))).unwrap();
+        told.recv().unwrap();
+        let mut answer = [0; 16];
+        // An interface drops frames until its link is settled.
+        common::wait_for(|| {
+            socket.send_to(b"question", WORLD).unwrap();
+            socket.recv(&mut answer).is_ok()
+        });
+        assert!(answer.starts_with(b"answer"));
+        network::accept(&listener).write_all(b"a page").unwrap();
+    });
+    connect(&uplink, &world);
+    connect(&tap, &guest);
+    guest_thread.join().unwrap();
+    world_thread.join().unwrap();
+}
+
+#[test]
+fn a_guest_has_a_network_by_the_lines_for_nft() {
+    a_guest_reaches_the_world_and_is_reached(&["masquerade", "chain ip alula in"]);
+    let folder = Folder::new();
+    ran(&folder, &block("host-networks.md", "ip link delete"));
+    assert_eq!(ran(&folder, "nft list tables; ip -o link show type tun | grep -c tap0 || true"), "0\n");
+}
+
+#[test]
+fn a_guest_has_a_network_by_the_lines_for_iptables() {
+    a_guest_reaches_the_world_and_is_reached(&["POSTROUTING", "FORWARD"]);
+}
