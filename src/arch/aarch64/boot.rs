@@ -1,6 +1,5 @@
 //! Loads an Image, an initrd and the device tree (Documentation/arch/arm64/booting.rst).
 
-use linux_loader::loader::{KernelLoader, pe::PE};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{fdt, layout, unpack};
@@ -85,9 +84,11 @@ fn load_image(
     let head = head
         .first_chunk()
         .ok_or_else(|| Error::config("the file ends within the Image header: it is truncated"))?;
-    let (_, end) = place(head, kernel::length(kernel)?, ram)?;
-    let loaded = PE::load(memory, Some(GuestAddress(ram.start)), kernel, None).context("load the Image")?;
-    Ok((loaded.kernel_load.0, end.max(loaded.kernel_end)))
+    let size = kernel::length(kernel)?;
+    let (start, end) = place(head, size, ram)?;
+    kernel.rewind().context("rewind the Image")?;
+    kernel::read(memory, kernel, Range { start, size }).context("load the Image")?;
+    Ok((start, end))
 }
 
 /// The header of an Image.

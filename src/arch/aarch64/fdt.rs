@@ -2,8 +2,7 @@
 
 use vm_fdt::{Error, FdtWriter};
 
-use super::gic_state::affinity;
-use super::layout;
+use super::layout::{self, affinity};
 use crate::memory::Range;
 use crate::platform::node::{TreeNode, phandle};
 use crate::platform::{Gic, Node, Platform};

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::gic::InterruptController;
 use super::ioctls::device_register as get;
-use super::layout;
+use super::layout::{self, affinity};
 use crate::error::{Context, Error, Result};
 
 /// Registers of one kind that follow each other: KVM's group, the first one's offset, how many, how far apart.
@@ -139,11 +139,6 @@ fn spread(blocks: &[Block], cpu: u64) -> impl Iterator<Item = (u32, u64)> {
     blocks.iter().flat_map(move |&(group, first, count, step)| {
         (0..u64::from(count)).map(move |index| (group, cpu | (first + index * step)))
     })
-}
-
-/// MPIDR affinity of a CPU, as KVM gives it by index: 16 CPUs share the lowest level.
-pub fn affinity(cpu: u32) -> u32 {
-    (cpu & 0xf) | (cpu >> 4 & 0xff) << 8 | (cpu >> 12) << 16
 }
 
 /// The registers of a GIC in the order in which they are written: of shared interrupts, then of each CPU.

@@ -80,3 +80,8 @@ pub fn in_memory(memory: &[Range]) -> [(&'static str, Place); 2] {
 pub fn memory(size: u64) -> Vec<Range> {
     vec![Range { start: MEMORY_START, size }]
 }
+
+/// MPIDR affinity of a CPU, as KVM gives it by index: 16 CPUs share the lowest level.
+pub fn affinity(cpu: u32) -> u32 {
+    (cpu & 0xf) | (cpu >> 4 & 0xff) << 8 | (cpu >> 12) << 16
+}
