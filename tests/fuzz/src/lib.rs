@@ -4,12 +4,14 @@
 #![allow(clippy::unwrap_used, reason = "a target fails by it")]
 
 pub mod agent;
+pub mod arch;
 pub mod balloon;
 pub mod config;
 pub mod device;
 pub mod ground;
 pub mod host;
 pub mod http;
+pub mod kernel;
 pub mod metadata;
 pub mod passt;
 pub mod pci;
@@ -29,6 +31,9 @@ pub mod vsock;
 
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
+
+/// The files of [`arch`] find these as in their own package.
+use alula::{error, memory, platform};
 
 /// Far more than anything here takes, on a slow machine under load too: only a hang reaches it.
 pub const PATIENCE: Duration = Duration::from_secs(30);
