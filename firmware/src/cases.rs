@@ -218,7 +218,7 @@ fn refused(_: &Machine, _: &Words) -> bool {
 /// What the CPU is as the machine was configured is told, for who changed it: a register that only an operating system
 /// would use, and its features (x86_64: leaf 1 of CPUID, in ECX and EDX; aarch64 has no such leaf).
 fn features(_: &Machine, _: &Words) -> bool {
-    let [ecx, edx] = arch::features().unwrap_or_default();
+    let [ecx, edx] = arch::features();
     say!(
         "ok (register ",
         Hex(arch::unused_register()),

@@ -297,17 +297,15 @@ fn raised_by_code_at(address: u64) -> u64 {
     }
 }
 
-/// IA32_SYSENTER_ESP, which only SYSENTER uses.
+/// IA32_SYSENTER_ESP (0x175), which only SYSENTER uses.
 pub fn unused_register() -> u64 {
-    const SYSENTER_ESP: u32 = 0x175;
-    read_msr(SYSENTER_ESP)
+    read_msr(0x175)
 }
 
-/// The features that leaf 1 of CPUID tells in ECX and EDX.
-pub fn features() -> Option<[u32; 2]> {
-    // Safe code: every CPU that runs in 64-bit mode has this leaf.
+/// The features that leaf 1 of CPUID, which every CPU of 64 bits has, tells in ECX and EDX.
+pub fn features() -> [u32; 2] {
     let leaf = core::arch::x86_64::__cpuid(1);
-    Some([leaf.ecx, leaf.edx])
+    [leaf.ecx, leaf.edx]
 }
 
 /// Code outside of memory, which KVM cannot read to do it: each raises an exception, after which the guest
