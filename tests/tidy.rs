@@ -372,6 +372,7 @@ fn a_script_that_is_used_wrongly_says_so_in_words_of_its_own() {
         ("rig x86_64 --copy /nonexistent -- true", "rig: --copy /nonexistent: there is no such file"),
         ("demo mips", "demo: unknown architecture `mips`"),
         ("guest mips", "guest: unknown architecture `mips`"),
+        ("soft-linux x86_64", "soft-linux: unknown option x86_64; usage: scripts/soft-linux"),
         ("release-docs", "release-docs: a folder is missing; usage: scripts/release-docs"),
         (
             "release-docs /nonexistent /nonexistent/x",
