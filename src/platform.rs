@@ -72,7 +72,7 @@ pub struct CpuidModifier {
     pub register: CpuidRegister,
     /// The bits that are changed.
     pub mask: u32,
-    /// What these bits become; 0 outside of `mask`.
+    /// The new values of these bits; 0 outside of `mask`.
     pub value: u32,
 }
 
@@ -84,7 +84,7 @@ pub struct RegisterModifier {
     pub number: u64,
     /// The bits that are changed.
     pub mask: u128,
-    /// What these bits become; 0 outside of `mask`.
+    /// The new values of these bits; 0 outside of `mask`.
     pub value: u128,
 }
 

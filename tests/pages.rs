@@ -77,11 +77,11 @@ fn arguments(words: &[String]) -> Option<Vec<String>> {
     Some(rest.map(without_variables).collect())
 }
 
-/// What Alula says of `arguments` with an option among its own that there is not.
+/// Alula's answer to `arguments` with an option among its own that there is not.
 fn said_of(arguments: &[String]) -> String {
     let mut words = arguments.to_vec();
     let place = words.iter().position(|word| word == "--").unwrap_or(words.len());
-    // What follows a guest's name is a program's: the option is the first of the command's own.
+    // The words after a guest's name are a program's: the option is the first of the command's own.
     let place = if words.first().is_some_and(|word| word == "exec") { 1 } else { place };
     words.insert(place, NONE.to_owned());
     let output = Command::new(alula()).args(words).stdin(Stdio::null()).output().unwrap();
@@ -143,7 +143,7 @@ fn a_fleet_lives_and_is_cloned_as_the_page_says() {
     std::fs::create_dir(&bin.0).unwrap();
     std::fs::create_dir(folder.path("run")).unwrap();
     called("alula", &bin);
-    // What guests and template print goes elsewhere: this test waits for the commands alone.
+    // Guests and template print to elsewhere: this test waits for the commands alone.
     let quiet = |text: &str| {
         text.replace("< /dev/null &", "< /dev/null > guest 2>&1 &")
             .replace(".sock &", ".sock > template 2>&1 &")

@@ -1,4 +1,4 @@
-//! What the bench has the host do, by the tests' means: the network of its guests, and what is in memory of files.
+//! The bench's hold on the host, by the tests' means: the network of its guests, and the files that are in memory.
 
 #![allow(clippy::unwrap_used, dead_code, reason = "the tests' means are the tests'")]
 

@@ -215,8 +215,8 @@ fn refused(_: &Machine, _: &Words) -> bool {
     true
 }
 
-/// What the CPU is as the machine was configured is told, for who changed it: a register that only an operating system
-/// would use, and its features (x86_64: leaf 1 of CPUID, in ECX and EDX; aarch64 has no such leaf).
+/// The guest tells how its CPU was configured, for who changed it: a register that only an operating system would use,
+/// and the CPU's features (x86_64: leaf 1 of CPUID, in ECX and EDX; aarch64 has no such leaf).
 fn features(_: &Machine, _: &Words) -> bool {
     let [ecx, edx] = arch::features();
     say!(

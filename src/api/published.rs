@@ -39,7 +39,7 @@ const LIMITER: &str = r#"{"bandwidth": {"size": 1, "refill_time": 1}, "ops": nul
 const BUCKET: &str = r#"{"size": 1, "refill_time": 1, "one_time_burst": 1}"#;
 const DRIVE: &str = r#"{"drive_id": "a", "is_root_device": false, "path_on_host": "/a"}"#;
 const REGISTERS: &str = r#"[{"addr": "0x10", "bitmap": "0b1"}]"#;
-/// What becomes of registers that only one architecture has.
+/// The outcome of registers that only one architecture has.
 const HAS_MSRS: Becomes = if arch::HAS_CPUID { Done } else { Refused };
 const HAS_REGISTERS: Becomes = if arch::HAS_CPUID { Refused } else { Done };
 const INTERFACE: &str = r#"{"iface_id": "a", "host_dev_name": "tap0"}"#;

@@ -160,7 +160,7 @@ fn get(vcpu: &VcpuFd, register: u64) -> Result<Vec<u8>> {
 /// Changes registers of CPUs that have not run.
 ///
 /// # Errors
-/// It names the register that this host's KVM does not have or does not take so.
+/// The register that this host's KVM does not have, or does not take so, is named.
 pub fn change_registers(
     _kvm: &Kvm,
     vcpus: &[impl Deref<Target = VcpuFd>],

@@ -118,7 +118,7 @@ pub fn set(vcpu: &VcpuFd, msrs: &[Msr]) -> Result<()> {
 /// Changes registers of CPUs that have not run. A register that is not among a CPU's state would be lost by a snapshot.
 ///
 /// # Errors
-/// It names the register that this host's KVM does not have, does not list as state or does not take so.
+/// The register that this host's KVM does not have, does not list as state or does not take so is named.
 pub fn change_registers(
     kvm: &Kvm,
     vcpus: &[impl Deref<Target = VcpuFd>],

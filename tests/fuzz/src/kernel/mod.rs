@@ -34,7 +34,7 @@ const UNPACKING_MAX: i64 = 257 << 20;
 /// An error is a sentence for people.
 const MESSAGE_MAX: usize = 1000;
 
-/// What an input is made into.
+/// A kernel, what goes beside it and a machine, all made of one input.
 struct Case {
     arm: bool,
     kernel: Source,
@@ -238,7 +238,7 @@ fn check_message(message: &str) {
     assert!(!message.chars().any(char::is_control), "{message:?}");
 }
 
-/// What is in `place` of guest memory is what the file has at `offset`.
+/// Checks that `place` of guest memory holds the bytes that the file has at `offset`.
 fn check_content(memory: &Regions, file: &Source, offset: u64, place: Range) {
     let mut pieces = [vec![0; 64 << 10], vec![0; 64 << 10]];
     let mut done = 0;

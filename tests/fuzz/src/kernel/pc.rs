@@ -1,4 +1,5 @@
-//! What a kernel for x86_64 finds: its segments, the parameters of its boot protocol, the memory map, ACPI's tables.
+//! Checks of guest memory as a kernel for x86_64 finds it: its segments, the parameters of its boot protocol, the memory
+//! map, ACPI's tables.
 
 use alula::arch::{Entry, layout};
 use alula::memory::{Range, Regions};
@@ -22,7 +23,7 @@ fn u64_of(memory: &Regions, at: u64) -> u64 {
     u64::from_le_bytes(read(memory, at))
 }
 
-/// What the file says of its parts is so; returns where they are.
+/// Checks that the file's parts are where the file says, and returns where they are.
 pub fn check_kernel(memory: &Regions, file: &Source, entry: &Entry) -> Vec<Range> {
     let mut head = [0; 64];
     file.content(0, &mut head);

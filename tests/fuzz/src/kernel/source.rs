@@ -15,7 +15,7 @@ const CALLS_MAX: u64 = 100_000;
 
 pub struct Source {
     pub bytes: Vec<u8>,
-    /// What the file tells as its length: behind its bytes are zeros.
+    /// The length that the file tells: behind its bytes are zeros.
     pub length: u64,
     /// Where reads end.
     pub end: u64,
@@ -31,7 +31,7 @@ impl Source {
         Self { bytes, length, end: length, most: usize::MAX, at: 0, done: Cell::default() }
     }
 
-    /// What is at `offset` of the file, however long it is.
+    /// Reads the bytes at `offset` of the file, however long the file is.
     pub fn content(&self, offset: u64, into: &mut [u8]) {
         let start = usize::try_from(offset).unwrap_or(usize::MAX).min(self.bytes.len());
         let known = &self.bytes[start..(start + into.len()).min(self.bytes.len())];

@@ -1,4 +1,4 @@
-//! What a kernel for arm64 finds: the flattened device tree (Devicetree Specification 0.4, 5).
+//! Checks of guest memory as a kernel for arm64 finds it: the flattened device tree (Devicetree Specification 0.4, 5).
 
 use alula::memory::{Range, Regions};
 use alula::platform::Platform;
