@@ -110,12 +110,11 @@ fn walls(arch: &str) -> String {
             .unwrap_or_else(|error| panic!("{name}: {error}"))
     };
     let table = read("calls");
-    let (mut code, mut longest) = (String::new(), 0);
+    let mut code = String::new();
     for (name, lists, others) in filters::LISTS {
         let list: String = lists.iter().map(|list| read(&format!("{list}.list"))).collect();
         let program =
             filters::compile(&list, &table, arch, *others).unwrap_or_else(|error| panic!("{name}: {error}"));
-        longest = longest.max(program.len());
         code += &format!("pub static {name}: [Instruction; {}] = [\n", program.len());
         for filters::Instruction { code: what, jt, jf, k } in program {
             code += &format!("Instruction {{ code: {what}, jt: {jt}, jf: {jf}, k: {k} }},\n");
@@ -126,7 +125,7 @@ fn walls(arch: &str) -> String {
     let mut names = vec![""; numbers.values().max().map_or(0, |last| *last as usize + 1)];
     numbers.iter().for_each(|(name, number)| names[*number as usize] = *name);
     code + &format!(
-        "pub const NAMES: &str = {:?};\npub const SET: u32 = {};\npub const LONGEST: usize = {longest};\n\
+        "pub const NAMES: &str = {:?};\npub const SET: u32 = {};\n\
          pub const OWN: u32 = {};\npub const JUMP_IF_EQUAL: u16 = {};\n",
         names.join(" "),
         arch.audit(),

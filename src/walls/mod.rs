@@ -181,13 +181,17 @@ pub fn prepare() -> Result<()> {
 /// Lays the walls of its kind upon this thread, which has just begun. A thread that can have none ends the process.
 pub fn enclose(kind: Kind) {
     let Some(walls) = WALLS.get() else { return };
-    let (rules, program): (_, &[Instruction]) = match kind {
-        Kind::Vcpu => (&walls.of_threads, &made::VCPU),
-        Kind::Io => (&walls.of_threads, &made::IO),
-        Kind::Job => (&walls.of_main, &made::JOB),
-        Kind::Aide => (&walls.of_main, &made::MAIN),
+    let rules = match kind {
+        Kind::Vcpu | Kind::Io => &walls.of_threads,
+        Kind::Job | Kind::Aide => &walls.of_main,
     };
-    if let Err(error) = enter(rules.as_ref()).and_then(|()| lay(walls, program)) {
+    let enclosed = enter(rules.as_ref()).and_then(|()| match kind {
+        Kind::Vcpu => lay(walls, &made::VCPU),
+        Kind::Io => lay(walls, &made::IO),
+        Kind::Job => lay(walls, &made::JOB),
+        Kind::Aide => lay(walls, &made::MAIN),
+    });
+    if let Err(error) = enclosed {
         refusal::end_without_walls(&error);
     }
     IS_ENCLOSED.set(true);
@@ -227,18 +231,19 @@ pub fn check_may_start(program: &str) -> Result<()> {
     )))
 }
 
-fn lay(walls: &Walls, program: &[Instruction]) -> Result<()> {
+/// Lays a filter upon this thread. Each length has a function of its own, which is never made part of its caller: the
+/// stack of a vCPU's thread would have room for the longest filter of all, and keep that page.
+#[inline(never)]
+fn lay<const LENGTH: usize>(walls: &Walls, program: &[Instruction; LENGTH]) -> Result<()> {
     if walls.filters == Filters::None {
         return Ok(());
     }
     // The copy is on the stack: the first block of memory that a thread allocates costs more than the filter.
-    let mut copy = [Instruction { code: 0, jt: 0, jf: 0, k: 0 }; made::LONGEST];
-    let copy = &mut copy[..program.len()];
-    copy.copy_from_slice(program);
-    put_own(copy, walls.process);
+    let mut copy = *program;
+    put_own(&mut copy, walls.process);
     match walls.filters {
-        Filters::Told => confine::filter(&refusal::told(copy)),
-        _ => confine::filter(copy),
+        Filters::Told => confine::filter(&refusal::told(&copy)),
+        _ => confine::filter(&copy),
     }
     .context("lay a filter of system calls upon a thread (seccomp)")
 }
