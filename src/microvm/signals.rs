@@ -161,8 +161,9 @@ impl Signals {
         let thread = std::thread::Builder::new().name("signals".to_owned());
         // A restored guest that stands still has this thread before `main` lays its own last walls, and a filter is one
         // thread's.
+        let enclose = walls::of_aide();
         let wait = || {
-            walls::enclose(walls::Kind::Aide);
+            enclose();
             process::sleep_for_ever()
         };
         thread.spawn(wait).context("start the thread `signals`")?;

@@ -197,6 +197,16 @@ pub fn enclose(kind: Kind) {
     IS_ENCLOSED.set(true);
 }
 
+/// What a thread that `main` starts as its aide is to call first. One that is started once `main` has its last walls
+/// has these from the beginning: laid twice, each of its calls would pass two filters that are the same.
+pub fn of_aide() -> impl FnOnce() {
+    let inherits = IS_CLOSED.load(SeqCst);
+    move || match inherits {
+        true => IS_ENCLOSED.set(true),
+        false => enclose(Kind::Aide),
+    }
+}
+
 /// Lays upon `main` the walls that it has from now on, for good: its guest runs, and no program is started any more. No
 /// effect the second time.
 ///
@@ -204,13 +214,15 @@ pub fn enclose(kind: Kind) {
 /// The kernel has no memory for the filter.
 pub fn close() -> Result<()> {
     let Some(walls) = WALLS.get() else { return Ok(()) };
-    if IS_CLOSED.swap(true, SeqCst) {
+    if IS_CLOSED.load(SeqCst) {
         return Ok(());
     }
     if !walls.is_narrow {
         enter(walls.of_main.as_ref())?;
     }
-    lay(walls, &made::MAIN)
+    lay(walls, &made::MAIN)?;
+    IS_CLOSED.store(true, SeqCst);
+    Ok(())
 }
 
 /// Whether `main` may still start a program.
