@@ -101,7 +101,7 @@ Examples:
 #[derive(Debug)]
 pub enum Command {
     Run(Box<Run>),
-    Serve(Serve),
+    Serve(Box<Serve>),
     Jail(Box<Jail>),
     Ctl(ctl::Ctl),
     Agent(agent::Agent),

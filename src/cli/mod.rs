@@ -73,7 +73,7 @@ pub fn main() -> u8 {
         }),
         Command::Serve(arguments) => apart(|| {
             let feed = arguments.outputs.open_feed(&arguments.id, !arguments.no_api);
-            finish(feed, FAILED_SERVE, |feed| serve(arguments, feed))
+            finish(feed, FAILED_SERVE, |feed| serve(&arguments, feed))
         }),
         Command::Jail(jail) => apart(|| told(crate::jail::enter(&jail))),
         Command::Ctl(arguments) => apart(|| told(ctl::run(&arguments))),
@@ -310,8 +310,26 @@ fn conclude_command(outcome: &Result<Outcome>, prepared: &command::Prepared) -> 
     ending
 }
 
-fn serve(arguments: Serve, feed: &mut Option<Feed>) -> Result<Ending> {
+fn serve(arguments: &Serve, feed: &mut Option<Feed>) -> Result<Ending> {
     let readiness = Readiness::expected();
+    let (signals, server, microvm) = apart(|| begin_to_serve(arguments))?;
+    let mut monitor = Monitor::new(signals, server, feed.take())?;
+    let start = |microvm: &mut Microvm| {
+        match (&arguments.config_file, arguments.warm) {
+            (Some(_), _) => microvm.start("config file").context("start the guest")?,
+            (None, Some(warm)) => microvm.keep_warm(warm)?,
+            (None, None) => {}
+        }
+        readiness.tell();
+        Ok(())
+    };
+    Ok(monitor.run(microvm, start, |outcome| conclude(outcome, FAILED_SERVE, served)))
+}
+
+/// What a service has before it waits for requests.
+type Begun = (Signals, Option<Box<dyn Front>>, Box<Microvm>);
+
+fn begin_to_serve(arguments: &Serve) -> Result<Begun> {
     let config = arguments.config()?;
     let signals = Signals::take_over();
     let socket = if arguments.no_api { None } else { Some(arguments.socket()?) };
@@ -319,7 +337,6 @@ fn serve(arguments: Serve, feed: &mut Option<Feed>) -> Result<Ending> {
         None => None,
         Some(path) => Some(listen(path, arguments.http_api_max_payload_size)?),
     };
-    let starts_at_once = config.is_some();
     let mut config = config.unwrap_or_default();
     config.pci = arguments.enable_pci;
     config.dialect = arguments.dialect;
@@ -335,15 +352,5 @@ fn serve(arguments: Serve, feed: &mut Option<Feed>) -> Result<Ending> {
         history::tell(|| Event::Configured { what: history::text(path.display()) });
     }
     begin(&arguments.walls, socket.as_deref())?;
-    let mut monitor = Monitor::new(signals, server, feed.take())?;
-    let start = |microvm: &mut Microvm| {
-        match (starts_at_once, arguments.warm) {
-            (true, _) => microvm.start("config file").context("start the guest")?,
-            (false, Some(warm)) => microvm.keep_warm(warm)?,
-            (false, None) => {}
-        }
-        readiness.tell();
-        Ok(())
-    };
-    Ok(monitor.run(microvm, start, |outcome| conclude(outcome, FAILED_SERVE, served)))
+    Ok((signals, server, microvm))
 }

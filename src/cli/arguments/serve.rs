@@ -149,7 +149,7 @@ pub fn parse(parser: &mut lexopt::Parser, persona: Persona) -> Result<Command, l
         return Err("--warm is for a guest that comes later: leave it out, or --config-file".into());
     }
     start.note();
-    Ok(Command::Serve(serve))
+    Ok(Command::Serve(Box::new(serve)))
 }
 
 /// `cpus=2,memory=1G`, in either order.
