@@ -21,9 +21,18 @@ pub struct Modules {
     builtin: Vec<String>,
 }
 
-/// How modules are compressed: the ending of their files, and the program that unpacks them, with its options.
-const PACKERS: [(&str, &str, &str); 3] =
-    [("xz", "xz", "-dcq"), ("zst", "zstd", "-dcq"), ("gz", "gzip", "-dcq")];
+/// How modules are compressed: the ending of their files, the program that unpacks them, and the Debian package that
+/// the program is in.
+const PACKERS: &str = "\
+xz xz xz-utils
+zst zstd zstd
+gz gzip gzip
+";
+
+/// The program that unpacks files with this ending, and its package.
+fn packer(ending: &str) -> Option<(&'static str, &'static str)> {
+    PACKERS.lines().find_map(|line| line.strip_prefix(ending)?.strip_prefix(' ')?.split_once(' '))
+}
 
 /// A module as a guest loads it.
 #[derive(Debug)]
@@ -37,8 +46,8 @@ pub struct Module {
 /// The name of the module in this file: `virtio_blk` of `virtio-blk.ko.xz`.
 fn name_of(file: &OsStr) -> Option<String> {
     let (name, ending) = file.to_str()?.split_once(".ko")?;
-    let is_module = ending.is_empty()
-        || ending.strip_prefix('.').is_some_and(|ending| PACKERS.iter().any(|packer| packer.0 == ending));
+    let is_module =
+        ending.is_empty() || ending.strip_prefix('.').is_some_and(|ending| packer(ending).is_some());
     is_module.then(|| name.replace('-', "_"))
 }
 
@@ -112,8 +121,8 @@ fn read(path: &Path) -> Result<Vec<u8>> {
         return Err(Error::config(format!("it has {size} bytes: no module has so many")));
     }
     let ending = path.extension().unwrap_or_default();
-    let content = match PACKERS.iter().find(|packer| packer.0 == ending) {
-        Some((_, name, package)) => {
+    let content = match packer(&ending.to_string_lossy()) {
+        Some((name, package)) => {
             let missing = format!("install {package}");
             let unpacked = run(program(name).arg("-dcq").arg(path), &missing);
             // A machine with apt need not have it.
