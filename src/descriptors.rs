@@ -20,7 +20,6 @@ const PREFIX: &str = "fd:";
 /// What the system shows of this process's descriptors as files names them, too: a file that is opened by such
 /// a path would be written from a second position.
 const FOLDERS: [&str; 2] = ["/dev/fd", "/proc/self/fd"];
-const STANDARD: [(&str, &str); 2] = [("/dev/stdout", "1"), ("/dev/stderr", "2")];
 
 /// Inherited descriptors that programs started here do not inherit in turn: see [`Inherited::keep`].
 static KEPT: Mutex<BTreeSet<RawFd>> = Mutex::new(BTreeSet::new());
@@ -125,8 +124,11 @@ impl fmt::Display for List {
 /// The number, as text, of the descriptor that `path` names; None: `path` is that of a file.
 pub fn number(path: &Path) -> Option<&str> {
     let text = path.to_str()?;
-    let standard = STANDARD.iter().find_map(|(name, number)| (text == *name).then_some(*number));
-    standard.or_else(|| text.strip_prefix(PREFIX)).or_else(|| number_in_folder(path))
+    match text {
+        "/dev/stdout" => Some("1"),
+        "/dev/stderr" => Some("2"),
+        _ => text.strip_prefix(PREFIX).or_else(|| number_in_folder(path)),
+    }
 }
 
 /// The name of a file in a folder that shows the descriptors of this process: `/dev/fd`, `/proc/self/fd`, or

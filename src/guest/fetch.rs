@@ -11,18 +11,8 @@ use super::program::{APT_HELPER, program, run};
 use crate::error::{Context, Error, Result};
 
 /// What guests may need: transports, devices, and what roots are made of.
-const MODULES: [&str; 10] = [
-    "virtio_mmio",
-    "virtio_pci",
-    "virtio_blk",
-    "virtio_net",
-    "virtio_rng",
-    "virtio_balloon",
-    "vmw_vsock_virtio_transport",
-    "overlay",
-    "erofs",
-    "squashfs",
-];
+const MODULES: &str = "virtio_mmio virtio_pci virtio_blk virtio_net virtio_rng virtio_balloon vmw_vsock_virtio_transport \
+    overlay erofs squashfs";
 /// Packages that depend on the newest kernel: for virtual machines, or for all.
 const PACKAGES: [&str; 2] = ["linux-image-cloud-", "linux-image-"];
 
@@ -160,7 +150,7 @@ fn collect(packages: &Path, made: &Path) -> Result<()> {
         |from: &Path, to: PathBuf| fs::copy(from, &to).with_context(|| format!("write `{}`", to.display()));
     fs::create_dir_all(&to).with_context(|| format!("create `{}`", to.display()))?;
     copy(&image, made.join(kernel::NAME))?;
-    for Module { file_name, content } in modules.closure(&MODULES)? {
+    for Module { file_name, content } in modules.closure(&MODULES.split(' ').collect::<Vec<_>>())? {
         let to = to.join(file_name);
         fs::write(&to, content).with_context(|| format!("write `{}`", to.display()))?;
     }
@@ -182,7 +172,7 @@ mod tests {
         }
         fs::write(root.join("boot/vmlinuz-6.9"), "kernel").unwrap();
         let modules = root.join("lib/modules/6.9");
-        for (number, name) in MODULES.iter().enumerate() {
+        for (number, name) in MODULES.split(' ').enumerate() {
             let path = modules.join(format!("kernel/a/{}.ko", name.replace('_', "-")));
             fs::write(&path, "\x7fELF\0depends=more\0").unwrap();
             // Some are packed.

@@ -11,9 +11,6 @@ struct Word {
     register: Register,
     /// Bits that say how the CPU stands at this moment, or that KVM does by itself.
     ignored: u32,
-    /// The bits that have a name which people know, as /proc/cpuinfo has it: number, space, name, and a comma between
-    /// two of them. In one text, as each reference in a table is one more for the loader to write.
-    names: &'static str,
 }
 
 /// The name is that of the field of an entry, too.
@@ -32,81 +29,47 @@ const OSPKE: u32 = 1 << 4;
 const MONITOR: u32 = 1 << 3;
 
 const WORDS: [Word; 13] = [
-    Word {
-        leaf: 1,
-        subleaf: 0,
-        register: Register::Ecx,
-        ignored: OSXSAVE | MONITOR,
-        names: "0 sse3, 1 pclmulqdq, 9 ssse3, 12 fma, 13 cx16, 17 pcid, 19 sse4_1, 20 sse4_2, 21 x2apic, \
-            22 movbe, 23 popcnt, 24 tsc_deadline_timer, 25 aes, 26 xsave, 28 avx, 29 f16c, 30 rdrand",
-    },
-    Word {
-        leaf: 1,
-        subleaf: 0,
-        register: Register::Edx,
-        ignored: APIC,
-        names: "4 tsc, 19 clflush, 23 mmx, 24 fxsr, 25 sse, 26 sse2",
-    },
-    Word { names: "0 xsaveopt, 1 xsavec, 3 xsaves, 4 xfd", ..eax(0xd, 1) },
-    Word {
-        leaf: 7,
-        subleaf: 0,
-        register: Register::Ebx,
-        ignored: 0,
-        names: "0 fsgsbase, 1 tsc_adjust, 3 bmi1, 5 avx2, 7 smep, 8 bmi2, 9 erms, 10 invpcid, 16 avx512f, \
-            17 avx512dq, 18 rdseed, 19 adx, 20 smap, 21 avx512ifma, 22 pcommit, 23 clflushopt, \
-            24 clwb, 28 avx512cd, 29 sha_ni, 30 avx512bw, 31 avx512vl",
-    },
-    Word {
-        leaf: 7,
-        subleaf: 0,
-        register: Register::Ecx,
-        ignored: OSPKE,
-        names: "1 avx512vbmi, 2 umip, 3 pku, 6 avx512_vbmi2, 7 user_shstk, 8 gfni, 9 vaes, 10 vpclmulqdq, \
-            11 avx512_vnni, 12 avx512_bitalg, 14 avx512_vpopcntdq, 16 la57, 22 rdpid",
-    },
-    Word {
-        leaf: 7,
-        subleaf: 0,
-        register: Register::Edx,
-        ignored: 0,
-        names: "4 fsrm, 10 md_clear, 14 serialize, 20 ibt, 22 amx_bf16, 23 avx512_fp16, 24 amx_tile, \
-            25 amx_int8, 26 ibrs, 27 stibp, 28 flush_l1d, 29 arch_capabilities, 31 ssbd",
-    },
-    Word { names: "4 avx_vnni, 5 avx512_bf16, 23 avx_ifma, 26 lam", ..eax(7, 1) },
-    Word {
-        leaf: 0x8000_0001,
-        subleaf: 0,
-        register: Register::Ecx,
-        ignored: 0,
-        names: "0 lahf_lm, 5 abm, 6 sse4a, 8 3dnowprefetch, 16 fma4",
-    },
-    Word {
-        leaf: 0x8000_0001,
-        subleaf: 0,
-        register: Register::Edx,
-        ignored: APIC,
-        names: "11 syscall, 20 nx, 26 pdpe1gb, 27 rdtscp, 29 lm",
-    },
-    Word { leaf: 0x8000_0007, subleaf: 0, register: Register::Edx, ignored: 0, names: "8 constant_tsc" },
-    Word {
-        leaf: 0x8000_0008,
-        subleaf: 0,
-        register: Register::Ebx,
-        ignored: 0,
-        names: "0 clzero, 9 wbnoinvd, 12 ibpb, 14 ibrs, 15 stibp, 24 ssbd",
-    },
-    Word { ..eax(0x8000_0021, 0) },
-    Word {
-        names: "0 kvm-clock (old), 3 kvm-clock, 4 kvm-async-pf, 5 kvm-steal-time, 6 kvm-pv-eoi, \
-            7 kvm-pv-unhalt, 9 kvm-pv-tlb-flush, 11 kvm-pv-ipi, 14 kvm-async-pf-int",
-        ..eax(0x4000_0001, 0)
-    },
+    word(1, 0, Register::Ecx, OSXSAVE | MONITOR),
+    word(1, 0, Register::Edx, APIC),
+    word(0xd, 1, Register::Eax, 0),
+    word(7, 0, Register::Ebx, 0),
+    word(7, 0, Register::Ecx, OSPKE),
+    word(7, 0, Register::Edx, 0),
+    word(7, 1, Register::Eax, 0),
+    word(0x8000_0001, 0, Register::Ecx, 0),
+    word(0x8000_0001, 0, Register::Edx, APIC),
+    word(0x8000_0007, 0, Register::Edx, 0),
+    word(0x8000_0008, 0, Register::Ebx, 0),
+    word(0x8000_0021, 0, Register::Eax, 0),
+    word(0x4000_0001, 0, Register::Eax, 0),
 ];
 
-const fn eax(leaf: u32, subleaf: u32) -> Word {
-    Word { leaf, subleaf, register: Register::Eax, ignored: 0, names: "" }
+const fn word(leaf: u32, subleaf: u32, register: Register, ignored: u32) -> Word {
+    Word { leaf, subleaf, register, ignored }
 }
+
+/// The bits that have a name which people know, as /proc/cpuinfo has it: in a line for each word, number, space, name,
+/// and a comma between two of them. In one text, as each reference in a table is one more for the loader to write.
+const NAMES: &str = "\
+1.0 ecx: 0 sse3, 1 pclmulqdq, 9 ssse3, 12 fma, 13 cx16, 17 pcid, 19 sse4_1, 20 sse4_2, 21 x2apic, \
+    22 movbe, 23 popcnt, 24 tsc_deadline_timer, 25 aes, 26 xsave, 28 avx, 29 f16c, 30 rdrand
+1.0 edx: 4 tsc, 19 clflush, 23 mmx, 24 fxsr, 25 sse, 26 sse2
+d.1 eax: 0 xsaveopt, 1 xsavec, 3 xsaves, 4 xfd
+7.0 ebx: 0 fsgsbase, 1 tsc_adjust, 3 bmi1, 5 avx2, 7 smep, 8 bmi2, 9 erms, 10 invpcid, 16 avx512f, \
+    17 avx512dq, 18 rdseed, 19 adx, 20 smap, 21 avx512ifma, 22 pcommit, 23 clflushopt, 24 clwb, \
+    28 avx512cd, 29 sha_ni, 30 avx512bw, 31 avx512vl
+7.0 ecx: 1 avx512vbmi, 2 umip, 3 pku, 6 avx512_vbmi2, 7 user_shstk, 8 gfni, 9 vaes, 10 vpclmulqdq, \
+    11 avx512_vnni, 12 avx512_bitalg, 14 avx512_vpopcntdq, 16 la57, 22 rdpid
+7.0 edx: 4 fsrm, 10 md_clear, 14 serialize, 20 ibt, 22 amx_bf16, 23 avx512_fp16, 24 amx_tile, \
+    25 amx_int8, 26 ibrs, 27 stibp, 28 flush_l1d, 29 arch_capabilities, 31 ssbd
+7.1 eax: 4 avx_vnni, 5 avx512_bf16, 23 avx_ifma, 26 lam
+80000001.0 ecx: 0 lahf_lm, 5 abm, 6 sse4a, 8 3dnowprefetch, 16 fma4
+80000001.0 edx: 11 syscall, 20 nx, 26 pdpe1gb, 27 rdtscp, 29 lm
+80000007.0 edx: 8 constant_tsc
+80000008.0 ebx: 0 clzero, 9 wbnoinvd, 12 ibpb, 14 ibrs, 15 stibp, 24 ssbd
+40000001.0 eax: 0 kvm-clock (old), 3 kvm-clock, 4 kvm-async-pf, 5 kvm-steal-time, 6 kvm-pv-eoi, \
+    7 kvm-pv-unhalt, 9 kvm-pv-tlb-flush, 11 kvm-pv-ipi, 14 kvm-async-pf-int
+";
 
 impl Word {
     fn of(&self, cpuid: &[kvm_cpuid_entry2]) -> u32 {
@@ -121,17 +84,19 @@ impl Word {
     }
 
     fn name(&self, bit: u32) -> String {
-        let mut names = self.names.split(", ").filter_map(|named| named.split_once(' '));
-        if let Some((_, name)) = names.find(|(number, _)| number.parse() == Ok(bit)) {
-            return name.to_owned();
-        }
         let register = match self.register {
             Register::Eax => "eax",
             Register::Ebx => "ebx",
             Register::Ecx => "ecx",
             Register::Edx => "edx",
         };
-        format!("bit {bit} of {register} in CPUID {:#x}.{}", self.leaf, self.subleaf)
+        let line = format!("{:x}.{} {register}: ", self.leaf, self.subleaf);
+        let names = NAMES.lines().find_map(|names| names.strip_prefix(&line)).unwrap_or_default();
+        let mut names = names.split(", ").filter_map(|named| named.split_once(' '));
+        match names.find(|(number, _)| number.parse() == Ok(bit)) {
+            Some((_, name)) => name.to_owned(),
+            None => format!("bit {bit} of {register} in CPUID {:#x}.{}", self.leaf, self.subleaf),
+        }
     }
 }
 

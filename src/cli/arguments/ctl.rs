@@ -62,37 +62,27 @@ Examples:
 ";
 
 /// The words that say what is asked for.
-pub const COMMANDS: [&str; 21] = [
-    "list",
-    "status",
-    "config",
-    "guest",
-    "metrics",
-    "events",
-    "pause",
-    "resume",
-    "balloon",
-    "snapshot",
-    "record",
-    "start",
-    "shutdown",
-    "stop",
-    "ctrl-alt-del",
-    "limit",
-    "flush",
-    "get",
-    "put",
-    "patch",
-    "delete",
-];
+const COMMANDS: &str = "list status config guest metrics events pause resume balloon snapshot record start \
+    shutdown stop ctrl-alt-del limit flush get put patch delete";
+
+pub fn commands() -> impl Iterator<Item = &'static str> {
+    COMMANDS.split(' ')
+}
+
+pub fn is_command(word: &str) -> bool {
+    commands().any(|command| command == word)
+}
 
 /// The socket that is asked when none is named.
 const SOCKET_VARIABLE: &str = "ALULA_SOCKET";
 const DEFAULT_SOCKET: &str = "/run/firecracker.socket";
 
-/// The options that only one command has, and that command.
-const EXTRA: [(&str, &str); 4] =
-    [("diff", "snapshot"), ("force", "stop"), ("watch", "list"), ("sweep", "list")];
+/// Commands, and the options that only one of them has.
+const EXTRA: &str = "\
+snapshot: diff
+stop: force
+list: watch sweep
+";
 
 /// `alula ctl`.
 #[derive(Debug)]
@@ -143,8 +133,10 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
         match argument {
             Long("api-sock") => reach = Some(Reach::Api(parser.value()?.into())),
             Long("json") => json = true,
-            Long(name) if let Some((option, command)) = EXTRA.iter().find(|(option, _)| *option == name) => {
-                if let Some((other, _)) = extra.replace((*option, *command)) {
+            Long(name)
+                if let Some((option, command)) = meant::names(EXTRA).find(|(option, _)| *option == name) =>
+            {
+                if let Some((other, _)) = extra.replace((option, command)) {
                     return Err(format!("--{other} and --{option} do not go together").into());
                 }
             }
@@ -157,8 +149,8 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
     // A guest that is called like a command is reached by its socket.
     if let [id, command, ..] = *words.as_slice()
         && reach.is_none()
-        && !COMMANDS.contains(&id)
-        && COMMANDS.contains(&command)
+        && !is_command(id)
+        && is_command(command)
     {
         reach = Some(Reach::Id(super::exec::name_of(id)?));
         words.remove(0);

@@ -6,100 +6,71 @@ use std::ffi::{OsStr, OsString};
 use super::ctl;
 use crate::spelling;
 
-/// The names of options in other monitors and container tools, and those of the same options here. An option is told where the
-/// command has it.
-const OPTIONS: [(&str, &str); 42] = [
-    ("-a", "--cmdline"),
-    ("--append", "--cmdline"),
-    ("--args", "--cmdline"),
-    ("--boot-args", "--cmdline"),
-    ("--params", "--cmdline"),
-    ("-c", "--cpus"),
-    ("--smp", "--cpus"),
-    ("--cores", "--cpus"),
-    ("--vcpu-count", "--cpus"),
-    ("-m", "--memory"),
-    ("--ram", "--memory"),
-    ("--size", "--memory"),
-    ("--mem-size-mib", "--memory"),
-    ("-i", "--initrd"),
-    ("--initramfs", "--initrd"),
-    ("--ramdisk", "--initrd"),
-    ("-d", "--disk"),
-    ("--hda", "--disk"),
-    ("--drive", "--disk"),
-    ("--block", "--disk"),
-    ("--image", "--disk"),
-    ("--root", "--rootfs"),
-    ("-n", "--net"),
-    ("--nic", "--net"),
-    ("--netdev", "--net"),
-    ("--tap", "--net"),
-    ("--rng", "--entropy"),
-    ("--random", "--entropy"),
-    ("--cid", "--vsock"),
-    ("-p", "--publish"),
-    ("--port", "--publish"),
-    ("-e", "--env"),
-    ("-u", "--user"),
-    ("-w", "--workdir"),
-    ("--cwd", "--workdir"),
-    ("--name", "--id"),
-    ("-s", "--api-sock"),
-    ("--sock", "--api-sock"),
-    ("--socket", "--api-sock"),
-    ("--log-level", "--level"),
-    ("--log", "--log-path"),
-    ("--log-file", "--log-path"),
-];
+/// The options here, and the names of the same options in other monitors and container tools. An option is told where the
+/// command has it. This and the next ones are texts, as each reference in a table is one more for the loader to write.
+const OPTIONS: &str = "\
+--cmdline: -a --append --args --boot-args --params
+--cpus: -c --smp --cores --vcpu-count
+--memory: -m --ram --size --mem-size-mib
+--initrd: -i --initramfs --ramdisk
+--disk: -d --hda --drive --block --image
+--rootfs: --root
+--net: -n --nic --netdev --tap
+--entropy: --rng --random
+--vsock: --cid
+--publish: -p --port
+--env: -e
+--user: -u
+--workdir: -w --cwd
+--id: --name
+--api-sock: -s --sock --socket
+--level: --log-level
+--log-path: --log --log-file
+";
 
-/// The names of commands in other programs, and the commands here, some of which are two words.
-const COMMANDS: [(&str, &str); 14] = [
-    ("boot", "run"),
-    ("create", "run"),
-    ("launch", "run"),
-    ("daemon", "serve"),
-    ("server", "serve"),
-    ("ls", "ctl list"),
-    ("ps", "ctl list"),
-    ("top", "ctl list --watch"),
-    ("kill", "ctl stop --force"),
-    ("restore", "run --restore"),
-    ("ssh", "exec"),
-    ("shell", "exec"),
-    ("lint", "check"),
-    ("validate", "check"),
-];
+/// The commands here, some of which are two words, and their names in other programs.
+const COMMANDS: &str = "\
+run: boot create launch
+serve: daemon server
+ctl list: ls ps
+ctl list --watch: top
+ctl stop --force: kill
+run --restore: restore
+exec: ssh shell
+check: lint validate
+";
 
-/// The names of other programs' commands for a running guest, and the commands of `alula ctl`.
-const CTL_COMMANDS: [(&str, &str); 15] = [
-    ("stat", "status"),
-    ("info", "status"),
-    ("show", "status"),
-    ("ls", "list"),
-    ("ps", "list"),
-    ("top", "list --watch"),
-    ("stats", "metrics"),
-    ("kill", "stop --force"),
-    ("save", "snapshot"),
-    ("suspend", "pause"),
-    ("unpause", "resume"),
-    ("continue", "resume"),
-    ("halt", "shutdown"),
-    ("poweroff", "shutdown"),
-    ("post", "put"),
-];
+/// The commands of `alula ctl`, and the names of other programs' commands for a running guest.
+const CTL_COMMANDS: &str = "\
+status: stat info show
+list: ls ps
+list --watch: top
+metrics: stats
+stop --force: kill
+snapshot: save
+pause: suspend
+resume: unpause continue
+shutdown: halt poweroff
+put: post
+";
 
-/// The second word of the line of `others` that has this one first.
-fn other(word: &str, others: &[(&'static str, &'static str)]) -> Option<&'static str> {
-    others.iter().find(|(name, _)| *name == word).map(|(_, meant)| *meant)
+/// The words of a text like those above, and what each belongs to: of those, the names in other programs, and what each
+/// is here.
+pub fn names(others: &'static str) -> impl Iterator<Item = (&'static str, &'static str)> {
+    let lines = others.lines().filter_map(|line| line.split_once(": "));
+    lines.flat_map(|(meant, names)| names.split(' ').map(move |name| (name, meant)))
+}
+
+/// What goes by the name `word` in other programs.
+fn other(word: &str, others: &'static str) -> Option<&'static str> {
+    names(others).find(|(name, _)| *name == word).map(|(_, meant)| meant)
 }
 
 /// `message`, and what was meant by `word`: what goes by its name elsewhere, or the one of `words` that is most like it.
 pub fn with_hint<'w>(
     message: String,
     word: &str,
-    others: &[(&'static str, &'static str)],
+    others: &'static str,
     words: impl IntoIterator<Item = &'w str>,
 ) -> String {
     match other(word, others) {
@@ -113,17 +84,17 @@ pub fn no_command<'w>(word: &OsStr, commands: impl IntoIterator<Item = &'w str>)
     let message = format!("there is no command {word:?}");
     let word = word.to_string_lossy();
     // Commands for a running guest are those of `ctl`.
-    if ctl::COMMANDS.contains(&&*word) {
+    if ctl::is_command(&word) {
         return format!("{message}: is `alula ctl {word}` meant?");
     }
-    with_hint(message, &word, &COMMANDS, commands)
+    with_hint(message, &word, COMMANDS, commands)
 }
 
 /// The message about `words` of which none is a command of `alula ctl` in its place. A guest's name may come first.
 pub fn no_ctl_command(words: &[&str]) -> String {
     let hint = |word: &&str| {
         let message = format!("there is no command `{word}`, or it has too many words");
-        let hinted = with_hint(message.clone(), word, &CTL_COMMANDS, ctl::COMMANDS);
+        let hinted = with_hint(message.clone(), word, CTL_COMMANDS, ctl::commands());
         (hinted != message).then_some(hinted)
     };
     let first = words.first().copied().unwrap_or_default();
@@ -163,7 +134,7 @@ fn with_option(option: &str, arguments: &[OsString], help: &str) -> String {
     let is_letter = whole.len() == 2;
     let hyphen = if is_letter || whole.starts_with("--") { "" } else { "-" };
     let word = format!("{hyphen}{whole}");
-    match other(&word, &OPTIONS).filter(|meant| options.contains(meant)) {
+    match other(&word, OPTIONS).filter(|meant| options.contains(meant)) {
         Some(meant) => format!("{message}: is `{meant}` meant?"),
         // One letter is like each other letter.
         None if is_letter => message,
@@ -252,17 +223,17 @@ mod tests {
         };
         let options =
             ["run", "exec", "serve"].map(|command| help(&format!("alula {command} --help"))).concat();
-        for (name, meant) in OPTIONS {
+        for (name, meant) in names(OPTIONS) {
             assert!(options.contains(&format!("{meant} ")), "{name}: {meant}");
         }
         let commands = help("alula --help");
-        for (name, meant) in COMMANDS {
+        for (name, meant) in names(COMMANDS) {
             let first = meant.split(' ').next().unwrap();
             assert!(commands.contains(&format!("\n  {first} ")), "{name}: {meant}");
         }
-        for (name, meant) in CTL_COMMANDS {
-            assert!(ctl::COMMANDS.contains(&meant.split(' ').next().unwrap()), "{name}: {meant}");
-            assert!(!ctl::COMMANDS.contains(&name), "{name} is there");
+        for (name, meant) in names(CTL_COMMANDS) {
+            assert!(ctl::is_command(meant.split(' ').next().unwrap()), "{name}: {meant}");
+            assert!(!ctl::is_command(name), "{name} is there");
         }
     }
 }

@@ -219,22 +219,27 @@ pub fn measure(mut file: &File, path: &Path) -> Result<u64> {
     file.seek(SeekFrom::End(0)).with_context(|| format!("find the size of disk image `{}`", path.display()))
 }
 
-/// How other kinds of images, and compressed ones, begin.
-const CONTAINERS: [(&[u8], &str); 6] = [
-    (b"QFI\xfb", "a qcow2 image: if it is one, say `format=qcow2` (`\"format\": \"qcow2\"`)"),
-    (b"KDMV", "a VMDK image: if it is one, convert it (`qemu-img convert -O raw`)"),
-    (b"vhdxfile", "a VHDX image: if it is one, convert it (`qemu-img convert -O raw`)"),
-    (b"\x1f\x8b\x08", "a file of gzip: if it is one, unpack it"),
-    (b"\xfd7zXZ\0", "a file of xz: if it is one, unpack it"),
-    (b"\x28\xb5\x2f\xfd", "a file of zstd: if it is one, unpack it"),
-];
+/// What a file is that begins like this, if it is an image of another kind, or a compressed one.
+fn container(head: &[u8]) -> Option<&'static str> {
+    Some(match head {
+        [b'Q', b'F', b'I', 0xfb, ..] => {
+            "a qcow2 image: if it is one, say `format=qcow2` (`\"format\": \"qcow2\"`)"
+        }
+        [b'K', b'D', b'M', b'V', ..] => "a VMDK image: if it is one, convert it (`qemu-img convert -O raw`)",
+        b"vhdxfile" => "a VHDX image: if it is one, convert it (`qemu-img convert -O raw`)",
+        [0x1f, 0x8b, 8, ..] => "a file of gzip: if it is one, unpack it",
+        [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => "a file of xz: if it is one, unpack it",
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => "a file of zstd: if it is one, unpack it",
+        _ => return None,
+    })
+}
 
 /// Says so if a raw image looks like one that is not: the guest would see the container instead of a disk. No
 /// more than that, as a guest may write whatever it likes there.
 fn warn_of_container(file: &File, path: &Path) {
     let mut head = [0; 8];
     let count = file.read_at(&mut head, 0).unwrap_or(0);
-    if let Some((_, what)) = CONTAINERS.iter().find(|(begin, _)| head[..count].starts_with(begin)) {
+    if let Some(what) = container(&head[..count]) {
         log::line(format_args!(
             "disk image `{}` is used as a raw one, and begins like {what}",
             path.display()
