@@ -120,8 +120,8 @@ pub struct Vm {
     /// What is asked of KVM itself when the machine is saved.
     kvm: Kvm,
     fd: VmFd,
-    /// None: it was not needed yet.
-    cpu_model: Option<CpuModel>,
+    /// None: it was not needed yet, or is not needed any more.
+    cpu_model: Mutex<Option<CpuModel>>,
     max_vcpus: usize,
     slots: Mutex<Slots>,
     routes: irq::Routes,
@@ -151,7 +151,7 @@ impl Vm {
             _names: names,
             kvm,
             fd,
-            cpu_model,
+            cpu_model: Mutex::new(cpu_model),
             max_vcpus,
             slots: Mutex::new(slots),
             routes: irq::Routes::default(),
@@ -191,12 +191,18 @@ impl Vm {
         Ok(())
     }
 
-    /// Has `ask` ask what KVM is told of CPUs, which KVM says here if nobody has wanted to know yet.
+    /// Has `ask` ask what KVM is told of CPUs, which KVM says here if nobody has wanted to know yet. A machine asks once:
+    /// what KVM has said is 3 KiB, for which there is other use then.
     pub fn with_cpu_model<T>(&self, ask: impl FnOnce(&CpuModel) -> Result<T>) -> Result<T> {
-        match &self.cpu_model {
-            Some(model) => ask(model),
+        let model = self.lock_cpu_model().take();
+        match model {
+            Some(model) => ask(&model),
             None => ask(&CpuModel::new(&self.kvm)?),
         }
+    }
+
+    fn lock_cpu_model(&self) -> MutexGuard<'_, Option<CpuModel>> {
+        self.cpu_model.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Tells KVM what the CPUs are, before they first run: those of the host, with two of them a core if `smt`, and with
@@ -224,7 +230,7 @@ impl Vm {
     /// Tells KVM what the CPUs most likely are, before that is known: those of the host. KVM can be told otherwise until
     /// they run.
     pub fn foresee_cpu_model(&self, vcpus: &[impl Deref<Target = VcpuFd>]) -> Result<()> {
-        self.cpu_model.as_ref().map_or(Ok(()), |model| model.apply(vcpus, false, &[]))
+        self.lock_cpu_model().as_ref().map_or(Ok(()), |model| model.apply(vcpus, false, &[]))
     }
 
     /// Gives the guest another region of memory, in the lowest slot that is free, and returns that. `is_tracked`:
