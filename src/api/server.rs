@@ -36,7 +36,8 @@ pub struct Server {
     body_max: usize,
     /// Tokens on the event loop: this one for the listener, the next ones for the connections.
     token: u64,
-    connections: Vec<Option<Connection>>,
+    /// On the heap each: a list makes room for four at once, and one client is what most have.
+    connections: Vec<Option<Box<Connection>>>,
     /// Counts what clients have done, to tell which of them has been idle longest.
     moves: u64,
 }
@@ -99,7 +100,7 @@ impl Server {
         events: &Events,
         service: &mut Service<'_>,
     ) -> Result<()> {
-        let waits = |place: &Option<Connection>| {
+        let waits = |place: &Option<Box<Connection>>| {
             place.as_ref().is_some_and(|connection| connection.waits_for() == Some(ticket))
         };
         let Some(index) = self.connections.iter().position(waits) else { return Ok(()) };
@@ -114,7 +115,7 @@ impl Server {
     /// Goes on with a connection as far as it can without waiting; whether a request was answered.
     fn advance(&mut self, index: usize, events: &Events, service: Option<&mut Service<'_>>) -> Result<bool> {
         let readers = self.readers().count();
-        let Some(connection) = self.connections.get_mut(index).and_then(Option::as_mut) else {
+        let Some(connection) = self.connections.get_mut(index).and_then(Option::as_deref_mut) else {
             return Ok(false);
         };
         let answered = connection.answered;
@@ -205,7 +206,7 @@ impl Server {
     }
 
     fn readers(&self) -> impl Iterator<Item = (&Connection, &Reader)> {
-        let open = self.connections.iter().flatten();
+        let open = self.connections.iter().filter_map(Option::as_deref);
         open.filter_map(|connection| connection.reader.as_ref().map(|reader| (connection, reader)))
     }
 
@@ -213,7 +214,7 @@ impl Server {
     fn served(&self) -> impl Iterator<Item = usize> {
         let is_served = |connection: &Connection| !connection.ending && connection.reader.is_none();
         let places = self.connections.iter().enumerate();
-        places.filter(move |(_, place)| place.as_ref().is_some_and(is_served)).map(|(index, _)| index)
+        places.filter(move |(_, place)| place.as_deref().is_some_and(is_served)).map(|(index, _)| index)
     }
 
     /// A client that hangs up and comes back, or lets another in, has done so in this order; we may hear of
@@ -252,13 +253,13 @@ impl Server {
             log::debug(format_args!("{CONNECTIONS_MAX} clients of the API are served: one more is refused"));
             connection.end(http::error_bytes("503", "Too many open connections"));
         }
-        self.connections[index] = Some(connection);
+        self.connections[index] = Some(Box::new(connection));
         Ok(Some(index))
     }
 
     /// Closes the connection that has been idle longest; false: none is idle.
     fn let_an_idle_one_go(&mut self) -> bool {
-        let open = |index: &usize| self.connections[*index].as_ref();
+        let open = |index: &usize| self.connections[*index].as_deref();
         let idle = self.served().filter(|index| open(index).is_some_and(Connection::is_idle));
         let longest = idle.min_by_key(|index| open(index).map(|connection| connection.moved));
         longest.is_some_and(|index| self.connections[index].take().is_some())
@@ -268,7 +269,7 @@ impl Server {
     /// clients that end a request just in time, and begin the next one with it, would keep everybody else out.
     /// False: there is none.
     fn let_a_slow_one_go(&mut self, events: &Events) -> Result<bool> {
-        let awaited = |index: &usize| self.connections[*index].as_ref().map(Connection::awaited);
+        let awaited = |index: &usize| self.connections[*index].as_deref().map(Connection::awaited);
         let longest = self.served().max_by_key(awaited);
         let longest = longest.filter(|index| awaited(index).is_some_and(|time| time >= REQUEST_TIME));
         longest.map_or(Ok(()), |index| self.give_up(index, events))?;
@@ -290,7 +291,8 @@ impl Server {
             self.connections.push(None);
             return self.connections.len() - 1;
         }
-        let ending = |place: &Option<Connection>| place.as_ref().is_some_and(|connection| connection.ending);
+        let ending =
+            |place: &Option<Box<Connection>>| place.as_ref().is_some_and(|connection| connection.ending);
         self.connections.iter().position(ending).expect("10 of those that are not readers are not ending")
     }
 }
