@@ -99,6 +99,8 @@ pub struct Host {
 impl Host {
     /// Takes in what somebody else has opened for `what`, beside what is held for it.
     pub fn give(&mut self, what: impl Into<String>, resource: Resource) {
+        // Most machines have one or two, and the list would make room for four at once.
+        self.held.reserve_exact(1);
         self.held.push(Held { what: what.into(), resource });
     }
 
@@ -108,7 +110,7 @@ impl Host {
     /// # Errors
     /// A file cannot be opened: everything is held as before.
     pub fn hold(&mut self, files: &[(&str, Option<&Path>)], access: Access, sharing: Sharing) -> Result<()> {
-        let mut opened = Vec::new();
+        let mut opened = Vec::with_capacity(files.iter().filter(|(_, path)| path.is_some()).count());
         for &(what, path) in files {
             if let Some(path) = path {
                 let file = self.open(what, path, access, sharing)?;
