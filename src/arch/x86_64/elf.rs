@@ -125,7 +125,9 @@ impl Kernel {
 
     /// Copies the segments from `kernel`, which was read, into guest memory.
     pub fn load(&self, memory: &Regions, kernel: &mut impl KernelSource) -> Result<()> {
-        for Segment { offset, file_size, range } in &self.segments {
+        for Segment { offset, file_size, range } in
+            self.segments.iter().filter(|segment| segment.file_size > 0)
+        {
             kernel.seek(SeekFrom::Start(*offset)).context("find a segment")?;
             kernel::read(memory, kernel, Range { start: range.start, size: *file_size })
                 .with_context(|| format!("load the segment at {:#x}", range.start))?;
