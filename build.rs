@@ -35,7 +35,9 @@ fn main() {
     let mut rustc = Command::new(variable("RUSTC"));
     rustc.args(["--crate-name=firmware", "--crate-type=bin", "--edition=2024", "firmware/src/main.rs"]);
     rustc.args(["--target", &variable("TARGET")]).arg("-o").arg(&linked);
-    rustc.args(["-Copt-level=s", "-Clto=fat", "-Cpanic=abort", "-Ccodegen-units=1", "-Cstrip=symbols"]);
+    // Made part of its callers is only what makes them smaller: each page of the image is one of every guest's.
+    rustc.args(["-Copt-level=s", "-Cllvm-args=-inline-threshold=0"]);
+    rustc.args(["-Clto=fat", "-Cpanic=abort", "-Ccodegen-units=1", "-Cstrip=symbols"]);
     rustc.args(["-Crelocation-model=static", "-Cno-redzone=yes", "-Cforce-unwind-tables=no"]);
     // Nobody saves vector registers there, and software KVMs do not emulate them; with the caches
     // off, arm64 takes no unaligned access.

@@ -60,12 +60,14 @@ static mut STARTED: u32 = u32::MAX;
 
 #[unsafe(no_mangle)]
 extern "C" fn first_cpu(tree: u64) -> ! {
-    crate::start(fdt::command_line(tree), || {
-        let mut machine = Machine::new("Image", "FDT");
-        // SAFETY: no other CPU runs yet, and no interrupt is let in.
-        unsafe { cpu_interface = fdt::read(&mut machine, tree) };
-        machine
-    })
+    crate::start(fdt::command_line(tree), read_tree, tree)
+}
+
+fn read_tree(tree: u64) -> Machine {
+    let mut machine = Machine::new("Image", "FDT");
+    // SAFETY: no other CPU runs yet, and no interrupt is let in.
+    unsafe { cpu_interface = fdt::read(&mut machine, tree) };
+    machine
 }
 
 // These are one plain load or store each: KVM cannot tell us of an access with several registers or write-back.

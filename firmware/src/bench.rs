@@ -128,8 +128,8 @@ impl Queue {
         depth: u64,
         count: u64,
         endless: bool,
-        mut prepare: impl FnMut(u64),
-        counts: impl Fn(u64) -> bool,
+        prepare: &mut dyn FnMut(u64),
+        counts: &dyn Fn(u64) -> bool,
     ) -> u64 {
         let (mut offered, mut done) = (0, 0);
         let limit = if endless { u64::MAX } else { count };
@@ -187,14 +187,14 @@ fn disk(area: u64, kind: u32, [bytes, depth, count]: [u64; 3]) -> Option<u64> {
         queue.describe(request, 2, header(request) + 16, 1, WRITE);
     }
     let mut place = 1_u64;
-    let prepare = |request| {
+    let mut prepare = |request| {
         // Knuth's MMIX generator: its upper bits are good.
         let random = place.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         place = if bytes < 1 << 20 { random } else { place + (1 << 33) };
         store(header(request) + 8, (place >> 33) % places * (bytes / SECTOR));
         store(header(request) + 16, 0xff_u8);
     };
-    Some(queue.run(depth, count, false, prepare, |request| load::<u8>(header(request) + 16) == 0))
+    Some(queue.run(depth, count, false, &mut prepare, &|request| load::<u8>(header(request) + 16) == 0))
 }
 
 fn frames(area: u64, receives: bool, [bytes, depth, count]: [u64; 3]) -> Option<u64> {
@@ -220,7 +220,7 @@ fn frames(area: u64, receives: bool, [bytes, depth, count]: [u64; 3]) -> Option<
         queue.describe(request, 0, frame(request), length as u32, flags);
     }
     let counts = |request| !receives || load::<u16>(ether_type(request)) == ETHER_TYPE;
-    Some(queue.run(depth, count, receives, |_| {}, counts))
+    Some(queue.run(depth, count, receives, &mut |_| {}, &counts))
 }
 
 /// The next line that is typed; one that is too long is cut.

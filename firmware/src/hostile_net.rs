@@ -1,5 +1,6 @@
 //! The breaches that only a network interface knows: frames that are none, commands that are none.
 
+use crate::arch::write8;
 use crate::console::say;
 use crate::hostile::{NOWHERE, answers, chain};
 use crate::machine::Machine;
@@ -11,8 +12,8 @@ use crate::words::Words;
 /// A breach: the interface, and its queues (receive, transmit, control).
 type Attack = fn(Device, [Queue; 3]);
 
-/// A header that asks for everything at once, and a frame of the same.
-static GARBAGE: [u8; 256] = [0xff; 256];
+/// For a header that asks for everything at once, and a frame of the same: no bytes of the image until it is sent.
+static mut GARBAGE: [u8; 256] = [0; 256];
 /// A header that asks for segments of TCP whose headers lie beyond the frame.
 static SEGMENTS: [u8; 64] = {
     let mut bytes = [0; 64];
@@ -37,7 +38,9 @@ const ATTACKS: [(&str, Attack); 19] = [
     }),
     ("a frame of 8 GiB", |_, [_, tx, _]| chain(tx, [(0x1000, u32::MAX, NEXT, 1), (0x1000, u32::MAX, 0, 0)])),
     ("a frame that is garbage", |_, [_, tx, _]| {
-        chain(tx, [(GARBAGE.as_ptr() as u64, 256, 0, 0), (0, 0, 0, 0)])
+        let garbage = (&raw mut GARBAGE) as u64;
+        (garbage..garbage + 256).for_each(|at| write8(at, 0xff));
+        chain(tx, [(garbage, 256, 0, 0), (0, 0, 0, 0)])
     }),
     ("segments without headers", |_, [_, tx, _]| {
         chain(tx, [(SEGMENTS.as_ptr() as u64, 64, 0, 0), (0, 0, 0, 0)])

@@ -49,8 +49,9 @@ use machine::Machine;
 /// What a panic of the firmware itself ends with.
 const PANIC: u32 = 100;
 
-/// Called by the architecture's entry code on the first CPU; `read_tables` finds out about the machine.
-fn start(command_line: &'static [u8], read_tables: impl FnOnce() -> Machine) -> ! {
+/// Called by the architecture's entry code on the first CPU; `read_tables` finds out about the machine from what is at
+/// the address `tables`.
+fn start(command_line: &'static [u8], read_tables: fn(u64) -> Machine, tables: u64) -> ! {
     let words = words::Words(command_line);
     if words.has("hello") {
         say!("A\n");
@@ -64,12 +65,19 @@ fn start(command_line: &'static [u8], read_tables: impl FnOnce() -> Machine) -> 
     while words.has("flood") {
         say!("flood\n");
     }
-    let mut machine = read_tables();
+    examine(&words, read_tables, tables)
+}
+
+/// Does all that takes the machine to be known. In a frame of its own: one that is to say a line and no more needs little
+/// of the stack, for which no page is touched.
+#[inline(never)]
+fn examine(words: &words::Words, read_tables: fn(u64) -> Machine, tables: u64) -> ! {
+    let mut machine = read_tables(tables);
     machine.first_id = machine.id();
     let machine = &machine;
     arch::catch_exceptions();
     // Before it says anything: who reads that may save the guest at once.
-    if cases::is_chosen(&words, b"identity") {
+    if cases::is_chosen(words, b"identity") {
         arch::expect_identity();
     }
     say!("alula firmware: ", arch::NAME, ", ", machine.protocol, "\n");
@@ -93,7 +101,7 @@ fn start(command_line: &'static [u8], read_tables: impl FnOnce() -> Machine) -> 
         bench::serve(machine);
         arch::exit(0);
     }
-    let failed = cases::run(machine, &words);
+    let failed = cases::run(machine, words);
     match words.value("end") {
         None => arch::exit(failed),
         Some(b"poweroff") => arch::power_off(),

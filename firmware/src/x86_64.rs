@@ -79,9 +79,9 @@ struct TablePointer {
 #[unsafe(no_mangle)]
 extern "C" fn first_cpu(info: u64, protocol: u64) -> ! {
     if protocol == 0 {
-        crate::start(command_line(u64_at(info + 24)), || read_pvh(info))
+        crate::start(command_line(u64_at(info + 24)), read_pvh, info)
     } else {
-        crate::start(command_line(u32_at(info + 0x228).into()), || read_linux64(info))
+        crate::start(command_line(u32_at(info + 0x228).into()), read_linux64, info)
     }
 }
 
@@ -248,12 +248,12 @@ extern "C" fn secondary_cpu() -> ! {
 
 /// From here on an exception is told and ends the guest.
 pub fn catch_exceptions() {
-    // SAFETY: the stubs are 16 bytes each, and keep what the interrupted code has in its registers. The table
+    // SAFETY: the stubs are 8 bytes each, and keep what the interrupted code has in its registers. The table
     // is a static, and is complete before the CPU is told of it.
     unsafe {
         let stubs = (&raw const exceptions) as u64;
         for vector in 0..32 {
-            set_gate(vector, stubs + 16 * vector as u64);
+            set_gate(vector, stubs + 8 * vector as u64);
         }
         set_gate(TIMER_VECTOR, timer_interrupt as *const () as u64);
         let pointer = TablePointer { limit: GATES_SIZE - 1, base: (&raw const IDT) as u64 };

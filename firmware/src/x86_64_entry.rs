@@ -45,12 +45,14 @@ gdt_pointer:
     .word 4 * 8 - 1
     .long gdt, 0
 
+    # Before the code, which begins in the page in which the first one ends: a guest that needs little of it has no page
+    # for that.
     .section .bss.stacks, "aw", @nobits
     .align 16
-    .skip 16384
-stack:
     .skip 4096
 secondary_stack:
+    .skip 16384 + 384
+stack:
 
     .text
     .code32
@@ -121,11 +123,11 @@ trampoline_gdt_pointer:
 trampoline_end:
     .code64
 
-    .align 16
+    .align 8
 exceptions:
     .set vector, 0
     .rept 32
-    .align 16
+    .align 8
     pushq $vector
     jmp exception
     .set vector, vector + 1
