@@ -71,20 +71,20 @@ fn machine(folder: &Folder, cpus: u16, pci: bool) -> Box<Machine> {
     machine
 }
 
-/// PVH's start info, then what lies from the RSDP to the end of the first MiB. The RSDP is found as a kernel
+/// What lies from PVH's start info, which is before the RSDP, to the end of the first MiB. The RSDP is found as a kernel
 /// finds it on a PC: on a 16-byte boundary (ACPI 6.5, 5.2.5.1).
 fn acpi_tables(machine: &Machine) -> Vec<u8> {
-    let mut all = vec![0; 256];
-    machine.memory().memory().read_slice(&mut all, GuestAddress(0x6000)).unwrap();
+    const PVH_MAGIC: u32 = 0x336e_c578;
     let mut firmware = vec![0; 0x2_0000];
     machine.memory().memory().read_slice(&mut firmware, GuestAddress(0xe_0000)).unwrap();
-    let tables = firmware.chunks(16).position(|chunk| chunk.starts_with(b"RSD PTR ")).unwrap();
+    let begins = |what: &[u8]| firmware.chunks(16).position(|chunk| chunk.starts_with(what)).unwrap();
+    let (info, tables) = (begins(&PVH_MAGIC.to_le_bytes()), begins(b"RSD PTR "));
+    assert!(info < tables);
     // The generation ID before the reset vector is another one in each machine.
     let id = &mut firmware[0x1_ffe0..0x1_fff0];
     assert!(id != [0; 16]);
     id.fill(0);
-    all.extend_from_slice(&firmware[tables * 16..]);
-    all
+    firmware.split_off(info * 16)
 }
 
 /// The device tree: the last page that begins as one does (Devicetree Specification 0.4, 5.2).

@@ -39,6 +39,8 @@ pub struct Entry {
     pub address: u64,
     /// In which state it is expected there.
     pub protocol: Protocol,
+    /// Where the start info or the boot parameters are.
+    pub info: u64,
 }
 
 /// Loads `kernel`, `initrd` and the tables that describe `platform` into `memory`; notes in
@@ -50,7 +52,7 @@ pub fn load(
     platform: &mut Platform,
 ) -> Result<Entry> {
     let (format, head) = kernel::format(kernel)?;
-    let (entry, header, kernel_end) = match format {
+    let (mut entry, header, kernel_end) = match format {
         Format::Elf(EM_X86_64) => load_elf(memory, kernel, &head, platform)?,
         Format::BzImage => load_bzimage(memory, kernel, platform)?,
         Format::Elf(EM_AARCH64) | Format::Arm64Image => {
@@ -71,14 +73,15 @@ pub fn load(
         platform.initrd = Some(range);
     }
 
-    write_command_line(memory, &platform.command_line)?;
+    check_command_line(&platform.command_line)?;
     let tables = acpi::tables(platform);
     memory.write_slice(&tables.bytes, GuestAddress(tables.start)).context("write the ACPI tables")?;
-    match entry.protocol {
+    entry.info = match entry.protocol {
         Protocol::Pvh => write_start_info(memory, platform, tables.start),
         Protocol::Linux64 => {
             write_boot_params(memory, platform, header, tables.start).and_then(|()| write_cpu_tables(memory))
         }
+        .map(|()| layout::BOOT_PARAMS),
     }
     .context("write the boot parameters")?;
     Ok(entry)
@@ -96,7 +99,7 @@ fn load_elf(
     elf.load(memory, kernel)?;
     let protocol = if elf.pvh { Protocol::Pvh } else { Protocol::Linux64 };
     // The initrd will be in the first range, too.
-    Ok((Entry { address: elf.entry, protocol }, None, elf.end_in(platform.memory[0])))
+    Ok((Entry { address: elf.entry, protocol, info: 0 }, None, elf.end_in(platform.memory[0])))
 }
 
 fn load_bzimage(memory: &Regions, kernel: &mut impl KernelSource, platform: &Platform) -> Result<Loaded> {
@@ -134,7 +137,7 @@ fn load_bzimage(memory: &Regions, kernel: &mut impl KernelSource, platform: &Pla
             end.div_ceil(1 << 20)
         )));
     }
-    let entry = Entry { address: load.0 + BZIMAGE_ENTRY_64, protocol: Protocol::Linux64 };
+    let entry = Entry { address: load.0 + BZIMAGE_ENTRY_64, protocol: Protocol::Linux64, info: 0 };
     Ok((entry, Some(header), end.max(loaded.kernel_end)))
 }
 
@@ -155,7 +158,7 @@ fn place_initrd(size: u64, kernel_end: u64, platform: &Platform) -> Result<Range
     }
 }
 
-fn write_command_line(memory: &Regions, line: &str) -> Result<()> {
+fn check_command_line(line: &str) -> Result<()> {
     if line.len() >= layout::COMMAND_LINE_SIZE {
         return Err(Error::config(format!(
             "the kernel command line has {} bytes, at most {} fit",
@@ -166,8 +169,7 @@ fn write_command_line(memory: &Regions, line: &str) -> Result<()> {
     if line.contains('\0') {
         return Err(Error::config("the kernel command line contains a NUL"));
     }
-    let at = GuestAddress(layout::COMMAND_LINE);
-    memory.write_slice(line.as_bytes(), at).context("write the command line")
+    Ok(())
 }
 
 /// The memory map: (range, type) as E820 tells it.
@@ -185,18 +187,22 @@ fn memory_map(platform: &Platform) -> Vec<(Range, u32)> {
     map
 }
 
-fn write_start_info(memory: &Regions, platform: &Platform, rsdp: u64) -> Result<()> {
-    // The start info, then the module list (one: the initrd), then the memory map.
-    let modules = layout::PVH_START_INFO + 64;
-    let map = modules + 32;
-    let mut bytes = vec![0; 96];
+/// The start info, then the module list (one: the initrd), the memory map and the command line: all before the ACPI
+/// tables, which begin with the RSDP, so that it costs no page of its own. Returns where the start info is.
+fn write_start_info(memory: &Regions, platform: &Platform, rsdp: u64) -> Result<u64> {
     let entries = memory_map(platform);
+    let before_line = 96 + entries.len() * size_of::<hvm_memmap_table_entry>();
+    let size = (before_line + platform.command_line.len() + 1).next_multiple_of(16);
+    let start = rsdp - size as u64;
+    let (modules, map) = (start + 64, start + 96);
+    let mut bytes = Vec::with_capacity(size);
+    bytes.resize(96, 0);
     let info = hvm_start_info {
         magic: PVH_MAGIC,
         version: 1,
         nr_modules: platform.initrd.is_some().into(),
         modlist_paddr: if platform.initrd.is_some() { modules } else { 0 },
-        cmdline_paddr: layout::COMMAND_LINE,
+        cmdline_paddr: start + before_line as u64,
         rsdp_paddr: rsdp,
         memmap_paddr: map,
         memmap_entries: entries.len() as u32,
@@ -211,7 +217,9 @@ fn write_start_info(memory: &Regions, platform: &Platform, rsdp: u64) -> Result<
         let entry = hvm_memmap_table_entry { addr: range.start, size: range.size, type_: kind, reserved: 0 };
         bytes.extend_from_slice(entry.as_slice());
     }
-    memory.write_slice(&bytes, GuestAddress(layout::PVH_START_INFO)).context("write the PVH start info")
+    bytes.extend_from_slice(platform.command_line.as_bytes());
+    memory.write_slice(&bytes, GuestAddress(start)).context("write the PVH start info")?;
+    Ok(start)
 }
 
 fn write_boot_params(
@@ -243,6 +251,8 @@ fn write_boot_params(
         *slot = boot_e820_entry { addr: range.start, size: range.size, r#type: kind };
         params.e820_entries += 1;
     }
+    let line = (platform.command_line.as_bytes(), GuestAddress(layout::COMMAND_LINE));
+    memory.write_slice(line.0, line.1).context("write the command line")?;
     memory.write_slice(params.as_slice(), GuestAddress(layout::BOOT_PARAMS)).context("write the zero page")
 }
 

@@ -66,10 +66,9 @@ const fn memory_of(start: u64, size: u64) -> Place {
 /// I/O APIC pins for devices that are added: after those that PC tradition has given away.
 pub const DEVICE_GSIS: std::ops::Range<u32> = 5..24;
 
-/// The boot tables, all below 1 MiB: the kernel's own segments start there.
+/// The boot tables of the Linux boot protocol, all below 1 MiB: the kernel's own segments start there. What PVH has
+/// lies before the ACPI tables, in their page as far as it fits: each page costs every guest 4 KiB.
 pub const GDT: u64 = 0x500;
-/// The start info and the command line share a page: each page costs every guest 4 KiB.
-pub const PVH_START_INFO: u64 = 0x6000;
 pub const COMMAND_LINE: u64 = 0x6800;
 /// Linux's COMMAND_LINE_SIZE, with the NUL.
 pub const COMMAND_LINE_SIZE: usize = 2048;

@@ -74,14 +74,14 @@ pub fn boot(vcpus: &[impl Deref<Target = VcpuFd>], entry: &Entry) -> Result<()> 
     match entry.protocol {
         Protocol::Pvh => {
             sregs.cr0 = CR0_PE | CR0_ET;
-            regs.rbx = layout::PVH_START_INFO;
+            regs.rbx = entry.info;
         }
         Protocol::Linux64 => {
             sregs.cr0 = CR0_PE | CR0_ET | CR0_PG;
             sregs.cr3 = layout::PAGE_TABLES;
             sregs.cr4 = CR4_PAE;
             sregs.efer = EFER_LME | EFER_LMA;
-            regs.rsi = layout::BOOT_PARAMS;
+            regs.rsi = entry.info;
             // The boot protocol promises a loaded GDT with these selectors; it lies in `layout::GDT`.
             sregs.gdt.base = layout::GDT;
             sregs.gdt.limit = 5 * 8 - 1;

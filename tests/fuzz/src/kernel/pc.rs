@@ -61,32 +61,37 @@ pub fn check_kernel(memory: &Regions, file: &Source, entry: &Entry) -> Vec<Range
 
 /// All that is below the kernel.
 pub fn check_tables(memory: &Regions, platform: &Platform, entry: &Entry) {
-    let mut line = [0; layout::COMMAND_LINE_SIZE];
-    memory.read_slice(&mut line, GuestAddress(layout::COMMAND_LINE)).unwrap();
-    assert_eq!(text_in(&line), platform.command_line.as_bytes());
-    let is_pvh = u32_of(memory, layout::PVH_START_INFO) == PVH_MAGIC;
+    let is_pvh = u32_of(memory, entry.info) == PVH_MAGIC;
     let told = if is_pvh { "Pvh" } else { "Linux64" };
     assert_eq!(format!("{:?}", entry.protocol), told);
     let (rsdp, map) = match is_pvh {
-        true => check_start_info(memory, platform),
-        false => check_boot_params(memory, platform),
+        true => check_start_info(memory, platform, entry.info),
+        false => check_boot_params(memory, platform, entry.info),
     };
-    check_map(platform, &map, rsdp);
-    check_acpi(memory, platform, rsdp);
+    // The start info is in one piece with the tables.
+    let begin = if is_pvh { entry.info } else { rsdp };
+    assert!(begin <= rsdp, "{begin:#x} is behind {rsdp:#x}");
+    check_map(platform, &map, begin);
+    check_acpi(memory, platform, rsdp, begin);
+}
+
+fn check_command_line(memory: &Regions, platform: &Platform, at: u64) {
+    let mut line = [0; layout::COMMAND_LINE_SIZE];
+    memory.read_slice(&mut line, GuestAddress(at)).unwrap();
+    assert_eq!(text_in(&line), platform.command_line.as_bytes());
 }
 
 type Found = (u64, Vec<(Range, u32)>);
 
 /// The start info of PVH (Xen, include/public/arch-x86/hvm/start_info.h).
-fn check_start_info(memory: &Regions, platform: &Platform) -> Found {
-    let info = layout::PVH_START_INFO;
+fn check_start_info(memory: &Regions, platform: &Platform, info: u64) -> Found {
     let modules = u32_of(memory, info + 12);
     assert_eq!(modules, u32::from(platform.initrd.is_some()));
     if let Some(initrd) = platform.initrd {
         let module = u64_of(memory, info + 16);
         assert_eq!((u64_of(memory, module), u64_of(memory, module + 8)), (initrd.start, initrd.size));
     }
-    assert_eq!(u64_of(memory, info + 24), layout::COMMAND_LINE);
+    check_command_line(memory, platform, u64_of(memory, info + 24));
     let (at, count) = (u64_of(memory, info + 40), u32_of(memory, info + 48));
     let entries = (0..u64::from(count)).map(|index| {
         let at = at + index * 24;
@@ -97,9 +102,8 @@ fn check_start_info(memory: &Regions, platform: &Platform) -> Found {
 }
 
 /// The zero page (Documentation/arch/x86/zero-page.rst).
-fn check_boot_params(memory: &Regions, platform: &Platform) -> Found {
-    let page = layout::BOOT_PARAMS;
-    assert_eq!(u64::from(u32_of(memory, page + 0x228)), layout::COMMAND_LINE);
+fn check_boot_params(memory: &Regions, platform: &Platform, page: u64) -> Found {
+    check_command_line(memory, platform, u32_of(memory, page + 0x228).into());
     if let Some(initrd) = platform.initrd {
         let told = (u32_of(memory, page + 0x218).into(), u32_of(memory, page + 0x21c).into());
         assert_eq!(told, (initrd.start, initrd.size));
@@ -114,8 +118,8 @@ fn check_boot_params(memory: &Regions, platform: &Platform) -> Found {
 }
 
 /// The map is in order, and what it calls RAM is guest memory that nothing else has.
-fn check_map(platform: &Platform, map: &[(Range, u32)], rsdp: u64) {
-    let tables = Range { start: rsdp, size: layout::KERNEL_START - rsdp };
+fn check_map(platform: &Platform, map: &[(Range, u32)], begin: u64) {
+    let tables = Range { start: begin, size: layout::KERNEL_START - begin };
     let mut ram = Vec::new();
     for (index, (range, kind)) in map.iter().enumerate() {
         let lies_over = |other: &Range| other.start < range.end() && range.start < other.end();
@@ -141,7 +145,7 @@ fn table(memory: &Regions, at: u64, signature: &[u8; 4]) -> Vec<u8> {
     table
 }
 
-fn check_acpi(memory: &Regions, platform: &Platform, rsdp: u64) {
+fn check_acpi(memory: &Regions, platform: &Platform, rsdp: u64, begin: u64) {
     let root: [u8; 36] = read(memory, rsdp);
     assert_eq!((&root[..8], rsdp % 16), (&b"RSD PTR "[..], 0));
     for length in [20, 36] {
@@ -150,8 +154,8 @@ fn check_acpi(memory: &Regions, platform: &Platform, rsdp: u64) {
     // Devices in memory have the places before.
     for (name, place) in layout::in_memory(&platform.memory) {
         let alula::platform::Place::Memory { range, .. } = place else { panic!("{name}: {place}") };
-        let is_free = range.end() <= rsdp || range.start >= layout::GENERATION_ID;
-        assert!(is_free && range.end() <= TABLES_END, "the tables at {rsdp:#x} lie over {name}");
+        let is_free = range.end() <= begin || range.start >= layout::GENERATION_ID;
+        assert!(is_free && range.end() <= TABLES_END, "the tables at {begin:#x} lie over {name}");
     }
     let xsdt = table(memory, u64_of(memory, rsdp + 24), b"XSDT");
     let tables: Vec<u64> =
