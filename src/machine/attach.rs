@@ -188,7 +188,7 @@ fn events(name: &str, what: &str, count: usize) -> Result<Vec<Arc<EventFd>>> {
 }
 
 /// Makes the PCI bus, which is reached by memory and, where there are such, by ports; its first device is the
-/// bridge to the CPUs. In a frame of its own: the compiler makes the bus on the stack, 2.5 KiB in three places, and
+/// bridge to the CPUs. In a frame of its own: the compiler makes the bus on the stack, in three places, and
 /// every machine would keep these pages.
 #[inline(never)]
 pub fn pci_bus(vm: &Arc<Vm>, surroundings: &Surroundings, parts: &mut Vec<Part>) -> Result<Arc<Mutex<Root>>> {

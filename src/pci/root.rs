@@ -54,8 +54,8 @@ pub struct Root {
     vm: Arc<Vm>,
     /// The bus has the root among its devices (configuration space is memory), and a bus that the root kept would never be dropped.
     mmio: Weak<Bus>,
-    /// By device number.
-    slots: [Option<Slot>; DEVICES_MAX],
+    /// By device number. On the heap each, as most are empty: a root is made on the stack, whose pages stay.
+    slots: [Option<Box<Slot>>; DEVICES_MAX],
     /// The address register of the port mechanism (x86).
     address: u32,
 }
@@ -75,7 +75,7 @@ impl Root {
     ) -> Result<()> {
         match self.slots.get_mut(device as usize) {
             Some(slot @ None) => {
-                *slot = Some(Slot { function, registers, placed: None });
+                *slot = Some(Box::new(Slot { function, registers, placed: None }));
                 Ok(())
             }
             Some(_) => Err(Error::config(format!("PCI device {device} is taken"))),
@@ -100,7 +100,7 @@ impl Root {
         if !function.is_multiple_of(8) {
             return None;
         }
-        let slot = self.slots.get_mut((function / 8) as usize)?.as_mut()?;
+        let slot = self.slots.get_mut((function / 8) as usize)?.as_deref_mut()?;
         Some((slot, (address % CONFIG_SIZE) as usize))
     }
 
