@@ -7,6 +7,7 @@ pub mod lost;
 pub mod mapping;
 pub mod page_set;
 mod source;
+pub mod window;
 pub mod written;
 
 use std::fmt;

@@ -119,8 +119,8 @@ pub enum Place {
     },
     /// A device number of the PCI bus.
     Pci(u32),
-    /// Guest memory that no guest has as its RAM, and the interrupt line if there is one: the device has no
-    /// registers, and writes there what the guest reads.
+    /// Memory that no guest has as its RAM, and the interrupt line if there is one: guest memory where a device without
+    /// registers writes what the guest reads, or the window of a device.
     Memory {
         /// The guest physical addresses.
         range: Range,

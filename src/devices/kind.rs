@@ -42,6 +42,10 @@ pub trait DeviceConfig:
     /// The places below a device's path at which GET tells something: at the empty one its configuration, at the
     /// others what [`VirtioDevice::tell`] says.
     const TOLD: &'static [&'static str] = &[];
+    /// The guest finds host memory of it at addresses of its own ([`VirtioDevice::view`]).
+    const HAS_WINDOW: bool = false;
+    /// The fault for a second device that the guest is to boot from.
+    const SECOND_ROOT: &'static str = "A root block device already exists! (`is_root_device`)";
     /// The option of the command line that adds one.
     const OPTION: CliOption;
     /// One that makes sense in itself, as JSON: for the documentation and the tests.
@@ -166,6 +170,10 @@ pub struct DeviceKind {
     pub update_fault: &'static str,
     /// The places below a device's path at which GET tells something.
     pub told: &'static [&'static str],
+    /// The guest finds host memory of it at addresses of its own.
+    pub has_window: bool,
+    /// The fault for a second device that the guest is to boot from.
+    pub second_root: &'static str,
     /// The command line's option.
     pub option: CliOption,
     /// One as JSON.
@@ -202,6 +210,8 @@ impl DeviceKind {
             fault: C::FAULT,
             update_fault: C::UPDATE_FAULT,
             told: C::TOLD,
+            has_window: C::HAS_WINDOW,
+            second_root: C::SECOND_ROOT,
             option: C::OPTION,
             example: C::EXAMPLE,
             patchable: C::Patch::EXISTS,
@@ -320,7 +330,7 @@ impl ConfiguredDevice {
     /// Whether it can be in one machine with `other`, which it does not replace.
     pub fn check_beside(&self, other: &Self) -> Result<()> {
         if self.root_words().is_some() && other.root_words().is_some() {
-            return Err(Error::config("A root block device already exists! (`is_root_device`)"));
+            return Err(Error::config(self.kind().second_root));
         }
         self.0.check_beside(other)
     }

@@ -4,13 +4,16 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::parts::{self, Places};
+use super::windows::{self, Shown};
 use super::{Machine, RunState};
 use crate::arch::layout;
+use crate::config::Config;
 use crate::devices::kind::ConfiguredDevice;
 use crate::error::{Context, Error, Result};
 use crate::host::Host;
 use crate::log;
 use crate::memory::Range;
+use crate::memory::window::Window;
 use crate::part::{Component, Part};
 use crate::pci::DEVICES_MAX;
 use crate::pci::msix::Msix;
@@ -32,6 +35,62 @@ struct Opened {
     loops: Vec<Arc<Loop>>,
 }
 
+/// A device that is open, with its window, if it has one.
+struct Ahead {
+    /// There until the device is put in its place.
+    device: Option<Box<dyn VirtioDevice>>,
+    /// The window, in its place.
+    window: Option<Window>,
+}
+
+/// The devices of a configuration that have windows, by their names: they are opened before the machine has its shell,
+/// since a change of KVM's memory soon after interrupt controllers are made waits for these.
+pub(super) struct OpenedAhead(Vec<(String, Ahead)>);
+
+impl OpenedAhead {
+    /// Opens them, for the machine called `id`, whose memory is at `memory`.
+    pub fn open(
+        id: &str,
+        config: &Config,
+        places: &Places,
+        memory: &[Range],
+        host: &mut Host,
+    ) -> Result<Self> {
+        let (mut opened, mut taken) = (Vec::new(), Vec::new());
+        for device in config.devices().filter(|device| device.kind().has_window) {
+            let ahead = Ahead::open(device, id, host, places, memory, &taken)?;
+            taken.extend(ahead.window.as_ref().map(|window| window.range));
+            opened.push((device.name(), ahead));
+        }
+        Ok(Self(opened))
+    }
+
+    /// The windows that they have.
+    pub fn windows(&self) -> Vec<Window> {
+        self.0.iter().filter_map(|(_, ahead)| ahead.window.clone()).collect()
+    }
+}
+
+impl Ahead {
+    /// Opens a device of the machine called `id`, whose memory is at `memory`, and finds a place for its window where
+    /// `taken` has none. Nobody else knows of the window yet.
+    fn open(
+        device: &ConfiguredDevice,
+        id: &str,
+        host: &mut Host,
+        places: &Places,
+        memory: &[Range],
+        taken: &[Range],
+    ) -> Result<Self> {
+        let mut opened = device.open(id, host)?;
+        let name = device.name();
+        let find = |view| windows::put(&name, view, places, memory, taken);
+        let window = opened.view().map(find).transpose().with_context(|| format!("attach {name}"))?;
+        window.iter().for_each(|window| opened.set_window(window.range));
+        Ok(Self { device: Some(opened), window })
+    }
+}
+
 impl Machine {
     /// Opens a device and puts it in the place that `places` gives it, or else in the lowest one that no part
     /// has and that `places` gives to nobody. The machine must be paused. After an error the machine is as it
@@ -39,32 +98,106 @@ impl Machine {
     pub fn attach(&mut self, device: &ConfiguredDevice, places: &Places, host: &mut Host) -> Result<()> {
         let name = device.name();
         let attempt = || format!("attach {name}");
+        let place = self.find_place(device, places).with_context(attempt)?;
+        let mut ahead = Ahead::open(device, &self.id, host, places, &self.platform.memory, &self.windows())?;
+        if let Some(window) = &ahead.window {
+            self.vm.add_window(window).with_context(attempt)?;
+        }
+        let window = ahead.window.as_ref().map(|window| window.range);
+        self.put(device, &mut ahead, place).with_context(attempt).inspect_err(|_| {
+            // KVM was just told of it.
+            window.inspect(|range| drop(self.vm.remove_memory(*range)));
+        })
+    }
+
+    /// Does the same with all devices of a configuration, some of which were opened before the machine had its shell,
+    /// which has their windows.
+    pub(super) fn attach_all(
+        &mut self,
+        config: &Config,
+        mut ahead: OpenedAhead,
+        places: &Places,
+        host: &mut Host,
+    ) -> Result<()> {
+        for device in config.devices() {
+            let name = device.name();
+            let Some((_, ahead)) = ahead.0.iter_mut().find(|(other, _)| *other == name) else {
+                self.attach(device, places, host)?;
+                continue;
+            };
+            let attempt = || format!("attach {name}");
+            let place = self.find_place(device, places).with_context(attempt)?;
+            self.put(device, ahead, place).with_context(attempt)?;
+        }
+        Ok(())
+    }
+
+    /// The place of a device that is to be attached now.
+    fn find_place(&self, device: &ConfiguredDevice, places: &Places) -> Result<Place> {
+        let name = device.name();
         if self.state != RunState::Paused {
-            return Err(Error::config("the machine runs: pause it first")).with_context(attempt);
+            return Err(Error::config("the machine runs: pause it first"));
         }
         if self.parts.get(&name).is_ok() {
-            return Err(Error::config("the machine has it already")).with_context(attempt);
+            return Err(Error::config("the machine has it already"));
         }
-        self.config.check_beside(device).with_context(attempt)?;
-        let place = self.place_for(&name, places).with_context(attempt)?;
+        self.config.check_beside(device)?;
+        let place = self.place_for(&name, places)?;
         match place {
             Place::Pci(number) => log::debug(format_args!("attach {name} as PCI device {number}")),
             Place::Ports { range, .. } | Place::Registers { range, .. } | Place::Memory { range, .. } => {
                 log::debug(format_args!("attach {name} at {:#x}", range.start));
             }
         }
+        Ok(place)
+    }
+
+    /// Puts a device that is open at `place`, with its window, of which KVM knows.
+    fn put(&mut self, device: &ConfiguredDevice, ahead: &mut Ahead, place: Place) -> Result<()> {
+        let name = device.name();
         let loops = self.loops.for_device(device.threads())?;
-        let opened =
-            Opened { name: name.clone(), device: device.open(&self.id, host)?, loops: loops.clone() };
+        let opened = ahead.device.take().expect("a device is put in one place");
+        let opened = Opened { name: name.clone(), device: opened, loops: loops.clone() };
+        if let Some(Window { range, view }) = &ahead.window {
+            let shown = Shown::new(&name, view.clone(), &self.surroundings.end);
+            let shown = Arc::new(Mutex::new(shown));
+            self.surroundings.mmio.attach(*range, shown.clone())?;
+            log::debug(format_args!("{name} shows {range}"));
+            self.parts.0.push(windows::part(&name, shown, *range));
+        }
         let component = match (place, &self.root) {
             (Place::Pci(number), Some(root)) => self.put_on_pci(root, opened, number),
             (Place::Registers { range, gsi: Some(gsi) }, None) => self.put_on_mmio(opened, range, gsi),
             _ => unreachable!("a place for a device is on the machine's bus"),
         };
-        let component = component.with_context(attempt)?;
+        let component = match component {
+            Ok(component) => component,
+            Err(error) => {
+                self.take_window_part(&name);
+                return Err(error);
+            }
+        };
         self.loops.keep(device.threads(), loops);
         self.parts.0.push(Part { name, place, metrics: device.metrics(), component });
         self.config.put(device.clone())
+    }
+
+    /// Takes the window of a device from the list of parts, if it has one, and returns where that is.
+    fn take_window_part(&mut self, name: &str) -> Option<Range> {
+        let window = windows::name_of(name);
+        let index = self.parts.0.iter().position(|part| part.name == window)?;
+        let Place::Memory { range, .. } = self.parts.0.remove(index).place else { return None };
+        self.surroundings.mmio.detach(range.start);
+        Some(range)
+    }
+
+    /// Where windows are already, and what else is in memory and no RAM.
+    fn windows(&self) -> Vec<Range> {
+        let in_memory = |part: &Part| match part.place {
+            Place::Memory { range, .. } => Some(range),
+            _ => None,
+        };
+        self.parts.0.iter().filter_map(in_memory).collect()
     }
 
     /// Stops the device called `name`, takes it from its bus, ends its own threads, and closes what it has of
@@ -84,6 +217,9 @@ impl Machine {
                 disconnect(&self.vm, range, &kicks);
             }
             _ => unreachable!("a device is on the machine's bus"),
+        }
+        if let Some(window) = self.take_window_part(name) {
+            self.vm.remove_memory(window)?;
         }
         self.parts.0.retain(|part| part.name != name);
         self.changing.retain(|other| other != name);

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
 
-use super::attach::pci_bus;
+use super::attach::{OpenedAhead, pci_bus};
 use super::command_line::command_line;
 use super::parts::{Parts, Places};
 use super::shell::{Base, Shell};
@@ -43,7 +43,8 @@ pub fn build(
     let boot_timer = config.boot_timer.then(BootTimer::start);
     let machine = &config.machine_config;
     let ranges = layout::memory(memory_size(machine.mem_size_mib)?);
-    let shell = base.shell(machine.vcpu_count, &ranges, source)?;
+    let ahead = OpenedAhead::open(id, config, places, &ranges, host)?;
+    let shell = base.shell(machine.vcpu_count, &ranges, source, &ahead.windows())?;
     let Shell { vcpus, loops, surroundings, errands, wake, mut vm, memory } = shell;
     memory.memory().iter().for_each(|region| machine.huge_pages.choose(region));
     log::debug(format_args!(
@@ -96,7 +97,7 @@ pub fn build(
         vm,
         memory,
     });
-    config.devices().try_for_each(|device| machine.attach(device, places, host))?;
+    machine.attach_all(config, ahead, places, host)?;
     machine.timeline.mark("devices");
     Ok(machine)
 }

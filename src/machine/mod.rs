@@ -10,6 +10,7 @@ mod parts;
 mod regions;
 mod saved;
 mod shell;
+mod windows;
 
 use std::any::Any;
 use std::sync::{Arc, Mutex};

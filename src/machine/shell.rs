@@ -11,6 +11,7 @@ use crate::arch::layout;
 use crate::bus::Bus;
 use crate::errands::Errands;
 use crate::error::{Error, Result};
+use crate::memory::window::Window;
 use crate::memory::{self, Memory, Range, Region, Regions, Source};
 use crate::poll::{self, EventFd};
 use crate::vm::exit::End;
@@ -42,7 +43,7 @@ impl Shell {
             Some(size) => memory::allocate(&layout::memory(memory_size(size)?))?,
             None => Memory::new(Regions::default()),
         };
-        let mut shell = Self::around(prepared, cpus, memory)?;
+        let mut shell = Self::around(prepared, cpus, memory, &[])?;
         shell.loops.make_shared()?;
         shell.loops.start()?;
         shell.vm.foresee_cpu_model(&shell.vcpus.stopped())?;
@@ -50,10 +51,11 @@ impl Shell {
         Ok(shell)
     }
 
-    /// A shell without threads, around a guest's memory. KVM takes memory first: a change of it soon after the
-    /// interrupt controllers are made would wait for these.
-    fn around(prepared: Prepared, cpus: u16, memory: Memory) -> Result<Self> {
+    /// A shell without threads, around a guest's memory and windows. KVM takes both first: a change of them soon after
+    /// the interrupt controllers are made would wait for these.
+    fn around(prepared: Prepared, cpus: u16, memory: Memory, windows: &[Window]) -> Result<Self> {
         let mut vm = Vm::new(prepared, &memory.memory())?;
+        windows.iter().try_for_each(|window| vm.add_window(window).map(drop))?;
         let made = vm.create_vcpus(cpus)?;
         let gate = Arc::new(Gate::default());
         let end = End::new(gate.clone())?;
@@ -114,16 +116,23 @@ impl From<Shell> for Base {
 }
 
 impl Base {
-    /// The shell of a machine with so many CPUs and this memory.
-    pub(super) fn shell(self, cpus: u16, ranges: &[Range], source: Source<'_>) -> Result<Shell> {
+    /// The shell of a machine with so many CPUs, this memory, and these windows.
+    pub(super) fn shell(
+        self,
+        cpus: u16,
+        ranges: &[Range],
+        source: Source<'_>,
+        windows: &[Window],
+    ) -> Result<Shell> {
         match self {
-            Self::Prepared(prepared) => Shell::around(*prepared, cpus, memory::map(ranges, source)?),
+            Self::Prepared(prepared) => Shell::around(*prepared, cpus, memory::map(ranges, source)?, windows),
             Self::Shell(shell) if shell.cpus() != usize::from(cpus) => Err(Error::config(format!(
                 "the machine is to have {cpus} CPUs, and its shell was made for {}: make another one",
                 shell.cpus()
             ))),
             Self::Shell(mut shell) => {
                 shell.set_memory(ranges, source)?;
+                windows.iter().try_for_each(|window| shell.vm.add_window(window).map(drop))?;
                 Ok(*shell)
             }
         }

@@ -38,6 +38,8 @@ pub enum Pages {
     OfFile,
     /// Writes are seen in the mapping alone.
     Private,
+    /// There are no writes: the file may be open for reading alone.
+    ToRead,
 }
 
 impl Mapping {
@@ -80,9 +82,10 @@ impl Mapping {
         if offset.checked_add(size).is_none_or(|end| end > self.size) {
             return Err(IoError::from_raw_os_error(libc::EINVAL));
         }
-        let flags = match pages {
-            Pages::OfFile => libc::MAP_SHARED,
-            Pages::Private => libc::MAP_PRIVATE | libc::MAP_NORESERVE,
+        let (flags, protection) = match pages {
+            Pages::OfFile => (libc::MAP_SHARED, Self::PROTECTION),
+            Pages::Private => (libc::MAP_PRIVATE | libc::MAP_NORESERVE, Self::PROTECTION),
+            Pages::ToRead => (libc::MAP_SHARED, libc::PROT_READ),
         };
         let position =
             libc::off_t::try_from(position).map_err(|_| IoError::from_raw_os_error(libc::EINVAL))?;
@@ -90,7 +93,7 @@ impl Mapping {
         let (flags, fd) = (flags | libc::MAP_FIXED, file.as_raw_fd());
         // SAFETY: the range lies in this mapping, as was just seen, and is mapped at every moment. Nobody has a
         // reference into it: guest memory changes at any time, and is read and written by volatile accesses.
-        let shown = unsafe { libc::mmap(place, size, Self::PROTECTION, flags, fd, position) };
+        let shown = unsafe { libc::mmap(place, size, protection, flags, fd, position) };
         if shown == libc::MAP_FAILED { Err(IoError::last_os_error()) } else { Ok(()) }
     }
 
@@ -149,7 +152,7 @@ pub(super) fn give_back(
     let advice = match whose {
         // The file has the pages: they go when the file has none there.
         Pages::OfFile => libc::MADV_REMOVE,
-        Pages::Private => libc::MADV_DONTNEED,
+        Pages::Private | Pages::ToRead => libc::MADV_DONTNEED,
     };
     let start = pages.as_ptr().wrapping_add(offset);
     // SAFETY: the range lies in the region's own mapping, as was just seen. What it holds changes, as guest memory

@@ -108,12 +108,14 @@ pub fn length(fd: RawFd) -> Option<u64> {
     }
 }
 
-/// Whether the open file with this number is in a tmpfs that has no room for another page (fstatfs(2)).
+/// Whether the open file with this number is in a tmpfs that has no room for another page (fstatfs(2)). One without a
+/// limit, as that of files without names, says of everything that there are none.
 pub fn is_full_tmpfs(fd: RawFd) -> bool {
     // SAFETY: `statfs` is plain data of which zeros are valid, and the call writes to the local one.
     unsafe {
         let mut told: libc::statfs = zeroed();
-        libc::fstatfs(fd, &raw mut told) == 0 && told.f_type == libc::TMPFS_MAGIC && told.f_bavail == 0
+        let is_tmpfs = libc::fstatfs(fd, &raw mut told) == 0 && told.f_type == libc::TMPFS_MAGIC;
+        is_tmpfs && told.f_blocks > 0 && told.f_bavail == 0
     }
 }
 

@@ -18,7 +18,8 @@ use serde_json::Value;
 
 use crate::error::{Error, Result};
 use crate::host::Host;
-use crate::memory::Memory;
+use crate::memory::window::View;
+use crate::memory::{Memory, Range};
 use crate::metrics::Group;
 use crate::poll::{EventFd, Interest};
 use crate::snapshot::SaveState;
@@ -47,6 +48,12 @@ pub trait VirtioDevice: SaveState + Send {
     }
     /// The largest size of each of its queues: powers of two.
     fn queue_sizes(&self) -> &[u16];
+    /// The host memory that the guest is to find at addresses of its own beside its RAM, whether the device runs or not.
+    fn view(&self) -> Option<View> {
+        None
+    }
+    /// The machine has given what the device shows these addresses of the guest.
+    fn set_window(&mut self, _range: Range) {}
     /// The driver reads `data.len()` bytes of device configuration at `offset`. What is beyond its
     /// end is left as it is: zeros.
     fn read_config(&self, _offset: u64, _data: &mut [u8]) {}

@@ -18,6 +18,7 @@ use vm_memory::{GuestMemoryRegion, MemoryRegionAddress};
 use crate::error::{self, Context};
 use crate::memory::Region;
 use crate::memory::mapping::{Mapping, Window, page_size};
+use crate::memory::window::View;
 
 /// KVM, of which `file` is the device.
 pub fn of_file(file: File) -> Kvm {
@@ -37,6 +38,12 @@ impl SlotPages {
     pub fn of(region: &Region) -> error::Result<Self> {
         let address = region.get_host_address(MemoryRegionAddress(0)).context("find guest memory")?;
         Ok(Self { address: address as u64, _mapping: region.mapping() })
+    }
+
+    /// The pages of what is seen through a window.
+    pub fn of_view(view: &View) -> Self {
+        let mapping = view.mapping();
+        Self { address: mapping.start().as_ptr() as u64, _mapping: Some(mapping.clone()) }
     }
 }
 

@@ -22,6 +22,7 @@ use vm_memory::GuestMemoryBackend as _;
 use crate::arch::{self, CpuModel};
 use crate::descriptors::Name;
 use crate::error::{Context, Error, Result};
+use crate::memory::window::Window;
 use crate::memory::{Range, Region, Regions};
 use crate::platform::{CpuChanges, MessageFrame, Platform};
 use crate::poll::EventFd;
@@ -242,7 +243,15 @@ impl Vm {
         self.slots().add(&self.fd, region, is_tracked)
     }
 
-    /// Takes the region that is exactly `range` from the guest; its slot is free again.
+    /// Gives the guest a window, in the lowest slot that is free, and returns that. The guest may run meanwhile.
+    ///
+    /// # Errors
+    /// The guest has memory there already, or KVM does not take it.
+    pub fn add_window(&self, window: &Window) -> Result<u32> {
+        self.slots().add_window(&self.fd, window)
+    }
+
+    /// Takes the region or the window that is exactly `range` from the guest; its slot is free again.
     ///
     /// # Errors
     /// There is no such region, or KVM does not give it up.

@@ -3,11 +3,12 @@
 
 use std::collections::BTreeMap;
 
-use kvm_bindings::KVM_MEM_LOG_DIRTY_PAGES;
+use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY};
 use kvm_ioctls::VmFd;
 
 use super::kvm::{self, SlotPages};
 use crate::error::{Context, Error, Result};
+use crate::memory::window::Window;
 use crate::memory::{Range, Region};
 
 /// The slots that are in use, by number.
@@ -17,8 +18,26 @@ pub struct Slots(BTreeMap<u32, Slot>);
 struct Slot {
     range: Range,
     pages: SlotPages,
-    /// KVM notes what the guest's CPUs write.
-    is_tracked: bool,
+    kind: Kind,
+}
+
+/// The content of a slot.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// The guest's memory, of which KVM notes what the guest's CPUs write if it `is_tracked`.
+    Memory { is_tracked: bool },
+    /// A window's view. Nobody wants to know what is written there: no snapshot has it.
+    Window { is_read_only: bool },
+}
+
+impl Kind {
+    fn flags(self) -> u32 {
+        match self {
+            Self::Memory { is_tracked: true } => KVM_MEM_LOG_DIRTY_PAGES,
+            Self::Window { is_read_only: true } => KVM_MEM_READONLY,
+            _ => 0,
+        }
+    }
 }
 
 impl Slots {
@@ -26,15 +45,28 @@ impl Slots {
     pub fn add(&mut self, fd: &VmFd, region: &Region, is_tracked: bool) -> Result<u32> {
         let range = region.range();
         let attempt = || format!("give KVM {} MiB of guest memory at {:#x}", range.size >> 20, range.start);
+        let pages = SlotPages::of(region).with_context(attempt)?;
+        self.put(fd, Slot { range, pages, kind: Kind::Memory { is_tracked } }).with_context(attempt)
+    }
+
+    /// Does the same with a window.
+    pub fn add_window(&mut self, fd: &VmFd, Window { range, view }: &Window) -> Result<u32> {
+        let kind = Kind::Window { is_read_only: view.is_read_only() };
+        let slot = Slot { range: *range, pages: SlotPages::of_view(view), kind };
+        self.put(fd, slot)
+            .with_context(|| format!("give KVM a window of {} MiB at {:#x}", range.size >> 20, range.start))
+    }
+
+    fn put(&mut self, fd: &VmFd, slot: Slot) -> Result<u32> {
+        let range = slot.range;
         let ends_before = |range: &Range, other: &Range| range.start + (range.size - 1) < other.start;
-        let is_beside = |slot: &Slot| ends_before(&range, &slot.range) || ends_before(&slot.range, &range);
-        if let Some(taken) = self.0.values().find(|slot| !is_beside(slot)) {
-            return Err(Error::config(format!("{} are there already", taken.range))).with_context(attempt);
+        let is_beside = |other: &Slot| ends_before(&range, &other.range) || ends_before(&other.range, &range);
+        if let Some(taken) = self.0.values().find(|other| !is_beside(other)) {
+            return Err(Error::config(format!("{} are there already", taken.range)));
         }
-        let slot = Slot { range, pages: SlotPages::of(region)?, is_tracked };
         let number = (0..).zip(self.0.keys()).find(|(free, used)| free != *used);
         let number = number.map_or(self.0.len() as u32, |(free, _)| free);
-        set(fd, number, &slot, range.size).with_context(attempt)?;
+        set(fd, number, &slot, range.size)?;
         self.0.insert(number, slot);
         Ok(number)
     }
@@ -50,12 +82,13 @@ impl Slots {
         Ok(())
     }
 
-    /// Has KVM note what the guest's CPUs write from now on, in all slots, or no more.
+    /// Has KVM note what the guest's CPUs write from now on, in all slots of memory, or no more.
     pub fn track(&mut self, fd: &VmFd, is_tracked: bool) -> Result<()> {
-        for (number, slot) in self.0.iter_mut().filter(|(_, slot)| slot.is_tracked != is_tracked) {
-            let before = std::mem::replace(&mut slot.is_tracked, is_tracked);
+        let (before, after) = (Kind::Memory { is_tracked: !is_tracked }, Kind::Memory { is_tracked });
+        for (number, slot) in self.0.iter_mut().filter(|(_, slot)| slot.kind == before) {
+            slot.kind = after;
             if let Err(error) = set(fd, *number, slot, slot.range.size) {
-                slot.is_tracked = before;
+                slot.kind = before;
                 return Err(error).with_context(|| format!("note writes to {}", slot.range));
             }
         }
@@ -65,7 +98,7 @@ impl Slots {
     /// The pages that the guest's CPUs wrote since the last call, or since `track`, by region: a bit for each page
     /// of the host's size, the first of them in the lowest bit of the first word.
     pub fn take_written(&self, fd: &VmFd) -> Result<Vec<(Range, Vec<u64>)>> {
-        let tracked = self.0.iter().filter(|(_, slot)| slot.is_tracked);
+        let tracked = self.0.iter().filter(|(_, slot)| slot.kind == Kind::Memory { is_tracked: true });
         let taken = tracked.map(|(number, slot)| {
             let pages = fd.get_dirty_log(*number, slot.range.size as usize);
             Ok((slot.range, pages.with_context(|| format!("ask KVM what was written of {}", slot.range))?))
@@ -86,13 +119,16 @@ impl Slots {
 
 /// Tells KVM what a slot is; a `size` of 0 empties it.
 fn set(fd: &VmFd, number: u32, slot: &Slot, size: u64) -> Result<()> {
-    let flags = if slot.is_tracked { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
-    let given = kvm::set_slot(fd, number, flags, slot.range.start, size, &slot.pages);
-    given.map_err(|error| match error.errno() {
+    let given = kvm::set_slot(fd, number, slot.kind.flags(), slot.range.start, size, &slot.pages);
+    given.map_err(|error| match (error.errno(), slot.kind) {
         // aarch64 says EFAULT of what is beyond its guests' addresses.
-        libc::EINVAL | libc::EFAULT => {
+        (libc::EINVAL | libc::EFAULT, Kind::Memory { .. }) => {
             Error::config("it takes less: give the guest less (`mem_size_mib`, --memory)")
         }
+        (libc::EINVAL | libc::EFAULT, Kind::Window { .. }) => Error::config(
+            "it takes less, or nothing so far up: give the guest a smaller file, or less memory (`mem_size_mib`, \
+             --memory)",
+        ),
         _ => Error::host(error.to_string()),
     })
 }

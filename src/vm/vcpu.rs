@@ -309,7 +309,7 @@ fn last_exit(exit: std::result::Result<VcpuExit<'_>, kvm_ioctls::Error>, index: 
         )),
         Ok(unknown) => Exit::Failed(format!("KVM_RUN on CPU {index} returned {unknown:?}")),
         Err(error) => {
-            lost::look_at(&error.into());
+            lost::look_at_run(&error.into());
             Exit::Failed(format!("KVM_RUN on CPU {index}: {error}"))
         }
     }

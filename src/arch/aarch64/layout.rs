@@ -50,6 +50,11 @@ pub const FIXED: &[(&str, Place)] = &[
     ("v2m", Place::Registers { range: GIC_MESSAGE_FRAME.registers, gsi: None }),
 ];
 
+/// Guest physical addresses are 40 bits wide where the host allows it: KVM's default.
+pub const IPA_BITS: i32 = 40;
+const ADDRESSES: u64 = 1 << IPA_BITS;
+const WINDOWS_ALIGNMENT: u64 = 1 << 30;
+
 const fn registers(start: u64, size: u64, gsi: Option<u32>) -> Place {
     Place::Registers { range: Range { start, size }, gsi }
 }
@@ -74,6 +79,14 @@ pub fn in_memory(memory: &[Range]) -> [(&'static str, Place); 2] {
         Place::Memory { range, gsi: Some(gsi) }
     };
     [("VM generation ID", page(0, 16, 2)), ("VM clock", page(1, PAGE, 3))]
+}
+
+/// The addresses that windows of devices may have: above all memory of the machine. They begin with a new GiB, so that no
+/// section of a guest's memory map (128 MiB; include/asm/sparsemem.h) is half RAM and half window.
+pub fn windows(memory: &[Range]) -> Range {
+    let end = memory.last().map_or(0, |last| last.start.saturating_add(last.size)).max(MEMORY_START);
+    let start = end.checked_next_multiple_of(WINDOWS_ALIGNMENT).unwrap_or(ADDRESSES).min(ADDRESSES);
+    Range { start, size: ADDRESSES - start }
 }
 
 /// The ranges that `size` bytes of memory lie in.

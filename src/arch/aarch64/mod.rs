@@ -58,9 +58,6 @@ pub const HAS_CPUID: bool = false;
 /// that the monitor notices.
 pub const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 panic=-1";
 
-/// Guest physical addresses are 40 bits wide where the host allows it: KVM's default.
-const IPA_BITS: i32 = 40;
-
 /// PSTATE at entry: EL1h, all interrupts masked.
 const PSTATE_EL1H_MASKED: u64 = 0x3c5;
 
@@ -121,7 +118,7 @@ fn kind_of_cpus(vm: &VmFd) -> Result<kvm_vcpu_init> {
 /// Makes a virtual machine.
 pub fn create_vm(kvm: &Kvm) -> Result<VmFd, kvm_ioctls::Error> {
     match kvm.get_host_ipa_limit() {
-        limit @ 1..IPA_BITS => kvm.create_vm_with_ipa_size(limit as u32),
+        limit @ 1..layout::IPA_BITS => kvm.create_vm_with_ipa_size(limit as u32),
         _ => kvm.create_vm(),
     }
 }

@@ -44,6 +44,10 @@ const fn ports(start: u64, size: u64, gsi: Option<u32>) -> Place {
     Place::Ports { range: Range { start, size }, gsi }
 }
 
+/// No guest has more physical addresses than this: the page tables of x86_64 have no more bits.
+const ADDRESSES: u64 = 1 << 52;
+const WINDOWS_ALIGNMENT: u64 = 1 << 30;
+
 const fn registers(start: u64, size: u64) -> Place {
     Place::Registers { range: Range { start, size }, gsi: None }
 }
@@ -86,6 +90,14 @@ pub const GENERATION_ID: u64 = RESET_VECTOR - 16;
 /// there. The ACPI tables are in the same page as far as they fit.
 pub const RESET_VECTOR: u64 = 0xf_fff0;
 pub const KERNEL_START: u64 = 0x10_0000;
+
+/// The addresses that windows of devices may have: above all memory of the machine. They begin with a new GiB, so that no
+/// section of a guest's memory map (128 MiB; include/asm/sparsemem.h) is half RAM and half window.
+pub fn windows(memory: &[Range]) -> Range {
+    let end = memory.last().map_or(0, |last| last.start.saturating_add(last.size)).max(HIGH_MEMORY_START);
+    let start = end.checked_next_multiple_of(WINDOWS_ALIGNMENT).unwrap_or(ADDRESSES).min(ADDRESSES);
+    Range { start, size: ADDRESSES - start }
+}
 
 /// The ranges that `size` bytes of memory lie in.
 pub fn memory(size: u64) -> Vec<Range> {
