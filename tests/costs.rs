@@ -100,6 +100,7 @@ struct Path {
 /// Every device there is, each in every way that it can be configured to work, and what that is called.
 fn configurations(folder: &Folder) -> Vec<(String, ConfiguredDevice)> {
     folder.write("disk", vec![0x5a; 1 << 20]);
+    folder.write("pmem", vec![0x5a; 1 << 20]);
     let disk = |engine: &str| {
         json!({
             "drive_id": "disk",
@@ -116,6 +117,7 @@ fn configurations(folder: &Folder) -> Vec<(String, ConfiguredDevice)> {
             "entropy" => vec![json!({})],
             "vsock" => vec![json!({ "guest_cid": 3, "uds_path": folder.path("vsock") })],
             "balloon" => vec![json!({ "amount_mib": 1, "deflate_on_oom": false })],
+            "pmem" => vec![json!({ "id": "pmem", "path_on_host": folder.path("pmem") })],
             other => panic!("teach this test how a device of `{other}` is configured"),
         }
     };
@@ -196,6 +198,12 @@ fn paths(device: &ConfiguredDevice, guest: &mut Guest) -> Vec<Path> {
             let pages: Vec<u8> = (768..1024_u32).rev().flat_map(u32::to_le_bytes).collect();
             let requests = (0..DEPTH).map(|_| vec![(guest.allocate(&pages), 0)]).collect();
             vec![Path { name: GIVE_PAGES, queue: 0, requests, rooms: Vec::new(), copied_max: 1024.0 }]
+        }
+        "pmem" => {
+            let flush = guest.allocate(&[0; 4]);
+            let requests =
+                (0..DEPTH).map(|_| vec![(flush, 0), (guest.allocate(&[0xff; 4]), WRITE)]).collect();
+            vec![Path { name: "flush of memory", queue: 0, requests, rooms: Vec::new(), copied_max: 8.0 }]
         }
         other => panic!("teach this test how a device of `{other}` is used"),
     }

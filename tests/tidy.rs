@@ -15,6 +15,7 @@ const UNSAFE: &[&str] = &[
     "src/devices/block/ring.rs",
     "src/devices/net/stream/outgoing.rs",
     "src/devices/net/tap/port.rs",
+    "src/devices/pmem/worker.rs",
     "src/devices/vsock/socket.rs",
     "src/main.rs",
     "src/memory/faults.rs",

@@ -100,6 +100,11 @@ pub fn write_pvpanic(events: u8) {
     write8(PVPANIC, events);
 }
 
+/// Where the memory at `address` can be reached: addresses are physical ones.
+pub fn reach(address: u64) -> u64 {
+    address
+}
+
 /// Whether the last 4 of the 8 bytes at `address` keep what is written; they stay as they were.
 pub fn is_writable(address: u64) -> bool {
     const PATTERN: u32 = 0x5aa5_1234;

@@ -6,6 +6,7 @@ use crate::devices;
 use crate::hostile;
 use crate::hostile_net;
 use crate::machine::Machine;
+use crate::pmem;
 use crate::virtio::{self, Device};
 use crate::vsock;
 use crate::words::{Words, number};
@@ -25,12 +26,13 @@ const CASES: [(&str, Case); 8] = [
 ];
 
 /// Cases for a virtio device of a type: run where there is one, and where they are asked for by name.
-const DEVICE_CASES: [(&str, u32, Case); 5] = [
+const DEVICE_CASES: [(&str, u32, Case); 6] = [
     ("block", 2, devices::block),
     ("net", 1, devices::net),
     ("entropy", 4, devices::entropy),
     ("vsock", 19, vsock::vsock),
     ("balloon", 5, devices::balloon),
+    ("pmem", 27, pmem::pmem),
 ];
 
 /// Cases that run only where they are asked for by name.

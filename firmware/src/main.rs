@@ -26,6 +26,7 @@ mod devices;
 mod hostile;
 mod hostile_net;
 mod machine;
+mod pmem;
 mod virtio;
 mod vsock;
 mod words;

@@ -10,9 +10,12 @@ use crate::machine::{Machine, text_at};
 
 #[path = "x86_64_entry.rs"]
 mod entry;
+#[path = "x86_64_far.rs"]
+mod far;
 #[path = "x86_64_identity.rs"]
 mod identity;
 
+pub use far::{is_writable, reach};
 pub use identity::{expect_identity, has_identity_come};
 
 pub const NAME: &str = "x86_64";
@@ -30,8 +33,6 @@ const PVPANIC: u16 = 0x505;
 const EXCEPTION: u32 = 101;
 /// Where secondary CPUs begin, in real mode: below 1 MiB, clear of the boot tables.
 const TRAMPOLINE: u64 = 0x8000;
-/// Through these 2 MiB any memory can be looked at.
-const WINDOW: u64 = 1 << 30;
 const HUGE_PAGE: u64 = 2 << 20;
 /// Present, writable, a page of 2 MiB (Intel SDM 3A, 4.5).
 const PRESENT_HUGE_PAGE: u64 = 0x83;
@@ -55,7 +56,6 @@ unsafe extern "C" {
     static exceptions: u8;
     fn timer_interrupt();
     static mut pd_high: [u64; 512];
-    static mut window: [u64; 512];
 }
 
 #[unsafe(no_mangle)]
@@ -189,23 +189,6 @@ fn write_msr(register: u32, value: u64) {
     // SAFETY: the registers are those of the local APIC: memory stays as it is, and interrupts come where a
     // gate is.
     unsafe { asm!("wrmsr", in("ecx") register, in("eax") low, in("edx") high, options(nomem, nostack)) };
-}
-
-/// Whether the 8 bytes at `address`, wherever it is, keep what is written; they stay as they were.
-pub fn is_writable(address: u64) -> bool {
-    const PATTERN: u64 = 0x5aa5_1234_8765_a55a;
-    // SAFETY: the first entry of the table maps the 2 MiB of `WINDOW`, and only this function looks through
-    // them. What it writes there is undone at once, while nobody else uses that memory.
-    unsafe {
-        (&raw mut window).cast::<u64>().write_volatile(address & !(HUGE_PAGE - 1) | PRESENT_HUGE_PAGE);
-        asm!("invlpg [{}]", in(reg) WINDOW, options(nostack));
-        let at = (WINDOW + address % HUGE_PAGE) as *mut u64;
-        let before = read_volatile(at);
-        write_volatile(at, PATTERN);
-        let found = read_volatile(at);
-        write_volatile(at, before);
-        found == PATTERN
-    }
 }
 
 fn enable_x2apic() {

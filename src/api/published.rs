@@ -42,6 +42,7 @@ const REGISTERS: &str = r#"[{"addr": "0x10", "bitmap": "0b1"}]"#;
 /// The outcome of registers that only one architecture has.
 const HAS_MSRS: Becomes = if arch::HAS_CPUID { Done } else { Refused };
 const HAS_REGISTERS: Becomes = if arch::HAS_CPUID { Refused } else { Done };
+const PMEM: &str = r#"{"id": "a", "path_on_host": "/a"}"#;
 const INTERFACE: &str = r#"{"iface_id": "a", "host_dev_name": "tap0"}"#;
 
 const fn body(
@@ -149,6 +150,24 @@ const BODIES: &[Body] = &[
             ("tx_rate_limiter", LIMITER, Done, Done),
         ],
     ),
+    body(
+        "PUT",
+        "/pmem/a",
+        PMEM,
+        &[
+            ("id", r#""a""#, Done, Refused),
+            ("path_on_host", r#""/b""#, Done, Refused),
+            ("root_device", "true", Done, Refused),
+            ("read_only", "true", Done, Refused),
+            ("rate_limiter", LIMITER, Done, Done),
+        ],
+    ),
+    body(
+        "PATCH",
+        "/pmem/a",
+        r#"{"id": "a"}"#,
+        &[("id", r#""a""#, Done, Refused), ("rate_limiter", LIMITER, Done, Done)],
+    ),
     body("PUT", "/entropy", "{}", &[("rate_limiter", LIMITER, Done, Done)]),
     body(
         "PUT",
@@ -172,6 +191,8 @@ const BODIES: &[Body] = &[
     body("PATCH", "/balloon/hinting/start", "{}", &[("acknowledge_on_stop", "false", Done, Done)]),
     Body { within: "rate_limiter", ..body("PUT", "/entropy", "{}", LIMITERS) },
     Body { within: "rate_limiter", ..body("PUT", "/drives/a", DRIVE, LIMITERS) },
+    Body { within: "rate_limiter", ..body("PUT", "/pmem/a", PMEM, LIMITERS) },
+    Body { within: "rate_limiter", ..body("PATCH", "/pmem/a", r#"{"id": "a"}"#, LIMITERS) },
     Body { within: "rx_rate_limiter", ..body("PUT", "/network-interfaces/a", INTERFACE, LIMITERS) },
     Body { within: "rate_limiter", ..body("PATCH", "/drives/a", r#"{"drive_id": "a"}"#, LIMITERS) },
     body(

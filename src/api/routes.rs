@@ -12,7 +12,7 @@ use crate::dialect::Dialect;
 use crate::json;
 
 /// First path tokens of Firecracker's API that are not served yet: refused as such, not as unknown.
-pub(super) const NOT_IMPLEMENTED: [&str; 3] = ["hotplug", "pmem", "gdb"];
+pub(super) const NOT_IMPLEMENTED: [&str; 2] = ["hotplug", "gdb"];
 
 const NO_TEMPLATE: &str = "A template is asked for clones, not a microVM: `alula template`.";
 
@@ -275,7 +275,7 @@ mod tests {
                 "{",
                 format!("{json} the text ends within an object: a `}}` is missing at line 1 column 1."),
             ),
-            ("DELETE", "/pmem/root", "", "`DELETE /pmem/root` is not implemented yet.".to_owned()),
+            ("DELETE", "/hotplug/memory", "", "`DELETE /hotplug/memory` is not implemented yet.".to_owned()),
             ("PUT", "/drives/", "{}", "The ID cannot be empty.".to_owned()),
         ] {
             assert_eq!(route(method, path, body.as_bytes()).err(), Some(expected));

@@ -206,7 +206,6 @@ fn config_told_back(generator: &mut SchemaGenerator) -> Schema {
             };
         }
     }
-    sections.insert("pmem".to_owned(), json!({ "type": "array", "items": { "type": "object" } }));
     config.try_into().expect("an object is a schema")
 }
 
@@ -459,7 +458,7 @@ fn every_body_has_an_example_that_is_taken() {
     }
     for (method, path, body) in EXAMPLES {
         let value: Value = serde_json::from_str(body).unwrap();
-        let id = ["drive_id", "iface_id"].iter().find_map(|field| value[*field].as_str());
+        let id = ["drive_id", "iface_id", "id"].iter().find_map(|field| value[*field].as_str());
         let path = path.replace("{id}", id.unwrap_or_default());
         let refused = match path.as_str() {
             "/clones" => super::routes::route_of_template("PUT", &path, body.as_bytes()).err(),

@@ -202,17 +202,21 @@ fn add_disk(config: &mut Config, rootfs: &Rootfs, boot: &mut Boot) -> Result<Vec
 
 /// The modules of the drivers that the guest's devices need.
 fn drivers(config: &Config) -> Vec<&'static str> {
-    let of = |section: &str| match section {
-        "drives" => Some("virtio_blk"),
-        "network-interfaces" => Some("virtio_net"),
-        "entropy" => Some("virtio_rng"),
-        "vsock" => Some("vmw_vsock_virtio_transport"),
-        "balloon" => Some("virtio_balloon"),
-        _ => None,
+    let of = |section: &str| -> &[&'static str] {
+        match section {
+            "drives" => &["virtio_blk"],
+            "network-interfaces" => &["virtio_net"],
+            "entropy" => &["virtio_rng"],
+            "vsock" => &["vmw_vsock_virtio_transport"],
+            "balloon" => &["virtio_balloon"],
+            // The second makes a block device of what the first has found.
+            "pmem" => &["virtio_pmem", "nd_pmem"],
+            _ => &[],
+        }
     };
     let transport = if config.pci { "virtio_pci" } else { "virtio_mmio" };
     std::iter::once(transport)
-        .chain(config.devices().filter_map(|device| of(device.kind().section)))
+        .chain(config.devices().flat_map(|device| of(device.kind().section)).copied())
         .collect()
 }
 

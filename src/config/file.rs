@@ -34,7 +34,7 @@ const PROBLEMS_MAX: usize = 100;
 /// The sections of a config file that other monitors know and this one does not have yet: asked for,
 /// they are refused, so that no guest starts without a device that its owner counts on. A section of a
 /// device in the table is not looked for here.
-const NOT_IMPLEMENTED: [&str; 2] = ["pmem", "memory-hotplug"];
+const NOT_IMPLEMENTED: [&str; 1] = ["memory-hotplug"];
 
 /// Something wrong with a config file.
 #[derive(Clone, Debug, PartialEq)]
@@ -360,9 +360,10 @@ mod tests {
 
     #[test]
     fn a_config_file_with_a_device_we_lack_is_refused_and_foreign_keys_are_not() {
-        Config::parse(br#"{"pmem": [], "x-owner": {"a": 1}, "vsock": null}"#).unwrap();
-        let problems = Config::parse(br#"{"pmem": [{"id": "root"}]}"#).unwrap_err();
-        assert_eq!(problems[0].to_string(), "`pmem` is not implemented yet: remove it at line 1 column 10");
+        Config::parse(br#"{"memory-hotplug": null, "x-owner": {"a": 1}, "vsock": null}"#).unwrap();
+        let problems = Config::parse(br#"{"memory-hotplug": {"total_size_mib": 256}}"#).unwrap_err();
+        let expected = "`memory-hotplug` is not implemented yet: remove it at line 1 column 20";
+        assert_eq!(problems[0].to_string(), expected);
     }
 
     #[test]

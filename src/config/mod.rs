@@ -41,8 +41,6 @@ const MMDS_CONFIG: &str = "mmds-config";
 /// Sections that are always null when a configuration is told: where messages and metrics go is never
 /// told by Firecracker, and the device of the last is not there yet. Its clients look for all of them.
 const NOT_TOLD: [&str; 3] = [LOGGER, METRICS, "memory-hotplug"];
-/// The same for lists of devices.
-const EMPTY: [&str; 1] = ["pmem"];
 
 /// A microVM's whole configuration. As JSON it has the sections of a config file, as Firecracker tells
 /// them: all of its own, what is not there as null, and the root drive first. Saved state has it field by field, as they
@@ -210,9 +208,6 @@ impl Serialize for Config {
         sections.serialize_entry(MMDS_CONFIG, &self.mmds_config)?;
         for name in NOT_TOLD {
             sections.serialize_entry(name, &())?;
-        }
-        for name in EMPTY {
-            sections.serialize_entry(name, &[(); 0])?;
         }
         for kind in KINDS {
             let devices: Vec<_> = self.devices().filter(|device| device.kind() == kind).collect();

@@ -139,6 +139,9 @@ mod tests {
                 "imds_compat": true}},
             "vsock": {{"guest_cid": 4, "uds_path": "/v", "vsock_id": "v"}},
             "entropy": {{"rate_limiter": {limits}}},
+            "pmem": [
+                {{"id": "p", "path_on_host": "/p", "read_only": true, "rate_limiter": {limits}, "lock": false}}
+            ],
             "balloon": {{"amount_mib": 5, "deflate_on_oom": true, "stats_polling_interval_s": 6,
                 "free_page_hinting": true, "free_page_reporting": true}}
         }}"#,
@@ -166,7 +169,8 @@ mod tests {
         let fields = types.values().filter_map(|one| one["properties"].as_object()).flat_map(Map::keys);
         let only_x86_64 = ["smt", "leaf", "subleaf", "flags", "modifiers", "register"];
         let cannot = |field: &str| {
-            ["track_dirty_pages", "cpu_template", "socket", "index"].contains(&field)
+            // The disk is what the guest boots from here, and a guest boots from one device.
+            ["track_dirty_pages", "cpu_template", "socket", "index", "root_device"].contains(&field)
                 || !crate::arch::HAS_CPUID && only_x86_64.contains(&field)
         };
         fields.filter(|field| !cannot(field)).cloned().collect()

@@ -13,7 +13,9 @@ pub mod gpio;
 pub mod keyboard;
 pub mod kind;
 pub mod limit;
+mod lock;
 pub mod net;
+pub mod pmem;
 pub mod power;
 pub mod pvpanic;
 pub mod rtc;
@@ -33,6 +35,7 @@ pub static KINDS: &[DeviceKind] = &[
     DeviceKind::of::<entropy::Config>(),
     DeviceKind::of::<vsock::Config>(),
     DeviceKind::of::<balloon::Config>(),
+    DeviceKind::of::<pmem::Config>(),
 ];
 
 /// Makes the devices at fixed places, in the order in which boot tables list them: a new one is a file that

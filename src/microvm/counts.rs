@@ -92,11 +92,13 @@ PUT /metrics metrics
 PUT /network-interfaces network
 PUT /mmds mmds
 PUT /vsock vsock
+PUT /pmem pmem
 PUT /entropy entropy
 PUT /serial serial
 PUT /snapshot snapshot
 PATCH /drives drive
 PATCH /network-interfaces network
+PATCH /pmem pmem
 PATCH /machine-config machine_cfg
 PATCH /mmds mmds
 PATCH /vm vm
@@ -117,8 +119,8 @@ struct Class {
     time: Latency,
 }
 
-static COUNTED: [Class; 26] =
-    [const { Class { count: Counter::new(), fails: Counter::new(), time: Latency::new() } }; 26];
+static COUNTED: [Class; 28] =
+    [const { Class { count: Counter::new(), fails: Counter::new(), time: Latency::new() } }; 28];
 
 /// A request was answered, after this time.
 pub fn answered(method: &str, path: &str, is_refused: bool, time: Duration) {

@@ -135,11 +135,13 @@ net: activate_fails cfg_fails mac_address_updates no_rx_avail_buffer no_tx_avail
     tx_count tx_packets_count tx_partial_reads tx_queue_event_count tx_rate_limiter_event_count \
     tx_rate_limiter_throttled tx_spoofed_mac_count tx_remaining_reqs_count
 patch_api_requests: drive_count drive_fails network_count network_fails machine_cfg_count \
-    machine_cfg_fails mmds_count mmds_fails
+    machine_cfg_fails mmds_count mmds_fails pmem_count pmem_fails
+pmem: activate_fails cfg_fails event_fails queue_event_count rate_limiter_throttled_events \
+    rate_limiter_event_count
 put_api_requests: actions_count actions_fails boot_source_count boot_source_fails drive_count \
     drive_fails logger_count logger_fails machine_cfg_count machine_cfg_fails cpu_cfg_count \
     cpu_cfg_fails metrics_count metrics_fails network_count network_fails mmds_count mmds_fails \
-    vsock_count vsock_fails
+    vsock_count vsock_fails pmem_count pmem_fails
 seccomp: num_faults
 signals: sigbus sigsegv sigxfsz sigxcpu sigpipe sighup sigill
 uart: error_count flush_count missed_read_count missed_write_count read_count write_count

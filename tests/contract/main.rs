@@ -6,6 +6,7 @@ mod balloon;
 #[path = "../common/mod.rs"]
 mod common;
 mod of_the_host;
+mod pmem;
 mod rings;
 mod stops;
 
@@ -64,6 +65,7 @@ impl Host {
         for disk in ["disk", "fast"] {
             folder.write(disk, vec![0; 64 * SECTOR]);
         }
+        folder.write("pmem", vec![0; 4096]);
         Self { folder, wire: Wire::new("tap0", ETHER_TYPE), _alone: alone }
     }
 
@@ -86,6 +88,11 @@ impl Host {
             "network-interfaces": [{ "iface_id": "net", "host_dev_name": "tap0" }],
             "entropy": {},
             "vsock": { "guest_cid": 3, "uds_path": self.folder.path("v") },
+            "pmem": [{
+                "id": "pmem",
+                "path_on_host": self.folder.path("pmem"),
+                "rate_limiter": { "ops": { "size": 1000, "refill_time": 10 } },
+            }],
             "balloon": {
                 "amount_mib": 1,
                 "deflate_on_oom": true,
@@ -178,6 +185,12 @@ impl Host {
                 guest.offer(INFLATE, &[(numbers, 0)]);
                 Check::GivenBack { page }
             }
+            "pmem" => {
+                let flush = guest.allocate(&pmem::FLUSH.to_le_bytes());
+                let answer = guest.allocate(&[0xff; 4]);
+                guest.offer(0, &[(flush, 0), (answer, WRITE)]);
+                Check::Flushed { answer }
+            }
             other => panic!("teach this test how a device of `{other}` is used"),
         }
     }
@@ -238,6 +251,10 @@ impl Host {
                     "it was not given back"
                 );
             }
+            Check::Flushed { answer } => {
+                assert_eq!(guest.next_used(0).1, 4);
+                assert_eq!(guest.bytes(answer), [0; 4], "the flush was refused");
+            }
             Check::Random { bytes } => {
                 assert_eq!(guest.next_used(0).1, 64);
                 assert_ne!(guest.bytes(bytes), [0; 64]);
@@ -259,6 +276,7 @@ enum Check {
     Random { bytes: (u64, u32) },
     Refused { round: u8, room: (u64, u32) },
     GivenBack { page: u64 },
+    Flushed { answer: (u64, u32) },
 }
 
 fn is_net(device: &ConfiguredDevice) -> bool {

@@ -11,7 +11,7 @@ use crate::spelling;
 const OPTIONS: &str = "\
 --cmdline: -a --append --args --boot-args --params
 --cpus: -c --smp --cores --vcpu-count
---memory: -m --ram --size --mem-size-mib
+--memory: -m --mem --ram --size --mem-size-mib
 --initrd: -i --initramfs --ramdisk
 --disk: -d --hda --drive --block --image
 --rootfs: --root

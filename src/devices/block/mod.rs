@@ -2,11 +2,10 @@
 
 mod bounce;
 mod config;
-mod device;
+pub(super) mod device;
 mod flushes;
 mod holes;
 mod image;
-mod lock;
 mod qcow2;
 mod raw;
 mod request;

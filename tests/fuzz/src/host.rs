@@ -164,6 +164,11 @@ impl Host {
                 }
                 host.give(device.name(), file(BASE_PATH, Access::Read, &self.base));
             }
+            "pmem" => {
+                let file = Named::new("pmem", self.disk.try_clone().unwrap());
+                let resource = Resource::File { path: DISK.into(), access: Access::ReadWrite, file };
+                host.give(device.name(), resource);
+            }
             "network-interfaces" => {
                 host.give(device.name(), Resource::Tap { name: TAP.to_owned(), queues: self.taps() });
             }
@@ -211,6 +216,11 @@ impl Host {
                 let number = guest.allocate(&((page / 4096) as u32).to_le_bytes());
                 guest.request(0, &[(number, 0)]);
                 assert_eq!(guest.bytes((page, 4096)), [0; 4096]);
+            }
+            "pmem" => {
+                let (flush, answer) = (guest.allocate(&[0; 4]), guest.allocate(&[0xff; 4]));
+                assert_eq!(guest.request(0, &[(flush, 0), (answer, WRITE)]), 4);
+                assert_eq!(guest.bytes(answer), [0; 4], "the flush was refused");
             }
             other => panic!("teach this how a device of `{other}` is used"),
         }
@@ -310,6 +320,7 @@ fn devices() -> Vec<ConfiguredDevice> {
         "network-interfaces": [{ "iface_id": "net", "host_dev_name": TAP, "mtu": 1500, "queue_pairs": 2 }],
         "entropy": {},
         "vsock": { "guest_cid": vsock::CID, "uds_path": socket() },
+        "pmem": [{ "id": "pmem", "path_on_host": DISK }],
         "balloon": {
             "amount_mib": 1,
             "deflate_on_oom": true,

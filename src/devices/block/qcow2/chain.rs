@@ -14,7 +14,7 @@ use super::header::Header;
 use super::layer::Layer;
 use crate::devices::block::config::{Backing, Format};
 use crate::devices::block::image::measure;
-use crate::devices::block::lock::lock;
+use crate::devices::lock::lock;
 use crate::error::{Context, Error, Result};
 use crate::host::{Access, Host, Sharing};
 
