@@ -151,6 +151,14 @@ mod tests {
         };
         let no_pci = arch::no_pci_words().map(|words| format!(" {words}")).unwrap_or_default();
         assert_eq!(line(r#""quiet""#, false), format!("quiet root=/dev/vda rw{no_pci}"));
+        let text = r#"{"boot-source": {"kernel_image_path": "k", "boot_args": "quiet"},
+            "pmem": [{"id": "a", "path_on_host": "a"},
+                     {"id": "b", "path_on_host": "b", "root_device": true, "read_only": true}]}"#;
+        let mut config = Config::parse(text.as_bytes()).unwrap();
+        config.pci = true;
+        assert_eq!(command_line(&config), "quiet root=/dev/pmem0 ro");
+        // The device whose number that is comes first.
+        assert_eq!(config.devices().next().unwrap().id(), "b");
         assert_eq!(line(r#""quiet -- a b""#, false), format!("quiet root=/dev/vda rw{no_pci} -- a b"));
         assert_eq!(line(r#""root=/dev/vda rw pci=off""#, true), "root=/dev/vda rw pci=off");
         assert_eq!(

@@ -10,6 +10,7 @@ mod files;
 mod firecracker;
 mod guest;
 mod metadata;
+mod pmem;
 mod requests;
 mod socket;
 
