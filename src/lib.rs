@@ -84,7 +84,9 @@
 //!   API, the command line and the machine take all they need from there; the body of a request, its option, and what
 //!   is opened for it ahead (`hold`) are in the device's file (`devices/block/config.rs`, ...). A device that Firecracker
 //!   has, too: its metrics' names in `microvm/counts.rs` and `microvm/metrics.rs`; a device that a guest's kernel has as a
-//!   module: its name in `cli/command.rs`.
+//!   module: its name in `cli/command.rs`. A device that shows the guest memory of the host: `HAS_WINDOW` of its
+//!   configuration and [`virtio::VirtioDevice::view`]; the machine finds the addresses (`machine/windows.rs`) and gives
+//!   KVM what is there ([`memory::window`]) before it makes interrupt controllers.
 //! - A device at a fixed place: a file in `devices/` that implements [`devices::fixed::FixedDevice`], in
 //!   `devices/mod.rs` its module and its line of `put_fixed`, and its place in `FIXED` in the `layout.rs` of
 //!   each architecture that has the device; of a device that is in guest memory instead of on a bus, in `in_memory`.
