@@ -35,7 +35,8 @@ pub fn pmem(_: &Machine, _: &Words) -> bool {
         say!("expected persistent memory that starts, found none");
         return false;
     };
-    let wide = |offset| u64::from(device.read(CONFIG + offset)) | u64::from(device.read(CONFIG + offset + 4)) << 32;
+    let wide =
+        |offset| u64::from(device.read(CONFIG + offset)) | u64::from(device.read(CONFIG + offset + 4)) << 32;
     let (start, size) = (wide(0), wide(8));
     if start == 0 || size == 0 || (start | size) % HUGE_PAGE != 0 {
         say!("expected whole pages of 2 MiB, found ", Hex(size), " bytes at ", Hex(start));

@@ -196,6 +196,46 @@ fn a_root_device_is_mounted_as_it_is_configured() {
 
 #[test]
 #[ignore = "a stock kernel: scripts/test runs it"]
+fn what_a_guest_writes_to_persistent_memory_stays() {
+    // Debian's kernel for arm64 has no DAX.
+    let how = if X86_64 { "by DAX" } else { "by the page cache" };
+    for transport in TRANSPORTS {
+        let folder = Folder::new();
+        let path = folder.write("pmem", "");
+        std::fs::File::options().write(true).open(&path).unwrap().set_len(32 << 20).unwrap();
+        let mut written = Vec::new();
+        for (what, access) in [("write", ""), ("check", ",ro")] {
+            let pmem = format!("{}{access}", path.display());
+            let ended =
+                boot_with(KERNELS[0], 1, &format!("pmem={what}"), &[transport, &["--pmem", &pmem]].concat());
+            let said = format!("pmem: {what} done, 65536 sectors, {how}");
+            assert!(ended.code == Some(0) && ended.text.contains(&said), "{}", ended.text);
+            let content = std::fs::read(&path).unwrap();
+            // The superblock of ext4, and 4 MiB that are no zeros.
+            assert_eq!(content[1080..1082], [0x53, 0xef]);
+            assert!(content.iter().filter(|byte| **byte != 0).count() > 4_000_000);
+            assert!(what == "write" || content == written, "a guest wrote to what is read-only");
+            written = content;
+        }
+    }
+}
+
+#[test]
+#[ignore = "a stock kernel: scripts/test runs it"]
+fn a_root_on_persistent_memory_is_mounted_as_configured() {
+    let folder = Folder::new();
+    let root = folder.write("root", std::fs::read(asset("root.ext4")).unwrap());
+    for (transport, access) in TRANSPORTS.into_iter().zip(["", ",ro"]) {
+        let pmem = format!("{},root{access}", root.display());
+        let ended = boot_with(KERNELS[0], 1, "root", &[transport, &["--pmem", &pmem]].concat());
+        let said = if access.is_empty() { "root: written to" } else { "root: /dev/pmem0 ext4 ro" };
+        assert!(ended.code == Some(0) && ended.text.contains(said), "{}", ended.text);
+        assert!(ended.text.contains("root: was written to"), "{}", ended.text);
+    }
+}
+
+#[test]
+#[ignore = "a stock kernel: scripts/test runs it"]
 fn a_root_partition_is_found_by_its_partuuid() {
     const SECTOR: usize = 512;
     const START: usize = 2048;
