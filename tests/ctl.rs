@@ -17,6 +17,30 @@ fn ctl(service: &Service, words: &[&str]) -> (Option<i32>, String) {
 }
 
 #[test]
+fn flushes_are_limited_of_the_pmem_device_that_is_meant() {
+    let service = Service::start(&[]);
+    let mut client = service.client();
+    for id in ["p", "both"] {
+        let path = service.folder.write(id, [0; 4096]);
+        client.ok("PUT", &format!("/pmem/{id}"), &json!({ "id": id, "path_on_host": path }).to_string());
+    }
+    let disk = service.folder.write("disk", [0; 4096]);
+    let drive = json!({ "drive_id": "both", "is_root_device": false, "path_on_host": disk }).to_string();
+    client.ok("PUT", "/drives/both", &drive);
+    service.boot_source("case=serial end=idle");
+    client.ok("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#);
+    let (code, text) = ctl(&service, &["limit", "p", "ops=5"]);
+    assert!(code == Some(0) && text.contains("limited from now on"), "{text}");
+    let told = client.ok("GET", "/vm/config", "").json()["pmem"].clone();
+    assert_eq!(
+        (&told[0]["rate_limiter"]["ops"]["size"], &told[1]["rate_limiter"]),
+        (&json!(5), &Value::Null)
+    );
+    let (code, text) = ctl(&service, &["limit", "both", "ops=5"]);
+    assert!(code == Some(1) && text.contains("devices of several kinds are called `both`"), "{text}");
+}
+
+#[test]
 fn a_guest_is_looked_at_paused_and_resumed() {
     let service = Service::start(&["--id", "vm-1"]);
     let ok = |words: &[&str], expected: &str| {
@@ -108,7 +132,11 @@ fn what_is_refused_is_said_with_the_faults_words() {
         (&["get", "/ HTTP/1.1\r\n\r\nGET /"], 1, "is no path of the API"),
         (&["delete", "/machine-config"], 1, "Invalid request method and/or path: DELETE machine-config."),
         (&["dance"], 153, "there is no command `dance`"),
-        (&["limit", "d", "ops=5"], 1, "no disk and no network interface of the guest is called `d`"),
+        (
+            &["limit", "d", "ops=5"],
+            1,
+            "no disk, no network interface and no pmem device of the guest is called `d`",
+        ),
         (&["put", "/vm"], 153, "a path and a body in JSON are expected; see `alula ctl --help`"),
         (&[], 153, "a command is missing"),
     ] {

@@ -160,7 +160,7 @@ fn stop(mut client: Client, socket: &Path, force: bool, json: bool) -> Result<()
     }
 }
 
-/// Limits a disk, or each direction of a network interface, whichever has this name.
+/// Limits a disk, each direction of a network interface, or the flushes of a pmem device, whichever has this name.
 fn limit(mut client: Client, device: &str, limiter: RateLimiter, json: bool) -> Result<()> {
     let config = parsed(&ask(&mut client, "GET", "/vm/config", "")?)?;
     let has = |section: &str, id: &str| {
@@ -171,24 +171,28 @@ fn limit(mut client: Client, device: &str, limiter: RateLimiter, json: bool) -> 
     let buckets = [("bandwidth", limiter.bandwidth), ("ops", limiter.ops)];
     let limits: Map<_, _> =
         buckets.into_iter().filter_map(|(name, bucket)| Some((name.to_owned(), json!(bucket?)))).collect();
-    let (path, body) = match (has("drives", "drive_id"), has("network-interfaces", "iface_id")) {
-        (true, false) => ("/drives", json!({ "drive_id": device, "rate_limiter": limits })),
-        (false, true) => {
-            let body = json!({ "iface_id": device, "rx_rate_limiter": limits, "tx_rate_limiter": limits });
-            ("/network-interfaces", body)
-        }
-        (false, false) => {
+    let kinds = [
+        ("drives", "drive_id", &["rate_limiter"][..]),
+        ("network-interfaces", "iface_id", &["rx_rate_limiter", "tx_rate_limiter"]),
+        ("pmem", "id", &["rate_limiter"]),
+    ];
+    let named: Vec<_> = kinds.into_iter().filter(|(section, id, _)| has(section, id)).collect();
+    let (section, id, fields) = match named.as_slice() {
+        [one] => *one,
+        [] => {
             return Err(Error::config(format!(
-                "no disk and no network interface of the guest is called `{device}`"
+                "no disk, no network interface and no pmem device of the guest is called `{device}`"
             )));
         }
-        (true, true) => {
+        _ => {
             return Err(Error::config(format!(
-                "a disk and a network interface are called `{device}`: say which by `alula ctl patch`"
+                "devices of several kinds are called `{device}`: say which by `alula ctl patch`"
             )));
         }
     };
-    ask(&mut client, "PATCH", &format!("{path}/{device}"), &body.to_string())?;
+    let limits = fields.iter().map(|field| ((*field).to_owned(), json!(limits)));
+    let body: Map<_, _> = limits.chain([(id.to_owned(), json!(device))]).collect();
+    ask(&mut client, "PATCH", &format!("/{section}/{device}"), &Value::Object(body).to_string())?;
     if json { Ok(()) } else { say("limited from now on") }
 }
 

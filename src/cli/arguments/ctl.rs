@@ -30,7 +30,7 @@ Commands:
   shutdown           Ask the guest to power off: Ctrl-Alt-Del on x86_64, the power key on aarch64
   stop               The same, and wait until it has: the exit code is 1 if it has not after 60 s
   ctrl-alt-del       Press these keys on its keyboard: many systems reboot then (x86_64)
-  limit DEVICE WORD  Limit a disk, or each direction of a network interface, from now on
+  limit DEVICE WORD  Limit a disk, each direction of a network interface, or flushes of a pmem device, from now on
   flush              Write a line of metrics now, where `--metrics-path` says
   get PATH           Any request of the API (docs/api.md), like `get /machine-config`
   put PATH JSON      With this body; `-` reads it from standard input
