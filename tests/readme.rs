@@ -7,6 +7,7 @@ mod common;
 
 use std::collections::BTreeSet;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::Command;
 
 use common::{Client, Folder, Process, Service, alula, called, wait_for};
@@ -232,6 +233,17 @@ fn the_figures_are_true() {
     assert_true("anonymous memory, KiB", figures("anonymous memory")[0], anonymous);
     drop(process);
 
+    // Threads run side by side: in some runs the guest writes while `main` still has calls before it waits again, and fewer
+    // come before the byte. The most of several runs are those that a start takes.
+    let runs = std::array::from_fn::<_, 3, _>(|_| calls_of_a_start(&binary));
+    let most = |which: fn(&(usize, usize)) -> usize| runs.iter().map(which).max().unwrap() as f64;
+    let [to_answer, to_byte] = figures("system calls")[..] else { panic!("two figures of system calls") };
+    assert_true("system calls to the first answer", to_answer, most(|run| run.0));
+    assert_true("system calls to the first byte", to_byte, most(|run| run.1));
+}
+
+/// How many system calls come before the first answer of the API, and before the first byte of the guest.
+fn calls_of_a_start(binary: &Path) -> (usize, usize) {
     let folder = Folder::new();
     let trace = folder.path("trace");
     let arguments = ["-f", "-qq", "-o", trace.to_str().unwrap(), binary.to_str().unwrap()];
@@ -240,14 +252,12 @@ fn the_figures_are_true() {
     let calls: Vec<_> = text.lines().filter(|line| line.contains('(')).collect();
     let answer = calls.iter().position(|line| line.contains("HTTP/1.1 200")).unwrap() + 1;
     let byte = calls.iter().position(|line| line.contains("write(") && line.contains("\"A\"")).unwrap() + 1;
-    let [to_answer, to_byte] = figures("system calls")[..] else { panic!("two figures of system calls") };
-    assert_true("system calls to the first answer", to_answer, answer as f64);
-    assert_true("system calls to the first byte", to_byte, byte as f64);
     // strace ends with its child, which it started and we may signal.
     let traced = text.split_whitespace().next().unwrap();
     assert!(Command::new("kill").arg(traced).status().unwrap().success());
     process.stdin = None;
     process.end();
+    (answer, byte)
 }
 
 const TEST_RIGS: &str = include_str!("../docs/test-rigs.md");
