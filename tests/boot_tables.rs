@@ -71,7 +71,7 @@ fn machine(folder: &Folder, cpus: u16, pci: bool) -> Box<Machine> {
     machine
 }
 
-/// What lies from PVH's start info, which is before the RSDP, to the end of the first MiB. The RSDP is found as a kernel
+/// The memory from PVH's start info, which is before the RSDP, to the end of the first MiB. The RSDP is found as a kernel
 /// finds it on a PC: on a 16-byte boundary (ACPI 6.5, 5.2.5.1).
 fn acpi_tables(machine: &Machine) -> Vec<u8> {
     const PVH_MAGIC: u32 = 0x336e_c578;

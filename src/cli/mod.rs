@@ -326,7 +326,7 @@ fn serve(arguments: &Serve, feed: &mut Option<Feed>) -> Result<Ending> {
     Ok(monitor.run(microvm, start, |outcome| conclude(outcome, FAILED_SERVE, served)))
 }
 
-/// What a service has before it waits for requests.
+/// The parts that a service makes before it waits for requests: its signals, its socket, and a microVM.
 type Begun = (Signals, Option<Box<dyn Front>>, Box<Microvm>);
 
 fn begin_to_serve(arguments: &Serve) -> Result<Begun> {

@@ -121,7 +121,8 @@ pub struct Vm {
     /// What is asked of KVM itself when the machine is saved.
     kvm: Kvm,
     fd: VmFd,
-    /// None: it was not needed yet, or is not needed any more.
+    /// The features that KVM supports. They are asked for when a CPU first needs them, and forgotten once the CPUs are
+    /// settled.
     cpu_model: Mutex<Option<CpuModel>>,
     max_vcpus: usize,
     slots: Mutex<Slots>,

@@ -197,8 +197,8 @@ pub fn enclose(kind: Kind) {
     IS_ENCLOSED.set(true);
 }
 
-/// What a thread that `main` starts as its aide is to call first. One that is started once `main` has its last walls
-/// has these from the beginning: laid twice, each of its calls would pass two filters that are the same.
+/// The function that a thread which `main` starts as its aide calls first. A thread that is started once `main` has its
+/// last walls has inherited them: were they laid twice, each call of the thread would pass two filters that are the same.
 pub fn of_aide() -> impl FnOnce() {
     let inherits = IS_CLOSED.load(SeqCst);
     move || match inherits {

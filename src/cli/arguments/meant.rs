@@ -61,7 +61,7 @@ pub fn names(others: &'static str) -> impl Iterator<Item = (&'static str, &'stat
     lines.flat_map(|(meant, names)| names.split(' ').map(move |name| (name, meant)))
 }
 
-/// What goes by the name `word` in other programs.
+/// The name here of the option or command that other programs call `word`.
 fn other(word: &str, others: &'static str) -> Option<&'static str> {
     names(others).find(|(name, _)| *name == word).map(|(_, meant)| meant)
 }

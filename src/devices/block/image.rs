@@ -219,7 +219,8 @@ pub fn measure(mut file: &File, path: &Path) -> Result<u64> {
     file.seek(SeekFrom::End(0)).with_context(|| format!("find the size of disk image `{}`", path.display()))
 }
 
-/// What a file is that begins like this, if it is an image of another kind, or a compressed one.
+/// The kind of a file whose first bytes are `head`, and what to do with it. None: the bytes are those of no other kind of
+/// image, and of no compressed one.
 fn container(head: &[u8]) -> Option<&'static str> {
     Some(match head {
         [b'Q', b'F', b'I', 0xfb, ..] => {
