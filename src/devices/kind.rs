@@ -437,6 +437,16 @@ impl<C: DeviceConfig> AnyConfig for C {
     }
 }
 
+/// The value of a property that is true where nobody gives it.
+pub fn yes() -> bool {
+    true
+}
+
+/// Whether a property that is true where nobody gives it need not be written.
+pub fn is_yes(value: &bool) -> bool {
+    *value
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::devices::check_id;
-use crate::devices::kind::{self, CliOption, DeviceConfig};
+use crate::devices::kind::{self, CliOption, DeviceConfig, is_yes, yes};
 use crate::error::{Error, Result};
 use crate::host::{Access, Host};
 use crate::json;
@@ -122,14 +122,6 @@ fn is_default<T: Default + PartialEq>(value: &T) -> bool {
 
 fn one() -> u16 {
     1
-}
-
-fn yes() -> bool {
-    true
-}
-
-fn is_yes(value: &bool) -> bool {
-    *value
 }
 
 fn is_one(value: &u16) -> bool {

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::check_id;
-use super::kind::{self, CliOption, DeviceConfig, check_words};
+use super::kind::{self, CliOption, DeviceConfig, check_words, is_yes, yes};
 use crate::error::{Context, Error, Result};
 use crate::host::{Access, Host};
 use crate::json;
@@ -63,14 +63,6 @@ impl kind::Patch for Patch {
     fn parse(_: &str, body: &[u8]) -> serde_json::Result<Self> {
         serde_json::from_slice(body)
     }
-}
-
-fn yes() -> bool {
-    true
-}
-
-fn is_yes(value: &bool) -> bool {
-    *value
 }
 
 impl DeviceConfig for Config {
