@@ -247,8 +247,9 @@ fn a_handler_that_gives_wrong_pages_harms_its_guest_alone() {
     // What wrong pages lead to is the guest's business: it may end, or do anything for ever.
     for _ in 0..20 {
         if !service.process.is_running() {
-            let code = service.process.end().code.unwrap();
-            assert!((120..=123).contains(&code), "{code}");
+            // A reset is 0 from a service, and the guest may write any code to its exit register.
+            let ended = service.process.end();
+            assert!(ended.code.is_some() && ended.text.contains("alula: the guest "), "{ended:?}");
             return;
         }
         std::thread::sleep(Duration::from_millis(50));
