@@ -27,7 +27,7 @@ use vm_memory::{
 use crate::error::{Context, Error, Result};
 use backing::Backing;
 pub use given::give_back;
-use mapping::{Mapping, Pages, page_size};
+use mapping::{HUGE_PAGE, Mapping, Pages, page_size};
 pub use source::{Piece, Source};
 pub use written::{Written, is_tracked};
 
@@ -79,11 +79,13 @@ pub struct Region {
     backing: Option<Backing>,
     /// Whether pages that are not there come from another process.
     is_served: bool,
+    /// Whether its pages are huge ones of the host's pool.
+    is_huge: bool,
 }
 
 impl From<GuestRegionMmap<Written>> for Region {
     fn from(pages: GuestRegionMmap<Written>) -> Self {
-        Self { pages, mapping: None, backing: None, is_served: false }
+        Self { pages, mapping: None, backing: None, is_served: false, is_huge: false }
     }
 }
 
@@ -114,7 +116,7 @@ impl Region {
     /// `source` has for the region.
     fn over(mapping: Arc<Mapping>, range: Range, source: Source<'_>) -> Result<Self> {
         let backing = match source {
-            Source::Anonymous | Source::Served(_) => None,
+            Source::Anonymous | Source::Huge | Source::Served(_) | Source::ServedHuge(_) => None,
             Source::Shared => Some(Backing::shared(range)?),
             Source::Private { file, pieces } => Some(Backing::private(range, file, pieces)?),
         };
@@ -122,13 +124,24 @@ impl Region {
             backing.show(range, &mapping)?;
         }
         let size = range.size as usize;
-        if let Source::Served(faults) = source {
+        if source.is_huge() {
+            mapping.take_huge_pages(size).with_context(|| {
+                format!(
+                    "map {} MiB of guest memory in huge pages of 2 MiB: have the host keep {} of them for guests \
+                     (sysctl vm.nr_hugepages)",
+                    size >> 20,
+                    size / HUGE_PAGE
+                )
+            })?;
+        }
+        if let Some(faults) = source.faults() {
             faults.serve(&mapping, size).context("have page faults of guest memory served")?;
         }
         let pages = mapping.describe(size, Written::new(size))?;
         let pages = GuestRegionMmap::new(pages, GuestAddress(range.start))
             .ok_or_else(|| Error::config("guest memory does not fit the address space"))?;
-        Ok(Self { pages, mapping: Some(mapping), backing, is_served: matches!(source, Source::Served(_)) })
+        let (is_served, is_huge) = (source.faults().is_some(), source.is_huge());
+        Ok(Self { pages, mapping: Some(mapping), backing, is_served, is_huge })
     }
 
     /// The guest addresses of the region.
@@ -152,7 +165,17 @@ impl Region {
         self.is_served
     }
 
-    /// Asks the host for huge pages, or to give none, whatever its policy is.
+    /// Whether its pages are huge ones of the host's pool.
+    pub fn is_huge(&self) -> bool {
+        self.is_huge
+    }
+
+    /// The size of its pages, in bytes: of the host's, or of its huge ones.
+    pub fn page_size(&self) -> u64 {
+        if self.is_huge { HUGE_PAGE as u64 } else { page_size() }
+    }
+
+    /// Asks the host for transparent huge pages, or to give none, whatever its policy is.
     ///
     /// # Errors
     /// A kernel without transparent huge pages refuses both.
@@ -265,7 +288,7 @@ mod tests {
     use super::*;
     use std::os::unix::fs::FileExt;
 
-    use super::mapping::{HUGE_PAGE, memory_file};
+    use super::mapping::memory_file;
     use vm_memory::{Bytes, GuestAddressSpace};
 
     fn ranges(memory: &Regions) -> Vec<Range> {

@@ -398,7 +398,7 @@ fn everything_wrong_with_one_resource_is_told_at_once() {
         r#"{{
   "boot-source": {{"kernel_image_path": {kernel:?}, "boot_arg": "x", "initrd": 1}},
   "machine-config": {{"vcpu_count": 0, "speed": 3,
-    "mem_size_mib": "much", "huge_pages": "2M", "cpu_template": "T2"}},
+    "mem_size_mib": "much", "cpu_template": "T2"}},
   "drives": [{{"drive_id": "a", "is_root_device": 7, "cache_type": "Unsafe", "cache_type": "Unsafe", "num_queues": 99,
     "path_on_host": "/none", "rate_limiter": {{"bandwith": 1}}}}],
   "logger": {{"level": "loud", "show_level": 1}},
@@ -414,7 +414,6 @@ fn everything_wrong_with_one_resource_is_told_at_once() {
         "`machine-config`: unknown field `speed`",
         "`machine-config`: `mem_size_mib`: expected a whole number, found the text \"much\"",
         "`cpu_template` is not implemented yet",
-        "`huge_pages` is not implemented yet",
         "`is_root_device`: expected true or false, found `7`",
         "`drives`: duplicate field `cache_type`",
         "`num_queues` is 99",

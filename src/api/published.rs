@@ -61,7 +61,7 @@ const MACHINE: &[(&str, &str, Becomes, Becomes)] = &[
     ("track_dirty_pages", "true", Done, Done),
     ("cpu_template", r#""T2""#, NotYet, Done),
     ("cpu_template", r#""None""#, Done, Done),
-    ("huge_pages", r#""2M""#, NotYet, Done),
+    ("huge_pages", r#""2M""#, Done, Done),
     ("huge_pages", r#""Transparent""#, Done, Done),
 ];
 

@@ -10,7 +10,7 @@ use super::template::Order;
 use crate::carry::stored::Location;
 use crate::config::{Config, HugePages};
 use crate::devices::console;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::guest::runtime;
 use crate::log;
 use crate::metrics;
@@ -235,9 +235,9 @@ enum LoadedPages {
     Snapshot,
     /// As the host gives them.
     None,
-    /// Transparent huge pages: not there yet.
+    /// Transparent huge pages, unless the host's policy is never to give them.
     Transparent,
-    /// Huge pages of 2 MiB: not there yet.
+    /// Huge pages of 2 MiB of the host's pool, which a page-fault handler fills (`mem_backend` of the type `Uffd`).
     #[serde(rename = "2M")]
     Huge2M,
 }
@@ -301,10 +301,8 @@ impl LoadSnapshot {
         let huge_pages = match self.huge_pages {
             LoadedPages::Snapshot => None,
             LoadedPages::None => Some(HugePages::None),
-            other => {
-                let name = if other == LoadedPages::Huge2M { "2M" } else { "Transparent" };
-                return Err(not_yet(&format!("`huge_pages` `{name}`"), "say `Snapshot` or `None`"));
-            }
+            LoadedPages::Transparent => Some(HugePages::Transparent),
+            LoadedPages::Huge2M => Some(HugePages::Huge2M),
         };
         let memory = self.mem_backend.map(|backend| backend.backend_path).or(self.mem_file_path);
         let interfaces = self.network_overrides.into_iter();
@@ -360,8 +358,4 @@ fn location(folder: Option<PathBuf>, state: Option<PathBuf>, memory: Option<Path
 
 fn too_many(one: &str, other: &str) -> serde_json::Error {
     serde_json::Error::custom(format!("too many fields: either {one} or {other} exclusively is required"))
-}
-
-fn not_yet(what: &str, instead: &str) -> Error {
-    Error::config(format!("{what} is not implemented yet: {instead}"))
 }

@@ -44,6 +44,7 @@ pub fn build(
     let machine = &config.machine_config;
     let ranges = layout::memory(memory_size(machine.mem_size_mib)?);
     let ahead = OpenedAhead::open(id, config, places, &ranges, host)?;
+    let source = machine.huge_pages.source(source)?;
     let shell = base.shell(machine.vcpu_count, &ranges, source, &ahead.windows())?;
     let Shell { vcpus, loops, surroundings, errands, wake, mut vm, memory } = shell;
     memory.memory().iter().for_each(|region| machine.huge_pages.choose(region));
@@ -130,7 +131,15 @@ pub fn memory_size(mem_size_mib: u64) -> Result<u64> {
 }
 
 impl HugePages {
-    /// Pages come when they are touched, and KVM maps them as they come: this is before both.
+    /// Memory with the content of `source` in such pages.
+    pub(super) fn source(self, source: Source<'_>) -> Result<Source<'_>> {
+        match self {
+            Self::Huge2M => source.in_huge_pages(),
+            Self::None | Self::Transparent | Self::Never => Ok(source),
+        }
+    }
+
+    /// Tells the host, whose pages come when they are touched; KVM maps them as they come: this is before both.
     pub(super) fn choose(self, region: &Region) {
         let wanted = match self {
             Self::Transparent => true,

@@ -29,6 +29,7 @@ impl Machine {
             let reason = "there is more than memory, or a device, at these addresses";
             return Err(Error::config(reason)).with_context(attempt);
         }
+        let source = self.huge_pages.source(source).with_context(attempt)?;
         let region = memory::map_region(range, source).with_context(attempt)?;
         self.huge_pages.choose(&region);
         if self.tracks_writes {

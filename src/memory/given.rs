@@ -9,7 +9,8 @@ use super::{Range, Regions};
 
 /// Gives the host back all of its pages that lie in `range` as a whole, and returns how many bytes these are. The range
 /// may be anything: the parts of it that are no memory are left out. A guest that touches these addresses later finds
-/// new pages there: of zeros, or of the file that its memory came from.
+/// new pages there: of zeros, or of the file that its memory came from. Huge pages of the host's pool stay: one that
+/// somebody else has taken meanwhile would be missing when the guest touches it, which would end this process.
 ///
 /// # Errors
 /// The kernel's, of madvise(2): what it refuses in one region is not tried in the next.
@@ -19,7 +20,7 @@ pub fn give_back(memory: &Regions, range: Range) -> IoResult<u64> {
     let mut given = 0;
     for region in memory.iter() {
         let own = region.range();
-        if range.start >= own.end() || end <= own.start {
+        if region.is_huge() || range.start >= own.end() || end <= own.start {
             continue;
         }
         let first = (range.start.max(own.start) - own.start).next_multiple_of(page);

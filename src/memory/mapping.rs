@@ -97,6 +97,24 @@ impl Mapping {
         if shown == libc::MAP_FAILED { Err(IoError::last_os_error()) } else { Ok(()) }
     }
 
+    /// Maps zeros in huge pages of the host's pool in the place of the first `size` bytes, which are whole ones. The pages
+    /// are set aside at once: a guest that touches them later never finds the pool empty, which would end this process.
+    ///
+    /// # Errors
+    /// The pool has not so many free, or this kernel has none of this size: the kernel's, of mmap(2).
+    #[allow(unsafe_code)]
+    pub(super) fn take_huge_pages(&self, size: usize) -> IoResult<()> {
+        if size > self.size {
+            return Err(IoError::from_raw_os_error(libc::EINVAL));
+        }
+        const FLAGS: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_HUGE_2MB;
+        let place = self.start.as_ptr().cast();
+        // SAFETY: the range lies in this mapping, as was just seen. Nobody has a reference into it: guest memory
+        // changes at any time, and is read and written by volatile accesses.
+        let taken = unsafe { libc::mmap(place, size, Self::PROTECTION, FLAGS | libc::MAP_FIXED, -1, 0) };
+        if taken == libc::MAP_FAILED { Err(IoError::last_os_error()) } else { Ok(()) }
+    }
+
     /// Describes the pages, the first `size` bytes of this, as a part of guest memory. The description is kept with this
     /// mapping, and not longer.
     #[allow(unsafe_code)]

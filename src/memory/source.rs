@@ -4,7 +4,7 @@ use std::fs::File;
 
 use super::Range;
 use super::faults::Faults;
-use super::mapping::page_size;
+use super::mapping::{HUGE_PAGE, page_size};
 use crate::error::{Context, Error, Result};
 
 /// Where the pages of guest memory come from.
@@ -12,10 +12,15 @@ use crate::error::{Context, Error, Result};
 pub enum Source<'s> {
     /// Zeros. They are this process's own.
     Anonymous,
+    /// The same, in huge pages of 2 MiB of the host's pool (hugetlbfs), all of which are set aside for this process
+    /// when they are mapped.
+    Huge,
     /// Zeros, in a file without a name for each region ([`Region::file`]), which another process can map, too.
     Shared,
     /// Pages that another process gives, each when it is first touched.
     Served(&'s Faults),
+    /// The same, in huge pages as of `Huge`: each comes as a whole.
+    ServedHuge(&'s Faults),
     /// The content of a file, as a copy that this process changes for itself: a page is read when it is first
     /// touched. What no piece is for is zeros. Nobody may make the file shorter meanwhile: a page
     /// that is gone from it would end the process (SIGBUS).
@@ -27,16 +32,55 @@ pub enum Source<'s> {
     },
 }
 
-impl Source<'_> {
+impl<'s> Source<'s> {
+    /// The same content, in huge pages of 2 MiB of the host's pool.
+    ///
+    /// # Errors
+    /// The pages are those of a file, of the size that its file system has.
+    pub fn in_huge_pages(self) -> Result<Self> {
+        match self {
+            Self::Anonymous | Self::Huge => Ok(Self::Huge),
+            Self::Served(faults) | Self::ServedHuge(faults) => Ok(Self::ServedHuge(faults)),
+            Self::Shared | Self::Private { .. } => Err(Error::config(
+                "memory that is mapped from a file cannot be of huge pages of 2 MiB: have a page-fault handler give \
+                 it (`mem_backend` of the type `Uffd`), or say `None` for its pages (`huge_pages`)",
+            )),
+        }
+    }
+
+    /// Whether its pages are huge ones of the host's pool.
+    pub(super) fn is_huge(self) -> bool {
+        matches!(self, Self::Huge | Self::ServedHuge(_))
+    }
+
+    /// By what another process gives its pages, if one does.
+    pub(super) fn faults(self) -> Option<&'s Faults> {
+        match self {
+            Self::Served(faults) | Self::ServedHuge(faults) => Some(faults),
+            _ => None,
+        }
+    }
+
     /// Whether it can be a source for memory at `ranges`.
     pub(super) fn check(self, ranges: &[Range]) -> Result<()> {
         match self {
+            Self::Huge | Self::ServedHuge(_) => match ranges.iter().find(|range| !is_whole_huge_pages(range))
+            {
+                Some(range) => {
+                    Err(Error::config(format!("{range} of guest memory is not whole huge pages of 2 MiB")))
+                }
+                None => Ok(()),
+            },
             Self::Anonymous | Self::Shared | Self::Served(_) => Ok(()),
             Self::Private { file, pieces } => {
                 check_pieces(ranges, file, pieces).context("map guest memory from its file")
             }
         }
     }
+}
+
+fn is_whole_huge_pages(range: &Range) -> bool {
+    (range.start | range.size).is_multiple_of(HUGE_PAGE as u64)
 }
 
 /// A part of guest memory that a file has the content of.

@@ -26,7 +26,6 @@ use crate::history::{self, Event};
 use crate::host::socket;
 use crate::log;
 use crate::memory::faults::Faults;
-use crate::memory::mapping::page_size;
 use crate::memory::{Memory, Region, Regions, lost};
 use crate::poll::{self, EventFd};
 use crate::sys::{descriptor, network, process};
@@ -147,8 +146,8 @@ fn mapped(memory: &Regions) -> Vec<Mapped> {
         base_host_virt_addr: region.as_ptr() as u64,
         size: region.len(),
         offset,
-        page_size: page_size(),
-        page_size_kib: page_size(),
+        page_size: region.page_size(),
+        page_size_kib: region.page_size(),
     });
     mapped.collect()
 }

@@ -23,6 +23,7 @@ use crate::devices::block::Overlay;
 use crate::devices::kind::ConfiguredDevice;
 use crate::error::{Context, Error, Result};
 use crate::history::{self, Event};
+use crate::log;
 use crate::machine::{Machine, OpenKvm};
 use crate::memory::faults::Faults;
 use crate::memory::{Piece, Source, lost};
@@ -92,7 +93,7 @@ pub struct Load {
     pub tracks_writes: bool,
     /// The guest's clock is to be put forward by the time of day that has passed since it was saved.
     pub follows_time_of_day: bool,
-    /// Of which size the pages of its memory are; None: as before.
+    /// Of which size the pages of its memory are; None: as before, if where they come from has such.
     pub huge_pages: Option<HugePages>,
     /// The TAP interfaces of network interfaces, by the ids of these.
     pub interfaces: Vec<(String, String)>,
@@ -127,8 +128,18 @@ impl Load {
         config.serial.clone_from(&own.serial);
         config.dialect = own.dialect;
         config.machine_config.track_dirty_pages = self.tracks_writes;
-        if let Some(huge_pages) = self.huge_pages {
-            config.machine_config.huge_pages = huge_pages;
+        let pages = &mut config.machine_config.huge_pages;
+        match self.huge_pages {
+            Some(huge_pages) => *pages = huge_pages,
+            None if *pages == HugePages::Huge2M && !self.is_served => {
+                // Nobody has asked for huge pages here, and the guest does not see of which size they are.
+                log::line(format_args!(
+                    "the saved guest had huge pages of 2 MiB, and its memory's file is not mapped in them: it has \
+                     pages of the host's size (a page-fault handler would give huge ones)"
+                ));
+                *pages = HugePages::None;
+            }
+            None => {}
         }
         for (index, (id, tap)) in self.interfaces.iter().enumerate() {
             if self.interfaces[..index].iter().any(|(other, _)| other == id) {

@@ -31,8 +31,8 @@ fn bad_bodies_get_a_fault_that_names_the_field() {
         (
             "PUT",
             "/machine-config",
-            r#"{"vcpu_count": 1, "mem_size_mib": 8, "huge_pages": "2M"}"#,
-            "Machine config error: `huge_pages` is not implemented yet".to_owned(),
+            r#"{"vcpu_count": 1, "mem_size_mib": 8, "cpu_template": "T2"}"#,
+            "Machine config error: `cpu_template` is not implemented yet".to_owned(),
         ),
         (
             "PUT",

@@ -215,7 +215,7 @@ fn refuse_requests(saved: &Saved) {
     }
     let memory = saved.path("memory");
     for (more, expected) in [
-        (json!({ "huge_pages": "2M" }), "`huge_pages` `2M` is not implemented yet"),
+        (json!({ "huge_pages": "2M" }), "memory that is mapped from a file cannot be of huge pages of 2 MiB"),
         (
             json!({ "mem_backend": { "backend_type": "Uffd", "backend_path": "/s" } }),
             "hand the guest's memory to the page-fault handler at `/s`: connect",

@@ -167,7 +167,7 @@ fn a_template_goes_on_after_a_clone_that_cannot_be_made() {
         (json!({ "id": null, "api_sock": null }), "neither `id` nor `api_sock`"),
         (json!({ "id": 7 }), "`id`: expected a string, found `7`"),
         (json!({ "folder": "saved" }), "unknown field `folder`"),
-        (json!({ "huge_pages": "2M" }), "`huge_pages` `2M` is not implemented yet"),
+        (json!({ "huge_pages": "2M" }), "memory that is mapped from a file cannot be of huge pages of 2 MiB"),
         (
             json!({ "network_overrides": [{ "iface_id": "n", "host_dev_name": "tap9" }] }),
             "`network_overrides` of `n`: the saved machine has no such device",
