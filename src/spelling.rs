@@ -23,7 +23,7 @@ pub fn nearest<'w>(word: &str, words: impl IntoIterator<Item = &'w str>) -> Opti
 /// `message`, and what was meant instead of `word`, if that can be told.
 pub fn with_hint<'w>(message: String, word: &str, words: impl IntoIterator<Item = &'w str>) -> String {
     match nearest(word, words) {
-        Some(meant) => format!("{message}: is `{meant}` meant?"),
+        Some(meant) => format!("{message} (is `{meant}` meant?)"),
         None => message,
     }
 }

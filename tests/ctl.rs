@@ -349,7 +349,7 @@ fn a_config_file_is_checked_whole_and_nothing_starts() {
     );
     assert_eq!(code, Some(1), "{text}");
     for expected in [
-        "vm.json: `drive` is no section of a config file: nobody reads it: is `drives` meant?",
+        "vm.json: `drive` is no section of a config file: nobody reads it (is `drives` meant?)",
         "vm.json:2:40: `machine-config`: `vcpu_count`: expected a whole number, found the text \"two\"",
         "vm.json:4:52: `drives`: unknown field `path`",
         "vm.json:4:5: disk `a`: `path_on_host` is missing",

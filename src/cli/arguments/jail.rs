@@ -238,7 +238,7 @@ mod tests {
             ("--id a --resource-limit fsize=-1", "--resource-limit fsize=-1: expected a whole number"),
             ("--id a --keep-fd 2", "--keep-fd 2: expected the number of a descriptor above 2"),
             ("--id a --id b", "--id is given twice"),
-            ("--id a --deamonize", "invalid option '--deamonize': is `--daemonize` meant?"),
+            ("--id a --deamonize", "invalid option '--deamonize' (is `--daemonize` meant?)"),
             ("--id a --userns serve", "unexpected argument \"serve\""),
         ] {
             for (name, help) in [("alula jail", "alula jail --help"), ("jailer", "jailer --help")] {

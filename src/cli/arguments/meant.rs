@@ -74,7 +74,7 @@ pub fn with_hint<'w>(
     words: impl IntoIterator<Item = &'w str>,
 ) -> String {
     match other(word, others) {
-        Some(meant) => format!("{message}: is `{meant}` meant?"),
+        Some(meant) => format!("{message} (is `{meant}` meant?)"),
         None => spelling::with_hint(message, word, words),
     }
 }
@@ -85,7 +85,7 @@ pub fn no_command<'w>(word: &OsStr, commands: impl IntoIterator<Item = &'w str>)
     let word = word.to_string_lossy();
     // Commands for a running guest are those of `ctl`.
     if ctl::is_command(&word) {
-        return format!("{message}: is `alula ctl {word}` meant?");
+        return format!("{message} (is `alula ctl {word}` meant?)");
     }
     with_hint(message, &word, COMMANDS, commands)
 }
@@ -135,7 +135,7 @@ fn with_option(option: &str, arguments: &[OsString], help: &str) -> String {
     let hyphen = if is_letter || whole.starts_with("--") { "" } else { "-" };
     let word = format!("{hyphen}{whole}");
     match other(&word, OPTIONS).filter(|meant| options.contains(meant)) {
-        Some(meant) => format!("{message}: is `{meant}` meant?"),
+        Some(meant) => format!("{message} (is `{meant}` meant?)"),
         // One letter is like each other letter.
         None if is_letter => message,
         None => spelling::with_hint(message, &word, options),
