@@ -88,6 +88,17 @@ pub struct RegisterModifier {
     pub value: u128,
 }
 
+/// A change of what CPUs are initialised with (aarch64; KVM api, KVM_ARM_VCPU_INIT).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FeatureModifier {
+    /// Which word of features.
+    pub index: u32,
+    /// The bits that are changed.
+    pub mask: u32,
+    /// The new values of these bits; 0 outside of `mask`.
+    pub value: u32,
+}
+
 /// How the guest's CPUs differ from those that this host's KVM gives.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CpuChanges {
@@ -95,6 +106,8 @@ pub struct CpuChanges {
     pub capabilities: Vec<u32>,
     /// Changes of CPUID (x86_64).
     pub cpuid: Vec<CpuidModifier>,
+    /// Changes of features (aarch64).
+    pub features: Vec<FeatureModifier>,
     /// Changes of other registers.
     pub registers: Vec<RegisterModifier>,
 }

@@ -80,7 +80,7 @@ impl Guest {
             gic: None,
         };
         let mut vm = Vm::new(Prepared::new().unwrap(), &memory.memory()).unwrap();
-        let vcpus = vm.create_vcpus(cpus).unwrap();
+        let vcpus = vm.create_vcpus(cpus, Default::default()).unwrap();
         vm.complete(&mut platform).unwrap();
         let vm = Arc::new(vm);
         let gate = Arc::new(Gate::default());

@@ -100,7 +100,7 @@ impl Guest {
             gic: None,
         };
         let mut vm = Vm::new(Prepared::new().unwrap(), &memory.memory()).unwrap();
-        let cpu = vm.create_vcpus(platform.cpus).unwrap().remove(0);
+        let cpu = vm.create_vcpus(platform.cpus, Default::default()).unwrap().remove(0);
         vm.complete(&mut platform).unwrap();
         vm.with_cpu_model(|model| model.apply(&[&cpu], platform.smt, &[])).unwrap();
         code::start(&cpu);

@@ -97,7 +97,7 @@ const BODIES: &[Body] = &[
             ("cpuid_modifiers", "[]", Done, Done),
             ("msr_modifiers", REGISTERS, HAS_MSRS, Done),
             ("reg_modifiers", REGISTERS, HAS_REGISTERS, Done),
-            ("vcpu_features", r#"[{"index": 0, "bitmap": "0b1"}]"#, NotYet, Done),
+            ("vcpu_features", r#"[{"index": 0, "bitmap": "0b1xxxx"}]"#, HAS_REGISTERS, Done),
         ],
     ),
     body(

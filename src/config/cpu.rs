@@ -8,7 +8,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::arch;
 use crate::error::{Error, Result};
-use crate::platform::{CpuChanges, CpuidModifier, CpuidRegister, RegisterModifier};
+use crate::platform::{CpuChanges, CpuidModifier, CpuidRegister, FeatureModifier, RegisterModifier};
 
 /// More changes than this are refused: each is compared with all CPUID entries of the host, or is two calls of KVM for
 /// each CPU, and a config file has room for tens of thousands. A processor has some hundred registers of CPUID.
@@ -29,7 +29,8 @@ pub struct CpuConfig {
     msr_modifiers: Option<Vec<MsrChange>>,
     /// Changes of registers as KVM numbers them (aarch64; KVM api, KVM_GET_ONE_REG).
     reg_modifiers: Option<Vec<ArmRegisterChange>>,
-    /// Not implemented yet, except an empty list: features of the CPUs (aarch64).
+    /// Features that KVM initialises the CPUs with, or without (aarch64; KVM api, KVM_ARM_VCPU_INIT): scalable vectors and
+    /// pointer authentication, beside what KVM prefers.
     vcpu_features: Option<Vec<CpuFeature>>,
 }
 
@@ -98,10 +99,10 @@ struct ArmRegisterChange {
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "VcpuFeatures"))]
 #[serde(deny_unknown_fields)]
 struct CpuFeature {
-    /// Which set.
+    /// Which word of features; all that there are today are in word 0.
     index: u32,
-    /// Its bits.
-    bitmap: String,
+    /// The word's bits, as those of CPUID.
+    bitmap: Bits<32>,
 }
 
 impl CpuConfig {
@@ -110,19 +111,18 @@ impl CpuConfig {
 
     /// Whether it makes sense on this architecture, whatever the host can do.
     pub fn check(&self) -> Result<()> {
-        if self.vcpu_features.as_ref().is_some_and(|list| !list.is_empty()) {
-            return Err(Error::config("`vcpu_features` is not implemented yet: leave it out"));
-        }
         let leaves = self.cpuid_modifiers.as_deref().unwrap_or_default();
         let count_of = |length: Option<usize>| length.unwrap_or(0);
         let of_leaves = leaves.iter().map(|leaf| leaf.modifiers.len()).sum::<usize>();
         let of_msrs = count_of(self.msr_modifiers.as_ref().map(Vec::len));
         let of_registers = count_of(self.reg_modifiers.as_ref().map(Vec::len));
         let of_capabilities = count_of(self.kvm_capabilities.as_ref().map(Vec::len));
+        let of_features = count_of(self.vcpu_features.as_ref().map(Vec::len));
         let foreign = [
             ("cpuid_modifiers", arch::HAS_CPUID, leaves.len(), "CPUID"),
             ("msr_modifiers", arch::HAS_CPUID, of_msrs, "model-specific registers"),
             ("reg_modifiers", !arch::HAS_CPUID, of_registers, "registers of aarch64"),
+            ("vcpu_features", !arch::HAS_CPUID, of_features, "features of aarch64"),
         ];
         for (field, has_them, count, what) in foreign {
             if !has_them && count > 0 {
@@ -133,14 +133,24 @@ impl CpuConfig {
             ("cpuid_modifiers", of_leaves, "registers"),
             ("msr_modifiers", of_msrs, "registers"),
             ("reg_modifiers", of_registers, "registers"),
+            ("vcpu_features", of_features, "features"),
             ("kvm_capabilities", of_capabilities, "capabilities"),
         ];
         match lists.into_iter().find(|(_, count, _)| *count > MODIFIERS_MAX) {
             Some((field, count, what)) => {
                 Err(Error::config(format!("`{field}` has {count} {what}: at most {MODIFIERS_MAX} are taken")))
             }
-            None => Ok(()),
+            None => arch::CpuFeatures::new(&self.features()).map(drop),
         }
+    }
+
+    fn features(&self) -> Vec<FeatureModifier> {
+        let modifier = |CpuFeature { index, bitmap }: &CpuFeature| FeatureModifier {
+            index: *index,
+            mask: bitmap.mask as u32,
+            value: bitmap.value as u32,
+        };
+        self.vcpu_features.iter().flatten().map(modifier).collect()
     }
 
     /// All changes, in their order.
@@ -151,6 +161,7 @@ impl CpuConfig {
         CpuChanges {
             capabilities: self.kvm_capabilities.iter().flatten().filter_map(asked).collect(),
             cpuid: self.cpuid(),
+            features: self.features(),
             registers: (self.msr_modifiers.iter().flatten().map(msr))
                 .chain(self.reg_modifiers.iter().flatten().map(register))
                 .collect(),

@@ -10,7 +10,7 @@ use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
 use super::attach::{OpenedAhead, pci_bus};
 use super::command_line::command_line;
 use super::parts::{Parts, Places};
-use super::shell::{Base, Shell};
+use super::shell::{Base, Cpus, Shell};
 use super::{Machine, RunState, halt};
 use crate::arch::{self, layout};
 use crate::config::{Config, HugePages};
@@ -45,7 +45,7 @@ pub fn build(
     let ranges = layout::memory(memory_size(machine.mem_size_mib)?);
     let ahead = OpenedAhead::open(id, config, places, &ranges, host)?;
     let source = machine.huge_pages.source(source)?;
-    let shell = base.shell(machine.vcpu_count, &ranges, source, &ahead.windows())?;
+    let shell = base.shell(Cpus::of(config)?, &ranges, source, &ahead.windows())?;
     let Shell { vcpus, loops, surroundings, errands, wake, mut vm, memory } = shell;
     memory.memory().iter().for_each(|region| machine.huge_pages.choose(region));
     log::debug(format_args!(

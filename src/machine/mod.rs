@@ -48,7 +48,7 @@ pub use crate::vm::{OpenKvm, Prepared};
 pub use parts::Places;
 pub use regions::Tracker;
 pub use saved::SavedMachine;
-pub use shell::{Base, Shell};
+pub use shell::{Base, Cpus, Shell};
 
 /// The time that what devices have in flight may take when the machine is to stand still. A disk on a file system that
 /// does not answer would hold `main`, and with it the API, for ever.

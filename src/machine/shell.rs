@@ -7,8 +7,9 @@ use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
 
 use super::build::memory_size;
 use super::loops::Loops;
-use crate::arch::layout;
+use crate::arch::{CpuFeatures, layout};
 use crate::bus::Bus;
+use crate::config::Config;
 use crate::errands::Errands;
 use crate::error::{Error, Result};
 use crate::memory::window::Window;
@@ -43,7 +44,7 @@ impl Shell {
             Some(size) => memory::allocate(&layout::memory(memory_size(size)?))?,
             None => Memory::new(Regions::default()),
         };
-        let mut shell = Self::around(prepared, cpus, memory, &[])?;
+        let mut shell = Self::around(prepared, Cpus::plain(cpus), memory, &[])?;
         shell.loops.make_shared()?;
         shell.loops.start()?;
         shell.vm.foresee_cpu_model(&shell.vcpus.stopped())?;
@@ -53,10 +54,10 @@ impl Shell {
 
     /// A shell without threads, around a guest's memory and windows. KVM takes both first: a change of them soon after
     /// the interrupt controllers are made would wait for these.
-    fn around(prepared: Prepared, cpus: u16, memory: Memory, windows: &[Window]) -> Result<Self> {
+    fn around(prepared: Prepared, cpus: Cpus, memory: Memory, windows: &[Window]) -> Result<Self> {
         let mut vm = Vm::new(prepared, &memory.memory())?;
         windows.iter().try_for_each(|window| vm.add_window(window).map(drop))?;
-        let made = vm.create_vcpus(cpus)?;
+        let made = vm.create_vcpus(cpus.count, cpus.features)?;
         let gate = Arc::new(Gate::default());
         let end = End::new(gate.clone())?;
         let surroundings = Arc::new(Surroundings { mmio: Arc::default(), pio: Bus::default(), gate, end });
@@ -66,9 +67,10 @@ impl Shell {
         Ok(Self { vcpus, loops, surroundings, errands, wake, vm, memory })
     }
 
-    /// How many CPUs it is for.
-    pub fn cpus(&self) -> usize {
-        self.vcpus.len()
+    /// The CPUs that it is for.
+    pub fn cpus(&self) -> Cpus {
+        let count = u16::try_from(self.vcpus.len()).expect("it was made for so many");
+        Cpus { count, features: self.vm.cpu_features() }
     }
 
     /// How much memory it has, in bytes.
@@ -95,6 +97,31 @@ impl Shell {
     }
 }
 
+/// The CPUs of a machine, as far as they cannot be changed once they are made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cpus {
+    /// How many.
+    pub count: u16,
+    /// What KVM initialises them with.
+    pub features: CpuFeatures,
+}
+
+impl Cpus {
+    /// Those that `config` asks for.
+    ///
+    /// # Errors
+    /// Guests cannot be given a feature.
+    pub fn of(config: &Config) -> Result<Self> {
+        let features = CpuFeatures::new(&config.cpu_changes().features)?;
+        Ok(Self { count: config.machine_config.vcpu_count, features })
+    }
+
+    /// So many as KVM prefers them.
+    pub fn plain(count: u16) -> Self {
+        Self { count, features: CpuFeatures::default() }
+    }
+}
+
 /// What a machine is built on.
 pub enum Base {
     /// KVM alone: the shell is made now.
@@ -116,19 +143,20 @@ impl From<Shell> for Base {
 }
 
 impl Base {
-    /// The shell of a machine with so many CPUs, this memory, and these windows.
+    /// The shell of a machine with these CPUs, this memory, and these windows.
     pub(super) fn shell(
         self,
-        cpus: u16,
+        cpus: Cpus,
         ranges: &[Range],
         source: Source<'_>,
         windows: &[Window],
     ) -> Result<Shell> {
         match self {
             Self::Prepared(prepared) => Shell::around(*prepared, cpus, memory::map(ranges, source)?, windows),
-            Self::Shell(shell) if shell.cpus() != usize::from(cpus) => Err(Error::config(format!(
-                "the machine is to have {cpus} CPUs, and its shell was made for {}: make another one",
-                shell.cpus()
+            Self::Shell(shell) if shell.cpus() != cpus => Err(Error::config(format!(
+                "the machine is to have {} CPUs, and its shell was made for {}, or for others: make another one",
+                cpus.count,
+                shell.cpus().count
             ))),
             Self::Shell(mut shell) => {
                 shell.set_memory(ranges, source)?;

@@ -4,7 +4,7 @@ use super::Microvm;
 use crate::config::MachineConfig;
 use crate::error::{Context, Result};
 use crate::log;
-use crate::machine::{Base, Prepared, Shell};
+use crate::machine::{Base, Cpus, Prepared, Shell};
 
 /// The machine that is expected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,21 +56,23 @@ impl Microvm {
         }
     }
 
-    /// What a machine like this is built on. What was made ahead is used up by it, if it is like that; else KVM is
-    /// opened by `prepare`.
+    /// What a machine with these CPUs and so much memory is built on. What was made ahead is used up by it, if it is
+    /// like that; else KVM is opened by `prepare`.
     pub(super) fn take_base(
         &mut self,
-        machine: &MachineConfig,
+        cpus: Cpus,
+        memory_mib: u64,
         prepare: impl FnOnce() -> Result<Prepared>,
     ) -> Result<Base> {
         match self.ahead.take() {
-            Some(Base::Shell(shell)) if !is_for(&shell, machine) => {
+            Some(Base::Shell(shell)) if !is_for(&shell, cpus, memory_mib) => {
+                let features =
+                    if shell.cpus().features == cpus.features { "" } else { " without `vcpu_features`" };
                 log::line(format_args!(
-                    "the guest has {} CPUs and {} MiB, and what was prepared (--warm) is for {} and {}: it is \
-                     not used",
-                    machine.vcpu_count,
-                    machine.mem_size_mib,
-                    shell.cpus(),
+                    "the guest has {} CPUs and {memory_mib} MiB, and what was prepared (--warm) is for {} and \
+                     {}{features}: it is not used",
+                    cpus.count,
+                    shell.cpus().count,
                     shell.memory_size() >> 20,
                 ));
                 // To end it takes its time. If the guest can be started without it, it is ended then.
@@ -83,7 +85,6 @@ impl Microvm {
     }
 }
 
-fn is_for(shell: &Shell, machine: &MachineConfig) -> bool {
-    let size = machine.mem_size_mib.checked_mul(1 << 20);
-    shell.cpus() == usize::from(machine.vcpu_count) && size == Some(shell.memory_size())
+fn is_for(shell: &Shell, cpus: Cpus, memory_mib: u64) -> bool {
+    shell.cpus() == cpus && memory_mib.checked_mul(1 << 20) == Some(shell.memory_size())
 }

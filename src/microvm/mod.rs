@@ -30,7 +30,7 @@ use crate::host::{Access, Host, Resource, Sharing};
 use crate::jobs::{Jobs, Ticket};
 use crate::json;
 use crate::log;
-use crate::machine::{Base, Machine, Prepared, RunState};
+use crate::machine::{Base, Cpus, Machine, Prepared, RunState};
 use crate::memory::page_set::PageSet;
 use crate::metadata::store::Store;
 use crate::metadata::{self, Service};
@@ -215,7 +215,8 @@ impl Microvm {
 
     /// A machine that runs.
     fn build(&mut self, reason: &'static str) -> Result<Box<Machine>> {
-        let base = self.take_base(&self.config.machine_config.clone(), Prepared::new)?;
+        let base =
+            self.take_base(Cpus::of(&self.config)?, self.config.machine_config.mem_size_mib, Prepared::new)?;
         let service = self.config.mmds_config.clone();
         self.host.serve_metadata(service.map(|config| Service { config, store: self.metadata.clone() }));
         let mut machine = Machine::build(&self.id, &self.config, &mut self.host, base)?;

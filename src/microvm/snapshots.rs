@@ -24,7 +24,7 @@ use crate::devices::kind::ConfiguredDevice;
 use crate::error::{Context, Error, Result};
 use crate::history::{self, Event};
 use crate::log;
-use crate::machine::{Machine, OpenKvm};
+use crate::machine::{Cpus, Machine, OpenKvm};
 use crate::memory::faults::Faults;
 use crate::memory::{Piece, Source, lost};
 use crate::metadata::Service;
@@ -240,7 +240,7 @@ impl Microvm {
         let overlays = drives::replace(&mut config, &load.drives, &paths, &mut self.host)?;
         saved.config.clone_from(&config);
         let prepare = || kvm.map_or_else(OpenKvm::new, Ok)?.prepare();
-        let base = self.take_base(&config.machine_config, prepare)?;
+        let base = self.take_base(Cpus::of(&config)?, config.machine_config.mem_size_mib, prepare)?;
         let service = config.mmds_config.clone();
         self.host.serve_metadata(service.map(|config| Service { config, store: self.metadata.clone() }));
         let source = memory.source(&pieces);

@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use vm_memory::GuestMemoryBackend as _;
 
-use crate::arch::{self, CpuModel};
+use crate::arch::{self, CpuFeatures, CpuModel};
 use crate::descriptors::Name;
 use crate::error::{Context, Error, Result};
 use crate::memory::window::Window;
@@ -125,6 +125,8 @@ pub struct Vm {
     /// settled.
     cpu_model: Mutex<Option<CpuModel>>,
     max_vcpus: usize,
+    /// What its CPUs were initialised with.
+    cpu_features: CpuFeatures,
     slots: Mutex<Slots>,
     routes: irq::Routes,
     connections: irq::Connections,
@@ -155,6 +157,7 @@ impl Vm {
             fd,
             cpu_model: Mutex::new(cpu_model),
             max_vcpus,
+            cpu_features: CpuFeatures::default(),
             slots: Mutex::new(slots),
             routes: irq::Routes::default(),
             connections: irq::Connections::default(),
@@ -165,8 +168,11 @@ impl Vm {
         })
     }
 
-    /// Makes the interrupt controllers and so many vCPUs.
-    pub fn create_vcpus(&mut self, count: u16) -> Result<Vec<VcpuFd>> {
+    /// Makes the interrupt controllers and so many vCPUs, with these features.
+    ///
+    /// # Errors
+    /// This host's KVM has not so many, or not with all of them.
+    pub fn create_vcpus(&mut self, count: u16, features: CpuFeatures) -> Result<Vec<VcpuFd>> {
         if usize::from(count) > self.max_vcpus {
             return Err(Error::config(format!(
                 "{count} CPUs (`vcpu_count`, --cpus) are more than this host's KVM has: at most {}",
@@ -178,9 +184,15 @@ impl Vm {
         let vcpus = (0..u64::from(count))
             .map(|index| self.fd.create_vcpu(index).with_context(|| format!("create vCPU {index}")))
             .collect::<Result<Vec<_>>>()?;
-        self.controller = Some(arch::after_vcpus(&self.fd, &vcpus)?);
+        self.controller = Some(arch::after_vcpus(&self.fd, &vcpus, features)?);
+        self.cpu_features = features;
         self.timeline.mark("CPUs");
         Ok(vcpus)
+    }
+
+    /// What its CPUs were initialised with.
+    pub fn cpu_features(&self) -> CpuFeatures {
+        self.cpu_features
     }
 
     /// Makes what a machine like this has beside, once it has CPUs, and notes in `platform` what the host's KVM

@@ -29,7 +29,7 @@ impl Vm {
     /// must have been kicked.
     pub fn save_vcpus(&self, vcpus: &[Vcpu]) -> Result<Vec<VcpuState>> {
         let stopped: Vec<_> = vcpus.iter().map(Vcpu::stopped).collect();
-        arch::save_vcpus(&self.kvm, &self.fd, &stopped)
+        arch::save_vcpus(&self.kvm, &self.fd, &stopped, self.cpu_features)
     }
 
     /// Gives the machine's CPUs, none of which has run yet, the states `states`, one for each.
@@ -42,7 +42,7 @@ impl Vm {
             )));
         }
         let stopped: Vec<_> = vcpus.iter().map(Vcpu::stopped).collect();
-        arch::restore_vcpus(&self.fd, &stopped, states)
+        arch::restore_vcpus(&self.fd, &stopped, states, self.cpu_features)
     }
 
     fn controller(&self) -> Result<&arch::InterruptController> {

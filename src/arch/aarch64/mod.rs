@@ -13,7 +13,8 @@ mod unpack;
 use std::ops::Deref;
 
 use kvm_bindings::{
-    KVM_ARM_VCPU_POWER_OFF, KVM_ARM_VCPU_PSCI_0_2, KVM_CAP_ARM_NISV_TO_USER, KVM_EXIT_ARM_NISV,
+    KVM_ARM_VCPU_POWER_OFF, KVM_ARM_VCPU_PSCI_0_2, KVM_ARM_VCPU_PTRAUTH_ADDRESS,
+    KVM_ARM_VCPU_PTRAUTH_GENERIC, KVM_ARM_VCPU_SVE, KVM_CAP_ARM_NISV_TO_USER, KVM_EXIT_ARM_NISV,
     KVM_EXIT_INTERNAL_ERROR, KVM_MP_STATE_STOPPED, KVM_REG_ARM_CORE, KVM_REG_ARM64, KVM_REG_SIZE_U64,
     kvm_enable_cap, kvm_vcpu_events, kvm_vcpu_init,
 };
@@ -24,8 +25,8 @@ pub use gic::{InterruptController, MESSAGES_NAME_THEIR_DEVICE, default_routes};
 
 pub use state::{VcpuState, VmState, change_registers, restore_vcpus, restore_vm, save_vcpus, save_vm};
 
-use crate::error::{Context, Result};
-use crate::platform::{CpuidModifier, Node, Platform};
+use crate::error::{Context, Error, Result};
+use crate::platform::{CpuidModifier, FeatureModifier, Node, Platform};
 
 /// What uname calls this architecture.
 pub const NAME: &str = "aarch64";
@@ -96,22 +97,82 @@ impl CpuModel {
 /// the CPU has (KVM api, KVM_ARM_VCPU_FINALIZE and the ID registers) and where the interrupt controller is.
 pub const ENTERS_WITHOUT_STATE: bool = false;
 
+/// What CPUs are initialised with beside what KVM prefers (KVM api, KVM_ARM_VCPU_INIT).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CpuFeatures {
+    mask: [u32; WORDS],
+    value: [u32; WORDS],
+}
+
+/// The words of features of a CPU.
+const WORDS: usize = 7;
+/// The features of word 0 that a guest can be given. The others need more of a machine than to be asked for: a CPU that
+/// begins switched off, one of 32 bits, performance counters, one that has guests of its own.
+const GIVEN: u32 = 1 << KVM_ARM_VCPU_PSCI_0_2
+    | 1 << KVM_ARM_VCPU_SVE
+    | 1 << KVM_ARM_VCPU_PTRAUTH_ADDRESS
+    | 1 << KVM_ARM_VCPU_PTRAUTH_GENERIC;
+
+impl CpuFeatures {
+    /// Those that `changes` ask for, one after the other.
+    ///
+    /// # Errors
+    /// A feature that guests cannot be given is asked for.
+    pub fn new(changes: &[FeatureModifier]) -> Result<Self> {
+        let mut features = Self::default();
+        for FeatureModifier { index, mask, value } in changes {
+            let given = if *index == 0 { GIVEN } else { 0 };
+            let refused = value & !given;
+            if refused != 0 || *index as usize >= WORDS {
+                return Err(Error::config(format!(
+                    "`vcpu_features`: guests cannot be given {refused:#x} of word {index}: of word 0 there are bits \
+                     {KVM_ARM_VCPU_PSCI_0_2} (PSCI), {KVM_ARM_VCPU_SVE} (SVE), and {KVM_ARM_VCPU_PTRAUTH_ADDRESS} and \
+                     {KVM_ARM_VCPU_PTRAUTH_GENERIC} (pointer authentication)"
+                )));
+            }
+            let index = *index as usize;
+            features.mask[index] |= mask;
+            features.value[index] = features.value[index] & !mask | value;
+        }
+        Ok(features)
+    }
+
+    /// The words of features of a CPU that would have `words`.
+    fn of(self, mut words: [u32; WORDS]) -> [u32; WORDS] {
+        for (word, (mask, value)) in words.iter_mut().zip(self.mask.into_iter().zip(self.value)) {
+            *word = *word & !mask | value;
+        }
+        words
+    }
+}
+
 /// Tells KVM what the CPUs are: all but the first wait for PSCI CPU_ON. Then makes the interrupt controller, which
 /// must come after that.
-pub fn after_vcpus(vm: &VmFd, vcpus: &[VcpuFd]) -> Result<InterruptController> {
-    let mut target = kind_of_cpus(vm)?;
+pub fn after_vcpus(vm: &VmFd, vcpus: &[VcpuFd], features: CpuFeatures) -> Result<InterruptController> {
+    let mut target = kind_of_cpus(vm, features)?;
+    let attempt = |index: usize| match features == CpuFeatures::default() {
+        true => format!("initialise vCPU {index}"),
+        false => format!(
+            "initialise vCPU {index} with other features than this host's KVM prefers (`vcpu_features`), all of which \
+             its processor must have"
+        ),
+    };
     for (index, vcpu) in vcpus.iter().enumerate() {
-        vcpu.vcpu_init(&target).with_context(|| format!("initialise vCPU {index}"))?;
+        vcpu.vcpu_init(&target).with_context(|| attempt(index))?;
+        if target.features[0] & 1 << KVM_ARM_VCPU_SVE != 0 {
+            vcpu.vcpu_finalize(&(KVM_ARM_VCPU_SVE as i32)).with_context(|| attempt(index))?;
+        }
         target.features[0] |= 1 << KVM_ARM_VCPU_POWER_OFF;
     }
     InterruptController::new(vm, vcpus.len() as u32)
 }
 
-/// What the CPUs are initialised as: KVM's preferred kind, with PSCI.
-fn kind_of_cpus(vm: &VmFd) -> Result<kvm_vcpu_init> {
+/// What the CPUs are initialised as: KVM's preferred kind, with PSCI, and with what `features` change of that.
+fn kind_of_cpus(vm: &VmFd, features: CpuFeatures) -> Result<kvm_vcpu_init> {
     let mut target = kvm_vcpu_init::default();
     vm.get_preferred_target(&mut target).context("ask KVM for its preferred CPU")?;
     target.features[0] |= 1 << KVM_ARM_VCPU_PSCI_0_2;
+    target.features = features.of(target.features);
     Ok(target)
 }
 

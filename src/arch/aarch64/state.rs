@@ -6,11 +6,12 @@ use std::ops::Deref;
 
 use kvm_bindings::{
     KVM_REG_ARM64, KVM_REG_ARM64_SYSREG, KVM_REG_SIZE_MASK, KVM_REG_SIZE_SHIFT, KVM_REG_SIZE_U64, RegList,
-    kvm_mp_state, kvm_vcpu_events,
+    kvm_mp_state, kvm_vcpu_events, kvm_vcpu_init,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 
+use super::CpuFeatures;
 use super::gic::InterruptController;
 use super::gic_state::{self, GicState};
 use crate::error::{Context, Error, Result};
@@ -85,13 +86,19 @@ pub fn restore_vm(_vm: &VmFd, controller: &InterruptController, state: &VmState)
 }
 
 /// What KVM holds of the CPUs.
-pub fn save_vcpus(_kvm: &Kvm, vm: &VmFd, vcpus: &[impl Deref<Target = VcpuFd>]) -> Result<Vec<VcpuState>> {
-    let save = |(index, vcpu): (usize, &_)| save_vcpu(vm, vcpu).with_context(|| format!("save CPU {index}"));
+pub fn save_vcpus(
+    _kvm: &Kvm,
+    vm: &VmFd,
+    vcpus: &[impl Deref<Target = VcpuFd>],
+    features: CpuFeatures,
+) -> Result<Vec<VcpuState>> {
+    let init = super::kind_of_cpus(vm, features)?;
+    let save =
+        |(index, vcpu): (usize, &_)| save_vcpu(&init, vcpu).with_context(|| format!("save CPU {index}"));
     vcpus.iter().map(Deref::deref).enumerate().map(save).collect()
 }
 
-fn save_vcpu(vm: &VmFd, vcpu: &VcpuFd) -> Result<VcpuState> {
-    let init = super::kind_of_cpus(vm)?;
+fn save_vcpu(init: &kvm_vcpu_init, vcpu: &VcpuFd) -> Result<VcpuState> {
     let mp_state = vcpu.get_mp_state().context("get the run state")?.mp_state;
     let mut list = RegList::new(REGISTERS_MAX).expect("so many can be listed");
     vcpu.get_reg_list(&mut list).context("ask KVM for the list of registers")?;
@@ -110,9 +117,15 @@ fn save_vcpu(vm: &VmFd, vcpu: &VcpuFd) -> Result<VcpuState> {
 
 /// Gives CPUs that have not run yet the state of others. Whatever the state says, KVM or this function refuses
 /// it, or the CPU is as if it had come there by itself.
-pub fn restore_vcpus(vm: &VmFd, vcpus: &[impl Deref<Target = VcpuFd>], states: &[VcpuState]) -> Result<()> {
+pub fn restore_vcpus(
+    vm: &VmFd,
+    vcpus: &[impl Deref<Target = VcpuFd>],
+    states: &[VcpuState],
+    features: CpuFeatures,
+) -> Result<()> {
+    let init = super::kind_of_cpus(vm, features)?;
     for (index, (vcpu, state)) in vcpus.iter().zip(states).enumerate() {
-        restore_vcpu(vm, vcpu, state).with_context(|| format!("restore CPU {index}"))?;
+        restore_vcpu(&init, vcpu, state).with_context(|| format!("restore CPU {index}"))?;
     }
     // Last, and of one CPU: it is all CPUs' counter, which would be set back by as long as all of the above took,
     // and again by each CPU.
@@ -121,9 +134,8 @@ pub fn restore_vcpus(vm: &VmFd, vcpus: &[impl Deref<Target = VcpuFd>], states: &
     counters.into_iter().try_for_each(|(register, value)| set(first, *register, value))
 }
 
-fn restore_vcpu(vm: &VmFd, vcpu: &VcpuFd, state: &VcpuState) -> Result<()> {
+fn restore_vcpu(init: &kvm_vcpu_init, vcpu: &VcpuFd, state: &VcpuState) -> Result<()> {
     let VcpuState { target, features, mp_state, registers, events } = state;
-    let init = super::kind_of_cpus(vm)?;
     if (*target, *features) != (init.target, init.features) {
         return Err(Error::config(format!(
             "it was of KVM's kind {target} with the features {features:x?}, and this host's are of kind {} \

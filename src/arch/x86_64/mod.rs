@@ -29,7 +29,7 @@ pub use registers::{
 pub use state::{VcpuState, VmState, restore_vcpus, restore_vm, save_vcpus, save_vm};
 
 use crate::error::{Context, Error, Result};
-use crate::platform::{CpuidModifier, Node, Platform};
+use crate::platform::{CpuidModifier, FeatureModifier, Node, Platform};
 
 /// What uname calls this architecture.
 pub const NAME: &str = "x86_64";
@@ -198,7 +198,24 @@ impl InterruptController {
     }
 }
 
+/// What CPUs are initialised with: nothing here, CPUID says what they have.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CpuFeatures(());
+
+impl CpuFeatures {
+    /// None.
+    ///
+    /// # Errors
+    /// There is a change.
+    pub fn new(changes: &[FeatureModifier]) -> Result<Self> {
+        match changes {
+            [] => Ok(Self(())),
+            _ => Err(Error::config("`vcpu_features`: x86_64 has no features of aarch64")),
+        }
+    }
+}
+
 /// What must exist once the vCPUs do: nothing here.
-pub fn after_vcpus(_vm: &VmFd, _vcpus: &[VcpuFd]) -> Result<InterruptController> {
+pub fn after_vcpus(_vm: &VmFd, _vcpus: &[VcpuFd], _features: CpuFeatures) -> Result<InterruptController> {
     Ok(InterruptController)
 }

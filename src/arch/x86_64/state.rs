@@ -12,7 +12,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 
-use super::{InterruptController, cpuid, ioctls, msrs, tell_that_it_stood_still};
+use super::{CpuFeatures, InterruptController, cpuid, ioctls, msrs, tell_that_it_stood_still};
 use crate::error::{Context, Error, Result};
 use crate::snapshot;
 
@@ -117,7 +117,12 @@ pub fn restore_vm(vm: &VmFd, _controller: &InterruptController, state: &VmState)
 }
 
 /// What KVM holds of the CPUs.
-pub fn save_vcpus(kvm: &Kvm, vm: &VmFd, vcpus: &[impl Deref<Target = VcpuFd>]) -> Result<Vec<VcpuState>> {
+pub fn save_vcpus(
+    kvm: &Kvm,
+    vm: &VmFd,
+    vcpus: &[impl Deref<Target = VcpuFd>],
+    _features: CpuFeatures,
+) -> Result<Vec<VcpuState>> {
     let Some(first) = vcpus.first() else { return Ok(Vec::new()) };
     let (indices, words) = (msrs::of_cpus(kvm, first)?, ioctls::xsave_words(vm));
     let save = |(index, vcpu): (usize, &_)| {
@@ -168,7 +173,12 @@ fn save_vcpu(vm: &VmFd, vcpu: &VcpuFd, indices: &[u32], xsave_words: usize) -> R
 
 /// Gives CPUs that have not run yet the state of others. Whatever the state says, KVM or this function refuses
 /// it, or the CPU is as if it had come there by itself.
-pub fn restore_vcpus(vm: &VmFd, vcpus: &[impl Deref<Target = VcpuFd>], states: &[VcpuState]) -> Result<()> {
+pub fn restore_vcpus(
+    vm: &VmFd,
+    vcpus: &[impl Deref<Target = VcpuFd>],
+    states: &[VcpuState],
+    _features: CpuFeatures,
+) -> Result<()> {
     let words = ioctls::xsave_words(vm);
     // The saved and the new offset of the first CPU's time stamp counter.
     let mut first = None;

@@ -71,7 +71,7 @@ pub fn vm() -> Arc<Vm> {
             gic: None,
         };
         let mut vm = Vm::new(Prepared::new().expect("KVM"), &memory.memory()).unwrap();
-        vm.create_vcpus(platform.cpus).unwrap();
+        vm.create_vcpus(platform.cpus, Default::default()).unwrap();
         vm.complete(&mut platform).unwrap();
         (Arc::new(vm), memory)
     });
