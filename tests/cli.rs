@@ -318,7 +318,7 @@ fn the_terminal_is_raw_for_the_guest_and_restored_on_every_way_out() {
         terminal.read_until("alula firmware");
         wait_for(|| terminal.is_raw());
         out(&mut terminal, &mut child);
-        assert_eq!(child.wait().unwrap().code(), Some(code), "{way}");
+        assert_eq!(terminal.code_of(&mut child), Some(code), "{way}");
         assert_eq!(terminal.modes(), before, "{way}");
     }
 }
@@ -339,7 +339,7 @@ fn the_keys_are_told_once_and_listed_when_asked_for() {
         let keys = terminal.read_until("lists these keys");
         assert!(keys.contains("alula: Ctrl-A X leaves; a guest that was started for this ends"), "{keys}");
         terminal.user.write_all(b"line\r").unwrap();
-        assert_eq!(child.wait().unwrap().code(), Some(6));
+        assert_eq!(terminal.code_of(&mut child), Some(6));
         // The line is echoed by the guest. What is said last stands behind it, and this after it.
         terminal.monitor_says("the end of this test");
         let after = terminal.read_until("the end of this test");
@@ -378,9 +378,9 @@ fn a_kernel_on_a_software_kvm_is_told_at_once_what_to_expect() {
 
 #[test]
 fn the_firmware_is_not_written_to_a_terminal() {
-    let terminal = Terminal::new();
+    let mut terminal = Terminal::new();
     let mut child = terminal.start(&["firmware"]);
-    assert_eq!(child.wait().unwrap().code(), Some(153));
+    assert_eq!(terminal.code_of(&mut child), Some(153));
     let output = Command::new(alula()).arg("firmware").output().unwrap();
     assert!(output.status.success() && output.stdout.len() > 1000);
 }
@@ -393,17 +393,17 @@ fn ctrl_a_x_leaves_a_guest_that_does_not_read() {
     wait_for(|| terminal.is_raw());
     terminal.user.write_all(&[b'x'; 500]).unwrap();
     terminal.user.write_all(b"\x01x").unwrap();
-    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert_eq!(terminal.code_of(&mut child), Some(130));
 }
 
 #[test]
 fn a_failed_start_leaves_the_terminal_and_the_socket_path_alone() {
-    let terminal = Terminal::new();
+    let mut terminal = Terminal::new();
     let folder = Folder::new();
     let socket = folder.path("s");
     let before = terminal.modes();
     let mut child = terminal.start(&["run", "/nonexistent", "--api-sock", socket.to_str().unwrap()]);
-    assert_eq!(child.wait().unwrap().code(), Some(125));
+    assert_eq!(terminal.code_of(&mut child), Some(125));
     assert_eq!(terminal.modes(), before);
     assert!(!socket.exists());
 }
@@ -417,7 +417,7 @@ fn a_paste_reaches_the_guest_whole() {
     let paste: String = (0..60).map(|number| format!("{number:04} ")).collect();
     terminal.user.write_all(format!("{paste}\r").as_bytes()).unwrap();
     terminal.read_until(&paste);
-    assert_eq!(child.wait().unwrap().code(), Some(6));
+    assert_eq!(terminal.code_of(&mut child), Some(6));
 }
 
 #[test]
@@ -434,7 +434,7 @@ fn what_a_guest_never_reads_is_lost_at_a_limit_with_one_line() {
         terminal.user.write_all(&[b'x'; 1024]).unwrap();
     }
     terminal.user.write_all(b"\x01x").unwrap();
-    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert_eq!(terminal.code_of(&mut child), Some(130));
     let log = std::fs::read_to_string(&log).unwrap();
     let said = "the guest does not read its console: what is typed beyond 64 KiB is lost";
     assert_eq!(log.matches(said).count(), 1, "{log}");

@@ -5,8 +5,9 @@ use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
-use super::alula;
+use super::{PATIENCE, alula};
 
 /// A terminal: the user's side, and the side that the monitor gets.
 pub struct Terminal {
@@ -76,11 +77,44 @@ impl Terminal {
 
     /// What was written to the terminal, up to this text.
     pub fn read_until(&mut self, text: &str) -> String {
+        let deadline = Instant::now() + PATIENCE;
         let (mut seen, mut byte) = (Vec::new(), [0]);
         while !String::from_utf8_lossy(&seen).contains(text) {
+            let is_there = readable_until(&self.user, deadline);
+            assert!(is_there, "waited for `{text}`, got:\n{}", String::from_utf8_lossy(&seen));
             self.user.read_exact(&mut byte).unwrap();
             seen.push(byte[0]);
         }
         String::from_utf8_lossy(&seen).into_owned()
     }
+
+    /// Waits until `child`, which has this terminal, has ended, and returns its exit code.
+    pub fn code_of(&mut self, child: &mut Child) -> Option<i32> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = child.try_wait().unwrap() {
+                return status.code();
+            }
+            if Instant::now() >= deadline {
+                let mut said = Vec::new();
+                while readable_until(&self.user, Instant::now()) {
+                    let mut byte = [0];
+                    self.user.read_exact(&mut byte).unwrap();
+                    said.push(byte[0]);
+                }
+                let _ = child.kill();
+                panic!("it does not end; it said:\n{}", String::from_utf8_lossy(&said));
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
+/// Waits until `file` has something to read, or the time is up.
+#[allow(unsafe_code)]
+fn readable_until(file: &File, deadline: Instant) -> bool {
+    let left = deadline.saturating_duration_since(Instant::now()).as_millis() as i32;
+    let mut wanted = libc::pollfd { fd: file.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: the call reads and writes the one structure that it is told of.
+    unsafe { libc::poll(&raw mut wanted, 1, left) == 1 }
 }
