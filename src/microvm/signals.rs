@@ -37,6 +37,9 @@ const PATIENCE: u32 = 100;
 /// shell passes on the hang-up of its terminal, which the kernel tells, too.
 const GRACE: Duration = Duration::from_millis(100);
 const GRACE_TICKS: u32 = (GRACE.as_millis() / TICK.as_millis()) as u32;
+/// How long the last steps of an end at once may take. They are short, but a machine that has many programs to run may
+/// let each wait for its turn longer than [`GRACE`], and a process that is killed tells nobody how it ended.
+const LAST_STEPS: Duration = Duration::from_secs(2);
 
 /// A signal's number is added to this, as shells do.
 const SIGNAL_BASE: u8 = 128;
@@ -351,7 +354,7 @@ fn say_lost() {
 fn end_at_once(code: u8, say: impl FnOnce()) -> ! {
     // If anything below is held up, SIGALRM kills.
     process::handle_by_default(libc::SIGALRM);
-    process::start_timer(GRACE, Duration::ZERO);
+    process::start_timer(LAST_STEPS, Duration::ZERO);
     terminal::restore();
     socket_file::remove_all();
     say();
