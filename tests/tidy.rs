@@ -24,7 +24,6 @@ const UNSAFE: &[&str] = &[
     "src/sys/descriptor.rs",
     "src/sys/folder.rs",
     "src/sys/machine.rs",
-    "src/sys/namespace.rs",
     "src/sys/network.rs",
     "src/sys/process.rs",
     "src/uring.rs",

@@ -7,7 +7,7 @@ use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
 use super::cgroup::Member;
-use crate::sys::{folder, namespace};
+use crate::sys::{confine, folder};
 
 /// An open folder, in which something is made.
 pub type Place = Rc<OwnedFd>;
@@ -50,7 +50,7 @@ impl Made {
     /// Removes all that was made, but what somebody else uses by now.
     pub fn undo(mut self) {
         if let Some((mounts, devices)) = &self.mounts {
-            namespace::detach(mounts, devices);
+            confine::detach(mounts, devices);
         }
         self.members.iter_mut().for_each(Member::leave);
         for (place, name) in self.names.iter().rev() {

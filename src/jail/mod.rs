@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use crate::clock;
 use crate::error::{Context, Error, Result};
-use crate::sys::{descriptor, namespace, process};
+use crate::sys::{confine, descriptor, process};
 use cgroup::Cgroups;
 use made::Made;
 use root::{Program, Root};
@@ -149,7 +149,7 @@ impl Jail {
                 )));
             }
         }
-        namespace::close_others(&kept).context("close the descriptors that the jail does not inherit")
+        confine::close_others(&kept).context("close the descriptors that the jail does not inherit")
     }
 
     fn make(&self, program: &Program, user: User, begun: &Begun, made: &mut Made) -> Result<()> {
@@ -178,15 +178,15 @@ impl Jail {
         made: &mut Made,
     ) -> Result<()> {
         if self.has_pid_namespace {
-            namespace::unshare(libc::CLONE_NEWPID).context("--new-pid-ns: make a PID namespace")?;
+            confine::unshare(libc::CLONE_NEWPID).context("--new-pid-ns: make a PID namespace")?;
         }
         let (told, mut tell) = std::io::pipe().context("make a pipe to the jail's process")?;
         let spent = clock::cpu_time().saturating_sub(begun.cpu);
-        let Some(pid) = namespace::fork().context("make a process for the jail")? else {
+        let Some(pid) = confine::fork().context("make a process for the jail")? else {
             let prepare = || match null {
                 Some(null) => {
-                    namespace::leave_session()?;
-                    namespace::replace_standard_streams(&null)
+                    confine::leave_session()?;
+                    confine::replace_standard_streams(&null)
                 }
                 None => Ok(()),
             };
@@ -210,17 +210,17 @@ impl Jail {
             Err(error) => Err(error),
         };
         // The control group of the new process can be removed when the process is gone.
-        namespace::end(pid);
+        confine::end(pid);
         result
     }
 
     /// Gives up all that the program is not to have, and becomes it; returns why that could not be.
     fn become_program(&self, program: &Program, user: User, umask: u32, times: [Duration; 3]) -> Error {
         let result = self.limit().and_then(|()| {
-            namespace::renounce().context("give up the rights that the jail does not have")?;
+            confine::renounce().context("give up the rights that the jail does not have")?;
             match user.is_mapped {
                 true => Ok(()),
-                false => namespace::become_user(user.uid, user.gid)
+                false => confine::become_user(user.uid, user.gid)
                     .with_context(|| format!("become --uid {} and --gid {}", user.uid, user.gid)),
             }
         });
@@ -228,7 +228,7 @@ impl Jail {
         let error = match arguments {
             Ok(arguments) => {
                 process::set_umask(umask);
-                let error = namespace::execute(program.descriptor(), &arguments);
+                let error = confine::execute(program.descriptor(), &arguments);
                 let more = match error.raw_os_error() {
                     Some(libc::ENOENT) => {
                         ": it needs a loader or an interpreter, which the jail does not have: name a \
@@ -243,19 +243,19 @@ impl Jail {
             Err(error) => error,
         };
         if !user.is_mapped {
-            namespace::become_root_user();
+            confine::become_root_user();
         }
         error
     }
 
     fn limit(&self) -> Result<()> {
         if let Some(bytes) = self.file_size {
-            namespace::limit(libc::RLIMIT_FSIZE, bytes)
+            confine::limit(libc::RLIMIT_FSIZE, bytes)
                 .with_context(|| format!("--resource-limit fsize={bytes}: set it"))?;
         }
         // A user cannot have more descriptors than the host allows, which is no error if no number was given.
         let count = self.descriptors.unwrap_or(DESCRIPTORS);
-        match namespace::limit(libc::RLIMIT_NOFILE, count) {
+        match confine::limit(libc::RLIMIT_NOFILE, count) {
             Err(_) if self.descriptors.is_none() => Ok(()),
             result => result.with_context(|| format!("--resource-limit no-file={count}: set it")),
         }

@@ -8,7 +8,7 @@ use std::path::Path;
 use super::User;
 use crate::error::{Context, Error, Result};
 use crate::paths;
-use crate::sys::{machine, namespace, process};
+use crate::sys::{confine, machine, process};
 
 /// Has this process join a network namespace that is there.
 ///
@@ -20,7 +20,7 @@ pub fn join_network(path: &Path) -> Result<()> {
         let why = paths::cannot_open(path, &error, false);
         Error::config(format!("--netns {}: {why}", path.display()))
     })?;
-    namespace::join(&file, libc::CLONE_NEWNET).map_err(|error| cannot_join(path, &error))
+    confine::join(&file, libc::CLONE_NEWNET).map_err(|error| cannot_join(path, &error))
 }
 
 fn cannot_join(path: &Path, error: &IoError) -> Error {
@@ -45,17 +45,17 @@ pub fn enter(user: User, id: &str) -> Result<()> {
     let kinds = libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
     match user.is_mapped {
         true => enter_user_namespace(user, kinds)?,
-        false => namespace::unshare(kinds).context("make mount, IPC and UTS namespaces for the jail")?,
+        false => confine::unshare(kinds).context("make mount, IPC and UTS namespaces for the jail")?,
     }
     machine::set_hostname(id).context("--id: give the jail its name")?;
-    namespace::keep_mounts_apart().context("keep the mounts of the jail apart from the host's")
+    confine::keep_mounts_apart().context("keep the mounts of the jail apart from the host's")
 }
 
 /// As an ordinary user: this process has all rights in there until it becomes another program, and whoever made the
 /// jail has the program's numbers.
 fn enter_user_namespace(user: User, kinds: i32) -> Result<()> {
     let (uid, gid) = process::identity();
-    namespace::unshare(libc::CLONE_NEWUSER | kinds).context(
+    confine::unshare(libc::CLONE_NEWUSER | kinds).context(
         "--userns: make a user namespace (the host may forbid them: sysctl user.max_user_namespaces and \
          kernel.unprivileged_userns_clone, or AppArmor)",
     )?;

@@ -13,7 +13,7 @@ use super::User;
 use super::made::{Made, Place};
 use crate::error::{Context, Error, Result};
 use crate::paths;
-use crate::sys::{folder, namespace, process};
+use crate::sys::{confine, folder, process};
 
 /// The path of this program itself, even if its file is gone.
 const OWN: &str = "/proc/self/exe";
@@ -229,16 +229,16 @@ impl Root {
     /// The kernel's.
     pub fn enter(&self, made: &mut Made) -> Result<()> {
         let attempt = || format!("--id: make `{}` the root of the jail", self.path.display());
-        let mounts = namespace::copy_mounts(Some(&*self.place), "").with_context(attempt)?;
-        namespace::attach(&mounts, &self.place).with_context(attempt)?;
+        let mounts = confine::copy_mounts(Some(&*self.place), "").with_context(attempt)?;
+        confine::attach(&mounts, &self.place).with_context(attempt)?;
         let (mounts, _) = made.mounts.insert((mounts, self.bound.clone()));
         for device in &self.bound {
             let attempt = || format!("--userns: mount /{device} in the jail");
-            let node = namespace::copy_mounts(None, format!("/{device}")).with_context(attempt)?;
+            let node = confine::copy_mounts(None, format!("/{device}")).with_context(attempt)?;
             let place = folder::open(mounts, device, libc::O_PATH, 0).with_context(attempt)?;
-            namespace::attach(&node, &place).with_context(attempt)?;
+            confine::attach(&node, &place).with_context(attempt)?;
         }
-        namespace::become_root(mounts).map_err(|error| match error.raw_os_error() {
+        confine::become_root(mounts).map_err(|error| match error.raw_os_error() {
             Some(libc::EINVAL) => Error::host(format!(
                 "{}: {error}: the root of this process is an initial ramdisk, or a folder that nothing is mounted on, \
                  which pivot_root(2) cannot replace",

@@ -1,14 +1,23 @@
 //! The calls by which this process takes away from itself: rights that a program could gain, system calls (seccomp(2)),
-//! files and ports (landlock(7)); and the signal that tells of a call that was refused.
+//! files and ports (landlock(7)), with the signal that tells of a call that was refused; and those that shut a process
+//! in: its namespaces, its root, who it is, its limits, and the program that it becomes. The latter, from [`unshare`] on,
+//! are for a process of one thread.
 #![allow(unsafe_code)]
 
-use std::io::Result;
+use std::ffi::{CString, OsStr};
+use std::io::{Error, Result};
 use std::mem::zeroed;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::ptr::{from_ref, null, null_mut};
 
 use super::check;
 use super::descriptor::owned;
+use super::machine::{c_string, mount};
+
+/// open_tree(2), linux/mount.h: a copy of the mount, which is nowhere yet.
+const OPEN_TREE_CLONE: libc::c_uint = 1;
+/// move_mount(2), linux/mount.h: both paths are empty, and what is meant are the descriptors.
+const MOVE_MOUNT_EMPTY_PATHS: libc::c_uint = 0x04 | 0x40;
 
 /// An instruction of a filter.
 pub use libc::sock_filter as Instruction;
@@ -169,7 +178,210 @@ pub fn again(number: i32, arguments: [u64; 6]) -> i64 {
     // SAFETY: the code that was interrupted has made this very call and promises what the call needs.
     let result = unsafe { libc::syscall(number.into(), a, b, c, d, e, f) };
     match result {
-        -1 => std::io::Error::last_os_error().raw_os_error().map_or(-1, |error| -i64::from(error)),
+        -1 => Error::last_os_error().raw_os_error().map_or(-1, |error| -i64::from(error)),
         result => result,
     }
+}
+
+/// Moves this process into new namespaces (`libc::CLONE_NEW...`, unshare(2)).
+///
+/// # Errors
+/// The kernel's; EPERM: this user may not.
+pub fn unshare(namespaces: i32) -> Result<()> {
+    // SAFETY: the call takes a number; no other thread can be surprised, as there is none.
+    check(unsafe { libc::unshare(namespaces) }).map(drop)
+}
+
+/// Moves this process into an open namespace of this kind (setns(2)).
+///
+/// # Errors
+/// The kernel's; EINVAL: the descriptor is that of something else.
+pub fn join(namespace: &impl AsRawFd, kind: i32) -> Result<()> {
+    // SAFETY: the call takes numbers.
+    check(unsafe { libc::setns(namespace.as_raw_fd(), kind) }).map(drop)
+}
+
+/// Keeps what this mount namespace does from then on away from others; what is mounted elsewhere still arrives.
+///
+/// # Errors
+/// The kernel's, of mount(2).
+pub fn keep_mounts_apart() -> Result<()> {
+    mount("", "/", "", libc::MS_SLAVE | libc::MS_REC, "")
+}
+
+/// A copy of the mounts at the open `place`, or at `path` in it, that is mounted nowhere yet (open_tree(2), since Linux
+/// 5.2).
+///
+/// # Errors
+/// The kernel's.
+pub fn copy_mounts(place: Option<&OwnedFd>, path: impl AsRef<OsStr>) -> Result<OwnedFd> {
+    let path = c_string(path)?;
+    let flags =
+        OPEN_TREE_CLONE | (libc::O_CLOEXEC | libc::AT_EMPTY_PATH | libc::AT_RECURSIVE) as libc::c_uint;
+    let place = place.map_or(libc::AT_FDCWD, AsRawFd::as_raw_fd);
+    // SAFETY: the call reads a string that ends with a zero.
+    owned(unsafe { libc::syscall(libc::SYS_open_tree, place, path.as_ptr(), flags) } as i32)
+}
+
+/// Mounts a copy that [`copy_mounts`] has made on an open place (move_mount(2)).
+///
+/// # Errors
+/// The kernel's.
+pub fn attach(mounts: &OwnedFd, place: &OwnedFd) -> Result<()> {
+    let (from, to) = (mounts.as_raw_fd(), place.as_raw_fd());
+    let empty = c"".as_ptr();
+    // SAFETY: the call reads empty strings, and takes numbers.
+    check(
+        unsafe { libc::syscall(libc::SYS_move_mount, from, empty, to, empty, MOVE_MOUNT_EMPTY_PATHS) } as i32
+    )
+    .map(drop)
+}
+
+fn enter(folder: &OwnedFd) -> Result<()> {
+    // SAFETY: the call takes a number.
+    check(unsafe { libc::fchdir(folder.as_raw_fd()) }).map(drop)
+}
+
+/// Makes an attached mount the root of everything, beside which there is nothing (pivot_root(2), which tells of the two
+/// dots).
+///
+/// # Errors
+/// The kernel's; EINVAL: the root so far is the initial ramdisk, or is itself no mount.
+pub fn become_root(mounts: &OwnedFd) -> Result<()> {
+    enter(mounts)?;
+    let here = c".".as_ptr();
+    // SAFETY: the calls read static strings.
+    unsafe {
+        check(libc::syscall(libc::SYS_pivot_root, here, here) as i32)?;
+        check(libc::umount2(here, libc::MNT_DETACH))?;
+    }
+    std::env::set_current_dir("/")
+}
+
+/// Takes away the mounts at these paths in an attached mount, and that one itself; what cannot be taken away stays.
+pub fn detach(mounts: &OwnedFd, paths: &[&str]) {
+    if enter(mounts).is_err() {
+        return;
+    }
+    for path in paths.iter().copied().chain(["."]) {
+        if let Ok(path) = c_string(path) {
+            // SAFETY: the call reads a string that ends with a zero.
+            unsafe { libc::umount2(path.as_ptr(), libc::MNT_DETACH) };
+        }
+    }
+}
+
+/// Closes every descriptor from 3 on but these, which are in order (close_range(2), since Linux 5.9). No value of this
+/// process may own one of them yet.
+///
+/// # Errors
+/// The kernel's.
+pub fn close_others(kept: &[RawFd]) -> Result<()> {
+    let mut first = 3;
+    for next in kept.iter().map(|fd| *fd as u32).chain([u32::MAX]) {
+        if next > first {
+            let last = if next == u32::MAX { next } else { next - 1 };
+            // SAFETY: the call takes numbers; as the caller says, nobody counts on these descriptors.
+            check(unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) } as i32)?;
+        }
+        first = next.saturating_add(1);
+    }
+    Ok(())
+}
+
+/// Makes `file` standard input, output and error (dup2(2)).
+///
+/// # Errors
+/// The kernel's.
+pub fn replace_standard_streams(file: &impl AsRawFd) -> Result<()> {
+    // SAFETY: the calls take numbers, and replace what nobody owns.
+    (0..3).try_for_each(|fd| check(unsafe { libc::dup2(file.as_raw_fd(), fd) }).map(drop))
+}
+
+/// Has this process and those that it starts have at most so much of a resource (`libc::RLIMIT_...`, setrlimit(2)).
+///
+/// # Errors
+/// The kernel's; EPERM: this user may not raise the limit.
+pub fn limit(resource: u32, most: u64) -> Result<()> {
+    let limit = libc::rlimit { rlim_cur: most, rlim_max: most };
+    // SAFETY: the call reads the local structure.
+    check(unsafe { libc::setrlimit(resource as _, &raw const limit) }).map(drop)
+}
+
+/// Splits this process in two (fork(2)). `None`: this is the new process; else the number of the new one.
+///
+/// # Errors
+/// The kernel's.
+pub fn fork() -> Result<Option<u32>> {
+    // SAFETY: there is no other thread that could hold a lock meanwhile.
+    let pid = check(unsafe { libc::fork() })?;
+    Ok(u32::try_from(pid).ok().filter(|pid| *pid > 0))
+}
+
+/// Ends a process that this one has made, and waits until it is gone from where it was: a control group, a namespace.
+pub fn end(pid: u32) {
+    let mut status = 0;
+    // SAFETY: the calls take numbers, and write the local one; the process is there until it was waited for.
+    unsafe {
+        libc::kill(pid as libc::pid_t, libc::SIGKILL);
+        libc::waitpid(pid as libc::pid_t, &raw mut status, 0);
+    }
+}
+
+/// Leaves the session of whoever has started this process (setsid(2)).
+///
+/// # Errors
+/// This process leads a process group.
+pub fn leave_session() -> Result<()> {
+    // SAFETY: the call takes nothing.
+    check(unsafe { libc::setsid() }).map(drop)
+}
+
+/// Gives up what the next program is not to have: rights that a program could hand it (ambient capabilities), and any
+/// that a file could give it (no_new_privs).
+///
+/// # Errors
+/// The kernel's, of prctl(2).
+pub fn renounce() -> Result<()> {
+    // SAFETY: the call takes numbers.
+    check(unsafe { libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) })?;
+    gain_no_privileges()
+}
+
+/// Becomes this user and group, without any further group. The right to go back ([`become_root_user`]) lasts until
+/// another program is executed: that takes the saved user from the effective one, and has no capabilities unless this is
+/// 0 (execve(2), capabilities(7)).
+///
+/// # Errors
+/// The kernel's; EINVAL: the user namespace has no such user or group.
+pub fn become_user(uid: u32, gid: u32) -> Result<()> {
+    // SAFETY: the calls take numbers, and an empty list.
+    unsafe {
+        check(libc::setgroups(0, null()))?;
+        check(libc::setresgid(gid, gid, gid))?;
+        check(libc::setresuid(uid, uid, 0)).map(drop)
+    }
+}
+
+/// Is root again after [`become_user`].
+pub fn become_root_user() {
+    // SAFETY: the call takes numbers.
+    unsafe { libc::setresuid(libc::uid_t::MAX, 0, libc::uid_t::MAX) };
+}
+
+/// Becomes the open program, with these arguments and an empty environment (execveat(2)). What the C library has
+/// changed for this one, a signal that is ignored, is as usual for the program. Returns only why it could not be.
+pub fn execute(program: BorrowedFd<'_>, arguments: &[CString]) -> Error {
+    let mut pointers: Vec<*const libc::c_char> = arguments.iter().map(|argument| argument.as_ptr()).collect();
+    pointers.push(null());
+    let environment: [*const libc::c_char; 1] = [null()];
+    let (empty, fd) = (c"".as_ptr(), program.as_raw_fd());
+    // SAFETY: the calls read strings that end with a zero, and lists of them that end with a null pointer, all of which
+    // live until the call returns.
+    unsafe {
+        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
+        let (argv, envp) = (pointers.as_ptr(), environment.as_ptr());
+        libc::syscall(libc::SYS_execveat, fd, empty, argv, envp, libc::AT_EMPTY_PATH);
+    }
+    Error::last_os_error()
 }

@@ -6,7 +6,6 @@ pub mod confine;
 pub mod descriptor;
 pub mod folder;
 pub mod machine;
-pub mod namespace;
 pub mod network;
 pub mod process;
 
