@@ -22,7 +22,6 @@ const UNSAFE: &[&str] = &[
     "src/memory/mapping.rs",
     "src/sys/confine.rs",
     "src/sys/descriptor.rs",
-    "src/sys/folder.rs",
     "src/sys/machine.rs",
     "src/sys/network.rs",
     "src/sys/process.rs",

@@ -8,7 +8,7 @@ use std::rc::Rc;
 
 use super::made::{Made, Place, open_folder};
 use crate::error::{Context, Error, Result};
-use crate::sys::folder;
+use crate::sys::descriptor;
 
 /// The file by which a process enters a group.
 const PROCESSES: &str = "cgroup.procs";
@@ -290,13 +290,13 @@ impl Hierarchy {
     fn member(&self, group: &Place, path: PathBuf) -> Result<Member> {
         let attempt = || format!("--cgroup: open `{}`", path.join(PROCESSES).display());
         let processes = open(group, PROCESSES, libc::O_WRONLY).with_context(attempt)?;
-        let home = folder::open(&*self.root, self.home.join(PROCESSES), libc::O_WRONLY, 0);
+        let home = descriptor::open_in(&*self.root, self.home.join(PROCESSES), libc::O_WRONLY, 0);
         Ok(Member { path, processes, home: home.ok().map(File::from) })
     }
 }
 
 fn open(group: &Place, name: &str, flags: i32) -> std::io::Result<File> {
-    folder::open(&**group, name, flags, 0).map(File::from)
+    descriptor::open_in(&**group, name, flags, 0).map(File::from)
 }
 
 fn read(group: &Place, name: &str) -> std::io::Result<String> {

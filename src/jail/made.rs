@@ -7,7 +7,7 @@ use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
 use super::cgroup::Member;
-use crate::sys::{confine, folder};
+use crate::sys::{confine, descriptor};
 
 /// An open folder, in which something is made.
 pub type Place = Rc<OwnedFd>;
@@ -30,7 +30,7 @@ impl Made {
 
     /// Opens a folder, which is made if nothing has its name. What is a link there, or is no folder, is an error.
     pub fn folder(&mut self, place: &Place, name: impl AsRef<OsStr>, mode: u32) -> Result<Place> {
-        match folder::make_folder(&**place, &name, mode) {
+        match descriptor::make_folder_in(&**place, &name, mode) {
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
             made => {
                 made?;
@@ -42,7 +42,7 @@ impl Made {
 
     /// Makes an empty file, to be written.
     pub fn file(&mut self, place: &Place, name: impl AsRef<OsStr>, mode: u32) -> Result<OwnedFd> {
-        let file = folder::open(&**place, &name, libc::O_WRONLY | libc::O_CREAT | libc::O_EXCL, mode)?;
+        let file = descriptor::open_in(&**place, &name, libc::O_WRONLY | libc::O_CREAT | libc::O_EXCL, mode)?;
         self.note(place, name);
         Ok(file)
     }
@@ -54,12 +54,12 @@ impl Made {
         }
         self.members.iter_mut().for_each(Member::leave);
         for (place, name) in self.names.iter().rev() {
-            let _ = folder::remove(&**place, name);
+            let _ = descriptor::remove_in(&**place, name);
         }
     }
 }
 
 /// Opens a folder that is there.
 pub fn open_folder(place: &Place, path: impl AsRef<OsStr>) -> Result<Place> {
-    folder::open(&**place, path, libc::O_RDONLY | libc::O_DIRECTORY, 0).map(Rc::new)
+    descriptor::open_in(&**place, path, libc::O_RDONLY | libc::O_DIRECTORY, 0).map(Rc::new)
 }

@@ -13,7 +13,7 @@ use super::User;
 use super::made::{Made, Place};
 use crate::error::{Context, Error, Result};
 use crate::paths;
-use crate::sys::{confine, folder, process};
+use crate::sys::{confine, descriptor, process};
 
 /// The path of this program itself, even if its file is gone.
 const OWN: &str = "/proc/self/exe";
@@ -148,7 +148,7 @@ impl Root {
             place = made.folder(&place, name, mode).map_err(|error| cannot_make("--id", &path, &error))?;
         }
         let mut root = Self { place, path, user, bound: Vec::new() };
-        if !user.is_mapped && folder::has_no_devices(&*root.place) {
+        if !user.is_mapped && descriptor::has_no_devices(&*root.place) {
             return Err(Error::config(format!(
                 "--chroot-base-dir {}: its file system is mounted without devices (`nodev`), so that none could be \
                  opened there: choose another place",
@@ -170,7 +170,7 @@ impl Root {
         }
         if !user.is_mapped {
             for (name, folder) in [(RUN, &run), ("", &root.place)] {
-                root.within(name, folder::set_owner(&**folder, user.uid, user.gid))?;
+                root.within(name, descriptor::set_owner(&**folder, user.uid, user.gid))?;
             }
             let own = File::from(root.within("", root.place.try_clone())?);
             root.within("", own.set_permissions(Permissions::from_mode(0o700)))?;
@@ -186,7 +186,7 @@ impl Root {
     /// where the program in the jail could change every jail's by it.
     fn put_program(&self, program: &Program, made: &mut Made) -> Result<()> {
         if !program.can_be_written_by(self.user) {
-            match folder::link(&program.file, &*self.place, &program.name) {
+            match descriptor::link_in(&program.file, &*self.place, &program.name) {
                 Ok(()) => {
                     made.note(&self.place, &program.name);
                     return Ok(());
@@ -211,16 +211,16 @@ impl Root {
             }
             return Ok(());
         }
-        self.within(path, folder::make_device(&*self.place, path, number))?;
+        self.within(path, descriptor::make_device_in(&*self.place, path, number))?;
         made.note(&self.place, path);
         // The owner of a folder that was there already could have exchanged the device by now.
-        let node = self.within(path, folder::open(&*self.place, path, libc::O_PATH, 0))?;
+        let node = self.within(path, descriptor::open_in(&*self.place, path, libc::O_PATH, 0))?;
         let node = File::from(node);
         let is_it = |found: &Metadata| found.file_type().is_char_device() && found.rdev() == number;
         if !self.within(path, node.metadata()).is_ok_and(|found| is_it(&found)) {
             return self.within(path, Err(ErrorKind::AlreadyExists.into()));
         }
-        self.within(path, folder::set_owner(&node, self.user.uid, self.user.gid))
+        self.within(path, descriptor::set_owner(&node, self.user.uid, self.user.gid))
     }
 
     /// Makes the folder the root of everything. This process is in a mount namespace of its own.
@@ -235,7 +235,7 @@ impl Root {
         for device in &self.bound {
             let attempt = || format!("--userns: mount /{device} in the jail");
             let node = confine::copy_mounts(None, format!("/{device}")).with_context(attempt)?;
-            let place = folder::open(mounts, device, libc::O_PATH, 0).with_context(attempt)?;
+            let place = descriptor::open_in(mounts, device, libc::O_PATH, 0).with_context(attempt)?;
             confine::attach(&node, &place).with_context(attempt)?;
         }
         confine::become_root(mounts).map_err(|error| match error.raw_os_error() {

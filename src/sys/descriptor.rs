@@ -1,15 +1,17 @@
-//! Calls on open descriptors: their flags, whether they are ready, files, block devices, terminals.
+//! Calls on open descriptors: their flags, whether they are ready, files, block devices, terminals; and on what is in an
+//! open folder, by its name there (`..._in`): whoever can change the path of the folder meanwhile cannot lead them
+//! elsewhere.
 #![allow(unsafe_code)]
 
-use std::ffi::CString;
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{Error, ErrorKind, Result};
 use std::mem::{ManuallyDrop, zeroed};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use super::check;
+use super::machine::c_string;
 
 /// The owner of the descriptor that a call has just made.
 pub(super) fn owned(made: RawFd) -> Result<OwnedFd> {
@@ -214,7 +216,7 @@ pub fn is_in_memory(file: &File, length: u64, offsets: impl IntoIterator<Item = 
 /// # Errors
 /// The user may not.
 pub fn check_writable(path: &Path) -> Result<()> {
-    let name = CString::new(path.as_os_str().as_bytes())?;
+    let name = c_string(path)?;
     // SAFETY: the name is a string that ends with a zero.
     check(unsafe { libc::access(name.as_ptr(), libc::W_OK) }).map(drop)
 }
@@ -222,7 +224,7 @@ pub fn check_writable(path: &Path) -> Result<()> {
 /// The names of the extended attributes of what is at `path`, itself if it is a link (llistxattr(2)), each with a zero
 /// behind it. They are at most 64 KiB (xattr(7)). None: there are none, or the file system does not have any.
 pub fn attributes(path: &Path) -> Option<Vec<u8>> {
-    let name = CString::new(path.as_os_str().as_bytes()).ok()?;
+    let name = c_string(path).ok()?;
     // SAFETY: the name is a string that ends with a zero; a list without room takes nothing.
     let size = unsafe { libc::llistxattr(name.as_ptr(), std::ptr::null_mut(), 0) };
     let mut names = vec![0_u8; usize::try_from(size).ok().filter(|size| *size > 0)?];
@@ -281,6 +283,90 @@ pub fn direct_alignment(file: &File) -> Option<(u32, u32)> {
     };
     let told = result == 0 && answer.stx_mask & libc::STATX_DIOALIGN != 0 && answer.stx_dio_offset_align > 0;
     told.then_some((answer.stx_dio_mem_align, answer.stx_dio_offset_align))
+}
+
+/// Opens what has the relative path `path` in `folder`, with these `libc::O_...` and, if that makes a file, this mode.
+/// No part of the path may be a link or lead out of the folder (openat2(2), since Linux 5.6).
+///
+/// # Errors
+/// The kernel's; ELOOP: there is a link.
+pub fn open_in(folder: &impl AsRawFd, path: impl AsRef<OsStr>, flags: i32, mode: u32) -> Result<OwnedFd> {
+    let path = c_string(path)?;
+    // SAFETY: the structure is plain data of which zeros are valid.
+    let mut how: libc::open_how = unsafe { zeroed() };
+    how.flags = (flags | libc::O_CLOEXEC) as u64;
+    how.mode = mode.into();
+    how.resolve = libc::RESOLVE_NO_SYMLINKS | libc::RESOLVE_BENEATH;
+    // SAFETY: the call reads a string that ends with a zero and the local structure, whose size it is told.
+    owned(unsafe {
+        libc::syscall(libc::SYS_openat2, folder.as_raw_fd(), path.as_ptr(), &raw const how, size_of_val(&how))
+    } as i32)
+}
+
+/// Makes a folder (mkdirat(2)); the mode is cut by the process's mask.
+///
+/// # Errors
+/// The kernel's; EEXIST: there is something of that name, maybe a link.
+pub fn make_folder_in(folder: &impl AsRawFd, name: impl AsRef<OsStr>, mode: u32) -> Result<()> {
+    let name = c_string(name)?;
+    // SAFETY: the call reads a string that ends with a zero.
+    check(unsafe { libc::mkdirat(folder.as_raw_fd(), name.as_ptr(), mode) }).map(drop)
+}
+
+/// Makes the node of a character device, for its owner to read and write (mknodat(2)).
+///
+/// # Errors
+/// The kernel's; EEXIST: there is something of that name, maybe a link.
+pub fn make_device_in(folder: &impl AsRawFd, name: impl AsRef<OsStr>, device: u64) -> Result<()> {
+    let name = c_string(name)?;
+    // SAFETY: the call reads a string that ends with a zero.
+    check(unsafe { libc::mknodat(folder.as_raw_fd(), name.as_ptr(), libc::S_IFCHR | 0o600, device) })
+        .map(drop)
+}
+
+/// Gives an open file a further name (linkat(2)), by way of /proc.
+///
+/// # Errors
+/// The kernel's; EXDEV: the folder is on another file system. EPERM: this user may not.
+pub fn link_in(file: &impl AsRawFd, folder: &impl AsRawFd, name: impl AsRef<OsStr>) -> Result<()> {
+    let (path, name) = (c_string(format!("/proc/self/fd/{}", file.as_raw_fd()))?, c_string(name)?);
+    let to = (folder.as_raw_fd(), name.as_ptr());
+    // SAFETY: the call reads two strings that end with a zero.
+    check(unsafe { libc::linkat(libc::AT_FDCWD, path.as_ptr(), to.0, to.1, libc::AT_SYMLINK_FOLLOW) })
+        .map(drop)
+}
+
+/// Removes a name, and an empty folder that has it (unlinkat(2)).
+///
+/// # Errors
+/// The kernel's.
+pub fn remove_in(folder: &impl AsRawFd, name: impl AsRef<OsStr>) -> Result<()> {
+    let name = c_string(name)?;
+    // SAFETY: the call reads a string that ends with a zero.
+    let remove = |flags| check(unsafe { libc::unlinkat(folder.as_raw_fd(), name.as_ptr(), flags) }).map(drop);
+    match remove(0) {
+        Err(error) if error.raw_os_error() == Some(libc::EISDIR) => remove(libc::AT_REMOVEDIR),
+        result => result,
+    }
+}
+
+/// Gives an open file to a user and a group (fchownat(2)); one that was opened by O_PATH, too.
+///
+/// # Errors
+/// The kernel's.
+pub fn set_owner(file: &impl AsRawFd, uid: u32, gid: u32) -> Result<()> {
+    let fd = file.as_raw_fd();
+    // SAFETY: the call reads an empty string, and takes numbers.
+    check(unsafe { libc::fchownat(fd, c"".as_ptr(), uid, gid, libc::AT_EMPTY_PATH) }).map(drop)
+}
+
+/// Whether no device can be opened on the file system that this file is on, as it is mounted (fstatvfs(3)).
+pub fn has_no_devices(file: &impl AsRawFd) -> bool {
+    // SAFETY: the structure is plain data of which zeros are valid, and the call writes to the local one.
+    unsafe {
+        let mut told: libc::statvfs = zeroed();
+        libc::fstatvfs(file.as_raw_fd(), &raw mut told) == 0 && told.f_flag & libc::ST_NODEV != 0
+    }
 }
 
 /// What a block device answers with a number (linux/fs.h).
@@ -360,7 +446,7 @@ pub fn process_groups(fd: RawFd) -> Option<(i32, i32)> {
 /// Makes a FIFO, for a test.
 #[cfg(test)]
 pub fn make_fifo(path: &Path) {
-    let name = CString::new(path.as_os_str().as_bytes()).unwrap();
+    let name = c_string(path).unwrap();
     // SAFETY: the name is a string that ends with a zero.
     check(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }).unwrap();
 }

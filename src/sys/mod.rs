@@ -4,7 +4,6 @@
 
 pub mod confine;
 pub mod descriptor;
-pub mod folder;
 pub mod machine;
 pub mod network;
 pub mod process;
