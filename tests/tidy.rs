@@ -18,7 +18,6 @@ const UNSAFE: &[&str] = &[
     "src/devices/pmem/worker.rs",
     "src/devices/vsock/socket.rs",
     "src/main.rs",
-    "src/memory/faults.rs",
     "src/memory/mapping.rs",
     "src/sys/confine.rs",
     "src/sys/descriptor.rs",

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{Error as IoError, Result as IoResult};
 use std::mem::ManuallyDrop;
-use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr::NonNull;
 
 use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
@@ -16,6 +16,18 @@ use crate::sys::descriptor;
 /// a huge page only where host and guest address agree modulo its size: a guest whose memory lies
 /// otherwise takes a fault, and an exit, for every 4 KiB.
 pub const HUGE_PAGE: usize = 2 << 20;
+
+/// Makes a descriptor of page faults (USERFAULTFD_IOC_NEW, of the device), tells what it is to do (UFFDIO_API), and has
+/// it take the faults of a range and leave them (UFFDIO_REGISTER, UFFDIO_UNREGISTER): linux/userfaultfd.h.
+const FAULTS_NEW: u64 = 0xaa00;
+const FAULTS_API: u64 = 0xc018_aa3f;
+const FAULTS_REGISTER: u64 = 0xc020_aa00;
+const FAULTS_UNREGISTER: u64 = 0x8010_aa01;
+const FAULTS_API_VERSION: u64 = 0xaa;
+/// The feature by which a descriptor's reader is told of pages that are given back: they are zeros afterwards.
+const EVENT_REMOVE: u64 = 1 << 3;
+/// The mode in which faults of pages that are not there are taken.
+const MISSING: u64 = 1;
 
 /// A mapping of this process, given back when this is dropped.
 #[derive(Debug)]
@@ -127,6 +139,25 @@ impl Mapping {
         pages.build().context("describe guest memory")
     }
 
+    /// Has faults of the first `size` bytes, of anonymous memory, wait for who reads [`userfaultfd`]'s descriptor.
+    ///
+    /// # Errors
+    /// The mapping has fewer bytes, or the kernel's, of ioctl_userfaultfd(2).
+    pub(super) fn have_faults_taken(&self, faults: &impl AsRawFd, size: usize) -> IoResult<()> {
+        if size > self.size {
+            return Err(IoError::from_raw_os_error(libc::EINVAL));
+        }
+        tell_faults(faults, FAULTS_REGISTER, &mut [self.start.as_ptr() as u64, size as u64, MISSING, 0])
+    }
+
+    /// Has nobody wait for that reader any more.
+    ///
+    /// # Errors
+    /// The faults of the mapping were not taken.
+    pub(super) fn have_faults_left(&self, faults: &impl AsRawFd) -> IoResult<()> {
+        tell_faults(faults, FAULTS_UNREGISTER, &mut [self.start.as_ptr() as u64, self.size as u64])
+    }
+
     /// The first byte of the mapping.
     pub fn start(&self) -> NonNull<u8> {
         self.start
@@ -135,6 +166,44 @@ impl Mapping {
     /// How many bytes it has.
     pub fn size(&self) -> usize {
         self.size
+    }
+}
+
+/// A descriptor by which page faults of this process can be served (userfaultfd(2)). The device needs no privilege but
+/// its own, and is not everywhere.
+///
+/// # Errors
+/// The kernel has no such faults, or this user may not have them served.
+pub(super) fn userfaultfd() -> IoResult<OwnedFd> {
+    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+    let made = match File::options().read(true).write(true).open("/dev/userfaultfd") {
+        // SAFETY: the call takes numbers.
+        #[allow(unsafe_code)]
+        Ok(device) => opened(unsafe { libc::ioctl(device.as_raw_fd(), FAULTS_NEW as _, flags) }),
+        Err(error) => Err(error),
+    };
+    // SAFETY: the call takes a number.
+    #[allow(unsafe_code)]
+    let by_call = |_| opened(unsafe { libc::syscall(libc::SYS_userfaultfd, flags) } as RawFd);
+    let made = made.or_else(by_call)?;
+    tell_faults(&made, FAULTS_API, &mut [FAULTS_API_VERSION, EVENT_REMOVE, 0])?;
+    Ok(made.into())
+}
+
+/// Makes one of the calls of a descriptor of page faults, whose structure has as many words as its number says.
+#[allow(unsafe_code)]
+fn tell_faults<const WORDS: usize>(
+    fd: &impl AsRawFd,
+    request: u64,
+    words: &mut [u64; WORDS],
+) -> IoResult<()> {
+    debug_assert_eq!(request >> 16 & 0x3fff, size_of_val(words) as u64, "the size that its number says");
+    // SAFETY: each of these calls reads and writes a structure of so many words of 64 bits, the local ones. All that
+    // they change of this process's memory is who gives missing pages of a mapping, which for guest memory may be
+    // anybody.
+    match unsafe { libc::ioctl(fd.as_raw_fd(), request as _, words.as_mut_ptr()) } {
+        0 => Ok(()),
+        _ => Err(IoError::last_os_error()),
     }
 }
 
