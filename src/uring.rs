@@ -1,13 +1,14 @@
 //! An io_uring (io_uring(7)) for a worker of an event loop: operations are queued, one system call
 //! submits all of them to the kernel, and completions are taken without a system call.
 //!
-//! A worker queues operations with [`Uring::push`] and takes completions with [`Uring::next`]. Between
-//! the two, its loop waits in one of two ways:
+//! A worker queues operations with [`Uring::push`] and [`Uring::transfer`], and takes completions with
+//! [`Uring::next`]. Between the two, its loop waits in one of two ways:
 //! - in the ring, by [`Uring::wait_beside`], which submits in the same system call;
 //! - in its epoll set, where [`Uring::event`] is watched edge-triggered and never read. Before each wait,
 //!   [`Uring::submit`] submits, and [`Uring::rearm`] says whether a completion is there already.
 
 use std::io::{Error as IoError, ErrorKind, Result as IoResult};
+use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{Ordering, fence};
 
@@ -17,6 +18,7 @@ use crate::descriptors::Name;
 use crate::error::{Context, Error, Result};
 use crate::poll::EventFd;
 use crate::sys::process::is_filtered;
+use crate::sys::vectors::Vectors;
 
 /// The size of the submission queue, in entries; a larger batch is submitted in parts. The queue need not
 /// grow with the number of operations in flight: an entry is free again once it is submitted.
@@ -37,15 +39,10 @@ const OWN: u32 = 4;
 /// The number that a write to an event adds to the event's counter.
 static ONE: u64 = 1;
 
-/// What the kernel is asked to do. Offsets and lengths are in bytes; a file without offsets (a TAP)
-/// takes [`Operation::NO_OFFSET`].
+/// What the kernel is asked to do that names no memory. Offsets and lengths are in bytes.
 #[derive(Clone, Copy, Debug)]
 #[allow(missing_docs, reason = "the fields are the system calls' parameters")]
 pub enum Operation {
-    /// Read into `count` vectors from `vectors` on.
-    Read { file: RawFd, vectors: *const libc::iovec, count: u32, offset: u64 },
-    /// Write `count` vectors from `vectors` on.
-    Write { file: RawFd, vectors: *const libc::iovec, count: u32, offset: u64 },
     /// fdatasync(2).
     Sync { file: RawFd },
     /// fallocate(2).
@@ -53,22 +50,40 @@ pub enum Operation {
 }
 
 impl Operation {
-    /// The offset for a file that has no offsets, such as a TAP.
-    pub const NO_OFFSET: u64 = u64::MAX;
-
     fn entry(self) -> squeue::Entry {
         match self {
-            Self::Read { file, vectors, count, offset } => {
-                opcode::Readv::new(types::Fd(file), vectors, count).offset(offset).build()
-            }
-            Self::Write { file, vectors, count, offset } => {
-                opcode::Writev::new(types::Fd(file), vectors, count).offset(offset).build()
-            }
             Self::Sync { file } => {
                 opcode::Fsync::new(types::Fd(file)).flags(types::FsyncFlags::DATASYNC).build()
             }
             Self::Allocate { file, mode, offset, length } => {
                 opcode::Fallocate::new(types::Fd(file), length).offset(offset).mode(mode).build()
+            }
+        }
+    }
+}
+
+/// Bytes that the kernel is asked to move between a file, from `offset` on, and memory.
+#[derive(Clone, Copy, Debug)]
+#[allow(missing_docs, reason = "the fields are the system calls' parameters")]
+pub enum Transfer {
+    /// preadv(2).
+    Read { file: RawFd, offset: u64 },
+    /// pwritev(2).
+    Write { file: RawFd, offset: u64 },
+}
+
+impl Transfer {
+    /// The offset for a file that has no offsets, such as a TAP.
+    pub const NO_OFFSET: u64 = u64::MAX;
+
+    fn entry(self, vectors: Vectors<'_>) -> squeue::Entry {
+        let (vectors, count) = (vectors.raw().as_ptr(), vectors.count() as u32);
+        match self {
+            Self::Read { file, offset } => {
+                opcode::Readv::new(types::Fd(file), vectors, count).offset(offset).build()
+            }
+            Self::Write { file, offset } => {
+                opcode::Writev::new(types::Fd(file), vectors, count).offset(offset).build()
             }
         }
     }
@@ -212,21 +227,78 @@ impl Uring {
     }
 
     /// Queues an operation; a submission queue that is full is submitted first. The caller keeps no more
-    /// operations in flight than the ring was made for.
-    ///
-    /// # Safety
-    /// The vectors and the memory that they name must stay valid, and the file open, until the
-    /// completion with this user data was taken.
+    /// operations in flight than the ring was made for, and the file open until the operation is complete.
     #[allow(unsafe_code)]
-    pub unsafe fn push(&mut self, operation: Operation, user_data: u64) -> IoResult<()> {
-        // SAFETY: the caller promises what the kernel needs of the entry's parameters.
+    pub fn push(&mut self, operation: Operation, user_data: u64) -> IoResult<()> {
+        // SAFETY: the entry of a sync or an allocation names no memory.
         unsafe { self.add(&operation.entry().user_data(user_data)) }?;
         self.in_flight += 1;
         Ok(())
     }
 
+    /// Queues a transfer, as [`Self::push`] does an operation.
+    ///
     /// # Safety
-    /// As for [`Self::push`].
+    /// The vectors and the memory that they name must stay valid until the completion with this user data was
+    /// taken.
+    #[allow(unsafe_code)]
+    pub unsafe fn transfer(
+        &mut self,
+        transfer: Transfer,
+        vectors: Vectors<'_>,
+        user_data: u64,
+    ) -> IoResult<()> {
+        // SAFETY: the caller promises what the kernel needs of the entry's parameters.
+        unsafe { self.add(&transfer.entry(vectors).user_data(user_data)) }?;
+        self.in_flight += 1;
+        Ok(())
+    }
+
+    /// Moves each of `parts` of `vectors` by a transfer of its own, and returns when all are complete: how many system
+    /// calls that took. `results` has how many bytes each part moved; none: it was not moved. Reads that find nothing
+    /// to read are given back at once, which the kernel must be able to ([`Self::can_cancel`]). Nothing else is in
+    /// flight.
+    #[allow(unsafe_code)]
+    pub fn transfer_all(
+        &mut self,
+        transfer: Transfer,
+        vectors: Vectors<'_>,
+        parts: &[Range<usize>],
+        results: &mut Vec<Option<usize>>,
+    ) -> u64 {
+        debug_assert_eq!(self.in_flight, 0, "what else is in flight would be taken for a part");
+        results.clear();
+        results.resize(parts.len(), None);
+        for (index, part) in parts.iter().enumerate() {
+            // SAFETY: the vectors are borrowed until the completions of all were taken, below. One that was not queued
+            // has no result, as one that was not moved.
+            let _ = unsafe { self.transfer(transfer, vectors.range(part.clone()), index as u64) };
+        }
+        if matches!(transfer, Transfer::Read { .. }) {
+            // The cancellation goes by the same system call.
+            let _ = self.cancel();
+        }
+        let mut calls = 0;
+        while self.in_flight > 0 {
+            // The kernel takes what is queued sooner or later.
+            let _ = self.submit();
+            calls += 1;
+            while let Some(completion) = self.next() {
+                if let Some(place) = results.get_mut(completion.user_data as usize) {
+                    *place = completion.result.ok().map(|count| count as usize);
+                }
+            }
+            // A frame that comes at this moment may have a read tried again after that, which finds that another has
+            // got it and waits: that is given back, too.
+            if self.in_flight > 0 {
+                let _ = self.cancel();
+            }
+        }
+        calls
+    }
+
+    /// # Safety
+    /// As for [`Self::transfer`].
     #[allow(unsafe_code)]
     unsafe fn add(&mut self, entry: &squeue::Entry) -> IoResult<()> {
         // SAFETY: as the caller promises.
@@ -386,12 +458,20 @@ fn refused(error: IoError) -> Error {
     Error::host(reason)
 }
 
-/// [`Uring::push`] for the tests.
+/// The memory that a test lends to a ring.
 #[cfg(test)]
 #[allow(unsafe_code)]
-fn push(ring: &mut Uring, operation: Operation, user_data: u64) {
-    // SAFETY: the tests keep everything until the completions were taken.
-    unsafe { ring.push(operation, user_data) }.unwrap();
+fn lent(vectors: &[libc::iovec]) -> Vectors<'_> {
+    // SAFETY: the tests keep everything, and look at nothing, until the completions were taken.
+    unsafe { Vectors::new(vectors) }
+}
+
+/// [`Uring::transfer`] for the tests.
+#[cfg(test)]
+#[allow(unsafe_code)]
+fn transfer(ring: &mut Uring, transfer: Transfer, vectors: &[libc::iovec], user_data: u64) {
+    // SAFETY: as of `lent`.
+    unsafe { ring.transfer(transfer, lent(vectors), user_data) }.unwrap();
 }
 
 #[cfg(test)]

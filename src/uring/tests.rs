@@ -5,6 +5,7 @@ use crate::poll::{Events, Interest};
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::net::UnixStream;
+use std::slice;
 use std::time::Duration;
 
 fn rings(in_flight: u32) -> [Uring; 2] {
@@ -42,11 +43,8 @@ fn more_operations_than_one_batch_complete_with_their_user_data() {
         let vectors: Vec<_> = buffers.iter_mut().map(|buffer| vector(buffer)).collect();
         for (index, vectors) in vectors.iter().enumerate() {
             let offset = index as u64 * 512;
-            push(
-                &mut ring,
-                Operation::Read { file: file.as_raw_fd(), vectors, count: 1, offset },
-                index as u64,
-            );
+            let read = Transfer::Read { file: file.as_raw_fd(), offset };
+            transfer(&mut ring, read, slice::from_ref(vectors), index as u64);
         }
         assert_eq!(ring.in_flight(), 200);
         let expected: Vec<_> = (0..200).map(|index| (index, Some(512))).collect();
@@ -60,13 +58,13 @@ fn writes_syncs_and_holes_reach_the_file_and_errors_reach_us() {
     for mut ring in rings(8) {
         let mut file = file(&[7; 8192]);
         let mut bytes = [9; 4096];
-        let vectors = &vector(&mut bytes);
+        let vectors = &[vector(&mut bytes)];
         let fd = file.as_raw_fd();
-        push(&mut ring, Operation::Write { file: fd, vectors, count: 1, offset: 0 }, 1);
-        push(&mut ring, Operation::Sync { file: fd }, 2);
+        transfer(&mut ring, Transfer::Write { file: fd, offset: 0 }, vectors, 1);
+        ring.push(Operation::Sync { file: fd }, 2).unwrap();
         let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-        push(&mut ring, Operation::Allocate { file: fd, mode, offset: 4096, length: 4096 }, 3);
-        push(&mut ring, Operation::Sync { file: -1 }, 4);
+        ring.push(Operation::Allocate { file: fd, mode, offset: 4096, length: 4096 }, 3).unwrap();
+        ring.push(Operation::Sync { file: -1 }, 4).unwrap();
         assert_eq!(all(&mut ring), [(1, Some(4096)), (2, Some(0)), (3, Some(0)), (4, None)]);
         let mut content = Vec::new();
         file.read_to_end(&mut content).unwrap();
@@ -79,14 +77,9 @@ fn the_event_tells_of_what_completes_after_a_turn_and_a_turn_is_told_of_what_cam
     for mut ring in rings(8) {
         let (reader, writer) = UnixStream::pair().unwrap();
         let mut byte = [0];
-        let read = |vectors| Operation::Read {
-            file: reader.as_raw_fd(),
-            vectors,
-            count: 1,
-            offset: Operation::NO_OFFSET,
-        };
-        let vectors = &vector(&mut byte);
-        push(&mut ring, read(vectors), 1);
+        let read = Transfer::Read { file: reader.as_raw_fd(), offset: Transfer::NO_OFFSET };
+        let vectors = &[vector(&mut byte)];
+        transfer(&mut ring, read, vectors, 1);
         ring.submit().unwrap();
         assert!(ring.next().is_none() && !ring.rearm());
         assert!(ring.event().read().is_err());
@@ -99,7 +92,7 @@ fn the_event_tells_of_what_completes_after_a_turn_and_a_turn_is_told_of_what_cam
         assert!(!ring.rearm());
         // Complete at once: no event, but the end of the turn knows.
         std::io::Write::write_all(&mut &writer, b"y").unwrap();
-        push(&mut ring, read(vectors), 2);
+        transfer(&mut ring, read, vectors, 2);
         ring.submit().unwrap();
         assert!(ring.rearm());
         assert_eq!(all(&mut ring), [(2, Some(1))]);
@@ -113,10 +106,10 @@ fn a_wait_in_the_ring_ends_by_what_is_complete_and_by_what_is_ready_beside_it() 
         let (events, kick) = (Events::new().unwrap(), EventFd::new(libc::EFD_NONBLOCK).unwrap());
         events.add(&kick, Interest::IN | Interest::EDGE_TRIGGERED, 1).unwrap();
         let mut byte = [0];
-        let vectors = &vector(&mut byte);
-        let file = reader.as_raw_fd();
+        let vectors = &[vector(&mut byte)];
+        let read = Transfer::Read { file: reader.as_raw_fd(), offset: Transfer::NO_OFFSET };
         for round in 0..3 {
-            push(&mut ring, Operation::Read { file, vectors, count: 1, offset: Operation::NO_OFFSET }, round);
+            transfer(&mut ring, read, vectors, round);
             kick.write(1).unwrap();
             ring.wait_beside(events.as_raw_fd()).unwrap();
             assert!(ring.next().is_none() && ring.woke());
@@ -198,19 +191,11 @@ fn a_batch_takes_what_is_there_and_one_call_though_there_is_less_than_was_asked_
             std::io::Write::write_all(&mut &writer, b"xy").unwrap();
             let mut bytes = [[0]; 4];
             let vectors: Vec<_> = bytes.iter_mut().map(|byte| vector(byte)).collect();
-            let file = reader.as_raw_fd();
-            for (index, vectors) in vectors.iter().enumerate() {
-                let offset = Operation::NO_OFFSET;
-                push(&mut ring, Operation::Read { file, vectors, count: 1, offset }, index as u64);
-            }
-            ring.cancel().unwrap();
-            ring.submit().unwrap();
-            let mut done: Vec<_> = std::iter::from_fn(|| ring.next()).collect();
-            done.sort_by_key(|completion| completion.user_data);
-            let results: Vec<_> =
-                done.iter().map(|done| done.result.as_ref().map_err(IoError::raw_os_error)).collect();
-            let nothing = Err(Some(libc::ECANCELED));
-            assert_eq!(results, [Ok(&1), Ok(&1), nothing, nothing], "{round}");
+            let read = Transfer::Read { file: reader.as_raw_fd(), offset: Transfer::NO_OFFSET };
+            let parts = [0, 1, 2, 3].map(|index| index..index + 1);
+            let mut results = Vec::new();
+            assert_eq!(ring.transfer_all(read, lent(&vectors), &parts, &mut results), 1, "{round}");
+            assert_eq!(results, [Some(1), Some(1), None, None], "{round}");
             assert_eq!((ring.in_flight(), bytes), (0, [[b'x'], [b'y'], [0], [0]]));
         }
     }

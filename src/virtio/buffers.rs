@@ -4,7 +4,6 @@
 
 use std::fs::File;
 use std::io::{ErrorKind, IoSliceMut};
-use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 
 use smallvec::SmallVec;
@@ -16,9 +15,7 @@ use vm_memory::{
 use super::chain::{Chain, Piece};
 use crate::error::{Error, Result};
 use crate::memory::{self, Memory, Region, Regions};
-
-/// So many vectors the kernel takes at once (IOV_MAX).
-pub const VECTORS_MAX: usize = libc::UIO_MAXIOV as usize;
+use crate::sys::vectors::{VECTORS_MAX, Vectors};
 
 /// Pieces of guest memory, in the order of their descriptors.
 ///
@@ -111,12 +108,25 @@ impl Buffers {
     /// Takes what `other` has, which keeps its room for the next ones; this has no more than it needs.
     pub fn take(&mut self, other: &mut Self) {
         self.vectors.clear();
-        if other.vectors().len() > self.vectors.capacity() {
-            self.vectors.reserve_exact(other.vectors().len().next_power_of_two());
+        if other.count() > self.vectors.capacity() {
+            self.vectors.reserve_exact(other.count().next_power_of_two());
         }
-        self.vectors.extend_from_slice(other.vectors());
+        self.vectors.extend_from_slice(other.left());
         (self.first, self.length) = (0, other.length);
         other.clear();
+    }
+
+    /// Appends the first `most` bytes of `other`, of the same memory, which keeps them.
+    pub fn add_front(&mut self, other: &Self, most: usize) {
+        let mut left = most.min(other.length);
+        self.length += left;
+        for vector in other.left() {
+            let iov_len = vector.iov_len.min(left);
+            left -= iov_len;
+            if iov_len > 0 {
+                self.vectors.push(libc::iovec { iov_len, ..*vector });
+            }
+        }
     }
 
     /// Appends a piece of memory that the device may write, as an earlier chain named it.
@@ -129,7 +139,7 @@ impl Buffers {
     pub fn pieces(&self) -> impl Iterator<Item = (u64, u32)> {
         let memory = self.memory.memory();
         // A vector is a part of one descriptor, whose length has 32 bits.
-        self.vectors().iter().map(move |vector| {
+        self.left().iter().map(move |vector| {
             let (region, offset) = place(&memory, vector.iov_base).expect("the vectors lie in `memory`");
             (region.start_addr().0 + offset as u64, vector.iov_len as u32)
         })
@@ -160,9 +170,22 @@ impl Buffers {
         self.length == 0
     }
 
-    /// For the kernel: none is empty. Valid for as long as this lives, cleared or not: guest memory is.
-    pub fn vectors(&self) -> &[libc::iovec] {
+    fn left(&self) -> &[libc::iovec] {
         &self.vectors[self.first as usize..]
+    }
+
+    /// How many vectors.
+    pub fn count(&self) -> usize {
+        self.left().len()
+    }
+
+    /// For the kernel: none is empty.
+    pub fn vectors(&self) -> Vectors<'_> {
+        // SAFETY: the vectors lie in `memory` (see `Buffers`), which others change at any time anyway.
+        #[allow(unsafe_code)]
+        unsafe {
+            Vectors::new(self.left())
+        }
     }
 
     /// Takes the first `count` bytes away; false: there are fewer.
@@ -218,15 +241,8 @@ impl Buffers {
     }
 
     /// Copies the bytes out, as far as there is room.
-    #[allow(unsafe_code)]
     pub fn copy_to(&self, bytes: &mut [u8]) {
-        let mut rest = bytes;
-        for vector in self.vectors() {
-            let (here, after) = rest.split_at_mut(vector.iov_len.min(rest.len()));
-            // SAFETY: the vector lies in `memory` (see `Buffers`), the slice is ours and as long.
-            unsafe { std::ptr::copy_nonoverlapping(vector.iov_base.cast(), here.as_mut_ptr(), here.len()) };
-            rest = after;
-        }
+        self.vectors().copy_to(bytes);
     }
 
     /// Copies `bytes` to byte `offset` of this and on, as far as there is room.
@@ -264,12 +280,7 @@ impl Buffers {
 
     /// Reads `count` bytes from byte `offset` of `file` into the front of this, which is then taken away.
     pub fn read_some_at(&mut self, file: &File, offset: u64, count: usize) -> std::io::Result<()> {
-        // SAFETY: the vectors lie in `memory` (see `Buffers`); preadv writes to them.
-        #[allow(unsafe_code)]
-        let call = |vectors: &[libc::iovec], at| unsafe {
-            libc::preadv64(file.as_raw_fd(), vectors.as_ptr(), vectors.len() as i32, at)
-        };
-        self.transfer(offset, count, true, call)
+        self.transfer(offset, count, true, |vectors, at| vectors.read_at(file, at))
     }
 
     /// Writes all of this from byte `offset` of `file` on; it is then taken away.
@@ -279,12 +290,7 @@ impl Buffers {
 
     /// Writes the first `count` bytes of this from byte `offset` of `file` on; they are then taken away.
     pub fn write_some_at(&mut self, file: &File, offset: u64, count: usize) -> std::io::Result<()> {
-        // SAFETY: the vectors lie in `memory` (see `Buffers`); pwritev reads them.
-        #[allow(unsafe_code)]
-        let call = |vectors: &[libc::iovec], at| unsafe {
-            libc::pwritev64(file.as_raw_fd(), vectors.as_ptr(), vectors.len() as i32, at)
-        };
-        self.transfer(offset, count, false, call)
+        self.transfer(offset, count, false, |vectors, at| vectors.write_at(file, at))
     }
 
     /// Calls until the first `left` bytes are transferred.
@@ -293,10 +299,10 @@ impl Buffers {
         mut offset: u64,
         mut left: usize,
         dirties: bool,
-        call: impl Fn(&[libc::iovec], i64) -> isize,
+        call: impl Fn(Vectors<'_>, u64) -> std::io::Result<usize>,
     ) -> std::io::Result<()> {
         while left > 0 {
-            let result = self.with_first(left, |vectors| checked(call(vectors, offset as i64)));
+            let result = self.with_first(left, |vectors| call(vectors, offset));
             let count = match result {
                 Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
                 Ok(count) => count,
@@ -314,7 +320,7 @@ impl Buffers {
     }
 
     /// Calls with the vectors of the first `count` bytes, or of so many of them as fit one call.
-    fn with_first<T>(&mut self, count: usize, call: impl FnOnce(&[libc::iovec]) -> T) -> T {
+    fn with_first<T>(&mut self, count: usize, call: impl FnOnce(Vectors<'_>) -> T) -> T {
         let first = self.first as usize;
         let (mut used, mut end) = (0, first);
         while used < count && end < self.vectors.len() && end - first < VECTORS_MAX {
@@ -325,7 +331,7 @@ impl Buffers {
         if over > 0 {
             self.vectors[end - 1].iov_len -= over;
         }
-        let result = call(&self.vectors[first..end]);
+        let result = call(self.vectors().range(0..end - first));
         if over > 0 {
             self.vectors[end - 1].iov_len += over;
         }
@@ -343,14 +349,14 @@ impl Buffers {
             // the guest writes there meanwhile is seen or not: it is bytes whatever it is.
             (length > 0).then(|| unsafe { std::slice::from_raw_parts_mut(vector.iov_base.cast(), length) })
         };
-        self.vectors().iter().map_while(piece).map(IoSliceMut::new).collect()
+        self.left().iter().map_while(piece).map(IoSliceMut::new).collect()
     }
 
     /// Makes the first `count` bytes zeros; they are then taken away.
     #[allow(unsafe_code)]
     pub fn zero(&mut self, count: usize) {
         let mut left = count;
-        for vector in self.vectors() {
+        for vector in self.left() {
             let here = vector.iov_len.min(left);
             // SAFETY: the vector lies in `memory` (see `Buffers`).
             unsafe { vector.iov_base.write_bytes(0, here) };
@@ -363,7 +369,7 @@ impl Buffers {
     /// Whether every vector begins and ends at a multiple of `alignment`, a power of two.
     pub fn are_aligned(&self, alignment: usize) -> bool {
         let misaligned = |vector: &libc::iovec| (vector.iov_base as usize | vector.iov_len) & (alignment - 1);
-        self.vectors().iter().all(|vector| misaligned(vector) == 0)
+        self.left().iter().all(|vector| misaligned(vector) == 0)
     }
 
     /// Notes that `length` bytes from `pointer` on, which lie in one region, were written.
@@ -393,10 +399,6 @@ impl Buffers {
             }
         }
     }
-}
-
-fn checked(result: isize) -> std::io::Result<usize> {
-    usize::try_from(result).map_err(|_| std::io::Error::last_os_error())
 }
 
 /// The region that a place of ours lies in, and where in it.

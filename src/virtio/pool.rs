@@ -9,6 +9,7 @@ use super::Chain;
 use super::buffers::Buffers;
 use crate::error::Result;
 use crate::memory::Memory;
+use crate::sys::vectors::Vectors;
 
 /// A chain in a pool.
 #[derive(Clone, Copy, Debug)]
@@ -62,9 +63,9 @@ impl Pool {
     }
 
     fn add(&mut self, head: u16, add: impl FnOnce(&mut Buffers) -> Result<()>) -> Result<usize> {
-        let (vectors, length) = (self.buffers.vectors().len(), self.buffers.len());
+        let (vectors, length) = (self.buffers.count(), self.buffers.len());
         add(&mut self.buffers)?;
-        let (vectors, length) = (self.buffers.vectors().len() - vectors, self.buffers.len() - length);
+        let (vectors, length) = (self.buffers.count() - vectors, self.buffers.len() - length);
         self.entries.push(Entry { head, length, vectors, is_used: false });
         Ok(length)
     }
@@ -90,7 +91,7 @@ impl Pool {
     }
 
     /// The vectors of all of them, for the kernel (see `Buffers`).
-    pub fn vectors(&self) -> &[libc::iovec] {
+    pub fn vectors(&self) -> Vectors<'_> {
         self.buffers.vectors()
     }
 
@@ -158,16 +159,16 @@ mod tests {
     #[test]
     fn what_went_back_is_forgotten_and_the_rest_keeps_its_memory() {
         let mut pool = pool();
-        assert_eq!((heads(&pool), pool.length(), pool.vectors().len()), (vec![7, 3, 5, 9], 100, 4));
+        assert_eq!((heads(&pool), pool.length(), pool.vectors().count()), (vec![7, 3, 5, 9], 100, 4));
         pool.set_used(0);
         pool.set_used(2);
         pool.remove_used();
-        assert_eq!((heads(&pool), pool.length(), pool.vectors().len()), (vec![3, 9], 90, 3));
+        assert_eq!((heads(&pool), pool.length(), pool.vectors().count()), (vec![3, 9], 90, 3));
         assert_eq!(pool.count_vectors(0..1), 2);
         pool.set_used(0);
         pool.set_used(1);
         pool.remove_used();
-        assert_eq!((heads(&pool), pool.length(), pool.vectors().len()), (vec![], 0, 0));
+        assert_eq!((heads(&pool), pool.length(), pool.vectors().count()), (vec![], 0, 0));
         pool.remove_used();
     }
 

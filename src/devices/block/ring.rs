@@ -7,8 +7,8 @@ use super::image::Image;
 use super::request::{Extent, Request, RequestKind};
 use super::{device, holes};
 use crate::error;
-use crate::uring::{Operation, Uring};
-use crate::virtio::buffers::VECTORS_MAX;
+use crate::sys::vectors::VECTORS_MAX;
+use crate::uring::{Operation, Transfer, Uring};
 
 /// A ring whose operations are steps of requests.
 pub struct Ring {
@@ -28,36 +28,41 @@ impl Ring {
 
     /// Starts the next step of a request, which `index` names until it completes; false: it is not
     /// one for the ring.
-    #[allow(unsafe_code)]
     pub fn push(&mut self, request: &Request, index: u16, image: &Image, durable: bool) -> Result<bool> {
-        let vectors = request.data.vectors();
-        let (vectors, count) = (vectors.as_ptr(), vectors.len().min(VECTORS_MAX) as u32);
         let place = |write| image.place(&request.data, request.offset, write);
         let operation = match (request.kind, image.raw(), request.ranges.last()) {
             (RequestKind::Read, ..) => {
-                place(false).map(|(file, offset)| Operation::Read { file, vectors, count, offset })
+                let transfer = place(false).map(|(file, offset)| Transfer::Read { file, offset });
+                return self.transfer(transfer, request, index);
             }
             (RequestKind::Write, ..) => {
-                place(true).map(|(file, offset)| Operation::Write { file, vectors, count, offset })
+                let transfer = place(true).map(|(file, offset)| Transfer::Write { file, offset });
+                return self.transfer(transfer, request, index);
             }
-            (RequestKind::Flush, Some(raw), _) if durable => {
-                Some(Operation::Sync { file: raw.file().as_raw_fd() })
-            }
+            (RequestKind::Flush, Some(raw), _) if durable => Operation::Sync { file: raw.file().as_raw_fd() },
             (RequestKind::Discard | RequestKind::Zero, Some(raw), Some(range))
                 if !device::is_block_device(raw.file()) =>
             {
                 let (file, Extent { offset, length, unmap }) = (raw.file().as_raw_fd(), *range);
                 let mode =
                     if request.kind == RequestKind::Zero && !unmap { holes::ZERO } else { holes::PUNCH };
-                Some(Operation::Allocate { file, mode, offset, length })
+                Operation::Allocate { file, mode, offset, length }
             }
-            _ => None,
+            _ => return Ok(false),
         };
-        let Some(operation) = operation else { return Ok(false) };
+        self.uring.push(operation, index.into())?;
+        Ok(true)
+    }
+
+    #[allow(unsafe_code)]
+    fn transfer(&mut self, transfer: Option<Transfer>, request: &Request, index: u16) -> Result<bool> {
+        let Some(transfer) = transfer else { return Ok(false) };
+        let vectors = request.data.vectors();
+        let vectors = vectors.range(0..vectors.count().min(VECTORS_MAX));
         // SAFETY: the vectors are the request's, which does not change before its step completes; they
         // lie in guest memory, and the file is the image's. All of them are kept by the worker, which
         // drops its ring first, and the ring waits for what is in flight.
-        unsafe { self.uring.push(operation, index.into()) }?;
+        unsafe { self.uring.transfer(transfer, vectors, index.into()) }?;
         Ok(true)
     }
 

@@ -213,13 +213,10 @@ impl Running {
     }
 }
 
-/// Has the kernel write what was written to the view to stable storage.
-#[allow(unsafe_code)]
+/// Has the kernel write what was written to the view to stable storage. The file is open for as long as the worker has
+/// the device's shared half, which it drops after its ring, and the ring waits for what is in flight.
 fn begin(ring: &mut Uring, shared: &Shared) -> IoResult<()> {
-    let operation = Operation::Sync { file: shared.view.file().as_raw_fd() };
-    // SAFETY: the operation names no memory. The file is open for as long as the worker has the device's shared half,
-    // which it drops after its ring, and the ring waits for what is in flight.
-    unsafe { ring.push(operation, 0) }
+    ring.push(Operation::Sync { file: shared.view.file().as_raw_fd() }, 0)
 }
 
 impl Worker for Running {

@@ -82,6 +82,10 @@ impl Blocks {
         (chain.first, chain.length) = (index, chain.length + 1);
     }
 
+    fn kept(&self, index: u16) -> &[u8; BLOCK] {
+        self.all[usize::from(index)].bytes.as_ref().expect("a block in use has memory")
+    }
+
     fn bytes(&mut self, index: u16) -> &mut [u8; BLOCK] {
         self.all[usize::from(index)].bytes.as_mut().expect("a block in use has memory")
     }
@@ -135,11 +139,11 @@ impl Backlog {
     }
 
     /// Calls `each` with the pieces of what is kept, in their order, until it returns false.
-    pub fn pieces(&self, blocks: &mut Blocks, mut each: impl FnMut(&mut [u8]) -> bool) {
+    pub fn pieces<'b>(&self, blocks: &'b Blocks, mut each: impl FnMut(&'b [u8]) -> bool) {
         let (mut block, mut start) = (self.first, usize::from(self.start));
         while block != NONE {
             let end = if block == self.last { usize::from(self.end) } else { BLOCK };
-            if !each(&mut blocks.bytes(block)[start..end]) {
+            if !each(&blocks.kept(block)[start..end]) {
                 break;
             }
             (block, start) = (blocks.all[usize::from(block)].next, 0);

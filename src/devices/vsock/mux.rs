@@ -11,11 +11,11 @@ use super::backlog::Blocks;
 use super::connection::{Connection, Key, Phase, Stream};
 use super::metrics::Metrics;
 use super::packet::{HOST_CID, Header, STREAM, op};
-use super::socket::Vectors;
 use crate::descriptors::Named;
 use crate::error::Result;
 use crate::host::listener::Listener;
 use crate::poll::Timer;
+use crate::sys::vectors::Room;
 use crate::virtio::{Desk, Watched};
 
 /// Connections at once. Each takes a descriptor and some hundred bytes: a guest, or a program of the host, that
@@ -62,8 +62,8 @@ pub struct Mux {
     pub(super) timer: Option<Watched<Timer>>,
     /// Clients are left that no turn has taken yet.
     pub(super) may_accept: bool,
-    /// Memory for a system call, used again and again.
-    pub(super) vectors: Vectors,
+    /// Room for the list of a system call.
+    pub(super) room: Room,
     // Guest-visible
     table: Vec<Option<Connection>>,
     free: Vec<u32>,
@@ -104,7 +104,7 @@ impl Mux {
             desk: None,
             timer: None,
             may_accept: false,
-            vectors: Vectors::default(),
+            room: Room::default(),
             table: Vec::new(),
             free: Vec::new(),
             keys: HashMap::new(),

@@ -4,10 +4,10 @@
 use super::connection::{Connection, Saying};
 use super::mux::{Mux, Next};
 use super::packet::{HEADER, Header, op};
-use super::socket::Vectors;
+use super::socket;
 use crate::error::{Error, Result};
 use crate::memory::{Memory, Regions};
-use crate::virtio::buffers::VECTORS_MAX;
+use crate::sys::vectors::{Room, VECTORS_MAX};
 use crate::virtio::pool::Pool;
 use crate::virtio::{Queue, Share};
 
@@ -21,8 +21,8 @@ pub struct Receiver {
     /// Entries of the pool before this one are used, and their vectors.
     entry: usize,
     vector: usize,
-    /// Memory for a system call, used again and again.
-    vectors: Vectors,
+    /// Room for the list of a system call.
+    room: Room,
 }
 
 /// How a turn ended.
@@ -38,7 +38,7 @@ impl Receiver {
     /// None of its buffers taken yet.
     pub fn new(memory: Memory, queue: Queue) -> Self {
         let chains = queue.size().into();
-        Self { queue, pool: Pool::new(memory, chains), entry: 0, vector: 0, vectors: Vectors::default() }
+        Self { queue, pool: Pool::new(memory, chains), entry: 0, vector: 0, room: Room::default() }
     }
 
     /// Which kicks it waits for.
@@ -153,19 +153,19 @@ impl Receiver {
             connection.may_read = false;
             return Ok(0);
         };
-        self.vectors.clear();
+        let mut list = self.room.scatter();
         let (credit, mut vector) = (connection.flow.credit() as usize, self.vector);
         for entry in self.entry..self.pool.entries().len() {
             let count = self.pool.count_vectors(entry..entry + 1);
-            if self.vectors.len() == credit || self.vectors.count() + count > VECTORS_MAX {
+            if list.len() == credit || list.count() + count > VECTORS_MAX {
                 break;
             }
-            let left = credit - self.vectors.len();
-            self.vectors.add_entry(&self.pool, vector..vector + count, HEADER, left);
+            let left = credit - list.len();
+            list.add(self.pool.vectors().range(vector..vector + count), HEADER, left);
             vector += count;
         }
         metrics.rx_call_count.add(1);
-        let (count, may_be_more) = match self.vectors.read(stream) {
+        let (count, may_be_more) = match socket::read(&mut list, stream) {
             Ok((0, _)) => {
                 connection.host_ended = true;
                 mux.look_whether_gone(index);

@@ -5,15 +5,16 @@ use std::net::Shutdown;
 use super::connection::Phase;
 use super::mux::Mux;
 use super::packet::{SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
-use super::socket::{self, Vectors};
+use super::socket;
 use crate::error::Result;
 use crate::log;
+use crate::sys::vectors::{Gather, Room, VECTORS_MAX};
 
 impl Mux {
     /// Gives the host's program what the guest has sent, and keeps what it does not take now.
-    pub(super) fn forward(&mut self, index: u32, vectors: &mut Vectors) -> Result<()> {
+    pub(super) fn forward(&mut self, index: u32, list: &mut Gather<'_>) -> Result<()> {
         let Some((connection, blocks, metrics)) = self.split(index) else { return Ok(()) };
-        let length = vectors.len();
+        let length = list.len();
         metrics.tx_bytes_count.add(length as u64);
         let Some(stream) = connection.stream.as_mut().filter(|_| !connection.host_is_deaf) else {
             // Nobody reads it, which the guest is told.
@@ -22,15 +23,15 @@ impl Mux {
         };
         let was_empty = connection.backlog.is_empty();
         if was_empty {
-            let (written, calls) = vectors.write(stream);
+            let (written, calls) = socket::write(list, stream);
             metrics.tx_call_count.add(calls);
             match written {
                 Ok(count) => connection.flow.forward(count as u32, &mut blocks.promises),
                 Err(_) => return self.deafen(index),
             }
         }
-        if vectors.len() > 0 {
-            if !vectors.keep(&mut connection.backlog, blocks) {
+        if !list.is_empty() {
+            if !socket::keep(list, &mut connection.backlog, blocks) {
                 log::guest_debug(format_args!(
                     "a vsock connection is reset: programs of the host that do not read use up all memory for it"
                 ));
@@ -48,11 +49,9 @@ impl Mux {
 
     /// Gives the host's program what was kept for it, as much as it takes now.
     pub(super) fn flush(&mut self, index: u32) -> Result<()> {
-        let mut vectors = std::mem::take(&mut self.vectors);
-        vectors.clear();
-        let written = self.write_backlog(index, &mut vectors);
-        vectors.clear();
-        self.vectors = vectors;
+        let mut room = std::mem::take(&mut self.room);
+        let written = self.write_backlog(index, &mut room);
+        self.room = room;
         if !written? {
             return self.deafen(index);
         }
@@ -61,11 +60,16 @@ impl Mux {
     }
 
     /// False: the program of the host takes nothing any more.
-    fn write_backlog(&mut self, index: u32, vectors: &mut Vectors) -> Result<bool> {
+    fn write_backlog(&mut self, index: u32, room: &mut Room) -> Result<bool> {
         let Some((connection, blocks, metrics)) = self.split(index) else { return Ok(true) };
         let Some(stream) = &mut connection.stream else { return Ok(true) };
-        vectors.add_backlog(&connection.backlog, blocks);
-        let (written, calls) = vectors.write(stream);
+        let mut list = room.gather();
+        // The list takes as much as one system call does.
+        connection.backlog.pieces(blocks, |piece| {
+            list.add_bytes(piece);
+            list.count() < VECTORS_MAX
+        });
+        let (written, calls) = socket::write(&mut list, stream);
         metrics.tx_call_count.add(calls);
         let Ok(count) = written else { return Ok(false) };
         connection.backlog.advance(blocks, count);

@@ -3,9 +3,9 @@
 
 use super::mux::Mux;
 use super::packet::{HEADER, Header, op};
-use super::socket::Vectors;
 use crate::error::Result;
 use crate::memory::{Memory, Regions};
+use crate::sys::vectors::Room;
 use crate::virtio::buffers::Buffers;
 use crate::virtio::{Queue, Share};
 
@@ -27,12 +27,12 @@ pub struct Transmitter {
     /// One packet, with its header.
     buffers: Buffers,
     /// The bytes of all packets that wait.
-    all: Vectors,
+    all: Buffers,
     packets: Vec<Packet>,
     /// Their chains, and those of packets in between.
     heads: Vec<u16>,
-    /// The bytes of one connection.
-    vectors: Vectors,
+    /// Room for the list of the bytes of one connection.
+    room: Room,
 }
 
 impl Transmitter {
@@ -41,11 +41,11 @@ impl Transmitter {
         let capacity = queue.size().into();
         Self {
             queue,
-            buffers: Buffers::new(memory),
-            all: Vectors::default(),
+            buffers: Buffers::new(memory.clone()),
+            all: Buffers::new(memory),
             packets: Vec::with_capacity(capacity),
             heads: Vec::with_capacity(capacity),
-            vectors: Vectors::default(),
+            room: Room::default(),
         }
     }
 
@@ -101,7 +101,7 @@ impl Transmitter {
         }
         if let Some(connection) = mux.hear(&header)? {
             let first = self.all.count();
-            self.all.add_buffers(&self.buffers, header.len as usize);
+            self.all.add_front(&self.buffers, header.len as usize);
             self.packets.push(Packet { connection, first, end: self.all.count() });
         }
         Ok(true)
@@ -125,13 +125,14 @@ impl Transmitter {
             self.packets.sort_unstable();
         }
         for packets in self.packets.chunk_by(|one, other| one.connection == other.connection) {
-            self.vectors.clear();
-            packets.iter().for_each(|packet| self.vectors.add_range(&self.all, packet.first..packet.end));
-            mux.forward(packets[0].connection, &mut self.vectors)?;
+            let mut list = self.room.gather();
+            for packet in packets {
+                list.add(self.all.vectors().range(packet.first..packet.end), 0, usize::MAX);
+            }
+            mux.forward(packets[0].connection, &mut list)?;
         }
         self.packets.clear();
         self.all.clear();
-        self.vectors.clear();
         Ok(())
     }
 }

@@ -1,8 +1,8 @@
 //! Frames on their way into a stream: many in one system call, from guest memory, without a copy of ours.
 
 use std::collections::VecDeque;
-use std::io::{Error as IoError, ErrorKind, Result as IoResult};
-use std::ops::RangeInclusive;
+use std::io::{ErrorKind, Result as IoResult};
+use std::ops::{Range, RangeInclusive};
 use std::os::fd::AsRawFd;
 
 use super::framing::{FRAME_MAX, FRAME_MIN, PREFIX, prefix};
@@ -12,89 +12,77 @@ use crate::devices::net::metrics::Metrics;
 use crate::devices::net::transmit::{Batch, Done};
 use crate::error::Result;
 use crate::memory::Memory;
+use crate::sys::vectors::{Gather, Room, VECTORS_MAX, Vectors};
 use crate::virtio::Chain;
 use crate::virtio::buffers::Buffers;
 
 /// Frames of one batch.
 pub const BATCH: usize = 64;
-/// Their vectors, as many as the kernel takes at once (IOV_MAX).
-const VECTORS: usize = libc::UIO_MAXIOV as usize;
+/// A batch of so many vectors takes no further frame: one system call is to do for all that it has.
+const VECTORS: usize = VECTORS_MAX / 2;
 
 /// A frame of the batch: the chain it came in, and how much of it is still to go.
 struct Frame {
     head: u16,
+    prefix: [u8; PREFIX],
+    /// The vectors of the chain: a header for offloads, of which a stream has none and which stays behind, and the frame.
+    vectors: Range<usize>,
     /// With its prefix.
     length: usize,
     left: usize,
 }
 
+impl Frame {
+    /// Appends what is still to go of it.
+    fn add_left<'m>(&'m self, chains: Vectors<'m>, list: &mut Gather<'m>) {
+        if self.left > 0 {
+            let gone = self.length - self.left;
+            list.add_bytes(&self.prefix[gone.min(PREFIX)..]);
+            let skip = header::SIZE + gone.saturating_sub(PREFIX);
+            list.add(chains.range(self.vectors.clone()), skip, usize::MAX);
+        }
+    }
+}
+
 /// A batch of frames.
 pub struct Outgoing {
     frames: VecDeque<Frame>,
-    prefixes: Box<[[u8; PREFIX]; BATCH]>,
     buffers: Buffers,
-    /// What is still to go: prefixes and guest memory in turn.
-    vectors: Vec<libc::iovec>,
-    first: usize,
+    /// Room for the list of a system call: prefixes and guest memory in turn.
+    room: Room,
     /// The stream has ended: what is left never goes.
     is_lost: bool,
 }
 
-// SAFETY: the vectors point into the prefixes, which are on the heap, and into guest memory, as those
-// of `Buffers` do.
-#[allow(unsafe_code)]
-unsafe impl Send for Outgoing {}
-
 impl Outgoing {
     /// An empty batch of frames in `memory`.
     pub fn new(memory: Memory) -> Self {
-        Self {
-            frames: VecDeque::with_capacity(BATCH),
-            prefixes: Box::new([[0; PREFIX]; BATCH]),
-            buffers: Buffers::new(memory),
-            vectors: Vec::with_capacity(VECTORS),
-            first: 0,
-            is_lost: false,
-        }
-    }
-    /// Sends as much as the other side takes now.
-    #[allow(unsafe_code)]
-    fn write_to(&mut self, socket: &impl AsRawFd) -> IoResult<()> {
-        while self.first < self.vectors.len() {
-            let vectors = &mut self.vectors[self.first..];
-            // SAFETY: `msghdr` is plain data.
-            let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-            message.msg_iov = vectors.as_mut_ptr();
-            message.msg_iovlen = vectors.len().min(VECTORS) as _;
-            let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
-            // SAFETY: the vectors are valid (see `Send` above); the call reads them.
-            let count = unsafe { libc::sendmsg(socket.as_raw_fd(), &message, flags) };
-            match usize::try_from(count) {
-                Ok(count) => self.went(count),
-                Err(_) => match IoError::last_os_error() {
-                    error if error.kind() == ErrorKind::Interrupted => {}
-                    error => return Err(error),
-                },
-            }
-        }
-        Ok(())
+        let frames = VecDeque::with_capacity(BATCH);
+        Self { frames, buffers: Buffers::new(memory), room: Room::default(), is_lost: false }
     }
 
-    fn went(&mut self, count: usize) {
-        let mut rest = count;
-        while let Some(vector) = self.vectors.get_mut(self.first).filter(|_| rest > 0) {
-            let here = rest.min(vector.iov_len);
-            vector.iov_base = vector.iov_base.wrapping_byte_add(here);
-            vector.iov_len -= here;
-            rest -= here;
-            self.first += usize::from(vector.iov_len == 0);
-        }
-        let mut rest = count;
+    /// Sends as much as the other side takes now.
+    fn write_to(&mut self, socket: &impl AsRawFd) -> IoResult<()> {
+        let mut list = self.room.gather();
+        self.frames.iter().for_each(|frame| frame.add_left(self.buffers.vectors(), &mut list));
+        let before = list.len();
+        let result = loop {
+            if list.is_empty() {
+                break Ok(());
+            }
+            match list.send(socket) {
+                Ok(_) => {}
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => break Err(error),
+            }
+        };
+        let mut rest = before - list.len();
         for frame in &mut self.frames {
             let here = rest.min(frame.left);
             frame.left -= here;
             rest -= here;
         }
+        result
     }
 
     /// Takes the first frame away, if it is done with.
@@ -102,9 +90,7 @@ impl Outgoing {
         let is_lost = self.is_lost;
         let Some(frame) = self.frames.pop_front_if(|frame| frame.left == 0 || is_lost) else {
             if self.frames.is_empty() {
-                self.vectors.clear();
                 self.buffers.clear();
-                self.first = 0;
             }
             return None;
         };
@@ -117,19 +103,12 @@ impl Outgoing {
     }
 
     /// If the first frame has begun: what is still to go of it, for the frames' sake that come after.
-    #[allow(unsafe_code)]
-    pub fn rest_of_first(&self) -> Option<Vec<u8>> {
+    pub fn rest_of_first(&mut self) -> Option<Vec<u8>> {
         let frame = self.frames.front().filter(|frame| frame.left < frame.length)?;
-        let mut bytes = Vec::with_capacity(frame.left);
-        for vector in &self.vectors[self.first..] {
-            let here = vector.iov_len.min(frame.left - bytes.len());
-            let start = bytes.len();
-            bytes.resize(start + here, 0);
-            // SAFETY: the vector is valid (see `Send` above), the bytes are ours and as many.
-            unsafe {
-                std::ptr::copy_nonoverlapping(vector.iov_base.cast(), bytes[start..].as_mut_ptr(), here)
-            };
-        }
+        let mut list = self.room.gather();
+        frame.add_left(self.buffers.vectors(), &mut list);
+        let mut bytes = vec![0; list.len()];
+        list.take_front(&mut bytes);
         Some(bytes)
     }
 
@@ -148,29 +127,14 @@ impl Batch for Outgoing {
     }
 
     fn has_room(&self) -> bool {
-        self.frames.len() < BATCH && self.vectors.len() < VECTORS / 2
+        self.frames.len() < BATCH && self.frames.len() + self.buffers.count() < VECTORS
     }
 
     fn add(&mut self, chain: Chain<'_>) -> Result<()> {
-        let (head, before) = (chain.head(), self.buffers.vectors().len());
+        let (head, before) = (chain.head(), self.buffers.count());
         let length = self.buffers.add_readable(chain)? - header::SIZE;
-        let place = &mut self.prefixes[self.frames.len()];
-        *place = prefix(length);
-        self.vectors.push(libc::iovec { iov_base: place.as_mut_ptr().cast(), iov_len: PREFIX });
-        // The header for offloads, of which a stream has none, stays behind.
-        let mut skip = header::SIZE;
-        for vector in &self.buffers.vectors()[before..] {
-            let here = skip.min(vector.iov_len);
-            skip -= here;
-            if vector.iov_len > here {
-                self.vectors.push(libc::iovec {
-                    iov_base: vector.iov_base.wrapping_byte_add(here),
-                    iov_len: vector.iov_len - here,
-                });
-            }
-        }
-        let length = PREFIX + length;
-        self.frames.push_back(Frame { head, length, left: length });
+        let (prefix, vectors, length) = (prefix(length), before..self.buffers.count(), PREFIX + length);
+        self.frames.push_back(Frame { head, prefix, vectors, length, left: length });
         Ok(())
     }
 

@@ -46,9 +46,9 @@ impl Batch for Outgoing {
     }
 
     fn add(&mut self, chain: Chain<'_>) -> Result<()> {
-        let start = self.pool.vectors().len();
+        let start = self.pool.vectors().count();
         self.pool.add_readable(chain)?;
-        self.frames.push(start..self.pool.vectors().len());
+        self.frames.push(start..self.pool.vectors().count());
         Ok(())
     }
 

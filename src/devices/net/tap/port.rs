@@ -8,7 +8,8 @@ use std::sync::atomic::AtomicU8;
 
 use crate::host::tap::Tap;
 use crate::log;
-use crate::uring::{Operation, Uring};
+use crate::sys::vectors::{Room, Vectors};
+use crate::uring::{Transfer, Uring};
 use crate::virtio::pool::Pool;
 
 /// Frames moved by one system call at most.
@@ -31,13 +32,8 @@ pub struct Port {
     /// How many system calls the last batch took.
     calls: u64,
     /// The vectors of a batch of frames, each with one of a byte after it, and which are whose.
-    with_beyond: (Vec<libc::iovec>, Vec<Range<usize>>),
+    with_beyond: (Room, Vec<Range<usize>>),
 }
-
-// SAFETY: the vectors point into guest memory, as those of `Buffers` do, and to a byte that is there for
-// ever; they are used only by the calls that fill them.
-#[allow(unsafe_code)]
-unsafe impl Send for Port {}
 
 impl Port {
     /// Over this TAP.
@@ -49,7 +45,7 @@ impl Port {
             can_cancel: false,
             results: Vec::with_capacity(BATCH),
             calls: 0,
-            with_beyond: (Vec::new(), Vec::with_capacity(BATCH)),
+            with_beyond: (Room::default(), Vec::with_capacity(BATCH)),
         }
     }
 
@@ -100,27 +96,28 @@ impl Port {
 
     /// The same for buffers that a frame can fill to the last byte: one that is longer has one more.
     pub fn read_beyond(&mut self, pool: &Pool, frames: &[Range<usize>]) {
-        let (mut vectors, mut ranges) = std::mem::take(&mut self.with_beyond);
-        vectors.clear();
+        let (mut room, mut ranges) = std::mem::take(&mut self.with_beyond);
+        let mut list = room.scatter();
         ranges.clear();
         for range in frames {
-            let start = vectors.len();
-            vectors.extend_from_slice(&pool.vectors()[range.clone()]);
-            vectors.push(libc::iovec { iov_base: BEYOND.as_ptr().cast(), iov_len: 1 });
-            ranges.push(start..vectors.len());
+            let start = list.count();
+            list.add(pool.vectors().range(range.clone()), 0, usize::MAX);
+            list.add_byte(&BEYOND);
+            ranges.push(start..list.count());
         }
-        self.read_into(&vectors, &ranges);
-        self.with_beyond = (vectors, ranges);
+        self.read_into(list.vectors(), &ranges);
+        self.with_beyond = (room, ranges);
     }
 
-    fn read_into(&mut self, all: &[libc::iovec], frames: &[Range<usize>]) {
+    fn read_into(&mut self, all: Vectors<'_>, frames: &[Range<usize>]) {
+        if self.has_ring_for(frames.len()) && self.can_cancel {
+            let file = self.tap.as_raw_fd();
+            return self.move_all(Transfer::Read { file, offset: Transfer::NO_OFFSET }, all, frames);
+        }
         self.calls = 0;
         self.results.clear();
-        if self.has_ring_for(frames.len()) && self.can_cancel {
-            return self.read_batch(all, frames);
-        }
-        for vectors in frames {
-            let moved = self.read_one(all, vectors);
+        for range in frames {
+            let moved = all.range(range.clone()).read(&self.tap).ok();
             self.calls += 1;
             self.results.push(moved);
             if moved.is_none() {
@@ -130,90 +127,26 @@ impl Port {
     }
 
     /// Writes one frame from each of these ranges of the pool's vectors. What the TAP does not take is
-    /// lost, as on a wire: it is down, or the driver's header is wrong.
+    /// lost, as on a wire: it is down, or the driver's header is wrong. A frame goes with all its vectors,
+    /// always: more than it takes at once (IOV_MAX) the kernel refuses, where a part of a frame would go as
+    /// another frame.
     pub fn write(&mut self, pool: &Pool, frames: &[Range<usize>]) {
+        if self.has_ring_for(frames.len()) {
+            let file = self.tap.as_raw_fd();
+            let transfer = Transfer::Write { file, offset: Transfer::NO_OFFSET };
+            return self.move_all(transfer, pool.vectors(), frames);
+        }
         self.calls = 0;
         self.results.clear();
-        if self.has_ring_for(frames.len()) {
-            return self.write_batch(pool.vectors(), frames);
-        }
-        for vectors in frames {
-            let moved = self.write_one(pool.vectors(), vectors);
+        for range in frames {
+            self.results.push(pool.vectors().range(range.clone()).write(&self.tap).ok());
             self.calls += 1;
-            self.results.push(moved);
         }
     }
 
-    fn read_batch(&mut self, all: &[libc::iovec], frames: &[Range<usize>]) {
-        let (Some(ring), file) = (&mut self.ring, self.tap.as_raw_fd()) else { return };
-        for (index, range) in frames.iter().enumerate() {
-            let (vectors, count) = kernel(all, range);
-            push(ring, Operation::Read { file, vectors, count, offset: Operation::NO_OFFSET }, index);
-        }
-        // By the same system call.
-        let _ = ring.cancel();
-        self.complete(frames.len());
-    }
-
-    fn write_batch(&mut self, all: &[libc::iovec], frames: &[Range<usize>]) {
-        let (Some(ring), file) = (&mut self.ring, self.tap.as_raw_fd()) else { return };
-        for (index, range) in frames.iter().enumerate() {
-            let (vectors, count) = kernel(all, range);
-            push(ring, Operation::Write { file, vectors, count, offset: Operation::NO_OFFSET }, index);
-        }
-        self.complete(frames.len());
-    }
-
-    /// Takes the results of a batch. Nothing may be left in flight: what waits is given back. A frame that
-    /// comes at that moment may have a read tried again after that, which finds that another has got it
-    /// and waits: so that is repeated.
-    fn complete(&mut self, frames: usize) {
-        let Some(ring) = &mut self.ring else { return };
-        self.results.resize(frames, None);
-        while ring.in_flight() > 0 {
-            // The kernel takes what is queued sooner or later.
-            let _ = ring.submit();
-            self.calls += 1;
-            while let Some(completion) = ring.next() {
-                if let Some(place) = self.results.get_mut(completion.user_data as usize) {
-                    *place = completion.result.ok().map(|count| count as usize);
-                }
-            }
-            if ring.in_flight() > 0 {
-                let _ = ring.cancel();
-            }
+    fn move_all(&mut self, transfer: Transfer, all: Vectors<'_>, frames: &[Range<usize>]) {
+        if let Some(ring) = &mut self.ring {
+            self.calls = ring.transfer_all(transfer, all, frames, &mut self.results);
         }
     }
-
-    #[allow(unsafe_code)]
-    fn read_one(&self, all: &[libc::iovec], vectors: &Range<usize>) -> Option<usize> {
-        let (vectors, count) = kernel(all, vectors);
-        // SAFETY: the vectors lie in guest memory (see `Buffers`) or are `BEYOND`; the call writes to them.
-        let count = unsafe { libc::readv(self.tap.as_raw_fd(), vectors, count as i32) };
-        usize::try_from(count).ok()
-    }
-
-    #[allow(unsafe_code)]
-    fn write_one(&self, all: &[libc::iovec], vectors: &Range<usize>) -> Option<usize> {
-        let (vectors, count) = kernel(all, vectors);
-        // SAFETY: the vectors lie in guest memory (see `Buffers`); the call reads them.
-        let count = unsafe { libc::writev(self.tap.as_raw_fd(), vectors, count as i32) };
-        usize::try_from(count).ok()
-    }
-}
-
-/// A range of vectors as the kernel wants it. All of them, always: more than it takes at once
-/// (IOV_MAX) it refuses, where a part of a frame would go as another frame.
-fn kernel(all: &[libc::iovec], range: &Range<usize>) -> (*const libc::iovec, u32) {
-    let vectors = &all[range.clone()];
-    (vectors.as_ptr(), vectors.len() as u32)
-}
-
-#[allow(unsafe_code)]
-fn push(ring: &mut Uring, operation: Operation, index: usize) {
-    // SAFETY: the vectors lie in guest memory (or are `BEYOND`) and in a list that is borrowed until
-    // `complete` has taken the completions of all that was pushed; the TAP is open for as long as the ring.
-    let pushed = unsafe { ring.push(operation, index as u64) };
-    // An operation that was not taken has no result, as a frame that was not moved.
-    drop(pushed);
 }

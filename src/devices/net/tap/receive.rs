@@ -11,7 +11,7 @@ use crate::devices::net::metrics::Metrics;
 use crate::devices::net::{TURN, header};
 use crate::error::{Error, Result};
 use crate::memory::{Memory, Regions};
-use crate::virtio::buffers::VECTORS_MAX;
+use crate::sys::vectors::VECTORS_MAX;
 use crate::virtio::pool::{Pool, Unfilled};
 use crate::virtio::{Queue, Share};
 
@@ -210,7 +210,7 @@ impl Receiver {
         let wanted = if self.mergeable { self.batch.max(AMPLE) * self.frame_max } else { usize::MAX };
         while self.pool.length() < wanted
             && (self.mergeable || self.pool.entries().len() < self.batch)
-            && self.pool.vectors().len() < VECTORS_AHEAD_MAX
+            && self.pool.vectors().count() < VECTORS_AHEAD_MAX
             && let Some(chain) = self.queue.pop(memory, share)?
         {
             // Any of them may be a frame's first.
