@@ -153,7 +153,7 @@ pub fn end(level: Level, message: impl Display) {
     }
 }
 
-/// Says something in the midst of something else, maybe within [`line`]: on standard error, and in the log file if that
+/// Says something in the midst of something else, maybe within [`line()`]: on standard error, and in the log file if that
 /// is not being written to.
 pub fn aside(message: impl Display) {
     process::write_error(format!("alula: {message}\n").as_bytes());

@@ -15,7 +15,7 @@ pub enum Source<'s> {
     /// The same, in huge pages of 2 MiB of the host's pool (hugetlbfs), all of which are set aside for this process
     /// when they are mapped.
     Huge,
-    /// Zeros, in a file without a name for each region ([`Region::file`]), which another process can map, too.
+    /// Zeros, in a file without a name for each region ([`super::Region::file`]), which another process can map, too.
     Shared,
     /// Pages that another process gives, each when it is first touched.
     Served(&'s Faults),
