@@ -18,6 +18,7 @@
 //!   other. [`agent`]: what this program does inside a guest: an init that starts programs for the host.
 //! - [`platform`]: what boot tables must say, as plain data. [`part`]: what is done with every part of a machine.
 //!   [`bus`]: address to device.
+//! - [`kvm`]: what KVM's calls leave to their caller's care, as safe functions.
 //! - [`arch`]: everything that differs between x86_64 and aarch64, behind one set of names.
 //! - [`walls`]: what is left of the kernel to each thread. [`jobs`]: what `main` has others do.
 //! - [`vm`]: one KVM virtual machine, its vCPUs and their gate, and how a guest ends.
@@ -143,6 +144,7 @@ pub mod host;
 pub mod jail;
 pub mod jobs;
 pub mod json;
+pub mod kvm;
 pub mod limiter;
 pub mod log;
 pub mod machine;

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use kvm_ioctls::{IoEventAddress, VcpuFd};
 
 use super::Vm;
-use super::kvm::PostedRing;
+use crate::kvm::PostedRing;
 
 /// The size of a register.
 const REGISTER: u32 = 4;

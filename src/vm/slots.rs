@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY};
 use kvm_ioctls::VmFd;
 
-use super::kvm::{self, SlotPages};
 use crate::error::{Context, Error, Result};
+use crate::kvm::{self, SlotPages};
 use crate::memory::window::Window;
 use crate::memory::{Range, Region};
 

@@ -14,6 +14,7 @@ use crate::arch;
 use crate::bus::{Bus, Shared as SharedDevice};
 use crate::descriptors::Name;
 use crate::error::{Context, Error, Result};
+use crate::kvm::ImmediateExit;
 use crate::log;
 use crate::memory::lost;
 use crate::metrics::{Counter, metrics};
@@ -21,7 +22,6 @@ use crate::platform::Place;
 use crate::sys::process;
 use crate::vm::exit::{End, Exit};
 use crate::vm::gate::Gate;
-use crate::vm::kvm::ImmediateExit;
 use crate::walls;
 
 /// What every vCPU works with.

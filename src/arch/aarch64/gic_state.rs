@@ -7,15 +7,14 @@ use kvm_bindings::{
     KVM_DEV_ARM_VGIC_GRP_DIST_REGS, KVM_DEV_ARM_VGIC_GRP_ITS_REGS, KVM_DEV_ARM_VGIC_GRP_LEVEL_INFO,
     KVM_DEV_ARM_VGIC_GRP_REDIST_REGS, KVM_DEV_ARM_VGIC_LINE_LEVEL_INFO_SHIFT,
     KVM_DEV_ARM_VGIC_SAVE_PENDING_TABLES, KVM_DEV_ARM_VGIC_V3_MPIDR_SHIFT, VGIC_LEVEL_INFO_LINE_LEVEL,
-    kvm_device_attr,
 };
 use kvm_ioctls::DeviceFd;
 use serde::{Deserialize, Serialize};
 
 use super::gic::InterruptController;
-use super::ioctls::device_register as get;
 use super::layout::{self, affinity};
 use crate::error::{Context, Error, Result};
+use crate::kvm::{attribute as get, set_attribute as set};
 
 /// Registers of one kind that follow each other: KVM's group, the first one's offset, how many, how far apart.
 type Block = (u32, u64, u32, u64);
@@ -250,10 +249,6 @@ fn name(group: u32, attr: u64) -> String {
         ITS => format!("the ITS's register {offset:#x}"),
         _ => format!("the GIC's register {offset:#x} of the interface of CPU {cpu:#x}"),
     }
-}
-
-fn set(device: &DeviceFd, group: u32, attr: u64, value: u64) -> Result<(), kvm_ioctls::Error> {
-    device.set_device_attr(&kvm_device_attr { group, attr, addr: (&raw const value) as u64, flags: 0 })
 }
 
 fn command(device: &DeviceFd, attr: u32) -> Result<(), kvm_ioctls::Error> {

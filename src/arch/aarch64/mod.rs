@@ -4,7 +4,6 @@ mod boot;
 mod fdt;
 mod gic;
 mod gic_state;
-mod ioctls;
 pub mod layout;
 mod state;
 pub mod trap;
@@ -26,6 +25,7 @@ pub use gic::{InterruptController, MESSAGES_NAME_THEIR_DEVICE, default_routes};
 pub use state::{VcpuState, VmState, change_registers, restore_vcpus, restore_vm, save_vcpus, save_vm};
 
 use crate::error::{Context, Error, Result};
+use crate::kvm;
 use crate::platform::{CpuidModifier, FeatureModifier, Node, Platform};
 
 /// What uname calls this architecture.
@@ -225,7 +225,8 @@ pub fn tell_that_it_stood_still(_vcpu: &VcpuFd) -> Result<()> {
 /// answers. Says what was done, or why it cannot be: KVM went out of the guest for another reason.
 pub fn refuse_instruction(vcpu: &mut VcpuFd, index: usize) -> Result<String, String> {
     let reason = vcpu.get_kvm_run().exit_reason;
-    let address = ioctls::refused_address(vcpu);
+    // After KVM_EXIT_ARM_NISV, word 1 is `fault_ipa`: the guest physical address of the access.
+    let address = kvm::exit_words(vcpu)[1];
     let mut pc = [0; 8];
     let pc = match vcpu.get_one_reg(core_register(PC), &mut pc) {
         Ok(_) => format!("{:#x}", u64::from_le_bytes(pc)),

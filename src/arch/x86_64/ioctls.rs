@@ -1,16 +1,14 @@
 //! Calls of KVM on x86_64 that `kvm-ioctls` lacks or leaves to the caller's care, each as a safe function.
 
-use kvm_bindings::{
-    KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, Xsave, kvm_device_attr, kvm_sregs, kvm_sregs2, kvm_xsave2,
-};
+use kvm_bindings::{KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, Xsave, kvm_sregs, kvm_sregs2, kvm_xsave2};
 use kvm_ioctls::{Cap, Error, VcpuFd, VmFd};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
 use vmm_sys_util::{ioctl_ior_nr, ioctl_iow_nr};
 
+use crate::kvm;
+
 ioctl_ior_nr!(KVM_GET_SREGS2, KVMIO, 0xcc, kvm_sregs2);
 ioctl_iow_nr!(KVM_SET_SREGS2, KVMIO, 0xcd, kvm_sregs2);
-ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
-ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
 
 /// `pdptrs` of `struct kvm_sregs2` are valid (KVM api, KVM_GET_SREGS2).
 const PDPTRS_VALID: u64 = 1;
@@ -71,32 +69,15 @@ pub fn tsc_khz(vcpu: &VcpuFd) -> Result<u32, Error> {
     vcpu.get_tsc_khz().map_err(|_| Error::last())
 }
 
-fn tsc_offset_attribute(value: *mut u64) -> kvm_device_attr {
-    kvm_device_attr {
-        group: KVM_VCPU_TSC_CTRL,
-        attr: KVM_VCPU_TSC_OFFSET.into(),
-        addr: value as u64,
-        flags: 0,
-    }
-}
-
 /// What KVM adds to the host's time stamp counter for this CPU (KVM's devices/vcpu.rst, 4.1); None: this KVM
 /// does not tell.
-#[allow(unsafe_code)]
 pub fn tsc_offset(vcpu: &VcpuFd) -> Option<u64> {
-    let mut offset = 0;
-    let attribute = tsc_offset_attribute(&raw mut offset);
-    // SAFETY: the kernel reads one structure of this type, and writes 8 bytes to the local that it names.
-    done(unsafe { ioctl_with_ref(vcpu, KVM_GET_DEVICE_ATTR(), &attribute) }).ok()?;
-    Some(offset)
+    kvm::attribute(vcpu, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET.into()).ok()
 }
 
 /// Sets what `tsc_offset` tells.
-#[allow(unsafe_code)]
-pub fn set_tsc_offset(vcpu: &VcpuFd, mut offset: u64) -> Result<(), Error> {
-    let attribute = tsc_offset_attribute(&raw mut offset);
-    // SAFETY: the kernel reads one structure of this type, and 8 bytes from the local that it names.
-    done(unsafe { ioctl_with_ref(vcpu, KVM_SET_DEVICE_ATTR(), &attribute) })
+pub fn set_tsc_offset(vcpu: &VcpuFd, offset: u64) -> Result<(), Error> {
+    kvm::set_attribute(vcpu, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET.into(), offset)
 }
 
 /// How many words KVM reads and writes as the FPU's and its extensions' registers of this machine's CPUs.
@@ -139,10 +120,9 @@ pub fn set_xsave(vm: &VmFd, vcpu: &VcpuFd, words: &[u32]) -> Result<(), Error> {
 
 /// The kind of an internal error of KVM, and the numbers that the kernel gives about the error. A caller asks after
 /// KVM_RUN returned KVM_EXIT_INTERNAL_ERROR.
-#[allow(unsafe_code)]
 pub fn internal_error(vcpu: &mut VcpuFd) -> (u32, Vec<u64>) {
-    // SAFETY: the kernel fills in this member of the union for this exit, and after another it has other plain numbers.
-    let internal = unsafe { vcpu.get_kvm_run().__bindgen_anon_1.internal };
-    let count = internal.data.len().min(internal.ndata as usize);
-    (internal.suberror, internal.data[..count].to_vec())
+    // The words are `suberror` and `ndata`, of 32 bits each, and then `data`.
+    let [kind, data @ ..] = kvm::exit_words(vcpu);
+    let count = 16.min((kind >> 32) as usize);
+    (kind as u32, data[..count].to_vec())
 }

@@ -1,5 +1,5 @@
-//! What `kvm-ioctls` leaves to its caller's care, each as a safe function: KVM's descriptor, the pages behind
-//! memory slots, and what a CPU and this process share.
+//! What `kvm-ioctls` leaves to its caller's care on every architecture, each as a safe function: KVM's descriptor, the
+//! pages behind memory slots, numbers that are attributes, and what a CPU and this process share.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -10,15 +10,21 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 
 use kvm_bindings::{
-    KVM_COALESCED_MMIO_PAGE_OFFSET, kvm_coalesced_mmio, kvm_coalesced_mmio_ring, kvm_userspace_memory_region,
+    KVM_COALESCED_MMIO_PAGE_OFFSET, kvm_coalesced_mmio, kvm_coalesced_mmio_ring, kvm_device_attr,
+    kvm_run__bindgen_ty_1, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Error, Kvm, VcpuFd, VmFd};
 use vm_memory::{GuestMemoryRegion, MemoryRegionAddress};
+use vmm_sys_util::ioctl::ioctl_with_ref;
 
 use crate::error::{self, Context};
 use crate::memory::Region;
 use crate::memory::mapping::{Mapping, Window, page_size};
 use crate::memory::window::View;
+
+/// The numbers of two calls (linux/kvm.h).
+const KVM_SET_DEVICE_ATTR: libc::c_ulong = 0x4018_aee1;
+const KVM_GET_DEVICE_ATTR: libc::c_ulong = 0x4018_aee2;
 
 /// KVM, of which `file` is the device.
 pub fn of_file(file: File) -> Kvm {
@@ -60,6 +66,39 @@ pub fn set_slot(
     let region = kvm_userspace_memory_region { slot, flags, guest_phys_addr, memory_size, userspace_addr };
     // SAFETY: the range is mapped as guest memory, and stays so for as long as the slot is in use: see `SlotPages`.
     unsafe { fd.set_user_memory_region(region) }
+}
+
+fn attribute_at(group: u32, attr: u64, value: *mut u64) -> kvm_device_attr {
+    kvm_device_attr { group, attr, addr: value as u64, flags: 0 }
+}
+
+fn done(result: i32) -> Result<(), Error> {
+    if result < 0 { Err(Error::last()) } else { Ok(()) }
+}
+
+/// A number of 32 or 64 bits that is an attribute of a device or a CPU of KVM's (KVM api, KVM_GET_DEVICE_ATTR).
+pub fn attribute(of: &impl AsRawFd, group: u32, attr: u64) -> Result<u64, Error> {
+    let mut value = 0;
+    let attribute = attribute_at(group, attr, &raw mut value);
+    // SAFETY: the kernel reads one structure of this type, and writes to the local that it names: no attribute that KVM
+    // gives has more than 8 bytes.
+    done(unsafe { ioctl_with_ref(of, KVM_GET_DEVICE_ATTR, &attribute) })?;
+    Ok(value)
+}
+
+/// Sets what [`attribute`] tells.
+pub fn set_attribute(of: &impl AsRawFd, group: u32, attr: u64, mut value: u64) -> Result<(), Error> {
+    let attribute = attribute_at(group, attr, &raw mut value);
+    // SAFETY: the kernel reads one structure of this type, and the 4 or 8 bytes of the number that it names.
+    done(unsafe { ioctl_with_ref(of, KVM_SET_DEVICE_ATTR, &attribute) })
+}
+
+/// What KVM says of why its last KVM_RUN of this CPU returned: the union in `struct kvm_run` (KVM api, 5), in words.
+pub fn exit_words(vcpu: &mut VcpuFd) -> [u64; 32] {
+    let said = &raw const vcpu.get_kvm_run().__bindgen_anon_1;
+    const { assert!(size_of::<[u64; 32]>() == size_of::<kvm_run__bindgen_ty_1>()) };
+    // SAFETY: the union is as large, as was just seen, and has plain numbers, whatever it is that the kernel last wrote.
+    unsafe { said.cast::<[u64; 32]>().read() }
 }
 
 /// The byte in `struct kvm_run` that makes the next KVM_RUN return at once (KVM api, 5). It is kept with the vCPU.
