@@ -13,6 +13,7 @@ use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddres
 
 use crate::descriptors::Named;
 use crate::error::{Context, Error, Result};
+use crate::log;
 use crate::memory::mapping::page_size;
 use crate::memory::{Piece, Range, Region, Regions};
 use crate::sys::descriptor;
@@ -64,14 +65,38 @@ impl Which {
     }
 }
 
-/// What tells which pages this process has of its own, open.
-pub struct Pagemap(Named<File>);
+/// What tells which pages this process has of its own, open. None: nothing does, as where there is no /proc, and each page
+/// is taken for one.
+pub struct Pagemap(Option<Named<File>>);
 
 impl Pagemap {
     /// Opens it.
     pub fn open() -> Result<Self> {
         let file = File::open("/proc/self/pagemap").context("open /proc/self/pagemap")?;
-        Ok(Self(Named::new("map of this process's pages", file)))
+        Ok(Self(Some(Named::new("map of this process's pages", file))))
+    }
+
+    /// Opens it, if it is there. Where it is not, as in a jail, all pages are looked at, also those that are zeros or as
+    /// in the file that they were mapped from.
+    pub fn open_or_take_all() -> Self {
+        Self::open().unwrap_or_else(|error| {
+            log::debug(format_args!("all pages of the guest's memory are looked at: {error}"));
+            Self(None)
+        })
+    }
+
+    /// Reads the entries of the pages from the address `start` on.
+    fn read(&self, entries: &mut [[u8; 8]], start: usize) -> Result<()> {
+        match &self.0 {
+            Some(file) => {
+                let place = (start / page_size() as usize * 8) as u64;
+                file.read_exact_at(entries.as_flattened_mut(), place).context("read /proc/self/pagemap")
+            }
+            None => {
+                entries.fill(IS_PRESENT.to_le_bytes());
+                Ok(())
+            }
+        }
     }
 
     /// Calls `then` with the number of each page that `which` is for, of the `pages` pages from the address `start` on,
@@ -86,14 +111,12 @@ impl Pagemap {
         pages: usize,
         mut then: impl FnMut(usize),
     ) -> Result<()> {
-        let mut entries = vec![0; BLOCK / PAGE_MIN * 8];
-        let at_once = entries.len() / 8;
+        let mut entries = vec![[0; 8]; BLOCK / PAGE_MIN];
+        let at_once = entries.len();
         for first in (0..pages).step_by(at_once) {
-            let entries = &mut entries[..(pages - first).min(at_once) * 8];
-            let place = ((start / page_size() as usize + first) * 8) as u64;
-            self.0.read_exact_at(entries, place).context("read /proc/self/pagemap")?;
-            let (entries, _) = entries.as_chunks();
-            let pages = (first..).zip(entries);
+            let entries = &mut entries[..(pages - first).min(at_once)];
+            self.read(entries, start + first * page_size() as usize)?;
+            let pages = (first..).zip(&*entries);
             pages
                 .filter(|(_, entry)| which.has(u64::from_le_bytes(**entry)))
                 .for_each(|(page, _)| then(page));
@@ -107,7 +130,6 @@ impl Pagemap {
 /// # Errors
 /// The file cannot be written, or the pages cannot be read.
 pub fn write(memory: &Regions, pagemap: &Pagemap, file: &File) -> Result<Written> {
-    let pagemap = &pagemap.0;
     let (page, written) = (page_size() as usize, Written::default());
     let mut writer = Writer { file, pagemap, page, block: vec![0; BLOCK], offset: 0, written };
     for region in memory.iter() {
@@ -119,7 +141,7 @@ pub fn write(memory: &Regions, pagemap: &Pagemap, file: &File) -> Result<Written
 
 struct Writer<'f> {
     file: &'f File,
-    pagemap: &'f File,
+    pagemap: &'f Pagemap,
     /// The size of the host's pages, which divides that of a block.
     page: usize,
     /// The block under way.
@@ -144,11 +166,9 @@ impl Writer<'_> {
     /// Writes the pages of the block of `region` at `at` that are not zero.
     fn block(&mut self, region: &Region, at: u64, length: usize) -> Result<()> {
         let host = region.get_host_address(MemoryRegionAddress(at)).context("find a page of the guest")?;
-        let mut entries = [0; BLOCK / PAGE_MIN * 8];
-        let entries = &mut entries[..length.div_ceil(self.page) * 8];
-        let place = (host as usize / self.page * 8) as u64;
-        self.pagemap.read_exact_at(entries, place).context("read /proc/self/pagemap")?;
-        let (entries, _) = entries.as_chunks();
+        let mut entries = [[0; 8]; BLOCK / PAGE_MIN];
+        let entries = &mut entries[..length.div_ceil(self.page)];
+        self.pagemap.read(entries, host as usize)?;
         let is_untouched = !entries.iter().any(|entry| is_own(u64::from_le_bytes(*entry)));
         if is_untouched && region.backing().is_none() && !region.is_served() {
             // Nobody needs to look at zeros.
@@ -353,12 +373,14 @@ mod tests {
             let mut expected = content;
             let place = (3 << 20) + (2 << 20) - 2500;
             expected[place..place + 5000].fill(9);
-            let file = file("copy");
-            let written = write(&memory, &Pagemap::open().unwrap(), &file).unwrap();
-            let mut bytes = vec![0; total as usize];
-            file.read_exact_at(&mut bytes, 0).unwrap();
-            assert!(bytes == expected);
-            verify(&file, total, &written.checksums).unwrap();
+            for pagemap in [Pagemap::open().unwrap(), Pagemap(None)] {
+                let file = file("copy");
+                let written = write(&memory, &pagemap, &file).unwrap();
+                let mut bytes = vec![0; total as usize];
+                file.read_exact_at(&mut bytes, 0).unwrap();
+                assert!(bytes == expected);
+                verify(&file, total, &written.checksums).unwrap();
+            }
         }
         let mut bytes = [0; 8];
         origin.read_exact_at(&mut bytes, (5 << 20) - 2500).unwrap();

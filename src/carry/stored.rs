@@ -293,15 +293,10 @@ pub fn state(
     Ok(state_file::write(&Origin { architecture: arch::ELF_MACHINE, boot_id }, &sections))
 }
 
-/// Which boot of the host this is.
-///
-/// # Errors
-/// The kernel does not say.
-pub fn boot_id() -> Result<[u8; 16]> {
-    let text = std::fs::read_to_string(BOOT_ID).with_context(|| format!("read {BOOT_ID}"))?;
-    let digits = text.trim().replace('-', "");
-    let number = u128::from_str_radix(&digits, 16).with_context(|| format!("read {BOOT_ID}"))?;
-    Ok(number.to_be_bytes())
+/// Which boot of the host this is; None: there is nothing that says so, as where there is no /proc.
+pub fn boot_id() -> Option<[u8; 16]> {
+    let text = std::fs::read_to_string(BOOT_ID).ok()?;
+    u128::from_str_radix(&text.trim().replace('-', ""), 16).ok().map(u128::to_be_bytes)
 }
 
 /// A random number, which nothing else has.

@@ -54,7 +54,7 @@ fn told(stored: &Stored) -> Result<Value> {
     Ok(json!({
         "architecture": architecture,
         "host_boot_id": format!("{boot:032x}"),
-        "is_of_this_boot": boot_id().is_ok_and(|id| id == origin.boot_id),
+        "is_of_this_boot": boot_id() == Some(origin.boot_id),
         "cpus": machine.cpus(),
         "memory": { "ranges": ranges, "file": memory.name, "size": memory.size, "checksums": checksums },
         "kind": sums.kind(),

@@ -184,7 +184,12 @@ impl Microvm {
         }
         // All that can be known to fail does so before the guest is disturbed.
         let memory = machine.memory().clone();
-        let (pagemap, boot_id) = (Pagemap::open()?, stored::boot_id()?);
+        let pagemap = Pagemap::open_or_take_all();
+        // No boot of any host is called by a random number: the snapshot is then checked as one of another host.
+        let boot_id = match stored::boot_id() {
+            Some(boot_id) => boot_id,
+            None => stored::random()?.to_be_bytes(),
+        };
         let line = self.next_in_line(*kind)?;
         let number = line.place.number;
         let writing = Writing { kind: *kind, draft: location.begin()?, pagemap, boot_id, line, memory };

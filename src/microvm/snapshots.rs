@@ -64,7 +64,7 @@ impl Opened {
             ));
         }
         let paths = [location.state(), location.memory(&stored.memory)?];
-        let is_of_this_boot = stored.origin.boot_id == stored::boot_id()?;
+        let is_of_this_boot = stored::boot_id() == Some(stored.origin.boot_id);
         let origin = Origin::of(location, &stored).filter(|_| !is_served);
         let working_set = origin.as_ref().and_then(|origin| origin.working_set(stored.memory.size));
         let pieces = stored.pieces();

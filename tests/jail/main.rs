@@ -271,6 +271,35 @@ fn a_jail_that_uses_up_its_memory_ends_alone() {
 }
 
 #[test]
+fn a_guest_in_a_jail_is_saved_and_goes_on_in_another() {
+    let site = Site::new();
+    site.put_kernel("first");
+    let start = |id: &str| {
+        let mut command = site.jail(id);
+        command.args(["--", "--api-sock", "/run/api.sock"]);
+        (Process::spawn(command), site.client(id))
+    };
+    let (first, mut client) = start("first");
+    boot(&mut client, Path::new("/kernel"));
+    // There is no /proc to ask which pages the guest has, nor which boot of the host this is.
+    client.ok("PATCH", "/vm", r#"{"state": "Paused"}"#);
+    let paths = serde_json::json!({ "snapshot_path": "/run/state", "mem_file_path": "/run/memory" });
+    client.ok("PUT", "/snapshot/create", &paths.to_string());
+    drop(first);
+    site.put_kernel("second");
+    for name in ["state", "memory"] {
+        let (from, to) = (site.root("first").join("run").join(name), site.root("second").join(name));
+        std::fs::copy(from, &to).unwrap();
+        std::os::unix::fs::chown(&to, Some(UID), Some(GID)).unwrap();
+    }
+    let (_second, mut client) = start("second");
+    let memory = serde_json::json!({ "backend_type": "File", "backend_path": "/memory" });
+    let load = serde_json::json!({ "snapshot_path": "/state", "mem_backend": memory, "resume_vm": true });
+    client.ok("PUT", "/snapshot/load", &load.to_string());
+    assert_eq!(client.ok("GET", "/", "").json()["state"], "Running");
+}
+
+#[test]
 fn a_jail_on_another_file_system_has_a_copy() {
     let site = Site::new();
     std::fs::create_dir(site.base()).unwrap();
