@@ -6,7 +6,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
+use kvm_bindings::{
+    KVM_MP_STATE_RUNNABLE, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN,
+};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
@@ -245,6 +247,7 @@ fn run(shared: &Shared, surroundings: &Surroundings, index: usize, stood_still: 
     // Undoes the kick that stopped it. A pause that comes now closes the gate before it kicks: either
     // the gate is seen closed below, or the kick comes after this.
     shared.immediate_exit.set(0);
+    let mut not_run = 0;
     loop {
         if !surroundings.gate.is_open() {
             shared.immediate_exit.set(1);
@@ -276,12 +279,17 @@ fn run(shared: &Shared, surroundings: &Surroundings, index: usize, stood_still: 
                 if !surroundings.gate.is_open() {
                     return;
                 }
-                if error.errno() == libc::EINTR {
-                    // A signal that stops the process, a debugger, the freezer of a control group or of a
-                    // host that sleeps: each interrupts KVM_RUN, and holds this thread until it is over.
-                    tell_that_it_stood_still(&fd, index);
-                    surroundings.gate.rest();
+                if error.errno() == libc::EAGAIN {
+                    shared.immediate_exit.set(0);
+                    match look_at_cpu_that_is_not_run(&fd, index, &mut not_run) {
+                        Some(reason) => return end(shared, surroundings, Exit::Failed(reason)),
+                        None => continue,
+                    }
                 }
+                // A signal that stops the process, a debugger, the freezer of a control group or of a
+                // host that sleeps: each interrupts KVM_RUN, and holds this thread until it is over.
+                tell_that_it_stood_still(&fd, index);
+                surroundings.gate.rest();
                 shared.immediate_exit.set(0);
             }
             Ok(VcpuExit::InternalError | VcpuExit::Unsupported(_)) => {
@@ -292,7 +300,29 @@ fn run(shared: &Shared, surroundings: &Surroundings, index: usize, stood_still: 
             }
             other => return end(shared, surroundings, last_exit(other, index)),
         }
+        not_run = 0;
     }
+}
+
+/// So often in a row a CPU may not be run before it is looked at, 1 ms apart from the fourth time on. KVM does not run one
+/// either for which it needs a thread of the kernel that it may not start.
+const NOT_RUN_MAX: u32 = 1000;
+
+/// KVM has not run a CPU, once more than the `times` in a row before; returns why, if that will not change. A CPU that waits to be started is
+/// not run once for each event that comes to it, and may have one that stays.
+fn look_at_cpu_that_is_not_run(fd: &VcpuFd, index: usize, times: &mut u32) -> Option<String> {
+    *times += 1;
+    if *times > 3 {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let is_time = times.is_multiple_of(NOT_RUN_MAX);
+    let has_started = is_time && fd.get_mp_state().is_ok_and(|state| state.mp_state == KVM_MP_STATE_RUNNABLE);
+    has_started.then(|| {
+        format!(
+            "KVM_RUN on CPU {index} gives no result, {times} times in a row: the kernel may not start a thread that it \
+             needs for the guest: raise the limit of processes (`pids.max` of the control group, or RLIMIT_NPROC)"
+        )
+    })
 }
 
 /// How the guest ended, after an exit that nothing can be done about.

@@ -300,6 +300,24 @@ fn a_guest_in_a_jail_is_saved_and_goes_on_in_another() {
 }
 
 #[test]
+fn a_limit_of_processes_that_kvm_needs_ends_the_guest_with_words() {
+    let site = Site::new();
+    // The threads of the process alone: some kernels have KVM start one more, when the guest first runs.
+    let mut command = site.jail("few");
+    command.args(site.limits()).args([
+        "--cgroup",
+        "pids.max=3",
+        "--",
+        "run",
+        "--cmdline",
+        "case=serial end=0",
+    ]);
+    let ended = Process::spawn(command).end();
+    let is_told = ended.code == Some(123) && ended.text.contains("raise the limit of processes (`pids.max`");
+    assert!(is_told || ended.code == Some(0), "{ended:?}");
+}
+
+#[test]
 fn a_jail_on_another_file_system_has_a_copy() {
     let site = Site::new();
     std::fs::create_dir(site.base()).unwrap();
