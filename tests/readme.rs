@@ -35,19 +35,12 @@ fn example(text: &str) -> String {
 fn curl_drives_a_guest_as_the_readme_says() {
     let folder = Folder::new();
     called("alula", &folder);
-    // While the guest runs, also what the page says of `alula ctl` and of events.
-    let more = "
-alula ctl --api-sock alula.sock status
-alula ctl --api-sock alula.sock pause
-timeout 2 curl -sN --unix-socket alula.sock http://localhost/events
-kill %1";
     // The guest speaks beside the others: what it says must not come between their words.
-    let script = example("alula serve --api-sock")
-        .replace("\nkill %1", more)
-        .replace("< /dev/null &", "< /dev/null > guest &");
+    let script = example("alula serve --api-sock").replace("< /dev/null &", "< /dev/null > guest &")
+        + &example("alula ctl --api-sock alula.sock status");
     let path = format!("{}:{}", folder.0.display(), std::env::var("PATH").unwrap());
     let output = Command::new("bash")
-        .args(["-e", "-c", &script.replace("timeout 2 curl", "! timeout 2 curl")])
+        .args(["-e", "-c", &script])
         .current_dir(&folder.0)
         .env("PATH", path)
         .output()
@@ -57,8 +50,8 @@ kill %1";
         r#""state":"Paused""#,
         "anonymous-instance: running; 2 CPUs, 128 MiB of memory",
         "\npaused\n",
-        r#"{"event":"started""#,
-        r#"{"event":"resumed""#,
+        " started ",
+        " resumed ",
     ] {
         assert!(text.contains(expected), "{expected}: {text}");
     }
