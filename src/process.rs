@@ -1,15 +1,15 @@
-//! What this process costs its host, as Linux tells it (proc(5)): looked up only when somebody asks.
+//! What a process costs its host, as Linux tells it (proc(5)): looked up only when somebody asks.
 
 use std::fs;
 
 use serde_json::{Map, Value, json};
 
-/// The CPU time that each thread has used, in microseconds, by the threads' names; threads of one name
+/// The CPU time that each thread of a process has used, in microseconds, by the threads' names; threads of one name
 /// together. The first thread is called `main`.
-pub fn cpu_us() -> Map<String, Value> {
+pub fn cpu_us(process: Option<u32>) -> Map<String, Value> {
     let mut times = Map::new();
-    let own = std::process::id().to_string();
-    for task in fs::read_dir("/proc/self/task").into_iter().flatten().flatten() {
+    let own = process.unwrap_or_else(std::process::id).to_string();
+    for task in fs::read_dir(format!("/proc/{}/task", place(process))).into_iter().flatten().flatten() {
         let read = |file: &str| fs::read_to_string(task.path().join(file)).unwrap_or_default();
         let name = match task.file_name() == *own {
             true => "main".to_owned(),
@@ -26,10 +26,10 @@ pub fn cpu_us() -> Map<String, Value> {
     times
 }
 
-/// What the process and its guest have of the host's memory, in bytes. Guest memory that was touched is
-/// part of `anonymous_bytes`.
-pub fn memory() -> Value {
-    let text = fs::read_to_string("/proc/self/smaps_rollup").unwrap_or_default();
+/// What a process and its guest have of the host's memory, in bytes; zeros where the kernel does not tell, as in a jail,
+/// which has no /proc. Guest memory that was touched is part of `anonymous_bytes`.
+pub fn memory(process: Option<u32>) -> Value {
+    let text = fs::read_to_string(format!("/proc/{}/smaps_rollup", place(process))).unwrap_or_default();
     let bytes = |name: &str| {
         let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
         let kib = line.and_then(|rest| rest.trim().strip_suffix(" kB")?.parse::<u64>().ok());
@@ -40,6 +40,11 @@ pub fn memory() -> Value {
         "resident_bytes": bytes("Rss"),
         "proportional_bytes": bytes("Pss"),
     })
+}
+
+/// The name of a process in /proc; None: this one.
+fn place(process: Option<u32>) -> String {
+    process.map_or_else(|| "self".to_owned(), |process| process.to_string())
 }
 
 #[cfg(test)]
@@ -60,9 +65,10 @@ mod tests {
             std::thread::park();
         });
         receiver.recv().unwrap();
-        let times = cpu_us();
+        let times = cpu_us(None);
+        assert_eq!(cpu_us(Some(std::process::id())).keys().max(), times.keys().max());
         assert!(times["worker"].as_u64().unwrap() > 0 && times.contains_key("main"), "{times:?}");
-        let memory = memory();
+        let memory = memory(Some(std::process::id()));
         assert!(memory["anonymous_bytes"].as_u64().unwrap() >= 8 << 20, "{memory}");
         assert!(memory["resident_bytes"].as_u64() >= memory["proportional_bytes"].as_u64(), "{memory}");
         let worker = worker.unwrap();

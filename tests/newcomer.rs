@@ -223,3 +223,14 @@ fn several_files_are_checked_and_standard_input_and_told_as_json() {
     assert_eq!((&told[2]["file"], &told[2]["problems"][0]["warning"]), (&json!(good_file), &json!(true)));
     assert!(check(&["-", "-"], "{}").2.contains("can be read but once"));
 }
+
+#[test]
+fn a_missing_file_is_told_before_a_guest_boots_for_it() {
+    let ended = common::run(["run", "--copy", "/none:/src", "--", "true"]);
+    assert_eq!(ended.code, Some(125));
+    assert!(
+        ended.text.starts_with("alula: copy `/none` to `/src` in the guest: No such file"),
+        "{}",
+        ended.text
+    );
+}

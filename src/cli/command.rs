@@ -109,6 +109,11 @@ pub struct Prepared {
 /// Prepares the guest that `arguments` describe.
 pub fn prepare(arguments: &mut Run) -> Result<Prepared> {
     let wanted = std::mem::take(&mut arguments.wanted);
+    // A guest is not to be booted in vain.
+    for (from, to) in &wanted.copies {
+        from.canonicalize()
+            .with_context(|| format!("copy `{}` to `{}` in the guest", from.display(), to.display()))?;
+    }
     let kernel = kernel::find(arguments.kernel.as_deref())?;
     arguments.kernel = Some(kernel.path.clone());
     let line = arguments.cmdline.take().unwrap_or_else(|| crate::arch::DEFAULT_COMMAND_LINE.to_owned());
@@ -314,11 +319,20 @@ impl Guest {
         let Some(stream) = self.connect(deadline)? else { return Ok(Outcome::TimedOut) };
         let run = session::with_terminal(wanted.run, session::is_on_terminal());
         let outcome = session::attend(stream, run, &Ends { input: true, signals: false, deadline })?;
-        for (from, to) in &wanted.copies_out {
+        match self.copy_all_out(&wanted.copies_out) {
+            // The command's own failure is what the caller is to learn of.
+            Err(error) if outcome.conclude().0 != 0 => eprintln!("alula: {error}"),
+            copied => copied?,
+        }
+        Ok(outcome)
+    }
+
+    fn copy_all_out(&mut self, copies: &[(PathBuf, PathBuf)]) -> Result<()> {
+        for (from, to) in copies {
             let Some(stream) = self.connect(None)? else { continue };
             copy_out(stream, from, to, None)?;
         }
-        Ok(outcome)
+        Ok(())
     }
 
     /// Has the guest end by itself, with its disks written out.

@@ -20,6 +20,7 @@ use crate::guest::runtime;
 use crate::host::listener::Listener;
 use crate::json;
 use crate::log::in_one_line;
+use crate::process as process_costs;
 use crate::sys::process;
 
 /// A monitor that does not answer for so long is shown as silent: the others are not to wait for it.
@@ -34,6 +35,7 @@ const DEFAULT_SOCKET: &str = "/run/firecracker.socket";
 pub struct Usage {
     pub uptime_ms: u64,
     pub cpu_us: u64,
+    /// A page that several guests share, as clones do, counts for each of them in part.
     pub memory_bytes: u64,
     read_bytes: u64,
     written_bytes: u64,
@@ -46,7 +48,15 @@ impl Usage {
     /// The costs that the monitor tells. None: it tells nothing of the kind, as another monitor with the same API.
     pub fn of(client: &mut Client) -> Option<Self> {
         let answer = client.request("GET", "/metrics", "").ok().filter(|answer| answer.status == 200)?;
-        Self::read(&json::from_text(&answer.body).ok()?)
+        let mut metrics: Value = json::from_text(&answer.body).ok()?;
+        if metrics["process"]["memory"]["resident_bytes"] == 0
+            && let process @ Some(_) = client.process()
+        {
+            // In a jail, the monitor has no /proc that would tell; from outside, there is one.
+            metrics["process"]["memory"] = process_costs::memory(process);
+            metrics["process"]["cpu_us"] = process_costs::cpu_us(process).into();
+        }
+        Self::read(&metrics)
     }
 
     fn read(metrics: &Value) -> Option<Self> {
@@ -59,7 +69,7 @@ impl Usage {
         Some(Self {
             uptime_ms: process["uptime_ms"].as_u64()?,
             cpu_us: threads.fold(0, u64::saturating_add),
-            memory_bytes: process["memory"]["resident_bytes"].as_u64()?,
+            memory_bytes: process["memory"]["proportional_bytes"].as_u64()?,
             read_bytes: count("block", &["read_bytes"]),
             written_bytes: count("block", &["write_bytes"]),
             received_bytes: count("net", &["rx_bytes_count"]),
@@ -379,7 +389,7 @@ mod tests {
     #[test]
     fn usage_is_the_sum_of_threads_and_directions() {
         let metrics = json!({
-            "process": { "uptime_ms": 7, "cpu_us": { "main": 1, "vcpu 0": 2 }, "memory": { "resident_bytes": 4096 } },
+            "process": { "uptime_ms": 7, "cpu_us": { "main": 1, "vcpu 0": 2 }, "memory": { "proportional_bytes": 4096 } },
             "block": { "read_bytes": 3, "write_bytes": 4 }, "net": { "rx_bytes_count": 5, "tx_bytes_count": 6 },
             "vcpu": { "exit_io_in": 1, "exit_io_out": 1, "exit_mmio_read": u64::MAX, "exit_mmio_write": 1 },
         });

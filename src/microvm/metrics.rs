@@ -81,8 +81,8 @@ pub fn collect(machine: Option<&Machine>, view: View) -> Map<String, Value> {
     }
     let process = json!({
         "uptime_ms": clock::uptime().as_millis() as u64,
-        "cpu_us": process::cpu_us(),
-        "memory": process::memory(),
+        "cpu_us": process::cpu_us(None),
+        "memory": process::memory(None),
         "start_us": start,
     });
     all.insert("process".to_owned(), process);

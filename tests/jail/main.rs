@@ -109,7 +109,9 @@ fn a_guest_runs_in_a_jail_that_root_made() {
         );
     }
     assert_eq!(devices.join("userfaultfd").exists(), Path::new("/dev/userfaultfd").exists());
-    assert_listed(0, process.child.id(), "web", "running");
+    let listed = assert_listed(0, process.child.id(), "web", "running");
+    // The monitor itself has no /proc that would tell it.
+    assert!(listed["memory_bytes"].as_u64() > Some(0) && listed["cpu_us"].as_u64() > Some(0), "{listed}");
     let metrics = client.ok("GET", "/metrics", "").json();
     let started = metrics["api_server"]["process_startup_time_us"].as_u64().unwrap();
     let cpu = metrics["api_server"]["process_startup_time_cpu_us"].as_u64().unwrap();
@@ -117,7 +119,7 @@ fn a_guest_runs_in_a_jail_that_root_made() {
 }
 
 /// Asserts that `alula ctl list` of this user has the guest of a process, whose socket is found from out here.
-fn assert_listed(user: u32, process: u32, id: &str, state: &str) {
+fn assert_listed(user: u32, process: u32, id: &str, state: &str) -> serde_json::Value {
     let mut command = Command::new(std::path::absolute(common::alula()).unwrap());
     command.args(["ctl", "list", "--json"]).uid(user);
     let ended = end(command);
@@ -127,6 +129,7 @@ fn assert_listed(user: u32, process: u32, id: &str, state: &str) {
     assert_eq!((&guest["id"], &guest["state"]), (&id.into(), &state.into()), "{guest}");
     let mut client = Client::connect(Path::new(guest["socket"].as_str().unwrap()));
     assert_eq!(client.ok("GET", "/", "").json()["id"], id);
+    guest.clone()
 }
 
 #[test]
