@@ -423,7 +423,7 @@ mod tests {
             (r#"{"kvm_capabilities":["!!56"]}"#.to_owned(), "the number of a capability"),
             (r#"{"kvm_capabilities":[""]}"#.to_owned(), "the number of a capability"),
             (r#"{"kvm_capabilities":["4294967296"]}"#.to_owned(), "the number of a capability"),
-            (r#"{"vcpu_features":[{"index":0,"bitmap":"0b1"}]}"#.to_owned(), "`vcpu_features` is not"),
+            (r#"{"vcpu_features":[{"index":0,"bitmap":"0b1"}]}"#.to_owned(), "`vcpu_features`: "),
             (r#"{"cpuid":[]}"#.to_owned(), "unknown field `cpuid`"),
         ] {
             let error = parse(&text).unwrap_err();
