@@ -304,6 +304,7 @@ fn every_command_of_the_test_rigs_page_is_understood() {
     // Make runs what its rule says.
     folder.write("Makefile", block("make"));
     folder.write("image.ext4", "");
+    std::fs::create_dir(folder.path("build")).unwrap();
     let (code, errors) = tried_in(&folder, &["make", "check"]);
     assert!(code == Some(2) && errors.contains(no_kernel), "{code:?} {errors}");
 }

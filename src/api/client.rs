@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::error::{Context, Error, Result};
 use crate::sys::network;
@@ -13,6 +13,9 @@ const BODY_MAX: u64 = 16 << 20;
 const HEAD_MAX: u64 = 64 << 10;
 /// So long a monitor may be at work on one request, on a machine under load.
 const PATIENCE: Duration = Duration::from_secs(100);
+/// The file of a socket is there a moment before its process listens (bind(2), listen(2)): who has waited for the file may
+/// come in between. A process that has ended is told of so much later.
+const BEGINS_TO_LISTEN: Duration = Duration::from_millis(200);
 
 /// A connection to a monitor.
 pub struct Client {
@@ -31,13 +34,26 @@ pub struct Answer {
 impl Client {
     /// Connects to the monitor that serves the socket at `path`.
     pub fn connect(path: &Path) -> Result<Self> {
-        Self::connect_within(path, PATIENCE)
+        let deadline = Instant::now() + BEGINS_TO_LISTEN;
+        let is_too_early = |error: &std::io::Error| {
+            error.kind() == ErrorKind::ConnectionRefused && Instant::now() < deadline
+        };
+        loop {
+            match UnixStream::connect(path) {
+                Err(error) if is_too_early(&error) => std::thread::sleep(Duration::from_millis(5)),
+                stream => return Self::over(stream, path, PATIENCE),
+            }
+        }
     }
 
     /// Connects as [`Self::connect`] does, to a monitor that may take as long as `patience` for each answer.
     pub fn connect_within(path: &Path, patience: Duration) -> Result<Self> {
+        Self::over(UnixStream::connect(path), path, patience)
+    }
+
+    fn over(stream: std::io::Result<UnixStream>, path: &Path, patience: Duration) -> Result<Self> {
         let attempt = || format!("connect to API socket `{}`", path.display());
-        let stream = UnixStream::connect(path).map_err(cannot_connect).with_context(attempt)?;
+        let stream = stream.map_err(cannot_connect).with_context(attempt)?;
         stream.set_read_timeout(Some(patience)).with_context(attempt)?;
         Ok(Self { stream: BufReader::new(stream) })
     }
