@@ -1,5 +1,5 @@
-//! What `kvm-ioctls` leaves to its caller's care on every architecture, each as a safe function: KVM's descriptor, the
-//! pages behind memory slots, numbers that are attributes, and what a CPU and this process share.
+//! Calls that `kvm-ioctls` leaves to its caller's care on every architecture, each as a safe function: KVM's descriptor,
+//! the pages behind memory slots, numbers that are attributes, and what a CPU and this process share.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -93,7 +93,8 @@ pub fn set_attribute(of: &impl AsRawFd, group: u32, attr: u64, mut value: u64) -
     done(unsafe { ioctl_with_ref(of, KVM_SET_DEVICE_ATTR, &attribute) })
 }
 
-/// What KVM says of why its last KVM_RUN of this CPU returned: the union in `struct kvm_run` (KVM api, 5), in words.
+/// The reason, in words of 64 bits, that KVM gives for the return of its last KVM_RUN of this CPU: the union in
+/// `struct kvm_run` (KVM api, 5).
 pub fn exit_words(vcpu: &mut VcpuFd) -> [u64; 32] {
     let said = &raw const vcpu.get_kvm_run().__bindgen_anon_1;
     const { assert!(size_of::<[u64; 32]>() == size_of::<kvm_run__bindgen_ty_1>()) };

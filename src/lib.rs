@@ -57,10 +57,10 @@
 //! [`machine::Machine::attach`] and goes by `detach`, in a build as later (`machine/attach.rs`, which also chooses the
 //! places of configured devices; a restore is given those of the state).
 //!
-//! What needs no configuration but how many CPUs there are, and on aarch64 with which features, is a machine's shell
-//! ([`machine::Shell`]): KVM's machine with its interrupt controllers and CPUs, and memory if its size is known. A
-//! build makes the shell in passing, or takes one that was made ahead, whose CPUs' threads wait at the gate, and whose
-//! io thread is there. What a build leaves out, the content of CPUs and memory, a load or a restore gives.
+//! A machine's shell ([`machine::Shell`]) is the part of it that needs no configuration but how many CPUs there are,
+//! and on aarch64 with which features: KVM's machine with its interrupt controllers and CPUs, and memory if its size is
+//! known. A build makes the shell in passing, or takes one that was made ahead, whose CPUs' threads wait at the gate,
+//! and whose io thread is there. What a build leaves out, the content of CPUs and memory, a load or a restore gives.
 //!
 //! A machine that stands still is saved and restored by the same list ([`machine::Machine::save`], `restore`): what a
 //! guest can change of a component is the component's own [`snapshot::Snapshot`]. The order of the parts and of KVM's

@@ -65,8 +65,8 @@ impl Which {
     }
 }
 
-/// What tells which pages this process has of its own, open. None: nothing does, as where there is no /proc, and each page
-/// is taken for one.
+/// The kernel's record of the pages that this process has of its own, open. Where there is none (None), as without /proc,
+/// each page is taken for the process's own.
 pub struct Pagemap(Option<Named<File>>);
 
 impl Pagemap {

@@ -102,12 +102,12 @@ impl Shell {
 pub struct Cpus {
     /// How many.
     pub count: u16,
-    /// What KVM initialises them with.
+    /// The features that KVM initialises the CPUs with.
     pub features: CpuFeatures,
 }
 
 impl Cpus {
-    /// Those that `config` asks for.
+    /// The CPUs that `config` asks for.
     ///
     /// # Errors
     /// Guests cannot be given a feature.
@@ -116,7 +116,7 @@ impl Cpus {
         Ok(Self { count: config.machine_config.vcpu_count, features })
     }
 
-    /// So many as KVM prefers them.
+    /// This many CPUs, as KVM prefers them.
     pub fn plain(count: u16) -> Self {
         Self { count, features: CpuFeatures::default() }
     }

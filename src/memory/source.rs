@@ -12,14 +12,14 @@ use crate::error::{Context, Error, Result};
 pub enum Source<'s> {
     /// Zeros. They are this process's own.
     Anonymous,
-    /// The same, in huge pages of 2 MiB of the host's pool (hugetlbfs), all of which are set aside for this process
-    /// when they are mapped.
+    /// Zeros in huge pages of 2 MiB of the host's pool (hugetlbfs), all of which are set aside for this process when
+    /// they are mapped.
     Huge,
     /// Zeros, in a file without a name for each region ([`super::Region::file`]), which another process can map, too.
     Shared,
     /// Pages that another process gives, each when it is first touched.
     Served(&'s Faults),
-    /// The same, in huge pages as of `Huge`: each comes as a whole.
+    /// Huge pages as of `Huge` that another process gives, each as a whole when it is first touched.
     ServedHuge(&'s Faults),
     /// The content of a file, as a copy that this process changes for itself: a page is read when it is first
     /// touched. What no piece is for is zeros. Nobody may make the file shorter meanwhile: a page
@@ -33,7 +33,7 @@ pub enum Source<'s> {
 }
 
 impl<'s> Source<'s> {
-    /// The same content, in huge pages of 2 MiB of the host's pool.
+    /// The content of this source, in huge pages of 2 MiB of the host's pool.
     ///
     /// # Errors
     /// The pages are those of a file, of the size that its file system has.

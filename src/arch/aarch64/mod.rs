@@ -97,7 +97,7 @@ impl CpuModel {
 /// the CPU has (KVM api, KVM_ARM_VCPU_FINALIZE and the ID registers) and where the interrupt controller is.
 pub const ENTERS_WITHOUT_STATE: bool = false;
 
-/// What CPUs are initialised with beside what KVM prefers (KVM api, KVM_ARM_VCPU_INIT).
+/// The features that CPUs are initialised with beside those that KVM prefers (KVM api, KVM_ARM_VCPU_INIT).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CpuFeatures {
     mask: [u32; WORDS],
@@ -114,7 +114,7 @@ const GIVEN: u32 = 1 << KVM_ARM_VCPU_PSCI_0_2
     | 1 << KVM_ARM_VCPU_PTRAUTH_GENERIC;
 
 impl CpuFeatures {
-    /// Those that `changes` ask for, one after the other.
+    /// The features that `changes` ask for, one after the other.
     ///
     /// # Errors
     /// A feature that guests cannot be given is asked for.
@@ -167,7 +167,8 @@ pub fn after_vcpus(vm: &VmFd, vcpus: &[VcpuFd], features: CpuFeatures) -> Result
     InterruptController::new(vm, vcpus.len() as u32)
 }
 
-/// What the CPUs are initialised as: KVM's preferred kind, with PSCI, and with what `features` change of that.
+/// The kind and the features that CPUs are initialised with: KVM's preferred ones, with PSCI, and with what `features`
+/// changes of them.
 fn kind_of_cpus(vm: &VmFd, features: CpuFeatures) -> Result<kvm_vcpu_init> {
     let mut target = kvm_vcpu_init::default();
     vm.get_preferred_target(&mut target).context("ask KVM for its preferred CPU")?;

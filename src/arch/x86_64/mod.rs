@@ -198,12 +198,12 @@ impl InterruptController {
     }
 }
 
-/// What CPUs are initialised with: nothing here, CPUID says what they have.
+/// The features that CPUs are initialised with: on this architecture there are none, CPUID says what a CPU has.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CpuFeatures(());
 
 impl CpuFeatures {
-    /// None.
+    /// The features that `changes` ask for, of which there can be none.
     ///
     /// # Errors
     /// There is a change.
