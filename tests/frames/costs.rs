@@ -38,9 +38,10 @@ fn ask_until_answered_at_once(
         let used = [RX, TX].map(|queue| guest.used_index(queue) - before[queue]);
         let interrupts = guest.interrupts();
         if used != [0, 1] {
-            // The TAP's event finds it empty.
+            // The TAP's event finds it empty, or a frame of the host's own that came meanwhile.
             guest.turn();
-            assert_eq!((guest.used_index(RX) - before[RX], guest.interrupts()), (1, 0), "{case}");
+            let came = guest.used_index(RX) - before[RX];
+            assert!(came > 1 || came == 1 && guest.interrupts() == 0, "{case}: {came}");
             return (used, interrupts);
         }
         guest.wait_for_each_turn(|guest| guest.used_index(RX) != before[RX]);
