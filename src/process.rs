@@ -1,4 +1,4 @@
-//! What a process costs its host, as Linux tells it (proc(5)): looked up only when somebody asks.
+//! The costs of a process to its host, as Linux tells them (proc(5)). They are looked up only when somebody asks.
 
 use std::fs;
 
@@ -26,8 +26,8 @@ pub fn cpu_us(process: Option<u32>) -> Map<String, Value> {
     times
 }
 
-/// What a process and its guest have of the host's memory, in bytes; zeros where the kernel does not tell, as in a jail,
-/// which has no /proc. Guest memory that was touched is part of `anonymous_bytes`.
+/// The host's memory that a process and its guest have, in bytes; zeros where the kernel does not tell, as in a jail, which
+/// has no /proc. Guest memory that was touched is part of `anonymous_bytes`.
 pub fn memory(process: Option<u32>) -> Value {
     let text = fs::read_to_string(format!("/proc/{}/smaps_rollup", place(process))).unwrap_or_default();
     let bytes = |name: &str| {

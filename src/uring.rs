@@ -39,7 +39,7 @@ const OWN: u32 = 4;
 /// The number that a write to an event adds to the event's counter.
 static ONE: u64 = 1;
 
-/// What the kernel is asked to do that names no memory. Offsets and lengths are in bytes.
+/// A task for the kernel that names no memory. Offsets and lengths are in bytes.
 #[derive(Clone, Copy, Debug)]
 #[allow(missing_docs, reason = "the fields are the system calls' parameters")]
 pub enum Operation {

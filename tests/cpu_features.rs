@@ -66,7 +66,7 @@ mod of_aarch64 {
                 continue;
             }
             assert_eq!(started.status(), "204", "{}", started.body);
-            // What such a CPU holds is saved and restored whole.
+            // The state of such a CPU is saved and restored whole.
             let mut client = service.client();
             client.ok("PATCH", "/vm", r#"{"state": "Paused"}"#);
             let paths = ["state", "memory"].map(|name| service.folder.path(name));

@@ -208,7 +208,7 @@ fn a_guest_with_huge_pages_is_saved_and_goes_on() {
     let config: Value = client.ok("GET", "/machine-config", "").json();
     assert_eq!(config["huge_pages"], "None");
 
-    // What was written between the two is what the difference has.
+    // The first snapshot with the difference merged into it is the second one.
     let merge = [&["snapshot".to_owned(), "merge".to_owned()][..], &first, &diff].concat();
     let alula = common::alula();
     common::output(alula.to_str().unwrap(), &merge.iter().map(String::as_str).collect::<Vec<_>>());

@@ -56,8 +56,8 @@ impl Microvm {
         }
     }
 
-    /// What a machine with these CPUs and so much memory is built on. What was made ahead is used up by it, if it is
-    /// like that; else KVM is opened by `prepare`.
+    /// The base of a machine with these CPUs and so much memory: the shell that was made ahead, if it is for such a machine,
+    /// which uses it up; else KVM is opened by `prepare`.
     pub(super) fn take_base(
         &mut self,
         cpus: Cpus,

@@ -132,7 +132,7 @@ impl Load {
         match self.huge_pages {
             Some(huge_pages) => *pages = huge_pages,
             None if *pages == HugePages::Huge2M && !self.is_served => {
-                // Nobody has asked for huge pages here, and the guest does not see of which size they are.
+                // The request leaves the size of the pages open, and the guest does not see it.
                 log::line(format_args!(
                     "the saved guest had huge pages of 2 MiB, and its memory's file is not mapped in them: it has \
                      pages of the host's size (a page-fault handler would give huge ones)"

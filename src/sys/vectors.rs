@@ -12,7 +12,7 @@ use std::sync::atomic::AtomicU8;
 
 use super::check_count;
 
-/// So many vectors the kernel takes at once (IOV_MAX).
+/// The number of vectors that the kernel takes at once (IOV_MAX).
 pub const VECTORS_MAX: usize = libc::UIO_MAXIOV as usize;
 
 /// Pieces of memory that others change at any time, as they do that of a guest.
@@ -156,7 +156,7 @@ impl<'m> List<'m> {
         self.length += length;
     }
 
-    /// What the kernel wants to know of a message on these, as many of them as it takes.
+    /// The header of a message (sendmsg(2), recvmsg(2)) on these pieces, as many of them as the kernel takes.
     fn message(&mut self) -> libc::msghdr {
         let vectors = &mut self.all[self.first..];
         // SAFETY: `msghdr` is plain data of which zeros are valid.

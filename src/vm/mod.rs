@@ -125,7 +125,7 @@ pub struct Vm {
     /// settled.
     cpu_model: Mutex<Option<CpuModel>>,
     max_vcpus: usize,
-    /// What its CPUs were initialised with.
+    /// The features that the CPUs were initialised with.
     cpu_features: CpuFeatures,
     slots: Mutex<Slots>,
     routes: irq::Routes,
@@ -190,7 +190,7 @@ impl Vm {
         Ok(vcpus)
     }
 
-    /// What its CPUs were initialised with.
+    /// The features that the CPUs were initialised with.
     pub fn cpu_features(&self) -> CpuFeatures {
         self.cpu_features
     }

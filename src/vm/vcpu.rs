@@ -304,8 +304,8 @@ fn run(shared: &Shared, surroundings: &Surroundings, index: usize, stood_still: 
     }
 }
 
-/// So often in a row a CPU may not be run before it is looked at, 1 ms apart from the fourth time on. KVM does not run one
-/// either for which it needs a thread of the kernel that it may not start.
+/// The number of times in a row that KVM may refuse to run a CPU (EAGAIN) before the CPU is looked at; from the fourth on
+/// they are 1 ms apart. KVM also refuses a CPU for which it may not start a thread of the kernel.
 const NOT_RUN_MAX: u32 = 1000;
 
 /// KVM has not run a CPU, once more than the `times` in a row before; returns why, if that will not change. A CPU that waits to be started is
