@@ -6,6 +6,7 @@ pub mod ahead;
 pub mod counts;
 pub mod drives;
 mod handler;
+mod input;
 mod live;
 mod metrics;
 pub mod monitor;
