@@ -116,6 +116,11 @@ impl Console {
         self.serial.enqueue_raw_bytes(&bytes[..bytes.len().min(room)]).unwrap_or(bytes.len().min(room))
     }
 
+    /// Takes the output away, with what is kept for a slow reader. What the guest writes now goes nowhere.
+    pub fn take_output(&mut self) -> Box<dyn Write + Send> {
+        std::mem::replace(&mut self.serial.writer_mut().output, Box::new(std::io::sink()))
+    }
+
     /// Writes what is kept for a slow reader, as far as it reads now.
     pub fn flush(&mut self) {
         // A reader that is gone loses it; the guest goes on.

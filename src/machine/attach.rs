@@ -3,6 +3,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::kept::Kept;
 use super::parts::{self, Places};
 use super::windows::{self, Shown};
 use super::{Machine, RunState};
@@ -43,13 +44,15 @@ struct Ahead {
     window: Option<Window>,
 }
 
-/// The devices of a configuration that have windows, by their names: they are opened before the machine has its shell,
-/// since a change of KVM's memory soon after interrupt controllers are made waits for these.
+/// The devices of a configuration that are there before the machine has its shell, by their names: those with windows,
+/// since a change of KVM's memory soon after interrupt controllers are made waits for these, and those of the machine
+/// before.
 pub(super) struct OpenedAhead(Vec<(String, Ahead)>);
 
 impl OpenedAhead {
-    /// Opens them, for the machine called `id`, whose memory is at `memory`.
+    /// Opens them, but for those that were `kept`, for the machine called `id`, whose memory is at `memory`.
     pub fn open(
+        mut kept: Kept,
         id: &str,
         config: &Config,
         places: &Places,
@@ -57,10 +60,14 @@ impl OpenedAhead {
         host: &mut Host,
     ) -> Result<Self> {
         let (mut opened, mut taken) = (Vec::new(), Vec::new());
-        for device in config.devices().filter(|device| device.kind().has_window) {
-            let ahead = Ahead::open(device, id, host, places, memory, &taken)?;
+        let is_ahead = |device: &&ConfiguredDevice| device.kind().has_window || kept.has(&device.name());
+        let ahead: Vec<_> = config.devices().filter(is_ahead).collect();
+        for device in ahead {
+            let name = device.name();
+            let device = kept.take(&name).map_or_else(|| device.open(id, host), Ok)?;
+            let ahead = Ahead::of(&name, device, places, memory, &taken)?;
             taken.extend(ahead.window.as_ref().map(|window| window.range));
-            opened.push((device.name(), ahead));
+            opened.push((name, ahead));
         }
         Ok(Self(opened))
     }
@@ -72,19 +79,16 @@ impl OpenedAhead {
 }
 
 impl Ahead {
-    /// Opens a device of the machine called `id`, whose memory is at `memory`, and finds a place for its window where
-    /// `taken` has none. Nobody else knows of the window yet.
-    fn open(
-        device: &ConfiguredDevice,
-        id: &str,
-        host: &mut Host,
+    /// A device of a machine whose memory is at `memory`, with a place for its window where `taken` has none. Nobody else
+    /// knows of the window yet.
+    fn of(
+        name: &str,
+        mut opened: Box<dyn VirtioDevice>,
         places: &Places,
         memory: &[Range],
         taken: &[Range],
     ) -> Result<Self> {
-        let mut opened = device.open(id, host)?;
-        let name = device.name();
-        let find = |view| windows::put(&name, view, places, memory, taken);
+        let find = |view| windows::put(name, view, places, memory, taken);
         let window = opened.view().map(find).transpose().with_context(|| format!("attach {name}"))?;
         window.iter().for_each(|window| opened.set_window(window.range));
         Ok(Self { device: Some(opened), window })
@@ -99,7 +103,8 @@ impl Machine {
         let name = device.name();
         let attempt = || format!("attach {name}");
         let place = self.find_place(device, places).with_context(attempt)?;
-        let mut ahead = Ahead::open(device, &self.id, host, places, &self.platform.memory, &self.windows())?;
+        let opened = device.open(&self.id, host)?;
+        let mut ahead = Ahead::of(&name, opened, places, &self.platform.memory, &self.windows())?;
         if let Some(window) = &ahead.window {
             self.vm.add_window(window).with_context(attempt)?;
         }
@@ -110,8 +115,8 @@ impl Machine {
         })
     }
 
-    /// Does the same with all devices of a configuration, some of which were opened before the machine had its shell,
-    /// which has their windows.
+    /// Does the same with all devices of a configuration, some of which were there before the machine had its shell, which
+    /// has their windows.
     pub(super) fn attach_all(
         &mut self,
         config: &Config,

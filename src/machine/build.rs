@@ -9,6 +9,7 @@ use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
 
 use super::attach::{OpenedAhead, pci_bus};
 use super::command_line::command_line;
+use super::kept::Kept;
 use super::parts::{Parts, Places};
 use super::shell::{Base, Cpus, Shell};
 use super::{Machine, RunState, halt};
@@ -34,6 +35,7 @@ const MEMORY_MIN: u64 = 2 << 20;
 
 pub fn build(
     source: Source<'_>,
+    kept: Kept,
     places: &Places,
     id: &str,
     config: &Config,
@@ -43,7 +45,7 @@ pub fn build(
     let boot_timer = config.boot_timer.then(BootTimer::start);
     let machine = &config.machine_config;
     let ranges = layout::memory(memory_size(machine.mem_size_mib)?);
-    let ahead = OpenedAhead::open(id, config, places, &ranges, host)?;
+    let ahead = OpenedAhead::open(kept, id, config, places, &ranges, host)?;
     let source = machine.huge_pages.source(source)?;
     let shell = base.shell(Cpus::of(config)?, &ranges, source, &ahead.windows())?;
     let Shell { vcpus, loops, surroundings, errands, wake, mut vm, memory } = shell;
@@ -70,10 +72,7 @@ pub fn build(
     };
     put_fixed(&mut site)?;
     let mut parts = site.parts;
-    let root = match config.pci {
-        true => Some(pci_bus(&vm, &surroundings, &mut parts)?),
-        false => None,
-    };
+    let root = config.pci.then(|| pci_bus(&vm, &surroundings, &mut parts)).transpose()?;
     let parts = Parts(parts);
     parts.check_places(places)?;
     let mut machine = Box::new(Machine {

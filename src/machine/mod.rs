@@ -4,6 +4,7 @@ mod attach;
 mod build;
 mod command_line;
 mod halt;
+mod kept;
 mod loops;
 mod metrics;
 mod parts;
@@ -45,6 +46,7 @@ use parts::{Parts, Pausing};
 pub use crate::vm::brake::Brake;
 pub use crate::vm::exit::Exit;
 pub use crate::vm::{OpenKvm, Prepared};
+pub use kept::Kept;
 pub use parts::Places;
 pub use regions::Tracker;
 pub use saved::SavedMachine;
@@ -126,7 +128,19 @@ impl Machine {
         host: &mut Host,
         base: impl Into<Base>,
     ) -> Result<Box<Self>> {
-        build::build(source, places, id, config, host, base.into())
+        build::build(source, Kept::default(), places, id, config, host, base.into())
+    }
+
+    /// Wires a machine together as [`Machine::build`] does, after one of the same configuration: it has the devices that
+    /// were `kept` of that.
+    pub fn build_after(
+        kept: Kept,
+        id: &str,
+        config: &Config,
+        host: &mut Host,
+        base: impl Into<Base>,
+    ) -> Result<Box<Self>> {
+        build::build(Source::Anonymous, kept, &Places::new(), id, config, host, base.into())
     }
 
     /// Where its parts are.

@@ -22,7 +22,7 @@ use crate::memory::window::View;
 use crate::memory::{Memory, Range};
 use crate::metrics::Group;
 use crate::poll::{EventFd, Interest};
-use crate::snapshot::SaveState;
+use crate::snapshot::{SaveState, stateless};
 use crate::uring::Uring;
 use crate::vm::posted::Posted;
 
@@ -66,6 +66,12 @@ pub trait VirtioDevice: SaveState + Send {
     /// The driver reset the device; no worker is left. State that the driver set goes back to how it
     /// was at power-on.
     fn reset(&mut self) {}
+    /// The machine has ended, and the device goes into another one, whose guest begins: the device is as it was at power-on,
+    /// with all that it has of the host. No worker is left. What the guest has had of it is gone, also where a reset by
+    /// the driver leaves that.
+    fn power_on(&mut self) {
+        self.reset();
+    }
     /// The user changes what can be changed of a device in use; `change` is of the type that the device's
     /// kind has for the body of the API's PATCH. The caller promises that no worker is left; they start again
     /// afterwards, on the same queues. Returns whether the driver must look at the configuration again. A
@@ -81,6 +87,24 @@ pub trait VirtioDevice: SaveState + Send {
     /// What it counts, shared with its workers; it goes on through resets.
     fn metrics(&self) -> Option<Arc<dyn Group>> {
         None
+    }
+}
+
+/// In the place of a device that has gone into another machine: one without queues, of the type that no driver is for
+/// (virtio 1.2, 5).
+struct Gone;
+
+stateless!(Gone);
+
+impl VirtioDevice for Gone {
+    fn device_type(&self) -> u32 {
+        0
+    }
+    fn queue_sizes(&self) -> &[u16] {
+        &[]
+    }
+    fn start(&mut self, _: Io) -> Result<Vec<Box<dyn Worker>>> {
+        Ok(Vec::new())
     }
 }
 

@@ -13,7 +13,7 @@ use crate::history::{self, Event};
 use crate::host::Host;
 use crate::log;
 use crate::virtio::workers::Job;
-use crate::virtio::{Io, Queue};
+use crate::virtio::{Gone, Io, Queue, VirtioDevice};
 
 impl Transport {
     /// Starts it, soon, if everything is for it.
@@ -203,6 +203,14 @@ impl Transport {
                 self.stop();
             }
         }
+    }
+
+    /// The device, as it is at power-on, for another machine. It must have been paused, and this machine goes: nobody starts
+    /// what is in its place.
+    pub fn take_device(&mut self) -> Box<dyn VirtioDevice> {
+        let mut device = std::mem::replace(&mut self.device, Box::new(Gone));
+        device.power_on();
+        device
     }
 
     /// Lets it go on, on the same queues. A device that was restored interrupts for each of its queues: an
