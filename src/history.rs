@@ -47,6 +47,11 @@ pub enum Event {
         /// Who wanted it: a request, or the command line.
         reason: &'static str,
     },
+    /// The guest was stopped by a reset of its machine, and boots again.
+    Restarted {
+        /// As above.
+        reason: &'static str,
+    },
     /// The guest says that it has booted (`--boot-timer`).
     Booted {
         /// So long after its start began, in microseconds.

@@ -111,7 +111,8 @@
 //!   it, `devices/vsock/worker.rs`, ...).
 //! - A request of an API client: `api/server.rs` and `api/connection.rs` read it, `api/routes.rs` makes an
 //!   [`api::Request`] of it, `api/handle.rs` calls `microvm/mod.rs`. Requests of a template go to `api/template.rs`.
-//! - A start: `machine/build.rs` wires the parts and has `boot.rs` of the architecture load the kernel.
+//! - A start: `machine/build.rs` wires the parts and has `boot.rs` of the architecture load the kernel. A reset by the
+//!   user: `microvm/start.rs` ends the machine and starts one that has its devices (`machine/kept.rs`).
 //! - A program in the guest (`alula exec`): `cli/exec.rs` connects, `cli/session.rs` asks by `guest/call.rs`; in the
 //!   guest `agent/session.rs` hears it, and `agent/process.rs` starts the program.
 //! - What the guest's CPUs are: `config/cpu.rs` reads what is asked for; `arch/x86_64/cpuid.rs` makes CPUID, and

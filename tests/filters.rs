@@ -199,6 +199,32 @@ fn calls_of_other_architectures_and_of_x32_are_refused() {
     });
 }
 
+/// A thread that is started once the guest runs, as those of a guest that boots again are, has the filter of `main`
+/// beneath its own.
+#[test]
+fn main_may_do_what_threads_may_that_it_starts_later() {
+    let table = read("calls");
+    all(|name, arch, _, _, program| {
+        if name != "MAIN" {
+            return;
+        }
+        let numbers = filters::numbers(&table, arch).unwrap();
+        for list in ["common", "vcpu", "io", "job"].map(|list| read(&format!("{list}.list"))) {
+            for Line { call, conditions } in filters::parse(&list, arch).unwrap() {
+                let choices = conditions.iter().map(|condition| condition.values.len()).max().unwrap_or(1);
+                for choice in 0..choices {
+                    let mut arguments = [0; 6];
+                    for Condition { argument, values, .. } in &conditions {
+                        arguments[*argument as usize] = u64::from(values[choice % values.len()]);
+                    }
+                    let call = Call { number: numbers[call], arch: arch.audit(), arguments };
+                    assert_eq!(run(program, &call).0, ALLOW, "{arch:?}: {call:?}");
+                }
+            }
+        }
+    });
+}
+
 #[test]
 fn signals_go_to_the_process_itself_alone() {
     const PROCESS: u32 = 1234;

@@ -35,6 +35,8 @@ pub enum Action {
     SendCtrlAltDel,
     /// Ours: asks the guest to power off, in the way of its architecture.
     Shutdown,
+    /// Ours: stops the guest at once, as a reset button does, and boots it again.
+    Reset,
 }
 
 /// The state to bring a microVM into.

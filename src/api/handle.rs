@@ -122,11 +122,12 @@ fn check_time(microvm: &Microvm, request: &Request) -> Result<(), String> {
         | Guest
         | CreateSnapshot(_)
         | NoteWorkingSet(_)
-        | Action(super::Action::SendCtrlAltDel | super::Action::FlushMetrics | super::Action::Shutdown)
-            if !has_started =>
-        {
-            Err(BEFORE_START.to_owned())
-        }
+        | Action(
+            super::Action::SendCtrlAltDel
+            | super::Action::FlushMetrics
+            | super::Action::Shutdown
+            | super::Action::Reset,
+        ) if !has_started => Err(BEFORE_START.to_owned()),
         TellDevice(_, place) if !has_started && !place.is_empty() => Err(BEFORE_START.to_owned()),
         _ => Ok(()),
     }
@@ -233,6 +234,7 @@ fn act(microvm: &mut Microvm, action: Action) -> Result<(), String> {
         }
         Action::SendCtrlAltDel => microvm.send_ctrl_alt_del().map_err(fault("Internal VMM error")),
         Action::Shutdown => microvm.request_shutdown().map_err(fault("Internal VMM error")),
+        Action::Reset => microvm.reset("Reset").map_err(fault("Reset error")),
         Action::FlushMetrics => {
             microvm.write_metrics();
             Ok(())

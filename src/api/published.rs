@@ -394,12 +394,15 @@ fn fields_that_are_not_published_are_ours_alone() {
     for field in ["format", "backing", "direct_io", "num_queues", "threads", "user", "queue_pairs"] {
         assert!(ours.iter().any(|other| other == field), "{field}: {ours:?}");
     }
-    let shutdown = json!({ "action_type": "Shutdown" });
-    assert_eq!(becomes(Dialect::Alula, "PUT", "/actions", &shutdown), Ok(()));
-    let error = becomes(Dialect::Firecracker, "PUT", "/actions", &shutdown).unwrap_err();
-    let expected =
-        "unknown variant `Shutdown`, expected one of `FlushMetrics`, `InstanceStart`, `SendCtrlAltDel`";
-    assert!(error.contains(expected), "{error}");
+    for action in ["Shutdown", "Reset"] {
+        let body = json!({ "action_type": action });
+        assert_eq!(becomes(Dialect::Alula, "PUT", "/actions", &body), Ok(()));
+        let error = becomes(Dialect::Firecracker, "PUT", "/actions", &body).unwrap_err();
+        let expected = format!(
+            "unknown variant `{action}`, expected one of `FlushMetrics`, `InstanceStart`, `SendCtrlAltDel`"
+        );
+        assert!(error.contains(&expected), "{error}");
+    }
 }
 
 #[test]

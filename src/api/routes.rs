@@ -60,9 +60,10 @@ pub fn route(dialect: Dialect, method: &str, path: &str, body: &[u8]) -> Result<
         ("PUT", ["boot-source", ..]) => Request::PutBootSource(body.parse()?),
         ("PUT", ["actions", ..]) => match body.parse::<ActionBody>()?.action_type {
             // Ours; the words are those of serde.
-            Action::Shutdown if dialect == Dialect::Firecracker => {
+            action @ (Action::Shutdown | Action::Reset) if dialect == Dialect::Firecracker => {
                 let known = &["FlushMetrics", "InstanceStart", "SendCtrlAltDel"];
-                return Err(body.refuse(&serde::de::Error::unknown_variant("Shutdown", known)));
+                let name = format!("{action:?}");
+                return Err(body.refuse(&serde::de::Error::unknown_variant(&name, known)));
             }
             action => Request::Action(action),
         },

@@ -120,7 +120,12 @@ fn changes(generator: &mut SchemaGenerator) -> Vec<Operation> {
             "Set where and how the metadata service answers (`V1` is deprecated)",
             of::<metadata::Config>(generator),
         ),
-        change("put", "/actions", "Start the microVM, ask its guest to end", of::<ActionBody>(generator)),
+        change(
+            "put",
+            "/actions",
+            "Start the microVM, ask its guest to end, reset it",
+            of::<ActionBody>(generator),
+        ),
         change("patch", "/vm", "Pause and resume, after the start", of::<VmBody>(generator)),
         change(
             "put",

@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 /// A snapshot among all that there are.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
 pub struct Place {
-    /// A random number of the microVM that was saved: of its start, or of its restore.
+    /// A random number of the microVM that was saved: of its start, its restore, or its last reset.
     pub microvm: u128,
     /// Snapshots of that microVM are counted from 1 on.
     pub number: u32,
@@ -53,7 +53,7 @@ impl Line {
                 format!("snapshot {other} of it, which has these pages or later ones")
             }
             (true, other) => format!("snapshot {other} of it"),
-            (false, _) => "of another microVM, or from before or after another restore".to_owned(),
+            (false, _) => "of another microVM, or from before or after another restore or reset".to_owned(),
         };
         Err(Error::config(format!(
             "the difference is snapshot {number} of its microVM, and is for {wanted}; what it is to be merged into is \

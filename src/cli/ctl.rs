@@ -46,6 +46,7 @@ pub fn run(ctl: &Ctl) -> Result<()> {
         Ask::Start => act(&mut client, "InstanceStart", ctl.json, "started"),
         Ask::Shutdown => act(&mut client, "Shutdown", ctl.json, "the guest was asked to power off"),
         Ask::Stop { force } => stop(client, &socket, *force, ctl.json),
+        Ask::Reset => reset(client, ctl.json),
         Ask::CtrlAltDel => act(&mut client, "SendCtrlAltDel", ctl.json, "the keys were pressed"),
         Ask::Flush => act(&mut client, "FlushMetrics", ctl.json, "written"),
         Ask::Limit(device, limiter) => limit(client, device, *limiter, ctl.json),
@@ -118,6 +119,12 @@ fn status(mut client: Client, json: bool) -> Result<()> {
 fn act(client: &mut Client, action: &str, json: bool, done: &str) -> Result<()> {
     ask(client, "PUT", "/actions", &json!({ "action_type": action }).to_string())?;
     if json { Ok(()) } else { say(done) }
+}
+
+/// Resets the machine. What devices have in flight may take long.
+fn reset(mut client: Client, json: bool) -> Result<()> {
+    client.wait_for_ever()?;
+    act(&mut client, "Reset", json, "the guest boots again")
 }
 
 /// Has the guest power off, or ends it, and waits until its monitor has ended.

@@ -247,6 +247,7 @@ fn run(mut arguments: Run, feed: &mut Option<Feed>) -> Result<Ending> {
         prepared.resources().for_each(|(what, resource)| microvm.give(what, resource));
         let (purpose, begin) = prepared.attend()?;
         monitor.wait_for(purpose)?;
+        microvm.boot_once();
         command = Some(begin);
     }
     let start = |microvm: &mut Microvm| {

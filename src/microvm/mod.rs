@@ -14,6 +14,7 @@ pub mod purpose;
 pub mod saving;
 pub mod signals;
 pub mod snapshots;
+mod start;
 pub mod working_set;
 
 use std::path::{Path, PathBuf};
@@ -31,10 +32,10 @@ use crate::host::{Access, Host, Resource, Sharing};
 use crate::jobs::{Jobs, Ticket};
 use crate::json;
 use crate::log;
-use crate::machine::{Base, Cpus, Machine, Prepared, RunState};
+use crate::machine::{Base, Machine, RunState};
 use crate::memory::page_set::PageSet;
+use crate::metadata;
 use crate::metadata::store::Store;
-use crate::metadata::{self, Service};
 use crate::metrics::{self as counted, View};
 use crate::poll::EventFd;
 use ahead::Warm;
@@ -75,6 +76,12 @@ pub struct Microvm {
     metadata: Arc<Store>,
     /// An agent in the guest has said that it listens.
     has_agent: bool,
+    /// The guest is there for one command.
+    boots_once: bool,
+    /// How often the machine was reset.
+    resets: u64,
+    /// Why there is no machine any more.
+    end: Option<Error>,
 }
 
 /// Before and after its start, and while it is.
@@ -100,6 +107,9 @@ impl Microvm {
             unsaved: None,
             metadata: Arc::new(Store::new(metadata::SIZE_MAX)),
             has_agent: false,
+            boots_once: false,
+            resets: 0,
+            end: None,
         })
     }
 
@@ -202,34 +212,6 @@ impl Microvm {
             history::tell(|| Event::GuestReady);
         }
         has_called
-    }
-
-    /// Builds, loads and starts the machine; without a boot source it runs the firmware guest.
-    /// `reason`: who wants it.
-    pub fn start(&mut self, reason: &'static str) -> Result<()> {
-        let machine = self.build(reason).inspect_err(|_| self.prepare_again())?;
-        self.machine = Some(machine);
-        self.ahead = None;
-        self.write_metrics();
-        Ok(())
-    }
-
-    /// A machine that runs.
-    fn build(&mut self, reason: &'static str) -> Result<Box<Machine>> {
-        let base =
-            self.take_base(Cpus::of(&self.config)?, self.config.machine_config.mem_size_mib, Prepared::new)?;
-        let service = self.config.mmds_config.clone();
-        self.host.serve_metadata(service.map(|config| Service { config, store: self.metadata.clone() }));
-        let mut machine = Machine::build(&self.id, &self.config, &mut self.host, base)?;
-        machine.load(&self.config, &mut self.host)?;
-        if self.config.machine_config.track_dirty_pages {
-            machine.track_writes(true)?;
-        }
-        self.host.release_all();
-        // Told first: what the guest does comes after it.
-        history::tell(|| Event::Started { reason });
-        machine.resume()?;
-        Ok(machine)
     }
 
     fn started(&mut self) -> Result<&mut Machine> {
@@ -490,6 +472,7 @@ mod tests {
             microvm.resume("test"),
             microvm.send_ctrl_alt_del(),
             microvm.request_shutdown(),
+            microvm.reset("test"),
         ];
         assert!(error.iter().all(|result| result.as_ref().unwrap_err().to_string().contains("not started")));
         assert_eq!(microvm.state(), None);

@@ -94,8 +94,8 @@ pub struct Monitor {
     input: Input,
     /// Standard input is for it.
     purpose: Option<Arc<Purpose>>,
-    /// The machine's descriptors are on `events`.
-    watching: bool,
+    /// The descriptors of a machine are on `events`: of the one after so many resets.
+    watches: Option<u64>,
     /// The event of the microVM's jobs is on `events`.
     awaits_jobs: bool,
     /// When to prepare, if nothing happens before.
@@ -124,7 +124,7 @@ impl Monitor {
             telling: false,
             input,
             purpose: None,
-            watching: false,
+            watches: None,
             awaits_jobs: false,
             prepare_at: Some(now + IDLE),
             look_at: now,
@@ -227,6 +227,9 @@ impl Monitor {
     fn wait(&mut self, microvm: &mut Microvm) -> Result<Outcome> {
         let mut ready = Vec::new();
         loop {
+            if let Some(error) = microvm.take_end() {
+                return Err(error);
+            }
             if lost::is_lost() {
                 self.end_by_lost_memory();
             }
@@ -234,14 +237,15 @@ impl Monitor {
                 self.end_by_refusal();
             }
             let is_due = self.look_at <= Instant::now();
-            if self.watching && is_due {
+            if self.watches.is_some() && is_due {
                 microvm.look_at_metrics();
             }
             // A CPU that waits for a page has not halted, and whoever looks at it would wait, too.
             let may_have_halted = is_due && !microvm.waits_for_page();
+            let resets = microvm.resets();
             if let Some(machine) = microvm.machine() {
-                if !self.watching {
-                    self.watch(machine)?;
+                if self.watches != Some(resets) {
+                    self.watch(machine, resets)?;
                 }
                 if let Some(exit) = machine.exit() {
                     history::tell(|| exit.event());
@@ -303,7 +307,7 @@ impl Monitor {
     }
 
     fn timeout(&self) -> Option<Duration> {
-        let at = if self.watching { Some(self.look_at) } else { self.prepare_at };
+        let at = if self.watches.is_some() { Some(self.look_at) } else { self.prepare_at };
         let expires_at = self.front.as_ref().and_then(|front| front.expires_at());
         let at = at.into_iter().chain(expires_at).min();
         // A millisecond more than the rest: epoll rounds down.
@@ -350,16 +354,19 @@ impl Monitor {
         Ok(())
     }
 
-    fn watch(&mut self, machine: &Machine) -> Result<()> {
+    /// Watches the machine after so many resets. The descriptors of one before it left the set as they were closed.
+    fn watch(&mut self, machine: &Machine, resets: u64) -> Result<()> {
         self.events.add(machine.exit_fd(), Interest::IN, EXIT)?;
         self.events.add(machine.wake_fd(), Interest::IN, MACHINE)?;
+        self.look_at = Instant::now() + LOOK;
+        if self.watches.replace(resets).is_some() {
+            return Ok(());
+        }
         self.signals.share()?;
         self.signals.tell_of_going_on();
         if self.purpose.is_none() {
             self.input.enter(&self.events);
         }
-        self.look_at = Instant::now() + LOOK;
-        self.watching = true;
         Ok(())
     }
 }

@@ -7,6 +7,9 @@
 //! what it does, and with the reason. `main.list` is also for threads that `main` starts once its guest runs and that
 //! have no list of their own. A call that is needed only before the guest runs needs no line.
 //!
+//! The threads of a guest that boots again, by a reset of its machine, have the filter of `main` beneath their own, and each
+//! call of theirs passes both: `main` may do all that any of them may.
+//!
 //! `main` goes in two steps. Before its guest runs it may start programs (passt), which inherit its filter, so that
 //! the first filter, `early.list`, names what is refused. When the gate is first opened, [`close`] lays the other one.
 

@@ -110,18 +110,21 @@ pub fn forbid(call: libc::c_long, errno: i32) {
     }
 }
 
-/// Lets a process, 0 for this one, open no descriptor numbered `soft` or above. Returns what the limit was.
+/// Lets a process, 0 for this one, have no more than `soft` of a resource, and returns what the limit was.
 #[allow(unsafe_code)]
-pub fn limit_descriptors(process: u32, soft: u64) -> u64 {
+pub fn limit(process: u32, resource: libc::__rlimit_resource_t, soft: u64) -> u64 {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    let (process, none) = (process as i32, std::ptr::null_mut());
     // SAFETY: the calls read and write the local structure.
     unsafe {
-        assert_eq!(libc::prlimit(process, libc::RLIMIT_NOFILE, none, &mut limit), 0);
+        assert_eq!(libc::prlimit(process as i32, resource, std::ptr::null_mut(), &mut limit), 0);
         let before = std::mem::replace(&mut limit.rlim_cur, soft);
-        assert_eq!(libc::prlimit(process, libc::RLIMIT_NOFILE, &limit, none), 0);
+        assert_eq!(libc::prlimit(process as i32, resource, &limit, std::ptr::null_mut()), 0);
         before
     }
+}
+
+pub fn limit_descriptors(process: u32, soft: u64) -> u64 {
+    limit(process, libc::RLIMIT_NOFILE, soft)
 }
 
 pub fn send(child: &Child, signal: i32) {

@@ -322,6 +322,7 @@ fn while_a_snapshot_is_written_others_are_served_and_nothing_changes() {
         let refused = other.request("PATCH", path, body).fault();
         assert!(refused.ends_with(busy), "{refused}");
     }
+    fault(&mut other, "/actions", r#"{"action_type": "Reset"}"#, &format!("Reset error: {busy}"));
     other.ok("PATCH", "/vm", PAUSE);
     assert_eq!(
         fs::read(saved.path("state")).unwrap(),

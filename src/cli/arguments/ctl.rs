@@ -29,6 +29,7 @@ Commands:
   start              Start the guest of a service that was configured by requests
   shutdown           Ask the guest to power off: Ctrl-Alt-Del on x86_64, the power key on aarch64
   stop               The same, and wait until it has: the exit code is 1 if it has not after 60 s
+  reset              Stop the guest at once, as a reset button does, and boot it again
   ctrl-alt-del       Press these keys on its keyboard: many systems reboot then (x86_64)
   limit DEVICE WORD  Limit a disk, each direction of a network interface, or flushes of a pmem device, from now on
   flush              Write a line of metrics now, where `--metrics-path` says
@@ -63,7 +64,7 @@ Examples:
 
 /// The words that say what is asked for.
 const COMMANDS: &str = "list status config guest metrics events pause resume balloon snapshot record start \
-    shutdown stop ctrl-alt-del limit flush get put patch delete";
+    shutdown stop reset ctrl-alt-del limit flush get put patch delete";
 
 pub fn commands() -> impl Iterator<Item = &'static str> {
     COMMANDS.split(' ')
@@ -113,6 +114,7 @@ pub enum Ask {
     Stop {
         force: bool,
     },
+    Reset,
     CtrlAltDel,
     /// Limit this device, from now on.
     Limit(String, RateLimiter),
@@ -188,6 +190,7 @@ fn ask(words: &[&str], extra: Option<&str>) -> Result<Ask, lexopt::Error> {
         ["start"] => Ask::Start,
         ["shutdown"] => Ask::Shutdown,
         ["stop"] => Ask::Stop { force: extra.is_some() },
+        ["reset"] => Ask::Reset,
         ["ctrl-alt-del"] => Ask::CtrlAltDel,
         ["limit", device, limits @ ..] => Ask::Limit((*device).to_owned(), rate_limiter(limits)?),
         ["limit"] => return Err("a device, and `bandwidth=` or `ops=`, are expected".into()),

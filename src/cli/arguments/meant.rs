@@ -51,6 +51,7 @@ snapshot: save
 pause: suspend
 resume: unpause continue
 shutdown: halt poweroff
+reset: reboot restart
 put: post
 ";
 
