@@ -467,11 +467,10 @@ pub fn prepare(command: &mut Command, user: Option<User>, has_terminal: bool) {
         // else can have held a lock when it forked.
         unsafe {
             check(libc::setsid())?;
-            // Whoever started the agent may have had signals ignored, as a shell's background job has Ctrl-C, and a
-            // program inherits that. The kernel refuses two of these numbers (KILL, STOP), which are never ignored.
-            for number in 1..=SIGNALS {
-                libc::signal(number, libc::SIG_DFL);
-            }
+            // A program inherits what is ignored and blocked: the agent blocks SIGCHLD, for which a shell's `wait` waits, and
+            // may have been started with Ctrl-C ignored. The kernel refuses two numbers (KILL, STOP), never ignored.
+            (1..=SIGNALS).for_each(|number| _ = libc::signal(number, libc::SIG_DFL));
+            set_signal_mask(&signals(&[]));
             if has_terminal {
                 check(libc::ioctl(libc::STDIN_FILENO, libc::TIOCSCTTY, 0))?;
             }

@@ -202,6 +202,9 @@ fn a_program_tells_its_output_and_how_it_ended() {
     assert_eq!(agent.shell("kill -9 $$").answer().exited, [1, 9]);
     // A signal's default is as everywhere: a writer without a reader ends by it.
     assert_eq!(agent.shell("trap - PIPE; kill -13 $$").answer().exited, [1, 13]);
+    // No signal is blocked: busybox' shell would wait for ever for what it has started in the background.
+    let blocked = agent.shell("exec grep SigBlk /proc/self/status").answer().output;
+    assert_eq!(String::from_utf8_lossy(&blocked).split_whitespace().last(), Some("0000000000000000"));
 
     let text = agent.folder.write("text", "no program");
     for (argv, told) in [
