@@ -1,8 +1,8 @@
 //! Disks in Linux guests.
 
-use super::{memory, *};
+use super::{memory, shared, *};
 
-/// What the writers of `alula.run=disk-scatter=write` (resources/guest-init) leave on a disk of 32 MiB.
+/// What the writers of `disk-scatter=write` (resources/guest-init) leave on a disk of 32 MiB.
 fn scattered() -> Vec<u8> {
     const PIECE: usize = 64 << 10;
     let mut content = vec![0; 32 << 20];
@@ -44,84 +44,47 @@ fn content_of(path: &Path, format: &str) -> Vec<u8> {
     (0..32 << 20 >> 16).flat_map(|piece| disk.read(piece << 7, 64 << 10).unwrap()).collect()
 }
 
-/// The host checks every byte that the guest wrote; another guest does where `checked` says so.
-fn what_four_writers_wrote_is_there_after_a_restart(format: &str, engine: &str, checked: bool) {
-    let expected = scattered();
-    for (queues, transport) in [(1, TRANSPORTS[0]), (2, TRANSPORTS[1])] {
-        let folder = Folder::new();
-        let image = if format == "qcow2" { qcow2() } else { Vec::new() };
-        let path = folder.write("disk", image);
-        if format == "raw" {
-            std::fs::File::options().write(true).open(&path).unwrap().set_len(32 << 20).unwrap();
-        }
-        let disk = format!("{},format={format},engine={engine},queues={queues}", path.display());
-        for what in if checked && queues == 1 { &["write", "check"][..] } else { &["write"] } {
-            let word = format!("disk-scatter={what}");
-            let ended = boot_with(KERNELS[0], 2, &word, &[transport, &["--disk", &disk]].concat());
-            assert_eq!(ended.code, Some(0), "{}", ended.text);
-            let said = format!("disk: four writers, {what} done, {queues} queues");
-            assert!(ended.text.contains(&said) && !ended.text.contains("is not as it was"), "{}", ended.text);
-            assert!(!ended.text.contains("instead of Async") || format == "qcow2", "{}", ended.text);
-        }
-        assert!(content_of(&path, format) == expected, "{format} {engine} {queues}");
+/// Makes an image of 32 MiB in which nothing is written.
+pub fn image(folder: &Folder, name: &str, format: &str) -> PathBuf {
+    let path = folder.write(name, if format == "qcow2" { qcow2() } else { Vec::new() });
+    if format == "raw" {
+        std::fs::File::options().write(true).open(&path).unwrap().set_len(32 << 20).unwrap();
     }
+    path
 }
 
-#[test]
-#[ignore = "a stock kernel: scripts/test runs it"]
-fn four_writers_on_a_raw_disk_by_the_sync_engine() {
-    what_four_writers_wrote_is_there_after_a_restart("raw", "sync", false);
+/// The host checks every byte that the guest wrote, and the guest reads it again when it has been given the image anew.
+pub fn four_writers(guest: &shared::Guest, format: &str, engine: &str) {
+    let disk = format!("{format}_{engine}");
+    let path = guest.fresh(&disk, format);
+    let says = |what: &str| {
+        let text = guest.does(&disk, &[&format!("disk-scatter={what}")]);
+        let said = format!("disk: four writers, {what} done, {} queues", guest.queues);
+        assert!(text.contains(&said) && !text.contains("is not as it was"), "{text}");
+    };
+    says("write");
+    let other = image(&guest.folder, "other", format);
+    guest.show(&disk, &other);
+    assert!(content_of(&path, format) == scattered(), "{format} {engine}");
+    guest.show(&disk, &path);
+    says("check");
 }
 
-#[test]
-#[ignore = "a stock kernel: scripts/test runs it"]
-fn four_writers_on_a_raw_disk_by_the_async_engine() {
-    what_four_writers_wrote_is_there_after_a_restart("raw", "async", true);
-}
-
-#[test]
-#[ignore = "a stock kernel: scripts/test runs it"]
-fn four_writers_on_a_qcow2_disk_by_the_sync_engine() {
-    what_four_writers_wrote_is_there_after_a_restart("qcow2", "sync", true);
-}
-
-#[test]
-#[ignore = "a stock kernel: scripts/test runs it"]
-fn four_writers_on_a_qcow2_disk_by_the_async_engine() {
-    what_four_writers_wrote_is_there_after_a_restart("qcow2", "async", false);
-}
-
-#[test]
-#[ignore = "a stock kernel: scripts/test runs it"]
-fn what_a_guest_gives_back_is_free_on_the_host() {
+pub fn gives_back(guest: &shared::Guest, format: &str, engine: &str) {
     use std::os::unix::fs::MetadataExt;
-    for (format, engine) in [("raw", "async"), ("qcow2", "sync")] {
-        let folder = Folder::new();
-        let path = folder.write("disk", if format == "qcow2" { qcow2() } else { Vec::new() });
-        if format == "raw" {
-            std::fs::File::options().write(true).open(&path).unwrap().set_len(32 << 20).unwrap();
-        }
-        let disk = format!("{},format={format},engine={engine}", path.display());
-        let (kernel, initrd) = (asset(KERNELS[0]), asset("initramfs.cpio"));
-        let line = command_line("disk-give-back");
-        let arguments = ["run", kernel.to_str().unwrap(), "--initrd", initrd.to_str().unwrap()];
-        let machine = ["--cpus", "2", "--memory", "256M", "--disk", &disk, "--cmdline", &line];
-        let mut guest = Process::start([&arguments[..], &machine].concat());
-        // What the image takes when the guest has done that; the guest goes on with a line.
-        let mut taken = |done: &str| {
-            let said = guest.expect(done);
-            let taken = std::fs::metadata(&path).unwrap().blocks() >> 11;
-            guest.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
-            (said, taken)
-        };
-        let (_, filled) = taken("disk: filled");
-        assert!(filled >= 16, "{filled} MiB");
-        let (_, trimmed) = taken("disk: trimmed");
-        assert!(trimmed <= filled - 15, "{trimmed} MiB of {filled}");
-        let (text, discarded) = taken("disk: discarded,");
-        assert!(line_of(&text, "disk: discarded,") == "0" && discarded == 0, "{discarded} MiB: {text}");
-        ends(&guest.end(), 0, "powered off\n");
-    }
+    let disk = format!("{format}_{engine}");
+    let path = guest.fresh(&disk, format);
+    // What the image takes when the guest has done that, in MiB.
+    let takes = |word: &str| {
+        let text = guest.does(&disk, &[word]);
+        (text, std::fs::metadata(&path).unwrap().blocks() >> 11)
+    };
+    let (_, filled) = takes("disk-fill");
+    assert!(filled >= 16, "{filled} MiB");
+    let (_, trimmed) = takes("disk-trim");
+    assert!(trimmed <= filled - 15, "{trimmed} MiB of {filled}");
+    let (text, discarded) = takes("disk-discard");
+    assert!(line_of(&text, "disk: discarded,") == "0" && discarded == 0, "{discarded} MiB: {text}");
 }
 
 #[test]
@@ -194,29 +157,36 @@ fn a_root_device_is_mounted_as_it_is_configured() {
     assert!(std::fs::read(&disk).unwrap() == written, "a read-only disk was written to");
 }
 
+/// How a guest's kernel reaches a file in persistent memory: Debian's for arm64 has no DAX.
+const PMEM: &str = if X86_64 { "by DAX" } else { "by the page cache" };
+
+pub fn writes_to_pmem(guest: &shared::Guest) {
+    let text = guest.does("", &["pmem=write", "pmem=check"]);
+    for what in ["write", "check"] {
+        let said = format!("pmem: {what} done, 65536 sectors, {PMEM}");
+        assert!(text.contains(&said), "{text}");
+    }
+    // The superblock of ext4, and 4 MiB that are no zeros.
+    let content = std::fs::read(guest.folder.path("pmem")).unwrap();
+    assert_eq!(content[1080..1082], [0x53, 0xef]);
+    assert!(content.iter().filter(|byte| **byte != 0).count() > 4_000_000);
+}
+
 #[test]
 #[ignore = "a stock kernel: scripts/test runs it"]
 fn what_a_guest_writes_to_persistent_memory_stays() {
-    // Debian's kernel for arm64 has no DAX.
-    let how = if X86_64 { "by DAX" } else { "by the page cache" };
-    for transport in TRANSPORTS {
-        let folder = Folder::new();
-        let path = folder.write("pmem", "");
-        std::fs::File::options().write(true).open(&path).unwrap().set_len(32 << 20).unwrap();
-        let mut written = Vec::new();
-        for (what, access) in [("write", ""), ("check", ",ro")] {
-            let pmem = format!("{}{access}", path.display());
-            let ended =
-                boot_with(KERNELS[0], 1, &format!("pmem={what}"), &[transport, &["--pmem", &pmem]].concat());
-            let said = format!("pmem: {what} done, 65536 sectors, {how}");
-            assert!(ended.code == Some(0) && ended.text.contains(&said), "{}", ended.text);
-            let content = std::fs::read(&path).unwrap();
-            // The superblock of ext4, and 4 MiB that are no zeros.
-            assert_eq!(content[1080..1082], [0x53, 0xef]);
-            assert!(content.iter().filter(|byte| **byte != 0).count() > 4_000_000);
-            assert!(what == "write" || content == written, "a guest wrote to what is read-only");
-            written = content;
-        }
+    let folder = Folder::new();
+    let path = image(&folder, "pmem", "raw");
+    let mut written = Vec::new();
+    for ((what, access), transport) in [("write", ""), ("check", ",ro")].into_iter().zip(TRANSPORTS) {
+        let pmem = format!("{}{access}", path.display());
+        let ended =
+            boot_with(KERNELS[0], 1, &format!("pmem={what}"), &[transport, &["--pmem", &pmem]].concat());
+        let said = format!("pmem: {what} done, 65536 sectors, {PMEM}");
+        assert!(ended.code == Some(0) && ended.text.contains(&said), "{}", ended.text);
+        let content = std::fs::read(&path).unwrap();
+        assert!(what == "write" || content == written, "a guest wrote to what is read-only");
+        written = content;
     }
 }
 

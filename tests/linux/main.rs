@@ -1,9 +1,10 @@
 //! Stock Debian kernels. They need a KVM that runs them and the assets of `scripts/guest` in
 //! ALULA_GUEST: `scripts/test` runs these cases on this machine's KVM or in a rig.
 //!
-//! A boot is what costs time in a rig, so what needs the same devices shares one: a guest does the words
-//! that it is given (`boot`), one after the other, and names each before it begins. For a new case add a word
-//! to resources/guest-init, and say it in a boot below that has what the word needs.
+//! A boot is what costs time in a rig, so what needs the same devices shares a guest (`shared.rs`), in which each case
+//! starts programs. A case that is about a boot, an end, or devices of its own has a guest that does the words it is
+//! given (`boot`), one after the other, and names each before it begins. What a guest can do is a word in
+//! resources/guest-init, for both.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by it")]
 
@@ -13,6 +14,7 @@ mod common;
 mod disks;
 mod memory;
 mod networks;
+mod shared;
 
 use std::io::{BufRead, Read, Write};
 use std::net::{TcpListener, UdpSocket};
@@ -165,42 +167,6 @@ const MAC: &str = "06:00:ac:10:00:02";
 
 /// Both transports.
 const TRANSPORTS: [&[&str]; 2] = [&[], &["--enable-pci"]];
-
-#[test]
-#[ignore = "a stock kernel: scripts/test runs it"]
-fn a_guest_uses_disk_network_and_entropy() {
-    network::enter();
-    network::add_tap("tap0", "172.16.0.1/24");
-    let random = TRANSPORTS.map(|transport| {
-        let folder = Folder::new();
-        let disk = folder.path("disk");
-        std::fs::File::create(&disk).unwrap().set_len(32 << 20).unwrap();
-        let disk = format!("{},id=data", disk.display());
-        let net = "tap=tap0,mac=06:00:ac:10:00:02";
-        let metadata = json!({ "name": "web1", "long": "x".repeat(40_000), "more": {} }).to_string();
-        let metadata = folder.write("metadata.json", metadata);
-        let told = ["--metadata", metadata.to_str().unwrap()];
-        let devices = ["--disk", &disk, "--net", net, "--entropy"];
-        let Ended { code, text } = boot_with(
-            KERNELS[0],
-            2,
-            "disk-write,network,metadata,entropy",
-            &[transport, &devices, &told].concat(),
-        );
-        assert_eq!(code, Some(0), "{text}");
-        assert!(text.contains("disk: read and written, 65536 sectors"), "{text}");
-        assert!(text.contains("network: pinged, 06:00:ac:10:00:02"), "{text}");
-        assert!(text.contains("metadata: web1, 40000 bytes, 48 digits, long more/ name"), "{text}");
-        assert!(text.contains("virtio_rng.0"), "{text}");
-
-        let disk = format!("{disk},ro");
-        let again = boot_with(KERNELS[0], 1, "disk-check", &[transport, &["--disk", &disk]].concat());
-        assert_eq!(again.code, Some(0), "{}", again.text);
-        assert!(again.text.contains("disk: read and written, 65536 sectors"), "{}", again.text);
-        line_of(&text, "0000000").to_owned()
-    });
-    assert!(random[0].len() > 40 && random[0] != random[1], "{random:?}");
-}
 
 /// Sends datagrams to every guest, whether it wants them or not, and takes what is sent, until `over`.
 fn traffic(over: &Arc<AtomicBool>) -> [JoinHandle<()>; 2] {

@@ -1,30 +1,22 @@
 //! Networks of Linux guests.
 
-use super::*;
+use super::{shared, *};
 
-#[test]
-#[ignore = "a stock kernel: scripts/test runs it"]
-fn bulk_data_crosses_a_tap_unharmed_in_both_directions() {
-    network::enter();
-    network::add_tap("tap0", "172.16.0.1/24");
-    // Numbers that do not repeat: a lost, doubled or swapped segment shows.
-    let data: Vec<u8> =
-        (0..1_u32 << 20).flat_map(|number| number.wrapping_mul(0x9e37_79b1).to_le_bytes()).collect();
-    for transport in TRANSPORTS {
-        let [down, up] = [5001, 5002].map(|port| TcpListener::bind(("172.16.0.1", port)).unwrap());
-        let (kernel, initrd) = (asset(KERNELS[0]), asset("initramfs.cpio"));
-        let line = command_line("bulk");
-        let mut arguments = vec!["run", kernel.to_str().unwrap(), "--initrd", initrd.to_str().unwrap()];
-        arguments.extend(["--cpus", "2", "--memory", "256M", "--net", "tap=tap0", "--cmdline", &line]);
-        arguments.extend(transport);
-        let mut guest = Process::start(arguments);
-        network::accept(&down).write_all(&data).unwrap();
-        let mut back = Vec::new();
-        network::accept(&up).read_to_end(&mut back).unwrap();
-        assert!(back == data, "{} bytes came back changed", back.len());
-        guest.expect("network: 4194304 bytes came and went");
-        assert_eq!(guest.end().code, Some(0));
-    }
+/// Numbers that do not repeat: a lost, doubled or swapped segment shows.
+fn numbers() -> Vec<u8> {
+    (0..1_u32 << 20).flat_map(|number| number.wrapping_mul(0x9e37_79b1).to_le_bytes()).collect()
+}
+
+pub fn bulk(guest: &shared::Guest) {
+    let data = numbers();
+    let [down, up] = [5001, 5002].map(|port| TcpListener::bind(("172.16.0.1", port)).unwrap());
+    let program = guest.command("", &["bulk"]).spawn().unwrap();
+    network::accept(&down).write_all(&data).unwrap();
+    let mut back = Vec::new();
+    network::accept(&up).read_to_end(&mut back).unwrap();
+    assert!(back == data, "{} bytes came back changed", back.len());
+    let text = shared::said(program.wait_with_output().unwrap());
+    assert!(text.contains("network: 4194304 bytes came and went"), "{text}");
 }
 
 #[test]
@@ -34,8 +26,7 @@ fn bulk_data_is_unharmed_on_several_queues_while_limits_change() {
     network::add_interface("tap0", network::TAP | libc::IFF_MULTI_QUEUE);
     common::output("ip", &["addr", "add", "172.16.0.1/24", "dev", "tap0"]);
     common::output("ip", &["link", "set", "tap0", "up"]);
-    let data: Vec<u8> =
-        (0..1_u32 << 20).flat_map(|number| number.wrapping_mul(0x9e37_79b1).to_le_bytes()).collect();
+    let data = numbers();
     let [down, up] = [5001, 5002].map(|port| TcpListener::bind(("172.16.0.1", port)).unwrap());
     let mut service = Service::start(&[]);
     let mut client = service.client();

@@ -1,0 +1,166 @@
+//! Guests that many cases share, each case by programs that it starts in the guest (`alula exec`): a boot is what costs
+//! time in a rig. A case that fails is named, and the next one has a fresh guest.
+
+use std::panic::AssertUnwindSafe;
+
+use super::*;
+
+/// The disks of a shared guest: their names, formats, engines.
+const DISKS: [(&str, &str, &str); 4] = [
+    ("raw_sync", "raw", "sync"),
+    ("raw_async", "raw", "async"),
+    ("qcow2_sync", "qcow2", "sync"),
+    ("qcow2_async", "qcow2", "async"),
+];
+
+/// A guest that is up, with four disks, a network, a source of random bytes, what metadata it is told, and persistent
+/// memory.
+pub struct Guest {
+    process: Process,
+    pub folder: Folder,
+    /// How many queues each disk has.
+    pub queues: u32,
+}
+
+impl Guest {
+    /// Boots one, in the network that this thread is in.
+    fn boot(transport: &[&str]) -> Self {
+        let folder = Folder::new();
+        let queues = if transport.is_empty() { 1 } else { 2 };
+        let script = folder.write("do", include_str!("../../resources/guest-init"));
+        let metadata = json!({ "name": "web1", "long": "x".repeat(40_000), "more": {} }).to_string();
+        let metadata = folder.write("metadata.json", metadata);
+        let pmem = disks::image(&folder, "pmem", "raw");
+        let mut command = Command::new(common::alula());
+        command.env("ALULA_KERNEL", asset(KERNELS[0])).args(["run", "--memory", "256M", "--cpus", "2"]);
+        command.arg("--api-sock").arg(folder.path("api")).arg("--vsock").arg(folder.path("vsock"));
+        for (id, format, engine) in DISKS {
+            let disk = disks::image(&folder, id, format);
+            let options = format!("id={id},format={format},engine={engine},queues={queues}");
+            command.args(["--disk", &format!("{},{options}", disk.display())]);
+        }
+        command.args(["--net", &format!("tap=tap0,mac={MAC}"), "--entropy"]).args(transport);
+        command.arg("--metadata").arg(metadata).arg("--pmem").arg(pmem);
+        command.arg("--rootfs").arg(asset("root.ext4"));
+        command.args(["--copy", &format!("{}:/do", script.display())]);
+        let script = "busybox --install -s /bin; echo up; while :; do sleep 1000; done";
+        let mut process = Process::spawn({
+            command.args(["--", "busybox", "sh", "-c", script]);
+            command
+        });
+        process.expect("up\n");
+        Self { process, folder, queues }
+    }
+
+    /// A program that does `words` of resources/guest-init in the guest; those about a disk, on the one called `disk`.
+    pub fn command(&self, disk: &str, words: &[&str]) -> Command {
+        let mut command = Command::new(common::alula());
+        command.arg("exec").arg("--vsock").arg(self.folder.path("vsock"));
+        command.args(["--timeout", "100s", "--env", &format!("SERIAL={disk}"), "--", "busybox", "sh", "/do"]);
+        command.args(words).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    /// What the guest said while it did `words`, see `command`.
+    pub fn does(&self, disk: &str, words: &[&str]) -> String {
+        said(self.command(disk, words).output().unwrap())
+    }
+
+    /// Has a disk show a new image, in which nothing is written, and returns that image's path.
+    pub fn fresh(&self, disk: &str, format: &str) -> PathBuf {
+        let path = disks::image(&self.folder, &format!("{disk}_of_a_case"), format);
+        self.show(disk, &path);
+        path
+    }
+
+    /// Has a disk show another image: the one before is closed, and nothing is kept back of what was written to it.
+    pub fn show(&self, disk: &str, image: &Path) {
+        let body = json!({ "drive_id": disk, "path_on_host": image });
+        common::Client::connect(&self.folder.path("api")).ok(
+            "PATCH",
+            &format!("/drives/{disk}"),
+            &body.to_string(),
+        );
+    }
+
+    /// Ends it. Whoever ends the monitor by a signal is told so by its code.
+    fn end(mut self) {
+        self.process.send(libc::SIGTERM);
+        assert_eq!(self.process.end().code, Some(128 + libc::SIGTERM));
+    }
+}
+
+/// What a program in the guest said, which ended well.
+pub fn said(output: std::process::Output) -> String {
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{}: {text}{}", output.status, String::from_utf8_lossy(&output.stderr));
+    text
+}
+
+/// A case: its name, and what it does.
+type Case = (&'static str, fn(&Guest));
+
+const CASES: &[Case] = &[
+    ("four writers on a raw disk by the sync engine", |guest| disks::four_writers(guest, "raw", "sync")),
+    ("four writers on a raw disk by the async engine", |guest| disks::four_writers(guest, "raw", "async")),
+    ("four writers on a qcow2 disk by the sync engine", |guest| disks::four_writers(guest, "qcow2", "sync")),
+    ("four writers on a qcow2 disk by the async engine", |guest| {
+        disks::four_writers(guest, "qcow2", "async")
+    }),
+    ("what is given back of a raw disk is free", |guest| disks::gives_back(guest, "raw", "async")),
+    ("what is given back of a qcow2 disk is free", |guest| disks::gives_back(guest, "qcow2", "sync")),
+    ("disk, network, metadata and entropy together", uses_all_devices),
+    ("what is written to persistent memory is there", disks::writes_to_pmem),
+    ("bulk data crosses a TAP in both directions", networks::bulk),
+];
+
+/// Runs all cases in one guest, or in as many as it takes.
+fn cases_share_a_guest(transport: &[&str]) {
+    network::enter();
+    network::add_tap("tap0", "172.16.0.1/24");
+    let mut failed = Vec::new();
+    let mut guest = None;
+    for (name, case) in CASES {
+        println!("case: {name}");
+        let one = guest.take().unwrap_or_else(|| Guest::boot(transport));
+        // A case that fails takes the guest with it.
+        match std::panic::catch_unwind(AssertUnwindSafe(move || {
+            case(&one);
+            one
+        })) {
+            Ok(one) => guest = Some(one),
+            Err(_) => failed.push(*name),
+        }
+    }
+    guest.into_iter().for_each(Guest::end);
+    assert!(failed.is_empty(), "failed: {failed:?}");
+}
+
+#[test]
+#[ignore = "a stock kernel: scripts/test runs it"]
+fn cases_share_a_guest_behind_virtio_mmio() {
+    cases_share_a_guest(TRANSPORTS[0]);
+}
+
+#[test]
+#[ignore = "a stock kernel: scripts/test runs it"]
+fn cases_share_a_guest_behind_virtio_pci() {
+    cases_share_a_guest(TRANSPORTS[1]);
+}
+
+fn uses_all_devices(guest: &Guest) {
+    guest.fresh("raw_async", "raw");
+    let text = guest.does("raw_async", &["disk-write", "network", "metadata", "entropy"]);
+    for said in [
+        "disk: read and written, 65536 sectors",
+        "network: pinged, 06:00:ac:10:00:02",
+        "metadata: web1, 40000 bytes, 48 digits, long more/ name",
+        "virtio_rng.0",
+    ] {
+        assert!(text.contains(said), "no `{said}`: {text}");
+    }
+    let again = guest.does("raw_async", &["disk-check", "entropy"]);
+    assert!(again.contains("disk: read and written, 65536 sectors"), "{again}");
+    let random = [&text, &again].map(|text| line_of(text, "0000000").to_owned());
+    assert!(random[0].len() > 40 && random[0] != random[1], "{random:?}");
+}
