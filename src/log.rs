@@ -48,6 +48,8 @@ pub static METRICS: Metrics = Metrics::new();
 struct Log {
     /// None: standard error.
     sink: Option<Sink>,
+    /// The sink is where standard error goes, too: one line is for both.
+    is_shared: bool,
     id: String,
     show_level: bool,
     show_log_origin: bool,
@@ -66,6 +68,7 @@ struct Period {
 
 static LOG: Mutex<Log> = Mutex::new(Log {
     sink: None,
+    is_shared: false,
     id: String::new(),
     show_level: false,
     show_log_origin: false,
@@ -86,7 +89,9 @@ static LEVEL: AtomicU8 = AtomicU8::new(Level::Warning as u8);
 pub fn configure(id: &str, config: &Config) -> Result<()> {
     let mut log = lock();
     if let Some(path) = &config.log_path {
-        log.sink = Some(Sink::open(Purpose::Log, path)?);
+        let sink = Sink::open(Purpose::Log, path)?;
+        log.is_shared = sink.is_same_as(&std::io::stderr());
+        log.sink = Some(sink);
     }
     log.id = id.to_owned();
     log.show_level = config.show_level.unwrap_or(log.show_level);
@@ -146,9 +151,18 @@ pub fn end(level: Level, message: impl Display) {
     let has_file = {
         let mut log = lock();
         log.write_to_shared(&std::io::stderr(), &message, LAST_WAIT_MS);
-        log.sink.is_some()
+        log.sink.is_some() && !log.is_shared
     };
     if has_file {
+        write(level, &message, Location::caller());
+    }
+}
+
+/// Says how the process ends as [`end`] does, but in the log file alone, if there is one: somebody else says it to the
+/// user.
+#[track_caller]
+pub fn end_in_file(level: Level, message: impl Display) {
+    if lock().sink.is_some() {
         write(level, &message, Location::caller());
     }
 }
@@ -164,6 +178,7 @@ pub fn aside(message: impl Display) {
 pub fn aside_in_file(message: impl Display) {
     if let Ok(mut log) = LOG.try_lock()
         && log.sink.is_some()
+        && !log.is_shared
     {
         let line = log.line(Level::Error, &message, Location::caller());
         log.write_to_sink(&line);
@@ -328,6 +343,7 @@ mod tests {
     fn log() -> Log {
         Log {
             sink: None,
+            is_shared: false,
             id: "vm".to_owned(),
             show_level: true,
             show_log_origin: true,

@@ -4,7 +4,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Write};
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use crate::descriptors::{self, Named};
@@ -105,6 +105,13 @@ impl Sink {
             }
             Err(_) => false,
         }
+    }
+
+    /// Whether what `other` writes to is the same: a terminal, a pipe or a file (`/dev/stderr`).
+    pub fn is_same_as(&self, other: &impl AsRawFd) -> bool {
+        let identity = |file: &File| file.metadata().ok().map(|found| (found.dev(), found.ino()));
+        let other = descriptor::duplicate(other).ok().and_then(|copy| identity(&File::from(copy)));
+        other.is_some() && other == identity(&self.file)
     }
 
     /// Goes on with a line that is kept; whether nothing is left of it.

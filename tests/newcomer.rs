@@ -234,3 +234,27 @@ fn a_missing_file_is_told_before_a_guest_boots_for_it() {
         ended.text
     );
 }
+
+#[test]
+fn a_failure_is_told_once_where_log_and_errors_go_one_way() {
+    let folder = Folder::new();
+    let said = |redirection: &str, log: &str, arguments: &str| {
+        let script = format!("exec \"$0\" run --log-path {log} {arguments} 2>{redirection}");
+        let mut command = Command::new("sh");
+        command.args(["-c", &script]).arg(std::path::absolute(alula()).unwrap()).current_dir(&folder.0);
+        let ended = Process::spawn(command).end();
+        ended.text + &std::fs::read_to_string(folder.path("both")).unwrap_or_default()
+    };
+    for (redirection, log) in [("&1", "/dev/stderr"), ("both", "both"), ("&1", "fd:2")] {
+        let text = said(redirection, log, "gone");
+        assert_eq!(text.matches("open kernel `gone`").count(), 1, "{redirection} {log}: {text}");
+        let _ = std::fs::remove_file(folder.path("both"));
+        // What the log leaves out is said all the same.
+        let text = said(redirection, log, "--level Error --cmdline end=7");
+        assert_eq!(text.matches("ended with code 7").count(), 1, "{redirection} {log}: {text}");
+        let _ = std::fs::remove_file(folder.path("both"));
+    }
+    let text = said("&1", "log", "gone");
+    let log = std::fs::read_to_string(folder.path("log")).unwrap();
+    assert!([text, log].iter().all(|text| text.matches("open kernel `gone`").count() == 1));
+}

@@ -14,6 +14,7 @@ use crate::clock;
 use crate::error::{Context, Error, Result};
 use crate::guest::runtime;
 use crate::history;
+use crate::log;
 use crate::microvm::Microvm;
 use crate::microvm::monitor::{Ending, Monitor};
 use crate::microvm::signals::{self, Signals};
@@ -53,7 +54,7 @@ fn live(newborn: Newborn) -> Result<Ending> {
         Ok(made) => made,
         Err(error) => {
             report.tell(Err(&error));
-            return Err(error);
+            return Ok(told_by_template(conclude(&Err(error), FAILED_SERVE, served)));
         }
     };
     let (mut report, mut left) = (Some(report), None);
@@ -69,8 +70,16 @@ fn live(newborn: Newborn) -> Result<Ending> {
     // A fault is told when nothing of the clone is left: a client that is told asks for another at the same socket.
     if let (Some(report), Some(error)) = (report, left) {
         report.tell(Err(&error));
+        return Ok(told_by_template(ending));
     }
     Ok(ending)
+}
+
+/// The end of a clone that never was: its template, whose standard error this process has, says why. A log file of the
+/// clone's own has it, too.
+fn told_by_template(ending: Ending) -> Ending {
+    log::end_in_file(ending.level, &ending.reason);
+    Ending { reason: String::new(), ..ending }
 }
 
 /// Makes the monitor that serves the clone, and the clone's microVM, which is not loaded yet.

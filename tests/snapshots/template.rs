@@ -147,6 +147,17 @@ fn ten_clones_of_a_template_are_ten_guests() {
     assert_eq!(fs::read(template.path("disk")).unwrap(), vec![7; 1 << 20]);
 }
 
+/// Ends a template that refused clones: what stood in their way was told once by the template and the clones, whose
+/// standard error is the same.
+fn assert_faults_were_told_once(template: &mut Template) {
+    let mut ended = std::mem::replace(&mut template.process, Process::start(["--version"]));
+    ended.send(libc::SIGTERM);
+    let text = ended.end().text;
+    for said in ["there is something else already", "it is a directory", "`drive_overrides` of `other`"] {
+        assert_eq!(text.matches(said).count(), 1, "{said}: {text}");
+    }
+}
+
 #[test]
 fn a_template_goes_on_after_a_clone_that_cannot_be_made() {
     // Whoever starts a template with SIGHUP ignored does not want it to end with a terminal.
@@ -208,6 +219,7 @@ fn a_template_goes_on_after_a_clone_that_cannot_be_made() {
     assert_eq!(await_child(last).0, Some(0));
     common::send_to(first, libc::SIGTERM);
     assert_eq!(await_child(first).0, Some(128 + libc::SIGTERM));
+    assert_faults_were_told_once(&mut template);
     // A microVM's own socket makes no clones.
     let service = common::Service::start(&[]);
     let fault = service.client().request("PUT", "/clones", "{}").fault();
