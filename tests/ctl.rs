@@ -48,7 +48,7 @@ fn a_guest_is_looked_at_paused_and_resumed() {
         assert_eq!(code, Some(0), "{words:?}: {text}");
         assert!(text.contains(expected), "{words:?}: {text}");
     };
-    ok(&["status"], "vm-1: not started; 1 CPU, 128 MiB of memory");
+    ok(&["status"], "vm-1: Not started; 1 CPU, 128 MiB of memory");
     let disk = service.folder.write("disk", [0; 4096]);
     let drive = json!({ "drive_id": "d", "is_root_device": false, "path_on_host": disk }).to_string();
     ok(&["put", "/drives/d", &drive], "done");
@@ -58,7 +58,7 @@ fn a_guest_is_looked_at_paused_and_resumed() {
         json!({ "kernel_image_path": service.folder.firmware(), "boot_args": "case=serial end=idle" });
     ok(&["put", "/boot-source", &kernel.to_string()], "done");
     ok(&["start"], "started");
-    ok(&["status"], "vm-1: running; 2 CPUs, 65 MiB of memory, 1 disk\n");
+    ok(&["status"], "vm-1: Running; 2 CPUs, 65 MiB of memory, 1 disk\n");
     ok(&["status"], &format!("\nprocess {}, up ", service.process.child.id()));
     ok(&["limit", "d", "bandwidth=10M", "ops=500"], "limited from now on");
     ok(&["limit", "d", "ops=off"], "limited from now on");
@@ -70,7 +70,7 @@ fn a_guest_is_looked_at_paused_and_resumed() {
         ok(&["ctrl-alt-del"], "the keys were pressed");
     }
     ok(&["pause"], "paused");
-    ok(&["status"], "vm-1: paused");
+    ok(&["status"], "vm-1: Paused");
     ok(&["resume"], "resumed");
     ok(&["config"], "machine-config:\n  huge_pages: None\n");
     ok(&["get", "/machine-config"], "vcpu_count: 2");
@@ -104,7 +104,7 @@ fn a_service_with_a_name_is_found_by_it() {
         (output.status.code().unwrap(), String::from_utf8([output.stdout, output.stderr].concat()).unwrap())
     };
     common::wait_for(|| told(&["ctl", "web", "status"]).0 == 0);
-    assert!(told(&["ctl", "web", "status"]).1.contains("web: not started"));
+    assert!(told(&["ctl", "web", "status"]).1.contains("web: Not started"));
     let (code, said) = told(&["serve", "--id", "web"]);
     assert!(code == 1 && said.contains("web.sock") && said.contains("another process serves it"), "{said}");
     service.send(libc::SIGTERM);
@@ -279,14 +279,14 @@ fn all_guests_of_a_user_are_listed_and_what_is_left_is_swept() {
     let line = |list: &str, place: &str| list.lines().find(|line| line.ends_with(place)).map(str::to_owned);
     let [web, left, own] =
         [0, 1, 2].map(|index: usize| line(list, &places[index]).unwrap_or_else(|| panic!("{list}")));
-    assert!(web.starts_with("web ") && web.contains("  not started  ") && web.contains("iB"), "{list}");
-    assert!(left.starts_with("left ") && left.contains("  ended  "), "{list}");
+    assert!(web.starts_with("web ") && web.contains("  Not started  ") && web.contains("iB"), "{list}");
+    assert!(left.starts_with("left ") && left.contains("  Ended  "), "{list}");
     assert!(own.starts_with("anonymous-instance "), "{list}");
     assert!(list.contains("have ended and left") || list.contains("has ended and left its socket"), "{list}");
     let guests: Vec<Value> = serde_json::from_str(json).unwrap();
     let guest = |place: &str| guests.iter().find(|guest| guest["socket"] == place).unwrap();
     assert!(guest(&places[0])["pid"].as_u64() > Some(1) && guest(&places[2])["uptime_ms"].is_u64(), "{json}");
-    assert_eq!(guest(&places[1])["state"], "ended");
+    assert_eq!(guest(&places[1])["state"], "Ended");
     assert!(swept.contains(&format!("removed `{}`", places[1])) && !swept.contains("web"), "{swept}");
     assert_eq!(line(again, &places[1]), None);
     assert!(line(again, &places[0]).is_some() && line(again, &places[2]).is_some(), "{again}");

@@ -150,7 +150,7 @@ fn a_fleet_lives_and_is_cloned_as_the_page_says() {
     };
     let text = ran(&folder, &quiet(&block("fleet.md", "\"web-$n\" --cmdline")));
     for name in ["web-1", "web-2", "web-3"] {
-        assert!(text.contains(&format!("{name}: running")), "{name}: {text}");
+        assert!(text.contains(&format!("{name}: Running")), "{name}: {text}");
         assert!(text.matches(name).count() >= 3, "{name}: {text}");
     }
     let text = ran(&folder, &quiet(&block("fleet.md", "alula template")));

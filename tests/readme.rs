@@ -48,7 +48,7 @@ fn curl_drives_a_guest_as_the_readme_says() {
     let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
     for expected in [
         r#""state":"Paused""#,
-        "anonymous-instance: running; 2 CPUs, 128 MiB of memory",
+        "anonymous-instance: Running; 2 CPUs, 128 MiB of memory",
         "\npaused\n",
         " started ",
         " resumed ",

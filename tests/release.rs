@@ -289,7 +289,7 @@ fn run_the_unit(folder: &Folder) {
     let program = folder.path("root/usr/bin/alula");
     let socket = folder.path("root/run/alula/web-1.sock");
     let told = said(program.to_str().unwrap(), &["ctl", "--api-sock", socket.to_str().unwrap(), "status"]);
-    assert!(told.starts_with("web-1: running; 1 CPU"), "{told}");
+    assert!(told.starts_with("web-1: Running; 1 CPU"), "{told}");
     service.send(libc::SIGTERM);
     service.end();
     manager.set_nonblocking(true).unwrap();

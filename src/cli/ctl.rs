@@ -105,8 +105,7 @@ fn status(mut client: Client, json: bool) -> Result<()> {
             _ => {}
         }
     }
-    let state = text(&instance["state"]).to_lowercase();
-    say(&format!("{}: {state}; {}", text(&instance["id"]), parts.join(", ")))?;
+    say(&format!("{}: {}; {}", text(&instance["id"]), text(&instance["state"]), parts.join(", ")))?;
     let mut costs: Vec<_> = process.map(|process| format!("process {process}")).into_iter().collect();
     if let Some(usage) = usage {
         costs.push(format!("up {}", table::time(Duration::from_millis(usage.uptime_ms))));

@@ -88,11 +88,16 @@ impl Usage {
     }
 }
 
+/// The state of a guest whose monitor gives no answer.
+const SILENT: &str = "Silent";
+/// The state of a guest at whose socket nobody listens any more.
+const ENDED: &str = "Ended";
+
 /// One socket, and the guest whose monitor answers there.
 struct Guest {
     socket: PathBuf,
     id: String,
-    /// `running`, `paused`, `not started`; `silent`: no answer comes; `ended`: nobody listens there any more.
+    /// As the API spells it: `Running`, `Paused`, `Not started`. [`SILENT`], or [`ENDED`].
     state: String,
     process: Option<u32>,
     usage: Option<Usage>,
@@ -104,11 +109,11 @@ impl Guest {
     fn at(socket: PathBuf, expected: Option<u32>) -> Option<Self> {
         let name = socket.file_stem().unwrap_or_default().to_string_lossy();
         let mut guest =
-            Self { id: in_one_line(&name), socket, state: "silent".to_owned(), process: None, usage: None };
+            Self { id: in_one_line(&name), socket, state: SILENT.to_owned(), process: None, usage: None };
         let is_left = || Listener::look("socket", &guest.socket).is_ok();
         let Ok(mut client) = Client::connect_within(&guest.socket, PATIENCE) else {
             if is_left() {
-                guest.state = "ended".to_owned();
+                guest.state = ENDED.to_owned();
             }
             return Some(guest);
         };
@@ -120,7 +125,7 @@ impl Guest {
         let instance: Value = json::from_text(&answer.body).unwrap_or_default();
         if let (Some(id), Some(state)) = (instance["id"].as_str(), instance["state"].as_str()) {
             guest.id = in_one_line(id);
-            guest.state = in_one_line(state.to_lowercase());
+            guest.state = in_one_line(state);
             guest.usage = Usage::of(&mut client);
         }
         Some(guest)
@@ -241,7 +246,7 @@ pub fn list(json: bool) -> Result<()> {
     if json {
         return print(&format!("{:#}\n", guests.iter().map(Guest::json).collect::<Value>()));
     }
-    let left = guests.iter().filter(|guest| guest.state == "ended").count();
+    let left = guests.iter().filter(|guest| guest.state == ENDED).count();
     print(&shown(&guests))?;
     match left {
         0 => Ok(()),
@@ -368,7 +373,7 @@ mod tests {
         let guest = |id: &str, usage| Guest {
             socket: id.into(),
             id: id.to_owned(),
-            state: "running".to_owned(),
+            state: "Running".to_owned(),
             process: None,
             usage,
         };
@@ -381,9 +386,9 @@ mod tests {
         ];
         let text = rates(&guests, &before);
         let rows: Vec<Vec<_>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
-        assert_eq!(rows[1], ["a", "running", "50", "0", "B", "0", "B", "0", "B", "0", "B", "0", "B", "50"]);
-        assert_eq!(rows[2], ["b", "running", "0", "B"]);
-        assert_eq!(rows[3], ["c", "running"]);
+        assert_eq!(rows[1], ["a", "Running", "50", "0", "B", "0", "B", "0", "B", "0", "B", "0", "B", "50"]);
+        assert_eq!(rows[2], ["b", "Running", "0", "B"]);
+        assert_eq!(rows[3], ["c", "Running"]);
     }
 
     #[test]

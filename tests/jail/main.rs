@@ -109,7 +109,7 @@ fn a_guest_runs_in_a_jail_that_root_made() {
         );
     }
     assert_eq!(devices.join("userfaultfd").exists(), Path::new("/dev/userfaultfd").exists());
-    let listed = assert_listed(0, process.child.id(), "web", "running");
+    let listed = assert_listed(0, process.child.id(), "web", "Running");
     // The monitor itself has no /proc that would tell it.
     assert!(listed["memory_bytes"].as_u64() > Some(0) && listed["cpu_us"].as_u64() > Some(0), "{listed}");
     let metrics = client.ok("GET", "/metrics", "").json();
@@ -158,7 +158,7 @@ fn a_jail_in_the_background_tells_its_number() {
         let looked = Looked(pid.parse().unwrap());
         let mut client = site.client(id);
         assert_eq!(client.ok("GET", "/", "").json()["id"], id);
-        assert_listed(0, looked.0, id, "not started");
+        assert_listed(0, looked.0, id, "Not started");
         looked.check_shut_in(1);
         let numbers = looked.status("NSpid");
         assert_eq!(numbers.last().unwrap() == "1", has_namespace, "{numbers:?}");
@@ -191,7 +191,7 @@ fn an_ordinary_user_makes_a_jail() {
     let mut client = site.client("own");
     std::fs::write(site.root("own").join("kernel"), alula::firmware::IMAGE).unwrap();
     boot(&mut client, Path::new("/kernel"));
-    assert_listed(NOBODY, process.child.id(), "own", "running");
+    assert_listed(NOBODY, process.child.id(), "own", "Running");
     let looked = Looked(process.child.id());
     // The mounts are the root, and each of the host's devices.
     let devices = ["kvm", "net/tun", "urandom", "userfaultfd"];
@@ -377,7 +377,7 @@ fn the_examples_of_the_page_do_as_they_say() {
     std::fs::create_dir_all("/srv").unwrap();
     common::mount(Path::new("/srv"), "tmpfs", "size=128m");
     let ended = end(pasted(&site, 1, 0));
-    assert!(ended.code == Some(0) && ended.text.contains("web: not started"), "{ended:?}");
+    assert!(ended.code == Some(0) && ended.text.contains("web: Not started"), "{ended:?}");
     assert_eq!(std::fs::read_dir("/srv/jailer/alula").unwrap().count(), 0);
     let ended = end(pasted(&site, 2, NOBODY));
     assert!(ended.code == Some(0) && ended.text.contains("8 cases, 0 failed"), "{ended:?}");

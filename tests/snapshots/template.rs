@@ -241,7 +241,7 @@ fn clones_are_asked_for_by_a_command_and_found_by_name() {
     assert_eq!((made.code, pids.len()), (Some(0), 2), "{}", made.text);
     assert_eq!(made.text, format!("web-1: process {}\nweb-2: process {}\n", pids[0], pids[1]));
     let status = command(&["ctl", "web-2", "status"]);
-    assert!(status.text.starts_with("web-2: paused; 2 CPUs"), "{}", status.text);
+    assert!(status.text.starts_with("web-2: Paused; 2 CPUs"), "{}", status.text);
     // A clone by a name that is taken is refused, and the clone that has it stays.
     let again = command(&["clone", "--template", "t.sock", "--id", "web-1", "--overlay", "disk=x.qcow2"]);
     assert_eq!(again.code, Some(1));
