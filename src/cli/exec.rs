@@ -89,12 +89,19 @@ fn connect(socket: &Path) -> Result<UnixStream> {
     })
 }
 
+/// How a wait for an agent ended.
+enum Waited {
+    Answers,
+    /// The time that the user gave is up; this is what was waited for.
+    TimeIsUp(String),
+}
+
 /// Waits until the agent answers, and returns the exit code.
 pub fn wait(wait: &Wait) -> u8 {
     match wait_for_agent(wait) {
-        Ok(true) => 0,
-        Ok(false) => {
-            eprintln!("alula: the agent in the guest does not answer yet, and the time is up");
+        Ok(Waited::Answers) => 0,
+        Ok(Waited::TimeIsUp(why)) => {
+            eprintln!("alula: the time is up: {why}");
             TIMED_OUT
         }
         Err(error) => {
@@ -104,8 +111,9 @@ pub fn wait(wait: &Wait) -> u8 {
     }
 }
 
-/// The vsock device's socket of a guest whose monitor may be about to start: it has until then to be there.
-fn vsock_of_new(reach: &Reach, until: Instant) -> Result<PathBuf> {
+/// The vsock device's socket of a guest whose monitor may be about to start: it has until then to be there. The inner
+/// error is why it is not.
+fn vsock_of_new(reach: &Reach, until: Instant) -> Result<Result<PathBuf>> {
     // A monitor that starts makes the file of its socket, and listens there a moment later.
     let comes = |path: &Path| match UnixStream::connect(path) {
         Ok(_) => true,
@@ -113,36 +121,42 @@ fn vsock_of_new(reach: &Reach, until: Instant) -> Result<PathBuf> {
     };
     loop {
         let is_late = Instant::now() >= until;
-        match reach {
-            Reach::Vsock(path) if is_late || path.exists() => return Ok(path.clone()),
-            Reach::Vsock(_) => {}
+        let absent = match reach {
+            Reach::Vsock(path) if path.exists() => return Ok(Ok(path.clone())),
+            Reach::Vsock(path) => call::connect(path, PORT).err(),
             _ => match api_of(reach).and_then(|api| Client::connect(&api.unwrap_or_default())) {
-                Ok(client) => return ask_for_vsock(client),
-                Err(error) if is_late => return Err(error),
+                Ok(client) => return ask_for_vsock(client).map(Ok),
                 Err(error) => match api_of(reach) {
                     Ok(Some(path)) if !comes(&path) => return Err(error),
-                    _ => {}
+                    _ => Some(error),
                 },
             },
+        };
+        if let Some(absent) = absent.filter(|_| is_late) {
+            return Ok(Err(absent));
         }
         std::thread::sleep(AGAIN_UNTOLD);
     }
 }
 
-/// Waits until the agent answers; false: the time was up.
-fn wait_for_agent(wait: &Wait) -> Result<bool> {
+/// Waits until the agent answers, or the time is up.
+fn wait_for_agent(wait: &Wait) -> Result<Waited> {
     let deadline = wait.timeout.map(|time| Instant::now() + time);
     let within = |time| {
         let rest = deadline.map(|at| at.saturating_duration_since(Instant::now()));
         rest.map_or(time, |rest| rest.min(time))
     };
-    let socket = vsock_of_new(&wait.reach, Instant::now() + within(APPEARANCE))?;
+    let socket = match vsock_of_new(&wait.reach, Instant::now() + within(APPEARANCE))? {
+        Ok(socket) => socket,
+        Err(absent) if within(APPEARANCE).is_zero() => return Ok(Waited::TimeIsUp(absent.to_string())),
+        Err(absent) => return Err(absent),
+    };
     // What happens from now on is told, so that nothing is missed between the question and the wait.
     let follow = |api: PathBuf| Client::connect(&api)?.follow("/events");
     let mut told = api_of(&wait.reach)?.map(follow).transpose()?;
     loop {
         if answers(&socket, within(SILENCE))? {
-            return Ok(true);
+            return Ok(Waited::Answers);
         }
         let again = Instant::now() + within(if told.is_some() { AGAIN } else { AGAIN_UNTOLD });
         while let rest = again.saturating_duration_since(Instant::now())
@@ -159,7 +173,7 @@ fn wait_for_agent(wait: &Wait) -> Result<bool> {
             }
         }
         if within(Duration::MAX).is_zero() {
-            return Ok(false);
+            return Ok(Waited::TimeIsUp("the agent in the guest does not answer yet".to_owned()));
         }
     }
 }

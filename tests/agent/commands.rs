@@ -109,6 +109,13 @@ fn a_guest_that_cannot_be_reached_is_told_with_a_way_on() {
     let (code, errors) = told(&["wait", "--vsock", vsock, "--timeout", "0"]);
     assert!(code == 124 && errors.contains("does not answer yet"), "{errors}");
     drop(monitor.join().unwrap());
+    // A guest that is not there when the time is up, however it is reached.
+    for reach in [["--vsock", "gone"], ["--api-sock", "gone"]] {
+        let (code, errors) = told(&["wait", reach[0], reach[1], "--timeout", "10ms"]);
+        assert!(code == 124 && errors.starts_with("alula: the time is up: connect to "), "{errors}");
+    }
+    let (code, errors) = told(&["wait", "gone", "--timeout", "0"]);
+    assert!(code == 124 && errors.starts_with("alula: the time is up: there is no guest `gone`"), "{errors}");
     let agent = Agent::start();
     assert_eq!(told(&["wait", "--vsock", &agent.vsock()]), (0, String::new()));
 }

@@ -69,7 +69,8 @@ Options:
       --timeout TIME     Give up after that time: 30s, 5m [default: never]
   -h, --help             Print this
 
-The exit code is 0, or 1 when the guest has ended, 124 when the time was up, 153 for wrong arguments.
+The exit code is 0; 1 when the guest has ended, or is not there after 10 s; 124 when the time was up before; 153
+for wrong arguments.
 ";
 
 /// How a guest is reached.
