@@ -19,6 +19,10 @@ use crate::microvm::Microvm;
 const AFTER_START: &str = "The requested operation is not supported after starting the microVM.";
 const BEFORE_START: &str = "The requested operation is not supported before starting the microVM.";
 
+/// Adding and removing devices while the guest runs needs a bus that knows of it, and there is none, with PCI as without.
+const CANNOT_ADD: &str = "adding a device to a running microVM is not implemented yet.";
+const CANNOT_REMOVE: &str = "removing a device from a running microVM is not implemented yet.";
+
 /// A request that is answered when its job is done.
 struct Waiting {
     ticket: Ticket,
@@ -107,7 +111,7 @@ fn check_time(microvm: &Microvm, request: &Request) -> Result<(), String> {
             Err(AFTER_START.to_owned())
         }
         PutDevice(device) if has_started => Err(match device.kind().many {
-            true => cannot_hotplug(microvm, "adding a device to a running microVM"),
+            true => CANNOT_ADD.to_owned(),
             false => AFTER_START.to_owned(),
         }),
         // A guest that has started without the service will never ask for its metadata.
@@ -188,7 +192,7 @@ fn handle(microvm: &mut Microvm, request: Request) -> Result<Reply, String> {
             let told = microvm.tell_device(kind, place).map_err(fault(area))?;
             return Ok(Response::Value(told).into());
         }
-        DeleteDevice(..) => Err(cannot_hotplug(microvm, "removing a device from a running microVM")),
+        DeleteDevice(..) => Err(CANNOT_REMOVE.to_owned()),
         Action(action) => act(microvm, action),
         CreateSnapshot(body) => return later("Create snapshot error", microvm.create_snapshot(&body.plan())),
         LoadSnapshot(body) => {
@@ -215,12 +219,6 @@ fn instance(microvm: &Microvm) -> Value {
     };
     let id = microvm.id().to_owned();
     to_value(&InstanceInfo { id, state, vmm_version: API_VERSION, app_name: "Firecracker" })
-}
-
-/// Adding and removing devices while the guest runs needs a bus that knows of it.
-fn cannot_hotplug(microvm: &Microvm, what: &str) -> String {
-    let reason = if microvm.config().pci { "" } else { "PCI is not enabled: " };
-    format!("{reason}{what} is not implemented yet.")
 }
 
 fn act(microvm: &mut Microvm, action: Action) -> Result<(), String> {

@@ -58,14 +58,12 @@ fn config_files_that_make_no_sense_are_refused() {
 fn a_running_microvm_keeps_the_devices_it_started_with() {
     network::enter();
     network::add_tap("tap0", "172.16.0.1/24");
-    for (arguments, add, remove) in [
-        (&[][..], "PCI is not enabled: adding a device", "PCI is not enabled: removing a device"),
-        (
-            &["--enable-pci"],
-            "adding a device to a running microVM is not implemented yet.",
-            "removing a device from a running microVM is not implemented yet.",
-        ),
-    ] {
+    // With PCI or without, it is not for the lack of PCI.
+    let (add, remove) = (
+        "adding a device to a running microVM is not implemented yet.",
+        "removing a device from a running microVM is not implemented yet.",
+    );
+    for arguments in [&[][..], &["--enable-pci"]] {
         let service = Service::start(arguments);
         service.boot_source("hello");
         let mut client = service.client();
