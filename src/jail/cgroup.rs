@@ -8,6 +8,7 @@ use std::rc::Rc;
 
 use super::made::{Made, Place, open_folder};
 use crate::error::{Context, Error, Result};
+use crate::spelling;
 use crate::sys::descriptor;
 
 /// The file by which a process enters a group.
@@ -18,6 +19,23 @@ const SHARED: &str = "cgroup.subtree_control";
 const CPUSET: [&str; 2] = ["cpuset.cpus", "cpuset.mems"];
 /// The most that is read of a group's file, in bytes: more than any of them holds.
 const TEXT_MAX: u64 = 64 << 10;
+
+/// Limits that have a name in each version, that of version 2 first.
+const NAMES: [[&str; 2]; 8] = [
+    ["memory.max", "memory.limit_in_bytes"],
+    ["memory.high", "memory.soft_limit_in_bytes"],
+    ["memory.swap.max", "memory.memsw.limit_in_bytes"],
+    ["memory.current", "memory.usage_in_bytes"],
+    ["cpu.weight", "cpu.shares"],
+    ["cpu.max", "cpu.cfs_quota_us"],
+    ["io.weight", "blkio.weight"],
+    ["io.max", "blkio.throttle.write_bps_device"],
+];
+/// The controllers of both versions.
+const CONTROLLERS: [&str; 14] = [
+    "cpu", "cpuacct", "cpuset", "memory", "pids", "io", "blkio", "devices", "freezer", "hugetlb", "rdma",
+    "misc", "net_cls", "net_prio",
+];
 
 /// How the kernel's control groups are mounted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,17 +72,43 @@ impl Setting {
         self.file.split('.').next().unwrap_or_default()
     }
 
+    /// What the limit is called that this host does not have: in the other version, or spelled rightly, as one of `files`.
+    fn hint<'f>(&self, files: impl IntoIterator<Item = &'f str>) -> String {
+        let file = self.file.as_str();
+        let other = NAMES.iter().find_map(|[two, one]| match () {
+            () if *two == file => Some((one, 1)),
+            () if *one == file => Some((two, 2)),
+            () => None,
+        });
+        if let Some((name, version)) = other {
+            return format!(" (version {version} has `{name}`)");
+        }
+        let controller = self.controller();
+        let rest = &file[controller.len()..];
+        let meant = match CONTROLLERS.contains(&controller) {
+            true => spelling::nearest(file, files).map(str::to_owned),
+            false => spelling::nearest(controller, CONTROLLERS).map(|meant| format!("{meant}{rest}")),
+        };
+        meant.map_or_else(String::new, |meant| format!(" (is `{meant}` meant?)"))
+    }
+
     /// Writes the value to its file in a group.
     fn apply(&self, group: &Place, path: &Path) -> Result<()> {
         let Self { file, value } = self;
         let path = path.join(file);
         let attempt = || format!("--cgroup {file}={value}: write to `{}`", path.display());
         let mut opened = open(group, file, libc::O_WRONLY).map_err(|error| match error.kind() {
-            ErrorKind::NotFound => Error::config(format!(
-                "--cgroup {file}={value}: there is no `{}`: this kernel has no such limit, or names it otherwise in \
-                 the other --cgroup-version",
-                path.display()
-            )),
+            ErrorKind::NotFound => {
+                let files = path.parent().and_then(|folder| std::fs::read_dir(folder).ok());
+                let files = files.into_iter().flatten().flatten();
+                let files: Vec<_> = files.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+                Error::config(format!(
+                    "--cgroup {file}={value}: there is no `{}`: this kernel has no such limit, or names it otherwise \
+                     in the other --cgroup-version{}",
+                    path.display(),
+                    self.hint(files.iter().map(String::as_str))
+                ))
+            }
             _ => Error::host(format!("{}: {error}", attempt())),
         })?;
         opened.write_all(value.as_bytes()).with_context(attempt)
@@ -148,7 +192,8 @@ impl Cgroups {
 
     fn make_v1(&self, host: &Host, parent: &str, id: &str, made: &mut Made) -> Result<Vec<Member>> {
         let (mut members, mut done): (Vec<_>, Vec<&str>) = (Vec::new(), Vec::new());
-        for controller in self.settings.iter().map(Setting::controller) {
+        for setting in &self.settings {
+            let controller = setting.controller();
             if done.contains(&controller) {
                 continue;
             }
@@ -156,7 +201,8 @@ impl Cgroups {
             let hierarchy = Hierarchy::open(host, "cgroup", Some(controller))?.ok_or_else(|| {
                 Error::config(format!(
                     "--cgroup {controller}.*: this host has no hierarchy of version 1 with the controller \
-                     `{controller}`: give --cgroup-version 2, or leave the limit out"
+                     `{controller}`{}: give --cgroup-version 2, or leave the limit out",
+                    setting.hint([])
                 ))
             })?;
             let inherit = |above: &Place, group: &Place| match controller {
@@ -174,17 +220,18 @@ impl Cgroups {
     fn make_v2(&self, host: &Host, parent: &str, id: &str, made: &mut Made) -> Result<Member> {
         let hierarchy = Hierarchy::v2(host)?;
         let offered = read(&hierarchy.root, "cgroup.controllers").unwrap_or_default();
-        let mut controllers: Vec<&str> = self.settings.iter().map(Setting::controller).collect();
         // Files that every group has, as cgroup.max.descendants, are of no controller.
-        controllers.retain(|controller| *controller != "cgroup");
-        for controller in &controllers {
+        let settings: Vec<_> = self.settings.iter().filter(|one| one.controller() != "cgroup").collect();
+        let controllers: Vec<_> = settings.iter().map(|setting| setting.controller()).collect();
+        for (setting, controller) in settings.iter().zip(&controllers) {
             if !offered.split_whitespace().any(|other| other == *controller) {
                 let offered = if offered.trim().is_empty() { "none" } else { offered.trim() };
                 return Err(Error::config(format!(
                     "--cgroup {controller}.*: the hierarchy of version 2 at `{}` does not offer the controller \
-                     `{controller}` (it offers: {offered}): where a hierarchy of version 1 has it, leave \
+                     `{controller}` (it offers: {offered}){}: where a hierarchy of version 1 has it, leave \
                      --cgroup-version 2 out",
-                    hierarchy.mount.display()
+                    hierarchy.mount.display(),
+                    setting.hint([])
                 )));
             }
         }
@@ -357,6 +404,23 @@ mod tests {
         assert!(parent("a").is_ok() && parent("a/b.slice").is_ok());
         for text in ["", "/a", "..", "a/../b", "a//b", "a/", "./a"] {
             assert!(parent(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_limit_that_is_not_there_is_told_by_its_right_name() {
+        let files = ["cgroup.procs", "memory.limit_in_bytes", "pids.max", "pids.current"];
+        for (file, expected) in [
+            ("memory.max", " (version 1 has `memory.limit_in_bytes`)"),
+            ("cpu.shares", " (version 2 has `cpu.weight`)"),
+            ("pid.max", " (is `pids.max` meant?)"),
+            ("memroy.high", " (is `memory.high` meant?)"),
+            ("pids.maxx", " (is `pids.max` meant?)"),
+            ("pids.nonesuch", ""),
+            ("nonesuch.max", ""),
+        ] {
+            let setting = Setting::parse(&format!("{file}=1")).unwrap();
+            assert_eq!(setting.hint(files), expected, "{file}");
         }
     }
 

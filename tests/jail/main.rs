@@ -351,7 +351,7 @@ fn a_program_that_its_user_can_write_is_copied() {
     let program = common::for_everybody(&site.folder);
     std::os::unix::fs::chown(&program, Some(UID), None).unwrap();
     let mut command = site.jail("own");
-    command.arg("--exec-file").arg(&program).args(["--", "version"]);
+    command.arg("--exec-file").arg(&program).args(["--", "serve", "--nonesuch"]);
     end(command);
     let [copy, own] =
         [&site.root("own").join("alula"), &program].map(|path| std::fs::metadata(path).unwrap());

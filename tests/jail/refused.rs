@@ -29,6 +29,11 @@ const OPTIONS: &[(&str, &str)] = &[
     ("--exec-file PRIVATE", "user 1234 may not execute it: `chmod a+rx`"),
     ("--daemonize --new-pid-ns --exec-file PRIVATE", "user 1234 may not execute it"),
     ("--cgroup pids.nonesuch=1", "pids.nonesuch`: this kernel has no such limit"),
+    ("--cgroup pids.maxx=1", "in the other --cgroup-version (is `pids.max` meant?)"),
+    (
+        "--cgroup-version 2 --cgroup pid.max=1",
+        " (is `pids.max` meant?): where a hierarchy of version 1 has it",
+    ),
     ("--cgroup pids.max=many", "--cgroup pids.max=many: write to `"),
     (
         "--cgroup-version 1 --cgroup nonesuch.max=1",
@@ -55,9 +60,9 @@ fn obstruct(site: &Site) {
     symlink(&elsewhere, site.root("there").join("dev")).unwrap();
     // The jail `left` has ended, and is in the way of the next one.
     let mut command = site.jail("left");
-    command.args(["--", "version"]);
+    command.args(["--", "serve", "--nonesuch"]);
     let ended = end(command);
-    assert_eq!(ended.code, Some(153), "`version` takes no --id: {ended:?}");
+    assert_eq!(ended.code, Some(153), "there is no such option: {ended:?}");
 }
 
 /// Makes the files that [`OPTIONS`] name.

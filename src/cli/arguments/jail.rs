@@ -114,7 +114,7 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
             .into());
         }
     }
-    jail.arguments = arguments(jail.program.as_deref(), rest);
+    jail.arguments = arguments(jail.program.as_deref(), rest)?;
     Ok(Command::Jail(Box::new(jail)))
 }
 
@@ -128,15 +128,20 @@ fn take_rest(parser: &mut lexopt::Parser, rest: &mut Vec<OsString>) -> bool {
     is_end
 }
 
-/// Firecracker's command line has no commands, and ours has one first: that of `rest`, or the one that serves.
-fn arguments(program: Option<&Path>, mut rest: Vec<OsString>) -> Arguments {
+/// Firecracker's command line has no commands, and ours has one first: that of `rest`, or the one that serves. The others
+/// take no `--id`, which the program of a jail is told.
+fn arguments(program: Option<&Path>, mut rest: Vec<OsString>) -> Result<Arguments, String> {
     if program.is_some_and(|program| program.file_name().is_none_or(|name| name != OWN_NAME)) {
-        return Arguments { command: None, takes_times: true, rest };
+        return Ok(Arguments { command: None, takes_times: true, rest });
     }
     let is_command = rest.first().is_some_and(|word| !word.as_encoded_bytes().starts_with(b"-"));
     let command = if is_command { rest.remove(0) } else { "serve".into() };
     let takes_times = command == "serve";
-    Arguments { command: Some(command), takes_times, rest }
+    if !takes_times && command != "run" {
+        let command = command.display();
+        return Err(format!("-- {command}: a jail is for one guest: `run` or `serve` is what can be in it"));
+    }
+    Ok(Arguments { command: Some(command), takes_times, rest })
 }
 
 /// The largest number means that a user stays the same (setresuid(2)).
@@ -237,6 +242,11 @@ mod tests {
             ("--id a --resource-limit core=1", "expected fsize=BYTES or no-file=N"),
             ("--id a --resource-limit fsize=-1", "--resource-limit fsize=-1: expected a whole number"),
             ("--id a --keep-fd 2", "--keep-fd 2: expected the number of a descriptor above 2"),
+            (
+                "--id a --userns -- template saved",
+                "-- template: a jail is for one guest: `run` or `serve` is what",
+            ),
+            ("--id a --userns -- version", "-- version: a jail is for one guest"),
             ("--id a --id b", "--id is given twice"),
             ("--id a --deamonize", "invalid option '--deamonize' (is `--daemonize` meant?)"),
             ("--id a --userns serve", "unexpected argument \"serve\""),
