@@ -30,7 +30,7 @@ pub fn run(ctl: &Ctl) -> Result<()> {
         Ask::Sweep => return guests::sweep(),
         _ => {}
     }
-    let socket = super::exec::api_of(&ctl.reach)?.unwrap_or_default();
+    let socket = super::exec::api_or_place(&ctl.reach)?.unwrap_or_default();
     let mut client = Client::connect(&socket)?;
     match &ctl.ask {
         Ask::Status => status(client, ctl.json),

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use super::arguments::exec::{Copy, Exec, Reach, Wait};
+use super::guests;
 use super::session::{self, Ends, Outcome, TIMED_OUT};
 use crate::api::client::{Client, Heard};
 use crate::archive;
@@ -61,9 +62,25 @@ pub fn api_of(reach: &Reach) -> Result<Option<PathBuf>> {
     })
 }
 
+/// The monitor's control socket as [`api_of`] has it. The error of a name under which no guest is found says where a guest
+/// is that calls itself so.
+pub fn api_or_place(reach: &Reach) -> Result<Option<PathBuf>> {
+    api_of(reach).map_err(|error| match reach {
+        Reach::Id(id) => match guests::elsewhere(id) {
+            Some(socket) => Error::config(format!(
+                "guest `{id}` is not among those that are found by their name, as it is in a jail or was given a socket \
+                 of its own: reach it by `--api-sock {}`",
+                socket.display()
+            )),
+            None => error,
+        },
+        _ => error,
+    })
+}
+
 /// The socket of the guest's vsock device.
 fn vsock_of(reach: &Reach) -> Result<PathBuf> {
-    match (api_of(reach)?, reach) {
+    match (api_or_place(reach)?, reach) {
         (None, Reach::Vsock(path)) => Ok(path.clone()),
         (api, _) => ask_for_vsock(Client::connect(&api.unwrap_or_default())?),
     }
@@ -149,7 +166,7 @@ fn wait_for_agent(wait: &Wait) -> Result<Waited> {
     let socket = match vsock_of_new(&wait.reach, Instant::now() + within(APPEARANCE))? {
         Ok(socket) => socket,
         Err(absent) if within(APPEARANCE).is_zero() => return Ok(Waited::TimeIsUp(absent.to_string())),
-        Err(absent) => return Err(absent),
+        Err(absent) => return Err(api_or_place(&wait.reach).err().unwrap_or(absent)),
     };
     // What happens from now on is told, so that nothing is missed between the question and the wait.
     let follow = |api: PathBuf| Client::connect(&api)?.follow("/events");

@@ -157,6 +157,13 @@ fn all() -> Vec<Guest> {
     guests
 }
 
+/// The socket of a guest of this name that is in no folder of guests with a name: in a jail, or at a path of its own.
+pub fn elsewhere(id: &str) -> Option<PathBuf> {
+    let sockets = of_processes().filter(|(socket, _)| socket.exists());
+    let mut guests = sockets.filter_map(|(socket, process)| Guest::at(socket, process));
+    guests.find(|guest| guest.id == id && guest.process.is_some()).map(|guest| guest.socket)
+}
+
 fn named() -> impl Iterator<Item = PathBuf> {
     let entries = runtime::folders().into_iter().flat_map(fs::read_dir).flatten().flatten();
     entries.map(|entry| entry.path()).filter(|path| path.extension() == Some("sock".as_ref()))

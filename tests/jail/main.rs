@@ -131,6 +131,11 @@ fn assert_listed(user: u32, process: u32, id: &str, state: &str) -> serde_json::
     assert_eq!((&guest["id"], &guest["state"]), (&id.into(), &state.into()), "{guest}");
     let mut client = Client::connect(Path::new(guest["socket"].as_str().unwrap()));
     assert_eq!(client.ok("GET", "/", "").json()["id"], id);
+    // Its name alone does not lead there, and who tries is told what does.
+    let mut command = Command::new(common::for_everybody(&folder));
+    command.args(["ctl", id, "status"]).env("XDG_RUNTIME_DIR", &folder.0).uid(user);
+    let ended = end(command);
+    assert!(ended.code == Some(1) && ended.text.contains("reach it by `--api-sock /"), "{}", ended.text);
     guest.clone()
 }
 
