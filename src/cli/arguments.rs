@@ -403,7 +403,7 @@ mod tests {
             ("run --frobnicate", "invalid option '--frobnicate'; see `alula run --help`"),
             ("run --dsik x", "invalid option '--dsik' (is `--disk` meant?)"),
             ("serve --config x", "invalid option '--config' (is `--config-file` meant?)"),
-            ("ctl statsu", "there is no command `statsu`, or it has too many words (is `status` meant?)"),
+            ("ctl statsu", "there is no command `statsu` (is `status` meant?)"),
             ("schema x", "there is no schema \"x\": expected `openapi` or `config`"),
             ("run --cpus", "missing argument for option '--cpus'"),
             ("run --cpus 70000", "--cpus 70000: expected a smaller number"),

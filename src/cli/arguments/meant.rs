@@ -94,13 +94,19 @@ pub fn no_command<'w>(word: &OsStr, commands: impl IntoIterator<Item = &'w str>)
 /// The message about `words` of which none is a command of `alula ctl` in its place. A guest's name may come first.
 pub fn no_ctl_command(words: &[&str]) -> String {
     let hint = |word: &&str| {
-        let message = format!("there is no command `{word}`, or it has too many words");
+        let message = format!("there is no command `{word}`");
         let hinted = with_hint(message.clone(), word, CTL_COMMANDS, ctl::commands());
         (hinted != message).then_some(hinted)
     };
-    let first = words.first().copied().unwrap_or_default();
-    let of_a_word = words.iter().take(2).find_map(hint);
-    of_a_word.unwrap_or_else(|| format!("there is no command `{first}`, or it has too many words"))
+    match words {
+        [first, ..] if ctl::is_command(first) => format!("`{first}` has too many words, or too few"),
+        [first] => hint(first).unwrap_or_else(|| format!("there is no command `{first}`")),
+        [first, second, ..] => [second, first]
+            .into_iter()
+            .find_map(hint)
+            .unwrap_or_else(|| format!("there is no command `{second}`, and none `{first}`")),
+        [] => "a command is missing".to_owned(),
+    }
 }
 
 /// The message about what is wrong with `arguments`: with what of the command's `help` was meant, if it is about an
@@ -213,6 +219,19 @@ mod tests {
         ] {
             let error = refused(line);
             assert!(!error.contains("meant?"), "{line}: {error}");
+        }
+    }
+
+    #[test]
+    fn words_that_no_command_of_ctl_has_are_named() {
+        for (line, expected) in [
+            ("alula ctl x frob", "there is no command `frob`, and none `x`; see"),
+            ("alula ctl frob", "there is no command `frob`; see"),
+            ("alula ctl x status now", "`status` has too many words, or too few; see"),
+            ("alula ctl status now", "`status` has too many words, or too few; see"),
+        ] {
+            let error = refused(line);
+            assert!(error.contains(expected), "{line}: {error}");
         }
     }
 
