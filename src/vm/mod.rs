@@ -13,6 +13,7 @@ pub mod vcpus;
 use std::fs::File;
 use std::io::ErrorKind;
 use std::ops::Deref;
+use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
@@ -88,11 +89,16 @@ fn open_kvm() -> Result<Kvm> {
         let advice = match error.kind() {
             ErrorKind::NotFound => {
                 "is virtualisation on in the firmware, and is the module kvm_intel, kvm_amd or arm64's KVM loaded?"
+                    .to_owned()
             }
             ErrorKind::PermissionDenied => {
-                "add this user to the group that owns it (`usermod -aG kvm USER`) and log in again"
+                let found = std::fs::metadata(KVM_DEVICE).map_or((0o660, None), |found| {
+                    (found.mode() & 0o777, Some(found.gid()).filter(|group| *group != 0))
+                });
+                let groups = std::fs::read_to_string("/etc/group").unwrap_or_default();
+                way_in(found.0, found.1, &groups)
             }
-            _ => "is this host's KVM in working order?",
+            _ => "is this host's KVM in working order?".to_owned(),
         };
         Error::host(format!("open {KVM_DEVICE}: {error}: {advice}"))
     })?;
@@ -102,6 +108,27 @@ fn open_kvm() -> Result<Kvm> {
         other => Err(Error::host(format!(
             "{KVM_DEVICE} answers with API version {other}, {KVM_API_VERSION} is needed: it is not Linux's KVM"
         ))),
+    }
+}
+
+/// What lets a user open KVM whose device has this `mode`, and is of this `group` unless that is root's; `groups` are those
+/// of the machine (group(5)).
+fn way_in(mode: u32, group: Option<u32>, groups: &str) -> String {
+    let name = groups.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let (name, number) = (fields.next()?, fields.nth(1)?);
+        group.is_some_and(|group| number.parse() == Ok(group)).then_some(name)
+    });
+    match name {
+        Some(name) if mode & 0o060 == 0o060 => {
+            format!(
+                "add this user to the group that owns it (`sudo usermod -aG {name} \"$USER\"`) and log in again"
+            )
+        }
+        _ => format!(
+            "it is open to no group that a user can be in (mode {mode:o}): `sudo setfacl -m u:\"$USER\":rw {KVM_DEVICE}` \
+             opens it to this user until the next boot"
+        ),
     }
 }
 
@@ -320,5 +347,29 @@ impl Vm {
     pub fn unkick_any(&self, event: &EventFd, address: u64) -> Result<()> {
         let address = IoEventAddress::Mmio(address);
         self.fd.unregister_ioevent(event, &address, NoDatamatch).context("disconnect a queue's kick")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_user_is_let_in_by_the_group_of_the_device_or_alone() {
+        let groups = "root:x:0:\nkvm:x:104:me\n";
+        for (mode, group, expected) in [
+            (0o660, Some(104), "(`sudo usermod -aG kvm \"$USER\"`) and log in again"),
+            (
+                0o600,
+                Some(104),
+                "no group that a user can be in (mode 600): `sudo setfacl -m u:\"$USER\":rw /dev/kvm`",
+            ),
+            (0o640, Some(104), "(mode 640): `sudo setfacl "),
+            (0o660, Some(9), "(mode 660): `sudo setfacl "),
+            (0o660, None, "(mode 660): `sudo setfacl "),
+        ] {
+            let told = way_in(mode, group, groups);
+            assert!(told.contains(expected), "{mode:o} {group:?}: {told}");
+        }
     }
 }
