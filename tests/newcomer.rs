@@ -258,3 +258,45 @@ fn a_failure_is_told_once_where_log_and_errors_go_one_way() {
     let log = std::fs::read_to_string(folder.path("log")).unwrap();
     assert!([text, log].iter().all(|text| text.matches("open kernel `gone`").count() == 1));
 }
+
+#[test]
+fn a_way_out_is_named_for_who_asks_nobody_and_may_write_nowhere() {
+    common::open_devices();
+    let folder = Folder::new();
+    drop(UnixListener::bind(folder.path("left")).unwrap());
+    for (line, expected) in [
+        ("clone --template left", "nobody listens there: the template has ended, and `alula template FOLDER"),
+        (
+            "clone --template gone",
+            "there is no such socket: `alula template FOLDER --api-sock SOCKET` makes one",
+        ),
+        ("ctl --api-sock left status", "or it is no API socket (`alula ctl list` has those that there are)"),
+    ] {
+        let (code, text) = tried(&folder, line);
+        assert!(code == Some(1) && text.contains(expected), "{line}: {text}");
+    }
+    std::fs::set_permissions(&folder.0, PermissionsExt::from_mode(0o755)).unwrap();
+    let runtime = folder.path("runtime");
+    std::fs::create_dir_all(runtime.join("alula")).unwrap();
+    for (arguments, code, expected) in [
+        (&["kernel", "fetch"][..], 1, "(ALULA_CACHE names another folder for what is fetched and made)"),
+        (
+            &["serve", "--id", "web"],
+            1,
+            "serve guest `web` by its name (set XDG_RUNTIME_DIR, or give --api-sock)",
+        ),
+        // The guest runs all the same.
+        (
+            &["run", "--id", "web", "--cmdline", "end=7"],
+            7,
+            "(set XDG_RUNTIME_DIR, or give --api-sock): make a socket",
+        ),
+        (&["serve"], 1, "serve where --api-sock names no other place: "),
+    ] {
+        let mut command = common::as_nobody(&folder, arguments);
+        command.env("ALULA_CACHE", folder.path("cache")).env("XDG_RUNTIME_DIR", &runtime);
+        let (ended_with, text) = ended(command);
+        assert!(ended_with == Some(code) && text.contains("Permission denied"), "{arguments:?}: {text}");
+        assert!(text.contains(expected), "{arguments:?}: {text}");
+    }
+}

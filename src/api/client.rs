@@ -17,6 +17,13 @@ const PATIENCE: Duration = Duration::from_secs(100);
 /// come in between. A process that has ended is told of so much later.
 const BEGINS_TO_LISTEN: Duration = Duration::from_millis(200);
 
+/// Who is expected to serve a socket.
+#[derive(Clone, Copy)]
+enum Server {
+    Monitor,
+    Template,
+}
+
 /// A connection to a monitor.
 pub struct Client {
     stream: BufReader<UnixStream>,
@@ -34,6 +41,15 @@ pub struct Answer {
 impl Client {
     /// Connects to the monitor that serves the socket at `path`.
     pub fn connect(path: &Path) -> Result<Self> {
+        Self::connect_to(Server::Monitor, path)
+    }
+
+    /// Connects to the template that serves the socket at `path`.
+    pub fn connect_to_template(path: &Path) -> Result<Self> {
+        Self::connect_to(Server::Template, path)
+    }
+
+    fn connect_to(server: Server, path: &Path) -> Result<Self> {
         let deadline = Instant::now() + BEGINS_TO_LISTEN;
         let is_too_early = |error: &std::io::Error| {
             error.kind() == ErrorKind::ConnectionRefused && Instant::now() < deadline
@@ -41,19 +57,28 @@ impl Client {
         loop {
             match UnixStream::connect(path) {
                 Err(error) if is_too_early(&error) => std::thread::sleep(Duration::from_millis(5)),
-                stream => return Self::over(stream, path, PATIENCE),
+                stream => return Self::over(server, stream, path, PATIENCE),
             }
         }
     }
 
     /// Connects as [`Self::connect`] does, to a monitor that may take as long as `patience` for each answer.
     pub fn connect_within(path: &Path, patience: Duration) -> Result<Self> {
-        Self::over(UnixStream::connect(path), path, patience)
+        Self::over(Server::Monitor, UnixStream::connect(path), path, patience)
     }
 
-    fn over(stream: std::io::Result<UnixStream>, path: &Path, patience: Duration) -> Result<Self> {
-        let attempt = || format!("connect to API socket `{}`", path.display());
-        let stream = stream.map_err(cannot_connect).with_context(attempt)?;
+    fn over(
+        server: Server,
+        stream: std::io::Result<UnixStream>,
+        path: &Path,
+        patience: Duration,
+    ) -> Result<Self> {
+        let what = match server {
+            Server::Monitor => "API socket",
+            Server::Template => "the template's socket",
+        };
+        let attempt = || format!("connect to {what} `{}`", path.display());
+        let stream = stream.map_err(|error| cannot_connect(server, &error)).with_context(attempt)?;
         stream.set_read_timeout(Some(patience)).with_context(attempt)?;
         Ok(Self { stream: BufReader::new(stream) })
     }
@@ -179,19 +204,27 @@ impl Lines {
     }
 }
 
-fn cannot_connect(error: std::io::Error) -> Error {
-    Error::host(match error.kind() {
-        ErrorKind::NotFound => {
-            "there is no such socket: `alula serve` or `alula run --api-sock SOCKET` makes \
-                                one, and it is gone when its guest has ended"
-                .to_owned()
+fn cannot_connect(server: Server, error: &std::io::Error) -> Error {
+    let text = match (error.kind(), server) {
+        (ErrorKind::NotFound, Server::Monitor) => {
+            "there is no such socket: `alula serve` or `alula run --api-sock SOCKET` makes one, and it is gone when its \
+             guest has ended (`alula ctl list` has those that there are)"
         }
-        ErrorKind::ConnectionRefused => {
-            "nobody listens there: the process that made it has ended, or it is no API socket".to_owned()
+        (ErrorKind::NotFound, Server::Template) => {
+            "there is no such socket: `alula template FOLDER --api-sock SOCKET` makes one, and it is gone when that has \
+             ended"
         }
-        ErrorKind::PermissionDenied => "this user may not: be its owner, or root".to_owned(),
-        _ => error.to_string(),
-    })
+        (ErrorKind::ConnectionRefused, Server::Monitor) => {
+            "nobody listens there: the process that made it has ended, or it is no API socket (`alula ctl list` has \
+             those that there are)"
+        }
+        (ErrorKind::ConnectionRefused, Server::Template) => {
+            "nobody listens there: the template has ended, and `alula template FOLDER --api-sock SOCKET` starts another"
+        }
+        (ErrorKind::PermissionDenied, _) => "this user may not: be its owner, or root",
+        _ => return Error::host(error.to_string()),
+    };
+    Error::host(text)
 }
 
 fn no_answer(method: &str, path: &str, error: std::io::Error) -> Error {

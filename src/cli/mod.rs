@@ -336,7 +336,15 @@ fn begin_to_serve(arguments: &Serve) -> Result<Begun> {
     let socket = if arguments.no_api { None } else { Some(arguments.socket()?) };
     let server = match &socket {
         None => None,
-        Some(path) => Some(listen(path, arguments.http_api_max_payload_size)?),
+        Some(path) => {
+            let front = listen(path, arguments.http_api_max_payload_size);
+            let is_default = arguments.api_sock.is_none() && !arguments.is_named;
+            Some(if is_default {
+                front.context("serve where --api-sock names no other place")?
+            } else {
+                front?
+            })
+        }
     };
     let mut config = config.unwrap_or_default();
     config.pci = arguments.enable_pci;

@@ -101,7 +101,7 @@ fn prepare(order: &Order) -> Result<(Monitor, Box<Microvm>)> {
 
 /// Has a template make clones, and prints what they are called.
 pub fn clone(clones: &Clones) -> Result<()> {
-    let mut client = Client::connect(&clones.template)?;
+    let mut client = Client::connect_to_template(&clones.template)?;
     client.wait_for_ever()?;
     let numbers = clones.count.map_or(0..=0, |count| 1..=count);
     for number in numbers {

@@ -37,7 +37,8 @@ pub fn fetch(from: &[String], say: impl Fn(&str)) -> Result<PathBuf> {
     let scratch = Scratch(place.with_extension(format!("new-{}", std::process::id())));
     let work = &scratch.0;
     let packages = work.join("packages");
-    fs::create_dir_all(&packages).with_context(|| format!("create `{}`", packages.display()))?;
+    let created = fs::create_dir_all(&packages).map_err(|error| kernel::cannot_keep(&error));
+    created.with_context(|| format!("create `{}`", packages.display()))?;
     for from in from {
         if Path::new(from).is_file() {
             unpack(Path::new(from), &packages)?;

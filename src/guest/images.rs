@@ -164,10 +164,11 @@ impl Images {
     fn lock(&self, say: &impl Fn(&str)) -> Result<File> {
         let attempt = || format!("lock `{}`", self.folder.display());
         // Whoever may not read the folders need not read the images of them.
-        DirBuilder::new().recursive(true).mode(0o700).create(&self.folder).with_context(attempt)?;
+        let created = DirBuilder::new().recursive(true).mode(0o700).create(&self.folder);
         let mut options = OpenOptions::new();
         options.write(true).create(true).truncate(false);
-        let file = options.open(self.folder.join("lock")).with_context(attempt)?;
+        let opened = created.and_then(|()| options.open(self.folder.join("lock")));
+        let file = opened.map_err(|error| kernel::cannot_keep(&error)).with_context(attempt)?;
         match file.try_lock() {
             Ok(()) => return Ok(file),
             Err(TryLockError::WouldBlock) => say("waiting for another process, which packs a folder"),

@@ -26,6 +26,11 @@ pub fn cache() -> PathBuf {
     })
 }
 
+/// Why something could not be made in the cache.
+pub fn cannot_keep(error: &std::io::Error) -> Error {
+    Error::host(format!("{error} (ALULA_CACHE names another folder for what is fetched and made)"))
+}
+
 /// The folder that a fetched kernel is in.
 pub fn fetched() -> PathBuf {
     cache().join(format!("kernel-{}", std::env::consts::ARCH))

@@ -5,6 +5,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Context, Error, Result};
+use crate::sys::descriptor;
 
 /// Firecracker's limit on a microVM's name.
 const ID_MAX: usize = 64;
@@ -59,7 +60,9 @@ fn prepare_at(path: &Path) -> Result<()> {
     let folder = crate::paths::folder(path);
     // Its owner's alone: whoever reaches a guest's socket can do anything with the guest.
     let made = DirBuilder::new().recursive(true).mode(0o700).create(folder);
-    made.with_context(|| format!("make the folder `{}` for the sockets of guests", folder.display()))
+    made.with_context(|| format!("make the folder `{}` for the sockets of guests", folder.display()))?;
+    let writable = descriptor::check_writable(folder);
+    writable.with_context(|| format!("make a socket in the folder of guests `{}`", folder.display()))
 }
 
 /// The control socket of the guest of this name, which is there.
