@@ -167,10 +167,12 @@ impl MachineConfig {
             HugePages::Transparent | HugePages::Huge2M => 2,
         };
         if self.mem_size_mib == 0 || !self.mem_size_mib.is_multiple_of(page_mib) {
-            return Err(Error::config(
+            // Firecracker's words.
+            return Err(Error::config(format!(
                 "The memory size (MiB) is either 0, or not a multiple of the configured page size. \
-                 (`mem_size_mib`, --memory)",
-            ));
+                 (`mem_size_mib`, --memory: {} MiB, where a multiple of {page_mib} MiB is expected)",
+                self.mem_size_mib
+            )));
         }
         if self.smt && !crate::arch::HAS_SMT {
             return Err(Error::config(
@@ -233,7 +235,10 @@ mod tests {
             (r#"{"vcpu_count":1}"#, "missing field `mem_size_mib`"),
             (r#"{"vcpu_count":0,"mem_size_mib":1}"#, "number of vCPUs must be greater than 0"),
             (r#"{"vcpu_count":70000,"mem_size_mib":1}"#, "invalid value: integer `70000`"),
-            (r#"{"vcpu_count":1,"mem_size_mib":0}"#, "memory size (MiB) is either 0"),
+            (
+                r#"{"vcpu_count":1,"mem_size_mib":0}"#,
+                "--memory: 0 MiB, where a multiple of 1 MiB is expected)",
+            ),
             (r#"{"vcpu_count":1,"mem_size_mib":-1}"#, "invalid value: integer `-1`"),
             (r#"{"vcpu_count":"1","mem_size_mib":1}"#, "invalid type: string"),
             (r#"{"vcpu_count":1,"mem_size_mib":1,"speed":9}"#, "unknown field `speed`"),

@@ -118,8 +118,11 @@ impl Config {
             None => Ok(()),
             // Firecracker's words.
             Some(device) => Err(Error::config(format!(
-                "The memory size (MiB) is smaller than the previously set {} target size.",
-                device.kind().noun
+                "The memory size (MiB) is smaller than the previously set {} target size. (`mem_size_mib`, --memory: \
+                 {} MiB, `amount_mib`: {} MiB)",
+                device.kind().noun,
+                machine.mem_size_mib,
+                serde_json::to_value(device).unwrap_or_default()["amount_mib"]
             ))),
         }
     }

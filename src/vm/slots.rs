@@ -11,6 +11,9 @@ use crate::kvm::{self, SlotPages};
 use crate::memory::window::Window;
 use crate::memory::{Range, Region};
 
+/// The most that a slot takes: KVM counts its pages by 31 bits (KVM_MEM_MAX_NR_PAGES of Linux), of 4 KiB at least.
+const PIECE_MIB_MAX: u64 = ((1 << 31) - 1) >> 8;
+
 /// The slots that are in use, by number.
 #[derive(Default)]
 pub struct Slots(BTreeMap<u32, Slot>);
@@ -123,7 +126,10 @@ fn set(fd: &VmFd, number: u32, slot: &Slot, size: u64) -> Result<()> {
     given.map_err(|error| match (error.errno(), slot.kind) {
         // aarch64 says EFAULT of what is beyond its guests' addresses.
         (libc::EINVAL | libc::EFAULT, Kind::Memory { .. }) => {
-            Error::config("it takes less: give the guest less (`mem_size_mib`, --memory)")
+            Error::config(format!(
+                "it takes less, {PIECE_MIB_MAX} MiB in one piece at most, and fewer addresses where the host's CPU has \
+                 fewer: give the guest less (`mem_size_mib`, --memory)"
+            ))
         }
         (libc::EINVAL | libc::EFAULT, Kind::Window { .. }) => Error::config(
             "it takes less, or nothing so far up: give the guest a smaller file, or less memory (`mem_size_mib`, \

@@ -39,7 +39,7 @@ fn a_balloon_is_told_back_and_kept_within_the_memory() {
     assert!(fault.starts_with(expected), "{fault}");
     let fault = client.request("PATCH", "/machine-config", r#"{"mem_size_mib": 15}"#).fault();
     let expected = "Machine config error: The memory size (MiB) is smaller than the previously set balloon device \
-                    target size.";
+                    target size. (`mem_size_mib`, --memory: 15 MiB, `amount_mib`: 16 MiB)";
     assert_eq!(fault, expected);
     client.ok("PATCH", "/machine-config", r#"{"mem_size_mib": 16}"#);
     // The refused requests have changed nothing; another balloon replaces this one.
