@@ -44,6 +44,9 @@ pub fn cannot_make(path: &Path, error: &IoError) -> Error {
         ErrorKind::NotFound if !folder.is_dir() => {
             Error::config(format!("there is no folder `{}`: create it", folder.display()))
         }
+        ErrorKind::AlreadyExists => {
+            Error::config(format!("{error}: choose another path, or remove what is there"))
+        }
         ErrorKind::PermissionDenied if path.exists() => {
             Error::host(format!("{error}: this user may not write it{}", beside_limits()))
         }
@@ -113,6 +116,8 @@ mod tests {
         let missing = IoError::from(ErrorKind::NotFound);
         let error = cannot_make(Path::new("/none/x"), &missing).to_string();
         assert_eq!(error, "there is no folder `/none`: create it");
+        let there = cannot_make(Path::new("/"), &IoError::from_raw_os_error(libc::EEXIST)).to_string();
+        assert_eq!(there, "File exists (os error 17): choose another path, or remove what is there");
         let denied = IoError::from_raw_os_error(libc::EACCES);
         let error = cannot_make(Path::new("/none-x"), &denied).to_string();
         assert!(error.ends_with("this user may not make files in `/`: choose another path"), "{error}");

@@ -24,8 +24,28 @@ const SECTIONS_SIZE_MAX: u64 = 16 << 20;
 /// The most sections that a file may have, so that the table of a damaged file is never large.
 const SECTIONS_MAX: usize = 4096;
 
-/// The kind of [`Section`] that holds the checksums of memory. It stands last, and a restore does not read it.
+/// The kind of [`Section`] that is the machine without its memory.
+pub const MACHINE: u16 = 1;
+/// The kind of section that says where the memory is.
+pub const MEMORY: u16 = 2;
+/// The kind of section, of no bytes, of a state whose memory is that of a difference.
+pub const DIFF: u16 = 3;
+/// The kind of section that says which snapshot a state is of; states of old have none.
+pub const LINE: u16 = 4;
+/// The kind of section that holds the checksums of memory. It stands last, and a restore does not read it.
 pub const CHECKSUMS: u16 = 0xffff;
+
+/// What the sections of a kind hold, for who has a file that is damaged.
+fn holds(kind: u16) -> &'static str {
+    match kind {
+        MACHINE => "the state of CPUs and devices",
+        MEMORY => "what it says of the memory's file",
+        DIFF => "the mark of a difference",
+        LINE => "what it says of the snapshots before it",
+        CHECKSUMS => "the list of the memory's checksums",
+        _ => "a part that this Alula does not know",
+    }
+}
 
 /// What the file says of where it was made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -142,14 +162,11 @@ pub fn read(file: &File, with_checksums: bool) -> Result<(Origin, Vec<Section>)>
         )));
     }
     let wanted = |entry: &&Entry| with_checksums || entry.kind != CHECKSUMS;
-    let sections = entries.iter().filter(wanted).enumerate().map(|(index, entry)| {
-        let mut bytes = vec![0; entry.length as usize];
-        file.read_exact_at(&mut bytes, entry.offset).with_context(|| format!("read its section {index}"))?;
+    let sections = entries.iter().filter(wanted).map(|entry| {
+        let (mut bytes, what) = (vec![0; entry.length as usize], holds(entry.kind));
+        file.read_exact_at(&mut bytes, entry.offset).with_context(|| format!("read {what}"))?;
         if crc32fast::hash(&bytes) != entry.checksum {
-            return Err(Error::config(format!(
-                "it is damaged: the checksum of section {index} (kind {}) does not fit",
-                entry.kind
-            )));
+            return Err(Error::config(format!("it is damaged: {what} in it is not as it was written")));
         }
         Ok(Section { kind: entry.kind, version: entry.version, bytes })
     });
@@ -186,10 +203,11 @@ fn parse_table(table: &[u8], length: u64) -> Result<Vec<Entry>> {
     let (entries, _) = table.as_chunks();
     let entries: Vec<_> = entries.iter().map(Entry::read).collect();
     let mut end = (HEADER_SIZE + table.len()) as u64;
-    for (index, entry) in entries.iter().enumerate() {
+    for entry in &entries {
         let next = end.checked_add(entry.length).filter(|next| entry.offset == end && *next <= length);
-        end =
-            next.ok_or_else(|| Error::config(format!("it is damaged: section {index} is not in its place")))?;
+        end = next.ok_or_else(|| {
+            Error::config(format!("it is damaged: {} is not in its place", holds(entry.kind)))
+        })?;
     }
     match end == length {
         true => Ok(entries),
@@ -259,6 +277,18 @@ mod tests {
     }
 
     #[test]
+    fn what_is_damaged_is_told_by_what_it_holds() {
+        for (kind, what) in
+            [(MACHINE, "CPUs and devices"), (LINE, "the snapshots before it"), (9, "a part that")]
+        {
+            let mut bytes = write(&ORIGIN, &[Section { kind, version: 1, bytes: vec![1, 2, 3] }]);
+            *bytes.last_mut().unwrap() ^= 1;
+            let error = read_bytes(&bytes, true).unwrap_err().to_string();
+            assert!(error.contains(what) && error.ends_with(" in it is not as it was written"), "{error}");
+        }
+    }
+
+    #[test]
     fn a_sound_checksum_does_not_make_a_table_true() {
         let damage = |at: usize, value: u64, expected: &str| {
             let mut bytes = write(&ORIGIN, &sections());
@@ -270,9 +300,9 @@ mod tests {
             assert!(error.contains(expected), "{error}");
         };
         let first = HEADER_SIZE;
-        damage(first + 8, 0, "section 0 is not in its place");
-        damage(first + 16, u64::MAX, "section 0 is not in its place");
-        damage(first + 16, 1 << 20, "section 0 is not in its place");
+        damage(first + 8, 0, "the state of CPUs and devices is not in its place");
+        damage(first + 16, u64::MAX, "the state of CPUs and devices is not in its place");
+        damage(first + 16, 1 << 20, "the state of CPUs and devices is not in its place");
         damage(first + 3 * ENTRY_SIZE + 16, 3, "more behind its last section");
         damage(16, 1 << 40, "its header says 1099511627776");
         damage(8, 2, "its format is 2");

@@ -10,7 +10,7 @@ use super::diff;
 use super::folder::{self, Draft};
 use super::line::Line;
 use super::memory_file;
-use super::state_file::{self, Origin, Section};
+use super::state_file::{self, DIFF, LINE, MACHINE, MEMORY, Origin, Section};
 use crate::arch;
 use crate::descriptors::Named;
 use crate::error::{Context, Error, Result};
@@ -19,14 +19,6 @@ use crate::machine::SavedMachine;
 use crate::memory::{Piece, Range};
 use crate::sys::process;
 
-/// The section that is the machine without its memory.
-const MACHINE: u16 = 1;
-/// The section that says where the memory is.
-const MEMORY: u16 = 2;
-/// The section, of no bytes, of a state whose memory is that of a difference.
-const DIFF: u16 = 3;
-/// The section that says which snapshot a state is of; states of old have none.
-const LINE: u16 = 4;
 /// The form of each section; the machine says its own beside.
 const VERSION: u16 = 1;
 /// The most that the machine may have as bytes. What is read from them may take several times as much memory of
@@ -160,6 +152,7 @@ impl Location {
     /// # Errors
     /// One of them cannot be opened, is not what Alula wrote on this architecture, or they do not belong together.
     pub fn open(&self, with_checksums: bool) -> Result<(Stored, Named<File>)> {
+        self.check_folder()?;
         let (stored, memory) = self.read_with(with_checksums)?;
         let attempt = || format!("open the memory of a machine, `{}`", memory.display());
         let opened = open(&memory, "memory of a saved machine", attempt)?;
@@ -178,7 +171,20 @@ impl Location {
     /// # Errors
     /// The state cannot be opened, or is not what Alula wrote on this architecture.
     pub fn read(&self) -> Result<Stored> {
+        self.check_folder()?;
         self.read_with(false).map(|(stored, _)| stored)
+    }
+
+    /// Refuses a file where a folder belongs: most likely, it is one of the two files of a snapshot.
+    fn check_folder(&self) -> Result<()> {
+        match self {
+            Self::Folder(path) if path.is_file() => Err(Error::config(format!(
+                "`{}` is a file: give the folder that a microVM was saved to (`alula ctl ID snapshot FOLDER`); a state and a \
+                 memory with paths of their own are taken by `PUT /snapshot/load` and `alula template STATE MEMORY`",
+                path.display()
+            ))),
+            _ => Ok(()),
+        }
     }
 
     /// Reads the state, and says where the memory is.

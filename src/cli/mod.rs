@@ -23,7 +23,6 @@ use std::path::{Path, PathBuf};
 use crate::agent::init;
 use crate::api::Api;
 use crate::arch;
-use crate::carry::stored::Location;
 use crate::clock;
 use crate::config::Config;
 use crate::dialect::Dialect;
@@ -36,7 +35,6 @@ use crate::machine::Exit;
 use crate::microvm::Microvm;
 use crate::microvm::monitor::{Ending, Front, Monitor, Outcome};
 use crate::microvm::signals::{self, Signals};
-use crate::microvm::snapshots::Load;
 use crate::terminal;
 use crate::walls::begin;
 use arguments::{Command, Run, Serve};
@@ -254,7 +252,7 @@ fn run(mut arguments: Run, feed: &mut Option<Feed>) -> Result<Ending> {
         match &arguments.restore {
             None => microvm.start("command line").context("start the guest")?,
             Some(folder) => microvm
-                .load_snapshot(&Load::new(Location::Folder(folder.clone())), "command line")
+                .load_snapshot(&arguments.load(folder), "command line")
                 .with_context(|| format!("restore the guest in `{}`", folder.display()))?,
         }
         if let Some(after) = arguments.record {

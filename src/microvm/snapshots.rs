@@ -244,8 +244,8 @@ impl Microvm {
         let service = config.mmds_config.clone();
         self.host.serve_metadata(service.map(|config| Service { config, store: self.metadata.clone() }));
         let source = memory.source(&pieces);
-        let mut machine =
-            Machine::build_from(source, &saved.places, &self.id, &config, &mut self.host, base)?;
+        let built = Machine::build_from(source, &saved.places, &self.id, &config, &mut self.host, base);
+        let mut machine = built.map_err(|error| with_way_out(error, &config))?;
         lost::watch(&machine.memory().memory(), &paths[1]);
         signals::watch_memory();
         let handler = match memory {
@@ -273,6 +273,25 @@ impl Microvm {
         overlays.into_iter().for_each(Overlay::keep);
         Ok(Restored { machine, config, handler, place, origin })
     }
+}
+
+/// The error of a machine that could not be built as it was saved, with what gives the device that failed another place.
+fn with_way_out(error: Error, config: &Config) -> Error {
+    let has_failed = |device: &&ConfiguredDevice| error.message() == format!("set up {}", device.name());
+    let Some(device) = config.devices().find(has_failed) else { return error };
+    let way = match device.kind().section {
+        "drives" => {
+            let id = device.id();
+            format!(
+                "`drive_overrides` (`alula run --restore`: --drive {id}=PATH, or --overlay {id}=PATH for an image over it) \
+                 gives the disk another path"
+            )
+        }
+        "network-interfaces" => "`network_overrides` gives it another TAP interface".to_owned(),
+        "vsock" => "`vsock_override` gives it another socket".to_owned(),
+        _ => return error,
+    };
+    Error::new(error.kind(), format!("{error}: the guest was saved with that; {way}"))
 }
 
 /// A machine that was restored.

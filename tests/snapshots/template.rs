@@ -186,7 +186,10 @@ fn a_template_goes_on_after_a_clone_that_cannot_be_made() {
         (json!({ "vsock_override": { "uds_path": "v" } }), "`vsock_override`: the saved machine has no such"),
         (json!({ "logger": { "log_path": "none/log" } }), "none/log"),
         (json!({ "serial": { "serial_out_path": "fd:3" } }), "fd:3"),
-        (disk("there", true), "make the overlay `there`: File exists"),
+        (
+            disk("there", true),
+            "make the overlay `there`: File exists (os error 17): choose another path, or remove",
+        ),
         (disk("none/a.qcow2", true), "there is no folder `none`"),
         (disk("saved", false), "it is a directory"),
         (disk("first.qcow2", false), "it is in use by process"),

@@ -1,6 +1,6 @@
 //! `alula run`: its options, its help, and the configuration that comes of it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use lexopt::Arg::{Long, Short, Value};
@@ -8,8 +8,10 @@ use lexopt::ValueExt;
 
 use super::command::{self, Wanted};
 use super::exec::time;
+use super::template::pair;
 use super::{Command, Given, default_id, id, number, value};
 use crate::arch;
+use crate::carry::stored::Location;
 use crate::cli::outputs::{self, OutputOptions};
 use crate::cli::walls;
 use crate::config::{BootSource, Config};
@@ -19,6 +21,8 @@ use crate::error::{Error, Result};
 use crate::firmware;
 use crate::log::Level;
 use crate::metadata;
+use crate::microvm::drives::Drive;
+use crate::microvm::snapshots::Load;
 use crate::units::mebibytes;
 
 const RUN_HELP_BEFORE_DEVICES: &str = "\
@@ -55,6 +59,9 @@ const RUN_HELP_AFTER_DEVICES: &str = "      --publish [ADDRESS:]HOST:GUEST[/udp]
       --restore FOLDER   Go on with the guest that `alula ctl snapshot FOLDER` has saved there. What it
                          is made of is as it was; --id, --api-sock, --metadata and the options for
                          those who watch it can be given
+      --drive ID=PATH    With --restore: that disk's image is here now. May be repeated
+      --overlay ID=PATH  With --restore: make an image for that disk here, over the one that it was saved
+                         with, which stays as it is. May be repeated
       --record TIME      With --restore: note in FOLDER, so long after, what the guest has needed of its
                          memory; later restores have it read ahead where it is not in memory yet
       --self-test        Boot the firmware guest, whatever the file says of a kernel
@@ -116,6 +123,8 @@ pub struct Run {
     pub self_test: bool,
     /// The folder of a saved microVM.
     pub restore: Option<PathBuf>,
+    /// The disks of the saved microVM that are to be others.
+    pub drives: Vec<Drive>,
     /// When it is noted what the restored guest needs first.
     pub record: Option<Duration>,
     pub api_sock: Option<PathBuf>,
@@ -142,6 +151,7 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
         config: None,
         self_test: false,
         restore: None,
+        drives: Vec::new(),
         record: None,
         api_sock: None,
         outputs: OutputOptions::default(),
@@ -168,6 +178,8 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
             Long("enable-pci") => run.enable_pci = true,
             Long("config") => run.config = Some(parser.value()?.into()),
             Long("restore") => run.restore = Some(parser.value()?.into()),
+            Long("drive") => run.drives.push(drive(parser, "--drive")?),
+            Long("overlay") => run.drives.push(drive(parser, "--overlay")?),
             Long("record") => run.record = Some(value(parser, "--record", time)?),
             Long("self-test") => run.self_test = true,
             Long("api-sock") => run.api_sock = Some(parser.value()?.into()),
@@ -180,13 +192,7 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
             }
             Long(name) if let Some(name) = OutputOptions::named(name) => run.outputs.take(name, parser)?,
             Long(name) if let Some(kind) = KINDS.iter().find(|kind| kind.option.name == name) => {
-                let device = device(parser, kind, &run.devices)?;
-                if run.devices.iter().any(|other| device.replaces(other)) {
-                    return Err(
-                        format!("--{}: two of them are the {}", kind.option.name, device.name()).into()
-                    );
-                }
-                run.devices.push(device);
+                run.devices.push(device(parser, kind, &run.devices)?);
             }
             Long("publish") => ports.push(value(parser, "--publish", |text| text.parse())?),
             Value(kernel) if run.kernel.is_none() => run.kernel = Some(kernel.into()),
@@ -199,7 +205,7 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
 }
 
 fn may_be_repeated(option: &str) -> bool {
-    ["publish", "allow"].contains(&option)
+    ["publish", "allow", "drive", "overlay"].contains(&option)
         || Wanted::may_be_repeated(option)
         || KINDS.iter().any(|kind| kind.many && kind.option.name == option)
 }
@@ -211,10 +217,23 @@ fn device(
     before: &[ConfiguredDevice],
 ) -> Result<ConfiguredDevice, lexopt::Error> {
     let number = before.iter().filter(|device| device.kind() == kind).count();
-    match kind.option.value {
-        "" => Ok(kind.from_option("", number)?),
-        _ => value(parser, &format!("--{}", kind.option.name), |text| kind.from_option(text, number)),
+    let device = match kind.option.value {
+        "" => kind.from_option("", number)?,
+        _ => value(parser, &format!("--{}", kind.option.name), |text| kind.from_option(text, number))?,
+    };
+    match before.iter().any(|other| device.replaces(other)) {
+        true => Err(format!("--{}: two of them are the {}", kind.option.name, device.name()).into()),
+        false => Ok(device),
     }
+}
+
+/// The disk of a saved guest that `--drive` or `--overlay` says is another one.
+fn drive(parser: &mut lexopt::Parser, option: &str) -> Result<Drive, lexopt::Error> {
+    let text = parser.value()?.string()?;
+    let (id, path) = pair(&text).map_err(|expected| {
+        format!("{option} {text}: {expected}, of a guest that is restored (is `--disk` meant?)")
+    })?;
+    Ok(Drive { id, path: path.into(), is_overlay: option == "--overlay" })
 }
 
 fn run_help() -> String {
@@ -247,6 +266,8 @@ impl Run {
             self.check_restore(publishes)?;
         } else if self.record.is_some() {
             return Err("--record is for a guest that is restored: give --restore, too".into());
+        } else if !self.drives.is_empty() {
+            return Err("--drive and --overlay are for a guest that is restored (is `--disk` meant?)".into());
         }
         self.wanted.check()?;
         if self.has_command() && (self.initrd.is_some() || self.self_test) {
@@ -286,6 +307,11 @@ impl Run {
                 Err(format!("--restore: the guest is what it was when it was saved: leave out {name}"))
             }
         }
+    }
+
+    /// What is to be restored of the microVM that was saved to `folder`.
+    pub fn load(&self, folder: &Path) -> Load {
+        Load { drives: self.drives.clone(), ..Load::new(Location::Folder(folder.to_owned())) }
     }
 
     /// What the config file says, and on top of it what the options say.

@@ -111,7 +111,7 @@ pub fn clone(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
 }
 
 /// Parses an id and a value, `a=b`.
-fn pair(text: &str) -> Result<(String, String), String> {
+pub fn pair(text: &str) -> Result<(String, String), String> {
     let pair = text.split_once('=').filter(|(one, other)| !one.is_empty() && !other.is_empty());
     pair.map(|(one, other)| (one.to_owned(), other.to_owned())).ok_or_else(|| "expected ID=VALUE".to_owned())
 }
