@@ -55,13 +55,18 @@ impl Outcome {
                 let words = format!("the command in the guest was ended by signal {signal}");
                 (SIGNAL_BASE.saturating_add(*signal), Some(words))
             }
-            Self::Ended(Ending::NotFound(why)) => (NOT_FOUND, Some(why.clone())),
-            Self::Ended(Ending::NotExecutable(why)) => (NOT_EXECUTABLE, Some(why.clone())),
-            Self::Ended(Ending::Failed(why)) => (FAILED, Some(why.clone())),
+            Self::Ended(Ending::NotFound(why)) => (NOT_FOUND, Some(in_the_guest(why))),
+            Self::Ended(Ending::NotExecutable(why)) => (NOT_EXECUTABLE, Some(in_the_guest(why))),
+            Self::Ended(Ending::Failed(why)) => (FAILED, Some(in_the_guest(why))),
             Self::TimedOut => (TIMED_OUT, Some("the time for the command in the guest was up".to_owned())),
             Self::Left => (super::LEFT, Some("you left the command in the guest".to_owned())),
         }
     }
+}
+
+/// What an agent says of why it did not start a command, as its words are told out here.
+fn in_the_guest(why: &str) -> String {
+    format!("in the guest: {why}")
 }
 
 /// What a session is connected to.

@@ -45,9 +45,13 @@ fn exec_is_the_command_seen_from_the_host() {
     assert_eq!((code, &output[..]), (0, &b"b c\n/\n"[..]));
     for (words, code, told) in [
         (&["sh", "-c", "kill -9 $$"][..], 137, "alula: the command in the guest was ended by signal 9\n"),
-        (&["/nonexistent"], 127, "alula: start `/nonexistent`: No such file or directory"),
-        (&["/"], 126, "alula: start `/`: Permission denied"),
-        (&["--workdir", "/nonexistent", "ls"], 125, "alula: there is no folder `/nonexistent` to start in\n"),
+        (&["/nonexistent"], 127, "alula: in the guest: start `/nonexistent`: No such file or directory"),
+        (&["/"], 126, "alula: in the guest: start `/`: Permission denied"),
+        (
+            &["--workdir", "/nonexistent", "ls"],
+            125,
+            "alula: in the guest: there is no folder `/nonexistent` to start in\n",
+        ),
         (
             &["--timeout", "100ms", "sleep", "100"],
             124,
