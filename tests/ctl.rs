@@ -242,6 +242,15 @@ fn a_guest_is_stopped_and_waited_for() {
     service.client().ok("PATCH", "/vm", r#"{"state": "Paused"}"#);
     let (code, text) = ctl(&service, &["stop"]);
     assert!(code == Some(1) && text.contains("the guest is paused, and cannot power off"), "{text}");
+    let (code, text) = ctl(&service, &["shutdown"]);
+    assert!(
+        code == Some(1) && text.contains("the guest is paused, and sees no power button: resume"),
+        "{text}"
+    );
+    if cfg!(target_arch = "x86_64") {
+        let (code, text) = ctl(&service, &["ctrl-alt-del"]);
+        assert!(code == Some(0) && text.ends_with("paused, and sees them when it is resumed\n"), "{text}");
+    }
     assert_eq!(ctl(&service, &["stop", "--force"]).0, Some(0));
     common::wait_for(|| !service.process.is_running());
     assert!(!service.socket.exists());

@@ -231,6 +231,12 @@ fn act(microvm: &mut Microvm, action: Action) -> Result<(), String> {
             Err(format!("SendCtrlAltDel does not supported on {}.", arch::NAME))
         }
         Action::SendCtrlAltDel => microvm.send_ctrl_alt_del().map_err(fault("Internal VMM error")),
+        // Ours alone: a guest that stands still would see it some day, after whoever asks has given up.
+        Action::Shutdown if microvm.state() == Some(RunState::Paused) => {
+            Err("the guest is paused, and sees no power button: resume it first (`alula ctl ID resume`), or end it at \
+                 once (`alula ctl ID stop --force`)"
+                .to_owned())
+        }
         Action::Shutdown => microvm.request_shutdown().map_err(fault("Internal VMM error")),
         Action::Reset => microvm.reset("Reset").map_err(fault("Reset error")),
         Action::FlushMetrics => {

@@ -47,7 +47,7 @@ pub fn run(ctl: &Ctl) -> Result<()> {
         Ask::Shutdown => act(&mut client, "Shutdown", ctl.json, "the guest was asked to power off"),
         Ask::Stop { force } => stop(client, &socket, *force, ctl.json),
         Ask::Reset => reset(client, ctl.json),
-        Ask::CtrlAltDel => act(&mut client, "SendCtrlAltDel", ctl.json, "the keys were pressed"),
+        Ask::CtrlAltDel => press_ctrl_alt_del(&mut client, ctl.json),
         Ask::Flush => act(&mut client, "FlushMetrics", ctl.json, "written"),
         Ask::Limit(device, limiter) => limit(client, device, *limiter, ctl.json),
         Ask::Request(method, path, body) => {
@@ -124,6 +124,16 @@ fn act(client: &mut Client, action: &str, json: bool, done: &str) -> Result<()> 
 fn reset(mut client: Client, json: bool) -> Result<()> {
     client.wait_for_ever()?;
     act(&mut client, "Reset", json, "the guest boots again")
+}
+
+fn press_ctrl_alt_del(client: &mut Client, json: bool) -> Result<()> {
+    let is_paused = parsed(&ask(client, "GET", "/", "")?)?["state"] == "Paused";
+    let done = if is_paused {
+        "the keys were pressed; the guest is paused, and sees them when it is resumed"
+    } else {
+        "the keys were pressed"
+    };
+    act(client, "SendCtrlAltDel", json, done)
 }
 
 /// Has the guest power off, or ends it, and waits until its monitor has ended.
