@@ -301,12 +301,24 @@ fn conclude_command(outcome: &Result<Outcome>, prepared: &command::Prepared) -> 
         _ => conclude(outcome, FAILED_RUN, |_| FAILED_RUN),
     };
     if let Ok(Outcome::Ended(exit)) = outcome {
-        ending.reason = format!("the guest ended before the command in it did: {exit}");
+        ending.reason = ended_early(exit);
     }
     if !matches!(outcome, Ok(Outcome::Signal(_) | Outcome::Left)) {
         prepared.last_lines().iter().for_each(|line| eprintln!("alula: console: {line}"));
     }
     ending
+}
+
+/// The end of a guest whose command had not ended, which is a failure of the command's whatever the guest meant by it.
+fn ended_early(exit: &Exit) -> String {
+    match exit {
+        Exit::PoweredOff => {
+            "the guest powered off before the command in it ended, so its exit code is not known: let \
+                             the command end, and the guest powers off by itself"
+                .to_owned()
+        }
+        exit => format!("the guest ended before the command in it did: {exit}"),
+    }
 }
 
 fn serve(arguments: &Serve, feed: &mut Option<Feed>) -> Result<Ending> {
@@ -360,4 +372,23 @@ fn begin_to_serve(arguments: &Serve) -> Result<Begun> {
     }
     begin(&arguments.walls, socket.as_deref())?;
     Ok((signals, server, microvm))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_that_ended_before_its_command_is_told_by_how_it_ended() {
+        let powered_off = ended_early(&Exit::PoweredOff);
+        assert!(
+            powered_off.starts_with("the guest powered off before the command in it ended, so "),
+            "{powered_off}"
+        );
+        let reset = ended_early(&Exit::PanicReset);
+        assert!(
+            reset.ends_with("before the command in it did: the guest panicked and asked for a reset"),
+            "{reset}"
+        );
+    }
 }

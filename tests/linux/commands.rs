@@ -31,7 +31,12 @@ fn what_is_copied_there_runs_and_codes_tell_who_ended_it(busybox: &str) {
     let (code, output, _) = run_command(&["--copy", &copy], &[program, "echo", "alone"], b"");
     assert_eq!((code, &output[..]), (0, &b"alone\n"[..]));
     for (options, command, expected, told) in [
-        (&[][..], &["nothing"][..], 127, "alula: start `nothing`: No such file or directory (os error 2)\n"),
+        (
+            &[][..],
+            &["nothing"][..],
+            127,
+            "alula: in the guest: start `nothing`: No such file or directory (os error 2)\n",
+        ),
         (&["--copy", &copy], &[program, "sh", "-c", "kill -9 $$"], 137, "was ended by signal 9\n"),
         (
             &["--copy", &copy, "--timeout", "30s"],
@@ -43,7 +48,7 @@ fn what_is_copied_there_runs_and_codes_tell_who_ended_it(busybox: &str) {
             &["--copy", &copy],
             &[program, "poweroff", "-f"],
             125,
-            "alula: the guest ended before the command in it did: the guest powered off\n",
+            "alula: the guest powered off before the command in it ended, so its exit code is not known",
         ),
     ] {
         let (code, _, errors) = run_command(options, command, b"");
