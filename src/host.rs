@@ -122,6 +122,25 @@ impl Host {
         Ok(())
     }
 
+    /// The same for one file, if `check` finds it right.
+    ///
+    /// # Errors
+    /// It cannot be opened, or is not right: everything is held as before.
+    pub fn hold_if(
+        &mut self,
+        what: &str,
+        path: &Path,
+        access: Access,
+        sharing: Sharing,
+        check: impl FnOnce(&File) -> Result<()>,
+    ) -> Result<()> {
+        let file = self.open(what, path, access, sharing)?;
+        check(&file)?;
+        self.release(what);
+        self.give(what, Resource::File { path: path.to_owned(), access, file });
+        Ok(())
+    }
+
     /// The same for `what`, an interface of the guest: attaches to the TAP interface `name` with so many queues.
     ///
     /// # Errors

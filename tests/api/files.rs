@@ -328,3 +328,37 @@ fn an_image_is_replaced_only_by_one_that_can_be_had() {
     let second = run(["run", "--disk", other.to_str().unwrap(), "--cmdline", "case=serial"]);
     assert!(second.text.contains("it is in use by process"), "{}", second.text);
 }
+
+#[test]
+fn a_raw_image_that_is_called_qcow2_is_refused_when_it_is_named() {
+    let service = Service::start(&[]);
+    let mut client = service.client();
+    let folder = &service.folder;
+    let disk = |name: &str, format: &str| {
+        let path = folder.path(name);
+        json!({ "drive_id": "d", "is_root_device": false, "path_on_host": path, "format": format })
+            .to_string()
+    };
+    folder.write("raw", [7; 4096]);
+    folder.write("empty", "");
+    folder.write("old", [&b"QFI\xfb\0\0\0\x01"[..], &[0; 4088]].concat());
+    client.ok("PUT", "/drives/d", &disk("raw", "raw"));
+    for (name, expected) in [
+        ("raw", "it is not a qcow2 image: give `raw` as its format, if it is one"),
+        ("empty", "it is not a qcow2 image"),
+        ("old", "it is a qcow image of version 1"),
+    ] {
+        let fault = client.request("PUT", "/drives/d", &disk(name, "qcow2")).fault();
+        let said =
+            format!("Drive config error: use disk image `{}`: {expected}", folder.path(name).display());
+        assert!(fault.starts_with(&said), "{fault}");
+    }
+    // The disk that was there before is there still.
+    let config = client.ok("GET", "/vm/config", "").json();
+    assert_eq!(config["drives"][0]["format"], serde_json::Value::Null, "{config}");
+    let config = json!({ "boot-source": { "kernel_image_path": folder.firmware() },
+        "drives": [serde_json::from_str::<serde_json::Value>(&disk("raw", "qcow2")).unwrap()] });
+    let file = folder.write("vm.json", config.to_string());
+    let checked = run(["check", file.to_str().unwrap()]);
+    assert!(checked.code == Some(1) && checked.text.contains("it is not a qcow2 image"), "{}", checked.text);
+}

@@ -4,9 +4,10 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::qcow2;
 use crate::devices::check_id;
 use crate::devices::kind::{self, CliOption, DeviceConfig, is_yes, yes};
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::host::{Access, Host};
 use crate::json;
 use crate::limiter::RateLimiter;
@@ -238,10 +239,15 @@ impl DeviceConfig for Config {
         self.threads.into()
     }
 
-    /// The image is opened, as a kernel is. Its lock is taken at the start.
+    /// The image is opened, as a kernel is, and looked at. Its lock is taken at the start.
     fn hold(&self, host: &mut Host) -> Result<()> {
         let (what, path, access) = self.file();
-        host.hold(&[(&what, Some(path))], access, host.sharing(self.lock))
+        host.hold_if(&what, path, access, host.sharing(self.lock), |file| match self.format {
+            Format::Raw => Ok(()),
+            Format::Qcow2 => {
+                qcow2::look(file).with_context(|| format!("use disk image `{}`", path.display()))
+            }
+        })
     }
 
     fn open(&self, _: &str, host: &mut Host) -> Result<Box<dyn VirtioDevice>> {

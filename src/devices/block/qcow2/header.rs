@@ -53,6 +53,22 @@ pub struct Header {
     pub mark: Option<&'static str>,
 }
 
+/// Whether a file that begins with `head` can be a qcow2 image, of which no more is looked at than what other kinds of
+/// files have not.
+pub fn check_kind(head: &[u8]) -> Result<()> {
+    match (head.starts_with(&MAGIC.to_be_bytes()), head.get(4..8)) {
+        (true, Some([0, 0, 0, 1])) => Err(Error::config(
+            "it is a qcow image of version 1, which is not supported: `qemu-img convert -f qcow -O qcow2` it",
+        )),
+        (true, Some(_)) => Ok(()),
+        _ => Err(not_qcow2()),
+    }
+}
+
+fn not_qcow2() -> Error {
+    Error::config("it is not a qcow2 image: give `raw` as its format, if it is one")
+}
+
 impl Header {
     /// Reads and checks the header of an image of `length` bytes.
     pub fn read(file: &File, length: u64, access: Access) -> Result<Self> {
@@ -61,14 +77,9 @@ impl Header {
         file.read_exact_at(&mut bytes[..given], 0).context("read its header")?;
         let long = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
         let word = |at: usize| u32::from_be_bytes(bytes[at..at + 4].try_into().expect("4 bytes"));
-        let is_qcow = given >= 8 && word(0) == MAGIC;
-        if is_qcow && word(4) == 1 {
-            return Err(Error::config(
-                "it is a qcow image of version 1, which is not supported: `qemu-img convert -f qcow -O qcow2` it",
-            ));
-        }
-        if given < LENGTH || !is_qcow {
-            return Err(Error::config("it is not a qcow2 image: give `raw` as its format, if it is one"));
+        check_kind(&bytes[..given])?;
+        if given < LENGTH {
+            return Err(not_qcow2());
         }
         let version = word(4);
         let (features, autoclear) =

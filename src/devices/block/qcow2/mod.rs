@@ -36,6 +36,7 @@ mod tests;
 use std::fs::File;
 use std::io::{ErrorKind, Result as IoResult};
 use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::FileExt;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use imago::{FormatAccess, Mapping};
@@ -68,6 +69,16 @@ pub struct Qcow2 {
     version: u32,
     /// None: it is only read.
     writable: Option<Writable>,
+}
+
+/// Whether `file` can be a qcow2 image, which is known before anybody uses it.
+///
+/// # Errors
+/// The file begins otherwise, or cannot be read.
+pub fn look(file: &File) -> Result<()> {
+    let mut head = [0; 8];
+    let count = file.read_at(&mut head, 0).context("read its header")?;
+    header::check_kind(&head[..count])
 }
 
 impl Qcow2 {
