@@ -218,8 +218,8 @@ fn a_guest_reaches_the_world_and_is_reached(rules: &[&str]) {
         stream.read_to_string(&mut page).unwrap();
         assert_eq!(page, "a page");
     });
-    // The name servers of this machine are left alone.
-    let guest = block("host-networks.md", "dev eth0").replace("/etc/resolv.conf", "resolv.conf");
+    // The name servers of this machine are left alone, and the guest has no `/etc` before.
+    let guest = block("host-networks.md", "dev eth0").replace("/etc", "etc");
     let (guest, guest_thread) = elsewhere(guest, move || {
         let listener = TcpListener::bind("172.16.0.2:80").unwrap();
         let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
@@ -251,4 +251,29 @@ fn a_guest_has_a_network_by_the_lines_for_nft() {
 #[test]
 fn a_guest_has_a_network_by_the_lines_for_iptables() {
     a_guest_reaches_the_world_and_is_reached(&["POSTROUTING", "FORWARD"]);
+}
+
+#[test]
+fn a_guest_of_busybox_alone_has_what_passt_told_its_udhcpc() {
+    network::enter();
+    let _eth0 = network::open_tap("eth0", network::TAP);
+    let folder = Folder::new();
+    std::fs::create_dir(folder.path("bin")).unwrap();
+    for (name, text) in [
+        ("busybox", "shift; exec sh \"$@\""),
+        (
+            "udhcpc",
+            "export ip=10.9.8.7 mask=24 router=10.9.8.1 dns='9.9.9.9 1.1.1.1' interface=\"$4\"; exec \"$6\" bound",
+        ),
+    ] {
+        let path = folder.write(&format!("bin/{name}"), format!("#!/bin/sh\n{text}\n"));
+        std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    }
+    ran(&folder, &block("host-networks.md", "udhcpc").replace("/etc", "etc"));
+    let told = ran(&folder, "ip -o -4 addr show eth0; ip route; cat etc/resolv.conf");
+    for expected in
+        ["10.9.8.7/24", "default via 10.9.8.1 dev eth0", "nameserver 9.9.9.9\nnameserver 1.1.1.1\n"]
+    {
+        assert!(told.contains(expected), "{told}");
+    }
 }
