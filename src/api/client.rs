@@ -113,13 +113,22 @@ impl Client {
     }
 
     /// Asks for a stream of lines.
-    pub fn follow(mut self, path: &str) -> Result<Lines> {
+    pub fn follow(self, path: &str) -> Result<Lines> {
+        self.follow_if_told(path)?.ok_or_else(|| {
+            Error::config(format!(
+                "the monitor knows no `GET {path}`: one that is called `firecracker` has what Firecracker has"
+            ))
+        })
+    }
+
+    /// Asks for a stream of lines. None: the monitor does not have it, as one that is called `firecracker`.
+    pub fn follow_if_told(mut self, path: &str) -> Result<Option<Lines>> {
         self.send("GET", path, "")?;
-        let (status, length) = self.head().map_err(|error| no_answer("GET", path, error))?;
-        if status != 200 || length.is_some() {
-            return Err(Error::host(format!("the monitor answers `GET {path}` with status {status}")));
+        match self.head().map_err(|error| no_answer("GET", path, error))? {
+            (200, None) => Ok(Some(Lines { stream: self.stream, line: Vec::new() })),
+            (400, _) => Ok(None),
+            (status, _) => Err(Error::host(format!("the monitor answers `GET {path}` with status {status}"))),
         }
-        Ok(Lines { stream: self.stream, line: Vec::new() })
     }
 
     /// Gives each line of what the monitor tells at `path` to `each`, as it comes, until the monitor ends.

@@ -138,7 +138,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, S
 /// The command line of another program.
 fn other(persona: Persona, mut arguments: Vec<OsString>) -> Result<Command, String> {
     let help = || match persona {
-        Persona::Firecracker => serve::help()
+        Persona::Firecracker => serve::help(persona)
             .replace("Usage: alula serve", "Usage: firecracker")
             .replace("alula serve", "firecracker"),
         Persona::Jailer => jail::HELP.replace("alula jail", "jailer"),
@@ -155,7 +155,10 @@ fn other(persona: Persona, mut arguments: Vec<OsString>) -> Result<Command, Stri
                 arguments.truncate(end);
             }
             serve::parse(&mut lexopt::Parser::from_args(&arguments), persona).map_err(|error| {
-                format!("{}; see `firecracker --help`", meant::with_word(&error, &arguments, &serve::help()))
+                format!(
+                    "{}; see `firecracker --help`",
+                    meant::with_word(&error, &arguments, &serve::help(persona))
+                )
             })
         }
         Persona::Jailer => jail::parse(&mut lexopt::Parser::from_args(&arguments)).map_err(|error| {

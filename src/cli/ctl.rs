@@ -19,6 +19,9 @@ use crate::sys::process::signal;
 /// A body on standard input of more bytes is refused before it is kept: no monitor takes it.
 const STDIN_MAX: u64 = 16 << 20;
 
+/// How often a monitor that tells nothing of its guest's end is looked at.
+const LOOK: Duration = Duration::from_millis(20);
+
 /// How long a guest may take to power off.
 const STOP_TIME: Duration = Duration::from_secs(60);
 
@@ -141,7 +144,7 @@ fn stop(mut client: Client, socket: &Path, force: bool, json: bool) -> Result<()
     let state = parsed(&ask(&mut client, "GET", "/", "")?)?["state"].take();
     let process = client.process();
     // The events are followed before the guest is ended, so that the reason of its end is among them.
-    let mut lines = Client::connect(socket)?.follow("/events")?;
+    let mut lines = Client::connect(socket)?.follow_if_told("/events")?;
     if force || state == "Not started" {
         let process = process.ok_or_else(|| Error::host("its process cannot be seen from here"));
         let ended = process.and_then(|process| signal(process, libc::SIGTERM).context("end its process"));
@@ -151,13 +154,19 @@ fn stop(mut client: Client, socket: &Path, force: bool, json: bool) -> Result<()
             "the guest is paused, and cannot power off: `alula ctl resume` it first, or `stop --force`",
         ));
     } else {
-        ask(&mut client, "PUT", "/actions", r#"{"action_type": "Shutdown"}"#)?;
+        // Firecracker has no other way, and not on aarch64.
+        let action = if lines.is_some() { "Shutdown" } else { "SendCtrlAltDel" };
+        ask(&mut client, "PUT", "/actions", &json!({ "action_type": action }).to_string())?;
     }
     let deadline = Instant::now() + STOP_TIME;
     let mut reason = "the guest has ended".to_owned();
     loop {
         let rest = deadline.saturating_duration_since(Instant::now());
-        match lines.next(Some(rest))? {
+        let heard = match &mut lines {
+            Some(lines) => lines.next(Some(rest))?,
+            None => ends_soon(socket),
+        };
+        match heard {
             Heard::Line(line) => {
                 let event = parsed(&line)?;
                 if event["event"] == "ended" {
@@ -174,6 +183,12 @@ fn stop(mut client: Client, socket: &Path, force: bool, json: bool) -> Result<()
             Heard::Nothing => {}
         }
     }
+}
+
+/// Whether a monitor that tells nothing has ended, after a moment.
+fn ends_soon(socket: &Path) -> Heard {
+    std::thread::sleep(LOOK);
+    if Client::connect_within(socket, LOOK).is_ok() { Heard::Nothing } else { Heard::End }
 }
 
 /// Limits a disk, each direction of a network interface, or the flushes of a pmem device, whichever has this name.

@@ -169,8 +169,8 @@ fn wait_for_agent(wait: &Wait) -> Result<Waited> {
         Err(absent) => return Err(api_or_place(&wait.reach).err().unwrap_or(absent)),
     };
     // What happens from now on is told, so that nothing is missed between the question and the wait.
-    let follow = |api: PathBuf| Client::connect(&api)?.follow("/events");
-    let mut told = api_of(&wait.reach)?.map(follow).transpose()?;
+    let follow = |api: PathBuf| Client::connect(&api)?.follow_if_told("/events");
+    let mut told = api_of(&wait.reach)?.map(follow).transpose()?.flatten();
     loop {
         if answers(&socket, within(SILENCE))? {
             return Ok(Waited::Answers);

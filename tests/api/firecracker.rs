@@ -146,6 +146,20 @@ fn called_firecracker_it_has_that_monitors_command_line_and_limits() {
     assert!(String::from_utf8_lossy(&refused.stderr).contains("`edit-memory rebase --memory-path MEMORY"));
     assert_eq!(output(&firecracker, &["--dance"]).status.code(), Some(153));
     assert_eq!(output(&firecracker, &["--id", "a_b"]).status.code(), Some(153));
+    let help = String::from_utf8(output(&firecracker, &["--help"]).stdout).unwrap();
+    assert!(
+        help.contains("--no-seccomp") && help.contains("--boot-timer") && help.contains("The exit code"),
+        "{help}"
+    );
+    for option in ["--warm", "--events", "--allow", "--seccomp-log", "--no-sandbox"] {
+        let refused = output(&firecracker, &[option, "x"]);
+        let text = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(
+            text.contains(&format!("invalid option '{option}'")) && !text.contains("implemented"),
+            "{text}"
+        );
+        assert!(!help.contains(&format!("{option} ")), "{option}: {help}");
+    }
     assert_eq!(output(&firecracker, &["--no-api"]).status.code(), Some(153));
     assert_eq!(output(&firecracker, &["--no-api", "--config-file", "/none"]).status.code(), Some(1));
 
@@ -196,19 +210,27 @@ fn called_firecracker_it_is_that_monitor_alone() {
     let shutdown = r#"{"action_type": "Shutdown"}"#;
     let fault = client.request("PUT", "/actions", shutdown).fault();
     assert!(fault.contains("unknown variant `Shutdown`"), "{fault}");
-    // A guest that has halted stays, and may be paused and resumed; its readers of events know.
-    let mut reader = Client::connect(&socket);
-    reader.send("GET /events HTTP/1.1\r\n\r\n");
+    for path in ["events", "metrics", "guest"] {
+        let fault = client.request("GET", &format!("/{path}"), "").fault();
+        assert_eq!(fault, format!("Invalid request method and/or path: GET {path}."));
+    }
+    // A guest that has halted stays, and may be paused and resumed; the log tells of it.
     let body = json!({ "kernel_image_path": folder.firmware(), "boot_args": "case=serial end=halt" });
     client.ok("PUT", "/boot-source", &body.to_string());
     client.ok("PUT", "/actions", START);
-    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(&reader.stream));
-    assert!(lines.any(|line| line.unwrap().contains(r#""event":"halted""#)));
+    process.expect("the guest halted for good");
     for state in ["Paused", "Resumed"] {
         client.ok("PATCH", "/vm", &json!({ "state": state }).to_string());
     }
     assert_eq!(client.ok("GET", "/", "").json()["state"], "Running");
     assert!(process.is_running() && socket.exists());
+    // What of our own tools asks for events does without.
+    let ctl = |words: &[&str]| run([&["ctl", "--api-sock", socket.to_str().unwrap()], words].concat());
+    assert!(ctl(&["status"]).text.starts_with("vm-8: Running; 1 CPU"));
+    assert!(ctl(&["events"]).text.contains("the monitor knows no `GET /events`"));
+    let stopped = ctl(&["stop", "--force"]);
+    assert_eq!((stopped.code, stopped.text.as_str()), (Some(0), "the guest has ended\n"));
+    assert!(!socket.exists());
     for (more, expected) in [
         (json!({}), "missing field `drives`"),
         (json!({ "drives": [drive] }), "`drives`: unknown field `format`, expected one of"),

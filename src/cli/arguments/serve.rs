@@ -59,9 +59,27 @@ Examples:
 const DEFAULT_SOCKET: &str = "/run/firecracker.socket";
 const EXPECTED_WARM: &str = "expected cpus=N,memory=SIZE, as in cpus=1,memory=128M";
 
-/// The help, with the options of the outputs and of the walls.
-pub fn help() -> String {
-    walls::with_help(&outputs::with_help(HELP))
+/// The options that Firecracker does not have: called by its name, they are unknown ([`Dialect`]).
+const OURS: [&str; 5] = ["warm", "events", "allow", "seccomp-log", "no-sandbox"];
+
+/// The help, with the options of the outputs and of the walls, as far as they are this program's.
+pub fn help(persona: Persona) -> String {
+    let help = walls::with_help(&outputs::with_help(HELP));
+    if persona != Persona::Firecracker {
+        return help;
+    }
+    let mut is_ours = false;
+    let is_theirs = |line: &&str| {
+        let text = line.trim_start();
+        // What describes an option goes on in lines that stand further to the right.
+        if text.starts_with('-') || line.len() - text.len() < 20 {
+            is_ours = OURS
+                .iter()
+                .any(|option| text.strip_prefix("--").is_some_and(|rest| rest.starts_with(option)));
+        }
+        !is_ours
+    };
+    help.lines().filter(is_theirs).flat_map(|line| [line, "\n"]).collect()
 }
 
 /// `alula serve`.
@@ -110,6 +128,9 @@ pub fn parse(parser: &mut lexopt::Parser, persona: Persona) -> Result<Command, l
             given.once(&argument)?;
         }
         match argument {
+            Long(name) if persona == Persona::Firecracker && OURS.contains(&name) => {
+                return Err(argument.unexpected());
+            }
             Long("api-sock") => serve.api_sock = Some(parser.value()?.into()),
             Long("config-file") => serve.config_file = Some(parser.value()?.into()),
             Long("no-api") => serve.no_api = true,
@@ -122,7 +143,7 @@ pub fn parse(parser: &mut lexopt::Parser, persona: Persona) -> Result<Command, l
             Long("http-api-max-payload-size") => {
                 serve.http_api_max_payload_size = value(parser, "--http-api-max-payload-size", number)?;
             }
-            Short('h') | Long("help") => return Ok(Command::Print(help())),
+            Short('h') | Long("help") => return Ok(Command::Print(help(persona))),
             // What a jailer says of itself, for the metrics.
             Long("start-time-us") => start.time_us = Some(value(parser, "--start-time-us", number)?),
             Long("start-time-cpu-us") => start.cpu_us = Some(value(parser, "--start-time-cpu-us", number)?),
