@@ -140,6 +140,24 @@ fn a_command_by_a_kernel_built_for_a_software_kvm() {
     assert_eq!((code, &output[..], errors), (7, &b"hi\n"[..], "err\n"));
 }
 
+fn ten_commands_run_at_once(vsock: &str) {
+    let several: Vec<_> = (0..10)
+        .map(|number| {
+            let vsock = vsock.to_owned();
+            std::thread::spawn(move || {
+                let script = format!("echo {number}; exit {number}");
+                let mut command = Command::new(common::alula());
+                command.args(["exec", "--vsock", &vsock, "busybox", "sh", "-c", &script]);
+                let output = command.stdin(Stdio::null()).output().unwrap();
+                (output.status.code().unwrap(), String::from_utf8(output.stdout).unwrap())
+            })
+        })
+        .collect();
+    for (number, thread) in several.into_iter().enumerate() {
+        assert_eq!(thread.join().unwrap(), (number as i32, format!("{number}\n")));
+    }
+}
+
 /// What the agent in the guest `web` says of it is so.
 fn is_told_of(told: &serde_json::Value) {
     assert!(told["agent"] == true && told["hostname"] == "web", "{told}");
@@ -178,21 +196,7 @@ fn a_guest_that_is_up_takes_further_commands_and_files() {
     let (code, told, errors) = alula(&["ctl", "--json", "web", "guest"]);
     assert!(code == 0 && errors.is_empty(), "{code} {errors}");
     is_told_of(&serde_json::from_slice(&told).unwrap());
-    let several: Vec<_> = (0..10)
-        .map(|number| {
-            let vsock = vsock.clone();
-            std::thread::spawn(move || {
-                let script = format!("echo {number}; exit {number}");
-                let mut command = Command::new(common::alula());
-                command.args(["exec", "--vsock", &vsock, "busybox", "sh", "-c", &script]);
-                let output = command.stdin(Stdio::null()).output().unwrap();
-                (output.status.code().unwrap(), String::from_utf8(output.stdout).unwrap())
-            })
-        })
-        .collect();
-    for (number, thread) in several.into_iter().enumerate() {
-        assert_eq!(thread.join().unwrap(), (number as i32, format!("{number}\n")));
-    }
+    ten_commands_run_at_once(&vsock);
     let file = folder.write("file", vec![7; 1 << 20]).to_str().unwrap().to_owned();
     let back = folder.path("back").to_str().unwrap().to_owned();
     assert_eq!(alula(&["cp", &file, "web:/tmp"]), (0, vec![], String::new()));
@@ -208,6 +212,9 @@ fn a_guest_that_is_up_takes_further_commands_and_files() {
     big.args(["exec", "--vsock", &vsock, "busybox", "dd", "if=/dev/zero", "bs=65536", "count=1600"]);
     let output = big.stdin(Stdio::null()).output().unwrap();
     assert!(output.stdout.len() == 100 << 20 && output.stdout.iter().all(|byte| *byte == 0));
+    a_connection_outlives_pauses(&vsock, &folder.path("alula/web.sock"));
+    let saved = folder.path("saved").to_str().unwrap().to_owned();
+    assert_eq!(alula(&["ctl", "web", "snapshot", &saved]).0, 0);
     guest.send(libc::SIGTERM);
     assert_eq!(guest.child.wait().unwrap().code(), Some(143));
     // A guest that is gone is not found, and nothing of it is left.
@@ -218,6 +225,57 @@ fn a_guest_that_is_up_takes_further_commands_and_files() {
     let count =
         |event: &str| events.lines().filter(|line| line.contains(&format!("\"event\":\"{event}\""))).count();
     assert_eq!((count("started"), count("guest_ready"), count("ended")), (1, 1, 1), "{events}");
+    its_agent_answers_in_every_generation(&vsock, &saved, &folder.path("api"));
+}
+
+/// A program in the guest that sends back what it is sent, line by line.
+struct Echo(Process);
+
+impl Echo {
+    fn start(vsock: &str) -> Self {
+        Self(Process::start(["exec", "--vsock", vsock, "-i", "--", "busybox", "cat"]))
+    }
+
+    /// Sends a line to the guest, which comes back after what `meanwhile` does.
+    fn sends(&mut self, line: &str, meanwhile: impl FnOnce()) {
+        self.0.stdin.as_mut().unwrap().write_all(format!("{line}\n").as_bytes()).unwrap();
+        meanwhile();
+        self.0.expect(line);
+    }
+
+    fn end(mut self) {
+        self.0.stdin = None;
+        assert_eq!(self.0.end().code, Some(0));
+    }
+}
+
+fn a_connection_outlives_pauses(vsock: &str, socket: &Path) {
+    let mut client = common::Client::connect(socket);
+    let mut echo = Echo::start(vsock);
+    for round in 0..20 {
+        client.ok("PATCH", "/vm", r#"{"state": "Paused"}"#);
+        let resume = || drop(client.ok("PATCH", "/vm", r#"{"state": "Resumed"}"#));
+        echo.sends(&format!("round {round}"), resume);
+    }
+    echo.end();
+}
+
+/// A guest is restored, saved, and restored from that, four times or, in the long series, twenty: its agent listens in
+/// each, and what was connected to the one before has ended.
+fn its_agent_answers_in_every_generation(vsock: &str, saved: &str, socket: &Path) {
+    for generation in 0..4 * times() {
+        let mut guest = Process::start(["run", "--restore", saved, "--api-sock", socket.to_str().unwrap()]);
+        // The control socket is there before the guest is.
+        wait_for(|| std::os::unix::net::UnixStream::connect(vsock).is_ok());
+        let mut echo = Echo::start(vsock);
+        echo.sends(&format!("generation {generation}"), || ());
+        let snapshot = json!({ "folder": saved, "live": true }).to_string();
+        common::Client::connect(socket).ok("PUT", "/snapshot/create", &snapshot);
+        echo.sends("after it was saved", || ());
+        guest.send(libc::SIGTERM);
+        assert_eq!(guest.end().code, Some(143));
+        assert_eq!(echo.0.end().code, Some(125));
+    }
 }
 
 const DOCUMENTATION: &str = include_str!("../../docs/test-rigs.md");

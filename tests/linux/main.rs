@@ -193,15 +193,17 @@ fn traffic(over: &Arc<AtomicBool>) -> [JoinHandle<()>; 2] {
     [std::thread::spawn(send), std::thread::spawn(take)]
 }
 
-/// How many times as often drivers go and come back, if that is told.
-const TIMES: &str = "ALULA_TEST_TIMES";
+/// How many times as often what is repeated is done: once, unless that is told.
+fn times() -> usize {
+    std::env::var("ALULA_TEST_TIMES").map_or(1, |times| times.parse().unwrap())
+}
 
 #[test]
 #[ignore = "a stock kernel: scripts/test runs it"]
 fn drivers_and_a_kernel_come_and_go_under_traffic() {
     network::enter();
     network::add_tap("tap0", "172.16.0.1/24");
-    let times = std::env::var(TIMES).map_or(1, |times| times.parse().unwrap());
+    let times = times();
     // Eight times five devices, six times five modules.
     let (rebind, reload) = (vec!["rebind=8"; times], vec!["reload=6"; times]);
     let words = [&["disk-write"], &rebind[..], &["network"], &reload, &["disk-check", "next-kernel"]];
