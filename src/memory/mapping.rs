@@ -127,6 +127,23 @@ impl Mapping {
         if taken == libc::MAP_FAILED { Err(IoError::last_os_error()) } else { Ok(()) }
     }
 
+    /// Maps zeros of this process's own in the place of the first `size` bytes, whatever was there.
+    ///
+    /// # Errors
+    /// The mapping has fewer bytes, or the kernel's, of mmap(2).
+    #[allow(unsafe_code)]
+    pub(super) fn clear(&self, size: usize) -> IoResult<()> {
+        if size > self.size {
+            return Err(IoError::from_raw_os_error(libc::EINVAL));
+        }
+        let place = self.start.as_ptr().cast();
+        // SAFETY: the range lies in this mapping, as was just seen. Nobody has a reference into it: guest memory
+        // changes at any time, and is read and written by volatile accesses.
+        let zeros =
+            unsafe { libc::mmap(place, size, Self::PROTECTION, Self::FLAGS | libc::MAP_FIXED, -1, 0) };
+        if zeros == libc::MAP_FAILED { Err(IoError::last_os_error()) } else { Ok(()) }
+    }
+
     /// Describes the pages, the first `size` bytes of this, as a part of guest memory. The description is kept with this
     /// mapping, and not longer.
     #[allow(unsafe_code)]

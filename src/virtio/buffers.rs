@@ -19,8 +19,8 @@ use crate::sys::vectors::{VECTORS_MAX, Vectors};
 
 /// Pieces of guest memory, in the order of their descriptors.
 ///
-/// Invariant: every vector lies in a region of `memory`, which is mapped for as long as this lives:
-/// while the devices of a machine run, regions are added to it, but none is taken away.
+/// Invariant: every vector lies in a region of `memory`, which is mapped for as long as this lives: while the devices of a
+/// machine run, regions are added to it, and of those that are taken away (`memory/slots.rs`), the mappings stay.
 pub struct Buffers {
     memory: Memory,
     /// Most requests have one.
@@ -135,13 +135,15 @@ impl Buffers {
         self.add(&memory, &Piece { address: GuestAddress(address), length, is_writable: true })
     }
 
-    /// Address and length of each vector, as the guest has them: for [`Self::add_piece`].
+    /// Address and length of each vector, as the guest has them: for [`Self::add_piece`]. A vector in memory that the guest
+    /// has unplugged is told as at the last address, where no memory is.
     pub fn pieces(&self) -> impl Iterator<Item = (u64, u32)> {
         let memory = self.memory.memory();
         // A vector is a part of one descriptor, whose length has 32 bits.
         self.left().iter().map(move |vector| {
-            let (region, offset) = place(&memory, vector.iov_base).expect("the vectors lie in `memory`");
-            (region.start_addr().0 + offset as u64, vector.iov_len as u32)
+            let address = place(&memory, vector.iov_base)
+                .map_or(u64::MAX, |(region, offset)| region.start_addr().0 + offset as u64);
+            (address, vector.iov_len as u32)
         })
     }
 
