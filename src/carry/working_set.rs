@@ -17,7 +17,7 @@ use super::pages;
 use crate::error::{Context, Error, Result};
 use crate::host::{Access, Sharing, file};
 use crate::log;
-use crate::memory::Regions;
+use crate::memory::{Region, Regions};
 use crate::sys::descriptor;
 
 /// The first bytes of every such file; the last of them is the version of its form.
@@ -68,7 +68,10 @@ impl WorkingSet {
         let file = backing.ok_or_else(|| Error::config("the guest's memory comes from no file"))?.file();
         let touched = pages::those(Which::Touched, memory, pagemap)?;
         let mut runs = Vec::new();
-        for piece in pages::pieces(&pages::places(memory), &touched) {
+        // Memory that was plugged since is in no file, and what was unplugged leaves no gap there.
+        let backings = memory.iter().filter_map(Region::backing);
+        let places: Vec<_> = backings.flat_map(|backing| backing.pieces().iter().copied()).collect();
+        for piece in pages::pieces(&places, &touched) {
             let (mut at, end) = (piece.position, piece.position + piece.range.size);
             while let Some((start, data_end)) = descriptor::next_data(file, at).context("find its holes")?
                 && start < end

@@ -16,6 +16,7 @@ use super::change::PatchSchemas;
 use crate::dialect::Dialect;
 use crate::error::{Context, Error, Result};
 use crate::host::Host;
+use crate::memory::slots::Room;
 use crate::virtio::VirtioDevice;
 
 pub use super::change::{Change, NotPatchable, Patch};
@@ -44,6 +45,9 @@ pub trait DeviceConfig:
     const TOLD: &'static [&'static str] = &[];
     /// The guest finds host memory of it at addresses of its own ([`VirtioDevice::view`]).
     const HAS_WINDOW: bool = false;
+    /// Once the guest runs, GET at the device's own path tells what the device says ([`VirtioDevice::tell`]), and before
+    /// nothing.
+    const TELLS_ITSELF: bool = false;
     /// The fault for a second device that the guest is to boot from.
     const SECOND_ROOT: &'static str = "A root block device already exists! (`is_root_device`)";
     /// The option of the command line that adds one.
@@ -76,6 +80,10 @@ pub trait DeviceConfig:
     }
     /// If the guest boots from it: what the kernel's command line must say.
     fn root_words(&self) -> Option<String> {
+        None
+    }
+    /// The addresses of the guest at which the device plugs memory, if it does.
+    fn room(&self) -> Option<Room> {
         None
     }
     /// Whether a field is given that newer clients no longer give.
@@ -172,6 +180,8 @@ pub struct DeviceKind {
     pub told: &'static [&'static str],
     /// The guest finds host memory of it at addresses of its own.
     pub has_window: bool,
+    /// GET at the device's own path tells what the device says.
+    pub tells_itself: bool,
     /// The fault for a second device that the guest is to boot from.
     pub second_root: &'static str,
     /// The command line's option.
@@ -211,6 +221,7 @@ impl DeviceKind {
             update_fault: C::UPDATE_FAULT,
             told: C::TOLD,
             has_window: C::HAS_WINDOW,
+            tells_itself: C::TELLS_ITSELF,
             second_root: C::SECOND_ROOT,
             option: C::OPTION,
             example: C::EXAMPLE,
@@ -345,6 +356,11 @@ impl ConfiguredDevice {
         self.0.root_words()
     }
 
+    /// The addresses of the guest at which the device plugs memory, if it does.
+    pub fn room(&self) -> Option<Room> {
+        self.0.room()
+    }
+
     /// Whether a field is given that newer clients no longer give.
     pub fn is_deprecated(&self) -> bool {
         self.0.is_deprecated()
@@ -390,6 +406,7 @@ trait AnyConfig: Any + Send + Sync {
     fn check_beside(&self, other: &ConfiguredDevice) -> Result<()>;
     fn check_memory(&self, memory_mib: u64) -> Result<()>;
     fn root_words(&self) -> Option<String>;
+    fn room(&self) -> Option<Room>;
     fn is_deprecated(&self) -> bool;
     fn threads(&self) -> usize;
     fn hold(&self, host: &mut Host) -> Result<()>;
@@ -416,6 +433,9 @@ impl<C: DeviceConfig> AnyConfig for C {
     }
     fn root_words(&self) -> Option<String> {
         DeviceConfig::root_words(self)
+    }
+    fn room(&self) -> Option<Room> {
+        DeviceConfig::room(self)
     }
     fn is_deprecated(&self) -> bool {
         DeviceConfig::is_deprecated(self)

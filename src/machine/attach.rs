@@ -14,6 +14,7 @@ use crate::error::{Context, Error, Result};
 use crate::host::Host;
 use crate::log;
 use crate::memory::Range;
+use crate::memory::slots::{Room, Slots};
 use crate::memory::window::Window;
 use crate::part::{Component, Part};
 use crate::pci::DEVICES_MAX;
@@ -42,6 +43,8 @@ struct Ahead {
     device: Option<Box<dyn VirtioDevice>>,
     /// The window, in its place.
     window: Option<Window>,
+    /// The addresses of the memory that it plugs.
+    room: Option<Range>,
 }
 
 /// The devices of a configuration that are there before the machine has its shell, by their names: those with windows,
@@ -64,8 +67,8 @@ impl OpenedAhead {
         let ahead: Vec<_> = config.devices().filter(is_ahead).collect();
         for device in ahead {
             let name = device.name();
-            let device = kept.take(&name).map_or_else(|| device.open(id, host), Ok)?;
-            let ahead = Ahead::of(&name, device, places, memory, &taken)?;
+            let own = kept.take(&name).map_or_else(|| device.open(id, host), Ok)?;
+            let ahead = Ahead::of(device, own, places, memory, &taken)?;
             taken.extend(ahead.window.as_ref().map(|window| window.range));
             opened.push((name, ahead));
         }
@@ -82,16 +85,19 @@ impl Ahead {
     /// A device of a machine whose memory is at `memory`, with a place for its window where `taken` has none. Nobody else
     /// knows of the window yet.
     fn of(
-        name: &str,
+        device: &ConfiguredDevice,
         mut opened: Box<dyn VirtioDevice>,
         places: &Places,
         memory: &[Range],
         taken: &[Range],
     ) -> Result<Self> {
-        let find = |view| windows::put(name, view, places, memory, taken);
-        let window = opened.view().map(find).transpose().with_context(|| format!("attach {name}"))?;
-        window.iter().for_each(|window| opened.set_window(window.range));
-        Ok(Self { device: Some(opened), window })
+        let (name, attempt) = (device.name(), || format!("attach {}", device.name()));
+        let find = |view| windows::put(&name, view, places, memory, taken);
+        let window = opened.view().map(find).transpose().with_context(attempt)?;
+        let find = |room: Room| windows::find(&name, (room.size, room.alignment), places, memory, taken);
+        let room = device.room().map(find).transpose().with_context(attempt)?;
+        window.iter().map(|window| window.range).chain(room).for_each(|range| opened.set_window(range));
+        Ok(Self { device: Some(opened), window, room })
     }
 }
 
@@ -104,7 +110,7 @@ impl Machine {
         let attempt = || format!("attach {name}");
         let place = self.find_place(device, places).with_context(attempt)?;
         let opened = device.open(&self.id, host)?;
-        let mut ahead = Ahead::of(&name, opened, places, &self.platform.memory, &self.windows())?;
+        let mut ahead = Ahead::of(device, opened, places, &self.platform.memory, &self.windows())?;
         if let Some(window) = &ahead.window {
             self.vm.add_window(window).with_context(attempt)?;
         }
@@ -161,8 +167,7 @@ impl Machine {
     fn put(&mut self, device: &ConfiguredDevice, ahead: &mut Ahead, place: Place) -> Result<()> {
         let name = device.name();
         let loops = self.loops.for_device(device.threads())?;
-        let opened = ahead.device.take().expect("a device is put in one place");
-        let opened = Opened { name: name.clone(), device: opened, loops: loops.clone() };
+        let mut opened = ahead.device.take().expect("a device is put in one place");
         if let Some(Window { range, view }) = &ahead.window {
             let shown = Shown::new(&name, view.clone(), &self.surroundings.end);
             let shown = Arc::new(Mutex::new(shown));
@@ -170,6 +175,12 @@ impl Machine {
             log::debug(format_args!("{name} shows {range}"));
             self.parts.0.push(windows::part(&name, shown, *range));
         }
+        if let Some(range) = ahead.room {
+            opened.set_slots(self.slots());
+            log::debug(format_args!("{name} plugs memory at {range}"));
+            self.parts.0.push(windows::room_part(&name, range));
+        }
+        let opened = Opened { name: name.clone(), device: opened, loops: loops.clone() };
         let component = match (place, &self.root) {
             (Place::Pci(number), Some(root)) => self.put_on_pci(root, opened, number),
             (Place::Registers { range, gsi: Some(gsi) }, None) => self.put_on_mmio(opened, range, gsi),
@@ -223,8 +234,15 @@ impl Machine {
             }
             _ => unreachable!("a device is on the machine's bus"),
         }
-        if let Some(window) = self.take_window_part(name) {
-            self.vm.remove_memory(window)?;
+        match self.take_window_part(name) {
+            Some(room)
+                if self.config.devices().any(|device| device.name() == name && device.room().is_some()) =>
+            {
+                let slots = self.slots();
+                slots.list(room).into_iter().try_for_each(|slot| slots.remove(slot))?;
+            }
+            Some(window) => self.vm.remove_memory(window)?,
+            None => {}
         }
         self.parts.0.retain(|part| part.name != name);
         self.changing.retain(|other| other != name);

@@ -34,7 +34,7 @@ const FIXED_PARTS: usize = 8;
 const MEMORY_MIN: u64 = 2 << 20;
 
 pub fn build(
-    source: Source<'_>,
+    (source, plugged): (Source<'_>, &[Range]),
     kept: Kept,
     places: &Places,
     id: &str,
@@ -42,22 +42,20 @@ pub fn build(
     host: &mut Host,
     base: Base,
 ) -> Result<Box<Machine>> {
-    let boot_timer = config.boot_timer.then(BootTimer::start);
-    let machine = &config.machine_config;
-    let ranges = layout::memory(memory_size(machine.mem_size_mib)?);
-    let ahead = OpenedAhead::open(kept, id, config, places, &ranges, host)?;
+    let (boot_timer, machine) = (config.boot_timer.then(BootTimer::start), &config.machine_config);
+    let ram = layout::memory(memory_size(machine.mem_size_mib)?);
+    let ahead = OpenedAhead::open(kept, id, config, places, &ram, host)?;
     let source = machine.huge_pages.source(source)?;
-    let shell = base.shell(Cpus::of(config)?, &ranges, source, &ahead.windows())?;
+    let shell = base.shell(Cpus::of(config)?, &[&ram, plugged].concat(), source, &ahead.windows())?;
     let Shell { vcpus, loops, surroundings, errands, wake, mut vm, memory } = shell;
     memory.memory().iter().for_each(|region| machine.huge_pages.choose(region));
     log::debug(format_args!(
         "allocated {} MiB of guest memory for {} CPUs",
         machine.mem_size_mib, machine.vcpu_count
     ));
-    let mut platform = platform(config, ranges);
+    let mut platform = platform(config, ram);
     vm.complete(&mut platform)?;
-    let timeline = std::mem::take(&mut vm.timeline);
-    let vm = Arc::new(vm);
+    let (timeline, vm) = (std::mem::take(&mut vm.timeline), Arc::new(vm));
 
     let mut site = Site {
         vm: &vm,
@@ -94,6 +92,7 @@ pub fn build(
         timeline,
         huge_pages: machine.huge_pages,
         tracks_writes: false,
+        slots: None,
         vm,
         memory,
     });

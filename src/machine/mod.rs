@@ -29,7 +29,7 @@ use crate::errands::Errands;
 use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::log;
-use crate::memory::{Memory, Source};
+use crate::memory::{Memory, Range, Source};
 use crate::metrics::View;
 use crate::pci::root::Root;
 use crate::platform::Platform;
@@ -42,13 +42,14 @@ use crate::vm::vcpus::Vcpus;
 use crate::walls;
 use loops::Loops;
 use parts::{Parts, Pausing};
+use regions::Slots;
 
 pub use crate::vm::brake::Brake;
 pub use crate::vm::exit::Exit;
 pub use crate::vm::{OpenKvm, Prepared};
 pub use kept::Kept;
 pub use parts::Places;
-pub use regions::Tracker;
+pub use regions::{Hold, Tracker};
 pub use saved::SavedMachine;
 pub use shell::{Base, Cpus, Shell};
 
@@ -94,6 +95,8 @@ pub struct Machine {
     huge_pages: HugePages,
     /// What is written to guest memory is noted.
     tracks_writes: bool,
+    /// Memory that comes and goes; None: no device plugs any.
+    slots: Option<Arc<Slots>>,
     vm: Arc<Vm>,
     memory: Memory,
 }
@@ -116,19 +119,21 @@ impl Machine {
         host: &mut Host,
         base: impl Into<Base>,
     ) -> Result<Box<Self>> {
-        Self::build_from(Source::Anonymous, places, id, config, host, base)
+        Self::build_from(Source::Anonymous, places, &[], id, config, host, base)
     }
 
-    /// The same, with the content that `source` has for its memory.
+    /// The same, with the content that `source` has for its memory, and with the memory that was `plugged`, slot by slot
+    /// ([`SavedMachine::plugged`]).
     pub fn build_from(
         source: Source<'_>,
         places: &Places,
+        plugged: &[Range],
         id: &str,
         config: &Config,
         host: &mut Host,
         base: impl Into<Base>,
     ) -> Result<Box<Self>> {
-        build::build(source, Kept::default(), places, id, config, host, base.into())
+        build::build((source, plugged), Kept::default(), places, id, config, host, base.into())
     }
 
     /// Wires a machine together as [`Machine::build`] does, after one of the same configuration: it has the devices that
@@ -140,7 +145,7 @@ impl Machine {
         host: &mut Host,
         base: impl Into<Base>,
     ) -> Result<Box<Self>> {
-        build::build(Source::Anonymous, kept, &Places::new(), id, config, host, base.into())
+        build::build((Source::Anonymous, &[]), kept, &Places::new(), id, config, host, base.into())
     }
 
     /// Where its parts are.

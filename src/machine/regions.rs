@@ -4,12 +4,15 @@ use std::sync::{Arc, PoisonError};
 
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend};
 
-use super::{Machine, RunState};
+use super::{Machine, RunState, windows};
 use crate::arch::layout;
+use crate::config::HugePages;
 use crate::error::{Context, Error, Result};
 use crate::log;
 use crate::memory::page_set::PageSet;
+use crate::memory::slots::{self, Held, Slots as _};
 use crate::memory::{self, Memory, Range, Region, Regions, Source};
+use crate::platform::Place;
 use crate::sys::process::order_all_threads;
 use crate::vm::Vm;
 use crate::vm::brake::Brake;
@@ -95,8 +98,82 @@ impl Machine {
         self.vcpus.brake()
     }
 
+    /// By this, memory comes and goes while the guest runs.
+    pub(super) fn slots(&mut self) -> Arc<Slots> {
+        let make = || {
+            let held = Held::new(self.memory.clone());
+            Arc::new(Slots { held, vm: self.vm.clone(), huge_pages: self.huge_pages })
+        };
+        self.slots.get_or_insert_with(make).clone()
+    }
+
+    /// Whether it has a device that plugs memory and unplugs it while the guest runs.
+    pub fn plugs_memory(&self) -> bool {
+        self.slots.is_some()
+    }
+
+    /// Has no memory be plugged or unplugged until the answer is dropped: the guest has to try again. None: the machine
+    /// has no device that plugs memory.
+    pub fn hold_slots(&self) -> Option<Hold> {
+        self.slots.clone().map(|slots| {
+            slots.held.hold();
+            Hold(slots)
+        })
+    }
+
+    /// The memory that is plugged, slot by slot.
+    pub(super) fn plugged(&self) -> Vec<Range> {
+        let rooms = self.config.devices().filter(|device| device.room().is_some());
+        let names: Vec<_> = rooms.map(|device| windows::name_of(&device.name())).collect();
+        let rooms = self.parts.0.iter().filter(|part| names.contains(&part.name));
+        let slots = rooms.flat_map(|part| match (&self.slots, part.place) {
+            (Some(slots), Place::Memory { range, .. }) => slots.held.list(range),
+            _ => Vec::new(),
+        });
+        slots.collect()
+    }
+
     fn replace_memory(&self, regions: Regions) {
         self.memory.lock().unwrap_or_else(PoisonError::into_inner).replace(regions);
+    }
+}
+
+/// The slots of a machine's memory that come and go while the guest runs.
+pub struct Slots {
+    held: Held,
+    vm: Arc<Vm>,
+    /// Of which size their pages are.
+    huge_pages: HugePages,
+}
+
+impl slots::Slots for Slots {
+    fn add(&self, range: Range) -> Result<()> {
+        let source = self.huge_pages.source(Source::Anonymous)?;
+        self.held.add(range, source, |region| {
+            self.huge_pages.choose(region);
+            let is_tracked = self.vm.tracks_memory();
+            if is_tracked {
+                region.written().start();
+            }
+            self.vm.add_memory(region, is_tracked).map(drop)
+        })
+    }
+
+    fn remove(&self, range: Range) -> Result<()> {
+        self.held.remove(range, || self.vm.remove_memory(range))
+    }
+
+    fn list(&self, within: Range) -> Vec<Range> {
+        self.held.list(within)
+    }
+}
+
+/// While this is there, no memory is plugged or unplugged.
+pub struct Hold(Arc<Slots>);
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.0.held.release();
     }
 }
 

@@ -7,11 +7,13 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::build::memory_size;
 use super::parts::Places;
-use super::{Machine, RunState};
+use super::{Machine, RunState, windows};
 use crate::arch::layout;
 use crate::config::Config;
 use crate::error::{Context, Error, Result};
 use crate::memory::Range;
+use crate::memory::slots::SLOTS_MAX;
+use crate::platform::Place;
 use crate::snapshot;
 use crate::vm::state::{VcpuState, VmState};
 
@@ -21,7 +23,7 @@ const VERSION: u16 = 1;
 /// More parts and regions of memory than any machine has, and the longest configuration that is read, in bytes: of what
 /// anybody may have written, what is small in a file and large in memory is bounded.
 const PARTS_MAX: usize = 1024;
-const RANGES_MAX: usize = 16;
+const RANGES_MAX: usize = 16 + SLOTS_MAX as usize;
 const CONFIG_MAX: usize = 1 << 20;
 
 /// A machine that stands still, without its memory: from this, [`Machine::build_at`] and [`Machine::restore`] make
@@ -103,11 +105,15 @@ impl SavedMachine {
     /// Whether what it has of memory and CPUs is what its configuration says, before anything of that size is made.
     fn check(&self) -> Result<()> {
         let machine = &self.config.machine_config;
-        if self.memory != layout::memory(memory_size(machine.mem_size_mib)?) {
+        if !self.memory.starts_with(&layout::memory(memory_size(machine.mem_size_mib)?)) {
             let size = machine.mem_size_mib;
             return Err(Error::config(format!(
                 "the saved machine is damaged: it has other memory than the {size} MiB of its configuration"
             )));
+        }
+        if !self.plugged().is_empty() && !self.has_room_for_plugged() {
+            let reason = "the saved machine is damaged: it has more memory than its devices plug";
+            return Err(Error::config(reason));
         }
         let (cpus, other) = (machine.vcpu_count, self.vcpus.len());
         if usize::from(cpus) != other {
@@ -116,6 +122,31 @@ impl SavedMachine {
             )));
         }
         Ok(())
+    }
+}
+
+impl SavedMachine {
+    /// The memory that was plugged, slot by slot: all beyond what its configuration says.
+    pub fn plugged(&self) -> &[Range] {
+        let size = memory_size(self.config.machine_config.mem_size_mib);
+        let ram = size.map_or(0, |size| layout::memory(size).len());
+        self.memory.get(ram..).unwrap_or_default()
+    }
+
+    /// Whether the memory that was plugged is slots of a device, in their order.
+    fn has_room_for_plugged(&self) -> bool {
+        let device = self.config.devices().find_map(|device| Some((device.name(), device.room()?)));
+        let Some((name, room)) = device else { return false };
+        let Some(Place::Memory { range, .. }) = self.places.get(&windows::name_of(&name)) else {
+            return false;
+        };
+        let is_slot = |slot: &Range| {
+            slot.size == room.slot
+                && range.contains(*slot)
+                && (slot.start - range.start).is_multiple_of(room.slot)
+        };
+        self.plugged().iter().all(is_slot)
+            && self.plugged().is_sorted_by(|one, other| one.start < other.start)
     }
 }
 
@@ -143,7 +174,8 @@ impl Machine {
         let vm = self.vm.save().context(ATTEMPT)?;
         let vcpus = self.vm.save_vcpus(&self.vcpus).context(ATTEMPT)?;
         let (config, places) = (self.config.clone(), self.places());
-        Ok(SavedMachine { config, places, memory: self.platform.memory.clone(), vm, vcpus, parts })
+        let memory = self.platform.memory.iter().copied().chain(self.plugged()).collect();
+        Ok(SavedMachine { config, places, memory, vm, vcpus, parts })
     }
 
     /// Whether this host's CPUs have what those of the saved machine had, which may be another host's. On one host,
@@ -183,7 +215,8 @@ impl Machine {
         if vcpus != other {
             return Err(Error::config(format!("the saved machine has {other} CPUs, and this one {vcpus}")));
         }
-        if self.platform.memory != saved.memory {
+        let plugged = self.plugged();
+        if !self.platform.memory.iter().chain(&plugged).eq(&saved.memory) {
             return Err(Error::config("the saved machine has other memory"));
         }
         if let Some(name) = saved.parts.keys().find(|name| self.parts.get(name).is_err()) {

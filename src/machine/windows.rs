@@ -25,9 +25,24 @@ pub fn name_of(device: &str) -> String {
 /// # Errors
 /// The view has another size than the window that `places` gives it, or that cannot be a window; or no addresses are left.
 pub fn put(device: &str, view: View, places: &Places, memory: &[Range], taken: &[Range]) -> Result<Window> {
+    let range = find(device, (view.size(), ALIGNMENT), places, memory, taken)?;
+    Ok(Window { range, view })
+}
+
+/// The addresses of so many bytes, from a multiple of an alignment on, for what `device` shows or plugs: see [`put`].
+///
+/// # Errors
+/// As of [`put`].
+pub fn find(
+    device: &str,
+    (size, alignment): (u64, u64),
+    places: &Places,
+    memory: &[Range],
+    taken: &[Range],
+) -> Result<Range> {
     let possible = layout::windows(memory);
-    let size = view.size();
-    let overlaps = |start: u64, other: &Range| start < other.end() && other.start < start + size;
+    let overlaps =
+        |start: u64, other: &Range| start < other.end() && other.start < start.saturating_add(size);
     let start = match places.get(&name_of(device)) {
         Some(Place::Memory { range, gsi: None }) if range.size != size => {
             return Err(Error::config(format!(
@@ -37,7 +52,7 @@ pub fn put(device: &str, view: View, places: &Places, memory: &[Range], taken: &
             )));
         }
         Some(place @ Place::Memory { range, gsi: None }) => {
-            let is_sound = range.start.is_multiple_of(ALIGNMENT) && possible.contains(*range);
+            let is_sound = range.start.is_multiple_of(alignment) && possible.contains(*range);
             if !is_sound || taken.iter().any(|other| overlaps(range.start, other)) {
                 return Err(Error::config(format!("its window, {place}, is taken, or cannot be")));
             }
@@ -54,16 +69,17 @@ pub fn put(device: &str, view: View, places: &Places, memory: &[Range], taken: &
                 });
             let mut others: Vec<Range> = taken.iter().copied().chain(given).collect();
             others.sort_by_key(|range| range.start);
+            let aligned = |start: u64| start.checked_next_multiple_of(alignment).unwrap_or(u64::MAX);
             let after = |start: u64, other: &Range| match overlaps(start, other) {
-                true => other.end().next_multiple_of(ALIGNMENT),
+                true => aligned(other.end()),
                 false => start,
             };
-            others.iter().fold(possible.start, after)
+            others.iter().fold(aligned(possible.start), after)
         }
     };
     let range = Range { start, size };
     match possible.contains(range) {
-        true => Ok(Window { range, view }),
+        true => Ok(range),
         false => {
             Err(Error::config(format!("a guest with this memory has no {size} more bytes of addresses")))
         }
@@ -75,6 +91,20 @@ pub fn part(device: &str, shown: Arc<Mutex<Shown>>, range: Range) -> Part {
     let place = Place::Memory { range, gsi: None };
     Part { name: name_of(device), place, metrics: Vec::new(), component: shown }
 }
+
+/// The addresses of memory that a device plugs, as a part of the machine: what is there is guest memory, and elsewhere
+/// nobody answers.
+pub fn room_part(device: &str, range: Range) -> Part {
+    let place = Place::Memory { range, gsi: None };
+    Part { name: name_of(device), place, metrics: Vec::new(), component: Arc::new(Mutex::new(Unplugged)) }
+}
+
+/// The addresses of memory that a device plugs.
+struct Unplugged;
+
+// Which slots are there is the device's state.
+stateless!(Unplugged);
+impl Component for Unplugged {}
 
 /// The view in a window, as a device on the bus. KVM does what the guest's CPUs do there; they come here with what it cannot do.
 pub struct Shown {

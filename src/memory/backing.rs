@@ -41,6 +41,11 @@ impl Backing {
         &self.file
     }
 
+    /// Which parts of its region it has, and where.
+    pub fn pieces(&self) -> &[Piece] {
+        &self.pieces
+    }
+
     /// The file, and how long it must be at least, in bytes.
     pub(super) fn extent(&self) -> (RawFd, u64) {
         let ends = self.pieces.iter().map(|Piece { range, position }| position + range.size);

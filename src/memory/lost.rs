@@ -12,16 +12,18 @@ use std::io::Error as IoError;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU8, AtomicU64, AtomicUsize, Ordering::SeqCst};
 
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::backing::Backing;
+use super::slots::SLOTS_MAX;
 use super::{Region, Regions};
 use crate::error::{Error, Result};
 use crate::sys::descriptor;
 
-/// More regions than any machine begins with.
+/// More regions than any machine begins with whose guest has plugged no memory.
 const PLACES_MAX: usize = 8;
 /// The longest path that is noted whole, in bytes: the kernel takes no longer ones (PATH_MAX).
 const PATH_MAX: usize = 4096;
@@ -46,8 +48,15 @@ struct Place {
     end: AtomicUsize,
 }
 
-static PLACES: [Place; PLACES_MAX] =
-    [const { Place { start: AtomicUsize::new(0), end: AtomicUsize::new(0) } }; PLACES_MAX];
+impl Place {
+    const fn new() -> Self {
+        Self { start: AtomicUsize::new(0), end: AtomicUsize::new(0) }
+    }
+}
+
+static PLACES: [Place; PLACES_MAX] = [const { Place::new() }; PLACES_MAX];
+/// The places of further regions, made for a guest that had plugged memory.
+static MORE: OnceLock<Box<[Place]>> = OnceLock::new();
 static PATH: [AtomicU8; PATH_MAX] = [const { AtomicU8::new(0) }; PATH_MAX];
 /// The file, which is open for as long as the memory is there, and how long it must be.
 static FILE: AtomicI32 = AtomicI32::new(-1);
@@ -146,7 +155,10 @@ pub fn watch(memory: &Regions, path: &Path) {
     forget();
     IS_SERVED.store(memory.iter().any(Region::is_served), SeqCst);
     note_path(&PATH, path);
-    for (place, region) in PLACES.iter().zip(memory.iter()) {
+    if memory.num_regions() > PLACES_MAX {
+        MORE.get_or_init(|| (0..SLOTS_MAX).map(|_| Place::new()).collect());
+    }
+    for (place, region) in places().zip(memory.iter()) {
         let start = region.as_ptr() as usize;
         place.start.store(start, SeqCst);
         place.end.store(start + region.len() as usize, SeqCst);
@@ -157,9 +169,13 @@ pub fn watch(memory: &Regions, path: &Path) {
     }
 }
 
+fn places() -> impl Iterator<Item = &'static Place> {
+    PLACES.iter().chain(MORE.get().into_iter().flatten())
+}
+
 /// No memory of this process comes from a file or from another process any more.
 pub fn forget() {
-    for place in &PLACES {
+    for place in places() {
         place.end.store(0, SeqCst);
     }
     FILE.store(-1, SeqCst);
@@ -170,7 +186,7 @@ pub fn forget() {
 /// from a file. A signal's handler may call this.
 pub fn note_fault(address: usize) -> bool {
     let has = |place: &Place| (place.start.load(SeqCst)..place.end.load(SeqCst)).contains(&address);
-    let is_ours = PLACES.iter().any(has);
+    let is_ours = places().any(has);
     if is_ours {
         IS_LOST.store(true, SeqCst);
     }
@@ -184,7 +200,7 @@ pub fn note_handler_gone() {
 
 /// Looks at how a system call failed that was given guest memory: if a page of that cannot be had, this is noted.
 pub fn look_at(error: &IoError) {
-    if error.raw_os_error() == Some(libc::EFAULT) && PLACES.iter().any(|place| place.end.load(SeqCst) > 0) {
+    if error.raw_os_error() == Some(libc::EFAULT) && places().any(|place| place.end.load(SeqCst) > 0) {
         IS_LOST.store(true, SeqCst);
     }
 }
@@ -195,7 +211,7 @@ pub fn look_at_run(error: &IoError) {
     look_at(error);
     if error.raw_os_error() == Some(libc::EFAULT) {
         // KVM does not say which page it was: a file that cannot be is blamed first, memory's before others.
-        let has_memory = PLACES.iter().any(|place| place.end.load(SeqCst) > 0);
+        let has_memory = places().any(|place| place.end.load(SeqCst) > 0);
         let spoilt = if is_memory_spoilt() { None } else { windows().find(|seen| seen.is_spoilt()) };
         let only = if has_memory { None } else { windows().next() };
         spoilt.or(only).into_iter().for_each(Seen::note_lost);

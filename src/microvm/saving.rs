@@ -16,7 +16,7 @@ use crate::carry::{diff, pages};
 use crate::error::{Context, Error, Result};
 use crate::history::{self, Event};
 use crate::jobs::Ticket;
-use crate::machine::RunState;
+use crate::machine::{Hold, RunState};
 use crate::memory::page_set::PageSet;
 use crate::memory::{Memory, Region};
 
@@ -69,6 +69,8 @@ pub(super) struct Saving {
     stood: Duration,
     /// The job, which has more than one part if the guest goes on meanwhile.
     ticket: Ticket,
+    /// The memory of the guest stays the one that is written.
+    _hold: Option<Hold>,
 }
 
 impl Saving {
@@ -180,6 +182,12 @@ impl Microvm {
             return Err(Error::config("the microVM runs: pause it first (`PATCH /vm`), or say `live`"));
         }
         if *kind == Kind::Diff {
+            if machine.plugs_memory() {
+                return Err(Error::config(
+                    "a difference (`Diff`, --diff) has the memory of the snapshot before it, and that of this guest comes \
+                     and goes (`/hotplug/memory`): save all of it (`Full`)",
+                ));
+            }
             location.check_free()?;
         }
         // All that can be known to fail does so before the guest is disturbed.
@@ -197,11 +205,13 @@ impl Microvm {
         if stands_since.is_some() {
             self.pause(REASON)?;
         }
+        // Taken before the guest's memory is looked at.
+        let hold = self.started()?.hold_slots();
         let started = if is_live { self.copy_live(writing, *slows_down) } else { self.save_to(writing) };
         match &started {
             Ok(ticket) => {
                 let (kind, ticket, stood) = (*kind, *ticket, Duration::ZERO);
-                self.saving = Some(Saving { kind, number, begun, stands_since, stood, ticket });
+                self.saving = Some(Saving { kind, number, begun, stands_since, stood, ticket, _hold: hold });
             }
             Err(_) if stands_since.is_some() => self.resume(REASON)?,
             Err(_) => {}

@@ -244,7 +244,8 @@ impl Microvm {
         let service = config.mmds_config.clone();
         self.host.serve_metadata(service.map(|config| Service { config, store: self.metadata.clone() }));
         let source = memory.source(&pieces);
-        let built = Machine::build_from(source, &saved.places, &self.id, &config, &mut self.host, base);
+        let (places, plugged) = (&saved.places, saved.plugged());
+        let built = Machine::build_from(source, places, plugged, &self.id, &config, &mut self.host, base);
         let mut machine = built.map_err(|error| with_way_out(error, &config))?;
         lost::watch(&machine.memory().memory(), &paths[1]);
         signals::watch_memory();

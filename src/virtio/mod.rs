@@ -18,6 +18,7 @@ use serde_json::Value;
 
 use crate::error::{Error, Result};
 use crate::host::Host;
+use crate::memory::slots::Slots;
 use crate::memory::window::View;
 use crate::memory::{Memory, Range};
 use crate::metrics::Group;
@@ -52,8 +53,10 @@ pub trait VirtioDevice: SaveState + Send {
     fn view(&self) -> Option<View> {
         None
     }
-    /// The machine has given what the device shows these addresses of the guest.
+    /// The machine has given what the device shows, or the memory that the device plugs, these addresses of the guest.
     fn set_window(&mut self, _range: Range) {}
+    /// By this the device gives the guest memory there and takes it away, if its configuration has room for such.
+    fn set_slots(&mut self, _slots: Arc<dyn Slots>) {}
     /// The driver reads `data.len()` bytes of device configuration at `offset`. What is beyond its
     /// end is left as it is: zeros.
     fn read_config(&self, _offset: u64, _data: &mut [u8]) {}

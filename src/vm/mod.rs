@@ -307,6 +307,11 @@ impl Vm {
         self.slots().track(&self.fd, is_tracked)
     }
 
+    /// Whether KVM notes what the guest's CPUs write to memory.
+    pub fn tracks_memory(&self) -> bool {
+        self.slots().is_tracked()
+    }
+
     /// The pages that the guest's CPUs wrote since the last call, or since writes are noted, by region: a bit for
     /// each page of the host's size, the first of them in the lowest bit of the first word.
     ///

@@ -85,6 +85,11 @@ impl Slots {
         Ok(())
     }
 
+    /// Whether KVM notes what the guest's CPUs write to memory.
+    pub fn is_tracked(&self) -> bool {
+        self.0.values().any(|slot| slot.kind == Kind::Memory { is_tracked: true })
+    }
+
     /// Has KVM note what the guest's CPUs write from now on, in all slots of memory, or no more.
     pub fn track(&mut self, fd: &VmFd, is_tracked: bool) -> Result<()> {
         let (before, after) = (Kind::Memory { is_tracked: !is_tracked }, Kind::Memory { is_tracked });

@@ -6,7 +6,6 @@ use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
 
-use alula::arch::layout;
 use alula::config::Config;
 use alula::error::Result;
 use alula::host::Host;
@@ -84,8 +83,10 @@ impl Suspended {
     /// Builds the machine that `bytes` are of; it does not run yet.
     pub fn build(&self, bytes: &[u8], screen: &Screen) -> Result<Box<Machine>> {
         let saved = SavedMachine::from_bytes(bytes)?;
-        let mut machine = Machine::build_at(
+        let mut machine = Machine::build_from(
+            Source::Anonymous,
             &saved.places,
+            saved.plugged(),
             "another name",
             &saved.config,
             &mut screen.host(),
@@ -102,12 +103,11 @@ impl Suspended {
     /// The same on a shell that was made ahead, over a file with the guest's memory in `folder`.
     pub fn build_on(&self, shell: Shell, folder: &Folder, screen: &Screen) -> Box<Machine> {
         let saved = SavedMachine::from_bytes(&self.bytes).unwrap();
-        let ranges = layout::memory(saved.config.machine_config.mem_size_mib << 20);
         let path = folder.path("memory");
         let file = File::options().read(true).write(true).create(true).truncate(true).open(path).unwrap();
         let mut pieces = Vec::new();
         let mut position = 0;
-        for range in ranges {
+        for range in saved.memory().iter().copied() {
             pieces.push(Piece { range, position });
             for (address, page) in
                 self.pages.iter().filter(|(address, _)| (range.start..range.end()).contains(address))
@@ -118,9 +118,10 @@ impl Suspended {
         }
         file.set_len(position).unwrap();
         let source = Source::Private { file: &file, pieces: &pieces };
-        let (places, config) = (&saved.places, &saved.config);
+        let (places, plugged, config) = (&saved.places, saved.plugged(), &saved.config);
+        let mut host = screen.host();
         let mut machine =
-            Machine::build_from(source, places, "test", config, &mut screen.host(), shell).unwrap();
+            Machine::build_from(source, places, plugged, "test", config, &mut host, shell).unwrap();
         machine.restore(&saved).unwrap();
         machine
     }

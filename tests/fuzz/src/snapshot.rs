@@ -117,9 +117,9 @@ fn load(location: &Location) -> Result<()> {
     let pieces = stored.pieces();
     let saved = stored.machine;
     let source = Source::Private { file: &file, pieces: &pieces };
-    let (places, config) = (&saved.places, &saved.config);
-    let base = Prepared::new().unwrap();
-    let mut machine = Machine::build_from(source, places, "fuzz", config, &mut Host::default(), base)?;
+    let (places, plugged, config) = (&saved.places, saved.plugged(), &saved.config);
+    let (base, mut host) = (Prepared::new().unwrap(), Host::default());
+    let mut machine = Machine::build_from(source, places, plugged, "fuzz", config, &mut host, base)?;
     machine.check_host(&saved)?;
     machine.restore(&saved)?;
     // What it has become can be saved, or KVM says why not.
