@@ -47,6 +47,8 @@ pub struct Running {
     /// The driver's buffer of statistics, which it gets back when it is to tell anew.
     held: Option<u16>,
     timer: Option<Timer>,
+    /// The time between two requests for statistics.
+    interval: Duration,
     shared: Shared,
     pages: Pages,
     interrupts: Arc<Interrupts>,
@@ -80,15 +82,12 @@ impl Running {
     ) -> Result<Self> {
         let Io { memory, queues, interrupts, .. } = io;
         let timer = (interval_s > 0).then(|| poll::timer("statistics of the balloon")).transpose()?;
-        let timer = timer.map(|mut timer| {
-            let interval = Duration::from_secs(interval_s.into());
-            let set = timer.reset(interval, Some(interval)).map_err(|error| Error::host(error.to_string()));
-            set.context("set a timer").map(|()| timer)
-        });
+        let interval = Duration::from_secs(interval_s.into());
+        let timer = timer.map(|mut timer| set(&mut timer, interval).map(|()| timer));
         let buffers = Buffers::new(memory.clone());
         let pages = Pages { memory, buffers, ranges: Vec::new(), metrics };
         let queues = work.into_iter().zip(queues).collect();
-        Ok(Self { queues, held: None, timer: timer.transpose()?, shared, pages, interrupts })
+        Ok(Self { queues, held: None, timer: timer.transpose()?, interval, shared, pages, interrupts })
     }
 
     /// Takes the statistics that the driver tells, and keeps the last buffer of them.
@@ -121,7 +120,8 @@ impl Running {
 
     /// Has the driver tell its statistics anew, by giving the buffer of the last ones back to it.
     fn ask_for_statistics(&mut self) -> Result<()> {
-        let Self { queues, held, pages, .. } = self;
+        let Self { queues, held, pages, timer, interval, .. } = self;
+        timer.as_mut().map_or(Ok(()), |timer| set(timer, *interval))?;
         let queue = queues.iter_mut().find(|(work, _)| *work == Work::Statistics);
         match (queue, held.take()) {
             (Some((_, queue)), Some(head)) => {
@@ -200,6 +200,12 @@ impl Running {
             }
         }
     }
+}
+
+/// Has the timer go off once, after this time. The kernel goes on with one that repeats itself only when somebody has read
+/// it (fs/timerfd.c), for which a worker would have to wait.
+fn set(timer: &mut Timer, after: Duration) -> Result<()> {
+    timer.reset(after, None).map_err(|error| Error::host(error.to_string())).context("set a timer")
 }
 
 impl Worker for Running {
