@@ -154,6 +154,11 @@ pub enum Event {
         /// The body of the request.
         change: Value,
     },
+    /// The guest has plugged, or unplugged, as much memory as was requested (`PATCH /hotplug/memory`).
+    MemoryResized {
+        /// So much is plugged now, in MiB.
+        plugged_mib: u64,
+    },
     /// A TAP interface that was named was not there, and was made.
     TapMade {
         /// Its name.

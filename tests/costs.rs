@@ -118,6 +118,7 @@ fn configurations(folder: &Folder) -> Vec<(String, ConfiguredDevice)> {
             "vsock" => vec![json!({ "guest_cid": 3, "uds_path": folder.path("vsock") })],
             "balloon" => vec![json!({ "amount_mib": 1, "deflate_on_oom": false })],
             "pmem" => vec![json!({ "id": "pmem", "path_on_host": folder.path("pmem") })],
+            "memory-hotplug" => vec![json!({ "total_size_mib": 128 })],
             other => panic!("teach this test how a device of `{other}` is configured"),
         }
     };
@@ -204,6 +205,13 @@ fn paths(device: &ConfiguredDevice, guest: &mut Guest) -> Vec<Path> {
             let requests =
                 (0..DEPTH).map(|_| vec![(flush, 0), (guest.allocate(&[0xff; 4]), WRITE)]).collect();
             vec![Path { name: "flush of memory", queue: 0, requests, rooms: Vec::new(), copied_max: 8.0 }]
+        }
+        "memory-hotplug" => {
+            // A question for the state of blocks that may not be plugged.
+            let question = guest.allocate(&[&[3][..], &[0; 15], &[1], &[0; 7]].concat());
+            let requests =
+                (0..DEPTH).map(|_| vec![(question, 0), (guest.allocate(&[0xff; 10]), WRITE)]).collect();
+            vec![Path { name: "state of blocks", queue: 0, requests, rooms: Vec::new(), copied_max: 34.0 }]
         }
         other => panic!("teach this test how a device of `{other}` is used"),
     }

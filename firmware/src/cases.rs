@@ -5,6 +5,7 @@ use crate::console::{self, Hex, say};
 use crate::devices;
 use crate::hostile;
 use crate::hostile_net;
+use crate::hotplug;
 use crate::machine::Machine;
 use crate::pmem;
 use crate::virtio::{self, Device};
@@ -36,13 +37,14 @@ const DEVICE_CASES: [(&str, u32, Case); 6] = [
 ];
 
 /// Cases that run only where they are asked for by name.
-const CHOSEN_CASES: [(&str, Case); 6] = [
+const CHOSEN_CASES: [(&str, Case); 7] = [
     ("hostile", hostile::run),
     ("hostile-net", hostile_net::run),
     ("pvpanic", pvpanic),
     ("refused", refused),
     ("features", features),
     ("vsock-restored", vsock::restored),
+    ("hotplug", hotplug::hotplug),
 ];
 
 /// Whether the command line asks for this case by its name.

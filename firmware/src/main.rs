@@ -25,6 +25,7 @@ mod console;
 mod devices;
 mod hostile;
 mod hostile_net;
+mod hotplug;
 mod machine;
 mod pmem;
 mod virtio;

@@ -67,4 +67,6 @@ pub const EXAMPLES: &[(&str, &str, &str)] = &[
     ("patch", "/balloon", r#"{"amount_mib": 256}"#),
     ("patch", "/balloon/statistics", r#"{"stats_polling_interval_s": 10}"#),
     ("patch", "/balloon/hinting/start", r#"{"acknowledge_on_stop": true}"#),
+    ("put", "/hotplug/memory", r#"{"total_size_mib": 2048, "block_size_mib": 2, "slot_size_mib": 128}"#),
+    ("patch", "/hotplug/memory", r#"{"requested_size_mib": 1024}"#),
 ];

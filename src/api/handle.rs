@@ -132,7 +132,9 @@ fn check_time(microvm: &Microvm, request: &Request) -> Result<(), String> {
             | super::Action::Shutdown
             | super::Action::Reset,
         ) if !has_started => Err(BEFORE_START.to_owned()),
-        TellDevice(_, place) if !has_started && !place.is_empty() => Err(BEFORE_START.to_owned()),
+        TellDevice(kind, place) if !has_started && (!place.is_empty() || kind.tells_itself) => {
+            Err(BEFORE_START.to_owned())
+        }
         _ => Ok(()),
     }
 }

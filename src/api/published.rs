@@ -189,6 +189,22 @@ const BODIES: &[Body] = &[
         &[("stats_polling_interval_s", "2", Done, Refused)],
     ),
     body("PATCH", "/balloon/hinting/start", "{}", &[("acknowledge_on_stop", "false", Done, Done)]),
+    body(
+        "PUT",
+        "/hotplug/memory",
+        r#"{"total_size_mib": 1024}"#,
+        &[
+            ("total_size_mib", "2048", Done, Refused),
+            ("slot_size_mib", "256", Done, Refused),
+            ("block_size_mib", "4", Done, Refused),
+        ],
+    ),
+    body(
+        "PATCH",
+        "/hotplug/memory",
+        r#"{"requested_size_mib": 128}"#,
+        &[("requested_size_mib", "256", Done, Refused)],
+    ),
     Body { within: "rate_limiter", ..body("PUT", "/entropy", "{}", LIMITERS) },
     Body { within: "rate_limiter", ..body("PUT", "/drives/a", DRIVE, LIMITERS) },
     Body { within: "rate_limiter", ..body("PUT", "/pmem/a", PMEM, LIMITERS) },

@@ -202,7 +202,6 @@ fn config_told_back(generator: &mut SchemaGenerator) -> Schema {
     let mut config = config_properties(generator).to_value();
     let sections = config["properties"].as_object_mut().expect("it has sections");
     sections.remove("serial");
-    sections.insert("memory-hotplug".to_owned(), json!({ "type": "object" }));
     for (section, schema) in sections.iter_mut() {
         if schema["items"].is_null() && !["machine-config", "boot-source"].contains(&section.as_str()) {
             *schema = match schema["type"].is_null() {

@@ -119,6 +119,7 @@ pub fn prepare(arguments: &mut Run) -> Result<Prepared> {
     let line = arguments.cmdline.take().unwrap_or_else(|| crate::arch::DEFAULT_COMMAND_LINE.to_owned());
     arguments.cmdline = Some(format!("{line} {}", boot::words()));
     let mut config = arguments.config()?;
+    online_memory(&mut config);
     let own_folder = make_own_folder()?;
     arguments.walls.own = Some(own_folder.path().to_owned());
     let vsock = add_vsock(&mut config, &own_folder)?;
@@ -205,6 +206,17 @@ fn add_disk(config: &mut Config, rootfs: &Rootfs, boot: &mut Boot) -> Result<Vec
     Ok([file_system.module].into_iter().chain(overlay).collect())
 }
 
+/// Has the guest's kernel use memory as it is plugged, so that all of that can be unplugged, unless the command line says
+/// otherwise: by itself, it leaves that to other programs (Documentation/admin-guide/mm/memory-hotplug.rst).
+fn online_memory(config: &mut Config) {
+    const NAME: &str = "memhp_default_state=";
+    let is_plugged = config.devices().any(|device| device.room().is_some());
+    let line = config.boot_source.as_mut().and_then(|source| source.boot_args.as_mut());
+    if let Some(line) = line.filter(|line| is_plugged && !line.contains(NAME)) {
+        line.push_str(&format!(" {NAME}online_movable"));
+    }
+}
+
 /// The modules of the drivers that the guest's devices need.
 fn drivers(config: &Config) -> Vec<&'static str> {
     let of = |section: &str| -> &[&'static str] {
@@ -214,6 +226,7 @@ fn drivers(config: &Config) -> Vec<&'static str> {
             "entropy" => &["virtio_rng"],
             "vsock" => &["vmw_vsock_virtio_transport"],
             "balloon" => &["virtio_balloon"],
+            "memory-hotplug" => &["virtio_mem"],
             // The second makes a block device of what the first has found.
             "pmem" => &["virtio_pmem", "nd_pmem"],
             _ => &[],

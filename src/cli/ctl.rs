@@ -44,6 +44,7 @@ pub fn run(ctl: &Ctl) -> Result<()> {
         Ask::Pause => set_state(client, "Paused", ctl.json),
         Ask::Resume => set_state(client, "Resumed", ctl.json),
         Ask::Balloon(size) => balloon(client, *size, ctl.json),
+        Ask::HotplugMemory(size) => hotplug_memory(client, *size, ctl.json),
         Ask::Snapshot(folder, is_diff) => snapshot(client, folder, *is_diff, ctl.json),
         Ask::Record => record(client, ctl.json),
         Ask::Start => act(&mut client, "InstanceStart", ctl.json, "started"),
@@ -248,6 +249,16 @@ fn balloon(mut client: Client, amount_mib: Option<u64>, json: bool) -> Result<()
         parsed(&config)?["stats_polling_interval_s"].as_u64().is_some_and(|interval| interval > 0);
     let told = if has_statistics { ask(&mut client, "GET", "/balloon/statistics", "")? } else { config };
     show(&told, json, false)
+}
+
+/// Sets how much memory the guest is to have plugged, or says how much that is.
+fn hotplug_memory(mut client: Client, size_mib: Option<u64>, json: bool) -> Result<()> {
+    let Some(size_mib) = size_mib else {
+        return show(&ask(&mut client, "GET", "/hotplug/memory", "")?, json, false);
+    };
+    let body = json!({ "requested_size_mib": size_mib }).to_string();
+    ask(&mut client, "PATCH", "/hotplug/memory", &body)?;
+    if json { Ok(()) } else { say(&format!("the guest was asked to have {size_mib} MiB plugged")) }
 }
 
 fn snapshot(mut client: Client, folder: &Path, is_diff: bool, json: bool) -> Result<()> {

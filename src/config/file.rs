@@ -31,11 +31,6 @@ const CONFIG_FILE_MAX: u64 = 1 << 20;
 /// the place of each is counted from the file's beginning.
 const PROBLEMS_MAX: usize = 100;
 
-/// The sections of a config file that other monitors know and this one does not have yet: asked for,
-/// they are refused, so that no guest starts without a device that its owner counts on. A section of a
-/// device in the table is not looked for here.
-const NOT_IMPLEMENTED: [&str; 1] = ["memory-hotplug"];
-
 /// Something wrong with a config file.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Problem {
@@ -58,8 +53,7 @@ impl std::fmt::Display for Problem {
 /// The sections that are read here or in other monitors.
 fn known_sections() -> Vec<&'static str> {
     let known = [BOOT_SOURCE, MACHINE_CONFIG, CPU_CONFIG, LOGGER, METRICS, SERIAL, MMDS_CONFIG];
-    let known = known.into_iter().chain(NOT_IMPLEMENTED);
-    known.chain(KINDS.iter().map(|kind| kind.section)).collect()
+    known.into_iter().chain(KINDS.iter().map(|kind| kind.section)).collect()
 }
 
 impl Config {
@@ -212,9 +206,6 @@ impl Config {
             problems
         } else if let Some(kind) = KINDS.iter().find(|kind| kind.section == name) {
             self.read_devices(kind, value)
-        } else if NOT_IMPLEMENTED.contains(&name) && !["[]", "[ ]"].contains(&text) {
-            // An empty list asks for nothing.
-            vec![Problem::new(format!("`{name}` is not implemented yet: remove it"))]
         } else {
             Vec::new()
         }
@@ -359,11 +350,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_config_file_with_a_device_we_lack_is_refused_and_foreign_keys_are_not() {
+    fn foreign_keys_of_a_config_file_are_none_of_ours() {
         Config::parse(br#"{"memory-hotplug": null, "x-owner": {"a": 1}, "vsock": null}"#).unwrap();
-        let problems = Config::parse(br#"{"memory-hotplug": {"total_size_mib": 256}}"#).unwrap_err();
-        let expected = "`memory-hotplug` is not implemented yet: remove it at line 1 column 20";
-        assert_eq!(problems[0].to_string(), expected);
     }
 
     #[test]

@@ -40,7 +40,7 @@ const MMDS_CONFIG: &str = "mmds-config";
 
 /// Sections that are always null when a configuration is told: where messages and metrics go is never
 /// told by Firecracker, and the device of the last is not there yet. Its clients look for all of them.
-const NOT_TOLD: [&str; 3] = [LOGGER, METRICS, "memory-hotplug"];
+const NOT_TOLD: [&str; 2] = [LOGGER, METRICS];
 
 /// A microVM's whole configuration. As JSON it has the sections of a config file, as Firecracker tells
 /// them: all of its own, what is not there as null, and the root drive first. Saved state has it field by field, as they

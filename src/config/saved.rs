@@ -143,7 +143,8 @@ mod tests {
                 {{"id": "p", "path_on_host": "/p", "read_only": true, "rate_limiter": {limits}, "lock": false}}
             ],
             "balloon": {{"amount_mib": 5, "deflate_on_oom": true, "stats_polling_interval_s": 6,
-                "free_page_hinting": true, "free_page_reporting": true}}
+                "free_page_hinting": true, "free_page_reporting": true}},
+            "memory-hotplug": {{"total_size_mib": 1024, "block_size_mib": 4, "slot_size_mib": 256}}
         }}"#,
             smt = crate::arch::HAS_SMT,
             bucket = bucket(4),

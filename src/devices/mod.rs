@@ -10,6 +10,7 @@ pub mod exit;
 pub mod fixed;
 pub mod generation;
 pub mod gpio;
+pub mod hotplug;
 pub mod keyboard;
 pub mod kind;
 pub mod limit;
@@ -36,6 +37,7 @@ pub static KINDS: &[DeviceKind] = &[
     DeviceKind::of::<vsock::Config>(),
     DeviceKind::of::<balloon::Config>(),
     DeviceKind::of::<pmem::Config>(),
+    DeviceKind::of::<hotplug::Config>(),
 ];
 
 /// Makes the devices at fixed places, in the order in which boot tables list them: a new one is a file that

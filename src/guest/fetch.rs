@@ -11,8 +11,8 @@ use super::program::{APT_HELPER, program, run};
 use crate::error::{Context, Error, Result};
 
 /// What guests may need: transports, devices, and what roots are made of.
-const MODULES: &str = "virtio_mmio virtio_pci virtio_blk virtio_net virtio_rng virtio_balloon virtio_pmem nd_pmem \
-    vmw_vsock_virtio_transport overlay erofs squashfs";
+const MODULES: &str = "virtio_mmio virtio_pci virtio_blk virtio_net virtio_rng virtio_balloon virtio_mem virtio_pmem \
+    nd_pmem vmw_vsock_virtio_transport overlay erofs squashfs";
 /// Packages that depend on the newest kernel: for virtual machines, or for all.
 const PACKAGES: [&str; 2] = ["linux-image-cloud-", "linux-image-"];
 

@@ -82,6 +82,7 @@ GET /events events
 GET /metrics metrics
 GET /mmds mmds
 GET /balloon balloon
+GET /hotplug hotplug_memory
 PUT /actions actions
 PUT /boot-source boot_source
 PUT /drives drive
@@ -96,9 +97,11 @@ PUT /pmem pmem
 PUT /entropy entropy
 PUT /serial serial
 PUT /snapshot snapshot
+PUT /hotplug hotplug_memory
 PATCH /drives drive
 PATCH /network-interfaces network
 PATCH /pmem pmem
+PATCH /hotplug hotplug_memory
 PATCH /machine-config machine_cfg
 PATCH /mmds mmds
 PATCH /vm vm
@@ -119,8 +122,8 @@ struct Class {
     time: Latency,
 }
 
-static COUNTED: [Class; 28] =
-    [const { Class { count: Counter::new(), fails: Counter::new(), time: Latency::new() } }; 28];
+static COUNTED: [Class; 31] =
+    [const { Class { count: Counter::new(), fails: Counter::new(), time: Latency::new() } }; 31];
 
 /// A request was answered, after this time.
 pub fn answered(method: &str, path: &str, is_refused: bool, time: Duration) {

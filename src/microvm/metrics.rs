@@ -121,11 +121,15 @@ block: activate_fails cfg_fails no_avail_buffer event_fails execute_fails invali
 deprecated_api: deprecated_http_api_calls deprecated_cmd_line_api_calls
 entropy: activate_fails entropy_event_fails entropy_event_count entropy_bytes host_rng_fails \
     entropy_rate_limiter_throttled rate_limiter_event_count
-get_api_requests: instance_info_count machine_cfg_count mmds_count vmm_version_count
+get_api_requests: instance_info_count machine_cfg_count mmds_count vmm_version_count \
+    hotplug_memory_count
 i8042: error_count missed_read_count missed_write_count read_count write_count reset_count
 latencies_us: full_create_snapshot diff_create_snapshot load_snapshot pause_vm resume_vm \
     vmm_full_create_snapshot vmm_diff_create_snapshot vmm_load_snapshot vmm_pause_vm vmm_resume_vm
 logger: missed_metrics_count metrics_fails missed_log_count log_fails
+memory_hotplug: activate_fails queue_event_fails queue_event_count plug_agg plug_count plug_bytes \
+    plug_fails unplug_agg unplug_count unplug_bytes unplug_fails unplug_discard_fails \
+    unplug_all_agg unplug_all_count unplug_all_fails state_agg state_count state_fails
 mmds: rx_accepted rx_accepted_err rx_accepted_unusual rx_bad_eth rx_count tx_bytes tx_count \
     tx_errors tx_frames connections_created connections_destroyed
 net: activate_fails cfg_fails mac_address_updates no_rx_avail_buffer no_tx_avail_buffer \
@@ -135,13 +139,14 @@ net: activate_fails cfg_fails mac_address_updates no_rx_avail_buffer no_tx_avail
     tx_count tx_packets_count tx_partial_reads tx_queue_event_count tx_rate_limiter_event_count \
     tx_rate_limiter_throttled tx_spoofed_mac_count tx_remaining_reqs_count
 patch_api_requests: drive_count drive_fails network_count network_fails machine_cfg_count \
-    machine_cfg_fails mmds_count mmds_fails pmem_count pmem_fails
+    machine_cfg_fails mmds_count mmds_fails pmem_count pmem_fails hotplug_memory_count \
+    hotplug_memory_fails
 pmem: activate_fails cfg_fails event_fails queue_event_count rate_limiter_throttled_events \
     rate_limiter_event_count
 put_api_requests: actions_count actions_fails boot_source_count boot_source_fails drive_count \
     drive_fails logger_count logger_fails machine_cfg_count machine_cfg_fails cpu_cfg_count \
     cpu_cfg_fails metrics_count metrics_fails network_count network_fails mmds_count mmds_fails \
-    vsock_count vsock_fails pmem_count pmem_fails
+    vsock_count vsock_fails pmem_count pmem_fails hotplug_memory_count hotplug_memory_fails
 seccomp: num_faults
 signals: sigbus sigsegv sigxfsz sigxcpu sigpipe sighup sigill
 uart: error_count flush_count missed_read_count missed_write_count read_count write_count

@@ -347,11 +347,12 @@ impl Microvm {
         job.map(Some)
     }
 
-    /// Tells of a device of which there is one: at an empty `place` its configuration, else what it says itself.
+    /// Tells of a device of which there is one: at an empty `place` its configuration, else what it says itself; of some
+    /// kinds, that at an empty place, too.
     pub fn tell_device(&self, kind: &DeviceKind, place: &str) -> Result<Value> {
         let device = self.device(kind, "")?;
         match place {
-            "" => serde_json::to_value(device).context("write its configuration"),
+            "" if !kind.tells_itself => serde_json::to_value(device).context("write its configuration"),
             place => self.machine.as_deref().ok_or_else(not_started)?.tell(&device.name(), place),
         }
     }

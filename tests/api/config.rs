@@ -32,7 +32,7 @@ fn config_files_that_make_no_sense_are_refused() {
         (String::new(), "the text ends where a value is expected"),
         ("{".to_owned(), "the text ends within an object"),
         ("{}".to_owned(), "`boot-source` is missing"),
-        (format!(r#"{{{boot}, "memory-hotplug": {{}}}}"#), "`memory-hotplug` is not implemented yet"),
+        (format!(r#"{{{boot}, "memory-hotplug": {{}}}}"#), "missing field `total_size_mib`"),
         (format!(r#"{{{boot}, "pmem": [{{"id": "a"}}]}}"#), "missing field `path_on_host`"),
         (format!(r#"{{{boot}, "drives": [{{"drive_id": "a"}}]}}"#), "missing field `is_root_device`"),
         (format!(r#"{{{boot}, "machine-config": {{"vcpu_count": 1}}}}"#), "missing field `mem_size_mib`"),

@@ -9,6 +9,7 @@ mod config;
 mod files;
 mod firecracker;
 mod guest;
+mod hotplug;
 mod metadata;
 mod pmem;
 mod requests;

@@ -26,7 +26,7 @@ fn bad_bodies_get_a_fault_that_names_the_field() {
         ),
         ("GET", "/machine-config", "{}", "GET request cannot have a body.".to_owned()),
         ("PUT", "/teapot/7", "{}", "Invalid request method and/or path: PUT teapot.".to_owned()),
-        ("PUT", "/hotplug/memory", "{}", "`PUT /hotplug/memory` is not implemented yet.".to_owned()),
+        ("PUT", "/hotplug/memory", "{}", format!("{serde}missing field `total_size_mib`")),
         ("PUT", "/balloon", "{}", format!("{serde}missing field `amount_mib`")),
         (
             "PUT",

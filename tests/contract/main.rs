@@ -5,6 +5,7 @@
 mod balloon;
 #[path = "../common/mod.rs"]
 mod common;
+mod hotplug;
 mod of_the_host;
 mod pmem;
 mod rings;
@@ -100,6 +101,7 @@ impl Host {
                 "free_page_hinting": true,
                 "free_page_reporting": true,
             },
+            "memory-hotplug": { "total_size_mib": 256 },
         });
         let config = Config::parse(config.to_string().as_bytes()).unwrap();
         for kind in KINDS {
@@ -191,6 +193,12 @@ impl Host {
                 guest.offer(0, &[(flush, 0), (answer, WRITE)]);
                 Check::Flushed { answer }
             }
+            "memory-hotplug" => {
+                let request = guest.allocate(&hotplug::request(hotplug::UNPLUG_ALL, 0, 0));
+                let answer = guest.allocate(&[0xff; 10]);
+                guest.offer(0, &[(request, 0), (answer, WRITE)]);
+                Check::Unplugged { answer }
+            }
             other => panic!("teach this test how a device of `{other}` is used"),
         }
     }
@@ -255,6 +263,10 @@ impl Host {
                 assert_eq!(guest.next_used(0).1, 4);
                 assert_eq!(guest.bytes(answer), [0; 4], "the flush was refused");
             }
+            Check::Unplugged { answer } => {
+                assert_eq!(guest.next_used(0).1, 10);
+                assert_eq!(guest.bytes(answer), [0; 10], "the request was refused");
+            }
             Check::Random { bytes } => {
                 assert_eq!(guest.next_used(0).1, 64);
                 assert_ne!(guest.bytes(bytes), [0; 64]);
@@ -277,6 +289,7 @@ enum Check {
     Refused { round: u8, room: (u64, u32) },
     GivenBack { page: u64 },
     Flushed { answer: (u64, u32) },
+    Unplugged { answer: (u64, u32) },
 }
 
 fn is_net(device: &ConfiguredDevice) -> bool {

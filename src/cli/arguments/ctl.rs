@@ -24,6 +24,8 @@ Commands:
   events             What has happened to it, and what happens from now on
   pause, resume      Stop its CPUs and devices, let them go on
   balloon [SIZE]     How much memory its guest is to do without, and does; with a SIZE, like 512M: set it
+  hotplug-memory [SIZE]
+                     How much memory its guest has plugged, and is to have; with a SIZE, like 512M: set it
   snapshot FOLDER    Save it, with its memory, to files there; it stands still for a moment, and goes on
   record             Note beside the snapshot what its guest needed first: later restores read that ahead
   start              Start the guest of a service that was configured by requests
@@ -63,7 +65,7 @@ Examples:
 ";
 
 /// The words that say what is asked for.
-const COMMANDS: &str = "list status config guest metrics events pause resume balloon snapshot record start \
+const COMMANDS: &str = "list status config guest metrics events pause resume balloon hotplug-memory snapshot record start \
     shutdown stop reset ctrl-alt-del limit flush get put patch delete";
 
 pub fn commands() -> impl Iterator<Item = &'static str> {
@@ -105,6 +107,8 @@ pub enum Ask {
     Resume,
     /// Have the guest do without so many MiB; None: say what it does without.
     Balloon(Option<u64>),
+    /// Have the guest plug so many MiB; None: say how much it has plugged.
+    HotplugMemory(Option<u64>),
     /// Save to this folder, as a difference if that is true.
     Snapshot(std::path::PathBuf, bool),
     /// Note what its guest has needed of its memory.
@@ -184,6 +188,8 @@ fn ask(words: &[&str], extra: Option<&str>) -> Result<Ask, lexopt::Error> {
         ["resume"] => Ask::Resume,
         ["balloon"] => Ask::Balloon(None),
         ["balloon", size] => Ask::Balloon(Some(mebibytes(size)?)),
+        ["hotplug-memory"] => Ask::HotplugMemory(None),
+        ["hotplug-memory", size] => Ask::HotplugMemory(Some(mebibytes(size)?)),
         ["snapshot", folder] => Ask::Snapshot(folder.into(), extra.is_some()),
         ["snapshot", ..] => return Err("one folder, and `--diff` or not, is expected".into()),
         ["record"] => Ask::Record,

@@ -222,6 +222,12 @@ impl Host {
                 assert_eq!(guest.request(0, &[(flush, 0), (answer, WRITE)]), 4);
                 assert_eq!(guest.bytes(answer), [0; 4], "the flush was refused");
             }
+            "memory-hotplug" => {
+                let request = guest.allocate(&[&[2][..], &[0; 23]].concat());
+                let answer = guest.allocate(&[0xff; 10]);
+                assert_eq!(guest.request(0, &[(request, 0), (answer, WRITE)]), 10);
+                assert_eq!(guest.bytes(answer), [0; 10], "the request was refused");
+            }
             other => panic!("teach this how a device of `{other}` is used"),
         }
     }
@@ -328,6 +334,7 @@ fn devices() -> Vec<ConfiguredDevice> {
             "free_page_hinting": true,
             "free_page_reporting": true,
         },
+        "memory-hotplug": { "total_size_mib": 512 },
     });
     let config = Config::parse(config.to_string().as_bytes()).unwrap();
     for kind in KINDS {
