@@ -98,9 +98,13 @@ fn a_disk_is_swapped_while_the_guest_runs() {
         let boot = json!({
             "kernel_image_path": asset(KERNELS[0]),
             "initrd_path": asset("initramfs.cpio"),
-            "boot_args": command_line("disk-swap,memory-give-back"),
+            "boot_args": command_line(match reports {
+                true => "disk-swap,memory-give-back",
+                false => "disk-swap,memory-hotplug,memory-give-back",
+            }),
         });
         memory::add_balloon(&mut client, reports);
+        client.ok("PUT", "/hotplug/memory", r#"{"total_size_mib": 512}"#);
         client.ok("PUT", "/boot-source", &boot.to_string());
         let empty = service.folder.write("empty", "");
         let drive = json!({ "drive_id": "d", "is_root_device": false, "path_on_host": empty });
@@ -112,6 +116,9 @@ fn a_disk_is_swapped_while_the_guest_runs() {
         let other = service.folder.write("other", content);
         client.ok("PATCH", "/drives/d", &json!({ "drive_id": "d", "path_on_host": other }).to_string());
         service.process.expect("disk: now 2048 sectors, another image...");
+        if !reports {
+            memory::is_plugged_and_unplugged(&mut service);
+        }
         memory::comes_and_goes(&mut service, reports);
         let Service { process, folder, .. } = service;
         assert_eq!(process.end().code, Some(0));

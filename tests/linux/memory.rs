@@ -60,3 +60,38 @@ pub fn comes_and_goes(service: &mut Service, reports: bool) {
     }
     go_on(service);
 }
+
+/// The guest, which does `memory-hotplug`, has files in memory that is plugged, and gives all of it back.
+pub fn is_plugged_and_unplugged(service: &mut Service) {
+    const SIZE: u64 = 256;
+    let process = service.process.child.id();
+    let mut client = service.client();
+    service.process.expect("memory: driven");
+    let request = |client: &mut common::Client, mib: u64| {
+        client.ok("PATCH", "/hotplug/memory", &json!({ "requested_size_mib": mib }).to_string());
+        wait_for(|| client.ok("GET", "/hotplug/memory", "").json()["plugged_size_mib"] == mib);
+    };
+    request(&mut client, SIZE);
+    let said = service.process.expect(" sums");
+    let files = 64 << 20;
+    assert!(said.contains(&format!("memory: plugged, {files} bytes in files, 1 sums")), "{said}");
+    let full = own(process);
+    service.process.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
+    service.process.expect("memory: files gone");
+    // A guest that does not report what is free keeps it, until it is to unplug it.
+    assert!(own(process) >= full - 8, "it gave memory back that nobody has asked for");
+    request(&mut client, 0);
+    let left = own(process);
+    assert!(left <= full - (files >> 20), "{left} MiB of {full}");
+    // The guest says every second how it is off.
+    let total = |client: &mut common::Client| {
+        client.ok("GET", "/balloon/statistics", "").json()["total_memory"].as_u64()
+    };
+    wait_for(|| total(&mut client).is_some_and(|total| total >> 20 <= MEMORY));
+    let counted = client.ok("GET", "/metrics", "").json()["memory_hotplug"].clone();
+    assert_eq!((&counted["plug_bytes"], &counted["unplug_discard_fails"]), (&json!(SIZE << 20), &json!(0)));
+    for fails in ["event_fails", "queue_event_fails", "plug_fails", "unplug_fails"] {
+        assert_eq!(counted[fails], 0, "{counted}");
+    }
+    service.process.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
+}
