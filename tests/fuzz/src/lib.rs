@@ -10,6 +10,7 @@ pub mod config;
 pub mod device;
 pub mod ground;
 pub mod host;
+pub mod hotplug;
 pub mod http;
 pub mod kernel;
 pub mod metadata;
