@@ -124,6 +124,20 @@ impl Hotplug {
 }
 
 #[test]
+fn a_machine_that_is_reset_has_nothing_plugged() {
+    let mut hotplug = Hotplug::new();
+    hotplug.patch(256).unwrap();
+    hotplug.is_done(PLUG, 0, 3);
+    let Hotplug { guest, held } = hotplug;
+    let device = guest.transport.lock().unwrap().take_device();
+    drop(guest);
+    // The machine before has what was plugged until it is gone, and the device does not.
+    assert_eq!((held.list(ROOM).len(), Arc::strong_count(&held)), (1, 1));
+    let told = device.tell("").unwrap();
+    assert_eq!((&told["plugged_size_mib"], &told["requested_size_mib"]), (&json!(0), &json!(256)));
+}
+
+#[test]
 fn a_driver_is_told_where_memory_can_be_and_how_much_is_wanted() {
     let mut it = Hotplug::new();
     assert_ne!(it.guest.features() & 2, 0, "unplugged memory is inaccessible");

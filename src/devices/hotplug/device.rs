@@ -177,6 +177,16 @@ impl VirtioDevice for Hotplug {
         self.state.lock().is_driven = false;
     }
 
+    /// Nothing is plugged in a machine that is switched on; what was requested stays so.
+    fn power_on(&mut self) {
+        let (mut state, requested) = (State::new(&self.layout), self.state.lock().requested);
+        if requested > 0 {
+            state.request(requested, &self.layout);
+        }
+        // The slots are those of a machine that has ended.
+        (self.state, self.slots) = (Shared::new(state), None);
+    }
+
     fn patch(&mut self, change: &dyn Any, _: &mut Host) -> Result<bool> {
         let patch: &Patch = change.downcast_ref().expect("a device is changed by a change of its kind");
         self.config = self.config.patched(patch)?;
