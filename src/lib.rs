@@ -87,7 +87,9 @@
 //!   and `microvm/metrics.rs`; a device that a guest's kernel has as a module: its name in `cli/command.rs`. A device
 //!   that shows the guest memory of the host: `HAS_WINDOW` of its configuration and [`virtio::VirtioDevice::view`]; the
 //!   machine finds the addresses (`machine/windows.rs`) and gives KVM what is there ([`memory::window`]) before it
-//!   makes interrupt controllers, if the shell is made in the build.
+//!   makes interrupt controllers, if the shell is made in the build. A device that plugs memory into a guest that runs:
+//!   `room` of its configuration and [`virtio::VirtioDevice::set_slots`], by which slots come and go
+//!   ([`memory::slots`]).
 //! - A device at a fixed place: a file in `devices/` that implements [`devices::fixed::FixedDevice`], in
 //!   `devices/mod.rs` its module and its line of `put_fixed`, and its place in `FIXED` in the `layout.rs` of each
 //!   architecture that has the device; of a device that is in guest memory instead of on a bus, in `in_memory`.
