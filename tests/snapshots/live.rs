@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::common::held::Held;
 use super::common::{Client, Folder, Process, Service, mount_tmpfs, run, send, wait_for};
-use super::{PAUSE, fault};
+use super::{PAUSE, fault, unique};
 
 /// A guest that writes 2 MiB of its memory all the time, and looks whether it is as it was written.
 struct Worker {
@@ -95,7 +95,7 @@ fn a_guest_that_works_is_saved_and_both_go_on() {
         for id in ["1", "2", "3", "4"] {
             worker.save("Full", "saved");
             let place = worker.path("saved");
-            let again = Process::start(["run", "--restore", place.to_str().unwrap(), "--id", id]);
+            let again = Process::start(["run", "--restore", place.to_str().unwrap(), "--id", &unique(id)]);
             worker.works();
             end(again);
         }
@@ -221,6 +221,6 @@ fn a_guest_that_writes_faster_than_a_disk_is_slowed_down() {
     // After the snapshot the guest has all of its CPU time again, and the clone never had less.
     worker.works();
     let place = worker.path("saved");
-    end(Process::start(["run", "--restore", place.to_str().unwrap(), "--id", "again"]));
+    end(Process::start(["run", "--restore", place.to_str().unwrap(), "--id", &unique("slowed")]));
     end(worker.service.process);
 }

@@ -383,6 +383,12 @@ fn a_full_disk_ends_neither_the_guest_nor_the_old_snapshot() {
     end(saved.service);
 }
 
+/// What a guest is called that another run of these tests may have, too, at the same time: the sockets of all guests
+/// with names are in one folder.
+fn unique(name: &str) -> String {
+    format!("{name}-{}", std::process::id())
+}
+
 #[test]
 fn people_save_to_a_folder_and_go_on_from_it() {
     let saved = Saved::new(&[]);
@@ -418,7 +424,7 @@ fn people_save_to_a_folder_and_go_on_from_it() {
     assert!(verify().text.ends_with(": ok, with 64 MiB of memory\n"));
 
     drop(saved.service);
-    let mut process = Process::start(["run", "--restore", place, "--id", "again"]);
+    let mut process = Process::start(["run", "--restore", place, "--id", &unique("again")]);
     process.stdin.as_mut().unwrap().write_all(b"go on\n").unwrap();
     let ended = process.end();
     assert!(ended.code == Some(0) && ended.text.contains(" cases, 0 failed"), "{}", ended.text);
