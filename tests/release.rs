@@ -28,10 +28,11 @@ fn help(arguments: &[&str]) -> String {
     said(alula().to_str().unwrap(), &[arguments, &["--help"]].concat())
 }
 
-/// The lines of a section of a help text, without their indent.
+/// The lines of a section of a help text that begin what they are about, without their indent.
 fn section<'h>(help: &'h str, title: &str) -> Vec<&'h str> {
     let lines = help.lines().skip_while(|line| *line != title).skip(1);
-    lines.take_while(|line| !line.is_empty()).map(str::trim_start).collect()
+    let lines = lines.take_while(|line| !line.is_empty()).map(|line| line.strip_prefix("  ").unwrap_or(line));
+    lines.filter(|line| !line.starts_with(' ')).collect()
 }
 
 fn commands() -> Vec<String> {
