@@ -54,7 +54,9 @@ pub fn info() -> Info {
 pub fn end(reboot: bool) -> Result<()> {
     if std::process::id() != 1 {
         let program = if reboot { "reboot" } else { "poweroff" };
-        let asked = Command::new(program).status().with_context(|| format!("start `{program}`"))?;
+        let mut command = Command::new(program);
+        process::prepare(&mut command, None, false);
+        let asked = command.status().with_context(|| format!("start `{program}`"))?;
         return match asked.success() {
             true => Ok(()),
             false => Err(Error::guest(format!("`{program}` failed: {asked}"))),
