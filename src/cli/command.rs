@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::io::{IsTerminal, Write};
-use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -46,12 +45,8 @@ const CONSOLE_LINES: usize = 20;
 
 /// Makes a folder of this process's own, which nobody else can enter.
 fn make_own_folder() -> Result<OwnFolder> {
-    let make = |base: PathBuf| {
-        let path = base.join(format!("alula-{}", std::process::id()));
-        std::fs::DirBuilder::new().mode(0o700).create(&path).map(|()| OwnFolder::at(path))
-    };
-    make(runtime::folder())
-        .or_else(|_| make(std::env::temp_dir()))
+    OwnFolder::make(&runtime::folder())
+        .or_else(|_| OwnFolder::make(&std::env::temp_dir()))
         .with_context(|| format!("make a folder in `{}`", std::env::temp_dir().display()))
 }
 

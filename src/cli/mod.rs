@@ -252,7 +252,7 @@ fn run(mut arguments: Run, feed: &mut Option<Feed>) -> Result<Ending> {
         match &arguments.restore {
             None => microvm.start("command line").context("start the guest")?,
             Some(folder) => microvm
-                .load_snapshot(&arguments.load(folder), "command line")
+                .load_snapshot(&arguments.load(folder)?, "command line")
                 .with_context(|| format!("restore the guest in `{}`", folder.display()))?,
         }
         if let Some(after) = arguments.record {

@@ -1,9 +1,9 @@
 //! The files of the sockets that this process listens on, and the folder that such a socket may have to itself: each
 //! file is removed with its socket, and all of them when the process ends at once, by a signal's handler or a panic.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, OsStr};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::SeqCst};
 
@@ -55,6 +55,9 @@ impl Drop for SocketFile {
     }
 }
 
+/// How the name of a folder begins that a process has made for itself; the process's number follows.
+const OWN: &str = "alula-";
+
 /// A folder that this process has made for a socket. The folder and what is in it are removed when this is dropped; when
 /// the process ends at once, the folder is removed after the sockets.
 pub struct OwnFolder {
@@ -63,6 +66,19 @@ pub struct OwnFolder {
 }
 
 impl OwnFolder {
+    /// Makes one in the folder `base`, named after this process, which nobody else can enter.
+    pub fn make(base: &Path) -> std::io::Result<Self> {
+        let path = base.join(format!("{OWN}{}", std::process::id()));
+        std::fs::DirBuilder::new().mode(0o700).create(&path).map(|()| Self::at(path))
+    }
+
+    /// Whether a file is in such a folder, of whichever process.
+    pub fn is_of(path: &Path) -> bool {
+        let name = path.parent().and_then(Path::file_name).and_then(OsStr::to_str);
+        let process = name.and_then(|name| name.strip_prefix(OWN));
+        process.is_some_and(|number| number.parse::<u32>().is_ok())
+    }
+
     /// The folder that was made at `path`.
     pub fn at(path: PathBuf) -> Self {
         let note = identity(&path).and_then(|identity| Note::take(&path, identity));

@@ -28,6 +28,7 @@ use crate::devices::console;
 use crate::devices::kind::{Change, ConfiguredDevice, DeviceKind};
 use crate::error::{Context, Error, Result};
 use crate::history::{self, Event};
+use crate::host::socket_file::OwnFolder;
 use crate::host::{Access, Host, Resource, Sharing};
 use crate::jobs::{Jobs, Ticket};
 use crate::json;
@@ -63,6 +64,8 @@ pub struct Microvm {
     machine: Option<Box<Machine>>,
     /// The page-fault handler of the machine's memory. Dropped after the machine, whose threads may wait for a page.
     handler: Option<handler::Handler>,
+    /// The folder that was made for the vsock socket of a restored machine. Dropped after the machine.
+    own_folder: Option<OwnFolder>,
     jobs: Jobs<Finish>,
     saving: Option<saving::Saving>,
     taken: saving::Taken,
@@ -99,6 +102,7 @@ impl Microvm {
             warm: None,
             machine: None,
             handler: None,
+            own_folder: None,
             jobs: Jobs::default(),
             saving: None,
             taken: saving::Taken::default(),

@@ -1,7 +1,7 @@
 //! A microVM that goes on from files that one was saved to.
 
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use serde_json::{Value, json};
@@ -23,6 +23,7 @@ use crate::devices::block::Overlay;
 use crate::devices::kind::ConfiguredDevice;
 use crate::error::{Context, Error, Result};
 use crate::history::{self, Event};
+use crate::host::socket_file::OwnFolder;
 use crate::log;
 use crate::machine::{Cpus, Machine, OpenKvm};
 use crate::memory::faults::Faults;
@@ -210,7 +211,7 @@ impl Microvm {
             return Err(Error::config(message));
         }
         let loaded = open().and_then(|opened| self.build_saved(opened, load, reason));
-        let Restored { machine, config, handler, place, origin } = loaded.inspect_err(|_| {
+        let Restored { machine, config, handler, place, origin, own_folder } = loaded.inspect_err(|_| {
             lost::forget();
             self.host.serve_metadata(None);
             self.prepare_again();
@@ -218,6 +219,7 @@ impl Microvm {
         self.host.release_all();
         (self.machine, self.config, self.ahead) = (Some(machine), config, None);
         (self.handler, self.taken, self.origin) = (handler, Taken::from(place), origin);
+        self.own_folder = own_folder;
         note(begun, [&LATENCIES.load_snapshot, &LATENCIES.vmm_load_snapshot]);
         self.write_metrics();
         // Reading a state is the deepest that `main` ever gets: each clone would keep some 16 KiB for that.
@@ -237,6 +239,7 @@ impl Microvm {
             saved.follow_time_of_day().context("`clock_realtime`")?;
         }
         let mut config = load.config(&saved.config, &self.config)?;
+        let own_folder = give_own_folder(&mut config)?;
         let overlays = drives::replace(&mut config, &load.drives, &paths, &mut self.host)?;
         saved.config.clone_from(&config);
         let prepare = || kvm.map_or_else(OpenKvm::new, Ok)?.prepare();
@@ -272,7 +275,7 @@ impl Microvm {
             machine.park()?;
         }
         overlays.into_iter().for_each(Overlay::keep);
-        Ok(Restored { machine, config, handler, place, origin })
+        Ok(Restored { machine, config, handler, place, origin, own_folder })
     }
 }
 
@@ -289,10 +292,32 @@ fn with_way_out(error: Error, config: &Config) -> Error {
             )
         }
         "network-interfaces" => "`network_overrides` gives it another TAP interface".to_owned(),
-        "vsock" => "`vsock_override` gives it another socket".to_owned(),
+        "vsock" => {
+            "`vsock_override` (`alula run --restore`: --vsock PATH) gives it another socket".to_owned()
+        }
         _ => return error,
     };
     Error::new(error.kind(), format!("{error}: the guest was saved with that; {way}"))
+}
+
+/// Has a vsock socket that was in a folder of the saved process's own be in one of this process: the folder of the other
+/// process went with it, or is that of another guest.
+fn give_own_folder(config: &mut Config) -> Result<Option<OwnFolder>> {
+    let Some(vsock) = config.devices().find(|device| device.kind().section == "vsock") else {
+        return Ok(None);
+    };
+    let told = serde_json::to_value(vsock).context("read the vsock device's path")?;
+    let path = PathBuf::from(told["uds_path"].as_str().unwrap_or_default());
+    if !OwnFolder::is_of(&path) {
+        return Ok(None);
+    }
+    let base = path.ancestors().nth(2).unwrap_or(Path::new("/"));
+    let made = OwnFolder::make(base).or_else(|_| OwnFolder::make(&std::env::temp_dir()));
+    let folder =
+        made.with_context(|| format!("make a folder in `{}` for the vsock socket", base.display()))?;
+    let file = path.file_name().unwrap_or_default();
+    change(config, "vsock", None, "uds_path", json!(folder.path().join(file)))?;
+    Ok(Some(folder))
 }
 
 /// A machine that was restored.
@@ -305,6 +330,8 @@ struct Restored {
     place: Option<Place>,
     /// The folder of that snapshot, if it is one of ours.
     origin: Option<Origin>,
+    /// The folder that was made for its vsock socket.
+    own_folder: Option<OwnFolder>,
 }
 
 /// The source of a saved machine's memory.

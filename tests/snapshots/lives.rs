@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::PAUSE;
 use super::template::Template;
-use crate::common::{Folder, Service, await_child, network};
+use crate::common::{Folder, Process, Service, await_child, network, wait_for};
 
 const TERM: i32 = libc::SIGTERM;
 /// What a template's memory of its own may grow by while it makes clones: the buffers of its allocator.
@@ -112,6 +112,48 @@ fn of_many_lives_nothing_is_left() {
         live(&folder);
         assert_eq!(left(&folder.0), before, "life {life}");
     }
+}
+
+#[test]
+fn guests_of_one_snapshot_have_vsock_sockets_of_their_own() {
+    let folder = Folder::new();
+    folder.firmware();
+    // As a guest that was started for a command has it, whose monitor has a folder of its own.
+    let gone = folder.path("alula-1");
+    fs::create_dir(&gone).unwrap();
+    let machine = json!({
+        "/machine-config": { "vcpu_count": 1, "mem_size_mib": 64 },
+        "/vsock": { "guest_cid": 3, "uds_path": gone.join("vsock") },
+        "/boot-source": { "kernel_image_path": folder.path("firmware"), "boot_args": "case=serial end=idle" },
+    });
+    let mut saved = service(&folder, &machine);
+    let mut client = saved.client();
+    client.ok("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#);
+    saved.process.expect("1 cases, 0 failed");
+    client.ok("PUT", "/snapshot/create", &json!({ "folder": folder.path("saved") }).to_string());
+    drop(client);
+    end(saved);
+    fs::remove_dir_all(&gone).unwrap();
+    let restore = |more: &[&str]| {
+        let words = ["run", "--restore", folder.path("saved").to_str().unwrap()].map(str::to_owned);
+        Process::start(words.iter().map(String::as_str).chain(more.iter().copied()))
+    };
+    let named = folder.path("named");
+    let mut guests = [restore(&[]), restore(&[]), restore(&["--vsock", named.to_str().unwrap()])];
+    let own = |process: &Process| folder.path(&format!("alula-{}", process.child.id()));
+    wait_for(|| {
+        [own(&guests[0]).join("vsock"), own(&guests[1]).join("vsock"), named.clone()]
+            .iter()
+            .all(|path| path.exists())
+    });
+    assert!(!own(&guests[2]).exists());
+    guests.iter_mut().for_each(|guest| guest.send(TERM));
+    for guest in guests {
+        let own = own(&guest);
+        assert_eq!(guest.end().code, Some(128 + TERM));
+        assert!(!own.exists(), "{} is left", own.display());
+    }
+    assert!(!named.exists());
 }
 
 #[test]

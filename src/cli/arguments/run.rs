@@ -17,13 +17,16 @@ use crate::cli::walls;
 use crate::config::{BootSource, Config};
 use crate::devices::kind::{CliOption, ConfiguredDevice, DeviceKind};
 use crate::devices::{KINDS, net};
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::firmware;
 use crate::log::Level;
 use crate::metadata;
 use crate::microvm::drives::Drive;
 use crate::microvm::snapshots::Load;
 use crate::units::mebibytes;
+
+/// The section of the device that a restored guest can be given another socket for.
+const VSOCK: &str = "vsock";
 
 const RUN_HELP_BEFORE_DEVICES: &str = "\
 Boot a guest, put its console on this terminal and return how it ended. Ctrl-A X leaves, Ctrl-A ?
@@ -57,8 +60,8 @@ const RUN_HELP_AFTER_DEVICES: &str = "      --publish [ADDRESS:]HOST:GUEST[/udp]
       --config FILE      Read the configuration from this JSON file (Firecracker's format); other
                          options override it
       --restore FOLDER   Go on with the guest that `alula ctl snapshot FOLDER` has saved there. What it
-                         is made of is as it was; --id, --api-sock, --metadata and the options for
-                         those who watch it can be given
+                         is made of is as it was; --id, --api-sock, --metadata, another socket by --vsock,
+                         and the options for those who watch it can be given
       --drive ID=PATH    With --restore: that disk's image is here now. May be repeated
       --overlay ID=PATH  With --restore: make an image for that disk here, over the one that it was saved
                          with, which stays as it is. May be repeated
@@ -286,7 +289,8 @@ impl Run {
 
     /// Refuses what a guest that was saved cannot be given any more.
     fn check_restore(&self, publishes: bool) -> Result<(), String> {
-        let device = self.devices.first().map(|device| format!("--{}", device.kind().option.name));
+        let device = self.devices.iter().find(|device| device.kind().section != VSOCK);
+        let device = device.map(|device| format!("--{}", device.kind().option.name));
         let given = [
             (self.kernel.is_some(), "KERNEL"),
             (self.initrd.is_some(), "--initrd"),
@@ -310,8 +314,11 @@ impl Run {
     }
 
     /// What is to be restored of the microVM that was saved to `folder`.
-    pub fn load(&self, folder: &Path) -> Load {
-        Load { drives: self.drives.clone(), ..Load::new(Location::Folder(folder.to_owned())) }
+    pub fn load(&self, folder: &Path) -> Result<Load> {
+        let vsock = self.devices.iter().find(|device| device.kind().section == VSOCK);
+        let told = vsock.map(serde_json::to_value).transpose().context("read --vsock")?;
+        let vsock = told.and_then(|told| told["uds_path"].as_str().map(PathBuf::from));
+        Ok(Load { drives: self.drives.clone(), vsock, ..Load::new(Location::Folder(folder.to_owned())) })
     }
 
     /// What the config file says, and on top of it what the options say.
