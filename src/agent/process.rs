@@ -157,6 +157,11 @@ fn refused(program: &str, error: &Error) -> Refusal {
         (ErrorKind::PermissionDenied, _) | (_, Some(libc::ENOEXEC | libc::EISDIR)) => Failure::NotExecutable,
         _ => Failure::Other,
     };
+    // The kernel says the same of a file that is missing and of one whose loader is.
+    if failure == Failure::NotFound && program.contains('/') && Path::new(program).is_file() {
+        let why = "the file is there, and the interpreter or loader that it names is not";
+        return (failure, format!("start `{program}`: {error}: {why}"));
+    }
     (failure, format!("start `{program}`: {error}"))
 }
 

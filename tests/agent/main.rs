@@ -207,9 +207,18 @@ fn a_program_tells_its_output_and_how_it_ended() {
     assert_eq!(String::from_utf8_lossy(&blocked).split_whitespace().last(), Some("0000000000000000"));
 
     let text = agent.folder.write("text", "no program");
+    let script = agent.folder.write("script", "#!/no/shell\n");
+    std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
     for (argv, told) in [
         (vec!["/nonexistent"], "1 start `/nonexistent`: No such file or directory"),
         (vec!["no-such-program"], "1 start `no-such-program`: No such file"),
+        (
+            vec![script.to_str().unwrap()],
+            &format!(
+                "1 start `{}`: No such file or directory (os error 2): the file is there",
+                script.display()
+            ),
+        ),
         (vec![], "1 no program is named"),
         (vec![text.to_str().unwrap()], "2 start `"),
         (vec!["/"], "2 start `/`: Permission denied"),
