@@ -295,8 +295,10 @@ fn what_cannot_be_a_root_file_system_is_told() {
     fs::create_dir(place.path("cache")).unwrap();
     open("cache", 0o777);
     let needed = "a file or block device is needed";
+    let written = place.path("a,rw");
     for (through, path, more, expected) in [
         (&[][..], &fifo, &[][..], format!("it is a FIFO, {needed}")),
+        (&[], &written, &[], "`rw` is for images: a folder goes along as a copy".to_owned()),
         (&[], &socket, &[], format!("it is a socket, {needed}")),
         (&[], &PathBuf::from("/dev/null"), &[], format!("it is a character device, {needed}")),
         (&[], &place.path("none"), &[], "No such file or directory".to_owned()),

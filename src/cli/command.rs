@@ -121,6 +121,13 @@ pub fn prepare(arguments: &mut Run) -> Result<Prepared> {
     let mut boot = Boot { hostname: Some(arguments.id.clone()), ..Boot::default() };
     let (mut modules, mut tree, mut image) = (Vec::new(), None, None);
     match &wanted.rootfs {
+        Some(rootfs) if rootfs.path.is_dir() && rootfs.writable => {
+            return Err(Error::config(format!(
+                "--rootfs {},rw: `rw` is for images: a folder goes along as a copy, and what is written to that goes with \
+                 the guest (`--copy-out` brings files back)",
+                rootfs.path.display()
+            )));
+        }
         Some(rootfs) if rootfs.path.is_dir() => {
             tree = Some(Tree::read(&rootfs.path)?);
             let memory_mib = config.machine_config.mem_size_mib;
