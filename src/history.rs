@@ -49,7 +49,7 @@ pub enum Event {
     },
     /// The guest was stopped by a reset of its machine, and boots again.
     Restarted {
-        /// As above.
+        /// Who wanted it: a request, or the command line.
         reason: &'static str,
     },
     /// The guest says that it has booted (`--boot-timer`).
@@ -156,7 +156,7 @@ pub enum Event {
     },
     /// The guest has plugged, or unplugged, as much memory as was requested (`PATCH /hotplug/memory`).
     MemoryResized {
-        /// So much is plugged now, in MiB.
+        /// The memory that is plugged now, in MiB.
         plugged_mib: u64,
     },
     /// A TAP interface that was named was not there, and was made.

@@ -122,10 +122,10 @@ impl Host {
         Ok(())
     }
 
-    /// The same for one file, if `check` finds it right.
+    /// Opens one file for the resource `what`, as [`Self::hold`] does, and holds it if `check` accepts the open file.
     ///
     /// # Errors
-    /// It cannot be opened, or is not right: everything is held as before.
+    /// The file cannot be opened, or `check` refuses it: everything is held as before.
     pub fn hold_if(
         &mut self,
         what: &str,

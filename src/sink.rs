@@ -107,7 +107,7 @@ impl Sink {
         }
     }
 
-    /// Whether what `other` writes to is the same: a terminal, a pipe or a file (`/dev/stderr`).
+    /// Compares the terminal, pipe or file behind this sink with the one behind `other` (`/dev/stderr`).
     pub fn is_same_as(&self, other: &impl AsRawFd) -> bool {
         let identity = |file: &File| file.metadata().ok().map(|found| (found.dev(), found.ino()));
         let other = descriptor::duplicate(other).ok().and_then(|copy| identity(&File::from(copy)));

@@ -17,7 +17,7 @@ const PATIENCE: Duration = Duration::from_secs(100);
 /// come in between. A process that has ended is told of so much later.
 const BEGINS_TO_LISTEN: Duration = Duration::from_millis(200);
 
-/// Who is expected to serve a socket.
+/// The kind of program that a client expects at a socket.
 #[derive(Clone, Copy)]
 enum Server {
     Monitor,

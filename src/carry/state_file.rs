@@ -35,7 +35,7 @@ pub const LINE: u16 = 4;
 /// The kind of section that holds the checksums of memory. It stands last, and a restore does not read it.
 pub const CHECKSUMS: u16 = 0xffff;
 
-/// What the sections of a kind hold, for who has a file that is damaged.
+/// Names the content of the sections of this kind, in messages about a damaged file.
 fn holds(kind: u16) -> &'static str {
     match kind {
         MACHINE => "the state of CPUs and devices",

@@ -186,7 +186,7 @@ fn stop(mut client: Client, socket: &Path, force: bool, json: bool) -> Result<()
     }
 }
 
-/// Whether a monitor that tells nothing has ended, after a moment.
+/// Waits a moment for the end of a monitor whose events cannot be followed, and tells whether it came.
 fn ends_soon(socket: &Path) -> Heard {
     std::thread::sleep(LOOK);
     if Client::connect_within(socket, LOOK).is_ok() { Heard::Nothing } else { Heard::End }

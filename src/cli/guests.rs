@@ -97,7 +97,7 @@ const ENDED: &str = "Ended";
 struct Guest {
     socket: PathBuf,
     id: String,
-    /// As the API spells it: `Running`, `Paused`, `Not started`. [`SILENT`], or [`ENDED`].
+    /// The state in the API's spelling (`Running`, `Paused`, `Not started`), or [`SILENT`], or [`ENDED`].
     state: String,
     process: Option<u32>,
     usage: Option<Usage>,

@@ -64,7 +64,7 @@ impl Outcome {
     }
 }
 
-/// What an agent says of why it did not start a command, as its words are told out here.
+/// Says that a message of the agent is about the guest: its paths and programs are not those of the host.
 fn in_the_guest(why: &str) -> String {
     format!("in the guest: {why}")
 }

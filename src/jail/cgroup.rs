@@ -72,7 +72,7 @@ impl Setting {
         self.file.split('.').next().unwrap_or_default()
     }
 
-    /// What the limit is called that this host does not have: in the other version, or spelled rightly, as one of `files`.
+    /// Names the limit that was meant: the one of the other version of control groups, or the nearest spelling among `files`.
     fn hint<'f>(&self, files: impl IntoIterator<Item = &'f str>) -> String {
         let file = self.file.as_str();
         let other = NAMES.iter().find_map(|[two, one]| match () {

@@ -122,8 +122,8 @@ impl Machine {
         Self::build_from(Source::Anonymous, places, &[], id, config, host, base)
     }
 
-    /// The same, with the content that `source` has for its memory, and with the memory that was `plugged`, slot by slot
-    /// ([`SavedMachine::plugged`]).
+    /// Builds a machine as [`Machine::build_at`] does, with the content of `source` in its memory, and with the memory that
+    /// was `plugged`, slot by slot ([`SavedMachine::plugged`]).
     pub fn build_from(
         source: Source<'_>,
         places: &Places,

@@ -32,7 +32,7 @@ pub fn put(device: &str, view: View, places: &Places, memory: &[Range], taken: &
 /// The addresses of so many bytes, from a multiple of an alignment on, for what `device` shows or plugs: see [`put`].
 ///
 /// # Errors
-/// As of [`put`].
+/// The errors are those of [`put`].
 pub fn find(
     device: &str,
     (size, alignment): (u64, u64),

@@ -28,7 +28,7 @@ pub struct Room {
     pub alignment: u64,
 }
 
-/// Who gives a guest memory in slots, and takes it away again.
+/// Gives a guest memory in slots, and takes it away again.
 pub trait Slots: Send + Sync {
     /// Gives the guest memory of zeros at `range`, which is a slot. No effect on one that is there.
     ///
@@ -54,7 +54,7 @@ pub struct Held {
 struct State {
     /// The addresses that slots have in this process, by their first address in the guest, once they were taken away.
     kept: BTreeMap<u64, Arc<Mapping>>,
-    /// So many want no memory to come or go.
+    /// The number of holders for whom no memory may come or go.
     holds: usize,
 }
 
@@ -127,7 +127,7 @@ impl Held {
         take()?;
         memory.replace(regions);
         if let Some(mapping) = region.mapping() {
-            // What a device has in flight there goes to zeros that nobody sees.
+            // A request that a device has in flight there reads and writes zeros, which nobody sees.
             if let Err(error) = mapping.clear(range.size as usize) {
                 log::error(format_args!("{range} of guest memory are unplugged and not given back: {error}"));
             }

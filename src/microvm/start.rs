@@ -30,15 +30,15 @@ impl Microvm {
     /// that no write that the guest was told of is lost. `reason`: who wants it.
     ///
     /// # Errors
-    /// What can be known before stands in the way: the guest goes on. Or the new machine could not be built: there is no
-    /// machine any more, and [`Microvm::take_end`] says why.
+    /// The reset is refused before anything was stopped: the guest goes on. Or the new machine could not be built: there
+    /// is no machine any more, and [`Microvm::take_end`] says why.
     pub fn reset(&mut self, reason: &'static str) -> Result<()> {
         self.begin_reset().inspect_err(|_| self.host.release_all())?;
-        // What was counted since the last line is counted by parts that go.
+        // The counters since the last line are those of parts that go with the machine.
         self.write_metrics();
         let Some(machine) = self.machine.take() else { return Err(super::not_started()) };
         let kept = machine.retire(&mut self.host);
-        // What was known of the memory that is gone; its handler goes after the machine's threads.
+        // These describe memory that is gone; a page-fault handler goes after the machine's threads.
         (self.handler, self.origin, self.unsaved) = (None, None, None);
         // A difference from now on lacks pages that are zero again: a snapshot from before must not be taken for its base.
         self.taken = Taken::default();

@@ -111,8 +111,8 @@ fn open_kvm() -> Result<Kvm> {
     }
 }
 
-/// What lets a user open KVM whose device has this `mode`, and is of this `group` unless that is root's; `groups` are those
-/// of the machine (group(5)).
+/// Says how a user gets access to a KVM device of this `mode` and this `group`, if that is not root's; `groups` are those of
+/// the machine (group(5)).
 fn way_in(mode: u32, group: Option<u32>, groups: &str) -> String {
     let name = groups.lines().find_map(|line| {
         let mut fields = line.split(':');

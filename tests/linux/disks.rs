@@ -2,7 +2,7 @@
 
 use super::{memory, shared, *};
 
-/// What the writers of `disk-scatter=write` (resources/guest-init) leave on a disk of 32 MiB.
+/// The content that the writers of `disk-scatter=write` (resources/guest-init) leave on a disk of 32 MiB.
 fn scattered() -> Vec<u8> {
     const PIECE: usize = 64 << 10;
     let mut content = vec![0; 32 << 20];
@@ -74,7 +74,7 @@ pub fn gives_back(guest: &shared::Guest, format: &str, engine: &str) {
     use std::os::unix::fs::MetadataExt;
     let disk = format!("{format}_{engine}");
     let path = guest.fresh(&disk, format);
-    // What the image takes when the guest has done that, in MiB.
+    // The room that the image takes on the host when the guest has done the word, in MiB.
     let takes = |word: &str| {
         let text = guest.does(&disk, &[word]);
         (text, std::fs::metadata(&path).unwrap().blocks() >> 11)

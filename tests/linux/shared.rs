@@ -61,7 +61,7 @@ impl Guest {
         command
     }
 
-    /// What the guest said while it did `words`, see `command`.
+    /// Has the guest do `words` (see `command`), and returns the output.
     pub fn does(&self, disk: &str, words: &[&str]) -> String {
         said(self.command(disk, words).output().unwrap())
     }
@@ -90,7 +90,7 @@ impl Guest {
     }
 }
 
-/// What a program in the guest said, which ended well.
+/// The output of a program in the guest, which must have ended well.
 pub fn said(output: std::process::Output) -> String {
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success(), "{}: {text}{}", output.status, String::from_utf8_lossy(&output.stderr));

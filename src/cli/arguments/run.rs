@@ -313,7 +313,7 @@ impl Run {
         }
     }
 
-    /// What is to be restored of the microVM that was saved to `folder`.
+    /// Makes the request that loads the snapshot in `folder`, with the disks and the vsock socket that options give.
     pub fn load(&self, folder: &Path) -> Result<Load> {
         let vsock = self.devices.iter().find(|device| device.kind().section == VSOCK);
         let told = vsock.map(serde_json::to_value).transpose().context("read --vsock")?;

@@ -71,7 +71,7 @@ pub fn help(persona: Persona) -> String {
     let mut is_ours = false;
     let is_theirs = |line: &&str| {
         let text = line.trim_start();
-        // What describes an option goes on in lines that stand further to the right.
+        // An option's description continues in lines with a deeper indent, which belong to the option above them.
         if text.starts_with('-') || line.len() - text.len() < 20 {
             is_ours = OURS
                 .iter()

@@ -52,15 +52,15 @@ impl Layout {
     }
 }
 
-/// What the guest can see of the blocks, and what is asked of the guest.
+/// The blocks that are plugged, and the sizes that were requested of the guest.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
 pub struct State {
     /// A driver has been ready for the device since its last reset.
     pub is_driven: bool,
-    /// So many bytes are to be plugged.
+    /// The size that the guest is to have plugged, in bytes.
     pub requested: u64,
-    /// The blocks of the first so many bytes may be plugged: as many slots as have ever been requested since the driver
-    /// last gave all back. A guest that plugs one block of each slot has no more memory for it.
+    /// The size of the part that may be plugged, in bytes from the first block on: the slots of the largest request since
+    /// the driver last gave all back. A guest that plugs one block of each slot has no more memory for it.
     pub usable: u64,
     /// Readers of events know that as much is plugged as was requested last.
     pub is_told: bool,
@@ -76,7 +76,7 @@ impl State {
         Self { is_driven: false, requested: 0, usable: 0, is_told: true, plugged: vec![0; words] }
     }
 
-    /// Whether it can be that of blocks at `layout`.
+    /// Checks that a saved state fits the blocks of `layout`.
     ///
     /// # Errors
     /// The state is damaged, or another device's.
@@ -134,7 +134,7 @@ impl State {
         }
     }
 
-    /// So many bytes are plugged.
+    /// Counts the bytes that are plugged.
     pub fn plugged(&self, layout: &Layout) -> u64 {
         self.plugged.iter().map(|word| u64::from(word.count_ones())).sum::<u64>() * layout.block
     }
@@ -145,7 +145,7 @@ impl State {
 pub struct Shared(Arc<Mutex<State>>);
 
 impl Shared {
-    /// This state.
+    /// Makes this state one that the device and its worker share.
     pub fn new(state: State) -> Self {
         Self(Arc::new(Mutex::new(state)))
     }

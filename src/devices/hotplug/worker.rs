@@ -242,7 +242,7 @@ impl Plugs {
     }
 }
 
-/// What a driver is told of blocks.
+/// The answer to a driver that asks for the state of these blocks.
 fn state_of(state: &State, blocks: &Range<u64>) -> u16 {
     match state.count(blocks) {
         0 => ALL_UNPLUGGED,

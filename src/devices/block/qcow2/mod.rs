@@ -71,7 +71,7 @@ pub struct Qcow2 {
     writable: Option<Writable>,
 }
 
-/// Whether `file` can be a qcow2 image, which is known before anybody uses it.
+/// Refuses a file that does not begin as a qcow2 image: a wrong format is told where the disk is configured.
 ///
 /// # Errors
 /// The file begins otherwise, or cannot be read.
