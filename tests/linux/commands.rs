@@ -211,7 +211,7 @@ fn a_guest_that_is_up_takes_further_commands_and_files() {
     let mut big = Command::new(common::alula());
     big.args(["exec", "--vsock", &vsock, "busybox", "dd", "if=/dev/zero", "bs=65536", "count=1600"]);
     let output = big.stdin(Stdio::null()).output().unwrap();
-    assert!(output.stdout.len() == 100 << 20 && output.stdout.iter().all(|byte| *byte == 0));
+    assert!(output.stdout == vec![0; 100 << 20]);
     a_connection_outlives_pauses(&vsock, &folder.path("alula/web.sock"));
     let saved = folder.path("saved").to_str().unwrap().to_owned();
     assert_eq!(alula(&["ctl", "web", "snapshot", &saved]).0, 0);
