@@ -2,10 +2,10 @@
 
 use std::io::{Read, Seek, SeekFrom};
 
-use vm_memory::{Bytes, GuestAddress, ReadVolatile};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, ReadVolatile};
 
 use crate::error::{Context, Error, Result};
-use crate::memory::{Range, Regions};
+use crate::memory::{Range, Region, Regions};
 
 /// Where a kernel or an initial ramdisk is read from: a file, or bytes of our own.
 pub trait KernelSource: Read + ReadVolatile + Seek {}
@@ -90,10 +90,12 @@ pub fn load_initrd(memory: &Regions, initrd: &mut impl KernelSource, range: Rang
 pub fn read(memory: &Regions, source: &mut impl KernelSource, range: Range) -> Result<()> {
     let mut done = 0;
     while done < range.size {
-        let rest = (range.size - done) as usize;
-        let read = memory
-            .read_volatile_from(GuestAddress(range.start + done), source, rest)
-            .context("read it into guest memory")?;
+        let (at, rest) = (range.start + done, range.size - done);
+        // One region at a time: where a read of one was short, vm-memory would go on in the next one, and leave a gap.
+        let region = memory.find_region(GuestAddress(at)).map(Region::range);
+        let room = region.map_or(rest, |region| rest.min(region.end() - at)) as usize;
+        let read =
+            memory.read_volatile_from(GuestAddress(at), source, room).context("read it into guest memory")?;
         if read == 0 {
             return Err(Error::config(format!(
                 "the file ends {rest} bytes early: it has become shorter since it was looked at"
@@ -169,14 +171,33 @@ mod tests {
             let mut file = Short { length, most, reads: Vec::new(), interrupts: false };
             load_initrd(&memory, &mut file, Range { start, size: length as u64 }).unwrap();
             assert_eq!((file.reads.len(), file.reads.iter().sum::<usize>()), (reads, length));
-            let mut at = start;
-            for (index, count) in file.reads.iter().enumerate() {
-                for place in [at, at + *count as u64 - 1] {
-                    let found: u8 = memory.read_obj(GuestAddress(place)).unwrap();
-                    assert_eq!(found, index as u8 + 1, "{length} bytes, at {place:#x}");
-                }
-                at += *count as u64;
+            check_places(&memory, &file, start);
+        }
+    }
+
+    /// Each read lies behind the one before it.
+    fn check_places(memory: &Regions, file: &Short, start: u64) {
+        let mut at = start;
+        for (index, count) in file.reads.iter().enumerate() {
+            for place in [at, at + *count as u64 - 1] {
+                let found: u8 = memory.read_obj(GuestAddress(place)).unwrap();
+                assert_eq!(found, index as u8 + 1, "{} bytes, at {place:#x}", file.length);
             }
+            at += *count as u64;
+        }
+    }
+
+    #[test]
+    fn short_reads_leave_no_gap_where_one_region_follows_another() {
+        const MIB: u64 = 1 << 20;
+        let ranges =
+            [(0, 4), (4, 2), (6, 6)].map(|(start, size)| Range { start: start * MIB, size: size * MIB });
+        let memory = allocate(&ranges).unwrap();
+        for most in [300_000, 3 << 20, usize::MAX] {
+            let mut file = Short { length: 10 << 20, most, reads: Vec::new(), interrupts: false };
+            read(&memory.memory(), &mut file, Range { start: MIB, size: 10 * MIB }).unwrap();
+            assert_eq!(file.reads.iter().sum::<usize>(), file.length);
+            check_places(&memory.memory(), &file, MIB);
         }
     }
 
