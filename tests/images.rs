@@ -272,6 +272,21 @@ fn cache(place: &Place, more: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
+/// One that is whole but for its last byte, one whose journal was not written back, one in a container, and none.
+fn images_that_no_guest_mounts(place: &Place) -> [PathBuf; 4] {
+    let paths = ["short", "unclean", "qcow2", "text"].map(|name| place.path(name));
+    let [short, unclean, qcow2, text] = &paths;
+    let make = Command::new("mke2fs").args(["-q", "-t", "ext4"]).arg(short).arg("4M").output();
+    assert!(make.unwrap().status.success());
+    fs::copy(short, unclean).unwrap();
+    fs::File::options().write(true).open(short).unwrap().set_len((4 << 20) - 1).unwrap();
+    let set = Command::new("debugfs").args(["-w", "-R", "feature needs_recovery"]).arg(unclean).output();
+    assert!(set.unwrap().status.success());
+    fs::write(qcow2, b"QFI\xfb\0\0\0\x03").unwrap();
+    fs::write(text, "no image\n").unwrap();
+    paths
+}
+
 #[test]
 fn what_cannot_be_a_root_file_system_is_told() {
     let place = Place::new();
@@ -296,12 +311,23 @@ fn what_cannot_be_a_root_file_system_is_told() {
     open("cache", 0o777);
     let needed = "a file or block device is needed";
     let written = place.path("a,rw");
+    let [short, unclean, qcow2, text] = images_that_no_guest_mounts(&place);
+    let of = |path: &Path, what: &str| format!("alula: read root file system `{}`: {what}", path.display());
     for (through, path, more, expected) in [
         (&[][..], &fifo, &[][..], format!("it is a FIFO, {needed}")),
         (&[], &written, &[], "`rw` is for images: a folder goes along as a copy".to_owned()),
         (&[], &socket, &[], format!("it is a socket, {needed}")),
         (&[], &PathBuf::from("/dev/null"), &[], format!("it is a character device, {needed}")),
         (&[], &place.path("none"), &[], "No such file or directory".to_owned()),
+        (&[], &text, &[], of(&text, "it has no file system at its beginning (a root is an image of ext4,")),
+        (&[], &qcow2, &[], of(&qcow2, "it is a qcow2 image: give it as `--disk IMAGE,root,format=qcow2`")),
+        (
+            &[],
+            &short,
+            &[],
+            of(&short, "a part of it is missing: its ext4 has 4194304 bytes, and the file 4194303"),
+        ),
+        (&[], &unclean, &[], of(&unclean, "its ext4 was not unmounted, and nothing can be read before")),
         (
             &[],
             &a,

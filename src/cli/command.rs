@@ -22,7 +22,7 @@ use crate::guest::call::{self, Call};
 use crate::guest::hearing::Hearing;
 use crate::guest::images::{self, Image, Images};
 use crate::guest::tree::Tree;
-use crate::guest::{kernel, runtime};
+use crate::guest::{kernel, root_image, runtime};
 use crate::host::socket_file::OwnFolder;
 use crate::host::{self, Access, Resource};
 use crate::microvm::purpose::Purpose;
@@ -193,7 +193,7 @@ fn add_vsock(config: &mut Config, own_folder: &OwnFolder) -> Result<PathBuf> {
 
 /// Makes the image the first disk; returns the modules that it needs.
 fn add_disk(config: &mut Config, rootfs: &Rootfs, boot: &mut Boot) -> Result<Vec<&'static str>> {
-    let file_system = boot::file_system(&rootfs.path)?;
+    let kind = root_image::look(&rootfs.path, rootfs.writable)?;
     // The first of its kind, whatever other disks there are.
     let disk = serde_json::json!({
         "drive_id": "rootfs",
@@ -202,10 +202,10 @@ fn add_disk(config: &mut Config, rootfs: &Rootfs, boot: &mut Boot) -> Result<Vec
         "is_read_only": !rootfs.writable,
     });
     config.put(device("drives", &disk)?)?;
-    let kinds = vec![file_system.kind.to_owned()];
-    boot.disk = Some(Disk { device: "/dev/vda".to_owned(), types: kinds, writable: rootfs.writable });
+    let types = vec![kind.to_owned()];
+    boot.disk = Some(Disk { device: "/dev/vda".to_owned(), types, writable: rootfs.writable });
     let overlay = if rootfs.writable { None } else { Some("overlay") };
-    Ok([file_system.module].into_iter().chain(overlay).collect())
+    Ok([kind].into_iter().chain(overlay).collect())
 }
 
 /// Has the guest's kernel use memory as it is plugged, so that all of that can be unplugged, unless the command line says

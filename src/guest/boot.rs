@@ -2,8 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::BufWriter;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::Path;
+use std::os::unix::fs::OpenOptionsExt;
 
 use super::cpio::Cpio;
 use super::kernel::Kernel;
@@ -11,7 +10,6 @@ use super::modules::Module;
 use super::tree::Tree;
 use crate::agent::init::{BOOT, Boot, FOLDER, MODULES, NAME};
 use crate::error::{Context, Error, Result};
-use crate::host::{self, Access, Sharing};
 
 /// A folder goes along in the initial ramdisk if it has at most this part of the guest's memory: it is there twice for a
 /// moment, packed and unpacked.
@@ -20,36 +18,6 @@ const MEMORY_PART: u64 = 4;
 /// What the kernel is told beside its usual words.
 pub fn words() -> String {
     format!("quiet rdinit=/{FOLDER}/{NAME}")
-}
-
-/// A file system on a disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FileSystem {
-    /// What mount(2) calls it.
-    pub kind: &'static str,
-    /// The module that it is in.
-    pub module: &'static str,
-}
-
-/// The file system of the image at `path`, by its magic number; what has none of those (another format of disk images) is
-/// taken for ext4.
-pub fn file_system(path: &Path) -> Result<FileSystem> {
-    let attempt = || format!("read root file system `{}`", path.display());
-    let file = host::file::open(path, Access::Read, Sharing::Refused, "root file system", attempt)?;
-    let mut head = [0; 0x43a];
-    let mut count = 0;
-    while count < head.len() {
-        match file.read_at(&mut head[count..], count as u64).with_context(attempt)? {
-            0 => break,
-            more => count += more,
-        }
-    }
-    let of = |kind| FileSystem { kind, module: kind };
-    Ok(match &head {
-        head if head.starts_with(b"hsqs") => of("squashfs"),
-        head if head[0x400..].starts_with(&[0xe2, 0xe1, 0xf5, 0xe0]) => of("erofs"),
-        _ => of("ext4"),
-    })
 }
 
 /// Whether the folder can go along in the memory of a guest that has so much: it is small enough, and a ramdisk holds
@@ -92,28 +60,4 @@ fn add_own_program(cpio: &mut Cpio<BufWriter<File>>) -> Result<()> {
     let mut file = File::open("/proc/self/exe").context("open it")?;
     let size = file.metadata().context("read its size")?.len();
     cpio.file(&format!("{FOLDER}/{NAME}"), 0o755, size, &mut file)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn file_systems_are_known_by_their_magic_numbers() {
-        let path = std::env::temp_dir().join(format!("alula-boot-{}", std::process::id()));
-        for (at, magic, kind) in [
-            (0, &b"hsqs"[..], "squashfs"),
-            (0x400, b"\xe2\xe1\xf5\xe0", "erofs"),
-            (0x438, b"\x53\xef", "ext4"),
-            (0, b"", "ext4"),
-        ] {
-            let mut image = vec![0; 4096];
-            image[at..at + magic.len()].copy_from_slice(magic);
-            std::fs::write(&path, image).unwrap();
-            assert_eq!(file_system(&path).unwrap().kind, kind);
-        }
-        std::fs::remove_file(&path).unwrap();
-        let error = file_system(&path).unwrap_err().to_string();
-        assert!(error.starts_with("read root file system `"), "{error}");
-    }
 }

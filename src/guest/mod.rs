@@ -10,5 +10,6 @@ pub mod images;
 pub mod kernel;
 pub mod modules;
 pub mod program;
+pub mod root_image;
 pub mod runtime;
 pub mod tree;
