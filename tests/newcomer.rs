@@ -302,3 +302,33 @@ fn a_way_out_is_named_for_who_asks_nobody_and_may_write_nowhere() {
         assert!(text.contains(expected), "{arguments:?}: {text}");
     }
 }
+
+#[test]
+fn who_may_not_look_for_roots_guests_is_told_where_they_are() {
+    // In this thread's namespace: the folder of the system's guests is root's alone.
+    common::mount(std::path::Path::new("/run"), "tmpfs", "mode=755");
+    std::fs::create_dir("/run/alula").unwrap();
+    std::fs::set_permissions("/run/alula", PermissionsExt::from_mode(0o700)).unwrap();
+    let _listener = UnixListener::bind("/run/alula/web.sock").unwrap();
+    let folder = Folder::new();
+    std::fs::set_permissions(&folder.0, PermissionsExt::from_mode(0o755)).unwrap();
+    let runtime = folder.path("runtime");
+    std::fs::create_dir_all(runtime.join("alula")).unwrap();
+    for arguments in [
+        &["exec", "web", "true"][..],
+        &["ctl", "web", "status"],
+        &["ctl", "web", "stop"],
+        &["cp", "web:/a", "b"],
+        &["wait", "--timeout", "1ms", "web"],
+    ] {
+        for own in [Some(&runtime), None] {
+            let mut command = common::as_nobody(&folder, arguments);
+            command.env_remove("XDG_RUNTIME_DIR").envs(own.map(|own| ("XDG_RUNTIME_DIR", own)));
+            let (code, text) = ended(command);
+            assert!(code.is_some_and(|code| code != 0), "{arguments:?}: {text}");
+            let expected = "guests of root are in `/run/alula`, where this user cannot look: ask for one as root (`sudo`)";
+            assert!(text.contains(expected), "{arguments:?}: {text}");
+            assert_eq!(text.contains(" of this user's that"), own.is_some(), "{arguments:?}: {text}");
+        }
+    }
+}

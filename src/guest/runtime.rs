@@ -1,6 +1,7 @@
 //! Where a guest with a name is found: `alula/ID.sock` in the user's runtime folder, or the system's.
 
 use std::fs::DirBuilder;
+use std::io::ErrorKind;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
@@ -71,12 +72,26 @@ pub fn find(id: &str) -> Result<PathBuf> {
         return Ok(path);
     }
     let path = socket_in(&folder(), id);
-    Err(Error::config(format!(
-        "there is no guest `{id}`: `{}` is not there (a guest is found by the --id that it was started with; --api-sock \
-         names its socket otherwise){}",
-        path.display(),
-        others(&folders())
-    )))
+    let (way, others) = (
+        "(a guest is found by the --id that it was started with; --api-sock names its socket otherwise)",
+        others(&folders()),
+    );
+    Err(Error::config(match folders().iter().find(|folder| is_closed(folder)) {
+        Some(closed) => {
+            let closed = closed.display();
+            let own = if path.starts_with(SYSTEM) { "" } else { " of this user's" };
+            format!(
+                "there is no guest `{id}`{own} that is found by its name; guests of root are in `{closed}`, where this \
+                 user cannot look: ask for one as root (`sudo`), or by a socket that this user may use (--api-sock){others}"
+            )
+        }
+        None => format!("there is no guest `{id}`: `{}` is not there {way}{others}", path.display()),
+    }))
+}
+
+/// Whether the folder is there and somebody else's, who lets nobody look.
+fn is_closed(folder: &Path) -> bool {
+    std::fs::read_dir(folder).is_err_and(|error| error.kind() == ErrorKind::PermissionDenied)
 }
 
 fn others(folders: &[PathBuf]) -> String {
