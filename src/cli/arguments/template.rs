@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 
 use lexopt::Arg::{Long, Short, Value};
-use lexopt::ValueExt;
 
 use super::{Command, Given, id, number, value};
 use crate::carry::stored::Location;
@@ -91,16 +90,17 @@ pub fn clone(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
         }
         match argument {
             Long("template") => template = Some(parser.value()?.into()),
-            Short('n') | Long("count") => clones.count = Some(value(parser, "--count", number)?),
+            Short('n') | Long("count") => clones.count = Some(value(parser, "--count", count)?),
             Long("id") => clones.id = value(parser, "--id", id)?,
             Long(name @ ("overlay" | "drive")) => {
                 let is_overlay = name == "overlay";
-                let (drive, path) = value(parser, "--overlay, --drive", pair)?;
+                let option = if is_overlay { "--overlay" } else { "--drive" };
+                let (drive, path) = value(parser, option, own_pair)?;
                 clones.drives.push((drive, path, is_overlay));
             }
-            Long("tap") => clones.taps.push(value(parser, "--tap", pair)?),
-            Long("vsock") => clones.vsock = Some(parser.value()?.string()?),
-            Long("console") => clones.console = Some(parser.value()?.string()?),
+            Long("tap") => clones.taps.push(value(parser, "--tap", own_pair)?),
+            Long("vsock") => clones.vsock = Some(value(parser, "--vsock", own)?),
+            Long("console") => clones.console = Some(value(parser, "--console", own)?),
             Long("paused") => clones.are_paused = true,
             Short('h') | Long("help") => return Ok(Command::Print(CLONE_HELP.to_owned())),
             other => return Err(other.unexpected()),
@@ -108,6 +108,29 @@ pub fn clone(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
     }
     clones.template = template.ok_or("--template is missing: the socket of an `alula template`")?;
     Ok(Command::Clone(clones))
+}
+
+fn count(text: &str) -> Result<u32, String> {
+    match number(text) {
+        Ok(0) => Err("expected 1 or more".to_owned()),
+        count => count,
+    }
+}
+
+/// A value in which each clone has words of its own; what else is in braces would be the same for all.
+fn own(text: &str) -> Result<String, String> {
+    for rest in text.split('{').skip(1) {
+        if let Some((word, _)) = rest.split_once('}')
+            && !["id", "n"].contains(&word)
+        {
+            return Err(format!("there is no {{{word}}}: {{id}} is the clone's name, {{n}} its number"));
+        }
+    }
+    Ok(text.to_owned())
+}
+
+fn own_pair(text: &str) -> Result<(String, String), String> {
+    own(text).and_then(|text| pair(&text))
 }
 
 /// Parses an id and a value, `a=b`.
@@ -144,4 +167,35 @@ pub fn template(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
     };
     let api_sock = api_sock.ok_or("--api-sock is missing: clones are asked for there")?;
     Ok(Command::Template(Template { location, api_sock }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clones_that_would_share_a_path_or_be_none_are_refused() {
+        let parsed = |line: &str| clone(&mut lexopt::Parser::from_args(line.split(' ')));
+        for (line, expected) in [
+            (
+                "--overlay root={idd}.qcow2",
+                "--overlay root={idd}.qcow2: there is no {idd}: {id} is the clone's",
+            ),
+            ("--drive a=/{n}/{}", "--drive a=/{n}/{}: there is no {}: "),
+            ("--tap eth0=tap{N}", "--tap eth0=tap{N}: there is no {N}: "),
+            ("--vsock {name}", "--vsock {name}: there is no {name}"),
+            ("--console {id}-{x}", "--console {id}-{x}: there is no {x}"),
+            ("-n 0", "--count 0: expected 1 or more"),
+            ("-n -1", "--count -1: "),
+        ] {
+            let error = parsed(&format!("--template t {line}")).expect_err(line).to_string();
+            assert!(error.contains(expected), "{line}: {error}");
+        }
+        let Ok(Command::Clone(clones)) =
+            parsed("--template t -n 3 --vsock {id}-{n} --console a{b --tap a=b}c")
+        else {
+            panic!("all of these are right");
+        };
+        assert_eq!((clones.count, clones.vsock.as_deref()), (Some(3), Some("{id}-{n}")));
+    }
 }
