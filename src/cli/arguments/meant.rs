@@ -122,7 +122,10 @@ pub fn with_word(error: &lexopt::Error, arguments: &[OsString], help: &str) -> S
                 .flat_map(|line| line.split_whitespace().skip_while(|word| *word != "alula").skip(2));
             let words = usage.map(|word| word.trim_matches(['[', ']']));
             let words = words.filter(|word| word.bytes().all(|letter| letter.is_ascii_lowercase()));
-            spelling::with_hint(error.to_string(), &word.to_string_lossy(), words)
+            let (word, words) = (word.to_string_lossy(), words.collect::<Vec<_>>());
+            // A word of an example is as it should be, and only in the wrong place.
+            let words = if words.contains(&&*word) { Vec::new() } else { words };
+            spelling::with_hint(error.to_string(), &word, words)
         }
         _ => error.to_string(),
     }
@@ -219,6 +222,25 @@ mod tests {
         ] {
             let error = refused(line);
             assert!(!error.contains("meant?"), "{line}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_command_that_is_not_after_its_hyphens_is_told_where_it_goes() {
+        for (line, word) in [
+            ("alula run vmlinux sh", "sh"),
+            ("alula run vmlinux --rootfs root sh -c true", "sh"),
+            ("alula run --kernel vmlinux make", "make"),
+        ] {
+            let error = refused(line);
+            let expected = format!(
+                "unexpected argument {word:?}: a kernel was named, and a command to run in the guest goes after `--`;"
+            );
+            assert!(error.starts_with(&expected), "{line}: {error}");
+        }
+        for line in ["alula cache clear clear", "alula kernel fetch fetch"] {
+            let error = refused(line);
+            assert!(error.contains("unexpected argument") && !error.contains("meant?"), "{line}: {error}");
         }
     }
 

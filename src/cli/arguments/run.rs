@@ -1,5 +1,6 @@
 //! `alula run`: its options, its help, and the configuration that comes of it.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -199,12 +200,20 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
             }
             Long("publish") => ports.push(value(parser, "--publish", |text| text.parse())?),
             Value(kernel) if run.kernel.is_none() => run.kernel = Some(kernel.into()),
+            Value(word) => return Err(misplaced(&word)),
             other => return Err(other.unexpected()),
         }
     }
     run.check(!ports.is_empty())?;
     net::publish(&mut run.devices, &ports)?;
     Ok(Command::Run(Box::new(run)))
+}
+
+fn misplaced(word: &OsStr) -> lexopt::Error {
+    format!(
+        "unexpected argument {word:?}: a kernel was named, and a command to run in the guest goes after `--`"
+    )
+    .into()
 }
 
 fn may_be_repeated(option: &str) -> bool {
