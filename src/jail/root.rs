@@ -128,6 +128,9 @@ fn cannot_make(option: &str, path: &Path, error: &IoError) -> Error {
             "{option}: `{path}` is left from an earlier jail: if that has ended, remove its folder, else choose another \
              {option}"
         )),
+        Some(libc::EACCES | libc::EPERM | libc::EROFS) => Error::host(format!(
+            "{option}: make `{path}`: {error}: `--chroot-base-dir DIR` names a place that this user may write to"
+        )),
         _ => Error::host(format!("{option}: make `{path}`: {error}")),
     }
 }

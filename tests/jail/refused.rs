@@ -103,3 +103,12 @@ fn what_cannot_be_a_jail_leaves_nothing_behind() {
         assert_eq!(site.everything(), before, "{id} {options}");
     }
 }
+
+#[test]
+fn an_ordinary_user_is_told_how_to_name_another_place() {
+    let folder = common::Folder::new();
+    std::fs::set_permissions(&folder.0, PermissionsExt::from_mode(0o755)).unwrap();
+    let ended = end(common::as_nobody(&folder, &["jail", "--id", "x", "--userns", "--", "run"]));
+    let expected = "Permission denied (os error 13): `--chroot-base-dir DIR` names a place that this user may write to\n";
+    assert!(ended.code == Some(1) && ended.text.ends_with(expected), "{ended:?}");
+}
