@@ -127,7 +127,7 @@ fn way_in(mode: u32, group: Option<u32>, groups: &str) -> String {
         }
         _ => format!(
             "it is open to no group that a user can be in (mode {mode:o}): `sudo setfacl -m u:\"$USER\":rw {KVM_DEVICE}` \
-             opens it to this user until the next boot"
+             (package acl) opens it to this user until the next boot"
         ),
     }
 }
@@ -367,7 +367,7 @@ mod tests {
             (
                 0o600,
                 Some(104),
-                "no group that a user can be in (mode 600): `sudo setfacl -m u:\"$USER\":rw /dev/kvm`",
+                "no group that a user can be in (mode 600): `sudo setfacl -m u:\"$USER\":rw /dev/kvm` (package acl)",
             ),
             (0o640, Some(104), "(mode 640): `sudo setfacl "),
             (0o660, Some(9), "(mode 660): `sudo setfacl "),
