@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{ErrorKind, Result as IoResult};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -12,7 +13,7 @@ use super::{Agent, Listener, host};
 use crate::error::{Context, Error, Result};
 use crate::protocol::PORT;
 use crate::protocol::request::Set;
-use crate::sys::machine;
+use crate::sys::{descriptor, machine};
 
 /// Where an initial ramdisk has what is ours: this program, [`Boot`], modules.
 pub const FOLDER: &str = ".alula";
@@ -22,6 +23,8 @@ pub const NAME: &str = "init";
 pub const BOOT: &str = "boot.json";
 /// The folder of modules in [`FOLDER`].
 pub const MODULES: &str = "modules";
+/// How the last line on the console of a guest begins whose init cannot go on; the reason follows.
+pub const FAILED: &str = "alula: the guest's init cannot go on: ";
 /// How long a disk may take to appear once its driver is loaded.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -57,8 +60,17 @@ pub fn is_init(program: &std::ffi::OsStr) -> bool {
     Path::new(program).file_name().is_some_and(|name| name == NAME) && std::process::id() == 1
 }
 
-/// Sets the guest up, and is its agent for ever. What fails is told on the console.
+/// Sets the guest up, and is its agent for ever. What fails is told on the console, and the guest reboots: were process 1
+/// to end, the kernel would panic, and bury the reason under its registers. An error: the guest cannot be rebooted.
 pub fn run() -> Result<()> {
+    let Err(error) = set_up_and_serve() else { return Ok(()) };
+    eprintln!("{FAILED}{error}");
+    // Words that are still on their way to the console would be lost.
+    descriptor::drain_terminal(std::io::stderr().as_raw_fd());
+    machine::end(true).context("reboot the guest")
+}
+
+fn set_up_and_serve() -> Result<()> {
     let ours = Path::new("/").join(FOLDER);
     mount_kernel_file_systems().context("mount /proc, /sys and /dev")?;
     let path = ours.join(BOOT);

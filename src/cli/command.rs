@@ -1,7 +1,7 @@
 //! `alula run -- COMMAND`: a guest that is there for one command.
 
 use std::fs::File;
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::arguments::Run;
 use super::arguments::command::{Rootfs, Wanted};
+use super::console::{Console, ConsoleEnd, Tail};
 use super::exec::{copy_in, copy_out};
 use super::session::{self, Ends, Outcome};
 use crate::agent::init::{Boot, Disk};
@@ -38,10 +39,6 @@ const PATIENCE: Duration = Duration::from_secs(300);
 const LAST_WORDS: Duration = Duration::from_secs(30);
 /// How long a connection to the guest can be gone before the guest has ended.
 const GRACE: Duration = Duration::from_secs(1);
-/// So much of the end of what the guest wrote on its console is kept, to be shown if it ends before its command.
-const CONSOLE_MAX: usize = 16 << 10;
-/// So many of the last lines are shown.
-const CONSOLE_LINES: usize = 20;
 
 /// Makes a folder of this process's own, which nobody else can enter.
 fn make_own_folder() -> Result<OwnFolder> {
@@ -52,40 +49,6 @@ fn make_own_folder() -> Result<OwnFolder> {
 
 /// What the guest's initial ramdisk is called, which has no path.
 const RAMDISK: &str = "(of the command)";
-
-/// The end of what came from the console.
-#[derive(Default)]
-struct Console(Mutex<Vec<u8>>);
-
-impl Console {
-    fn add(&self, bytes: &[u8]) {
-        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        kept.extend_from_slice(bytes);
-        let more = kept.len().saturating_sub(CONSOLE_MAX);
-        kept.drain(..more);
-    }
-
-    fn last_lines(&self) -> Vec<String> {
-        let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let text = String::from_utf8_lossy(&kept);
-        let lines: Vec<_> = text.lines().map(str::trim_end).filter(|line| !line.is_empty()).collect();
-        lines[lines.len().saturating_sub(CONSOLE_LINES)..].iter().map(crate::log::in_one_line).collect()
-    }
-}
-
-/// Where the guest's console writes.
-struct ConsoleEnd(Arc<Console>);
-
-impl Write for ConsoleEnd {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.add(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-}
 
 /// A guest for a command: its configuration, and what has to live as long as it does.
 pub struct Prepared {
@@ -255,9 +218,9 @@ impl Prepared {
         self.outcome.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    /// The last lines of the guest's console, for a guest that has ended too early.
-    pub fn last_lines(&self) -> Vec<String> {
-        self.console.last_lines()
+    /// The end of what came from the guest's console, for a guest that has ended too early.
+    pub fn tail(&self) -> Tail {
+        self.console.tail()
     }
 
     /// What the guest is there for, and what has it begin, in a thread of its own, once the guest runs.

@@ -5,6 +5,7 @@ mod arguments;
 mod cache;
 mod check;
 mod command;
+mod console;
 mod ctl;
 mod exec;
 mod guests;
@@ -300,24 +301,27 @@ fn conclude_command(outcome: &Result<Outcome>, prepared: &command::Prepared) -> 
         (Ok(Outcome::Done), Some(Err(error))) => conclude(&Err(error), FAILED_RUN, |_| FAILED_RUN),
         _ => conclude(outcome, FAILED_RUN, |_| FAILED_RUN),
     };
+    let tail = prepared.tail();
     if let Ok(Outcome::Ended(exit)) = outcome {
-        ending.reason = ended_early(exit);
+        ending.reason = ended_early(exit, tail.reason.as_deref());
     }
     if !matches!(outcome, Ok(Outcome::Signal(_) | Outcome::Left)) {
-        prepared.last_lines().iter().for_each(|line| eprintln!("alula: console: {line}"));
+        tail.lines.iter().for_each(|line| eprintln!("alula: console: {line}"));
     }
     ending
 }
 
-/// The end of a guest whose command had not ended, which is a failure of the command's whatever the guest meant by it.
-fn ended_early(exit: &Exit) -> String {
-    match exit {
-        Exit::PoweredOff => {
+/// The end of a guest whose command had not ended, which is a failure of the command's whatever the guest meant by it;
+/// `why` is what its init or its kernel has said of that.
+fn ended_early(exit: &Exit, why: Option<&str>) -> String {
+    match (exit, why) {
+        (Exit::PoweredOff, None) => {
             "the guest powered off before the command in it ended, so its exit code is not known: let \
                              the command end, and the guest powers off by itself"
                 .to_owned()
         }
-        exit => format!("the guest ended before the command in it did: {exit}"),
+        (exit, None) => format!("the guest ended before the command in it did: {exit}"),
+        (exit, Some(why)) => format!("the guest ended before the command in it did ({exit}): {why}"),
     }
 }
 
@@ -380,15 +384,20 @@ mod tests {
 
     #[test]
     fn a_guest_that_ended_before_its_command_is_told_by_how_it_ended() {
-        let powered_off = ended_early(&Exit::PoweredOff);
+        let powered_off = ended_early(&Exit::PoweredOff, None);
         assert!(
             powered_off.starts_with("the guest powered off before the command in it ended, so "),
             "{powered_off}"
         );
-        let reset = ended_early(&Exit::PanicReset);
+        let reset = ended_early(&Exit::PanicReset, None);
         assert!(
             reset.ends_with("before the command in it did: the guest panicked and asked for a reset"),
             "{reset}"
+        );
+        let explained = ended_early(&Exit::Reset, Some("mount it: Invalid argument"));
+        assert!(
+            explained.ends_with("did (the guest asked for a reset): mount it: Invalid argument"),
+            "{explained}"
         );
     }
 }

@@ -434,6 +434,12 @@ pub fn set_terminal_mode(fd: RawFd, mode: &libc::termios) {
     unsafe { libc::tcsetattr(fd, libc::TCSANOW, mode) };
 }
 
+/// Waits until what was written to a terminal has left it (tcdrain(3)); what is no terminal has nothing to wait for.
+pub fn drain_terminal(fd: RawFd) {
+    // SAFETY: the call takes a number.
+    unsafe { libc::tcdrain(fd) };
+}
+
 /// The process group in the foreground of the terminal that controls this process, and the process group that this
 /// process is in; None: `fd` is not that terminal (tcgetpgrp(3)). A signal handler may call this.
 pub fn process_groups(fd: RawFd) -> Option<(i32, i32)> {

@@ -121,6 +121,36 @@ fn a_command_has_a_guest_of_its_own_with_any_root() {
 }
 
 #[test]
+#[ignore = "a stock kernel: scripts/test runs it"]
+fn a_guest_that_cannot_go_on_says_why_at_the_end() {
+    let folder = Folder::new();
+    let mut image = std::fs::read(asset("root.ext4")).unwrap();
+    // The superblock is there, and what it leads to is not.
+    image[0x800..0x10000].fill(0xff);
+    let damaged = folder.write("damaged", image).to_str().unwrap().to_owned();
+    let (code, output, errors) = run_command(&["--rootfs", &damaged], &["true"], b"");
+    let last = errors.lines().last().unwrap();
+    let begin = "alula: the guest ended before the command in it did (the guest asked for a reset): make /dev/vda the root \
+                 file system: mount it as ext4: ";
+    assert!(code == 125 && output.is_empty() && last.starts_with(begin), "{code} {errors}");
+    // The kernel's own words come before.
+    let lines: Vec<_> = errors.lines().collect();
+    assert!(lines[..lines.len() - 1].iter().all(|line| line.contains("] EXT4-fs (vda): ")), "{errors}");
+
+    let image = asset("root.ext4").to_str().unwrap().to_owned();
+    let script =
+        "exec 2>/dev/console; echo before >/dev/console; busybox sleep 1; echo c >/proc/sysrq-trigger";
+    let (code, _, errors) = run_command(&["--rootfs", &image], &["busybox", "sh", "-c", script], b"");
+    let lines: Vec<_> = errors.lines().collect();
+    assert!(code == 125 && lines[0] == "alula: console: before", "{code} {errors}");
+    let panic = "Kernel panic - not syncing: ";
+    assert!(lines.last().unwrap().contains(panic) && errors.matches(panic).count() == 1, "{errors}");
+    let is_register =
+        |line: &&&str| ["RAX: ", "RSP: ", "x29: ", "pstate: "].iter().any(|name| line.contains(name));
+    assert_eq!(lines.iter().find(is_register), None, "{errors}");
+}
+
+#[test]
 #[ignore = "a kernel built for a software KVM: scripts/test --long builds it and runs this where there is one"]
 fn a_command_by_a_kernel_built_for_a_software_kvm() {
     let kernel = std::env::var_os("ALULA_SOFT_LINUX")
