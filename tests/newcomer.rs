@@ -235,6 +235,45 @@ fn a_missing_file_is_told_before_a_guest_boots_for_it() {
     );
 }
 
+/// How `alula run` ends with these words in `folder`, whose kernel is the firmware guest: what stands in the way of a command
+/// is told before that matters.
+fn tried_for_a_command(folder: &Folder, line: &str) -> (Option<i32>, String) {
+    let mut command = Command::new(alula());
+    command.arg("run").args(line.split(' ')).args(["--", "true"]);
+    command.current_dir(&folder.0).env("ALULA_KERNEL", folder.firmware());
+    ended(command)
+}
+
+#[test]
+fn what_cannot_come_out_of_a_guest_is_told_before_it_boots() {
+    let folder = Folder::new();
+    folder.write("file", "");
+    for (line, code, expected) in [
+        (
+            "--copy-out /a:none/b",
+            125,
+            "copy `/a` in the guest to `none/b`: there is no folder `none`: create it\n",
+        ),
+        ("--copy-out /a:file/b", 125, "there is no folder `file`: create it\n"),
+        ("--copy-out a:b", 153, "expected GUEST:HOST, GUEST with a slash before"),
+        (
+            "--copy file:b",
+            153,
+            "--copy file:b: expected HOST, which is there, or HOST:GUEST, GUEST with a slash",
+        ),
+    ] {
+        let (ended_with, text) = tried_for_a_command(&folder, line);
+        assert!(ended_with == Some(code) && text.contains(expected), "{line}: {text}");
+    }
+    std::fs::set_permissions(&folder.0, PermissionsExt::from_mode(0o755)).unwrap();
+    let mut command = common::as_nobody(&folder, &["run", "--copy-out", "/a:b", "--", "true"]);
+    command.current_dir(&folder.0);
+    let (code, text) = ended(command);
+    let expected =
+        "copy `/a` in the guest to `b`: Permission denied (os error 13): this user may not make files in `.`";
+    assert!(code == Some(125) && text.contains(expected), "{text}");
+}
+
 #[test]
 fn a_failure_is_told_once_where_log_and_errors_go_one_way() {
     let folder = Folder::new();

@@ -1,9 +1,9 @@
 //! `alula run -- COMMAND`: a guest that is there for one command.
 
 use std::fs::File;
-use std::io::IsTerminal;
+use std::io::{ErrorKind, IsTerminal};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,7 @@ use super::console::{Console, ConsoleEnd, Tail};
 use super::exec::{copy_in, copy_out};
 use super::session::{self, Ends, Outcome};
 use crate::agent::init::{Boot, Disk};
+use crate::archive;
 use crate::config::Config;
 use crate::descriptors::Named;
 use crate::devices::KINDS;
@@ -27,9 +28,11 @@ use crate::guest::{kernel, root_image, runtime};
 use crate::host::socket_file::OwnFolder;
 use crate::host::{self, Access, Resource};
 use crate::microvm::purpose::Purpose;
+use crate::paths;
 use crate::poll::leave_signals_to_others;
 use crate::protocol::PORT;
 use crate::protocol::request::Ask;
+use crate::sys::descriptor;
 
 /// An agent that has said that it listens, and then does not answer, is asked again after this time.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -72,6 +75,7 @@ pub fn prepare(arguments: &mut Run) -> Result<Prepared> {
         from.canonicalize()
             .with_context(|| format!("copy `{}` to `{}` in the guest", from.display(), to.display()))?;
     }
+    wanted.copies_out.iter().try_for_each(|(from, to)| check_copy_out(from, to))?;
     let kernel = kernel::find(arguments.kernel.as_deref())?;
     arguments.kernel = Some(kernel.path.clone());
     let line = arguments.cmdline.take().unwrap_or_else(|| crate::arch::DEFAULT_COMMAND_LINE.to_owned());
@@ -169,6 +173,19 @@ fn add_disk(config: &mut Config, rootfs: &Rootfs, boot: &mut Boot) -> Result<Vec
     boot.disk = Some(Disk { device: "/dev/vda".to_owned(), types, writable: rootfs.writable });
     let overlay = if rootfs.writable { None } else { Some("overlay") };
     Ok([kind].into_iter().chain(overlay).collect())
+}
+
+/// Whether what is at `from` in the guest can come to `to` here, as far as can be told before: the folder is there, and
+/// this user may write to it.
+fn check_copy_out(from: &Path, to: &Path) -> Result<()> {
+    let name = from.file_name().unwrap_or_default().to_string_lossy();
+    let target = archive::target(to, &name);
+    let folder = paths::folder(&target);
+    let is_there = if folder.is_dir() { Ok(()) } else { Err(ErrorKind::NotFound.into()) };
+    is_there
+        .and_then(|()| descriptor::check_writable(folder))
+        .map_err(|error| paths::cannot_make(&target, &error))
+        .with_context(|| format!("copy `{}` in the guest to `{}`", from.display(), to.display()))
 }
 
 /// Has the guest's kernel use memory as it is plugged, so that all of that can be unplugged, unless the command line says

@@ -19,10 +19,10 @@ Options for a command in the guest (docs/test-rigs.md):
       --kernel FILE      The kernel, as KERNEL says it [default: $ALULA_KERNEL, or what
                          `alula kernel fetch` got]
       --copy HOST[:GUEST]
-                         Copy this file or folder into the guest before, to the same path unless GUEST is
-                         given. May be repeated
+                         Copy this file or folder into the guest before, to the same path unless GUEST,
+                         with a slash before, is given. May be repeated
       --copy-out GUEST:HOST
-                         Copy it out of the guest after. May be repeated
+                         Copy it out of the guest after. GUEST has a slash before. May be repeated
       --env NAME[=VALUE] Set a variable; without a value, to what it is here. May be repeated
       --workdir FOLDER   The folder in the guest to start in [default: the user's home]
       --user USER[:GROUP]
@@ -135,6 +135,10 @@ fn copy(text: &str) -> Result<(PathBuf, PathBuf), String> {
             Ok((host.into(), guest.into()))
         };
     }
+    // A file of this machine may have a colon in its name; a path in the guest has no folder to begin at.
+    if text.contains(':') && std::fs::symlink_metadata(text).is_err() {
+        return Err("expected HOST, which is there, or HOST:GUEST, GUEST with a slash before".to_owned());
+    }
     let same = std::path::absolute(text).map_err(|error| error.to_string())?;
     Ok((text.into(), same))
 }
@@ -156,7 +160,16 @@ mod tests {
     #[test]
     fn places_are_told_apart_by_the_slash_that_the_guests_begin_with() {
         let here = std::env::current_dir().unwrap();
-        assert_eq!(copy("a:b"), Ok(("a:b".into(), here.join("a:b"))));
+        assert_eq!(copy("a"), Ok(("a".into(), here.join("a"))));
+        let there = std::env::temp_dir().join(format!("alula-copy-{}:b", std::process::id()));
+        let text = there.to_str().unwrap();
+        for relative in [text, "a:b", "a:./b", ":b"] {
+            let told = copy(relative).unwrap_err();
+            assert!(told.ends_with("or HOST:GUEST, GUEST with a slash before"), "{relative}: {told}");
+        }
+        std::fs::write(&there, "").unwrap();
+        assert_eq!(copy(text), Ok((there.clone(), there.clone())));
+        std::fs::remove_file(&there).unwrap();
         assert_eq!(copy("a:b:/c"), Ok(("a:b".into(), "/c".into())));
         assert_eq!(copy("/a"), Ok(("/a".into(), "/a".into())));
         assert!(copy(":/c").is_err() && copy("").is_err());
