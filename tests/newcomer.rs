@@ -275,6 +275,25 @@ fn what_cannot_come_out_of_a_guest_is_told_before_it_boots() {
 }
 
 #[test]
+fn the_root_of_a_command_is_what_a_disk_that_is_called_so_has() {
+    let folder = Folder::new();
+    folder.write("image", vec![0; 1 << 20]);
+    let part = json!({ "drive_id": "d", "path_on_host": "image", "is_root_device": true, "partuuid": "1-1" });
+    let boot = json!({ "kernel_image_path": folder.firmware() });
+    folder.write("vm.json", json!({ "boot-source": boot, "drives": [part] }).to_string());
+    let zeros = "read root file system `image`: it has nothing but zeros at its beginning";
+    for (line, expected) in [
+        ("--disk image,root", format!("boot a command's guest from disk `disk0`: {zeros}")),
+        ("--pmem image,root,ro", format!("boot a command's guest from pmem device `pmem0`: {zeros}")),
+        ("--config vm.json", "from disk `d`: its root is a partition (`partuuid`)".to_owned()),
+        ("--disk image,root --rootfs image", zeros.to_owned()),
+    ] {
+        let (code, text) = tried_for_a_command(&folder, line);
+        assert!(code == Some(125) && text.contains(&expected), "{line}: {text}");
+    }
+}
+
+#[test]
 fn a_failure_is_told_once_where_log_and_errors_go_one_way() {
     let folder = Folder::new();
     let said = |redirection: &str, log: &str, arguments: &str| {

@@ -16,8 +16,8 @@ use crate::agent::init::{Boot, Disk};
 use crate::archive;
 use crate::config::Config;
 use crate::descriptors::Named;
-use crate::devices::KINDS;
 use crate::devices::kind::ConfiguredDevice;
+use crate::devices::{KINDS, block, pmem};
 use crate::error::{Context, Error, Kind, Result};
 use crate::guest::boot;
 use crate::guest::call::{self, Call};
@@ -107,16 +107,16 @@ pub fn prepare(arguments: &mut Run) -> Result<Prepared> {
             }
         }
         Some(rootfs) => modules = add_disk(&mut config, rootfs, &mut boot)?,
-        None => {}
+        None => modules = root_of_config(&config, &mut boot)?,
     }
     modules.extend(drivers(&config));
     let tree = tree.as_ref().map(|tree| (tree, wanted.keep_owners));
+    let writable = boot.disk.as_ref().is_some_and(|disk| disk.writable);
     let ramdisk = boot::pack(&kernel, &modules, boot, tree)?;
     if let Some(source) = &mut config.boot_source {
         source.initrd_path = Some(RAMDISK.into());
     }
     config.check()?;
-    let writable = wanted.rootfs.as_ref().is_some_and(|rootfs| rootfs.writable);
     Ok(Prepared {
         config,
         vsock,
@@ -169,10 +169,42 @@ fn add_disk(config: &mut Config, rootfs: &Rootfs, boot: &mut Boot) -> Result<Vec
         "is_read_only": !rootfs.writable,
     });
     config.put(device("drives", &disk)?)?;
-    let types = vec![kind.to_owned()];
-    boot.disk = Some(Disk { device: "/dev/vda".to_owned(), types, writable: rootfs.writable });
-    let overlay = if rootfs.writable { None } else { Some("overlay") };
-    Ok([kind].into_iter().chain(overlay).collect())
+    Ok(boot_from(boot, "/dev/vda", &[kind], rootfs.writable))
+}
+
+/// Has the init go on with the file system on this device, of one of these kinds; returns the modules that it needs.
+fn boot_from(boot: &mut Boot, device: &str, kinds: &[&'static str], writable: bool) -> Vec<&'static str> {
+    let types = kinds.iter().map(|kind| (*kind).to_owned()).collect();
+    boot.disk = Some(Disk { device: device.to_owned(), types, writable });
+    let overlay = if writable { None } else { Some("overlay") };
+    kinds.iter().copied().chain(overlay).collect()
+}
+
+/// Makes the device that the configuration calls the guest's root that of the init, too; returns the modules that it
+/// needs.
+fn root_of_config(config: &Config, boot: &mut Boot) -> Result<Vec<&'static str>> {
+    let Some(root) = config.devices().find(|device| device.root_words().is_some()) else {
+        return Ok(Vec::new());
+    };
+    let attempt = || format!("boot a command's guest from {}", root.name());
+    if let Some(disk) = root.config::<block::Config>() {
+        if disk.partuuid.is_some() {
+            let whole = "its root is a partition (`partuuid`), and that of a command's guest a whole disk";
+            return Err(Error::config(whole)).with_context(attempt);
+        }
+        let (_, path, _) = disk.file();
+        let kinds = match disk.format {
+            // The first bytes of its file are those of the container.
+            block::Format::Qcow2 => root_image::KINDS.to_vec(),
+            block::Format::Raw => vec![root_image::look(path, !disk.is_read_only).with_context(attempt)?],
+        };
+        return Ok(boot_from(boot, "/dev/vda", &kinds, !disk.is_read_only));
+    }
+    let Some(pmem) = root.config::<pmem::Config>() else {
+        return Err(Error::config("it is neither a disk nor a pmem device")).with_context(attempt);
+    };
+    let kind = root_image::look(&pmem.path_on_host, !pmem.read_only).with_context(attempt)?;
+    Ok(boot_from(boot, "/dev/pmem0", &[kind], !pmem.read_only))
 }
 
 /// Whether what is at `from` in the guest can come to `to` here, as far as can be told before: the folder is there, and

@@ -151,6 +151,24 @@ fn a_guest_that_cannot_go_on_says_why_at_the_end() {
 }
 
 #[test]
+#[ignore = "a stock kernel: scripts/test runs it"]
+fn the_root_of_a_command_is_the_disk_that_is_called_so() {
+    let folder = Folder::new();
+    let image = folder.path("own.ext4").to_str().unwrap().to_owned();
+    std::fs::copy(asset("root.ext4"), &image).unwrap();
+    for (option, device, command, expected) in [
+        ("--disk", format!("{image},root,ro"), "echo lost >/written; cat /written", "lost\n"),
+        ("--disk", format!("{image},root"), "echo kept >/written", ""),
+        ("--pmem", format!("{image},root,ro"), "cat /written", "kept\n"),
+    ] {
+        let script = format!("exec 2>&1; cat() {{ busybox cat \"$@\"; }}; {command}");
+        let (code, output, errors) = run_command(&[option, &device], &["busybox", "sh", "-c", &script], b"");
+        let output = String::from_utf8(output).unwrap();
+        assert!(code == 0 && output == expected, "{device}: {code} {output} {errors}");
+    }
+}
+
+#[test]
 #[ignore = "a kernel built for a software KVM: scripts/test --long builds it and runs this where there is one"]
 fn a_command_by_a_kernel_built_for_a_software_kvm() {
     let kernel = std::env::var_os("ALULA_SOFT_LINUX")
