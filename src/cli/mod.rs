@@ -155,7 +155,7 @@ fn served(exit: &Exit) -> u8 {
 /// How an outcome ends the process; `failed` is the code of errors, `code` that of a guest's end.
 fn conclude(outcome: &Result<Outcome>, failed: u8, code: impl Fn(&Exit) -> u8) -> Ending {
     let (reason, code) = match outcome {
-        Ok(Outcome::Ended(exit)) => (exit.to_string(), code(exit)),
+        Ok(Outcome::Ended(exit) | Outcome::Obeyed(exit, _)) => (exit.to_string(), code(exit)),
         Ok(Outcome::Left) => ("you left the guest".to_owned(), LEFT),
         // Who knows more of it says that.
         Ok(Outcome::Done) => (String::new(), 0),
@@ -163,7 +163,7 @@ fn conclude(outcome: &Result<Outcome>, failed: u8, code: impl Fn(&Exit) -> u8) -
         Err(error) => (error.to_string(), failed),
     };
     let level = match outcome {
-        Err(_) | Ok(Outcome::Ended(Exit::Failed(_))) => Level::Error,
+        Err(_) | Ok(Outcome::Ended(Exit::Failed(_)) | Outcome::Obeyed(Exit::Failed(_), _)) => Level::Error,
         Ok(_) => Level::Info,
     };
     Ending { reason, level, code }
@@ -302,10 +302,12 @@ fn conclude_command(outcome: &Result<Outcome>, prepared: &command::Prepared) -> 
         _ => conclude(outcome, FAILED_RUN, |_| FAILED_RUN),
     };
     let tail = prepared.tail();
-    if let Ok(Outcome::Ended(exit)) = outcome {
-        ending.reason = ended_early(exit, tail.reason.as_deref());
+    match outcome {
+        Ok(Outcome::Ended(exit)) => ending.reason = ended_early(exit, tail.reason.as_deref()),
+        Ok(Outcome::Obeyed(exit, action)) => ending.reason = stopped(exit, action),
+        _ => {}
     }
-    if !matches!(outcome, Ok(Outcome::Signal(_) | Outcome::Left)) {
+    if !matches!(outcome, Ok(Outcome::Signal(_) | Outcome::Left | Outcome::Obeyed(..))) {
         tail.lines.iter().for_each(|line| eprintln!("alula: console: {line}"));
     }
     ending
@@ -323,6 +325,18 @@ fn ended_early(exit: &Exit, why: Option<&str>) -> String {
         (exit, None) => format!("the guest ended before the command in it did: {exit}"),
         (exit, Some(why)) => format!("the guest ended before the command in it did ({exit}): {why}"),
     }
+}
+
+/// The end of a guest that a client has asked to end: nothing has failed.
+fn stopped(exit: &Exit, action: &str) -> String {
+    let by = match action {
+        "Shutdown" => "`alula ctl stop` or `shutdown`",
+        _ => "`alula ctl ctrl-alt-del`",
+    };
+    format!(
+        "the guest was stopped before the command in it ended: a client of its control socket asked it to end ({by}, \
+         {action}); {exit}"
+    )
 }
 
 fn serve(arguments: &Serve, feed: &mut Option<Feed>) -> Result<Ending> {
@@ -393,6 +407,13 @@ mod tests {
         assert!(
             reset.ends_with("before the command in it did: the guest panicked and asked for a reset"),
             "{reset}"
+        );
+        let asked = stopped(&Exit::Reset, "Shutdown");
+        assert!(
+            asked.starts_with(
+                "the guest was stopped before the command in it ended: a client of its control socket "
+            ) && asked.ends_with("(`alula ctl stop` or `shutdown`, Shutdown); the guest asked for a reset"),
+            "{asked}"
         );
         let explained = ended_early(&Exit::Reset, Some("mount it: Invalid argument"));
         assert!(

@@ -81,6 +81,8 @@ pub struct Microvm {
     has_agent: bool,
     /// The guest is there for one command.
     boots_once: bool,
+    /// The request by which the guest was asked to end, since it boots.
+    asked_to_end: Option<&'static str>,
     /// How often the machine was reset.
     resets: u64,
     /// Why there is no machine any more.
@@ -112,6 +114,7 @@ impl Microvm {
             metadata: Arc::new(Store::new(metadata::SIZE_MAX)),
             has_agent: false,
             boots_once: false,
+            asked_to_end: None,
             resets: 0,
             end: None,
         })
@@ -400,12 +403,16 @@ impl Microvm {
 
     /// Presses Ctrl-Alt-Del on the guest's keyboard.
     pub fn send_ctrl_alt_del(&mut self) -> Result<()> {
-        self.started()?.send_ctrl_alt_del()
+        self.started()?.send_ctrl_alt_del()?;
+        self.asked_to_end = Some("SendCtrlAltDel");
+        Ok(())
     }
 
     /// Asks the guest to power off, in the way of its architecture.
     pub fn request_shutdown(&mut self) -> Result<()> {
-        self.started()?.request_shutdown()
+        self.started()?.request_shutdown()?;
+        self.asked_to_end = Some("Shutdown");
+        Ok(())
     }
 }
 

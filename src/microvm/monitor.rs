@@ -39,6 +39,8 @@ const LAST_WORDS: Duration = Duration::from_millis(500);
 pub enum Outcome {
     /// The guest ended.
     Ended(Exit),
+    /// The guest ended after a client had asked it to, by this action.
+    Obeyed(Exit, &'static str),
     /// The user left it.
     Left,
     /// This signal came.
@@ -242,14 +244,14 @@ impl Monitor {
             }
             // A CPU that waits for a page has not halted, and whoever looks at it would wait, too.
             let may_have_halted = is_due && !microvm.waits_for_page();
-            let resets = microvm.resets();
+            let (resets, asked) = (microvm.resets(), microvm.asked_to_end());
             if let Some(machine) = microvm.machine() {
                 if self.watches != Some(resets) {
                     self.watch(machine, resets)?;
                 }
                 if let Some(exit) = machine.exit() {
                     history::tell(|| exit.event());
-                    return Ok(if self.is_done() { Outcome::Done } else { Outcome::Ended(exit) });
+                    return Ok(self.outcome(exit, asked));
                 }
                 if is_due {
                     if may_have_halted {
@@ -292,6 +294,15 @@ impl Monitor {
                     return Ok(outcome);
                 }
             }
+        }
+    }
+
+    /// The outcome of the end of a guest that was `asked` to end, or was not.
+    fn outcome(&self, exit: Exit, asked: Option<&'static str>) -> Outcome {
+        match asked {
+            _ if self.is_done() => Outcome::Done,
+            Some(action) => Outcome::Obeyed(exit, action),
+            None => Outcome::Ended(exit),
         }
     }
 

@@ -43,7 +43,7 @@ impl Microvm {
         // A difference from now on lacks pages that are zero again: a snapshot from before must not be taken for its base.
         self.taken = Taken::default();
         lost::forget();
-        self.has_agent = false;
+        (self.has_agent, self.asked_to_end) = (false, None);
         self.host.take_agent_call();
         self.resets += 1;
         let built = self.build(kept, Event::Restarted { reason }).context("boot the guest again");
@@ -78,6 +78,11 @@ impl Microvm {
     /// How often the machine was reset.
     pub fn resets(&self) -> u64 {
         self.resets
+    }
+
+    /// The action by which a client has asked the guest to end, if one has since the guest boots.
+    pub fn asked_to_end(&self) -> Option<&'static str> {
+        self.asked_to_end
     }
 
     /// Why there is no machine any more; None: that is not so.

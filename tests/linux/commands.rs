@@ -152,6 +152,24 @@ fn a_guest_that_cannot_go_on_says_why_at_the_end() {
 
 #[test]
 #[ignore = "a stock kernel: scripts/test runs it"]
+fn a_guest_that_was_asked_to_stop_says_so_and_not_that_it_failed() {
+    let folder = Folder::new();
+    let socket = folder.path("s").to_str().unwrap().to_owned();
+    let mut guest = Command::new(common::alula());
+    guest.env("ALULA_KERNEL", asset(KERNELS[0])).args(["run", "--memory", "256M", "--api-sock", &socket]);
+    guest.arg("--rootfs").arg(asset("root.ext4"));
+    guest.args(["--", "busybox", "sh", "-c", "echo up; exec busybox sleep 1000"]);
+    let mut guest = Process::spawn(guest);
+    guest.expect("up");
+    let asked = common::run(["ctl", "--api-sock", &socket, "stop"]);
+    assert_eq!(asked.code, Some(0), "{}", asked.text);
+    let ended = guest.end();
+    let begin = "up\nalula: the guest was stopped before the command in it ended: a client of its control socket asked it";
+    assert!(ended.code == Some(125) && ended.text.starts_with(begin), "{}", ended.text);
+}
+
+#[test]
+#[ignore = "a stock kernel: scripts/test runs it"]
 fn the_root_of_a_command_is_the_disk_that_is_called_so() {
     let folder = Folder::new();
     let image = folder.path("own.ext4").to_str().unwrap().to_owned();
