@@ -1,7 +1,10 @@
 //! `alula exec`, `alula cp` and `alula wait`: what is asked of the agent in a guest that is up.
 
-use std::io::{ErrorKind, Write};
+use std::fs;
+use std::io::{ErrorKind, Seek, Write};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::parent_id;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -17,8 +20,10 @@ use crate::guest::call::{self, Call};
 use crate::guest::hearing::Hearing;
 use crate::guest::runtime;
 use crate::json;
+use crate::poll::{Events, Interest};
 use crate::protocol::PORT;
 use crate::protocol::request::{Ask, Read, Write as WriteTo};
+use crate::sys::descriptor;
 
 /// A guest whose monitor tells nothing of its agent is asked again after this time: an agent that was not there is
 /// told of, but not one that did not answer.
@@ -32,6 +37,7 @@ const SILENCE: Duration = Duration::from_secs(10);
 
 /// Runs the command in the guest, and returns its exit code.
 pub fn exec(exec: Exec) -> u8 {
+    let has_input = exec.input;
     let outcome = vsock_of(&exec.reach).and_then(|socket| {
         let stream = connect(&socket)?;
         let run = session::with_terminal(exec.run, exec.terminal);
@@ -41,6 +47,9 @@ pub fn exec(exec: Exec) -> u8 {
     match outcome {
         Ok(outcome) => {
             let (code, words) = outcome.conclude();
+            if !has_input && was_given_input() {
+                eprintln!("alula: standard input is not passed on without -i");
+            }
             if let Some(words) = words.filter(|_| outcome != Outcome::Left) {
                 eprintln!("alula: {words}");
             }
@@ -51,6 +60,28 @@ pub fn exec(exec: Exec) -> u8 {
             super::FAILED_RUN
         }
     }
+}
+
+/// Whether somebody has given this process something to read by its standard input, which nobody has read: there are bytes
+/// now in a pipe, or in a file that nobody has begun to read. Not so if the standard input is also that of the process above,
+/// as in a shell's loop over lines, of a service or of a job: then it is not meant for this process alone, and is well left
+/// to others.
+fn was_given_input() -> bool {
+    let input = descriptor::standard_input();
+    let Ok(own) = input.metadata() else { return false };
+    let has_bytes = || {
+        if own.file_type().is_fifo() {
+            let (events, mut ready) = (Events::new()?, Vec::new());
+            events.add(&*input, Interest::IN, 0)?;
+            events.wait(Some(Duration::ZERO), &mut ready)?;
+            return Ok(ready.iter().any(|ready| ready.events.contains(Interest::IN)));
+        }
+        let is_new = own.is_file() && (&*input).stream_position().context("find the place in it")? == 0;
+        Ok::<_, Error>(is_new && own.len() > 0)
+    };
+    let above = fs::metadata(format!("/proc/{}/fd/0", parent_id()));
+    let is_own = above.is_ok_and(|above| (above.dev(), above.ino()) != (own.dev(), own.ino()));
+    is_own && has_bytes().unwrap_or(false)
 }
 
 /// The monitor's control socket, if that is how the guest is reached.

@@ -82,6 +82,53 @@ fn exec_is_the_command_seen_from_the_host() {
     assert_eq!(process.child.wait().unwrap().code(), Some(9));
 }
 
+/// A pipe with these bytes in it, whose other end is kept, or closed.
+fn pipe(bytes: &[u8]) -> (Stdio, std::io::PipeWriter) {
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    writer.write_all(bytes).unwrap();
+    (reader.into(), writer)
+}
+
+#[test]
+fn input_that_is_given_and_not_passed_on_is_told_once() {
+    let agent = Agent::start();
+    let vsock = agent.vsock();
+    let binary = common::alula();
+    let exec = |options: &[&str], input: Stdio| {
+        let mut command = Command::new(&binary);
+        command.args(["exec", "--vsock", &vsock]).args(options).args(["sh", "-c", "cat >/dev/null; echo hi"]);
+        let output = command.stdin(input).output().unwrap();
+        assert_eq!((output.status.code(), &output.stdout[..]), (Some(0), &b"hi\n"[..]));
+        text(&output.stderr)
+    };
+    let told = "alula: standard input is not passed on without -i\n";
+    let (filled, kept) = pipe(b"text");
+    assert_eq!(exec(&[], filled), told);
+    drop(kept);
+    let closed = |bytes: &[u8]| pipe(bytes).0;
+    assert_eq!(exec(&[], closed(b"text")), told);
+    assert_eq!(exec(&["-i"], closed(b"text")), "");
+    let file = agent.folder.write("lines", "a\nb\n");
+    assert_eq!(exec(&[], fs::File::open(&file).unwrap().into()), told);
+    // Nothing was given: jobs have pipes that say nothing, or the rest of a file that others read.
+    let (empty, kept) = pipe(b"");
+    assert_eq!(exec(&[], empty), "");
+    drop(kept);
+    assert_eq!(exec(&[], closed(b"")), "");
+    assert_eq!(exec(&[], Stdio::null()), "");
+    let mut begun = fs::File::open(&file).unwrap();
+    begun.read_exact(&mut [0; 2]).unwrap();
+    assert_eq!(exec(&[], begun.into()), "");
+    // A loop over lines shares its input with the command in it, which had better leave it alone.
+    let script = "while read -r line; do \"$0\" exec --vsock \"$1\" echo \"$line\"; done";
+    for input in [closed(b"a\nb\n"), fs::File::open(&file).unwrap().into()] {
+        let mut command = Command::new("sh");
+        command.args(["-c", script]).arg(std::path::absolute(&binary).unwrap()).arg(&vsock);
+        let output = command.stdin(input).output().unwrap();
+        assert_eq!((&output.stdout[..], text(&output.stderr).as_str()), (&b"a\nb\n"[..], ""));
+    }
+}
+
 #[test]
 fn a_guest_that_cannot_be_reached_is_told_with_a_way_on() {
     let folder = Folder::new();
