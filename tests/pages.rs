@@ -110,6 +110,18 @@ fn each_command_of_the_pages_is_one_that_there_is() {
 }
 
 #[test]
+fn loops_of_the_pages_that_wait_give_up() {
+    let mut seen = 0;
+    for (path, text) in pages() {
+        for line in blocks(&text).flat_map(str::lines).filter(|line| line.contains("until ")) {
+            assert!(line.trim().starts_with("timeout 10 sh "), "{}: {line}", path.display());
+            seen += 1;
+        }
+    }
+    assert!(seen > 5, "only {seen} loops were found");
+}
+
+#[test]
 fn the_readme_leads_to_each_page() {
     let readme = std::fs::read_to_string(root().join("README.md")).unwrap();
     for (path, _) in pages() {
