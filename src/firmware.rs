@@ -48,6 +48,16 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_page_for_the_first_guest_has_all_words() {
+        let page = include_str!("../docs/first-guest.md");
+        let begun = ["cpus=N", "memory=MIB", "work=MIB", "touch=MIB", "case=NAME,NAME", "end=HOW"];
+        let lists = [CASES, ENDS, FLAGS].into_iter().flat_map(str::split_whitespace);
+        for word in lists.chain(begun) {
+            assert!(page.contains(&format!("`{word}`")), "{word}");
+        }
+    }
+
+    #[test]
     fn words_that_the_firmware_does_not_know_are_refused() {
         for words in
             ["", "cpus=2  memory=128 end=300", "case=serial,hostile-net echo end=idle", "hello", "touch=2"]

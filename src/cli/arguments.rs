@@ -60,7 +60,8 @@ const COMMANDS: &str = "run, serve, jail, ctl, snapshot, template, clone, exec, 
 const FIRMWARE_HELP: &str = "\
 Write the image of the embedded firmware guest to standard output.
 
-It is a kernel, for `/boot-source`, that looks at the machine it finds itself in.
+It is a kernel, for `/boot-source`, that looks at the machine it finds itself in. docs/first-guest.md has the words that it
+takes by `boot_args`.
 
 Usage: alula firmware > FILE
 ";

@@ -46,7 +46,7 @@ is returned, and the guest is gone then.
 Options:
       --initrd FILE      The initial ramdisk
       --cmdline TEXT     The kernel's command line [default: the serial console, and an end when it
-                         panics]; for the firmware guest: what it is to do
+                         panics]; for the firmware guest: what it is to do (docs/first-guest.md)
       --cpus N           How many CPUs [default: 1]
       --memory SIZE      Memory with its unit, M or G (MiB, GiB); a bare number is MiB [default: 128M]
 ";
