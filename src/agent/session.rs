@@ -68,6 +68,8 @@ pub struct Process {
     pending: Vec<u8>,
     /// No more of it comes.
     input_ended: bool,
+    /// The last byte of `pending` is the key by which a terminal's input ends, which the client has not sent.
+    has_end_key: bool,
     /// Input that was taken, and the client has not been told.
     taken: u32,
     exit: Option<Exit>,
@@ -232,6 +234,7 @@ impl Session {
                 process.input_ended = true;
                 if process.has_terminal {
                     process.pending.push(END_OF_FILE);
+                    process.has_end_key = true;
                 }
             }
             (Type::InputEnd, _) => {}
@@ -332,8 +335,10 @@ impl Session {
             process.stdin = None;
             process.pending.len()
         });
+        let sent = process.pending.len() - usize::from(process.has_end_key);
         process.pending.drain(..count);
-        process.taken += count as u32;
+        process.has_end_key &= !process.pending.is_empty();
+        process.taken += count.min(sent) as u32;
         Ok(true)
     }
 
@@ -406,6 +411,7 @@ impl Process {
             stderr,
             pending: Vec::new(),
             input_ended: false,
+            has_end_key: false,
             taken: 0,
             exit: None,
             silent_since: None,

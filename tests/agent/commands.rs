@@ -41,6 +41,12 @@ fn exec_is_the_command_seen_from_the_host() {
     assert!(code == 0 && output == bytes && errors.is_empty(), "{code} {} {errors}", output.len());
     // Without -i, there is no input.
     assert_eq!(exec(&["cat"], b"text").1, b"");
+    // A terminal's input ends, too, by itself and after some.
+    let reads = ["sh", "-c", "tty -s && while read line; do echo got; done; exit 3"];
+    for (options, input, got) in [(&["-t"][..], &b""[..], false), (&["-t", "-i"], b"a\n", true)] {
+        let (code, output, errors) = exec(&[options, &reads].concat(), input);
+        assert_eq!((code, output.ends_with(b"got\r\n")), (3, got), "{options:?}: {errors}");
+    }
     let (code, output, _) = exec(&["--env", "A=b c", "--workdir", "/", "sh", "-c", "echo $A; pwd"], b"");
     assert_eq!((code, &output[..]), (0, &b"b c\n/\n"[..]));
     for (words, code, told) in [
