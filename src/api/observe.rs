@@ -7,6 +7,10 @@ use crate::history::{self, Event};
 use crate::log;
 use crate::microvm::counts;
 
+/// PUT requests that configure nothing: what they do has events of its own, when it is done.
+const DEEDS: [&str; 5] =
+    ["/actions", "/clones", "/snapshot/create", "/snapshot/load", "/snapshot/working-set"];
+
 /// A request was answered, after this time.
 pub fn served(method: &str, path: &str, response: &Response, time: Duration) {
     let is_refused = matches!(response, Response::Fault(_) | Response::TooLarge(_));
@@ -18,8 +22,8 @@ pub fn served(method: &str, path: &str, response: &Response, time: Duration) {
             request: history::text(format_args!("{method} {path}")),
             reason: history::text(reason),
         }),
-        // What else changes says so itself, when it has changed.
-        ("PUT", Response::Done) if path != "/actions" => configured(path),
+        ("PUT", Response::Done) if !DEEDS.contains(&path) => configured(path),
+        // What else is changed has events of its own, too.
         ("PATCH", Response::Done) if ["/machine-config", "/mmds"].contains(&path) => configured(path),
         _ => {}
     }

@@ -347,6 +347,8 @@ fn while_a_snapshot_is_written_others_are_served_and_nothing_changes() {
     let [created] = named("snapshot_created")[..] else { panic!("{events}") };
     assert!(created["kind"] == "Full" && created["pages"].as_u64() > Some(5), "{created}");
     assert!(created["time_us"].as_u64() > Some(0) && created["pause_us"] == 0, "{created}");
+    let configured = named("configured");
+    assert!(configured.iter().all(|event| event["what"] != "/snapshot/create"), "{configured:?}");
     let failed = named("snapshot_failed");
     assert!(failed.len() >= 3 && failed.iter().all(|event| event["reason"].is_string()), "{events}");
 }
