@@ -62,7 +62,7 @@ fn questions(generator: &mut SchemaGenerator) -> Vec<Operation> {
         get("/machine-config", "CPUs and memory", Answer::Json(of::<MachineConfig>(generator))),
         get(
             "/vm/config",
-            "The whole configuration; `logger` and `metrics` are always null",
+            "The whole configuration; `logger` and `metrics` are always null, and `serial` is left out, as in Firecracker",
             Answer::Json(config),
         ),
         get(
