@@ -73,7 +73,7 @@ impl Wanted {
     pub fn take(&mut self, name: &'static str, parser: &mut lexopt::Parser) -> Result<(), lexopt::Error> {
         self.option = Some(name);
         match name {
-            "rootfs" => self.rootfs = Some(rootfs(&parser.value()?.string()?)),
+            "rootfs" => self.rootfs = Some(value(parser, "--rootfs", rootfs)?),
             "copy" => self.copies.push(value(parser, "--copy", copy)?),
             "copy-out" => self.copies_out.push(value(parser, "--copy-out", copy_out)?),
             "timeout" => self.timeout = Some(value(parser, "--timeout", time)?),
@@ -119,10 +119,14 @@ impl Wanted {
     }
 }
 
-fn rootfs(text: &str) -> Rootfs {
-    match text.strip_suffix(",rw") {
-        Some(path) => Rootfs { path: path.into(), writable: true },
-        None => Rootfs { path: text.strip_suffix(",ro").unwrap_or(text).into(), writable: false },
+fn rootfs(text: &str) -> Result<Rootfs, String> {
+    // A path may have a comma.
+    let is_there = || std::fs::symlink_metadata(text).is_ok();
+    match text.rsplit_once(',') {
+        Some((path, "rw")) => Ok(Rootfs { path: path.into(), writable: true }),
+        Some((path, "ro")) => Ok(Rootfs { path: path.into(), writable: false }),
+        Some((_, word)) if !is_there() => Err(format!("expected `rw` or `ro` after the comma, not `{word}`")),
+        _ => Ok(Rootfs { path: text.into(), writable: false }),
     }
 }
 
@@ -175,10 +179,11 @@ mod tests {
         assert!(copy(":/c").is_err() && copy("").is_err());
         assert_eq!(copy_out("/a:b:c"), Ok(("/a".into(), "b:c".into())));
         assert!(copy_out("a:b").is_err() && copy_out("/a").is_err() && copy_out("/a:").is_err());
-        let of = |path: &str, writable| Rootfs { path: path.into(), writable };
+        let of = |path: &str, writable| Ok(Rootfs { path: path.into(), writable });
         assert_eq!(
-            (rootfs("a"), rootfs("a,rw"), rootfs("a,ro")),
-            (of("a", false), of("a", true), of("a", false))
+            (rootfs("a"), rootfs("a,b,rw"), rootfs("a,ro")),
+            (of("a", false), of("a,b", true), of("a", false))
         );
+        assert_eq!(rootfs("a,wr"), Err("expected `rw` or `ro` after the comma, not `wr`".to_owned()));
     }
 }
