@@ -76,7 +76,7 @@ pub fn reach(stream: UnixStream, port: u32, patience: Duration) -> Result<Option
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
                 let seconds = patience.as_secs();
                 return Err(Error::guest(format!(
-                    "there was no answer for {seconds} s: is the guest paused?"
+                    "there was no answer for {seconds} s: the guest is paused, or has no driver for vsock, or is not up yet"
                 )));
             }
             Ok(_) | Err(_) => return Ok(None),
