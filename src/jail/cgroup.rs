@@ -218,7 +218,13 @@ impl Cgroups {
     }
 
     fn make_v2(&self, host: &Host, parent: &str, id: &str, made: &mut Made) -> Result<Member> {
-        let hierarchy = Hierarchy::v2(host)?;
+        let (option, way_out) = match self.version {
+            Some(_) => {
+                ("--cgroup-version 2", "where a hierarchy of version 1 has it, leave --cgroup-version 2 out")
+            }
+            None => ("--cgroup", "leave the limit out"),
+        };
+        let hierarchy = Hierarchy::v2(host, option)?;
         let offered = read(&hierarchy.root, "cgroup.controllers").unwrap_or_default();
         // Files that every group has, as cgroup.max.descendants, are of no controller.
         let settings: Vec<_> = self.settings.iter().filter(|one| one.controller() != "cgroup").collect();
@@ -228,8 +234,7 @@ impl Cgroups {
                 let offered = if offered.trim().is_empty() { "none" } else { offered.trim() };
                 return Err(Error::config(format!(
                     "--cgroup {controller}.*: the hierarchy of version 2 at `{}` does not offer the controller \
-                     `{controller}` (it offers: {offered}){}: where a hierarchy of version 1 has it, leave \
-                     --cgroup-version 2 out",
+                     `{controller}` (it offers: {offered}){}: {way_out}",
                     hierarchy.mount.display(),
                     setting.hint([])
                 )));
@@ -277,7 +282,7 @@ fn inherit(above: &Place, group: &Place) -> Result<()> {
 
 /// Opens the group `parent` of version 2, which must be there already.
 fn join_existing(host: &Host, parent: &str) -> Result<Member> {
-    let hierarchy = Hierarchy::v2(host)?;
+    let hierarchy = Hierarchy::v2(host, "--parent-cgroup")?;
     let path = hierarchy.mount.join(parent);
     let group = open_folder(&hierarchy.root, parent).map_err(|error| {
         Error::config(format!(
@@ -290,12 +295,13 @@ fn join_existing(host: &Host, parent: &str) -> Result<Member> {
 }
 
 impl Hierarchy {
-    fn v2(host: &Host) -> Result<Self> {
+    /// Opens the hierarchy of version 2, which `option` needs.
+    fn v2(host: &Host, option: &str) -> Result<Self> {
         Self::open(host, "cgroup2", None)?.ok_or_else(|| {
-            Error::config(
-                "--cgroup-version 2: no hierarchy of version 2 is mounted: leave it out, or mount one \
-                 (`mount -t cgroup2 none /sys/fs/cgroup`)",
-            )
+            Error::config(format!(
+                "{option}: no hierarchy of control groups of version 2 is mounted: leave the option out, or mount one \
+                 (`mount -t cgroup2 none /sys/fs/cgroup`)"
+            ))
         })
     }
 
