@@ -247,12 +247,12 @@ fn run(shared: &Shared, surroundings: &Surroundings, index: usize, stood_still: 
     // Undoes the kick that stopped it. A pause that comes now closes the gate before it kicks: either
     // the gate is seen closed below, or the kick comes after this.
     shared.immediate_exit.set(0);
-    let mut not_run = 0;
+    let (mut not_run, mut left_at) = (0, None);
     loop {
         if !surroundings.gate.is_open() {
             shared.immediate_exit.set(1);
         }
-        match fd.run() {
+        match enter(&mut fd, index, &mut left_at) {
             Ok(VcpuExit::MmioRead(address, data)) => {
                 shared.metrics.exit_mmio_read.add(1);
                 trace(index, "reads", data.len(), "address", address);
@@ -302,6 +302,25 @@ fn run(shared: &Shared, surroundings: &Surroundings, index: usize, stood_still: 
         }
         not_run = 0;
     }
+}
+
+/// A guest whose CPU was left alone for so long while an exit was handled has stood still: a signal that stops the process
+/// then interrupts no KVM_RUN, and a console may wait for who reads it. Watchdogs of a guest wait for seconds.
+const ALONE_MIN: Duration = Duration::from_millis(500);
+
+/// Runs guest code, which was left at `left_at` before: the time of a clock that is read without a system call.
+fn enter<'f>(
+    fd: &'f mut VcpuFd,
+    index: usize,
+    left_at: &mut Option<Duration>,
+) -> std::result::Result<VcpuExit<'f>, kvm_ioctls::Error> {
+    let now = || process::time(libc::CLOCK_MONOTONIC_COARSE);
+    if left_at.is_some_and(|left_at| now().saturating_sub(left_at) >= ALONE_MIN) {
+        tell_that_it_stood_still(fd, index);
+    }
+    let exit = fd.run();
+    *left_at = Some(now());
+    exit
 }
 
 /// The number of times in a row that KVM may refuse to run a CPU (EAGAIN) before the CPU is looked at; from the fourth on
