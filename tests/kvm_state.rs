@@ -208,8 +208,8 @@ fn comparable((vm, vcpus): (VmState, Vec<VcpuState>)) -> Vec<Value> {
                 registers.iter_mut().filter(|value| **value == unset).for_each(|value| *value = 0.into());
             }
         }
-        // What is left of the local APIC's timer; and the processor's priority, which follows from the task's priority and
-        // the interrupts in service, both compared (Intel SDM, volume 3, 12.8.3.1): KVM works it out when it needs it, and
+        // The local APIC's timer has some time left; the processor's priority follows from the task's priority and
+        // the interrupts in service, which are compared (Intel SDM, volume 3, 12.8.3.1): KVM works it out when it needs it, and
         // at each restore.
         if let Some(Value::Array(lapic)) = state.get_mut("lapic") {
             lapic[0x390..0x394].fill(0.into());

@@ -23,7 +23,7 @@ pub fn served(method: &str, path: &str, response: &Response, time: Duration) {
             reason: history::text(reason),
         }),
         ("PUT", Response::Done) if !DEEDS.contains(&path) => configured(path),
-        // What else is changed has events of its own, too.
+        // Other requests that change something have events of their own, too.
         ("PATCH", Response::Done) if ["/machine-config", "/mmds"].contains(&path) => configured(path),
         _ => {}
     }
