@@ -204,6 +204,13 @@ impl Interrupts {
         self.raise(USED_BUFFER, |(_, queues)| queues[queue].load(Ordering::SeqCst))
     }
 
+    /// Whether one interrupt tells of both these queues.
+    pub fn are_one(&self, queue: usize, other: usize) -> bool {
+        self.vectors.as_ref().is_none_or(|(_, queues)| {
+            queues[queue].load(Ordering::SeqCst) == queues[other].load(Ordering::SeqCst)
+        })
+    }
+
     /// The device's configuration has changed: tells the driver, if it runs, to look at it.
     pub fn configuration_changed(&self) {
         self.generation.fetch_add(1, Ordering::SeqCst);

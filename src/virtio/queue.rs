@@ -58,8 +58,8 @@ pub struct Queue {
     kick: Arc<EventFd>,
     index: usize,
     interrupts: Arc<Interrupts>,
-    /// Something was pushed since the driver was last notified.
-    has_news: bool,
+    /// So many were pushed since the driver was last notified.
+    news: u16,
 }
 
 fn broken(error: virtio_queue::Error) -> Error {
@@ -74,7 +74,7 @@ impl Queue {
         index: usize,
         interrupts: Arc<Interrupts>,
     ) -> Self {
-        Self { ring, pieces: Vec::new(), kick, index, interrupts, has_news: false }
+        Self { ring, pieces: Vec::new(), kick, index, interrupts, news: 0 }
     }
 
     /// Its number among the device's queues.
@@ -140,8 +140,13 @@ impl Queue {
 
     /// The request with this head is done, and `len` bytes were written to it.
     pub fn push(&mut self, memory: &Regions, head: u16, len: u32) -> Result<()> {
-        self.has_news = true;
+        self.news = self.news.saturating_add(1);
         self.ring.add_used(memory, head, len).map_err(broken)
+    }
+
+    /// How many requests were pushed of which the driver was not notified.
+    pub fn news(&self) -> u16 {
+        self.news
     }
 
     /// Interrupts the driver, if it wants to know of what was pushed.
@@ -164,6 +169,20 @@ impl Queue {
         Ok(())
     }
 
+    /// As [`Self::notify`]. Where one interrupt tells of both queues, the driver learns at the same time of what was
+    /// pushed to `other`, whose news can wait.
+    pub fn notify_with(&mut self, other: &mut Self, memory: &Regions) -> Result<()> {
+        let is_one = self.interrupts.are_one(self.index, other.index);
+        if let Some(event) = self.interrupt(memory)? {
+            if is_one {
+                other.interrupt(memory)?;
+            }
+            // A counter that is full has interrupted the driver already.
+            let _ = event.write(1);
+        }
+        Ok(())
+    }
+
     /// As [`Self::notify`], by what `ring` hands over next.
     pub fn notify_through(&mut self, memory: &Regions, ring: &mut Uring) -> Result<()> {
         if let Some(event) = self.interrupt(memory)?
@@ -177,7 +196,7 @@ impl Queue {
     /// The event that interrupts the driver, if it wants to know of what was pushed.
     fn interrupt(&mut self, memory: &Regions) -> Result<Option<&EventFd>> {
         // A driver without EVENT_IDX wants to know of whatever was pushed, but not of nothing.
-        let has_news = std::mem::take(&mut self.has_news) && self.ring.ready();
+        let has_news = std::mem::take(&mut self.news) > 0 && self.ring.ready();
         let wanted = has_news && self.ring.needs_notification(memory).map_err(broken)?;
         Ok(wanted.then(|| self.interrupts.used_buffer(self.index)).flatten())
     }

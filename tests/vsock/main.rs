@@ -8,6 +8,7 @@ mod common;
 mod firmware;
 mod hostile;
 mod stops;
+mod told;
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;

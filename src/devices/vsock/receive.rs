@@ -60,8 +60,9 @@ impl Receiver {
         }
     }
 
-    /// Sends the guest what there is for it, as far as it gives buffers.
-    pub fn deliver(&mut self, memory: &Regions, mux: &mut Mux) -> Result<Turn> {
+    /// Sends the guest what there is for it, as far as it gives buffers. Who is interrupted for that learns at the
+    /// same time of what was pushed to `other`.
+    pub fn deliver(&mut self, memory: &Regions, mux: &mut Mux, other: &mut Queue) -> Result<Turn> {
         if !mux.has_something() || !self.queue.begin_turn(memory)? {
             return Ok(Turn::Done);
         }
@@ -91,7 +92,7 @@ impl Receiver {
                 None => break Turn::Done,
             }
         };
-        self.queue.notify(memory)?;
+        self.queue.notify_with(other, memory)?;
         Ok(turn)
     }
 

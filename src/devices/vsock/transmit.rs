@@ -1,16 +1,28 @@
 //! What the guest sends: the packets of a turn, of which each connection's bytes are given to the host's
-//! program by one system call.
+//! program by one system call. The guest gets the packets back at once, and is interrupted for them later: with
+//! what it receives next, which often is an answer.
+
+use std::time::Duration;
 
 use super::mux::Mux;
 use super::packet::{HEADER, Header, op};
 use crate::error::Result;
 use crate::memory::{Memory, Regions};
+use crate::poll::{self, Interest, Timer};
 use crate::sys::vectors::Room;
 use crate::virtio::buffers::Buffers;
-use crate::virtio::{Queue, Share};
+use crate::virtio::{Desk, Queue, Share, Watched};
 
 /// Packets of one turn; then other devices of the loop have theirs. As many as the ring has.
 pub const PACKETS_PER_TURN: u16 = 256;
+/// The guest is interrupted for packets that it got back after this time at the latest. Nothing waits for that but
+/// the memory of those packets: Linux sends as long as its ring has room.
+const TOLD_AFTER: Duration = Duration::from_millis(5);
+/// At once, if they are this part of what the ring holds, each of up to 18 pieces (Linux sends 64 KiB in pages): a ring
+/// that is full is told of.
+const TOLD_AT_PART: u16 = 32;
+/// The token of the timer for that.
+pub const OVERDUE: u32 = 5;
 
 /// Bytes of one packet that wait for the turn's end.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -33,6 +45,11 @@ pub struct Transmitter {
     heads: Vec<u16>,
     /// Room for the list of the bytes of one connection.
     room: Room,
+    /// Of the loop, once there is one.
+    desk: Option<Desk>,
+    /// It goes off when the guest is to be interrupted for them.
+    timer: Option<Watched<Timer>>,
+    is_timer_on: bool,
 }
 
 impl Transmitter {
@@ -46,7 +63,15 @@ impl Transmitter {
             packets: Vec::with_capacity(capacity),
             heads: Vec::with_capacity(capacity),
             room: Room::default(),
+            desk: None,
+            timer: None,
+            is_timer_on: false,
         }
+    }
+
+    /// Lives on this loop from now on.
+    pub fn wake(&mut self, desk: &Desk) {
+        self.desk = Some(desk.clone());
     }
 
     /// Which kicks it waits for.
@@ -54,9 +79,44 @@ impl Transmitter {
         &self.queue
     }
 
-    /// Nothing is kept between two turns.
-    pub fn stop(self) -> Queue {
+    /// Interrupts the guest for what it has back; no packet is kept between two turns.
+    pub fn stop(mut self, memory: &Regions) -> Queue {
+        // An error: the driver has broken its ring, which is told of when the device goes on.
+        let _ = self.queue.notify(memory);
         self.queue
+    }
+
+    /// The queue, for `Queue::notify_with`.
+    pub fn news(&mut self) -> &mut Queue {
+        &mut self.queue
+    }
+
+    /// The timer went off: interrupts the guest for what it has back.
+    pub fn tell(&mut self, memory: &Regions) -> Result<()> {
+        self.is_timer_on = false;
+        self.queue.notify(memory)
+    }
+
+    /// Interrupts the guest for what it has back, now or soon.
+    fn tell_soon(&mut self, memory: &Regions) -> Result<()> {
+        let is_much = self.queue.news() >= self.queue.size() / TOLD_AT_PART;
+        if is_much || !self.is_timer_on && self.queue.news() > 0 && !self.set_timer() {
+            return self.queue.notify(memory);
+        }
+        Ok(())
+    }
+
+    /// Sets the timer. False: the host has none left.
+    fn set_timer(&mut self) -> bool {
+        if self.timer.is_none()
+            && let Some(desk) = &self.desk
+        {
+            let new = poll::timer("vsock, what was sent");
+            let interest = Interest::IN | Interest::EDGE_TRIGGERED;
+            self.timer = new.and_then(|new| desk.watch(new, interest, OVERDUE)).ok();
+        }
+        self.is_timer_on = self.timer.as_mut().is_some_and(|timer| timer.reset(TOLD_AFTER, None).is_ok());
+        self.is_timer_on
     }
 
     /// Takes the packets that there are.
@@ -72,7 +132,7 @@ impl Transmitter {
                 break;
             }
         }
-        self.queue.notify(memory)
+        self.tell_soon(memory)
     }
 
     /// Takes the next packet; false: there is none, or it is for the next turn.

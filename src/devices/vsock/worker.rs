@@ -7,7 +7,7 @@ use vm_memory::GuestAddressSpace;
 use super::host::TIMER;
 use super::mux::{FIRST_TOKEN, Mux, Told};
 use super::receive::{Receiver, Turn};
-use super::transmit::Transmitter;
+use super::transmit::{OVERDUE, Transmitter};
 use crate::error::{Error, Result};
 use crate::memory::{Memory, Regions};
 use crate::poll::Interest;
@@ -59,6 +59,7 @@ impl Worker for Running {
         // Edge-triggered: clients that no limit lets in must not keep the loop awake.
         registrar.add(&self.mux.listener, Interest::IN | Interest::EDGE_TRIGGERED, LISTENER)?;
         let desk = registrar.desk().clone();
+        self.transmitter.wake(&desk);
         self.mux.wake(&desk)
     }
 
@@ -81,6 +82,7 @@ impl Worker for Running {
             EVENT => self.events.tell(&memory, mux)?,
             LISTENER => mux.may_accept = true,
             TIMER => mux.ask_again()?,
+            OVERDUE => self.transmitter.tell(&memory)?,
             _ => match (token.wrapping_sub(FIRST_TOKEN) / 2, token % 2) {
                 (index, 0) => mux.ready(index, ready.intersects(ENDS))?,
                 (index, _) => mux.connected(index)?,
@@ -89,7 +91,7 @@ impl Worker for Running {
         if mux.may_accept {
             mux.accept()?;
         }
-        let turn = self.receiver.deliver(&memory, mux)?;
+        let turn = self.receiver.deliver(&memory, mux, self.transmitter.news())?;
         if turn == Turn::More || mux.may_accept {
             self.receiver.queue().kick_again();
         }
@@ -97,10 +99,11 @@ impl Worker for Running {
     }
 
     fn stop(self: Box<Self>) -> Vec<Queue> {
-        let Self { receiver, transmitter, events, mut mux, home, .. } = *self;
+        let Self { memory, receiver, transmitter, events, mut mux, home } = *self;
         mux.rest();
+        let transmitter = transmitter.stop(&memory.memory());
         *home.lock().unwrap_or_else(PoisonError::into_inner) = Some(mux);
-        vec![receiver.stop(), transmitter.stop(), events.stop()]
+        vec![receiver.stop(), transmitter, events.stop()]
     }
 }
 
