@@ -102,6 +102,8 @@ pub struct FeatureModifier {
 /// How the guest's CPUs differ from those that this host's KVM gives.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CpuChanges {
+    /// The maker of the processors that they are for, as CPUID names it (x86_64); none: of all.
+    pub vendor: Option<&'static str>,
     /// The numbers of capabilities that KVM must have (KVM api, KVM_CHECK_EXTENSION).
     pub capabilities: Vec<u32>,
     /// Changes of CPUID (x86_64).

@@ -17,7 +17,7 @@ use alula::firmware;
 use alula::host::Host;
 use alula::memory::{self, Memory};
 use alula::part::Part;
-use alula::platform::Platform;
+use alula::platform::{CpuChanges, Platform};
 use alula::poll::EventFd;
 use alula::vm::exit::{End, Exit};
 use alula::vm::gate::Gate;
@@ -117,7 +117,10 @@ impl Guest {
         let initrd = None::<&mut std::fs::File>;
         let entry = arch::load(&memory, &mut kernel, initrd, &mut guest.platform).unwrap();
         let stopped: Vec<_> = guest.vcpus.iter().map(Vcpu::stopped).collect();
-        guest.vm.with_cpu_model(|model| model.apply(&stopped, guest.platform.smt, &[])).unwrap();
+        guest
+            .vm
+            .with_cpu_model(|model| model.apply(&stopped, guest.platform.smt, &CpuChanges::default()))
+            .unwrap();
         arch::boot(&stopped, &entry).unwrap();
         drop(stopped);
         guest.parts.iter().for_each(|part| part.lock().begin().unwrap());

@@ -12,7 +12,7 @@ use alula::config::Config;
 use alula::host::Host;
 use alula::machine::{Machine, Prepared};
 use alula::memory::{self, Piece, Range, Source};
-use alula::platform::Platform;
+use alula::platform::{CpuChanges, Platform};
 use alula::vm::Vm;
 use common::Folder;
 use kvm_ioctls::{VcpuExit, VcpuFd};
@@ -102,7 +102,7 @@ impl Guest {
         let mut vm = Vm::new(Prepared::new().unwrap(), &memory.memory()).unwrap();
         let cpu = vm.create_vcpus(platform.cpus, Default::default()).unwrap().remove(0);
         vm.complete(&mut platform).unwrap();
-        vm.with_cpu_model(|model| model.apply(&[&cpu], platform.smt, &[])).unwrap();
+        vm.with_cpu_model(|model| model.apply(&[&cpu], platform.smt, &CpuChanges::default())).unwrap();
         code::start(&cpu);
         Self { vm, cpu, memory }
     }

@@ -59,7 +59,7 @@ const MACHINE: &[(&str, &str, Becomes, Becomes)] = &[
     ("mem_size_mib", "256", Done, Refused),
     ("smt", "false", Done, Done),
     ("track_dirty_pages", "true", Done, Done),
-    ("cpu_template", r#""T2""#, NotYet, Done),
+    ("cpu_template", if crate::arch::HAS_CPUID { r#""T2""# } else { r#""V1N1""# }, Done, Done),
     ("cpu_template", r#""None""#, Done, Done),
     ("huge_pages", r#""2M""#, Done, Done),
     ("huge_pages", r#""Transparent""#, Done, Done),

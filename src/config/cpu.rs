@@ -159,6 +159,7 @@ impl CpuConfig {
         let register = |change: &ArmRegisterChange| change.bitmap.of_register(change.addr.0);
         let asked = |capability: &Capability| capability.is_needed.then_some(capability.number);
         CpuChanges {
+            vendor: None,
             capabilities: self.kvm_capabilities.iter().flatten().filter_map(asked).collect(),
             cpuid: self.cpuid(),
             features: self.features(),

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::CpuTemplate;
 use crate::dialect::Dialect;
 use crate::error::{Error, Result};
 use crate::host::{Access, Host, Sharing};
@@ -84,7 +85,8 @@ pub struct MachineConfig {
     /// snapshot before it.
     #[serde(default, deserialize_with = "json::or_default")]
     pub track_dirty_pages: bool,
-    /// Not implemented yet, except `None`: a named set of CPU features.
+    /// What the CPUs show of themselves: a named set of changes, instead of those of `/cpu-config`. Whichever of the two
+    /// is given last counts.
     #[serde(default, skip_serializing_if = "is_no_template")]
     pub cpu_template: Option<CpuTemplate>,
     /// What backs guest memory.
@@ -94,20 +96,6 @@ pub struct MachineConfig {
 
 fn is_no_template(template: &Option<CpuTemplate>) -> bool {
     matches!(template, None | Some(CpuTemplate::None))
-}
-
-/// Firecracker's static CPU templates.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-#[allow(missing_docs, reason = "names of the API")]
-pub enum CpuTemplate {
-    C3,
-    T2,
-    T2S,
-    T2CL,
-    T2A,
-    V1N1,
-    None,
 }
 
 /// Which pages guest memory has. Huge pages make a guest faster, as it takes fewer faults; the first
@@ -179,13 +167,7 @@ impl MachineConfig {
                 "Enabling simultaneous multithreading is not supported on aarch64. (`smt`)",
             ));
         }
-        let not_yet = |field| Err(Error::config(format!("`{field}` is not implemented yet: leave it out")));
-        match self {
-            Self { cpu_template: Some(template), .. } if *template != CpuTemplate::None => {
-                not_yet("cpu_template")
-            }
-            _ => Ok(()),
-        }
+        self.cpu_template.map_or(Ok(()), CpuTemplate::check)
     }
 
     /// This configuration with what `patch` names changed.
@@ -248,7 +230,14 @@ mod tests {
             ),
             (r#"{"vcpu_count":1,"mem_size_mib":3,"huge_pages":"Transparent"}"#, "not a multiple of the"),
             (r#"{"vcpu_count":1,"mem_size_mib":2,"huge_pages":"1G"}"#, "unknown variant `1G`"),
-            (r#"{"vcpu_count":1,"mem_size_mib":2,"cpu_template":"T2"}"#, "`cpu_template` is not implemented"),
+            (
+                if crate::arch::HAS_CPUID {
+                    r#"{"vcpu_count":1,"mem_size_mib":2,"cpu_template":"V1N1"}"#
+                } else {
+                    r#"{"vcpu_count":1,"mem_size_mib":2,"cpu_template":"T2"}"#
+                },
+                "`cpu_template`: ",
+            ),
         ] {
             let error = machine(text).unwrap_err();
             assert!(error.contains(expected), "{text}: {error}");

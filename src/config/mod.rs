@@ -2,6 +2,7 @@
 //! of the config file, the answer of `GET /vm/config` and what the command line sets.
 
 mod cpu;
+mod cpu_template;
 mod file;
 mod machine;
 mod mend;
@@ -23,8 +24,9 @@ use crate::platform::CpuChanges;
 use crate::sink::{Purpose, Sink};
 
 pub use cpu::CpuConfig;
+pub use cpu_template::CpuTemplate;
 pub use file::Problem;
-pub use machine::{BootSource, CpuTemplate, HugePages, MachineConfig, MachinePatch};
+pub use machine::{BootSource, HugePages, MachineConfig, MachinePatch};
 
 /// More devices than any machine has room for. A client that configures more and more would have us grow, and
 /// each is compared with those before it; a file of CONFIG_FILE_MAX has room for tens of thousands.
@@ -110,6 +112,24 @@ impl Config {
         metadata.check_interfaces(|id| self.interfaces().any(|interface| interface == id))
     }
 
+    /// Has the CPUs and the memory of `machine`. A template of CPUs comes in place of other changes of them.
+    pub fn set_machine(&mut self, machine: MachineConfig) -> Result<()> {
+        self.check_machine(&machine)?;
+        if machine.cpu_template.is_some_and(|template| template != CpuTemplate::None) {
+            self.cpu_config = None;
+        }
+        self.machine_config = machine;
+        Ok(())
+    }
+
+    /// Changes the CPUs so, instead of by a template.
+    pub fn set_cpu(&mut self, cpu: CpuConfig) -> Result<()> {
+        cpu.check()?;
+        self.machine_config.cpu_template = None;
+        self.cpu_config = Some(cpu);
+        Ok(())
+    }
+
     /// Whether `machine` makes sense here.
     pub fn check_machine(&self, machine: &MachineConfig) -> Result<()> {
         machine.check(self.dialect)?;
@@ -190,7 +210,11 @@ impl Config {
 
     /// How the CPUs differ from the host's.
     pub fn cpu_changes(&self) -> CpuChanges {
-        self.cpu_config.as_ref().map_or_else(CpuChanges::default, CpuConfig::changes)
+        match (&self.cpu_config, self.machine_config.cpu_template) {
+            (Some(config), _) => config.changes(),
+            (None, Some(template)) => template.changes(),
+            (None, None) => CpuChanges::default(),
+        }
     }
 
     /// What the command line must say of the root device.

@@ -115,7 +115,8 @@ mod tests {
         let text = format!(
             r#"{{
             "boot-source": {{"kernel_image_path": "k", "initrd_path": "i", "boot_args": "quiet"}},
-            "machine-config": {{"vcpu_count": 4, "mem_size_mib": 64, "smt": {smt}, "huge_pages": "Never"}},
+            "machine-config": {{"vcpu_count": 4, "mem_size_mib": 64, "smt": {smt}, "huge_pages": "Never",
+                "cpu_template": "{template}"}},
             "cpu-config": {{"cpuid_modifiers": {cpuid}, "kvm_capabilities": ["!56"], "msr_modifiers": {msrs},
                 "reg_modifiers": {others}, "vcpu_features": []}},
             "logger": {{"log_path": "l", "level": "Debug", "show_level": true, "show_log_origin": true,
@@ -147,6 +148,7 @@ mod tests {
             "memory-hotplug": {{"total_size_mib": 1024, "block_size_mib": 4, "slot_size_mib": 256}}
         }}"#,
             smt = crate::arch::HAS_SMT,
+            template = if crate::arch::HAS_CPUID { "T2" } else { "V1N1" },
             bucket = bucket(4),
         );
         let mut config = Config::parse(text.as_bytes()).unwrap();
@@ -171,7 +173,7 @@ mod tests {
         let only_x86_64 = ["smt", "leaf", "subleaf", "flags", "modifiers", "register"];
         let cannot = |field: &str| {
             // The disk is what the guest boots from here, and a guest boots from one device.
-            ["track_dirty_pages", "cpu_template", "socket", "index", "root_device"].contains(&field)
+            ["track_dirty_pages", "socket", "index", "root_device"].contains(&field)
                 || !crate::arch::HAS_CPUID && only_x86_64.contains(&field)
         };
         fields.filter(|field| !cannot(field)).cloned().collect()

@@ -234,16 +234,12 @@ fn not_started() -> Error {
 impl Microvm {
     /// Sets CPUs and memory.
     pub fn set_machine(&mut self, machine: MachineConfig) -> Result<()> {
-        self.config.check_machine(&machine)?;
-        self.config.machine_config = machine;
-        Ok(())
+        self.config.set_machine(machine)
     }
 
     /// Sets what its CPUs are. Whether the host's CPUs have what is to be changed is known at the start.
     pub fn set_cpu(&mut self, cpu: CpuConfig) -> Result<()> {
-        cpu.check()?;
-        self.config.cpu_config = Some(cpu);
-        Ok(())
+        self.config.set_cpu(cpu)
     }
 
     /// Sets what it boots. The files are opened now: a wrong path is refused where it is named, and what is at

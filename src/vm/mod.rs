@@ -263,7 +263,7 @@ impl Vm {
                 "capability {number} of KVM (`kvm_capabilities`): this host's KVM does not have it"
             )));
         }
-        self.with_cpu_model(|model| model.apply(vcpus, smt, &changes.cpuid))?;
+        self.with_cpu_model(|model| model.apply(vcpus, smt, changes))?;
         // CPUID says which registers a CPU has.
         arch::change_registers(&self.kvm, vcpus, &changes.registers)
     }
@@ -271,7 +271,9 @@ impl Vm {
     /// Tells KVM what the CPUs most likely are, before that is known: those of the host. KVM can be told otherwise until
     /// they run.
     pub fn foresee_cpu_model(&self, vcpus: &[impl Deref<Target = VcpuFd>]) -> Result<()> {
-        self.lock_cpu_model().as_ref().map_or(Ok(()), |model| model.apply(vcpus, false, &[]))
+        self.lock_cpu_model()
+            .as_ref()
+            .map_or(Ok(()), |model| model.apply(vcpus, false, &CpuChanges::default()))
     }
 
     /// Gives the guest another region of memory, in the lowest slot that is free, and returns that. `is_tracked`:

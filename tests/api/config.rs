@@ -185,10 +185,50 @@ fn a_guests_cpus_are_changed_as_their_configuration_says() {
         let after_start = changed.client().request("PUT", "/cpu-config", "{}").fault();
         assert!(after_start.contains("not supported after starting the microVM"), "{after_start}");
         let (_, refused) = start(&change("0x7fff")).unwrap();
-        let expected =
-            "change leaf 0x7fff, subleaf 0x0 of CPUID (`cpuid_modifiers`): this host's KVM does not";
+        let expected = "change leaf 0x7fff, subleaf 0x0 of CPUID (`cpuid_modifiers`, or those of `cpu_template`): this host's KVM does";
         assert!(refused.fault().contains(expected), "{}", refused.body);
     }
+}
+
+/// A template changes what CPUs show where the host's processor is one of those that it is for, and is refused by name
+/// elsewhere. Whichever of template and changes is given last counts.
+#[test]
+fn a_template_of_cpus_is_for_processors_of_its_maker() {
+    let start = |template: &str| {
+        let service = Service::start(&[]);
+        let mut client = service.client();
+        let machine = json!({ "vcpu_count": 1, "mem_size_mib": 64, "cpu_template": template });
+        client.ok("PUT", "/machine-config", &machine.to_string());
+        client.ok("PUT", "/cpu-config", "{}");
+        let told = client.ok("GET", "/vm/config", "").json();
+        assert!(told["machine-config"]["cpu_template"].is_null() && told["cpu-config"].is_object(), "{told}");
+        client.ok("PATCH", "/machine-config", &json!({ "cpu_template": template }).to_string());
+        let told = client.ok("GET", "/vm/config", "").json();
+        assert!(told["machine-config"]["cpu_template"] == template && told["cpu-config"].is_null(), "{told}");
+        service.boot_source("case=features end=idle");
+        let started = client.request("PUT", "/actions", START);
+        (service, started)
+    };
+    if cfg!(not(target_arch = "x86_64")) {
+        let (_, started) = start("V1N1");
+        // KVM has a say in what a processor hides, and an older one lets nothing be hidden.
+        let expected = "change the register 0x603000000013c0";
+        assert!(started.status() == "204" || started.fault().contains(expected), "{}", started.body);
+        return;
+    }
+    let processor = std::fs::read_to_string("/proc/cpuinfo").unwrap();
+    let (ours, others, makers) = match processor.contains("AuthenticAMD") {
+        true => ("T2A", "T2", ["GenuineIntel", "AuthenticAMD"]),
+        false => ("T2", "T2A", ["AuthenticAMD", "GenuineIntel"]),
+    };
+    let (mut service, started) = start(ours);
+    assert_eq!(started.status(), "204", "{}", started.body);
+    let shown = told_hexadecimal(&mut service, "ecx");
+    assert_eq!(shown & 0x0004_cdfc, 0, "what the template hides of leaf 1 is shown: {shown:#x}");
+    let (_, refused) = start(others);
+    let [expected, found] = makers;
+    let expected = format!("is for processors of {expected}, and this host has one of {found}");
+    assert!(refused.fault().contains(&expected), "{}", refused.body);
 }
 
 /// A register that only an operating system would use, as the firmware tells (IA32_SYSENTER_ESP, TPIDR_EL1), and one

@@ -26,7 +26,7 @@ pub use state::{VcpuState, VmState, change_registers, restore_vcpus, restore_vm,
 
 use crate::error::{Context, Error, Result};
 use crate::kvm;
-use crate::platform::{CpuidModifier, FeatureModifier, Node, Platform};
+use crate::platform::{CpuChanges, CpuidModifier, FeatureModifier, Node, Platform};
 
 /// What uname calls this architecture.
 pub const NAME: &str = "aarch64";
@@ -76,7 +76,7 @@ impl CpuModel {
         &self,
         _vcpus: &[impl Deref<Target = VcpuFd>],
         _smt: bool,
-        _modifiers: &[CpuidModifier],
+        _changes: &CpuChanges,
     ) -> Result<()> {
         Ok(())
     }

@@ -179,7 +179,8 @@ pub fn change_registers(
     changes: &[RegisterModifier],
 ) -> Result<()> {
     for RegisterModifier { number, mask, value } in changes {
-        let attempt = || format!("change the register {number:#x} (`reg_modifiers`)");
+        let attempt =
+            || format!("change the register {number:#x} (`reg_modifiers`, or those of `cpu_template`)");
         let bits = 8 * size(*number) as u32;
         if bits > u128::BITS || mask.checked_shr(bits).unwrap_or(0) != 0 {
             return Err(Error::config(format!("{}: it has {bits} bits", attempt())));

@@ -66,6 +66,17 @@ pub fn machine(supported: &CpuId, topology: Topology, tsc_deadline: bool) -> Res
     Ok(cpuid)
 }
 
+/// The maker of the processor (leaf 0: EBX, EDX, ECX).
+pub fn vendor(supported: &CpuId) -> [u8; 12] {
+    let leaf = supported.as_slice().iter().find(|entry| entry.function == 0);
+    let words = leaf.map_or([0; 3], |leaf| [leaf.ebx, leaf.edx, leaf.ecx]);
+    let mut name = [0; 12];
+    for (place, word) in name.chunks_exact_mut(4).zip(words) {
+        place.copy_from_slice(&word.to_le_bytes());
+    }
+    name
+}
+
 /// The CPUID that KVM supports, changed by `modifiers`. The changes come before the CPUID is made this
 /// machine's, so that topology, APIC ids and the bits that tell of a virtual machine stay right.
 pub fn modified(supported: &CpuId, modifiers: &[CpuidModifier]) -> Result<CpuId> {
@@ -75,8 +86,8 @@ pub fn modified(supported: &CpuId, modifiers: &[CpuidModifier]) -> Result<CpuId>
         let entry = entries.find(|entry| (entry.function, entry.index) == (*leaf, *subleaf));
         let entry = entry.ok_or_else(|| {
             Error::config(format!(
-                "change leaf {leaf:#x}, subleaf {subleaf:#x} of CPUID (`cpuid_modifiers`): this host's KVM does \
-                 not have it"
+                "change leaf {leaf:#x}, subleaf {subleaf:#x} of CPUID (`cpuid_modifiers`, or those of \
+                 `cpu_template`): this host's KVM does not have it"
             ))
         })?;
         let register = match register {
@@ -202,7 +213,7 @@ mod tests {
         let changed = leaf(&modified(&supported, &[modifier(7)]).unwrap(), 7, 1);
         assert_eq!((changed.eax, changed.ebx, changed.ecx, changed.edx), (0, 0b1010, 5, 0));
         let error = modified(&supported, &[modifier(0x21)]).unwrap_err().to_string();
-        assert!(error.contains("leaf 0x21, subleaf 0x1 of CPUID (`cpuid_modifiers`)"), "{error}");
+        assert!(error.contains("leaf 0x21, subleaf 0x1 of CPUID (`cpuid_modifiers`, or"), "{error}");
     }
 
     #[test]

@@ -29,7 +29,7 @@ pub use registers::{
 pub use state::{VcpuState, VmState, restore_vcpus, restore_vm, save_vcpus, save_vm};
 
 use crate::error::{Context, Error, Result};
-use crate::platform::{CpuidModifier, FeatureModifier, Node, Platform};
+use crate::platform::{CpuChanges, CpuidModifier, FeatureModifier, Node, Platform};
 
 /// What uname calls this architecture.
 pub const NAME: &str = "x86_64";
@@ -85,16 +85,24 @@ impl CpuModel {
         Ok(Self { supported, tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer) })
     }
 
-    /// Tells KVM what the CPUs are, before they first run: those of the host, with two of them a core if `smt`, changed by
-    /// `modifiers`.
+    /// Tells KVM what the CPUs are, before they first run: those of the host, with two of them a core if `smt`, and with
+    /// `changes`.
     pub fn apply(
         &self,
         vcpus: &[impl Deref<Target = VcpuFd>],
         smt: bool,
-        modifiers: &[CpuidModifier],
+        changes: &CpuChanges,
     ) -> Result<()> {
+        let vendor = cpuid::vendor(&self.supported);
+        if let Some(expected) = changes.vendor.filter(|expected| *expected.as_bytes() != vendor) {
+            let vendor = String::from_utf8_lossy(&vendor);
+            return Err(Error::config(format!(
+                "`cpu_template` is for processors of {expected}, and this host has one of {vendor}: leave it out, or name \
+                 one for {vendor}"
+            )));
+        }
         let topology = topology(vcpus.len() as u16, smt);
-        let mut cpuid = self.of_machine(topology, modifiers)?;
+        let mut cpuid = self.of_machine(topology, &changes.cpuid)?;
         for (index, vcpu) in vcpus.iter().enumerate() {
             cpuid::set_apic_id(&mut cpuid, topology, index as u32);
             vcpu.set_cpuid2(&cpuid).with_context(|| format!("set the CPUID of vCPU {index}"))?;

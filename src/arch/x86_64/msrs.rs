@@ -129,7 +129,7 @@ pub fn change_registers(
     for RegisterModifier { number, mask, value } in changes {
         let lacks = || {
             Error::config(format!(
-                "change the model-specific register {number:#x} (`msr_modifiers`): this host's KVM does not have it \
+                "change the model-specific register {number:#x} (`msr_modifiers`, or those of `cpu_template`): this host's KVM does not have it \
                  among a CPU's state"
             ))
         };
@@ -137,7 +137,7 @@ pub fn change_registers(
         for vcpu in vcpus {
             let [(_, held)] = get(vcpu, &[index])?[..] else { return Err(lacks()) };
             let wanted = held & !(*mask as u64) | *value as u64;
-            set(vcpu, &[(index, wanted)]).context("`msr_modifiers`")?;
+            set(vcpu, &[(index, wanted)]).context("`msr_modifiers`, or those of `cpu_template`")?;
         }
     }
     Ok(())
