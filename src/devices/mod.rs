@@ -20,6 +20,7 @@ pub mod pmem;
 pub mod power;
 pub mod pvpanic;
 pub mod rtc;
+pub mod slots;
 pub mod v2m;
 pub mod vmclock;
 pub mod vsock;

@@ -7,9 +7,10 @@ use super::kept::Kept;
 use super::parts::{self, Places};
 use super::windows::{self, Shown};
 use super::{Machine, RunState};
-use crate::arch::layout;
+use crate::arch::{self, layout};
 use crate::config::Config;
 use crate::devices::kind::ConfiguredDevice;
+use crate::devices::slots::PciSlots;
 use crate::error::{Context, Error, Result};
 use crate::host::Host;
 use crate::log;
@@ -27,6 +28,7 @@ use crate::virtio::transport::Transport;
 use crate::virtio::workers::Loop;
 use crate::virtio::{Interrupts, VirtioDevice, pci};
 use crate::vm::Vm;
+use crate::vm::irq::Line;
 use crate::vm::vcpu::Surroundings;
 
 /// A device that is open and has no place yet.
@@ -103,8 +105,8 @@ impl Ahead {
 
 impl Machine {
     /// Opens a device and puts it in the place that `places` gives it, or else in the lowest one that no part
-    /// has and that `places` gives to nobody. The machine must be paused. After an error the machine is as it
-    /// was before.
+    /// has and that `places` gives to nobody. A machine without a PCI bus must be paused. After an error the machine is as
+    /// it was before.
     pub fn attach(&mut self, device: &ConfiguredDevice, places: &Places, host: &mut Host) -> Result<()> {
         let name = device.name();
         let attempt = || format!("attach {name}");
@@ -146,7 +148,7 @@ impl Machine {
     /// The place of a device that is to be attached now.
     fn find_place(&self, device: &ConfiguredDevice, places: &Places) -> Result<Place> {
         let name = device.name();
-        if self.state != RunState::Paused {
+        if self.state != RunState::Paused && self.root.is_none() {
             return Err(Error::config("the machine runs: pause it first"));
         }
         if self.parts.get(&name).is_ok() {
@@ -255,7 +257,8 @@ impl Machine {
     fn device_places(&self) -> impl Iterator<Item = Place> + use<> {
         let is_pci = self.root.is_some();
         let count = if is_pci { DEVICES_MAX } else { layout::DEVICE_GSIS.len() };
-        (0..count as u32).map(move |number| if is_pci { Place::Pci(number) } else { mmio_place(number) })
+        let numbers = self.numbers_of_places(count);
+        numbers.map(move |number| if is_pci { Place::Pci(number) } else { mmio_place(number) })
     }
 
     fn place_for(&self, name: &str, places: &Places) -> Result<Place> {
@@ -347,10 +350,15 @@ fn events(name: &str, what: &str, count: usize) -> Result<Vec<Arc<EventFd>>> {
 }
 
 /// Makes the PCI bus, which is reached by memory and, where there are such, by ports; its first device is the
-/// bridge to the CPUs. In a frame of its own: the compiler makes the bus on the stack, in three places, and
+/// bridge to the CPUs. `wake` is written to when the guest has let a device go. In a frame of its own: the compiler makes the bus on the stack, in three places, and
 /// every machine would keep these pages.
 #[inline(never)]
-pub fn pci_bus(vm: &Arc<Vm>, surroundings: &Surroundings, parts: &mut Vec<Part>) -> Result<Arc<Mutex<Root>>> {
+pub fn pci_bus(
+    vm: &Arc<Vm>,
+    surroundings: &Surroundings,
+    wake: &Arc<EventFd>,
+    parts: &mut Vec<Part>,
+) -> Result<Arc<Mutex<Root>>> {
     let mut part = |name: &str, place, component: Arc<Mutex<dyn Component>>| {
         parts.push(Part { name: name.to_owned(), place, metrics: Vec::new(), component });
     };
@@ -366,13 +374,20 @@ pub fn pci_bus(vm: &Arc<Vm>, surroundings: &Surroundings, parts: &mut Vec<Part>)
     let bridge = Arc::new(Mutex::new(pci::HostBridge::default()));
     root.lock().unwrap_or_else(PoisonError::into_inner).add(0, bridge, None)?;
     part("PCI host bridge", Place::Pci(0), Arc::new(Mutex::new(Fixture)));
+    if let Some(place) = arch::fixed_place(PciSlots::NAME)
+        && let Some(gsi) = place.gsi()
+    {
+        let slots = PciSlots::new(Line::Idle(vm.clone(), gsi), wake.clone());
+        let slots = Arc::new(Mutex::new(slots));
+        surroundings.attach(place, slots.clone())?;
+        part(PciSlots::NAME, place, slots);
+    }
     Ok(root)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::arch;
 
     #[test]
     fn a_kernel_that_must_be_told_finds_devices_where_the_documentation_says() {

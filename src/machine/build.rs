@@ -70,7 +70,7 @@ pub fn build(
     };
     put_fixed(&mut site)?;
     let mut parts = site.parts;
-    let root = config.pci.then(|| pci_bus(&vm, &surroundings, &mut parts)).transpose()?;
+    let root = config.pci.then(|| pci_bus(&vm, &surroundings, &wake, &mut parts)).transpose()?;
     let parts = Parts(parts);
     parts.check_places(places)?;
     let mut machine = Box::new(Machine {
@@ -87,6 +87,7 @@ pub fn build(
         platform,
         changing: Vec::new(),
         root,
+        next_place: 0,
         halt: halt::Watch::default(),
         stays_when_halted: config.dialect == Dialect::Firecracker,
         timeline,

@@ -8,6 +8,7 @@ mod kept;
 mod loops;
 mod metrics;
 mod parts;
+mod plug;
 mod regions;
 mod saved;
 mod shell;
@@ -41,14 +42,15 @@ use crate::vm::vcpu::Surroundings;
 use crate::vm::vcpus::Vcpus;
 use crate::walls;
 use loops::Loops;
-use parts::{Parts, Pausing};
+use parts::Parts;
 use regions::Slots;
 
 pub use crate::vm::brake::Brake;
 pub use crate::vm::exit::Exit;
 pub use crate::vm::{OpenKvm, Prepared};
 pub use kept::Kept;
-pub use parts::Places;
+pub use parts::{Pausing, Places};
+pub use plug::Leaving;
 pub use regions::{Hold, Tracker};
 pub use saved::SavedMachine;
 pub use shell::{Base, Cpus, Shell};
@@ -87,6 +89,8 @@ pub struct Machine {
     changing: Vec<String>,
     /// The PCI bus, if there is one.
     root: Option<Arc<Mutex<Root>>>,
+    /// The number of the place from which on a device looks for a free one.
+    next_place: usize,
     halt: halt::Watch,
     /// A guest whose CPUs have all halted for good is told of and left alone, as in Firecracker.
     stays_when_halted: bool,

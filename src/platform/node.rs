@@ -15,6 +15,8 @@ pub enum Node {
     Power(PowerRegisters),
     /// ACPI: where the configuration space of PCI bus 0 is memory.
     Ecam(Range),
+    /// ACPI: the registers by which devices of PCI bus 0 come and go.
+    Slots(SlotRegisters),
     /// Device tree: a node below the root.
     Tree(TreeNode),
     /// Device tree: a node below the interrupt controller, of what takes interrupt messages.
@@ -125,6 +127,27 @@ pub struct PowerRegisters {
     pub off: u8,
     /// Written to the reset register, it resets.
     pub reset: u8,
+}
+
+/// The registers by which devices of a bus come and go while the guest runs, 32-bit I/O ports. A bit of a word is a
+/// device's, by its number.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SlotRegisters {
+    /// The port of the first one: whether devices have come or gone (a read clears it).
+    pub port: u16,
+    /// The interrupt line, by its GSI, an edge, high: there is something to read.
+    pub gsi: u32,
+    /// The numbers of the devices that may come and go.
+    pub devices: std::ops::Range<u32>,
+}
+
+impl SlotRegisters {
+    /// The offset of the second one: the devices that the guest is asked to let go (a read clears it).
+    pub const LEAVING: u16 = 4;
+    /// The offset of the third one: the guest has let these devices go.
+    pub const EJECT: u16 = 8;
+    /// The number of ports.
+    pub const SIZE: u16 = 12;
 }
 
 /// A property of a device tree: its name, and its value as the tree has it.

@@ -219,6 +219,11 @@ impl Transport {
         all
     }
 
+    /// Whether a driver of the guest uses it.
+    pub fn is_driven(&self) -> bool {
+        self.status & DRIVER_OK != 0
+    }
+
     /// How many queues it has.
     pub fn queues(&self) -> usize {
         self.queues.len()

@@ -2,7 +2,7 @@
 
 use acpi_tables::aml::{
     AddressSpace as Window, AddressSpaceCacheable, Arg, Device, EISAName, Equal, IO, If, Interrupt,
-    Memory32Fixed, Method, Name, Notify, Package, Path, ResourceTemplate,
+    Memory32Fixed, Method, MethodCall, Name, Notify, Package, Path, ResourceTemplate,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -12,7 +12,7 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, AmlSink};
 
-use super::layout;
+use super::{layout, slots};
 use crate::memory::Range;
 use crate::platform::node::{AcpiDevice, AcpiEvent, AcpiValue, PowerRegisters, Resource};
 use crate::platform::{Node, Platform};
@@ -160,6 +160,7 @@ fn dsdt(platform: &Platform) -> Sdt {
                 Name::new("_S5_".into(), &Package::new(vec![&power.off])).to_aml_bytes(&mut aml);
             }
             Node::Acpi(node) => device(node, &mut aml),
+            Node::Slots(registers) => slots::slots(registers, &mut aml),
             _ => {}
         }
     }
@@ -191,14 +192,19 @@ fn device(node: &AcpiDevice, aml: &mut Bytes) {
 }
 
 /// The Generic Event Device (5.6.9): its method is told which of its interrupts came, and notifies the drivers of all
-/// devices that have that one.
+/// devices that have that one, or has the slots of the PCI bus looked at.
 fn events(platform: &Platform, aml: &mut Bytes) {
     let events: Vec<&AcpiEvent> = platform
         .nodes
         .iter()
         .filter_map(|node| if let Node::Event(event) = node { Some(event) } else { None })
         .collect();
-    let mut lines: Vec<u32> = events.iter().map(|event| event.gsi).collect();
+    let scans: Vec<u32> = platform
+        .nodes
+        .iter()
+        .filter_map(|node| if let Node::Slots(registers) = node { Some(registers.gsi) } else { None })
+        .collect();
+    let mut lines: Vec<u32> = events.iter().map(|event| event.gsi).chain(scans.iter().copied()).collect();
     lines.sort_unstable();
     lines.dedup();
     if lines.is_empty() {
@@ -208,12 +214,12 @@ fn events(platform: &Platform, aml: &mut Bytes) {
     let resources = ResourceTemplate::new(lines.iter().map(Box::as_ref).collect());
     let paths: Vec<_> = events.iter().map(|event| Path::new(&format!("\\_SB_.{}", event.device))).collect();
     let notifications: Vec<_> = paths.iter().map(|path| Notify::new(path, &AcpiEvent::CHANGED)).collect();
-    let conditions: Vec<_> = events.iter().map(|event| Equal::new(&Arg(0), &event.gsi)).collect();
-    let steps: Vec<_> = conditions
-        .iter()
-        .zip(&notifications)
-        .map(|(condition, notification)| If::new(condition, vec![notification]))
-        .collect();
+    let calls: Vec<_> = scans.iter().map(|_| MethodCall::new(slots::SCAN.into(), Vec::new())).collect();
+    let conditions: Vec<_> =
+        events.iter().map(|event| &event.gsi).chain(&scans).map(|gsi| Equal::new(&Arg(0), gsi)).collect();
+    let actions = notifications.iter().map(|it| it as &dyn Aml).chain(calls.iter().map(|it| it as &dyn Aml));
+    let steps: Vec<_> =
+        conditions.iter().zip(actions).map(|(condition, action)| If::new(condition, vec![action])).collect();
     let steps = steps.iter().map(|step| step as &dyn Aml).collect();
     let (id, resources) = (Name::new("_HID".into(), &"ACPI0013"), Name::new("_CRS".into(), &resources));
     let method = Method::new("_EVT".into(), 1, true, steps);

@@ -35,6 +35,8 @@ pub const FIXED: &[(&str, Place)] = &[
     // The i8042: ports 0x60 (data) to 0x64 (command).
     ("keyboard", ports(0x60, 5, Some(1))),
     ("pvpanic", ports(0x505, 1, None)),
+    // With a PCI bus alone, on which no device has a pin of the I/O APIC: the one of a PC's power management.
+    ("PCI slots", ports(0x610, 12, Some(9))),
     ("exit register", registers(0xc000_2000, 4)),
     // Where Firecracker has it.
     ("boot timer", registers(0xc000_0000, 0x1000)),

@@ -9,6 +9,7 @@ mod ioctls;
 pub mod layout;
 mod msrs;
 mod registers;
+mod slots;
 mod state;
 pub mod trap;
 
@@ -44,7 +45,7 @@ pub fn no_pci_words() -> Option<&'static str> {
 
 /// Whether boot tables of this architecture say this.
 pub fn prints(node: &Node) -> bool {
-    matches!(node, Node::Acpi(_) | Node::Event(_) | Node::Power(_) | Node::Ecam(_))
+    matches!(node, Node::Acpi(_) | Node::Event(_) | Node::Power(_) | Node::Ecam(_) | Node::Slots(_))
 }
 
 /// Whether a core can be given two hardware threads.
