@@ -8,6 +8,7 @@ use crate::hostile_net;
 use crate::hotplug;
 use crate::machine::Machine;
 use crate::pmem;
+use crate::slots;
 use crate::virtio::{self, Device};
 use crate::vsock;
 use crate::words::{Words, number};
@@ -37,7 +38,7 @@ const DEVICE_CASES: [(&str, u32, Case); 6] = [
 ];
 
 /// Cases that run only where they are asked for by name.
-const CHOSEN_CASES: [(&str, Case); 7] = [
+const CHOSEN_CASES: [(&str, Case); 10] = [
     ("hostile", hostile::run),
     ("hostile-net", hostile_net::run),
     ("pvpanic", pvpanic),
@@ -45,6 +46,9 @@ const CHOSEN_CASES: [(&str, Case); 7] = [
     ("features", features),
     ("vsock-restored", vsock::restored),
     ("hotplug", hotplug::hotplug),
+    ("slots", slots::polite),
+    ("slots-deaf", slots::deaf),
+    ("slots-hostile", slots::hostile),
 ];
 
 /// Whether the command line asks for this case by its name.

@@ -28,6 +28,7 @@ mod hostile_net;
 mod hotplug;
 mod machine;
 mod pmem;
+mod slots;
 mod virtio;
 mod vsock;
 mod words;

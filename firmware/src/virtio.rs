@@ -24,7 +24,7 @@ const DEVICE_FEATURES: u64 = 0x10;
 const DRIVER_FEATURES: u64 = 0x20;
 
 const FEATURES_OK: u32 = 8;
-const F_VERSION_1: u64 = 1 << 32;
+pub const F_VERSION_1: u64 = 1 << 32;
 
 /// Entries of our rings.
 pub const SIZE: usize = 8;
@@ -130,6 +130,21 @@ impl Device {
             Some(Self(Place::Pci(found)))
         };
         mmio.or_else(pci)
+    }
+
+    /// All devices that are on the PCI bus now.
+    pub fn all_on_pci() -> impl Iterator<Item = Self> {
+        let functions = (0..DEVICES_MAX).map(|index| arch::ECAM + (index << 15));
+        let found = functions.filter(|at| read32(*at) != u32::MAX && read32(*at) & 0xffff == 0x1af4);
+        found.map(|at| {
+            write32(at + COMMAND, MEMORY_AND_MASTER);
+            Self(Place::Pci(at))
+        })
+    }
+
+    /// Whether a driver has set it to work.
+    pub fn is_driven(self) -> bool {
+        self.read(STATUS) & 4 != 0
     }
 
     /// Its configuration space, if it is on the PCI bus.
