@@ -154,6 +154,24 @@ pub enum Event {
         /// The body of the request.
         change: Value,
     },
+    /// The guest has one more device.
+    DevicePlugged {
+        /// The device, as messages name it.
+        device: String,
+    },
+    /// The guest was asked to let a device go, which stays until the guest has.
+    DeviceAskedToGo {
+        /// The device, as messages name it.
+        device: String,
+    },
+    /// A device was taken away from the guest.
+    DeviceGone {
+        /// The device, as messages name it.
+        device: String,
+        /// Who had it gone: its owner (`DELETE`), the guest, which was asked to let it go (`guest`), or a reset before the
+        /// guest had (`reset`).
+        reason: &'static str,
+    },
     /// The guest has plugged, or unplugged, as much memory as was requested (`PATCH /hotplug/memory`).
     MemoryResized {
         /// The memory that is plugged now, in MiB.

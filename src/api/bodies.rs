@@ -39,6 +39,16 @@ pub enum Action {
     Reset,
 }
 
+/// Body of `DELETE /drives/{id}` and the like, which need none.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "DeviceRemoval"))]
+#[serde(deny_unknown_fields)]
+pub struct Unplug {
+    /// Tear the device away at once, whether the guest uses it or not.
+    #[serde(default)]
+    pub force: bool,
+}
+
 /// The state to bring a microVM into.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]

@@ -45,6 +45,7 @@ pub const EXAMPLES: &[(&str, &str, &str)] = &[
         "/drives/{id}",
         r#"{"drive_id": "data", "rate_limiter": {"bandwidth": {"size": 10485760, "refill_time": 1000}}}"#,
     ),
+    ("delete", "/drives/{id}", r#"{"force": true}"#),
     (
         "put",
         "/network-interfaces/{id}",
@@ -55,8 +56,10 @@ pub const EXAMPLES: &[(&str, &str, &str)] = &[
         "/network-interfaces/{id}",
         r#"{"iface_id": "eth0", "tx_rate_limiter": {"ops": {"size": 1000, "refill_time": 1000}}}"#,
     ),
+    ("delete", "/network-interfaces/{id}", r#"{"force": true}"#),
     ("put", "/pmem/{id}", r#"{"id": "data", "path_on_host": "data.img", "read_only": true}"#),
     ("patch", "/pmem/{id}", r#"{"id": "data", "rate_limiter": {"ops": {"size": 100, "refill_time": 1000}}}"#),
+    ("delete", "/pmem/{id}", r#"{"force": true}"#),
     ("put", "/vsock", r#"{"guest_cid": 3, "uds_path": "v.sock"}"#),
     ("put", "/entropy", r#"{"rate_limiter": {"bandwidth": {"size": 65536, "refill_time": 1000}}}"#),
     (

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 
-use super::bodies::{Action, FirecrackerVersion, InstanceInfo, VmState};
+use super::bodies::{Action, FirecrackerVersion, InstanceInfo, Unplug, VmState};
 use super::{API_VERSION, Reply, Request, Response, guest, observe, routes};
 use crate::arch;
 use crate::devices::fixed::FixedDevice;
@@ -18,10 +18,6 @@ use crate::microvm::Microvm;
 
 const AFTER_START: &str = "The requested operation is not supported after starting the microVM.";
 const BEFORE_START: &str = "The requested operation is not supported before starting the microVM.";
-
-/// Adding and removing devices while the guest runs needs a bus that knows of it, and there is none, with PCI as without.
-const CANNOT_ADD: &str = "adding a device to a running microVM is not implemented yet.";
-const CANNOT_REMOVE: &str = "removing a device from a running microVM is not implemented yet.";
 
 /// A request that is answered when its job is done.
 struct Waiting {
@@ -110,10 +106,7 @@ fn check_time(microvm: &Microvm, request: &Request) -> Result<(), String> {
         {
             Err(AFTER_START.to_owned())
         }
-        PutDevice(device) if has_started => Err(match device.kind().many {
-            true => CANNOT_ADD.to_owned(),
-            false => AFTER_START.to_owned(),
-        }),
+        PutDevice(device) if has_started && !device.kind().many => Err(AFTER_START.to_owned()),
         // A guest that has started without the service will never ask for its metadata.
         Metadata | PutMetadata(_) | PatchMetadata(_)
             if has_started && microvm.config().mmds_config.is_none() =>
@@ -183,18 +176,20 @@ fn handle(microvm: &mut Microvm, request: Request) -> Result<Reply, String> {
         PutMetadataConfig(config) => microvm.set_metadata_config(config).map_err(fault("MMMDS config error")),
         PutDevice(device) => {
             let area = device.kind().fault;
-            microvm.put_device(device).map_err(fault(area))
+            let put = if microvm.state().is_some() { Microvm::plug_device } else { Microvm::put_device };
+            put(microvm, device).map_err(fault(area))
         }
-        PatchDevice(kind, change) => match microvm.patch_device(kind, change) {
-            Ok(Some(ticket)) => return Ok(Reply::Later { ticket, area: kind.update_fault }),
-            done => done.map(drop).map_err(fault(kind.update_fault)),
-        },
+        PatchDevice(kind, change) => {
+            return now_or_later(kind.update_fault, microvm.patch_device(kind, change));
+        }
         TellDevice(kind, place) => {
             let area = if place.is_empty() { kind.fault } else { kind.update_fault };
             let told = microvm.tell_device(kind, place).map_err(fault(area))?;
             return Ok(Response::Value(told).into());
         }
-        DeleteDevice(..) => Err(CANNOT_REMOVE.to_owned()),
+        DeleteDevice(kind, id, Unplug { force }) => {
+            return now_or_later(kind.fault, microvm.unplug_device(kind, &id, force));
+        }
         Action(action) => act(microvm, action),
         CreateSnapshot(body) => return later("Create snapshot error", microvm.create_snapshot(&body.plan())),
         LoadSnapshot(body) => {
@@ -211,6 +206,14 @@ fn handle(microvm: &mut Microvm, request: Request) -> Result<Reply, String> {
 /// The answer to a request for which a job has begun, or could not.
 fn later(area: &'static str, begun: Result<Ticket, Error>) -> Result<Reply, String> {
     begun.map(|ticket| Reply::Later { ticket, area }).map_err(fault(area))
+}
+
+/// The answer to a request that is done, or for which a job has begun.
+fn now_or_later(area: &'static str, done: Result<Option<Ticket>, Error>) -> Result<Reply, String> {
+    match done.map_err(fault(area))? {
+        Some(ticket) => Ok(Reply::Later { ticket, area }),
+        None => Ok(Response::Done.into()),
+    }
 }
 
 fn instance(microvm: &Microvm) -> Value {

@@ -26,7 +26,7 @@ pub mod template;
 use serde_json::{Map, Value};
 
 use crate::config::{BootSource, CpuConfig, MachineConfig, MachinePatch};
-use bodies::{Action, VmState};
+use bodies::{Action, Unplug, VmState};
 
 use crate::devices::console;
 use crate::devices::kind::{Change, ConfiguredDevice, DeviceKind};
@@ -87,7 +87,7 @@ pub enum Request {
     /// `GET /{path of its kind}[/{place}]`
     TellDevice(&'static DeviceKind, &'static str),
     /// `DELETE /{path of its kind}/{id}`
-    DeleteDevice(&'static DeviceKind, String),
+    DeleteDevice(&'static DeviceKind, String, Unplug),
     /// `GET /mmds`
     Metadata,
     /// `PUT /mmds`

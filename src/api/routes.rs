@@ -3,7 +3,7 @@
 use serde::de::DeserializeOwned;
 
 use super::Request;
-use super::bodies::{Action, ActionBody, VmBody};
+use super::bodies::{Action, ActionBody, Unplug, VmBody};
 use super::snapshot::{self, CreateSnapshot, LoadSnapshot, MakeClone};
 use crate::config::MachinePatch;
 use crate::devices::kind::DeviceKind;
@@ -89,7 +89,9 @@ fn check_body(dialect: Dialect, method: &str, path: &str, is_empty: bool) -> Res
         ("PATCH", true) if needs_body(path) => "Empty PATCH request.".to_owned(),
         // Firecracker's words, which say the contrary of what they mean.
         ("DELETE", false) if dialect == Dialect::Firecracker => "Empty Delete request.".to_owned(),
-        ("DELETE", false) => "DELETE request cannot have a body.".to_owned(),
+        ("DELETE", false) if !kind_of(path).is_some_and(|(kind, _)| kind.many) => {
+            "DELETE request cannot have a body.".to_owned()
+        }
         _ => return Ok(()),
     })
 }
@@ -137,7 +139,10 @@ fn device(kind: &'static DeviceKind, method: &str, rest: &str, body: Body<'_>) -
             same_id(&change.id)?;
             Ok(Request::PatchDevice(kind, change))
         }
-        "DELETE" if kind.many => Ok(Request::DeleteDevice(kind, id.to_owned())),
+        "DELETE" if kind.many => {
+            let unplug = if body.bytes.is_empty() { Unplug::default() } else { body.parse()? };
+            Ok(Request::DeleteDevice(kind, id.to_owned(), unplug))
+        }
         _ => Err(invalid(method, kind.path)),
     }
 }
@@ -269,7 +274,7 @@ mod tests {
             ("PUT", "/machine-config", "", "Empty PUT request.".to_owned()),
             ("PATCH", "/vm", "", "Empty PATCH request.".to_owned()),
             ("PUT", "/unknown", "", "Empty PUT request.".to_owned()),
-            ("DELETE", "/drives/a", "{}", "DELETE request cannot have a body.".to_owned()),
+            ("DELETE", "/vsock", "{}", "DELETE request cannot have a body.".to_owned()),
             ("DELETE", "/drives", "", "The ID cannot be empty.".to_owned()),
             ("DELETE", "/machine-config", "", format!("{invalid} DELETE machine-config.")),
             ("PATCH", "/machine-config", r#"{"smt":null}"#, "Empty PATCH request.".to_owned()),

@@ -6,7 +6,7 @@ use schemars::generate::SchemaSettings;
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde_json::{Map, Value, json};
 
-use super::bodies::{ActionBody, FirecrackerVersion, Guest, InstanceInfo, VmBody};
+use super::bodies::{ActionBody, FirecrackerVersion, Guest, InstanceInfo, Unplug, VmBody};
 use super::examples::EXAMPLES;
 use super::routes::route;
 use super::snapshot::{CreateSnapshot, LoadSnapshot, Made, MakeClone, NoteWorkingSet};
@@ -161,7 +161,13 @@ fn changes_of(kind: &DeviceKind, generator: &mut SchemaGenerator) -> Vec<Operati
     };
     let noun = kind.noun;
     let article = if noun.starts_with('e') { "an" } else { "a" };
-    let mut list = vec![change("put", &path, &format!("Add or replace {article} {noun}, {BEFORE}"), body)];
+    let later = if kind.many { ", or add one to a guest that runs" } else { "" };
+    let put = format!("Add or replace {article} {noun}, {BEFORE}{later}");
+    let mut list = vec![change("put", &path, &put, body)];
+    if kind.many {
+        let summary = format!("Take {article} {noun} away from a guest that runs");
+        list.push(change("delete", &path, &summary, of::<Unplug>(generator)));
+    }
     let below = |place: &str| if place.is_empty() { path.clone() } else { format!("{path}/{place}") };
     list.extend((kind.told_schemas)(generator).into_iter().map(|(place, what, schema)| {
         let (path, summary, answer) = (below(place), what.to_owned(), Answer::Json(schema));
@@ -319,7 +325,7 @@ fn markdown(api: &Value) -> String {
 # API and config file reference
 
 Made from Alula's own types (`resources/openapi.json` is the same for programs, `alula schema openapi`
-prints it). Requests go to the control socket as HTTP/1.1 with JSON bodies, GET and DELETE without one.
+prints it). Requests go to the control socket as HTTP/1.1 with JSON bodies, GET without one, and DELETE if you like.
 What succeeds answers 200 with JSON or 204 with nothing, what does not 400 with `{\"fault_message\": \"...\"}`.
 Fields that are not listed are refused, but for those of `Metrics` and `TokenBucket`, which are ignored.
 Called `firecracker`, it knows only what Firecracker has.
@@ -463,7 +469,7 @@ fn every_body_has_an_example_that_is_taken() {
     for (method, path, body) in EXAMPLES {
         let value: Value = serde_json::from_str(body).unwrap();
         let id = ["drive_id", "iface_id", "id"].iter().find_map(|field| value[*field].as_str());
-        let path = path.replace("{id}", id.unwrap_or_default());
+        let path = path.replace("{id}", id.unwrap_or("a"));
         let refused = match path.as_str() {
             "/clones" => super::routes::route_of_template("PUT", &path, body.as_bytes()).err(),
             _ => match route(Dialect::Alula, &method.to_uppercase(), &path, body.as_bytes()) {

@@ -10,6 +10,7 @@ mod input;
 mod live;
 mod metrics;
 pub mod monitor;
+mod plugging;
 pub mod purpose;
 pub mod saving;
 pub mod signals;
@@ -181,9 +182,10 @@ impl Microvm {
         }
     }
 
-    /// Writes a line of metrics when it is time for one; to be called about once a second while the
-    /// machine is there.
-    pub fn look_at_metrics(&mut self) {
+    /// Writes a line of metrics when it is time for one, and reminds the guest of what it has not heard; to be called
+    /// about once a second while the machine is there.
+    pub fn look_after(&mut self) {
+        self.machine.iter().for_each(|machine| machine.remind());
         if let Some(output) = &mut self.metrics {
             output.flush();
             if output.is_due() {
@@ -213,6 +215,7 @@ impl Microvm {
         if let Some(machine) = &mut self.machine {
             machine.attend(&mut self.host);
         }
+        self.take_let_go();
         let has_called = self.host.take_agent_call();
         // Told once: a guest can have its agent say so again and again.
         if has_called && !std::mem::replace(&mut self.has_agent, true) {

@@ -240,7 +240,7 @@ impl Monitor {
             }
             let is_due = self.look_at <= Instant::now();
             if self.watches.is_some() && is_due {
-                microvm.look_at_metrics();
+                microvm.look_after();
             }
             // A CPU that waits for a page has not halted, and whoever looks at it would wait, too.
             let may_have_halted = is_due && !microvm.waits_for_page();

@@ -34,6 +34,7 @@ impl Microvm {
     /// is no machine any more, and [`Microvm::take_end`] says why.
     pub fn reset(&mut self, reason: &'static str) -> Result<()> {
         self.begin_reset().inspect_err(|_| self.host.release_all())?;
+        self.take_asked()?;
         // The counters since the last line are those of parts that go with the machine.
         self.write_metrics();
         let Some(machine) = self.machine.take() else { return Err(super::not_started()) };

@@ -11,6 +11,7 @@ mod firecracker;
 mod guest;
 mod hotplug;
 mod metadata;
+mod plugging;
 mod pmem;
 mod requests;
 mod socket;

@@ -38,7 +38,8 @@ Commands:
   get PATH           Any request of the API (docs/api.md), like `get /machine-config`
   put PATH JSON      With this body; `-` reads it from standard input
   patch PATH JSON    The same
-  delete PATH        Without a body
+  delete PATH [JSON]
+                     Without a body, or with this one
 
 Options:
       --api-sock SOCKET  The socket, instead of the guest's ID [default: what the variable ALULA_SOCKET
@@ -205,6 +206,7 @@ fn ask(words: &[&str], extra: Option<&str>) -> Result<Ask, lexopt::Error> {
         ["put", path, body] => request("PUT", path, body),
         ["patch", path, body] => request("PATCH", path, body),
         ["delete", path] => request("DELETE", path, ""),
+        ["delete", path, body] => request("DELETE", path, body),
         [] => return Err("a command is missing: list, status, config, metrics, events, pause, ...".into()),
         ["put" | "patch", ..] => return Err("a path and a body in JSON are expected".into()),
         ["get" | "delete", ..] => return Err("one path is expected".into()),

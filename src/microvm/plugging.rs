@@ -1,0 +1,115 @@
+//! Devices that come and go while the guest runs.
+
+use super::{CHANGE_TIME, Microvm, not_started};
+use crate::devices::kind::{ConfiguredDevice, DeviceKind};
+use crate::error::{Error, Result};
+use crate::history::{self, Event};
+use crate::jobs::Ticket;
+use crate::log;
+use crate::machine::{Leaving, Machine, Pausing};
+
+/// Who has had a device gone: its owner, by a DELETE with `force` or of what nobody used; the guest, which let it go when
+/// it was asked; a reset, before which it was asked.
+const BY_OWNER: &str = "DELETE";
+const BY_GUEST: &str = "guest";
+const BY_RESET: &str = "reset";
+
+impl Microvm {
+    /// Gives the guest, running or paused, one more device.
+    pub fn plug_device(&mut self, device: ConfiguredDevice) -> Result<()> {
+        self.check_not_saving()?;
+        Machine::check_plugs(&self.config)?;
+        device.check()?;
+        let (name, kind) = (device.name(), device.kind());
+        if self.config.device(kind, device.id()).is_some() {
+            // The first words are Firecracker's.
+            return Err(Error::config(format!(
+                "Device ID in use: the guest has {name}: change it (PATCH), or take it away first (DELETE)"
+            )));
+        }
+        if device.root_words().is_some() {
+            return Err(Error::config(format!(
+                "{name}: a guest that runs has booted already: leave `is_root_device` out"
+            )));
+        }
+        self.config.check_beside(&device)?;
+        let machine = self.machine.as_deref_mut().ok_or_else(not_started)?;
+        let plugged = machine.plug(&device, &mut self.host);
+        self.host.release_all();
+        plugged?;
+        self.config.put(device)?;
+        history::tell(|| Event::DevicePlugged { device: name });
+        Ok(())
+    }
+
+    /// Takes a device away from the guest, running or paused. One that the guest uses it is asked to let go, and
+    /// goes when the guest has; by `force`, any is torn away at once. A device that does not stop soon, because the host does
+    /// not answer it, has a job wait for it: its ticket is returned.
+    pub fn unplug_device(&mut self, kind: &DeviceKind, id: &str, force: bool) -> Result<Option<Ticket>> {
+        self.check_not_saving()?;
+        Machine::check_plugs(&self.config)?;
+        let device = self.device(kind, id)?;
+        let name = device.name();
+        if device.root_words().is_some() {
+            // The first words are Firecracker's.
+            return Err(Error::config(format!(
+                "Cannot unplug root device: the guest has booted from {name}"
+            )));
+        }
+        let mut rest = self.config.clone();
+        rest.remove(&name);
+        if rest.mmds_config.as_ref().is_some_and(|metadata| rest.check_metadata(metadata).is_err()) {
+            return Err(Error::config(format!(
+                "{name} is where the guest asks for its metadata (`network_interfaces` of /mmds/config), for as long as it \
+                 runs"
+            )));
+        }
+        match self.started()?.begin_unplug(&name, force)? {
+            Leaving::Asked => {
+                history::tell(|| Event::DeviceAskedToGo { device: name });
+                Ok(None)
+            }
+            Leaving::Now(pausing) => self.take_away(name, pausing, BY_OWNER),
+        }
+    }
+
+    /// Takes away what the guest has let go since this was last called.
+    pub(super) fn take_let_go(&mut self) {
+        let Some(machine) = &mut self.machine else { return };
+        for (name, pausing) in machine.take_let_go() {
+            if let Err(error) = self.take_away(name.clone(), pausing, BY_GUEST) {
+                log::line(format_args!("{name}, which the guest has let go, stays: {error}"));
+            }
+        }
+    }
+
+    /// Takes a device away that was told to stop.
+    fn take_away(&mut self, name: String, pausing: Pausing, reason: &'static str) -> Result<Option<Ticket>> {
+        if pausing.wait_for(CHANGE_TIME) {
+            return self.end_unplug(&name, reason).map(|()| None);
+        }
+        log::debug(format_args!("{name} goes when it has finished what it has in flight"));
+        let going = name.clone();
+        let job = self.start_job("unplug", move || {
+            pausing.wait();
+            Box::new(move |microvm| microvm.end_unplug(&going, reason).map(|()| None))
+        });
+        if job.is_err() {
+            self.started()?.end_change(&name);
+        }
+        job.map(Some)
+    }
+
+    fn end_unplug(&mut self, name: &str, reason: &'static str) -> Result<()> {
+        self.started()?.unplug(name)?;
+        self.config.remove(name);
+        history::tell(|| Event::DeviceGone { device: name.to_owned(), reason });
+        Ok(())
+    }
+
+    /// Takes away what the guest was asked to let go, before the machine is reset.
+    pub(super) fn take_asked(&mut self) -> Result<()> {
+        let asked = self.machine.as_deref_mut().map(Machine::asked_to_go).unwrap_or_default();
+        asked.iter().try_for_each(|name| self.end_unplug(name, BY_RESET))
+    }
+}
