@@ -55,9 +55,9 @@
 //! that list; what ACPI or FDT say of a component are its own `nodes()`, in the device's file (of virtio devices, in
 //! `virtio/mmio.rs`), which `arch` prints (`arch/x86_64/acpi.rs`, `arch/aarch64/fdt.rs`). A device comes by
 //! [`machine::Machine::attach`] and goes by `detach`, in a build as later (`machine/attach.rs`, which also chooses the
-//! places of configured devices; a restore is given those of the state). While the guest runs, that is `plug` and `unplug`
-//! (`machine/plug.rs`), of which the slots of the PCI bus tell the guest (`devices/slots.rs`, `arch/x86_64/slots.rs`), and
-//! in which the guest says what it has let go: `microvm/plugging.rs` then takes that away.
+//! places of configured devices; a restore is given those of the state). While the guest runs, that is `plug` and
+//! `unplug` (`machine/plug.rs`): by the slots of the PCI bus (`devices/slots.rs`, `arch/x86_64/slots.rs`) the guest is
+//! told, and says what it has let go, which `microvm/plugging.rs` then takes away.
 //!
 //! A machine's shell ([`machine::Shell`]) is the part of it that needs no configuration but how many CPUs there are,
 //! and on aarch64 with which features: KVM's machine with its interrupt controllers and CPUs, and memory if its size is

@@ -376,40 +376,44 @@ fn a_device_that_is_taken_away_leaves_nothing_behind() {
 
 #[test]
 fn a_pci_function_that_is_removed_is_nowhere_any_more() {
-    const DEVICE: u32 = 3;
     let _turn = turn();
     let (mmio, by_hand) = (Arc::new(Bus::default()), ByHand::new().unwrap());
     let memory = memory::allocate(&[Range { start: 0, size: 1 << 20 }]).unwrap();
     let root = Arc::new(Mutex::new(Root::new(driver::vm(), &mmio)));
     let mut ecam = Ecam(root.clone());
-    let config = u64::from(DEVICE << 15);
     let bar = layout::PCI_MEMORY.start;
-    let is_there = |ecam: &mut Ecam| {
+    let is_there = |ecam: &mut Ecam, config| {
         let (mut id, mut queues) = ([0; 4], [0; 2]);
         ecam.read(config, &mut id);
         mmio.read(bar + 0x12, &mut queues);
         (id != [0xff; 4], queues != [0xff; 2])
     };
-    for _ in 0..2 {
+    for (device_number, is_torn) in [(3, false), (3, true), (3, true), (4, true), (3, false)] {
+        let config = u64::from(device_number << 15);
         let entropy = KINDS.iter().find(|kind| kind.section == "entropy").unwrap();
         let device = entropy.parse(b"{}").unwrap().open("test", &mut Host::default()).unwrap();
-        let (_, function) = driver::function(device, memory.clone(), by_hand.event_loop(), DEVICE);
+        let (_, function) = driver::function(device, memory.clone(), by_hand.event_loop(), device_number);
         let kick = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).unwrap());
         let registers = FunctionRegisters {
             device: Arc::new(Mutex::new(function.registers())),
             kicks: vec![(NOTIFY, kick.clone())],
         };
-        root.lock().unwrap().add(DEVICE, Arc::new(Mutex::new(function)), Some(registers)).unwrap();
+        root.lock().unwrap().add(device_number, Arc::new(Mutex::new(function)), Some(registers)).unwrap();
         ecam.write(config + 0x10, &bar.to_le_bytes());
         ecam.write(config + 4, &[2, 0]);
-        assert_eq!(is_there(&mut ecam), (true, true));
+        assert_eq!(is_there(&mut ecam, config), (true, true));
         // KVM has the kick: it takes no second one for that address.
         driver::vm().kick_any(&kick, bar + NOTIFY).unwrap_err();
-        root.lock().unwrap().remove(DEVICE).unwrap();
-        assert_eq!(is_there(&mut ecam), (false, false));
+        let remove = if is_torn { Root::tear_away } else { Root::remove };
+        remove(&mut root.lock().unwrap(), device_number).unwrap();
+        // A driver that waits for the end of its reset finds zeros.
+        assert_eq!(is_there(&mut ecam, config), (false, is_torn));
+        let mut status = [0xaa];
+        mmio.read(bar + 0x14, &mut status);
+        assert_eq!(status, if is_torn { [0] } else { [0xff] });
         driver::vm().kick_any(&kick, bar + NOTIFY).unwrap();
         driver::vm().unkick_any(&kick, bar + NOTIFY).unwrap();
-        root.lock().unwrap().remove(DEVICE).unwrap_err();
+        root.lock().unwrap().remove(device_number).unwrap_err();
         assert_eq!(Arc::strong_count(&kick), 1);
     }
 }

@@ -222,13 +222,16 @@ impl Machine {
     /// the host. Its place is free again.
     pub fn detach(&mut self, name: &str) -> Result<()> {
         let part = self.parts.get(name)?;
-        let held = part.with(|device: &mut Transport| (device.kicks().to_vec(), device.loops().to_vec()));
-        let (kicks, loops) =
+        let held = part.with(|device: &mut Transport| {
+            (device.kicks().to_vec(), device.loops().to_vec(), device.is_driven())
+        });
+        let (kicks, loops, is_driven) =
             held.ok_or_else(|| Error::config(format!("detach {name}: it is a fixed part of the machine")))?;
         parts::pause(std::slice::from_ref(part));
         match (part.place, &self.root) {
             (Place::Pci(number), Some(root)) => {
-                root.lock().unwrap_or_else(PoisonError::into_inner).remove(number)?;
+                let mut root = root.lock().unwrap_or_else(PoisonError::into_inner);
+                if is_driven { root.tear_away(number) } else { root.remove(number) }?;
             }
             (Place::Registers { range, .. }, None) => {
                 self.surroundings.mmio.detach(range.start);

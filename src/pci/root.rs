@@ -58,12 +58,32 @@ pub struct Root {
     slots: [Option<Box<Slot>>; DEVICES_MAX],
     /// The address register of the port mechanism (x86).
     address: u32,
+    /// Where the registers were of devices that were torn away from their drivers, by device number.
+    remains: Vec<(u32, Range)>,
+}
+
+/// The registers of a device that was torn away from its driver: all are 0. A driver that lets go of the device resets it,
+/// and waits until the status is 0: Linux's would wait for ever for ones, which a bus reads as where nobody is.
+struct Remains;
+
+impl BusDevice for Remains {
+    fn read(&mut self, _offset: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+
+    fn write(&mut self, _offset: u64, _data: &[u8]) {}
 }
 
 impl Root {
     /// An empty bus whose functions' registers appear on `mmio`.
     pub fn new(vm: Arc<Vm>, mmio: &Arc<Bus>) -> Self {
-        Self { vm, mmio: Arc::downgrade(mmio), slots: [const { None }; DEVICES_MAX], address: 0 }
+        Self {
+            vm,
+            mmio: Arc::downgrade(mmio),
+            slots: [const { None }; DEVICES_MAX],
+            address: 0,
+            remains: Vec::new(),
+        }
     }
 
     /// Adds a function as this device.
@@ -75,6 +95,7 @@ impl Root {
     ) -> Result<()> {
         match self.slots.get_mut(device as usize) {
             Some(slot @ None) => {
+                clear(&self.mmio, &mut self.remains, |other, _| other == device);
                 *slot = Some(Box::new(Slot { function, registers, placed: None }));
                 Ok(())
             }
@@ -85,13 +106,29 @@ impl Root {
 
     /// Takes the function of this device away, with its registers wherever they are.
     pub fn remove(&mut self, device: u32) -> Result<()> {
+        self.take(device).map(drop)
+    }
+
+    /// The same of one whose driver still uses it: in the place of its registers are zeros, until another function is there
+    /// or takes the place.
+    pub fn tear_away(&mut self, device: u32) -> Result<()> {
+        if let (Some(place), Some(mmio)) = (self.take(device)?, self.mmio.upgrade()) {
+            mmio.attach(place, Arc::new(Mutex::new(Remains)))?;
+            self.remains.push((device, place));
+        }
+        Ok(())
+    }
+
+    /// Takes the function of this device away, and returns where its registers were.
+    fn take(&mut self, device: u32) -> Result<Option<Range>> {
         let slot = self.slots.get_mut(device as usize).and_then(Option::take);
         let slot = slot.ok_or_else(|| Error::config(format!("there is no PCI device {device}")))?;
         if let (Some(registers), Some(place), Some(mmio)) = (slot.registers, slot.placed, self.mmio.upgrade())
         {
             take_away(&self.vm, &mmio, &registers, place);
+            return Ok(Some(place));
         }
-        Ok(())
+        Ok(None)
     }
 
     /// `address` is an offset in ECAM: bus 0, device, function 0, register.
@@ -115,10 +152,28 @@ impl Root {
         let (vm, mmio) = (self.vm.clone(), self.mmio.upgrade());
         let Some((slot, offset)) = self.slot(address) else { return };
         slot.function.lock().unwrap_or_else(PoisonError::into_inner).write_config(offset, data);
-        if let Some(mmio) = mmio {
+        let place = slot.function.lock().unwrap_or_else(PoisonError::into_inner).place();
+        if let (Some(place), false) = (place, self.remains.is_empty()) {
+            clear(&self.mmio, &mut self.remains, |_, range| {
+                // A guest can write any address.
+                range.start < place.start.saturating_add(place.size) && place.start < range.end()
+            });
+        }
+        if let (Some(mmio), Some((slot, _))) = (mmio, self.slot(address)) {
             slot.place(&vm, &mmio);
         }
     }
+}
+
+/// Takes those of the `remains` from the bus that are in the way.
+fn clear(mmio: &Weak<Bus>, remains: &mut Vec<(u32, Range)>, is_in_the_way: impl Fn(u32, Range) -> bool) {
+    remains.retain(|(device, range)| {
+        let goes = is_in_the_way(*device, *range);
+        if let (true, Some(mmio)) = (goes, mmio.upgrade()) {
+            mmio.detach(range.start);
+        }
+        !goes
+    });
 }
 
 impl Component for Root {
