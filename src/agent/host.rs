@@ -4,7 +4,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::error::{Context, Error, Result};
-use crate::protocol::request::{Info, Memory, Set};
+use crate::protocol::request::{Info, Memory, Pci, Set};
 use crate::sys::{machine, process};
 
 /// How long processes have to end when the guest does.
@@ -12,7 +12,7 @@ const LAST_WORDS: Duration = Duration::from_secs(3);
 
 /// Sets what is said.
 pub fn set(set: &Set) -> Result<()> {
-    let Set { hostname, clock_ns, seed, address } = set;
+    let Set { hostname, clock_ns, seed, address, pci } = set;
     if let Some(name) = hostname {
         machine::set_hostname(name).with_context(|| format!("set the hostname `{name}`"))?;
     }
@@ -28,6 +28,13 @@ pub fn set(set: &Set) -> Result<()> {
         if let Some(gateway) = given.gateway {
             machine::set_gateway(gateway).with_context(|| format!("make {gateway} the gateway"))?;
         }
+    }
+    if let Some(pci) = pci {
+        let path = match pci {
+            Pci::Rescan => "/sys/bus/pci/rescan".to_owned(),
+            Pci::Remove(number) => format!("/sys/bus/pci/devices/0000:00:{number:02x}.0/remove"),
+        };
+        std::fs::write(&path, "1").with_context(|| format!("write to `{path}`"))?;
     }
     Ok(())
 }

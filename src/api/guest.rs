@@ -1,4 +1,4 @@
-//! `GET /guest`: what the agent in the guest says of it.
+//! What the API asks of the agent in the guest: how it is (`GET /guest`), and to look after its PCI bus.
 
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -10,13 +10,17 @@ use crate::guest::call::{Call, reach};
 use crate::guest::hearing::Hearing;
 use crate::host::socket;
 use crate::jobs::Ticket;
+use crate::log;
 use crate::machine::RunState;
 use crate::microvm::Microvm;
+use crate::microvm::plugging::Agent;
 use crate::protocol::PORT;
-use crate::protocol::request::{Ask, Greeting};
+use crate::protocol::request::{Ask, Greeting, Pci, Set};
 
 /// How long a guest may take for its answer: one that never answers must not keep a job's place for long.
 const PATIENCE: Duration = Duration::from_secs(3);
+/// How long a guest may take to look for a device, or to let one go: its driver writes out what it has.
+const RELEASE_TIME: Duration = Duration::from_secs(30);
 /// The most bytes that are told of each text of a guest, and the most addresses: a guest can say anything, of any
 /// length.
 const TEXT_MAX: usize = 256;
@@ -30,6 +34,41 @@ pub fn look(microvm: &mut Microvm) -> Result<Ticket> {
         Box::new(move |_| serde_json::to_value(guest).map(Some).context("write what the agent said"))
     };
     microvm.start_job("guest", work)
+}
+
+/// Has the agent in a guest that does not hear of it by itself look for a device that has come. Nobody waits for that:
+/// without an agent, the guest looks when it likes.
+pub fn look_for_device(microvm: &mut Microvm) {
+    let Ok(stream) = open_deaf(microvm) else { return };
+    let work = move || -> crate::microvm::Finish {
+        let looked = set_pci(stream, Pci::Rescan);
+        Box::new(move |_| looked.map(|()| None))
+    };
+    if let Err(error) = microvm.start_job("guest", work) {
+        log::debug(format_args!("nobody looks for the device in the guest: {error}"));
+    }
+}
+
+/// The agent in a guest that cannot be asked otherwise to let a device go.
+pub fn agent(microvm: &mut Microvm) -> Option<Agent> {
+    let stream = open_deaf(microvm).ok()?;
+    Some(Box::new(move |number| set_pci(stream, Pci::Remove(number as u8))))
+}
+
+/// A connection to a guest that does not hear by itself of devices that come and go.
+fn open_deaf(microvm: &mut Microvm) -> Result<UnixStream> {
+    match microvm.machine() {
+        Some(machine) if !machine.hears_of_devices() => open(microvm),
+        _ => Err(Error::guest("the guest hears by itself")),
+    }
+}
+
+fn set_pci(stream: UnixStream, pci: Pci) -> Result<()> {
+    let deadline = Instant::now() + RELEASE_TIME;
+    let stream = reach(stream, PORT, PATIENCE)?
+        .ok_or_else(|| Error::guest(format!("no agent listens on vsock port {PORT} of the guest")))?;
+    let set = Set { pci: Some(pci), ..Set::default() };
+    Hearing::new(Call::new(stream, Ask::Set(set))?, Some(deadline))?.finish(|_| Ok(())).map(drop)
 }
 
 /// A guest in which no agent answers.

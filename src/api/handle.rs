@@ -9,6 +9,7 @@ use super::{API_VERSION, Reply, Request, Response, guest, observe, routes};
 use crate::arch;
 use crate::devices::fixed::FixedDevice;
 use crate::devices::keyboard::Keyboard;
+use crate::devices::kind::ConfiguredDevice;
 use crate::error::Error;
 use crate::jobs::Ticket;
 use crate::machine::RunState;
@@ -174,11 +175,7 @@ fn handle(microvm: &mut Microvm, request: Request) -> Result<Reply, String> {
         PatchMetadata(patch) => return metadata_changed(microvm.metadata().patch(patch)),
         // Firecracker's word, of which clients know it.
         PutMetadataConfig(config) => microvm.set_metadata_config(config).map_err(fault("MMMDS config error")),
-        PutDevice(device) => {
-            let area = device.kind().fault;
-            let put = if microvm.state().is_some() { Microvm::plug_device } else { Microvm::put_device };
-            put(microvm, device).map_err(fault(area))
-        }
+        PutDevice(device) => put_device(microvm, device),
         PatchDevice(kind, change) => {
             return now_or_later(kind.update_fault, microvm.patch_device(kind, change));
         }
@@ -188,7 +185,8 @@ fn handle(microvm: &mut Microvm, request: Request) -> Result<Reply, String> {
             return Ok(Response::Value(told).into());
         }
         DeleteDevice(kind, id, Unplug { force }) => {
-            return now_or_later(kind.fault, microvm.unplug_device(kind, &id, force));
+            let agent = guest::agent(microvm);
+            return now_or_later(kind.fault, microvm.unplug_device(kind, &id, force, agent));
         }
         Action(action) => act(microvm, action),
         CreateSnapshot(body) => return later("Create snapshot error", microvm.create_snapshot(&body.plan())),
@@ -201,6 +199,16 @@ fn handle(microvm: &mut Microvm, request: Request) -> Result<Reply, String> {
         PatchVm(VmState::Resumed) => microvm.resume("PATCH /vm").map_err(fault("Internal VMM error")),
     };
     done.map(|()| Response::Done.into())
+}
+
+/// Configures a device before the start; later, gives it to the guest.
+fn put_device(microvm: &mut Microvm, device: ConfiguredDevice) -> Result<(), String> {
+    let area = device.kind().fault;
+    let put = match microvm.state() {
+        None => microvm.put_device(device),
+        Some(_) => microvm.plug_device(device).inspect(|()| guest::look_for_device(microvm)),
+    };
+    put.map_err(fault(area))
 }
 
 /// The answer to a request for which a job has begun, or could not.

@@ -19,6 +19,8 @@ pub enum Leaving {
     Asked,
     /// It stops, and is taken away then ([`Machine::unplug`]).
     Now(Pausing),
+    /// Its driver is to let it go first, whom this machine cannot ask: the device's number on the bus.
+    Unheard(u32),
 }
 
 impl Machine {
@@ -60,22 +62,15 @@ impl Machine {
     }
 
     /// Begins to take a device away: one that no driver of the guest uses, or by `force`, at once; any other is asked for.
-    ///
-    /// # Errors
-    /// Nobody in the guest can be asked.
     pub fn begin_unplug(&mut self, name: &str, force: bool) -> Result<Leaving> {
         let number = self.number_of(name)?;
         if force || !self.is_driven(name) {
             return self.begin_change(name).map(Leaving::Now);
         }
-        let asked = self.with_slots(|slots| slots.ask(number));
-        asked.unwrap_or_else(|| {
-            Err(Error::config(format!(
-                "{name} is in use, and the guest cannot be asked to let it go on this architecture: have it do so \
-                 (`echo 1 > /sys/bus/pci/devices/0000:00:{number:02x}.0/remove`) and try again, or tear the device \
-                 away (`{{\"force\": true}}`)"
-            )))
-        })?;
+        let Some(asked) = self.with_slots(|slots| slots.ask(number)) else {
+            return Ok(Leaving::Unheard(number));
+        };
+        asked?;
         log::debug(format_args!("the guest is asked to let go {name}, PCI device {number}"));
         Ok(Leaving::Asked)
     }
@@ -113,6 +108,11 @@ impl Machine {
     pub fn asked_to_go(&mut self) -> Vec<String> {
         let numbers: Vec<u32> = self.with_slots(|slots| slots.asked().collect()).unwrap_or_default();
         numbers.into_iter().filter_map(|number| self.name_at(number)).collect()
+    }
+
+    /// Whether the guest hears by itself of devices that come and go.
+    pub fn hears_of_devices(&self) -> bool {
+        self.with_slots(|_| ()).is_some()
     }
 
     /// Tells the guest again of what it has not read; to be called now and then.

@@ -10,7 +10,7 @@ mod input;
 mod live;
 mod metrics;
 pub mod monitor;
-mod plugging;
+pub mod plugging;
 pub mod purpose;
 pub mod saving;
 pub mod signals;

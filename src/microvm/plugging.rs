@@ -2,7 +2,7 @@
 
 use super::{CHANGE_TIME, Microvm, not_started};
 use crate::devices::kind::{ConfiguredDevice, DeviceKind};
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::history::{self, Event};
 use crate::jobs::Ticket;
 use crate::log;
@@ -13,6 +13,9 @@ use crate::machine::{Leaving, Machine, Pausing};
 const BY_OWNER: &str = "DELETE";
 const BY_GUEST: &str = "guest";
 const BY_RESET: &str = "reset";
+
+/// Has an agent in the guest let go the device with this number on the bus. It is called on a job's thread.
+pub type Agent = Box<dyn FnOnce(u32) -> Result<()> + Send>;
 
 impl Microvm {
     /// Gives the guest, running or paused, one more device.
@@ -43,9 +46,16 @@ impl Microvm {
     }
 
     /// Takes a device away from the guest, running or paused. One that the guest uses it is asked to let go, and
-    /// goes when the guest has; by `force`, any is torn away at once. A device that does not stop soon, because the host does
-    /// not answer it, has a job wait for it: its ticket is returned.
-    pub fn unplug_device(&mut self, kind: &DeviceKind, id: &str, force: bool) -> Result<Option<Ticket>> {
+    /// goes when the guest has; by `force`, any is torn away at once. Where the machine cannot ask the guest, `agent` does. A
+    /// device that does not stop soon, because the host does not answer it, has a job wait for it, and so has an agent: the
+    /// job's ticket is returned.
+    pub fn unplug_device(
+        &mut self,
+        kind: &DeviceKind,
+        id: &str,
+        force: bool,
+        agent: Option<Agent>,
+    ) -> Result<Option<Ticket>> {
         self.check_not_saving()?;
         Machine::check_plugs(&self.config)?;
         let device = self.device(kind, id)?;
@@ -70,7 +80,27 @@ impl Microvm {
                 Ok(None)
             }
             Leaving::Now(pausing) => self.take_away(name, pausing, BY_OWNER),
+            Leaving::Unheard(number) => match agent {
+                Some(agent) => self.ask_agent(name, number, agent).map(Some),
+                None => Err(in_use(&name, number)),
+            },
         }
+    }
+
+    /// Has the agent in the guest let go a device, and then takes that away.
+    fn ask_agent(&mut self, name: String, number: u32, agent: Agent) -> Result<Ticket> {
+        history::tell(|| Event::DeviceAskedToGo { device: name.clone() });
+        self.start_job("unplug", move || {
+            let asked = agent(number);
+            Box::new(move |microvm| {
+                asked.with_context(|| in_use(&name, number).to_string())?;
+                microvm.check_not_saving()?;
+                match microvm.started()?.begin_unplug(&name, false)? {
+                    Leaving::Now(pausing) => microvm.take_away(name, pausing, BY_GUEST).map(|_| None),
+                    Leaving::Asked | Leaving::Unheard(_) => Err(in_use(&name, number)),
+                }
+            })
+        })
     }
 
     /// Takes away what the guest has let go since this was last called.
@@ -112,4 +142,13 @@ impl Microvm {
         let asked = self.machine.as_deref_mut().map(Machine::asked_to_go).unwrap_or_default();
         asked.iter().try_for_each(|name| self.end_unplug(name, BY_RESET))
     }
+}
+
+/// The device cannot go, and what to do.
+fn in_use(name: &str, number: u32) -> Error {
+    Error::config(format!(
+        "{name} is in use, and the guest cannot be asked to let it go on this architecture but by an agent: have it do so \
+         (`echo 1 > /sys/bus/pci/devices/0000:00:{number:02x}.0/remove`) and try again, or tear the device away \
+         (`{{\"force\": true}}`)"
+    ))
 }

@@ -122,6 +122,19 @@ pub struct Set {
     /// An address.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub address: Option<Address>,
+    /// Devices of its PCI bus have come, or one is to be let go.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci: Option<Pci>,
+}
+
+/// What is to be done with the devices of PCI bus 0.
+#[derive(Clone, Copy, Debug, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Pci {
+    /// Those that have come are looked for.
+    Rescan,
+    /// The one with this number is let go.
+    Remove(u8),
 }
 
 /// An interface's IPv4 address.
