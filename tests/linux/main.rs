@@ -14,6 +14,7 @@ mod common;
 mod disks;
 mod memory;
 mod networks;
+mod plugging;
 mod shared;
 
 use std::io::{BufRead, Read, Write};

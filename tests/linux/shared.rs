@@ -66,6 +66,19 @@ impl Guest {
         said(self.command(disk, words).output().unwrap())
     }
 
+    /// Has the guest run a shell script, and returns its output.
+    pub fn shell(&self, script: &str) -> String {
+        let mut command = Command::new(common::alula());
+        command.arg("exec").arg("--vsock").arg(self.folder.path("vsock"));
+        command.args(["--timeout", "100s", "--", "busybox", "sh", "-c", script]).stdin(Stdio::null());
+        said(command.output().unwrap())
+    }
+
+    /// A client of the monitor.
+    pub fn client(&self) -> common::Client {
+        common::Client::connect(&self.folder.path("api"))
+    }
+
     /// Has a disk show a new image, in which nothing is written, and returns that image's path.
     pub fn fresh(&self, disk: &str, format: &str) -> PathBuf {
         let path = disks::image(&self.folder, &format!("{disk}_of_a_case"), format);
@@ -76,11 +89,7 @@ impl Guest {
     /// Has a disk show another image: the one before is closed, and nothing is kept back of what was written to it.
     pub fn show(&self, disk: &str, image: &Path) {
         let body = json!({ "drive_id": disk, "path_on_host": image });
-        common::Client::connect(&self.folder.path("api")).ok(
-            "PATCH",
-            &format!("/drives/{disk}"),
-            &body.to_string(),
-        );
+        self.client().ok("PATCH", &format!("/drives/{disk}"), &body.to_string());
     }
 
     /// Ends it. Whoever ends the monitor by a signal is told so by its code.
@@ -112,6 +121,10 @@ const CASES: &[Case] = &[
     ("disk, network, metadata and entropy together", uses_all_devices),
     ("what is written to persistent memory is there", disks::writes_to_pmem),
     ("bulk data crosses a TAP in both directions", networks::bulk),
+    ("a disk comes and goes while the guest runs", plugging::disks),
+    ("a network interface comes and goes while the guest runs", plugging::interfaces),
+    ("persistent memory comes and goes while the guest runs", plugging::pmem),
+    ("a disk that is torn away leaves the guest alive", plugging::torn_away),
 ];
 
 /// Runs all cases in one guest, or in as many as it takes.

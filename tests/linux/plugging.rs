@@ -1,0 +1,133 @@
+//! Devices that come to a Linux guest that runs, and go again. ACPI tells a guest of x86_64 and asks it, the agent one of
+//! aarch64.
+
+use super::{shared, *};
+
+/// A guest that is asked to plug what it cannot.
+fn refuses(guest: &shared::Guest, path: &str, body: &serde_json::Value) {
+    let mut client = guest.client();
+    for (method, body) in [("PUT", &*body.to_string()), ("DELETE", "")] {
+        let fault = client.request(method, path, body).fault();
+        assert!(fault.contains("PCI is not enabled: devices come and go"), "{method}: {fault}");
+    }
+}
+
+/// Whether the guest's configuration has the device called `id`.
+fn has(guest: &shared::Guest, section: &str, field: &str, id: &str) -> bool {
+    let config = guest.client().ok("GET", "/vm/config", "").json();
+    config[section].as_array().unwrap().iter().any(|device| device[field] == id)
+}
+
+/// A disk comes several times: it is used, its limits are changed, and it goes.
+pub fn disks(guest: &shared::Guest) {
+    let path = "/drives/guest";
+    let image = disks::image(&guest.folder, "guest", "raw");
+    let body = json!({ "drive_id": "guest", "path_on_host": image, "is_root_device": false });
+    if guest.queues == 1 {
+        return refuses(guest, path, &body);
+    }
+    let mut client = guest.client();
+    for round in 0..3 {
+        client.ok("PUT", path, &body.to_string());
+        assert!(client.request("PUT", path, &body.to_string()).fault().contains("Device ID in use"));
+        let found = "until grep -lsx guest /sys/block/vd*/serial; do usleep 10000; done";
+        assert!(guest.shell(found).contains("/serial"));
+        let word = if round == 0 { "disk-write" } else { "disk-check" };
+        let text = guest.does("guest", &[word]);
+        assert!(text.contains("disk: read and written, 65536 sectors"), "{text}");
+        let limit =
+            json!({ "drive_id": "guest", "rate_limiter": { "ops": { "size": 100, "refill_time": 10 } } });
+        client.ok("PATCH", path, &limit.to_string());
+        assert!(client.ok("GET", "/metrics", "").json()["block_guest"]["read_count"].as_u64().unwrap() > 0);
+        client.ok("DELETE", path, "");
+        guest.shell("while grep -lsx guest /sys/block/vd*/serial; do usleep 10000; done");
+        wait_for(|| !has(guest, "drives", "drive_id", "guest"));
+        let fault = client.request("DELETE", path, "").fault();
+        assert!(fault.contains("there is no disk `guest`"), "{fault}");
+    }
+    client.send("GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n");
+    client.receive();
+    let events = std::io::BufReader::new(client.stream).lines().map(Result::unwrap);
+    let of_it = events.filter_map(|line| Some(line.split_once(r#""device":"disk `guest`""#)?.0.to_owned()));
+    let round = ["device_plugged", "device_changed", "device_asked_to_go", "device_gone"];
+    // No more lines than those are waited for.
+    for (event, line) in round.iter().cycle().take(3 * round.len()).zip(of_it) {
+        assert!(line.contains(event), "{line}: no {event}");
+    }
+}
+
+/// A network interface comes: the guest reaches the host by it, and it goes.
+pub fn interfaces(guest: &shared::Guest) {
+    let path = "/network-interfaces/guest";
+    let body = json!({ "iface_id": "guest", "host_dev_name": "tap1", "guest_mac": "06:00:ac:11:00:02" });
+    if guest.queues == 1 {
+        return refuses(guest, path, &body);
+    }
+    network::add_tap("tap1", "172.17.0.1/24");
+    let mut client = guest.client();
+    client.ok("PUT", path, &body.to_string());
+    let script = "
+        until name=$(grep -lx 06:00:ac:11:00:02 /sys/class/net/*/address); do usleep 10000; done
+        name=$(basename $(dirname $name))
+        ip addr add 172.17.0.2/24 dev $name
+        ip link set $name up
+        ping -c 3 -W 10 172.17.0.1 >/dev/null && echo pinged by $name";
+    let text = guest.shell(script);
+    assert!(text.contains("pinged by eth"), "{text}");
+    client.ok("DELETE", path, "");
+    guest.shell("while grep -lsx 06:00:ac:11:00:02 /sys/class/net/*/address; do usleep 10000; done");
+    wait_for(|| !has(guest, "network-interfaces", "iface_id", "guest"));
+    // Nobody holds the interface of the host any more.
+    common::output("ip", &["link", "del", "tap1"]);
+}
+
+/// Persistent memory comes: the guest writes to it, and it goes.
+pub fn pmem(guest: &shared::Guest) {
+    let path = "/pmem/guest";
+    let image = disks::image(&guest.folder, "guest_pmem", "raw");
+    let body = json!({ "id": "guest", "path_on_host": image });
+    if guest.queues == 1 {
+        return refuses(guest, path, &body);
+    }
+    let mut client = guest.client();
+    client.ok("PUT", path, &body.to_string());
+    guest.shell(
+        "until [ -b /dev/pmem1 ]; do usleep 10000; done
+        echo kept by the host | dd of=/dev/pmem1 bs=4096 conv=sync,fsync",
+    );
+    assert!(std::fs::read(&image).unwrap().starts_with(b"kept by the host\n"));
+    client.ok("DELETE", path, "");
+    guest.shell("while [ -b /dev/pmem1 ]; do usleep 10000; done");
+    wait_for(|| !has(guest, "pmem", "id", "guest"));
+}
+
+/// A disk is torn away from its driver, and another one comes at once, which the guest must not take for the one before.
+pub fn torn_away(guest: &shared::Guest) {
+    let path = "/drives/torn";
+    let image = disks::image(&guest.folder, "torn", "raw");
+    let body = json!({ "drive_id": "torn", "path_on_host": image, "is_root_device": false });
+    if guest.queues == 1 {
+        return refuses(guest, path, &body);
+    }
+    // Nobody tells a guest of aarch64.
+    let forget = "for serial in $(grep -lsx torn /sys/block/vd*/serial); do
+        echo 1 >$(readlink -f ${serial%/serial}/device/..)/remove
+    done";
+    let one =
+        "until [ $(grep -lsx torn /sys/block/vd*/serial | wc -l) = 1 ]; do usleep 10000; done; echo one";
+    let mut client = guest.client();
+    client.ok("PUT", path, &body.to_string());
+    for _ in 0..3 {
+        assert!(guest.shell(one).contains("one"));
+        guest.does("torn", &["disk-write"]);
+        client.ok("DELETE", path, r#"{"force": true}"#);
+        assert!(!has(guest, "drives", "drive_id", "torn"));
+        if !X86_64 {
+            guest.shell(forget);
+        }
+        client.ok("PUT", path, &body.to_string());
+    }
+    assert!(guest.shell(one).contains("one"));
+    client.ok("DELETE", path, "");
+    guest.shell("while grep -lsx torn /sys/block/vd*/serial; do usleep 10000; done");
+}
