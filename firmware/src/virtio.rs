@@ -160,7 +160,12 @@ impl Device {
         match self.0 {
             Place::Mmio(start) => start,
             Place::Pci(config) => {
-                u64::from(read32(config + BAR) & !15) | u64::from(read32(config + BAR + 4)) << 32
+                let (low, high) = (read32(config + BAR), read32(config + BAR + 4));
+                // A device that has just gone: in its configuration space is nothing, either.
+                match low == u32::MAX || high == u32::MAX {
+                    true => config,
+                    false => u64::from(low & !15) | u64::from(high) << 32,
+                }
             }
         }
     }
