@@ -88,7 +88,7 @@ impl Handler {
         let attempt = || format!("hand the guest's memory to the page-fault handler at `{}`", path.display());
         let socket = Named::new("page-fault handler", socket::connect(path).with_context(attempt)?);
         let message = serde_json::to_vec(&mapped(&memory.memory())).with_context(attempt)?;
-        network::send_with(&*socket, &message, &faults).with_context(attempt)?;
+        network::send_with(&*socket, &message, &[&faults]).with_context(attempt)?;
         let counts = std::fs::File::open("/proc/self/stat").context("open /proc/self/stat")?;
         let shared = Arc::new(Shared {
             faults,

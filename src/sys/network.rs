@@ -85,30 +85,42 @@ pub fn send(socket: &impl AsRawFd, bytes: &[u8]) -> Result<usize> {
     check_count(unsafe { libc::send(socket.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), 0) })
 }
 
-/// Sends all of `bytes` and another descriptor of what `fd` has open to the other end of a Unix socket, as one message
-/// (SCM_RIGHTS, unix(7)).
+/// The most descriptors that one message takes with it here.
+pub const DESCRIPTORS_MAX: usize = 8;
+
+/// Sends all of `bytes` and other descriptors of what `fds` have open, at most [`DESCRIPTORS_MAX`], to the other end of a
+/// Unix socket, as one message (SCM_RIGHTS, unix(7)).
 ///
 /// # Errors
-/// There is no room for all of it, or the other end has broken off.
-pub fn send_with(socket: &impl AsRawFd, bytes: &[u8], fd: &impl AsRawFd) -> Result<()> {
+/// There is no room for all of it, there are too many descriptors, or the other end has broken off.
+pub fn send_with(socket: &impl AsRawFd, bytes: &[u8], fds: &[&dyn AsRawFd]) -> Result<()> {
+    if fds.len() > DESCRIPTORS_MAX {
+        return Err(ErrorKind::InvalidInput.into());
+    }
     let mut part = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
-    // Room for a header and one descriptor, as aligned as a header has to be.
-    let mut control = [0_u64; 4];
+    // Room for a header and the descriptors, as aligned as a header has to be.
+    let mut control = [0_u64; 3 + DESCRIPTORS_MAX / 2];
     // SAFETY: `msghdr` is plain data of which zeros are valid.
     let mut message: libc::msghdr = unsafe { zeroed() };
     (message.msg_iov, message.msg_iovlen) = (&raw mut part, 1);
-    message.msg_control = control.as_mut_ptr().cast();
-    // SAFETY: the functions compute lengths and places within the local buffer, which has room for a header and four
-    // bytes, and the call reads the local structures and the slice.
-    let sent = unsafe {
-        message.msg_controllen = libc::CMSG_SPACE(size_of::<RawFd>() as u32) as _;
-        let header = libc::CMSG_FIRSTHDR(&raw const message);
-        (*header).cmsg_level = libc::SOL_SOCKET;
-        (*header).cmsg_type = libc::SCM_RIGHTS;
-        (*header).cmsg_len = libc::CMSG_LEN(size_of::<RawFd>() as u32) as _;
-        libc::CMSG_DATA(header).cast::<RawFd>().write_unaligned(fd.as_raw_fd());
-        libc::sendmsg(socket.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL)
-    };
+    let size = (fds.len() * size_of::<RawFd>()) as u32;
+    if size > 0 {
+        message.msg_control = control.as_mut_ptr().cast();
+        // SAFETY: the functions compute lengths and places within the local buffer, which has room for a header and as
+        // many descriptors as there are.
+        unsafe {
+            message.msg_controllen = libc::CMSG_SPACE(size) as _;
+            let header = libc::CMSG_FIRSTHDR(&raw const message);
+            (*header).cmsg_level = libc::SOL_SOCKET;
+            (*header).cmsg_type = libc::SCM_RIGHTS;
+            (*header).cmsg_len = libc::CMSG_LEN(size) as _;
+            for (index, fd) in fds.iter().enumerate() {
+                libc::CMSG_DATA(header).cast::<RawFd>().add(index).write_unaligned(fd.as_raw_fd());
+            }
+        }
+    }
+    // SAFETY: the call reads the local structures and the slice.
+    let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) };
     if check_count(sent)? == bytes.len() { Ok(()) } else { Err(ErrorKind::WriteZero.into()) }
 }
 
