@@ -11,7 +11,7 @@ pub mod workers;
 
 use std::any::Any;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, Ordering};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -46,6 +46,10 @@ pub trait VirtioDevice: SaveState + Send {
     /// The feature bits of its own device type; the transport adds those of rings and transports.
     fn features(&self) -> u64 {
         0
+    }
+    /// The feature bits of rings that it can do beside VERSION_1: those that `virtio-queue` can do, if that works at them.
+    fn ring_features(&self) -> u64 {
+        F_EVENT_IDX | F_INDIRECT_DESC
     }
     /// The largest size of each of its queues: powers of two.
     fn queue_sizes(&self) -> &[u16];
@@ -147,6 +151,11 @@ pub trait Worker: Send {
     fn stop(self: Box<Self>) -> Vec<Queue>;
 }
 
+/// Feature bits of rings (virtio 1.2, 6).
+pub const F_INDIRECT_DESC: u64 = 1 << 28;
+/// As above: both sides say when they want to know of buffers.
+pub const F_EVENT_IDX: u64 = 1 << 29;
+
 /// Bits of InterruptStatus and of the ISR (virtio 1.2, 4.2.2 and 4.1.4.5).
 const USED_BUFFER: u32 = 1;
 const CONFIGURATION_CHANGE: u32 = 2;
@@ -173,21 +182,33 @@ pub struct Interrupts {
     vectors: Option<(AtomicU16, Vec<AtomicU16>)>,
     /// One more whenever the configuration changes: who read half of it before reads again (2.5.3).
     generation: AtomicU32,
+    /// Another process interrupts the driver of used buffers, and cannot note that in `status`.
+    is_shared: AtomicBool,
 }
 
 impl Interrupts {
     /// A line that writes to `event`; of the driver's writes to InterruptACK, those that are posted are
     /// found in `acknowledged`.
     pub fn line(event: Arc<EventFd>, acknowledged: Option<Posted>) -> Arc<Self> {
-        let (status, generation) = (0.into(), 0.into());
-        Arc::new(Self { status, acknowledged, events: vec![event], vectors: None, generation })
+        let (status, generation, is_shared) = (0.into(), 0.into(), false.into());
+        Arc::new(Self { status, acknowledged, events: vec![event], vectors: None, generation, is_shared })
     }
 
     /// A vector per event, for a device with so many queues, to which the driver deals them out.
     pub fn vectors(events: Vec<Arc<EventFd>>, queues: usize) -> Arc<Self> {
         let queues = (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect();
         let vectors = Some((AtomicU16::new(NO_VECTOR), queues));
-        Arc::new(Self { status: 0.into(), acknowledged: None, events, vectors, generation: 0.into() })
+        let (status, generation, is_shared) = (0.into(), 0.into(), false.into());
+        Arc::new(Self { status, acknowledged: None, events, vectors, generation, is_shared })
+    }
+
+    /// The event by which another process tells the driver from now on, until the device is reset, that buffers of a queue
+    /// were used; None: the driver has given the queue no vector. On a line, the driver then always hears that some may
+    /// be used: it looks at its queues, and finds nothing, where only the configuration has changed.
+    pub fn share(&self, queue: usize) -> Option<&EventFd> {
+        self.is_shared.store(true, Ordering::SeqCst);
+        let index = self.vectors.as_ref().map_or(0, |(_, queues)| queues[queue].load(Ordering::SeqCst));
+        self.events.get(usize::from(index)).map(|event| &**event)
     }
 
     /// Notes what to tell the driver; a write to the event, if there is one, tells it.
@@ -227,7 +248,8 @@ impl Interrupts {
 
     fn status(&self) -> u32 {
         self.settle();
-        self.status.load(Ordering::SeqCst)
+        let shared = if self.is_shared.load(Ordering::SeqCst) { USED_BUFFER } else { 0 };
+        self.status.load(Ordering::SeqCst) | shared
     }
 
     /// The driver reads what for, and acknowledges what it is told by that: in one step, for what comes between
@@ -302,6 +324,7 @@ impl Interrupts {
 
     /// As at power-on.
     fn reset(&self) {
+        self.is_shared.store(false, Ordering::SeqCst);
         self.acknowledge(u32::MAX);
         if let Some((config, queues)) = &self.vectors {
             config.store(NO_VECTOR, Ordering::SeqCst);

@@ -92,8 +92,19 @@ impl Queue {
         self.ring.ready()
     }
 
+    /// Where in guest memory its descriptors, what is available and what is used are, for who works at it elsewhere.
+    pub fn places(&self) -> [GuestAddress; 3] {
+        [self.ring.desc_table(), self.ring.avail_ring(), self.ring.used_ring()].map(GuestAddress)
+    }
+
+    /// Somebody else has worked at it, and everything before the request `next` is done.
+    pub fn set_position(&mut self, next: u16) {
+        self.ring.set_next_avail(next);
+        self.ring.set_next_used(next);
+    }
+
     /// How far it is: the next available and the next used index.
-    pub(super) fn position(&self) -> (u16, u16) {
+    pub fn position(&self) -> (u16, u16) {
         (self.ring.next_avail(), self.ring.next_used())
     }
 

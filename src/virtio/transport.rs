@@ -25,8 +25,6 @@ const DRIVER_OK: u32 = 4;
 const FEATURES_OK: u32 = 8;
 const NEEDS_RESET: u32 = 64;
 
-const F_INDIRECT_DESC: u64 = 1 << 28;
-const F_EVENT_IDX: u64 = 1 << 29;
 const F_VERSION_1: u64 = 1 << 32;
 
 /// The registers that every transport has, by one name.
@@ -155,7 +153,7 @@ impl Transport {
         kicks: Vec<Arc<EventFd>>,
     ) -> Arc<Mutex<Self>> {
         let queues = vec![QueueRegisters::default(); device.queue_sizes().len()];
-        let offered = device.features() | F_VERSION_1 | F_EVENT_IDX | F_INDIRECT_DESC;
+        let offered = device.features() | device.ring_features() | F_VERSION_1;
         Arc::new_cyclic(|this| {
             let mut transport = Self {
                 name,

@@ -7,13 +7,13 @@ use serde_json::Value;
 use virtio_queue::QueueT;
 use vm_memory::GuestAddressSpace;
 
-use super::{DRIVER_OK, F_EVENT_IDX, FEATURES_OK, NEEDS_RESET, Phase, QueueRegisters, Stopping, Transport};
+use super::{DRIVER_OK, FEATURES_OK, NEEDS_RESET, Phase, QueueRegisters, Stopping, Transport};
 use crate::error::{Error, Result};
 use crate::history::{self, Event};
 use crate::host::Host;
 use crate::log;
 use crate::virtio::workers::Job;
-use crate::virtio::{Gone, Io, Queue, VirtioDevice};
+use crate::virtio::{F_EVENT_IDX, Gone, Io, Queue, VirtioDevice};
 
 impl Transport {
     /// Starts it, soon, if everything is for it.
