@@ -33,6 +33,19 @@ pub enum Source<'s> {
 }
 
 impl<'s> Source<'s> {
+    /// The content of this source, in files that another process can map, too.
+    ///
+    /// # Errors
+    /// The content is not zeros, and what of it is written is this process's own.
+    pub fn to_share(self) -> Result<Self> {
+        match self {
+            Self::Anonymous | Self::Shared => Ok(Self::Shared),
+            _ => Err(Error::config(
+                "the memory of a guest that is restored cannot be shared with a vhost-user backend (`socket` of a disk)",
+            )),
+        }
+    }
+
     /// The content of this source, in huge pages of 2 MiB of the host's pool.
     ///
     /// # Errors
@@ -41,7 +54,11 @@ impl<'s> Source<'s> {
         match self {
             Self::Anonymous | Self::Huge => Ok(Self::Huge),
             Self::Served(faults) | Self::ServedHuge(faults) => Ok(Self::ServedHuge(faults)),
-            Self::Shared | Self::Private { .. } => Err(Error::config(
+            Self::Shared => Err(Error::config(
+                "memory that is shared with a vhost-user backend (`socket` of a disk) cannot be of huge pages of 2 MiB: \
+                 say `None` for its pages (`huge_pages`)",
+            )),
+            Self::Private { .. } => Err(Error::config(
                 "memory that is mapped from a file cannot be of huge pages of 2 MiB: have a page-fault handler give \
                  it (`mem_backend` of the type `Uffd`), or say `None` for its pages (`huge_pages`)",
             )),
