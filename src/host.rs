@@ -9,6 +9,7 @@ pub mod passt;
 pub mod socket;
 pub mod socket_file;
 pub mod tap;
+pub mod vhost_user;
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -25,6 +26,7 @@ use console::StdoutWriter;
 use listener::Listener;
 use passt::Passt;
 use tap::Tap;
+use vhost_user::Backend;
 
 /// What the machine may do with a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -66,6 +68,8 @@ pub enum Resource {
     Console(Box<dyn Write + Send>),
     /// A Unix socket that programs of the host connect to.
     Listener(Listener),
+    /// A connection to a vhost-user backend.
+    Backend(Box<Backend>),
 }
 
 /// A resource that waits for its machine.
@@ -174,6 +178,25 @@ impl Host {
         Ok(())
     }
 
+    /// The same for the vhost-user backend of `what` that listens at `path`, if `check` accepts it. A backend serves one
+    /// at a time: one that is held is not met again.
+    ///
+    /// # Errors
+    /// As of [`Self::backend`], or `check` refuses it: what was held is met again at the start.
+    pub fn hold_backend(
+        &mut self,
+        what: &str,
+        path: &Path,
+        config_size: usize,
+        check: impl FnOnce(&Backend) -> Result<()>,
+    ) -> Result<()> {
+        let backend = self.backend(what, path, config_size)?;
+        check(&backend)?;
+        self.release(what);
+        self.give(what, Resource::Backend(Box::new(backend)));
+        Ok(())
+    }
+
     /// The same for the output of the guest's serial console; None: standard output, which is not held.
     ///
     /// # Errors
@@ -263,6 +286,19 @@ impl Host {
         }
     }
 
+    /// The vhost-user backend of `what` that listens at `path`, which tells `config_size` bytes of configuration.
+    ///
+    /// # Errors
+    /// Nobody listens there, or it is none that can be used.
+    pub fn backend(&mut self, what: &str, path: &Path, config_size: usize) -> Result<Backend> {
+        if let Some(Resource::Backend(mut backend)) = self.take(what, |resource| resource.is_backend(path))
+            && backend.look().is_ok()
+        {
+            return Ok(*backend);
+        }
+        Backend::meet(what, path, config_size)
+    }
+
     /// A user-mode network: a passt that is started with these arguments.
     ///
     /// # Errors
@@ -337,6 +373,10 @@ impl Resource {
 
     fn is_tap(&self, wanted: &str) -> bool {
         matches!(self, Self::Tap { name, .. } if name == wanted)
+    }
+
+    fn is_backend(&self, wanted: &Path) -> bool {
+        matches!(self, Self::Backend(backend) if backend.is_at(wanted))
     }
 
     fn is_listener(&self, wanted: &Path) -> bool {

@@ -362,8 +362,8 @@ fn a_config_file_is_checked_whole_and_nothing_starts() {
         "vm.json:2:40: `machine-config`: `vcpu_count`: expected a whole number, found the text \"two\"",
         "vm.json:4:52: `drives`: unknown field `path`",
         "vm.json:4:5: disk `a`: `path_on_host` is missing",
-        "vm.json:5:5: disk `b`: `socket` is not implemented yet",
-        "vm.json: disk `b`: open disk `b` `x`: No such file",
+        "vm.json:5:5: disk `b`: `path_on_host` is given beside `socket`",
+        "vm.json: disk `b`: find the vhost-user backend of disk `b` at `s`: there is no socket",
         "vm.json: `boot-source` is missing",
     ] {
         assert!(text.contains(expected), "{expected}: {text}");

@@ -113,7 +113,7 @@ const BODIES: &[Body] = &[
             ("path_on_host", r#""/b""#, Done, Refused),
             ("rate_limiter", LIMITER, Done, Done),
             ("io_engine", r#""Async""#, Done, Done),
-            ("socket", r#""/s""#, NotYet, Done),
+            ("socket", r#""/s""#, Done, Done),
             ("discard", "true", Done, Done),
         ],
     ),
@@ -283,6 +283,10 @@ impl Body {
     /// With this value of a property.
     fn with(&self, property: &str, value: Value) -> Value {
         let mut body: Value = serde_json::from_str(self.required).unwrap();
+        if property == "socket" && !value.is_null() {
+            // A disk is an image or somebody else's.
+            body["path_on_host"] = Value::Null;
+        }
         let place = if self.within.is_empty() { &mut body } else { &mut body[self.within] };
         if place.is_null() {
             *place = json!({});

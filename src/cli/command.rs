@@ -192,11 +192,12 @@ fn root_of_config(config: &Config, boot: &mut Boot) -> Result<Vec<&'static str>>
             let whole = "its root is a partition (`partuuid`), and that of a command's guest a whole disk";
             return Err(Error::config(whole)).with_context(attempt);
         }
-        let (_, path, _) = disk.file();
         let kinds = match disk.format {
-            // The first bytes of its file are those of the container.
-            block::Format::Qcow2 => root_image::KINDS.to_vec(),
-            block::Format::Raw => vec![root_image::look(path, !disk.is_read_only).with_context(attempt)?],
+            // The first bytes of its file are those of the container, or somebody else has the disk.
+            block::Format::Raw if disk.socket.is_none() => {
+                vec![root_image::look(disk.file().1, !disk.is_read_only).with_context(attempt)?]
+            }
+            block::Format::Qcow2 | block::Format::Raw => root_image::KINDS.to_vec(),
         };
         return Ok(boot_from(boot, "/dev/vda", &kinds, !disk.is_read_only));
     }

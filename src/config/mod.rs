@@ -102,6 +102,11 @@ impl Config {
             || !self.devices.is_empty()
     }
 
+    /// Whether another process works in the guest's memory.
+    pub fn shares_memory(&self) -> bool {
+        self.devices.iter().any(ConfiguredDevice::shares_memory)
+    }
+
     /// The network interfaces, by their ids.
     pub fn interfaces(&self) -> impl Iterator<Item = &str> {
         self.devices().filter(|device| device.config::<net::Config>().is_some()).map(ConfiguredDevice::id)
@@ -154,6 +159,14 @@ impl Config {
             return Err(Error::config(format!(
                 "there are {DEVICES_MAX} devices already, more than any machine takes"
             )));
+        }
+        let are_at_odds =
+            |one: &ConfiguredDevice, other: &ConfiguredDevice| one.shares_memory() && other.room().is_some();
+        if others.clone().any(|other| are_at_odds(device, other) || are_at_odds(other, device)) {
+            return Err(Error::config(
+                "memory that is plugged (`memory-hotplug`) cannot be shared with the vhost-user backend of a disk \
+                 (`socket`): leave one of both out",
+            ));
         }
         others.try_for_each(|other| device.check_beside(other))?;
         device.check_memory(self.machine_config.mem_size_mib)

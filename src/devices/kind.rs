@@ -86,6 +86,10 @@ pub trait DeviceConfig:
     fn room(&self) -> Option<Room> {
         None
     }
+    /// Whether another process works in guest memory for it.
+    fn shares_memory(&self) -> bool {
+        false
+    }
     /// Whether a field is given that newer clients no longer give.
     fn is_deprecated(&self) -> bool {
         false
@@ -361,6 +365,11 @@ impl ConfiguredDevice {
         self.0.room()
     }
 
+    /// Whether another process works in guest memory for it.
+    pub fn shares_memory(&self) -> bool {
+        self.0.shares_memory()
+    }
+
     /// Whether a field is given that newer clients no longer give.
     pub fn is_deprecated(&self) -> bool {
         self.0.is_deprecated()
@@ -407,6 +416,7 @@ trait AnyConfig: Any + Send + Sync {
     fn check_memory(&self, memory_mib: u64) -> Result<()>;
     fn root_words(&self) -> Option<String>;
     fn room(&self) -> Option<Room>;
+    fn shares_memory(&self) -> bool;
     fn is_deprecated(&self) -> bool;
     fn threads(&self) -> usize;
     fn hold(&self, host: &mut Host) -> Result<()>;
@@ -436,6 +446,9 @@ impl<C: DeviceConfig> AnyConfig for C {
     }
     fn room(&self) -> Option<Room> {
         DeviceConfig::room(self)
+    }
+    fn shares_memory(&self) -> bool {
+        DeviceConfig::shares_memory(self)
     }
     fn is_deprecated(&self) -> bool {
         DeviceConfig::is_deprecated(self)

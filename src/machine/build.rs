@@ -45,6 +45,7 @@ pub fn build(
     let (boot_timer, machine) = (config.boot_timer.then(BootTimer::start), &config.machine_config);
     let ram = layout::memory(memory_size(machine.mem_size_mib)?);
     let ahead = OpenedAhead::open(kept, id, config, places, &ram, host)?;
+    let source = if config.shares_memory() { source.to_share()? } else { source };
     let source = machine.huge_pages.source(source)?;
     let shell = base.shell(Cpus::of(config)?, &[&ram, plugged].concat(), source, &ahead.windows())?;
     let Shell { vcpus, loops, surroundings, errands, wake, mut vm, memory } = shell;

@@ -151,6 +151,21 @@ impl SavedMachine {
 }
 
 impl Machine {
+    /// Whether it can be saved, as far as that is known before it stands still.
+    ///
+    /// # Errors
+    /// Another process has a part of its state.
+    pub fn check_to_save(&self) -> Result<()> {
+        match self.config.devices().find(|device| device.shares_memory()) {
+            None => Ok(()),
+            Some(device) => Err(Error::config(format!(
+                "memory is shared with the vhost-user backend of {} (`socket`), and what that has of it is in no \
+                 snapshot: give the guest an image instead (`path_on_host`)",
+                device.name()
+            ))),
+        }
+    }
+
     /// Saves all but the memory of a paused machine, which can go on afterwards. Memory is to be copied after
     /// this: the tables of an interrupt controller are written to it now.
     pub fn save(&mut self) -> Result<SavedMachine> {

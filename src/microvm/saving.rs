@@ -175,6 +175,7 @@ impl Microvm {
         if machine.is_changing() {
             return Err(Error::config("a change of a device waits for what it has in flight: wait for that"));
         }
+        machine.check_to_save()?;
         let resumes = machine.state() == RunState::Running;
         let is_live = resumes && *is_live;
         if resumes && !is_live && matches!(location, Location::Files { .. }) {

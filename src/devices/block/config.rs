@@ -5,9 +5,11 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::qcow2;
+use super::vhost_user::Remote;
 use crate::devices::check_id;
 use crate::devices::kind::{self, CliOption, DeviceConfig, is_yes, yes};
 use crate::error::{Context, Error, Result};
+use crate::host::vhost_user::Backend;
 use crate::host::{Access, Host};
 use crate::json;
 use crate::limiter::RateLimiter;
@@ -41,7 +43,8 @@ pub struct Config {
     pub io_engine: IoEngine,
     /// Limits of all its queues together; bytes are those read and written.
     pub rate_limiter: Option<RateLimiter>,
-    /// Not implemented yet: vhost-user.
+    /// In place of `path_on_host`: where a vhost-user backend listens, a program that has the disk and does its work in
+    /// the guest's memory.
     pub socket: Option<PathBuf>,
     /// Whether the guest can give blocks back (discard, write zeroes); left out: if the disk can be
     /// written and its file or device takes blocks back.
@@ -142,7 +145,8 @@ impl DeviceConfig for Config {
                boots from it, `format=qcow2`: not a raw image, `engine=async`: by\n\
                io_uring, `queues=N`, `threads=N`, `direct`: past the host's page cache,\n\
                `nodiscard`: blocks are not given back, `lock=off`: also if somebody\n\
-               else uses it. Flushed data is on stable storage. May be repeated",
+               else uses it; `socket=PATH` instead of PATH: a vhost-user backend's.\n\
+               Flushed data is on stable storage. May be repeated",
     };
     const EXAMPLE: &'static str =
         r#"{"drive_id": "root", "path_on_host": "root.img", "is_root_device": true}"#;
@@ -167,7 +171,11 @@ impl DeviceConfig for Config {
     /// Flushes of the guest are obeyed.
     fn from_option(text: &str, number: usize) -> Result<Self, String> {
         let mut words = text.split(',');
-        let mut config = Self::new(format!("disk{number}"), words.next().unwrap_or_default());
+        let first = words.next().unwrap_or_default();
+        let mut config = Self::new(format!("disk{number}"), first);
+        if let Some(socket) = first.strip_prefix("socket=") {
+            (config.path_on_host, config.socket) = (None, Some(socket.into()));
+        }
         config.cache_type = CacheType::Writeback;
         kind::check_words(words.clone(), &[])?;
         let count =
@@ -202,13 +210,16 @@ impl DeviceConfig for Config {
         let refuse = |message: &str| Err(Error::config(message));
         let is_missing = |path: &Path| path.as_os_str().is_empty();
         match self {
-            Self { socket: Some(_), .. } => refuse("`socket` is not implemented yet: leave it out"),
-            Self { path_on_host, .. } if path_on_host.as_deref().is_none_or(is_missing) => {
+            Self { socket: Some(path), .. } if is_missing(path) => {
+                refuse("`socket` is empty: it names where a vhost-user backend listens")
+            }
+            Self { socket: None, path_on_host, .. } if path_on_host.as_deref().is_none_or(is_missing) => {
                 refuse("`path_on_host` is missing: it names the disk")
             }
             Self { num_queues, .. } if !(1..=QUEUES_MAX).contains(num_queues) => refuse(&format!(
                 "`num_queues` is {num_queues}: a disk has 1 to {QUEUES_MAX} queues, at best one per CPU"
             )),
+            Self { socket: Some(_), .. } => self.check_remote(),
             Self { threads, num_queues, .. } if threads > num_queues => refuse(&format!(
                 "`threads` is {threads}, but only {num_queues} can have work: there are no more queues \
                  (`num_queues`)"
@@ -235,12 +246,20 @@ impl DeviceConfig for Config {
         self.is_root_device.then(|| format!("root={device} {access}"))
     }
 
+    fn shares_memory(&self) -> bool {
+        self.socket.is_some()
+    }
+
+    /// A backend that hangs holds up no other device.
     fn threads(&self) -> usize {
-        self.threads.into()
+        if self.socket.is_some() { 1 } else { self.threads.into() }
     }
 
     /// The image is opened, as a kernel is, and looked at. Its lock is taken at the start.
     fn hold(&self, host: &mut Host) -> Result<()> {
+        if self.socket.is_some() {
+            return self.hold_remote(host);
+        }
         let (what, path, access) = self.file();
         host.hold_if(&what, path, access, host.sharing(self.lock), |file| match self.format {
             Format::Raw => Ok(()),
@@ -250,12 +269,26 @@ impl DeviceConfig for Config {
         })
     }
 
+    fn look(&self) -> Result<()> {
+        match &self.socket {
+            Some(path) => Backend::look_for(&self.whose(), path),
+            None => self.hold(&mut Host::default()),
+        }
+    }
+
     fn open(&self, _: &str, host: &mut Host) -> Result<Box<dyn VirtioDevice>> {
-        Ok(Box::new(super::Block::open(self, host)?))
+        match self.socket {
+            Some(_) => Ok(Box::new(Remote::open(self, host)?)),
+            None => Ok(Box::new(super::Block::open(self, host)?)),
+        }
     }
 
     fn patched(&self, patch: &Patch) -> Result<Self> {
         let Patch { path_on_host, rate_limiter, .. } = patch.clone();
+        if self.socket.is_some() && path_on_host.is_none() && rate_limiter.is_none() {
+            // Its configuration is read again.
+            return Ok(self.clone());
+        }
         if path_on_host.is_none() && rate_limiter.is_none() {
             return Err(Error::config("nothing is to be changed: give `path_on_host` or `rate_limiter`"));
         }
@@ -311,7 +344,8 @@ impl Config {
 pub struct Patch {
     /// The disk.
     pub drive_id: String,
-    /// What it is made of from now on; the same as before: its size is measured again.
+    /// What it is made of from now on; the same as before: its size is measured again. Of a disk with a `socket` nothing
+    /// but the id is given: what its backend says of it is read again.
     pub path_on_host: Option<PathBuf>,
     /// Limits from now on; a bucket left out stays, one of 0 is no limit.
     pub rate_limiter: Option<RateLimiter>,

@@ -10,6 +10,7 @@ mod qcow2;
 mod raw;
 mod request;
 mod ring;
+mod vhost_user;
 mod worker;
 
 use std::any::Any;

@@ -39,6 +39,11 @@ impl Overlay {
                 "the disk is only read, so that any number of guests can share it: leave `overlay` out",
             ));
         }
+        if below.socket.is_some() {
+            return Err(Error::config(
+                "the disk is a vhost-user backend's (`socket`), and no image: leave `overlay` out",
+            ));
+        }
         let read = Config { is_read_only: true, discard: None, ..below.clone() };
         let image = Image::open(&read, host)?;
         let size = image.sectors() * SECTOR;

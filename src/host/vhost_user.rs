@@ -1,0 +1,414 @@
+//! A vhost-user backend: a program of the host that does the work of a virtio device in guest memory, which it is handed
+//! over a Unix socket (QEMU, docs/interop/vhost-user.rst). This is the front end's half, as far as a disk needs it.
+//!
+//! The crate `vhost` has this half, too, and waits for an answer as long as it takes, also of a socket with a time limit.
+//! Whoever waits here is `main`, or a thread that a guest's CPU waits for.
+
+use std::fs::File;
+use std::io::ErrorKind;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use super::socket;
+use crate::descriptors::Named;
+use crate::error::{Context, Error, Result};
+use crate::memory::{Range, Region};
+use crate::poll;
+use crate::sys::{descriptor, network};
+
+/// A backend that hangs holds `main` up no longer than this, with all that is asked of it in a row: to meet it, to read
+/// its configuration, to start it.
+pub const ANSWER_TIME: Duration = Duration::from_secs(2);
+/// A queue stops when the backend has done what is in flight on it. A pause is given up a little later.
+pub const STOP_TIME: Duration = Duration::from_secs(8);
+/// Guest memory is handed over in at most so many pieces.
+pub const REGIONS_MAX: usize = network::DESCRIPTORS_MAX;
+/// The longest answer that is taken: a hostile backend cannot have us make room for more.
+const ANSWER_MAX: usize = CONFIG_HEAD + CONFIG_MAX;
+/// The longest device configuration, and what is before it in a message: offset, size, flags.
+const CONFIG_MAX: usize = 256;
+const CONFIG_HEAD: usize = 12;
+
+/// Bits of the features, which are those of virtio and one of the protocol's own.
+const F_PROTOCOL_FEATURES: u64 = 1 << 30;
+const F_VERSION_1: u64 = 1 << 32;
+/// Features of the protocol: several queues, an answer to each message, the device's configuration.
+const MQ: u64 = 1 << 0;
+const REPLY_ACK: u64 = 1 << 3;
+const CONFIG: u64 = 1 << 9;
+
+/// In a message's header: the protocol's version, that it is an answer, that it wants one.
+const HEADER: usize = 12;
+const VERSION: u32 = 1;
+const IS_ANSWER: u32 = 1 << 2;
+const WANTS_ANSWER: u32 = 1 << 3;
+
+/// What a message says, by the numbers and names of the specification.
+#[derive(Clone, Copy)]
+struct Request(u32, &'static str);
+
+const GET_FEATURES: Request = Request(1, "GET_FEATURES");
+const SET_FEATURES: Request = Request(2, "SET_FEATURES");
+const SET_OWNER: Request = Request(3, "SET_OWNER");
+const SET_MEM_TABLE: Request = Request(5, "SET_MEM_TABLE");
+const SET_VRING_NUM: Request = Request(8, "SET_VRING_NUM");
+const SET_VRING_ADDR: Request = Request(9, "SET_VRING_ADDR");
+const SET_VRING_BASE: Request = Request(10, "SET_VRING_BASE");
+const GET_VRING_BASE: Request = Request(11, "GET_VRING_BASE");
+const SET_VRING_KICK: Request = Request(12, "SET_VRING_KICK");
+const SET_VRING_CALL: Request = Request(13, "SET_VRING_CALL");
+const GET_PROTOCOL_FEATURES: Request = Request(15, "GET_PROTOCOL_FEATURES");
+const SET_PROTOCOL_FEATURES: Request = Request(16, "SET_PROTOCOL_FEATURES");
+const GET_QUEUE_NUM: Request = Request(17, "GET_QUEUE_NUM");
+const SET_VRING_ENABLE: Request = Request(18, "SET_VRING_ENABLE");
+const GET_CONFIG: Request = Request(24, "GET_CONFIG");
+
+/// A piece of guest memory that the backend maps.
+pub struct Piece<'m> {
+    /// The address in the guest, and how many bytes.
+    range: Range,
+    /// The address in this process, by which rings are named.
+    here: u64,
+    /// The file that has it, from its beginning.
+    file: &'m File,
+}
+
+impl<'m> Piece<'m> {
+    /// A region of guest memory; None: its pages are this process's own.
+    pub fn of(region: &'m Region) -> Option<Self> {
+        let (range, here) = (region.range(), region.as_ptr() as u64);
+        region.file().map(|file| Self { range, here, file })
+    }
+}
+
+/// A queue that the driver has set up. Addresses are those of this process.
+pub struct Ring<'q> {
+    /// The queue's number.
+    pub index: usize,
+    /// How many descriptors.
+    pub size: u16,
+    /// The next request that the backend is to take.
+    pub next: u16,
+    /// The table of descriptors.
+    pub descriptors: u64,
+    /// Where the driver says what is available.
+    pub available: u64,
+    /// Where the backend says what is used.
+    pub used: u64,
+    /// The driver writes to it when there is something to do.
+    pub kick: &'q dyn AsRawFd,
+    /// The backend writes to it when something is done; None: the driver does not want to know.
+    pub call: Option<&'q dyn AsRawFd>,
+}
+
+/// A connection to a backend. After an error it is closed: what comes late would be taken for another answer.
+pub struct Backend {
+    socket: Named<UnixStream>,
+    path: PathBuf,
+    features: u64,
+    protocol: u64,
+    queues: u64,
+    config: Vec<u8>,
+    is_lost: bool,
+}
+
+impl Backend {
+    /// Meets the backend of `what` that listens at `path`: learns what it can do, and the first `config_size` bytes of its
+    /// device's configuration.
+    ///
+    /// # Errors
+    /// Nobody listens there, it does not answer in [`ANSWER_TIME`], or with what cannot be, or it lacks what is needed.
+    pub fn meet(what: &str, path: &Path, config_size: usize) -> Result<Self> {
+        let until = Instant::now() + ANSWER_TIME;
+        let socket =
+            socket::connect(path).with_context(|| format!("meet the vhost-user backend of {what}"))?;
+        let socket = Named::new(format!("vhost-user backend of {what}"), socket);
+        let (path, config) = (path.to_owned(), vec![0; config_size]);
+        let mut met = Self { socket, path, features: 0, protocol: 0, queues: 1, config, is_lost: false };
+        met.negotiate(until)?;
+        Ok(met)
+    }
+
+    /// Whether the backend of `what` could be met at `path`, as far as that can be told without: some end with the first
+    /// that they meet.
+    ///
+    /// # Errors
+    /// There is no socket.
+    pub fn look_for(what: &str, path: &Path) -> Result<()> {
+        let is_socket = path.metadata().map(|metadata| metadata.file_type().is_socket());
+        match is_socket {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(Error::config("it is no socket: give the one where the program listens")),
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                Err(Error::config("there is no socket: start what shall listen there first"))
+            }
+            Err(error) => Err(Error::host(error.to_string())),
+        }
+        .with_context(|| format!("find the vhost-user backend of {what} at `{}`", path.display()))
+    }
+
+    fn negotiate(&mut self, until: Instant) -> Result<()> {
+        self.features = self.ask_number(GET_FEATURES, until)?;
+        self.check(self.features, F_VERSION_1, "is one of virtio before 1.0 (it lacks VIRTIO_F_VERSION_1)")?;
+        self.check(
+            self.features,
+            F_PROTOCOL_FEATURES,
+            "cannot tell its configuration (it lacks protocol features)",
+        )?;
+        let offered = self.ask_number(GET_PROTOCOL_FEATURES, until)?;
+        self.check(offered, CONFIG, "cannot tell its configuration (it lacks VHOST_USER_PROTOCOL_F_CONFIG)")?;
+        self.tell(SET_PROTOCOL_FEATURES, &(offered & (MQ | REPLY_ACK | CONFIG)).to_le_bytes(), &[], until)?;
+        self.protocol = offered & (MQ | REPLY_ACK | CONFIG);
+        if self.protocol & MQ != 0 {
+            self.queues = self.ask_number(GET_QUEUE_NUM, until)?;
+        }
+        self.tell(SET_OWNER, &[], &[], until)?;
+        self.read_config_until(until)
+    }
+
+    fn check(&self, all: u64, needed: u64, lacks: &str) -> Result<()> {
+        if all & needed != 0 {
+            return Ok(());
+        }
+        let path = self.path.display();
+        Err(Error::config(format!("the vhost-user backend at `{path}` {lacks}: use another one")))
+    }
+
+    /// The features of its device and of its rings.
+    pub fn features(&self) -> u64 {
+        self.features & !F_PROTOCOL_FEATURES
+    }
+
+    /// How many queues its device can have.
+    pub fn queues(&self) -> u64 {
+        self.queues
+    }
+
+    /// The beginning of its device's configuration, as it was read last.
+    pub fn config(&self) -> &[u8] {
+        &self.config
+    }
+
+    /// Whether it listens, or listened, at `path`.
+    pub fn is_at(&self, path: &Path) -> bool {
+        self.path == path
+    }
+
+    /// Whether it is gone: its connection has ended, or was ended for what it did.
+    pub fn is_lost(&self) -> bool {
+        self.is_lost
+    }
+
+    /// Reads its device's configuration again.
+    ///
+    /// # Errors
+    /// It does not answer in [`ANSWER_TIME`], or with what cannot be.
+    pub fn read_config(&mut self) -> Result<()> {
+        self.read_config_until(Instant::now() + ANSWER_TIME)
+    }
+
+    fn read_config_until(&mut self, until: Instant) -> Result<()> {
+        let size = self.config.len();
+        let mut message = vec![0; CONFIG_HEAD + size];
+        message[4..8].copy_from_slice(&(size as u32).to_le_bytes());
+        let answer = self.ask(GET_CONFIG, &message, until)?;
+        // A backend that cannot answer leaves the configuration out.
+        let told = answer.get(CONFIG_HEAD..).unwrap_or_default();
+        if told.len() != size {
+            let told = told.len();
+            return self
+                .lose(GET_CONFIG, format!("it tells {told} bytes of configuration instead of {size}"));
+        }
+        self.config.copy_from_slice(told);
+        Ok(())
+    }
+
+    /// Hands guest memory over, and has the backend work on these queues.
+    ///
+    /// # Errors
+    /// It does not take what it is told, or not in [`ANSWER_TIME`]: it is lost.
+    pub fn start(&mut self, features: u64, pieces: &[Piece<'_>], rings: &[Ring<'_>]) -> Result<()> {
+        let until = Instant::now() + ANSWER_TIME;
+        self.tell(SET_FEATURES, &(features | F_PROTOCOL_FEATURES).to_le_bytes(), &[], until)?;
+        let mut table = (pieces.len() as u64).to_le_bytes().to_vec();
+        for piece in pieces {
+            for word in [piece.range.start, piece.range.size, piece.here, 0] {
+                table.extend(word.to_le_bytes());
+            }
+        }
+        let files: Vec<&dyn AsRawFd> = pieces.iter().map(|piece| piece.file as _).collect();
+        self.tell(SET_MEM_TABLE, &table, &files, until)?;
+        rings.iter().try_for_each(|ring| self.start_ring(ring, until))
+    }
+
+    fn start_ring(&mut self, ring: &Ring<'_>, until: Instant) -> Result<()> {
+        let index = ring.index as u32;
+        self.tell(SET_VRING_NUM, &pair(index, ring.size.into()), &[], until)?;
+        self.tell(SET_VRING_BASE, &pair(index, ring.next.into()), &[], until)?;
+        let mut address = pair(index, 0).to_vec();
+        // The last is for who notes what is written.
+        for word in [ring.descriptors, ring.used, ring.available, 0] {
+            address.extend(word.to_le_bytes());
+        }
+        self.tell(SET_VRING_ADDR, &address, &[], until)?;
+        let number = u64::from(index).to_le_bytes();
+        match ring.call {
+            Some(call) => self.tell(SET_VRING_CALL, &number, &[call], until)?,
+            // The specification knows of queues without a call; QEMU's backends end when they have something to tell.
+            None => self.tell(SET_VRING_CALL, &number, &[&poll::event("calls that nobody hears")?], until)?,
+        }
+        self.tell(SET_VRING_KICK, &number, &[ring.kick], until)?;
+        self.tell(SET_VRING_ENABLE, &pair(index, 1), &[], until)
+    }
+
+    /// Has the backend finish what is in flight on the queue `index` and leave it: returns the next request that it would
+    /// have taken.
+    ///
+    /// # Errors
+    /// It does not answer before `until`, or with what cannot be: it is lost.
+    pub fn stop(&mut self, index: usize, until: Instant) -> Result<u16> {
+        let answer = self.ask(GET_VRING_BASE, &pair(index as u32, 0), until)?;
+        let next =
+            <[u8; 8]>::try_from(&*answer).ok().filter(|answer| answer[..4] == (index as u32).to_le_bytes());
+        let next =
+            next.map(|answer| u64::from_le_bytes(answer) >> 32).and_then(|next| u16::try_from(next).ok());
+        match next {
+            Some(next) => Ok(next),
+            None => {
+                self.lose(GET_VRING_BASE, "its answer is of another queue, or none that there is".to_owned())
+            }
+        }
+    }
+
+    /// Looks whether it is still there, and silent: it speaks when it is spoken to.
+    ///
+    /// # Errors
+    /// It is lost.
+    pub fn look(&mut self) -> Result<()> {
+        self.check_lost()?;
+        let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
+        let why = match network::receive(&*self.socket, &mut [0], flags) {
+            Ok(0) => "it has ended the connection".to_owned(),
+            Ok(_) => "it has said what nobody asked for".to_owned(),
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {
+                return Ok(());
+            }
+            Err(error) => error.to_string(),
+        };
+        self.end();
+        Err(Error::host(format!("the vhost-user backend at `{}` is lost: {why}", self.path.display())))
+    }
+
+    /// Closes the connection: the backend leaves all queues.
+    pub fn end(&mut self) {
+        self.is_lost = true;
+        // An error: the other end was faster.
+        let _ = self.socket.shutdown(std::net::Shutdown::Both);
+    }
+
+    fn check_lost(&self) -> Result<()> {
+        let path = self.path.display();
+        match self.is_lost {
+            true => Err(Error::host(format!("the vhost-user backend at `{path}` is lost"))),
+            false => Ok(()),
+        }
+    }
+
+    fn ask_number(&mut self, request: Request, until: Instant) -> Result<u64> {
+        let answer = self.ask(request, &[], until)?;
+        self.number(request, &answer)
+    }
+
+    fn number(&mut self, request: Request, answer: &[u8]) -> Result<u64> {
+        match answer.try_into() {
+            Ok(answer) => Ok(u64::from_le_bytes(answer)),
+            Err(_) => self.lose(request, format!("its answer has {} bytes instead of 8", answer.len())),
+        }
+    }
+
+    /// Sends what has no answer of its own, and waits for the backend's word that it has done as told, if it gives that.
+    fn tell(&mut self, request: Request, body: &[u8], fds: &[&dyn AsRawFd], until: Instant) -> Result<()> {
+        if self.protocol & REPLY_ACK == 0 {
+            return self.send(request, VERSION, body, fds);
+        }
+        self.send(request, VERSION | WANTS_ANSWER, body, fds)?;
+        let answer = self.receive(request, until)?;
+        match self.number(request, &answer)? {
+            0 => Ok(()),
+            code => self.lose(request, format!("it refuses that ({code})")),
+        }
+    }
+
+    fn ask(&mut self, request: Request, body: &[u8], until: Instant) -> Result<Vec<u8>> {
+        self.send(request, VERSION, body, &[])?;
+        self.receive(request, until)
+    }
+
+    fn send(&mut self, request: Request, flags: u32, body: &[u8], fds: &[&dyn AsRawFd]) -> Result<()> {
+        self.check_lost()?;
+        let mut message = [request.0, flags, body.len() as u32].map(u32::to_le_bytes).concat();
+        message.extend_from_slice(body);
+        match network::send_with(&*self.socket, &message, fds) {
+            Ok(()) => Ok(()),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                self.lose(request, "it does not read what it is sent".to_owned())
+            }
+            Err(error) => self.lose(request, error.to_string()),
+        }
+    }
+
+    /// The body of the answer to `request`. Descriptors that come with it are closed by the kernel: nobody takes them.
+    fn receive(&mut self, request: Request, until: Instant) -> Result<Vec<u8>> {
+        let mut head = [0; HEADER];
+        self.fill(request, &mut head, until)?;
+        let [number, flags, size] =
+            [0, 4, 8].map(|at| u32::from_le_bytes(std::array::from_fn(|index| head[at + index])));
+        if number != request.0 || flags & (IS_ANSWER | 3) != IS_ANSWER | VERSION || size as usize > ANSWER_MAX
+        {
+            let why = format!("its answer is none (request {number}, flags {flags:#x}, {size} bytes)");
+            return self.lose(request, why);
+        }
+        let mut body = vec![0; size as usize];
+        self.fill(request, &mut body, until)?;
+        Ok(body)
+    }
+
+    fn fill(&mut self, request: Request, mut place: &mut [u8], until: Instant) -> Result<()> {
+        while !place.is_empty() {
+            match network::receive(&*self.socket, place, libc::MSG_DONTWAIT) {
+                Ok(0) => return self.lose(request, "it has ended the connection".to_owned()),
+                Ok(count) => place = &mut place[count..],
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    let left = until.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        return self.lose(request, "it does not answer in time".to_owned());
+                    }
+                    descriptor::poll(&*self.socket, libc::POLLIN, left.as_millis() as i32 + 1);
+                }
+                Err(error) => return self.lose(request, error.to_string()),
+            }
+        }
+        Ok(())
+    }
+
+    fn lose<T>(&mut self, request: Request, why: String) -> Result<T> {
+        self.end();
+        let path = self.path.display();
+        Err(Error::host(format!("the vhost-user backend at `{path}` is lost at {}: {why}", request.1)))
+    }
+}
+
+impl AsRawFd for Backend {
+    fn as_raw_fd(&self) -> RawFd {
+        self.socket.as_raw_fd()
+    }
+}
+
+/// The body of messages about a queue: its number, and a number.
+fn pair(index: u32, number: u32) -> [u8; 8] {
+    (u64::from(number) << 32 | u64::from(index)).to_le_bytes()
+}
