@@ -12,6 +12,8 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use vm_memory::GuestAddress;
+
 use super::socket;
 use crate::descriptors::Named;
 use crate::error::{Context, Error, Result};
@@ -68,10 +70,7 @@ const GET_CONFIG: Request = Request(24, "GET_CONFIG");
 
 /// A piece of guest memory that the backend maps.
 pub struct Piece<'m> {
-    /// The address in the guest, and how many bytes.
     range: Range,
-    /// The address in this process, by which rings are named.
-    here: u64,
     /// The file that has it, from its beginning.
     file: &'m File,
 }
@@ -79,12 +78,11 @@ pub struct Piece<'m> {
 impl<'m> Piece<'m> {
     /// A region of guest memory; None: its pages are this process's own.
     pub fn of(region: &'m Region) -> Option<Self> {
-        let (range, here) = (region.range(), region.as_ptr() as u64);
-        region.file().map(|file| Self { range, here, file })
+        region.file().map(|file| Self { range: region.range(), file })
     }
 }
 
-/// A queue that the driver has set up. Addresses are those of this process.
+/// A queue that the driver has set up.
 pub struct Ring<'q> {
     /// The queue's number.
     pub index: usize,
@@ -92,12 +90,8 @@ pub struct Ring<'q> {
     pub size: u16,
     /// The next request that the backend is to take.
     pub next: u16,
-    /// The table of descriptors.
-    pub descriptors: u64,
-    /// Where the driver says what is available.
-    pub available: u64,
-    /// Where the backend says what is used.
-    pub used: u64,
+    /// Where in the guest the descriptors, what is available and what is used are, each in one piece of memory.
+    pub places: [GuestAddress; 3],
     /// The driver writes to it when there is something to do.
     pub kick: &'q dyn AsRawFd,
     /// The backend writes to it when something is done; None: the driver does not want to know.
@@ -231,11 +225,23 @@ impl Backend {
     /// # Errors
     /// It does not take what it is told, or not in [`ANSWER_TIME`]: it is lost.
     pub fn start(&mut self, features: u64, pieces: &[Piece<'_>], rings: &[Ring<'_>]) -> Result<()> {
-        let until = Instant::now() + ANSWER_TIME;
+        // Of an error, some queues may have begun.
+        self.start_until(features, pieces, rings, Instant::now() + ANSWER_TIME).inspect_err(|_| self.end())
+    }
+
+    fn start_until(
+        &mut self,
+        features: u64,
+        pieces: &[Piece<'_>],
+        rings: &[Ring<'_>],
+        until: Instant,
+    ) -> Result<()> {
         self.tell(SET_FEATURES, &(features | F_PROTOCOL_FEATURES).to_le_bytes(), &[], until)?;
         let mut table = (pieces.len() as u64).to_le_bytes().to_vec();
         for piece in pieces {
-            for word in [piece.range.start, piece.range.size, piece.here, 0] {
+            // By the third number rings are named. It is meant to be the address in this process, which says too much,
+            // and is another one when the guest boots again: QEMU's backends then look for the rings that they had.
+            for word in [piece.range.start, piece.range.size, piece.range.start, 0] {
                 table.extend(word.to_le_bytes());
             }
         }
@@ -250,7 +256,8 @@ impl Backend {
         self.tell(SET_VRING_BASE, &pair(index, ring.next.into()), &[], until)?;
         let mut address = pair(index, 0).to_vec();
         // The last is for who notes what is written.
-        for word in [ring.descriptors, ring.used, ring.available, 0] {
+        let [descriptors, available, used] = ring.places.map(|place| place.0);
+        for word in [descriptors, used, available, 0] {
             address.extend(word.to_le_bytes());
         }
         self.tell(SET_VRING_ADDR, &address, &[], until)?;
@@ -303,7 +310,7 @@ impl Backend {
     }
 
     /// Closes the connection: the backend leaves all queues.
-    pub fn end(&mut self) {
+    fn end(&mut self) {
         self.is_lost = true;
         // An error: the other end was faster.
         let _ = self.socket.shutdown(std::net::Shutdown::Both);
@@ -312,7 +319,9 @@ impl Backend {
     fn check_lost(&self) -> Result<()> {
         let path = self.path.display();
         match self.is_lost {
-            true => Err(Error::host(format!("the vhost-user backend at `{path}` is lost"))),
+            true => Err(Error::host(format!(
+                "the vhost-user backend at `{path}` is lost: when one listens there again, meet it by a PATCH of the disk"
+            ))),
             false => Ok(()),
         }
     }

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::devices::block::CacheType;
 use crate::devices::kind::DeviceConfig;
-use crate::error::{Context, Error, Result};
+use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::host::vhost_user::{Backend, Piece, REGIONS_MAX, Ring, STOP_TIME};
 use crate::log;
@@ -63,6 +63,10 @@ pub struct Remote {
     backend: Arc<Mutex<Backend>>,
     /// What the guest was offered; a backend that comes later must have it, too.
     features: u64,
+    /// The driver has had it started since the last reset.
+    has_started: bool,
+    /// Another backend came after that. Nobody knows which requests the one before has done.
+    is_other: bool,
     /// The device's configuration as the guest reads it.
     space: Vec<u8>,
     queue_sizes: Vec<u16>,
@@ -128,6 +132,8 @@ impl Remote {
         let several = if config.num_queues > 1 { F_MQ } else { 0 };
         Ok(Self {
             features: backend.features() & (allowed | rings | several),
+            has_started: false,
+            is_other: false,
             space: space(config, &backend),
             backend: Arc::new(Mutex::new(backend)),
             queue_sizes: vec![QUEUE_SIZE; config.num_queues.into()],
@@ -157,6 +163,7 @@ impl Remote {
                 ));
             }
             *backend = met;
+            self.is_other = self.has_started;
         }
         self.space = space(&new, &backend);
         drop(backend);
@@ -166,6 +173,11 @@ impl Remote {
 
     /// Has the backend work on the queues that the driver has set up.
     fn begin(&self, io: &Io) -> Result<()> {
+        if self.is_other {
+            return Err(Error::host(
+                "another vhost-user backend is there, and nobody knows which requests the one before has done",
+            ));
+        }
         let memory = io.memory.memory();
         let pieces = pieces(&memory)?;
         let ready = io.queues.iter().filter(|queue| queue.is_ready());
@@ -210,22 +222,18 @@ fn ring<'q>(queue: &'q Queue, memory: &Regions, interrupts: &'q Interrupts) -> R
         6 + size_of::<u16>() * size,
         6 + size_of::<vring_used_elem>() * size,
     ];
-    let place = |index: usize| {
-        let slice = memory.get_slice(queue.places()[index], lengths[index]);
-        slice.map(|slice| slice.ptr_guard().as_ptr() as u64).map_err(|_| {
-            Error::guest(format!(
-                "the driver set up queue {} with a ring that is not in one piece",
-                queue.index()
-            ))
-        })
-    };
+    let places = queue.places();
+    if places.iter().zip(lengths).any(|(place, length)| memory.get_slice(*place, length).is_err()) {
+        let index = queue.index();
+        return Err(Error::guest(format!(
+            "the driver set up queue {index} with a ring that is not in one piece"
+        )));
+    }
     Ok(Ring {
         index: queue.index(),
         size: queue.size(),
         next: queue.position().0,
-        descriptors: place(0)?,
-        available: place(1)?,
-        used: place(2)?,
+        places,
         kick: queue.waker(),
         call: interrupts.share(queue.index()).map(|event| event as _),
     })
@@ -269,15 +277,14 @@ impl VirtioDevice for Remote {
     }
 
     fn start(&mut self, io: Io) -> Result<Vec<Box<dyn Worker>>> {
-        if let Err(error) = self.begin(&io) {
-            // Some queues may have begun.
-            lock(&self.backend).end();
-            return Err(error).with_context(|| {
-                format!("start it; when its backend is there again, PATCH /drives/{}", self.config.drive_id)
-            });
-        }
+        self.has_started = true;
+        self.begin(&io)?;
         let whose = self.config.whose();
         Ok(vec![Box::new(Running { whose, backend: self.backend.clone(), queues: io.queues })])
+    }
+
+    fn reset(&mut self) {
+        (self.has_started, self.is_other) = (false, false);
     }
 
     fn patch(&mut self, change: &dyn Any, host: &mut Host) -> Result<bool> {
