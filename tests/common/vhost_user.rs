@@ -10,7 +10,9 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
+use alula::poll::{Events, Interest};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
@@ -32,6 +34,7 @@ pub const SET_VRING_ENABLE: u32 = 18;
 pub const GET_CONFIG: u32 = 24;
 
 pub const F_FLUSH: u64 = 1 << 9;
+pub const F_MQ: u64 = 1 << 12;
 pub const F_RINGS: u64 = 3 << 28;
 pub const F_PROTOCOL_FEATURES: u64 = 1 << 30;
 pub const F_VERSION_1: u64 = 1 << 32;
@@ -39,6 +42,8 @@ pub const MQ: u64 = 1;
 pub const REPLY_ACK: u64 = 1 << 3;
 pub const CONFIG: u64 = 1 << 9;
 
+/// So often a backend looks whether it is to say something, or to end. It must not take the guest's CPU meanwhile.
+const LOOK_TIME: Duration = Duration::from_millis(10);
 const WANTS_ANSWER: u32 = 8;
 const QUEUES: usize = 4;
 const SECTOR: usize = 512;
@@ -85,7 +90,7 @@ impl Backend {
     /// One that listens at `path`, with a disk of so many sectors.
     pub fn new(path: &Path, sectors: usize) -> Self {
         let plan = Plan {
-            features: F_VERSION_1 | F_PROTOCOL_FEATURES | F_RINGS | F_FLUSH,
+            features: F_VERSION_1 | F_PROTOCOL_FEATURES | F_RINGS | F_FLUSH | F_MQ,
             protocol: MQ | REPLY_ACK | CONFIG,
             queues: QUEUES as u64,
             acts: HashMap::new(),
@@ -101,13 +106,13 @@ impl Backend {
         let thread = std::thread::spawn(move || {
             while !ends.load(Ordering::SeqCst) {
                 let Ok((stream, _)) = listener.accept() else {
-                    std::thread::yield_now();
+                    std::thread::sleep(LOOK_TIME);
                     continue;
                 };
                 let mut session = Session::new(stream, shared.clone());
                 while !ends.load(Ordering::SeqCst) && !breaks.swap(false, Ordering::SeqCst) && session.turn()
                 {
-                    std::thread::yield_now();
+                    session.events.wait(Some(LOOK_TIME), &mut Vec::new()).unwrap();
                 }
             }
         });
@@ -152,6 +157,8 @@ struct Ring {
 
 struct Session {
     stream: UnixStream,
+    /// The stream and the kicks.
+    events: Events,
     plan: Arc<Mutex<Plan>>,
     features: u64,
     protocol: u64,
@@ -169,7 +176,9 @@ impl Session {
     fn new(stream: UnixStream, plan: Arc<Mutex<Plan>>) -> Self {
         stream.set_nonblocking(true).unwrap();
         let (memory, rings) = (GuestMemoryMmap::new(), Default::default());
-        Self { stream, plan, features: 0, protocol: 0, memory, start: (0, 0), rings }
+        let events = Events::new().unwrap();
+        events.add(&stream, Interest::IN, 0).unwrap();
+        Self { stream, events, plan, features: 0, protocol: 0, memory, start: (0, 0), rings }
     }
 
     /// Does what there is to do; false: the connection is to end.
@@ -276,7 +285,9 @@ impl Session {
             SET_VRING_ADDR => {
                 ring.places = [8, 16, 24].map(|at| number(body, at) - self.start.1 + self.start.0)
             }
-            SET_VRING_KICK => ring.kick = Some(file.unwrap()),
+            SET_VRING_KICK => {
+                self.events.add(ring.kick.insert(file.unwrap()), Interest::IN, 1).unwrap();
+            }
             SET_VRING_CALL => ring.call = Some(file.unwrap()),
             SET_VRING_ENABLE => {
                 let mut queue = Queue::new(1024).unwrap();
@@ -294,6 +305,8 @@ impl Session {
             }
             GET_VRING_BASE => {
                 let next = ring.queue.take().unwrap().next_avail();
+                // Who gave it still has it: the kernel would go on to wait for it.
+                self.events.remove(ring.kick.as_ref().unwrap()).unwrap();
                 *ring = Ring::default();
                 return Some((u64::from(next) << 32 | index as u64).to_le_bytes().to_vec());
             }

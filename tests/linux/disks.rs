@@ -1,5 +1,6 @@
 //! Disks in Linux guests.
 
+use super::backend::Backend;
 use super::{memory, shared, *};
 
 /// The content that the writers of `disk-scatter=write` (resources/guest-init) leave on a disk of 32 MiB.
@@ -123,6 +124,23 @@ fn a_disk_is_swapped_while_the_guest_runs() {
         let Service { process, folder, .. } = service;
         assert_eq!(process.end().code, Some(0));
         drop(folder);
+    }
+}
+
+/// A guest behind one transport writes, and one behind the other reads that again.
+#[test]
+#[ignore = "a stock kernel: scripts/test runs it"]
+fn a_disk_of_a_vhost_user_backend_is_written_and_read() {
+    let folder = Folder::new();
+    let backend = Backend::new(&folder.path("backend"), 32 << 20 >> 9);
+    let disk = format!("socket={},queues=2", backend.path.display());
+    for (transport, what) in TRANSPORTS.into_iter().zip(["write", "check"]) {
+        let words = [&["--disk", &disk], transport].concat();
+        let ended = boot_with(KERNELS[0], 2, &format!("disk-scatter={what}"), &words);
+        ends(&ended, 0, "powered off\n");
+        let said = format!("disk: four writers, {what} done, 2 queues");
+        assert!(ended.text.contains(&said) && !ended.text.contains("is not as it was"), "{}", ended.text);
+        assert!(backend.plan.lock().unwrap().content == scattered(), "{what}");
     }
 }
 

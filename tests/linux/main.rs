@@ -8,6 +8,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by it")]
 
+#[path = "../common/vhost_user.rs"]
+#[allow(dead_code, reason = "what is here for backends that are not honest")]
+mod backend;
 mod commands;
 #[path = "../common/mod.rs"]
 mod common;

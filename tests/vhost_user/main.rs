@@ -17,7 +17,7 @@ use alula::devices::kind::{DeviceConfig, DeviceKind};
 use alula::host::Host;
 use alula::memory::{self, Memory, Range, Source};
 use backend::{
-    Backend, F_FLUSH, F_RINGS, GET_CONFIG, GET_FEATURES, GET_PROTOCOL_FEATURES, GET_QUEUE_NUM,
+    Backend, F_FLUSH, F_MQ, F_RINGS, GET_CONFIG, GET_FEATURES, GET_PROTOCOL_FEATURES, GET_QUEUE_NUM,
     GET_VRING_BASE, SET_FEATURES, SET_MEM_TABLE, SET_OWNER, SET_PROTOCOL_FEATURES, SET_VRING_ADDR,
     SET_VRING_BASE, SET_VRING_CALL, SET_VRING_ENABLE, SET_VRING_KICK, SET_VRING_NUM,
 };
@@ -97,7 +97,7 @@ fn a_driver_works_with_a_backend_by_both_transports() {
         for features in [0, F_EVENT_IDX, F_RINGS] {
             let backend = place.backend(64);
             let mut guest = place.guest(kind, json!({ "num_queues": 2 }));
-            assert_eq!(guest.features(), F_VERSION_1 | F_RINGS | F_FLUSH, "{kind:?}");
+            assert_eq!(guest.features(), F_VERSION_1 | F_RINGS | F_FLUSH | F_MQ, "{kind:?}");
             let mut config = [0; 36];
             guest.config(0, &mut config);
             assert_eq!((config[..8].to_vec(), config[34]), (64_u64.to_le_bytes().to_vec(), 2));
