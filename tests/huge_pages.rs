@@ -238,7 +238,7 @@ fn memory_in_huge_pages_is_whole_ones_and_stays() {
     let error = memory::map(&[Range { start: 0, size: HUGE / 2 }], Source::Huge).unwrap_err().to_string();
     assert!(error.contains("is not whole huge pages of 2 MiB"), "{error}");
     let error = Source::Shared.in_huge_pages().unwrap_err().to_string();
-    assert!(error.contains("mapped from a file"), "{error}");
+    assert!(error.contains("shared with a vhost-user backend"), "{error}");
     drop((regions, memory));
     assert_eq!(unused(), there);
     drop(pool);
