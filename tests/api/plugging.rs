@@ -166,6 +166,12 @@ fn what_cannot_come_or_go_is_refused_and_changes_nothing() {
             "Device ID in use: the guest has disk `first`: change",
         ),
         ("PUT", "/drives/r", &second_root, "a guest that runs has booted already: leave"),
+        (
+            "PUT",
+            "/drives/s",
+            r#"{ "drive_id": "s", "is_root_device": false, "socket": "/nonexistent" }"#,
+            "needs memory that is shared with it from the start",
+        ),
         ("PUT", "/drives/d", &none, "`/nonexistent`: No such file"),
         ("PUT", "/drives/d", &drive("d", &first), "is in use"),
         ("PUT", "/network-interfaces/m", &net("tap0"), "tap0"),
