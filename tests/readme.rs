@@ -155,10 +155,6 @@ fn what_is_not_there_yet_is_what_is_refused() {
         let is_refused = text.contains(&format!("{option} is not implemented yet"));
         assert_eq!(is_refused, refused.remove(option), "{option}: {text}");
     }
-    let machine = json!({ "vcpu_count": 1, "mem_size_mib": 128, "cpu_template": "T2" });
-    let fault = client.request("PUT", "/machine-config", &machine.to_string()).fault();
-    assert!(fault.contains("`cpu_template` is not implemented yet"), "{fault}");
-    assert!(refused.remove("cpu_template"), "`cpu_template` is refused, and not in the README's table");
     assert_eq!(refused, BTreeSet::new(), "nothing here looks for these");
     let editor = called("snapshot-editor", &folder);
     let status = |option: &str| Command::new(&editor).arg(option).output().unwrap().status.success();
