@@ -289,7 +289,7 @@ impl Host {
     /// The vhost-user backend of `what` that listens at `path`, which tells `config_size` bytes of configuration.
     ///
     /// # Errors
-    /// Nobody listens there, or it is none that can be used.
+    /// Nobody listens at the path, or what listens is no backend that can be used.
     pub fn backend(&mut self, what: &str, path: &Path, config_size: usize) -> Result<Backend> {
         if let Some(Resource::Backend(mut backend)) = self.take(what, |resource| resource.is_backend(path))
             && backend.look().is_ok()

@@ -1,5 +1,5 @@
 //! The cases of devices that come to the PCI bus and go: the guest drives each that it finds, and says how many there are.
-//! None of them ends by itself.
+//! No case of these ends by itself.
 
 use crate::arch;
 use crate::console::say;
@@ -12,14 +12,14 @@ const CAME: u16 = 0;
 const LEAVING: u16 = 4;
 const EJECT: u16 = 8;
 
-/// What the guest does that is asked to let a device go.
+/// How a guest answers that is asked to let a device go.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Manner {
     /// As it is asked.
     Polite,
     /// Nothing.
     Deaf,
-    /// It lets everything go, asked or not, all the time.
+    /// The guest lets every device go, asked or not, all the time.
     Hostile,
 }
 

@@ -26,7 +26,7 @@ pub struct PciSlots {
     interrupt: Line,
     /// Written to when the guest has let a device go.
     wake: Arc<EventFd>,
-    /// So often more the guest is told of the same.
+    /// How often more the guest is told of what it has not read.
     reminders: u8,
     // Guest-visible
     state: State,

@@ -199,7 +199,7 @@ impl Backend {
     /// Reads its device's configuration again.
     ///
     /// # Errors
-    /// It does not answer in [`ANSWER_TIME`], or with what cannot be.
+    /// The backend does not answer in [`ANSWER_TIME`], or with what cannot be.
     pub fn read_config(&mut self) -> Result<()> {
         self.read_config_until(Instant::now() + ANSWER_TIME)
     }
@@ -223,7 +223,7 @@ impl Backend {
     /// Hands guest memory over, and has the backend work on these queues.
     ///
     /// # Errors
-    /// It does not take what it is told, or not in [`ANSWER_TIME`]: it is lost.
+    /// The backend does not take what it is told, or not in [`ANSWER_TIME`]: it is lost.
     pub fn start(&mut self, features: u64, pieces: &[Piece<'_>], rings: &[Ring<'_>]) -> Result<()> {
         // Of an error, some queues may have begun.
         self.start_until(features, pieces, rings, Instant::now() + ANSWER_TIME).inspect_err(|_| self.end())
@@ -275,7 +275,7 @@ impl Backend {
     /// have taken.
     ///
     /// # Errors
-    /// It does not answer before `until`, or with what cannot be: it is lost.
+    /// The backend does not answer before `until`, or with what cannot be: it is lost.
     pub fn stop(&mut self, index: usize, until: Instant) -> Result<u16> {
         let answer = self.ask(GET_VRING_BASE, &pair(index as u32, 0), until)?;
         let next =
@@ -293,7 +293,7 @@ impl Backend {
     /// Looks whether it is still there, and silent: it speaks when it is spoken to.
     ///
     /// # Errors
-    /// It is lost.
+    /// The backend is lost.
     pub fn look(&mut self) -> Result<()> {
         self.check_lost()?;
         let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;

@@ -17,7 +17,7 @@ use crate::virtio::transport::Transport;
 pub enum Leaving {
     /// The guest is asked to let it go ([`Machine::take_let_go`]).
     Asked,
-    /// It stops, and is taken away then ([`Machine::unplug`]).
+    /// The device stops, and is taken away then ([`Machine::unplug`]).
     Now(Pausing),
     /// Its driver is to let it go first, whom this machine cannot ask: the device's number on the bus.
     Unheard(u32),
@@ -27,7 +27,7 @@ impl Machine {
     /// Whether devices may come and go while the guest runs.
     ///
     /// # Errors
-    /// That is so on a PCI bus alone.
+    /// The machine has no PCI bus.
     pub fn check_plugs(config: &Config) -> Result<()> {
         if config.pci {
             return Ok(());
@@ -55,7 +55,7 @@ impl Machine {
         // take the new device for the old.
         self.next_place = self.number_of(name)? as usize + 1;
         if self.state == RunState::Running {
-            // It may be the first device, or have threads of its own.
+            // The device may be the first one, or have threads of its own.
             self.loops.start()?;
         }
         self.with_slots(PciSlots::tell_changed).unwrap_or(Ok(()))

@@ -109,7 +109,7 @@ impl Root {
         self.take(device).map(drop)
     }
 
-    /// The same of one whose driver still uses it: in the place of its registers are zeros, until another function is there
+    /// As [`Self::remove`], of a function whose driver still uses it: in the place of its registers are zeros, until another function is there
     /// or takes the place.
     pub fn tear_away(&mut self, device: u32) -> Result<()> {
         if let (Some(place), Some(mmio)) = (self.take(device)?, self.mmio.upgrade()) {

@@ -58,7 +58,7 @@ pub struct Queue {
     kick: Arc<EventFd>,
     index: usize,
     interrupts: Arc<Interrupts>,
-    /// So many were pushed since the driver was last notified.
+    /// How many requests were pushed since the driver was last notified.
     news: u16,
 }
 

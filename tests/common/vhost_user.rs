@@ -42,7 +42,7 @@ pub const MQ: u64 = 1;
 pub const REPLY_ACK: u64 = 1 << 3;
 pub const CONFIG: u64 = 1 << 9;
 
-/// So often a backend looks whether it is to say something, or to end. It must not take the guest's CPU meanwhile.
+/// How often a backend looks whether it is to say something, or to end. It must not take the guest's CPU meanwhile.
 const LOOK_TIME: Duration = Duration::from_millis(10);
 const WANTS_ANSWER: u32 = 8;
 const QUEUES: usize = 4;
@@ -52,7 +52,7 @@ const CONFIG_SIZE: usize = 60;
 /// What becomes of an answer, or of a message that has none.
 #[derive(Clone, Debug)]
 pub enum Act {
-    /// None comes.
+    /// No answer comes.
     Hang,
     /// The connection ends instead.
     Close,
@@ -60,7 +60,7 @@ pub enum Act {
     Body(Vec<u8>),
     /// These bytes come in its place.
     Bytes(Vec<u8>),
-    /// It brings descriptors with it.
+    /// The answer brings descriptors with it.
     Descriptors,
 }
 

@@ -109,7 +109,7 @@ pub fn torn_away(guest: &shared::Guest) {
     if guest.queues == 1 {
         return refuses(guest, path, &body);
     }
-    // Nobody tells a guest of aarch64.
+    // A guest of aarch64 is told by nobody.
     let forget = "for serial in $(grep -lsx torn /sys/block/vd*/serial); do
         echo 1 >$(readlink -f ${serial%/serial}/device/..)/remove
     done";

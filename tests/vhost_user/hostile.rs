@@ -108,7 +108,7 @@ fn a_backend_that_fails_while_it_starts_has_the_driver_reset() {
             backend.act(request, act.clone());
             guest.start(0);
             guest.wait_for(|guest| guest.status() & NEEDS_RESET != 0);
-            // It stays lost, at no cost of time, until it is met again.
+            // The backend stays lost, at no cost of time, until it is met again.
             backend.plan.lock().unwrap().acts.clear();
             guest.start(0);
             guest.wait_for(|guest| guest.status() & NEEDS_RESET != 0);

@@ -174,7 +174,7 @@ fn guest_memory_is_shared_where_a_disk_needs_that_and_nowhere_else() {
         let service = Service::start(&[]);
         let mut client = service.client();
         client.ok("PUT", "/drives/d", &drive(path, &place.folder.path(name)));
-        // The same again is the same connection: a daemon serves one.
+        // A PATCH of the same path is the same connection: a daemon serves one.
         client.ok("PUT", "/drives/d", &drive(path, &place.folder.path(name)));
         if expected > 0 {
             let told = client.ok("GET", "/vm/config", "").json();

@@ -47,7 +47,7 @@ pub struct Transmitter {
     room: Room,
     /// Of the loop, once there is one.
     desk: Option<Desk>,
-    /// It goes off when the guest is to be interrupted for them.
+    /// The timer that goes off when the guest is to be interrupted for what it has back.
     timer: Option<Watched<Timer>>,
     is_timer_on: bool,
 }
