@@ -18,6 +18,9 @@ fn has(guest: &shared::Guest, section: &str, field: &str, id: &str) -> bool {
     config[section].as_array().unwrap().iter().any(|device| device[field] == id)
 }
 
+/// How often a disk comes and goes.
+const ROUNDS: usize = 2;
+
 /// A disk comes several times: it is used, its limits are changed, and it goes.
 pub fn disks(guest: &shared::Guest) {
     let path = "/drives/guest";
@@ -27,7 +30,7 @@ pub fn disks(guest: &shared::Guest) {
         return refuses(guest, path, &body);
     }
     let mut client = guest.client();
-    for round in 0..3 {
+    for round in 0..ROUNDS {
         client.ok("PUT", path, &body.to_string());
         assert!(client.request("PUT", path, &body.to_string()).fault().contains("Device ID in use"));
         let found = "until grep -lsx guest /sys/block/vd*/serial; do usleep 10000; done";
@@ -51,7 +54,7 @@ pub fn disks(guest: &shared::Guest) {
     let of_it = events.filter_map(|line| Some(line.split_once(r#""device":"disk `guest`""#)?.0.to_owned()));
     let round = ["device_plugged", "device_changed", "device_asked_to_go", "device_gone"];
     // No more lines than those are waited for.
-    for (event, line) in round.iter().cycle().take(3 * round.len()).zip(of_it) {
+    for (event, line) in round.iter().cycle().take(ROUNDS * round.len()).zip(of_it) {
         assert!(line.contains(event), "{line}: no {event}");
     }
 }
@@ -117,7 +120,7 @@ pub fn torn_away(guest: &shared::Guest) {
         "until [ $(grep -lsx torn /sys/block/vd*/serial | wc -l) = 1 ]; do usleep 10000; done; echo one";
     let mut client = guest.client();
     client.ok("PUT", path, &body.to_string());
-    for _ in 0..3 {
+    for _ in 0..ROUNDS {
         assert!(guest.shell(one).contains("one"));
         guest.does("torn", &["disk-write"]);
         client.ok("DELETE", path, r#"{"force": true}"#);
