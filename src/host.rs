@@ -178,8 +178,8 @@ impl Host {
         Ok(())
     }
 
-    /// The same for the vhost-user backend of `what` that listens at `path`, if `check` accepts it. A backend serves one
-    /// at a time: one that is held is not met again.
+    /// Meets the vhost-user backend of `what` that listens at `path` ahead of the start, and holds it if `check` accepts it.
+    /// A backend serves one monitor at a time: the one that is held is not met again.
     ///
     /// # Errors
     /// As of [`Self::backend`], or `check` refuses it: what was held is met again at the start.
@@ -289,7 +289,7 @@ impl Host {
     /// The vhost-user backend of `what` that listens at `path`, which tells `config_size` bytes of configuration.
     ///
     /// # Errors
-    /// Nobody listens at the path, or what listens is no backend that can be used.
+    /// The path has no listener, or what listens is no backend that can be used.
     pub fn backend(&mut self, what: &str, path: &Path, config_size: usize) -> Result<Backend> {
         if let Some(Resource::Backend(mut backend)) = self.take(what, |resource| resource.is_backend(path))
             && backend.look().is_ok()

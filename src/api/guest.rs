@@ -1,4 +1,4 @@
-//! What the API asks of the agent in the guest: how it is (`GET /guest`), and to look after its PCI bus.
+//! Questions of the API to the agent in the guest: how the guest is (`GET /guest`), and to look after its PCI bus.
 
 use std::os::unix::net::UnixStream;
 use std::path::Path;

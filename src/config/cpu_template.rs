@@ -97,7 +97,7 @@ const V1N1_REGISTERS: [Register; 4] = [
     (0x6030_0000_0013_c03a, 0x0000_000f_0000_0000, 0),
 ];
 
-/// What a template is: the maker of its processors (x86_64), its changes of CPUID, and those of registers.
+/// The content of a template: the maker of its processors (x86_64), its changes of CPUID, and those of registers.
 type Content = (Option<&'static str>, [&'static [Change]; 2], &'static [Register]);
 
 impl CpuTemplate {
@@ -118,7 +118,7 @@ impl CpuTemplate {
         }
     }
 
-    /// What it changes, in order.
+    /// The changes of the template, in order.
     pub fn changes(self) -> CpuChanges {
         let (vendor, cpuid, registers): Content = match self {
             Self::C3 => (Some(INTEL), [&C3, &[]], &[]),

@@ -85,8 +85,8 @@ pub struct MachineConfig {
     /// snapshot before it.
     #[serde(default, deserialize_with = "json::or_default")]
     pub track_dirty_pages: bool,
-    /// What the CPUs show of themselves: a named set of changes, instead of those of `/cpu-config`. Whichever of the two
-    /// is given last counts.
+    /// A named set of changes of what the CPUs show of themselves, instead of those of `/cpu-config`. The one of both
+    /// that is given last counts.
     #[serde(default, skip_serializing_if = "is_no_template")]
     pub cpu_template: Option<CpuTemplate>,
     /// What backs guest memory.

@@ -48,7 +48,7 @@ const VERSION: u32 = 1;
 const IS_ANSWER: u32 = 1 << 2;
 const WANTS_ANSWER: u32 = 1 << 3;
 
-/// What a message says, by the numbers and names of the specification.
+/// Kinds of messages, by the numbers and names of the specification.
 #[derive(Clone, Copy)]
 struct Request(u32, &'static str);
 
@@ -114,7 +114,8 @@ impl Backend {
     /// device's configuration.
     ///
     /// # Errors
-    /// Nobody listens there, it does not answer in [`ANSWER_TIME`], or with what cannot be, or it lacks what is needed.
+    /// The path has no listener, or the backend does not answer in [`ANSWER_TIME`], or with what cannot be, or lacks what
+    /// is needed.
     pub fn meet(what: &str, path: &Path, config_size: usize) -> Result<Self> {
         let until = Instant::now() + ANSWER_TIME;
         let socket =

@@ -152,7 +152,7 @@ impl Machine {
     }
 }
 
-/// What the guest could not be told waits for the next time.
+/// Notes that the guest could not be told: it hears the next time.
 fn note(told: Option<Result<()>>) {
     if let Some(Err(error)) = told {
         log::line(error);

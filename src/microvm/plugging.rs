@@ -8,7 +8,7 @@ use crate::jobs::Ticket;
 use crate::log;
 use crate::machine::{Leaving, Machine, Pausing};
 
-/// Who has had a device gone: its owner, by a DELETE with `force` or of what nobody used; the guest, which let it go when
+/// The reasons why a device has gone: its owner, by a DELETE with `force` or of what nobody used; the guest, which let it go when
 /// it was asked; a reset, before which it was asked.
 const BY_OWNER: &str = "DELETE";
 const BY_GUEST: &str = "guest";

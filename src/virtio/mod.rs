@@ -153,7 +153,7 @@ pub trait Worker: Send {
 
 /// Feature bits of rings (virtio 1.2, 6).
 pub const F_INDIRECT_DESC: u64 = 1 << 28;
-/// As above: both sides say when they want to know of buffers.
+/// Feature bit of rings: both sides say when they want to know of buffers.
 pub const F_EVENT_IDX: u64 = 1 << 29;
 
 /// Bits of InterruptStatus and of the ISR (virtio 1.2, 4.2.2 and 4.1.4.5).

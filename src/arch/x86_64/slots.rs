@@ -1,4 +1,4 @@
-//! What ACPI says of devices that come to PCI bus 0 and go: a slot for each, by which Linux's `acpiphp` serves them
+//! ACPI's words for devices that come to PCI bus 0 and go: a slot for each, by which Linux's `acpiphp` serves them
 //! (ACPI 6.5, 6.3: `_EJ0`; 5.6.6: the values of Notify).
 
 use acpi_tables::aml::{

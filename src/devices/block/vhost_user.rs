@@ -31,7 +31,7 @@ const NUM_QUEUES: usize = 34;
 const F_SIZE_MAX: u64 = 1 << 1;
 const F_GEOMETRY: u64 = 1 << 4;
 const F_TOPOLOGY: u64 = 1 << 10;
-/// What a guest is offered if the backend has it. Not whether writes are cached (CONFIG_WCE), which the guest would have
+/// Features that a guest is offered if the backend has them. Not whether writes are cached (CONFIG_WCE), which the guest would have
 /// to be able to change.
 const PASSED_ON: u64 = F_SIZE_MAX
     | F_SEG_MAX
@@ -47,7 +47,7 @@ const PASSED_ON: u64 = F_SIZE_MAX
 const BACKEND: u32 = 0;
 
 crate::metrics::metrics! {
-    /// What was done with such a disk.
+    /// Changes of such a disk.
     struct Metrics {
         /// Changes by the user.
         update_count: Counter,
@@ -61,7 +61,7 @@ pub struct Remote {
     config: Config,
     /// Shared with the worker: only one of both has anything to do at a time.
     backend: Arc<Mutex<Backend>>,
-    /// What the guest was offered; a backend that comes later must have it, too.
+    /// Features that the guest was offered; a backend that comes later must have them, too.
     features: u64,
     /// The driver has had it started since the last reset.
     has_started: bool,
@@ -104,7 +104,7 @@ impl Config {
         host.hold_backend(&self.whose(), path, CONFIG_SIZE, |backend| self.check_backend(backend))
     }
 
-    /// What the disk is called in errors.
+    /// The name of the disk in errors.
     pub(super) fn whose(&self) -> String {
         format!("disk `{}`", self.drive_id)
     }
