@@ -20,6 +20,7 @@ use vmm_sys_util::ioctl::ioctl_with_ref;
 use crate::error::{self, Context};
 use crate::memory::Region;
 use crate::memory::mapping::{Mapping, Window, page_size};
+use crate::memory::registers::RegisterPage;
 use crate::memory::window::View;
 
 /// The numbers of two calls (linux/kvm.h).
@@ -32,24 +33,31 @@ pub fn of_file(file: File) -> Kvm {
     unsafe { Kvm::from_raw_fd(file.into_raw_fd()) }
 }
 
-/// The pages of a region of guest memory, mapped for as long as this lives: it has a part in the mapping, or whoever
-/// made the region without one keeps its pages for as long as the machine.
+/// The pages of a region of guest memory, mapped for as long as this lives: it has a part in the mapping or in the page
+/// of registers, or whoever made the region without one keeps its pages for as long as the machine.
 pub struct SlotPages {
     address: u64,
     _mapping: Option<Arc<Mapping>>,
+    _registers: Option<Arc<RegisterPage>>,
 }
 
 impl SlotPages {
     /// The pages of `region`.
     pub fn of(region: &Region) -> error::Result<Self> {
         let address = region.get_host_address(MemoryRegionAddress(0)).context("find guest memory")?;
-        Ok(Self { address: address as u64, _mapping: region.mapping() })
+        Ok(Self { address: address as u64, _mapping: region.mapping(), _registers: None })
     }
 
     /// The pages of what is seen through a window.
     pub fn of_view(view: &View) -> Self {
         let mapping = view.mapping();
-        Self { address: mapping.start().as_ptr() as u64, _mapping: Some(mapping.clone()) }
+        let address = mapping.start().as_ptr() as u64;
+        Self { address, _mapping: Some(mapping.clone()), _registers: None }
+    }
+
+    /// A page of registers.
+    pub fn of_registers(page: &Arc<RegisterPage>) -> Self {
+        Self { address: page.address(), _mapping: None, _registers: Some(page.clone()) }
     }
 }
 
@@ -64,7 +72,7 @@ pub fn set_slot(
 ) -> Result<(), Error> {
     let userspace_addr = pages.address;
     let region = kvm_userspace_memory_region { slot, flags, guest_phys_addr, memory_size, userspace_addr };
-    // SAFETY: the range is mapped as guest memory, and stays so for as long as the slot is in use: see `SlotPages`.
+    // SAFETY: the range is mapped for the guest, and stays so for as long as the slot is in use: see `SlotPages`.
     unsafe { fd.set_user_memory_region(region) }
 }
 

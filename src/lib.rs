@@ -111,7 +111,9 @@
 //! The ways through it, file by file:
 //! - An access of the guest to a register: `vm/vcpu.rs` takes it out of KVM, `bus.rs` finds the device; what KVM does
 //!   itself are kicks of queues and acknowledged interrupts (`vm/posted.rs`). Of a virtio device, `virtio/mmio.rs` or
-//!   `virtio/pci.rs` find the register, and `virtio/transport.rs` does what it means.
+//!   `virtio/pci.rs` find the register, and `virtio/transport.rs` does what it means. On x86_64 a guest reads the registers
+//!   of virtio-mmio from memory (`memory/registers.rs`), which the transport writes there after each change, of devices
+//!   whose configuration changes by nothing else ([`virtio::VirtioDevice::has_steady_configuration`]).
 //! - A request in a queue: KVM writes to the queue's event, the loop in `virtio/workers.rs` calls the worker that the
 //!   device has started (`devices/block/worker.rs`, `devices/net/tap/mod.rs` with `receive.rs` and `outgoing.rs` beside
 //!   it, `devices/vsock/worker.rs`, ...).

@@ -6,6 +6,7 @@ mod given;
 pub mod lost;
 pub mod mapping;
 pub mod page_set;
+pub mod registers;
 pub mod slots;
 mod source;
 pub mod window;

@@ -213,6 +213,22 @@ fn devices_have_their_thread_before_a_cpu_runs() {
 }
 
 #[test]
+fn registers_of_x86_64_are_read_without_an_exit() {
+    let _turn = turn();
+    let reads = |words: &str| {
+        let folder = Folder::new();
+        let mut machine = machine(&folder, false, words);
+        machine.resume().unwrap();
+        wait_for_console(&folder, " cases, 0 failed");
+        machine.metrics(View::Total)["vcpu"]["exit_mmio_read"].as_u64().unwrap()
+    };
+    // Both cases read dozens of them.
+    let [without, with] = ["case=memory end=idle", "case=memory,block,entropy end=idle"].map(reads);
+    let x86_64 = cfg!(target_arch = "x86_64");
+    assert!(with == without || !x86_64 && with > without + 20, "{without} and {with}");
+}
+
+#[test]
 fn an_idle_guests_devices_are_not_stopped_to_look_at_its_cpus() {
     let _turn = turn();
     let folder = Folder::new();

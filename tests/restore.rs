@@ -454,12 +454,19 @@ fn a_restore_tells_kvm_once_what_it_takes_once() {
     assert_eq!(of(&machine, "KVM_CREATE_VCPU"), CPUS, "{machine:?}");
     let x86_64 = cfg!(target_arch = "x86_64");
     assert_eq!(of(&machine, "KVM_SET_CPUID2"), if x86_64 { CPUS } else { 0 }, "{machine:?}");
+    // On x86_64 the guest reads the registers of the disk and the entropy device from memory, but on a shell, which KVM
+    // takes no further memory for without waiting: there it notes what the guest acknowledges.
+    let shown = if x86_64 { 2 } else { 0 };
+    assert_eq!(of(&machine, "KVM_SET_USER_MEMORY_REGION"), 1 + shown, "{machine:?}");
     // What a shell has is not made again, and its memory stays where KVM knows it.
     for (made, count) in machine.iter().filter(|(name, _)| name.starts_with("KVM_")) {
-        let is_ahead = made.starts_with("KVM_CREATE_V") || made == "KVM_SET_USER_MEMORY_REGION";
-        assert!(of(&shell, made) <= if is_ahead { 0 } else { *count }, "{made}: {shell:?}");
+        let most = match made.as_str() {
+            "KVM_SET_USER_MEMORY_REGION" | "KVM_CREATE_VM" | "KVM_CREATE_VCPU" => 0,
+            "KVM_REGISTER_COALESCED_MMIO" => count + shown,
+            _ => *count,
+        };
+        assert!(of(&shell, made) <= most, "{made}: {shell:?}");
     }
-    assert_eq!(of(&machine, "KVM_SET_USER_MEMORY_REGION"), 1, "{machine:?}");
     // The shell's CPUs were told what those of the host are.
     assert_eq!(of(&shell, "KVM_SET_CPUID2"), 0, "{shell:?}");
     // With a GICv2 there is no message that KVM knows.

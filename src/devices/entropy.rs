@@ -99,6 +99,9 @@ impl VirtioDevice for Entropy {
     fn queue_sizes(&self) -> &[u16] {
         &[256]
     }
+    fn has_steady_configuration(&self) -> bool {
+        true
+    }
     fn start(&mut self, io: Io) -> Result<Vec<Box<dyn Worker>>> {
         let Io { memory, queues, .. } = io;
         let [queue] = <[Queue; 1]>::try_from(queues).ok().expect("one queue was asked for");

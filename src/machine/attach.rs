@@ -3,7 +3,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::kept::Kept;
+use super::ahead::{Ahead, OpenedAhead};
 use super::parts::{self, Places};
 use super::windows::{self, Shown};
 use super::{Machine, RunState};
@@ -15,7 +15,8 @@ use crate::error::{Context, Error, Result};
 use crate::host::Host;
 use crate::log;
 use crate::memory::Range;
-use crate::memory::slots::{Room, Slots};
+use crate::memory::registers::RegisterPage;
+use crate::memory::slots::Slots;
 use crate::memory::window::Window;
 use crate::part::{Component, Part};
 use crate::pci::DEVICES_MAX;
@@ -37,70 +38,6 @@ struct Opened {
     device: Box<dyn VirtioDevice>,
     /// Where its workers will live.
     loops: Vec<Arc<Loop>>,
-}
-
-/// A device that is open, with its window, if it has one.
-struct Ahead {
-    /// There until the device is put in its place.
-    device: Option<Box<dyn VirtioDevice>>,
-    /// The window, in its place.
-    window: Option<Window>,
-    /// The addresses of the memory that it plugs.
-    room: Option<Range>,
-}
-
-/// The devices of a configuration that are there before the machine has its shell, by their names: those with windows,
-/// since a change of KVM's memory soon after interrupt controllers are made waits for these, and those of the machine
-/// before.
-pub(super) struct OpenedAhead(Vec<(String, Ahead)>);
-
-impl OpenedAhead {
-    /// Opens them, but for those that were `kept`, for the machine called `id`, whose memory is at `memory`.
-    pub fn open(
-        mut kept: Kept,
-        id: &str,
-        config: &Config,
-        places: &Places,
-        memory: &[Range],
-        host: &mut Host,
-    ) -> Result<Self> {
-        let (mut opened, mut taken) = (Vec::new(), Vec::new());
-        let is_ahead = |device: &&ConfiguredDevice| device.kind().has_window || kept.has(&device.name());
-        let ahead: Vec<_> = config.devices().filter(is_ahead).collect();
-        for device in ahead {
-            let name = device.name();
-            let own = kept.take(&name).map_or_else(|| device.open(id, host), Ok)?;
-            let ahead = Ahead::of(device, own, places, memory, &taken)?;
-            taken.extend(ahead.window.as_ref().map(|window| window.range));
-            opened.push((name, ahead));
-        }
-        Ok(Self(opened))
-    }
-
-    /// The windows that they have.
-    pub fn windows(&self) -> Vec<Window> {
-        self.0.iter().filter_map(|(_, ahead)| ahead.window.clone()).collect()
-    }
-}
-
-impl Ahead {
-    /// A device of a machine whose memory is at `memory`, with a place for its window where `taken` has none. Nobody else
-    /// knows of the window yet.
-    fn of(
-        device: &ConfiguredDevice,
-        mut opened: Box<dyn VirtioDevice>,
-        places: &Places,
-        memory: &[Range],
-        taken: &[Range],
-    ) -> Result<Self> {
-        let (name, attempt) = (device.name(), || format!("attach {}", device.name()));
-        let find = |view| windows::put(&name, view, places, memory, taken);
-        let window = opened.view().map(find).transpose().with_context(attempt)?;
-        let find = |room: Room| windows::find(&name, (room.size, room.alignment), places, memory, taken);
-        let room = device.room().map(find).transpose().with_context(attempt)?;
-        window.iter().map(|window| window.range).chain(room).for_each(|range| opened.set_window(range));
-        Ok(Self { device: Some(opened), window, room })
-    }
 }
 
 impl Machine {
@@ -129,13 +66,12 @@ impl Machine {
         &mut self,
         config: &Config,
         mut ahead: OpenedAhead,
-        places: &Places,
         host: &mut Host,
     ) -> Result<()> {
         for device in config.devices() {
             let name = device.name();
-            let Some((_, ahead)) = ahead.0.iter_mut().find(|(other, _)| *other == name) else {
-                self.attach(device, places, host)?;
+            let (places, Some(ahead)) = ahead.of(&name) else {
+                self.attach(device, &ahead.places, host)?;
                 continue;
             };
             let attempt = || format!("attach {name}");
@@ -182,10 +118,11 @@ impl Machine {
             log::debug(format_args!("{name} plugs memory at {range}"));
             self.parts.0.push(windows::room_part(&name, range));
         }
+        let shown = ahead.registers.take().map(|(_, page)| page);
         let opened = Opened { name: name.clone(), device: opened, loops: loops.clone() };
         let component = match (place, &self.root) {
             (Place::Pci(number), Some(root)) => self.put_on_pci(root, opened, number),
-            (Place::Registers { range, gsi: Some(gsi) }, None) => self.put_on_mmio(opened, range, gsi),
+            (Place::Registers { range, gsi: Some(gsi) }, None) => self.put_on_mmio(opened, range, gsi, shown),
             _ => unreachable!("a place for a device is on the machine's bus"),
         };
         let component = match component {
@@ -223,9 +160,9 @@ impl Machine {
     pub fn detach(&mut self, name: &str) -> Result<()> {
         let part = self.parts.get(name)?;
         let held = part.with(|device: &mut Transport| {
-            (device.kicks().to_vec(), device.loops().to_vec(), device.is_driven())
+            (device.kicks().to_vec(), device.loops().to_vec(), device.is_driven(), device.is_shown())
         });
-        let (kicks, loops, is_driven) =
+        let (kicks, loops, is_driven, is_shown) =
             held.ok_or_else(|| Error::config(format!("detach {name}: it is a fixed part of the machine")))?;
         parts::pause(std::slice::from_ref(part));
         match (part.place, &self.root) {
@@ -236,6 +173,9 @@ impl Machine {
             (Place::Registers { range, .. }, None) => {
                 self.surroundings.mmio.detach(range.start);
                 disconnect(&self.vm, range, &kicks);
+                if is_shown {
+                    self.vm.remove_memory(range)?;
+                }
             }
             _ => unreachable!("a device is on the machine's bus"),
         }
@@ -285,15 +225,25 @@ impl Machine {
         }
     }
 
-    fn put_on_mmio(&self, device: Opened, registers: Range, gsi: u32) -> Result<Arc<Mutex<Transport>>> {
+    /// Puts a device behind virtio-mmio; KVM knows the page `shown`, if there is one, in the place of its registers.
+    fn put_on_mmio(
+        &self,
+        device: Opened,
+        registers: Range,
+        gsi: u32,
+        shown: Option<Arc<RegisterPage>>,
+    ) -> Result<Arc<Mutex<Transport>>> {
         let kicks = events(&device.name, "kick", device.device.queue_sizes().len())?;
         let put = || -> Result<_> {
             for (queue, kick) in kicks.iter().enumerate() {
                 self.vm.kick(kick, registers.start + QUEUE_NOTIFY, queue as u32)?;
             }
-            let acknowledged =
-                self.vm.post(&self.vcpus[0].stopped(), registers.start + INTERRUPT_ACKNOWLEDGE);
-            let interrupts = Interrupts::line(self.vm.interrupt(gsi)?, acknowledged);
+            // A driver that reads the status from memory must not find there what it has acknowledged.
+            let acknowledged = match &shown {
+                Some(_) => None,
+                None => self.vm.post(&self.vcpus[0].stopped(), registers.start + INTERRUPT_ACKNOWLEDGE),
+            };
+            let interrupts = Interrupts::line(self.vm.interrupt(gsi)?, acknowledged, shown);
             let transport = self.transport(device, interrupts, kicks.clone());
             self.surroundings.mmio.attach(registers, Arc::new(Mutex::new(Mmio(transport.clone()))))?;
             Ok(transport)
@@ -341,7 +291,7 @@ fn disconnect(vm: &Vm, registers: Range, kicks: &[Arc<EventFd>]) {
 }
 
 /// The place of the virtio-mmio device with this number.
-fn mmio_place(number: u32) -> Place {
+pub(super) fn mmio_place(number: u32) -> Place {
     let start = layout::VIRTIO_MMIO.start + u64::from(number) * REGISTERS_SIZE;
     let gsi = Some(layout::DEVICE_GSIS.start + number);
     Place::Registers { range: Range { start, size: REGISTERS_SIZE }, gsi }

@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
 
-use super::attach::{OpenedAhead, pci_bus};
+use super::ahead::OpenedAhead;
+use super::attach::pci_bus;
 use super::command_line::command_line;
 use super::kept::Kept;
 use super::parts::{Parts, Places};
@@ -44,16 +45,14 @@ pub fn build(
 ) -> Result<Box<Machine>> {
     let (boot_timer, machine) = (config.boot_timer.then(BootTimer::start), &config.machine_config);
     let ram = layout::memory(memory_size(machine.mem_size_mib)?);
-    let ahead = OpenedAhead::open(kept, id, config, places, &ram, host)?;
+    let ahead = OpenedAhead::open(kept, id, config, places, (&ram, &base), host)?;
     let source = if config.shares_memory() { source.to_share()? } else { source };
     let source = machine.huge_pages.source(source)?;
-    let shell = base.shell(Cpus::of(config)?, &[&ram, plugged].concat(), source, &ahead.windows())?;
+    let shell = base.shell(Cpus::of(config)?, &[&ram, plugged].concat(), source, &ahead)?;
     let Shell { vcpus, loops, surroundings, errands, wake, mut vm, memory } = shell;
     memory.memory().iter().for_each(|region| machine.huge_pages.choose(region));
-    log::debug(format_args!(
-        "allocated {} MiB of guest memory for {} CPUs",
-        machine.mem_size_mib, machine.vcpu_count
-    ));
+    let (size, cpus) = (machine.mem_size_mib, machine.vcpu_count);
+    log::debug(format_args!("allocated {size} MiB of guest memory for {cpus} CPUs"));
     let mut platform = platform(config, ram);
     vm.complete(&mut platform)?;
     let (timeline, vm) = (std::mem::take(&mut vm.timeline), Arc::new(vm));
@@ -98,7 +97,7 @@ pub fn build(
         vm,
         memory,
     });
-    machine.attach_all(config, ahead, places, host)?;
+    machine.attach_all(config, ahead, host)?;
     machine.timeline.mark("devices");
     Ok(machine)
 }

@@ -1,5 +1,6 @@
 //! The machine and its run states: built, loaded, running, paused, ended.
 
+mod ahead;
 mod attach;
 mod build;
 mod command_line;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
 
+use super::ahead::OpenedAhead;
 use super::build::memory_size;
 use super::loops::Loops;
 use crate::arch::{CpuFeatures, layout};
@@ -12,7 +13,6 @@ use crate::bus::Bus;
 use crate::config::Config;
 use crate::errands::Errands;
 use crate::error::{Error, Result};
-use crate::memory::window::Window;
 use crate::memory::{self, Memory, Range, Region, Regions, Source};
 use crate::poll::{self, EventFd};
 use crate::vm::exit::End;
@@ -44,7 +44,7 @@ impl Shell {
             Some(size) => memory::allocate(&layout::memory(memory_size(size)?))?,
             None => Memory::new(Regions::default()),
         };
-        let mut shell = Self::around(prepared, Cpus::plain(cpus), memory, &[])?;
+        let mut shell = Self::around(prepared, Cpus::plain(cpus), memory, &OpenedAhead::default())?;
         shell.loops.make_shared()?;
         shell.loops.start()?;
         shell.vm.foresee_cpu_model(&shell.vcpus.stopped())?;
@@ -52,11 +52,12 @@ impl Shell {
         Ok(shell)
     }
 
-    /// A shell without threads, around a guest's memory and windows. KVM takes both first: a change of them soon after
-    /// the interrupt controllers are made would wait for these.
-    fn around(prepared: Prepared, cpus: Cpus, memory: Memory, windows: &[Window]) -> Result<Self> {
+    /// A shell without threads, around a guest's memory, and what devices show it as memory. KVM takes both first: a change
+    /// of them soon after the interrupt controllers are made would wait for these.
+    fn around(prepared: Prepared, cpus: Cpus, memory: Memory, ahead: &OpenedAhead) -> Result<Self> {
         let mut vm = Vm::new(prepared, &memory.memory())?;
-        windows.iter().try_for_each(|window| vm.add_window(window).map(drop))?;
+        ahead.windows().try_for_each(|window| vm.add_window(window).map(drop))?;
+        ahead.registers().try_for_each(|(start, page)| vm.add_registers(*start, page).map(drop))?;
         let made = vm.create_vcpus(cpus.count, cpus.features)?;
         let gate = Arc::new(Gate::default());
         let end = End::new(gate.clone())?;
@@ -143,16 +144,16 @@ impl From<Shell> for Base {
 }
 
 impl Base {
-    /// The shell of a machine with these CPUs, this memory, and these windows.
+    /// The shell of a machine with these CPUs, this memory, and what devices show as memory.
     pub(super) fn shell(
         self,
         cpus: Cpus,
         ranges: &[Range],
         source: Source<'_>,
-        windows: &[Window],
+        ahead: &OpenedAhead,
     ) -> Result<Shell> {
         match self {
-            Self::Prepared(prepared) => Shell::around(*prepared, cpus, memory::map(ranges, source)?, windows),
+            Self::Prepared(prepared) => Shell::around(*prepared, cpus, memory::map(ranges, source)?, ahead),
             Self::Shell(shell) if shell.cpus() != cpus => Err(Error::config(format!(
                 "the machine is to have {} CPUs, and its shell was made for {}, or for others: make another one",
                 cpus.count,
@@ -160,7 +161,7 @@ impl Base {
             ))),
             Self::Shell(mut shell) => {
                 shell.set_memory(ranges, source)?;
-                windows.iter().try_for_each(|window| shell.vm.add_window(window).map(drop))?;
+                ahead.windows().try_for_each(|window| shell.vm.add_window(window).map(drop))?;
                 Ok(*shell)
             }
         }

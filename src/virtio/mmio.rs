@@ -1,10 +1,12 @@
 //! virtio-mmio (virtio 1.2, 4.2): offsets to registers.
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::transport::{Register, Transport};
 use crate::arch::layout;
 use crate::bus::BusDevice;
+use crate::memory::registers::{self, RegisterPage};
 use crate::platform::node::{AcpiDevice, AcpiValue, TreeNode};
 use crate::platform::{Node, Place};
 
@@ -14,13 +16,19 @@ const VERSION: u32 = 2;
 const VENDOR: u32 = u32::from_le_bytes(*b"ALUL");
 /// Device configuration begins here.
 const CONFIG: u64 = 0x100;
+/// Of it, so much can be read from memory: no device's is longer (the longest is a vhost-user backend's, of 256 bytes).
+const CONFIG_SIZE: usize = 0x100;
 /// Where QueueNotify is: kicks arrive there.
 pub const QUEUE_NOTIFY: u64 = 0x50;
+/// Where InterruptStatus is.
+pub const INTERRUPT_STATUS: u64 = 0x60;
 /// Where InterruptACK is: nobody waits for what is written there.
 pub const INTERRUPT_ACKNOWLEDGE: u64 = 0x64;
+/// Where ConfigGeneration is.
+pub const CONFIG_GENERATION: u64 = 0xfc;
 
-/// The registers of one device take a page, so that they could be mapped alone.
-pub const REGISTERS_SIZE: u64 = 0x1000;
+/// The registers of one device take a page, so that they can be mapped alone.
+pub const REGISTERS_SIZE: u64 = registers::SIZE;
 
 /// What boot tables say of a device behind virtio-mmio at this place.
 pub fn nodes(place: Place) -> Vec<Node> {
@@ -49,7 +57,7 @@ fn register(offset: u64) -> Option<Register> {
         0x38 => Register::QueueSize,
         0x44 => Register::QueueReady,
         QUEUE_NOTIFY => Register::QueueNotify,
-        0x60 => Register::InterruptStatus,
+        INTERRUPT_STATUS => Register::InterruptStatus,
         INTERRUPT_ACKNOWLEDGE => Register::InterruptAcknowledge,
         0x70 => Register::Status,
         0x80 => Register::QueueDescLow,
@@ -58,9 +66,35 @@ fn register(offset: u64) -> Option<Register> {
         0x94 => Register::QueueDriverHigh,
         0xa0 => Register::QueueDeviceLow,
         0xa4 => Register::QueueDeviceHigh,
-        0xfc => Register::ConfigGeneration,
+        CONFIG_GENERATION => Register::ConfigGeneration,
         _ => return None,
     })
+}
+
+/// The register that a driver finds at `offset`, below the device configuration.
+fn value(transport: &Transport, offset: u64) -> u32 {
+    match offset {
+        0x00 => MAGIC,
+        0x04 => VERSION,
+        0x08 => transport.device_type(),
+        0x0c => VENDOR,
+        // Shared memory regions (0xb0 to 0xbc): all ones, there are none.
+        0xb0..=0xbc => u32::MAX,
+        _ => register(offset).map_or(0, |register| transport.read(register)),
+    }
+}
+
+/// Writes the registers as they are now to the page that the driver reads. Two lie in that page alone.
+pub(super) fn show(transport: &Transport, page: &RegisterPage) {
+    for offset in (0..CONFIG).step_by(4).filter(|at| ![INTERRUPT_STATUS, CONFIG_GENERATION].contains(at)) {
+        page.word(offset).store(value(transport, offset), Ordering::SeqCst);
+    }
+    let mut config = [0; CONFIG_SIZE];
+    transport.read_config(0, &mut config);
+    let (words, _) = config.as_chunks();
+    for (offset, word) in (CONFIG..).step_by(4).zip(words) {
+        page.word(offset).store(u32::from_le_bytes(*word), Ordering::SeqCst);
+    }
 }
 
 /// A device behind virtio-mmio.
@@ -72,18 +106,9 @@ impl BusDevice for Mmio {
         if let Some(offset) = offset.checked_sub(CONFIG) {
             return transport.read_config(offset, data);
         }
-        let value = match offset {
-            0x00 => MAGIC,
-            0x04 => VERSION,
-            0x08 => transport.device_type(),
-            0x0c => VENDOR,
-            // Shared memory regions (0xb0 to 0xbc): all ones, there are none.
-            0xb0..=0xbc => u32::MAX,
-            _ => register(offset).map_or(0, |register| transport.read(register)),
-        };
         // Registers are read whole (4.2.2.2).
         match <&mut [u8; 4]>::try_from(data) {
-            Ok(data) => *data = value.to_le_bytes(),
+            Ok(data) => *data = value(&transport, offset).to_le_bytes(),
             Err(_) => log_width(),
         }
     }

@@ -18,6 +18,7 @@ use serde_json::Value;
 
 use crate::error::{Error, Result};
 use crate::host::Host;
+use crate::memory::registers::RegisterPage;
 use crate::memory::slots::Slots;
 use crate::memory::window::View;
 use crate::memory::{Memory, Range};
@@ -61,6 +62,11 @@ pub trait VirtioDevice: SaveState + Send {
     fn set_window(&mut self, _range: Range) {}
     /// By this the device gives the guest memory there and takes it away, if its configuration has room for such.
     fn set_slots(&mut self, _slots: Arc<dyn Slots>) {}
+    /// Whether the configuration changes only when its driver writes to it, and when it is restored, reset, or changed by
+    /// the user: what the driver reads of it can then be kept in memory that the driver reads.
+    fn has_steady_configuration(&self) -> bool {
+        false
+    }
     /// The driver reads `data.len()` bytes of device configuration at `offset`. What is beyond its
     /// end is left as it is: zeros.
     fn read_config(&self, _offset: u64, _data: &mut [u8]) {}
@@ -173,33 +179,67 @@ struct InterruptState {
 /// How a device interrupts its driver: by one line and a register that says what for (MMIO), or by vectors
 /// that the driver deals out to its queues and to changes of the configuration (MSI-X).
 pub struct Interrupts {
-    status: AtomicU32,
-    /// What the driver has acknowledged and `status` does not say yet.
+    words: Words,
+    /// What the driver has acknowledged and the status does not say yet.
     acknowledged: Option<Posted>,
     /// The line, or the events of all vectors.
     events: Vec<Arc<EventFd>>,
     /// With vectors: the one for configuration changes, and the queues' ones.
     vectors: Option<(AtomicU16, Vec<AtomicU16>)>,
-    /// One more whenever the configuration changes: who read half of it before reads again (2.5.3).
-    generation: AtomicU32,
-    /// Another process interrupts the driver of used buffers, and cannot note that in `status`.
+    /// Another process interrupts the driver of used buffers, and cannot note that in the status.
     is_shared: AtomicBool,
+}
+
+/// The registers that change while a device runs, without the transport's lock.
+enum Words {
+    /// The status, and the generation of the configuration.
+    Own(AtomicU32, AtomicU32),
+    /// Both lie in a page that the driver reads.
+    Shown(Arc<RegisterPage>),
 }
 
 impl Interrupts {
     /// A line that writes to `event`; of the driver's writes to InterruptACK, those that are posted are
-    /// found in `acknowledged`.
-    pub fn line(event: Arc<EventFd>, acknowledged: Option<Posted>) -> Arc<Self> {
-        let (status, generation, is_shared) = (0.into(), 0.into(), false.into());
-        Arc::new(Self { status, acknowledged, events: vec![event], vectors: None, generation, is_shared })
+    /// found in `acknowledged`. A driver that reads the device's registers from memory finds them in the page `shown`.
+    pub fn line(
+        event: Arc<EventFd>,
+        acknowledged: Option<Posted>,
+        shown: Option<Arc<RegisterPage>>,
+    ) -> Arc<Self> {
+        let words = shown.map_or_else(|| Words::Own(0.into(), 0.into()), Words::Shown);
+        Arc::new(Self { words, acknowledged, events: vec![event], vectors: None, is_shared: false.into() })
     }
 
     /// A vector per event, for a device with so many queues, to which the driver deals them out.
     pub fn vectors(events: Vec<Arc<EventFd>>, queues: usize) -> Arc<Self> {
         let queues = (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect();
         let vectors = Some((AtomicU16::new(NO_VECTOR), queues));
-        let (status, generation, is_shared) = (0.into(), 0.into(), false.into());
-        Arc::new(Self { status, acknowledged: None, events, vectors, generation, is_shared })
+        let words = Words::Own(0.into(), 0.into());
+        Arc::new(Self { words, acknowledged: None, events, vectors, is_shared: false.into() })
+    }
+
+    /// The page in which the driver finds the device's registers, if it reads them from memory.
+    pub(super) fn shown(&self) -> Option<&RegisterPage> {
+        match &self.words {
+            Words::Own(..) => None,
+            Words::Shown(page) => Some(page),
+        }
+    }
+
+    /// The reasons of the last interrupts, but for what is acknowledged and not settled.
+    fn reasons(&self) -> &AtomicU32 {
+        match &self.words {
+            Words::Own(reasons, _) => reasons,
+            Words::Shown(page) => page.word(mmio::INTERRUPT_STATUS),
+        }
+    }
+
+    /// One more whenever the configuration changes: who read half of it before reads again (2.5.3).
+    fn generation(&self) -> &AtomicU32 {
+        match &self.words {
+            Words::Own(_, generation) => generation,
+            Words::Shown(page) => page.word(mmio::CONFIG_GENERATION),
+        }
     }
 
     /// The event by which another process tells the driver from now on, until the device is reset, that buffers of a queue
@@ -215,7 +255,7 @@ impl Interrupts {
     fn raise(&self, bit: u32, vector: impl FnOnce(&(AtomicU16, Vec<AtomicU16>)) -> u16) -> Option<&EventFd> {
         // Acknowledgements that the driver wrote before are taken first: after the bit is set, they would clear it.
         self.settle();
-        self.status.fetch_or(bit, Ordering::SeqCst);
+        self.reasons().fetch_or(bit, Ordering::SeqCst);
         let index = self.vectors.as_ref().map_or(0, vector);
         self.events.get(usize::from(index)).map(|event| &**event)
     }
@@ -234,7 +274,7 @@ impl Interrupts {
 
     /// The device's configuration has changed: tells the driver, if it runs, to look at it.
     pub fn configuration_changed(&self) {
-        self.generation.fetch_add(1, Ordering::SeqCst);
+        self.generation().fetch_add(1, Ordering::SeqCst);
         self.configuration_change();
     }
 
@@ -249,25 +289,25 @@ impl Interrupts {
     fn status(&self) -> u32 {
         self.settle();
         let shared = if self.is_shared.load(Ordering::SeqCst) { USED_BUFFER } else { 0 };
-        self.status.load(Ordering::SeqCst) | shared
+        self.reasons().load(Ordering::SeqCst) | shared
     }
 
     /// The driver reads what for, and acknowledges what it is told by that: in one step, for what comes between
     /// two would be acknowledged by a driver that has not heard of it.
     fn take_status(&self) -> u32 {
         self.settle();
-        self.status.swap(0, Ordering::SeqCst)
+        self.reasons().swap(0, Ordering::SeqCst)
     }
 
     fn acknowledge(&self, bits: u32) {
         self.settle();
-        self.status.fetch_and(!bits, Ordering::SeqCst);
+        self.reasons().fetch_and(!bits, Ordering::SeqCst);
     }
 
     fn settle(&self) {
         if let Some(acknowledged) = &self.acknowledged {
             acknowledged.take(|bits| {
-                self.status.fetch_and(!bits, Ordering::SeqCst);
+                self.reasons().fetch_and(!bits, Ordering::SeqCst);
             });
         }
     }
@@ -297,7 +337,7 @@ impl Interrupts {
             .zip(state.vectors)
             .for_each(|(own, saved)| own.store(self.checked(saved), Ordering::SeqCst));
         self.settle();
-        self.status.store(state.status, Ordering::SeqCst);
+        self.reasons().store(state.status, Ordering::SeqCst);
         if state.status != 0 && self.vectors.is_none() {
             // The pulse may have been lost with the old line; one too many is harmless.
             let _ = self.events[0].write(1);

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::workers::Loop;
-use super::{Interrupts, VirtioDevice};
+use super::{Interrupts, VirtioDevice, mmio};
 use crate::memory::Memory;
 use crate::metrics::{Counter, Group, View, metrics};
 use crate::poll::EventFd;
@@ -180,6 +180,7 @@ impl Transport {
                 queues,
             };
             transport.reset_registers();
+            transport.show();
             Mutex::new(transport)
         })
     }
@@ -222,6 +223,11 @@ impl Transport {
         self.status & DRIVER_OK != 0
     }
 
+    /// Whether its driver reads its registers from memory.
+    pub fn is_shown(&self) -> bool {
+        self.interrupts.shown().is_some()
+    }
+
     /// How many queues it has.
     pub fn queues(&self) -> usize {
         self.queues.len()
@@ -255,7 +261,7 @@ impl Transport {
             Register::QueueNotify | Register::InterruptAcknowledge => 0,
             Register::InterruptStatus => self.interrupts.status(),
             Register::Status => self.status,
-            Register::ConfigGeneration => self.interrupts.generation.load(Ordering::SeqCst),
+            Register::ConfigGeneration => self.interrupts.generation().load(Ordering::SeqCst),
         }
     }
 
@@ -276,12 +282,17 @@ impl Transport {
                 if let Some(kick) = self.kicks.get(value as usize) {
                     let _ = kick.write(1);
                 }
+                return Stopping(None);
             }
-            Register::InterruptAcknowledge => self.interrupts.acknowledge(value),
+            Register::InterruptAcknowledge => {
+                self.interrupts.acknowledge(value);
+                return Stopping(None);
+            }
             Register::Status if value & 0xff == 0 => return self.reset(),
             Register::Status => self.set_status(value & 0xff),
             other => self.set_up_queue(other, value),
         }
+        self.show();
         Stopping(None)
     }
 
@@ -295,13 +306,23 @@ impl Transport {
     pub fn write_config(&mut self, offset: u64, data: &[u8]) {
         self.is_used = true;
         self.device.write_config(offset, data);
+        self.show();
     }
 
     /// The device's configuration has changed while it may be running: the driver is told so.
     pub fn configuration_changed(&mut self) {
+        self.show();
         match self.status & DRIVER_OK != 0 {
             true => self.interrupts.configuration_changed(),
-            false => drop(self.interrupts.generation.fetch_add(1, Ordering::SeqCst)),
+            false => drop(self.interrupts.generation().fetch_add(1, Ordering::SeqCst)),
+        }
+    }
+
+    /// Has a driver that reads the registers from memory find them as they are now: whoever changes what the guest can see
+    /// calls this before anybody else can learn of the change. The reasons for interrupts are there as soon as they change.
+    fn show(&self) {
+        if let Some(page) = self.interrupts.shown() {
+            mmio::show(self, page);
         }
     }
 

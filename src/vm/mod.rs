@@ -23,6 +23,7 @@ use crate::arch::{self, CpuFeatures, CpuModel};
 use crate::descriptors::Name;
 use crate::error::{Context, Error, Result};
 use crate::kvm;
+use crate::memory::registers::RegisterPage;
 use crate::memory::window::Window;
 use crate::memory::{Range, Region, Regions};
 use crate::platform::{CpuChanges, MessageFrame, Platform};
@@ -291,6 +292,14 @@ impl Vm {
     /// The guest has memory there already, or KVM does not take it.
     pub fn add_window(&self, window: &Window) -> Result<u32> {
         self.slots().add_window(&self.fd, window)
+    }
+
+    /// Has the guest read a page of registers at `start` from memory, as [`Self::add_window`] has it see a window.
+    ///
+    /// # Errors
+    /// KVM does not take it.
+    pub fn add_registers(&self, start: u64, page: &Arc<RegisterPage>) -> Result<u32> {
+        self.slots().add_registers(&self.fd, start, page)
     }
 
     /// Takes the region or the window that is exactly `range` from the guest; its slot is free again.

@@ -2,12 +2,14 @@
 //! (KVM api, 4.35).
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY};
 use kvm_ioctls::VmFd;
 
 use crate::error::{Context, Error, Result};
 use crate::kvm::{self, SlotPages};
+use crate::memory::registers::{self, RegisterPage};
 use crate::memory::window::Window;
 use crate::memory::{Range, Region};
 
@@ -31,13 +33,15 @@ enum Kind {
     Memory { is_tracked: bool },
     /// A window's view. Nobody wants to know what is written there: no snapshot has it.
     Window { is_read_only: bool },
+    /// The registers of a device, which the guest reads from memory.
+    Registers,
 }
 
 impl Kind {
     fn flags(self) -> u32 {
         match self {
             Self::Memory { is_tracked: true } => KVM_MEM_LOG_DIRTY_PAGES,
-            Self::Window { is_read_only: true } => KVM_MEM_READONLY,
+            Self::Window { is_read_only: true } | Self::Registers => KVM_MEM_READONLY,
             _ => 0,
         }
     }
@@ -58,6 +62,13 @@ impl Slots {
         let slot = Slot { range: *range, pages: SlotPages::of_view(view), kind };
         self.put(fd, slot)
             .with_context(|| format!("give KVM a window of {} MiB at {:#x}", range.size >> 20, range.start))
+    }
+
+    /// Does the same with a page of registers, which the guest reads at `start`.
+    pub fn add_registers(&mut self, fd: &VmFd, start: u64, page: &Arc<RegisterPage>) -> Result<u32> {
+        let range = Range { start, size: registers::SIZE };
+        let slot = Slot { range, pages: SlotPages::of_registers(page), kind: Kind::Registers };
+        self.put(fd, slot).with_context(|| format!("give KVM registers at {start:#x}"))
     }
 
     fn put(&mut self, fd: &VmFd, slot: Slot) -> Result<u32> {

@@ -70,7 +70,7 @@ impl Disk {
         let event = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
         let queues = device.queue_sizes().len();
         let (interrupt, kicks) = (event(), (0..queues).map(|_| Arc::new(event())).collect());
-        let interrupts = Interrupts::line(Arc::new(interrupt.try_clone().unwrap()), None);
+        let interrupts = Interrupts::line(Arc::new(interrupt.try_clone().unwrap()), None, None);
         let transport =
             Transport::new("disk".to_owned(), device, memory.clone(), loops.clone(), interrupts, kicks);
         let (next, seen) = (vec![0; queues], vec![0; queues]);

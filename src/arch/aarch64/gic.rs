@@ -30,6 +30,10 @@ pub struct InterruptController {
 /// What its descriptor is called.
 const NAME: &str = "interrupt controller";
 
+/// A guest maps registers as device memory, and its reads then pass caches by where the CPU lacks FEAT_S2FWB: it would find
+/// what memory held before this process wrote to it (Arm ARM, D8.6).
+pub const READS_REGISTERS_FROM_MEMORY: bool = false;
+
 /// The ITS tells devices apart that write interrupt messages.
 pub const MESSAGES_NAME_THEIR_DEVICE: bool = true;
 

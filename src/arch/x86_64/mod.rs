@@ -156,6 +156,10 @@ fn topology(cpus: u16, smt: bool) -> cpuid::Topology {
     cpuid::Topology { cpus, threads: if smt { 2 } else { 1 } }
 }
 
+/// The guest can read registers from memory: caches are coherent for the accesses of every kind that a guest makes (Intel
+/// SDM, 12.3).
+pub const READS_REGISTERS_FROM_MEMORY: bool = true;
+
 /// Interrupt messages are written to a CPU's local APIC: who wrote them does not matter.
 pub const MESSAGES_NAME_THEIR_DEVICE: bool = false;
 

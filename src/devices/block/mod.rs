@@ -158,6 +158,10 @@ impl VirtioDevice for Block {
         &self.queue_sizes
     }
 
+    fn has_steady_configuration(&self) -> bool {
+        true
+    }
+
     /// struct virtio_blk_config.
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let mut config = [0; 60];

@@ -135,6 +135,10 @@ impl VirtioDevice for Pmem {
         self.start = range.start;
     }
 
+    fn has_steady_configuration(&self) -> bool {
+        true
+    }
+
     /// struct virtio_pmem_config.
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         copy_config(&[self.start, self.shared.view.size()].map(u64::to_le_bytes).concat(), offset, data);

@@ -77,6 +77,10 @@ impl VirtioDevice for Vsock {
         &QUEUE_SIZES
     }
 
+    fn has_steady_configuration(&self) -> bool {
+        true
+    }
+
     /// struct virtio_vsock_config: guest_cid.
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         super::super::copy_config(&u64::from(self.cid).to_le_bytes(), offset, data);

@@ -59,6 +59,7 @@ impl Transport {
                 self.fail(&error);
             }
         }
+        self.show();
     }
 
     fn build_queues(&self) -> Result<Vec<Queue>> {
@@ -168,6 +169,7 @@ impl Transport {
                 self.device.reset();
             }
             self.reset_registers();
+            self.show();
             log::guest_debug(format_args!("{} is reset by its driver", self.name));
         }
         let waiting = std::mem::take(&mut self.waiting);
@@ -185,6 +187,7 @@ impl Transport {
         });
         self.metrics.event_fails.add(1);
         self.status |= NEEDS_RESET;
+        self.show();
         if self.status & DRIVER_OK != 0 {
             self.interrupts.configuration_change();
         }

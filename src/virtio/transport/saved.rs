@@ -64,7 +64,7 @@ impl Snapshot for Transport {
             driver_features: *driver_features,
             queue_select: *queue_select,
             queues: queues.clone(),
-            config_generation: interrupts.generation.load(Ordering::SeqCst),
+            config_generation: interrupts.generation().load(Ordering::SeqCst),
             interrupts: interrupts.save(),
             device: device.save_state().with_context(|| format!("save {name}"))?,
         })
@@ -84,10 +84,11 @@ impl Snapshot for Transport {
         self.driver_features = state.driver_features;
         self.queue_select = state.queue_select;
         self.queues = state.queues;
-        self.interrupts.generation.store(state.config_generation, Ordering::SeqCst);
+        self.interrupts.generation().store(state.config_generation, Ordering::SeqCst);
         self.interrupts.restore(state.interrupts).context(attempt.clone())?;
         self.device.restore_state(&state.device).context(attempt.clone())?;
         self.was_restored = true;
+        self.show();
         let runs = state.status & (DRIVER_OK | NEEDS_RESET) == DRIVER_OK;
         let rings = if runs { 0..self.queues.len() } else { 0..0 };
         rings.into_iter().try_for_each(|index| self.ring(index).map(drop)).context(attempt)

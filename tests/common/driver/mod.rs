@@ -2,6 +2,7 @@
 //! (virtio 1.2, 2.7, 4.1, 4.2).
 
 mod rings;
+mod shown;
 
 use std::sync::mpsc::{TryRecvError, channel};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -16,7 +17,6 @@ use alula::pci::root::Function;
 use alula::platform::Platform;
 use alula::poll::EventFd;
 use alula::snapshot::SaveState;
-use alula::virtio::mmio::Mmio;
 use alula::virtio::pci::{Bar, Pci};
 use alula::virtio::transport::Transport;
 use alula::virtio::workers::{ByHand, Loop};
@@ -80,7 +80,7 @@ pub fn vm() -> Arc<Vm> {
 
 /// How the device's registers are reached.
 enum Registers {
-    Mmio(Mmio),
+    Mmio(shown::Shown),
     Pci(Bar, Box<Pci>),
 }
 
@@ -190,9 +190,9 @@ impl Guest {
         let signals = events.clone();
         let (transport, registers) = match kind {
             TransportKind::Mmio => {
-                let interrupts = Interrupts::line(events.remove(0), None);
+                let (interrupts, page) = shown::line(&*device, events.remove(0));
                 let transport = transport(device, memory.clone(), event_loop, interrupts);
-                (transport.clone(), Registers::Mmio(Mmio(transport)))
+                (transport.clone(), Registers::Mmio(shown::Shown::new(transport, page)))
             }
             TransportKind::Pci => {
                 let (transport, function) = function_of(device, memory.clone(), event_loop, 1, events);
