@@ -121,11 +121,6 @@ const CASES: &[Case] = &[
     ("disk, network, metadata and entropy together", uses_all_devices),
     ("what is written to persistent memory is there", disks::writes_to_pmem),
     ("bulk data crosses a TAP in both directions", networks::bulk),
-];
-
-/// Cases of devices that come and go, which ACPI tells a guest of. A guest of aarch64 is told by its agent: that these
-/// hold there was not seen yet.
-const PLUGGING: &[Case] = &[
     ("a disk comes and goes while the guest runs", plugging::disks),
     ("a network interface comes and goes while the guest runs", plugging::interfaces),
     ("persistent memory comes and goes while the guest runs", plugging::pmem),
@@ -138,7 +133,7 @@ fn cases_share_a_guest(transport: &[&str]) {
     network::add_tap("tap0", "172.16.0.1/24");
     let mut failed = Vec::new();
     let mut guest = None;
-    for (name, case) in CASES.iter().chain(if X86_64 { PLUGGING } else { &[] }) {
+    for (name, case) in CASES {
         println!("case: {name}");
         let one = guest.take().unwrap_or_else(|| Guest::boot(transport));
         // A case that fails takes the guest with it.
