@@ -192,21 +192,21 @@ impl Location {
         let path = self.state();
         let stored = Stored::read(&path, checksums)?;
         let attempt = || format!("read the state of a machine, `{}`", path.display());
-        stored.check_origin().with_context(attempt)?;
         let memory = self.memory(&stored.memory).with_context(attempt)?;
         Ok((stored, memory))
     }
 }
 
 impl Stored {
-    /// Reads the state file at `path`, from whatever architecture.
+    /// Reads the state file at `path`.
     ///
     /// # Errors
-    /// The state cannot be opened, or is not what Alula wrote.
+    /// The state cannot be opened, or is not what Alula wrote on this architecture.
     pub fn read(path: &Path, with_checksums: bool) -> Result<Self> {
         let attempt = || format!("read the state of a machine, `{}`", path.display());
         let file = open(path, "state of a saved machine", attempt)?;
         let (origin, sections) = state_file::read(&file, with_checksums).with_context(attempt)?;
+        check_origin(&origin).with_context(attempt)?;
         Self::of(origin, &sections).with_context(attempt)
     }
 
@@ -245,22 +245,22 @@ impl Stored {
         Ok(Self { origin, machine, memory, line, sums })
     }
 
-    /// Whether it was made on this architecture.
-    fn check_origin(&self) -> Result<()> {
-        match self.origin.architecture {
-            arch::ELF_MACHINE => Ok(()),
-            other => Err(Error::config(format!(
-                "it is of a machine of another architecture ({other} in ELF), and this host's is {}",
-                arch::NAME
-            ))),
-        }
-    }
-
     /// What of the memory is where in its file.
     pub fn pieces(&self) -> Vec<Piece> {
         let ranges = self.machine.memory();
         let positions = memory_file::offsets(ranges);
         ranges.iter().zip(positions).map(|(range, position)| Piece { range: *range, position }).collect()
+    }
+}
+
+/// An error if the state was not made on this architecture, whose CPUs and devices alone are understood here.
+fn check_origin(origin: &Origin) -> Result<()> {
+    match origin.architecture {
+        arch::ELF_MACHINE => Ok(()),
+        other => Err(Error::config(format!(
+            "it is of a machine of another architecture ({other} in ELF), and this host's is {}",
+            arch::NAME
+        ))),
     }
 }
 
