@@ -7,7 +7,6 @@
 mod common;
 mod crash;
 mod handlers;
-#[cfg(target_arch = "x86_64")]
 mod kept;
 mod memory;
 mod states;
