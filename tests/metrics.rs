@@ -78,7 +78,7 @@ fn a_line_of_metrics_says_what_was_done_since_the_last() {
     client.ok("PUT", "/entropy", "{}");
     let early = client.request("PUT", "/actions", FLUSH).fault();
     assert!(early.contains("not supported before starting"), "{early}");
-    service.boot_source("case=block,entropy echo");
+    service.boot_source("case=nobody-there,block,entropy echo");
     client.ok("PUT", "/actions", START);
     client.ok("PUT", "/actions", FLUSH);
     let again = client.request("PUT", "/metrics", &body.to_string()).fault();
