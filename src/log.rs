@@ -16,6 +16,7 @@ use crate::error::Result;
 use crate::metrics::{Counter, metrics};
 use crate::sink::{Purpose, Sink, has_room};
 use crate::sys::process;
+use crate::terminal;
 pub use config::{Config, Level};
 
 /// So many lines of a level that guests cause are written in one period; a guest that breaks its rings,
@@ -170,7 +171,7 @@ pub fn end_in_file(level: Level, message: impl Display) {
 /// Says something in the midst of something else, maybe within [`line()`]: on standard error, and in the log file if that
 /// is not being written to.
 pub fn aside(message: impl Display) {
-    process::write_error(format!("alula: {message}\n").as_bytes());
+    process::write_error(format!("alula: {message}{}", terminal::line_end()).as_bytes());
     aside_in_file(message);
 }
 
@@ -301,7 +302,7 @@ impl Log {
         if self.lost > 0 {
             line.insert_str(0, &format!("alula: {} lines were lost here\n", self.lost));
         }
-        line += "\n";
+        line += terminal::line_end();
         let mut pieces = line.as_bytes().chunks(libc::PIPE_BUF);
         if pieces.all(|piece| has_room(file, wait_ms) && (&*file).write_all(piece).is_ok()) {
             self.lost = 0;

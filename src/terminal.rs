@@ -23,6 +23,14 @@ alula: Ctrl-A ? lists these keys; all others are typed\r
 static ORIGINAL: OnceLock<libc::termios> = OnceLock::new();
 /// The terminal is ours, and not as it was.
 static IS_RAW: AtomicBool = AtomicBool::new(false);
+/// A line on standard error, which is such a terminal, does not end by itself where the next one begins.
+static KEEPS_COLUMN: AtomicBool = AtomicBool::new(false);
+
+/// The end of a line on standard error.
+pub fn line_end() -> &'static str {
+    let keeps_column = IS_RAW.load(Ordering::SeqCst) && KEEPS_COLUMN.load(Ordering::SeqCst);
+    if keeps_column { "\r\n" } else { "\n" }
+}
 
 /// Whether standard input is a terminal in whose background this process is (tcgetpgrp(3)).
 pub fn is_in_background() -> bool {
@@ -37,6 +45,17 @@ impl Raw {
     /// Makes standard input raw, if it is a terminal: keys go to the guest as they are typed. The first time,
     /// `tells` has a terminal that messages go to told how to leave.
     pub fn enter(tells: bool) -> Option<Self> {
+        Self::enter_with(tells, 0)
+    }
+
+    /// The same for a program in the guest that has a terminal there, which does with its output what a terminal does:
+    /// this one shows it byte for byte. A program that draws its screen relies on it.
+    pub fn enter_for_program(tells: bool) -> Option<Self> {
+        Self::enter_with(tells, libc::OPOST)
+    }
+
+    /// Does that, without these modes of output.
+    fn enter_with(tells: bool, without: libc::tcflag_t) -> Option<Self> {
         static TOLD: Once = Once::new();
         let now = descriptor::terminal_mode(STDIN)?;
         if tells && descriptor::terminal_mode(libc::STDERR_FILENO).is_some() {
@@ -46,6 +65,9 @@ impl Raw {
         let mut mode = *ORIGINAL.get_or_init(|| now);
         mode.c_lflag &= !(libc::ICANON | libc::ECHO | libc::ISIG | libc::IEXTEN);
         mode.c_iflag &= !(libc::ICRNL | libc::INLCR | libc::IGNCR | libc::IXON | libc::ISTRIP | libc::BRKINT);
+        mode.c_oflag &= !without;
+        let is_shown_on = descriptor::terminal_mode(libc::STDERR_FILENO).is_some();
+        KEEPS_COLUMN.store(without != 0 && is_shown_on, Ordering::SeqCst);
         IS_RAW.store(true, Ordering::SeqCst);
         descriptor::set_terminal_mode(STDIN, &mode);
         static HOOK: Once = Once::new();

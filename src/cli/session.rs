@@ -225,7 +225,7 @@ impl Session {
         })?;
         // Until then, Ctrl-C ends this process.
         if has_begun && self.has_terminal && self.input.is_some() {
-            self.raw = Raw::enter(log::wants(Level::Warning));
+            self.raw = Raw::enter_for_program(log::wants(Level::Warning));
         }
         Ok(ending)
     }

@@ -1,5 +1,6 @@
 //! The commands of the host that an agent serves.
 
+use super::common::terminal::Terminal;
 use super::*;
 
 /// `alula` with these words, and this on its standard input.
@@ -86,6 +87,27 @@ fn exec_is_the_command_seen_from_the_host() {
     process.expect("ready");
     process.send(libc::SIGTERM);
     assert_eq!(process.child.wait().unwrap().code(), Some(9));
+}
+
+#[test]
+fn a_program_has_the_terminal_of_its_user() {
+    let agent = Agent::start();
+    let vsock = agent.vsock();
+    let mut terminal = Terminal::new();
+    let before = terminal.modes();
+    terminal.set_size(31, 101);
+    let script = "stty size; trap 'stty size' WINCH; stty -opost; printf 'up\ndown\n'; stty opost
+        while :; do sleep 0.1; done";
+    let mut child = terminal.start(&["exec", "--vsock", &vsock, "-it", "--", "sh", "-c", script]);
+    // What the program's terminal makes of its lines is shown as it is, and so is what it leaves alone.
+    assert_eq!(terminal.read_until("down\n"), "31 101\r\nup\ndown\n");
+    assert!(terminal.is_raw());
+    terminal.set_size(40, 80);
+    common::send(&child, libc::SIGWINCH);
+    assert_eq!(terminal.read_until("80\r\n"), "40 80\r\n");
+    terminal.user.write_all(b"\x01x").unwrap();
+    assert_eq!(terminal.code_of(&mut child), Some(130));
+    assert_eq!(terminal.modes(), before);
 }
 
 /// A pipe with these bytes in it, whose other end is kept, or closed.

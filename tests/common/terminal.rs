@@ -27,19 +27,27 @@ impl Terminal {
         }
     }
 
-    /// The input and local modes, of which raw mode changes some.
+    /// Gives it so many rows and columns.
     #[allow(unsafe_code)]
-    pub fn modes(&self) -> (u32, u32) {
+    pub fn set_size(&self, rows: u16, columns: u16) {
+        let size = libc::winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+        // SAFETY: the call reads one structure.
+        assert_eq!(unsafe { libc::ioctl(self.monitor.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) }, 0);
+    }
+
+    /// The input, output and local modes, of which raw mode changes some.
+    #[allow(unsafe_code)]
+    pub fn modes(&self) -> [u32; 3] {
         // SAFETY: `termios` is plain data that the call fills in.
         unsafe {
             let mut mode: libc::termios = std::mem::zeroed();
             assert_eq!(libc::tcgetattr(self.monitor.as_raw_fd(), &mut mode), 0);
-            (mode.c_iflag, mode.c_lflag)
+            [mode.c_iflag, mode.c_oflag, mode.c_lflag]
         }
     }
 
     pub fn is_raw(&self) -> bool {
-        self.modes().1 & (libc::ICANON | libc::ECHO | libc::ISIG) == 0
+        self.modes()[2] & (libc::ICANON | libc::ECHO | libc::ISIG) == 0
     }
 
     /// The monitor with this terminal.
