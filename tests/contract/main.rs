@@ -12,7 +12,7 @@ mod rings;
 mod stops;
 
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use alula::config::Config;
 use alula::devices::KINDS;

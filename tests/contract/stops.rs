@@ -250,15 +250,16 @@ fn a_device_that_was_reset_while_paused_waits_for_the_machine() {
     });
 }
 
-/// A device of two workers, whose user pauses it when the first of them is at work.
+/// A device of two workers, whose user pauses it when the first of them is at work. The device does not own the
+/// transport that owns it.
 struct Two {
-    transport: Arc<OnceLock<Arc<Mutex<Transport>>>>,
+    transport: Arc<OnceLock<Weak<Mutex<Transport>>>>,
     handled: Arc<AtomicU32>,
 }
 
 struct OneOfTwo {
     queue: Queue,
-    transport: Arc<OnceLock<Arc<Mutex<Transport>>>>,
+    transport: Arc<OnceLock<Weak<Mutex<Transport>>>>,
     handled: Arc<AtomicU32>,
 }
 
@@ -294,7 +295,8 @@ impl Worker for OneOfTwo {
     }
     fn handle(&mut self, _token: u32) -> Result<()> {
         self.handled.fetch_add(1, Ordering::SeqCst);
-        self.transport.get().unwrap().lock().unwrap().pause(std::sync::mpsc::channel().0);
+        let transport = self.transport.get().unwrap().upgrade().unwrap();
+        transport.lock().unwrap().pause(std::sync::mpsc::channel().0);
         Ok(())
     }
     fn stop(self: Box<Self>) -> Vec<Queue> {
@@ -308,7 +310,7 @@ fn a_stop_waits_for_one_worker_not_for_all_that_are_ready() {
     let memory = memory::allocate(&[memory::Range { start: 0, size: driver::MEMORY }]).unwrap();
     let two = Box::new(Two { transport: transport.clone(), handled: handled.clone() });
     let mut guest = Guest::by_hand(TransportKind::Mmio, two, memory);
-    assert!(transport.set(guest.transport.clone()).is_ok());
+    assert!(transport.set(Arc::downgrade(&guest.transport)).is_ok());
     // Both are kicked by the start.
     guest.start(0);
     guest.turn();
