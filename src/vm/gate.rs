@@ -1,8 +1,8 @@
 //! The gate that every vCPU thread passes before it runs guest code.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
+
+use super::locks::{AtomicBool, AtomicU64, Condvar, Mutex, Ordering, PoisonError};
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Standing {

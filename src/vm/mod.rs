@@ -31,6 +31,12 @@ use crate::poll::EventFd;
 use crate::timeline::Timeline;
 use slots::Slots;
 
+/// What the gate is made of. `tests/interleavings` makes another gate of its file, of what `loom` has for these.
+mod locks {
+    pub use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+    pub use std::sync::{Condvar, Mutex, PoisonError};
+}
+
 const KVM_DEVICE: &str = "/dev/kvm";
 const KVM_API_VERSION: i32 = 12;
 
