@@ -17,6 +17,7 @@ mod common;
 #[cfg(target_arch = "x86_64")]
 mod differences;
 mod disks;
+mod faults;
 mod memory;
 mod networks;
 mod plugging;
