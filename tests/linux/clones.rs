@@ -1,0 +1,93 @@
+//! Clones of a Linux guest, made by a template: each with an identity, a network and a disk of its own, as
+//! docs/snapshots.md has it.
+
+use std::collections::BTreeSet;
+
+use super::*;
+
+/// The clones of the normal run; the long series has ten.
+const CLONES: usize = 2;
+
+/// A user's shell, with a folder for what is running.
+struct User {
+    folder: Folder,
+}
+
+impl User {
+    fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new(common::alula());
+        command.args(words).current_dir(&self.folder.0).env("XDG_RUNTIME_DIR", &self.folder.0);
+        command.env("ALULA_KERNEL", asset(KERNELS[0]));
+        command
+    }
+
+    fn says(&self, words: &[&str]) -> String {
+        shared::said(self.command(words).stdin(Stdio::null()).output().unwrap())
+    }
+
+    /// Has the guest called `id` run a shell script.
+    fn shell(&self, id: &str, script: &str) -> String {
+        self.says(&["exec", id, "--timeout", "100s", "--", "busybox", "sh", "-c", script])
+    }
+}
+
+#[test]
+#[ignore = "a stock kernel: scripts/test runs it"]
+fn clones_have_identities_networks_and_disks_of_their_own() {
+    let count = if times() > 1 { 10 } else { CLONES };
+    network::enter();
+    for number in 0..=count {
+        network::add_tap(&format!("tap{number}"), &format!("172.16.{number}.1/24"));
+    }
+    let user = User { folder: Folder::new() };
+    let disk = disks::image(&user.folder, "data", "raw");
+    let root = asset("root.ext4");
+    let mut first = Process::spawn({
+        let disk = format!("{},id=data", disk.display());
+        let words = ["run", "--rootfs", root.to_str().unwrap(), "--disk", &disk, "--net", "tap=tap0"];
+        let script = "busybox --install -s /bin; echo up; while :; do sleep 1000; done";
+        let more = ["--vsock", "v.sock", "--id", "first", "--", "busybox", "sh", "-c", script];
+        user.command(&[&words[..], &more].concat())
+    });
+    first.expect("up\n");
+    user.says(&["ctl", "first", "snapshot", "saved"]);
+    first.send(libc::SIGTERM);
+    assert_eq!(first.end().code, Some(128 + libc::SIGTERM));
+
+    let mut template = Process::spawn(user.command(&["template", "saved", "--api-sock", "t.sock"]));
+    wait_for(|| std::os::unix::net::UnixStream::connect(user.folder.path("t.sock")).is_ok());
+    let overrides = ["--overlay", "data={id}.qcow2", "--tap", "net0=tap{n}", "--vsock", "{id}.vsock"];
+    let words =
+        ["clone", "-n", &count.to_string(), "--template", "t.sock", "--id", "web", "--console", "{id}.log"];
+    let made = user.says(&[&words[..], &overrides].concat());
+    template.send(libc::SIGTERM);
+    assert_eq!(template.end().code, Some(128 + libc::SIGTERM));
+    let pids: Vec<u32> =
+        made.split(|letter: char| !letter.is_ascii_digit()).filter_map(|word| word.parse().ok()).collect();
+    let pids: Vec<u32> = pids.into_iter().filter(|pid| *pid as usize > count).collect();
+    assert_eq!(pids.len(), count, "{made}");
+
+    let mut identities = BTreeSet::new();
+    for number in 1..=count {
+        let script = format!(
+            "ip addr flush dev eth0; ip addr add 172.16.{number}.2/24 dev eth0; ip link set eth0 up
+            ping -c 1 -W 10 172.16.{number}.1 >/dev/null && cat /proc/sys/kernel/random/uuid
+            echo clone {number} | dd of=/dev/vdb conv=fsync 2>/dev/null; sync"
+        );
+        let identity = user.shell(&format!("web-{number}"), &script);
+        assert_eq!(identity.trim().len(), 36, "{identity}");
+        identities.insert(identity);
+    }
+    assert_eq!(identities.len(), count);
+    for number in 1..=count {
+        let head = user.shell(&format!("web-{number}"), "head -n 1 /dev/vdb");
+        assert_eq!(head, format!("clone {number}\n"));
+    }
+    for pid in pids {
+        common::send_to(pid, libc::SIGTERM);
+        assert_eq!(common::await_child(pid).0, Some(128 + libc::SIGTERM));
+    }
+    // What they wrote is in their overlays.
+    let bytes = std::fs::read(&disk).unwrap();
+    assert!(!bytes.starts_with(b"clone"));
+}
