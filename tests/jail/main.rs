@@ -90,12 +90,15 @@ fn a_guest_runs_in_a_jail_that_root_made() {
         let group = root.join(&site.parent).join("web");
         assert_eq!(std::fs::read_to_string(group.join(file)).unwrap().trim(), *value, "{file}");
         let processes = std::fs::read_to_string(group.join("cgroup.procs")).unwrap();
-        assert_eq!(processes.trim(), looked.0.to_string(), "{file}");
+        // KVM of some kernels has a thread of the kernel in the group, too, which is no program.
+        let is_program = |id: &&str| std::fs::read_link(format!("/proc/{id}/exe")).is_ok();
+        let programs: Vec<_> = processes.lines().filter(is_program).collect();
+        assert_eq!(programs, [looked.0.to_string()], "{file}: {processes}");
     }
     assert!(looked.read("cgroup").contains(&path), "{}", looked.read("cgroup"));
 
     // The program is the one outside, under two names: no byte of it is there twice.
-    let own = std::fs::metadata(common::alula()).unwrap();
+    let own = std::fs::metadata(&site.program).unwrap();
     for path in [site.root("web").join("alula"), format!("/proc/{}/exe", looked.0).into()] {
         let found = std::fs::metadata(path).unwrap();
         assert_eq!((found.dev(), found.ino()), (own.dev(), own.ino()));
@@ -314,14 +317,16 @@ fn a_limit_of_processes_that_kvm_needs_ends_the_guest_with_words() {
     let site = Site::new();
     // The threads of the process alone: some kernels have KVM start one more, when the guest first runs. Now and then, one
     // of the process's own threads that has just ended still counts when the next one starts: then this is tried again.
+    // Other kernels have it start that with the machine, before the process's own: then there is room for it.
     let run = |attempt: usize| {
+        let limit = format!("pids.max={}", 3 + attempt / 20);
         let mut command = site.jail(&format!("few{attempt}"));
         command.args(site.limits());
-        command.args(["--cgroup", "pids.max=3", "--", "run", "--cmdline", "case=serial end=0"]);
+        command.args(["--cgroup", &limit, "--", "run", "--cmdline", "case=serial end=0"]);
         Process::spawn(command).end()
     };
     let has_its_threads = |ended: &Ended| !ended.text.contains("alula: start the thread ");
-    let ended = (0..20).map(run).find(has_its_threads).unwrap();
+    let ended = (0..40).map(run).find(has_its_threads).unwrap();
     let is_told = ended.code == Some(123) && ended.text.contains("raise the limit of processes (`pids.max`");
     assert!(is_told || ended.code == Some(0), "{ended:?}");
 }
@@ -335,7 +340,7 @@ fn a_jail_on_another_file_system_has_a_copy() {
     command.args(["--", "--api-sock", "/run/api.sock"]);
     let process = Process::spawn(command);
     site.client("far").ok("GET", "/", "");
-    let own = std::fs::metadata(common::alula()).unwrap();
+    let own = std::fs::metadata(&site.program).unwrap();
     let copy = std::fs::metadata(site.root("far").join("alula")).unwrap();
     assert!(copy.dev() != own.dev() && copy.len() == own.len() && copy.mode() & 0o111 != 0);
     // The program that runs is the one outside, not its copy in the jail.

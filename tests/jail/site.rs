@@ -1,7 +1,7 @@
 //! Where jails are made, and what there is then.
 
 use std::collections::BTreeSet;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -12,6 +12,8 @@ use crate::{GID, UID};
 /// A folder of jails, and a control group for their own.
 pub struct Site {
     pub folder: Folder,
+    /// Our own program, on the file system of the folder: a copy of it, where it is on another one.
+    pub program: PathBuf,
     pub parent: String,
     /// Where the hierarchies are, each with its limit: version 1 has one for each, version 2 one for all.
     pub groups: Vec<(PathBuf, &'static str, &'static str)>,
@@ -23,6 +25,15 @@ impl Site {
         settle();
         let folder = Folder::new();
         std::fs::set_permissions(&folder.0, PermissionsExt::from_mode(0o777)).unwrap();
+        let mut program = std::path::absolute(common::alula()).unwrap();
+        let device = |path: &Path| std::fs::metadata(path).unwrap().dev();
+        if device(&program) != device(&folder.0) {
+            // A folder of jails is called as the program.
+            let copy = folder.path("copy").join("alula");
+            std::fs::create_dir(copy.parent().unwrap()).unwrap();
+            std::fs::copy(&program, &copy).unwrap();
+            program = copy;
+        }
         let parent = folder.0.file_name().unwrap().to_str().unwrap().to_owned();
         let v1 = |controller| Path::new("/sys/fs/cgroup").join(controller);
         if v1("pids/cgroup.procs").exists() {
@@ -31,7 +42,7 @@ impl Site {
                 (v1("memory"), "memory.limit_in_bytes", "536870912"),
                 (v1("cpuset"), "cpuset.cpus", "0"),
             ];
-            return Self { folder, parent, groups, version: "1" };
+            return Self { folder, program, parent, groups, version: "1" };
         }
         let root = PathBuf::from("/sys/fs/cgroup");
         if !root.join("cgroup.procs").exists() {
@@ -39,7 +50,7 @@ impl Site {
         }
         let limits = [("pids.max", "64"), ("memory.max", "536870912"), ("cpuset.cpus", "0")];
         let groups = limits.into_iter().map(|(file, value)| (root.clone(), file, value)).collect();
-        Self { folder, parent, groups, version: "2" }
+        Self { folder, program, parent, groups, version: "2" }
     }
 
     pub fn base(&self) -> PathBuf {
@@ -53,7 +64,7 @@ impl Site {
 
     /// `alula jail` as root, for a jail here.
     pub fn jail(&self, id: &str) -> Command {
-        let mut command = Command::new(std::path::absolute(common::alula()).unwrap());
+        let mut command = Command::new(&self.program);
         command.args(["jail", "--id", id, "--uid", &UID.to_string(), "--gid", &GID.to_string()]);
         command.arg("--chroot-base-dir").arg(self.base());
         command
