@@ -4,8 +4,11 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by it")]
 
 mod common;
+#[path = "common/left.rs"]
+mod left;
 
 use std::cell::Cell;
+use std::collections::BTreeSet;
 use std::ffi::CString;
 use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt;
@@ -372,4 +375,58 @@ fn images_are_shown_and_removed_on_demand() {
     drop(used);
     assert!(cache(&place, &["clear"]).starts_with("removed 1 images, "));
     assert!(cache(&place, &[]).starts_with("0 images, 0 MiB, in `"));
+}
+
+/// `alula run -- true`, whose kernel is the firmware guest: a machine that ends before there is an agent in it.
+fn ends_early(place: &Place, words: &str, options: &[&str]) -> Command {
+    let mut command = left::alula(&place.folder);
+    command.env("ALULA_KERNEL", place.path("firmware")).args(["run", "--memory", "64M", "--cmdline", words]);
+    command.args(options).args(["--", "true"]);
+    command
+}
+
+#[test]
+fn of_runs_in_a_row_and_at_once_nothing_is_left() {
+    let place = Place::new();
+    place.folder.firmware();
+    File::create(place.path("a/hole")).unwrap().set_len(17 << 20).unwrap();
+    left::make_places(&place.folder);
+    let before = left::left(&place.folder);
+    assert_eq!(before.len(), 0, "{before:?}");
+    let is_over = |output: std::process::Output| {
+        let errors = String::from_utf8_lossy(&output.stderr);
+        let told = "the guest ended before the command in it did: the guest ended with code 0\n";
+        assert!(output.status.code() == Some(125) && errors.contains(told), "{output:?}");
+    };
+    // Without a folder of sockets, a run has its own in that for temporary files.
+    for number in 0..20 {
+        is_over(ends_early(&place, "case=serial end=0", &[]).output().unwrap());
+        assert_eq!(left::left(&place.folder), before, "run {number}");
+    }
+    // A folder that is packed, by the first of them, and names by which they are found.
+    let (root, names) = (place.path("a"), (0..10).map(|number| format!("guest-{number}")));
+    let options = names.map(|name| ["--id", &name, "--rootfs", root.to_str().unwrap()].map(str::to_owned));
+    let options: Vec<_> = options.collect();
+    let runs = options
+        .iter()
+        .map(|words| ends_early(&place, "case=serial end=0", &words.each_ref().map(String::as_str)));
+    left::at_once(runs).into_iter().for_each(is_over);
+    assert_eq!(left::left(&place.folder), before);
+    let images = place.images().list();
+    assert!(images.len() == 1 && !images[0].is_in_use, "{images:?}");
+
+    // Traces are looked for in the right places: while a guest runs, its folder's socket, its named one and its process are
+    // found there.
+    let mut guest = Process::spawn(ends_early(&place, "case=serial end=idle", &["--id", "web"]));
+    let own = format!("alula-{}/vsock", guest.child.id());
+    let has = |all: &BTreeSet<String>, name: &str| all.iter().any(|path| path.ends_with(name));
+    common::wait_for(|| {
+        let all = left::left(&place.folder);
+        has(&all, &own)
+            && has(&all, "run/alula/web.sock")
+            && has(&all, &format!("/proc/{}", guest.child.id()))
+    });
+    guest.send(libc::SIGTERM);
+    assert_eq!(guest.end().code, Some(143));
+    assert_eq!(left::left(&place.folder), before);
 }
