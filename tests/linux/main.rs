@@ -19,6 +19,9 @@ mod common;
 mod differences;
 mod disks;
 mod faults;
+mod left;
+#[path = "../common/left.rs"]
+mod left_behind;
 mod memory;
 mod networks;
 mod plugging;
