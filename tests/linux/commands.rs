@@ -28,8 +28,10 @@ fn run_command_by(kernel: &Path, options: &[&str], command: &[&str], input: &[u8
 fn what_is_copied_there_runs_and_codes_tell_who_ended_it(busybox: &str) {
     let copy = format!("{busybox}:/deep/down/busybox");
     let program = "/deep/down/busybox";
-    let (code, output, _) = run_command(&["--copy", &copy], &[program, "echo", "alone"], b"");
-    assert_eq!((code, &output[..]), (0, &b"alone\n"[..]));
+    let (code, output, errors) =
+        run_command(&["--copy", &copy], &[program, "sh", "-c", "echo alone; kill -9 $$"], b"");
+    assert!(code == 137 && errors.contains("was ended by signal 9\n"), "{code} {errors}");
+    assert_eq!(output, b"alone\n");
     for (options, command, expected, told) in [
         (
             &[][..],
@@ -37,7 +39,6 @@ fn what_is_copied_there_runs_and_codes_tell_who_ended_it(busybox: &str) {
             127,
             "alula: in the guest: start `nothing`: No such file or directory (os error 2)\n",
         ),
-        (&["--copy", &copy], &[program, "sh", "-c", "kill -9 $$"], 137, "was ended by signal 9\n"),
         (
             &["--copy", &copy, "--timeout", "30s"],
             &[program, "sleep", "1000"],
@@ -89,16 +90,34 @@ fn a_command_has_a_guest_of_its_own_with_any_root() {
 
     what_is_copied_there_runs_and_codes_tell_who_ended_it(&busybox);
 
-    // An image that is written to.
+    a_root_that_is_written_to_has_its_own_room(&folder);
+}
+
+/// An image of 16 MiB is written to: a command or a copy that it has no room for says so.
+fn a_root_that_is_written_to_has_its_own_room(folder: &Folder) {
     let own = folder.path("own.ext4").to_str().unwrap().to_owned();
-    std::fs::copy(&image, &own).unwrap();
+    std::fs::copy(asset("root.ext4"), &own).unwrap();
     let rootfs = format!("{own},rw");
-    for script in ["echo kept >/bin/written", "cat /bin/written"] {
-        let (code, output, errors) =
-            run_command(&["--rootfs", &rootfs], &["busybox", "sh", "-c", script], b"");
-        assert!(code == 0 && errors.is_empty(), "{script}: {code} {errors}");
-        assert!(script.starts_with("echo") || output == b"kept\n", "{output:?}");
+    let full = "echo kept >/bin/written; busybox dd if=/dev/zero of=/full bs=65536; code=$?; \
+                busybox rm /full; exit $code";
+    let big = folder.path("big");
+    std::fs::write(&big, vec![7; 20 << 20]).unwrap();
+    let copy = format!("{}:/big", big.display());
+    let no_copy =
+        format!("alula: copy `{}` to `/big` in the guest: in the guest: write `/big`: ", big.display());
+    for (options, script, code, told, why) in [
+        (&[][..], full, 1, "dd: error writing '/full': ", "No space left on device\n"),
+        (&["--copy", &copy], "echo in vain", 125, &no_copy, ": No space left on device (os error 28)\n"),
+    ] {
+        let options = [&["--rootfs", &rootfs][..], options].concat();
+        let ended = run_command(&options, &["busybox", "sh", "-c", script], b"");
+        let (got, output, errors) = (ended.0, String::from_utf8_lossy(&ended.1), &ended.2);
+        assert!(got == code && output.is_empty(), "{script}: {got} {output} {errors}");
+        assert!(errors.starts_with(told) && errors.contains(why), "{script}: {errors}");
     }
+    // The first command's file is on the disk.
+    let written = common::output("debugfs", &["-R", "cat /bin/written", &own]);
+    assert_eq!(written.stdout, b"kept\n", "{written:?}");
 }
 
 #[test]
