@@ -265,21 +265,18 @@ fn a_guest_that_is_up_takes_further_commands_and_files() {
     assert!(code == 0 && errors.is_empty(), "{code} {errors}");
     is_told_of(&serde_json::from_slice(&told).unwrap());
     ten_commands_run_at_once(&vsock);
-    let file = folder.write("file", vec![7; 1 << 20]).to_str().unwrap().to_owned();
+    let pattern: Vec<u8> = (0..PERIOD as u32).map(|at| (at.wrapping_mul(0x9e37_79b1) >> 16) as u8).collect();
+    let file = folder.write("file", &pattern).to_str().unwrap().to_owned();
     let back = folder.path("back").to_str().unwrap().to_owned();
     assert_eq!(alula(&["cp", &file, "web:/tmp"]), (0, vec![], String::new()));
     assert_eq!(alula(&["cp", "web:/tmp/file", &back]), (0, vec![], String::new()));
-    assert!(std::fs::read(&back).unwrap() == vec![7; 1 << 20]);
+    assert!(std::fs::read(&back).unwrap() == pattern);
     // Nothing of all that is left in the guest: the agent, the command, and the one that looks.
     let count = "busybox cat /proc/[0-9]*/cmdline | busybox tr '\\0' ' '";
     let (code, output, errors) = alula(&["exec", "web", "busybox", "sh", "-c", count]);
     let text = String::from_utf8(output).unwrap();
     assert!(code == 0 && !text.contains("send") && !text.contains("receive"), "{text} {errors}");
-    // 100 MiB arrive whole.
-    let mut big = Command::new(common::alula());
-    big.args(["exec", "--vsock", &vsock, "busybox", "dd", "if=/dev/zero", "bs=65536", "count=1600"]);
-    let output = big.stdin(Stdio::null()).output().unwrap();
-    assert!(output.stdout == vec![0; 100 << 20]);
+    much_output_arrives_whole(&vsock, &pattern);
     a_connection_outlives_pauses(&vsock, &folder.path("alula/web.sock"));
     let saved = folder.path("saved").to_str().unwrap().to_owned();
     assert_eq!(alula(&["ctl", "web", "snapshot", &saved]).0, 0);
@@ -294,6 +291,32 @@ fn a_guest_that_is_up_takes_further_commands_and_files() {
         |event: &str| events.lines().filter(|line| line.contains(&format!("\"event\":\"{event}\""))).count();
     assert_eq!((count("started"), count("guest_ready"), count("ended")), (1, 1, 1), "{events}");
     its_agent_answers_in_every_generation(&vsock, &saved, &folder.path("api"));
+}
+
+/// The length of a pattern, a prime: frames and buffers, all of them powers of two, fall on other places of it each time,
+/// so that one which was lost, doubled or late is seen.
+const PERIOD: usize = 1_000_003;
+/// Repetitions of the pattern that make more than 100 MiB.
+const PERIODS: usize = 105;
+
+/// The pattern comes from `/tmp/file` in the guest, again and again, by one command, and is compared as it comes.
+fn much_output_arrives_whole(vsock: &str, pattern: &[u8]) {
+    let mut big = Command::new(common::alula());
+    big.args(["exec", "--vsock", vsock, "busybox", "cat"]).args(vec!["/tmp/file"; PERIODS]);
+    let mut big = big.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
+    let (mut output, mut bytes, mut seen) = (big.stdout.take().unwrap(), vec![0; 64 << 10], 0);
+    loop {
+        // One read goes to the end of a period at most.
+        let rest = &pattern[seen % PERIOD..];
+        let room = rest.len().min(bytes.len());
+        let count = output.read(&mut bytes[..room]).unwrap();
+        if count == 0 {
+            break;
+        }
+        assert!(bytes[..count] == rest[..count], "other bytes after {seen}");
+        seen += count;
+    }
+    assert_eq!((big.wait().unwrap().code(), seen), (Some(0), PERIODS * PERIOD));
 }
 
 /// A program in the guest that sends back what it is sent, line by line.
