@@ -2,6 +2,10 @@
 
 use std::os::unix::process::CommandExt;
 
+use alula::guest::call;
+use alula::protocol::PORT;
+use alula::protocol::frame::{Inbox, Type, put};
+
 use super::*;
 
 /// What `alula run -- COMMAND` gave: its code, standard output and standard error.
@@ -237,12 +241,14 @@ fn is_told_of(told: &serde_json::Value) {
 #[test]
 #[ignore = "a stock kernel: scripts/test runs it"]
 fn a_guest_that_is_up_takes_further_commands_and_files() {
+    network::enter();
+    network::add_tap("tap0", "172.16.0.1/24");
     let folder = Folder::new();
     let vsock = folder.path("vsock").to_str().unwrap().to_owned();
     let (image, events) = (asset("root.ext4"), folder.path("events"));
     let mut guest = Command::new(common::alula());
     guest.env("ALULA_KERNEL", asset(KERNELS[0])).env("XDG_RUNTIME_DIR", &folder.0);
-    guest.args(["run", "--memory", "256M", "--vsock", &vsock, "--id", "web"]);
+    guest.args(["run", "--memory", "256M", "--vsock", &vsock, "--id", "web", "--net", "tap=tap0"]);
     guest.arg("--events").arg(&events).arg("--rootfs").arg(&image);
     guest.args([
         "--",
@@ -277,6 +283,7 @@ fn a_guest_that_is_up_takes_further_commands_and_files() {
     let text = String::from_utf8(output).unwrap();
     assert!(code == 0 && !text.contains("send") && !text.contains("receive"), "{text} {errors}");
     much_output_arrives_whole(&vsock, &pattern);
+    its_agent_sets_what_it_is_told(&vsock);
     a_connection_outlives_pauses(&vsock, &folder.path("alula/web.sock"));
     let saved = folder.path("saved").to_str().unwrap().to_owned();
     assert_eq!(alula(&["ctl", "web", "snapshot", &saved]).0, 0);
@@ -317,6 +324,41 @@ fn much_output_arrives_whole(vsock: &str, pattern: &[u8]) {
         seen += count;
     }
     assert_eq!((big.wait().unwrap().code(), seen), (Some(0), PERIODS * PERIOD));
+}
+
+/// The agent's `set` (docs/agent.md) gives the guest a time, a name, random bytes, an address and a gateway.
+fn its_agent_sets_what_it_is_told(vsock: &str) {
+    let set = json!({
+        "hostname": "renamed", "clock_ns": 1_000_000_000_000_000_000_u64, "seed": (1..=32).collect::<Vec<u8>>(),
+        "address": {
+            "interface": "eth0", "address": "172.16.0.2", "prefix": 24, "gateway": "172.16.0.1",
+        },
+    });
+    let mut stream = call::connect(Path::new(vsock), PORT).unwrap().unwrap();
+    stream.set_read_timeout(Some(common::PATIENCE)).unwrap();
+    let mut request = Vec::new();
+    put(&mut request, Type::Request, json!({ "protocol": 1, "ask": { "set": set } }).to_string().as_bytes());
+    stream.write_all(&request).unwrap();
+    let (mut answer, mut inbox, mut said) = (Vec::new(), Inbox::default(), Vec::new());
+    stream.read_to_end(&mut answer).unwrap();
+    inbox.push(&answer);
+    while let Some((kind, content)) = inbox.pop().unwrap() {
+        said.push((kind, String::from_utf8_lossy(content).into_owned()));
+    }
+    assert!(said.len() == 2 && said[0].0 == Type::Greeting, "{said:?}");
+    assert_eq!(said[1], (Type::Exited, "\0\0".to_owned()));
+    let script = "busybox date +%s; busybox hostname; busybox ip -4 addr show eth0; busybox ip route";
+    let mut look = Command::new(common::alula());
+    look.args(["exec", "--vsock", vsock, "busybox", "sh", "-c", script]).stdin(Stdio::null());
+    let text = shared::said(look.output().unwrap());
+    let mut lines = text.lines();
+    // A clock that was not set shows the host's time, decades later.
+    let time: u64 = lines.next().unwrap().parse().unwrap();
+    assert!((1_000_000_000..1_000_000_300).contains(&time), "{text}");
+    assert_eq!(lines.next(), Some("renamed"));
+    for line in ["inet 172.16.0.2/24 ", "default via 172.16.0.1 dev eth0", "172.16.0.0/24 dev eth0"] {
+        assert!(text.contains(line), "no `{line}`: {text}");
+    }
 }
 
 /// A program in the guest that sends back what it is sent, line by line.
