@@ -7,6 +7,7 @@
 mod common;
 mod firmware;
 mod hostile;
+mod limits;
 mod stops;
 mod told;
 

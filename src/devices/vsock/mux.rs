@@ -358,3 +358,39 @@ pub(super) fn spare(listener: &Listener) -> Option<Named<OwnedFd>> {
     let copy = listener.as_fd().try_clone_to_owned().ok()?;
     Some(Named::new("vsock, spare", copy))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_connection_beyond_16384_live_ones_is_refused() {
+        let path = std::env::temp_dir().join(format!("alula-mux-{}", std::process::id()));
+        let listener = Listener::bind("vsock", &path).unwrap();
+        let metrics = Arc::<Metrics>::default();
+        let mut mux = Mux::new(3, path, listener, metrics.clone());
+        let key = |guest_port| Key { host_port: 80, guest_port };
+        let all = CONNECTIONS_MAX as u32;
+        for port in 0..all {
+            // None of them is open, and so none was left by its program.
+            let index = mux.add(key(port), Phase::Requested, None).unwrap();
+            mux.name(index, key(port));
+        }
+        let counts =
+            || [&metrics.conns_added, &metrics.conns_removed, &metrics.conns_refused].map(|it| it.total());
+        assert_eq!(counts(), [u64::from(all), 0, 0]);
+        for _ in 0..3 {
+            assert_eq!(mux.add(key(all), Phase::Requested, None), None);
+        }
+        assert_eq!(counts(), [u64::from(all), 0, 3]);
+        assert!(mux.next().is_none() && (0..all).all(|port| mux.find(key(port)).is_some()));
+        // One whose program has left goes for it, and the guest is told; one whose program has not stays.
+        let (stream, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+        mux.get(7).unwrap().stream = Some(Stream::Resting(Named::new("vsock connection", stream)));
+        [7, 9].into_iter().for_each(|index| mux.set_phase(index, Phase::Open));
+        assert_eq!(mux.add(key(all), Phase::Requested, None), Some(9));
+        assert_eq!(mux.add(key(all + 1), Phase::Requested, None), None);
+        assert!(matches!(mux.next(), Some(Next::Refusal(Header { dst_port: 9, op: op::RST, .. }))));
+        assert!(mux.find(key(7)).is_some() && mux.find(key(9)).is_none());
+    }
+}
