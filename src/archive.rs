@@ -23,11 +23,15 @@ pub fn target(path: &Path, name: &str) -> PathBuf {
     if path.is_dir() && is_name { path.join(name) } else { path.to_owned() }
 }
 
-/// Writes what is at `path` to `out`; what no stream has (sockets, devices, FIFOs) is left out, and `told`. A link that
-/// `path` itself is, is followed.
+/// Writes what is at `path` to `out`; what no stream has (sockets, devices, FIFOs) is left out of a folder, and `told`. A
+/// link that `path` itself is, is followed; of what no stream has there would be nothing to write, which is an error.
 pub fn send(path: &Path, out: impl Write, mut told: impl FnMut(&str)) -> Result<()> {
     let attempt = |path: &Path| format!("read `{}`", path.display());
     let root = path.canonicalize().with_context(|| attempt(path))?;
+    let metadata = root.metadata().with_context(|| attempt(path))?;
+    if !(metadata.is_dir() || metadata.is_file()) {
+        return Err(Error::config("it is neither a file nor a folder")).with_context(|| attempt(path));
+    }
     let mut builder = Builder::new(out);
     builder.follow_symlinks(false);
     let mut seen: HashMap<(u64, u64), PathBuf> = HashMap::new();

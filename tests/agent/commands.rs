@@ -249,6 +249,8 @@ fn what_is_no_file_stays_and_what_has_no_room_is_told() {
     hole.set_len(1 << 30).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&hole, b"in the middle", 1 << 29).unwrap();
     common::output("mkfifo", &[&path("tree/pipe")]);
+    // The numbers of /dev/null; only root can make a device node, as only root mounts what this case has mounted.
+    common::output("mknod", &[&path("tree/device"), "c", "1", "3"]);
     let _socket = UnixListener::bind(path("tree/socket")).unwrap();
     // Both ways, through a guest and back.
     for (from, to, place) in
@@ -257,7 +259,7 @@ fn what_is_no_file_stays_and_what_has_no_room_is_told() {
         let (code, errors) = cp(&from, &to);
         assert_eq!(code, 0, "{errors}");
         // What is left out is told where it is.
-        let left_out = if place == "in" { 2 } else { 0 };
+        let left_out = if place == "in" { 3 } else { 0 };
         assert_eq!(errors.lines().filter(|line| line.contains("is left out")).count(), left_out, "{errors}");
         let name = |name: &str| format!("{}/{name}", path(place));
         assert_eq!(fs::read(name("file")).unwrap(), b"text");
@@ -273,7 +275,22 @@ fn what_is_no_file_stays_and_what_has_no_room_is_told() {
         )
         .unwrap();
         assert_eq!(&middle, b"in the middle");
-        assert!(!Path::new(&name("pipe")).exists() && !Path::new(&name("socket")).exists());
+        assert!(["pipe", "device", "socket"].iter().all(|kind| !Path::new(&name(kind)).exists()));
+    }
+    // Alone there is nothing to copy: neither out of the guest nor into it.
+    for kind in ["pipe", "device", "socket"] {
+        let (from, to) = (path(&format!("tree/{kind}")), path("alone"));
+        for (from, to, inside) in
+            [(from.clone(), format!(":{to}"), ""), (format!(":{from}"), to.clone(), "in the guest: ")]
+        {
+            let (code, errors) = cp(&from, &to);
+            let told = format!(
+                "{inside}read `{}`: it is neither a file nor a folder\n",
+                path(&format!("tree/{kind}"))
+            );
+            assert!(code == 1 && errors.ends_with(&told) && errors.lines().count() == 1, "{errors}");
+        }
+        assert!(!Path::new(&to).exists());
     }
     // A disk that is full, there and here.
     fs::write(path("big"), vec![7; 4 << 20]).unwrap();
