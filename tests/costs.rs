@@ -5,7 +5,10 @@
 
 mod common;
 
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
 
 use alula::devices::KINDS;
 use alula::devices::kind::ConfiguredDevice;
@@ -13,14 +16,22 @@ use alula::host::Host;
 use common::allocator::{Counting, allocations, is_io_thread};
 use common::driver::{DATA, F_EVENT_IDX, F_VERSION_1, Guest, MEMORY, TRANSPORTS, WRITE};
 use common::network::{self, Wire};
-use common::vsock::{Packet, RW};
+use common::vsock::{self, CREDIT_REQUEST, CREDIT_UPDATE, Packet, REQUEST, RESPONSE, RW};
 use common::{Folder, wait_for};
 use serde_json::{Value, json};
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend};
 
+/// One test at a time: costs are counted of all io threads.
+static ALONE: Mutex<()> = Mutex::new(());
 static IS_COUNTING: AtomicBool = AtomicBool::new(false);
 /// Of the driver's buffers; the rings are before them.
 static COPIED_BYTES: AtomicU64 = AtomicU64::new(0);
+/// Marks are looked for in what is copied.
+static HAS_MARKS: AtomicBool = AtomicBool::new(false);
+/// Copies of marks are counted wherever they lie.
+static COPIED_MARKS: AtomicU64 = AtomicU64::new(0);
+/// Connections carry marks here: what the compiler copies when it moves a structure has next to none of these.
+const MARK: u8 = 0xc7;
 /// Where the driver's buffers are here.
 static BUFFERS: AtomicU64 = AtomicU64::new(0);
 
@@ -37,8 +48,15 @@ fn counts() -> bool {
 #[unsafe(no_mangle)]
 unsafe extern "C" fn memcpy(to: *mut u8, from: *const u8, count: usize) -> *mut u8 {
     let is_guest = |at: u64| at.wrapping_sub(BUFFERS.load(Relaxed)) < MEMORY - DATA;
-    if (is_guest(to as u64) || is_guest(from as u64)) && counts() {
-        COPIED_BYTES.fetch_add(count as u64, Relaxed);
+    let is_of_guest = is_guest(to as u64) || is_guest(from as u64);
+    let has_marks = HAS_MARKS.load(Relaxed);
+    if (is_of_guest || has_marks) && counts() {
+        COPIED_BYTES.fetch_add(if is_of_guest { count as u64 } else { 0 }, Relaxed);
+        if has_marks {
+            // SAFETY: the caller promises so many bytes.
+            let marks = (0..count).filter(|at| unsafe { from.add(*at).read() } == MARK).count();
+            COPIED_MARKS.fetch_add(marks as u64, Relaxed);
+        }
     }
     // Volatile: else the compiler makes a call to this function of it.
     let words = count / 8;
@@ -217,6 +235,13 @@ fn paths(device: &ConfiguredDevice, guest: &mut Guest) -> Vec<Path> {
     }
 }
 
+/// Costs of the device of this guest are counted.
+fn count_from_now_on(guest: &Guest) {
+    let start = guest.memory.memory().get_host_address(GuestAddress(DATA)).unwrap();
+    BUFFERS.store(start as u64, Relaxed);
+    IS_COUNTING.store(true, Relaxed);
+}
+
 /// Has `path` done once for each request in flight, `wire` sending what is to come in.
 fn round(guest: &mut Guest, path: &Path, wire: &Wire) {
     for room in &path.rooms {
@@ -245,6 +270,7 @@ fn round(guest: &mut Guest, path: &Path, wire: &Wire) {
 
 #[test]
 fn a_warm_device_allocates_nothing_and_copies_only_headers() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     network::enter();
     network::add_tap("tap0", "172.16.0.1/24");
     // The host says nothing of its own there.
@@ -256,9 +282,7 @@ fn a_warm_device_allocates_nothing_and_copies_only_headers() {
         for kind in TRANSPORTS {
             let mut guest = Guest::new(kind, device.open("it", &mut Host::default()).unwrap());
             let features = guest.features() & (F_EVENT_IDX | F_VERSION_1 | 1 << 15);
-            let start = guest.memory.memory().get_host_address(GuestAddress(DATA)).unwrap();
-            BUFFERS.store(start as u64, Relaxed);
-            IS_COUNTING.store(true, Relaxed);
+            count_from_now_on(&guest);
             let before = allocations();
             guest.start(features);
             if device.kind().section == "network-interfaces" {
@@ -294,4 +318,143 @@ fn a_warm_device_allocates_nothing_and_copies_only_headers() {
             wait_for(|| guest.status() & common::driver::NEEDS_RESET == 0);
         }
     }
+}
+
+/// A connection between a program of the host and one of a guest, whose driver is here.
+struct Connection {
+    driver: vsock::Driver,
+    client: UnixStream,
+    port: u32,
+    /// Bytes that the guest has sent, so many of them the host's program was given, and so many it may have sent.
+    sent: usize,
+    given: usize,
+    limit: usize,
+    /// Bytes that the guest has received.
+    received: usize,
+}
+
+impl Connection {
+    fn new(kind: common::driver::TransportKind, folder: &Folder) -> Self {
+        let body = json!({ "guest_cid": 3, "uds_path": folder.path("v") });
+        let section = KINDS.iter().find(|kind| kind.section == "vsock").unwrap();
+        let device = section.parse(body.to_string().as_bytes()).unwrap();
+        let guest = Guest::new(kind, device.open("vsock", &mut Host::default()).unwrap());
+        count_from_now_on(&guest);
+        let mut driver = vsock::Driver::new(guest);
+        driver.start(F_EVENT_IDX);
+        let mut client = UnixStream::connect(folder.path("v")).unwrap();
+        client.write_all(b"CONNECT 7\n").unwrap();
+        let port = driver.expect(REQUEST).from_port;
+        driver.send(Packet::new(RESPONSE, 7, port), &[]);
+        client.read_exact(&mut [0; "OK 1073741824\n".len()]).unwrap();
+        Self { driver, client, port, sent: 0, given: 0, limit: 0, received: 0 }
+    }
+
+    fn packet(&self, op: u16) -> Packet {
+        Packet { forwarded: self.received as u32, ..Packet::new(op, 7, self.port) }
+    }
+
+    fn hear(&mut self) -> Vec<u8> {
+        let (packet, bytes) = self.driver.receive();
+        assert!([RW, CREDIT_UPDATE, CREDIT_REQUEST].contains(&packet.op), "{packet:?}");
+        self.given = packet.forwarded as usize;
+        self.limit = self.given + packet.room as usize;
+        self.received += bytes.len();
+        bytes
+    }
+
+    /// Sends as much of `bytes` as it may send by now, in one packet; returns how much that was.
+    fn send(&mut self, bytes: &[u8]) -> usize {
+        while self.driver.has_received() {
+            self.hear();
+        }
+        self.driver.send(self.packet(CREDIT_REQUEST), &[]);
+        // Words that were under way tell of no more room than the answer does.
+        self.hear();
+        let count = bytes.len().min(self.limit - self.sent);
+        self.driver.send(self.packet(RW), &bytes[..count]);
+        self.sent += count;
+        count
+    }
+
+    /// Has the guest send `all` to a program that reads it at once.
+    fn out(&mut self, all: &[u8]) {
+        let (mut left, mut read) = (all, vec![0; all.len()]);
+        while !left.is_empty() {
+            let count = self.send(left);
+            self.client.read_exact(&mut read[..count]).unwrap();
+            assert!(read[..count] == left[..count]);
+            left = &left[count..];
+        }
+    }
+
+    /// Has the guest send to a program that does not read, until no more is taken; then the program reads all of it. Returns
+    /// how many bytes had to be kept for it.
+    fn out_late(&mut self, bytes: &[u8]) -> usize {
+        let mut sent = Vec::new();
+        loop {
+            match self.send(bytes) {
+                0 => break,
+                count => sent.extend_from_slice(&bytes[..count]),
+            }
+        }
+        let kept = self.sent - self.given;
+        let mut read = vec![0; sent.len()];
+        self.client.read_exact(&mut read).unwrap();
+        assert!(read == sent);
+        kept
+    }
+
+    /// Has the program of the host send `all`.
+    fn come_in(&mut self, all: &[u8]) {
+        self.client.write_all(all).unwrap();
+        let mut received = Vec::new();
+        while received.len() < all.len() {
+            let bytes = self.hear();
+            received.extend(bytes);
+            self.driver.send(self.packet(CREDIT_UPDATE), &[]);
+        }
+        assert!(received == all);
+    }
+}
+
+#[test]
+fn a_byte_of_a_connection_is_copied_once_at_most() {
+    const PACKET: usize = 60_000;
+    const ROUNDS: usize = 5;
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let bytes = [MARK; PACKET];
+    HAS_MARKS.store(true, Relaxed);
+    println!("cost: per byte of a connection, inside the io thread: bytes copied");
+    for kind in TRANSPORTS {
+        let folder = Folder::new();
+        let mut it = Connection::new(kind, &folder);
+        // The device takes more and more ahead.
+        (0..10).for_each(|_| it.out(&bytes));
+        type Way<'a> = &'a dyn Fn(&mut Connection) -> usize;
+        let ways: [(&str, f64, Way); 3] = [
+            ("to a program that reads", 0.0, &|it| {
+                it.out(&bytes);
+                PACKET
+            }),
+            ("kept for a program that reads late", 1.0, &|it| it.out_late(&bytes)),
+            ("from a program", 0.0, &|it| {
+                it.come_in(&bytes);
+                PACKET
+            }),
+        ];
+        for (name, copies, way) in ways {
+            way(&mut it);
+            let before = COPIED_MARKS.load(Relaxed);
+            let moved: usize = (0..ROUNDS).map(|_| way(&mut it)).sum();
+            let copied = (COPIED_MARKS.load(Relaxed) - before) as f64 / moved as f64;
+            println!("cost: vsock behind {kind:?}: {name:<40} {copied:>8.3}");
+            assert!(
+                moved >= ROUNDS * PACKET && copied <= copies + 0.01,
+                "{name}: {copied} copies of each byte"
+            );
+        }
+        IS_COUNTING.store(false, Relaxed);
+    }
+    HAS_MARKS.store(false, Relaxed);
 }
