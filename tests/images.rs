@@ -11,8 +11,9 @@ use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::ffi::CString;
 use std::fs::{self, File};
+use std::io::Seek;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, lchown, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -20,8 +21,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use alula::agent::init::Boot;
 use alula::guest::boot;
 use alula::guest::images::{Image, Images, Kept};
+use alula::guest::kernel::Kernel;
 use alula::guest::program::program;
 use alula::guest::tree::Tree;
 use common::{Ended, Folder, Process};
@@ -83,6 +86,46 @@ fn a_folder_with_attributes_does_not_go_into_a_ramdisk() {
     assert!(boot::fits(&place.tree("a"), 128));
     set_attribute(&place.path("a/file"));
     assert!(!boot::fits(&place.tree("a"), 128), "the attribute would be lost");
+}
+
+/// The owner of what has this name in an initial ramdisk, in words of cpio: user and group.
+fn owner_in(mut ramdisk: File, name: &str) -> [u32; 2] {
+    ramdisk.rewind().unwrap();
+    let output = Command::new("cpio").args(["-itvn", "--quiet"]).stdin(ramdisk).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let list = String::from_utf8(output.stdout).unwrap();
+    // Mode, links, user, group, size and three words of time are before the name.
+    let lines = list.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let line = lines.into_iter().find(|words| words[8] == name).unwrap_or_else(|| panic!("{list}"));
+    [2, 3].map(|column| line[column].parse().unwrap())
+}
+
+#[test]
+fn files_in_a_ramdisk_keep_their_owners_if_that_is_asked_for() {
+    let place = Place::new();
+    let (folder, file) = (place.path("a/folder"), place.path("a/folder/file"));
+    fs::create_dir(&folder).unwrap();
+    fs::write(&file, "hello").unwrap();
+    symlink("folder/file", place.path("a/link")).unwrap();
+    // Root gives them to somebody; those of anybody else are somebody's already.
+    if fs::metadata(&file).unwrap().uid() == 0 {
+        chown(&folder, Some(1001), Some(70_001)).unwrap();
+        chown(&file, Some(1002), Some(70_002)).unwrap();
+        lchown(place.path("a/link"), Some(1003), Some(70_003)).unwrap();
+    }
+    let kernel = Kernel { path: place.path("kernel"), modules: None };
+    let tree = place.tree("a");
+    assert!(boot::fits(&tree, 128));
+    let ramdisk =
+        |keep_owners| boot::pack(&kernel, &[], Boot::default(), Some((&tree, keep_owners))).unwrap();
+    for name in ["folder", "folder/file", "link"] {
+        let there = place.path("a").join(name).symlink_metadata().unwrap();
+        assert_ne!(there.uid(), 0);
+        assert_eq!(owner_in(ramdisk(true), name), [there.uid(), there.gid()], "{name}");
+        assert_eq!(owner_in(ramdisk(false), name), [0, 0], "{name}");
+    }
+    // What is ours is root's in any case.
+    assert_eq!(owner_in(ramdisk(true), ".alula/init"), [0, 0]);
 }
 
 #[test]
@@ -152,7 +195,7 @@ fn what_is_in_a_folder_is_in_its_image() {
     // These take root: without it the test sees what it can see.
     let is_root = fs::metadata(&a).unwrap().uid() == 0;
     if is_root {
-        std::os::unix::fs::chown(a.join("hard"), Some(1234), Some(70_000)).unwrap();
+        chown(a.join("hard"), Some(1234), Some(70_000)).unwrap();
         fs::set_permissions(strange.join("file"), fs::Permissions::from_mode(0o4751)).unwrap();
         assert!(
             Command::new("mknod").arg(a.join("device")).args(["c", "1", "3"]).status().unwrap().success()
