@@ -7,7 +7,7 @@ use std::process::Command;
 
 use super::kernel;
 use super::modules::{Module, Modules};
-use super::program::{APT_HELPER, program, run};
+use super::program::{APT_HELPER, program, run, run_in_sight};
 use crate::error::{Context, Error, Result};
 
 /// What guests may need: transports, devices, and what roots are made of.
@@ -46,8 +46,9 @@ pub fn fetch(from: &[String], say: impl Fn(&str)) -> Result<PathBuf> {
             say(&format!("fetching {from}"));
             let file = work.join("package.deb");
             let mut download = program(APT_HELPER);
-            run(download.arg("download-file").arg(from).arg(&file), MISSING)
-                .with_context(|| format!("fetch {from}"))?;
+            run_in_sight(download.arg("download-file").arg(from).arg(&file), MISSING).with_context(|| {
+                format!("fetch {from} (a file that was downloaded otherwise does: --from FILE)")
+            })?;
             unpack(&file, &packages)?;
         } else {
             return Err(Error::config(format!("there is no file `{from}`")));
@@ -67,14 +68,15 @@ pub fn fetch(from: &[String], say: impl Fn(&str)) -> Result<PathBuf> {
     Ok(place.join(kernel::NAME))
 }
 
-/// An apt of our own: the system's lists and state are left alone.
+/// An apt of our own: the system's lists and state are left alone. Where no terminal shows what it prints, apt leaves its
+/// progress out.
 fn apt(work: &Path, name: &str) -> Command {
     let mut command = program(name);
     for (name, folder) in [("Dir::State", "state"), ("Dir::Cache", "cache"), ("Dir::State::status", "status")]
     {
         command.arg("-o").arg(format!("{name}={}", work.join(folder).display()));
     }
-    command.args(["-o", "APT::Sandbox::User=root", "-o", "Acquire::Languages=none", "-q"]);
+    command.args(["-o", "APT::Sandbox::User=root", "-o", "Acquire::Languages=none"]);
     command
 }
 
@@ -85,7 +87,8 @@ fn fetch_newest(work: &Path, packages: &Path, say: &impl Fn(&str)) -> Result<()>
     }
     fs::write(work.join("status"), "").with_context(attempt)?;
     say("fetching the lists of the distribution's packages");
-    run(apt(work, "apt-get").arg("update"), MISSING).context("fetch the lists of packages")?;
+    let update =
+        run_in_sight(apt(work, "apt-get").arg("update"), MISSING).context("fetch the lists of packages")?;
     let architecture = run(program("dpkg").arg("--print-architecture"), MISSING)?.stdout;
     let architecture = String::from_utf8_lossy(&architecture);
     let is_image = |name: &String| name.starts_with("linux-image-");
@@ -94,9 +97,14 @@ fn fetch_newest(work: &Path, packages: &Path, say: &impl Fn(&str)) -> Result<()>
         depends(work, &format!("{prefix}{}", architecture.trim())).into_iter().find(is_image)
     });
     let image = images.next().ok_or_else(|| {
-        Error::host(
-            "the distribution has no package linux-image-cloud or linux-image: name one by --from, as a URL or a file",
-        )
+        // A list that cannot be fetched is no error to apt.
+        let told = String::from_utf8_lossy(&update.stderr);
+        let failed = told.lines().find_map(|line| line.strip_prefix("W: Failed to fetch "));
+        let why = match failed {
+            Some(list) => format!("its lists cannot be fetched: {}", crate::log::in_one_line(list)),
+            None => "the distribution has no package linux-image-cloud or linux-image".to_owned(),
+        };
+        Error::host(format!("{why} (name a package by --from, as a URL or a file)"))
     })?;
     // Newer kernels' packages are empty, and depend on those of the same version that have the kernel, its modules, and
     // which of them are in it.
@@ -106,7 +114,7 @@ fn fetch_newest(work: &Path, packages: &Path, say: &impl Fn(&str)) -> Result<()>
     names.push(image);
     let list = names.join(", ");
     say(&format!("fetching {list}"));
-    run(apt(work, "apt-get").arg("download").args(&names).current_dir(work), MISSING)
+    run_in_sight(apt(work, "apt-get").arg("download").args(&names).current_dir(work), MISSING)
         .with_context(|| format!("fetch {list}"))?;
     let files = fs::read_dir(work).with_context(attempt)?.flatten().map(|entry| entry.path());
     let is_package = |path: &PathBuf| path.extension().is_some_and(|ending| ending == "deb");
@@ -122,7 +130,7 @@ fn depends(work: &Path, package: &str) -> Vec<String> {
 }
 
 fn unpack(file: &Path, packages: &Path) -> Result<()> {
-    let attempt = || format!("unpack `{}`", file.display());
+    let attempt = || format!("unpack `{}` (a Debian package is needed)", file.display());
     run(program("dpkg-deb").arg("-x").arg(file).arg(packages), MISSING).with_context(attempt).map(drop)
 }
 
