@@ -94,3 +94,45 @@ fn a_client_that_stops_reading_or_goes_costs_nothing() {
         std::thread::yield_now();
     }
 }
+
+/// The children of a process, each with its state (proc_pid_stat(5)).
+fn children(parent: u32) -> Vec<(u32, char)> {
+    let entries = fs::read_dir("/proc").unwrap().flatten();
+    // A process can go while it is looked at.
+    let stats = entries.filter_map(|entry| fs::read_to_string(entry.path().join("stat")).ok());
+    let parse = |stat: String| {
+        let pid = stat.split(' ').next().unwrap().parse().unwrap();
+        // Its name, in parentheses, can be anything.
+        let mut rest = stat.rsplit_once(") ").unwrap().1.split(' ');
+        let state = rest.next().unwrap().chars().next().unwrap();
+        (rest.next() == Some(&parent.to_string())).then_some((pid, state))
+    };
+    stats.filter_map(parse).collect()
+}
+
+#[test]
+fn processes_that_have_ended_are_reaped_however_they_end() {
+    let agent = Agent::start();
+    let pid = agent.process.child.id();
+    let mut stays = agent.run(&["cat"]);
+    stays.send(Type::Input, b"up");
+    stays.expect("up");
+    // By themselves, by a signal, without a client, and without output to wait for.
+    let ended: Vec<_> = (0..20).map(|_| agent.run(&["true"])).collect();
+    let killed: Vec<_> = (0..20).map(|_| agent.shell("kill -9 $$")).collect();
+    (0..20).for_each(|_| drop(agent.run(&["sleep", "1000"])));
+    (0..20).for_each(|_| drop(agent.shell("exec sleep 1000 >&- 2>&-")));
+    ended.into_iter().chain(killed).for_each(|client| assert_eq!(client.answer().exited.len(), 2));
+    let deadline = Instant::now() + PATIENCE;
+    let left = loop {
+        let left = children(pid);
+        if left.len() == 1 {
+            break left;
+        }
+        assert!(Instant::now() < deadline, "its children: {left:?}");
+        std::thread::yield_now();
+    };
+    assert_ne!(left[0].1, 'Z', "the one that has not ended is there still");
+    stays.send(Type::InputEnd, b"");
+    assert_eq!(stays.answer().exited, [0, 0]);
+}
