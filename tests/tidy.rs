@@ -25,6 +25,7 @@ const UNSAFE: &[&str] = &[
     "src/virtio/buffers.rs",
     "tests/api/main.rs",
     "tests/api/socket.rs",
+    "tests/callers.rs",
     "tests/cli.rs",
     "tests/common/allocator.rs",
     "tests/common/cache.rs",
