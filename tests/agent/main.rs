@@ -147,6 +147,8 @@ impl Client {
             }
             match self.stream.read(&mut bytes) {
                 Ok(count) if count > 0 => self.inbox.push(&bytes[..count]),
+                // A read with a time-out does not begin again after the end of another case's child (signal(7)).
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
                 // The agent has closed a connection on which something was still on its way to it.
                 Err(error) if error.kind() != std::io::ErrorKind::ConnectionReset => panic!("{error}"),
                 _ => return None,
