@@ -282,6 +282,15 @@ fn a_guest_that_is_up_takes_further_commands_and_files() {
     let (code, output, errors) = alula(&["exec", "web", "busybox", "sh", "-c", count]);
     let text = String::from_utf8(output).unwrap();
     assert!(code == 0 && !text.contains("send") && !text.contains("receive"), "{text} {errors}");
+    // Processes whose parent has left them are the init's to reap; one that has ended has no command line.
+    let leave = "for number in 1 2 3 4 5; do (busybox sleep 0.1 & ); done";
+    assert_eq!(alula(&["exec", "web", "busybox", "sh", "-c", leave]), (0, vec![], String::new()));
+    let zombies = "busybox grep -l '^State:.Z' /proc/[0-9]*/status 2>/dev/null; busybox pidof sleep; true";
+    wait_for(|| {
+        let (code, output, errors) = alula(&["exec", "web", "busybox", "sh", "-c", zombies]);
+        assert!(code == 0 && errors.is_empty(), "{code} {errors}");
+        output.is_empty()
+    });
     much_output_arrives_whole(&vsock, &pattern);
     its_agent_sets_what_it_is_told(&vsock);
     a_connection_outlives_pauses(&vsock, &folder.path("alula/web.sock"));
