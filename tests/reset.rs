@@ -91,8 +91,9 @@ fn held(pid: u32) -> (BTreeMap<String, usize>, usize, Vec<String>) {
     }
     let mappings = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap().lines().count();
     let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
-    let name = |task: fs::DirEntry| fs::read_to_string(task.path().join("comm")).unwrap_or_default();
-    let names = tasks.map(|task| name(task.unwrap()));
+    // A thread may end between the two looks.
+    let name = |task: fs::DirEntry| fs::read_to_string(task.path().join("comm")).ok();
+    let names = tasks.filter_map(|task| name(task.unwrap()));
     // The kernel's own come and go.
     let mut threads: Vec<String> =
         names.filter(|name| !name.starts_with("iou-") && !name.starts_with("kvm-")).collect();
