@@ -55,7 +55,8 @@
 //! that list; what ACPI or FDT say of a component are its own `nodes()`, in the device's file (of virtio devices, in
 //! `virtio/mmio.rs`), which `arch` prints (`arch/x86_64/acpi.rs`, `arch/aarch64/fdt.rs`). A device comes by
 //! [`machine::Machine::attach`] and goes by `detach`, in a build as later (`machine/attach.rs`, which also chooses the
-//! places of configured devices; a restore is given those of the state). While the guest runs, that is `plug` and
+//! places of configured devices; a restore is given those of the state). Devices that KVM is told of as of memory are open
+//! before it has interrupt controllers (`machine/ahead.rs`). While the guest runs, that is `plug` and
 //! `unplug` (`machine/plug.rs`): by the slots of the PCI bus (`devices/slots.rs`, `arch/x86_64/slots.rs`) the guest is
 //! told, and says what it has let go, which `microvm/plugging.rs` then takes away.
 //!

@@ -1,4 +1,4 @@
-//! Who calls an agent by vsock. The agent is in this process, and its listener is a Unix socket: what the kernel says of the
+//! Callers of an agent by vsock. The agent is in this process, and its listener is a Unix socket: what the kernel says of the
 //! caller is made up. An agent reaps all children of its process, so no other test is here.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by it")]

@@ -14,7 +14,7 @@ use common::Folder;
 use common::terminal::Terminal;
 
 const VERSION: &str = "6.9-test";
-/// What guests need of a kernel and is in none of the packages here as a file.
+/// Modules that guests need and that none of the packages here has as a file.
 const BUILTIN: &str = "virtio_pci virtio_blk virtio_net virtio_rng virtio_balloon virtio_mem virtio_pmem nd_pmem \
     vmw_vsock_virtio_transport erofs squashfs";
 
@@ -185,7 +185,7 @@ fn what_no_kernel_comes_out_of_is_told_with_a_way_on() {
     let told = "fetch a kernel: its lists cannot be fetched: http://host/list  Could not connect (name a package by --from";
     let errors = text(&output.unwrap().stderr);
     assert!(errors.contains(told), "{errors}");
-    // What was fetched before stays as it is.
+    // A kernel that was fetched before stays as it is.
     let kernel = cache.join(format!("kernel-{}/kernel", std::env::consts::ARCH));
     fs::create_dir(kernel.parent().unwrap()).unwrap();
     fs::write(&kernel, "kept").unwrap();

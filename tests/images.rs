@@ -124,7 +124,7 @@ fn files_in_a_ramdisk_keep_their_owners_if_that_is_asked_for() {
         assert_eq!(owner_in(ramdisk(true), name), [there.uid(), there.gid()], "{name}");
         assert_eq!(owner_in(ramdisk(false), name), [0, 0], "{name}");
     }
-    // What is ours is root's in any case.
+    // Files of ours are root's in any case.
     assert_eq!(owner_in(ramdisk(true), ".alula/init"), [0, 0]);
 }
 

@@ -99,7 +99,7 @@ fn a_program_has_the_terminal_of_its_user() {
     let script = "stty size; trap 'stty size' WINCH; stty -opost; printf 'up\ndown\n'; stty opost
         while :; do sleep 0.1; done";
     let mut child = terminal.start(&["exec", "--vsock", &vsock, "-it", "--", "sh", "-c", script]);
-    // What the program's terminal makes of its lines is shown as it is, and so is what it leaves alone.
+    // Lines are shown as the program's terminal in the guest makes them, and as it leaves them alone.
     assert_eq!(terminal.read_until("down\n"), "31 101\r\nup\ndown\n");
     assert!(terminal.is_raw());
     terminal.set_size(40, 80);

@@ -88,7 +88,7 @@ fn clones_have_identities_networks_and_disks_of_their_own() {
         common::send_to(pid, libc::SIGTERM);
         assert_eq!(common::await_child(pid).0, Some(128 + libc::SIGTERM));
     }
-    // What they wrote is in their overlays.
+    // The clones wrote to their overlays.
     let bytes = std::fs::read(&disk).unwrap();
     assert!(!bytes.starts_with(b"clone"));
 }

@@ -32,7 +32,7 @@ fn has_all_of(one: &File, other: &File) {
     assert!(sides.iter().all(|side| *side > 1 << 20), "{sides:?} bytes below and beyond");
 }
 
-/// What the monitor `service` has to be asked to write a snapshot called `name`.
+/// The body of a request for a snapshot called `name`.
 fn create(folder: &Folder, kind: &str, name: &str) -> String {
     let [state, memory] = ["", ".memory"].map(|end| folder.path(&format!("{name}{end}")));
     json!({ "snapshot_type": kind, "snapshot_path": state, "mem_file_path": memory }).to_string()

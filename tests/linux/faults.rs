@@ -52,7 +52,7 @@ impl Bench {
         format!("{} {sector}", self.under.path.display())
     }
 
-    /// What the file beneath has at a sector, in 4096 bytes.
+    /// The 4096 bytes that the file beneath has at a sector.
     fn beneath(&self, sector: u64) -> Vec<u8> {
         let content = std::fs::read(&self.image).unwrap();
         content[512 * sector as usize..][..4096].to_vec()

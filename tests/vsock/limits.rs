@@ -22,7 +22,7 @@ fn no_more_than_1024_connections_wait_for_a_full_listener() {
     }
     let ports = 1000..1000 + ASKED;
     ports.clone().for_each(|port| world.driver.send(Packet::new(REQUEST, port, 80), &[]));
-    // Those beyond are refused at once, and no others.
+    // Requests beyond are refused at once, and no others.
     for port in ports.clone().skip(CONNECTING_MAX as usize) {
         let refused = world.driver.expect(RST);
         assert_eq!((refused.from_port, refused.to_port), (80, port));
@@ -50,7 +50,7 @@ fn no_more_than_1024_connections_wait_for_a_full_listener() {
 #[test]
 fn a_guest_without_buffers_has_1024_refusals_kept() {
     const MORE: u32 = 1000;
-    // What its io thread allocates is counted.
+    // Allocations of its io thread are counted.
     let mut world = World::new(TransportKind::Mmio);
     let send = |world: &mut World, ports: std::ops::Range<u32>| {
         let packets: Vec<_> = ports.map(|port| (Packet::new(RW, port, 9), &b"x"[..])).collect();

@@ -372,7 +372,7 @@ mod tests {
         let key = |guest_port| Key { host_port: 80, guest_port };
         let all = CONNECTIONS_MAX as u32;
         for port in 0..all {
-            // None of them is open, and so none was left by its program.
+            // No connection is open yet, and so none was left by its program.
             let index = mux.add(key(port), Phase::Requested, None).unwrap();
             mux.name(index, key(port));
         }
