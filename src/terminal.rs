@@ -23,7 +23,7 @@ alula: Ctrl-A ? lists these keys; all others are typed\r
 static ORIGINAL: OnceLock<libc::termios> = OnceLock::new();
 /// The terminal is ours, and not as it was.
 static IS_RAW: AtomicBool = AtomicBool::new(false);
-/// A line on standard error, which is such a terminal, does not end by itself where the next one begins.
+/// A line feed on standard error, which is such a terminal, does not go back to the first column by itself.
 static KEEPS_COLUMN: AtomicBool = AtomicBool::new(false);
 
 /// The end of a line on standard error.
@@ -48,13 +48,14 @@ impl Raw {
         Self::enter_with(tells, 0)
     }
 
-    /// The same for a program in the guest that has a terminal there, which does with its output what a terminal does:
-    /// this one shows it byte for byte. A program that draws its screen relies on it.
+    /// Makes standard input raw, as [`Self::enter`] does, for a program that has a terminal of its own in the guest. That
+    /// terminal has put carriage returns into the program's output, which is shown byte for byte here: a program that
+    /// draws its screen relies on that.
     pub fn enter_for_program(tells: bool) -> Option<Self> {
         Self::enter_with(tells, libc::OPOST)
     }
 
-    /// Does that, without these modes of output.
+    /// Makes standard input raw, and switches these modes of output off.
     fn enter_with(tells: bool, without: libc::tcflag_t) -> Option<Self> {
         static TOLD: Once = Once::new();
         let now = descriptor::terminal_mode(STDIN)?;

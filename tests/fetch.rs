@@ -40,7 +40,7 @@ fn builtin() -> String {
     BUILTIN.split_whitespace().map(|name| format!("kernel/drivers/{name}.ko\n")).collect()
 }
 
-/// What is in `kernel/` of a version's modules: two that are needed, one that these need, and one that nobody does.
+/// The modules in `kernel/` of a version: two that guests need, one that these two need, and one that nobody needs.
 const MODULES: [(&str, &str); 4] = [
     ("virtio_mmio.ko", "\x7fELF\0depends=more\0"),
     ("overlay.ko", "\x7fELF\0depends=\0"),

@@ -16,7 +16,8 @@ const VERSION: u32 = 2;
 const VENDOR: u32 = u32::from_le_bytes(*b"ALUL");
 /// Device configuration begins here.
 const CONFIG: u64 = 0x100;
-/// Of it, so much can be read from memory: no device's is longer (the longest is a vhost-user backend's, of 256 bytes).
+/// The bytes of device configuration that can be read from memory: no device has more (a vhost-user backend has 256 at
+/// most).
 const CONFIG_SIZE: usize = 0x100;
 /// Where QueueNotify is: kicks arrive there.
 pub const QUEUE_NOTIFY: u64 = 0x50;

@@ -180,7 +180,7 @@ struct InterruptState {
 /// that the driver deals out to its queues and to changes of the configuration (MSI-X).
 pub struct Interrupts {
     words: Words,
-    /// What the driver has acknowledged and the status does not say yet.
+    /// Acknowledgements of the driver that the status does not show yet.
     acknowledged: Option<Posted>,
     /// The line, or the events of all vectors.
     events: Vec<Arc<EventFd>>,

@@ -31,7 +31,8 @@ use crate::poll::EventFd;
 use crate::timeline::Timeline;
 use slots::Slots;
 
-/// What the gate is made of. `tests/interleavings` makes another gate of its file, of what `loom` has for these.
+/// The locks and atomics that the gate is made of. `tests/interleavings` compiles the file of the gate once more, with
+/// those of `loom` in their place.
 mod locks {
     pub use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
     pub use std::sync::{Condvar, Mutex, PoisonError};
