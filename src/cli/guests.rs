@@ -2,7 +2,7 @@
 //! guests have left behind.
 
 use std::collections::BTreeMap;
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io::{IsTerminal, Write};
 use std::os::unix::ffi::OsStrExt;
@@ -12,12 +12,14 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use super::arguments::{self, Command};
 use super::persona::Persona;
 use super::table::{self, Align};
 use crate::api::client::Client;
 use crate::error::{Context, Result};
 use crate::guest::runtime;
 use crate::host::listener::Listener;
+use crate::jail::Jail;
 use crate::json;
 use crate::log::in_one_line;
 use crate::process as process_costs;
@@ -223,6 +225,7 @@ fn socket_of(command_line: &[u8]) -> Option<Served> {
             match words.next()?.to_str()? {
                 "serve" => true,
                 "run" => false,
+                "jail" => return socket_of(&inside_jail(command_line)?),
                 _ => return None,
             }
         }
@@ -245,6 +248,23 @@ fn socket_of(command_line: &[u8]) -> Option<Served> {
         Some(id) => runtime::check_id(id.to_str()?).is_ok().then(|| Served::ByName(id.display().to_string())),
         None => is_service.then(|| Served::At(DEFAULT_SOCKET.into())),
     }
+}
+
+/// The command line by which a process goes on in the jail that it has made, by the one that made it; None: the jail is
+/// another program's, which takes the process's place.
+fn inside_jail(command_line: &[u8]) -> Option<Vec<u8>> {
+    let words = command_line.strip_suffix(b"\0").unwrap_or(command_line).split(|byte| *byte == 0);
+    let parsed = arguments::parse(words.map(|word| OsStr::from_bytes(word).to_owned()));
+    let Ok(Command::Jail(jail)) = parsed else { return None };
+    if jail.program.is_some() {
+        return None;
+    }
+    let Jail { id, arguments, .. } = *jail;
+    let mut line = vec![OsString::from("alula")];
+    line.extend(arguments.command);
+    line.extend(["--id".into(), id.into()]);
+    line.extend(arguments.rest);
+    Some(line.join(OsStr::new("\0")).into_encoded_bytes())
 }
 
 /// Shows all guests once, as a table, or for programs as JSON.
@@ -362,6 +382,9 @@ mod tests {
             ("alula run vmlinux --api-sock", None),
             ("firecracker --id web", Some("/run/firecracker.socket")),
             ("firecracker-v1.17.0-x86_64 --id web --api-sock /fc", Some("/fc")),
+            ("alula jail --id web --uid 1 --gid 1 -- --api-sock /run/a", Some("/run/a")),
+            ("alula jail --id web --uid 1 --gid 1 -- run --cpus 2", Some(":web")),
+            ("alula jail --id web --uid 1 --gid 1 --exec-file /bin/other -- --api-sock /run/a", None),
             ("bash serve --api-sock a.sock", None),
             ("", None),
         ] {

@@ -18,6 +18,7 @@ mod table;
 mod template;
 mod walls;
 
+use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 
@@ -57,7 +58,12 @@ pub fn main() -> u8 {
     if init::is_init(&std::env::args_os().next().unwrap_or_default()) {
         return apart(|| told(init::run()));
     }
-    let command = match apart(|| arguments::parse(std::env::args_os())) {
+    obey(std::env::args_os().collect())
+}
+
+/// Runs a command, and returns the process's exit code.
+fn obey(line: Vec<OsString>) -> u8 {
+    let command = match apart(|| arguments::parse(line)) {
         Ok(command) => command,
         Err(message) => {
             eprintln!("alula: {message}");
@@ -74,7 +80,14 @@ pub fn main() -> u8 {
             let feed = arguments.outputs.open_feed(&arguments.id, !arguments.no_api);
             finish(feed, FAILED_SERVE, |feed| serve(&arguments, feed))
         }),
-        Command::Jail(jail) => apart(|| told(crate::jail::enter(&jail))),
+        Command::Jail(jail) => match apart(|| crate::jail::enter(&jail)) {
+            Ok(Some(line)) => {
+                drop(jail);
+                obey(line)
+            }
+            Ok(None) => 0,
+            Err(error) => told(Err(error)),
+        },
         Command::Ctl(arguments) => apart(|| told(ctl::run(&arguments))),
         Command::Exec(arguments) => apart(|| exec::exec(arguments)),
         Command::Copy(arguments) => apart(|| told(exec::copy(&arguments))),

@@ -1,6 +1,7 @@
 //! A jail: a process with a root, namespaces, limits and a user of its own, which becomes another program
-//! (`alula jail`, and Firecracker's `jailer`). Everything that may be refused is done while it can be undone; what was
-//! opened before the root changes is reached by its descriptor alone.
+//! (`alula jail`, and Firecracker's `jailer`), or goes on as the monitor that it is: to execute that anew would cost as
+//! much as all of the jail. Everything that may be refused is done while it can be undone; what was opened before the
+//! root changes is reached by its descriptor alone.
 
 pub mod cgroup;
 mod made;
@@ -12,7 +13,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::RawFd;
 use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::clock;
@@ -88,12 +89,13 @@ struct Begun {
     umask: u32,
 }
 
-/// Enters the jail and becomes its program: this returns only why that could not be, and then nothing is left of the
-/// jail. In the background or in a PID namespace, another process becomes the program, and this returns when it has.
+/// Enters the jail and becomes its program. If that is this one, the process goes on by the command line that is
+/// returned. In the background or in a PID namespace, it is another process that does so, and `None` is returned when it
+/// is there.
 ///
 /// # Errors
-/// An option asks for what cannot be, or the host refuses.
-pub fn enter(jail: &Jail) -> Result<()> {
+/// An option asks for what cannot be, or the host refuses; then nothing is left of the jail.
+pub fn enter(jail: &Jail) -> Result<Option<Vec<OsString>>> {
     // The jail's user must reach files that root makes here, whatever mask root makes its own files by.
     let umask = process::set_umask(0o022);
     let begun = Begun { at: clock::monotonic(), cpu: clock::cpu_time(), umask };
@@ -107,8 +109,14 @@ pub fn enter(jail: &Jail) -> Result<()> {
     let program = Program::open(jail.program.as_deref())?;
     let mut made = Made::default();
     let result = jail.make(&program, user, &begun, &mut made);
-    if result.is_err() {
-        made.undo();
+    match result {
+        Err(_) => made.undo(),
+        Ok(Some(_)) => {
+            // An open folder of the host's would be a way out of the jail.
+            drop((program, made));
+            jail.close_others()?;
+        }
+        Ok(None) => {}
     }
     result
 }
@@ -138,10 +146,7 @@ impl Jail {
     }
 
     fn close_descriptors(&self) -> Result<()> {
-        let mut kept = self.kept.clone();
-        kept.sort_unstable();
-        kept.dedup();
-        for fd in &kept {
+        for fd in &self.kept {
             // A descriptor that this process opened for itself, or that would be closed anyway, is not handed on.
             if descriptor::closes_on_exec(*fd).unwrap_or(true) {
                 return Err(Error::config(format!(
@@ -149,10 +154,23 @@ impl Jail {
                 )));
             }
         }
+        self.close_others()
+    }
+
+    fn close_others(&self) -> Result<()> {
+        let mut kept = self.kept.clone();
+        kept.sort_unstable();
+        kept.dedup();
         confine::close_others(&kept).context("close the descriptors that the jail does not inherit")
     }
 
-    fn make(&self, program: &Program, user: User, begun: &Begun, made: &mut Made) -> Result<()> {
+    fn make(
+        &self,
+        program: &Program,
+        user: User,
+        begun: &Begun,
+        made: &mut Made,
+    ) -> Result<Option<Vec<OsString>>> {
         let null = match self.is_daemon {
             true => Some(File::options().read(true).write(true).open("/dev/null").context("open /dev/null")?),
             false => None,
@@ -164,10 +182,11 @@ impl Jail {
         if self.is_daemon || self.has_pid_namespace {
             return self.start(program, &root, user, begun, null, made);
         }
-        Err(self.become_program(program, user, begun.umask, [begun.at, begun.cpu, Duration::ZERO]))
+        self.become_program(program, user, begun.umask, [begun.at, begun.cpu, Duration::ZERO]).map(Some)
     }
 
-    /// Has a new process become the program, and tells its number. Returns when the program is there.
+    /// Has a new process become the program, and tells its number. Returns when the program is there, and in the new
+    /// process, if that goes on as this program.
     fn start(
         &self,
         program: &Program,
@@ -176,7 +195,7 @@ impl Jail {
         begun: &Begun,
         null: Option<File>,
         made: &mut Made,
-    ) -> Result<()> {
+    ) -> Result<Option<Vec<OsString>>> {
         if self.has_pid_namespace {
             confine::unshare(libc::CLONE_NEWPID).context("--new-pid-ns: make a PID namespace")?;
         }
@@ -190,8 +209,11 @@ impl Jail {
                 }
                 None => Ok(()),
             };
-            let error = match prepare().context("--daemonize: leave the terminal") {
-                Ok(()) => self.become_program(program, user, begun.umask, [begun.at, Duration::ZERO, spent]),
+            let result = prepare().context("--daemonize: leave the terminal").and_then(|()| {
+                self.become_program(program, user, begun.umask, [begun.at, Duration::ZERO, spent])
+            });
+            let error = match result {
+                Ok(line) => return Ok(Some(line)),
                 Err(error) => error,
             };
             // The process that reads this message has no other reason to be there.
@@ -201,11 +223,11 @@ impl Jail {
         drop(tell);
         let mut reason = String::new();
         let result = root.tell_process(program, pid, made).and_then(|()| {
-            // The pipe ends when the new process becomes the program, or ends: its descriptor is closed then.
+            // The pipe ends when the new process has become the program, or ends: its descriptor is closed then.
             told.take(MESSAGE_MAX).read_to_string(&mut reason).context("wait for the jail's process")
         });
         let result = match result {
-            Ok(_) if reason.is_empty() => return Ok(()),
+            Ok(_) if reason.is_empty() => return Ok(None),
             Ok(_) => Err(Error::host(reason)),
             Err(error) => Err(error),
         };
@@ -214,8 +236,14 @@ impl Jail {
         result
     }
 
-    /// Gives up all that the program is not to have, and becomes it; returns why that could not be.
-    fn become_program(&self, program: &Program, user: User, umask: u32, times: [Duration; 3]) -> Error {
+    /// Gives up all that the program is not to have, and becomes it: returns its command line if it is this one.
+    fn become_program(
+        &self,
+        program: &Program,
+        user: User,
+        umask: u32,
+        times: [Duration; 3],
+    ) -> Result<Vec<OsString>> {
         let result = self.limit().and_then(|()| {
             confine::renounce().context("give up the rights that the jail does not have")?;
             match user.is_mapped {
@@ -224,28 +252,23 @@ impl Jail {
                     .with_context(|| format!("become --uid {} and --gid {}", user.uid, user.gid)),
             }
         });
-        let arguments = result.and_then(|()| self.command_line(program, times));
-        let error = match arguments {
-            Ok(arguments) => {
+        let line = self.command_line(program, times);
+        let result = result.and_then(|()| match &self.program {
+            None => confine::stay_user(user.uid).context("give up the rights of who made the jail"),
+            Some(_) => Err(execute(program, &line, user, umask)),
+        });
+        match result {
+            Ok(()) => {
                 process::set_umask(umask);
-                let error = confine::execute(program.descriptor(), &arguments);
-                let more = match error.raw_os_error() {
-                    Some(libc::ENOENT) => {
-                        ": it needs a loader or an interpreter, which the jail does not have: name a \
-                                           program that is linked statically"
-                            .to_owned()
-                    }
-                    Some(libc::EACCES) => format!(": user {} may not execute it: `chmod a+rx`", user.uid),
-                    _ => String::new(),
-                };
-                Error::host(format!("--exec-file: execute `{}`: {error}{more}", program.name.display()))
+                Ok(line)
             }
-            Err(error) => error,
-        };
-        if !user.is_mapped {
-            confine::become_root_user();
+            Err(error) => {
+                if !user.is_mapped {
+                    confine::become_root_user();
+                }
+                Err(error)
+            }
         }
-        error
     }
 
     fn limit(&self) -> Result<()> {
@@ -263,9 +286,9 @@ impl Jail {
 
     /// The program's name and its arguments. The times are when the jail was begun, and how much CPU time the process
     /// that becomes the program, and those before it, had used then.
-    fn command_line(&self, program: &Program, times: [Duration; 3]) -> Result<Vec<CString>> {
+    fn command_line(&self, program: &Program, times: [Duration; 3]) -> Vec<OsString> {
         let Arguments { command, takes_times, rest } = &self.arguments;
-        let mut line = vec![std::path::Path::new("/").join(&program.name).into_os_string()];
+        let mut line = vec![Path::new("/").join(&program.name).into_os_string()];
         line.extend(command.clone());
         line.extend(["--id".into(), OsString::from(&self.id)]);
         if *takes_times {
@@ -275,7 +298,28 @@ impl Jail {
             }
         }
         line.extend(rest.iter().cloned());
-        let words = line.iter().map(|word| CString::new(word.as_bytes()));
-        words.collect::<std::result::Result<_, _>>().context("pass the program's arguments")
+        line
     }
+}
+
+/// Has another program take this one's place, with this command line; returns only why that could not be.
+fn execute(program: &Program, line: &[OsString], user: User, umask: u32) -> Error {
+    let words = line.iter().map(|word| CString::new(word.as_bytes()));
+    let arguments =
+        match words.collect::<std::result::Result<Vec<_>, _>>().context("pass the program's arguments") {
+            Ok(arguments) => arguments,
+            Err(error) => return error,
+        };
+    process::set_umask(umask);
+    let error = confine::execute(program.descriptor(), &arguments);
+    let more = match error.raw_os_error() {
+        Some(libc::ENOENT) => {
+            ": it needs a loader or an interpreter, which the jail does not have: name a program \
+                               that is linked statically"
+                .to_owned()
+        }
+        Some(libc::EACCES) => format!(": user {} may not execute it: `chmod a+rx`", user.uid),
+        _ => String::new(),
+    };
+    Error::host(format!("--exec-file: execute `{}`: {error}{more}", program.name.display()))
 }

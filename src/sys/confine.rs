@@ -349,8 +349,8 @@ pub fn renounce() -> Result<()> {
 }
 
 /// Becomes this user and group, without any further group. The right to go back ([`become_root_user`]) lasts until
-/// another program is executed: that takes the saved user from the effective one, and has no capabilities unless this is
-/// 0 (execve(2), capabilities(7)).
+/// [`stay_user`], or until another program is executed: that takes the saved user from the effective one, and has no
+/// capabilities unless this is 0 (execve(2), capabilities(7)).
 ///
 /// # Errors
 /// The kernel's; EINVAL: the user namespace has no such user or group.
@@ -360,6 +360,48 @@ pub fn become_user(uid: u32, gid: u32) -> Result<()> {
         check(libc::setgroups(0, null()))?;
         check(libc::setresgid(gid, gid, gid))?;
         check(libc::setresuid(uid, uid, 0)).map(drop)
+    }
+}
+
+/// Makes what [`become_user`] has done final, for a process that no other program takes the place of: the saved user
+/// goes, and with it, or with a user namespace, all capabilities. The process is looked at and traced by its user as if
+/// the user had started it (PR_SET_DUMPABLE), and nobody finds there what its environment was.
+///
+/// # Errors
+/// The kernel's, of setresuid(2), capset(2) and prctl(2).
+pub fn stay_user(uid: u32) -> Result<()> {
+    /// Capabilities are 64 bits in two structures (_LINUX_CAPABILITY_VERSION_3).
+    const VERSION_3: u32 = 0x2008_0522;
+    let header = [VERSION_3, 0];
+    let none = [0_u32; 6];
+    // SAFETY: the calls take numbers, and read the local structures, which are as long as the version says.
+    unsafe {
+        check(libc::setresuid(libc::uid_t::MAX, libc::uid_t::MAX, uid))?;
+        if uid != 0 {
+            check(libc::syscall(libc::SYS_capset, header.as_ptr(), none.as_ptr()) as i32)?;
+        }
+        check(libc::prctl(libc::PR_SET_DUMPABLE, 1, 0, 0, 0))?;
+        forget_environment();
+    }
+    Ok(())
+}
+
+/// Takes all variables out of the environment, and overwrites them where they were, which /proc/PID/environ shows.
+///
+/// # Safety
+/// No other thread may exist, and nobody may hold a variable's bytes.
+unsafe fn forget_environment() {
+    unsafe extern "C" {
+        static environ: *const *mut libc::c_char;
+    }
+    // SAFETY: the list ends with a null pointer, and each of its strings, which this process may write, with a zero.
+    unsafe {
+        let mut variable = environ;
+        while !variable.is_null() && !(*variable).is_null() {
+            (*variable).write_bytes(0, libc::strlen(*variable));
+            variable = variable.add(1);
+        }
+        libc::clearenv();
     }
 }
 

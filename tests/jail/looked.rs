@@ -40,13 +40,21 @@ impl Looked {
         opened.collect()
     }
 
+    /// Whether the process has a folder open, by which it could leave its root.
+    fn has_a_folder(&self) -> bool {
+        let mut folder = std::fs::read_dir(format!("/proc/{}/fd", self.0)).unwrap();
+        folder.any(|entry| std::fs::metadata(entry.unwrap().path()).is_ok_and(|file| file.is_dir()))
+    }
+
     /// Asserts that the process has no rights, no way to get any, no variables, and only the jail to see.
     pub fn check_shut_in(&self, mounts: usize) {
         for name in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
             assert_eq!(self.status(name), ["0000000000000000"], "{name}");
         }
         assert_eq!(self.status("NoNewPrivs"), ["1"]);
-        assert_eq!(self.read("environ"), "");
+        assert!(!self.has_a_folder(), "{:?}", self.descriptors());
+        // A process that has made its jail itself has overwritten what its variables were.
+        assert_eq!(self.read("environ").trim_matches('\0'), "");
         assert_eq!(self.read("mountinfo").lines().count(), mounts, "{}", self.read("mountinfo"));
         for kind in ["mnt", "ipc", "uts"] {
             assert_ne!(self.namespace(kind), Looked(std::process::id()).namespace(kind), "{kind}");
