@@ -17,9 +17,11 @@ pub mod metadata;
 pub mod passt;
 pub mod pci;
 pub mod qcow2;
+pub mod slots;
 pub mod snapshot;
 pub mod sockets;
 pub mod state;
+pub mod vhost_user;
 
 #[path = "../../common/allocator.rs"]
 pub mod allocator;
