@@ -13,41 +13,11 @@ use alula::microvm::signals::Signals;
 use alula::poll::leave_signals_to_others;
 use alula::walls::{Kind, Wanted, begin, enclose, refusal};
 use common::inject::{Injected, Outcome};
-use common::{Folder, Process, Service, forbid, run, wait_for};
+use common::walls::{assert_walled, trespass, walls};
+use common::{Client, Folder, Process, Service, forbid, network, run, wait_for};
 use serde_json::{Value, json};
 
 const START: &str = r#"{"action_type": "InstanceStart"}"#;
-
-/// The threads of a process, by their names: `Seccomp`, and `NoNewPrivs` of their status (proc(5)).
-fn walls(process: u32) -> Vec<(String, String, String)> {
-    let tasks = std::fs::read_dir(format!("/proc/{process}/task")).unwrap();
-    let threads = tasks.filter_map(|task| {
-        // The thread may just have ended.
-        let status = std::fs::read_to_string(task.unwrap().path().join("status")).ok()?;
-        let field = |name: &str| {
-            status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(":\t")).unwrap().to_owned()
-        };
-        Some((field("Name"), field("Seccomp"), field("NoNewPrivs")))
-    });
-    threads.collect()
-}
-
-/// Waits until a process has these threads, and looks whether each has walls.
-fn assert_walled(process: u32, expected: &[&str]) {
-    let names = || {
-        let mut names: Vec<_> = walls(process).into_iter().map(|(name, ..)| name).collect();
-        // Threads of the kernel's own, where KVM and io_uring have them, do not count.
-        names.retain(|name| !["kvm-", "iou-"].iter().any(|own| name.starts_with(own)));
-        names.sort_unstable();
-        names
-    };
-    wait_for(|| names() == expected);
-    wait_for(|| walls(process).iter().all(|thread| thread.1 == "2"));
-    let all = walls(process);
-    for thread in &all {
-        assert_eq!((thread.1.as_str(), thread.2.as_str()), ("2", "1"), "{all:?}");
-    }
-}
 
 /// A guest that does nothing, with an io thread.
 fn idle(arguments: &[&str]) -> Process {
@@ -57,35 +27,12 @@ fn idle(arguments: &[&str]) -> Process {
     process
 }
 
-const IN: u64 = libc::AF_INET as u64;
-const STREAM: u64 = libc::SOCK_STREAM as u64;
-/// A process that cannot be there: its number is larger than any (PID_MAX_LIMIT).
-const NOBODY: u64 = 0x7fff_fff0;
-/// A key pressed on somebody's terminal.
-const TIOCSTI: u32 = 0x5412;
-/// A file that is there, as a thread is to open or execute it.
-const PATH: &[u8] = b"/proc/self/exe\0";
-
-/// Has a thread try what somebody who has broken into it would, by the name of the call.
-fn trespass(thread: &mut Injected, what: &str) -> Outcome {
-    let here = libc::AT_FDCWD as u64;
-    match what {
-        "openat" => thread.call(libc::SYS_openat, [here, 0, 0], (1, PATH)),
-        "execve" => thread.call(libc::SYS_execve, [0, 0, 0], (0, PATH)),
-        "socket" => thread.call(libc::SYS_socket, [IN, STREAM, 0], (0, b"")),
-        "kill" => thread.call(libc::SYS_kill, [NOBODY, 9, 0], (0, b"")),
-        "tgkill" => thread.call(libc::SYS_tgkill, [NOBODY, 1, 6], (0, b"")),
-        "ioctl" => thread.call(libc::SYS_ioctl, [0, u64::from(TIOCSTI), 0], (0, b"")),
-        // Port 1 of 127.0.0.1, by a socket if there can be one.
-        _ => match thread.call(libc::SYS_socket, [IN, STREAM, 0], (0, b"")) {
-            Outcome::Returned(socket) if socket >= 0 => {
-                let address =
-                    [&(libc::AF_INET as u16).to_ne_bytes()[..], &[0, 1, 127, 0, 0, 1], &[0; 8]].concat();
-                thread.call(libc::SYS_connect, [socket as u64, 0, 16], (1, &address))
-            }
-            outcome => outcome,
-        },
-    }
+/// The number that the kernel has for a call here.
+fn number(call: &str) -> &'static str {
+    let table = include_str!("../resources/seccomp/calls").lines();
+    let mut words = table.map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let column = if cfg!(target_arch = "x86_64") { 1 } else { 2 };
+    words.find(|words| words.first() == Some(&call)).unwrap()[column]
 }
 
 fn last_event(path: &Path) -> Value {
@@ -152,13 +99,13 @@ fn a_thread_that_does_what_it_may_not_ends_the_process() {
         thread.end(libc::SIGSYS);
         let ended = process.end();
         assert_eq!(ended.code, Some(148), "{name}: {call}: {ended:?}");
-        let words = format!("the thread `{name}` made the system call `{call}");
+        let words = format!("the thread `{name}` made the system call `{call}` ({})", number(call));
         let event = last_event(&events);
         let meaning = match call {
             "ioctl" => "command 0x5412, which",
             "socket" => "family 0x2, which",
             "tgkill" => "signal 0x6, which",
-            _ => "), which",
+            _ => ", which its filter does not allow",
         };
         assert!(ended.text.contains(meaning), "{name}: {call}: {ended:?}");
         let told = [ended.text, std::fs::read_to_string(&log).unwrap(), event["reason"].to_string()];
@@ -169,6 +116,76 @@ fn a_thread_that_does_what_it_may_not_ends_the_process() {
             std::fs::remove_file(path).unwrap();
         }
     }
+}
+
+/// Until its guest runs, `main` may start programs: of what it may not, the thread `main` alone is asked.
+#[test]
+fn main_is_refused_calls_before_its_guest_runs() {
+    let folder = Folder::new();
+    let events = folder.path("events");
+    for call in ["ptrace", "bpf"] {
+        let service = Service::start(&["--events", events.to_str().unwrap()]);
+        let id = service.process.child.id();
+        assert_walled(id, &["alula"]);
+        let mut thread = Injected::new(id, "main");
+        thread.is_refused = true;
+        assert_eq!(trespass(&mut thread, call), Outcome::Signal(libc::SIGSYS), "{call}");
+        thread.end(libc::SIGSYS);
+        let Service { process, socket, folder: _folder } = service;
+        let ended = process.end();
+        let words = format!("the thread `main` made the system call `{call}` ({}), which", number(call));
+        assert!(ended.code == Some(148) && ended.text.contains(&words), "{ended:?}");
+        assert!(last_event(&events)["reason"].to_string().contains(&words) && !socket.exists(), "{call}");
+        std::fs::remove_file(&events).unwrap();
+    }
+}
+
+/// A job that waits for an agent which never answers, in a guest whose vsock socket is somebody else's.
+#[test]
+fn a_job_that_does_what_it_may_not_ends_the_process() {
+    for call in ["openat", "socket", "execve"] {
+        let folder = Folder::new();
+        let [events, socket, vsock] = ["events", "socket", "vsock"].map(|name| folder.path(name));
+        let [e, s, v] = [&events, &socket, &vsock].map(|path| path.to_str().unwrap());
+        let process = idle(&["--events", e, "--api-sock", s, "--vsock", v]);
+        std::fs::remove_file(&vsock).unwrap();
+        let silent = std::os::unix::net::UnixListener::bind(&vsock).unwrap();
+        let mut client = Client::connect(&socket);
+        client.send("GET /guest HTTP/1.1\r\n\r\n");
+        let _asked = silent.accept().unwrap();
+        let id = process.child.id();
+        wait_for(|| walls(id).iter().any(|(name, seccomp, _)| name == "guest" && seccomp == "2"));
+        let mut thread = Injected::new(id, "guest");
+        thread.is_refused = true;
+        assert_eq!(trespass(&mut thread, call), Outcome::Signal(libc::SIGSYS), "{call}");
+        thread.end(libc::SIGSYS);
+        let ended = process.end();
+        let words = format!("the thread `guest` made the system call `{call}` ({})", number(call));
+        assert!(ended.code == Some(148) && ended.text.contains(&words), "{ended:?}");
+        assert!(last_event(&events)["reason"].to_string().contains(&words), "{call}");
+    }
+}
+
+#[test]
+fn an_ordinary_user_has_walls_around_a_disk_and_a_user_network() {
+    common::open_devices();
+    network::enter();
+    network::add_uplink();
+    let folder = Folder::new();
+    let disk = folder.write("disk", vec![0; 1 << 20]);
+    std::os::unix::fs::chown(&disk, Some(65534), Some(65534)).unwrap();
+    let disk = format!("{}", disk.display());
+    let words = ["run", "--disk", &disk, "--net", "user", "--cmdline", "case=block end=idle"];
+    let mut process = Process::spawn(common::as_nobody(&folder, &words));
+    process.expect(", 0 failed");
+    let id = process.child.id();
+    assert_walled(id, &["alula", "io", "signals", "vcpu0"]);
+    let status = std::fs::read_to_string(format!("/proc/{id}/status")).unwrap();
+    assert!(status.contains("Uid:\t65534\t65534\t65534\t65534\n"), "{status}");
+    // The program that carries its frames has the filter that `main` had when it was started, and no more rights.
+    wait_for(|| network::passts(id).len() == 1);
+    let passt = std::fs::read_to_string(format!("/proc/{}/status", network::passts(id)[0])).unwrap();
+    assert!(passt.contains("NoNewPrivs:\t1\n"), "{passt}");
 }
 
 /// `main` can hang on a thread that is refused a call, or on a lock of that thread: another one ends the process then.
@@ -221,11 +238,15 @@ fn without_filters_rules_keep_threads_from_files_and_ports() {
         ("io", "openat", true),
         ("io", "execve", true),
         ("main", "execve", true),
+        ("main", "mknodat", true),
         ("main", "openat", false),
     ] {
         let outcome = trespass(&mut Injected::new(process.child.id(), name), call);
         assert_eq!(outcome == refused, is_refused, "{name}: {call}: {outcome:?}");
     }
+    // Who has rules laid upon him mounts nothing (landlock(7)).
+    let outcome = trespass(&mut Injected::new(process.child.id(), "main"), "mount");
+    assert_eq!(outcome, Outcome::Returned(-i64::from(libc::EPERM)));
     // Landlock restricts ports from version 4 on (Linux 6.7): before, the call finds that nobody listens there.
     let nobody = Outcome::Returned(-i64::from(libc::ECONNREFUSED));
     for name in ["vcpu0", "io", "main"] {

@@ -44,6 +44,8 @@ fn serve(arguments: &Template) -> Result<Turn> {
     descriptor::close_inherited().context("close descriptors that were inherited")?;
     descriptor::empty_standard_input().context("open /dev/null as standard input")?;
     let opened = Opened::open(&arguments.location, false)?.with_kvm()?;
+    signals::end_when_refused();
+    walls::keep_first()?;
     template::Template::new(opened, &arguments.api_sock)?.serve()
 }
 

@@ -106,6 +106,11 @@ pub fn end_soon() {
     arm(PATIENCE);
 }
 
+/// Has a system call that a filter does not allow end a process of one thread, whose signals are not taken over.
+pub fn end_when_refused() {
+    confine::handle_refused(on_refused);
+}
+
 /// Whether the process is about to end in order, which may take as long as what it waits for.
 pub fn is_ending() -> bool {
     IS_ENDING.load(SeqCst)

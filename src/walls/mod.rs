@@ -11,7 +11,8 @@
 //! call of theirs passes both: `main` may do all that any of them may.
 //!
 //! `main` goes in two steps. Before its guest runs it may start programs (passt), which inherit its filter, so that
-//! the first filter, `early.list`, names what is refused. When the gate is first opened, [`close`] lays the other one.
+//! the first filter, `early.list`, names what is refused. When the gate is first opened, [`close`] lays the other one. A
+//! template stays at the first step ([`keep_first`]), and its clones go on from there.
 
 mod landlock;
 pub mod refusal;
@@ -168,6 +169,21 @@ fn named(whose: &str, rules: Ruleset) -> Named<Ruleset> {
 
 fn enter(rules: Option<&Named<Ruleset>>) -> Result<()> {
     rules.map_or(Ok(()), |rules| rules.enter().context("keep a thread from files and ports (Landlock)"))
+}
+
+/// Lays upon a template what it keeps, and what its clones inherit: no way to gain rights, and the first filter of `main`.
+/// Each clone [`begin`]s with its own walls, of which that filter is there already. No thread but that of `main` may be
+/// there yet.
+///
+/// # Errors
+/// The kernel has no memory for the filter.
+pub fn keep_first() -> Result<()> {
+    confine::gain_no_privileges().context("give up rights to be gained")?;
+    // Each clone tells of a kernel that has no filters.
+    if confine::check_filters().is_ok() && !IS_PREPARED.swap(true, SeqCst) {
+        confine::filter(&made::EARLY).context("lay a filter of system calls upon a template (seccomp)")?;
+    }
+    Ok(())
 }
 
 /// Lays upon `main` the filter that it has before its guest runs, while nobody waits. No effect the second time.

@@ -15,6 +15,7 @@ pub mod root;
 pub mod suspend;
 pub mod terminal;
 pub mod vsock;
+pub mod walls;
 
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
@@ -375,8 +376,7 @@ pub fn wait_for(mut condition: impl FnMut() -> bool) {
     }
 }
 
-/// Runs `body`, which tells of every step. One that takes longer than our patience fails the test, where it
-/// would hang: what `body` waits for may be what is tested.
+/// Runs `body`, which tells of every step: a step that takes longer than our patience fails the test, where it would hang.
 pub fn in_steps(body: impl FnOnce(&dyn Fn(String)) + Send + 'static) {
     let (steps, told) = channel();
     let body = std::thread::spawn(move || body(&|step| steps.send(step).expect("the test listens")));

@@ -9,6 +9,8 @@ use std::process::Command;
 use serde_json::{Value, json};
 
 use super::{PAUSE, Saved};
+use crate::common::inject::{Injected, Outcome};
+use crate::common::walls::{assert_walled, trespass};
 use crate::common::{self, Client, Folder, Process, alula, await_child, wait_for};
 
 const GO_ON: &str = super::GO_ON;
@@ -23,7 +25,11 @@ pub struct Template {
 impl Template {
     /// Saves a guest, and starts a template of it, by the command `before` where one is given.
     pub fn new(before: &[&str]) -> Self {
-        let mut saved = Saved::with(&[], "echo case=identity,block", true);
+        Self::of("echo case=identity,block", before)
+    }
+
+    fn of(words: &str, before: &[&str]) -> Self {
+        let mut saved = Saved::with(&[], words, true);
         saved.service.process.stdin.as_mut().unwrap().write_all(b"go on\n").unwrap();
         // The line is in the guest's UART before the service lets in another client after this request.
         saved.service.client().ok("GET", "/", "");
@@ -333,4 +339,46 @@ fn a_disk_of_a_restored_guest_can_be_another_one() {
         super::end(service);
     }
     assert_eq!(fs::read(folder.path("disk")).unwrap(), vec![7; 1 << 20]);
+}
+
+/// The number of filters that each system call of a thread passes (proc(5)).
+fn filters(process: u32, name: &str) -> u32 {
+    let tasks = fs::read_dir(format!("/proc/{process}/task")).unwrap();
+    let mut threads = tasks.flatten().map(|task| fs::read_to_string(task.path().join("status")).unwrap());
+    let thread = threads.find(|status| status.starts_with(&format!("Name:\t{name}\n"))).unwrap();
+    let line = thread.lines().find_map(|line| line.strip_prefix("Seccomp_filters:\t"));
+    line.unwrap().parse().unwrap()
+}
+
+#[test]
+fn a_template_keeps_its_first_walls_and_its_clones_get_the_last() {
+    let mut template = Template::of("echo case=identity end=idle", &[]);
+    let pid = template.process.child.id();
+    let order = template.order("a", &json!({}));
+    let clone = template.make(&mut template.client(), &order);
+    let threads = ["alula", "io", "signals", "vcpu0", "vcpu1"];
+    // The one filter of a template is that of `main` before its guest runs, and each of its clones has it from there.
+    for (process, threads, of_main) in [(pid, &threads[..1], 1), (clone, &threads, 1), (clone, &threads, 2)] {
+        if of_main == 2 {
+            Client::connect(&template.path("a.sock")).ok("PATCH", "/vm", GO_ON);
+            let console = || fs::read_to_string(template.path("a.console")).unwrap_or_default();
+            wait_for(|| console().contains(", 0 failed"));
+        }
+        assert_walled(process, threads);
+        assert_eq!(filters(process, "alula"), of_main);
+        for thread in &threads[1..] {
+            assert_eq!(filters(process, thread), 2, "{thread}");
+        }
+    }
+    for (process, call) in [(clone, "execve"), (pid, "ptrace")] {
+        let mut thread = Injected::new(process, "main");
+        thread.is_refused = true;
+        assert_eq!(trespass(&mut thread, call), Outcome::Signal(libc::SIGSYS), "{call}");
+        thread.end(libc::SIGSYS);
+    }
+    assert_eq!(await_child(template.clones.remove(0)), (Some(148), 0));
+    let socket = template.path("t.sock");
+    template.process.expect("the thread `main` made the system call `ptrace` (");
+    assert_eq!(template.process.child.wait().unwrap().code(), Some(148));
+    assert!(!socket.exists());
 }
