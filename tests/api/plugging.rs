@@ -175,6 +175,13 @@ fn what_cannot_come_or_go_is_refused_and_changes_nothing() {
         ("PUT", "/drives/d", &none, "`/nonexistent`: No such file"),
         ("PUT", "/drives/d", &drive("d", &first), "is in use"),
         ("PUT", "/network-interfaces/m", &net("tap0"), "tap0"),
+        (
+            "PUT",
+            "/network-interfaces/u",
+            r#"{ "iface_id": "u", "user": {} }"#,
+            "no program is started once the guest has run: give the interface a TAP (`host_dev_name`), or the \
+             descriptors of one (`fd:N`)",
+        ),
         ("PUT", "/entropy", "{}", "not supported after starting"),
         (
             "DELETE",
