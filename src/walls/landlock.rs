@@ -125,3 +125,49 @@ fn allow(rules: &Ruleset, path: &Path, files: u64) -> Result<()> {
     let files = if is_folder { files } else { files & OF_FILES };
     rules.allow(&place, files).map_err(|error| Error::host(error.to_string()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::confine::gain_no_privileges;
+    use std::io::ErrorKind::PermissionDenied;
+
+    /// The outcomes of opening a file outside `allowed`, of opening one in there, and of executing a program, by a thread
+    /// upon which the rules of a version are laid.
+    fn tried(rules: Ruleset, allowed: &Path) -> [std::io::Result<()>; 3] {
+        let within = allowed.join("own");
+        let thread = std::thread::spawn(move || {
+            gain_no_privileges().unwrap();
+            rules.enter().unwrap();
+            let open = |path: &Path| File::open(path).map(drop);
+            let execute = std::process::Command::new("/proc/self/exe").arg("--list").output().map(drop);
+            [open(Path::new("/proc/self/exe")), open(&within), execute]
+        });
+        thread.join().unwrap()
+    }
+
+    #[test]
+    fn rules_hold_on_kernels_of_every_version_up_to_this_one() {
+        let Ok(newest) = landlock_version() else { return };
+        let folder = std::env::temp_dir().join(format!("alula-landlock-{}", std::process::id()));
+        std::fs::create_dir(&folder).unwrap();
+        std::fs::write(folder.join("own"), "").unwrap();
+        let is_refused = |result: &std::io::Result<()>| {
+            result.as_ref().is_err_and(|error| error.kind() == PermissionDenied)
+        };
+        for version in 1..=newest {
+            // What a kernel of that version does not know is not asked of this one either.
+            let landlock = Landlock { version };
+            let within = landlock.of_main_within(std::slice::from_ref(&folder), None, None);
+            for (rules, expected) in [
+                (landlock.of_threads(), [true, true, true]),
+                (landlock.of_main(), [false, false, true]),
+                (within, [true, false, true]),
+            ] {
+                let results = tried(rules.unwrap(), &folder);
+                assert_eq!(results.each_ref().map(is_refused), expected, "version {version}: {results:?}");
+            }
+        }
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+}
