@@ -40,6 +40,7 @@ const UNSAFE: &[&str] = &[
     "tests/fuzz/src/ground.rs",
     "tests/fuzz/src/host.rs",
     "tests/images.rs",
+    "tests/interleavings/handover.rs",
     "tests/signals.rs",
 ];
 

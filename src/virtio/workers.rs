@@ -2,11 +2,11 @@
 //! thread inherits the CPUs, the filter of system calls and whatever else binds the thread that starts it, and
 //! those of a vCPU's thread are not those of an io thread.
 
+mod inbox;
 mod registrar;
 
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -19,7 +19,15 @@ use crate::poll::{self, EventFd, Events, Interest, Ready};
 use crate::uring::Uring;
 use crate::walls;
 
+use inbox::{Inbox, Wake};
 pub use registrar::{Desk, Registrar, Switch, Watched};
+
+/// The locks and atomics that the inbox is made of. `tests/interleavings` compiles the file of the inbox once more, with
+/// those of `loom` in their place.
+mod locks {
+    pub(super) use std::sync::atomic::{AtomicBool, Ordering};
+    pub(super) use std::sync::{Mutex, MutexGuard, PoisonError};
+}
 
 /// The token by which a worker is told that its [`Worker::ring`] has completions.
 pub const RING: u32 = u32::MAX;
@@ -40,6 +48,18 @@ pub(super) enum Job {
     End,
 }
 
+impl Wake for EventFd {
+    fn wake(&self) {
+        // A counter that is full wakes as well.
+        let _ = self.write(1);
+    }
+
+    fn hush(&self) {
+        // Nothing written: somebody was faster.
+        let _ = self.read();
+    }
+}
+
 /// A loop's inbox and its thread.
 pub struct Loop {
     name: String,
@@ -47,18 +67,8 @@ pub struct Loop {
     by_hand: bool,
     /// Where its workers ask `main`.
     errands: Arc<Errands>,
-    inbox: Mutex<Inbox>,
-    /// Something is in the inbox: looked at after each event that is handled.
-    has_jobs: AtomicBool,
-    wake: EventFd,
-}
-
-#[derive(Default)]
-struct Inbox {
-    jobs: Vec<Job>,
-    thread: Option<JoinHandle<()>>,
-    /// The loop has ended: nobody takes jobs any more.
-    ended: bool,
+    inbox: Inbox<Job, EventFd>,
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Loop {
@@ -69,15 +79,19 @@ impl Loop {
     }
 
     fn build(name: String, errands: Arc<Errands>, by_hand: bool) -> Result<Arc<Self>> {
-        let (inbox, has_jobs, wake) = (Mutex::default(), false.into(), poll::event("jobs of a loop")?);
-        Ok(Arc::new(Self { name, by_hand, errands, inbox, has_jobs, wake }))
+        let inbox = Inbox::new(poll::event("jobs of a loop")?);
+        Ok(Arc::new(Self { name, by_hand, errands, inbox, thread: Mutex::default() }))
+    }
+
+    fn thread(&self) -> MutexGuard<'_, Option<JoinHandle<()>>> {
+        self.thread.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Ends the thread and all workers.
     pub fn end(self: &Arc<Self>) {
-        let thread = self.inbox.lock().unwrap_or_else(PoisonError::into_inner).thread.take();
+        let thread = self.thread().take();
         if let Some(thread) = thread {
-            self.post(Job::End);
+            self.inbox.post_last(Job::End);
             // A thread that panicked has said so itself.
             let _ = thread.join();
         }
@@ -85,15 +99,16 @@ impl Loop {
 
     /// Starts the loop's thread. No effect when it has one.
     pub fn start(self: &Arc<Self>) -> Result<()> {
-        let mut inbox = self.inbox.lock().unwrap_or_else(PoisonError::into_inner);
-        if inbox.thread.is_none() {
+        let mut own = self.thread();
+        if own.is_none() {
             let this = self.clone();
             let thread = std::thread::Builder::new().name(self.name.clone()).spawn(move || {
                 poll::leave_signals_to_others();
                 walls::enclose(walls::Kind::Io);
                 this.run();
             });
-            inbox.thread = Some(thread.with_context(|| format!("start the thread `{}`", self.name))?);
+            *own = Some(thread.with_context(|| format!("start the thread `{}`", self.name))?);
+            self.inbox.attend();
         }
         Ok(())
     }
@@ -105,16 +120,7 @@ impl Loop {
 
     /// Has something done, soon; false: nobody is there to do it. May be called with a transport locked.
     pub(super) fn post(self: &Arc<Self>, job: Job) -> bool {
-        let mut inbox = self.inbox.lock().unwrap_or_else(PoisonError::into_inner);
-        let somebody = inbox.thread.is_some() || self.by_hand || matches!(job, Job::End);
-        let is_there = !inbox.ended && somebody;
-        if is_there {
-            inbox.jobs.push(job);
-            self.has_jobs.store(true, Ordering::Release);
-            // A counter that is full wakes as well.
-            let _ = self.wake.write(1);
-        }
-        is_there
+        self.inbox.post(job)
     }
 
     fn run(self: &Arc<Self>) {
@@ -126,25 +132,12 @@ impl Loop {
 
     /// Nobody takes jobs any more.
     fn conclude(&self) {
-        let mut inbox = self.inbox.lock().unwrap_or_else(PoisonError::into_inner);
-        inbox.ended = true;
-        let jobs = std::mem::take(&mut inbox.jobs);
-        drop(inbox);
         // Whoever waits for a device to stop must not wait for ever.
-        for job in jobs {
+        for job in self.inbox.close() {
             if let Job::Stop(transport) = job {
                 transport.lock().unwrap_or_else(PoisonError::into_inner).returned(Vec::new());
             }
         }
-    }
-
-    fn take_jobs(&self) -> Vec<Job> {
-        let mut inbox = self.inbox.lock().unwrap_or_else(PoisonError::into_inner);
-        // With the lock, as a job comes: else that of a job that came in between would be left behind, and wake the
-        // loop again and again for nothing. Nothing written: somebody was faster.
-        let _ = self.wake.read();
-        self.has_jobs.store(false, Ordering::Relaxed);
-        std::mem::take(&mut inbox.jobs)
     }
 }
 
@@ -160,6 +153,7 @@ impl ByHand {
     pub fn new() -> Result<Self> {
         let errands = Errands::new(Arc::new(poll::event("errands")?));
         let event_loop = Loop::build(String::new(), errands, true)?;
+        event_loop.inbox.attend();
         let running = Seats::new(&event_loop)?;
         Ok(Self { event_loop, running })
     }
@@ -260,7 +254,7 @@ const WAKE: u64 = 0;
 impl Seats {
     fn new(this: &Loop) -> Result<Self> {
         let events = Arc::new(Events::new()?);
-        events.add(&this.wake, Interest::IN, WAKE)?;
+        events.add(&this.inbox.wake, Interest::IN, WAKE)?;
         Ok(Self { events, seats: Vec::new(), last: None })
     }
 
@@ -355,7 +349,7 @@ impl Seats {
             if event.token != WAKE {
                 self.handle(slot(event.token), event.token as u32, event.events);
             }
-            if this.has_jobs.load(Ordering::Acquire) && self.do_jobs(this) {
+            if this.inbox.has_jobs() && self.do_jobs(this) {
                 return true;
             }
         }
@@ -364,7 +358,7 @@ impl Seats {
 
     /// Does what the loop is asked to do; true: that was the end.
     fn do_jobs(&mut self, this: &Arc<Loop>) -> bool {
-        for job in this.take_jobs() {
+        for job in this.inbox.take() {
             match job {
                 Job::Start(transport) => start(&transport),
                 Job::Add(worker, transport) => self.add(this, worker, transport),
@@ -466,8 +460,8 @@ mod tests {
         });
         while !poster.is_finished() {
             by_hand.turn().unwrap();
-            let inbox = event_loop.inbox.lock().unwrap();
-            assert!(!inbox.jobs.is_empty() || event_loop.wake.read().is_err(), "it is woken, and has no job");
+            let is_sound = event_loop.inbox.look(|jobs, wake| !jobs.is_empty() || wake.read().is_err());
+            assert!(is_sound, "it is woken, and has no job");
         }
         poster.join().unwrap();
     }

@@ -1,19 +1,27 @@
-//! The gate of the vCPUs in every order in which its threads can take turns: `loom` runs each case once for each of
-//! them, and finds a thread that nobody wakes. The gate is that of `src/vm/gate.rs`, compiled here with loom's locks.
+//! The gate of the vCPUs, and the inbox by which a device's queues go to an io thread and come back, in every order in
+//! which their threads can take turns: `loom` runs each case once for each of them, and finds a thread that nobody wakes,
+//! and memory that two use at once. They are those of `src/vm/gate.rs` and `src/virtio/workers/inbox.rs`, compiled here
+//! with loom's locks.
 
 #![cfg(test)]
 #![allow(clippy::unwrap_used, reason = "a test fails by it")]
+
+mod handover;
 
 mod locks {
     pub use std::sync::PoisonError;
 
     pub use loom::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-    pub use loom::sync::{Condvar, Mutex};
+    pub use loom::sync::{Condvar, Mutex, MutexGuard};
 }
 
 #[path = "../../src/vm/gate.rs"]
 #[allow(dead_code, unreachable_pub)]
 mod gate;
+
+#[path = "../../src/virtio/workers/inbox.rs"]
+#[allow(dead_code, unreachable_pub)]
+mod inbox;
 
 use gate::Gate;
 use locks::{AtomicBool, AtomicU64, Mutex, Ordering};
