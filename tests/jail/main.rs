@@ -16,6 +16,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::mpsc::channel;
 
+use common::inject::{Injected, Outcome};
+use common::walls::{assert_walled, trespass};
 use common::{Client, Ended, Process, network, wait_for};
 use looked::Looked;
 use site::{Site, end};
@@ -119,6 +121,21 @@ fn a_guest_runs_in_a_jail_that_root_made() {
     let started = metrics["api_server"]["process_startup_time_us"].as_u64().unwrap();
     let cpu = metrics["api_server"]["process_startup_time_cpu_us"].as_u64().unwrap();
     assert!(started > 0 && cpu > 0 && started < 100_000_000, "{started} {cpu}");
+    break_in(process);
+}
+
+/// Asserts that each thread of a guest in a jail has walls, and that they end a process whose thread was broken into.
+fn break_in(process: Process) {
+    let id = process.child.id();
+    assert_walled(id, &["alula", "signals", "vcpu0"]);
+    let mut thread = Injected::new(id, "vcpu0");
+    thread.is_refused = true;
+    for call in ["openat", "connect", "execve"] {
+        assert_eq!(trespass(&mut thread, call), Outcome::Signal(libc::SIGSYS), "{call}");
+    }
+    thread.end(libc::SIGSYS);
+    let ended = process.end();
+    assert!(ended.code == Some(148) && ended.text.contains("the thread `vcpu0` made"), "{ended:?}");
 }
 
 /// Asserts that `alula ctl list` of this user has the guest of a process, whose socket is found from out here.

@@ -1,6 +1,7 @@
 //! A jail that cannot be made is refused by the name of the option, and nothing of it is left.
 
 use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::PathBuf;
 
 use crate::common;
 use crate::site::{Site, end};
@@ -111,4 +112,40 @@ fn an_ordinary_user_is_told_how_to_name_another_place() {
     let ended = end(common::as_nobody(&folder, &["jail", "--id", "x", "--userns", "--", "run"]));
     let expected = "Permission denied (os error 13): `--chroot-base-dir DIR` names a place that this user may write to\n";
     assert!(ended.code == Some(1) && ended.text.ends_with(expected), "{ended:?}");
+}
+
+/// The place of the hierarchy of version 2, which this thread mounts where nobody has.
+fn hierarchy(site: &Site) -> PathBuf {
+    let mounts = std::fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
+    let mounted = mounts.lines().find(|line| line.contains(" - cgroup2 "));
+    let place = mounted.map(|line| PathBuf::from(line.split(' ').nth(4).unwrap()));
+    place.unwrap_or_else(|| {
+        let place = site.folder.path("two");
+        std::fs::create_dir(&place).unwrap();
+        common::mount(&place, "cgroup2", "rw");
+        place
+    })
+}
+
+/// A part of the hierarchy of version 2 that no controllers were given to stands for one that has none.
+#[test]
+fn a_hierarchy_of_version_2_without_controllers_is_told_of() {
+    let site = Site::new();
+    let root = hierarchy(&site);
+    let parent = root.join(format!("{}-bare", site.parent));
+    let bare = parent.join("below");
+    std::fs::create_dir_all(&bare).unwrap();
+    common::output("mount", &["--bind", bare.to_str().unwrap(), root.to_str().unwrap()]);
+    let before = site.everything();
+    for option in ["memory.max=1G", "cpu.max=max", "pids.max=1"] {
+        let mut command = site.jail("x");
+        command.args(["--cgroup-version", "2", "--cgroup", option]);
+        let ended = end(command);
+        let controller = option.split('.').next().unwrap();
+        let expected = format!("does not offer the controller `{controller}` (it offers: none)");
+        assert!(ended.code == Some(1) && ended.text.contains(&expected), "{option}: {ended:?}");
+        assert_eq!(site.everything(), before, "{option}");
+    }
+    common::output("umount", &[root.to_str().unwrap()]);
+    [bare, parent].iter().for_each(|group| std::fs::remove_dir(group).unwrap());
 }

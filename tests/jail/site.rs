@@ -41,6 +41,7 @@ impl Site {
                 (v1("pids"), "pids.max", "64"),
                 (v1("memory"), "memory.limit_in_bytes", "536870912"),
                 (v1("cpuset"), "cpuset.cpus", "0"),
+                (v1("cpu"), "cpu.shares", "512"),
             ];
             return Self { folder, program, parent, groups, version: "1" };
         }
@@ -48,7 +49,12 @@ impl Site {
         if !root.join("cgroup.procs").exists() {
             common::mount(&root, "cgroup2", "rw");
         }
-        let limits = [("pids.max", "64"), ("memory.max", "536870912"), ("cpuset.cpus", "0")];
+        let limits = [
+            ("pids.max", "64"),
+            ("memory.max", "536870912"),
+            ("cpuset.cpus", "0"),
+            ("cpu.max", "200000 100000"),
+        ];
         let groups = limits.into_iter().map(|(file, value)| (root.clone(), file, value)).collect();
         Self { folder, program, parent, groups, version: "2" }
     }
