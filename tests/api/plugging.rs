@@ -136,6 +136,10 @@ fn devices_come_and_go_while_the_guest_runs() {
     service.process.expect("slots: 2 devices");
 }
 
+/// The way round a user network that comes too late.
+const BY_TAP: &str = "no program is started once the guest has run: give the interface a TAP (`host_dev_name`), or the \
+                      descriptors of one (`fd:N`)";
+
 #[test]
 fn what_cannot_come_or_go_is_refused_and_changes_nothing() {
     network::enter();
@@ -175,13 +179,7 @@ fn what_cannot_come_or_go_is_refused_and_changes_nothing() {
         ("PUT", "/drives/d", &none, "`/nonexistent`: No such file"),
         ("PUT", "/drives/d", &drive("d", &first), "is in use"),
         ("PUT", "/network-interfaces/m", &net("tap0"), "tap0"),
-        (
-            "PUT",
-            "/network-interfaces/u",
-            r#"{ "iface_id": "u", "user": {} }"#,
-            "no program is started once the guest has run: give the interface a TAP (`host_dev_name`), or the \
-             descriptors of one (`fd:N`)",
-        ),
+        ("PUT", "/network-interfaces/u", r#"{"iface_id": "u", "user": {}}"#, BY_TAP),
         ("PUT", "/entropy", "{}", "not supported after starting"),
         (
             "DELETE",
