@@ -153,19 +153,33 @@ fn each_crate_of_the_binary_has_its_reason_and_a_free_licence() {
     }
 }
 
-/// Each test that the page on reliability names is there.
+/// Each test that the pages on reliability and on threats name is there, in the program that they name.
 #[test]
-fn the_tests_that_the_page_on_reliability_names_are_there() {
-    let page = std::fs::read_to_string(root().join("docs/reliability.md")).unwrap();
+fn the_tests_that_pages_name_are_there() {
     let all: Vec<_> = ["src", "tests"].into_iter().flat_map(sources).collect();
-    let quoted = page.split('`').skip(1).step_by(2);
-    // A name of a test is a sentence.
-    let names = quoted.filter_map(|text| text.split_whitespace().last());
-    let names: Vec<_> = names.filter(|name| name.matches('_').count() >= 3).collect();
-    assert!(names.len() > 60, "{names:?}");
-    for name in names {
-        let head = format!("fn {name}(");
-        assert!(all.iter().any(|(_, text)| text.contains(&head)), "{name}: there is no such test");
+    for (page, count_min) in [("docs/reliability.md", 60), ("docs/threat-model.md", 25)] {
+        let page = std::fs::read_to_string(root().join(page)).unwrap();
+        // A name of a test is a sentence.
+        let quoted = page.split('`').skip(1).step_by(2);
+        let names: Vec<_> = quoted.filter(|text| text.matches('_').count() >= 3).collect();
+        assert!(names.len() >= count_min, "{names:?}");
+        for name in names {
+            let (program, name) = name.rsplit_once(": ").unwrap_or(("", name));
+            let head = format!("fn {name}(");
+            let mut files = all.iter().filter(|(_, text)| text.contains(&head)).map(|(file, _)| file);
+            assert!(files.any(|file| file.contains(program)), "{program}: {name}: there is no such test");
+        }
+        // The rows of tables whose last column tells of tests.
+        let tables = page.split("\n\n").filter(|text| {
+            let head = text.lines().next().unwrap_or_default();
+            ["| test |", "| shown by |"].iter().any(|last| head.ends_with(last))
+        });
+        let rows: Vec<_> = tables.flat_map(|table| table.lines().skip(2)).collect();
+        assert!(rows.len() >= 10, "{rows:?}");
+        for row in rows {
+            let last = row.trim_end_matches('|').rsplit(" | ").next().unwrap();
+            assert!(last.contains(": ") && last.contains('`'), "no test: {row}");
+        }
     }
 }
 
