@@ -344,7 +344,8 @@ fn a_disk_of_a_restored_guest_can_be_another_one() {
 /// The number of filters that each system call of a thread passes (proc(5)).
 fn filters(process: u32, name: &str) -> u32 {
     let tasks = fs::read_dir(format!("/proc/{process}/task")).unwrap();
-    let mut threads = tasks.flatten().map(|task| fs::read_to_string(task.path().join("status")).unwrap());
+    // Another thread may just have ended.
+    let mut threads = tasks.flatten().filter_map(|task| fs::read_to_string(task.path().join("status")).ok());
     let thread = threads.find(|status| status.starts_with(&format!("Name:\t{name}\n"))).unwrap();
     let line = thread.lines().find_map(|line| line.strip_prefix("Seccomp_filters:\t"));
     line.unwrap().parse().unwrap()
