@@ -100,12 +100,12 @@ pub fn write_pvpanic(events: u8) {
     write8(PVPANIC, events);
 }
 
-/// The slots of the PCI bus have no registers here.
-pub fn read_slots(_offset: u16) -> u32 {
+/// There are no I/O ports here.
+pub fn read_port32(_port: u16) -> u32 {
     0
 }
 
-pub fn write_slots(_offset: u16, _value: u32) {}
+pub fn write_port32(_port: u16, _value: u32) {}
 
 /// Where the memory at `address` can be reached: addresses are physical ones.
 pub fn reach(address: u64) -> u64 {

@@ -7,10 +7,10 @@ use crate::machine::Machine;
 use crate::virtio::{Device, F_VERSION_1};
 use crate::words::Words;
 
-/// The registers of the slots (x86_64): whether devices have come or gone, which are to be let go, which are.
-const CAME: u16 = 0;
-const LEAVING: u16 = 4;
-const EJECT: u16 = 8;
+/// The ports of the slots (x86_64): whether devices have come or gone, which are to be let go, which are.
+const CAME: u16 = 0x610;
+const LEAVING: u16 = 0x614;
+const EJECT: u16 = 0x618;
 
 /// How a guest answers that is asked to let a device go.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -39,9 +39,9 @@ fn serve(manner: Manner) -> bool {
     let mut before = None;
     loop {
         if manner == Manner::Hostile {
-            [0, 1, u32::MAX].into_iter().for_each(|devices| arch::write_slots(EJECT, devices));
+            [0, 1, u32::MAX].into_iter().for_each(|devices| arch::write_port32(EJECT, devices));
         }
-        let has_changed = arch::read_slots(CAME) != 0;
+        let has_changed = arch::read_port32(CAME) != 0;
         let count = Device::all_on_pci().count();
         if has_changed || before != Some(count) {
             before = Some(count);
@@ -53,11 +53,11 @@ fn serve(manner: Manner) -> bool {
             });
             say!("slots: ", count, " devices\n");
         }
-        let leaving = arch::read_slots(LEAVING);
+        let leaving = arch::read_port32(LEAVING);
         if leaving != 0 {
             say!("slots: asked for ", leaving.trailing_zeros(), "\n");
             if manner == Manner::Polite {
-                arch::write_slots(EJECT, leaving);
+                arch::write_port32(EJECT, leaving);
             }
         }
     }

@@ -29,7 +29,6 @@ pub const VIRTIO_MMIO: u64 = 0xc010_0000;
 pub const ECAM: u64 = 0xc100_0000;
 const SERIAL: u16 = 0x3f8;
 const PVPANIC: u16 = 0x505;
-const SLOTS: u16 = 0x610;
 /// What an exception that nobody expects ends with.
 const EXCEPTION: u32 = 101;
 /// Where secondary CPUs begin, in real mode: below 1 MiB, clear of the boot tables.
@@ -157,18 +156,18 @@ pub fn write_serial(register: u64, value: u8) {
     write_port(SERIAL + register as u16, value);
 }
 
-/// Reads a register of the slots of the PCI bus.
-pub fn read_slots(offset: u16) -> u32 {
+/// Reads a register of 32 bits among the I/O ports.
+pub fn read_port32(port: u16) -> u32 {
     let value;
     // SAFETY: a port of the machine's is read, which changes nothing in memory.
-    unsafe { asm!("in eax, dx", in("dx") SLOTS + offset, out("eax") value, options(nomem, nostack)) };
+    unsafe { asm!("in eax, dx", in("dx") port, out("eax") value, options(nomem, nostack)) };
     value
 }
 
-/// Writes to a register of the slots of the PCI bus.
-pub fn write_slots(offset: u16, value: u32) {
+/// Writes to a register of 32 bits among the I/O ports.
+pub fn write_port32(port: u16, value: u32) {
     // SAFETY: a port of the machine's is written, which changes nothing in memory.
-    unsafe { asm!("out dx, eax", in("dx") SLOTS + offset, in("eax") value, options(nomem, nostack)) };
+    unsafe { asm!("out dx, eax", in("dx") port, in("eax") value, options(nomem, nostack)) };
 }
 
 pub fn read_serial(register: u64) -> u8 {
