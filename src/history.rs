@@ -108,6 +108,11 @@ pub enum Event {
     PoweredOff,
     /// The guest's kernel says that it panicked.
     Panicked,
+    /// The guest has let its watchdog expire.
+    WatchdogExpired {
+        /// What is done: `reset`, `poweroff` (the guest ends), or `none`.
+        action: &'static str,
+    },
     /// Every CPU is halted for good.
     Halted,
     /// The guest crashed: a triple fault (x86_64).
@@ -206,9 +211,9 @@ pub enum Event {
 }
 
 impl Event {
-    /// Goes first when there is no room: it says nothing of the guest's life.
+    /// Goes first when there is no room: it says nothing of the guest's life, or a guest can cause it again and again.
     fn is_noise(&self) -> bool {
-        matches!(self, Self::DeviceError { .. } | Self::ApiError { .. })
+        matches!(self, Self::DeviceError { .. } | Self::ApiError { .. } | Self::WatchdogExpired { .. })
     }
 }
 

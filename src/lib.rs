@@ -126,6 +126,8 @@
 //!   guest `agent/session.rs` hears it, and `agent/process.rs` starts the program.
 //! - What the guest's CPUs are: `config/cpu.rs` reads what is asked for; `arch/x86_64/cpuid.rs` makes CPUID, and
 //!   `arch/aarch64/mod.rs` asks KVM for features.
+//! - A watchdog: the guest writes to the registers in `devices/watchdog/`; the loop in `microvm/monitor.rs` waits no longer
+//!   than the countdown (`devices/watchdog.rs`), and `microvm/watchdog.rs` does what is to be done at its end.
 //! - An end: `vm/exit.rs` notes it, whoever finds it (`machine/halt.rs` finds guests that have halted);
 //!   `microvm/monitor.rs` is told, and `microvm/signals.rs` tells it of signals.
 //!

@@ -97,6 +97,7 @@ impl Guest {
             room: &Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap()),
             boot_timer: None,
             message_frame: None,
+            watchdog: None,
             parts: Vec::new(),
         };
         put_fixed(&mut site).unwrap();

@@ -11,6 +11,7 @@ use crate::pmem;
 use crate::slots;
 use crate::virtio::{self, Device};
 use crate::vsock;
+use crate::watchdog;
 use crate::words::{Words, number};
 
 /// A case prints what it found in parentheses, or what was expected and what was found.
@@ -38,7 +39,7 @@ const DEVICE_CASES: [(&str, u32, Case); 6] = [
 ];
 
 /// Cases that run only where they are asked for by name.
-const CHOSEN_CASES: [(&str, Case); 10] = [
+const CHOSEN_CASES: [(&str, Case); 11] = [
     ("hostile", hostile::run),
     ("hostile-net", hostile_net::run),
     ("pvpanic", pvpanic),
@@ -49,6 +50,7 @@ const CHOSEN_CASES: [(&str, Case); 10] = [
     ("slots", slots::polite),
     ("slots-deaf", slots::deaf),
     ("slots-hostile", slots::hostile),
+    ("watchdog", watchdog::watchdog),
 ];
 
 /// Whether the command line asks for this case by its name.

@@ -31,6 +31,7 @@ mod pmem;
 mod slots;
 mod virtio;
 mod vsock;
+mod watchdog;
 mod words;
 mod work;
 

@@ -5,7 +5,7 @@ use serde::de::DeserializeOwned;
 use super::Request;
 use super::bodies::{Action, ActionBody, Unplug, VmBody};
 use super::snapshot::{self, CreateSnapshot, LoadSnapshot, MakeClone};
-use crate::config::MachinePatch;
+use crate::config::{MachineConfig, MachinePatch};
 use crate::devices::kind::DeviceKind;
 use crate::devices::{self, KINDS};
 use crate::dialect::Dialect;
@@ -38,9 +38,11 @@ pub fn route(dialect: Dialect, method: &str, path: &str, body: &[u8]) -> Result<
         ("PUT", ["metrics", ..]) => Request::PutMetrics(body.parse()?),
         ("PUT", ["logger", ..]) => Request::PutLogger(body.parse()?),
         ("PUT", ["serial", ..]) => Request::PutSerial(body.parse()?),
-        ("PUT", ["machine-config", ..]) => Request::PutMachineConfig(body.parse()?),
+        ("PUT", ["machine-config", ..]) => {
+            Request::PutMachineConfig(body.parse_of(MachineConfig::PUBLISHED)?)
+        }
         ("PATCH", ["machine-config", ..]) => {
-            let patch: MachinePatch = body.parse()?;
+            let patch: MachinePatch = body.parse_of(MachineConfig::PUBLISHED)?;
             if patch == MachinePatch::default() {
                 return Err("Empty PATCH request.".to_owned());
             }

@@ -413,6 +413,11 @@ mod tests {
             ("run --cpus 70000", "--cpus 70000: expected a smaller number"),
             ("run --memory much", "--memory much: expected a size like 256M or 2G"),
             ("run --initrd i", "--initrd needs a kernel"),
+            (
+                "run --watchdog stop",
+                "--watchdog stop: expected `reset`, `poweroff` or `none` (an event alone)",
+            ),
+            ("run --watchdog reset --restore d", "leave out --watchdog"),
             ("run --self-test k", "give no kernel beside it"),
             ("serve --no-api", "--no-api needs --config-file"),
             (

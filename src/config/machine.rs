@@ -1,6 +1,7 @@
 //! The resources that every microVM has: what it boots, CPUs and memory.
 
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
@@ -92,6 +93,9 @@ pub struct MachineConfig {
     /// What backs guest memory.
     #[serde(default, deserialize_with = "json::or_default")]
     pub huge_pages: HugePages,
+    /// Ours: what is done when the guest lets its watchdog expire; none: the guest has no watchdog.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub watchdog: Option<WatchdogAction>,
 }
 
 fn is_no_template(template: &Option<CpuTemplate>) -> bool {
@@ -117,6 +121,44 @@ pub enum HugePages {
     Never,
 }
 
+/// What is done when the guest lets its watchdog expire, in the words of QEMU and libvirt. Readers of events are told of
+/// it in any case.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub enum WatchdogAction {
+    /// The machine is reset: the guest boots again.
+    #[serde(rename = "reset")]
+    Reset,
+    /// The guest ends.
+    #[serde(rename = "poweroff")]
+    Poweroff,
+    /// Nothing: the guest goes on.
+    #[serde(rename = "none")]
+    Tell,
+}
+
+impl WatchdogAction {
+    const ALL: [Self; 3] = [Self::Reset, Self::Poweroff, Self::Tell];
+
+    /// The word for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Reset => "reset",
+            Self::Poweroff => "poweroff",
+            Self::Tell => "none",
+        }
+    }
+}
+
+impl FromStr for WatchdogAction {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let found = Self::ALL.into_iter().find(|action| action.name() == text);
+        found.ok_or_else(|| "expected `reset`, `poweroff` or `none` (an event alone)".to_owned())
+    }
+}
+
 impl Default for MachineConfig {
     fn default() -> Self {
         Self {
@@ -126,6 +168,7 @@ impl Default for MachineConfig {
             track_dirty_pages: false,
             cpu_template: None,
             huge_pages: HugePages::None,
+            watchdog: None,
         }
     }
 }
@@ -133,6 +176,10 @@ impl Default for MachineConfig {
 impl MachineConfig {
     /// One that makes sense in itself, as JSON.
     pub(super) const EXAMPLE: &'static str = r#"{"vcpu_count": 1, "mem_size_mib": 128}"#;
+
+    /// The fields that Firecracker has.
+    pub const PUBLISHED: &[&str] =
+        &["vcpu_count", "mem_size_mib", "smt", "cpu_template", "track_dirty_pages", "huge_pages"];
 
     /// Whether it makes sense in itself and in the API that is spoken, whatever the host can do.
     pub fn check(&self, dialect: Dialect) -> Result<()> {
@@ -149,6 +196,9 @@ impl MachineConfig {
             return Err(Error::config(
                 "unknown variant `Never`, expected one of `None`, `Transparent`, `2M` (`huge_pages`)",
             ));
+        }
+        if dialect == Dialect::Firecracker && self.watchdog.is_some() {
+            return Err(Error::config("unknown field `watchdog`: Firecracker has no watchdog"));
         }
         let page_mib = match self.huge_pages {
             HugePages::None | HugePages::Never => 1,
@@ -179,6 +229,7 @@ impl MachineConfig {
             track_dirty_pages: patch.track_dirty_pages.unwrap_or(self.track_dirty_pages),
             cpu_template: patch.cpu_template.or(self.cpu_template),
             huge_pages: patch.huge_pages.unwrap_or(self.huge_pages),
+            watchdog: patch.watchdog.or(self.watchdog),
         }
     }
 }
@@ -197,6 +248,7 @@ pub struct MachinePatch {
     pub track_dirty_pages: Option<bool>,
     pub cpu_template: Option<CpuTemplate>,
     pub huge_pages: Option<HugePages>,
+    pub watchdog: Option<WatchdogAction>,
 }
 
 #[cfg(test)]
@@ -230,6 +282,7 @@ mod tests {
             ),
             (r#"{"vcpu_count":1,"mem_size_mib":3,"huge_pages":"Transparent"}"#, "not a multiple of the"),
             (r#"{"vcpu_count":1,"mem_size_mib":2,"huge_pages":"1G"}"#, "unknown variant `1G`"),
+            (r#"{"vcpu_count":1,"mem_size_mib":2,"watchdog":"stop"}"#, "unknown variant `stop`"),
             (
                 if crate::arch::HAS_CPUID {
                     r#"{"vcpu_count":1,"mem_size_mib":2,"cpu_template":"V1N1"}"#
@@ -245,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn pages_are_the_hosts_choice_or_ours_and_never_is_no_word_of_firecrackers() {
+    fn never_and_a_watchdog_are_no_words_of_firecrackers() {
         let machine = |pages: &str, mib: u64| -> MachineConfig {
             let text = format!(r#"{{"vcpu_count":1,"mem_size_mib":{mib},"huge_pages":"{pages}"}}"#);
             serde_json::from_str(&text).unwrap()
@@ -254,6 +307,10 @@ mod tests {
             machine(pages, mib).check(Dialect::Alula).unwrap();
         }
         machine("Transparent", 2).check(Dialect::Firecracker).unwrap();
+        let watched = MachineConfig { watchdog: Some(WatchdogAction::Reset), ..MachineConfig::default() };
+        watched.check(Dialect::Alula).unwrap();
+        let error = watched.check(Dialect::Firecracker).unwrap_err().to_string();
+        assert!(error.starts_with("unknown field `watchdog`"), "{error}");
         let error = machine("Never", 2).check(Dialect::Firecracker).unwrap_err().to_string();
         assert!(error.starts_with("unknown variant `Never`"), "{error}");
     }

@@ -26,7 +26,7 @@ use crate::sink::{Purpose, Sink};
 pub use cpu::CpuConfig;
 pub use cpu_template::CpuTemplate;
 pub use file::Problem;
-pub use machine::{BootSource, HugePages, MachineConfig, MachinePatch};
+pub use machine::{BootSource, HugePages, MachineConfig, MachinePatch, WatchdogAction};
 
 /// More devices than any machine has room for. A client that configures more and more would have us grow, and
 /// each is compared with those before it; a file of CONFIG_FILE_MAX has room for tens of thousands.

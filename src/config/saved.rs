@@ -115,7 +115,7 @@ mod tests {
         let text = format!(
             r#"{{
             "boot-source": {{"kernel_image_path": "k", "initrd_path": "i", "boot_args": "quiet"}},
-            "machine-config": {{"vcpu_count": 4, "mem_size_mib": 64, "smt": {smt}, "huge_pages": "Never",
+            "machine-config": {{"vcpu_count": 4, "mem_size_mib": 64, "smt": {smt}, "huge_pages": "Never", "watchdog": "none",
                 "cpu_template": "{template}"}},
             "cpu-config": {{"cpuid_modifiers": {cpuid}, "kvm_capabilities": ["!56"], "msr_modifiers": {msrs},
                 "reg_modifiers": {others}, "vcpu_features": []}},

@@ -7,6 +7,7 @@ use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
 
 use super::boot_timer::BootTimer;
 use super::console;
+use super::watchdog::Watchdog;
 use crate::arch;
 use crate::bus::BusDevice;
 use crate::error::{Error, Result};
@@ -46,6 +47,8 @@ pub struct Site<'a> {
     pub room: &'a Arc<EventFd>,
     /// The boot timer, which runs already, if the machine is to have one.
     pub boot_timer: Option<BootTimer>,
+    /// The watchdog, if the machine is to have one.
+    pub watchdog: Option<&'a Watchdog>,
     /// Where interrupt messages of PCI devices are written, if that is a frame of ours.
     pub message_frame: Option<MessageFrame>,
     /// The parts that are at their places, in order.

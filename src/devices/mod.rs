@@ -24,6 +24,7 @@ pub mod slots;
 pub mod v2m;
 pub mod vmclock;
 pub mod vsock;
+pub mod watchdog;
 
 use crate::error::{Error, Result};
 use fixed::{Site, put, put_in_memory};
@@ -56,6 +57,8 @@ pub fn put_fixed(site: &mut Site<'_>) -> Result<()> {
     put::<pvpanic::PvPanic>(site)?;
     put::<boot_timer::BootTimer>(site)?;
     put::<v2m::V2m>(site)?;
+    put::<watchdog::acpi::AcpiWatchdog>(site)?;
+    put::<watchdog::sp805::Sp805>(site)?;
     put_in_memory::<generation::GenerationId>(site)?;
     put_in_memory::<vmclock::VmClock>(site)
 }

@@ -20,6 +20,7 @@ use crate::descriptors::Named;
 use crate::devices::boot_timer::BootTimer;
 use crate::devices::fixed::Site;
 use crate::devices::put_fixed;
+use crate::devices::watchdog::Watchdog;
 use crate::dialect::Dialect;
 use crate::error::{Context, Error, Result};
 use crate::firmware;
@@ -44,6 +45,7 @@ pub fn build(
     base: Base,
 ) -> Result<Box<Machine>> {
     let (boot_timer, machine) = (config.boot_timer.then(BootTimer::start), &config.machine_config);
+    let watchdog = machine.watchdog.map(|_| Watchdog::new(kept.watchdog_has_expired));
     let ram = layout::memory(memory_size(machine.mem_size_mib)?);
     let ahead = OpenedAhead::open(kept, id, config, places, (&ram, &base), host)?;
     let source = if config.shares_memory() { source.to_share()? } else { source };
@@ -65,6 +67,7 @@ pub fn build(
         serial: config.serial.as_ref(),
         room: &wake,
         boot_timer,
+        watchdog: watchdog.as_ref(),
         message_frame: platform.message_frame(),
         parts: Vec::with_capacity(FIXED_PARTS + config.devices().count()),
     };
@@ -94,6 +97,7 @@ pub fn build(
         huge_pages: machine.huge_pages,
         tracks_writes: false,
         slots: None,
+        watchdog,
         vm,
         memory,
     });

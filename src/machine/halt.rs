@@ -29,6 +29,10 @@ pub fn check(machine: &mut Machine) -> Result<()> {
     if machine.state != RunState::Running || machine.halt.is_over {
         return Ok(());
     }
+    // A guest whose watchdog counts does not stand still for ever.
+    if machine.watchdog().is_some_and(|watchdog| watchdog.lock().ends_at().is_some()) {
+        return Ok(());
+    }
     let now = machine.vcpus.iter().map(|vcpu| vcpu.cpu_time_ns()).sum::<u64>();
     let watch = &mut machine.halt;
     if now - watch.looked_ns > BUSY_NS {

@@ -11,18 +11,22 @@ use crate::virtio::transport::Transport;
 /// configuration is built with them: files stay locked and sockets bound, TAP interfaces and passt go on, and what the
 /// user has changed of a device stays changed.
 #[derive(Default)]
-pub struct Kept(Vec<(String, Box<dyn VirtioDevice>)>);
+pub struct Kept {
+    devices: Vec<(String, Box<dyn VirtioDevice>)>,
+    /// The guest's watchdog had expired, which the next one can ask.
+    pub(super) watchdog_has_expired: bool,
+}
 
 impl Kept {
     /// Whether the device of this name is among them.
     pub(super) fn has(&self, name: &str) -> bool {
-        self.0.iter().any(|(other, _)| other == name)
+        self.devices.iter().any(|(other, _)| other == name)
     }
 
     /// Takes the device of this name out.
     pub(super) fn take(&mut self, name: &str) -> Option<Box<dyn VirtioDevice>> {
-        let index = self.0.iter().position(|(other, _)| other == name)?;
-        Some(self.0.swap_remove(index).1)
+        let index = self.devices.iter().position(|(other, _)| other == name)?;
+        Some(self.devices.swap_remove(index).1)
     }
 }
 
@@ -36,6 +40,12 @@ impl Machine {
         let take = |part: &crate::part::Part| {
             part.with(Transport::take_device).map(|device| (part.name.clone(), device))
         };
-        Kept(self.parts.0.iter().filter_map(take).collect())
+        Kept {
+            devices: self.parts.0.iter().filter_map(take).collect(),
+            watchdog_has_expired: self
+                .watchdog
+                .as_ref()
+                .is_some_and(|watchdog| watchdog.lock().has_expired()),
+        }
     }
 }

@@ -27,6 +27,7 @@ use crate::devices::fixed::FixedDevice;
 use crate::devices::gpio::Gpio;
 use crate::devices::keyboard::Keyboard;
 use crate::devices::kind::ConfiguredDevice;
+use crate::devices::watchdog::Watchdog;
 use crate::errands::Errands;
 use crate::error::{Error, Result};
 use crate::host::Host;
@@ -102,6 +103,8 @@ pub struct Machine {
     tracks_writes: bool,
     /// Memory that comes and goes; None: no device plugs any.
     slots: Option<Arc<Slots>>,
+    /// The guest's watchdog, if there is one.
+    watchdog: Option<Watchdog>,
     vm: Arc<Vm>,
     memory: Memory,
 }
@@ -242,6 +245,16 @@ impl Machine {
     /// Whether the guest's kernel has panicked, as far as it said so (pvpanic): it may go on for all that.
     pub fn panicked(&self) -> bool {
         self.surroundings.end.panicked()
+    }
+
+    /// The guest's watchdog, if it has one.
+    pub fn watchdog(&self) -> Option<&Watchdog> {
+        self.watchdog.as_ref()
+    }
+
+    /// Ends the guest in this way, if it has not ended.
+    pub fn end(&self, exit: Exit) {
+        self.surroundings.end.set(exit);
     }
 
     /// Looks whether every CPU is halted for good, and ends the guest if so; to be called now and

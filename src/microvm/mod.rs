@@ -16,6 +16,7 @@ pub mod saving;
 pub mod signals;
 pub mod snapshots;
 mod start;
+mod watchdog;
 pub mod working_set;
 
 use std::path::{Path, PathBuf};

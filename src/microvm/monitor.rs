@@ -9,6 +9,7 @@ use super::Microvm;
 use super::input::{Input, STDIN};
 use super::purpose::Purpose;
 use super::signals::{self, Signals};
+use crate::devices::watchdog::SHORTEST;
 use crate::error::Result;
 use crate::history::{self, Event, Feed};
 use crate::jobs::Ticket;
@@ -29,6 +30,8 @@ const FRONT: u64 = 7;
 
 /// How often a running guest is looked at (halted for good? console output kept?).
 const LOOK: Duration = Duration::from_secs(1);
+// When a watchdog ends is known in time.
+const _: () = assert!(LOOK.as_nanos() <= SHORTEST.as_nanos());
 /// A service that nobody asks anything for so long after its start prepares for the guest to come.
 const IDLE: Duration = Duration::from_millis(50);
 /// How long the end waits for readers of events that are not up to date: a reader that hangs must
@@ -229,6 +232,7 @@ impl Monitor {
     fn wait(&mut self, microvm: &mut Microvm) -> Result<Outcome> {
         let mut ready = Vec::new();
         loop {
+            microvm.heed_watchdog();
             if let Some(error) = microvm.take_end() {
                 return Err(error);
             }
@@ -274,11 +278,7 @@ impl Monitor {
                 self.prepare_at = None;
             }
             self.listen_for_events()?;
-            if let Some(front) = &mut self.front
-                && front.expires_at().is_some_and(|at| at <= Instant::now())
-            {
-                front.expire(Instant::now(), &self.events)?;
-            }
+            self.expire_clients()?;
             if !self.awaits_jobs
                 && let Some(event) = microvm.jobs_event()
             {
@@ -288,12 +288,22 @@ impl Monitor {
             if let Some(signal) = self.take_signal() {
                 return Ok(Outcome::Signal(signal));
             }
-            self.signals.wait(&self.events, self.timeout(), &mut ready)?;
+            self.signals.wait(&self.events, self.timeout(microvm), &mut ready)?;
             for event in &ready {
                 if let Some(outcome) = self.handle(*event, microvm)? {
                     return Ok(outcome);
                 }
             }
+        }
+    }
+
+    /// Gives up clients that have had their time.
+    fn expire_clients(&mut self) -> Result<()> {
+        match &mut self.front {
+            Some(front) if front.expires_at().is_some_and(|at| at <= Instant::now()) => {
+                front.expire(Instant::now(), &self.events)
+            }
+            _ => Ok(()),
         }
     }
 
@@ -317,10 +327,10 @@ impl Monitor {
         Some(signal)
     }
 
-    fn timeout(&self) -> Option<Duration> {
+    fn timeout(&self, microvm: &Microvm) -> Option<Duration> {
         let at = if self.watches.is_some() { Some(self.look_at) } else { self.prepare_at };
         let expires_at = self.front.as_ref().and_then(|front| front.expires_at());
-        let at = at.into_iter().chain(expires_at).min();
+        let at = at.into_iter().chain(expires_at).chain(microvm.watchdog_ends_at()).min();
         // A millisecond more than the rest: epoll rounds down.
         at.map(|at| at.saturating_duration_since(Instant::now()) + Duration::from_millis(1))
     }

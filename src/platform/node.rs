@@ -17,6 +17,8 @@ pub enum Node {
     Ecam(Range),
     /// ACPI: the registers by which devices of PCI bus 0 come and go.
     Slots(SlotRegisters),
+    /// ACPI: the registers of the guest's watchdog.
+    Watchdog(WatchdogRegisters),
     /// Device tree: a node below the root.
     Tree(TreeNode),
     /// Device tree: a node below the interrupt controller, of what takes interrupt messages.
@@ -148,6 +150,33 @@ impl SlotRegisters {
     pub const EJECT: u16 = 8;
     /// The number of ports.
     pub const SIZE: u16 = 12;
+}
+
+/// The registers of a watchdog, 32-bit I/O ports.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WatchdogRegisters {
+    /// The port of the first one.
+    pub port: u16,
+    /// The period that counts are of, in milliseconds.
+    pub period_ms: u32,
+    /// The counts that make sense as the length of a countdown.
+    pub counts: std::ops::RangeInclusive<u32>,
+}
+
+impl WatchdogRegisters {
+    /// The offset of the first one: 1, the countdown runs; written, it begins (1) or stops (0).
+    pub const IS_ON: u16 = 0;
+    /// The offset of the second one: how many counts are left; written, the countdown begins anew.
+    pub const LEFT: u16 = 4;
+    /// The offset of the third one: how many counts a countdown has, from the next one on.
+    pub const LENGTH: u16 = 8;
+    /// The offset of the fourth one: 1, a countdown was over, in this machine or in the one before its reset; written, that
+    /// is forgotten.
+    pub const HAS_EXPIRED: u16 = 12;
+    /// The offset of the fifth one: 1, the end of a countdown resets the machine.
+    pub const RESETS: u16 = 16;
+    /// The number of ports.
+    pub const SIZE: u16 = 20;
 }
 
 /// A property of a device tree: its name, and its value as the tree has it.

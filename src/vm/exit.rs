@@ -23,6 +23,8 @@ pub enum Exit {
     Halted,
     /// A CPU could not deliver an exception (x86_64).
     TripleFault,
+    /// The guest let its watchdog expire, which is its end.
+    WatchdogExpired,
     /// It wrote this code to the exit register.
     Code(u32),
     /// KVM could not go on running it, for this reason.
@@ -40,6 +42,7 @@ impl Exit {
             Self::Halted => 121,
             Self::TripleFault => 122,
             Self::Failed(_) => 123,
+            Self::WatchdogExpired => 124,
         }
     }
 
@@ -50,6 +53,7 @@ impl Exit {
             Self::Reset | Self::PanicReset => Event::Reset,
             Self::Halted => Event::Halted,
             Self::TripleFault => Event::Crashed,
+            Self::WatchdogExpired => Event::WatchdogExpired { action: "poweroff" },
             Self::Code(code) => Event::Exited { code: *code },
             Self::Failed(reason) => Event::Failed { reason: history::text(reason) },
         }
@@ -64,6 +68,7 @@ impl fmt::Display for Exit {
             Self::PanicReset => f.write_str("the guest panicked and asked for a reset"),
             Self::Halted => f.write_str("the guest halted for good: no CPU can wake any more"),
             Self::TripleFault => f.write_str("the guest crashed: triple fault"),
+            Self::WatchdogExpired => f.write_str("the guest's watchdog expired"),
             Self::Code(code) => write!(f, "the guest ended with code {code}"),
             Self::Failed(reason) => write!(f, "the guest could not go on: {reason}"),
         }

@@ -47,6 +47,8 @@ pub const FIXED: &[(&str, Place)] = &[
     ("gpio", registers(0x0904_0000, 0x1000, Some(1))),
     // Firecracker has it where memory begins here.
     ("boot timer", registers(0x0905_0000, 0x1000, None)),
+    // The SP805 watchdog.
+    ("watchdog", registers(0x0906_0000, 0x1000, None)),
     ("v2m", Place::Registers { range: GIC_MESSAGE_FRAME.registers, gsi: None }),
 ];
 

@@ -12,13 +12,14 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, AmlSink};
 
-use super::{layout, slots};
+use super::{layout, slots, wdat};
 use crate::memory::Range;
 use crate::platform::node::{AcpiDevice, AcpiEvent, AcpiValue, PowerRegisters, Resource};
 use crate::platform::{Node, Platform};
 
-const OEM: [u8; 6] = *b"ALULA ";
-const OEM_TABLE: [u8; 8] = *b"MICROVM ";
+/// Who made the tables, and what they are of.
+pub const OEM: [u8; 6] = *b"ALULA ";
+pub const OEM_TABLE: [u8; 8] = *b"MICROVM ";
 
 /// FADT, IAPC boot flags (5.2.9.3): there is no VGA, and no CMOS clock.
 const BOOT_FLAGS: u16 = 1 << 2 | 1 << 5;
@@ -90,6 +91,11 @@ pub fn tables(platform: &Platform) -> Tables {
         let mut mcfg = MCFG::new(OEM, OEM_TABLE, 1);
         mcfg.add_ecam(ecam.start, 0, 0, 0);
         xsdt.add_entry(all.prepend(&mcfg));
+    }
+    for node in &platform.nodes {
+        if let Node::Watchdog(registers) = node {
+            xsdt.add_entry(all.prepend(&wdat::wdat(registers)));
+        }
     }
     let xsdt = all.prepend(&xsdt);
     all.prepend(&Rsdp::new(OEM, xsdt));

@@ -37,6 +37,7 @@ pub const FIXED: &[(&str, Place)] = &[
     ("pvpanic", ports(0x505, 1, None)),
     // With a PCI bus alone, on which no device has a pin of the I/O APIC: the one of a PC's power management.
     ("PCI slots", ports(0x610, 12, Some(9))),
+    ("ACPI watchdog", ports(0x620, 20, None)),
     ("exit register", registers(0xc000_2000, 4)),
     // Where Firecracker has it.
     ("boot timer", registers(0xc000_0000, 0x1000)),

@@ -12,6 +12,7 @@ mod registers;
 mod slots;
 mod state;
 pub mod trap;
+mod wdat;
 
 use std::ops::Deref;
 
@@ -45,7 +46,7 @@ pub fn no_pci_words() -> Option<&'static str> {
 
 /// Whether boot tables of this architecture say this.
 pub fn prints(node: &Node) -> bool {
-    matches!(node, Node::Acpi(_) | Node::Event(_) | Node::Power(_) | Node::Ecam(_) | Node::Slots(_))
+    !matches!(node, Node::Tree(_) | Node::MessageTree(_) | Node::Chosen(_))
 }
 
 /// Whether a core can be given two hardware threads.

@@ -15,7 +15,7 @@ use crate::arch;
 use crate::carry::stored::Location;
 use crate::cli::outputs::{self, OutputOptions};
 use crate::cli::walls;
-use crate::config::{BootSource, Config};
+use crate::config::{BootSource, Config, WatchdogAction};
 use crate::devices::kind::{CliOption, ConfiguredDevice, DeviceKind};
 use crate::devices::{KINDS, net};
 use crate::error::{Context, Error, Result};
@@ -58,6 +58,8 @@ const RUN_HELP_AFTER_DEVICES: &str = "      --publish [ADDRESS:]HOST:GUEST[/udp]
       --metadata FILE    The guest is told this when it asks 169.254.169.254 by HTTP: an object in a JSON
                          file; on all its network interfaces, unless a config file says which
       --enable-pci       Devices on a PCI bus instead of behind virtio-mmio
+      --watchdog ACTION  The guest has a watchdog, and when it expires this is done: reset (the guest boots
+                         again), poweroff (it ends), none; an event tells of it in any case
       --config FILE      Read the configuration from this JSON file (Firecracker's format); other
                          options override it
       --restore FOLDER   Go on with the guest that `alula ctl snapshot FOLDER` has saved there. What it
@@ -79,10 +81,11 @@ const RUN_HELP_AFTER_DEVICES: &str = "      --publish [ADDRESS:]HOST:GUEST[/udp]
   -h, --help             Print this
 
 The exit code is the guest's own (docs/exit-codes.md): 0 powered off, N the code it wrote to the exit
-register, 120 reset, 121 halted for good, 122 triple fault, 123 KVM could not go on running it; 125 it
-could not be started, 130 left by Ctrl-A X, 128 + S ended by signal S, 153 wrong arguments. With COMMAND
-it is that of the command; 124 when its time was up, 125 when the guest ended before it or could not be
-started, 126 when it cannot be executed, 127 when there is none, 128 + S when signal S ended it.
+register, 120 reset, 121 halted for good, 122 triple fault, 123 KVM could not go on running it, 124 its
+watchdog expired; 125 it could not be started, 130 left by Ctrl-A X, 128 + S ended by signal S, 153 wrong
+arguments. With COMMAND it is that of the command; 124 when its time was up, 125 when the guest ended before
+it or could not be started, 126 when it cannot be executed, 127 when there is none, 128 + S when signal S
+ended it.
 
 Examples:
   # A self-test of this host
@@ -123,6 +126,7 @@ pub struct Run {
     pub devices: Vec<ConfiguredDevice>,
     pub metadata: Option<PathBuf>,
     pub enable_pci: bool,
+    pub watchdog: Option<WatchdogAction>,
     pub config: Option<PathBuf>,
     pub self_test: bool,
     /// The folder of a saved microVM.
@@ -152,6 +156,7 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
         devices: Vec::new(),
         metadata: None,
         enable_pci: false,
+        watchdog: None,
         config: None,
         self_test: false,
         restore: None,
@@ -180,6 +185,7 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
             Long("memory") => run.memory_mib = Some(value(parser, "--memory", mebibytes)?),
             Long("metadata") => run.metadata = Some(parser.value()?.into()),
             Long("enable-pci") => run.enable_pci = true,
+            Long("watchdog") => run.watchdog = Some(value(parser, "--watchdog", str::parse)?),
             Long("config") => run.config = Some(parser.value()?.into()),
             Long("restore") => run.restore = Some(parser.value()?.into()),
             Long("drive") => run.drives.push(drive(parser, "--drive")?),
@@ -309,6 +315,7 @@ impl Run {
             (device.is_some(), device.as_deref().unwrap_or_default()),
             (publishes, "--publish"),
             (self.enable_pci, "--enable-pci"),
+            (self.watchdog.is_some(), "--watchdog"),
             (self.config.is_some(), "--config"),
             (self.self_test, "--self-test"),
             (self.outputs.has_boot_timer(), "--boot-timer"),
@@ -389,6 +396,7 @@ impl Run {
         let machine = &mut config.machine_config;
         machine.vcpu_count = self.cpus.unwrap_or(machine.vcpu_count);
         machine.mem_size_mib = self.memory_mib.unwrap_or(machine.mem_size_mib);
+        machine.watchdog = self.watchdog.or(machine.watchdog);
         config.check()?;
         Ok(config)
     }
