@@ -174,6 +174,16 @@ fn every_way_that_linux_reboots_ends_the_guest() {
     }
 }
 
+#[test]
+#[ignore = "a stock kernel: scripts/test runs it"]
+fn a_guest_that_leaves_its_watchdog_alone_has_ended() {
+    let ended = boot_with(KERNELS[0], 1, "watchdog", &["--watchdog", "poweroff"]);
+    assert_eq!(ended.code, Some(124), "{}", ended.text);
+    assert!(ended.text.contains("alula: the guest's watchdog expired\n"), "{}", ended.text);
+    let driver = if X86_64 { "wdat_wdt" } else { "sp805-wdt" };
+    assert!(ended.text.contains(&format!("watchdog: {driver}")), "{}", ended.text);
+}
+
 /// A guest's network device.
 const MAC: &str = "06:00:ac:10:00:02";
 
