@@ -16,6 +16,7 @@ pub mod kind;
 pub mod limit;
 mod lock;
 pub mod net;
+mod notice;
 pub mod pmem;
 pub mod power;
 pub mod pvpanic;

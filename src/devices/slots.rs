@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use super::notice::Notice;
 use crate::bus::BusDevice;
-use crate::error::{Context, Error, Result};
+use crate::error::{Error, Result};
 use crate::part::Component;
 use crate::pci::DEVICES_MAX;
 use crate::platform::node::SlotRegisters;
@@ -23,18 +24,12 @@ const EJECT: u64 = SlotRegisters::EJECT as u64;
 /// what its owner has given it, nor keep anybody busy by a device that goes already.
 pub struct PciSlots {
     // Host
-    interrupt: Line,
+    notice: Notice,
     /// Written to when the guest has let a device go.
     wake: Arc<EventFd>,
-    /// How often more the guest is told of what it has not read.
-    reminders: u8,
     // Guest-visible
     state: State,
 }
-
-/// An interrupt that comes while a kernel boots, and listens to no interrupt yet, is lost: the guest is told again, but a
-/// guest that never listens is not interrupted for ever.
-const REMINDERS: u8 = 60;
 
 /// The bits of a word are those of devices, by their numbers.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
@@ -56,13 +51,13 @@ impl PciSlots {
     /// Registers that have nothing to tell. The guest is told by `interrupt` when they have; `wake` is written to when it
     /// has let a device go.
     pub fn new(interrupt: Line, wake: Arc<EventFd>) -> Self {
-        Self { interrupt, wake, reminders: 0, state: State::default() }
+        Self { notice: Notice::new(interrupt, "devices"), wake, state: State::default() }
     }
 
     /// Tells the guest that devices have come or gone.
     pub fn tell_changed(&mut self) -> Result<()> {
         self.state.has_changed = true;
-        self.tell()
+        self.notice.give()
     }
 
     /// Asks the guest to let the device with this number go, again if it was asked already.
@@ -70,26 +65,13 @@ impl PciSlots {
         let bit = bit(number).ok_or_else(|| Error::config(format!("the bus has no device {number}")))?;
         self.state.asked |= bit;
         self.state.untold |= bit;
-        self.tell()
+        self.notice.give()
     }
 
     /// Tells the guest again of what it has not read; to be called now and then.
     pub fn remind(&mut self) -> Result<()> {
         let is_unread = self.state.has_changed || self.state.untold != 0;
-        if !is_unread || self.reminders == 0 {
-            return Ok(());
-        }
-        self.reminders -= 1;
-        self.raise()
-    }
-
-    fn tell(&mut self) -> Result<()> {
-        self.reminders = REMINDERS;
-        self.raise()
-    }
-
-    fn raise(&mut self) -> Result<()> {
-        self.interrupt.raise().context("tell the guest of its devices")
+        if is_unread { self.notice.repeat() } else { Ok(()) }
     }
 
     /// The numbers of the devices that the guest was asked to let go and that are still there.
@@ -185,6 +167,7 @@ impl BusDevice for PciSlots {
 
 #[cfg(test)]
 mod tests {
+    use super::super::notice::REMINDERS;
     use super::*;
     use crate::poll;
 
