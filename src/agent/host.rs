@@ -1,5 +1,6 @@
 //! The machine that the agent is in: what is set, what is told of it, and its end.
 
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -10,9 +11,12 @@ use crate::sys::{machine, process};
 /// How long processes have to end when the guest does.
 const LAST_WORDS: Duration = Duration::from_secs(3);
 
+/// How long a kernel has to find a CPU that its guest was given.
+const CPU_TIME: Duration = Duration::from_secs(10);
+
 /// Sets what is said.
 pub fn set(set: &Set) -> Result<()> {
-    let Set { hostname, clock_ns, seed, address, pci } = set;
+    let Set { hostname, clock_ns, seed, address, cpus, pci } = set;
     if let Some(name) = hostname {
         machine::set_hostname(name).with_context(|| format!("set the hostname `{name}`"))?;
     }
@@ -29,6 +33,7 @@ pub fn set(set: &Set) -> Result<()> {
             machine::set_gateway(gateway).with_context(|| format!("make {gateway} the gateway"))?;
         }
     }
+    cpus.iter().try_for_each(|number| bring_up(*number))?;
     if let Some(pci) = pci {
         let path = match pci {
             Pci::Rescan => "/sys/bus/pci/rescan".to_owned(),
@@ -37,6 +42,15 @@ pub fn set(set: &Set) -> Result<()> {
         std::fs::write(&path, "1").with_context(|| format!("write to `{path}`"))?;
     }
     Ok(())
+}
+
+/// Brings up the CPU with this number, as soon as the kernel has found it.
+fn bring_up(number: u16) -> Result<()> {
+    let (path, deadline) = (format!("/sys/devices/system/cpu/cpu{number}/online"), Instant::now() + CPU_TIME);
+    while !Path::new(&path).exists() && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    std::fs::write(&path, "1").with_context(|| format!("write to `{path}`"))
 }
 
 /// How the guest is.

@@ -122,6 +122,9 @@ pub struct Set {
     /// An address.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub address: Option<Address>,
+    /// The numbers of CPUs that are to be online: the guest has been given some of them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub cpus: Vec<u16>,
     /// Devices of its PCI bus have come, or one is to be let go.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pci: Option<Pci>,
