@@ -177,6 +177,23 @@ pub enum Event {
         /// guest had (`reset`).
         reason: &'static str,
     },
+    /// The guest has more CPUs (`PATCH /machine-config`).
+    CpusPlugged {
+        /// How many it has now.
+        vcpu_count: u16,
+    },
+    /// The guest was asked to let CPUs go, which stay until it has.
+    CpusAskedToGo {
+        /// How many it is to have then.
+        vcpu_count: u16,
+    },
+    /// CPUs were taken away from the guest.
+    CpusGone {
+        /// How many it has now.
+        vcpu_count: u16,
+        /// The reason: the guest has let them go when it was asked (`guest`), or a reset came before it had (`reset`).
+        reason: &'static str,
+    },
     /// The guest has plugged, or unplugged, as much memory as was requested (`PATCH /hotplug/memory`).
     MemoryResized {
         /// The memory that is plugged now, in MiB.

@@ -58,7 +58,9 @@
 //! places of configured devices; a restore is given those of the state). Devices that KVM is told of as of memory are open
 //! before it has interrupt controllers (`machine/ahead.rs`). While the guest runs, that is `plug` and
 //! `unplug` (`machine/plug.rs`): by the slots of the PCI bus (`devices/slots.rs`, `arch/x86_64/slots.rs`) the guest is
-//! told, and says what it has let go, which `microvm/plugging.rs` then takes away.
+//! told, and says what it has let go, which `microvm/plugging.rs` then takes away. CPUs are all made with the machine, and
+//! each has a gate of its own, which is open while the guest has the CPU (`machine/cpus.rs`, `vm/vcpus.rs`); of them,
+//! `devices/cpu_slots.rs` and `arch/x86_64/cpu_slots.rs` tell the guest, and `microvm/cpus.rs` does what its owner asks.
 //!
 //! A machine's shell ([`machine::Shell`]) is the part of it that needs no configuration but how many CPUs there are,
 //! and on aarch64 with which features: KVM's machine with its interrupt controllers and CPUs, and memory if its size is

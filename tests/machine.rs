@@ -288,7 +288,7 @@ fn places_that_cannot_be_are_refused() {
         let config = config(&folder, pci, "", &["a", "b"]);
         let places = build(&folder, &config, &Places::new()).unwrap().places();
         // A place in the table belongs to a device of that name. Some devices are not in every machine.
-        let seldom = ["boot timer", "v2m", "ACPI watchdog", "watchdog"];
+        let seldom = ["boot timer", "v2m", "CPU slots", "ACPI watchdog", "watchdog"];
         let is_always = |name: &str| !seldom.contains(&name) && (pci || name != "PCI slots");
         for (name, place) in layout::FIXED.iter().filter(|(name, _)| is_always(name)) {
             assert_eq!(places.get(*name), Some(place), "{name}");

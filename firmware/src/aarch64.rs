@@ -134,13 +134,15 @@ fn psci(function: u64, arguments: [u64; 3]) -> u64 {
     result
 }
 
-/// Starts the CPU with this MPIDR; whether it came up.
-pub fn start_cpu(id: u32) -> bool {
-    const PATIENCE: u32 = 200_000_000;
+/// How many looks a CPU has to come up.
+pub const CPU_PATIENCE: u32 = 200_000_000;
+
+/// Starts the CPU with this MPIDR; whether it came up within so many looks.
+pub fn start_cpu(id: u32, patience: u32) -> bool {
     if psci(PSCI_CPU_ON, [id.into(), (&raw const secondary_entry) as u64, 0]) != 0 {
         return false;
     }
-    (0..PATIENCE).any(|_| read32((&raw const STARTED) as u64) == id)
+    (0..patience).any(|_| read32((&raw const STARTED) as u64) == id)
 }
 
 /// What a secondary CPU does: it says who it is (MPIDR affinities 2 to 0), and turns itself off.

@@ -2,6 +2,7 @@
 
 use crate::arch;
 use crate::console::{self, Hex, say};
+use crate::cpu_slots;
 use crate::devices;
 use crate::hostile;
 use crate::hostile_net;
@@ -39,7 +40,7 @@ const DEVICE_CASES: [(&str, u32, Case); 6] = [
 ];
 
 /// Cases that run only where they are asked for by name.
-const CHOSEN_CASES: [(&str, Case); 11] = [
+const CHOSEN_CASES: [(&str, Case); 12] = [
     ("hostile", hostile::run),
     ("hostile-net", hostile_net::run),
     ("pvpanic", pvpanic),
@@ -51,6 +52,7 @@ const CHOSEN_CASES: [(&str, Case); 11] = [
     ("slots-deaf", slots::deaf),
     ("slots-hostile", slots::hostile),
     ("watchdog", watchdog::watchdog),
+    ("cpu-slots", cpu_slots::serve),
 ];
 
 /// Whether the command line asks for this case by its name.
@@ -142,7 +144,8 @@ fn tables(machine: &Machine, words: &Words) -> bool {
 
 /// Every CPU listed comes up and says who it is.
 fn cpus(machine: &Machine, _: &Words) -> bool {
-    let started = 1 + machine.other_cpus().filter(|id| arch::start_cpu(*id)).count() as u64;
+    let started =
+        1 + machine.other_cpus().filter(|id| arch::start_cpu(*id, arch::CPU_PATIENCE)).count() as u64;
     if started != machine.cpus {
         say!("expected ", machine.cpus, " CPUs to start, found ", started);
         return false;

@@ -22,6 +22,7 @@ mod bench;
 mod cases;
 mod compare;
 mod console;
+mod cpu_slots;
 mod devices;
 mod hostile;
 mod hostile_net;

@@ -209,22 +209,24 @@ fn enable_x2apic() {
     write_msr(MSR_APIC_BASE, read_msr(MSR_APIC_BASE) | X2APIC_ENABLE);
 }
 
-/// Starts the CPU with this APIC id (INIT, then a start-up interrupt); whether it came up.
-pub fn start_cpu(id: u32) -> bool {
+/// How many looks a CPU has to come up.
+pub const CPU_PATIENCE: u32 = 20_000_000;
+
+/// Starts the CPU with this APIC id (INIT, then a start-up interrupt); whether it came up within so many looks.
+pub fn start_cpu(id: u32, patience: u32) -> bool {
     const INIT: u64 = 0x4500;
     const STARTUP: u64 = 0x4600 | TRAMPOLINE >> 12;
-    const PATIENCE: u32 = 20_000_000;
     // SAFETY: the two symbols are the ends of one piece of code, and the page below 1 MiB where it goes is
-    // nobody else's. The CPU that is started uses a stack of its own, and says by `STARTED` alone that it
-    // runs.
+    // nobody else's. The CPU that is started uses a stack of its own, and says by `STARTED` alone that it runs.
     unsafe {
         let (from, to) = (&raw const trampoline, &raw const trampoline_end);
         core::ptr::copy_nonoverlapping(from, TRAMPOLINE as *mut u8, to.offset_from(from) as usize);
         enable_x2apic();
+        write_volatile(&raw mut STARTED, 0);
         for command in [INIT, STARTUP] {
             write_msr(MSR_ICR, u64::from(id) << 32 | command);
         }
-        (0..PATIENCE).any(|_| {
+        (0..patience).any(|_| {
             core::hint::spin_loop();
             read_volatile(&raw const STARTED) == id
         })

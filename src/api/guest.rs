@@ -1,4 +1,5 @@
-//! Questions of the API to the agent in the guest: how the guest is (`GET /guest`), and to look after its PCI bus.
+//! Questions of the API to the agent in the guest: how the guest is (`GET /guest`), and to look after its PCI bus and its
+//! CPUs.
 
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -39,20 +40,35 @@ pub fn look(microvm: &mut Microvm) -> Result<Ticket> {
 /// Has the agent in a guest that does not hear of it by itself look for a device that has come. Nobody waits for that:
 /// without an agent, the guest looks when it likes.
 pub fn look_for_device(microvm: &mut Microvm) {
-    let Ok(stream) = open_deaf(microvm) else { return };
+    if let Ok(stream) = open_deaf(microvm) {
+        have_set(microvm, stream, Set { pci: Some(Pci::Rescan), ..Set::default() });
+    }
+}
+
+/// Has the agent in a guest that was given CPUs bring them up. Nobody waits for that: without an agent, the guest does so
+/// when it likes.
+pub fn bring_up_cpus(microvm: &mut Microvm) {
+    let Ok(stream) = open(microvm) else { return };
+    let cpus = microvm.machine().map_or_else(Vec::new, |machine| machine.given_cpus().skip(1).collect());
+    have_set(microvm, stream, Set { cpus, ..Set::default() });
+}
+
+/// Has a job have the agent set what is said, for whom nobody waits.
+fn have_set(microvm: &mut Microvm, stream: UnixStream, what: Set) {
     let work = move || -> crate::microvm::Finish {
-        let looked = set_pci(stream, Pci::Rescan);
-        Box::new(move |_| looked.map(|()| None))
+        let done = set(stream, what);
+        Box::new(move |_| done.map(|()| None))
     };
     if let Err(error) = microvm.start_job("guest", work) {
-        log::debug(format_args!("nobody looks for the device in the guest: {error}"));
+        log::debug(format_args!("the agent in the guest is not asked: {error}"));
     }
 }
 
 /// The agent in a guest that cannot be asked otherwise to let a device go.
 pub fn agent(microvm: &mut Microvm) -> Option<Agent> {
     let stream = open_deaf(microvm).ok()?;
-    Some(Box::new(move |number| set_pci(stream, Pci::Remove(number as u8))))
+    let remove = |number| Set { pci: Some(Pci::Remove(number as u8)), ..Set::default() };
+    Some(Box::new(move |number| set(stream, remove(number))))
 }
 
 /// A connection to a guest that does not hear by itself of devices that come and go.
@@ -63,12 +79,11 @@ fn open_deaf(microvm: &mut Microvm) -> Result<UnixStream> {
     }
 }
 
-fn set_pci(stream: UnixStream, pci: Pci) -> Result<()> {
+fn set(stream: UnixStream, what: Set) -> Result<()> {
     let deadline = Instant::now() + RELEASE_TIME;
     let stream = reach(stream, PORT, PATIENCE)?
         .ok_or_else(|| Error::guest(format!("no agent listens on vsock port {PORT} of the guest")))?;
-    let set = Set { pci: Some(pci), ..Set::default() };
-    Hearing::new(Call::new(stream, Ask::Set(set))?, Some(deadline))?.finish(|_| Ok(())).map(drop)
+    Hearing::new(Call::new(stream, Ask::Set(what))?, Some(deadline))?.finish(|_| Ok(())).map(drop)
 }
 
 /// A guest in which no agent answers.

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use super::bodies::{Action, FirecrackerVersion, InstanceInfo, Unplug, VmState};
 use super::{API_VERSION, Reply, Request, Response, guest, observe, routes};
 use crate::arch;
+use crate::config::MachinePatch;
 use crate::devices::fixed::FixedDevice;
 use crate::devices::keyboard::Keyboard;
 use crate::devices::kind::ConfiguredDevice;
@@ -93,8 +94,9 @@ fn check_time(microvm: &Microvm, request: &Request) -> Result<(), String> {
     use Request::*;
     let has_started = microvm.state().is_some();
     match request {
+        // Firecracker's answer to who has none that can come.
+        PatchMachineConfig(_) if has_started && !microvm.has_cpus_to_come() => Err(AFTER_START.to_owned()),
         PutMachineConfig(_)
-        | PatchMachineConfig(_)
         | PutCpuConfig(_)
         | PutBootSource(_)
         | PutLogger(_)
@@ -161,10 +163,7 @@ fn handle(microvm: &mut Microvm, request: Request) -> Result<Reply, String> {
             .map_err(fault("Metrics error: Cannot initialize the metrics system due to bad user input")),
         PutSerial(serial) => microvm.set_serial(serial).map_err(fault("Serial config error")),
         PutMachineConfig(machine) => microvm.set_machine(machine).map_err(fault("Machine config error")),
-        PatchMachineConfig(patch) => {
-            let machine = microvm.config().machine_config.patched(&patch);
-            microvm.set_machine(machine).map_err(fault("Machine config error"))
-        }
+        PatchMachineConfig(patch) => patch_machine(microvm, &patch),
         PutCpuConfig(cpu) => microvm.set_cpu(cpu).map_err(fault("CPU config error")),
         PutBootSource(source) => microvm.set_boot_source(source).map_err(fault("Boot source error")),
         Metadata => {
@@ -199,6 +198,16 @@ fn handle(microvm: &mut Microvm, request: Request) -> Result<Reply, String> {
         PatchVm(VmState::Resumed) => microvm.resume("PATCH /vm").map_err(fault("Internal VMM error")),
     };
     done.map(|()| Response::Done.into())
+}
+
+/// Changes CPUs and memory before the start; later, gives the guest CPUs, or asks it to let some go.
+fn patch_machine(microvm: &mut Microvm, patch: &MachinePatch) -> Result<(), String> {
+    let before = microvm.config().machine_config.vcpu_count;
+    microvm.patch_machine(patch).map_err(fault("Machine config error"))?;
+    if microvm.state().is_some() && microvm.config().machine_config.vcpu_count > before {
+        guest::bring_up_cpus(microvm);
+    }
+    Ok(())
 }
 
 /// Configures a device before the start; later, gives it to the guest.

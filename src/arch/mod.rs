@@ -2,7 +2,7 @@
 //!
 //! Each offers: `layout` (where things are in the guest's address space), `create_vm`, `before_vcpus` and
 //! `after_vcpus` (the interrupt controller), `CpuModel` (what the guest's CPUs are), `load` (kernel and boot
-//! tables into memory), `boot` (the CPUs' registers), `is_halted_for_good`, `internal_error`,
+//! tables into memory), `boot` (the CPUs' registers), `await_start`, `is_halted_for_good`, `internal_error`,
 //! `VmState` and `VcpuState` with `save_vm`, `restore_vm`, `save_vcpus` and `restore_vcpus` (what KVM holds of a
 //! guest), `default_routes` (interrupts), `trap` (registers of a system call), `prints` (of what parts say, what is for its boot tables), and a few words of
 //! what it has and what its kernels are told.

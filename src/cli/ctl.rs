@@ -44,6 +44,7 @@ pub fn run(ctl: &Ctl) -> Result<()> {
         Ask::Pause => set_state(client, "Paused", ctl.json),
         Ask::Resume => set_state(client, "Resumed", ctl.json),
         Ask::Balloon(size) => balloon(client, *size, ctl.json),
+        Ask::Cpus(count) => cpus(client, *count, ctl.json),
         Ask::HotplugMemory(size) => hotplug_memory(client, *size, ctl.json),
         Ask::Snapshot(folder, is_diff) => snapshot(client, folder, *is_diff, ctl.json),
         Ask::Record => record(client, ctl.json),
@@ -249,6 +250,27 @@ fn balloon(mut client: Client, amount_mib: Option<u64>, json: bool) -> Result<()
         parsed(&config)?["stats_polling_interval_s"].as_u64().is_some_and(|interval| interval > 0);
     let told = if has_statistics { ask(&mut client, "GET", "/balloon/statistics", "")? } else { config };
     show(&told, json, false)
+}
+
+/// Sets how many CPUs the guest is to have, or says how many it has.
+fn cpus(mut client: Client, count: Option<u16>, json: bool) -> Result<()> {
+    let Some(count) = count else {
+        let machine = parsed(&ask(&mut client, "GET", "/machine-config", "")?)?;
+        let counts = ["vcpu_count", "max_vcpus"].map(|name| (name.to_owned(), machine[name].clone()));
+        let counts: Map<_, _> = counts.into_iter().filter(|(_, count)| !count.is_null()).collect();
+        return show(&Value::Object(counts).to_string(), json, false);
+    };
+    ask(&mut client, "PATCH", "/machine-config", &json!({ "vcpu_count": count }).to_string())?;
+    if json {
+        return Ok(());
+    }
+    let machine = parsed(&ask(&mut client, "GET", "/machine-config", "")?)?;
+    let has = machine["vcpu_count"].as_u64().unwrap_or(0);
+    let cpus = |count: u64| if count == 1 { "1 CPU".to_owned() } else { format!("{count} CPUs") };
+    match has.checked_sub(count.into()) {
+        Some(excess @ 1..) => say(&format!("the guest was asked to let {} go", cpus(excess))),
+        _ => say(&format!("the guest has {}", cpus(has))),
+    }
 }
 
 /// Sets how much memory the guest is to have plugged, or says how much that is.

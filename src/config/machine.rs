@@ -6,10 +6,13 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use super::CpuTemplate;
+use crate::arch;
+use crate::devices::cpu_slots::CpuSlots;
 use crate::dialect::Dialect;
 use crate::error::{Error, Result};
 use crate::host::{Access, Host, Sharing};
 use crate::json;
+use crate::platform::node::CpuRegisters;
 
 /// What the guest boots.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
@@ -76,6 +79,9 @@ pub struct MachineConfig {
     /// How many CPUs.
     #[serde(deserialize_with = "json::cpus")]
     pub vcpu_count: u16,
+    /// How many CPUs it can have while it runs: with this, `vcpu_count` can be changed then, up to so many (x86_64).
+    #[serde(default, deserialize_with = "json::cpus_or_null", skip_serializing_if = "Option::is_none")]
+    pub max_vcpus: Option<u16>,
     /// Memory in MiB.
     #[serde(deserialize_with = "json::size")]
     pub mem_size_mib: u64,
@@ -163,6 +169,7 @@ impl Default for MachineConfig {
     fn default() -> Self {
         Self {
             vcpu_count: 1,
+            max_vcpus: None,
             mem_size_mib: 128,
             smt: false,
             track_dirty_pages: false,
@@ -177,7 +184,7 @@ impl MachineConfig {
     /// One that makes sense in itself, as JSON.
     pub(super) const EXAMPLE: &'static str = r#"{"vcpu_count": 1, "mem_size_mib": 128}"#;
 
-    /// The fields that Firecracker has.
+    /// The fields that Firecracker knows, of a change, too.
     pub const PUBLISHED: &[&str] =
         &["vcpu_count", "mem_size_mib", "smt", "cpu_template", "track_dirty_pages", "huge_pages"];
 
@@ -192,6 +199,7 @@ impl MachineConfig {
                  enabled. (`vcpu_count`, --cpus)"
             )));
         }
+        self.check_max_vcpus(dialect)?;
         if dialect == Dialect::Firecracker && self.huge_pages == HugePages::Never {
             return Err(Error::config(
                 "unknown variant `Never`, expected one of `None`, `Transparent`, `2M` (`huge_pages`)",
@@ -220,10 +228,43 @@ impl MachineConfig {
         self.cpu_template.map_or(Ok(()), CpuTemplate::check)
     }
 
+    /// Refuses a `max_vcpus` of more CPUs than there can be, or of fewer than the guest begins with.
+    fn check_max_vcpus(&self, dialect: Dialect) -> Result<()> {
+        let (cpus, Some(most)) = (self.vcpu_count, self.max_vcpus) else { return Ok(()) };
+        if dialect == Dialect::Firecracker {
+            let published = Self::PUBLISHED.join("`, `");
+            return Err(Error::config(format!("unknown field `max_vcpus`, expected one of `{published}`")));
+        }
+        let refuse = |reason: String| Err(Error::config(format!("`max_vcpus` (--max-cpus): {reason}")));
+        if arch::fixed_place(CpuSlots::NAME).is_none() {
+            return refuse(format!("no CPU comes while the guest runs on {}: leave it out", arch::NAME));
+        }
+        match most {
+            _ if most < cpus => refuse(format!(
+                "the guest can have at most {most} CPUs, and {cpus} (`vcpu_count`, --cpus) are more: ask for no more, or \
+                 start it with more that can come"
+            )),
+            _ if most > CpuRegisters::CPUS_MAX => refuse(format!(
+                "{most} CPUs are too many: at most {} where some can come while the guest runs",
+                CpuRegisters::CPUS_MAX
+            )),
+            _ if self.smt && most > 1 && !most.is_multiple_of(2) => {
+                refuse(format!("{most} CPUs cannot be two per core (`smt`): give an even number"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// How many CPUs the machine has, whether the guest has been given them or not.
+    pub fn vcpus_made(&self) -> u16 {
+        self.max_vcpus.unwrap_or(self.vcpu_count)
+    }
+
     /// This configuration with what `patch` names changed.
     pub fn patched(&self, patch: &MachinePatch) -> Self {
         Self {
             vcpu_count: patch.vcpu_count.unwrap_or(self.vcpu_count),
+            max_vcpus: patch.max_vcpus.or(self.max_vcpus),
             mem_size_mib: patch.mem_size_mib.unwrap_or(self.mem_size_mib),
             smt: patch.smt.unwrap_or(self.smt),
             track_dirty_pages: patch.track_dirty_pages.unwrap_or(self.track_dirty_pages),
@@ -242,6 +283,8 @@ impl MachineConfig {
 pub struct MachinePatch {
     #[serde(default, deserialize_with = "json::cpus_or_null")]
     pub vcpu_count: Option<u16>,
+    #[serde(default, deserialize_with = "json::cpus_or_null")]
+    pub max_vcpus: Option<u16>,
     #[serde(default, deserialize_with = "json::size_or_null")]
     pub mem_size_mib: Option<u64>,
     pub smt: Option<bool>,
@@ -320,6 +363,31 @@ mod tests {
         let patch: MachinePatch = serde_json::from_str(r#"{"mem_size_mib": 256, "smt": null}"#).unwrap();
         let patched = MachineConfig::default().patched(&patch);
         assert_eq!(patched, MachineConfig { mem_size_mib: 256, ..Default::default() });
+    }
+
+    #[test]
+    fn cpus_that_can_come_are_no_fewer_than_there_are_at_first() {
+        let machine = |cpus: u16, most: u16, more: &str| {
+            machine(&format!(r#"{{"vcpu_count":{cpus},"max_vcpus":{most},"mem_size_mib":1{more}}}"#))
+        };
+        if arch::fixed_place(CpuSlots::NAME).is_none() {
+            assert!(machine(1, 2, "").unwrap_err().contains("`max_vcpus` (--max-cpus): no CPU comes while"));
+            return;
+        }
+        assert_eq!(machine(1, 512, "").unwrap().vcpus_made(), 512);
+        assert_eq!(machine(4, 4, r#","smt":true"#).unwrap().vcpus_made(), 4);
+        for (cpus, most, more, expected) in [
+            (3, 2, "", "at most 2 CPUs, and 3 (`vcpu_count`, --cpus) are more"),
+            (1, 0, "", "at most 0 CPUs, and 1 "),
+            (1, 513, "", "513 CPUs are too many: at most 512"),
+            (2, 5, r#","smt":true"#, "5 CPUs cannot be two per core"),
+        ] {
+            let error = machine(cpus, most, more).unwrap_err();
+            assert!(error.starts_with("`max_vcpus` (--max-cpus): ") && error.contains(expected), "{error}");
+        }
+        let config = MachineConfig { max_vcpus: Some(2), ..MachineConfig::default() };
+        let error = config.check(Dialect::Firecracker).unwrap_err().to_string();
+        assert!(error.starts_with("unknown field `max_vcpus`, expected one of `vcpu_count`"), "{error}");
     }
 
     #[test]

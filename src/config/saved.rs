@@ -115,8 +115,8 @@ mod tests {
         let text = format!(
             r#"{{
             "boot-source": {{"kernel_image_path": "k", "initrd_path": "i", "boot_args": "quiet"}},
-            "machine-config": {{"vcpu_count": 4, "mem_size_mib": 64, "smt": {smt}, "huge_pages": "Never", "watchdog": "none",
-                "cpu_template": "{template}"}},
+            "machine-config": {{"vcpu_count": 4, {max}"mem_size_mib": 64, "smt": {smt}, "huge_pages": "Never",
+                "watchdog": "none", "cpu_template": "{template}"}},
             "cpu-config": {{"cpuid_modifiers": {cpuid}, "kvm_capabilities": ["!56"], "msr_modifiers": {msrs},
                 "reg_modifiers": {others}, "vcpu_features": []}},
             "logger": {{"log_path": "l", "level": "Debug", "show_level": true, "show_log_origin": true,
@@ -148,6 +148,7 @@ mod tests {
             "memory-hotplug": {{"total_size_mib": 1024, "block_size_mib": 4, "slot_size_mib": 256}}
         }}"#,
             smt = crate::arch::HAS_SMT,
+            max = if crate::arch::HAS_CPUID { r#""max_vcpus": 8, "# } else { "" },
             template = if crate::arch::HAS_CPUID { "T2" } else { "V1N1" },
             bucket = bucket(4),
         );
@@ -170,7 +171,7 @@ mod tests {
         KINDS.iter().for_each(|kind| drop((kind.schema)(generator)));
         let types = generator.take_definitions(true);
         let fields = types.values().filter_map(|one| one["properties"].as_object()).flat_map(Map::keys);
-        let only_x86_64 = ["smt", "leaf", "subleaf", "flags", "modifiers", "register"];
+        let only_x86_64 = ["smt", "max_vcpus", "leaf", "subleaf", "flags", "modifiers", "register"];
         let cannot = |field: &str| {
             // The disk is what the guest boots from here, and a guest boots from one device.
             ["track_dirty_pages", "socket", "index", "root_device"].contains(&field)

@@ -5,6 +5,7 @@ pub mod block;
 pub mod boot_timer;
 pub mod change;
 pub mod console;
+pub mod cpu_slots;
 pub mod entropy;
 pub mod exit;
 pub mod fixed;

@@ -11,7 +11,7 @@ pub const REMINDERS: u8 = 60;
 pub struct Notice {
     interrupt: Line,
     reminders: u8,
-    /// What is told of, for errors.
+    /// The name of the things that are told of, for errors.
     what: &'static str,
 }
 

@@ -13,7 +13,7 @@ use super::command_line::command_line;
 use super::kept::Kept;
 use super::parts::{Parts, Places};
 use super::shell::{Base, Cpus, Shell};
-use super::{Machine, RunState, halt};
+use super::{Machine, RunState, cpus, halt};
 use crate::arch::{self, layout};
 use crate::config::{Config, HugePages};
 use crate::descriptors::Named;
@@ -51,10 +51,10 @@ pub fn build(
     let source = if config.shares_memory() { source.to_share()? } else { source };
     let source = machine.huge_pages.source(source)?;
     let shell = base.shell(Cpus::of(config)?, &[&ram, plugged].concat(), source, &ahead)?;
-    let Shell { vcpus, loops, surroundings, errands, wake, mut vm, memory } = shell;
+    let Shell { mut vcpus, loops, surroundings, errands, wake, mut vm, memory } = shell;
     memory.memory().iter().for_each(|region| machine.huge_pages.choose(region));
-    let (size, cpus) = (machine.mem_size_mib, machine.vcpu_count);
-    log::debug(format_args!("allocated {size} MiB of guest memory for {cpus} CPUs"));
+    let (size, count) = (machine.mem_size_mib, machine.vcpu_count);
+    log::debug(format_args!("allocated {size} MiB of guest memory for {count} CPUs"));
     let mut platform = platform(config, ram);
     vm.complete(&mut platform)?;
     let (timeline, vm) = (std::mem::take(&mut vm.timeline), Arc::new(vm));
@@ -73,6 +73,7 @@ pub fn build(
     };
     put_fixed(&mut site)?;
     let mut parts = site.parts;
+    cpus::put_slots(machine, &vm, &surroundings, &wake, &mut vcpus, &mut parts)?;
     let root = config.pci.then(|| pci_bus(&vm, &surroundings, &wake, &mut parts)).transpose()?;
     let parts = Parts(parts);
     parts.check_places(places)?;
@@ -109,7 +110,7 @@ pub fn build(
 /// What boot tables say of the machine before it has any part.
 fn platform(config: &Config, memory: Vec<Range>) -> Platform {
     Platform {
-        cpus: config.machine_config.vcpu_count,
+        cpus: config.machine_config.vcpus_made(),
         smt: config.machine_config.smt,
         memory,
         command_line: command_line(config),

@@ -69,8 +69,9 @@ pub fn check(machine: &mut Machine) -> Result<()> {
 }
 
 fn all_halted(machine: &Machine) -> Result<bool> {
-    for vcpu in machine.vcpus.stopped() {
-        if !arch::is_halted_for_good(&vcpu)? {
+    // The others cannot wake, whatever the guest has sent them.
+    for vcpu in machine.vcpus.iter().filter(|vcpu| vcpu.is_given()) {
+        if !arch::is_halted_for_good(&vcpu.stopped())? {
             return Ok(false);
         }
     }

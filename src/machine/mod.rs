@@ -4,6 +4,7 @@ mod ahead;
 mod attach;
 mod build;
 mod command_line;
+mod cpus;
 mod halt;
 mod kept;
 mod loops;

@@ -4,6 +4,7 @@
 use super::parts::{Pausing, Places};
 use super::{Machine, RunState};
 use crate::config::Config;
+use crate::devices::cpu_slots::CpuSlots;
 use crate::devices::kind::ConfiguredDevice;
 use crate::devices::slots::PciSlots;
 use crate::error::{Error, Result};
@@ -118,6 +119,7 @@ impl Machine {
     /// Tells the guest again of what it has not read; to be called now and then.
     pub fn remind(&self) {
         note(self.with_slots(PciSlots::remind));
+        note(self.with_cpu_slots(CpuSlots::remind));
     }
 
     fn with_slots<R>(&self, act: impl FnOnce(&mut PciSlots) -> R) -> Option<R> {
@@ -153,7 +155,7 @@ impl Machine {
 }
 
 /// Notes that the guest could not be told: it hears the next time.
-fn note(told: Option<Result<()>>) {
+pub(super) fn note(told: Option<Result<()>>) {
     if let Some(Err(error)) = told {
         log::line(error);
     }

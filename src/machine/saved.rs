@@ -119,7 +119,7 @@ impl SavedMachine {
             let reason = "the saved machine is damaged: it has more memory than its devices plug";
             return Err(Error::config(reason));
         }
-        let (cpus, other) = (machine.vcpu_count, self.vcpus.len());
+        let (cpus, other) = (machine.vcpus_made(), self.vcpus.len());
         if usize::from(cpus) != other {
             return Err(Error::config(format!(
                 "the saved machine is damaged: it has {other} CPUs, and its configuration says {cpus}"
@@ -223,7 +223,7 @@ impl Machine {
             let Some(state) = saved.parts.get(&part.name) else { continue };
             part.lock().restore_state(state).with_context(|| format!("restore {}", part.name))?;
         }
-        Ok(())
+        self.restore_cpus().context(ATTEMPT)
     }
 
     /// Whether the saved machine can be this one, as far as that can be told ahead.

@@ -101,7 +101,7 @@ impl Shell {
 /// The CPUs of a machine, as far as they cannot be changed once they are made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cpus {
-    /// How many.
+    /// How many, whether the guest has been given them or not.
     pub count: u16,
     /// The features that KVM initialises the CPUs with.
     pub features: CpuFeatures,
@@ -114,7 +114,7 @@ impl Cpus {
     /// Guests cannot be given a feature.
     pub fn of(config: &Config) -> Result<Self> {
         let features = CpuFeatures::new(&config.cpu_changes().features)?;
-        Ok(Self { count: config.machine_config.vcpu_count, features })
+        Ok(Self { count: config.machine_config.vcpus_made(), features })
     }
 
     /// This many CPUs, as KVM prefers them.

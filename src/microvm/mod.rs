@@ -4,6 +4,7 @@
 
 pub mod ahead;
 pub mod counts;
+mod cpus;
 pub mod drives;
 mod handler;
 mod input;
@@ -217,6 +218,7 @@ impl Microvm {
             machine.attend(&mut self.host);
         }
         self.take_let_go();
+        self.take_gone_cpus();
         let has_called = self.host.take_agent_call();
         // Told once: a guest can have its agent say so again and again.
         if has_called && !std::mem::replace(&mut self.has_agent, true) {

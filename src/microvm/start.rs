@@ -35,6 +35,7 @@ impl Microvm {
     pub fn reset(&mut self, reason: &'static str) -> Result<()> {
         self.begin_reset().inspect_err(|_| self.host.release_all())?;
         self.take_asked()?;
+        self.take_asked_cpus();
         // The counters since the last line are those of parts that go with the machine.
         self.write_metrics();
         let Some(machine) = self.machine.take() else { return Err(super::not_started()) };

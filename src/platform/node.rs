@@ -19,6 +19,8 @@ pub enum Node {
     Slots(SlotRegisters),
     /// ACPI: the registers of the guest's watchdog.
     Watchdog(WatchdogRegisters),
+    /// ACPI: the registers by which CPUs come and go.
+    Cpus(CpuRegisters),
     /// Device tree: a node below the root.
     Tree(TreeNode),
     /// Device tree: a node below the interrupt controller, of what takes interrupt messages.
@@ -177,6 +179,40 @@ impl WatchdogRegisters {
     pub const RESETS: u16 = 16;
     /// The number of ports.
     pub const SIZE: u16 = 20;
+}
+
+/// The registers by which CPUs come and go while the guest runs, 32-bit I/O ports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CpuRegisters {
+    /// The port of the first one. A read gives the number of a CPU that has come, or, with [`Self::IS_LEAVING`], of one
+    /// that the guest is to let go, of each once, and then [`Self::NOTHING`]; written is the number of one that the guest
+    /// has let go.
+    pub port: u16,
+    /// The interrupt line, by its GSI, an edge, high: there is something to read.
+    pub gsi: u32,
+    /// How many CPUs there can be.
+    pub cpus: u16,
+    /// How many of them, the first ones, there are when the guest starts.
+    pub given: u16,
+}
+
+impl CpuRegisters {
+    /// The most CPUs of a machine to which some can come: each has a device in ACPI's tables, which lie in the last
+    /// 128 KiB of the first MiB.
+    pub const CPUS_MAX: u16 = 512;
+    /// The offset of the register of news.
+    pub const NEWS: u16 = 0;
+    /// The CPU is to be let go.
+    pub const IS_LEAVING: u32 = 1 << 16;
+    /// There are no news.
+    pub const NOTHING: u32 = u32::MAX;
+    /// The offset of the words in which each CPU that is there has its bit.
+    pub const THERE: u16 = 4;
+
+    /// The number of ports for so many CPUs.
+    pub const fn size(cpus: u16) -> u16 {
+        Self::THERE + cpus.div_ceil(32) * 4
+    }
 }
 
 /// A property of a device tree: its name, and its value as the tree has it.

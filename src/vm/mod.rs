@@ -210,7 +210,7 @@ impl Vm {
     pub fn create_vcpus(&mut self, count: u16, features: CpuFeatures) -> Result<Vec<VcpuFd>> {
         if usize::from(count) > self.max_vcpus {
             return Err(Error::config(format!(
-                "{count} CPUs (`vcpu_count`, --cpus) are more than this host's KVM has: at most {}",
+                "{count} CPUs (`vcpu_count`, --cpus; `max_vcpus`, --max-cpus) are more than this host's KVM has: at most {}",
                 self.max_vcpus
             )));
         }

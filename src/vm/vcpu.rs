@@ -60,9 +60,17 @@ struct Shared {
     _name: Name,
     fd: Mutex<VcpuFd>,
     immediate_exit: ImmediateExit,
+    /// Open while the guest has this CPU: no other runs, whatever the guest does to start it.
+    given: Gate,
     /// The number of the vCPU's thread; 0: it has none yet.
     thread: AtomicI32,
     metrics: Metrics,
+}
+
+impl Shared {
+    fn may_run(&self, surroundings: &Surroundings) -> bool {
+        surroundings.gate.is_open() && self.given.is_open()
+    }
 }
 
 /// A handle by which a thread that does not own a vCPU makes it look at the gate.
@@ -112,8 +120,10 @@ pub fn register_kick() -> Result<()> {
 }
 
 impl Vcpu {
-    /// Owns `fd`, the vCPU with this number; it does not run before `start`.
+    /// Owns `fd`, the vCPU with this number, which the guest has; it does not run before `start`.
     pub fn new(index: usize, mut fd: VcpuFd) -> Self {
+        let given = Gate::default();
+        given.open();
         let name = Name::new(&fd, format!("vCPU {index}"));
         let immediate_exit = ImmediateExit::of(&mut fd);
         Self {
@@ -121,6 +131,7 @@ impl Vcpu {
                 _name: name,
                 fd: Mutex::new(fd),
                 immediate_exit,
+                given,
                 thread: AtomicI32::new(0),
                 metrics: Metrics::new(),
             }),
@@ -165,7 +176,7 @@ impl Vcpu {
                         drop(rehearsed);
                     }
                     let mut stood_still = false;
-                    while surroundings.gate.pass() {
+                    while shared.given.pass() && surroundings.gate.pass() {
                         run(&shared, &surroundings, index, stood_still);
                         stood_still = true;
                     }
@@ -184,6 +195,21 @@ impl Vcpu {
     /// Whether the vCPU has a thread.
     pub(super) fn has_thread(&self) -> bool {
         self.thread.is_some()
+    }
+
+    /// Has the guest have it, or not. One that is taken from the guest must also be kicked.
+    pub(super) fn set_given(&self, is_given: bool) {
+        if is_given { self.shared.given.open() } else { self.shared.given.close() }
+    }
+
+    /// True if the guest has it.
+    pub fn is_given(&self) -> bool {
+        self.shared.given.is_open()
+    }
+
+    /// Has its thread end once the gate is removed.
+    pub(super) fn remove(&self) {
+        self.shared.given.remove();
     }
 
     /// Why it came out of the guest.
@@ -238,7 +264,7 @@ fn run(shared: &Shared, surroundings: &Surroundings, index: usize, stood_still: 
     // A pause between the gate and this lock has found the vCPU stopped. Even a KVM_RUN that returns at once
     // would be in the way of who saves the machine: KVM refuses to read a GIC (EBUSY) meanwhile. No instruction
     // is unfinished here, for the last KVM_RUN was interrupted.
-    if !surroundings.gate.is_open() {
+    if !shared.may_run(surroundings) {
         return;
     }
     if stood_still {
@@ -249,7 +275,7 @@ fn run(shared: &Shared, surroundings: &Surroundings, index: usize, stood_still: 
     shared.immediate_exit.set(0);
     let (mut not_run, mut left_at) = (0, None);
     loop {
-        if !surroundings.gate.is_open() {
+        if !shared.may_run(surroundings) {
             shared.immediate_exit.set(1);
         }
         match enter(&mut fd, index, &mut left_at) {
@@ -276,7 +302,7 @@ fn run(shared: &Shared, surroundings: &Surroundings, index: usize, stood_still: 
             // EAGAIN: a secondary CPU that has just been woken by its start-up interrupt.
             Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => {
                 shared.metrics.exit_interrupted.add(1);
-                if !surroundings.gate.is_open() {
+                if !shared.may_run(surroundings) {
                     return;
                 }
                 if error.errno() == libc::EAGAIN {

@@ -8,7 +8,8 @@ use kvm_ioctls::VcpuFd;
 
 use super::brake::Brake;
 use super::vcpu::{Surroundings, Vcpu, register_kick};
-use crate::error::Result;
+use crate::arch;
+use crate::error::{Context, Result};
 
 /// The vCPUs of a machine, in their order. When this is dropped, their threads end first.
 pub struct Vcpus {
@@ -23,16 +24,39 @@ impl Vcpus {
         Self { all, surroundings: surroundings.clone() }
     }
 
-    /// Starts the threads of those that have none: they wait at the gate until it is opened.
+    /// Starts the threads of those that the guest has and that have none: they wait at the gate until it is opened.
     ///
     /// # Errors
     /// The host gives no more threads.
     pub fn start(&mut self) -> Result<()> {
-        if self.all.iter().any(|vcpu| !vcpu.has_thread()) {
+        if self.all.iter().any(|vcpu| vcpu.is_given() && !vcpu.has_thread()) {
             register_kick()?;
         }
-        let mut all = self.all.iter_mut().enumerate();
-        all.try_for_each(|(index, vcpu)| vcpu.start(index, &self.surroundings))
+        let mut given = self.all.iter_mut().enumerate().filter(|(_, vcpu)| vcpu.is_given());
+        given.try_for_each(|(index, vcpu)| vcpu.start(index, &self.surroundings))
+    }
+
+    /// Has the guest have these alone, none of which has run yet.
+    pub fn set_given(&mut self, is_given: impl Fn(usize) -> bool) {
+        self.all.iter().enumerate().for_each(|(index, vcpu)| vcpu.set_given(is_given(index)));
+    }
+
+    /// Gives the guest these, too: each has a thread, and runs as the gate and the guest want it.
+    ///
+    /// # Errors
+    /// The host gives no more threads: the guest has none of them.
+    pub fn give(&mut self, numbers: &[usize]) -> Result<()> {
+        numbers.iter().try_for_each(|number| self.all[*number].start(*number, &self.surroundings))?;
+        numbers.iter().for_each(|number| self.all[*number].set_given(true));
+        Ok(())
+    }
+
+    /// Takes one from the guest: when this returns, it does not run, and is as after power-on.
+    pub fn take(&self, number: usize) -> Result<()> {
+        let vcpu = &self.all[number];
+        vcpu.set_given(false);
+        vcpu.kick();
+        arch::await_start(&vcpu.stopped()).with_context(|| format!("take CPU {number} from the guest"))
     }
 
     /// The same for vCPUs that have not run yet: returns when what KVM makes for them when they first run is there, as far
@@ -43,7 +67,7 @@ impl Vcpus {
     pub fn start_ahead(&mut self) -> Result<()> {
         register_kick()?;
         let (done, all_done) = channel();
-        for (index, vcpu) in self.all.iter_mut().enumerate() {
+        for (index, vcpu) in self.all.iter_mut().enumerate().filter(|(_, vcpu)| vcpu.is_given()) {
             vcpu.start_ahead(index, &self.surroundings, done.clone())?;
         }
         drop(done);
@@ -88,6 +112,7 @@ impl Deref for Vcpus {
 impl Drop for Vcpus {
     fn drop(&mut self) {
         self.surroundings.gate.remove();
+        self.all.iter().for_each(Vcpu::remove);
         self.kick();
         self.all.iter_mut().for_each(Vcpu::join);
     }

@@ -6,6 +6,9 @@ mod balloon;
 #[path = "../common/mod.rs"]
 mod common;
 mod config;
+// Other architectures have no slots for CPUs.
+#[cfg(target_arch = "x86_64")]
+mod cpus;
 mod files;
 mod firecracker;
 mod guest;

@@ -15,7 +15,7 @@ use kvm_bindings::{
     KVM_ARM_VCPU_POWER_OFF, KVM_ARM_VCPU_PSCI_0_2, KVM_ARM_VCPU_PTRAUTH_ADDRESS,
     KVM_ARM_VCPU_PTRAUTH_GENERIC, KVM_ARM_VCPU_SVE, KVM_CAP_ARM_NISV_TO_USER, KVM_EXIT_ARM_NISV,
     KVM_EXIT_INTERNAL_ERROR, KVM_MP_STATE_STOPPED, KVM_REG_ARM_CORE, KVM_REG_ARM64, KVM_REG_SIZE_U64,
-    kvm_enable_cap, kvm_vcpu_events, kvm_vcpu_init,
+    kvm_enable_cap, kvm_mp_state, kvm_vcpu_events, kvm_vcpu_init,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
@@ -213,6 +213,12 @@ pub fn boot(vcpus: &[impl Deref<Target = VcpuFd>], entry: &Entry) -> Result<()> 
 /// that spins with interrupts masked (what Linux's `halt` does) cannot be told from one at work.
 pub fn is_halted_for_good(vcpu: &VcpuFd) -> Result<bool> {
     Ok(vcpu.get_mp_state().context("get the CPU's run state")?.mp_state == KVM_MP_STATE_STOPPED)
+}
+
+/// Has this stopped CPU wait until another one switches it on (PSCI CPU_ON).
+pub fn await_start(vcpu: &VcpuFd) -> Result<()> {
+    let state = kvm_mp_state { mp_state: KVM_MP_STATE_STOPPED };
+    vcpu.set_mp_state(state).context("set the CPU's run state")
 }
 
 /// KVM has no means to tell a guest of this architecture: its watchdogs may speak up

@@ -12,7 +12,7 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, AmlSink};
 
-use super::{layout, slots, wdat};
+use super::{cpu_slots, layout, slots, wdat};
 use crate::memory::Range;
 use crate::platform::node::{AcpiDevice, AcpiEvent, AcpiValue, PowerRegisters, Resource};
 use crate::platform::{Node, Platform};
@@ -133,22 +133,20 @@ fn fadt(platform: &Platform, dsdt: u64) -> impl Aml {
     fadt.finalize()
 }
 
-/// MADT (5.2.12): a local APIC per CPU (x2APIC entries where the id needs it), one I/O APIC.
+/// MADT (5.2.12): a local APIC per CPU, which the guest may have later only, and one I/O APIC.
 fn madt(platform: &Platform) -> Sdt {
+    let given = platform.nodes.iter().find_map(|node| match node {
+        Node::Cpus(registers) => Some(registers.given),
+        _ => None,
+    });
+    let given = given.unwrap_or(platform.cpus);
     let mut madt = Sdt::new(*b"APIC", 36, 5, OEM, OEM_TABLE, 1);
     let mut body = Vec::with_capacity(20 + 8 * usize::from(platform.cpus));
     body.extend(layout::LOCAL_APIC.to_le_bytes());
     body.extend(0u32.to_le_bytes());
-    for cpu in 0..u32::from(platform.cpus) {
-        match u8::try_from(cpu) {
-            Ok(id) if id < 255 => body.extend([0, 8, id, id, 1, 0, 0, 0]),
-            _ => {
-                body.extend([9, 16, 0, 0]);
-                body.extend(cpu.to_le_bytes());
-                body.extend(1u32.to_le_bytes());
-                body.extend(cpu.to_le_bytes());
-            }
-        }
+    for cpu in 0..platform.cpus {
+        let flags = if cpu < given { cpu_slots::ENABLED } else { cpu_slots::ONLINE_CAPABLE };
+        cpu_slots::add_entry(cpu.into(), flags, &mut body);
     }
     body.extend([1, 12, 0, 0]);
     body.extend(layout::IO_APIC.to_le_bytes());
@@ -167,6 +165,7 @@ fn dsdt(platform: &Platform) -> Sdt {
             }
             Node::Acpi(node) => device(node, &mut aml),
             Node::Slots(registers) => slots::slots(registers, &mut aml),
+            Node::Cpus(registers) => cpu_slots::slots(registers, &mut aml),
             _ => {}
         }
     }
@@ -198,19 +197,24 @@ fn device(node: &AcpiDevice, aml: &mut Bytes) {
 }
 
 /// The Generic Event Device (5.6.9): its method is told which of its interrupts came, and notifies the drivers of all
-/// devices that have that one, or has the slots of the PCI bus looked at.
+/// devices that have that one, or has the slots of the PCI bus or of CPUs looked at.
 fn events(platform: &Platform, aml: &mut Bytes) {
     let events: Vec<&AcpiEvent> = platform
         .nodes
         .iter()
         .filter_map(|node| if let Node::Event(event) = node { Some(event) } else { None })
         .collect();
-    let scans: Vec<u32> = platform
+    let scans: Vec<(u32, &str)> = platform
         .nodes
         .iter()
-        .filter_map(|node| if let Node::Slots(registers) = node { Some(registers.gsi) } else { None })
+        .filter_map(|node| match node {
+            Node::Slots(registers) => Some((registers.gsi, slots::SCAN)),
+            Node::Cpus(registers) => Some((registers.gsi, cpu_slots::SCAN)),
+            _ => None,
+        })
         .collect();
-    let mut lines: Vec<u32> = events.iter().map(|event| event.gsi).chain(scans.iter().copied()).collect();
+    let scanned = scans.iter().map(|(gsi, _)| gsi);
+    let mut lines: Vec<u32> = events.iter().map(|event| &event.gsi).chain(scanned.clone()).copied().collect();
     lines.sort_unstable();
     lines.dedup();
     if lines.is_empty() {
@@ -220,9 +224,9 @@ fn events(platform: &Platform, aml: &mut Bytes) {
     let resources = ResourceTemplate::new(lines.iter().map(Box::as_ref).collect());
     let paths: Vec<_> = events.iter().map(|event| Path::new(&format!("\\_SB_.{}", event.device))).collect();
     let notifications: Vec<_> = paths.iter().map(|path| Notify::new(path, &AcpiEvent::CHANGED)).collect();
-    let calls: Vec<_> = scans.iter().map(|_| MethodCall::new(slots::SCAN.into(), Vec::new())).collect();
+    let calls: Vec<_> = scans.iter().map(|(_, scan)| MethodCall::new((*scan).into(), Vec::new())).collect();
     let conditions: Vec<_> =
-        events.iter().map(|event| &event.gsi).chain(&scans).map(|gsi| Equal::new(&Arg(0), gsi)).collect();
+        events.iter().map(|event| &event.gsi).chain(scanned).map(|gsi| Equal::new(&Arg(0), gsi)).collect();
     let actions = notifications.iter().map(|it| it as &dyn Aml).chain(calls.iter().map(|it| it as &dyn Aml));
     let steps: Vec<_> =
         conditions.iter().zip(actions).map(|(condition, action)| If::new(condition, vec![action])).collect();
@@ -252,6 +256,8 @@ fn resource(resource: &Resource) -> Box<dyn Aml> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::platform::Place;
+    use crate::platform::node::CpuRegisters;
 
     fn platform(cpus: u16) -> Platform {
         Platform {
@@ -312,23 +318,59 @@ mod tests {
         assert!((layout::LOW_RAM_END..page).contains(&large.start), "{:#x}", large.start);
     }
 
-    #[test]
-    fn a_cpu_beyond_what_8_bits_name_gets_an_x2apic_entry() {
-        let madt = {
-            let mut bytes = Bytes(Vec::new());
-            madt(&platform(257)).to_aml_bytes(&mut bytes);
-            bytes.0
-        };
-        let mut entries = &madt[44..];
-        let mut ids = Vec::new();
+    /// The APIC ids of the CPUs that the MADT lists, with their flags.
+    fn listed(platform: &Platform) -> Vec<(u32, u32)> {
+        let mut bytes = Bytes(Vec::new());
+        madt(platform).to_aml_bytes(&mut bytes);
+        let mut entries = &bytes.0[44..];
+        let mut listed = Vec::new();
         while !entries.is_empty() {
             match entries[0] {
-                0 => ids.push(u32::from(entries[3])),
-                9 => ids.push(u32_at(entries, 4)),
+                0 => listed.push((entries[3].into(), u32_at(entries, 4))),
+                9 => listed.push((u32_at(entries, 4), u32_at(entries, 8))),
                 _ => {}
             }
             entries = &entries[usize::from(entries[1])..];
         }
-        assert_eq!(ids, (0..257).collect::<Vec<_>>());
+        listed
+    }
+
+    #[test]
+    fn a_cpu_beyond_what_8_bits_name_gets_an_x2apic_entry() {
+        assert_eq!(listed(&platform(257)), (0..257).map(|id| (id, 1)).collect::<Vec<_>>());
+    }
+
+    /// A machine of so many CPUs, of which the guest has some at first.
+    fn with_cpus_to_come(given: u16, cpus: u16) -> Platform {
+        let mut platform = platform(cpus);
+        platform.nodes.push(Node::Cpus(CpuRegisters { port: 0x640, gsi: 3, cpus, given }));
+        platform
+    }
+
+    #[test]
+    fn cpus_that_can_come_are_listed_as_such_and_have_devices() {
+        let platform = with_cpus_to_come(2, 300);
+        assert_eq!(
+            listed(&platform),
+            (0..300).map(|id| (id, if id < 2 { 1 } else { 2 })).collect::<Vec<_>>()
+        );
+        let mut bytes = Bytes(Vec::new());
+        dsdt(&platform).to_aml_bytes(&mut bytes);
+        let find = |what: &[u8]| bytes.0.windows(what.len()).filter(|bytes| *bytes == what).count();
+        // Each is a device and is notified of two things; all but the first can go.
+        assert_eq!([&b"ACPI0007"[..], b"_EJ0", b"_STA"].map(find), [300, 299, 300]);
+        assert_eq!([&b"C000"[..], b"C12B", b"P12B"].map(find), [3, 3, 2]);
+        // A CPU that has come is enabled (`_MAT`).
+        let apic = [0x11, 0xb, 0xa, 8, 0, 8, 7, 7, 1, 0, 0, 0];
+        assert_eq!(find(&apic), 1);
+        assert!(find(b"GED_") == 1 && find(b"CSCN") == 2);
+    }
+
+    #[test]
+    fn as_many_cpus_as_can_come_leave_the_place_of_the_vm_clock() {
+        let large = tables(&with_cpus_to_come(1, CpuRegisters::CPUS_MAX));
+        let clock = layout::in_memory(&[]).into_iter().find(|(name, _)| *name == "VM clock").unwrap().1;
+        let Place::Memory { range, .. } = clock else { panic!() };
+        assert!(large.start >= range.end(), "{:#x}", large.start);
     }
 }

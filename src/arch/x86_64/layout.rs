@@ -4,6 +4,7 @@
 
 use crate::memory::Range;
 use crate::platform::Place;
+use crate::platform::node::CpuRegisters;
 
 /// Memory below this address is in one piece; what does not fit goes on above 4 GiB.
 pub const LOW_MEMORY_END: u64 = 0xc000_0000;
@@ -38,6 +39,8 @@ pub const FIXED: &[(&str, Place)] = &[
     // With a PCI bus alone, on which no device has a pin of the I/O APIC: the one of a PC's power management.
     ("PCI slots", ports(0x610, 12, Some(9))),
     ("ACPI watchdog", ports(0x620, 20, None)),
+    // With CPUs that can come alone. What is in memory has the same pin, and looks for nothing when it comes for these.
+    ("CPU slots", ports(0x640, CpuRegisters::size(CpuRegisters::CPUS_MAX) as u64, Some(3))),
     ("exit register", registers(0xc000_2000, 4)),
     // Where Firecracker has it.
     ("boot timer", registers(0xc000_0000, 0x1000)),

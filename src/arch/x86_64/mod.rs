@@ -2,6 +2,7 @@
 
 mod acpi;
 mod boot;
+mod cpu_slots;
 mod cpuid;
 mod elf;
 mod features;
@@ -26,7 +27,7 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 pub use boot::{Entry, load};
 pub use msrs::change_registers;
 pub use registers::{
-    boot, is_halted_for_good, is_software_kvm, refuse_instruction, tell_that_it_stood_still,
+    await_start, boot, is_halted_for_good, is_software_kvm, refuse_instruction, tell_that_it_stood_still,
 };
 pub use state::{VcpuState, VmState, restore_vcpus, restore_vm, save_vcpus, save_vm};
 

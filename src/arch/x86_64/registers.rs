@@ -6,7 +6,7 @@ use std::ops::Deref;
 
 use kvm_bindings::{
     KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_EMULATION, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED,
-    KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_msr_entry, kvm_regs, kvm_segment,
+    KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_segment,
 };
 use kvm_ioctls::VcpuFd;
 
@@ -99,6 +99,12 @@ pub fn is_halted_for_good(vcpu: &VcpuFd) -> Result<bool> {
         KVM_MP_STATE_HALTED => vcpu.get_regs().context("get the registers")?.rflags & RFLAGS_IF == 0,
         _ => false,
     })
+}
+
+/// Has this stopped CPU wait for its start-up interrupt, as after power-on.
+pub fn await_start(vcpu: &VcpuFd) -> Result<()> {
+    let state = kvm_mp_state { mp_state: KVM_MP_STATE_UNINITIALIZED };
+    vcpu.set_mp_state(state).context("set the CPU's run state")
 }
 
 /// Has this CPU's guest told, by its KVM clock, that it stood still: its watchdogs then let the time pass

@@ -4,7 +4,7 @@ use lexopt::Arg::{Long, Short, Value};
 use lexopt::ValueExt;
 
 use super::exec::Reach;
-use super::{Command, Given, meant};
+use super::{Command, Given, meant, number};
 use crate::limiter::{RateLimiter, TokenBucket};
 use crate::units::mebibytes;
 
@@ -24,6 +24,8 @@ Commands:
   events             What has happened to it, and what happens from now on
   pause, resume      Stop its CPUs and devices, let them go on
   balloon [SIZE]     How much memory its guest is to do without, and does; with a SIZE, like 512M: set it
+  cpus [N]           How many CPUs its guest has, and can have; with N: give it as many, or ask it to let
+                     those go that are too many
   hotplug-memory [SIZE]
                      How much memory its guest has plugged, and is to have; with a SIZE, like 512M: set it
   snapshot FOLDER    Save it, with its memory, to files there; it stands still for a moment, and goes on
@@ -66,8 +68,8 @@ Examples:
 ";
 
 /// The words that say what is asked for.
-const COMMANDS: &str = "list status config guest metrics events pause resume balloon hotplug-memory snapshot record start \
-    shutdown stop reset ctrl-alt-del limit flush get put patch delete";
+const COMMANDS: &str = "list status config guest metrics events pause resume balloon cpus hotplug-memory snapshot record \
+    start shutdown stop reset ctrl-alt-del limit flush get put patch delete";
 
 pub fn commands() -> impl Iterator<Item = &'static str> {
     COMMANDS.split(' ')
@@ -108,6 +110,8 @@ pub enum Ask {
     Resume,
     /// Have the guest do without so many MiB; None: say what it does without.
     Balloon(Option<u64>),
+    /// Have the guest have so many CPUs; None: say how many it has.
+    Cpus(Option<u16>),
     /// Have the guest plug so many MiB; None: say how much it has plugged.
     HotplugMemory(Option<u64>),
     /// Save to this folder, as a difference if that is true.
@@ -189,6 +193,8 @@ fn ask(words: &[&str], extra: Option<&str>) -> Result<Ask, lexopt::Error> {
         ["resume"] => Ask::Resume,
         ["balloon"] => Ask::Balloon(None),
         ["balloon", size] => Ask::Balloon(Some(mebibytes(size)?)),
+        ["cpus"] => Ask::Cpus(None),
+        ["cpus", count] => Ask::Cpus(Some(number(count)?)),
         ["hotplug-memory"] => Ask::HotplugMemory(None),
         ["hotplug-memory", size] => Ask::HotplugMemory(Some(mebibytes(size)?)),
         ["snapshot", folder] => Ask::Snapshot(folder.into(), extra.is_some()),

@@ -48,6 +48,8 @@ Options:
       --cmdline TEXT     The kernel's command line [default: the serial console, and an end when it
                          panics]; for the firmware guest: what it is to do (docs/first-guest.md)
       --cpus N           How many CPUs [default: 1]
+      --max-cpus N       How many it can have: `alula ctl ID cpus` gives it more, or fewer, while it runs
+                         (x86_64) [default: those of --cpus, for good]
       --memory SIZE      Memory with its unit, M or G (MiB, GiB); a bare number is MiB [default: 128M]
 ";
 
@@ -121,6 +123,7 @@ pub struct Run {
     pub initrd: Option<PathBuf>,
     pub cmdline: Option<String>,
     pub cpus: Option<u16>,
+    pub max_cpus: Option<u16>,
     pub memory_mib: Option<u64>,
     /// Those that the options of `KINDS` add.
     pub devices: Vec<ConfiguredDevice>,
@@ -152,6 +155,7 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
         initrd: None,
         cmdline: None,
         cpus: None,
+        max_cpus: None,
         memory_mib: None,
         devices: Vec::new(),
         metadata: None,
@@ -182,6 +186,7 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
             Long("initrd") => run.initrd = Some(parser.value()?.into()),
             Long("cmdline") => run.cmdline = Some(parser.value()?.string()?),
             Long("cpus") => run.cpus = Some(value(parser, "--cpus", number)?),
+            Long("max-cpus") => run.max_cpus = Some(value(parser, "--max-cpus", number)?),
             Long("memory") => run.memory_mib = Some(value(parser, "--memory", mebibytes)?),
             Long("metadata") => run.metadata = Some(parser.value()?.into()),
             Long("enable-pci") => run.enable_pci = true,
@@ -311,6 +316,7 @@ impl Run {
             (self.initrd.is_some(), "--initrd"),
             (self.cmdline.is_some(), "--cmdline"),
             (self.cpus.is_some(), "--cpus"),
+            (self.max_cpus.is_some(), "--max-cpus"),
             (self.memory_mib.is_some(), "--memory"),
             (device.is_some(), device.as_deref().unwrap_or_default()),
             (publishes, "--publish"),
@@ -395,6 +401,7 @@ impl Run {
         self.outputs.configure(&mut config);
         let machine = &mut config.machine_config;
         machine.vcpu_count = self.cpus.unwrap_or(machine.vcpu_count);
+        machine.max_vcpus = self.max_cpus.or(machine.max_vcpus);
         machine.mem_size_mib = self.memory_mib.unwrap_or(machine.mem_size_mib);
         machine.watchdog = self.watchdog.or(machine.watchdog);
         config.check()?;
