@@ -29,6 +29,14 @@ impl User {
     fn shell(&self, id: &str, script: &str) -> String {
         self.says(&["exec", id, "--timeout", "100s", "--", "busybox", "sh", "-c", script])
     }
+
+    /// Has the guest called `id` have so many CPUs, where they come and go.
+    fn has_cpus(&self, id: &str, count: u32) {
+        if X86_64 {
+            self.says(&["ctl", id, "cpus", &count.to_string()]);
+            self.shell(id, &format!("until [ $(busybox nproc) = {count} ]; do busybox usleep 10000; done"));
+        }
+    }
 }
 
 #[test]
@@ -46,10 +54,12 @@ fn clones_have_identities_networks_and_disks_of_their_own() {
         let disk = format!("{},id=data", disk.display());
         let words = ["run", "--rootfs", root.to_str().unwrap(), "--disk", &disk, "--net", "tap=tap0"];
         let script = "busybox --install -s /bin; echo up; while :; do sleep 1000; done";
+        let cpus: &[&str] = if X86_64 { &["--max-cpus", "3"] } else { &[] };
         let more = ["--vsock", "v.sock", "--id", "first", "--", "busybox", "sh", "-c", script];
-        user.command(&[&words[..], &more].concat())
+        user.command(&[&words[..], cpus, &more].concat())
     });
     first.expect("up\n");
+    user.has_cpus("first", 2);
     user.says(&["ctl", "first", "snapshot", "saved"]);
     first.send(libc::SIGTERM);
     assert_eq!(first.end().code, Some(128 + libc::SIGTERM));
@@ -80,6 +90,9 @@ fn clones_have_identities_networks_and_disks_of_their_own() {
         identities.insert(identity);
     }
     assert_eq!(identities.len(), count);
+    // A guest that was saved can have more CPUs, and fewer.
+    user.has_cpus("web-1", 3);
+    user.has_cpus("web-1", 1);
     for number in 1..=count {
         let head = user.shell(&format!("web-{number}"), "head -n 1 /dev/vdb");
         assert_eq!(head, format!("clone {number}\n"));

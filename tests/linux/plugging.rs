@@ -59,6 +59,33 @@ pub fn disks(guest: &shared::Guest) {
     }
 }
 
+/// CPUs come, and each of them works; all but the first go, and come again.
+pub fn cpus(guest: &shared::Guest) {
+    let mut client = guest.client();
+    if !X86_64 {
+        let fault = client.request("PATCH", "/machine-config", r#"{"vcpu_count": 4}"#).fault();
+        assert!(fault.contains("not supported after starting the microVM"), "{fault}");
+        return;
+    }
+    guest.shell("dmesg -c >/dev/null");
+    let mut change = |count: u16| {
+        client.ok("PATCH", "/machine-config", &json!({ "vcpu_count": count }).to_string());
+        // The agent brings up what has come.
+        guest.shell(&format!("until [ $(nproc) = {count} ]; do usleep 10000; done"));
+        wait_for(|| client.ok("GET", "/machine-config", "").json()["vcpu_count"] == count);
+    };
+    for _ in 0..ROUNDS {
+        change(4);
+        let worked =
+            guest.shell("for mask in 1 2 4 8; do taskset $mask cut -d ' ' -f 39 /proc/self/stat; done");
+        assert_eq!(worked, "0\n1\n2\n3\n");
+        change(1);
+    }
+    change(2);
+    let complaints = guest.shell("dmesg | grep -iE 'eject|failed|stuck|not responding|BUG|WARNING' || :");
+    assert_eq!(complaints, "");
+}
+
 /// A network interface comes: the guest reaches the host by it, and it goes.
 pub fn interfaces(guest: &shared::Guest) {
     let path = "/network-interfaces/guest";

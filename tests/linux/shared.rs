@@ -42,6 +42,9 @@ impl Guest {
         command.args(["--net", &format!("tap=tap0,mac={MAC}"), "--entropy"]).args(transport);
         command.arg("--metadata").arg(metadata).arg("--pmem").arg(pmem);
         command.arg("--rootfs").arg(asset("root.ext4"));
+        if X86_64 {
+            command.args(["--max-cpus", "4"]);
+        }
         command.args(["--copy", &format!("{}:/do", script.display())]);
         let script = "busybox --install -s /bin; echo up; while :; do sleep 1000; done";
         let mut process = Process::spawn({
@@ -124,6 +127,7 @@ const CASES: &[Case] = &[
     ("a disk comes and goes while the guest runs", plugging::disks),
     ("a network interface comes and goes while the guest runs", plugging::interfaces),
     ("persistent memory comes and goes while the guest runs", plugging::pmem),
+    ("CPUs come and go while the guest runs", plugging::cpus),
     ("a disk that is torn away leaves the guest alive", plugging::torn_away),
 ];
 
