@@ -3,6 +3,7 @@
 
 pub mod console;
 pub mod file;
+pub mod line;
 pub mod link;
 pub mod listener;
 pub mod passt;
@@ -21,8 +22,8 @@ use crate::error::{Context, Result};
 use crate::log;
 use crate::metadata::Service;
 use crate::sink::{Purpose, Sink};
-use crate::sys::{descriptor, process};
-use console::StdoutWriter;
+use crate::sys::process;
+use console::Output;
 use listener::Listener;
 use passt::Passt;
 use tap::Tap;
@@ -65,7 +66,7 @@ pub enum Resource {
         queues: Vec<Tap>,
     },
     /// Where the guest's serial console writes.
-    Console(Box<dyn Write + Send>),
+    Console(Output),
     /// A Unix socket that programs of the host connect to.
     Listener(Listener),
     /// A connection to a vhost-user backend.
@@ -212,7 +213,7 @@ impl Host {
 
     /// Has the guest's serial console write to `output`.
     pub fn give_console(&mut self, output: Box<dyn Write + Send>) {
-        self.give(CONSOLE, Resource::Console(output));
+        self.give(CONSOLE, Resource::Console(Output::other(output)));
     }
 
     /// Closes what is held for `what`.
@@ -332,15 +333,11 @@ impl Host {
     ///
     /// # Errors
     /// The file cannot be opened.
-    pub fn console(&mut self, path: Option<&Path>) -> Result<Box<dyn Write + Send>> {
+    pub fn console(&mut self, path: Option<&Path>) -> Result<Output> {
         match (self.take(CONSOLE, |_| true), path) {
             (Some(Resource::Console(output)), _) => Ok(output),
-            (_, Some(path)) => open_console(path),
-            (_, None) => {
-                let fd = descriptor::standard_output().try_clone_to_owned();
-                let fd = fd.context("duplicate standard output")?;
-                Ok(Box::new(StdoutWriter::new(fd)))
-            }
+            (_, Some(path)) => open_console(path).map(Output::other),
+            (_, None) => Output::stdout(),
         }
     }
 

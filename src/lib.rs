@@ -97,6 +97,8 @@
 //!   makes interrupt controllers, if the shell is made in the build. A device that plugs memory into a guest that runs:
 //!   `room` of its configuration and [`virtio::VirtioDevice::set_slots`], by which slots come and go
 //!   ([`memory::slots`]).
+//!   A device that is the guest's console: [`virtio::VirtioDevice::line`], by which `main` types
+//!   (`host/line.rs`, `devices/virtio_console`).
 //! - A device at a fixed place: a file in `devices/` that implements [`devices::fixed::FixedDevice`], in
 //!   `devices/mod.rs` its module and its line of `put_fixed`, and its place in `FIXED` in the `layout.rs` of each
 //!   architecture that has the device; of a device that is in guest memory instead of on a bus, in `in_memory`.

@@ -179,6 +179,17 @@ pub fn has_room(file: &impl AsRawFd, timeout_ms: i32) -> bool {
     descriptor::poll(file, libc::POLLOUT, timeout_ms) != 0
 }
 
+/// What a descriptor is of, opened once more to write without blocking: the writes of others who have it stay as they are.
+///
+/// # Errors
+/// What it is of cannot be opened, as a socket, or not by this user.
+pub fn open_anew(fd: &impl AsRawFd) -> io::Result<File> {
+    OpenOptions::new()
+        .append(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(format!("/proc/self/fd/{}", fd.as_raw_fd()))
+}
+
 /// The inherited descriptor with this number. It may be shared with other processes, whose writes must not
 /// become non-blocking: where that is possible it is opened anew. A regular file never blocks, and is written
 /// where the others are: opened anew it would have a position of its own, and each would write over what
@@ -192,11 +203,7 @@ fn inherit(number: &str) -> Result<File> {
     if copy.metadata().is_ok_and(|metadata| metadata.is_file()) {
         return Ok(copy);
     }
-    let anew = OpenOptions::new()
-        .append(true)
-        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-        .open(format!("/proc/self/fd/{}", inherited.as_raw_fd()));
-    if let Ok(file) = anew {
+    if let Ok(file) = open_anew(&inherited) {
         return Ok(file);
     }
     // A socket cannot be opened.

@@ -38,6 +38,13 @@ pub fn is_in_background() -> bool {
     descriptor::process_groups(STDIN).is_some_and(|(foreground, own)| foreground != own)
 }
 
+/// How many rows and columns the terminal has that this process writes to, or else the one that it reads from; 0: there
+/// is no terminal.
+pub fn size() -> (u16, u16) {
+    let size = process::window(&descriptor::standard_output()).or_else(|| process::window(&STDIN));
+    size.unwrap_or_default()
+}
+
 /// The terminal in raw mode; as it was again when this is dropped.
 pub struct Raw(());
 

@@ -137,6 +137,8 @@ fn configurations(folder: &Folder) -> Vec<(String, ConfiguredDevice)> {
             "balloon" => vec![json!({ "amount_mib": 1, "deflate_on_oom": false })],
             "pmem" => vec![json!({ "id": "pmem", "path_on_host": folder.path("pmem") })],
             "memory-hotplug" => vec![json!({ "total_size_mib": 128 })],
+            "console" => vec![json!({})],
+            "ports" => vec![json!({ "id": "port", "uds_path": folder.path("port") })],
             other => panic!("teach this test how a device of `{other}` is configured"),
         }
     };
@@ -230,6 +232,18 @@ fn paths(device: &ConfiguredDevice, guest: &mut Guest) -> Vec<Path> {
             let requests =
                 (0..DEPTH).map(|_| vec![(question, 0), (guest.allocate(&[0xff; 10]), WRITE)]).collect();
             vec![Path { name: "state of blocks", queue: 0, requests, rooms: Vec::new(), copied_max: 34.0 }]
+        }
+        "console" => {
+            // The screen is in memory: each byte is copied to it.
+            let said = guest.allocate(&[b'x'; 16]);
+            let requests = (0..DEPTH).map(|_| vec![(said, 0)]).collect();
+            vec![Path { name: "16 bytes said", queue: TX, requests, rooms: Vec::new(), copied_max: 16.0 }]
+        }
+        "ports" => {
+            // A message that makes no sense.
+            let message = guest.allocate(&[0xff; 8]);
+            let requests = (0..DEPTH).map(|_| vec![(message, 0)]).collect();
+            vec![Path { name: "message of a port", queue: 3, requests, rooms: Vec::new(), copied_max: 8.0 }]
         }
         other => panic!("teach this test how a device of `{other}` is used"),
     }

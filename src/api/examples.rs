@@ -72,4 +72,7 @@ pub const EXAMPLES: &[(&str, &str, &str)] = &[
     ("patch", "/balloon/hinting/start", r#"{"acknowledge_on_stop": true}"#),
     ("put", "/hotplug/memory", r#"{"total_size_mib": 2048, "block_size_mib": 2, "slot_size_mib": 128}"#),
     ("patch", "/hotplug/memory", r#"{"requested_size_mib": 1024}"#),
+    ("put", "/console", r#"{"rate_limiter": {"size": 65536, "refill_time": 1000}}"#),
+    ("put", "/ports/{id}", r#"{"id": "agent", "name": "org.example.agent", "uds_path": "agent.sock"}"#),
+    ("delete", "/ports/{id}", r#"{"force": true}"#),
 ];

@@ -22,7 +22,7 @@ pub fn route(dialect: Dialect, method: &str, path: &str, body: &[u8]) -> Result<
     let path_whole = path;
     let path = path.trim_matches('/');
     check_body(dialect, method, path, body.bytes.is_empty())?;
-    if let Some((kind, rest)) = kind_of(path) {
+    if let Some((kind, rest)) = kind_of(path).filter(|(kind, _)| kind.is_known_in(dialect)) {
         return device(kind, method, rest, body);
     }
     let tokens: Vec<&str> = path.split('/').collect();

@@ -25,6 +25,7 @@ use crate::guest::hearing::Hearing;
 use crate::guest::images::{self, Image, Images};
 use crate::guest::tree::Tree;
 use crate::guest::{kernel, root_image, runtime};
+use crate::host::console::Output;
 use crate::host::socket_file::OwnFolder;
 use crate::host::{self, Access, Resource};
 use crate::microvm::purpose::Purpose;
@@ -78,9 +79,10 @@ pub fn prepare(arguments: &mut Run) -> Result<Prepared> {
     wanted.copies_out.iter().try_for_each(|(from, to)| check_copy_out(from, to))?;
     let kernel = kernel::find(arguments.kernel.as_deref())?;
     arguments.kernel = Some(kernel.path.clone());
-    let line = arguments.cmdline.take().unwrap_or_else(|| crate::arch::DEFAULT_COMMAND_LINE.to_owned());
-    arguments.cmdline = Some(format!("{line} {}", boot::words()));
     let mut config = arguments.config()?;
+    let line = config.boot_source.as_mut().and_then(|source| source.boot_args.as_mut());
+    line.into_iter().for_each(|line| *line += &format!(" {}", boot::words()));
+    config.check()?;
     online_memory(&mut config);
     let own_folder = make_own_folder()?;
     arguments.walls.own = Some(own_folder.path().to_owned());
@@ -241,6 +243,7 @@ fn drivers(config: &Config) -> Vec<&'static str> {
             "entropy" => &["virtio_rng"],
             "vsock" => &["vmw_vsock_virtio_transport"],
             "balloon" => &["virtio_balloon"],
+            "console" | "ports" => &["virtio_console"],
             "memory-hotplug" => &["virtio_mem"],
             // The second makes a block device of what the first has found.
             "pmem" => &["virtio_pmem", "nd_pmem"],
@@ -259,7 +262,7 @@ impl Prepared {
         let (path, access) = (RAMDISK.into(), Access::Read);
         let ramdisk = self.ramdisk.take().map(|file| Named::new("initrd", file));
         let ramdisk = ramdisk.map(|file| ("initrd", Resource::File { path, access, file }));
-        let console = Resource::Console(Box::new(ConsoleEnd(self.console.clone())));
+        let console = Resource::Console(Output::other(Box::new(ConsoleEnd(self.console.clone()))));
         ramdisk.into_iter().chain([(host::CONSOLE, console)])
     }
 

@@ -204,7 +204,9 @@ impl Config {
                 section(name, text, metadata::Config::EXAMPLE, metadata::Config::check);
             self.mmds_config = value;
             problems
-        } else if let Some(kind) = KINDS.iter().find(|kind| kind.section == name) {
+        } else if let Some(kind) =
+            KINDS.iter().find(|kind| kind.section == name && kind.is_known_in(self.dialect))
+        {
             self.read_devices(kind, value)
         } else {
             Vec::new()

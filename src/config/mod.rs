@@ -11,10 +11,12 @@ mod saved;
 use serde::ser::SerializeMap;
 use serde::{Deserialize, Serialize, Serializer};
 
+use crate::arch;
 use crate::devices::KINDS;
 use crate::devices::console;
 use crate::devices::kind::{ConfiguredDevice, DeviceKind};
 use crate::devices::net;
+use crate::devices::virtio_console;
 use crate::dialect::Dialect;
 use crate::error::{Context, Error, Result};
 use crate::log;
@@ -105,6 +107,14 @@ impl Config {
     /// Whether another process works in the guest's memory.
     pub fn shares_memory(&self) -> bool {
         self.devices.iter().any(ConfiguredDevice::shares_memory)
+    }
+
+    /// The kernel's command line for a guest of which somebody at a terminal wants to hear, where none is given.
+    pub fn default_command_line(&self) -> &'static str {
+        match self.devices.iter().any(|device| device.config::<virtio_console::console::Config>().is_some()) {
+            true => arch::DEFAULT_COMMAND_LINE_OF_VIRTIO,
+            false => arch::DEFAULT_COMMAND_LINE,
+        }
     }
 
     /// The network interfaces, by their ids.
@@ -251,6 +261,10 @@ impl Serialize for Config {
         }
         for kind in KINDS {
             let devices: Vec<_> = self.devices().filter(|device| device.kind() == kind).collect();
+            // Clients of Firecracker's need not know of what is not there.
+            if kind.is_ours && devices.is_empty() {
+                continue;
+            }
             match devices.as_slice() {
                 devices if kind.many => sections.serialize_entry(kind.section, devices)?,
                 devices => sections.serialize_entry(kind.section, &devices.first())?,

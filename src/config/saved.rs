@@ -145,7 +145,9 @@ mod tests {
             ],
             "balloon": {{"amount_mib": 5, "deflate_on_oom": true, "stats_polling_interval_s": 6,
                 "free_page_hinting": true, "free_page_reporting": true}},
-            "memory-hotplug": {{"total_size_mib": 1024, "block_size_mib": 4, "slot_size_mib": 256}}
+            "memory-hotplug": {{"total_size_mib": 1024, "block_size_mib": 4, "slot_size_mib": 256}},
+            "console": {{"rate_limiter": {bucket}}},
+            "ports": [{{"id": "a", "name": "org.a", "uds_path": "/a"}}]
         }}"#,
             smt = crate::arch::HAS_SMT,
             max = if crate::arch::HAS_CPUID { r#""max_vcpus": 8, "# } else { "" },

@@ -13,6 +13,7 @@ use vm_superio::{Serial, SerialState, Trigger};
 use super::fixed::{FixedDevice, Site};
 use crate::bus::BusDevice;
 use crate::error::{Error, Result};
+use crate::host::console::Output;
 use crate::limiter::{self, Limiter, RateLimiter, TokenBucket};
 use crate::metrics::{Counter, Group, View, metrics};
 use crate::part::Component;
@@ -95,7 +96,7 @@ impl Console {
     pub fn new(
         interrupt: Arc<EventFd>,
         room: Arc<EventFd>,
-        output: Box<dyn Write + Send>,
+        output: Output,
         limit: Option<TokenBucket>,
     ) -> Self {
         let metrics = Arc::new(Metrics::new());
@@ -117,8 +118,13 @@ impl Console {
     }
 
     /// Takes the output away, with what is kept for a slow reader. What the guest writes now goes nowhere.
-    pub fn take_output(&mut self) -> Box<dyn Write + Send> {
-        std::mem::replace(&mut self.serial.writer_mut().output, Box::new(std::io::sink()))
+    pub fn take_output(&mut self) -> Output {
+        std::mem::replace(&mut self.serial.writer_mut().output, Output::nowhere())
+    }
+
+    /// Where the guest's words go, for another console of it.
+    pub fn output(&self) -> &Output {
+        &self.serial.writer().output
     }
 
     /// Writes what is kept for a slow reader, as far as it reads now.
@@ -202,9 +208,8 @@ impl Snapshot for Console {
             in_buffer: state.typed,
         };
         let (line, room) = (self.serial.interrupt_evt().clone(), Room(self.room.clone()));
-        let nowhere: Box<dyn Write + Send> = Box::new(io::sink());
-        let nowhere =
-            MeteredOutput { output: nowhere, limiter: Limiter::default(), metrics: self.metrics.clone() };
+        let (output, limiter) = (Output::nowhere(), Limiter::default());
+        let nowhere = MeteredOutput { output, limiter, metrics: self.metrics.clone() };
         let mut serial = Serial::from_state(&registers, line, room, nowhere)
             .map_err(|error| Error::config(format!("the saved serial console cannot be: {error}")))?;
         std::mem::swap(serial.writer_mut(), self.serial.writer_mut());
@@ -258,7 +263,7 @@ impl BusDevice for Console {
 
 /// Where the UART's bytes go, counted and at most so many in a time.
 struct MeteredOutput {
-    output: Box<dyn Write + Send>,
+    output: Output,
     limiter: Limiter,
     metrics: Arc<Metrics>,
 }
@@ -312,7 +317,7 @@ mod tests {
 
     fn console() -> (Console, Host) {
         let output = Host::default();
-        (Console::new(event(), event(), Box::new(output.clone()), None), output)
+        (Console::new(event(), event(), Output::other(Box::new(output.clone())), None), output)
     }
 
     #[test]
@@ -360,7 +365,7 @@ mod tests {
         drop(console);
 
         let raised = event();
-        let mut other = Console::new(raised.clone(), event(), Box::new(output.clone()), None);
+        let mut other = Console::new(raised.clone(), event(), Output::other(Box::new(output.clone())), None);
         other.restore(state.clone()).unwrap();
         assert_eq!(other.save().unwrap(), state);
         raised.read().expect("the interrupt may not have been seen");
@@ -379,13 +384,14 @@ mod tests {
     fn what_goes_beyond_the_limit_is_dropped_and_counted() {
         let output = Host::default();
         let limit = TokenBucket { size: 10, one_time_burst: None, refill_time: 1 << 40 };
-        let mut console = Console::new(event(), event(), Box::new(output.clone()), Some(limit));
+        let mut console =
+            Console::new(event(), event(), Output::other(Box::new(output.clone())), Some(limit));
         for _ in 0..25 {
             console.write(0, b"x");
         }
         console.write(0, b"xx");
         assert_eq!(output.0.lock().unwrap().len(), 10);
-        let mut other = Console::new(event(), event(), Box::new(output.clone()), Some(limit));
+        let mut other = Console::new(event(), event(), Output::other(Box::new(output.clone())), Some(limit));
         other.restore(console.save().unwrap()).unwrap();
         other.write(0, b"x");
         assert_eq!(output.0.lock().unwrap().len(), 10, "what was used up stays used up");

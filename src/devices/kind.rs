@@ -20,6 +20,7 @@ use crate::memory::slots::Room;
 use crate::virtio::VirtioDevice;
 
 pub use super::change::{Change, NotPatchable, Patch};
+pub use super::option::{CliOption, check_words};
 
 /// One device as its owner writes it down: the body of its PUT request, an element of its section of
 /// the config file, what its option on the command line comes to.
@@ -54,7 +55,7 @@ pub trait DeviceConfig:
     const OPTION: CliOption;
     /// One that makes sense in itself, as JSON: for the documentation and the tests.
     const EXAMPLE: &'static str;
-    /// The fields that Firecracker's API has; the others are ours, and unknown where that is spoken.
+    /// The fields that Firecracker's API has; the others are ours, and unknown where that is spoken. None: the kind is ours.
     const PUBLISHED: &'static [&'static str];
     /// The body of its PATCH request; [`NotPatchable`] if there is none.
     type Patch: Patch;
@@ -139,31 +140,6 @@ pub trait Described: schemars::JsonSchema {}
 #[cfg(test)]
 impl<T: schemars::JsonSchema> Described for T {}
 
-/// Refuses a word of an option's value (`NAME` or `NAME=...`) that is there twice: which of the two is
-/// meant, only the user knows.
-pub fn check_words<'a>(words: impl Iterator<Item = &'a str>, may_be_repeated: &[&str]) -> Result<(), String> {
-    let mut given = Vec::new();
-    for word in words {
-        let name = word.split_once('=').map_or(word, |(name, _)| name);
-        if given.contains(&name) && !may_be_repeated.contains(&name) {
-            return Err(format!("`{word}`: `{name}` is given twice: give it once"));
-        }
-        given.push(name);
-    }
-    Ok(())
-}
-
-/// An option of the command line.
-#[derive(Clone, Copy, Debug)]
-pub struct CliOption {
-    /// Its name, without the hyphens.
-    pub name: &'static str,
-    /// The form of its value; empty: it has none.
-    pub value: &'static str,
-    /// What it does, in lines of at most 75 characters.
-    pub help: &'static str,
-}
-
 /// A line of the table of devices.
 pub struct DeviceKind {
     /// See [`DeviceConfig`], as for all of these.
@@ -194,6 +170,8 @@ pub struct DeviceKind {
     pub example: &'static str,
     /// There is a PATCH request.
     pub patchable: bool,
+    /// Firecracker has no such devices.
+    pub is_ours: bool,
     /// The fault for two ids.
     pub id_mismatch: fn(&str, &str) -> String,
     /// Whether a PATCH request to a place must have a body.
@@ -230,6 +208,7 @@ impl DeviceKind {
             option: C::OPTION,
             example: C::EXAMPLE,
             patchable: C::Patch::EXISTS,
+            is_ours: C::PUBLISHED.is_empty(),
             id_mismatch: C::id_mismatch,
             patch_needs_body: C::Patch::needs_body,
             #[cfg(test)]
@@ -248,6 +227,11 @@ impl DeviceKind {
             parse_patch: Change::parse::<C>,
             from_option: |text, number| C::from_option(text, number).map(ConfiguredDevice::new),
         }
+    }
+
+    /// Whether who speaks this dialect knows such devices.
+    pub fn is_known_in(&self, dialect: Dialect) -> bool {
+        dialect == Dialect::Alula || !self.is_ours
     }
 
     /// A device from JSON.

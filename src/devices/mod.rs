@@ -18,12 +18,14 @@ pub mod limit;
 mod lock;
 pub mod net;
 mod notice;
+mod option;
 pub mod pmem;
 pub mod power;
 pub mod pvpanic;
 pub mod rtc;
 pub mod slots;
 pub mod v2m;
+pub mod virtio_console;
 pub mod vmclock;
 pub mod vsock;
 pub mod watchdog;
@@ -42,6 +44,8 @@ pub static KINDS: &[DeviceKind] = &[
     DeviceKind::of::<balloon::Config>(),
     DeviceKind::of::<pmem::Config>(),
     DeviceKind::of::<hotplug::Config>(),
+    DeviceKind::of::<virtio_console::console::Config>(),
+    DeviceKind::of::<virtio_console::port::Config>(),
 ];
 
 /// Makes the devices at fixed places, in the order in which boot tables list them: a new one is a file that

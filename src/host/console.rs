@@ -1,12 +1,15 @@
-//! Where the guest's serial console writes when no file is named: standard output, which may have a slow reader.
+//! Where the guest's consoles write: a file, or when none is named standard output, which may have a slow reader.
 
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::descriptors::Named;
-use crate::sink::has_room;
+use crate::error::{Context, Result};
+use crate::sink::{has_room, open_anew};
+use crate::sys::descriptor;
 
 /// How long one byte of the guest's waits for a reader before it is kept: the guest is slowed down
 /// to its reader's pace, and a pause never waits longer than this for a vCPU.
@@ -15,16 +18,96 @@ const READER_WAIT_MS: i32 = 100;
 /// must not make us grow.
 const KEPT_MAX: usize = 64 << 10;
 
+/// What the consoles of a guest write to.
+pub enum Output {
+    /// Standard output.
+    Stdout(StdoutWriter),
+    /// What never waits for a reader.
+    Other(Arc<Mutex<Box<dyn Write + Send>>>),
+}
+
+impl Output {
+    /// Standard output.
+    pub fn stdout() -> Result<Self> {
+        let fd = descriptor::standard_output().try_clone_to_owned();
+        Ok(Self::Stdout(StdoutWriter::new(fd.context("duplicate standard output")?)))
+    }
+
+    /// What never waits for a reader.
+    pub fn other(output: Box<dyn Write + Send>) -> Self {
+        Self::Other(Arc::new(Mutex::new(output)))
+    }
+
+    /// The output of a console that nobody is at.
+    pub fn nowhere() -> Self {
+        Self::other(Box::new(std::io::sink()))
+    }
+
+    /// The same for another console, whose writes never wait: whoever writes looks whether the reader is behind.
+    pub fn another(&self) -> Result<Self> {
+        match self {
+            Self::Stdout(_) => StdoutWriter::patient_stdout().map(Self::Stdout),
+            Self::Other(output) => Ok(Self::Other(output.clone())),
+        }
+    }
+
+    /// The descriptor whose reader has not read all that was written; None: all is written out.
+    pub fn behind(&self) -> Option<RawFd> {
+        match self {
+            Self::Stdout(output) if !output.kept.is_empty() => Some(output.file.as_raw_fd()),
+            _ => None,
+        }
+    }
+
+    fn with<T>(&mut self, act: impl FnOnce(&mut dyn Write) -> T) -> T {
+        match self {
+            Self::Stdout(output) => act(output),
+            Self::Other(output) => act(&mut **output.lock().unwrap_or_else(PoisonError::into_inner)),
+        }
+    }
+}
+
+/// Bytes that there is no room for are lost: the count of those written says so.
+impl Write for Output {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.with(|output| output.write(bytes))
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.with(|output| output.flush())
+    }
+}
+
 /// A descriptor that the guest's console is written to, without ever blocking for long.
 pub struct StdoutWriter {
     file: Named<File>,
     kept: VecDeque<u8>,
+    /// How long a write waits for the reader.
+    wait_ms: i32,
 }
 
 impl StdoutWriter {
-    /// Writes to `fd`.
+    /// Writes to `fd`, and waits for its reader a moment.
     pub fn new(fd: OwnedFd) -> Self {
-        Self { file: Named::new("serial console, standard output", fd.into()), kept: VecDeque::new() }
+        let file = Named::new("serial console, standard output", fd.into());
+        Self { file, kept: VecDeque::new(), wait_ms: READER_WAIT_MS }
+    }
+
+    /// Writes to `fd` for who waits for its reader elsewhere.
+    pub fn patient(fd: OwnedFd) -> Self {
+        let file = Named::new("virtio console, standard output", fd.into());
+        Self { file, kept: VecDeque::new(), wait_ms: 0 }
+    }
+
+    /// The same as standard output, for who waits for its reader elsewhere. Writes to a terminal of which nobody reads block
+    /// where there is room for a part of them: it is opened anew where that is possible, and does not block then.
+    fn patient_stdout() -> Result<Self> {
+        let stdout = descriptor::standard_output();
+        let file = File::from(stdout.try_clone_to_owned().context("duplicate standard output")?);
+        // A regular file never blocks, and is written where others write to it.
+        let is_file = file.metadata().is_ok_and(|metadata| metadata.is_file());
+        let anew = if is_file { None } else { open_anew(&file).ok() };
+        Ok(Self::patient(anew.unwrap_or(file).into()))
     }
 
     /// Writes what was kept as far as the reader takes it, and returns how many bytes are lost: all of them
@@ -52,7 +135,7 @@ impl Write for StdoutWriter {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
         let count = bytes.len().min(KEPT_MAX - self.kept.len());
         self.kept.extend(&bytes[..count]);
-        let lost = self.write_kept(READER_WAIT_MS);
+        let lost = self.write_kept(self.wait_ms);
         Ok(count.saturating_sub(lost))
     }
 

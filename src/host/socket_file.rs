@@ -12,8 +12,9 @@ use crate::sys::process;
 /// The longest path of a socket, in bytes (unix(7)).
 pub const PATH_MAX: usize = 107;
 /// As many files are known to [`remove_all`]: a process has an API socket and a vsock socket, and while the
-/// latter moves, one more; and a folder. Others are removed with their sockets alone.
-const FILES_MAX: usize = 5;
+/// latter moves, one more; a folder; and as many ports as there are places for devices. Others are removed with their
+/// sockets alone.
+const FILES_MAX: usize = 5 + 31;
 
 /// What a signal's handler may read at any time: no locks, no memory that is freed.
 static NOTES: [Note; FILES_MAX] = [const { Note::new() }; FILES_MAX];

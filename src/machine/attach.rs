@@ -9,10 +9,14 @@ use super::windows::{self, Shown};
 use super::{Machine, RunState};
 use crate::arch::{self, layout};
 use crate::config::Config;
+use crate::devices::console::Console;
+use crate::devices::fixed::FixedDevice;
 use crate::devices::kind::ConfiguredDevice;
 use crate::devices::slots::PciSlots;
 use crate::error::{Context, Error, Result};
 use crate::host::Host;
+use crate::host::console::Output;
+use crate::host::line::UserLine;
 use crate::log;
 use crate::memory::Range;
 use crate::memory::registers::RegisterPage;
@@ -118,6 +122,10 @@ impl Machine {
             log::debug(format_args!("{name} plugs memory at {range}"));
             self.parts.0.push(windows::room_part(&name, range));
         }
+        if let Some(line) = opened.line() {
+            self.connect(&line).with_context(|| format!("connect {name} to the terminal"))?;
+            self.line = Some(line);
+        }
         let shown = ahead.registers.take().map(|(_, page)| page);
         let opened = Opened { name: name.clone(), device: opened, loops: loops.clone() };
         let component = match (place, &self.root) {
@@ -135,6 +143,13 @@ impl Machine {
         self.loops.keep(device.threads(), loops);
         self.parts.0.push(Part { name, place, metrics: device.metrics(), component });
         self.config.put(device.clone())
+    }
+
+    /// Has what goes out by the line of a console go where the serial port's output goes.
+    fn connect(&self, line: &UserLine) -> Result<()> {
+        let another = |serial: &mut Console| serial.output().another();
+        let output = || self.parts.with(Console::NAME, another).unwrap_or_else(|| Ok(Output::nowhere()));
+        line.connect(self.wake.clone(), output)
     }
 
     /// Takes the window of a device from the list of parts, if it has one, and returns where that is.

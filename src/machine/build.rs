@@ -86,6 +86,7 @@ pub fn build(
         loops,
         surroundings,
         parts,
+        line: None,
         errands,
         wake,
         platform,

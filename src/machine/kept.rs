@@ -3,7 +3,7 @@
 use super::{Machine, RunState};
 use crate::devices::console::Console;
 use crate::devices::fixed::FixedDevice;
-use crate::host::Host;
+use crate::host::{CONSOLE, Host, Resource};
 use crate::virtio::VirtioDevice;
 use crate::virtio::transport::Transport;
 
@@ -35,7 +35,7 @@ impl Machine {
     pub fn retire(self: Box<Self>, host: &mut Host) -> Kept {
         debug_assert_eq!(self.state, RunState::Paused);
         if let Some(output) = self.parts.with(Console::NAME, Console::take_output) {
-            host.give_console(output);
+            host.give(CONSOLE, Resource::Console(output));
         }
         let take = |part: &crate::part::Part| {
             part.with(Transport::take_device).map(|device| (part.name.clone(), device))

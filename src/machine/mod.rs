@@ -32,6 +32,7 @@ use crate::devices::watchdog::Watchdog;
 use crate::errands::Errands;
 use crate::error::{Error, Result};
 use crate::host::Host;
+use crate::host::line::UserLine;
 use crate::log;
 use crate::memory::{Memory, Range, Source};
 use crate::metrics::View;
@@ -84,6 +85,8 @@ pub struct Machine {
     loops: Loops,
     surroundings: Arc<Surroundings>,
     parts: Parts,
+    /// The line to the guest's virtio console, if there is one.
+    line: Option<Arc<UserLine>>,
     /// Written to when `main` is to look after the machine.
     wake: Arc<EventFd>,
     errands: Arc<Errands>,
@@ -264,12 +267,26 @@ impl Machine {
         halt::check(self)
     }
 
-    /// Types `bytes` on the guest's serial console and returns how many there was room for.
+    /// Types `bytes` on the guest's console, the virtio console or else the serial port, and returns how many there was
+    /// room for.
     pub fn type_on_console(&mut self, bytes: &[u8]) -> usize {
+        if let Some(line) = &self.line {
+            return line.type_bytes(bytes);
+        }
         self.parts.with(Console::NAME, |console: &mut Console| console.type_bytes(bytes)).unwrap_or(0)
     }
 
-    /// Writes what the console keeps for a slow reader, as far as it reads now; to be called now and then.
+    /// Whether the guest has a console that knows of the terminal's size.
+    pub fn has_sized_console(&self) -> bool {
+        self.line.is_some()
+    }
+
+    /// The terminal that the guest's console is on has so many rows and columns; 0: it is not known.
+    pub fn set_console_size(&self, size: (u16, u16)) {
+        self.line.iter().for_each(|line| line.set_size(size));
+    }
+
+    /// Writes what the serial console keeps for a slow reader, as far as it reads now; to be called now and then.
     pub fn flush_console(&mut self) {
         self.parts.with(Console::NAME, Console::flush);
     }

@@ -17,6 +17,7 @@ use crate::log;
 use crate::machine::{Exit, Machine};
 use crate::memory::lost;
 use crate::poll::{Events, Interest, Ready};
+use crate::terminal;
 use crate::walls::{self, refusal};
 
 const EXIT: u64 = 1;
@@ -258,15 +259,10 @@ impl Monitor {
                     return Ok(self.outcome(exit, asked));
                 }
                 if is_due {
-                    if may_have_halted {
-                        machine.check_halted()?;
-                    }
-                    machine.flush_console();
-                    // Not every shell says so when it brings a running job to the foreground.
-                    if self.input.is_elsewhere {
-                        self.input.go_on(&self.events);
-                    }
-                    self.look_at = Instant::now() + LOOK;
+                    self.look(machine, may_have_halted)?;
+                }
+                if self.signals.is_resized() {
+                    machine.set_console_size(terminal::size());
                 }
                 // A command's standard input is not the console's.
                 if self.purpose.is_none() && self.input.type_on(machine, &self.events)? {
@@ -305,6 +301,20 @@ impl Monitor {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Looks at a guest that runs.
+    fn look(&mut self, machine: &mut Machine, may_have_halted: bool) -> Result<()> {
+        if may_have_halted {
+            machine.check_halted()?;
+        }
+        machine.flush_console();
+        // Not every shell says so when it brings a running job to the foreground.
+        if self.input.is_elsewhere {
+            self.input.go_on(&self.events);
+        }
+        self.look_at = Instant::now() + LOOK;
+        Ok(())
     }
 
     /// The outcome of the end of a guest that was `asked` to end, or was not.
@@ -380,6 +390,14 @@ impl Monitor {
         self.events.add(machine.exit_fd(), Interest::IN, EXIT)?;
         self.events.add(machine.wake_fd(), Interest::IN, MACHINE)?;
         self.look_at = Instant::now() + LOOK;
+        let is_first = self.watches.is_none();
+        // A command's terminal is not the console's.
+        if machine.has_sized_console() && self.purpose.is_none() {
+            if is_first {
+                self.signals.tell_of_sizes();
+            }
+            machine.set_console_size(terminal::size());
+        }
         if self.watches.replace(resets).is_some() {
             return Ok(());
         }

@@ -62,6 +62,8 @@ static CAME: AtomicI32 = AtomicI32::new(0);
 static IS_URGENT: AtomicBool = AtomicBool::new(false);
 /// The process is about to end in order.
 static IS_ENDING: AtomicBool = AtomicBool::new(false);
+/// The terminal has another size.
+static IS_RESIZED: AtomicBool = AtomicBool::new(false);
 /// The process was stopped, and goes on.
 static GOES_ON: AtomicBool = AtomicBool::new(false);
 /// A thread panics that may not remove files.
@@ -160,6 +162,18 @@ impl Signals {
         process::handle(libc::SIGCONT, on_going_on, 0, &[]);
     }
 
+    /// From here on [`Self::is_resized`] tells of another size of the terminal (SIGWINCH), which this thread learns in
+    /// [`Self::wait`] alone. To be called before there are threads that do not block that signal.
+    pub fn tell_of_sizes(&self) {
+        process::block_signals(&process::signals(&[libc::SIGWINCH]));
+        process::handle(libc::SIGWINCH, on_resized, 0, &[]);
+    }
+
+    /// Whether the terminal has had another size since this was last asked.
+    pub fn is_resized(&self) -> bool {
+        IS_RESIZED.swap(false, SeqCst)
+    }
+
     /// From here on this thread takes ending signals only in [`Self::wait`]: another thread is there to take them
     /// otherwise.
     ///
@@ -228,6 +242,10 @@ extern "C" fn on_ending(signal: i32) {
             }
         }
     });
+}
+
+extern "C" fn on_resized(_: i32) {
+    IS_RESIZED.store(true, SeqCst);
 }
 
 extern "C" fn on_going_on(_: i32) {

@@ -18,6 +18,7 @@ use serde_json::Value;
 
 use crate::error::{Error, Result};
 use crate::host::Host;
+use crate::host::line::UserLine;
 use crate::memory::registers::RegisterPage;
 use crate::memory::slots::Slots;
 use crate::memory::window::View;
@@ -96,6 +97,10 @@ pub trait VirtioDevice: SaveState + Send {
     /// places below the device's path that its kind lists as told.
     fn tell(&self, _what: &str) -> Result<Value> {
         Err(Error::config("there is nothing to tell of it"))
+    }
+    /// The line to whoever is at the guest's console, if the device is that.
+    fn line(&self) -> Option<Arc<UserLine>> {
+        None
     }
     /// What it counts, shared with its workers; it goes on through resets.
     fn metrics(&self) -> Option<Arc<dyn Group>> {

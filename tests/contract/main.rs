@@ -5,9 +5,11 @@
 mod balloon;
 #[path = "../common/mod.rs"]
 mod common;
+mod consoles;
 mod hotplug;
 mod of_the_host;
 mod pmem;
+mod ports;
 mod rings;
 mod stops;
 
@@ -52,6 +54,7 @@ const NET_HEADER: usize = 12;
 struct Host {
     folder: Folder,
     wire: Wire,
+    terminal: consoles::Terminal,
     _alone: MutexGuard<'static, ()>,
 }
 
@@ -67,7 +70,8 @@ impl Host {
             folder.write(disk, vec![0; 64 * SECTOR]);
         }
         folder.write("pmem", vec![0; 4096]);
-        Self { folder, wire: Wire::new("tap0", ETHER_TYPE), _alone: alone }
+        let (wire, terminal) = (Wire::new("tap0", ETHER_TYPE), consoles::Terminal::default());
+        Self { folder, wire, terminal, _alone: alone }
     }
 
     /// A configuration with every device there is.
@@ -102,6 +106,8 @@ impl Host {
                 "free_page_reporting": true,
             },
             "memory-hotplug": { "total_size_mib": 256 },
+            "console": {},
+            "ports": [{ "id": "port", "name": "org.port", "uds_path": self.folder.path("port") }],
         });
         let config = Config::parse(config.to_string().as_bytes()).unwrap();
         for kind in KINDS {
@@ -116,6 +122,7 @@ impl Host {
         if is_net(device) {
             self.wire.settle("tap0");
         }
+        self.terminal.connect(&*opened);
         Guest::new(kind, opened)
     }
 
@@ -199,6 +206,8 @@ impl Host {
                 guest.offer(0, &[(request, 0), (answer, WRITE)]);
                 Check::Unplugged { answer }
             }
+            "console" => Check::Typed(consoles::offer(guest, round)),
+            "ports" => Check::Typed(ports::offer(guest, round, self.folder.path("port"))),
             other => panic!("teach this test how a device of `{other}` is used"),
         }
     }
@@ -267,6 +276,7 @@ impl Host {
                 assert_eq!(guest.next_used(0).1, 10);
                 assert_eq!(guest.bytes(answer), [0; 10], "the request was refused");
             }
+            Check::Typed(offered) => self.terminal.check(guest, &offered),
             Check::Random { bytes } => {
                 assert_eq!(guest.next_used(0).1, 64);
                 assert_ne!(guest.bytes(bytes), [0; 64]);
@@ -286,6 +296,7 @@ enum Check {
     Written { round: u8, status: (u64, u32), image: std::path::PathBuf },
     Frames { round: u8, room: (u64, u32) },
     Random { bytes: (u64, u32) },
+    Typed(consoles::Offered),
     Refused { round: u8, room: (u64, u32) },
     GivenBack { page: u64 },
     Flushed { answer: (u64, u32) },
@@ -306,6 +317,8 @@ fn waits(device: &ConfiguredDevice, queue: usize) -> bool {
     match device.kind().section {
         "network-interfaces" => queue == RX,
         "vsock" => queue != TX,
+        "console" => queue == RX,
+        _ if ports::is_unseen(device, queue) => true,
         _ => keeps(device, queue),
     }
 }

@@ -16,9 +16,11 @@ const OPTIONS: &str = "\
 --disk: -d --hda --drive --block --image
 --rootfs: --root
 --net: -n --nic --netdev --tap
+--console: --tty
 --entropy: --rng --random
 --vsock: --cid
---publish: -p --port
+--publish: -p
+--port: --serial-port --chardev
 --env: -e
 --user: -u
 --workdir: -w --cwd

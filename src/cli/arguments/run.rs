@@ -11,7 +11,6 @@ use super::command::{self, Wanted};
 use super::exec::time;
 use super::template::pair;
 use super::{Command, Given, default_id, id, number, value};
-use crate::arch;
 use crate::carry::stored::Location;
 use crate::cli::outputs::{self, OutputOptions};
 use crate::cli::walls;
@@ -376,10 +375,7 @@ impl Run {
         }
         match &mut config.boot_source {
             Some(source) if self.cmdline.is_some() => source.boot_args = self.cmdline.clone(),
-            // Who runs a guest in a terminal wants to hear of it.
-            Some(source) => {
-                source.boot_args.get_or_insert_with(|| arch::DEFAULT_COMMAND_LINE.to_owned());
-            }
+            Some(_) => {}
             None => {
                 firmware::check_words(self.cmdline.as_deref().unwrap_or_default())?;
                 config.firmware_words = self.cmdline.clone();
@@ -387,6 +383,11 @@ impl Run {
         }
         for device in &self.devices {
             config.put(device.clone())?;
+        }
+        // Who runs a guest in a terminal wants to hear of it.
+        let line = config.default_command_line();
+        if let Some(source) = &mut config.boot_source {
+            source.boot_args.get_or_insert_with(|| line.to_owned());
         }
         if self.metadata.is_some() && config.mmds_config.is_none() {
             let interfaces: Vec<_> = config.interfaces().map(str::to_owned).collect();

@@ -16,6 +16,8 @@ const STEPS_MAX: usize = 64;
 /// Queues of the balloon: one gives pages to the host, whose numbers are up to the bytes.
 const INFLATE: usize = 0;
 const STATISTICS: usize = 2;
+/// The queue of a port by which the guest says what it does with the port.
+const MESSAGES: usize = 3;
 /// Flags of a descriptor.
 const INDIRECT: u16 = 4;
 
@@ -250,6 +252,9 @@ impl Run<'_> {
         let is_used = |queue: &usize| match section {
             "network-interfaces" | "vsock" => *queue == TX,
             "balloon" => *queue != STATISTICS,
+            // What is typed and who comes to a port is not up to the bytes.
+            "console" => *queue == TX,
+            "ports" => *queue == MESSAGES,
             _ => true,
         };
         for queue in (0..self.guest().queues()).filter(is_used) {

@@ -45,6 +45,11 @@ pub fn socket() -> PathBuf {
     std::env::temp_dir().join(format!("alula-fuzz-{}", std::process::id()))
 }
 
+/// The same of the port.
+fn port() -> PathBuf {
+    std::env::temp_dir().join(format!("alula-fuzz-port-{}", std::process::id()))
+}
+
 pub struct Host {
     disk: File,
     base: File,
@@ -228,6 +233,14 @@ impl Host {
                 assert_eq!(guest.request(0, &[(request, 0), (answer, WRITE)]), 10);
                 assert_eq!(guest.bytes(answer), [0; 10], "the request was refused");
             }
+            "console" => {
+                let said = guest.allocate(b"said");
+                assert_eq!(guest.request(1, &[(said, 0)]), 0);
+            }
+            "ports" => {
+                let message = guest.allocate(&[0; 8]);
+                assert_eq!(guest.request(3, &[(message, 0)]), 0);
+            }
             other => panic!("teach this how a device of `{other}` is used"),
         }
     }
@@ -335,6 +348,8 @@ fn devices() -> Vec<ConfiguredDevice> {
             "free_page_reporting": true,
         },
         "memory-hotplug": { "total_size_mib": 512 },
+        "console": {},
+        "ports": [{ "id": "port", "uds_path": port() }],
     });
     let config = Config::parse(config.to_string().as_bytes()).unwrap();
     for kind in KINDS {
