@@ -59,7 +59,7 @@ what a kernel says first, both write here (docs/console.md)",
 
     fn open(&self, _: &str, _: &mut Host) -> Result<Box<dyn VirtioDevice>> {
         let limiter = Limiter::new(RateLimiter { bandwidth: self.rate_limiter, ops: None });
-        let home = Arc::new(Mutex::new(Sent { gone: 0, size: None, limiter }));
+        let home = Arc::new(Mutex::new(Sent { gone: 0, size: (0, 0), limiter }));
         Ok(Box::new(Console { line: UserLine::new()?, metrics: Arc::default(), home }))
     }
 }
@@ -82,8 +82,8 @@ metrics! {
 pub struct Sent {
     /// How many bytes of the first request are gone already.
     pub gone: u64,
-    /// The size of the terminal that the driver was told last; None: it reads the size when it begins.
-    pub size: Option<(u16, u16)>,
+    /// The size of the terminal that the driver was told last; 0: none.
+    pub size: (u16, u16),
     /// What the guest has used of it is used, whatever its driver does.
     pub limiter: Limiter,
 }
@@ -107,7 +107,7 @@ pub struct State {
     #[serde(deserialize_with = "at_most::<TYPED_MAX, _, _>")]
     typed: Vec<u8>,
     gone: u64,
-    size: Option<(u16, u16)>,
+    size: (u16, u16),
     limits: limiter::State,
 }
 
@@ -157,7 +157,7 @@ impl VirtioDevice for Console {
     }
 
     fn reset(&mut self) {
-        self.sent(|sent| (sent.gone, sent.size) = (0, None));
+        self.sent(|sent| (sent.gone, sent.size) = (0, (0, 0)));
     }
 
     /// What was typed was for the guest that was.

@@ -71,7 +71,7 @@ impl Running {
         let [receive, transmit] = <[Queue; 2]>::try_from(queues).ok().expect("two queues were asked for");
         let (gone, size) = {
             let sent = home.lock().unwrap_or_else(PoisonError::into_inner);
-            (sent.gone, sent.size.unwrap_or(line.size()))
+            (sent.gone, sent.size)
         };
         let timer = poll::timer("virtio console, a reader's time")?;
         Ok(Self {
@@ -183,7 +183,7 @@ impl Worker for Running {
         registrar.add(self.line.typed_event(), Interest::IN | Interest::EDGE_TRIGGERED, TYPED)?;
         registrar.add(&self.pace.timer, Interest::IN | Interest::EDGE_TRIGGERED, IMPATIENT)?;
         self.pace.desk = Some(registrar.desk().clone());
-        // The terminal may have another size than when the device was stopped.
+        // Linux' driver looks at the size only when it is told that there is another one, also at its beginning.
         self.tell_size();
         Ok(())
     }
@@ -207,7 +207,7 @@ impl Worker for Running {
     fn stop(self: Box<Self>) -> Vec<Queue> {
         let (transmit, gone) = self.transmit.stop();
         let mut sent = self.home.lock().unwrap_or_else(PoisonError::into_inner);
-        (sent.gone, sent.size) = (gone, Some(self.size));
+        (sent.gone, sent.size) = (gone, self.size);
         drop(sent);
         vec![self.receive, transmit]
     }
