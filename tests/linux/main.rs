@@ -15,6 +15,7 @@ mod clones;
 mod commands;
 #[path = "../common/mod.rs"]
 mod common;
+mod consoles;
 #[cfg(target_arch = "x86_64")]
 mod differences;
 mod disks;
