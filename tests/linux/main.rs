@@ -11,6 +11,7 @@
 #[path = "../common/vhost_user.rs"]
 #[allow(dead_code, reason = "what is here for backends that are not honest")]
 mod backend;
+mod clock;
 mod clones;
 mod commands;
 #[path = "../common/mod.rs"]
