@@ -82,7 +82,10 @@ pub fn cpus(guest: &shared::Guest) {
         change(1);
     }
     change(2);
-    let complaints = guest.shell("dmesg | grep -iE 'eject|failed|stuck|not responding|BUG|WARNING' || :");
+    // A guest that is given a CPU again before it has looked whether that has gone finds it there, and says so.
+    let complaints = guest.shell(
+        "dmesg | grep -v 'Eject incomplete - status 0xf' | grep -iE 'eject|failed|stuck|not responding|BUG|WARNING' || :",
+    );
     assert_eq!(complaints, "");
 }
 
