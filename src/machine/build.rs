@@ -15,7 +15,7 @@ use super::parts::{Parts, Places};
 use super::shell::{Base, Cpus, Shell};
 use super::{Machine, RunState, cpus, halt};
 use crate::arch::{self, layout};
-use crate::config::{Config, HugePages};
+use crate::config::{Config, HugePages, MachineConfig};
 use crate::descriptors::Named;
 use crate::devices::boot_timer::BootTimer;
 use crate::devices::fixed::Site;
@@ -26,7 +26,7 @@ use crate::error::{Context, Error, Result};
 use crate::firmware;
 use crate::host::{Access, Host, Sharing};
 use crate::log;
-use crate::memory::{Range, Region, Source};
+use crate::memory::{Memory, Range, Region, Source};
 use crate::platform::Platform;
 
 /// The list of parts has room for this many beside the configured ones: a list that grows is copied, and each copy may
@@ -52,9 +52,7 @@ pub fn build(
     let source = machine.huge_pages.source(source)?;
     let shell = base.shell(Cpus::of(config)?, &[&ram, plugged].concat(), source, &ahead)?;
     let Shell { mut vcpus, loops, surroundings, errands, wake, mut vm, memory } = shell;
-    memory.memory().iter().for_each(|region| machine.huge_pages.choose(region));
-    let (size, count) = (machine.mem_size_mib, machine.vcpu_count);
-    log::debug(format_args!("allocated {size} MiB of guest memory for {count} CPUs"));
+    take_memory(machine, &memory);
     let mut platform = platform(config, ram);
     vm.complete(&mut platform)?;
     let (timeline, vm) = (std::mem::take(&mut vm.timeline), Arc::new(vm));
@@ -106,6 +104,13 @@ pub fn build(
     machine.attach_all(config, ahead, host)?;
     machine.timeline.mark("devices");
     Ok(machine)
+}
+
+/// Has the memory be of pages as they were configured.
+fn take_memory(machine: &MachineConfig, memory: &Memory) {
+    memory.memory().iter().for_each(|region| machine.huge_pages.choose(region));
+    let (size, count) = (machine.mem_size_mib, machine.vcpu_count);
+    log::debug(format_args!("allocated {size} MiB of guest memory for {count} CPUs"));
 }
 
 /// What boot tables say of the machine before it has any part.
