@@ -52,7 +52,8 @@ pub fn trespass(thread: &mut Injected, what: &str) -> Outcome {
         "ptrace" => thread.call(libc::SYS_ptrace, [u64::from(libc::PTRACE_ATTACH), NOBODY, 0], (0, b"")),
         "bpf" => thread.call(libc::SYS_bpf, [0; 3], (0, b"")),
         "mount" => thread.call(libc::SYS_mount, [0, 0, 0], (1, PATH)),
-        "mknodat" => thread.call(libc::SYS_mknodat, [here, 0, u64::from(libc::S_IFCHR)], (1, NODE)),
+        // A character device of the number 0 is none, but a whiteout, which anybody may make (since Linux 5.8).
+        "mknodat" => thread.call(libc::SYS_mknodat, [here, 0, u64::from(libc::S_IFBLK)], (1, NODE)),
         "openat" => thread.call(libc::SYS_openat, [here, 0, 0], (1, PATH)),
         "execve" => thread.call(libc::SYS_execve, [0, 0, 0], (0, PATH)),
         "socket" => thread.call(libc::SYS_socket, [IN, STREAM, 0], (0, b"")),
