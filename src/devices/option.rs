@@ -7,7 +7,7 @@ pub struct CliOption {
     pub name: &'static str,
     /// The form of its value; empty: it has none.
     pub value: &'static str,
-    /// What it does, in lines of at most 75 characters.
+    /// The help of the option, in lines of at most 75 characters.
     pub help: &'static str,
 }
 

@@ -59,8 +59,8 @@ pub const HAS_CPUID: bool = false;
 /// that the monitor notices.
 pub const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 panic=-1";
 
-/// The same for a guest with a virtio console: the serial port, which the device tree names, says what there is to say
-/// before the driver of that is there, which may be in a module.
+/// The command line of a stock kernel with a virtio console. Its driver may be in a module: until that is there, the
+/// serial port, which the device tree names, says what there is to say.
 pub const DEFAULT_COMMAND_LINE_OF_VIRTIO: &str = "earlycon console=hvc0 panic=-1";
 
 /// PSTATE at entry: EL1h, all interrupts masked.

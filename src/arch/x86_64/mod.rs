@@ -60,8 +60,8 @@ pub const HAS_CPUID: bool = true;
 /// that the monitor notices.
 pub const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 reboot=k panic=-1";
 
-/// The same for a guest with a virtio console: the serial port says what there is to say before the driver of that is
-/// there, which may be in a module.
+/// The command line of a stock kernel with a virtio console. Its driver may be in a module: until that is there, the
+/// serial port says what there is to say.
 pub const DEFAULT_COMMAND_LINE_OF_VIRTIO: &str = "earlycon=uart8250,io,0x3f8 console=hvc0 reboot=k panic=-1";
 
 /// With more CPUs than this, one has the APIC id 255. To a local APIC in xAPIC mode that means "all",

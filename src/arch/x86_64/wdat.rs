@@ -14,8 +14,7 @@ const HEADER: u32 = 32;
 const NO_PCI_DEVICE: [u8; 5] = [0xff, 0, 0xff, 0xff, 0xff];
 const ENABLED: u8 = 1;
 
-/// What an instruction does with the register: whether it has this value, what it is, this value is written, what the
-/// guest wants is written.
+/// The kinds of instructions: has the register this value, what is its value, write this value, write the guest's.
 const HAS: u8 = 0;
 const READ: u8 = 1;
 const WRITE: u8 = 2;

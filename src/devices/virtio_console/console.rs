@@ -19,7 +19,7 @@ use crate::virtio::{Io, VirtioDevice, Worker};
 /// The only value of `--console`.
 const VIRTIO: &str = "virtio";
 
-/// What a guest receives and sends; a driver fills the first one with buffers of a page each.
+/// The sizes of the queues by which the guest receives and sends; its driver fills the first with buffers of a page.
 const QUEUE_SIZES: [u16; 2] = [64, 64];
 
 /// Body of `PUT /console`.
@@ -65,7 +65,7 @@ what a kernel says first, both write here (docs/console.md)",
 }
 
 metrics! {
-    /// What went through it. Directions are the guest's.
+    /// Counts of what went through the console. Directions are the guest's.
     pub struct Metrics {
         /// Bytes that were typed and that the guest was given.
         rx_bytes_count: Counter,
@@ -84,7 +84,7 @@ pub struct Sent {
     pub gone: u64,
     /// The size of the terminal that the driver was told last; 0: none.
     pub size: (u16, u16),
-    /// What the guest has used of it is used, whatever its driver does.
+    /// The limit of the guest's output. A reset by the driver gives back nothing of what was used.
     pub limiter: Limiter,
 }
 
@@ -101,7 +101,7 @@ impl Console {
     }
 }
 
-/// What is saved of it: what was typed and the guest has not been given, and how far its output is.
+/// The console as it is saved: what was typed and the guest has not been given, and how far its output is.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
 pub struct State {
     #[serde(deserialize_with = "at_most::<TYPED_MAX, _, _>")]
@@ -160,7 +160,7 @@ impl VirtioDevice for Console {
         self.sent(|sent| (sent.gone, sent.size) = (0, (0, 0)));
     }
 
-    /// What was typed was for the guest that was.
+    /// Forgets what was typed: that was for the guest before the reset.
     fn power_on(&mut self) {
         self.reset();
         self.line.set_typed(&[]);

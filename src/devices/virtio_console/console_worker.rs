@@ -29,7 +29,7 @@ const IMPATIENT: u32 = 4;
 /// How long the guest waits for a reader of its output before some of it is kept, and lost in the end. The wait begins
 /// anew only once the reader has read everything.
 const PATIENCE: Duration = Duration::from_millis(100);
-/// So much is copied out of the guest's memory at once.
+/// The most bytes that are copied out of the guest's memory at once.
 const CHUNK: usize = 4096;
 
 /// The worker.

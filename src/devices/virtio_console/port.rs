@@ -140,7 +140,7 @@ nobody is connected. May be repeated (docs/console.md)",
 }
 
 metrics! {
-    /// What went through it. Directions are the guest's.
+    /// Counts of what went through the port. Directions are the guest's.
     pub struct Metrics {
         /// Bytes that the guest was given.
         rx_bytes_count: Counter,
