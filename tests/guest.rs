@@ -127,7 +127,7 @@ fn thirty_two_cpus_are_made_and_listed() {
     let ended = firmware(&["--cpus", "32", "--cmdline", "case=tables,exit-register"]);
     if gic() == Some(2) {
         assert_eq!(ended.code, Some(125), "{}", ended.text);
-        assert!(ended.text.contains("32 CPUs (`vcpu_count`, --cpus)"), "{}", ended.text);
+        assert!(ended.text.contains("32 CPUs (`vcpu_count`, --cpus;"), "{}", ended.text);
         assert!(ended.text.contains("at most 8"), "{}", ended.text);
     } else {
         assert_eq!(ended.code, Some(0), "{}", ended.text);
