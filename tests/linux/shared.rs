@@ -121,7 +121,7 @@ const CASES: &[Case] = &[
     }),
     ("what is given back of a raw disk is free", |guest| disks::gives_back(guest, "raw", "async")),
     ("what is given back of a qcow2 disk is free", |guest| disks::gives_back(guest, "qcow2", "sync")),
-    ("disk, network, metadata and entropy together", uses_all_devices),
+    (ALL_DEVICES, uses_all_devices),
     ("what is written to persistent memory is there", disks::writes_to_pmem),
     ("bulk data crosses a TAP in both directions", networks::bulk),
     ("a disk comes and goes while the guest runs", plugging::disks),
@@ -131,13 +131,17 @@ const CASES: &[Case] = &[
     ("a disk that is torn away leaves the guest alive", plugging::torn_away),
 ];
 
+/// The case in which every device interrupts: the one that is of use where the rig has an older interrupt controller.
+const ALL_DEVICES: &str = "disk, network, metadata and entropy together";
+
 /// Runs all cases in one guest, or in as many as it takes.
 fn cases_share_a_guest(transport: &[&str]) {
     network::enter();
     network::add_tap("tap0", "172.16.0.1/24");
     let mut failed = Vec::new();
     let mut guest = None;
-    for (name, case) in CASES {
+    let is_older = std::env::var("ALULA_GIC").is_ok_and(|version| version == "2");
+    for (name, case) in CASES.iter().filter(|(name, _)| !is_older || *name == ALL_DEVICES) {
         println!("case: {name}");
         let one = guest.take().unwrap_or_else(|| Guest::boot(transport));
         // A case that fails takes the guest with it.
