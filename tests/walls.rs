@@ -456,3 +456,27 @@ fn options_that_leave_walls_out_are_in_the_log() {
     let ended = run(["run", "--seccomp-filter", "/tmp/f"]);
     assert!(ended.code == Some(153) && ended.text.contains("is not implemented yet"), "{ended:?}");
 }
+
+/// KVM may refuse to run a CPU again and again, where it may start no thread. strace(1) plays it.
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn a_cpu_that_kvm_does_not_run_ends_its_guest_with_words() {
+    let mut process = Process::start(["run", "--cmdline", "end=spin"]);
+    process.expect(", 0 failed");
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", process.child.id())).unwrap();
+    let cpu = tasks
+        .map(|task| task.unwrap().path())
+        .find(|task| std::fs::read_to_string(task.join("comm")).unwrap() == "vcpu0\n");
+    let cpu = cpu.unwrap();
+    // The first call tells the guest that its CPU stood still while strace came; a thousand that run it follow.
+    let inject = "inject=ioctl:error=EAGAIN:when=1..1001";
+    let mut strace = Command::new("strace");
+    strace
+        .args(["-qq", "-o", "/dev/null", "-e", "trace=ioctl", "-e", inject, "-p"])
+        .arg(cpu.file_name().unwrap());
+    let mut strace = strace.spawn().unwrap();
+    let ended = process.end();
+    assert_eq!(ended.code, Some(123), "{}", ended.text);
+    assert!(ended.text.contains("raise the limit of processes (`pids.max`"), "{}", ended.text);
+    strace.wait().unwrap();
+}
