@@ -22,6 +22,7 @@ mod socket;
 use std::io::Read;
 use std::os::unix::net::UnixStream;
 
+use common::loopback::BlockDevice;
 use common::{Client, Process, Service, network, output, run, wait_for};
 use serde_json::json;
 

@@ -157,6 +157,7 @@ fn what_cannot_come_or_go_is_refused_and_changes_nothing() {
     client.ok("PUT", "/actions", START);
     let before = client.ok("GET", "/vm/config", "").json();
     let other = service.folder.write("other", [0; 4096]);
+    let sealed = BlockDevice::read_only(&other);
     let (second_root, none) = (
         json!({ "drive_id": "r", "is_root_device": true, "path_on_host": other }).to_string(),
         drive("d", Path::new("/nonexistent")),
@@ -178,6 +179,7 @@ fn what_cannot_come_or_go_is_refused_and_changes_nothing() {
         ),
         ("PUT", "/drives/d", &none, "`/nonexistent`: No such file"),
         ("PUT", "/drives/d", &drive("d", &first), "is in use"),
+        ("PUT", "/drives/d", &drive("d", &sealed.path), "the device cannot be written: `is_read_only`"),
         ("PUT", "/network-interfaces/m", &net("tap0"), "tap0"),
         ("PUT", "/network-interfaces/u", r#"{"iface_id": "u", "user": {}}"#, BY_TAP),
         ("PUT", "/entropy", "{}", "not supported after starting"),
