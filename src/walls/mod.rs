@@ -4,8 +4,8 @@
 //!
 //! A new system call gets into a list by one line: in `common.list` if all threads make it, in `vcpu.list`,
 //! `io.list` or `job.list` for those threads, else in `main.list`; with the values its arguments have where they say
-//! what it does, and with the reason. `main.list` is also for threads that `main` starts once its guest runs and that
-//! have no list of their own. A call that is needed only before the guest runs needs no line.
+//! what it does, and with the reason; a test makes it (`tests/used.rs`). `main.list` is also for threads that `main` starts
+//! once its guest runs and that have no list of their own. A call that is needed only before the guest runs needs no line.
 //!
 //! The threads of a guest that boots again, by a reset of its machine, have the filter of `main` beneath their own, and each
 //! call of theirs passes both: `main` may do all that any of them may.
