@@ -1,5 +1,6 @@
 //! Commands in guests: `alula run -- COMMAND`, `alula exec` and `alula cp`.
 
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 
 use alula::guest::call;
@@ -69,11 +70,15 @@ fn a_command_has_a_guest_of_its_own_with_any_root() {
     let before = std::fs::read(&image).unwrap();
     let busybox = folder.path("busybox").to_str().unwrap().to_owned();
     // An image, which memory lies over.
-    let script = "echo hi; echo err >&2; busybox touch /new && exit 7";
-    let copy_out = format!("/bin/busybox:{busybox}");
-    let (code, output, errors) =
-        run_command(&["--rootfs", &image, "--copy-out", &copy_out], &["busybox", "sh", "-c", script], b"");
+    let script = "echo hi; echo err >&2; busybox mkdir -p /new/a && cd /new && busybox touch b && busybox ln b c && \
+                  busybox ln -s b d && exit 7";
+    let new = folder.path("new");
+    let copies = [format!("/bin/busybox:{busybox}"), format!("/new:{}", new.display())];
+    let options = ["--rootfs", &image, "--copy-out", &copies[0], "--copy-out", &copies[1]];
+    let (code, output, errors) = run_command(&options, &["busybox", "sh", "-c", script], b"");
     assert_eq!((code, &output[..], &errors[..]), (7, &b"hi\n"[..], "err\n"));
+    assert!(new.join("a").is_dir() && new.join("b").metadata().unwrap().nlink() == 2);
+    assert_eq!(new.join("d").read_link().unwrap(), Path::new("b"));
     assert!(std::fs::read(&image).unwrap() == before, "the image was written to");
 
     // A folder, with the program that came out of the image.
