@@ -24,8 +24,8 @@ static ALLOCATOR: common::allocator::Peaking = common::allocator::Peaking;
 const PAUSE: &str = r#"{"state": "Paused"}"#;
 const GO_ON: &str = r#"{"state": "Resumed"}"#;
 
-/// A snapshot of a guest with a disk, an entropy device and a vsock device, which waits for a line. Its first process
-/// is gone.
+/// A snapshot of a guest with a disk, an entropy device, a vsock device, a port, a watchdog, and where that can be, CPUs to
+/// come, which waits for a line. Its first process is gone.
 struct Snapshot {
     folder: Folder,
 }
@@ -77,8 +77,14 @@ fn running(extra: &[&str]) -> (Folder, Service) {
     folder.write("disk", vec![7; 1 << 20]);
     let mut service = Service::start(extra);
     let mut client = service.client();
-    client.ok("PUT", "/machine-config", r#"{"vcpu_count": 2, "mem_size_mib": 64}"#);
+    let mut machine = json!({ "vcpu_count": 2, "mem_size_mib": 64, "watchdog": "reset" });
+    if alula::arch::HAS_CPUID {
+        machine["max_vcpus"] = json!(3);
+    }
+    client.ok("PUT", "/machine-config", &machine.to_string());
     client.ok("PUT", "/entropy", "{}");
+    let port = json!({ "id": "port", "uds_path": folder.path("port") });
+    client.ok("PUT", "/ports/port", &port.to_string());
     let vsock = json!({ "guest_cid": 3, "uds_path": folder.path("vsock") });
     client.ok("PUT", "/vsock", &vsock.to_string());
     let disk = json!({ "drive_id": "disk", "is_root_device": false, "path_on_host": folder.path("disk") });

@@ -232,11 +232,13 @@ const CHANGES: [(&str, Change); 10] = [
         let mut saved = base.saved();
         let devices: Vec<String> = saved.config.devices().map(|device| device.name()).collect();
         let machine = &mut saved.config.machine_config;
-        match numbers.below(5) {
+        match numbers.below(7) {
             0 => machine.mem_size_mib = *numbers.of(&[2, 63, 65, 4096, 1 << 20]),
             1 => machine.vcpu_count = *numbers.of(&[1, 3, 32]),
             2 => saved.config.pci ^= true,
             3 => saved.config.boot_timer ^= true,
+            4 => machine.max_vcpus = *numbers.of(&[None, Some(2), Some(4), Some(512)]),
+            5 => machine.watchdog = None,
             _ => saved.config.remove(numbers.of(&devices).as_str()),
         }
         base.with_saved(&saved)
