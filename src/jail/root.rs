@@ -22,7 +22,7 @@ const DEVICES: [(&str, u32, u32); 3] =
     [("dev/kvm", 10, 232), ("dev/net/tun", 10, 200), ("dev/urandom", 1, 9)];
 /// The device for page faults, which has no fixed number. A jail has none where the host has none.
 const USERFAULTFD: &str = "dev/userfaultfd";
-/// Folders in the jail, each after the one that it is in.
+/// Folders in the jail for devices, each after the one that it is in.
 const FOLDERS: [&str; 2] = ["dev", "dev/net"];
 /// The folder in which a program makes its socket, and which belongs to the program.
 const RUN: &str = "run";
@@ -159,17 +159,20 @@ impl Root {
             )));
         }
         root.put_program(program, made)?;
-        for name in FOLDERS {
-            root.within(name, made.folder(&root.place, name, 0o755))?;
+        let mut folders = vec![("", Rc::clone(&root.place))];
+        for path in FOLDERS {
+            let (above, name) = split(path, &folders);
+            let folder = root.within(path, made.folder(above, name, 0o755))?;
+            folders.push((path, folder));
         }
         let run = root.within(RUN, made.folder(&root.place, RUN, 0o700))?;
         for (device, major, minor) in DEVICES {
-            root.put_device(device, libc::makedev(major, minor), made)?;
+            root.put_device(device, split(device, &folders), libc::makedev(major, minor), made)?;
         }
         if let Ok(found) = std::fs::metadata(Path::new("/").join(USERFAULTFD))
             && found.file_type().is_char_device()
         {
-            root.put_device(USERFAULTFD, found.rdev(), made)?;
+            root.put_device(USERFAULTFD, split(USERFAULTFD, &folders), found.rdev(), made)?;
         }
         if !user.is_mapped {
             for (name, folder) in [(RUN, &run), ("", &root.place)] {
@@ -206,18 +209,24 @@ impl Root {
 
     /// Makes a device that belongs to the program; in a user namespace, where nobody can, a file for the host's to be
     /// mounted on, if there is one.
-    fn put_device(&mut self, path: &'static str, number: u64, made: &mut Made) -> Result<()> {
+    fn put_device(
+        &mut self,
+        path: &'static str,
+        (folder, name): (&Place, &str),
+        number: u64,
+        made: &mut Made,
+    ) -> Result<()> {
         if self.user.is_mapped {
             if Path::new("/").join(path).exists() {
-                self.within(path, made.file(&self.place, path, 0o600))?;
+                self.within(path, made.file(folder, name, 0o600))?;
                 self.bound.push(path);
             }
             return Ok(());
         }
-        self.within(path, descriptor::make_device_in(&*self.place, path, number))?;
-        made.note(&self.place, path);
+        self.within(path, descriptor::make_device_in(&**folder, name, number))?;
+        made.note(folder, name);
         // The owner of a folder that was there already could have exchanged the device by now.
-        let node = self.within(path, descriptor::open_in(&*self.place, path, libc::O_PATH, 0))?;
+        let node = self.within(path, descriptor::open_in(&**folder, name, libc::O_PATH, 0))?;
         let node = File::from(node);
         let is_it = |found: &Metadata| found.file_type().is_char_device() && found.rdev() == number;
         if !self.within(path, node.metadata()).is_ok_and(|found| is_it(&found)) {
@@ -262,6 +271,14 @@ impl Root {
         let text = format!("{pid}");
         self.within(&name, std::io::Write::write_all(&mut File::from(file), text.as_bytes()))
     }
+}
+
+/// The open folder that a path of the jail leads to, and the name there. The owner of a folder that was there already
+/// could make a link of a part of the path meanwhile, so that nothing is made, or removed, by the path.
+fn split<'p>(path: &'p str, folders: &'p [(&str, Place)]) -> (&'p Place, &'p str) {
+    let (above, name) = path.rsplit_once('/').unwrap_or(("", path));
+    let folder = folders.iter().find(|(path, _)| *path == above);
+    (&folder.expect("the folders of all devices are made").1, name)
 }
 
 /// Opens the folder of all jails, which is made if there is none.

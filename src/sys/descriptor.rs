@@ -1,13 +1,14 @@
 //! Calls on open descriptors: their flags, whether they are ready, files, block devices, terminals; and on what is in an
-//! open folder, by its name there (`..._in`): whoever can change the path of the folder meanwhile cannot lead them
-//! elsewhere.
+//! open folder, by its name there (`..._in`): whoever can change the path of the folder meanwhile, or what is in it, cannot
+//! lead them elsewhere.
 #![allow(unsafe_code)]
 
-use std::ffi::OsStr;
+use std::ffi::{CString, OsStr};
 use std::fs::File;
 use std::io::{Error, ErrorKind, Result};
 use std::mem::{ManuallyDrop, zeroed};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use super::check;
@@ -303,12 +304,21 @@ pub fn open_in(folder: &impl AsRawFd, path: impl AsRef<OsStr>, flags: i32, mode:
     } as i32)
 }
 
+/// The name of something in a folder, for the calls that would follow links in the folders of a path: of those, there must
+/// be none.
+fn name_in_folder(name: impl AsRef<OsStr>) -> Result<CString> {
+    match name.as_ref().as_bytes().contains(&b'/') {
+        true => Err(ErrorKind::InvalidFilename.into()),
+        false => c_string(name),
+    }
+}
+
 /// Makes a folder (mkdirat(2)); the mode is cut by the process's mask.
 ///
 /// # Errors
-/// The kernel's; EEXIST: there is something of that name, maybe a link.
+/// The kernel's; EEXIST: there is something of that name, maybe a link. The name is a path.
 pub fn make_folder_in(folder: &impl AsRawFd, name: impl AsRef<OsStr>, mode: u32) -> Result<()> {
-    let name = c_string(name)?;
+    let name = name_in_folder(name)?;
     // SAFETY: the call reads a string that ends with a zero.
     check(unsafe { libc::mkdirat(folder.as_raw_fd(), name.as_ptr(), mode) }).map(drop)
 }
@@ -316,9 +326,9 @@ pub fn make_folder_in(folder: &impl AsRawFd, name: impl AsRef<OsStr>, mode: u32)
 /// Makes the node of a character device, for its owner to read and write (mknodat(2)).
 ///
 /// # Errors
-/// The kernel's; EEXIST: there is something of that name, maybe a link.
+/// The kernel's; EEXIST: there is something of that name, maybe a link. The name is a path.
 pub fn make_device_in(folder: &impl AsRawFd, name: impl AsRef<OsStr>, device: u64) -> Result<()> {
-    let name = c_string(name)?;
+    let name = name_in_folder(name)?;
     // SAFETY: the call reads a string that ends with a zero.
     check(unsafe { libc::mknodat(folder.as_raw_fd(), name.as_ptr(), libc::S_IFCHR | 0o600, device) })
         .map(drop)
@@ -327,9 +337,9 @@ pub fn make_device_in(folder: &impl AsRawFd, name: impl AsRef<OsStr>, device: u6
 /// Gives an open file a further name (linkat(2)), by way of /proc.
 ///
 /// # Errors
-/// The kernel's; EXDEV: the folder is on another file system. EPERM: this user may not.
+/// The kernel's; EXDEV: the folder is on another file system. EPERM: this user may not. The name is a path.
 pub fn link_in(file: &impl AsRawFd, folder: &impl AsRawFd, name: impl AsRef<OsStr>) -> Result<()> {
-    let (path, name) = (c_string(format!("/proc/self/fd/{}", file.as_raw_fd()))?, c_string(name)?);
+    let (path, name) = (c_string(format!("/proc/self/fd/{}", file.as_raw_fd()))?, name_in_folder(name)?);
     let to = (folder.as_raw_fd(), name.as_ptr());
     // SAFETY: the call reads two strings that end with a zero.
     check(unsafe { libc::linkat(libc::AT_FDCWD, path.as_ptr(), to.0, to.1, libc::AT_SYMLINK_FOLLOW) })
@@ -339,9 +349,9 @@ pub fn link_in(file: &impl AsRawFd, folder: &impl AsRawFd, name: impl AsRef<OsSt
 /// Removes a name, and an empty folder that has it (unlinkat(2)).
 ///
 /// # Errors
-/// The kernel's.
+/// The kernel's. The name is a path.
 pub fn remove_in(folder: &impl AsRawFd, name: impl AsRef<OsStr>) -> Result<()> {
-    let name = c_string(name)?;
+    let name = name_in_folder(name)?;
     // SAFETY: the call reads a string that ends with a zero.
     let remove = |flags| check(unsafe { libc::unlinkat(folder.as_raw_fd(), name.as_ptr(), flags) }).map(drop);
     match remove(0) {

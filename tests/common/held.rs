@@ -1,5 +1,6 @@
 //! Threads of other processes, held up at a moment of the test's choice.
 
+use std::io::Error;
 use std::path::PathBuf;
 use std::process::Child;
 
@@ -46,6 +47,44 @@ impl Held {
             assert_eq!(libc::waitpid(thread, &mut status, libc::__WALL), thread);
             assert_eq!(libc::ptrace(libc::PTRACE_DETACH, main, 0, 0), 0, "{}", failed());
             Self(thread)
+        }
+    }
+
+    /// The main thread of such a process as it is about to make a system call that `is_meant`, by the call's number and its
+    /// arguments; `begin` has the process begin what it does. To be dropped by the same thread.
+    #[allow(unsafe_code)]
+    pub fn at_call(child: &Child, begin: impl FnOnce(), is_meant: impl Fn(i64, [u64; 6]) -> bool) -> Self {
+        let (main, mut status) = (child.id() as i32, 0);
+        // SAFETY: the calls take numbers and local variables, as large as they are told.
+        unsafe {
+            for request in [libc::PTRACE_SEIZE, libc::PTRACE_INTERRUPT] {
+                let options = if request == libc::PTRACE_SEIZE { libc::PTRACE_O_TRACESYSGOOD } else { 0 };
+                assert_eq!(libc::ptrace(request, main, 0, options), 0, "{}", Error::last_os_error());
+            }
+            begin();
+            let mut told: libc::ptrace_syscall_info = std::mem::zeroed();
+            let size = size_of_val(&told);
+            loop {
+                assert_eq!(libc::waitpid(main, &mut status, libc::__WALL), main);
+                assert!(libc::WIFSTOPPED(status), "it ended without such a call: {status:#x}");
+                let signal = libc::WSTOPSIG(status);
+                let is_call = signal == libc::SIGTRAP | 0x80;
+                if is_call {
+                    libc::ptrace(libc::PTRACE_GET_SYSCALL_INFO, main, size, &raw mut told);
+                    let entry = told.u.entry;
+                    if told.op == libc::PTRACE_SYSCALL_INFO_ENTRY && is_meant(entry.nr as i64, entry.args) {
+                        return Self(main);
+                    }
+                }
+                // A stop that the tracer asked for is no signal of the process's.
+                let passed = if is_call || status >> 16 != 0 { 0 } else { signal };
+                assert_eq!(
+                    libc::ptrace(libc::PTRACE_SYSCALL, main, 0, passed),
+                    0,
+                    "{}",
+                    Error::last_os_error()
+                );
+            }
         }
     }
 }

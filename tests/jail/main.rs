@@ -6,6 +6,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod looked;
+mod moments;
 mod refused;
 mod site;
 
