@@ -115,6 +115,7 @@ pub fn enter(jail: &Jail) -> Result<Option<Vec<OsString>>> {
             // An open folder of the host's would be a way out of the jail.
             drop((program, made));
             jail.close_others()?;
+            confine::show_to_user().context("have the jail belong to its user")?;
         }
         Ok(None) => {}
     }

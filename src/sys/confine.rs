@@ -364,11 +364,10 @@ pub fn become_user(uid: u32, gid: u32) -> Result<()> {
 }
 
 /// Makes what [`become_user`] has done final, for a process that no other program takes the place of: the saved user
-/// goes, and with it, or with a user namespace, all capabilities. The process is looked at and traced by its user as if
-/// the user had started it (PR_SET_DUMPABLE), and nobody finds there what its environment was.
+/// goes, and with it, or with a user namespace, all capabilities. Nobody finds in the process what its environment was.
 ///
 /// # Errors
-/// The kernel's, of setresuid(2), capset(2) and prctl(2).
+/// The kernel's, of setresuid(2) and capset(2).
 pub fn stay_user(uid: u32) -> Result<()> {
     /// Capabilities are 64 bits in two structures (_LINUX_CAPABILITY_VERSION_3).
     const VERSION_3: u32 = 0x2008_0522;
@@ -380,10 +379,19 @@ pub fn stay_user(uid: u32) -> Result<()> {
         if uid != 0 {
             check(libc::syscall(libc::SYS_capset, header.as_ptr(), none.as_ptr()) as i32)?;
         }
-        check(libc::prctl(libc::PR_SET_DUMPABLE, 1, 0, 0, 0))?;
         forget_environment();
     }
     Ok(())
+}
+
+/// Has this process be looked at and traced by its user as if the user had started it (PR_SET_DUMPABLE): the user can take
+/// from it then what it has in its memory, and what it has open (pidfd_getfd(2)).
+///
+/// # Errors
+/// The kernel's, of prctl(2).
+pub fn show_to_user() -> Result<()> {
+    // SAFETY: the call takes numbers.
+    check(unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 1, 0, 0, 0) }).map(drop)
 }
 
 /// Takes all variables out of the environment, and overwrites them where they were, which /proc/PID/environ shows.

@@ -1,16 +1,18 @@
 //! The jail's maker at moments that others could use: it is held up there, and what they would do is done.
 
 use std::os::unix::fs::symlink;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use crate::common::Process;
 use crate::common::held::Held;
+use crate::looked::Looked;
 use crate::site::Site;
 
 /// The command, begun once a line comes.
 fn waiting(command: &Command) -> Process {
     let mut shell = Command::new("sh");
     shell.args(["-c", "read line; exec \"$@\"", "sh"]).arg(command.get_program()).args(command.get_args());
+    shell.env("SECRET", "1");
     Process::spawn(shell)
 }
 
@@ -43,4 +45,22 @@ fn a_folder_that_becomes_a_link_leads_nowhere() {
     let names: Vec<_> =
         std::fs::read_dir(&elsewhere).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(names, ["kvm"], "something was made there, or removed");
+}
+
+#[test]
+fn a_user_who_may_look_finds_nothing_of_the_makers() {
+    let site = Site::new();
+    let mut command = site.jail("looked");
+    command.args(site.limits()).args(["--", "serve", "--nonesuch"]).stdin(Stdio::null());
+    let mut maker = waiting(&command);
+    let shows = |number, arguments: [u64; 6]| {
+        number == libc::SYS_prctl && arguments[..2] == [libc::PR_SET_DUMPABLE as u64, 1]
+    };
+    let held = held(&mut maker, shows);
+    let looked = Looked(maker.child.id());
+    let opened = looked.descriptors();
+    assert!(opened.iter().all(|(number, _)| *number < 3), "{opened:?}");
+    assert_eq!(looked.read("environ").trim_matches('\0'), "");
+    drop(held);
+    maker.end();
 }
