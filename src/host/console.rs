@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -84,19 +84,26 @@ pub struct StdoutWriter {
     kept: VecDeque<u8>,
     /// How long a write waits for the reader.
     wait_ms: i32,
+    /// The most bytes of a write that does not block where poll said that there is room.
+    step: usize,
 }
 
 impl StdoutWriter {
     /// Writes to `fd`, and waits for its reader a moment.
     pub fn new(fd: OwnedFd) -> Self {
-        let file = Named::new("serial console, standard output", fd.into());
-        Self { file, kept: VecDeque::new(), wait_ms: READER_WAIT_MS }
+        Self::of("serial console, standard output", fd, READER_WAIT_MS)
     }
 
     /// Writes to `fd` for who waits for its reader elsewhere.
     pub fn patient(fd: OwnedFd) -> Self {
-        let file = Named::new("virtio console, standard output", fd.into());
-        Self { file, kept: VecDeque::new(), wait_ms: 0 }
+        Self::of("virtio console, standard output", fd, 0)
+    }
+
+    fn of(name: &'static str, fd: OwnedFd, wait_ms: i32) -> Self {
+        let blocks = descriptor::status(&fd).is_ok_and(|flags| flags & libc::O_NONBLOCK == 0);
+        // To a pipe, up to PIPE_BUF bytes do not block (POSIX). A terminal waits for room for all that it is given.
+        let step = if blocks && fd.is_terminal() { 1 } else { libc::PIPE_BUF };
+        Self { file: Named::new(name, fd.into()), kept: VecDeque::new(), wait_ms, step }
     }
 
     /// The same as standard output, for who waits for its reader elsewhere. Writes to a terminal of which nobody reads block
@@ -115,9 +122,8 @@ impl StdoutWriter {
     fn write_kept(&mut self, mut timeout_ms: i32) -> usize {
         while !self.kept.is_empty() && has_room(&self.file, timeout_ms) {
             timeout_ms = 0;
-            // Up to PIPE_BUF bytes do not block where poll said so (POSIX).
             let (front, _) = self.kept.as_slices();
-            match self.file.write(&front[..front.len().min(libc::PIPE_BUF)]) {
+            match self.file.write(&front[..front.len().min(self.step)]) {
                 Ok(written) => drop(self.kept.drain(..written)),
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
                 // Whoever else has it open has made it non-blocking, and another one took the room.

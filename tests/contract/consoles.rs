@@ -1,12 +1,17 @@
 //! The console in use: what is typed and said, terminals of any size, and readers that do not read.
 
+use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::mpsc::channel;
 
 use alula::host::console::{Output, StdoutWriter};
 use alula::host::line::{TYPED_MAX, UserLine};
 use alula::poll;
+use alula::sink::has_room;
+use alula::sys::descriptor;
+use common::terminal::Terminal as Pty;
 
 use super::*;
 
@@ -239,4 +244,34 @@ fn a_screen_that_nobody_reads_costs_a_moment_and_then_text() {
     guest.request(TX, &[(text, 0)]);
     reader.read_exact(&mut read[..1024]).unwrap();
     assert_eq!(counted(&guest, "missed_write_count"), 36 << 10);
+}
+
+#[test]
+fn a_terminal_with_little_room_holds_nobody_up() {
+    let Pty { mut user, monitor } = Pty::new();
+    // It is full, and then its user reads a little.
+    let flags = descriptor::status(&monitor).unwrap();
+    descriptor::set_status(&monitor, flags | libc::O_NONBLOCK).unwrap();
+    let monitor = File::from(monitor);
+    while (&monitor).write(&[b'-'; 100]).is_ok() {}
+    descriptor::set_status(&monitor, flags).unwrap();
+    while !has_room(&monitor, 0) {
+        user.read_exact(&mut [0; 10]).unwrap();
+    }
+    // As in a jail, it cannot be opened anew, and blocks who writes more than there is room for.
+    let mut output = StdoutWriter::patient(monitor.into());
+    let (sender, written) = channel();
+    let writer = std::thread::spawn(move || {
+        sender.send(output.write(&[b'a'; 60_000]).unwrap()).unwrap();
+        drop(output);
+    });
+    assert_eq!(written.recv_timeout(common::PATIENCE), Ok(60_000), "it waits for its reader");
+    // The rest comes once the user reads.
+    let mut rest = Vec::new();
+    while rest.iter().filter(|byte| **byte == b'a').count() < 60_000 {
+        let mut some = [0; 4096];
+        let count = user.read(&mut some).unwrap();
+        rest.extend_from_slice(&some[..count]);
+    }
+    writer.join().unwrap();
 }
