@@ -25,9 +25,10 @@ impl Microvm {
         device.check()?;
         let (name, kind) = (device.name(), device.kind());
         if self.config.device(kind, device.id()).is_some() {
+            let change = if kind.patchable { "change it (PATCH), or " } else { "" };
             // The first words are Firecracker's.
             return Err(Error::config(format!(
-                "Device ID in use: the guest has {name}: change it (PATCH), or take it away first (DELETE)"
+                "Device ID in use: the guest has {name}: {change}take it away first (DELETE)"
             )));
         }
         if device.root_words().is_some() {

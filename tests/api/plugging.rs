@@ -140,6 +140,10 @@ fn devices_come_and_go_while_the_guest_runs() {
 const BY_TAP: &str = "no program is started once the guest has run: give the interface a TAP (`host_dev_name`), or the \
                       descriptors of one (`fd:N`)";
 
+/// A port that the guest has already, and the words for that: ports have no PATCH that would change it.
+const PORT_TWICE: &str = r#"{"id": "port", "uds_path": "other"}"#;
+const IS_THERE: &str = "Device ID in use: the guest has port `port`: take it away first (DELETE)";
+
 #[test]
 fn what_cannot_come_or_go_is_refused_and_changes_nothing() {
     network::enter();
@@ -151,6 +155,8 @@ fn what_cannot_come_or_go_is_refused_and_changes_nothing() {
     client.ok("PUT", "/drives/first", &root.to_string());
     client.ok("PUT", "/network-interfaces/n", r#"{"iface_id": "n", "host_dev_name": "tap0"}"#);
     client.ok("PUT", "/mmds/config", r#"{"network_interfaces": ["n"]}"#);
+    let port = json!({ "id": "port", "uds_path": service.folder.path("port") });
+    client.ok("PUT", "/ports/port", &port.to_string());
     let early = client.request("DELETE", "/drives/first", "").fault();
     assert_eq!(early, "The requested operation is not supported before starting the microVM.");
     service.boot_source("hello");
@@ -158,10 +164,8 @@ fn what_cannot_come_or_go_is_refused_and_changes_nothing() {
     let before = client.ok("GET", "/vm/config", "").json();
     let other = service.folder.write("other", [0; 4096]);
     let sealed = BlockDevice::read_only(&other);
-    let (second_root, none) = (
-        json!({ "drive_id": "r", "is_root_device": true, "path_on_host": other }).to_string(),
-        drive("d", Path::new("/nonexistent")),
-    );
+    let second_root = json!({ "drive_id": "r", "is_root_device": true, "path_on_host": other }).to_string();
+    let none = drive("d", Path::new("/nonexistent"));
     let net = |name: &str| json!({ "iface_id": "m", "host_dev_name": name }).to_string();
     for (method, path, body, expected) in [
         (
@@ -170,6 +174,7 @@ fn what_cannot_come_or_go_is_refused_and_changes_nothing() {
             &*drive("first", &other),
             "Device ID in use: the guest has disk `first`: change",
         ),
+        ("PUT", "/ports/port", PORT_TWICE, IS_THERE),
         ("PUT", "/drives/r", &second_root, "a guest that runs has booted already: leave"),
         (
             "PUT",
@@ -198,9 +203,9 @@ fn what_cannot_come_or_go_is_refused_and_changes_nothing() {
         assert!(fault.contains(expected), "{method} {path} {body}: {fault}");
         assert_eq!(client.ok("GET", "/vm/config", "").json(), before, "{method} {path} {body}");
     }
-    // The bridge, the disk, the interface, and 29 more.
+    // The bridge, the disk, the interface, the port, and 28 more.
     let body = |id: &str| json!({ "drive_id": id, "is_root_device": false, "is_read_only": true, "path_on_host": other });
-    for number in 0..29 {
+    for number in 0..28 {
         let id = format!("d{number}");
         client.ok("PUT", &format!("/drives/{id}"), &body(&id).to_string());
     }
