@@ -71,7 +71,7 @@ fn a_watchdog_that_does_nothing_is_told_of_once() {
     service.process.expect("watchdog: ok (new)");
     let told = || events().iter().filter(|event| event["event"] == "watchdog_expired").count();
     wait_for(|| told() == 1);
-    // Nobody is reset, and the guest goes on.
+    // The guest is not reset, and goes on.
     let mut client = service.client();
     assert_eq!(client.ok("GET", "/", "").json()["state"], "Running");
     assert_eq!(client.ok("GET", "/machine-config", "").json()["watchdog"], "none");
@@ -98,7 +98,7 @@ fn a_guest_that_stands_still_keeps_its_time_also_in_another_machine() {
     let before = Instant::now();
     let machine = suspended.go_on(&screen);
     let end = left(&machine).0.unwrap();
-    // What has passed since counts only from the moment on in which the guest goes on.
+    // The time that has passed since counts only from the moment on in which the guest goes on.
     assert!((before + stood.1..=Instant::now() + stood.1).contains(&end), "{stood:?}");
     assert!(machine.exit().is_none());
     machine.end(Exit::WatchdogExpired);

@@ -127,7 +127,7 @@ pub enum HugePages {
     Never,
 }
 
-/// What is done when the guest lets its watchdog expire, in the words of QEMU and libvirt. Readers of events are told of
+/// The action that is taken when the guest lets its watchdog expire, in the words of QEMU and libvirt. Readers of events are told of
 /// it in any case.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]

@@ -35,7 +35,7 @@ pub struct Config {
     /// A file, created if it is missing, or a FIFO; none: standard output.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub serial_out_path: Option<PathBuf>,
-    /// So many bytes in a time go out; more are dropped.
+    /// The limit of what goes out, in bytes in a time; more is dropped.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rate_limiter: Option<TokenBucket>,
 }
@@ -65,7 +65,7 @@ impl SerialEvents for Room {
 }
 
 metrics! {
-    /// What went through it; names as in Firecracker's metrics.
+    /// Counts of what went through the UART; the names are as in Firecracker's metrics.
     pub struct Metrics {
         /// Bytes that the guest read.
         read_count: Counter,
@@ -84,7 +84,7 @@ metrics! {
 pub struct Console {
     // Host
     room: Arc<EventFd>,
-    /// What it counts.
+    /// The counts of what went through the UART.
     pub metrics: Arc<Metrics>,
     // Host and guest-visible
     serial: Serial<Line, Room, MeteredOutput>,
@@ -146,12 +146,12 @@ impl FixedDevice for Console {
     }
 }
 
-/// What is saved of the UART: its registers, what was typed and not read, and what the limit lets through.
+/// The UART as it is saved: its registers, what was typed and not read, and what the limit lets through.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
 pub struct State {
     divisor: [u8; 2],
     interrupt_enable: u8,
-    /// That the transmitter is empty stands here until the guest has read so: a driver in the middle of a
+    /// The interrupt of an empty transmitter stands here until the guest has read of it: a driver in the middle of a
     /// transmission waits for that.
     interrupt_identification: u8,
     line_control: u8,

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 pub const SHORTEST: Duration = Duration::from_secs(1);
 /// A countdown that nobody has set.
 const DEFAULT: Duration = Duration::from_secs(60);
-/// Who finds the end of a countdown so late did not run: a process that was stopped, or a host that stood still. Its
+/// A process that finds the end of a countdown so late did not run: it was stopped, or its host stood still. Its
 /// guest did not run either.
 const LATE_MAX: Duration = Duration::from_secs(1);
 
@@ -47,7 +47,7 @@ pub struct Countdown {
     state: State,
 }
 
-/// What is saved of a countdown of a guest that stands still.
+/// The countdown of a guest that stands still, as it is saved.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
 pub struct State {
     length: Duration,
@@ -58,7 +58,7 @@ pub struct State {
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
 enum Phase {
     Stopped,
-    /// So much was left at the time of [`Countdown::since`].
+    /// The countdown goes on: this was left at the time of [`Countdown::since`].
     Counts(Duration),
     /// The guest has let the time pass, and not begun anew.
     Over,
@@ -91,7 +91,7 @@ impl Countdown {
         self.state.phase = Phase::Stopped;
     }
 
-    /// Whether the guest has begun it, and not stopped it.
+    /// Says whether the guest has begun the countdown, and not stopped it.
     pub fn is_on(&self) -> bool {
         self.state.phase != Phase::Stopped
     }
@@ -114,7 +114,7 @@ impl Countdown {
         }
     }
 
-    /// Whether it is over at last: true once. One that is found over too late ([`LATE_MAX`]) begins anew instead.
+    /// Says whether the countdown is over at last: true once. One that is found over too late ([`LATE_MAX`]) begins anew instead.
     pub fn take_end(&mut self, now: Instant) -> bool {
         let Some(end) = self.ends_at().filter(|end| *end <= now) else { return false };
         if now - end > LATE_MAX {
@@ -130,7 +130,7 @@ impl Countdown {
         self.go_on_with(SHORTEST, now);
     }
 
-    /// Whether it was ever over, as far as the guest has not had that forgotten.
+    /// Says whether the countdown was ever over, as far as the guest has not had that forgotten.
     pub fn has_expired(&self) -> bool {
         self.state.has_expired
     }

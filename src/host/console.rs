@@ -14,15 +14,15 @@ use crate::sys::descriptor;
 /// How long one byte of the guest's waits for a reader before it is kept: the guest is slowed down
 /// to its reader's pace, and a pause never waits longer than this for a vCPU.
 const READER_WAIT_MS: i32 = 100;
-/// What is kept for a reader that does not read. More is lost: a guest that floods its console
+/// The most that is kept for a reader that does not read. More is lost: a guest that floods its console
 /// must not make us grow.
 const KEPT_MAX: usize = 64 << 10;
 
-/// What the consoles of a guest write to.
+/// The place that the consoles of a guest write to.
 pub enum Output {
     /// Standard output.
     Stdout(StdoutWriter),
-    /// What never waits for a reader.
+    /// A place that never waits for a reader.
     Other(Arc<Mutex<Box<dyn Write + Send>>>),
 }
 
@@ -33,7 +33,7 @@ impl Output {
         Ok(Self::Stdout(StdoutWriter::new(fd.context("duplicate standard output")?)))
     }
 
-    /// What never waits for a reader.
+    /// A place that never waits for a reader.
     pub fn other(output: Box<dyn Write + Send>) -> Self {
         Self::Other(Arc::new(Mutex::new(output)))
     }
@@ -43,7 +43,7 @@ impl Output {
         Self::other(Box::new(std::io::sink()))
     }
 
-    /// The same for another console, whose writes never wait: whoever writes looks whether the reader is behind.
+    /// This place for another console, whose writes never wait: whoever writes looks whether the reader is behind.
     pub fn another(&self) -> Result<Self> {
         match self {
             Self::Stdout(_) => StdoutWriter::patient_stdout().map(Self::Stdout),
@@ -106,7 +106,7 @@ impl StdoutWriter {
         Self { file: Named::new(name, fd.into()), kept: VecDeque::new(), wait_ms, step }
     }
 
-    /// The same as standard output, for who waits for its reader elsewhere. Writes to a terminal of which nobody reads block
+    /// Standard output for who waits for its reader elsewhere. Writes to a terminal of which nobody reads block
     /// where there is room for a part of them: it is opened anew where that is possible, and does not block then.
     fn patient_stdout() -> Result<Self> {
         let stdout = descriptor::standard_output();

@@ -8,7 +8,7 @@ use super::console::Output;
 use crate::error::Result;
 use crate::poll::{self, EventFd};
 
-/// What is kept of what is typed until the guest takes it; the rest stays with who types.
+/// The most that is kept of what is typed until the guest takes it; the rest stays with who types.
 pub const TYPED_MAX: usize = 4096;
 
 /// The line.
@@ -101,12 +101,12 @@ impl UserLine {
         count
     }
 
-    /// What was typed and not taken.
+    /// All that was typed and not taken.
     pub fn typed(&self) -> Vec<u8> {
         self.lock().bytes.iter().copied().collect()
     }
 
-    /// The same is this now, TYPED_MAX bytes of it at most.
+    /// Has these bytes be what was typed and not taken, TYPED_MAX of them at most.
     pub fn set_typed(&self, bytes: &[u8]) {
         self.lock().bytes = bytes[..bytes.len().min(TYPED_MAX)].iter().copied().collect();
     }

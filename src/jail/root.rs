@@ -91,7 +91,7 @@ impl Program {
         Ok(Self { name: name.to_owned(), file, metadata })
     }
 
-    /// Whether the user could change the program, and so what every other jail executes.
+    /// Says whether the user could change the program, and so what every other jail executes.
     fn can_be_written_by(&self, user: User) -> bool {
         let (uid, gid) = if user.is_mapped { process::identity() } else { (user.uid, user.gid) };
         let (metadata, mode) = (&self.metadata, self.metadata.mode());

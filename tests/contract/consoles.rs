@@ -43,7 +43,7 @@ pub struct Terminal {
     line: Mutex<Option<Arc<UserLine>>>,
 }
 
-/// What was offered: the round, the room for what is received, and where a program comes to the port, if it is one.
+/// The things that were offered: the round, the room for what is received, and where a program comes to the port, if it is one.
 pub struct Offered {
     pub round: u8,
     pub room: (u64, u32),

@@ -20,7 +20,7 @@ const PORT_NAME: u16 = 7;
 
 const F_MULTIPORT: u64 = 2;
 
-/// Whether nobody looks at the buffers of this queue before a program of the host is at the port, or leaves it.
+/// Says whether nobody looks at the buffers of this queue before a program of the host is at the port, or leaves it.
 pub fn is_unseen(device: &ConfiguredDevice, queue: usize) -> bool {
     device.kind().section == "ports" && queue != SAID
 }
@@ -99,7 +99,7 @@ impl Port {
         port
     }
 
-    /// What the guest is told next.
+    /// The next message that the guest is told.
     fn told(&mut self) -> Vec<u8> {
         // Buffers are used in their order, and each is as long.
         let (head, length) = self.guest.next_used(TOLD);
@@ -124,7 +124,7 @@ impl Port {
         self.guest.turn();
     }
 
-    /// What the guest receives in a buffer of this length; None: nothing.
+    /// The bytes that the guest receives in a buffer of this length; None: there are none.
     fn receive(&mut self, length: usize) -> Option<Vec<u8>> {
         let room = self.guest.allocate(&vec![0; length]);
         self.guest.offer(RX, &[(room, WRITE)]);
@@ -215,7 +215,7 @@ fn a_program_that_does_not_read_holds_its_guest_back() {
     assert_eq!(port.guest.used_index(TX), 0, "all of it is kept somewhere");
     let sent = counted(&port.guest, "tx_bytes_count") as usize;
     assert!(sent > 0 && sent < text.len());
-    // What it has not taken is for the next one, also where the guest goes on elsewhere.
+    // The bytes that the program has not taken are for the next one, also where the guest goes on elsewhere.
     drop(one);
     let Port { guest, folder } = port;
     let suspended = guest.suspend();

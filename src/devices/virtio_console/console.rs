@@ -27,7 +27,7 @@ const QUEUE_SIZES: [u16; 2] = [64, 64];
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "Console"))]
 #[serde(deny_unknown_fields, expecting = "struct ConsoleDeviceConfig")]
 pub struct Config {
-    /// So many bytes in a time go out; more are dropped.
+    /// The limit of what goes out, in bytes in a time; more is dropped.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rate_limiter: Option<TokenBucket>,
 }

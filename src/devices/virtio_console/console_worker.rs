@@ -162,7 +162,7 @@ impl Pace {
         Ok(())
     }
 
-    /// Whether more may go to the output now; if not, the worker is told when it may.
+    /// Says whether more may go to the output now; if not, the worker is told when it may.
     fn lets_through(&mut self, output: &mut Output) -> Result<bool> {
         self.look(output)?;
         if output.behind().is_none() || self.is_over {

@@ -1,4 +1,4 @@
-//! What the guest sends: requests of any length, a turn's share at a time.
+//! The bytes that the guest sends: requests of any length, a turn's share at a time.
 
 use super::BYTES_PER_TURN;
 use crate::error::Result;

@@ -46,7 +46,7 @@ impl Config {
         self.name.as_deref().unwrap_or(&self.id)
     }
 
-    /// What errors call its socket.
+    /// The name of the socket in errors.
     fn socket(&self) -> String {
         format!("the socket of port `{}`", self.name())
     }
@@ -166,8 +166,8 @@ impl Device {
     }
 }
 
-/// What the guest sees of it beyond its configuration and its queues. The program that is connected is not saved: the
-/// guest is told, where it goes on, that the program has left.
+/// The port as it is saved: all that the guest sees of it beyond its configuration and its queues. The program that is
+/// connected is not saved: the guest is told, where it goes on, that the program has left.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
 pub struct State {
     talk: Talk,

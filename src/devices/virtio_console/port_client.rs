@@ -16,9 +16,9 @@ use crate::sys::{descriptor, network};
 use crate::virtio::buffers::Buffers;
 use crate::virtio::{Desk, Watched};
 
-/// What tells that whoever had the other end has closed it, both ways.
+/// Events which tell that whoever had the other end has closed it, both ways.
 const GONE: Interest = Interest::HANG_UP.union(Interest::ERROR);
-/// What is waited for: each change is told once.
+/// Events that are waited for: each change is told once.
 const ALL: Interest =
     Interest::IN.union(Interest::OUT).union(Interest::READ_HANG_UP).union(Interest::EDGE_TRIGGERED);
 
@@ -88,9 +88,9 @@ impl Port {
 
 /// The stream of a program.
 pub enum Stream {
-    /// Nobody waits for it.
+    /// A stream that no loop waits for.
     Resting(Named<UnixStream>),
-    /// A loop does.
+    /// A stream that a loop waits for.
     Watched(Watched<Named<UnixStream>>),
 }
 
@@ -140,7 +140,7 @@ impl Client {
         }
     }
 
-    /// Whether there may be something to read.
+    /// Says whether there may be something to read.
     pub fn may_read(&self) -> bool {
         self.is_readable && !self.has_ended
     }
@@ -175,7 +175,8 @@ impl Client {
         0
     }
 
-    /// Whether the program has left, and all that it sent was read. What a guest has not read yet keeps it here.
+    /// Says whether the program has left, and all that it sent was read: bytes that a guest has not read yet keep the
+    /// program here.
     fn is_over(&mut self) -> bool {
         if self.is_gone && !self.has_ended {
             let peeked = network::receive(self.stream(), &mut [0], libc::MSG_PEEK | libc::MSG_DONTWAIT);

@@ -1,8 +1,8 @@
 //! The running half of a port: bytes both ways between the program of the host that is there and the guest's, and
 //! messages of who is there.
 //!
-//! What the guest sends stays in its own memory until a program of the host takes it, and what a program of the host sends
-//! stays in its socket until the guest does: nothing is kept here, whatever either of them floods the other with.
+//! Bytes that the guest sends stay in its own memory until a program of the host takes them, and those that a program of
+//! the host sends stay in its socket until the guest does: nothing is kept here, whatever either of them floods the other with.
 
 use std::sync::{Arc, PoisonError};
 
@@ -148,7 +148,7 @@ impl Worker for Running {
         let desk = registrar.desk().clone();
         self.port.watch(&desk, CLIENT)?;
         self.desk = Some(desk);
-        // Who has connected before is let in now.
+        // A program that has connected before is let in now.
         self.handle_ready(LISTENER, Interest::empty())
     }
 
@@ -166,7 +166,7 @@ impl Worker for Running {
         self.transmit(&memory)?;
         self.receive(&memory)?;
         self.port.let_go();
-        // That one has left is told before the next one is let in.
+        // The guest is told that a program has left before the next one is let in.
         self.tell(&memory)?;
         if let Some(desk) = &self.desk
             && self.port.accept(desk, CLIENT)?

@@ -50,7 +50,7 @@ impl AcpiWatchdog {
             }
             LENGTH => self.counts,
             HAS_EXPIRED => countdown.has_expired().into(),
-            // What an expired watchdog does is its owner's to say: nothing for a guest to choose.
+            // The owner says what an expired watchdog does: there is nothing for a guest to choose.
             RESETS => 1,
             _ => 0,
         }
@@ -80,7 +80,7 @@ impl FixedDevice for AcpiWatchdog {
     }
 }
 
-/// What is saved of the registers.
+/// The registers as they are saved.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
 pub struct State {
     countdown: CountdownState,

@@ -41,7 +41,7 @@ pub struct Sp805 {
     registers: Registers,
 }
 
-/// What the guest has written.
+/// The values that the guest has written.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
 struct Registers {
     load: u32,
@@ -131,7 +131,7 @@ impl FixedDevice for Sp805 {
     }
 }
 
-/// What is saved of the watchdog.
+/// The watchdog as it is saved.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
 pub struct State {
     countdown: CountdownState,
@@ -257,7 +257,7 @@ mod tests {
         device.resume();
         write(&mut device, CLEAR, 0);
         assert!(read(&mut device, RAW_STATUS) == 0 && ends_in(&device).unwrap().as_secs() >= 10);
-        // What it does next, writing what is there, is no reload.
+        // Linux then writes the value that is there, which is no reload.
         device.watchdog.lock().pause(begin + Duration::from_secs(15));
         let left = device.watchdog.lock().left(begin);
         write(&mut device, CONTROL, 3);

@@ -11,10 +11,10 @@ pub(super) trait Wake {
     fn hush(&self);
 }
 
-/// Who takes jobs.
+/// The taker of jobs.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Standing {
-    /// Nobody, so far.
+    /// There is none so far.
     Alone,
     /// The loop.
     Attended,
@@ -77,7 +77,7 @@ impl<J, W: Wake> Inbox<J, W> {
         self.wake.wake();
     }
 
-    /// Whether there may be jobs, without a lock.
+    /// Says whether there may be jobs, without a lock.
     pub(super) fn has_jobs(&self) -> bool {
         self.has_jobs.load(Ordering::Acquire)
     }
@@ -92,7 +92,7 @@ impl<J, W: Wake> Inbox<J, W> {
         std::mem::take(&mut state.jobs)
     }
 
-    /// Nobody takes jobs any more: returns those that are left.
+    /// Has no more jobs taken, and returns those that are left.
     pub(super) fn close(&self) -> Vec<J> {
         let mut state = self.lock();
         state.standing = Standing::Over;
