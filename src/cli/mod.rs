@@ -32,8 +32,10 @@ use crate::error::{Context, Result};
 use crate::firmware;
 use crate::guest::{fetch, runtime};
 use crate::history::{self, Event, Feed};
+use crate::jail::{self, Inside};
 use crate::log::{self, Level};
 use crate::machine::Exit;
+use crate::memory::faults::take_device;
 use crate::microvm::Microvm;
 use crate::microvm::monitor::{Ending, Front, Monitor, Outcome};
 use crate::microvm::signals::{self, Signals};
@@ -80,9 +82,10 @@ fn obey(line: Vec<OsString>) -> u8 {
             let feed = arguments.outputs.open_feed(&arguments.id, !arguments.no_api);
             finish(feed, FAILED_SERVE, |feed| serve(&arguments, feed))
         }),
-        Command::Jail(jail) => match apart(|| crate::jail::enter(&jail)) {
-            Ok(Some(line)) => {
+        Command::Jail(jail) => match apart(|| jail::enter(&jail)) {
+            Ok(Some(Inside { line, faults })) => {
                 drop(jail);
+                faults.into_iter().for_each(take_device);
                 obey(line)
             }
             Ok(None) => 0,

@@ -7,7 +7,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::SeqCst};
 
-use crate::sys::process;
+use crate::sys::descriptor;
 
 /// The longest path of a socket, in bytes (unix(7)).
 pub const PATH_MAX: usize = 107;
@@ -155,7 +155,7 @@ impl Note {
         let mut path = [0; PATH_MAX + 1];
         path.iter_mut().zip(&self.path).for_each(|(to, from)| *to = from.load(SeqCst));
         if let Ok(path) = CStr::from_bytes_until_nul(&path) {
-            process::remove_if_same(path, (device, inode));
+            descriptor::remove_if_same(path, (device, inode));
         }
     }
 }

@@ -11,7 +11,7 @@ mod root;
 use std::ffi::{CString, OsString};
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -89,18 +89,29 @@ struct Begun {
     umask: u32,
 }
 
-/// Enters the jail and becomes its program. If that is this one, the process goes on by the command line that is
-/// returned. In the background or in a PID namespace, it is another process that does so, and `None` is returned when it
-/// is there.
+/// The process that has made its jail and goes on in there.
+pub struct Inside {
+    /// The command line that it goes on by.
+    pub line: Vec<OsString>,
+    /// The device that makes descriptors of page faults (userfaultfd(2)), which only its owner may open; none: there is
+    /// no such device, or who made the jail may not open it.
+    pub faults: Option<File>,
+}
+
+/// Enters the jail and becomes its program. If that is this one, the process goes on as what is returned. In the
+/// background or in a PID namespace, it is another process that does so, and `None` is returned when it is there.
 ///
 /// # Errors
 /// An option asks for what cannot be, or the host refuses; then nothing is left of the jail.
-pub fn enter(jail: &Jail) -> Result<Option<Vec<OsString>>> {
+pub fn enter(jail: &Jail) -> Result<Option<Inside>> {
     // The jail's user must reach files that root makes here, whatever mask root makes its own files by.
     let umask = process::set_umask(0o022);
     let begun = Begun { at: clock::monotonic(), cpu: clock::cpu_time(), umask };
     let user = jail.user()?;
     jail.close_descriptors()?;
+    let faults =
+        jail.program.is_none().then(|| File::options().read(true).write(true).open(root::USERFAULTFD));
+    let faults = faults.and_then(std::result::Result::ok);
     if let Some(path) = &jail.network {
         namespaces::join_network(path)?;
     }
@@ -110,16 +121,19 @@ pub fn enter(jail: &Jail) -> Result<Option<Vec<OsString>>> {
     let mut made = Made::default();
     let result = jail.make(&program, user, &begun, &mut made);
     match result {
-        Err(_) => made.undo(),
-        Ok(Some(_)) => {
+        Err(error) => {
+            made.undo();
+            Err(error)
+        }
+        Ok(Some(line)) => {
             // An open folder of the host's would be a way out of the jail.
             drop((program, made));
-            jail.close_others()?;
+            jail.close_others(faults.as_ref())?;
             confine::show_to_user().context("have the jail belong to its user")?;
+            Ok(Some(Inside { line, faults }))
         }
-        Ok(None) => {}
+        Ok(None) => Ok(None),
     }
-    result
 }
 
 impl Jail {
@@ -155,11 +169,12 @@ impl Jail {
                 )));
             }
         }
-        self.close_others()
+        self.close_others(None)
     }
 
-    fn close_others(&self) -> Result<()> {
+    fn close_others(&self, own: Option<&File>) -> Result<()> {
         let mut kept = self.kept.clone();
+        kept.extend(own.map(AsRawFd::as_raw_fd));
         kept.sort_unstable();
         kept.dedup();
         confine::close_others(&kept).context("close the descriptors that the jail does not inherit")

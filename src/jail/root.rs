@@ -20,8 +20,9 @@ const OWN: &str = "/proc/self/exe";
 /// Where a device is in the host and in a jail, and its numbers (Documentation/admin-guide/devices.txt).
 const DEVICES: [(&str, u32, u32); 3] =
     [("dev/kvm", 10, 232), ("dev/net/tun", 10, 200), ("dev/urandom", 1, 9)];
-/// The device for page faults, which has no fixed number. A jail has none where the host has none.
-const USERFAULTFD: &str = "dev/userfaultfd";
+/// The device for page faults, which has no fixed number. A jail has none where the host has none, nor where this
+/// program goes on in it, which has opened the device before.
+pub const USERFAULTFD: &str = "/dev/userfaultfd";
 /// Folders in the jail for devices, each after the one that it is in.
 const FOLDERS: [&str; 2] = ["dev", "dev/net"];
 /// The folder in which a program makes its socket, and which belongs to the program.
@@ -31,6 +32,8 @@ const RUN: &str = "run";
 pub struct Program {
     /// The name of its file.
     pub name: OsString,
+    /// Whether the program is this one, which is not executed anew.
+    goes_on: bool,
     file: File,
     metadata: Metadata,
 }
@@ -41,7 +44,7 @@ impl Program {
     /// # Errors
     /// The path leads to a link, to no file, or to one that cannot be executed.
     pub fn open(path: Option<&Path>) -> Result<Self> {
-        let Some(path) = path else { return Self::own() };
+        let Some(path) = path else { return Ok(Self { goes_on: true, ..Self::own()? }) };
         let said = || format!("--exec-file {}", path.display());
         let name = path
             .file_name()
@@ -88,7 +91,7 @@ impl Program {
                 path.display()
             )));
         }
-        Ok(Self { name: name.to_owned(), file, metadata })
+        Ok(Self { name: name.to_owned(), goes_on: false, file, metadata })
     }
 
     /// Says whether the user could change the program, and so what every other jail executes.
@@ -169,10 +172,12 @@ impl Root {
         for (device, major, minor) in DEVICES {
             root.put_device(device, split(device, &folders), libc::makedev(major, minor), made)?;
         }
-        if let Ok(found) = std::fs::metadata(Path::new("/").join(USERFAULTFD))
+        if !program.goes_on
+            && let Ok(found) = std::fs::metadata(USERFAULTFD)
             && found.file_type().is_char_device()
         {
-            root.put_device(USERFAULTFD, split(USERFAULTFD, &folders), found.rdev(), made)?;
+            let within = &USERFAULTFD[1..];
+            root.put_device(within, split(within, &folders), found.rdev(), made)?;
         }
         if !user.is_mapped {
             for (name, folder) in [(RUN, &run), ("", &root.place)] {

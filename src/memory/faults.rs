@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io::{Error as IoError, ErrorKind, Result as IoResult};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
+use std::sync::OnceLock;
 
 use vm_memory::GuestMemoryBackend;
 
@@ -14,12 +15,21 @@ use super::{Region, Regions};
 use crate::descriptors::Named;
 use crate::error::{Context, Error, Result};
 
+/// The device that makes such descriptors, opened while this process still had the right to.
+static DEVICE: OnceLock<Named<File>> = OnceLock::new();
+
+/// Has every descriptor be made by this open device from now on, instead of by the one that is found at its path.
+pub fn take_device(device: File) {
+    // A process enters one jail at most, so that there is none before this.
+    let _ = DEVICE.set(Named::new("device of page faults", device));
+}
+
 /// The descriptor by which another process serves page faults of this one.
 #[derive(Debug)]
 pub struct Faults {
     fd: Named<OwnedFd>,
-    /// The file in which the kernel tells of the faults under way.
-    info: Named<File>,
+    /// The file in which the kernel tells of the faults under way; none: this process is in a jail, without /proc.
+    info: Option<Named<File>>,
 }
 
 impl Faults {
@@ -29,10 +39,13 @@ impl Faults {
     /// The kernel has no such faults, or this user may not have those of the kernel served, as KVM's are.
     pub fn open() -> Result<Self> {
         const ATTEMPT: &str = "have another program serve page faults of the guest (userfaultfd)";
-        let made = userfaultfd().map_err(refused).context(ATTEMPT)?;
+        let made = userfaultfd(DEVICE.get().map(|device| &**device)).map_err(refused).context(ATTEMPT)?;
         let info = format!("/proc/self/fdinfo/{}", made.as_raw_fd());
-        let info = File::open(&info).with_context(|| format!("open {info}")).context(ATTEMPT)?;
-        let info = Named::new("page faults under way", info);
+        let info = match File::open(&info) {
+            Err(error) if error.kind() == ErrorKind::NotFound => None,
+            opened => Some(opened.with_context(|| format!("open {info}")).context(ATTEMPT)?),
+        };
+        let info = info.map(|info| Named::new("page faults under way", info));
         Ok(Self { fd: Named::new("page faults of guest memory", made), info })
     }
 
@@ -49,13 +62,28 @@ impl Faults {
         }
     }
 
+    /// Has who waits for a page of `memory` ask for it again: a fault that its reader has forgotten is then there to be
+    /// read once more.
+    pub fn ask_again(&self, memory: &Regions) {
+        for mapping in memory.iter().filter_map(Region::mapping) {
+            // In a range that is not served, nobody waits.
+            let _ = mapping.have_faults_asked_again(&*self.fd);
+        }
+    }
+
+    /// Whether [`Faults::waiting`] can tell.
+    pub fn are_counted(&self) -> bool {
+        self.info.is_some()
+    }
+
     /// How many threads wait for a page, at this moment.
     ///
     /// # Errors
     /// The kernel does not tell.
     pub fn waiting(&self) -> IoResult<u64> {
         let mut text = [0; 256];
-        let length = self.info.read_at(&mut text, 0)?;
+        let info = self.info.as_ref().ok_or(ErrorKind::Unsupported)?;
+        let length = info.read_at(&mut text, 0)?;
         let text = String::from_utf8_lossy(&text[..length]);
         let total = text.lines().find_map(|line| line.strip_prefix("total:"));
         total.and_then(|total| total.trim().parse().ok()).ok_or_else(|| ErrorKind::InvalidData.into())

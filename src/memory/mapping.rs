@@ -17,12 +17,14 @@ use crate::sys::descriptor;
 /// otherwise takes a fault, and an exit, for every 4 KiB.
 pub const HUGE_PAGE: usize = 2 << 20;
 
-/// Makes a descriptor of page faults (USERFAULTFD_IOC_NEW, of the device), tells what it is to do (UFFDIO_API), and has
-/// it take the faults of a range and leave them (UFFDIO_REGISTER, UFFDIO_UNREGISTER): linux/userfaultfd.h.
+/// Makes a descriptor of page faults (USERFAULTFD_IOC_NEW, of the device), tells what it is to do (UFFDIO_API), has it
+/// take the faults of a range and leave them (UFFDIO_REGISTER, UFFDIO_UNREGISTER), and has who waits there try again
+/// (UFFDIO_WAKE): linux/userfaultfd.h.
 const FAULTS_NEW: u64 = 0xaa00;
 const FAULTS_API: u64 = 0xc018_aa3f;
 const FAULTS_REGISTER: u64 = 0xc020_aa00;
 const FAULTS_UNREGISTER: u64 = 0x8010_aa01;
+const FAULTS_WAKE: u64 = 0x8010_aa02;
 const FAULTS_API_VERSION: u64 = 0xaa;
 /// The feature by which a descriptor's reader is told of pages that are given back: they are zeros afterwards.
 const EVENT_REMOVE: u64 = 1 << 3;
@@ -175,6 +177,14 @@ impl Mapping {
         tell_faults(faults, FAULTS_UNREGISTER, &mut [self.start.as_ptr() as u64, self.size as u64])
     }
 
+    /// Has whoever waits for a page of the mapping ask for it again.
+    ///
+    /// # Errors
+    /// The faults of the mapping were not taken.
+    pub(super) fn have_faults_asked_again(&self, faults: &impl AsRawFd) -> IoResult<()> {
+        tell_faults(faults, FAULTS_WAKE, &mut [self.start.as_ptr() as u64, self.size as u64])
+    }
+
     /// The first byte of the mapping.
     pub fn start(&self) -> NonNull<u8> {
         self.start
@@ -186,19 +196,18 @@ impl Mapping {
     }
 }
 
-/// A descriptor by which page faults of this process can be served (userfaultfd(2)). The device needs no privilege but
-/// its own, and is not everywhere.
+/// A descriptor by which page faults of this process can be served (userfaultfd(2)), made by the `given` device, or by
+/// the host's. That device needs no privilege but its own, and is not everywhere.
 ///
 /// # Errors
 /// The kernel has no such faults, or this user may not have them served.
-pub(super) fn userfaultfd() -> IoResult<OwnedFd> {
+pub(super) fn userfaultfd(given: Option<&File>) -> IoResult<OwnedFd> {
     let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
-    let made = match File::options().read(true).write(true).open("/dev/userfaultfd") {
-        // SAFETY: the call takes numbers.
-        #[allow(unsafe_code)]
-        Ok(device) => opened(unsafe { libc::ioctl(device.as_raw_fd(), FAULTS_NEW as _, flags) }),
-        Err(error) => Err(error),
-    };
+    // SAFETY: the call takes numbers.
+    #[allow(unsafe_code)]
+    let by = |device: &File| opened(unsafe { libc::ioctl(device.as_raw_fd(), FAULTS_NEW as _, flags) });
+    let open = || File::options().read(true).write(true).open("/dev/userfaultfd");
+    let made = given.map_or_else(|| open().and_then(|device| by(&device)), by);
     // SAFETY: the call takes a number.
     #[allow(unsafe_code)]
     let by_call = |_| opened(unsafe { libc::syscall(libc::SYS_userfaultfd, flags) } as RawFd);

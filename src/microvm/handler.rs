@@ -6,8 +6,6 @@
 //! A thread that touches a page which a handler does not give waits for ever, and can be any thread of the process: the
 //! thread `faults` looks after that.
 
-use std::io::Result as IoResult;
-use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -53,8 +51,6 @@ struct Shared {
     memory: Memory,
     socket: Named<UnixStream>,
     path: PathBuf,
-    /// Where the kernel counts the faults that this process had (proc_pid_stat(5)).
-    counts: Named<std::fs::File>,
     /// The stage of the restore: [`LOADING`], [`LOADED`] or [`GIVEN_UP`].
     stage: AtomicU8,
 }
@@ -89,13 +85,11 @@ impl Handler {
         let socket = Named::new("page-fault handler", socket::connect(path).with_context(attempt)?);
         let message = serde_json::to_vec(&mapped(&memory.memory())).with_context(attempt)?;
         network::send_with(&*socket, &message, &[&faults]).with_context(attempt)?;
-        let counts = std::fs::File::open("/proc/self/stat").context("open /proc/self/stat")?;
         let shared = Arc::new(Shared {
             faults,
             memory: memory.clone(),
             socket,
             path: path.to_owned(),
-            counts: Named::new("count of page faults", counts),
             stage: AtomicU8::new(LOADING),
         });
         let stop = Arc::new(poll::event("end of the page-fault handler")?);
@@ -158,9 +152,9 @@ impl Shared {
         walls::enclose(walls::Kind::Aide);
         // Where KVM holds every other thread in a fault, this one takes the signals that end the process.
         process::set_signal_mask(&process::signals(&[]));
-        let (mut count, mut waiting_since, mut is_told) = (self.count(), None, false);
+        let (mut count, mut waiting_since, mut is_told) = (process::faults(), None, false);
         while descriptor::poll(stop, libc::POLLIN, LOOK_MS) == 0 {
-            let before = std::mem::replace(&mut count, self.count());
+            let before = std::mem::replace(&mut count, process::faults());
             if !self.is_awaited() || count > before + FAULTS_MIN {
                 (waiting_since, is_told) = (None, false);
                 continue;
@@ -194,45 +188,23 @@ impl Shared {
     /// Whether somebody waits for a page, or the handler has not read that pages are gone, for which a device waits that
     /// gives them back. A thread that is to stop and cannot, because KVM or the kernel needs the page, tries again and
     /// again, and does not wait for some moments.
+    ///
+    /// In a jail, which has no /proc, only faults are seen that the handler has not read. There, a load that comes to no
+    /// end is taken for one that waits, and those whose fault a handler has read that is gone are made to ask again.
     fn is_awaited(&self) -> bool {
         let is_unread = || descriptor::poll(&self.faults, libc::POLLIN, 0) & libc::POLLIN != 0;
-        (0..LOOKS).any(|_| self.faults.waiting().is_ok_and(|count| count > 0) || is_unread())
+        let is_seen = (0..LOOKS).any(|_| self.faults.waiting().is_ok_and(|count| count > 0) || is_unread());
+        if is_seen || self.faults.are_counted() {
+            return is_seen;
+        }
+        if self.is_gone() {
+            self.faults.ask_again(&self.memory.memory());
+        }
+        self.stage.load(SeqCst) == LOADING
     }
 
     fn is_gone(&self) -> bool {
         let events = descriptor::poll(&*self.socket, libc::POLLRDHUP, 0);
         events & (libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR) != 0
-    }
-
-    /// How many faults this process had that have ended.
-    fn count(&self) -> u64 {
-        let read = || -> IoResult<u64> {
-            let mut text = [0; 1024];
-            let length = self.counts.read_at(&mut text, 0)?;
-            Ok(faults_of(&String::from_utf8_lossy(&text[..length])))
-        };
-        read().unwrap_or(0)
-    }
-}
-
-/// The number of minor and major faults of a process, from the text of its `stat` (proc_pid_stat(5)).
-fn faults_of(stat: &str) -> u64 {
-    // The name of the process, before these fields, may have spaces and parentheses.
-    let fields = stat.rsplit(')').next().unwrap_or_default();
-    let field = |index| fields.split_whitespace().nth(index).and_then(|text| text.parse::<u64>().ok());
-    field(7).unwrap_or(0) + field(9).unwrap_or(0)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn faults_are_counted_whatever_the_process_is_called() {
-        let stat = "42 (a) b (c) S 1 42 42 0 -1 4194560 100 7 3 9 5 4 0 0 20 0";
-        assert_eq!(faults_of(stat), 103);
-        assert_eq!(faults_of(""), 0);
-        let now = std::fs::read_to_string("/proc/self/stat").unwrap();
-        assert!(faults_of(&now) > 0, "{now}");
     }
 }

@@ -3,7 +3,7 @@
 //! lead them elsewhere.
 #![allow(unsafe_code)]
 
-use std::ffi::{CString, OsStr};
+use std::ffi::{CStr, CString, OsStr};
 use std::fs::File;
 use std::io::{Error, ErrorKind, Result};
 use std::mem::{ManuallyDrop, zeroed};
@@ -357,6 +357,20 @@ pub fn remove_in(folder: &impl AsRawFd, name: impl AsRef<OsStr>) -> Result<()> {
     match remove(0) {
         Err(error) if error.raw_os_error() == Some(libc::EISDIR) => remove(libc::AT_REMOVEDIR),
         result => result,
+    }
+}
+
+/// Removes the file, or the empty folder, at `path` if it has this device and inode (lstat(2), unlink(2), rmdir(2)).
+pub fn remove_if_same(path: &CStr, identity: (u64, u64)) {
+    // SAFETY: `stat` is plain data of which zeros are valid; the calls use it and a string that ends with a zero.
+    unsafe {
+        let mut found: libc::stat = zeroed();
+        if libc::lstat(path.as_ptr(), &raw mut found) == 0 && (found.st_dev, found.st_ino) == identity {
+            match found.st_mode & libc::S_IFMT {
+                libc::S_IFDIR => libc::rmdir(path.as_ptr()),
+                _ => libc::unlink(path.as_ptr()),
+            };
+        }
     }
 }
 

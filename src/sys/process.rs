@@ -2,7 +2,7 @@
 //! programs that it starts: who they are, their terminals and their end.
 #![allow(unsafe_code)]
 
-use std::ffi::{CStr, OsString};
+use std::ffi::OsString;
 use std::io::{ErrorKind, Result};
 use std::mem::zeroed;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -47,6 +47,17 @@ pub fn time(clock: libc::clockid_t) -> Duration {
     // SAFETY: the call only writes to the local structure. A clock that does not exist leaves it as it is.
     unsafe { libc::clock_gettime(clock, &raw mut time) };
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
+/// How many page faults this process had so far that have ended (getrusage(2)).
+pub fn faults() -> u64 {
+    // SAFETY: the structure is plain data of which zeros are valid, and the call only writes to it.
+    let usage = unsafe {
+        let mut usage: libc::rusage = zeroed();
+        libc::getrusage(libc::RUSAGE_SELF, &raw mut usage);
+        usage
+    };
+    usage.ru_minflt.cast_unsigned() + usage.ru_majflt.cast_unsigned()
 }
 
 /// The CPU time that a thread has used so far (pthread_getcpuclockid(3)).
@@ -305,20 +316,6 @@ pub fn keep_errno(body: impl FnOnce()) {
     body();
     // SAFETY: as above.
     unsafe { *errno = before };
-}
-
-/// Removes the file, or the empty folder, at `path` if it has this device and inode (lstat(2), unlink(2), rmdir(2)).
-pub fn remove_if_same(path: &CStr, identity: (u64, u64)) {
-    // SAFETY: `stat` is plain data of which zeros are valid; the calls use it and a string that ends with a zero.
-    unsafe {
-        let mut found: libc::stat = zeroed();
-        if libc::lstat(path.as_ptr(), &raw mut found) == 0 && (found.st_dev, found.st_ino) == identity {
-            match found.st_mode & libc::S_IFMT {
-                libc::S_IFDIR => libc::rmdir(path.as_ptr()),
-                _ => libc::unlink(path.as_ptr()),
-            };
-        }
-    }
 }
 
 /// Writes to standard error, without a lock; what does not go at once is lost.

@@ -2,13 +2,16 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::process::{Child, Command};
 use std::time::Duration;
 
 use alula::memory::faults::Faults;
+use alula::memory::{self, Source};
+use alula::sys::descriptor;
 use serde_json::{Value, json};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 use super::common::{self, Service, faults, wait_for};
 use super::{GO_ON, PAUSE, Snapshot, events, type_line};
@@ -263,6 +266,23 @@ fn a_handler_that_gives_wrong_pages_harms_its_guest_alone() {
         std::thread::sleep(Duration::from_millis(50));
     }
     service.client().ok("PATCH", "/vm", PAUSE);
+}
+
+#[test]
+fn a_fault_that_its_reader_forgot_is_there_once_more() {
+    let served = Faults::open().unwrap();
+    let reader = File::from(descriptor::duplicate(&served).unwrap());
+    let memory = memory::map(&[memory::Range { start: 0, size: 2 << 20 }], Source::Served(&served)).unwrap();
+    let (_connection, stream) = UnixStream::pair().unwrap();
+    std::thread::scope(|scope| {
+        let guest = memory.clone();
+        scope.spawn(move || guest.memory().read_obj::<u8>(GuestAddress(0)).unwrap());
+        let first = faults::next(&reader, &stream).unwrap();
+        assert_eq!(served.waiting().unwrap(), 1);
+        served.ask_again(&memory.memory());
+        assert_eq!(faults::next(&reader, &stream), Some(first));
+        served.leave(&memory.memory());
+    });
 }
 
 #[test]
