@@ -32,7 +32,7 @@ pub fn run(arguments: &Template) -> u8 {
         Ok(Turn::Clone(newborn)) => {
             clock::begin();
             history::open(newborn.order.id.as_deref().unwrap_or(DEFAULT_ID));
-            finish(Ok(None), FAILED_SERVE, |_| live(*newborn))
+            finish(Ok(None), FAILED_SERVE, |_| live(*newborn, &arguments.walls))
         }
         Err(error) => super::told(Err(error)),
     }
@@ -45,14 +45,14 @@ fn serve(arguments: &Template) -> Result<Turn> {
     descriptor::empty_standard_input().context("open /dev/null as standard input")?;
     let opened = Opened::open(&arguments.location, false)?.with_kvm()?;
     signals::end_when_refused();
-    walls::keep_first()?;
+    walls::keep_first(&arguments.walls)?;
     template::Template::new(opened, &arguments.api_sock)?.serve()
 }
 
-/// Makes this process a clone until its guest has ended.
-fn live(newborn: Newborn) -> Result<Ending> {
+/// Makes this process a clone with these walls until its guest has ended.
+fn live(newborn: Newborn, wanted: &Wanted) -> Result<Ending> {
     let Newborn { order, opened, report } = newborn;
-    let (mut monitor, microvm) = match prepare(&order) {
+    let (mut monitor, microvm) = match prepare(&order, wanted) {
         Ok(made) => made,
         Err(error) => {
             report.tell(Err(&error));
@@ -85,7 +85,7 @@ fn told_by_template(ending: Ending) -> Ending {
 }
 
 /// Makes the monitor that serves the clone, and the clone's microVM, which is not loaded yet.
-fn prepare(order: &Order) -> Result<(Monitor, Box<Microvm>)> {
+fn prepare(order: &Order, wanted: &Wanted) -> Result<(Monitor, Box<Microvm>)> {
     let signals = Signals::take_over();
     let id = order.id.as_deref().unwrap_or(DEFAULT_ID);
     let socket = match &order.api_sock {
@@ -97,7 +97,7 @@ fn prepare(order: &Order) -> Result<(Monitor, Box<Microvm>)> {
     let front = listen(&socket, BODY_MAX)?;
     let mut microvm = Microvm::new(id.to_owned(), order.config.clone());
     microvm.open_outputs()?;
-    walls::begin(&Wanted::default(), Some(&socket))?;
+    walls::begin(wanted, Some(&socket))?;
     Ok((Monitor::new(signals, Some(front), None)?, microvm))
 }
 

@@ -172,13 +172,19 @@ fn enter(rules: Option<&Named<Ruleset>>) -> Result<()> {
 }
 
 /// Lays upon a template what it keeps, and what its clones inherit: no way to gain rights, and the first filter of `main`.
-/// Each clone [`begin`]s with its own walls, of which that filter is there already. No thread but that of `main` may be
-/// there yet.
+/// Each clone [`begin`]s with the walls that are `wanted`, of which that filter is there already. Where calls that are not
+/// allowed are to be made all the same, the filter comes with the clone, which can tell of them. No thread but that of
+/// `main` may be there yet.
 ///
 /// # Errors
 /// The kernel has no memory for the filter.
-pub fn keep_first() -> Result<()> {
-    confine::gain_no_privileges().context("give up rights to be gained")?;
+pub fn keep_first(wanted: &Wanted) -> Result<()> {
+    if wanted.filters != Filters::None || !wanted.no_rules {
+        confine::gain_no_privileges().context("give up rights to be gained")?;
+    }
+    if wanted.filters != Filters::Strict {
+        return Ok(());
+    }
     // Each clone tells of a kernel that has no filters.
     if confine::check_filters().is_ok() && !IS_PREPARED.swap(true, SeqCst) {
         confine::filter(&made::EARLY).context("lay a filter of system calls upon a template (seccomp)")?;

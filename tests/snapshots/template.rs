@@ -25,10 +25,11 @@ pub struct Template {
 impl Template {
     /// Saves a guest, and starts a template of it, by the command `before` where one is given.
     pub fn new(before: &[&str]) -> Self {
-        Self::of("echo case=identity,block", before)
+        Self::of("echo case=identity,block", before, &[])
     }
 
-    fn of(words: &str, before: &[&str]) -> Self {
+    /// As [`Self::new`], of a guest with these words, and with these options.
+    fn of(words: &str, before: &[&str], options: &[&str]) -> Self {
         let mut saved = Saved::with(&[], words, true);
         saved.service.process.stdin.as_mut().unwrap().write_all(b"go on\n").unwrap();
         // The line is in the guest's UART before the service lets in another client after this request.
@@ -50,7 +51,7 @@ impl Template {
                 command
             }
         };
-        command.args(["template", "saved", "--api-sock", "t.sock"]).current_dir(&folder.0);
+        command.args(["template", "saved", "--api-sock", "t.sock"]).args(options).current_dir(&folder.0);
         command.env("XDG_RUNTIME_DIR", &folder.0);
         let process = Process::spawn(command);
         wait_for(|| folder.path("t.sock").exists());
@@ -353,7 +354,7 @@ fn filters(process: u32, name: &str) -> u32 {
 
 #[test]
 fn a_template_keeps_its_first_walls_and_its_clones_get_the_last() {
-    let mut template = Template::of("echo case=identity end=idle", &[]);
+    let mut template = Template::of("echo case=identity end=idle", &[], &[]);
     let pid = template.process.child.id();
     let order = template.order("a", &json!({}));
     let clone = template.make(&mut template.client(), &order);
@@ -382,4 +383,26 @@ fn a_template_keeps_its_first_walls_and_its_clones_get_the_last() {
     template.process.expect("the thread `main` made the system call `ptrace` (");
     assert_eq!(template.process.child.wait().unwrap().code(), Some(148));
     assert!(!socket.exists());
+}
+
+#[test]
+fn clones_have_the_walls_that_their_template_was_given() {
+    let mut bare = Template::of("echo case=identity end=idle", &[], &["--no-sandbox"]);
+    let order = bare.order("a", &json!({ "resume_vm": true }));
+    let clone = bare.make(&mut bare.client(), &order);
+    let console = || fs::read_to_string(bare.path("a.console")).unwrap_or_default();
+    wait_for(|| console().contains(", 0 failed"));
+    for (process, thread) in [(bare.process.child.id(), "alula"), (clone, "alula"), (clone, "vcpu0")] {
+        assert_eq!(filters(process, thread), 0, "{thread} of {process}");
+    }
+
+    let mut narrow = Template::of("echo case=identity end=idle", &[], &["--allow", "."]);
+    let other = Folder::new();
+    let outside = other.path("a.qcow2");
+    let drive = json!([{ "drive_id": "disk", "path_on_host": outside, "overlay": true }]);
+    let order = narrow.order("a", &json!({ "drive_overrides": drive }));
+    let fault = narrow.client().request("PUT", "/clones", &order).fault();
+    assert!(fault.contains("in no folder of --allow") && !outside.exists(), "{fault}");
+    let order = narrow.order("b", &json!({}));
+    narrow.make(&mut narrow.client(), &order);
 }

@@ -6,6 +6,8 @@ use lexopt::Arg::{Long, Short, Value};
 
 use super::{Command, Given, id, number, value};
 use crate::carry::stored::Location;
+use crate::cli::walls;
+use crate::walls::Wanted;
 
 const HELP: &str = "\
 Read a saved microVM once, and make clones of it for who asks: `alula clone`, or PUT /clones on the socket
@@ -19,7 +21,7 @@ Options:
       --api-sock SOCKET  Where to listen: a path where nothing is yet; needed
   -h, --help             Print this
 
-It ends by a signal (Ctrl-C). The exit code is then 128 and the signal's number; 1 on errors, 153 for wrong
+The exit code is 128 and the number of the signal that ends it (Ctrl-C); 1 on errors, 153 for wrong
 arguments.
 
 Examples:
@@ -144,16 +146,22 @@ pub fn pair(text: &str) -> Result<(String, String), String> {
 pub struct Template {
     pub location: Location,
     pub api_sock: PathBuf,
+    /// The walls of each clone.
+    pub walls: Wanted,
 }
 
 /// Parses what comes after `alula template`.
 pub fn template(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
     let (mut words, mut api_sock, mut given) = (Vec::new(), None, Given::default());
+    let mut wanted = Wanted::default();
     while let Some(argument) = parser.next()? {
-        given.once(&argument)?;
+        if argument != Long("allow") {
+            given.once(&argument)?;
+        }
         match argument {
             Long("api-sock") => api_sock = Some(parser.value()?.into()),
-            Short('h') | Long("help") => return Ok(Command::Print(HELP.to_owned())),
+            Long(name) if let Some(name) = walls::named(name) => walls::take(&mut wanted, name, parser)?,
+            Short('h') | Long("help") => return Ok(Command::Print(walls::with_help(HELP))),
             Value(word) => words.push(PathBuf::from(word)),
             other => return Err(other.unexpected()),
         }
@@ -166,7 +174,7 @@ pub fn template(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
         },
     };
     let api_sock = api_sock.ok_or("--api-sock is missing: clones are asked for there")?;
-    Ok(Command::Template(Template { location, api_sock }))
+    Ok(Command::Template(Template { location, api_sock, walls: wanted }))
 }
 
 #[cfg(test)]
