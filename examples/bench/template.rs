@@ -20,8 +20,10 @@ pub struct Figures {
     pub cpu_ms: f64,
     /// The CPU time that the template spent on each clone.
     pub template_ms: f64,
-    /// The memory that a clone has for itself: without what it shares with the template, and without its guest's.
-    pub own_kib: f64,
+    /// The memory that a clone has for itself: without what it shares with the template, and without its guest's. Medians
+    /// of the clones that were there first, and last: of a tenth of all.
+    pub first_kib: f64,
+    pub last_kib: f64,
     /// The memory that the machine has less for each clone.
     pub machine_kib: f64,
 }
@@ -70,19 +72,22 @@ impl Drop for Machine {
     }
 }
 
-/// Has `alula template` make `number` clones, asked by some clients at a time, and measures them.
-pub fn ours(bench: &Bench, number: usize, machine: &Machine) -> Result<Figures> {
+/// Has `alula template`, with these further options, make `number` clones, asked by some clients at a time, and measures
+/// them.
+pub fn ours(bench: &Bench, number: usize, machine: &Machine, options: &[&str]) -> Result<Figures> {
     let socket = bench.socket.with_file_name("template.socket");
     let mut command = Command::new(&bench.ours);
-    command.arg("template").arg(&bench.saved).arg("--api-sock").arg(&socket);
+    command.arg("template").arg(&bench.saved).arg("--api-sock").arg(&socket).args(options);
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
     connect(&mut child, &socket)?;
     let mut clients = Vec::new();
     for _ in 0..AT_A_TIME {
         clients.push(connect(&mut child, &socket)?);
     }
+    let template = child.id();
     let body = |index: usize| {
-        let api_sock = socket.with_file_name(format!("clone-{index}.socket"));
+        // Clones that are killed leave their sockets, and who comes to the same path makes sure first that nobody is there.
+        let api_sock = socket.with_file_name(format!("clone-{template}-{index}.socket"));
         json!({ "api_sock": api_sock, "resume_vm": true }).to_string()
     };
     let ask = |clients: &mut Vec<_>| -> Result<Vec<u32>> {
@@ -137,12 +142,16 @@ fn measure(
         let children = std::fs::read_to_string(format!("/proc/{id}/task/{id}/children"))?;
         pids = children.split_whitespace().map(str::parse).collect::<std::result::Result<_, _>>()?;
     }
+    // The numbers of processes grow as clones come.
+    pids.sort_unstable();
     let measured = (|| {
         let machine_kib = (machine.used()? - before) / number as f64;
         let template_ms = (cpu_time(child.id())? - spent) / number as f64;
         let cpu = pids.iter().map(|pid| cpu_time(*pid)).collect::<Result<Vec<_>>>()?;
         let own = pids.iter().map(|pid| private_memory(*pid)).collect::<Result<Vec<_>>>()?;
-        Ok(Figures { a_second, cpu_ms: median(&cpu), template_ms, own_kib: median(&own), machine_kib })
+        let tenth = own.len().div_ceil(10);
+        let (first_kib, last_kib) = (median(&own[..tenth]), median(&own[own.len() - tenth..]));
+        Ok(Figures { a_second, cpu_ms: median(&cpu), template_ms, first_kib, last_kib, machine_kib })
     })();
     child.kill()?;
     child.wait()?;
