@@ -65,6 +65,17 @@ impl Looked {
         assert!(has("alula") && has("run") && !has("proc") && !has("etc"), "{names:?}");
     }
 
+    /// The files of which the process executes code, each by the numbers of its device and its own. Those who execute one
+    /// file share its pages.
+    pub fn programs(&self) -> BTreeSet<String> {
+        let maps = self.read("maps");
+        let executed = maps.lines().filter_map(|line| {
+            let words: Vec<_> = line.split_whitespace().collect();
+            (words[1].contains('x') && words[4] != "0").then(|| words[3..5].join(" "))
+        });
+        executed.collect()
+    }
+
     /// The process's private memory, in KiB.
     pub fn private_memory(&self) -> u64 {
         let rollup = self.read("smaps_rollup");

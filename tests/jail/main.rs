@@ -11,6 +11,7 @@ mod moments;
 mod refused;
 mod site;
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
@@ -31,8 +32,10 @@ const GID: u32 = 1235;
 const NOBODY: u32 = 65534;
 /// The most private memory that a jail may cost, in KiB.
 const MEMORY_MAX_KIB: u64 = 300;
-/// The number of guests in jails that are compared with as many outside.
-const GUESTS: usize = 10;
+/// The number of guests in jails that are compared with as many outside: ten, if ALULA_TEST_JAILS does not say it.
+fn number_of_guests() -> usize {
+    std::env::var("ALULA_TEST_JAILS").map_or(10, |count| count.parse().unwrap())
+}
 
 fn boot(client: &mut Client, kernel: &Path) {
     client.ok("PUT", "/machine-config", r#"{"vcpu_count": 1, "mem_size_mib": 16}"#);
@@ -414,12 +417,17 @@ fn start_guest(site: &Site, id: &str, is_jailed: bool) -> Process {
 #[test]
 fn guests_in_jails_share_one_program() {
     let site = Site::new();
+    let count = number_of_guests();
+    let mut programs = BTreeSet::new();
     let private = [false, true].map(|is_jailed| {
-        let ids = (0..GUESTS).map(|number| format!("{is_jailed}-{number}"));
+        let ids = (0..count).map(|number| format!("{is_jailed}-{number}"));
         let guests: Vec<_> = ids.map(|id| start_guest(&site, &id, is_jailed)).collect();
-        let all = guests.iter().map(|guest| Looked(guest.child.id()).private_memory());
-        all.sum::<u64>() / GUESTS as u64
+        let looked = guests.iter().map(|guest| Looked(guest.child.id()));
+        let all =
+            looked.inspect(|looked| programs.extend(looked.programs())).map(|looked| looked.private_memory());
+        all.sum::<u64>() / count as u64
     });
+    assert_eq!(programs.len(), 1, "{programs:?}");
     let [unjailed, jailed] = private;
     assert!(jailed <= unjailed + MEMORY_MAX_KIB, "{unjailed} KiB, in a jail {jailed} KiB");
 }
