@@ -1,4 +1,4 @@
-//! What no test uses, no thread may call: each line of the lists in `resources/seccomp` is used by a test, and no thread
+//! No thread may call what no test uses: each line of the lists in `resources/seccomp` is used by a test, and no thread
 //! calls what has no line. strace(1) takes down the calls of other tests (`scripts/test --long`), and what it cannot see is
 //! named here.
 
@@ -86,7 +86,7 @@ impl<'a> Call<'a> {
 const NEED_NO_LINE: &[&str] =
     &["landlock_restrict_self", "mprotect", "openat", "prctl", "sched_getaffinity", "seccomp", "sigaltstack"];
 
-/// What the calls of traces tell of the lines.
+/// The findings about the lines, from the calls of traces.
 struct Found<'a> {
     all: &'a [(&'static str, Line<'a>)],
     unused: Vec<&'a (&'static str, Line<'a>)>,

@@ -32,7 +32,7 @@ const RUN: &str = "run";
 pub struct Program {
     /// The name of its file.
     pub name: OsString,
-    /// Whether the program is this one, which is not executed anew.
+    /// The program is this one, which is not executed anew.
     goes_on: bool,
     file: File,
     metadata: Metadata,

@@ -71,7 +71,7 @@ impl Faults {
         }
     }
 
-    /// Whether [`Faults::waiting`] can tell.
+    /// Says whether [`Faults::waiting`] can tell.
     pub fn are_counted(&self) -> bool {
         self.info.is_some()
     }

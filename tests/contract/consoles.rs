@@ -249,7 +249,7 @@ fn a_screen_that_nobody_reads_costs_a_moment_and_then_text() {
 #[test]
 fn a_terminal_with_little_room_holds_nobody_up() {
     let Pty { mut user, monitor } = Pty::new();
-    // It is full, and then its user reads a little.
+    // The terminal is full, and then its user reads a little.
     let flags = descriptor::status(&monitor).unwrap();
     descriptor::set_status(&monitor, flags | libc::O_NONBLOCK).unwrap();
     let monitor = File::from(monitor);

@@ -19,9 +19,9 @@ use crate::{GID, UID, boot};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum How {
     Gives,
-    /// It reads faults, and gives nothing.
+    /// The handler reads faults, and gives nothing.
     Silent,
-    /// It reads one more fault when told so, and is gone.
+    /// The handler reads one more fault when told so, and is gone.
     Forgets,
 }
 
