@@ -127,8 +127,8 @@ pub enum HugePages {
     Never,
 }
 
-/// The action that is taken when the guest lets its watchdog expire, in the words of QEMU and libvirt. Readers of events are told of
-/// it in any case.
+/// The action that is taken when the guest lets its watchdog expire, in the words of QEMU and libvirt. Readers of events
+/// are told of it in any case.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub enum WatchdogAction {
