@@ -26,7 +26,8 @@ fn send(guest: &mut Guest, count: usize) {
     (0..count).for_each(|_| _ = guest.offer(TX, &[(packet, 0)]));
     guest.kick(TX);
     guest.wait_for_each_turn(|guest| guest.has_used(TX));
-    (0..count).for_each(|_| _ = guest.next_used(TX));
+    // On a slow machine the time after which they are told of may be over by now.
+    (0..count).for_each(|_| _ = guest.take_used(TX));
 }
 
 #[test]

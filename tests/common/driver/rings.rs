@@ -105,6 +105,13 @@ impl Guest {
     /// Waits for the next used chain: its head and how many bytes were written.
     pub fn next_used(&mut self, queue: usize) -> (u16, u32) {
         self.wait_for(|guest| guest.has_used(queue));
+        self.take_used(queue)
+    }
+
+    /// Takes a chain that the device has used, without a turn of the device: a timer that went off meanwhile is not
+    /// handled by it.
+    pub fn take_used(&mut self, queue: usize) -> (u16, u32) {
+        assert!(self.has_used(queue), "nothing was used on queue {queue}");
         let ring = &mut self.notes.rings[queue];
         let at = Self::parts(queue)[2] + 4 + 8 * u64::from(ring.seen % ring.size);
         ring.seen = ring.seen.wrapping_add(1);
