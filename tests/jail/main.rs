@@ -405,7 +405,7 @@ fn start_guest(site: &Site, id: &str, is_jailed: bool) -> Process {
         command
     } else {
         std::fs::create_dir(root.join("run")).unwrap();
-        let mut command = Command::new(std::path::absolute(common::alula()).unwrap());
+        let mut command = Command::new(&site.program);
         command.args(["serve", "--api-sock"]).arg(root.join("run/api.sock"));
         command
     };
