@@ -3,7 +3,7 @@
 //! A program is a search tree: the numbers of all calls fall into ranges with one verdict each, and a call is
 //! compared with the borders between them, about six of them for a list of fifty. A chain that compares each number
 //! would be run from its beginning to its end for most calls, and once for every call that there is when the kernel
-//! takes the program.
+//! takes the program. It also translates the program, which takes as long as the program has instructions.
 //!
 //! A line of a list is `[ARCH:]CALL [CONDITION...] # REASON`. A condition is `N=VALUE[|VALUE...]`, argument N is one
 //! of these values, or `N&MASK=VALUE`; all of a line's must hold, and of several lines of one call any one. Values are
@@ -79,6 +79,9 @@ const ARGUMENTS: u32 = 16;
 
 /// From this number on, calls are those of x32, another set of calls of x86_64.
 const X32: u32 = 0x4000_0000;
+
+/// All numbers of calls that there are, but for x32's, are less.
+const CALLS: u32 = 512;
 
 /// No call, -1: whoever traces the process has the kernel leave a call out, as strace(1) does when it injects a fault.
 const NONE: u32 = u32::MAX;
@@ -172,109 +175,181 @@ fn condition(word: &str) -> Result<Condition, String> {
 /// Makes the program of a list.
 pub fn compile(list: &str, table: &str, arch: Arch, others: Others) -> Result<Vec<Instruction>, String> {
     let numbers = numbers(table, arch)?;
-    let mut calls = BTreeMap::<u32, Vec<Vec<Condition>>>::new();
+    let mut calls = BTreeMap::<u32, Ways>::new();
     for Line { call, conditions } in parse(list, arch)? {
         let number = numbers.get(call).ok_or_else(|| format!("there is no call `{call}` for {arch:?}"))?;
-        calls.entry(*number).or_default().push(conditions);
+        add(calls.entry(*number).or_default(), conditions);
     }
     let (listed, other) = match others {
         Others::Refused => (ALLOW, TRAP),
         Others::Allowed => (TRAP, ALLOW),
     };
-    let tree = tree(&ranges(&calls, listed, other)?);
-    let mut program = vec![
-        statement(LOAD, ARCH),
-        Instruction { jt: 1, ..statement(JUMP_IF_EQUAL, arch.audit()) },
-        statement(RETURN, TRAP),
-        statement(LOAD, NUMBER),
-    ];
-    program.extend(tree);
-    Ok(program)
+    let mut program = Backwards::default();
+    program.tree(&ranges(calls, listed, other));
+    program.push(LOAD, NUMBER);
+    let calls = program.here();
+    program.branch(JUMP_IF_EQUAL, arch.audit(), calls, Target::Verdict(TRAP));
+    program.push(LOAD, ARCH);
+    program.0.reverse();
+    Ok(program.0)
 }
 
-fn statement(code: u16, k: u32) -> Instruction {
-    Instruction { code, jt: 0, jf: 0, k }
+/// The ways in which the arguments of a call may be, each with all its conditions.
+type Ways = Vec<Vec<Condition>>;
+
+/// Adds a way. Two that look at one argument each, which is the same, become one with the values of both.
+fn add(ways: &mut Ways, conditions: Vec<Condition>) {
+    if let (Some([last]), [new]) = (ways.last_mut().map(Vec::as_mut_slice), &conditions[..])
+        && (last.argument, last.mask) == (new.argument, new.mask)
+    {
+        return last.values.extend(&new.values);
+    }
+    ways.push(conditions);
 }
 
-/// The ranges of the numbers of calls: where each begins, and what is done with its calls.
-type Ranges = Vec<(u32, Vec<Instruction>)>;
+/// The answer to a call.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Rule {
+    /// This verdict, whatever its arguments are.
+    Always(u32),
+    /// The first verdict if its arguments are as one of the ways says, else the other one.
+    If(Ways, u32, u32),
+}
 
-fn ranges(calls: &BTreeMap<u32, Vec<Vec<Condition>>>, listed: u32, other: u32) -> Result<Ranges, String> {
-    let default = vec![statement(RETURN, other)];
-    let mut ranges: Ranges = vec![(0, default.clone())];
+/// The calls from one number up to another, which is not among them, and the answer to them.
+#[derive(Clone, Debug)]
+struct Range {
+    from: u32,
+    to: u32,
+    rule: Rule,
+}
+
+impl Range {
+    /// The part that the range has of all searches. The kernel runs a new program once for each call that it knows, which
+    /// takes longer than anything else that it does with it: a range counts by its calls. Each counts by something more,
+    /// so that the search for a single call does not become long.
+    fn weight(&self) -> u32 {
+        const EACH: u32 = 4;
+        EACH + self.to.min(CALLS).saturating_sub(self.from)
+    }
+}
+
+fn ranges(calls: BTreeMap<u32, Ways>, listed: u32, other: u32) -> Vec<Range> {
+    let mut rules = vec![(0, Rule::Always(other))];
     for (number, ways) in calls {
-        let verdict = match ways.iter().any(Vec::is_empty) {
-            true => vec![statement(RETURN, listed)],
-            false => arguments(ways, listed, other)?,
+        let rule = match ways.iter().any(Vec::is_empty) {
+            true => Rule::Always(listed),
+            false => Rule::If(ways, listed, other),
         };
-        ranges.push((*number, verdict));
-        ranges.push((number + 1, default.clone()));
+        rules.extend([(number, rule), (number + 1, Rule::Always(other))]);
     }
-    ranges.push((X32, vec![statement(RETURN, TRAP)]));
-    ranges.push((NONE, vec![statement(RETURN, ALLOW)]));
-    // Of two ranges that begin at one number the former is empty; neighbours with one verdict are one range.
-    let mut whole = Ranges::new();
-    for (index, range) in ranges.iter().enumerate() {
-        let is_empty = ranges.get(index + 1).is_some_and(|next| next.0 == range.0);
-        if !is_empty && whole.last().is_none_or(|last| last.1 != range.1) {
-            whole.push(range.clone());
+    rules.extend([(X32, Rule::Always(TRAP)), (NONE, Rule::Always(ALLOW))]);
+    let ends: Vec<_> = rules.iter().skip(1).map(|(from, _)| *from).chain([u32::MAX]).collect();
+    let mut ranges = Vec::<Range>::new();
+    for ((from, rule), to) in rules.into_iter().zip(ends) {
+        match ranges.last_mut() {
+            // Of two that begin at one number the former has no calls.
+            _ if from == to && from != NONE => {}
+            Some(last) if last.rule == rule => last.to = to,
+            _ => ranges.push(Range { from, to, rule }),
         }
     }
-    Ok(whole)
+    ranges
 }
 
-/// A search among borders. The loaded number is in the accumulator.
-fn tree(ranges: &[(u32, Vec<Instruction>)]) -> Vec<Instruction> {
-    if let [(_, verdict)] = ranges {
-        return verdict.clone();
+/// A place where a program goes on.
+#[derive(Clone, Copy, Debug)]
+enum Target {
+    /// The instruction that has so many to the program's end, itself among them.
+    Place(usize),
+    /// Any instruction that returns this verdict.
+    Verdict(u32),
+}
+
+/// A program that is made from its end to its beginning, since all jumps go forwards. A verdict is returned by one
+/// instruction for all that come to it, as far as a jump reaches: the kernel's work with a program grows with its length.
+#[derive(Debug, Default)]
+struct Backwards(Vec<Instruction>);
+
+impl Backwards {
+    fn push(&mut self, code: u16, k: u32) {
+        self.0.push(Instruction { code, jt: 0, jf: 0, k });
     }
-    let (low, high) = ranges.split_at(ranges.len() / 2);
-    let (border, low, high) = (high[0].0, tree(low), tree(high));
-    let mut program = match u8::try_from(low.len()) {
-        Ok(jt) => vec![Instruction { jt, ..statement(JUMP_IF_AT_LEAST, border) }],
-        // A conditional jump does not reach so far.
-        Err(_) => vec![
-            Instruction { jf: 1, ..statement(JUMP_IF_AT_LEAST, border) },
-            statement(JUMP, low.len() as u32),
-        ],
-    };
-    program.extend(low);
-    program.extend(high);
-    program
-}
 
-/// Tries each way in which the arguments of a call may be.
-fn arguments(ways: &[Vec<Condition>], listed: u32, other: u32) -> Result<Vec<Instruction>, String> {
-    let mut program = Vec::new();
-    for way in ways {
-        let mut checks = Vec::new();
-        // The conditions go from the last to the first, so that it is known how far it is to the end of the way.
-        let mut rest = vec![statement(RETURN, listed)];
-        for condition in way.iter().rev() {
-            let mut check = vec![statement(LOAD, ARGUMENTS + 8 * condition.argument)];
-            if condition.mask != u32::MAX {
-                check.push(statement(AND, condition.mask));
-            }
-            let last = condition.values.len() - 1;
-            for (index, value) in condition.values.iter().enumerate() {
-                let (found, not) = match index == last {
-                    true => (0, rest.len()),
-                    false => (last - index, 0),
-                };
-                let [jt, jf] = [found, not].map(u8::try_from);
-                let far = "a line has too many values: make two of it";
-                check.push(Instruction {
-                    jt: jt.map_err(|_| far)?,
-                    jf: jf.map_err(|_| far)?,
-                    ..statement(JUMP_IF_EQUAL, *value)
-                });
-            }
-            check.append(&mut rest);
-            rest = check;
+    /// The instruction that was pushed last.
+    fn here(&self) -> Target {
+        Target::Place(self.0.len())
+    }
+
+    /// The number of instructions that a jump to `target` leaves out, if `more` are pushed before the jump is; None: it is
+    /// more than a conditional jump can, or there is no such target yet.
+    fn distance(&self, target: Target, more: usize) -> Option<u8> {
+        let returns = |made: &Instruction, verdict| (made.code, made.k) == (RETURN, verdict);
+        let place = match target {
+            Target::Place(place) => place,
+            Target::Verdict(verdict) => self.0.iter().rposition(|made| returns(made, verdict))? + 1,
+        };
+        u8::try_from(self.0.len() - place + more).ok()
+    }
+
+    /// A target that a conditional jump reaches, and that leads to `target`.
+    fn within_reach(&mut self, target: Target, more: usize) -> Target {
+        if self.distance(target, more).is_some() {
+            return target;
         }
-        checks.append(&mut rest);
-        program.extend(checks);
+        match target {
+            Target::Place(place) => self.push(JUMP, (self.0.len() - place) as u32),
+            Target::Verdict(verdict) => self.push(RETURN, verdict),
+        }
+        self.here()
     }
-    program.push(statement(RETURN, other));
-    Ok(program)
+
+    /// A comparison, and where the program goes on if it holds and if it fails.
+    fn branch(&mut self, code: u16, k: u32, holds: Target, fails: Target) {
+        // To bring the second one within reach may take one instruction.
+        let fails = self.within_reach(fails, 1);
+        let holds = self.within_reach(holds, 0);
+        let [jt, jf] =
+            [holds, fails].map(|target| self.distance(target, 0).expect("it was brought within reach"));
+        self.0.push(Instruction { code, jt, jf, k });
+    }
+
+    /// A search among ranges for the number of the call, which was loaded.
+    fn tree(&mut self, ranges: &[Range]) -> Target {
+        if let [Range { rule, .. }] = ranges {
+            return match rule {
+                Rule::Always(verdict) => Target::Verdict(*verdict),
+                Rule::If(ways, listed, other) => self.arguments(ways, *listed, *other),
+            };
+        }
+        let weight = |ranges: &[Range]| ranges.iter().map(Range::weight).sum::<u32>();
+        let balance = |at: &usize| weight(&ranges[..*at]).abs_diff(weight(&ranges[*at..]));
+        let (low, high) = ranges.split_at((1..ranges.len()).min_by_key(balance).unwrap_or(1));
+        let from = high[0].from;
+        let (high, low) = (self.tree(high), self.tree(low));
+        self.branch(JUMP_IF_AT_LEAST, from, high, low);
+        self.here()
+    }
+
+    /// Tries each way in which the arguments of a call may be.
+    fn arguments(&mut self, ways: &Ways, listed: u32, other: u32) -> Target {
+        let mut otherwise = Target::Verdict(other);
+        for way in ways.iter().rev() {
+            let mut then = Target::Verdict(listed);
+            for Condition { argument, mask, values } in way.iter().rev() {
+                let mut not = otherwise;
+                for value in values.iter().rev() {
+                    self.branch(JUMP_IF_EQUAL, *value, then, not);
+                    not = self.here();
+                }
+                if *mask != u32::MAX {
+                    self.push(AND, *mask);
+                }
+                self.push(LOAD, ARGUMENTS + 8 * argument);
+                then = self.here();
+            }
+            otherwise = self.here();
+        }
+        otherwise
+    }
 }
