@@ -20,6 +20,7 @@ const UNSAFE: &[&str] = &[
     "src/sys/machine.rs",
     "src/sys/network.rs",
     "src/sys/process.rs",
+    "src/sys/program.rs",
     "src/sys/vectors.rs",
     "src/uring.rs",
     "src/virtio/buffers.rs",

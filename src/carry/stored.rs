@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use serde::{Deserialize, Serialize};
 
@@ -299,10 +300,20 @@ pub fn state(
     Ok(state_file::write(&Origin { architecture: arch::ELF_MACHINE, boot_id }, &sections))
 }
 
-/// Which boot of the host this is; None: there is nothing that says so, as where there is no /proc.
+/// Which boot of the host this is; None: there is nothing that says so, as where there is no /proc. The file is read once.
 pub fn boot_id() -> Option<[u8; 16]> {
-    let text = std::fs::read_to_string(BOOT_ID).ok()?;
-    u128::from_str_radix(&text.trim().replace('-', ""), 16).ok().map(u128::to_be_bytes)
+    static READ: OnceLock<Option<[u8; 16]>> = OnceLock::new();
+    *READ.get_or_init(|| {
+        let text = std::fs::read_to_string(BOOT_ID).ok()?;
+        u128::from_str_radix(&text.trim().replace('-', ""), 16).ok().map(u128::to_be_bytes)
+    })
+}
+
+/// Does what the first state that is read needs, and no later one: asks which boot of the host this is, and what the
+/// processor has for checksums (CPUID, which takes a virtual machine some microseconds each time).
+pub fn prepare() {
+    boot_id();
+    crc32fast::hash(&[]);
 }
 
 /// A random number, which nothing else has.

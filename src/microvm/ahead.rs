@@ -1,10 +1,12 @@
 //! Parts of a machine that are made before anybody asks for one.
 
 use super::Microvm;
+use crate::carry::stored;
 use crate::config::MachineConfig;
 use crate::error::{Context, Result};
 use crate::log;
 use crate::machine::{Base, Cpus, Prepared, Shell};
+use crate::sys::program;
 
 /// The machine that is expected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,6 +49,8 @@ impl Microvm {
             let made = self.warm.map_or_else(|| Prepared::new().map(Base::from), Warm::shell);
             self.ahead = made.ok();
         }
+        stored::prepare();
+        program::map_code();
     }
 
     /// The machine came to nothing: the next one is expected as this one was.

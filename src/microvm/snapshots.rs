@@ -29,7 +29,7 @@ use crate::machine::{Cpus, Machine, OpenKvm};
 use crate::memory::faults::Faults;
 use crate::memory::{Piece, Source, lost};
 use crate::metadata::Service;
-use crate::sys::process;
+use crate::sys::program;
 
 /// A snapshot that was read and checked, with all that can be done of a restore before it is asked for.
 pub struct Opened {
@@ -223,7 +223,7 @@ impl Microvm {
         note(begun, [&LATENCIES.load_snapshot, &LATENCIES.vmm_load_snapshot]);
         self.write_metrics();
         // Reading a state is the deepest that `main` ever gets: each clone would keep some 16 KiB for that.
-        process::give_back_stack();
+        program::give_back_stack();
         Ok(())
     }
 

@@ -7,6 +7,7 @@ pub mod descriptor;
 pub mod machine;
 pub mod network;
 pub mod process;
+pub mod program;
 pub mod vectors;
 
 use std::io::{Error, Result};

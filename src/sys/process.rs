@@ -241,25 +241,6 @@ pub fn is_main_thread() -> bool {
     unsafe { libc::gettid() == libc::getpid() }
 }
 
-/// Gives the host back the pages that deeper calls of the thread `main` have left below the part of its stack that is in
-/// use (madvise(2)). Other threads' stacks are left alone: what lies below them may be in use. This is never made part
-/// of its caller, whose frame may be larger than `IN_USE`: the caller's own variables would be given back.
-#[inline(never)]
-pub fn give_back_stack() {
-    // The kernel keeps 1 MiB free below the stack of `main`; IN_USE: this function's frame, and those that it calls.
-    const DEPTH: usize = 256 << 10;
-    const IN_USE: usize = 4 << 10;
-    if is_main_thread() {
-        let frame = 0_u8;
-        // SAFETY: the calls take numbers; in that part of the stack are only frames of functions that have returned.
-        unsafe {
-            let pages = !(libc::sysconf(libc::_SC_PAGESIZE) as usize - 1);
-            let start = (((&raw const frame).addr() - IN_USE) & pages) - DEPTH;
-            libc::madvise(std::ptr::without_provenance_mut(start), DEPTH, libc::MADV_DONTNEED);
-        }
-    }
-}
-
 /// Writes what this thread is called, up to a zero, to `name` (PR_GET_NAME, prctl(2)).
 pub fn name_thread(name: &mut [u8; 16]) {
     // SAFETY: the call writes at most 16 bytes.
