@@ -71,7 +71,7 @@ pub fn check(machine: &mut Machine) -> Result<()> {
 fn all_halted(machine: &Machine) -> Result<bool> {
     // The others cannot wake, whatever the guest has sent them.
     for vcpu in machine.vcpus.iter().filter(|vcpu| vcpu.is_given()) {
-        if !arch::is_halted_for_good(&vcpu.stopped())? {
+        if !arch::is_halted_for_good(&mut vcpu.stopped())? {
             return Ok(false);
         }
     }

@@ -28,8 +28,8 @@ impl Vm {
     /// The state of the CPUs, in their order; waits until they are stopped. The gate must be closed, and they
     /// must have been kicked.
     pub fn save_vcpus(&self, vcpus: &[Vcpu]) -> Result<Vec<VcpuState>> {
-        let stopped: Vec<_> = vcpus.iter().map(Vcpu::stopped).collect();
-        arch::save_vcpus(&self.kvm, &self.fd, &stopped, self.cpu_features)
+        let mut stopped: Vec<_> = vcpus.iter().map(Vcpu::stopped).collect();
+        arch::save_vcpus(&self.kvm, &self.fd, &mut stopped, self.cpu_features)
     }
 
     /// Gives the machine's CPUs, none of which has run yet, the states `states`, one for each.
@@ -41,8 +41,8 @@ impl Vm {
                 vcpus.len()
             )));
         }
-        let stopped: Vec<_> = vcpus.iter().map(Vcpu::stopped).collect();
-        arch::restore_vcpus(&self.fd, &stopped, states, self.cpu_features)
+        let mut stopped: Vec<_> = vcpus.iter().map(Vcpu::stopped).collect();
+        arch::restore_vcpus(&self.fd, &mut stopped, states, self.cpu_features)
     }
 
     fn controller(&self) -> Result<&arch::InterruptController> {

@@ -126,7 +126,7 @@ impl Suspended {
         machine
     }
 
-    /// The same, which runs.
+    /// The same, which runs. It is saved before that, and is the machine that was built of what was saved then.
     pub fn go_on(&self, screen: &Screen) -> Box<Machine> {
         let mut machine = self.build(&self.bytes, screen).unwrap();
         let (again, saved) = (machine.save().unwrap(), SavedMachine::from_bytes(&self.bytes).unwrap());
@@ -136,6 +136,8 @@ impl Suspended {
         for (name, state) in again.parts.iter().filter(|(name, _)| !changes(name)) {
             assert_eq!(*state, saved.parts[name], "{name}: what was restored is not what was saved");
         }
+        drop(machine);
+        let mut machine = self.build(&again.to_bytes().unwrap(), screen).unwrap();
         machine.resume().unwrap();
         machine
     }

@@ -215,7 +215,7 @@ pub fn boot(vcpus: &[impl Deref<Target = VcpuFd>], entry: &Entry) -> Result<()> 
 
 /// Whether this stopped CPU waits for something that only another CPU could send: PSCI CPU_OFF. A CPU
 /// that spins with interrupts masked (what Linux's `halt` does) cannot be told from one at work.
-pub fn is_halted_for_good(vcpu: &VcpuFd) -> Result<bool> {
+pub fn is_halted_for_good(vcpu: &mut VcpuFd) -> Result<bool> {
     Ok(vcpu.get_mp_state().context("get the CPU's run state")?.mp_state == KVM_MP_STATE_STOPPED)
 }
 

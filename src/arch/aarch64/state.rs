@@ -2,7 +2,7 @@
 //! back, with `gic_state.rs` for the registers of the GIC. The CPUs must not run, and no device may raise an
 //! interrupt meanwhile.
 
-use std::ops::Deref;
+use std::ops::{Deref, DerefMut};
 
 use kvm_bindings::{
     KVM_REG_ARM64, KVM_REG_ARM64_SYSREG, KVM_REG_SIZE_MASK, KVM_REG_SIZE_SHIFT, KVM_REG_SIZE_U64, RegList,
@@ -89,13 +89,13 @@ pub fn restore_vm(_vm: &VmFd, controller: &InterruptController, state: &VmState)
 pub fn save_vcpus(
     _kvm: &Kvm,
     vm: &VmFd,
-    vcpus: &[impl Deref<Target = VcpuFd>],
+    vcpus: &mut [impl DerefMut<Target = VcpuFd>],
     features: CpuFeatures,
 ) -> Result<Vec<VcpuState>> {
     let init = super::kind_of_cpus(vm, features)?;
     let save =
         |(index, vcpu): (usize, &_)| save_vcpu(&init, vcpu).with_context(|| format!("save CPU {index}"));
-    vcpus.iter().map(Deref::deref).enumerate().map(save).collect()
+    vcpus.iter().map(|vcpu| &**vcpu).enumerate().map(save).collect()
 }
 
 fn save_vcpu(init: &kvm_vcpu_init, vcpu: &VcpuFd) -> Result<VcpuState> {
@@ -119,7 +119,7 @@ fn save_vcpu(init: &kvm_vcpu_init, vcpu: &VcpuFd) -> Result<VcpuState> {
 /// it, or the CPU is as if it had come there by itself.
 pub fn restore_vcpus(
     vm: &VmFd,
-    vcpus: &[impl Deref<Target = VcpuFd>],
+    vcpus: &mut [impl DerefMut<Target = VcpuFd>],
     states: &[VcpuState],
     features: CpuFeatures,
 ) -> Result<()> {

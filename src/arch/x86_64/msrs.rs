@@ -17,6 +17,10 @@ pub const TSC: u32 = 0x10;
 /// When the local APIC's timer interrupts next, against the time stamp counter.
 pub const TSC_DEADLINE: u32 = 0x6e0;
 
+/// Where the guest has its KVM clock written, under both numbers; 0 in the lowest bit: it has none (KVM's own, "MSR_KVM_SYSTEM_TIME").
+pub const KVM_CLOCK: [u32; 2] = [0x12, 0x4b56_4d01];
+pub const KVM_CLOCK_ON: u64 = 1;
+
 const MCG_CAP: u32 = 0x179;
 /// How many banks of machine checks there are (MCG_CAP), and what KVM has at most.
 const MCG_CAP_BANKS: u64 = 0xff;

@@ -5,10 +5,11 @@ use std::arch::x86_64::__cpuid;
 use std::ops::Deref;
 
 use kvm_bindings::{
-    KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_EMULATION, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED,
-    KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_segment,
+    KVM_CAP_SYNC_REGS, KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_EMULATION, KVM_MP_STATE_HALTED,
+    KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_UNINITIALIZED, KVM_SYNC_X86_REGS, Msrs, kvm_mp_state,
+    kvm_msr_entry, kvm_regs, kvm_segment,
 };
-use kvm_ioctls::VcpuFd;
+use kvm_ioctls::{SyncReg, VcpuFd, VmFd};
 
 use super::boot::{Entry, Protocol};
 use super::{ioctls, layout};
@@ -91,12 +92,36 @@ pub fn boot(vcpus: &[impl Deref<Target = VcpuFd>], entry: &Entry) -> Result<()> 
     first.set_regs(&regs).context("set the registers")
 }
 
+/// The registers of this stopped CPU.
+pub fn registers(vcpu: &mut VcpuFd) -> Result<kvm_regs> {
+    match vcpu.get_kvm_run().kvm_dirty_regs & u64::from(KVM_SYNC_X86_REGS) {
+        0 => vcpu.get_regs().context("get the registers"),
+        // The CPU was restored, and KVM takes them when it runs.
+        _ => Ok(vcpu.sync_regs().regs),
+    }
+}
+
+/// Has this CPU, which has not run yet and waits for no start-up interrupt, these registers. KVM takes them when the CPU
+/// runs, from the page that it has in common with this process (KVM_CAP_SYNC_REGS), without a call.
+///
+/// Only the first CPU may have them so: one that the guest is given later is started before it runs (KVM_GET_MP_STATE), and
+/// would then begin with these registers.
+pub fn set_registers_for_its_run(vm: &VmFd, vcpu: &mut VcpuFd, regs: &kvm_regs) -> Result<()> {
+    let fields = vm.check_extension_raw(KVM_CAP_SYNC_REGS.into()).cast_unsigned();
+    if fields & KVM_SYNC_X86_REGS == 0 {
+        return vcpu.set_regs(regs).context("set the registers");
+    }
+    vcpu.sync_regs_mut().regs = *regs;
+    vcpu.set_sync_dirty_reg(SyncReg::Register);
+    Ok(())
+}
+
 /// Whether this stopped CPU waits for something that no other halted CPU and no device can send:
 /// HLT with interrupts off, or still waiting for its first start-up interrupt.
-pub fn is_halted_for_good(vcpu: &VcpuFd) -> Result<bool> {
+pub fn is_halted_for_good(vcpu: &mut VcpuFd) -> Result<bool> {
     Ok(match vcpu.get_mp_state().context("get the CPU's run state")?.mp_state {
         KVM_MP_STATE_UNINITIALIZED | KVM_MP_STATE_INIT_RECEIVED => true,
-        KVM_MP_STATE_HALTED => vcpu.get_regs().context("get the registers")?.rflags & RFLAGS_IF == 0,
+        KVM_MP_STATE_HALTED => registers(vcpu)?.rflags & RFLAGS_IF == 0,
         _ => false,
     })
 }

@@ -1,18 +1,20 @@
 //! What KVM holds of a guest, as plain data: the only place that says in which order it is read and written
 //! back. The CPUs must not run, and no device may raise an interrupt meanwhile.
 
-use std::ops::Deref;
+use std::ops::DerefMut;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use kvm_bindings::{
     CpuId, KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
-    KVM_MAX_CPUID_ENTRIES, kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip, kvm_lapic_state,
-    kvm_mp_state, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+    KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, kvm_clock_data, kvm_cpuid_entry2,
+    kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_sregs, kvm_vcpu_events,
+    kvm_xcrs,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 
-use super::{CpuFeatures, InterruptController, cpuid, ioctls, msrs, tell_that_it_stood_still};
+use super::registers::{registers, set_registers_for_its_run, tell_that_it_stood_still};
+use super::{CpuFeatures, InterruptController, cpuid, ioctls, msrs};
 use crate::error::{Context, Error, Result};
 use crate::snapshot;
 
@@ -120,21 +122,21 @@ pub fn restore_vm(vm: &VmFd, _controller: &InterruptController, state: &VmState)
 pub fn save_vcpus(
     kvm: &Kvm,
     vm: &VmFd,
-    vcpus: &[impl Deref<Target = VcpuFd>],
+    vcpus: &mut [impl DerefMut<Target = VcpuFd>],
     _features: CpuFeatures,
 ) -> Result<Vec<VcpuState>> {
     let Some(first) = vcpus.first() else { return Ok(Vec::new()) };
     let (indices, words) = (msrs::of_cpus(kvm, first)?, ioctls::xsave_words(vm));
-    let save = |(index, vcpu): (usize, &_)| {
+    let save = |(index, vcpu): (usize, &mut _)| {
         save_vcpu(vm, vcpu, &indices, words).with_context(|| format!("save CPU {index}"))
     };
-    vcpus.iter().map(Deref::deref).enumerate().map(save).collect()
+    vcpus.iter_mut().map(|vcpu| &mut **vcpu).enumerate().map(save).collect()
 }
 
-fn save_vcpu(vm: &VmFd, vcpu: &VcpuFd, indices: &[u32], xsave_words: usize) -> Result<VcpuState> {
+fn save_vcpu(vm: &VmFd, vcpu: &mut VcpuFd, indices: &[u32], xsave_words: usize) -> Result<VcpuState> {
     // First: KVM lets a CPU take start-up interrupts that it has not seen yet, which sets other registers.
     let mp_state = vcpu.get_mp_state().context("get the run state")?;
-    let regs = vcpu.get_regs().context("get the registers")?;
+    let regs = registers(vcpu)?;
     let sregs = vcpu.get_sregs().context("get the system registers")?;
     let is_pae = sregs.cr0 & CR0_PG != 0 && sregs.cr4 & CR4_PAE != 0 && sregs.efer & EFER_LMA == 0;
     let pdptrs = match is_pae && vm.check_extension_raw(kvm_bindings::KVM_CAP_SREGS2.into()) > 0 {
@@ -175,18 +177,19 @@ fn save_vcpu(vm: &VmFd, vcpu: &VcpuFd, indices: &[u32], xsave_words: usize) -> R
 /// it, or the CPU is as if it had come there by itself.
 pub fn restore_vcpus(
     vm: &VmFd,
-    vcpus: &[impl Deref<Target = VcpuFd>],
+    vcpus: &mut [impl DerefMut<Target = VcpuFd>],
     states: &[VcpuState],
     _features: CpuFeatures,
 ) -> Result<()> {
     let words = ioctls::xsave_words(vm);
+    let last = vcpus.len().saturating_sub(1);
     // The saved and the new offset of the first CPU's time stamp counter.
     let mut first = None;
-    for (index, (vcpu, state)) in vcpus.iter().zip(states).enumerate() {
-        let restored = restore_vcpu(vm, vcpu, state, words, first);
+    for (index, (vcpu, state)) in vcpus.iter_mut().zip(states).enumerate() {
+        let restored = restore_vcpu(vm, vcpu, index, state, words, first);
         restored.with_context(|| format!("restore CPU {index}"))?;
         // The last CPU has nobody after it.
-        if first.is_none() && index + 1 < vcpus.len() {
+        if first.is_none() && index < last {
             first = state.tsc_offset.zip(ioctls::tsc_offset(vcpu));
         }
     }
@@ -195,7 +198,8 @@ pub fn restore_vcpus(
 
 fn restore_vcpu(
     vm: &VmFd,
-    vcpu: &VcpuFd,
+    vcpu: &mut VcpuFd,
+    index: usize,
     state: &VcpuState,
     xsave_words: usize,
     first: Option<(u64, u64)>,
@@ -221,20 +225,23 @@ fn restore_vcpu(
         None => vcpu.set_sregs(sregs),
     }
     .context("set the system registers")?;
-    vcpu.set_regs(regs).context("set the registers")?;
+    match mp_state.mp_state {
+        KVM_MP_STATE_RUNNABLE | KVM_MP_STATE_HALTED if index == 0 => {
+            set_registers_for_its_run(vm, vcpu, regs)?
+        }
+        _ => vcpu.set_regs(regs).context("set the registers")?,
+    }
     ioctls::set_xsave(vm, vcpu, xsave).context("set the registers of the FPU (XSAVE)")?;
-    vcpu.set_xcrs(xcrs).context("set the extended control registers")?;
-    vcpu.set_debug_regs(debug).context("set the debug registers")?;
+    // Each call about a CPU has KVM load all of it: one that only says what a new CPU has is left out.
+    if !are_as_reset(xcrs) {
+        vcpu.set_xcrs(xcrs).context("set the extended control registers")?;
+    }
+    if *debug != debug_as_reset() {
+        vcpu.set_debug_regs(debug).context("set the debug registers")?;
+    }
     // Before the model-specific registers: KVM ignores a deadline of a timer that is in another mode.
     vcpu.set_lapic(lapic).context("set the local APIC")?;
-    // The time stamp counter before everything that is measured by it, the deadline above all: KVM takes registers in
-    // the order of the list.
-    let mut msrs = msrs.clone();
-    msrs.sort_by_key(|(index, _)| match *index {
-        msrs::TSC => 0,
-        msrs::TSC_DEADLINE => 2,
-        _ => 1,
-    });
+    let msrs = in_order(msrs);
     let mut rest = &msrs[..];
     // KVM gives CPUs that are set to nearly the same time the same offset; where it tells, they are made as far apart
     // as they were, before anything else is set.
@@ -249,7 +256,33 @@ fn restore_vcpu(
     // Last: what was set above may have raised or dropped some.
     vcpu.set_vcpu_events(events).context("set the pending events")?;
     // The guest's clock register is set by now: its watchdogs learn of the time that it did not run.
-    tell_that_it_stood_still(vcpu)
+    if msrs.iter().any(|(index, value)| msrs::KVM_CLOCK.contains(index) && value & msrs::KVM_CLOCK_ON != 0) {
+        tell_that_it_stood_still(vcpu)?;
+    }
+    Ok(())
+}
+
+/// Model-specific registers in the order in which KVM is to take them, which is that of its list: the time stamp counter
+/// before everything that is measured by it, the deadline above all.
+fn in_order(msrs: &[msrs::Msr]) -> Vec<msrs::Msr> {
+    let mut msrs = msrs.to_vec();
+    msrs.sort_by_key(|(index, _)| match *index {
+        msrs::TSC => 0,
+        msrs::TSC_DEADLINE => 2,
+        _ => 1,
+    });
+    msrs
+}
+
+/// Whether these are the extended control registers of a CPU after its reset: XCR0 is 1 (Intel SDM volume 1, 13.3).
+fn are_as_reset(xcrs: &kvm_xcrs) -> bool {
+    let set = xcrs.xcrs.get(..xcrs.nr_xcrs as usize);
+    xcrs.flags == 0 && set.is_some_and(|set| set.iter().all(|one| (one.xcr, one.value) == (0, 1)))
+}
+
+/// The debug registers of a CPU after its reset (Intel SDM volume 3, "Processor State After Reset").
+fn debug_as_reset() -> kvm_debugregs {
+    kvm_debugregs { dr6: 0xffff_0ff0, dr7: 0x400, ..Default::default() }
 }
 
 /// Refuses what would have KVM read beyond an end.
