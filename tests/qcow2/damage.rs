@@ -184,3 +184,22 @@ fn an_image_whose_process_is_killed_has_all_that_was_flushed() {
         qemu_img(&folder, &["compare", "-f", "qcow2", "-F", "raw", "disk", raw.to_str().unwrap()]);
     }
 }
+
+#[test]
+fn a_file_longer_than_its_counts_can_tell_of_is_written() {
+    let folder = Folder::new();
+    // A block has the counts of 64 clusters of 512 bytes, and the table has the places of 64 blocks: 2 MiB.
+    qemu_img(
+        &folder,
+        &["create", "-q", "-f", "qcow2", "-o", "cluster_size=512,refcount_bits=64", "disk", "4M"],
+    );
+    let image = File::options().write(true).open(folder.path("disk")).unwrap();
+    image.write_all_at(&[0xee; 4096], 3 << 20).unwrap();
+    let mut disk = Disk::new(config(&folder.path("disk"), json!({}))).unwrap();
+    let expected = pattern(5, SIZE);
+    for at in (0..SIZE).step_by(CLUSTER) {
+        assert_eq!(disk.write((at / 512) as u64, &expected[at..at + CLUSTER]), Ok(()));
+    }
+    disk.end();
+    check(&folder, &expected);
+}

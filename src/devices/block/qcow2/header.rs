@@ -177,7 +177,9 @@ const BLOCKS_AHEAD_MAX: u64 = 8;
 /// The places of the blocks of reference counts, sorted: each in a place of its own, and hardly more of
 /// them than the file's clusters need. Blocks beyond, or one for many, would let an allocation look for a free
 /// cluster for hours. Where there is none, nothing is in use, as in an image that was shrunk; but the header
-/// is: an allocation without the first block would look for itself without end.
+/// is: an allocation without the first block would look for itself without end. A file that goes on beyond what the
+/// table can tell of is as a process leaves it that is killed before a larger table is in place: what is there, nothing
+/// names.
 fn check_refcounts(table: &[u8], needed: u64, length: u64, cluster: u64) -> Result<Vec<u64>> {
     let wrong = |what: &str| {
         Err(Error::config(format!(
@@ -187,8 +189,8 @@ fn check_refcounts(table: &[u8], needed: u64, length: u64, cluster: u64) -> Resu
     let entry = |bytes: &[u8]| u64::from_be_bytes(bytes.try_into().expect("8 bytes"));
     let entries = table.chunks_exact(8).map(entry);
     let mut places: Vec<u64> = entries.clone().filter(|place| *place != 0).collect();
-    if entries.clone().next().unwrap_or(0) == 0 || needed > entries.len() as u64 {
-        return wrong("no entry for what is in use");
+    if entries.clone().next().unwrap_or(0) == 0 {
+        return wrong("no entry for the image's header");
     }
     if places.len() as u64 > needed + BLOCKS_AHEAD_MAX {
         return wrong("entries for what is beyond the end of the file");
