@@ -56,12 +56,13 @@ struct Call<'a> {
 }
 
 impl<'a> Call<'a> {
-    /// None: the line has the end of a call whose beginning was told, or the end of a thread.
+    /// None: the line has the end of a call whose beginning was told, the end of a thread, or `???`, a call of a thread that
+    /// was killed before strace(1) could look.
     fn parse(line: &'a str) -> Option<Self> {
         let (number, rest) = line.split_once('<')?;
         let (thread, rest) = rest.split_once("> ")?;
         let (name, text) =
-            rest.trim_start().split_once('(').filter(|(name, _)| !name.starts_with(['<', '+', '-']))?;
+            rest.trim_start().split_once('(').filter(|(name, _)| !name.starts_with(['<', '+', '-', '?']))?;
         let words = text.split([',', ')', ' ']).filter(|word| !word.is_empty()).take(6);
         let arguments = words.map(|word| match word.strip_prefix("0x") {
             // The kernel's filters look at the lower half.
