@@ -2,6 +2,8 @@
 
 use super::*;
 
+const X86_64: bool = cfg!(target_arch = "x86_64");
+
 /// How a fault begins that a body cannot be read by.
 const SERDE: &str = "An error occurred when deserializing the json body of a request: ";
 
@@ -242,4 +244,58 @@ fn called_firecracker_it_is_that_monitor_alone() {
         assert_eq!(ended.code, Some(1), "{}", ended.text);
         assert!(ended.text.contains(expected), "{}", ended.text);
     }
+}
+
+/// What Kata asks of Firecracker for a sandbox (runtime-rs), but for its placeholders: containers' disks and networks come
+/// when they are there, and go with them.
+#[test]
+fn containers_of_kata_have_disks_that_come_and_go() {
+    network::enter();
+    ["tap0", "tap1"].iter().for_each(|tap| network::add_interface(tap, network::TAP));
+    let folder = common::Folder::new();
+    let socket = folder.path("s");
+    let mut command = std::process::Command::new(common::called("firecracker", &folder));
+    command.args(["--enable-pci", "--api-sock"]).arg(&socket);
+    let mut process = common::Process::spawn(command);
+    wait_for(|| UnixStream::connect(&socket).is_ok());
+    let mut client = Client::connect(&socket);
+    let mut put = |path: &str, body: serde_json::Value| drop(client.ok("PUT", path, &body.to_string()));
+    // On aarch64, a guest without an agent is not asked: this one uses no device.
+    let words = if X86_64 { "case=slots" } else { "case=serial end=idle" };
+    put("/boot-source", json!({ "kernel_image_path": folder.firmware(), "boot_args": words }));
+    put("/machine-config", json!({ "mem_size_mib": 64, "vcpu_count": 1 }));
+    let drive = |id: &str, is_read_only: bool| {
+        let path = folder.write(id, [0; 4096]);
+        json!({ "drive_id": id, "path_on_host": path, "is_root_device": false, "is_read_only": is_read_only })
+    };
+    put("/drives/rootfs", drive("rootfs", true));
+    put("/vsock", json!({ "guest_cid": 3, "uds_path": folder.path("kata.hvsock"), "vsock_id": "root" }));
+    let net = |id: &str, tap: &str| json!({ "iface_id": id, "guest_mac": null, "host_dev_name": tap });
+    put("/network-interfaces/eth0", net("eth0", "tap0"));
+    put("/actions", json!({ "action_type": "InstanceStart" }));
+    let mut finds = |count: usize| {
+        if X86_64 {
+            process.expect(&format!("slots: {count} devices"));
+        }
+    };
+    finds(3);
+
+    let bucket = json!({ "size": 0, "one_time_burst": 0, "refill_time": 0 });
+    let mut container = drive("drive1", false);
+    container["rate_limiter"] = json!({ "bandwidth": bucket, "ops": bucket });
+    for _ in 0..2 {
+        client.ok("PUT", "/drives/drive1", &container.to_string());
+        finds(4);
+        client.ok("PUT", "/network-interfaces/eth1", &net("eth1", "tap1").to_string());
+        finds(5);
+        for (path, left) in [("/network-interfaces/eth1", 4), ("/drives/drive1", 3)] {
+            client.ok("DELETE", path, "");
+            finds(left);
+        }
+        wait_for(|| client.ok("GET", "/vm/config", "").json()["drives"].as_array().unwrap().len() == 1);
+    }
+    std::fs::remove_file(folder.path("drive1")).unwrap();
+    client.ok("PUT", "/network-interfaces/eth1", &net("eth1", "tap1").to_string());
+    let fault = client.request("PUT", "/drives/drive1", &container.to_string()).fault();
+    assert!(fault.contains("No such file"), "{fault}");
 }
