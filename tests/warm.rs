@@ -191,3 +191,30 @@ fn a_warm_guest_that_cannot_be_is_refused_at_once() {
         assert!(!socket.exists());
     }
 }
+
+// Other architectures have no CPUs that come.
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn what_was_made_is_for_as_many_cpus_as_there_can_be() {
+    const WORDS: &str = "echo memory=64 case=memory end=7";
+    let machine = |most: u16| json!({ "vcpu_count": 1, "max_vcpus": most, "mem_size_mib": 64 }).to_string();
+    let (service, threads) = warm(WARM, 2);
+    service.client().ok("PUT", "/machine-config", &machine(2));
+    service.boot_source(WORDS);
+    start(&service);
+    assert_eq!(vcpus(&service), threads);
+    // The second CPU, which comes, has the thread that was made for it.
+    service.client().ok("PATCH", "/machine-config", r#"{"vcpu_count": 2}"#);
+    assert_eq!(vcpus(&service), threads);
+    let text = end(service, "1 cases, 0 failed");
+    assert!(!text.contains("--warm"), "{text}");
+
+    let (service, threads) = warm(WARM, 2);
+    service.client().ok("PUT", "/machine-config", &machine(4));
+    service.boot_source(WORDS);
+    start(&service);
+    wait_for(|| vcpus(&service).is_disjoint(&threads));
+    let expected = "the guest has 4 CPUs and 64 MiB, and what was prepared (--warm) is for 2 and 64";
+    let text = end(service, "1 cases, 0 failed");
+    assert!(text.contains(expected), "{text}");
+}
