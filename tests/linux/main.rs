@@ -21,6 +21,7 @@ mod consoles;
 mod differences;
 mod disks;
 mod faults;
+mod growing;
 mod left;
 #[path = "../common/left.rs"]
 mod left_behind;

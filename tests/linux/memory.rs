@@ -17,7 +17,7 @@ pub fn add_balloon(client: &mut common::Client, reports: bool) {
 }
 
 /// The memory that the process has of its own, in MiB.
-fn own(process: u32) -> u64 {
+pub fn own(process: u32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap();
     line_of(&status, "RssAnon:").trim_end_matches(" kB").trim().parse::<u64>().unwrap() >> 10
 }

@@ -92,26 +92,26 @@ pub fn cpus(guest: &shared::Guest) {
 /// A network interface comes: the guest reaches the host by it, and it goes.
 pub fn interfaces(guest: &shared::Guest) {
     let path = "/network-interfaces/guest";
-    let body = json!({ "iface_id": "guest", "host_dev_name": "tap1", "guest_mac": "06:00:ac:11:00:02" });
+    let body = json!({ "iface_id": "guest", "host_dev_name": "tap2", "guest_mac": "06:00:ac:11:00:02" });
     if guest.queues == 1 {
         return refuses(guest, path, &body);
     }
-    network::add_tap("tap1", "172.17.0.1/24");
+    network::add_tap("tap2", "172.18.0.1/24");
     let mut client = guest.client();
     client.ok("PUT", path, &body.to_string());
     let script = "
         until name=$(grep -lx 06:00:ac:11:00:02 /sys/class/net/*/address); do usleep 10000; done
         name=$(basename $(dirname $name))
-        ip addr add 172.17.0.2/24 dev $name
+        ip addr add 172.18.0.2/24 dev $name
         ip link set $name up
-        ping -c 3 -W 10 172.17.0.1 >/dev/null && echo pinged by $name";
+        ping -c 3 -W 10 172.18.0.1 >/dev/null && echo pinged by $name";
     let text = guest.shell(script);
     assert!(text.contains("pinged by eth"), "{text}");
     client.ok("DELETE", path, "");
     guest.shell("while grep -lsx 06:00:ac:11:00:02 /sys/class/net/*/address; do usleep 10000; done");
     wait_for(|| !has(guest, "network-interfaces", "iface_id", "guest"));
     // Nobody holds the interface of the host any more.
-    common::output("ip", &["link", "del", "tap1"]);
+    common::output("ip", &["link", "del", "tap2"]);
 }
 
 /// Persistent memory comes: the guest writes to it, and it goes.
