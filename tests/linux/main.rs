@@ -20,6 +20,7 @@ mod consoles;
 #[cfg(target_arch = "x86_64")]
 mod differences;
 mod disks;
+mod exits;
 mod faults;
 mod growing;
 mod left;

@@ -163,3 +163,46 @@ pub fn torn_away(guest: &shared::Guest) {
     client.ok("DELETE", path, "");
     guest.shell("while grep -lsx torn /sys/block/vd*/serial; do usleep 10000; done");
 }
+
+/// A disk that comes takes hardly more exits than one that the guest finds by itself, and one that goes not many more
+/// than one that it forgets. The measure is not a rescan that finds nothing, which takes a tenth of that or less: what
+/// the guest reads of the disk it has found, and its driver, take the others.
+pub fn exits(guest: &shared::Guest) {
+    if guest.queues == 1 {
+        return;
+    }
+    let path = "/drives/counted";
+    let image = disks::image(&guest.folder, "counted", "raw");
+    let body = json!({ "drive_id": "counted", "path_on_host": image, "is_root_device": false }).to_string();
+    let mut client = guest.client();
+    let statistics = exits::Statistics::of(guest.process.child.id());
+    let mut exits = |what: &str, work: &mut dyn FnMut(&mut common::Client) -> String| {
+        let exits::Exits { ports, memory, all } = statistics.during(|| drop(work(&mut client)));
+        println!("exits: {what}: {ports} for ports, {memory} for registers in memory, {all} in all");
+        ports + memory
+    };
+    let there = "until grep -lsx counted /sys/block/vd*/serial; do usleep 10000; done";
+    let gone = "while grep -lsx counted /sys/block/vd*/serial; do usleep 10000; done";
+    let rescan = "echo 1 >/sys/bus/pci/rescan";
+    let remove =
+        "echo 1 >$(readlink -f $(dirname $(grep -lsx counted /sys/block/vd*/serial))/device/..)/remove";
+    let nothing = exits("a rescan that finds nothing", &mut |_| guest.shell(rescan));
+    let plugged = exits("a disk that comes", &mut |client| {
+        client.ok("PUT", path, &body);
+        guest.shell(there)
+    });
+    let forgotten = exits("a disk that is forgotten", &mut |_| guest.shell(remove));
+    let found = exits("a rescan that finds it", &mut |_| guest.shell(&format!("{rescan}; {there}")));
+    let unplugged = exits("a disk that goes", &mut |client| {
+        client.ok("DELETE", path, "");
+        wait_for(|| !has(guest, "drives", "drive_id", "counted"));
+        guest.shell(gone)
+    });
+    assert!(nothing > 0 && plugged * 10 <= found * 13, "{plugged}, and {found} for the guest's own way");
+    let own = forgotten + ASKING;
+    assert!(unplugged * 10 <= own * 13, "{unplugged}, and {own} for the guest's own way and the asking");
+}
+
+/// How many accesses it took, when this was first measured, that ACPI asks for a device and hears that it has gone. An
+/// agent is asked by vsock, without any.
+const ASKING: u64 = if X86_64 { 131 } else { 0 };

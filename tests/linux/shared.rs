@@ -138,6 +138,7 @@ const CASES: &[Case] = &[
     ("what is written to persistent memory is there", disks::writes_to_pmem),
     ("bulk data crosses a TAP in both directions", networks::bulk),
     ("a disk comes and goes while the guest runs", plugging::disks),
+    ("a disk comes and goes in few exits", plugging::exits),
     ("a network interface comes and goes while the guest runs", plugging::interfaces),
     ("persistent memory comes and goes while the guest runs", plugging::pmem),
     ("CPUs come and go while the guest runs", plugging::cpus),
