@@ -113,10 +113,13 @@ debian_arch() {
     esac
 }
 
+# The release of Debian whose packages are unpacked; empty: this machine's.
+RELEASE=
+
 # private_apt: an apt of our own, for packages of both architectures that are unpacked and never
 # installed; the system's is left alone.
 private_apt() {
-    local apt=$CACHE/apt
+    local apt=$CACHE/apt${RELEASE:+-$RELEASE} archive
     export APT_CONFIG=$apt/apt.conf
     [[ -e $apt/updated && -n $(find "$apt/updated" -mmin -1440) ]] && return
     mkdir -p "$apt"/{state/lists/partial,cache/archives/partial}
@@ -130,6 +133,18 @@ APT::Architectures { "amd64"; "arm64"; };
 APT::Sandbox::User "root";
 Acquire::Languages "none";
 EOF
+    if [[ $RELEASE ]]; then
+        # From where this machine has its own packages.
+        # shellcheck disable=SC2016
+        archive=$(RELEASE='' private_apt &&
+            apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Origin: Debian' 'Label: Debian' | sed -n 1p)
+        [[ $archive ]] || die "packages of $RELEASE: this machine's apt has no archive of Debian"
+        echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $archive $RELEASE main" >"$apt/list"
+        cat >>"$APT_CONFIG" <<EOF
+Dir::Etc::sourcelist "$apt/list";
+Dir::Etc::sourceparts "/dev/null";
+EOF
+    fi
     doing "reading the lists of packages"
     apt-get update -q >"$apt/update.log" 2>&1 || die "apt-get update: $(tail -n 3 "$apt/update.log")"
     touch "$apt/updated"
@@ -150,6 +165,8 @@ unpack() {
         dpkg -x "$deb" "$folder"
     done
     rm -rf "$debs"
+    # Newer releases have all of /lib in /usr.
+    [[ -e $folder/lib || ! -d $folder/usr/lib/modules ]] || ln -s usr/lib "$folder/lib"
     doing_nothing
 }
 
@@ -168,14 +185,14 @@ copy_modules() {
     touch "$folder/order"
     for name in "$@"; do
         ! grep -qx "$name" "$folder/order" || continue
-        file=$(find "$packages/lib/modules" -name "$name.ko" -o -name "${name//_/-}.ko")
+        file=$(find -L "$packages/lib/modules" -name "$name.ko*" -o -name "${name//_/-}.ko*")
         if [[ -z $file ]]; then
             grep -q "/${name//_/[-_]}\.ko" "$packages"/lib/modules/*/modules.builtin && continue
             die "the kernel in $packages has no module $name"
         fi
         # shellcheck disable=SC2046
         copy_modules "$packages" "$folder" $(modinfo -F depends "$file" | tr ',-' ' _')
-        cp "$file" "$folder/$name.ko"
+        if [[ $file == *.xz ]]; then xz -dc "$file" >"$folder/$name.ko"; else cp "$file" "$folder/$name.ko"; fi
         echo "$name" >>"$folder/order"
     done
 }
