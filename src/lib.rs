@@ -60,7 +60,9 @@
 //! `unplug` (`machine/plug.rs`): by the slots of the PCI bus (`devices/slots.rs`, `arch/x86_64/slots.rs`) the guest is
 //! told, and says what it has let go, which `microvm/plugging.rs` then takes away. CPUs are all made with the machine, and
 //! each has a gate of its own, which is open while the guest has the CPU (`machine/cpus.rs`, `vm/vcpus.rs`); of them,
-//! `devices/cpu_slots.rs` and `arch/x86_64/cpu_slots.rs` tell the guest, and `microvm/cpus.rs` does what its owner asks.
+//! `devices/cpu_slots.rs` and `arch/x86_64/cpu_slots.rs` tell the guest, and `microvm/cpus.rs` does what its owner asks. On
+//! aarch64 the guest is not told: the calls by which it switches CPUs on and off come to `vm/power.rs`
+//! (`arch/aarch64/psci.rs`), which refuses those of CPUs that it has not been given.
 //!
 //! A machine's shell ([`machine::Shell`]) is the part of it that needs no configuration but how many CPUs there are,
 //! and on aarch64 with which features: KVM's machine with its interrupt controllers and CPUs, and memory if its size is

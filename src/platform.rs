@@ -142,6 +142,8 @@ pub enum Place {
         /// The interrupt line.
         gsi: Option<u32>,
     },
+    /// Nowhere: the guest reaches the part by calls of its firmware's (PSCI on aarch64).
+    Calls,
 }
 
 impl fmt::Display for Place {
@@ -151,6 +153,7 @@ impl fmt::Display for Place {
             Self::Registers { range, .. } => write!(f, "address {:#x}", range.start)?,
             Self::Pci(number) => write!(f, "PCI device {number}")?,
             Self::Memory { range, .. } => write!(f, "memory at {:#x}", range.start)?,
+            Self::Calls => write!(f, "no address")?,
         }
         match self.gsi() {
             Some(gsi) => write!(f, " with interrupt line {gsi}"),
@@ -164,7 +167,7 @@ impl Place {
     pub fn gsi(self) -> Option<u32> {
         match self {
             Self::Ports { gsi, .. } | Self::Registers { gsi, .. } | Self::Memory { gsi, .. } => gsi,
-            Self::Pci(_) => None,
+            Self::Pci(_) | Self::Calls => None,
         }
     }
 }

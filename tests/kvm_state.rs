@@ -85,7 +85,8 @@ impl Guest {
         let vm = Arc::new(vm);
         let gate = Arc::new(Gate::default());
         let end = End::new(gate.clone()).unwrap();
-        let surroundings = Surroundings { mmio: Arc::default(), pio: Bus::default(), gate, end };
+        let (mmio, pio, power) = (Arc::default(), Bus::default(), Default::default());
+        let surroundings = Surroundings { mmio, pio, gate, end, power };
         let mut host = Host::default();
         host.give_console(Box::new(console.clone()));
         let mut site = Site {

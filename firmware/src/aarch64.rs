@@ -9,6 +9,10 @@ use crate::machine::Machine;
 
 #[path = "aarch64_entry.rs"]
 mod entry;
+#[path = "aarch64_power.rs"]
+mod power;
+
+pub use power::{is_off, switch_on, switch_on_nowhere, switch_on_to_stay};
 
 pub const NAME: &str = "aarch64";
 /// The exit register.
@@ -52,6 +56,8 @@ static mut cpu_interface: u64 = 0;
 static mut last_exception: u64 = 0;
 /// The secondary CPU that was started last and is up; CPUs are started one after the other.
 static mut STARTED: u32 = u32::MAX;
+/// How often secondary CPUs have begun.
+static mut BEGUN: u32 = 0;
 
 // The reasons for unsafe blocks below rely on this: there is no other program here. Memory and devices are
 // where the machine's layout says, at their physical addresses. Statics that two CPUs share, or code and an
@@ -145,6 +151,11 @@ pub fn start_cpu(id: u32, patience: u32) -> bool {
     (0..patience).any(|_| read32((&raw const STARTED) as u64) == id)
 }
 
+/// How often secondary CPUs have begun, one after the other.
+pub fn begun() -> u32 {
+    read32((&raw const BEGUN) as u64)
+}
+
 /// What a secondary CPU does: it says who it is (MPIDR affinities 2 to 0), and turns itself off.
 #[unsafe(no_mangle)]
 extern "C" fn secondary_cpu() -> ! {
@@ -152,6 +163,7 @@ extern "C" fn secondary_cpu() -> ! {
     // SAFETY: the register can be read here, and nothing changes.
     unsafe { asm!("mrs {}, mpidr_el1", out(reg) id, options(nomem, nostack)) };
     write32((&raw const STARTED) as u64, id as u32 & 0xff_ffff);
+    write32((&raw const BEGUN) as u64, begun() + 1);
     halt()
 }
 

@@ -31,6 +31,12 @@ secondary_entry:
     bl allow_fp
     bl secondary_cpu
 
+    .globl staying_entry
+staying_entry:
+    mov sp, x0                           // the argument of CPU_ON
+    bl allow_fp
+    bl staying_cpu
+
 allow_fp:
     mov x2, #3 << 20
     msr cpacr_el1, x2

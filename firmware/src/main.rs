@@ -22,7 +22,6 @@ mod bench;
 mod cases;
 mod compare;
 mod console;
-mod cpu_slots;
 mod devices;
 mod hostile;
 mod hostile_net;
@@ -38,6 +37,11 @@ mod work;
 
 #[cfg(target_arch = "x86_64")]
 mod acpi;
+#[cfg(target_arch = "x86_64")]
+mod cpu_slots;
+#[cfg(target_arch = "aarch64")]
+#[path = "cpu_power.rs"]
+mod cpu_slots;
 #[cfg(target_arch = "aarch64")]
 mod fdt;
 

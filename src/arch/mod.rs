@@ -4,7 +4,7 @@
 //! `after_vcpus` (the interrupt controller), `CpuModel` (what the guest's CPUs are), `load` (kernel and boot
 //! tables into memory), `boot` (the CPUs' registers), `await_start`, `is_halted_for_good`, `internal_error`,
 //! `VmState` and `VcpuState` with `save_vm`, `restore_vm`, `save_vcpus` and `restore_vcpus` (what KVM holds of a
-//! guest), `default_routes` (interrupts), `trap` (registers of a system call), `prints` (of what parts say, what is for its boot tables), and a few words of
+//! guest), `PowerSwitch` (CPUs that this process switches on and off), `default_routes` (interrupts), `trap` (registers of a system call), `prints` (of what parts say, what is for its boot tables), and a few words of
 //! what it has and what its kernels are told.
 
 #[cfg(target_arch = "aarch64")]
@@ -18,6 +18,9 @@ pub use aarch64::*;
 pub use x86_64::*;
 
 mod kernel;
+mod power;
+
+pub use power::{PowerAnswer, PowerCall};
 
 /// The place of the device of this name that is in `memory` of a guest; none: this architecture does not have the
 /// device.

@@ -6,8 +6,6 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use super::CpuTemplate;
-use crate::arch;
-use crate::devices::cpu_slots::CpuSlots;
 use crate::dialect::Dialect;
 use crate::error::{Error, Result};
 use crate::host::{Access, Host, Sharing};
@@ -79,7 +77,8 @@ pub struct MachineConfig {
     /// How many CPUs.
     #[serde(deserialize_with = "json::cpus")]
     pub vcpu_count: u16,
-    /// How many CPUs it can have while it runs: with this, `vcpu_count` can be changed then, up to so many (x86_64).
+    /// How many CPUs it can have while it runs: with this, `vcpu_count` can be changed then, up to so many (on aarch64
+    /// where the host has Linux 6.4 or newer).
     #[serde(default, deserialize_with = "json::cpus_or_null", skip_serializing_if = "Option::is_none")]
     pub max_vcpus: Option<u16>,
     /// Memory in MiB.
@@ -236,9 +235,6 @@ impl MachineConfig {
             return Err(Error::config(format!("unknown field `max_vcpus`, expected one of `{published}`")));
         }
         let refuse = |reason: String| Err(Error::config(format!("`max_vcpus` (--max-cpus): {reason}")));
-        if arch::fixed_place(CpuSlots::NAME).is_none() {
-            return refuse(format!("no CPU comes while the guest runs on {}: leave it out", arch::NAME));
-        }
         match most {
             _ if most < cpus => refuse(format!(
                 "the guest can have at most {most} CPUs, and {cpus} (`vcpu_count`, --cpus) are more: ask for no more, or \
@@ -297,6 +293,7 @@ pub struct MachinePatch {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::arch;
 
     fn machine(text: &str) -> Result<MachineConfig, String> {
         let machine: MachineConfig = serde_json::from_str(text).map_err(|error| error.to_string())?;
@@ -370,18 +367,17 @@ mod tests {
         let machine = |cpus: u16, most: u16, more: &str| {
             machine(&format!(r#"{{"vcpu_count":{cpus},"max_vcpus":{most},"mem_size_mib":1{more}}}"#))
         };
-        if arch::fixed_place(CpuSlots::NAME).is_none() {
-            assert!(machine(1, 2, "").unwrap_err().contains("`max_vcpus` (--max-cpus): no CPU comes while"));
-            return;
-        }
         assert_eq!(machine(1, 512, "").unwrap().vcpus_made(), 512);
-        assert_eq!(machine(4, 4, r#","smt":true"#).unwrap().vcpus_made(), 4);
-        for (cpus, most, more, expected) in [
+        let of_smt = (2, 5, r#","smt":true"#, "5 CPUs cannot be two per core");
+        let refused = [
             (3, 2, "", "at most 2 CPUs, and 3 (`vcpu_count`, --cpus) are more"),
             (1, 0, "", "at most 0 CPUs, and 1 "),
             (1, 513, "", "513 CPUs are too many: at most 512"),
-            (2, 5, r#","smt":true"#, "5 CPUs cannot be two per core"),
-        ] {
+        ];
+        if arch::HAS_SMT {
+            assert_eq!(machine(4, 4, r#","smt":true"#).unwrap().vcpus_made(), 4);
+        }
+        for (cpus, most, more, expected) in refused.into_iter().chain(arch::HAS_SMT.then_some(of_smt)) {
             let error = machine(cpus, most, more).unwrap_err();
             assert!(error.starts_with("`max_vcpus` (--max-cpus): ") && error.contains(expected), "{error}");
         }

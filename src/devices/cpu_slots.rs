@@ -1,5 +1,7 @@
-//! The slots of CPUs that come and go while the guest runs, x86_64: the registers by which the guest is told that CPUs
-//! have come, is asked to let some go, and says that it has. What ACPI makes of them is in `arch/x86_64/cpu_slots.rs`.
+//! The slots of CPUs that come and go while the guest runs. On x86_64, they are registers by which the guest is told
+//! that CPUs have come, is asked to let some go, and says that it has; what ACPI makes of them is in
+//! `arch/x86_64/cpu_slots.rs`. On aarch64, there are no registers: a CPU that the guest is to let go has gone when the
+//! guest has switched it off.
 
 use std::sync::Arc;
 
@@ -50,7 +52,8 @@ impl Standing {
 /// The registers.
 pub struct CpuSlots {
     // Host
-    notice: Notice,
+    /// None: there are no registers.
+    notice: Option<Notice>,
     /// Written to when the guest has let a CPU go.
     wake: Arc<EventFd>,
     // Guest-visible
@@ -62,11 +65,11 @@ impl CpuSlots {
     /// The name of the part, and its place's in `layout`.
     pub const NAME: &'static str = "CPU slots";
 
-    /// The registers of `most` CPUs, of which the guest has the first `given` from its start. The guest is told by
+    /// The slots of `most` CPUs, of which the guest has the first `given` from its start. The guest is told by
     /// `interrupt` when there is something to read; `wake` is written to when it has let a CPU go.
-    pub fn new(interrupt: Line, wake: Arc<EventFd>, given: u16, most: u16) -> Self {
+    pub fn new(interrupt: Option<Line>, wake: Arc<EventFd>, given: u16, most: u16) -> Self {
         let cpus = (0..most).map(|number| if number < given { There } else { Away }).collect();
-        Self { notice: Notice::new(interrupt, "CPUs"), wake, cpus }
+        Self { notice: interrupt.map(|interrupt| Notice::new(interrupt, "CPUs")), wake, cpus }
     }
 
     /// The numbers of the CPUs that can run.
@@ -93,17 +96,32 @@ impl CpuSlots {
                 Away | Come | There | Gone => {}
             }
         }
-        if self.has_news() { self.notice.give() } else { Ok(()) }
+        self.give_notice(Notice::give)
     }
 
     /// Tells the guest again of what it has not read; to be called now and then.
     pub fn remind(&mut self) -> Result<()> {
-        if self.has_news() { self.notice.repeat() } else { Ok(()) }
+        self.give_notice(Notice::repeat)
     }
 
     /// How many CPUs the guest has that it was not asked to let go.
     pub fn staying(&self) -> usize {
         self.numbers(|cpu| matches!(cpu, Come | There)).count()
+    }
+
+    /// The numbers of the CPUs that the guest was asked to let go, and has not.
+    pub fn asked(&self) -> impl Iterator<Item = usize> {
+        self.numbers(|cpu| matches!(cpu, Leaving | Asked))
+    }
+
+    /// The numbers of those of which the guest does not hear that it is to let them go.
+    pub fn unheard(&self) -> impl Iterator<Item = usize> {
+        self.asked().filter(|_| self.notice.is_none())
+    }
+
+    /// Notes that the guest has let these go, of which it was asked.
+    pub fn let_go(&mut self, numbers: &[usize]) {
+        numbers.iter().for_each(|number| self.cpus[*number] = Gone);
     }
 
     /// The numbers of the CPUs that the guest has let go since this was last called, and that are to run no more.
@@ -117,8 +135,9 @@ impl CpuSlots {
         self.cpus.iter().enumerate().filter(move |(_, cpu)| is_meant(**cpu)).map(|(number, _)| number)
     }
 
-    fn has_news(&self) -> bool {
-        self.cpus.iter().any(|cpu| matches!(cpu, Come | Leaving))
+    fn give_notice(&mut self, give: impl FnOnce(&mut Notice) -> Result<()>) -> Result<()> {
+        let has_news = self.cpus.iter().any(|cpu| matches!(cpu, Come | Leaving));
+        self.notice.as_mut().filter(|_| has_news).map_or(Ok(()), give)
     }
 
     /// News of the first CPU of which the guest has not read all: it has then.
@@ -221,7 +240,7 @@ mod tests {
     impl Guest {
         fn new(given: u16, most: u16) -> Self {
             let [interrupt, wake] = ["interrupt", "wake"].map(|name| Arc::new(poll::event(name).unwrap()));
-            let slots = CpuSlots::new(Line::Connected(interrupt.clone()), wake.clone(), given, most);
+            let slots = CpuSlots::new(Some(Line::Connected(interrupt.clone())), wake.clone(), given, most);
             Self { slots, interrupt, wake }
         }
 

@@ -101,6 +101,7 @@ impl Machine {
             Place::Ports { range, .. } | Place::Registers { range, .. } | Place::Memory { range, .. } => {
                 log::debug(format_args!("attach {name} at {:#x}", range.start));
             }
+            Place::Calls => {}
         }
         Ok(place)
     }

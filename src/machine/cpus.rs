@@ -1,5 +1,6 @@
-//! CPUs of a machine that come and go while the guest runs: told of and asked for by slots, where there are such (x86_64).
-//! All CPUs are made with the machine; one that the guest has not been given has no thread that would run it.
+//! CPUs of a machine that come and go while the guest runs: told of and asked for by slots (x86_64), or switched on and
+//! off by calls that this process answers (aarch64). All CPUs are made with the machine; one that the guest has not been
+//! given has no thread that would run it.
 
 use std::sync::{Arc, Mutex};
 
@@ -11,6 +12,7 @@ use crate::devices::cpu_slots::CpuSlots;
 use crate::error::{Error, Result};
 use crate::log;
 use crate::part::Part;
+use crate::platform::Place;
 use crate::poll::EventFd;
 use crate::vm::Vm;
 use crate::vm::irq::Line;
@@ -35,6 +37,10 @@ impl Machine {
 
     /// Takes away the CPUs that the guest has let go since this was last called, and returns how many those are.
     pub fn take_gone_cpus(&mut self) -> usize {
+        // Where the guest says so by switching a CPU off, the CPU is looked at.
+        let asked: Vec<_> = self.with_cpu_slots(|slots| slots.asked().collect()).unwrap_or_default();
+        let off: Vec<_> = asked.into_iter().filter(|number| self.vcpus.take_if_off(*number)).collect();
+        self.with_cpu_slots(|slots| slots.let_go(&off));
         let gone = self.with_cpu_slots(CpuSlots::take_gone).unwrap_or_default();
         for number in &gone {
             if let Err(error) = self.vcpus.take(*number) {
@@ -56,6 +62,12 @@ impl Machine {
         (0..).zip(self.vcpus.iter()).filter(|(_, vcpu)| vcpu.is_given()).map(|(number, _)| number)
     }
 
+    /// The numbers of the CPUs of which the guest does not hear by itself that it is to let them go.
+    pub fn unheard_cpus(&self) -> Vec<u16> {
+        let unheard = self.with_cpu_slots(|slots| slots.unheard().map(|number| number as u16).collect());
+        unheard.unwrap_or_default()
+    }
+
     /// How many CPUs the guest has that it was not asked to let go.
     pub fn staying_cpus(&self) -> u16 {
         self.with_cpu_slots(|slots| slots.staying() as u16).unwrap_or(self.cpus())
@@ -72,7 +84,7 @@ impl Machine {
             )));
         }
         self.vcpus.set_given(|number| given.contains(&number));
-        Ok(())
+        self.vcpus.follow_power()
     }
 
     pub(super) fn with_cpu_slots<R>(&self, act: impl FnOnce(&mut CpuSlots) -> R) -> Option<R> {
@@ -98,13 +110,16 @@ pub fn put_slots(
     parts: &mut Vec<Part>,
 ) -> Result<()> {
     let (given, Some(most)) = (config.vcpu_count, config.max_vcpus) else { return Ok(()) };
-    let Some((place, gsi)) = arch::fixed_place(CpuSlots::NAME).and_then(|place| Some((place, place.gsi()?)))
-    else {
-        return Ok(());
-    };
-    let slots = CpuSlots::new(Line::Idle(vm.clone(), gsi), wake.clone(), given, most);
-    let component = Arc::new(Mutex::new(slots));
-    surroundings.attach(place, component.clone())?;
+    let place =
+        arch::fixed_place(CpuSlots::NAME).ok_or_else(|| Error::config("CPUs do not come and go here"))?;
+    let interrupt = place.gsi().map(|gsi| Line::Idle(vm.clone(), gsi));
+    let component = Arc::new(Mutex::new(CpuSlots::new(interrupt, wake.clone(), given, most)));
+    if place != Place::Calls {
+        surroundings.attach(place, component.clone())?;
+    }
+    if let Some(switch) = vm.power_switch()? {
+        vcpus.set_power(switch)?;
+    }
     vcpus.set_given(|number| number < usize::from(given));
     parts.push(Part { name: CpuSlots::NAME.to_owned(), place, metrics: Vec::new(), component });
     Ok(())

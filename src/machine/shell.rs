@@ -1,7 +1,7 @@
 //! The shell of a machine: what can be made before it is known what the machine is to be. Who knows that another
 //! machine will be wanted makes its shell while nobody waits; it is kept until it is built on, or dropped.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
 
@@ -61,7 +61,8 @@ impl Shell {
         let made = vm.create_vcpus(cpus.count, cpus.features)?;
         let gate = Arc::new(Gate::default());
         let end = End::new(gate.clone())?;
-        let surroundings = Arc::new(Surroundings { mmio: Arc::default(), pio: Bus::default(), gate, end });
+        let (mmio, pio, power) = (Arc::default(), Bus::default(), OnceLock::new());
+        let surroundings = Arc::new(Surroundings { mmio, pio, gate, end, power });
         let wake = Arc::new(poll::event("what main looks after")?);
         let errands = Errands::new(wake.clone());
         let (vcpus, loops) = (Vcpus::new(made, &surroundings), Loops::new(&errands));

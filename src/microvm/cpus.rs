@@ -32,6 +32,8 @@ impl Microvm {
         } else if count < before {
             history::tell(|| Event::CpusAskedToGo { vcpu_count: count });
         }
+        // Some may be off already.
+        self.take_gone_cpus();
         Ok(())
     }
 

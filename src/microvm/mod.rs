@@ -184,10 +184,11 @@ impl Microvm {
         }
     }
 
-    /// Writes a line of metrics when it is time for one, and reminds the guest of what it has not heard; to be called
-    /// about once a second while the machine is there.
+    /// Writes a line of metrics when it is time for one, reminds the guest of what it has not heard, and looks which CPUs it
+    /// has let go; to be called about once a second while the machine is there.
     pub fn look_after(&mut self) {
         self.machine.iter().for_each(|machine| machine.remind());
+        self.take_gone_cpus();
         if let Some(output) = &mut self.metrics {
             output.flush();
             if output.is_due() {

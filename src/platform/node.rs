@@ -116,7 +116,7 @@ impl Place {
         let registers = match self {
             Self::Ports { range, .. } => Some(Resource::Ports(range)),
             Self::Registers { range, .. } | Self::Memory { range, .. } => Some(Resource::Memory(range)),
-            Self::Pci(_) => None,
+            Self::Pci(_) | Self::Calls => None,
         };
         registers.into_iter().chain(self.gsi().map(Resource::Interrupt)).collect()
     }
@@ -297,6 +297,7 @@ fn range(place: Place) -> Range {
     match place {
         Place::Ports { range, .. } | Place::Registers { range, .. } | Place::Memory { range, .. } => range,
         Place::Pci(number) => Range { start: number.into(), size: 0 },
+        Place::Calls => Range { start: 0, size: 0 },
     }
 }
 

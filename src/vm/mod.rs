@@ -5,6 +5,7 @@ pub mod exit;
 pub mod gate;
 pub mod irq;
 pub mod posted;
+pub mod power;
 mod slots;
 pub mod state;
 pub mod vcpu;
@@ -19,7 +20,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use vm_memory::GuestMemoryBackend as _;
 
-use crate::arch::{self, CpuFeatures, CpuModel};
+use crate::arch::{self, CpuFeatures, CpuModel, PowerSwitch};
 use crate::descriptors::Name;
 use crate::error::{Context, Error, Result};
 use crate::kvm;
@@ -228,6 +229,15 @@ impl Vm {
     /// The features that the CPUs were initialised with.
     pub fn cpu_features(&self) -> CpuFeatures {
         self.cpu_features
+    }
+
+    /// What switches the CPUs on and off where KVM would switch on those, too, that the guest has not been given; none: KVM
+    /// does not run them. No CPU has run yet.
+    ///
+    /// # Errors
+    /// This host's KVM has no means for it.
+    pub fn power_switch(&self) -> Result<Option<PowerSwitch>> {
+        PowerSwitch::new(&self.fd, self.cpu_features)
     }
 
     /// Makes what a machine like this has beside, once it has CPUs, and notes in `platform` what the host's KVM

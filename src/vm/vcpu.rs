@@ -2,12 +2,13 @@
 
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use kvm_bindings::{
-    KVM_MP_STATE_RUNNABLE, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN,
+    KVM_EXIT_HYPERCALL, KVM_MP_STATE_RUNNABLE, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET,
+    KVM_SYSTEM_EVENT_SHUTDOWN,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
@@ -24,6 +25,7 @@ use crate::platform::Place;
 use crate::sys::process;
 use crate::vm::exit::{End, Exit};
 use crate::vm::gate::Gate;
+use crate::vm::power::Power;
 use crate::walls;
 
 /// What every vCPU works with.
@@ -36,6 +38,8 @@ pub struct Surroundings {
     pub gate: Arc<Gate>,
     /// Where a vCPU notes the guest's end.
     pub end: End,
+    /// The power of the CPUs, if this process switches it; not set: KVM does.
+    pub power: OnceLock<Power>,
 }
 
 impl Surroundings {
@@ -45,7 +49,7 @@ impl Surroundings {
             Place::Ports { range, .. } => self.pio.attach(range, device),
             Place::Registers { range, .. } => self.mmio.attach(range, device),
             Place::Pci(_) => Err(Error::host("registers of PCI devices are where the guest puts them")),
-            Place::Memory { .. } => Err(Error::host("what is in memory has no registers")),
+            Place::Memory { .. } | Place::Calls => Err(Error::host("what is there has no registers")),
         }
     }
 }
@@ -56,12 +60,15 @@ pub struct Vcpu {
     thread: Option<JoinHandle<()>>,
 }
 
-struct Shared {
+/// What a vCPU's thread shares with others.
+pub(super) struct Shared {
     _name: Name,
-    fd: Mutex<VcpuFd>,
+    pub(super) fd: Mutex<VcpuFd>,
     immediate_exit: ImmediateExit,
     /// Open while the guest has this CPU: no other runs, whatever the guest does to start it.
-    given: Gate,
+    pub(super) given: Gate,
+    /// Open while the CPU is switched on, if this process switches it; else always.
+    pub(super) on: Gate,
     /// The number of the vCPU's thread; 0: it has none yet.
     thread: AtomicI32,
     metrics: Metrics,
@@ -69,7 +76,16 @@ struct Shared {
 
 impl Shared {
     fn may_run(&self, surroundings: &Surroundings) -> bool {
-        surroundings.gate.is_open() && self.given.is_open()
+        surroundings.gate.is_open() && self.given.is_open() && self.on.is_open()
+    }
+
+    /// Waits while the CPU may not run; false: it is gone.
+    fn pass(&self, surroundings: &Surroundings) -> bool {
+        self.given.pass() && self.on.pass() && surroundings.gate.pass()
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, VcpuFd> {
+        self.fd.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -122,8 +138,9 @@ pub fn register_kick() -> Result<()> {
 impl Vcpu {
     /// Owns `fd`, the vCPU with this number, which the guest has; it does not run before `start`.
     pub fn new(index: usize, mut fd: VcpuFd) -> Self {
-        let given = Gate::default();
+        let [given, on] = [Gate::default(), Gate::default()];
         given.open();
+        on.open();
         let name = Name::new(&fd, format!("vCPU {index}"));
         let immediate_exit = ImmediateExit::of(&mut fd);
         Self {
@@ -132,6 +149,7 @@ impl Vcpu {
                 fd: Mutex::new(fd),
                 immediate_exit,
                 given,
+                on,
                 thread: AtomicI32::new(0),
                 metrics: Metrics::new(),
             }),
@@ -176,7 +194,7 @@ impl Vcpu {
                         drop(rehearsed);
                     }
                     let mut stood_still = false;
-                    while shared.given.pass() && surroundings.gate.pass() {
+                    while shared.pass(&surroundings) {
                         run(&shared, &surroundings, index, stood_still);
                         stood_still = true;
                     }
@@ -185,6 +203,11 @@ impl Vcpu {
             self.thread = Some(thread);
         }
         Ok(())
+    }
+
+    /// What its thread shares with others.
+    pub(super) fn shared(&self) -> Arc<Shared> {
+        self.shared.clone()
     }
 
     /// A handle by which another thread kicks the vCPU.
@@ -210,6 +233,7 @@ impl Vcpu {
     /// Has its thread end once the gate is removed.
     pub(super) fn remove(&self) {
         self.shared.given.remove();
+        self.shared.on.remove();
     }
 
     /// Why it came out of the guest.
@@ -228,7 +252,7 @@ impl Vcpu {
 
     /// The stopped vCPU; waits until it is. The gate must be closed and the vCPU kicked.
     pub fn stopped(&self) -> MutexGuard<'_, VcpuFd> {
-        self.shared.fd.lock().unwrap_or_else(PoisonError::into_inner)
+        self.shared.lock()
     }
 
     /// CPU time that the vCPU's thread has used so far, in nanoseconds.
@@ -249,7 +273,7 @@ impl Vcpu {
 /// Enters KVM, where that can be done without any state, and comes back before any guest code runs.
 fn rehearse(shared: &Shared) {
     if arch::ENTERS_WITHOUT_STATE {
-        let mut fd = shared.fd.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut fd = shared.lock();
         shared.immediate_exit.set(1);
         // EINTR. What else KVM may say, it says again when the guest is to run.
         let _ = fd.run();
@@ -260,7 +284,7 @@ fn rehearse(shared: &Shared) {
 /// its exit, so the vCPU is stopped when KVM_RUN was interrupted, not when an exit was handled.
 /// `stood_still`: the guest ran before, and the gate was closed since.
 fn run(shared: &Shared, surroundings: &Surroundings, index: usize, stood_still: bool) {
-    let mut fd = shared.fd.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut fd = shared.lock();
     // A pause between the gate and this lock has found the vCPU stopped. Even a KVM_RUN that returns at once
     // would be in the way of who saves the machine: KVM refuses to read a GIC (EBUSY) meanwhile. No instruction
     // is unfinished here, for the last KVM_RUN was interrupted.
@@ -318,10 +342,9 @@ fn run(shared: &Shared, surroundings: &Surroundings, index: usize, stood_still: 
                 surroundings.gate.rest();
                 shared.immediate_exit.set(0);
             }
-            Ok(VcpuExit::InternalError | VcpuExit::Unsupported(_)) => {
-                match arch::refuse_instruction(&mut fd, index) {
-                    Ok(done) => log::guest_line(done),
-                    Err(reason) => return end(shared, surroundings, Exit::Failed(reason)),
+            Ok(VcpuExit::InternalError | VcpuExit::Unsupported(_) | VcpuExit::Hypercall(_)) => {
+                if let Err(reason) = answer(&mut fd, surroundings, index) {
+                    return end(shared, surroundings, Exit::Failed(reason));
                 }
             }
             other => return end(shared, surroundings, last_exit(other, index)),
@@ -368,6 +391,17 @@ fn look_at_cpu_that_is_not_run(fd: &VcpuFd, index: usize, times: &mut u32) -> Op
              needs for the guest: raise the limit of processes (`pids.max` of the control group, or RLIMIT_NPROC)"
         )
     })
+}
+
+/// Answers a call by which the guest switches CPUs on and off, or refuses an instruction that KVM could not do; the error
+/// says why the guest cannot go on.
+fn answer(fd: &mut VcpuFd, surroundings: &Surroundings, index: usize) -> Result<(), String> {
+    match (surroundings.power.get(), fd.get_kvm_run().exit_reason) {
+        (Some(power), KVM_EXIT_HYPERCALL) => power
+            .answer(fd, index)
+            .map_err(|error| format!("answer its call to switch a CPU on or off, by CPU {index}: {error}")),
+        _ => arch::refuse_instruction(fd, index).map(log::guest_line),
+    }
 }
 
 /// How the guest ended, after an exit that nothing can be done about.

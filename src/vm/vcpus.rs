@@ -7,8 +7,9 @@ use std::sync::{Arc, MutexGuard};
 use kvm_ioctls::VcpuFd;
 
 use super::brake::Brake;
+use super::power::Power;
 use super::vcpu::{Surroundings, Vcpu, register_kick};
-use crate::arch;
+use crate::arch::{self, PowerSwitch};
 use crate::error::{Context, Result};
 
 /// The vCPUs of a machine, in their order. When this is dropped, their threads end first.
@@ -57,6 +58,24 @@ impl Vcpus {
         vcpu.set_given(false);
         vcpu.kick();
         arch::await_start(&vcpu.stopped()).with_context(|| format!("take CPU {number} from the guest"))
+    }
+
+    /// Has `switch` switch them on and off, none of which has run yet, instead of KVM.
+    pub fn set_power(&self, switch: PowerSwitch) -> Result<()> {
+        let power = Power::new(switch, self.all.iter().map(Vcpu::shared).collect());
+        power.follow()?;
+        assert!(self.surroundings.power.set(power).is_ok(), "a machine is built once");
+        Ok(())
+    }
+
+    /// Has those be on that KVM says are on, if KVM does not switch them; none of them has run yet.
+    pub fn follow_power(&self) -> Result<()> {
+        self.surroundings.power.get().map_or(Ok(()), Power::follow)
+    }
+
+    /// Takes one from the guest that is off, where that is known; whether it was.
+    pub fn take_if_off(&self, number: usize) -> bool {
+        self.surroundings.power.get().is_some_and(|power| power.take_if_off(number))
     }
 
     /// The same for vCPUs that have not run yet: returns when what KVM makes for them when they first run is there, as far

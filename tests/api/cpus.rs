@@ -1,30 +1,36 @@
-//! CPUs that come and go while the guest runs, with a guest that tries to start those that it has not been given, and lets
-//! go all, asked or not.
+//! CPUs that come and go while the guest runs; on x86_64, with a guest that tries to start those that it has not been given,
+//! and lets go all, asked or not.
 
 use std::io::{BufRead, BufReader};
 
 use super::*;
 
-fn patch(client: &mut Client, count: u16) {
+pub fn patch(client: &mut Client, count: u16) {
     client.ok("PATCH", "/machine-config", &json!({ "vcpu_count": count }).to_string());
 }
 
-fn count(client: &mut Client) -> u64 {
+pub fn count(client: &mut Client) -> u64 {
     client.ok("GET", "/machine-config", "").json()["vcpu_count"].as_u64().unwrap()
 }
 
 /// A service whose guest has one of `most` CPUs, and does `case`.
-fn running(case: &str, most: u16) -> Service {
-    let service = Service::start(&[]);
-    let machine = json!({ "vcpu_count": 1, "max_vcpus": most, "mem_size_mib": 64 });
-    service.client().ok("PUT", "/machine-config", &machine.to_string());
-    service.boot_source(case);
+pub fn running(case: &str, most: u16) -> Service {
+    let service = to_start(case, most);
     service.client().ok("PUT", "/actions", START);
     service
 }
 
+/// A service whose guest is to start.
+pub fn to_start(case: &str, most: u16) -> Service {
+    let service = Service::start(&[]);
+    let machine = json!({ "vcpu_count": 1, "max_vcpus": most, "mem_size_mib": 64 });
+    service.client().ok("PUT", "/machine-config", &machine.to_string());
+    service.boot_source(case);
+    service
+}
+
 /// The first `count` events of CPUs: each with how many the guest has, or is to have.
-fn events(service: &Service, count: usize) -> Vec<(String, u64)> {
+pub fn events(service: &Service, count: usize) -> Vec<(String, u64)> {
     let mut client = service.client();
     client.send("GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n");
     client.receive();
@@ -37,13 +43,14 @@ fn events(service: &Service, count: usize) -> Vec<(String, u64)> {
 }
 
 /// The threads of the process that run CPUs.
-fn threads(service: &Service) -> usize {
+pub fn threads(service: &Service) -> usize {
     let tasks = std::fs::read_dir(format!("/proc/{}/task", service.process.child.id())).unwrap();
     let names = tasks.filter_map(|task| std::fs::read_to_string(task.unwrap().path().join("comm")).ok());
     names.filter(|name| name.starts_with("vcpu")).count()
 }
 
 #[test]
+#[cfg(target_arch = "x86_64")]
 fn a_cpu_runs_from_when_it_is_given_to_when_it_is_let_go() {
     let mut service = running("cpus=1 case=cpu-slots", 3);
     let mut client = service.client();
@@ -90,6 +97,9 @@ fn a_cpu_runs_from_when_it_is_given_to_when_it_is_let_go() {
 
 #[test]
 fn how_many_cpus_cannot_be_is_refused_and_changes_nothing() {
+    if !hold_back::can_hold_back() {
+        return;
+    }
     let service = running("hello", 3);
     let mut client = service.client();
     let before = client.ok("GET", "/machine-config", "").json();
@@ -117,9 +127,13 @@ fn how_many_cpus_cannot_be_is_refused_and_changes_nothing() {
     };
     assert_eq!(told(&[]).trim(), "max_vcpus: 3\nvcpu_count: 1");
     assert_eq!(told(&["2"]).trim(), "the guest has 2 CPUs");
-    // This guest hears of nothing: it keeps what it has until it is reset.
-    assert_eq!(told(&["1"]).trim(), "the guest was asked to let 1 CPU go");
-    assert_eq!(count(&mut client), 2);
+    // This guest hears of nothing: it keeps what it has until it is reset. One that was never switched on has gone.
+    let (answer, left) = match cfg!(target_arch = "x86_64") {
+        true => ("the guest was asked to let 1 CPU go", 2),
+        false => ("the guest has 1 CPU", 1),
+    };
+    assert_eq!(told(&["1"]).trim(), answer);
+    assert_eq!(count(&mut client), left);
     client.ok("PUT", "/actions", r#"{"action_type": "Reset"}"#);
     assert_eq!(count(&mut client), 1);
     // A thread names itself after it has begun.
@@ -129,6 +143,7 @@ fn how_many_cpus_cannot_be_is_refused_and_changes_nothing() {
 }
 
 #[test]
+#[cfg(target_arch = "x86_64")]
 fn a_restored_guest_has_its_cpus_and_gets_more() {
     let mut service = running("cpus=1 case=cpu-slots", 3);
     let mut client = service.client();

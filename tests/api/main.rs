@@ -6,12 +6,14 @@ mod balloon;
 #[path = "../common/mod.rs"]
 mod common;
 mod config;
-// Other architectures have no slots for CPUs.
-#[cfg(target_arch = "x86_64")]
+#[cfg(target_arch = "aarch64")]
+mod cpu_power;
 mod cpus;
 mod files;
 mod firecracker;
 mod guest;
+#[path = "../common/hold_back.rs"]
+mod hold_back;
 mod hotplug;
 mod metadata;
 mod plugging;

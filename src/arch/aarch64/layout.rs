@@ -50,6 +50,7 @@ pub const FIXED: &[(&str, Place)] = &[
     // The SP805 watchdog.
     ("watchdog", registers(0x0906_0000, 0x1000, None)),
     ("v2m", Place::Registers { range: GIC_MESSAGE_FRAME.registers, gsi: None }),
+    ("CPU slots", Place::Calls),
 ];
 
 /// Guest physical addresses are 40 bits wide where the host allows it: KVM's default.
@@ -99,4 +100,26 @@ pub fn memory(size: u64) -> Vec<Range> {
 /// MPIDR affinity of a CPU, as KVM gives it by index: 16 CPUs share the lowest level.
 pub fn affinity(cpu: u32) -> u32 {
     (cpu & 0xf) | (cpu >> 4 & 0xff) << 8 | (cpu >> 12) << 16
+}
+
+/// The CPU with this MPIDR affinity.
+pub fn cpu_of(mpidr: u64) -> Option<usize> {
+    let affinity_of = u32::try_from(mpidr).ok()?;
+    let cpu = (affinity_of & 0xf) | (affinity_of >> 8 & 0xff) << 4 | (affinity_of >> 16 & 0xff) << 12;
+    (affinity(cpu) == affinity_of).then_some(cpu as usize)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cpu_has_one_affinity() {
+        for cpu in [0, 1, 15, 16, 255, 511, 4095, 4096] {
+            assert_eq!(cpu_of(affinity(cpu).into()), Some(cpu as usize));
+        }
+        for mpidr in [0x10, 0x1f1, 1 << 24, 1 << 31, 1 << 32, u64::MAX] {
+            assert_eq!(cpu_of(mpidr), None, "{mpidr:#x}");
+        }
+    }
 }

@@ -5,6 +5,7 @@ mod fdt;
 mod gic;
 mod gic_state;
 pub mod layout;
+mod psci;
 mod state;
 pub mod trap;
 mod unpack;
@@ -22,6 +23,7 @@ use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 pub use boot::{Entry, load};
 pub use gic::{InterruptController, MESSAGES_NAME_THEIR_DEVICE, READS_REGISTERS_FROM_MEMORY, default_routes};
 
+pub use psci::PowerSwitch;
 pub use state::{VcpuState, VmState, change_registers, restore_vcpus, restore_vm, save_vcpus, save_vm};
 
 use crate::error::{Context, Error, Result};
@@ -216,6 +218,11 @@ pub fn boot(vcpus: &[impl Deref<Target = VcpuFd>], entry: &Entry) -> Result<()> 
 /// Whether this stopped CPU waits for something that only another CPU could send: PSCI CPU_OFF. A CPU
 /// that spins with interrupts masked (what Linux's `halt` does) cannot be told from one at work.
 pub fn is_halted_for_good(vcpu: &mut VcpuFd) -> Result<bool> {
+    is_off(vcpu)
+}
+
+/// Whether this stopped CPU is switched off.
+fn is_off(vcpu: &VcpuFd) -> Result<bool> {
     Ok(vcpu.get_mp_state().context("get the CPU's run state")?.mp_state == KVM_MP_STATE_STOPPED)
 }
 

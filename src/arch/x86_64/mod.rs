@@ -31,6 +31,7 @@ pub use registers::{
 };
 pub use state::{VcpuState, VmState, restore_vcpus, restore_vm, save_vcpus, save_vm};
 
+use crate::arch::{PowerAnswer, PowerCall};
 use crate::error::{Context, Error, Result};
 use crate::platform::{CpuChanges, CpuidModifier, FeatureModifier, Node, Platform};
 
@@ -55,6 +56,41 @@ pub const HAS_SMT: bool = true;
 
 /// Whether CPUs have a CPUID instruction.
 pub const HAS_CPUID: bool = true;
+
+/// There is none: KVM switches CPUs on, by their start-up interrupts.
+pub enum PowerSwitch {}
+
+impl PowerSwitch {
+    /// None.
+    pub fn new(_vm: &VmFd, _features: CpuFeatures) -> Result<Option<Self>> {
+        Ok(None)
+    }
+
+    /// As on aarch64.
+    pub fn call(&self, _vcpu: &VcpuFd) -> Result<PowerCall> {
+        match *self {}
+    }
+
+    /// As on aarch64.
+    pub fn answer(&self, _vcpu: &VcpuFd, _answer: PowerAnswer) -> Result<()> {
+        match *self {}
+    }
+
+    /// As on aarch64.
+    pub fn ask_again(&self, _vcpu: &VcpuFd) -> Result<()> {
+        match *self {}
+    }
+
+    /// As on aarch64.
+    pub fn switch_on(&self, _vcpu: &VcpuFd, _entry: u64, _argument: u64) -> Result<()> {
+        match *self {}
+    }
+
+    /// As on aarch64.
+    pub fn is_on(&self, _vcpu: &VcpuFd) -> Result<bool> {
+        match *self {}
+    }
+}
 
 /// The command line a stock kernel gets when none is given: console on the serial port, and an end
 /// that the monitor notices.
