@@ -16,7 +16,7 @@ const CPU_TIME: Duration = Duration::from_secs(10);
 
 /// Sets what is said.
 pub fn set(set: &Set) -> Result<()> {
-    let Set { hostname, clock_ns, seed, address, cpus, pci } = set;
+    let Set { hostname, clock_ns, seed, address, cpus, cpus_off, pci } = set;
     if let Some(name) = hostname {
         machine::set_hostname(name).with_context(|| format!("set the hostname `{name}`"))?;
     }
@@ -33,7 +33,8 @@ pub fn set(set: &Set) -> Result<()> {
             machine::set_gateway(gateway).with_context(|| format!("make {gateway} the gateway"))?;
         }
     }
-    cpus.iter().try_for_each(|number| bring_up(*number))?;
+    cpus.iter().try_for_each(|number| switch(*number, "1"))?;
+    cpus_off.iter().try_for_each(|number| switch(*number, "0"))?;
     if let Some(pci) = pci {
         let path = match pci {
             Pci::Rescan => "/sys/bus/pci/rescan".to_owned(),
@@ -44,13 +45,13 @@ pub fn set(set: &Set) -> Result<()> {
     Ok(())
 }
 
-/// Brings up the CPU with this number, as soon as the kernel has found it.
-fn bring_up(number: u16) -> Result<()> {
+/// Has the CPU with this number be used (`1`) or not (`0`), as soon as the kernel has found it.
+fn switch(number: u16, to: &str) -> Result<()> {
     let (path, deadline) = (format!("/sys/devices/system/cpu/cpu{number}/online"), Instant::now() + CPU_TIME);
     while !Path::new(&path).exists() && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(10));
     }
-    std::fs::write(&path, "1").with_context(|| format!("write to `{path}`"))
+    std::fs::write(&path, to).with_context(|| format!("write to `{path}`"))
 }
 
 /// How the guest is.

@@ -45,12 +45,18 @@ pub fn look_for_device(microvm: &mut Microvm) {
     }
 }
 
-/// Has the agent in a guest that was given CPUs bring them up. Nobody waits for that: without an agent, the guest does so
-/// when it likes.
-pub fn bring_up_cpus(microvm: &mut Microvm) {
-    let Ok(stream) = open(microvm) else { return };
-    let cpus = microvm.machine().map_or_else(Vec::new, |machine| machine.given_cpus().skip(1).collect());
-    have_set(microvm, stream, Set { cpus, ..Set::default() });
+/// Has the agent in a guest that was given CPUs (`has_more`) bring them up, and switch off those that it is to let go, if
+/// the guest does not hear of that by itself. Nobody waits for that: without an agent, the guest does so when it likes.
+pub fn change_cpus(microvm: &mut Microvm, has_more: bool) {
+    let Some(machine) = microvm.machine() else { return };
+    let cpus_off = machine.unheard_cpus();
+    let cpus = machine.given_cpus().skip(1).filter(|number| !cpus_off.contains(number)).collect();
+    if !has_more && cpus_off.is_empty() {
+        return;
+    }
+    if let Ok(stream) = open(microvm) {
+        have_set(microvm, stream, Set { cpus, cpus_off, ..Set::default() });
+    }
 }
 
 /// Has a job have the agent set what is said, for whom nobody waits.

@@ -204,9 +204,7 @@ fn handle(microvm: &mut Microvm, request: Request) -> Result<Reply, String> {
 fn patch_machine(microvm: &mut Microvm, patch: &MachinePatch) -> Result<(), String> {
     let before = microvm.config().machine_config.vcpu_count;
     microvm.patch_machine(patch).map_err(fault("Machine config error"))?;
-    if microvm.state().is_some() && microvm.config().machine_config.vcpu_count > before {
-        guest::bring_up_cpus(microvm);
-    }
+    guest::change_cpus(microvm, microvm.config().machine_config.vcpu_count > before);
     Ok(())
 }
 

@@ -125,6 +125,9 @@ pub struct Set {
     /// The numbers of CPUs that are to be online: the guest has been given some of them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub cpus: Vec<u16>,
+    /// The numbers of CPUs that are to be offline: the guest is to let them go, and does not hear so by itself.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub cpus_off: Vec<u16>,
     /// Devices of its PCI bus have come, or one is to be let go.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pci: Option<Pci>,
