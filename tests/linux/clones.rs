@@ -9,30 +9,30 @@ use super::*;
 const CLONES: usize = 2;
 
 /// A user's shell, with a folder for what is running.
-struct User {
-    folder: Folder,
+pub struct User {
+    pub folder: Folder,
 }
 
 impl User {
-    fn command(&self, words: &[&str]) -> Command {
+    pub fn command(&self, words: &[&str]) -> Command {
         let mut command = Command::new(common::alula());
         command.args(words).current_dir(&self.folder.0).env("XDG_RUNTIME_DIR", &self.folder.0);
         command.env("ALULA_KERNEL", asset(KERNELS[0]));
         command
     }
 
-    fn says(&self, words: &[&str]) -> String {
+    pub fn says(&self, words: &[&str]) -> String {
         shared::said(self.command(words).stdin(Stdio::null()).output().unwrap())
     }
 
     /// Has the guest called `id` run a shell script.
-    fn shell(&self, id: &str, script: &str) -> String {
+    pub fn shell(&self, id: &str, script: &str) -> String {
         self.says(&["exec", id, "--timeout", "100s", "--", "busybox", "sh", "-c", script])
     }
 
     /// Has the guest called `id` have so many CPUs, where they come and go.
-    fn has_cpus(&self, id: &str, count: u32) {
-        if X86_64 {
+    pub fn has_cpus(&self, id: &str, count: u32) {
+        if hold_back::can_hold_back() {
             self.says(&["ctl", id, "cpus", &count.to_string()]);
             self.shell(id, &format!("until [ $(busybox nproc) = {count} ]; do busybox usleep 10000; done"));
         }
@@ -54,7 +54,7 @@ fn clones_have_identities_networks_and_disks_of_their_own() {
         let disk = format!("{},id=data", disk.display());
         let words = ["run", "--rootfs", root.to_str().unwrap(), "--disk", &disk, "--net", "tap=tap0"];
         let script = "busybox --install -s /bin; echo up; while :; do sleep 1000; done";
-        let cpus: &[&str] = if X86_64 { &["--max-cpus", "3"] } else { &[] };
+        let cpus: &[&str] = if hold_back::can_hold_back() { &["--max-cpus", "3"] } else { &[] };
         let more = ["--vsock", "v.sock", "--id", "first", "--", "busybox", "sh", "-c", script];
         user.command(&[&words[..], cpus, &more].concat())
     });

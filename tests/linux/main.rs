@@ -17,12 +17,16 @@ mod commands;
 #[path = "../common/mod.rs"]
 mod common;
 mod consoles;
+#[cfg(target_arch = "aarch64")]
+mod cpus;
 #[cfg(target_arch = "x86_64")]
 mod differences;
 mod disks;
 mod exits;
 mod faults;
 mod growing;
+#[path = "../common/hold_back.rs"]
+mod hold_back;
 mod left;
 #[path = "../common/left.rs"]
 mod left_behind;
