@@ -12,7 +12,7 @@ use crate::console::{self, say};
 use crate::machine::Machine;
 use crate::words::Words;
 
-/// What the CPUs that stay on are to do.
+/// The order to the CPUs that stay on.
 static mut ORDER: u32 = STAY;
 const STAY: u32 = 0;
 const SWITCH_OFF: u32 = 1;
@@ -46,7 +46,7 @@ pub fn serve(_: &Machine, _: &Words) -> bool {
     }
 }
 
-/// What a CPU does that stays on.
+/// The work of a CPU that stays on.
 pub fn stay() {
     set(&raw mut STAYING, get(&raw const STAYING) + 1);
     while get(&raw const ORDER) != SWITCH_OFF {

@@ -1,4 +1,4 @@
-//! What a guest asks of its CPUs' power, where this process answers it, in words of any architecture.
+//! A guest's calls about the power of its CPUs, where this process answers them, in words of any architecture.
 
 /// A call by which a guest switches CPUs on and off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -9,7 +9,7 @@ pub enum PowerCall {
         cpu: Option<usize>,
         /// The address at which the CPU begins, whatever is there.
         entry: u64,
-        /// What the CPU finds in its first register.
+        /// The value that the CPU finds in its first register.
         argument: u64,
     },
     /// The CPU that calls is to be switched off.

@@ -52,7 +52,7 @@ impl Standing {
 /// The registers.
 pub struct CpuSlots {
     // Host
-    /// None: there are no registers.
+    /// The way to give the guest notice, where there are registers.
     notice: Option<Notice>,
     /// Written to when the guest has let a CPU go.
     wake: Arc<EventFd>,

@@ -231,8 +231,8 @@ impl Vm {
         self.cpu_features
     }
 
-    /// What switches the CPUs on and off where KVM would switch on those, too, that the guest has not been given; none: KVM
-    /// does not run them. No CPU has run yet.
+    /// The switch of the CPUs where KVM would switch on those, too, that the guest has not been given. There is none where KVM
+    /// switches on none of those. No CPU has run yet.
     ///
     /// # Errors
     /// This host's KVM has no means for it.

@@ -18,7 +18,7 @@ pub struct Power {
 }
 
 impl Power {
-    /// That of `cpus`, none of which runs.
+    /// The power of `cpus`, none of which runs.
     pub(super) fn new(switch: PowerSwitch, cpus: Vec<Arc<Shared>>) -> Self {
         Self { switch, cpus }
     }
@@ -65,7 +65,7 @@ impl Power {
         }
     }
 
-    /// None: somebody else has the CPU now, to switch it on or to look at it.
+    /// Nothing is known: somebody else has the CPU now, to switch it on or to look at it.
     fn switch_on(&self, cpu: Option<usize>, entry: u64, argument: u64) -> Result<Option<PowerAnswer>> {
         let Some(cpu) = cpu.and_then(|number| self.cpus.get(number)) else {
             return Ok(Some(PowerAnswer::NoSuchCpu));

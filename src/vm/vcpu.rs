@@ -60,7 +60,7 @@ pub struct Vcpu {
     thread: Option<JoinHandle<()>>,
 }
 
-/// What a vCPU's thread shares with others.
+/// The part of a vCPU that its thread shares with others.
 pub(super) struct Shared {
     _name: Name,
     pub(super) fd: Mutex<VcpuFd>,
@@ -205,7 +205,7 @@ impl Vcpu {
         Ok(())
     }
 
-    /// What its thread shares with others.
+    /// The part that its thread shares with others.
     pub(super) fn shared(&self) -> Arc<Shared> {
         self.shared.clone()
     }

@@ -24,7 +24,7 @@ const CALL_SIZE: u64 = 4;
 
 /// Switches CPUs on and off as the guest calls for it.
 pub struct PowerSwitch {
-    /// What CPUs are initialised as: one that is switched on begins as after a reset.
+    /// The kind that CPUs are initialised as: one that is switched on begins as after a reset.
     init: kvm_vcpu_init,
 }
 

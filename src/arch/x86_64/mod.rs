@@ -61,7 +61,7 @@ pub const HAS_CPUID: bool = true;
 pub enum PowerSwitch {}
 
 impl PowerSwitch {
-    /// None.
+    /// There is no switch here.
     pub fn new(_vm: &VmFd, _features: CpuFeatures) -> Result<Option<Self>> {
         Ok(None)
     }
