@@ -56,8 +56,8 @@ struct Call<'a> {
 }
 
 impl<'a> Call<'a> {
-    /// None: the line has the end of a call whose beginning was told, the end of a thread, or `???`, a call of a thread that
-    /// was killed before strace(1) could look.
+    /// Reads a line. There is no call in one that has the end of a call whose beginning was told, the end of a thread, or
+    /// `???`, a call of a thread that was killed before strace(1) could look.
     fn parse(line: &'a str) -> Option<Self> {
         let (number, rest) = line.split_once('<')?;
         let (thread, rest) = rest.split_once("> ")?;

@@ -65,7 +65,8 @@ impl Power {
         }
     }
 
-    /// Nothing is known: somebody else has the CPU now, to switch it on or to look at it.
+    /// Switches a CPU on for a guest that may have it, and returns the answer. There is none yet while somebody else has the
+    /// CPU, to switch it on or to look at it.
     fn switch_on(&self, cpu: Option<usize>, entry: u64, argument: u64) -> Result<Option<PowerAnswer>> {
         let Some(cpu) = cpu.and_then(|number| self.cpus.get(number)) else {
             return Ok(Some(PowerAnswer::NoSuchCpu));

@@ -69,7 +69,7 @@ fn a_cpu_can_be_switched_on_while_the_guest_has_it() {
     service.process.expect("storm: ok");
     ask(&mut service, "2", "CPU 2: on");
     ask(&mut service, "o", "the others are off");
-    // Nobody is in the way of a CPU that begins nowhere, and it in nobody's.
+    // A CPU that begins where no memory is holds up no other CPU, and can be taken away like any.
     ask(&mut service, "b", "CPU 2 begins nowhere: on");
     ask(&mut service, "2", "CPU 2: already on");
     patch(&mut client, 1);

@@ -246,8 +246,8 @@ fn called_firecracker_it_is_that_monitor_alone() {
     }
 }
 
-/// What Kata asks of Firecracker for a sandbox (runtime-rs), but for its placeholders: containers' disks and networks come
-/// when they are there, and go with them.
+/// Kata (runtime-rs) asks this of Firecracker for a sandbox, but for its placeholders: the disks and networks of containers
+/// come when the containers are there, and go with them.
 #[test]
 fn containers_of_kata_have_disks_that_come_and_go() {
     network::enter();

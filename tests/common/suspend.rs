@@ -126,7 +126,7 @@ impl Suspended {
         machine
     }
 
-    /// The same, which runs. It is saved before that, and is the machine that was built of what was saved then.
+    /// Builds the machine, saves it before it runs, and returns the one that is built of that, which runs.
     pub fn go_on(&self, screen: &Screen) -> Box<Machine> {
         let mut machine = self.build(&self.bytes, screen).unwrap();
         let (again, saved) = (machine.save().unwrap(), SavedMachine::from_bytes(&self.bytes).unwrap());

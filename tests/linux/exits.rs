@@ -1,4 +1,4 @@
-//! What a guest costs the host in exits, by KVM's statistics of its virtual machine.
+//! The exits that a guest makes, by KVM's statistics of its virtual machine.
 
 use super::*;
 

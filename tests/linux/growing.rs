@@ -62,8 +62,8 @@ impl Drop for Visitor {
     }
 }
 
-/// What the process has, in order: its threads by name, but for those that the kernel keeps for io_uring, and what its
-/// descriptors are.
+/// The threads of the process by name, but for those that the kernel keeps for io_uring, and its descriptors by what they
+/// are, in order.
 fn has(process: u32) -> Vec<String> {
     let folder = |name| std::fs::read_dir(format!("/proc/{process}/{name}")).unwrap().flatten();
     // One may be gone by the time that it is looked at.
@@ -77,8 +77,8 @@ fn has(process: u32) -> Vec<String> {
     all
 }
 
-/// What the process has that it had not `before`, once that is as expected, or stays otherwise; without what the first
-/// interface has for frames that come in batches, which is made with the first batch, whenever there is one.
+/// The threads and descriptors that the process had not `before`, once they are as expected, or stay otherwise. Those that
+/// the first interface has for frames in batches are left out: they are made with the first batch, whenever there is one.
 fn more_than(before: &[String], process: u32, expected: &[&str]) -> Vec<String> {
     let mut more = Vec::new();
     let begin = std::time::Instant::now();

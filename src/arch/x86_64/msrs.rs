@@ -17,7 +17,8 @@ pub const TSC: u32 = 0x10;
 /// When the local APIC's timer interrupts next, against the time stamp counter.
 pub const TSC_DEADLINE: u32 = 0x6e0;
 
-/// Where the guest has its KVM clock written, under both numbers; 0 in the lowest bit: it has none (KVM's own, "MSR_KVM_SYSTEM_TIME").
+/// The registers of the KVM clock, an older and a newer one (KVM, MSR_KVM_SYSTEM_TIME): the place that the clock is written
+/// to, and in the lowest bit whether the guest has it at all.
 pub const KVM_CLOCK: [u32; 2] = [0x12, 0x4b56_4d01];
 pub const KVM_CLOCK_ON: u64 = 1;
 
