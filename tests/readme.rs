@@ -209,12 +209,17 @@ fn the_figures_are_true() {
     assert_true("anonymous memory, KiB", figures("anonymous memory")[0], anonymous);
     drop(process);
 
-    // On a busy machine a thread sometimes finds two wishes at one look: the most of several runs is what a start takes.
-    let runs = std::array::from_fn::<_, 3, _>(|_| calls_of_a_start(&binary));
-    let most = |which: fn(&(usize, usize)) -> usize| runs.iter().map(which).max().unwrap() as f64;
+    // How the monitor and its client take turns differs from run to run: a request that is there when the last one has
+    // been answered needs no look in vain and no wait. The median of several runs is what a start takes.
+    let runs = std::array::from_fn::<_, 9, _>(|_| calls_of_a_start(&binary));
+    let median = |which: fn(&(usize, usize)) -> usize| {
+        let mut counts = runs.each_ref().map(which);
+        counts.sort_unstable();
+        counts[counts.len() / 2] as f64
+    };
     let [answer, byte] = figures("system calls")[..] else { panic!("two figures of system calls") };
-    assert_true("system calls to the first answer", answer, most(|run| run.0));
-    assert_true("system calls to the first byte", byte, most(|run| run.1));
+    assert_true("system calls to the first answer", answer, median(|run| run.0));
+    assert_true("system calls to the first byte", byte, median(|run| run.1));
 }
 
 /// How many system calls come before the first answer of the API, and how many a start takes. Threads run side by side,

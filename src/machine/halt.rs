@@ -17,7 +17,8 @@ const WAIT_MAX: u32 = 64;
 /// What the last check saw.
 #[derive(Default)]
 pub struct Watch {
-    cpu_time_ns: u64,
+    /// None: nothing was checked yet, and a guest that has just been started has used no time either.
+    cpu_time_ns: Option<u64>,
     looked_ns: u64,
     wait: u32,
     next_wait: u32,
@@ -39,8 +40,8 @@ pub fn check(machine: &mut Machine) -> Result<()> {
         watch.next_wait = 1;
     }
     watch.wait = watch.wait.min(watch.next_wait).saturating_sub(1);
-    if watch.cpu_time_ns != now || watch.wait > 0 {
-        watch.cpu_time_ns = now;
+    let before = watch.cpu_time_ns.replace(now);
+    if before != Some(now) || watch.wait > 0 {
         return Ok(());
     }
     watch.looked_ns = now;
