@@ -2,6 +2,7 @@
 //! into a component freshly built from the same configuration. Saved state is untrusted, like guest
 //! memory: whatever it says, a restore ends in a sound component or in an error.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::marker::PhantomData;
@@ -78,6 +79,8 @@ pub trait Snapshot {
     type State: Serialize + DeserializeOwned;
     /// Of this form; another one is refused. One more whenever `State` changes.
     const VERSION: u16 = 1;
+    /// Older forms that are read all the same: each lacks the last fields alone, and the bytes stand for those.
+    const OLDER: &'static [(u16, &'static [u8])] = &[];
 
     /// The state. The caller promises that nothing changes it meanwhile.
     fn save(&self) -> Result<Self::State>;
@@ -125,11 +128,18 @@ impl<T: Snapshot> SaveState for T {
             )));
         }
         let (version, bytes): (u16, _) = take(bytes)?;
-        if version != T::VERSION {
-            let known = T::VERSION;
-            return Err(Error::config(format!("the saved state has version {version}, this is for {known}")));
-        }
-        let (state, rest) = take(bytes)?;
+        let older = T::OLDER.iter().find(|(older, _)| *older == version);
+        let bytes = match older {
+            Some((_, lacking)) => Cow::Owned([bytes, lacking].concat()),
+            None if version == T::VERSION => Cow::Borrowed(bytes),
+            None => {
+                let known = T::VERSION;
+                return Err(Error::config(format!(
+                    "the saved state has version {version}, this is for {known}"
+                )));
+            }
+        };
+        let (state, rest) = take(&bytes)?;
         if !rest.is_empty() {
             return Err(Error::config(format!("the saved state has {} bytes too many", rest.len())));
         }
@@ -166,6 +176,38 @@ mod tests {
         let mut other = Counter::default();
         other.restore_state(&counter.save_state().unwrap()).unwrap();
         assert_eq!(counter, other);
+    }
+
+    /// A counter that has a name since its second form.
+    #[derive(Debug, PartialEq)]
+    struct Named(u32, String);
+
+    impl Snapshot for Named {
+        type State = (u32, String);
+        const VERSION: u16 = 2;
+        const OLDER: &'static [(u16, &'static [u8])] = &[(1, b"\x03old")];
+        fn save(&self) -> Result<Self::State> {
+            Ok((self.0, self.1.clone()))
+        }
+        fn restore(&mut self, state: Self::State) -> Result<()> {
+            *self = Self(state.0, state.1);
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn an_older_form_has_what_stands_for_its_last_fields() {
+        let mut named = Named(0, String::new());
+        named.restore_state(&[1, 7]).unwrap();
+        assert_eq!(named, Named(7, "old".to_owned()));
+        let mut again = Named(0, String::new());
+        again.restore_state(&named.save_state().unwrap()).unwrap();
+        assert_eq!(again, named);
+        for damaged in [&[1][..], &[1, 7, 0]] {
+            let error = named.restore_state(damaged).unwrap_err().to_string();
+            assert!(error.contains("damaged") || error.contains("too many"), "{error}");
+        }
+        assert!(named.restore_state(&[3, 7]).unwrap_err().to_string().contains("version 3, this is for 2"));
     }
 
     #[test]

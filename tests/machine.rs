@@ -19,6 +19,7 @@ use alula::metrics::View;
 use alula::pci::root::{Ecam, FunctionRegisters, Root};
 use alula::platform::Place;
 use alula::poll::EventFd;
+use alula::snapshot::{SaveState, Snapshot};
 use alula::virtio::pci::NOTIFY;
 use alula::virtio::workers::ByHand;
 
@@ -432,6 +433,26 @@ fn a_pci_function_that_is_removed_is_nowhere_any_more() {
         driver::vm().unkick_any(&kick, bar + NOTIFY).unwrap();
         root.lock().unwrap().remove(device_number).unwrap_err();
         assert_eq!(Arc::strong_count(&kick), 1);
+        // A machine that is built anew from what was saved now answers such a driver alike.
+        let restored_mmio = Arc::new(Bus::default());
+        let mut restored = Root::new(driver::vm(), &restored_mmio);
+        restored.restore(root.lock().unwrap().save().unwrap()).unwrap();
+        restored_mmio.read(bar + 0x14, &mut status);
+        assert_eq!(status, if is_torn { [0] } else { [0xff] });
+    }
+    // Two that lie in one place, and one that lies where no PCI device can be.
+    for (remains, expected) in [
+        (vec![(1_u32, bar, 16_u64), (2, bar + 8, 16)], "what remains of PCI device 2"),
+        (vec![(1, bar - 8, 16)], "no PCI device was there"),
+        (vec![(1, bar, 0)], "no PCI device was there"),
+        (vec![(32, bar, 16)], "no PCI device was there"),
+        (vec![(1, bar, 16); 33], "is damaged"),
+    ] {
+        let no_functions: &[(u32, &[u8])] = &[];
+        let state = postcard::to_allocvec(&(2_u16, 0_u32, no_functions, remains)).unwrap();
+        let mmio = Arc::new(Bus::default());
+        let error = Root::new(driver::vm(), &mmio).restore_state(&state).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
     }
 }
 

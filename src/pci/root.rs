@@ -15,7 +15,7 @@ use crate::part::Component;
 use crate::platform::node::{AcpiDevice, AcpiValue, Resource, TreeNode, phandle};
 use crate::platform::{Node, Place};
 use crate::poll::EventFd;
-use crate::snapshot::{SaveState, Snapshot, stateless};
+use crate::snapshot::{SaveState, Snapshot, at_most, stateless};
 use crate::vm::Vm;
 use crate::vm::irq::Message;
 
@@ -112,7 +112,14 @@ impl Root {
     /// As [`Self::remove`], of a function whose driver still uses it: in the place of its registers are zeros, until another function is there
     /// or takes the place.
     pub fn tear_away(&mut self, device: u32) -> Result<()> {
-        if let (Some(place), Some(mmio)) = (self.take(device)?, self.mmio.upgrade()) {
+        match self.take(device)? {
+            Some(place) => self.leave_remains(device, place),
+            None => Ok(()),
+        }
+    }
+
+    fn leave_remains(&mut self, device: u32, place: Range) -> Result<()> {
+        if let Some(mmio) = self.mmio.upgrade() {
             mmio.attach(place, Arc::new(Mutex::new(Remains)))?;
             self.remains.push((device, place));
         }
@@ -222,15 +229,20 @@ impl Slot {
     }
 }
 
-/// The address register, and the functions with their device numbers.
+/// The address register, the functions with their device numbers, and what remains of devices that were torn away.
 #[derive(Debug, Deserialize, Serialize)]
 pub struct State {
     address: u32,
     functions: Vec<(u32, Vec<u8>)>,
+    #[serde(deserialize_with = "at_most::<DEVICES_MAX, _, _>")]
+    remains: Vec<(u32, Range)>,
 }
 
 impl Snapshot for Root {
     type State = State;
+    const VERSION: u16 = 2;
+    // Nothing remains.
+    const OLDER: &'static [(u16, &'static [u8])] = &[(1, &[0])];
 
     fn save(&self) -> Result<State> {
         let slots = self.slots.iter().enumerate();
@@ -241,7 +253,7 @@ impl Snapshot for Root {
                 Ok((number, function.save_state().with_context(|| format!("save PCI device {number}"))?))
             })
             .collect::<Result<_>>()?;
-        Ok(State { address: self.address, functions })
+        Ok(State { address: self.address, functions, remains: self.remains.clone() })
     }
 
     fn restore(&mut self, state: State) -> Result<()> {
@@ -258,6 +270,13 @@ impl Snapshot for Root {
             messages.extend(function.messages());
             drop(function);
             slot.place(&vm, &mmio);
+        }
+        for (number, place) in state.remains {
+            let attempt = || format!("restore what remains of PCI device {number}, at {place}");
+            if number as usize >= DEVICES_MAX || place.size == 0 || !layout::PCI_MEMORY.contains(place) {
+                return Err(Error::config("no PCI device was there")).with_context(attempt);
+            }
+            self.leave_remains(number, place).with_context(attempt)?;
         }
         if let Err(error) = vm.route(&messages) {
             // Each function finds out which of them it is when it connects its own.
