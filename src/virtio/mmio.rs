@@ -15,7 +15,7 @@ const VERSION: u32 = 2;
 /// No vendor of PCI's list: any value will do.
 const VENDOR: u32 = u32::from_le_bytes(*b"ALUL");
 /// Device configuration begins here.
-const CONFIG: u64 = 0x100;
+pub const CONFIG: u64 = 0x100;
 /// The bytes of device configuration that can be read from memory: no device has more (a vhost-user backend has 256 at
 /// most).
 const CONFIG_SIZE: usize = 0x100;
