@@ -9,7 +9,7 @@ use std::fs;
 use std::io::Write;
 use std::process::Command;
 
-use common::{Folder, Process, Service, alula, run, wait_for};
+use common::{Client, Folder, Process, Service, alula, run, wait_for};
 use serde_json::{Value, json};
 
 const WORDS: &str = "echo cpus=2 memory=64 case=cpus,memory end=7";
@@ -149,6 +149,44 @@ fn a_restore_asks_for_nothing_that_the_state_says() {
     // What the host's CPUs are, and random bytes for boot tables.
     for needless in ["KVM_GET_SUPPORTED_CPUID", "/dev/urandom"] {
         assert!(!trace.contains(needless), "{trace}");
+    }
+}
+
+/// The calls by which a service with these options, under strace(1), answers this request for a load.
+fn calls_of_a_load(folder: &Folder, load: &Value, options: &[&str]) -> Vec<String> {
+    let (trace, socket) = (folder.path("trace"), folder.path("traced.sock"));
+    let mut command = Command::new("strace");
+    command.args(["-f", "-qq", "-e", "trace=ioctl,openat,recvfrom", "-o"]).arg(&trace).arg(alula());
+    command.args(["serve", "--api-sock"]).arg(&socket).args(options);
+    let mut process = Process::spawn(command);
+    // The last file that is read ahead says which boot of the host this is.
+    wait_for(|| fs::read_to_string(&trace).is_ok_and(|text| text.contains("boot_id")));
+    let mut client = Client::connect(&socket);
+    client.ok("PUT", "/snapshot/load", &load.to_string());
+    client.ok("GET", "/", "");
+    process.stdin.as_mut().unwrap().write_all(b"go on\n").unwrap();
+    assert_eq!(process.end().code, Some(7));
+    let text = fs::read_to_string(&trace).unwrap();
+    fs::remove_file(trace).unwrap();
+    let calls = text.lines().skip_while(|line| !line.contains("\"PUT /snapshot/load"));
+    let calls = calls.skip(1).take_while(|line| !line.contains("\"GET / "));
+    calls.map(str::to_owned).collect()
+}
+
+#[test]
+fn what_no_load_depends_on_is_done_before_the_first() {
+    let (folder, load) = saved();
+    let own = folder.path("").display().to_string();
+    for (options, made) in [(&[][..], "KVM_CREATE_VM"), (WARM, "KVM_CREATE_VCPU")] {
+        let calls = calls_of_a_load(&folder, &load, options);
+        assert!(
+            calls.iter().any(|call| call.contains("KVM_SET_MSRS") || call.contains("KVM_SET_ONE_REG")),
+            "{calls:?}"
+        );
+        let again = calls.iter().find(|call| call.contains("KVM_CREATE_VM,") || call.contains(made));
+        assert_eq!(again, None);
+        let other = calls.iter().find(|call| call.contains("openat(") && !call.contains(&own));
+        assert_eq!(other, None);
     }
 }
 
