@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 use alula::bus::BusDevice;
-use alula::memory::registers::RegisterPage;
+use alula::memory::registers::{self, RegisterPage};
 use alula::poll::EventFd;
 use alula::virtio::mmio::{CONFIG, Mmio};
 use alula::virtio::transport::Transport;
@@ -28,7 +28,8 @@ impl Shown {
     fn seen(&self, offset: u64, size: usize) -> Option<Vec<u8>> {
         let byte =
             |at: u64| self.1.as_ref().unwrap().word(at).load(Ordering::SeqCst).to_le_bytes()[at as usize % 4];
-        self.1.as_ref().map(|_| (offset..).take(size).map(byte).collect())
+        let is_there = offset + size as u64 <= registers::SIZE;
+        self.1.as_ref().filter(|_| is_there).map(|_| (offset..).take(size).map(byte).collect())
     }
 }
 
