@@ -174,8 +174,8 @@ impl Config {
             |one: &ConfiguredDevice, other: &ConfiguredDevice| one.shares_memory() && other.room().is_some();
         if others.clone().any(|other| are_at_odds(device, other) || are_at_odds(other, device)) {
             return Err(Error::config(
-                "memory that is plugged (`memory-hotplug`) cannot be shared with the vhost-user backend of a disk \
-                 (`socket`): leave one of both out",
+                "memory that is plugged (`memory-hotplug`) cannot be shared with the vhost-user backend of a \
+                 device (`socket`): leave one of both out",
             ));
         }
         others.try_for_each(|other| device.check_beside(other))?;

@@ -22,6 +22,7 @@ mod option;
 pub mod pmem;
 pub mod power;
 pub mod pvpanic;
+mod remote;
 pub mod rtc;
 pub mod slots;
 pub mod v2m;

@@ -1,5 +1,6 @@
 //! A vhost-user backend: a program of the host that does the work of a virtio device in guest memory, which it is handed
-//! over a Unix socket (QEMU, docs/interop/vhost-user.rst). This is the front end's half, as far as a disk needs it.
+//! over a Unix socket (QEMU, docs/interop/vhost-user.rst). This is the front end's half, as far as devices need it that ask
+//! nothing of the front end themselves.
 //!
 //! The crate `vhost` has this half, too, and waits for an answer as long as it takes, also of a socket with a time limit.
 //! Whoever waits here is `main`, or a thread that a guest's CPU waits for.
@@ -31,7 +32,7 @@ pub const REGIONS_MAX: usize = network::DESCRIPTORS_MAX;
 /// The longest answer that is taken: a hostile backend cannot have us make room for more.
 const ANSWER_MAX: usize = CONFIG_HEAD + CONFIG_MAX;
 /// The longest device configuration, and what is before it in a message: offset, size, flags.
-const CONFIG_MAX: usize = 256;
+pub const CONFIG_MAX: usize = 256;
 const CONFIG_HEAD: usize = 12;
 
 /// Bits of the features, which are those of virtio and one of the protocol's own.
@@ -67,6 +68,7 @@ const SET_PROTOCOL_FEATURES: Request = Request(16, "SET_PROTOCOL_FEATURES");
 const GET_QUEUE_NUM: Request = Request(17, "GET_QUEUE_NUM");
 const SET_VRING_ENABLE: Request = Request(18, "SET_VRING_ENABLE");
 const GET_CONFIG: Request = Request(24, "GET_CONFIG");
+const SET_CONFIG: Request = Request(25, "SET_CONFIG");
 
 /// A piece of guest memory that the backend maps.
 pub struct Piece<'m> {
@@ -104,14 +106,14 @@ pub struct Backend {
     path: PathBuf,
     features: u64,
     protocol: u64,
-    queues: u64,
+    queues: Option<u64>,
     config: Vec<u8>,
     is_lost: bool,
 }
 
 impl Backend {
     /// Meets the backend of `what` that listens at `path`: learns what it can do, and the first `config_size` bytes of its
-    /// device's configuration.
+    /// device's configuration; 0: it is not asked for any.
     ///
     /// # Errors
     /// The path has no listener, or the backend does not answer in [`ANSWER_TIME`], or with what cannot be, or lacks what
@@ -122,7 +124,7 @@ impl Backend {
             socket::connect(path).with_context(|| format!("meet the vhost-user backend of {what}"))?;
         let socket = Named::new(format!("vhost-user backend of {what}"), socket);
         let (path, config) = (path.to_owned(), vec![0; config_size]);
-        let mut met = Self { socket, path, features: 0, protocol: 0, queues: 1, config, is_lost: false };
+        let mut met = Self { socket, path, features: 0, protocol: 0, queues: None, config, is_lost: false };
         met.negotiate(until)?;
         Ok(met)
     }
@@ -148,17 +150,21 @@ impl Backend {
     fn negotiate(&mut self, until: Instant) -> Result<()> {
         self.features = self.ask_number(GET_FEATURES, until)?;
         self.check(self.features, F_VERSION_1, "is one of virtio before 1.0 (it lacks VIRTIO_F_VERSION_1)")?;
+        // Without them, a backend cannot say whether it does as it is told.
         self.check(
             self.features,
             F_PROTOCOL_FEATURES,
             "cannot tell its configuration (it lacks protocol features)",
         )?;
         let offered = self.ask_number(GET_PROTOCOL_FEATURES, until)?;
-        self.check(offered, CONFIG, "cannot tell its configuration (it lacks VHOST_USER_PROTOCOL_F_CONFIG)")?;
+        if !self.config.is_empty() {
+            let lacks = "cannot tell its configuration (it lacks VHOST_USER_PROTOCOL_F_CONFIG)";
+            self.check(offered, CONFIG, lacks)?;
+        }
         self.tell(SET_PROTOCOL_FEATURES, &(offered & (MQ | REPLY_ACK | CONFIG)).to_le_bytes(), &[], until)?;
         self.protocol = offered & (MQ | REPLY_ACK | CONFIG);
         if self.protocol & MQ != 0 {
-            self.queues = self.ask_number(GET_QUEUE_NUM, until)?;
+            self.queues = Some(self.ask_number(GET_QUEUE_NUM, until)?);
         }
         self.tell(SET_OWNER, &[], &[], until)?;
         self.read_config_until(until)
@@ -177,8 +183,8 @@ impl Backend {
         self.features & !F_PROTOCOL_FEATURES
     }
 
-    /// How many queues its device can have.
-    pub fn queues(&self) -> u64 {
+    /// How many queues its device can have; None: it does not say, and has those that a device of its type has at least.
+    pub fn queues(&self) -> Option<u64> {
         self.queues
     }
 
@@ -207,6 +213,9 @@ impl Backend {
 
     fn read_config_until(&mut self, until: Instant) -> Result<()> {
         let size = self.config.len();
+        if size == 0 {
+            return Ok(());
+        }
         let mut message = vec![0; CONFIG_HEAD + size];
         message[4..8].copy_from_slice(&(size as u32).to_le_bytes());
         let answer = self.ask(GET_CONFIG, &message, until)?;
@@ -219,6 +228,22 @@ impl Backend {
         }
         self.config.copy_from_slice(told);
         Ok(())
+    }
+
+    /// The driver writes `data` to its device's configuration at `offset`; what is beyond what was read is ignored.
+    ///
+    /// # Errors
+    /// The backend does not take that, or not in [`ANSWER_TIME`]: it is lost.
+    pub fn write_config(&mut self, offset: u64, data: &[u8]) -> Result<()> {
+        let end = offset.checked_add(data.len() as u64);
+        if end.is_none_or(|end| end > self.config.len() as u64) {
+            return Ok(());
+        }
+        let until = Instant::now() + ANSWER_TIME;
+        let mut message = [offset as u32, data.len() as u32, 0].map(u32::to_le_bytes).concat();
+        message.extend_from_slice(data);
+        self.tell(SET_CONFIG, &message, &[], until)?;
+        self.read_config_until(until)
     }
 
     /// Hands guest memory over, and has the backend work on these queues.
@@ -321,7 +346,7 @@ impl Backend {
         let path = self.path.display();
         match self.is_lost {
             true => Err(Error::host(format!(
-                "the vhost-user backend at `{path}` is lost: when one listens there again, meet it by a PATCH of the disk"
+                "the vhost-user backend at `{path}` is lost: when one listens there again, meet it by a PATCH of the device"
             ))),
             false => Ok(()),
         }

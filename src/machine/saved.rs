@@ -164,7 +164,7 @@ impl Machine {
             None => Ok(()),
             Some(device) => Err(Error::config(format!(
                 "memory is shared with the vhost-user backend of {} (`socket`), and what that has of it is in no \
-                 snapshot: give the guest an image instead (`path_on_host`)",
+                 snapshot: give the guest what it needs without one (a disk by an image, `path_on_host`)",
                 device.name()
             ))),
         }

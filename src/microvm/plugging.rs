@@ -39,7 +39,7 @@ impl Microvm {
         if device.shares_memory() && !self.config.shares_memory() {
             return Err(Error::config(format!(
                 "{name} is a vhost-user backend's (`socket`), which needs memory that is shared with it from the start of \
-                 the guest: have one such disk from the start, or give the guest an image (`path_on_host`)"
+                 the guest: have one such device from the start, or give the guest a disk by an image (`path_on_host`)"
             )));
         }
         self.config.check_beside(&device)?;

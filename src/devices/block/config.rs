@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::qcow2;
-use super::vhost_user::Remote;
+use super::vhost_user::Disk;
 use crate::devices::check_id;
 use crate::devices::kind::{self, CliOption, DeviceConfig, is_yes, yes};
 use crate::error::{Context, Error, Result};
@@ -278,7 +278,7 @@ impl DeviceConfig for Config {
 
     fn open(&self, _: &str, host: &mut Host) -> Result<Box<dyn VirtioDevice>> {
         match self.socket {
-            Some(_) => Ok(Box::new(Remote::open(self, host)?)),
+            Some(_) => Ok(Box::new(Disk::open(self, host)?)),
             None => Ok(Box::new(super::Block::open(self, host)?)),
         }
     }

@@ -1,27 +1,20 @@
-//! A disk whose work another process does in guest memory: the driver's kicks go there, and the driver is interrupted from
-//! there. What is left here is the configuration, and to start and stop it.
+//! A disk whose work another process does in guest memory. What is left here is the configuration.
 
 use std::any::Any;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
-
-use virtio_bindings::virtio_ring::{vring_desc, vring_used_elem};
-use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
+use std::sync::Arc;
 
 use super::{
     Config, F_BLK_SIZE, F_DISCARD, F_FLUSH, F_MQ, F_RO, F_SEG_MAX, F_WRITE_ZEROES, Patch, QUEUE_SIZE,
 };
 use crate::devices::block::CacheType;
 use crate::devices::kind::DeviceConfig;
+use crate::devices::remote::{RING_FEATURES, Remote};
 use crate::error::{Error, Result};
 use crate::host::Host;
-use crate::host::vhost_user::{Backend, Piece, REGIONS_MAX, Ring, STOP_TIME};
-use crate::log;
-use crate::memory::Regions;
+use crate::host::vhost_user::Backend;
 use crate::metrics::{Counter, Group};
-use crate::poll::Interest;
 use crate::snapshot::Snapshot;
-use crate::virtio::{F_EVENT_IDX, F_INDIRECT_DESC, Interrupts, Io, Queue, Registrar, VirtioDevice, Worker};
+use crate::virtio::{Io, VirtioDevice, Worker};
 
 /// struct virtio_blk_config up to what is told of writing zeros; that is what Firecracker asks for.
 const CONFIG_SIZE: usize = 60;
@@ -43,9 +36,6 @@ const PASSED_ON: u64 = F_SIZE_MAX
     | F_DISCARD
     | F_WRITE_ZEROES;
 
-/// The only token of a worker: its backend has something to say.
-const BACKEND: u32 = 0;
-
 crate::metrics::metrics! {
     /// Changes of such a disk.
     struct Metrics {
@@ -57,16 +47,9 @@ crate::metrics::metrics! {
 }
 
 /// The device.
-pub struct Remote {
+pub struct Disk {
     config: Config,
-    /// Shared with the worker: only one of both has anything to do at a time.
-    backend: Arc<Mutex<Backend>>,
-    /// Features that the guest was offered; a backend that comes later must have them, too.
-    features: u64,
-    /// The driver has had it started since the last reset.
-    has_started: bool,
-    /// Another backend came after that. Nobody knows which requests the one before has done.
-    is_other: bool,
+    remote: Remote,
     /// The device's configuration as the guest reads it.
     space: Vec<u8>,
     queue_sizes: Vec<u16>,
@@ -110,80 +93,48 @@ impl Config {
     }
 
     fn check_backend(&self, backend: &Backend) -> Result<()> {
-        if u64::from(self.num_queues) <= backend.queues() {
+        let (wanted, there) = (self.num_queues, backend.queues().unwrap_or(1));
+        if u64::from(wanted) <= there {
             return Ok(());
         }
-        let (wanted, there) = (self.num_queues, backend.queues());
         Err(Error::config(format!(
             "`num_queues` is {wanted}, and the vhost-user backend has {there} at most"
         )))
     }
 }
 
-impl Remote {
+impl Disk {
     /// The disk of the backend that `config` names.
     pub fn open(config: &Config, host: &mut Host) -> Result<Self> {
-        let backend = Self::meet(config, host)?;
+        let backend = meet(config, host)?;
         let allowed = match config.cache_type {
             CacheType::Writeback => PASSED_ON,
             CacheType::Unsafe => PASSED_ON & !F_FLUSH,
         };
-        let rings = F_EVENT_IDX | F_INDIRECT_DESC;
         let several = if config.num_queues > 1 { F_MQ } else { 0 };
         Ok(Self {
-            features: backend.features() & (allowed | rings | several),
-            has_started: false,
-            is_other: false,
             space: space(config, &backend),
-            backend: Arc::new(Mutex::new(backend)),
+            remote: Remote::new(config.whose(), backend, allowed | RING_FEATURES | several),
             queue_sizes: vec![QUEUE_SIZE; config.num_queues.into()],
             metrics: Arc::default(),
             config: config.clone(),
         })
     }
 
-    fn meet(config: &Config, host: &mut Host) -> Result<Backend> {
-        let path = config.socket.as_deref().expect("asked only of a disk that has one");
-        let backend = host.backend(&config.whose(), path, CONFIG_SIZE)?;
-        config.check_backend(&backend).map(|()| backend)
-    }
-
     /// Reads the configuration again, of another backend at the same place if the one that was there is lost.
     fn read_again(&mut self, patch: &Patch, host: &mut Host) -> Result<()> {
         let new = self.config.patched(patch)?;
-        // One that has gone meanwhile is lost from now on.
-        let mut backend = lock(&self.backend);
-        if backend.look().is_ok() {
-            backend.read_config()?;
-        } else {
-            let met = Self::meet(&new, host)?;
-            if self.features & !met.features() != 0 {
-                return Err(Error::config(
-                    "the vhost-user backend that is there now cannot do what the guest was told: start one that can",
-                ));
-            }
-            *backend = met;
-            self.is_other = self.has_started;
-        }
-        self.space = space(&new, &backend);
-        drop(backend);
+        self.remote.read_again(|| meet(&new, host))?;
+        self.space = space(&new, &self.remote.backend());
         self.config = new;
         Ok(())
     }
+}
 
-    /// Has the backend work on the queues that the driver has set up.
-    fn begin(&self, io: &Io) -> Result<()> {
-        if self.is_other {
-            return Err(Error::host(
-                "another vhost-user backend is there, and nobody knows which requests the one before has done",
-            ));
-        }
-        let memory = io.memory.memory();
-        let pieces = pieces(&memory)?;
-        let ready = io.queues.iter().filter(|queue| queue.is_ready());
-        let rings = ready.map(|queue| ring(queue, &memory, &io.interrupts)).collect::<Result<Vec<_>>>()?;
-        lock(&self.backend).start(io.features, &pieces, &rings)
-    }
+fn meet(config: &Config, host: &mut Host) -> Result<Backend> {
+    let path = config.socket.as_deref().expect("asked only of a disk that has one");
+    let backend = host.backend(&config.whose(), path, CONFIG_SIZE)?;
+    config.check_backend(&backend).map(|()| backend)
 }
 
 /// The configuration as a guest reads it: its queues are as many as the user has said.
@@ -193,79 +144,29 @@ fn space(config: &Config, backend: &Backend) -> Vec<u8> {
     space
 }
 
-fn lock(backend: &Mutex<Backend>) -> MutexGuard<'_, Backend> {
-    backend.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Guest memory as a backend maps it.
-fn pieces(memory: &Regions) -> Result<Vec<Piece<'_>>> {
-    if memory.iter().count() > REGIONS_MAX {
-        let most = format!(
-            "guest memory is in more than {REGIONS_MAX} pieces, the most that a vhost-user backend is told"
-        );
-        return Err(Error::host(most));
-    }
-    let piece = |region| {
-        Piece::of(region).ok_or_else(|| {
-            Error::config("guest memory is not shared with anybody: name the disk before the guest starts")
-        })
-    };
-    memory.iter().map(piece).collect()
-}
-
-/// A queue as the backend is told of it. A ring that goes over the end of its region may go anywhere in the backend.
-fn ring<'q>(queue: &'q Queue, memory: &Regions, interrupts: &'q Interrupts) -> Result<Ring<'q>> {
-    let size = usize::from(queue.size());
-    // The rings have two fields of 16 bits before, and one after (virtio 1.2, 2.7.6 and 2.7.8).
-    let lengths = [
-        size_of::<vring_desc>() * size,
-        6 + size_of::<u16>() * size,
-        6 + size_of::<vring_used_elem>() * size,
-    ];
-    let places = queue.places();
-    if places.iter().zip(lengths).any(|(place, length)| memory.get_slice(*place, length).is_err()) {
-        let index = queue.index();
-        return Err(Error::guest(format!(
-            "the driver set up queue {index} with a ring that is not in one piece"
-        )));
-    }
-    Ok(Ring {
-        index: queue.index(),
-        size: queue.size(),
-        next: queue.position().0,
-        places,
-        kick: queue.waker(),
-        call: interrupts.share(queue.index()).map(|event| event as _),
-    })
-}
-
-/// A snapshot would not have what the backend has of the disk.
-impl Snapshot for Remote {
+impl Snapshot for Disk {
     type State = ();
 
     fn save(&self) -> Result<()> {
-        Err(Error::config(format!(
-            "its memory is shared with the vhost-user backend of {}",
-            self.config.whose()
-        )))
+        self.remote.save()
     }
 
-    fn restore(&mut self, (): ()) -> Result<()> {
-        Err(Error::config("the disk of a vhost-user backend cannot be restored"))
+    fn restore(&mut self, state: ()) -> Result<()> {
+        self.remote.restore(state)
     }
 }
 
-impl VirtioDevice for Remote {
+impl VirtioDevice for Disk {
     fn device_type(&self) -> u32 {
         2
     }
 
     fn features(&self) -> u64 {
-        self.features & !(F_EVENT_IDX | F_INDIRECT_DESC)
+        self.remote.features() & !RING_FEATURES
     }
 
     fn ring_features(&self) -> u64 {
-        self.features & (F_EVENT_IDX | F_INDIRECT_DESC)
+        self.remote.features() & RING_FEATURES
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -277,14 +178,11 @@ impl VirtioDevice for Remote {
     }
 
     fn start(&mut self, io: Io) -> Result<Vec<Box<dyn Worker>>> {
-        self.has_started = true;
-        self.begin(&io)?;
-        let whose = self.config.whose();
-        Ok(vec![Box::new(Running { whose, backend: self.backend.clone(), queues: io.queues })])
+        self.remote.start(io)
     }
 
     fn reset(&mut self) {
-        (self.has_started, self.is_other) = (false, false);
+        self.remote.reset();
     }
 
     fn patch(&mut self, change: &dyn Any, host: &mut Host) -> Result<bool> {
@@ -299,37 +197,5 @@ impl VirtioDevice for Remote {
 
     fn metrics(&self) -> Option<Arc<dyn Group>> {
         Some(self.metrics.clone())
-    }
-}
-
-/// The running half: it has the queues that the backend works on, and waits for the backend's end.
-struct Running {
-    whose: String,
-    backend: Arc<Mutex<Backend>>,
-    queues: Vec<Queue>,
-}
-
-impl Worker for Running {
-    fn register(&mut self, registrar: &mut Registrar<'_>) -> Result<()> {
-        registrar.add(&*lock(&self.backend), Interest::IN | Interest::EDGE_TRIGGERED, BACKEND)
-    }
-
-    fn handle(&mut self, _: u32) -> Result<()> {
-        lock(&self.backend).look()
-    }
-
-    fn stop(mut self: Box<Self>) -> Vec<Queue> {
-        let (mut backend, until) = (lock(&self.backend), Instant::now() + STOP_TIME);
-        for queue in self.queues.iter_mut().filter(|queue| queue.is_ready()) {
-            match backend.stop(queue.index(), until) {
-                Ok(next) => queue.set_position(next),
-                Err(error) => {
-                    log::error(format_args!("{}: stop queue {}: {error}", self.whose, queue.index()));
-                    break;
-                }
-            }
-        }
-        drop(backend);
-        self.queues
     }
 }
