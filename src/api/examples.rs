@@ -75,4 +75,11 @@ pub const EXAMPLES: &[(&str, &str, &str)] = &[
     ("put", "/console", r#"{"rate_limiter": {"size": 65536, "refill_time": 1000}}"#),
     ("put", "/ports/{id}", r#"{"id": "agent", "name": "org.example.agent", "uds_path": "agent.sock"}"#),
     ("delete", "/ports/{id}", r#"{"force": true}"#),
+    (
+        "put",
+        "/vhost-user/{id}",
+        r#"{"id": "share", "socket": "virtiofsd.sock", "device_type": "fs", "tag": "share"}"#,
+    ),
+    ("patch", "/vhost-user/{id}", r#"{"id": "share"}"#),
+    ("delete", "/vhost-user/{id}", r#"{"force": true}"#),
 ];

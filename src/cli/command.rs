@@ -17,7 +17,7 @@ use crate::archive;
 use crate::config::Config;
 use crate::descriptors::Named;
 use crate::devices::kind::ConfiguredDevice;
-use crate::devices::{KINDS, block, pmem};
+use crate::devices::{KINDS, block, pmem, vhost_user};
 use crate::error::{Context, Error, Kind, Result};
 use crate::guest::boot;
 use crate::guest::call::{self, Call};
@@ -251,8 +251,10 @@ fn drivers(config: &Config) -> Vec<&'static str> {
         }
     };
     let transport = if config.pci { "virtio_pci" } else { "virtio_mmio" };
+    let of_backends = config.devices().filter_map(|device| device.config::<vhost_user::Config>()?.driver());
     std::iter::once(transport)
         .chain(config.devices().flat_map(|device| of(device.kind().section)).copied())
+        .chain(of_backends)
         .collect()
 }
 

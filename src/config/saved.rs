@@ -96,6 +96,7 @@ mod tests {
     use super::super::{BootSource, CpuConfig, MachineConfig};
     use super::*;
     use crate::devices::console;
+    use crate::devices::kind::DeviceKind;
     use crate::dialect::Dialect;
     use crate::{log, metadata, metrics};
 
@@ -160,6 +161,11 @@ mod tests {
         config
     }
 
+    /// The kinds of devices that a machine that is saved can have: what another process has of one is in no snapshot.
+    fn saved_kinds() -> impl Iterator<Item = &'static DeviceKind> {
+        KINDS.iter().filter(|kind| kind.section != "vhost-user")
+    }
+
     /// The names of all fields that any type of a configuration has, but for those that cannot be given yet.
     fn fields() -> BTreeSet<String> {
         let generator = &mut SchemaGenerator::default();
@@ -170,7 +176,7 @@ mod tests {
         generator.subschema_for::<metrics::Config>();
         generator.subschema_for::<console::Config>();
         generator.subschema_for::<metadata::Config>();
-        KINDS.iter().for_each(|kind| drop((kind.schema)(generator)));
+        saved_kinds().for_each(|kind| drop((kind.schema)(generator)));
         let types = generator.take_definitions(true);
         let fields = types.values().filter_map(|one| one["properties"].as_object()).flat_map(Map::keys);
         let only_x86_64 = ["smt", "max_vcpus", "leaf", "subleaf", "flags", "modifiers", "register"];
@@ -213,7 +219,7 @@ mod tests {
         note_said(&serde_json::from_str(&text).unwrap(), &mut said);
         let silent: Vec<_> = fields().into_iter().filter(|field| !said.contains(field)).collect();
         assert!(silent.is_empty(), "teach this test a value of {silent:?}");
-        for kind in KINDS {
+        for kind in saved_kinds() {
             assert!(text.contains(kind.section), "teach this test a configuration with `{}`", kind.section);
         }
     }

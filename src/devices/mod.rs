@@ -26,6 +26,7 @@ mod remote;
 pub mod rtc;
 pub mod slots;
 pub mod v2m;
+pub mod vhost_user;
 pub mod virtio_console;
 pub mod vmclock;
 pub mod vsock;
@@ -47,6 +48,7 @@ pub static KINDS: &[DeviceKind] = &[
     DeviceKind::of::<hotplug::Config>(),
     DeviceKind::of::<virtio_console::console::Config>(),
     DeviceKind::of::<virtio_console::port::Config>(),
+    DeviceKind::of::<vhost_user::Config>(),
 ];
 
 /// Makes the devices at fixed places, in the order in which boot tables list them: a new one is a file that

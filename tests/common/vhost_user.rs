@@ -32,6 +32,7 @@ pub const SET_PROTOCOL_FEATURES: u32 = 16;
 pub const GET_QUEUE_NUM: u32 = 17;
 pub const SET_VRING_ENABLE: u32 = 18;
 pub const GET_CONFIG: u32 = 24;
+pub const SET_CONFIG: u32 = 25;
 
 pub const F_FLUSH: u64 = 1 << 9;
 pub const F_MQ: u64 = 1 << 12;
@@ -262,7 +263,7 @@ impl Session {
         match request {
             SET_FEATURES => self.features = number(body, 0),
             SET_PROTOCOL_FEATURES => self.protocol = number(body, 0),
-            SET_OWNER => {}
+            SET_OWNER | SET_CONFIG => {}
             SET_MEM_TABLE => {
                 assert_eq!(number(body, 0), 1, "guests of these tests have one piece of memory");
                 let [start, size, here, offset] = [8, 16, 24, 32].map(|at| number(body, at));

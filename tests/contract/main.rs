@@ -110,7 +110,8 @@ impl Host {
             "ports": [{ "id": "port", "name": "org.port", "uds_path": self.folder.path("port") }],
         });
         let config = Config::parse(config.to_string().as_bytes()).unwrap();
-        for kind in KINDS {
+        // Of a device whose work another process does, there is but what that has to say (tests/vhost_user).
+        for kind in KINDS.iter().filter(|kind| kind.section != "vhost-user") {
             let lists = |device: &ConfiguredDevice| device.kind() == kind;
             assert!(config.devices().any(lists), "teach this test a configuration with `{}`", kind.section);
         }

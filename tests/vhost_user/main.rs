@@ -1,4 +1,4 @@
-//! Disks of vhost-user backends: over the driver's side of their queues, with a backend of our own that is honest or not,
+//! Disks, and other devices, of vhost-user backends: over the driver's side of their queues, with a backend of our own that is honest or not,
 //! and with QEMU's.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by it")]
@@ -7,6 +7,7 @@
 mod backend;
 #[path = "../common/mod.rs"]
 mod common;
+mod devices;
 mod hostile;
 mod qemu;
 

@@ -10,11 +10,11 @@ use common::{Process, Service, run};
 const SIZE: usize = 8 << 20;
 
 /// A daemon that exports an image, until it is dropped.
-struct Daemon(Child);
+pub struct Daemon(Child);
 
 impl Daemon {
     /// One that listens at `socket` and has `image`.
-    fn start(folder: &Folder) -> Self {
+    pub fn start(folder: &Folder) -> Self {
         let socket = folder.path("backend");
         let _ = std::fs::remove_file(&socket);
         let blockdev = format!("driver=file,node-name=f,filename={}", folder.path("image").display());
@@ -42,7 +42,7 @@ impl Drop for Daemon {
     }
 }
 
-fn image(place: &Place) -> Vec<u8> {
+pub fn image(place: &Place) -> Vec<u8> {
     let content: Vec<u8> =
         (0..SIZE / 4).flat_map(|word| (word as u32).wrapping_mul(0x9e37_79b9).to_le_bytes()).collect();
     place.folder.write("image", &content);
@@ -86,7 +86,7 @@ fn a_driver_reads_and_writes_the_image_of_a_daemon() {
     }
 }
 
-const TRANSPORT_WORDS: [&[&str]; 2] = [&[], &["--enable-pci"]];
+pub const TRANSPORT_WORDS: [&[&str]; 2] = [&[], &["--enable-pci"]];
 
 #[test]
 fn the_firmware_guest_has_the_disk_of_a_daemon() {

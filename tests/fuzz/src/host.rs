@@ -352,7 +352,8 @@ fn devices() -> Vec<ConfiguredDevice> {
         "ports": [{ "id": "port", "uds_path": port() }],
     });
     let config = Config::parse(config.to_string().as_bytes()).unwrap();
-    for kind in KINDS {
+    // A device whose work another process does has a target of its own (vhost_user).
+    for kind in KINDS.iter().filter(|kind| kind.section != "vhost-user") {
         let lists = |device: &ConfiguredDevice| device.kind() == kind;
         assert!(config.devices().any(lists), "teach this a configuration with `{}`", kind.section);
     }

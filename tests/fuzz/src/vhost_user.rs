@@ -53,12 +53,13 @@ fn path() -> PathBuf {
     std::env::temp_dir().join(format!("alula-fuzz-{}-backend", std::process::id()))
 }
 
-/// Starts a queue, and stops it.
+/// Starts a queue, writes to the configuration, and stops the queue.
 fn work(met: &mut Backend) -> alula::error::Result<()> {
     let event = File::open("/dev/null").unwrap();
     let places = [0x1000, 0x2000, 0x3000].map(GuestAddress);
     let ring = Ring { index: 0, size: 16, next: 0, places, kick: &event, call: Some(&event) };
     met.start(met.features(), &[], &[ring])?;
+    met.write_config(32, &[1])?;
     met.stop(0, Instant::now() + Duration::from_secs(30))?;
     met.look()
 }
