@@ -256,6 +256,8 @@ impl Session {
                 let mut answer = body.to_vec();
                 let sectors = (plan.content.len() / SECTOR) as u64;
                 answer[12..20].copy_from_slice(&sectors.to_le_bytes());
+                // A driver takes no device that has several queues and says that it has none (virtio 1.2, 5.2.4).
+                answer[12 + 34..12 + 36].copy_from_slice(&(QUEUES as u16).to_le_bytes());
                 return Some(answer);
             }
             _ => drop(plan),

@@ -127,15 +127,18 @@ fn a_disk_is_swapped_while_the_guest_runs() {
     }
 }
 
-/// A guest behind one transport writes, and one behind the other reads that again.
+/// A guest behind one transport writes to a disk, and one behind the other reads that again, from a device that is a disk
+/// because its backend says so.
 #[test]
 #[ignore = "a stock kernel: scripts/test runs it"]
 fn a_disk_of_a_vhost_user_backend_is_written_and_read() {
     let folder = Folder::new();
     let backend = Backend::new(&folder.path("backend"), 32 << 20 >> 9);
     let disk = format!("socket={},queues=2", backend.path.display());
-    for (transport, what) in TRANSPORTS.into_iter().zip(["write", "check"]) {
-        let words = [&["--disk", &disk], transport].concat();
+    let device = format!("block,{disk}");
+    let ways = [("write", ["--disk", &disk]), ("check", ["--vhost-user", &device])];
+    for (transport, (what, device)) in TRANSPORTS.into_iter().zip(ways) {
+        let words = [&device, transport].concat();
         let ended = boot_with(KERNELS[0], 2, &format!("disk-scatter={what}"), &words);
         ends(&ended, 0, "powered off\n");
         let said = format!("disk: four writers, {what} done, 2 queues");
