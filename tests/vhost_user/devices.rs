@@ -157,33 +157,40 @@ fn what_makes_no_device_of_a_backend_is_refused_by_name() {
     assert!(option("").unwrap().check().is_err());
 }
 
-/// A virtiofsd that shares a folder, until it is dropped.
-struct Virtiofsd(Child);
+/// A backend that is another program, until it is dropped.
+struct Program(Child);
 
-impl Virtiofsd {
-    fn start(socket: &Path, folder: &Path) -> Self {
-        let mut command = Command::new("/usr/lib/qemu/virtiofsd");
-        command.arg(format!("--socket-path={}", socket.display()));
-        command.args([
-            "-o",
-            &format!("source={}", folder.display()),
-            "-o",
-            "sandbox=chroot",
-            "-o",
-            "log_level=err",
-        ]);
-        let child = command.arg("-f").spawn();
-        let child = child.expect("virtiofsd is needed: `apt-get install qemu-system-common`");
-        common::wait_for(|| socket.exists());
+impl Program {
+    fn start(mut command: Command, socket: &Path) -> Self {
+        let child = command.spawn();
+        let child =
+            child.unwrap_or_else(|error| panic!("{command:?} ({error}): scripts/test gets its package"));
+        // Some are at their socket before they listen, and serve one who connects: the kernel says who listens (proc(5)).
+        common::wait_for(|| {
+            let sockets = std::fs::read_to_string("/proc/net/unix").unwrap();
+            let path = format!(" {}", socket.display());
+            sockets.lines().any(|line| line.ends_with(&path) && line.contains(" 00010000 "))
+        });
         Self(child)
     }
 }
 
-impl Drop for Virtiofsd {
+impl Drop for Program {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
+}
+
+/// A program of a newer Debian, whose libraries come with it: `ALULA_NEWER` is the folder that its packages were unpacked
+/// in.
+fn newer(program: &str) -> Command {
+    let root =
+        std::env::var("ALULA_NEWER").expect("scripts/test names the folder of newer programs in ALULA_NEWER");
+    let libraries = format!("{root}/usr/lib/x86_64-linux-gnu");
+    let mut command = Command::new(format!("{libraries}/ld-linux-x86-64.so.2"));
+    command.args(["--library-path", &libraries, &format!("{root}/usr/{program}")]);
+    command
 }
 
 /// A request of FUSE to the file system of a guest (linux/fuse.h): what is answered after the head of the answer.
@@ -201,8 +208,8 @@ fn fuse(guest: &mut Guest, opcode: u32, node: u64, body: &[u8], room: usize) -> 
     answer[HEAD..word(0) as usize].to_vec()
 }
 
-#[test]
-fn a_folder_of_the_host_is_a_file_system_by_virtiofsd() {
+/// Reads a file of a folder of the host as a guest's driver does; `virtiofsd` shares that folder by this socket.
+fn reads_a_shared_file(more: &Value, virtiofsd: impl Fn(&Path, &Path) -> Command) {
     const CONTENT: &[u8] = b"from the host";
     let place = Place::new();
     let (folder, socket) = (place.folder.path("shared"), place.folder.path("backend"));
@@ -210,8 +217,8 @@ fn a_folder_of_the_host_is_a_file_system_by_virtiofsd() {
     std::fs::write(folder.join("file"), CONTENT).unwrap();
     for kind in TRANSPORTS {
         let _ = std::fs::remove_file(&socket);
-        let _daemon = Virtiofsd::start(&socket, &folder);
-        let mut guest = guest(&place, kind, json!({ "device_type": "fs", "tag": "share" }));
+        let _daemon = Program::start(virtiofsd(&socket, &folder), &socket);
+        let mut guest = guest(&place, kind, more.clone());
         let mut space = [0xff; 40];
         guest.config(0, &mut space);
         assert!(space.starts_with(b"share\0") && space[5..36].iter().all(|byte| *byte == 0));
@@ -228,6 +235,64 @@ fn a_folder_of_the_host_is_a_file_system_by_virtiofsd() {
         read[16..20].copy_from_slice(&4096_u32.to_le_bytes());
         assert_eq!(fuse(&mut guest, 15, node, &read, 4096), CONTENT, "{kind:?}");
         guest.wait_for(|guest| guest.is_interrupted(Some(1)));
+    }
+}
+
+#[test]
+fn a_folder_of_the_host_is_a_file_system_by_virtiofsd() {
+    reads_a_shared_file(&json!({ "device_type": "fs", "tag": "share" }), |socket, folder| {
+        let mut command = Command::new("/usr/lib/qemu/virtiofsd");
+        command.arg(format!("--socket-path={}", socket.display()));
+        command.args(["-o", &format!("source={}", folder.display()), "-o", "sandbox=chroot"]);
+        command.args(["-o", "log_level=err", "-f"]);
+        command
+    });
+}
+
+/// The one in Rust, which is asked for the name that the guest mounts.
+#[test]
+#[ignore = "a newer program: scripts/test names its folder in ALULA_NEWER"]
+fn a_folder_is_shared_by_a_newer_virtiofsd_that_names_it() {
+    reads_a_shared_file(&json!({ "device_type": "fs" }), |socket, folder| {
+        let mut command = newer("libexec/virtiofsd");
+        command.arg("--socket-path").arg(socket).arg("--shared-dir").arg(folder);
+        command.args(["--tag", "share", "--sandbox", "none", "--log-level", "error"]);
+        command
+    });
+}
+
+/// A network of passt, which has no configuration to be asked for: the guest asks who has its gateway's address.
+#[test]
+#[ignore = "a newer program: scripts/test names its folder in ALULA_NEWER"]
+fn a_network_is_that_of_a_newer_passt() {
+    /// The head of each packet (virtio 1.2, 5.1.6), and an ARP request for 10.0.2.2 from 10.0.2.15.
+    const HEAD: usize = 12;
+    let place = Place::new();
+    let socket = place.folder.path("backend");
+    for kind in TRANSPORTS {
+        let _ = std::fs::remove_file(&socket);
+        let mut passt = newer("bin/passt");
+        passt.args(["--vhost-user", "--foreground", "--quiet", "--socket"]).arg(&socket);
+        passt.args(["--address", "10.0.2.15", "--gateway", "10.0.2.2", "--ipv4-only"]);
+        let _passt = Program::start(passt, &socket);
+        let mut guest = guest(&place, kind, json!({ "device_type": "net", "config_size": 0 }));
+        guest.start(0);
+        let room = guest.allocate(&[0; HEAD + 1514]);
+        guest.offer(0, &[(room, WRITE)]);
+        guest.kick(0);
+        let own = [2, 0, 0, 0, 0, 1];
+        let mut frame = [&[0; HEAD][..], &[0xff; 6], &own, &[8, 6, 0, 1, 8, 0, 6, 4, 0, 1]].concat();
+        frame.extend([&own[..], &[10, 0, 2, 15], &[0; 6], &[10, 0, 2, 2]].concat());
+        let frame = guest.allocate(&frame);
+        guest.request(1, &[(frame, 0)]);
+        guest.wait_for(|guest| guest.has_used(0));
+        let answer = guest.bytes(room);
+        // It is an answer, from the gateway, to this guest.
+        assert_eq!(answer[HEAD..HEAD + 6], own, "{kind:?}");
+        assert_eq!(
+            (&answer[HEAD + 20..HEAD + 22], &answer[HEAD + 28..HEAD + 32]),
+            (&[0, 2][..], &[10, 0, 2, 2][..])
+        );
     }
 }
 
@@ -253,6 +318,13 @@ fn a_guest_has_a_disk_of_a_daemon_as_any_other_device() {
     service.boot_source("end=idle");
     client.ok("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#);
     client.ok("PATCH", "/vhost-user/d", r#"{"id": "d"}"#);
+    // Memory is shared with one from the start: another may come and go.
+    let other = Backend::new(&place.folder.path("other"), 64);
+    let device = json!({ "id": "e", "socket": other.path, "device_type": "block" });
+    client.ok("PUT", "/vhost-user/e", &device.to_string());
+    assert_eq!(client.ok("GET", "/vm/config", "").json()["vhost-user"], json!([body, device]));
+    client.ok("DELETE", "/vhost-user/e", "");
+    common::wait_for(|| client.ok("GET", "/vm/config", "").json()["vhost-user"] == json!([body]));
     client.ok("PATCH", "/vm", r#"{"state": "Paused"}"#);
     let paths = json!({ "snapshot_path": place.folder.path("s"), "mem_file_path": place.folder.path("m") });
     let fault = client.request("PUT", "/snapshot/create", &paths.to_string()).fault();
