@@ -93,7 +93,7 @@
 //!   (`devices/block/config.rs`, ...). A device that Firecracker has, too: its metrics' names in `microvm/counts.rs`
 //!   and `microvm/metrics.rs`; a device that a guest's kernel has as a module: its name in `cli/command.rs`. A device
 //!   whose work another process does in guest memory: `shares_memory` of its configuration, by which that memory is mapped
-//!   from files, and `devices/remote.rs` (`devices/block/vhost_user.rs`, `devices/vhost_user.rs`, `host/vhost_user.rs`). A device
+//!   from files, and `devices/remote.rs` (`devices/block/vhost_user.rs`, `devices/vhost_user.rs`, `host/vhost_user.rs`), by which another process also goes on where one has ended. A device
 //!   that shows the guest memory of the host: `HAS_WINDOW` of its configuration and [`virtio::VirtioDevice::view`]; the
 //!   machine finds the addresses (`machine/windows.rs`) and gives KVM what is there ([`memory::window`]) before it
 //!   makes interrupt controllers, if the shell is made in the build. A device that plugs memory into a guest that runs:

@@ -1,25 +1,36 @@
 //! The half of a device whose work another process does in guest memory: the driver's kicks go there, and the driver is
-//! interrupted from there. What is left here is to start and stop it.
+//! interrupted from there. What is left here is to start and stop it, and to have another process go on where one has
+//! ended, if that has noted what it had in flight.
 
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_ring::{vring_desc, vring_used_elem};
-use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
+use vm_memory::{Address, Bytes, GuestAddressSpace, GuestMemoryBackend};
 
-use crate::error::{Error, Result};
+use crate::errands::Pending;
+use crate::error::{Context, Error, Result};
+use crate::history::{self, Event};
 use crate::host::vhost_user::{Backend, Piece, REGIONS_MAX, Ring, STOP_TIME};
+use crate::host::{Host, socket};
 use crate::log;
 use crate::memory::Regions;
-use crate::poll::Interest;
+use crate::poll::{self, Interest, Timer};
 use crate::snapshot::Snapshot;
-use crate::virtio::{F_EVENT_IDX, F_INDIRECT_DESC, Interrupts, Io, Queue, Registrar, Worker};
+use crate::virtio::{Desk, F_EVENT_IDX, F_INDIRECT_DESC, Interrupts, Io, Queue, Registrar, Watched, Worker};
 
 /// Features of rings that a guest is offered if the backend has them.
 pub const RING_FEATURES: u64 = F_EVENT_IDX | F_INDIRECT_DESC;
 
-/// The only token of a worker: its backend has something to say.
+/// A backend that is lost is looked for so often.
+const LOOK_TIME: Duration = Duration::from_secs(1);
+
+/// Tokens of a worker: its backend has something to say; it is time to look for another; `main` has looked.
 const BACKEND: u32 = 0;
+const LOOK: u32 = 1;
+const ANSWER: u32 = 2;
 
 /// A backend, and what it was told of the guest.
 pub struct Remote {
@@ -70,8 +81,9 @@ impl Remote {
                 "the vhost-user backend that is there now cannot do what the guest was told: start one that can",
             ));
         }
+        let mut met = met;
+        self.is_other = self.has_started && !met.succeed(&mut backend);
         *backend = met;
-        self.is_other = self.has_started;
         Ok(())
     }
 
@@ -86,42 +98,49 @@ impl Remote {
                 "another vhost-user backend is there, and nobody knows which requests the one before has done",
             ));
         }
-        let memory = io.memory.memory();
-        let pieces = self.pieces(&memory)?;
-        let ready = io.queues.iter().filter(|queue| queue.is_ready());
-        let rings = ready.map(|queue| ring(queue, &memory, &io.interrupts)).collect::<Result<Vec<_>>>()?;
-        let mut backend = lock(&self.backend);
-        // A driver may have accepted what is offered without the backend.
-        let features = io.features & backend.features();
-        backend.start(features, &pieces, &rings)?;
-        drop(backend);
-        let (whose, backend) = (self.whose.clone(), self.backend.clone());
-        Ok(vec![Box::new(Running { whose, backend, queues: io.queues })])
+        let mut running = Running {
+            whose: self.whose.clone(),
+            backend: self.backend.clone(),
+            needed: self.features,
+            io,
+            desk: None,
+            watched: None,
+            timer: None,
+            pending: None,
+        };
+        // One that was lost while the device stood still is looked for as soon as it runs.
+        if !running.waits() {
+            running.begin()?;
+        }
+        Ok(vec![Box::new(running)])
     }
 
     /// The driver has reset the device.
     pub fn reset(&mut self) {
         (self.has_started, self.is_other) = (false, false);
-    }
-
-    /// Guest memory as a backend maps it.
-    fn pieces<'m>(&self, memory: &'m Regions) -> Result<Vec<Piece<'m>>> {
-        if memory.iter().count() > REGIONS_MAX {
-            let most = format!(
-                "guest memory is in more than {REGIONS_MAX} pieces, the most that a vhost-user backend is told"
-            );
-            return Err(Error::host(most));
+        let mut backend = lock(&self.backend);
+        if backend.is_lost() {
+            backend.forget_notes();
         }
-        let piece = |region| {
-            Piece::of(region).ok_or_else(|| {
-                let whose = &self.whose;
-                Error::config(format!(
-                    "guest memory is not shared with anybody: name the {whose} before the guest starts"
-                ))
-            })
-        };
-        memory.iter().map(piece).collect()
     }
+}
+
+/// Guest memory as a backend maps it; `whose` is the device's name in errors.
+fn pieces<'m>(whose: &str, memory: &'m Regions) -> Result<Vec<Piece<'m>>> {
+    if memory.iter().count() > REGIONS_MAX {
+        let most = format!(
+            "guest memory is in more than {REGIONS_MAX} pieces, the most that a vhost-user backend is told"
+        );
+        return Err(Error::host(most));
+    }
+    let piece = |region| {
+        Piece::of(region).ok_or_else(|| {
+            Error::config(format!(
+                "guest memory is not shared with anybody: name the {whose} before the guest starts"
+            ))
+        })
+    };
+    memory.iter().map(piece).collect()
 }
 
 /// A snapshot would not have what the backend has of the device.
@@ -168,25 +187,151 @@ fn ring<'q>(queue: &'q Queue, memory: &Regions, interrupts: &'q Interrupts) -> R
     })
 }
 
-/// The running half: it has the queues that the backend works on, and waits for the backend's end.
+/// The running half: it has the queues that the backend works on, and waits for the backend's end. One that has noted what
+/// it had in flight is waited for, and the driver hears nothing of that.
 struct Running {
     whose: String,
     backend: Arc<Mutex<Backend>>,
-    queues: Vec<Queue>,
+    /// What a backend that comes later must be able to do.
+    needed: u64,
+    io: Io,
+    desk: Option<Desk>,
+    watched: Option<Watched<Descriptor>>,
+    /// There while a lost backend is looked for.
+    timer: Option<Watched<Timer>>,
+    /// There while `main` looks.
+    pending: Option<Pending>,
+}
+
+/// The number of the backend's descriptor, which leaves the loop before it is closed.
+struct Descriptor(RawFd);
+
+impl AsRawFd for Descriptor {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0
+    }
+}
+
+impl Running {
+    /// Whether the backend is lost, and another one is waited for.
+    fn waits(&self) -> bool {
+        let backend = lock(&self.backend);
+        backend.is_lost() && backend.has_notes()
+    }
+
+    /// Has the backend work on the queues that the driver has set up.
+    fn begin(&mut self) -> Result<()> {
+        let (memory, mut backend) = (self.io.memory.memory(), lock(&self.backend));
+        let pieces = pieces(&self.whose, &memory)?;
+        let ready = self.io.queues.iter().filter(|queue| queue.is_ready());
+        let rings =
+            ready.map(|queue| ring(queue, &memory, &self.io.interrupts)).collect::<Result<Vec<_>>>()?;
+        // A driver may have accepted what is offered without the backend.
+        let features = self.io.features & backend.features();
+        backend.start(features, &pieces, &rings)
+    }
+
+    fn watch(&mut self, desk: &Desk) -> Result<()> {
+        let backend = Descriptor(lock(&self.backend).as_raw_fd());
+        self.watched = Some(desk.watch(backend, Interest::IN | Interest::EDGE_TRIGGERED, BACKEND)?);
+        Ok(())
+    }
+
+    /// Looks for a backend at the place of the one that is lost, from now on.
+    fn look_for_another(&mut self, desk: &Desk) -> Result<()> {
+        self.watched = None;
+        let mut timer = poll::timer(format!("wait for the backend of {}", self.whose))?;
+        timer.reset(LOOK_TIME, Some(LOOK_TIME)).context("wait for a backend")?;
+        self.timer = Some(desk.watch(timer, Interest::IN | Interest::EDGE_TRIGGERED, LOOK)?);
+        Ok(())
+    }
+
+    /// The backend is lost: waits for another one that can go on, or else the driver must reset the device.
+    fn lose(&mut self, reason: Error) -> Result<()> {
+        let Some(desk) = self.desk.clone().filter(|_| self.waits()) else { return Err(reason) };
+        log::error(format_args!("{}: {reason}: it waits for another one there", self.whose));
+        let (device, reason) = (self.whose.clone(), reason.to_string());
+        history::tell(|| Event::DeviceError { device, reason, needs_reset: false });
+        self.note_positions();
+        self.look_for_another(&desk)
+    }
+
+    /// Has each queue be where the backend that is lost has left it, as far as the driver has been told.
+    fn note_positions(&mut self) {
+        let memory = self.io.memory.memory();
+        for queue in self.io.queues.iter_mut().filter(|queue| queue.is_ready()) {
+            // The index follows 16 bits of flags (virtio 1.2, 2.7.8).
+            let used = memory.read_obj::<u16>(queue.places()[2].unchecked_add(2));
+            queue.set_position(used.map_or(0, u16::from_le));
+        }
+    }
+
+    /// Has the backend that `main` has found go on where the last one was.
+    fn go_on(&mut self, stream: UnixStream) -> Result<()> {
+        lock(&self.backend).meet_again(stream, self.needed)?;
+        self.note_positions();
+        self.begin()?;
+        // The last one may have taken a kick, and ended before it told of what was done.
+        for queue in self.io.queues.iter().filter(|queue| queue.is_ready()) {
+            queue.kick_again();
+            if let Some(call) = self.io.interrupts.used_buffer(queue.index()) {
+                let _ = call.write(1);
+            }
+        }
+        Ok(())
+    }
 }
 
 impl Worker for Running {
     fn register(&mut self, registrar: &mut Registrar<'_>) -> Result<()> {
-        registrar.add(&*lock(&self.backend), Interest::IN | Interest::EDGE_TRIGGERED, BACKEND)
+        let desk = registrar.desk().clone();
+        self.desk = Some(desk.clone());
+        if self.waits() { self.look_for_another(&desk) } else { self.watch(&desk) }
     }
 
-    fn handle(&mut self, _: u32) -> Result<()> {
-        lock(&self.backend).look()
+    fn handle(&mut self, token: u32) -> Result<()> {
+        let Some(desk) = self.desk.clone() else { return Ok(()) };
+        match token {
+            LOOK if self.waits() && self.pending.is_none() => {
+                let path = lock(&self.backend).path().to_owned();
+                let look = move |_: &mut Host| Ok(socket::connect(&path)?.into());
+                // Where `main` has too much to do, the next time is soon enough.
+                self.pending = desk.ask(ANSWER, look).ok();
+                Ok(())
+            }
+            ANSWER => {
+                let Some(Ok(stream)) = self.pending.take().and_then(|mut pending| pending.take()) else {
+                    return Ok(());
+                };
+                match self.go_on(UnixStream::from(stream)) {
+                    Ok(()) => {
+                        self.timer = None;
+                        log::guest_line(format_args!(
+                            "{}: a backend is there again, and goes on",
+                            self.whose
+                        ));
+                        self.watch(&desk)
+                    }
+                    Err(_) if self.waits() => Ok(()),
+                    Err(error) => Err(error),
+                }
+            }
+            BACKEND if self.watched.is_some() => {
+                let looked = lock(&self.backend).look();
+                looked.or_else(|error| self.lose(error))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn stop(mut self: Box<Self>) -> Vec<Queue> {
+        (self.watched, self.timer, self.pending) = (None, None, None);
+        if self.waits() {
+            self.note_positions();
+            return self.io.queues;
+        }
         let (mut backend, until) = (lock(&self.backend), Instant::now() + STOP_TIME);
-        for queue in self.queues.iter_mut().filter(|queue| queue.is_ready()) {
+        for queue in self.io.queues.iter_mut().filter(|queue| queue.is_ready()) {
             match backend.stop(queue.index(), until) {
                 Ok(next) => queue.set_position(next),
                 Err(error) => {
@@ -195,7 +340,11 @@ impl Worker for Running {
                 }
             }
         }
+        let was_lost = backend.is_lost();
         drop(backend);
-        self.queues
+        if was_lost && self.waits() {
+            self.note_positions();
+        }
+        self.io.queues
     }
 }

@@ -143,8 +143,10 @@ impl Config {
     }
 
     fn meet(&self, host: &mut Host) -> Result<Backend> {
-        let backend = host.backend(&self.whose(), &self.socket, self.config_size())?;
-        self.check_backend(&backend).map(|()| backend)
+        let mut backend = host.backend(&self.whose(), &self.socket, self.config_size())?;
+        self.check_backend(&backend)?;
+        backend.note_inflight(self.queues(), self.queue_size)?;
+        Ok(backend)
     }
 
     /// The configuration of a file system with a name of ours: the name, and the number of queues for requests, which come

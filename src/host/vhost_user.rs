@@ -15,12 +15,20 @@ use std::time::{Duration, Instant};
 
 use vm_memory::GuestAddress;
 
+mod messages;
+
+use messages::{
+    GET_CONFIG, GET_FEATURES, GET_INFLIGHT_FD, GET_PROTOCOL_FEATURES, GET_QUEUE_NUM, GET_VRING_BASE,
+    SET_CONFIG, SET_FEATURES, SET_INFLIGHT_FD, SET_MEM_TABLE, SET_OWNER, SET_PROTOCOL_FEATURES,
+    SET_VRING_ADDR, SET_VRING_BASE, SET_VRING_CALL, SET_VRING_ENABLE, SET_VRING_KICK, SET_VRING_NUM, VERSION,
+};
+
 use super::socket;
 use crate::descriptors::Named;
 use crate::error::{Context, Error, Result};
 use crate::memory::{Range, Region};
 use crate::poll;
-use crate::sys::{descriptor, network};
+use crate::sys::network;
 
 /// A backend that hangs holds `main` up no longer than this, with all that is asked of it in a row: to meet it, to read
 /// its configuration, to start it.
@@ -29,11 +37,12 @@ pub const ANSWER_TIME: Duration = Duration::from_secs(2);
 pub const STOP_TIME: Duration = Duration::from_secs(8);
 /// Guest memory is handed over in at most so many pieces.
 pub const REGIONS_MAX: usize = network::DESCRIPTORS_MAX;
-/// The longest answer that is taken: a hostile backend cannot have us make room for more.
-const ANSWER_MAX: usize = CONFIG_HEAD + CONFIG_MAX;
 /// The longest device configuration, and what is before it in a message: offset, size, flags.
 pub const CONFIG_MAX: usize = 256;
 const CONFIG_HEAD: usize = 12;
+
+/// The length of a message about notes of what is in flight.
+const INFLIGHT_SIZE: usize = 24;
 
 /// Bits of the features, which are those of virtio and one of the protocol's own.
 const F_PROTOCOL_FEATURES: u64 = 1 << 30;
@@ -42,33 +51,9 @@ const F_VERSION_1: u64 = 1 << 32;
 const MQ: u64 = 1 << 0;
 const REPLY_ACK: u64 = 1 << 3;
 const CONFIG: u64 = 1 << 9;
-
-/// In a message's header: the protocol's version, that it is an answer, that it wants one.
-const HEADER: usize = 12;
-const VERSION: u32 = 1;
-const IS_ANSWER: u32 = 1 << 2;
-const WANTS_ANSWER: u32 = 1 << 3;
-
-/// Kinds of messages, by the numbers and names of the specification.
-#[derive(Clone, Copy)]
-struct Request(u32, &'static str);
-
-const GET_FEATURES: Request = Request(1, "GET_FEATURES");
-const SET_FEATURES: Request = Request(2, "SET_FEATURES");
-const SET_OWNER: Request = Request(3, "SET_OWNER");
-const SET_MEM_TABLE: Request = Request(5, "SET_MEM_TABLE");
-const SET_VRING_NUM: Request = Request(8, "SET_VRING_NUM");
-const SET_VRING_ADDR: Request = Request(9, "SET_VRING_ADDR");
-const SET_VRING_BASE: Request = Request(10, "SET_VRING_BASE");
-const GET_VRING_BASE: Request = Request(11, "GET_VRING_BASE");
-const SET_VRING_KICK: Request = Request(12, "SET_VRING_KICK");
-const SET_VRING_CALL: Request = Request(13, "SET_VRING_CALL");
-const GET_PROTOCOL_FEATURES: Request = Request(15, "GET_PROTOCOL_FEATURES");
-const SET_PROTOCOL_FEATURES: Request = Request(16, "SET_PROTOCOL_FEATURES");
-const GET_QUEUE_NUM: Request = Request(17, "GET_QUEUE_NUM");
-const SET_VRING_ENABLE: Request = Request(18, "SET_VRING_ENABLE");
-const GET_CONFIG: Request = Request(24, "GET_CONFIG");
-const SET_CONFIG: Request = Request(25, "SET_CONFIG");
+/// Notes of what is in flight, in memory that outlives the backend.
+const INFLIGHT: u64 = 1 << 12;
+const PROTOCOL: u64 = MQ | REPLY_ACK | CONFIG | INFLIGHT;
 
 /// A piece of guest memory that the backend maps.
 pub struct Piece<'m> {
@@ -100,6 +85,14 @@ pub struct Ring<'q> {
     pub call: Option<&'q dyn AsRawFd>,
 }
 
+/// Memory in which a backend notes what it has in flight. It is the backend's: nobody here looks into it, and the next
+/// backend at the place gets it.
+struct Inflight {
+    file: File,
+    /// Its size, where in the file it begins, and the number and size of the queues, as the backend has told them.
+    shape: Vec<u8>,
+}
+
 /// A connection to a backend. After an error it is closed: what comes late would be taken for another answer.
 pub struct Backend {
     socket: Named<UnixStream>,
@@ -108,6 +101,7 @@ pub struct Backend {
     protocol: u64,
     queues: Option<u64>,
     config: Vec<u8>,
+    inflight: Option<Inflight>,
     is_lost: bool,
 }
 
@@ -124,9 +118,71 @@ impl Backend {
             socket::connect(path).with_context(|| format!("meet the vhost-user backend of {what}"))?;
         let socket = Named::new(format!("vhost-user backend of {what}"), socket);
         let (path, config) = (path.to_owned(), vec![0; config_size]);
-        let mut met = Self { socket, path, features: 0, protocol: 0, queues: None, config, is_lost: false };
+        let (inflight, is_lost) = (None, false);
+        let mut met =
+            Self { socket, path, features: 0, protocol: 0, queues: None, config, inflight, is_lost };
         met.negotiate(until)?;
         Ok(met)
+    }
+
+    /// Has the backend note what it has in flight of so many queues, if it can: another one at its place then goes on
+    /// with that.
+    ///
+    /// # Errors
+    /// The backend does not answer in [`ANSWER_TIME`], or with what cannot be.
+    pub fn note_inflight(&mut self, queues: u16, queue_size: u16) -> Result<()> {
+        if self.protocol & INFLIGHT == 0 {
+            return Ok(());
+        }
+        let until = Instant::now() + ANSWER_TIME;
+        // Programs in C have 4 bytes after the numbers, and want them.
+        let mut body = vec![0; INFLIGHT_SIZE];
+        body[16..20].copy_from_slice(&[queues, queue_size].map(u16::to_le_bytes).concat());
+        self.send(GET_INFLIGHT_FD, VERSION, &body, &[])?;
+        let (shape, file) = self.receive_with(GET_INFLIGHT_FD, until)?;
+        if shape.len() != INFLIGHT_SIZE {
+            let length = shape.len();
+            return self
+                .lose(GET_INFLIGHT_FD, format!("its answer has {length} bytes instead of {INFLIGHT_SIZE}"));
+        }
+        match file {
+            Some(file) => self.inflight = Some(Inflight { file: file.into(), shape }),
+            None => return self.lose(GET_INFLIGHT_FD, "no memory comes with its answer".to_owned()),
+        }
+        Ok(())
+    }
+
+    /// Whether the backend has noted what it has in flight, for one that comes after it.
+    pub fn has_notes(&self) -> bool {
+        self.inflight.is_some()
+    }
+
+    /// Nobody goes on with what the backend has noted: it was of queues that are no more.
+    pub fn forget_notes(&mut self) {
+        self.inflight = None;
+    }
+
+    /// Takes over what the backend before has noted, if this one can go on with that; whether it can.
+    pub fn succeed(&mut self, other: &mut Self) -> bool {
+        let can = self.protocol & INFLIGHT != 0 && other.inflight.is_some();
+        if can {
+            self.inflight = other.inflight.take();
+        }
+        can
+    }
+
+    /// Meets another backend, which `stream` leads to and which is to go on with what the lost one has noted.
+    ///
+    /// # Errors
+    /// As of [`Self::meet`], or it cannot do what the one before could.
+    pub fn meet_again(&mut self, stream: UnixStream, needed: u64) -> Result<()> {
+        self.socket = Named::new(format!("vhost-user backend at {}", self.path.display()), stream);
+        self.is_lost = false;
+        self.negotiate(Instant::now() + ANSWER_TIME)?;
+        if self.protocol & INFLIGHT == 0 || needed & !self.features != 0 {
+            return self.lose(GET_FEATURES, "it lacks what the one before had".to_owned());
+        }
+        Ok(())
     }
 
     /// Whether the backend of `what` could be met at `path`, as far as that can be told without: some end with the first
@@ -161,8 +217,9 @@ impl Backend {
             let lacks = "cannot tell its configuration (it lacks VHOST_USER_PROTOCOL_F_CONFIG)";
             self.check(offered, CONFIG, lacks)?;
         }
-        self.tell(SET_PROTOCOL_FEATURES, &(offered & (MQ | REPLY_ACK | CONFIG)).to_le_bytes(), &[], until)?;
-        self.protocol = offered & (MQ | REPLY_ACK | CONFIG);
+        self.protocol = 0;
+        self.tell(SET_PROTOCOL_FEATURES, &(offered & PROTOCOL).to_le_bytes(), &[], until)?;
+        self.protocol = offered & PROTOCOL;
         if self.protocol & MQ != 0 {
             self.queues = Some(self.ask_number(GET_QUEUE_NUM, until)?);
         }
@@ -191,6 +248,11 @@ impl Backend {
     /// The beginning of its device's configuration, as it was read last.
     pub fn config(&self) -> &[u8] {
         &self.config
+    }
+
+    /// Where it listens, or listened.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Whether it listens, or listened, at `path`.
@@ -263,6 +325,10 @@ impl Backend {
         until: Instant,
     ) -> Result<()> {
         self.tell(SET_FEATURES, &(features | F_PROTOCOL_FEATURES).to_le_bytes(), &[], until)?;
+        if let Some(Inflight { file, shape }) = &self.inflight {
+            let (fd, shape) = (file.as_raw_fd(), shape.clone());
+            self.tell(SET_INFLIGHT_FD, &shape, &[&fd], until)?;
+        }
         let mut table = (pieces.len() as u64).to_le_bytes().to_vec();
         for piece in pieces {
             // By the third number rings are named. It is meant to be the address in this process, which says too much,
@@ -350,90 +416,6 @@ impl Backend {
             ))),
             false => Ok(()),
         }
-    }
-
-    fn ask_number(&mut self, request: Request, until: Instant) -> Result<u64> {
-        let answer = self.ask(request, &[], until)?;
-        self.number(request, &answer)
-    }
-
-    fn number(&mut self, request: Request, answer: &[u8]) -> Result<u64> {
-        match answer.try_into() {
-            Ok(answer) => Ok(u64::from_le_bytes(answer)),
-            Err(_) => self.lose(request, format!("its answer has {} bytes instead of 8", answer.len())),
-        }
-    }
-
-    /// Sends what has no answer of its own, and waits for the backend's word that it has done as told, if it gives that.
-    fn tell(&mut self, request: Request, body: &[u8], fds: &[&dyn AsRawFd], until: Instant) -> Result<()> {
-        if self.protocol & REPLY_ACK == 0 {
-            return self.send(request, VERSION, body, fds);
-        }
-        self.send(request, VERSION | WANTS_ANSWER, body, fds)?;
-        let answer = self.receive(request, until)?;
-        match self.number(request, &answer)? {
-            0 => Ok(()),
-            code => self.lose(request, format!("it refuses that ({code})")),
-        }
-    }
-
-    fn ask(&mut self, request: Request, body: &[u8], until: Instant) -> Result<Vec<u8>> {
-        self.send(request, VERSION, body, &[])?;
-        self.receive(request, until)
-    }
-
-    fn send(&mut self, request: Request, flags: u32, body: &[u8], fds: &[&dyn AsRawFd]) -> Result<()> {
-        self.check_lost()?;
-        let mut message = [request.0, flags, body.len() as u32].map(u32::to_le_bytes).concat();
-        message.extend_from_slice(body);
-        match network::send_with(&*self.socket, &message, fds) {
-            Ok(()) => Ok(()),
-            Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                self.lose(request, "it does not read what it is sent".to_owned())
-            }
-            Err(error) => self.lose(request, error.to_string()),
-        }
-    }
-
-    /// The body of the answer to `request`. Descriptors that come with it are closed by the kernel: nobody takes them.
-    fn receive(&mut self, request: Request, until: Instant) -> Result<Vec<u8>> {
-        let mut head = [0; HEADER];
-        self.fill(request, &mut head, until)?;
-        let [number, flags, size] =
-            [0, 4, 8].map(|at| u32::from_le_bytes(std::array::from_fn(|index| head[at + index])));
-        if number != request.0 || flags & (IS_ANSWER | 3) != IS_ANSWER | VERSION || size as usize > ANSWER_MAX
-        {
-            let why = format!("its answer is none (request {number}, flags {flags:#x}, {size} bytes)");
-            return self.lose(request, why);
-        }
-        let mut body = vec![0; size as usize];
-        self.fill(request, &mut body, until)?;
-        Ok(body)
-    }
-
-    fn fill(&mut self, request: Request, mut place: &mut [u8], until: Instant) -> Result<()> {
-        while !place.is_empty() {
-            match network::receive(&*self.socket, place, libc::MSG_DONTWAIT) {
-                Ok(0) => return self.lose(request, "it has ended the connection".to_owned()),
-                Ok(count) => place = &mut place[count..],
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                    let left = until.saturating_duration_since(Instant::now());
-                    if left.is_zero() {
-                        return self.lose(request, "it does not answer in time".to_owned());
-                    }
-                    descriptor::poll(&*self.socket, libc::POLLIN, left.as_millis() as i32 + 1);
-                }
-                Err(error) => return self.lose(request, error.to_string()),
-            }
-        }
-        Ok(())
-    }
-
-    fn lose<T>(&mut self, request: Request, why: String) -> Result<T> {
-        self.end();
-        let path = self.path.display();
-        Err(Error::host(format!("the vhost-user backend at `{path}` is lost at {}: {why}", request.1)))
     }
 }
 

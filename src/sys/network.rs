@@ -3,7 +3,7 @@
 
 use std::io::{ErrorKind, Result};
 use std::mem::{size_of_val, zeroed};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::ptr;
 
@@ -122,6 +122,37 @@ pub fn send_with(socket: &impl AsRawFd, bytes: &[u8], fds: &[&dyn AsRawFd]) -> R
     // SAFETY: the call reads the local structures and the slice.
     let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) };
     if check_count(sent)? == bytes.len() { Ok(()) } else { Err(ErrorKind::WriteZero.into()) }
+}
+
+/// As [`receive`], without waiting, with the descriptor that comes along, if one does; of several, the others are closed.
+///
+/// # Errors
+/// There is nothing, or the other end has broken off.
+pub fn receive_with(socket: &impl AsRawFd, bytes: &mut [u8]) -> Result<(usize, Option<OwnedFd>)> {
+    let mut part = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+    // Room for a header and one descriptor: the kernel passes no more than there is room for (unix(7)).
+    let mut control = [0_u64; 3];
+    // SAFETY: `msghdr` is plain data of which zeros are valid.
+    let mut message: libc::msghdr = unsafe { zeroed() };
+    (message.msg_iov, message.msg_iovlen) = (&raw mut part, 1);
+    message.msg_control = control.as_mut_ptr().cast();
+    // Aligned, there would be room for two.
+    // SAFETY: the function computes a length, for which the local buffer has room.
+    message.msg_controllen = unsafe { libc::CMSG_LEN(size_of::<RawFd>() as u32) } as _;
+    let flags = libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
+    // SAFETY: the call writes at most the lengths of the local buffer and of the slice to them.
+    let count = check_count(unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, flags) })?;
+    // SAFETY: the kernel has written headers that lie within the buffer, whose first one this is, and a descriptor that is
+    // nobody else's after a header that says so.
+    let came = unsafe {
+        let header = libc::CMSG_FIRSTHDR(&raw const message);
+        let has_one = !header.is_null()
+            && (*header).cmsg_level == libc::SOL_SOCKET
+            && (*header).cmsg_type == libc::SCM_RIGHTS
+            && (*header).cmsg_len as usize >= libc::CMSG_LEN(size_of::<RawFd>() as u32) as usize;
+        has_one.then(|| OwnedFd::from_raw_fd(libc::CMSG_DATA(header).cast::<RawFd>().read_unaligned()))
+    };
+    Ok((count, came))
 }
 
 /// Lets through to a socket only what a program of classic BPF accepts (SO_ATTACH_FILTER, socket(7)).

@@ -5,9 +5,10 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -33,6 +34,8 @@ pub const GET_QUEUE_NUM: u32 = 17;
 pub const SET_VRING_ENABLE: u32 = 18;
 pub const GET_CONFIG: u32 = 24;
 pub const SET_CONFIG: u32 = 25;
+pub const GET_INFLIGHT_FD: u32 = 31;
+pub const SET_INFLIGHT_FD: u32 = 32;
 
 pub const F_FLUSH: u64 = 1 << 9;
 pub const F_MQ: u64 = 1 << 12;
@@ -42,6 +45,7 @@ pub const F_VERSION_1: u64 = 1 << 32;
 pub const MQ: u64 = 1;
 pub const REPLY_ACK: u64 = 1 << 3;
 pub const CONFIG: u64 = 1 << 9;
+pub const INFLIGHT: u64 = 1 << 12;
 
 /// How often a backend looks whether it is to say something, or to end. It must not take the guest's CPU meanwhile.
 const LOOK_TIME: Duration = Duration::from_millis(10);
@@ -77,6 +81,11 @@ pub struct Plan {
     pub heard: Vec<(u32, u64)>,
     /// What it says now, whether somebody asks or not.
     pub says: Vec<u8>,
+    /// It takes requests and does not do them; how many it has.
+    pub holds: bool,
+    pub held: usize,
+    /// The memory that it notes in what is in flight, by the number in it: the last one that it gave, and was given.
+    pub notes: [u64; 2],
 }
 
 pub struct Backend {
@@ -98,6 +107,9 @@ impl Backend {
             content: vec![0; sectors * SECTOR],
             heard: Vec::new(),
             says: Vec::new(),
+            holds: false,
+            held: 0,
+            notes: [0; 2],
         };
         let plan = Arc::new(Mutex::new(plan));
         let (stop, hang_up) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
@@ -169,6 +181,14 @@ struct Session {
     rings: [Ring; QUEUES],
 }
 
+/// A file without a name.
+fn tempfile() -> File {
+    let path = format!("/tmp/alula-test-{}-notes", std::process::id());
+    let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+    std::fs::remove_file(path).unwrap();
+    file
+}
+
 fn number(body: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(body[at..at + 8].try_into().unwrap())
 }
@@ -238,6 +258,15 @@ impl Session {
                 let (message, fd) = (message(&answer), self.stream.as_raw_fd());
                 assert_eq!(self.stream.send_with_fds(&[&message[..]], &[fd, fd, fd]).unwrap(), message.len());
             }
+            (None, Some(answer)) if request == GET_INFLIGHT_FD => {
+                static NEXT: AtomicU64 = AtomicU64::new(1);
+                let (number, file) = (NEXT.fetch_add(1, Ordering::SeqCst), tempfile());
+                file.write_all_at(&number.to_le_bytes(), 0).unwrap();
+                self.plan.lock().unwrap().notes[0] = number;
+                let message = message(&answer);
+                let sent = self.stream.send_with_fds(&[&message[..]], &[file.as_raw_fd()]).unwrap();
+                assert_eq!(sent, message.len());
+            }
             (_, Some(answer)) => self.stream.write_all(&message(&answer)).unwrap(),
             (_, None) => {}
         }
@@ -251,6 +280,8 @@ impl Session {
             GET_FEATURES => return tell(plan.features),
             GET_PROTOCOL_FEATURES => return tell(plan.protocol),
             GET_QUEUE_NUM => return tell(plan.queues),
+            // What is beside the numbers of its body comes with the answer (`handle`).
+            GET_INFLIGHT_FD => return Some(body.to_vec()),
             GET_CONFIG => {
                 assert_eq!(number(body, 0), (CONFIG_SIZE as u64) << 32, "offset and size");
                 let mut answer = body.to_vec();
@@ -266,6 +297,11 @@ impl Session {
             SET_FEATURES => self.features = number(body, 0),
             SET_PROTOCOL_FEATURES => self.protocol = number(body, 0),
             SET_OWNER | SET_CONFIG => {}
+            SET_INFLIGHT_FD => {
+                let mut number = [0; 8];
+                file.unwrap().read_exact_at(&mut number, 0).unwrap();
+                self.plan.lock().unwrap().notes[1] = u64::from_le_bytes(number);
+            }
             SET_MEM_TABLE => {
                 assert_eq!(number(body, 0), 1, "guests of these tests have one piece of memory");
                 let [start, size, here, offset] = [8, 16, 24, 32].map(|at| number(body, at));
@@ -330,6 +366,12 @@ impl Session {
         loop {
             queue.disable_notification(memory).unwrap();
             while let Some(chain) = queue.pop_descriptor_chain(memory) {
+                let mut plan = self.plan.lock().unwrap();
+                if plan.holds {
+                    plan.held += 1;
+                    continue;
+                }
+                drop(plan);
                 let head = chain.head_index();
                 let pieces: Vec<_> =
                     chain.map(|piece| (piece.addr(), piece.len(), piece.is_write_only())).collect();

@@ -1,10 +1,12 @@
 //! Backends that lie, hang, break off or die.
 
 use std::fs;
+use std::io::Write;
 
 use super::backend::{
-    Act, Backend, CONFIG, F_PROTOCOL_FEATURES, F_VERSION_1, GET_CONFIG, GET_FEATURES, GET_PROTOCOL_FEATURES,
-    GET_QUEUE_NUM, GET_VRING_BASE, REPLY_ACK, SET_FEATURES, SET_MEM_TABLE, SET_OWNER, SET_VRING_ENABLE,
+    Act, Backend, CONFIG, F_PROTOCOL_FEATURES, F_VERSION_1, GET_CONFIG, GET_FEATURES, GET_INFLIGHT_FD,
+    GET_PROTOCOL_FEATURES, GET_QUEUE_NUM, GET_VRING_BASE, INFLIGHT, REPLY_ACK, SET_FEATURES, SET_MEM_TABLE,
+    SET_OWNER, SET_VRING_ENABLE,
 };
 use super::*;
 
@@ -235,5 +237,150 @@ fn a_ring_that_leaves_guest_memory_goes_to_no_backend() {
         guest.set_status(15);
         guest.wait_for(|guest| guest.status() & NEEDS_RESET != 0);
         assert!(backend.heard().iter().all(|(request, _)| *request != SET_MEM_TABLE), "{used:#x}");
+    }
+}
+
+/// A backend that notes what it has in flight.
+fn noting(place: &Place) -> Backend {
+    let backend = place.backend(64);
+    backend.plan.lock().unwrap().protocol |= INFLIGHT;
+    backend
+}
+
+#[test]
+fn a_backend_that_comes_again_goes_on_with_what_was_in_flight() {
+    let place = Place::new();
+    for kind in TRANSPORTS {
+        for is_paused in [false, true] {
+            let backend = noting(&place);
+            let mut guest = place.guest(kind, json!({}));
+            guest.start(F_EVENT_IDX);
+            assert_eq!(ask(&mut guest, 0, 1, 1, &[5; SECTOR]).0, 0);
+            let [given, got] = backend.plan.lock().unwrap().notes;
+            assert!(given != 0 && got == given, "{kind:?}");
+            // It takes a request, and ends.
+            backend.plan.lock().unwrap().holds = true;
+            let (head, status) =
+                (guest.allocate(&[1, 0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0]), guest.allocate(&[0xff]));
+            let data = guest.allocate(&[9; SECTOR]);
+            guest.offer(0, &[(head, 0), (data, 0), (status, WRITE)]);
+            guest.kick(0);
+            guest.interrupts();
+            drop(backend);
+            if is_paused {
+                guest.pause();
+                guest.resume();
+            }
+            guest.turn();
+            assert_eq!(guest.status() & NEEDS_RESET, 0, "{kind:?}: another one is waited for");
+            let again = noting(&place);
+            guest.wait_for(|guest| guest.has_used(0));
+            assert_eq!(guest.next_used(0).1, 1);
+            assert_eq!(guest.bytes(status), [0]);
+            let plan = again.plan.lock().unwrap();
+            assert!(plan.content[7 * SECTOR..8 * SECTOR] == [9; SECTOR]);
+            assert_eq!(plan.notes[1], given, "the notes are those of the one before");
+            assert!(plan.heard.contains(&(SET_VRING_BASE, 1 << 32)), "one request was done before");
+            drop(plan);
+            assert!(guest.interrupts() > 0, "{kind:?}");
+            assert_eq!(ask(&mut guest, 0, 0, 7, &[0; SECTOR]), (0, vec![9; SECTOR]));
+        }
+    }
+}
+
+#[test]
+fn notes_of_what_is_in_flight_end_with_the_queues_that_they_are_of() {
+    let place = Place::new();
+    for kind in TRANSPORTS {
+        let backend = noting(&place);
+        let mut guest = place.guest(kind, json!({}));
+        guest.start(0);
+        assert_eq!(ask(&mut guest, 0, 1, 1, &[5; SECTOR]).0, 0);
+        let [given, _] = backend.plan.lock().unwrap().notes;
+        drop(backend);
+        guest.turn();
+        // The driver gives its queues up: the next backend must not do what was in them.
+        guest.reset();
+        let again = noting(&place);
+        patch(&mut guest, json!({ "drive_id": "d" })).unwrap();
+        guest.start(0);
+        assert_eq!(ask(&mut guest, 0, 1, 1, &[6; SECTOR]).0, 0);
+        let [own, got] = again.plan.lock().unwrap().notes;
+        assert!(own == got && got != given, "{kind:?}");
+        drop(again);
+        // One that cannot go on is no successor, whatever it is asked for.
+        let lesser = place.backend(64);
+        std::thread::sleep(std::time::Duration::from_millis(1500));
+        guest.turn();
+        assert_eq!(guest.status() & NEEDS_RESET, 0, "{kind:?}");
+        drop(lesser);
+        let _right = noting(&place);
+        assert_eq!(ask(&mut guest, 0, 1, 1, &[7; SECTOR]).0, 0, "{kind:?}");
+    }
+}
+
+#[test]
+fn memory_for_notes_that_cannot_be_is_refused() {
+    let place = Place::new();
+    for (act, expected) in [
+        (Act::Body(vec![0; 24]), "at GET_INFLIGHT_FD: no memory comes with its answer"),
+        (Act::Body(vec![0; 20]), "its answer has 20 bytes instead of 24"),
+        (Act::Close, "at GET_INFLIGHT_FD: it has ended the connection"),
+        (Act::Hang, "at GET_INFLIGHT_FD: it does not answer in time"),
+    ] {
+        let before = descriptors();
+        let backend = noting(&place);
+        backend.act(GET_INFLIGHT_FD, act);
+        let error =
+            place.config(json!({})).open("vm", &mut Host::default()).map(drop).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+        drop(backend);
+        assert_eq!(descriptors(), before);
+    }
+    // Of several descriptors, one is kept: the notes.
+    let backend = noting(&place);
+    let before = descriptors();
+    backend.act(GET_INFLIGHT_FD, Act::Descriptors);
+    let device = place.config(json!({})).open("vm", &mut Host::default()).unwrap();
+    common::wait_for(|| descriptors() == before + 4);
+    drop(device);
+    common::wait_for(|| descriptors() == before);
+}
+
+/// The whole monitor, with its walls: the thread of the device meets the backend that comes again.
+#[test]
+fn a_guest_hears_nothing_of_a_backend_that_ends_and_comes_again() {
+    let place = Place::new();
+    for transport in qemu::TRANSPORT_WORDS {
+        let backend = noting(&place);
+        let events = place.folder.path("events");
+        let _ = fs::remove_file(&events);
+        let disk = format!("socket={},id=d", backend.path.display());
+        let words = ["run", "--events", events.to_str().unwrap(), "--disk", &disk, "--cmdline", "bench"];
+        let mut guest = common::Process::start([&words, transport].concat());
+        guest.expect("bench: ready");
+        let mut stdin = guest.stdin.take().unwrap();
+        stdin.write_all(b"write 4096 8 100\n").unwrap();
+        guest.expect("done 100");
+        backend.plan.lock().unwrap().holds = true;
+        stdin.write_all(b"write 4096 4 100\n").unwrap();
+        common::wait_for(|| backend.plan.lock().unwrap().held > 0);
+        drop(backend);
+        let told = || fs::read_to_string(&events).unwrap();
+        common::wait_for(|| told().contains("device_error"));
+        let _again = noting(&place);
+        guest.expect("done 100");
+        let told = told();
+        let errors: Vec<Value> = told
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .filter(|event: &Value| event["event"] == "device_error")
+            .collect();
+        assert!(
+            errors.len() == 1 && errors[0]["needs_reset"] == false && errors[0]["device"] == "disk `d`",
+            "{errors:?}"
+        );
+        stdin.write_all(b"read 4096 4 100\n").unwrap();
+        guest.expect("done 100");
     }
 }

@@ -133,8 +133,10 @@ impl Disk {
 
 fn meet(config: &Config, host: &mut Host) -> Result<Backend> {
     let path = config.socket.as_deref().expect("asked only of a disk that has one");
-    let backend = host.backend(&config.whose(), path, CONFIG_SIZE)?;
-    config.check_backend(&backend).map(|()| backend)
+    let mut backend = host.backend(&config.whose(), path, CONFIG_SIZE)?;
+    config.check_backend(&backend)?;
+    backend.note_inflight(config.num_queues, QUEUE_SIZE)?;
+    Ok(backend)
 }
 
 /// The configuration as a guest reads it: its queues are as many as the user has said.

@@ -58,6 +58,7 @@ fn work(met: &mut Backend) -> alula::error::Result<()> {
     let event = File::open("/dev/null").unwrap();
     let places = [0x1000, 0x2000, 0x3000].map(GuestAddress);
     let ring = Ring { index: 0, size: 16, next: 0, places, kick: &event, call: Some(&event) };
+    met.note_inflight(1, 16)?;
     met.start(met.features(), &[], &[ring])?;
     met.write_config(32, &[1])?;
     met.stop(0, Instant::now() + Duration::from_secs(30))?;
