@@ -90,7 +90,8 @@ fn what_a_guest_writes_is_in_the_file_and_no_more() {
     let option = format!("--pmem={}", path.display());
     let mut runs = 0;
     for pci in [&[][..], &["--enable-pci"]] {
-        for words in ["case=pmem", ""] {
+        // Beside other cases too.
+        for words in ["case=pmem", "case=memory,pmem"] {
             let ended = run([&["run", &option, "--cmdline", words], pci].concat());
             assert_eq!(ended.code, Some(0), "{}", ended.text);
             assert!(ended.text.contains("pmem: ok (4 MiB at 0x"), "{}", ended.text);

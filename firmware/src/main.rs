@@ -3,7 +3,8 @@
 //!
 //! Its command line says what to expect and what to do (`src/firmware.rs` refuses other words):
 //! - `cpus=N`, `memory=MIB`: what the machine was given.
-//! - `case=NAME,NAME`: only these cases.
+//! - `case=NAME,NAME`: only these cases. `block` and `pmem` write to what they look at where they are named, and else
+//!   only read: without this word, nothing that the guest was given is changed.
 //! - `hello`: print one line at once and idle: what start-up benches wait for.
 //! - `answer`: print one line at once, send back the next byte that is typed, and idle: what benches of restores wait for.
 //! - `flood`: print without end.

@@ -4,6 +4,7 @@
 use core::hint::black_box;
 
 use crate::arch;
+use crate::cases::is_chosen;
 use crate::console::{Hex, say};
 use crate::machine::Machine;
 use crate::virtio::{CONFIG, Device, Queue, read_by_device, written_by_device};
@@ -26,9 +27,10 @@ fn ask(queue: &Queue, kind: u32) -> Option<u32> {
     (written == 4).then(|| u32::from_le_bytes(*black_box(&answer)))
 }
 
-/// The first persistent memory counts how often this case ran; what cannot be written stays as it is. A flush is done,
-/// and what is no flush is refused.
-pub fn pmem(_: &Machine, _: &Words) -> bool {
+/// The first persistent memory counts how often this case ran by its name; what cannot be written stays as it is, and
+/// so does all of it where the case was not asked for: somebody may need it. A flush is done, and what is no flush is
+/// refused.
+pub fn pmem(_: &Machine, words: &Words) -> bool {
     let device = Device::find(TYPE);
     let queue = device.and_then(|device| device.start::<1>());
     let (Some(device), Some([queue])) = (device, queue) else {
@@ -44,11 +46,14 @@ pub fn pmem(_: &Machine, _: &Words) -> bool {
     }
     let place = arch::reach(start) + NUMBER;
     let number = arch::read32(place);
-    arch::write32(place, number.wrapping_add(1));
-    arch::write32(place + 4, !number.wrapping_add(1));
+    let writes = is_chosen(words, b"pmem");
+    if writes {
+        arch::write32(place, number.wrapping_add(1));
+        arch::write32(place + 4, !number.wrapping_add(1));
+    }
     let found = arch::read32(place);
-    let is_writable = found == number.wrapping_add(1) && arch::read32(place + 4) == !found;
-    if !is_writable && found != number {
+    let is_written = found == number.wrapping_add(1) && arch::read32(place + 4) == !found;
+    if !is_written && found != number {
         say!("expected ", number, " or one more, found ", found);
         return false;
     }
@@ -66,6 +71,10 @@ pub fn pmem(_: &Machine, _: &Words) -> bool {
     // The last bytes belong to it, too, whether the file has them or not.
     let last = arch::read32(arch::reach(start + size - HUGE_PAGE) + HUGE_PAGE - 4);
     say!("ok (", size >> 20, " MiB at ", Hex(start), ", number ", number, ", ends with ", Hex(last.into()));
-    say!(if is_writable { ")" } else { ", read-only)" });
+    say!(match (writes, is_written) {
+        (true, true) => ")",
+        (true, false) => ", read-only)",
+        (false, _) => ", only read)",
+    });
     true
 }

@@ -142,6 +142,12 @@ impl Device {
         })
     }
 
+    /// Whether it offers this feature, one of the first 32.
+    pub fn offers(self, feature: u32) -> bool {
+        self.write(DEVICE_FEATURES + 4, 0);
+        self.read(DEVICE_FEATURES) & feature != 0
+    }
+
     /// Whether a driver has set it to work.
     pub fn is_driven(self) -> bool {
         self.read(STATUS) & 4 != 0

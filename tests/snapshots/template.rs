@@ -298,7 +298,7 @@ fn children(pid: u32) -> Vec<u32> {
 
 #[test]
 fn a_disk_of_a_restored_guest_can_be_another_one() {
-    let saved = Saved::new(&[]);
+    let saved = Saved::with(&[], "echo case=block,cpus", true);
     saved.service.client().ok("PUT", "/snapshot/create", &saved.create());
     let Saved { folder, mut service } = saved;
     service.client().ok("PATCH", "/vm", PAUSE);

@@ -37,7 +37,7 @@ Usage: alula run [OPTIONS] [KERNEL]
        alula run --restore FOLDER [OPTIONS]
 
 KERNEL is vmlinux or bzImage on x86_64, Image (or Image.gz, Image.zst) on aarch64. Without it, the
-embedded firmware guest boots: a self-test of this host.
+embedded firmware guest boots: a self-test of this host, which only reads disks and persistent memory.
 
 With COMMAND, the guest is there for it: its standard input, output and error are connected, its exit code
 is returned, and the guest is gone then.
@@ -71,7 +71,8 @@ const RUN_HELP_AFTER_DEVICES: &str = "      --publish [ADDRESS:]HOST:GUEST[/udp]
                          with, which stays as it is. May be repeated
       --record TIME      With --restore: note in FOLDER, so long after, what the guest has needed of its
                          memory; later restores have it read ahead where it is not in memory yet
-      --self-test        Boot the firmware guest, whatever the file says of a kernel
+      --self-test        Boot the firmware guest, whatever the file says of a kernel: it only reads what it
+                         is given, unless `--cmdline case=block` or `case=pmem` has it write
       --api-sock SOCKET  Also serve the control API on this socket
       --id ID            The microVM's name: 1 to 64 letters, digits and hyphens. Without --api-sock, the
                          control API is served on $XDG_RUNTIME_DIR/alula/ID.sock (or /run/alula/ID.sock),
