@@ -74,7 +74,7 @@ fn service(folder: &common::Folder, pci: bool) -> Service {
     client.ok("PUT", "/vsock", &json!({ "guest_cid": 3, "uds_path": service.folder.path("v") }).to_string());
     let serial = json!({ "serial_out_path": service.folder.path("serial") });
     client.ok("PUT", "/serial", &serial.to_string());
-    service.boot_source("case=block,net");
+    service.boot_source("case=block,net end=idle");
     service
 }
 
@@ -88,7 +88,7 @@ fn everything_that_a_machine_has_open_has_a_name() {
         let (mut client, pid) = (service.client(), service.process.child.id());
         client.ok("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#);
         let serial = service.folder.path("serial");
-        // The network's case waits for a frame that nobody sends, with its device at work.
+        // The network's case waits some seconds for a frame that nobody sends, with its device at work.
         wait_for(|| std::fs::read_to_string(&serial).unwrap().contains("net: "));
         for paused in [false, true, false] {
             let state = if paused { "Paused" } else { "Resumed" };

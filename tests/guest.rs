@@ -437,7 +437,7 @@ fn frames_go_out_and_come_in() {
         answer[14..19].copy_from_slice(b"world");
         answer[6..12].copy_from_slice(b"\x02\0\0\0\0\x01");
         wire.send(&answer);
-        guest.expect("net: ok");
+        guest.expect("bytes in)");
         assert_eq!(guest.end().code, Some(0));
     }
 }

@@ -26,7 +26,7 @@ fn a_tap_may_come_as_an_open_descriptor() {
         let mut guest =
             Process::start([&["run"], transport, &["--net", &net, "--cmdline", "case=net"]].concat());
         network::answer(&wire);
-        guest.expect("net: ok");
+        guest.expect("bytes in)");
         assert_eq!(guest.end().code, Some(0));
     }
 }

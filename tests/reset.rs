@@ -293,7 +293,7 @@ fn frames_reach_the_guest_that_boots_again() {
             Client::connect(&socket).ok("PUT", "/actions", RESET);
         }
         network::answer(&wire);
-        guest.expect("net: ok");
+        guest.expect("bytes in)");
     }
 }
 

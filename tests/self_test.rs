@@ -5,7 +5,7 @@
 
 mod common;
 
-use common::{Folder, run};
+use common::{Folder, Process, network, run};
 use serde_json::json;
 
 /// Both transports.
@@ -84,4 +84,25 @@ fn small_disks_are_looked_at_as_far_as_they_go() {
         let writes = std::fs::read(disk).unwrap().iter().any(|byte| *byte != 0);
         assert_eq!(writes, words == "case=block" && length > 0, "{expected}");
     }
+}
+
+#[test]
+fn an_answer_that_never_comes_is_not_waited_for_forever() {
+    network::enter();
+    network::add_tap("tap0", "172.16.0.1/24");
+    let wire = network::Wire::new("tap0", 0x88b5);
+    let mut guest = Process::start(["run", "--net", "tap=tap0", "--cmdline", "case=net"]);
+    // Frames that are no answers come all the time.
+    let (other, mut sent) = (wire.receive(), 0);
+    while guest.child.try_wait().unwrap().is_none() {
+        sent += 1;
+        assert!(sent < 60_000, "the guest still waits");
+        wire.send(&other);
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    let ended = guest.end();
+    assert_eq!(ended.code, Some(0), "{}", ended.text);
+    let (_, others) =
+        ended.text.split_once("net: ok (a frame of 60 bytes out, no answer, frames of others: ").unwrap();
+    assert!(!others.starts_with('0'), "{}", ended.text);
 }

@@ -324,7 +324,11 @@ impl Doorbell {
 
 /// Waits as long as a device on a busy host may take; false: in vain.
 pub fn wait_for(condition: impl Fn() -> bool) -> bool {
-    let end = arch::ticks() + arch::PATIENCE_TICKS;
+    wait_until(arch::ticks() + arch::PATIENCE_TICKS, condition)
+}
+
+/// Waits until the counter is at `end`; false: in vain.
+fn wait_until(end: u64, condition: impl Fn() -> bool) -> bool {
     loop {
         if condition() {
             return true;
@@ -439,9 +443,18 @@ impl Queue {
     /// Sends a request of up to 4 buffers and waits for the answer: how many bytes were written.
     #[inline(never)]
     pub fn request(&self, buffers: &[Buffer]) -> Option<u32> {
+        self.request_until(arch::ticks() + arch::PATIENCE_TICKS, buffers)
+    }
+
+    /// The same, as long as the counter is not at `end`.
+    #[inline(never)]
+    pub fn request_until(&self, end: u64, buffers: &[Buffer]) -> Option<u32> {
         let before = self.used_index();
         self.offer_chain(buffers);
-        self.wait_used(before)
+        let answered = wait_until(end, || self.used_index() != before);
+        arch::barrier();
+        // SAFETY: the ring is one of `RINGS`, and the index is below its size.
+        answered.then(|| unsafe { read_volatile(&raw const (*self.ring).used[before as usize % SIZE][1]) })
     }
 
     /// Sends a request of up to 4 buffers.
@@ -460,14 +473,5 @@ impl Queue {
             );
         }
         self.offer(0);
-    }
-
-    /// Waits until more was used than `before`.
-    #[inline(never)]
-    pub fn wait_used(&self, before: u16) -> Option<u32> {
-        let answered = wait_for(|| self.used_index() != before);
-        arch::barrier();
-        // SAFETY: the ring is one of `RINGS`, and the index is below its size.
-        answered.then(|| unsafe { read_volatile(&raw const (*self.ring).used[before as usize % SIZE][1]) })
     }
 }
