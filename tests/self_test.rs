@@ -74,8 +74,8 @@ fn small_disks_are_looked_at_as_far_as_they_go() {
         (0, "", "", "block: ok (0 sectors, only read)"),
         (0, ",ro", "", "block: ok (0 sectors, only read)"),
         (0, "", "case=block", "block: ok (0 sectors)"),
-        (512, "", "", "block: ok (1 sectors, only read)"),
-        (512, "", "case=block", "block: ok (1 sectors)"),
+        (512, "", "", "block: ok (1 sector, only read)"),
+        (512, "", "case=block", "block: ok (1 sector)"),
     ] {
         let disk = folder.write("disk", vec![0; length]);
         let ended = run(["run", "--disk", &format!("{}{options}", disk.display()), "--cmdline", words]);

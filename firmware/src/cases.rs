@@ -138,7 +138,7 @@ fn tables(machine: &Machine, words: &Words) -> bool {
         say!("expected ", expected, " CPUs listed, found ", machine.cpus);
         return false;
     }
-    say!("ok (", machine.tables, ", ", machine.cpus, " CPUs)");
+    say!("ok (", machine.tables, ", ", machine.cpus, if machine.cpus == 1 { " CPU)" } else { " CPUs)" });
     true
 }
 

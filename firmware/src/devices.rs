@@ -90,7 +90,8 @@ pub fn block(_: &Machine, words: &Words) -> bool {
             return false;
         }
     }
-    say!("ok (", sectors, if writes { " sectors)" } else { " sectors, only read)" });
+    say!("ok (", sectors, if sectors == 1 { " sector" } else { " sectors" });
+    say!(if writes { ")" } else { ", only read)" });
     true
 }
 
