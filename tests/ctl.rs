@@ -151,22 +151,20 @@ fn half_a_body_is_none_in_either_direction() {
     let folder = Folder::new();
     let socket = folder.path("socket");
     let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
-    let ctl =
-        |words: [&'static str; 3]| [&["ctl", "--api-sock", socket.to_str().unwrap()][..], &words].concat();
     // Valid as far as it goes, and more was promised.
     let answer = "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{}";
     let server = std::thread::spawn(move || {
         let (mut stream, _) = listener.accept().unwrap();
         let _ = stream.read(&mut [0; 1000]).unwrap();
         stream.write_all(answer.as_bytes()).unwrap();
-        drop(stream);
-        listener
     });
-    let ended = run(ctl(["get", "/vm/config", "--json"]));
+    let ended = run(["ctl", "--api-sock", socket.to_str().unwrap(), "get", "/vm/config", "--json"]);
     assert_eq!(ended.code, Some(1), "{}", ended.text);
     assert!(ended.text.contains("the monitor hung up"), "{}", ended.text);
-    let _listener = server.join().unwrap();
-    let mut process = Process::start(ctl(["put", "/machine-config", "-"]));
+    server.join().unwrap();
+    let service = Service::start(&[]);
+    let socket = service.socket.to_str().unwrap();
+    let mut process = Process::start(["ctl", "--api-sock", socket, "put", "/machine-config", "-"]);
     let mut stdin = process.stdin.take().unwrap();
     let body = [&b"{}"[..], &vec![b' '; 17 << 20]].concat();
     // Standard input is not read to its end.
@@ -197,6 +195,31 @@ fn a_socket_that_nobody_serves_is_explained() {
     });
     assert!(at("mute").contains("wait for the answer to `GET /`: the monitor hung up"));
     server.join().unwrap();
+}
+
+#[test]
+fn a_monitor_that_does_not_answer_is_not_waited_for_long() {
+    let folder = Folder::new();
+    let path = folder.path("stopped");
+    // The kernel takes connections here for a process that never does, as that of a stopped one.
+    let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let socket = path.to_str().unwrap();
+    let asked = [
+        &["ctl", "--api-sock", socket, "status"][..],
+        &["ctl", "--api-sock", socket, "snapshot", "folder"],
+        &["ctl", "--api-sock", socket, "events"],
+        &["exec", "--api-sock", socket, "--", "true"],
+    ];
+    let processes = asked.map(|words| Process::start(words.iter().copied()));
+    for (process, code) in processes.into_iter().zip([1, 1, 1, 125]) {
+        let ended = process.end();
+        assert_eq!(ended.code, Some(code), "{}", ended.text);
+        let us = std::process::id();
+        let expected =
+            format!("who serves `{socket}` (process {us}) has not answered for 10 s: it was stopped");
+        assert!(ended.text.contains(&expected), "{}", ended.text);
+        assert!(ended.text.contains(&format!("`kill -CONT {us}`")), "{}", ended.text);
+    }
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::error::{Context, Error, Result};
@@ -13,6 +13,9 @@ const BODY_MAX: u64 = 16 << 20;
 const HEAD_MAX: u64 = 64 << 10;
 /// So long a monitor may be at work on one request, on a machine under load.
 const PATIENCE: Duration = Duration::from_secs(100);
+/// So long a monitor may take to say that it is there, whatever it is asked for then: the kernel takes connections for a
+/// process that is stopped, or hangs.
+const FIRST_WORD: Duration = Duration::from_secs(10);
 /// The file of a socket is there a moment before its process listens (bind(2), listen(2)): who has waited for the file may
 /// come in between. A process that has ended is told of so much later.
 const BEGINS_TO_LISTEN: Duration = Duration::from_millis(200);
@@ -27,6 +30,11 @@ enum Server {
 /// A connection to a monitor.
 pub struct Client {
     stream: BufReader<UnixStream>,
+    socket: PathBuf,
+    /// How long an answer may take; None: for ever.
+    patience: Option<Duration>,
+    /// It has said a word, or is not to be asked for one first.
+    has_spoken: bool,
 }
 
 /// What it answered.
@@ -39,9 +47,9 @@ pub struct Answer {
 }
 
 impl Client {
-    /// Connects to the monitor that serves the socket at `path`.
+    /// Connects to the monitor that serves the socket at `path`. Before anything else, it has to answer at all.
     pub fn connect(path: &Path) -> Result<Self> {
-        Self::connect_to(Server::Monitor, path)
+        Self::connect_to(Server::Monitor, path).map(|client| Self { has_spoken: false, ..client })
     }
 
     /// Connects to the template that serves the socket at `path`.
@@ -79,8 +87,15 @@ impl Client {
         };
         let attempt = || format!("connect to {what} `{}`", path.display());
         let stream = stream.map_err(|error| cannot_connect(server, &error)).with_context(attempt)?;
-        stream.set_read_timeout(Some(patience)).with_context(attempt)?;
-        Ok(Self { stream: BufReader::new(stream) })
+        let stream = BufReader::new(stream);
+        let mut client = Self { stream, socket: path.to_owned(), patience: None, has_spoken: true };
+        client.set_patience(Some(patience)).with_context(attempt)?;
+        Ok(client)
+    }
+
+    fn set_patience(&mut self, patience: Option<Duration>) -> Result<()> {
+        self.patience = patience;
+        self.stream.get_ref().set_read_timeout(patience).context("limit the time of an answer")
     }
 
     /// The monitor's process, if it is one that can be seen from here.
@@ -90,13 +105,25 @@ impl Client {
 
     /// Waits for answers however long they take: large files may have to be written first.
     pub fn wait_for_ever(&mut self) -> Result<()> {
-        self.stream.get_ref().set_read_timeout(None).context("wait for an answer")
+        self.set_patience(None)
+    }
+
+    /// Hears that the monitor answers, if it has not said a word yet.
+    fn hear_a_word(&mut self) -> Result<()> {
+        if std::mem::replace(&mut self.has_spoken, true) {
+            return Ok(());
+        }
+        let patience = self.patience;
+        self.set_patience(Some(FIRST_WORD))?;
+        self.request("GET", "/", "")?;
+        self.set_patience(patience)
     }
 
     /// Asks for one thing and waits for the answer.
     pub fn request(&mut self, method: &str, path: &str, body: &str) -> Result<Answer> {
+        self.hear_a_word()?;
         self.send(method, path, body)?;
-        let (status, length) = self.head().map_err(|error| no_answer(method, path, error))?;
+        let (status, length) = self.head().map_err(|error| self.no_answer(method, path, &error))?;
         let mut text = Vec::new();
         let length = length.unwrap_or(0);
         // Half an answer is none.
@@ -108,7 +135,7 @@ impl Client {
             true => Ok(()),
             false => Err(ErrorKind::UnexpectedEof.into()),
         });
-        whole.map_err(|error| no_answer(method, path, error))?;
+        whole.map_err(|error| self.no_answer(method, path, &error))?;
         Ok(Answer { status, body: String::from_utf8_lossy(&text).into_owned() })
     }
 
@@ -123,8 +150,9 @@ impl Client {
 
     /// Asks for a stream of lines. None: the monitor does not have it, as one that is called `firecracker`.
     pub fn follow_if_told(mut self, path: &str) -> Result<Option<Lines>> {
+        self.hear_a_word()?;
         self.send("GET", path, "")?;
-        match self.head().map_err(|error| no_answer("GET", path, error))? {
+        match self.head().map_err(|error| self.no_answer("GET", path, &error))? {
             (200, None) => Ok(Some(Lines { stream: self.stream, line: Vec::new() })),
             (400, _) => Ok(None),
             (status, _) => Err(Error::host(format!("the monitor answers `GET {path}` with status {status}"))),
@@ -172,6 +200,25 @@ impl Client {
             response.headers.iter().find(|header| header.name.eq_ignore_ascii_case("Content-Length"));
         let length = length.and_then(|header| std::str::from_utf8(header.value).ok()?.parse().ok());
         Ok((response.code.unwrap_or_default(), length))
+    }
+
+    fn no_answer(&self, method: &str, path: &str, error: &std::io::Error) -> Error {
+        let reason = match (error.kind(), self.patience) {
+            (ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset, _) => "the monitor hung up".to_owned(),
+            (ErrorKind::WouldBlock, Some(patience)) => {
+                let process = self.process();
+                let number = process.map(|process| format!(" (process {process})")).unwrap_or_default();
+                let pid = process.map_or_else(|| "PID".to_owned(), |process| process.to_string());
+                format!(
+                    "who serves `{}`{number} has not answered for {} s: it was stopped, and `kill -CONT {pid}` has it go \
+                     on, or it is held up: try again, or end it with its guest by `kill -KILL {pid}`",
+                    self.socket.display(),
+                    patience.as_secs()
+                )
+            }
+            _ => error.to_string(),
+        };
+        Error::host(format!("wait for the answer to `{method} {path}`: {reason}"))
     }
 }
 
@@ -234,13 +281,4 @@ fn cannot_connect(server: Server, error: &std::io::Error) -> Error {
         _ => return Error::host(error.to_string()),
     };
     Error::host(text)
-}
-
-fn no_answer(method: &str, path: &str, error: std::io::Error) -> Error {
-    let reason = match error.kind() {
-        ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset => "the monitor hung up".to_owned(),
-        ErrorKind::WouldBlock => format!("the monitor has not answered for {} s", PATIENCE.as_secs()),
-        _ => error.to_string(),
-    };
-    Error::host(format!("wait for the answer to `{method} {path}`: {reason}"))
 }

@@ -191,13 +191,16 @@ fn a_monitor_that_goes_in_the_middle_is_told() {
         let monitor = std::thread::spawn(move || {
             for answer in answers {
                 let (mut client, _) = listener.accept().unwrap();
-                let mut asked = Vec::new();
-                while !asked.ends_with(b"\r\n\r\n") {
-                    let mut byte = [0];
-                    client.read_exact(&mut byte).unwrap();
-                    asked.push(byte[0]);
+                // First, it is asked whether it answers at all.
+                for answer in ["HTTP/1.1 200 \r\nContent-Length: 2\r\n\r\n{}", &answer] {
+                    let mut asked = Vec::new();
+                    while !asked.ends_with(b"\r\n\r\n") {
+                        let mut byte = [0];
+                        client.read_exact(&mut byte).unwrap();
+                        asked.push(byte[0]);
+                    }
+                    client.write_all(answer.as_bytes()).unwrap();
                 }
-                client.write_all(answer.as_bytes()).unwrap();
             }
         });
         let api = path.to_str().unwrap();
