@@ -96,8 +96,9 @@ fn a_kernel_comes_out_of_a_file_and_out_of_a_url() {
     let output = fetch(&cache, &[file.to_str().unwrap()]);
     is_there(&cache, &output, "of a file");
     assert_eq!(text(&output.stderr), "alula: taking the kernel and its modules out of it\n");
-    // Another one takes its place, and no terminal is there to show how the download goes on.
-    let output = fetch(&cache, &[&url]);
+    // Another one takes its place, and no terminal is there to show how the download goes on. The cache is named from the
+    // current folder.
+    let output = command(Path::new("cache"), &[&url]).current_dir(folder.path("")).output().unwrap();
     is_there(&cache, &output, "of a URL");
     let said = format!("alula: fetching {url}\nalula: taking the kernel and its modules out of it\n");
     assert_eq!(text(&output.stderr), said);

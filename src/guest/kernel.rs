@@ -17,13 +17,15 @@ pub struct Kernel {
     pub modules: Option<Modules>,
 }
 
-/// The folder of what was fetched and made: `$ALULA_CACHE`, or `alula` in the user's cache.
+/// The folder of what was fetched and made: `$ALULA_CACHE`, or `alula` in the user's cache. Programs that are started with
+/// the path, as apt, are in other folders, so that it is absolute.
 pub fn cache() -> PathBuf {
     let folder = |name: &str| std::env::var_os(name).filter(|folder| !folder.is_empty()).map(PathBuf::from);
-    folder("ALULA_CACHE").unwrap_or_else(|| {
+    let path = folder("ALULA_CACHE").unwrap_or_else(|| {
         let home = || folder("HOME").unwrap_or_else(|| "/root".into()).join(".cache");
         folder("XDG_CACHE_HOME").unwrap_or_else(home).join("alula")
-    })
+    });
+    std::path::absolute(&path).unwrap_or(path)
 }
 
 /// Why something could not be made in the cache.
