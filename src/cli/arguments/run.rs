@@ -48,7 +48,7 @@ Options:
                          panics]; for the firmware guest: what it is to do (docs/first-guest.md)
       --cpus N           How many CPUs [default: 1]
       --max-cpus N       How many it can have: `alula ctl ID cpus` gives it more, or fewer, while it runs
-                         (x86_64) [default: those of --cpus, for good]
+                         (on aarch64 if the host has Linux 6.4) [default: those of --cpus, for good]
       --memory SIZE      Memory with its unit, M or G (MiB, GiB); a bare number is MiB [default: 128M]
 ";
 
