@@ -59,6 +59,21 @@ fn curl_drives_a_guest_as_the_readme_says() {
 }
 
 #[test]
+fn a_link_is_firecracker_as_the_readme_says() {
+    let (programs, here) = (Folder::new(), Folder::new());
+    called("alula", &programs);
+    let block = example("ln -s");
+    let (link, start) = block.split_once('\n').unwrap();
+    assert!(start.starts_with("./firecracker --api-sock "), "{block}");
+    let path = format!("{}:{}", programs.0.display(), std::env::var("PATH").unwrap());
+    let mut command = Command::new("sh");
+    command.args(["-e", "-c", &format!("{link}\n./firecracker --version")]).current_dir(&here.0);
+    let output = command.env("PATH", path).output().unwrap();
+    let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    assert!(output.status.success() && text.starts_with("Firecracker v1.17.0"), "{text}");
+}
+
+#[test]
 fn the_client_in_python_drives_a_guest() {
     let service = Service::start(&[]);
     let client = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/client.py");
