@@ -242,6 +242,26 @@ fn events_are_told_as_they_come_until_the_guest_ends() {
 }
 
 #[test]
+fn who_has_read_enough_is_no_failure() {
+    let service = Service::start(&[]);
+    // One event that has happened.
+    service.boot_source("case=serial end=idle");
+    let socket = service.socket.to_str().unwrap();
+    for words in [
+        &["--help"][..],
+        &["schema", "openapi"],
+        &["ctl", "list", "--watch"],
+        &["ctl", "--api-sock", socket, "status"],
+        &["ctl", "--api-sock", socket, "events"],
+    ] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let output = Command::new(common::alula()).args(words).stdout(writer).output().unwrap();
+        assert_eq!((output.status.code(), &output.stderr[..]), (Some(0), &b""[..]), "{words:?}");
+    }
+}
+
+#[test]
 fn a_guest_is_asked_to_power_off() {
     let service = Service::running("case=serial end=idle");
     let (code, text) = ctl(&service, &["shutdown"]);

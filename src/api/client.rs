@@ -159,12 +159,13 @@ impl Client {
         }
     }
 
-    /// Gives each line of what the monitor tells at `path` to `each`, as it comes, until the monitor ends.
-    pub fn lines(self, path: &str, mut each: impl FnMut(&str) -> Result<()>) -> Result<()> {
+    /// Gives each line of what the monitor tells at `path` to `each`, as it comes, until the monitor ends, or `each` says
+    /// that it has had enough of them by `false`.
+    pub fn lines(self, path: &str, mut each: impl FnMut(&str) -> Result<bool>) -> Result<()> {
         let mut lines = self.follow(path)?;
-        while let Heard::Line(line) = lines.next(None)? {
-            each(&line)?;
-        }
+        while let Heard::Line(line) = lines.next(None)?
+            && each(&line)?
+        {}
         Ok(())
     }
 

@@ -1,6 +1,6 @@
 //! `alula ctl`: asks a running microVM, and prints the answer for people or as JSON.
 
-use std::io::{Read, Write};
+use std::io::Read;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -40,7 +40,7 @@ pub fn run(ctl: &Ctl) -> Result<()> {
         Ask::Config => show(&ask(&mut client, "GET", "/vm/config", "")?, ctl.json, false),
         Ask::Guest => show(&ask(&mut client, "GET", "/guest", "")?, ctl.json, false),
         Ask::Metrics => show(&ask(&mut client, "GET", "/metrics", "")?, ctl.json, true),
-        Ask::Events => client.lines("/events", |line| event(line, ctl.json)),
+        Ask::Events => client.lines("/events", |line| super::put_out(event(line, ctl.json)?.as_bytes())),
         Ask::Pause => set_state(client, "Paused", ctl.json),
         Ask::Resume => set_state(client, "Resumed", ctl.json),
         Ask::Balloon(size) => balloon(client, *size, ctl.json),
@@ -309,9 +309,10 @@ fn show(body: &str, json: bool, sparse: bool) -> Result<()> {
     }
 }
 
-fn event(line: &str, json: bool) -> Result<()> {
+/// The line that is shown of an event.
+fn event(line: &str, json: bool) -> Result<String> {
     if json {
-        return say(line);
+        return Ok(format!("{line}\n"));
     }
     let mut value = parsed(line)?;
     let mut take = |name: &str| match value.as_object_mut().and_then(|fields| fields.remove(name)) {
@@ -330,7 +331,7 @@ fn event(line: &str, json: bool) -> Result<()> {
             None => format!("{name}: {value}"),
         })
         .collect();
-    say(format!("{time}  {event}  {}", details.join(", ")).trim_end())
+    Ok(format!("{}\n", format!("{time}  {event}  {}", details.join(", ")).trim_end()))
 }
 
 /// JSON as indented lines of `name: value`.
@@ -384,8 +385,7 @@ pub fn standard_input() -> Result<String> {
 }
 
 pub fn say(line: &str) -> Result<()> {
-    let mut output = std::io::stdout().lock();
-    writeln!(output, "{line}").and_then(|()| output.flush()).context("write to standard output")
+    super::put_out(format!("{line}\n").as_bytes()).map(drop)
 }
 
 #[cfg(test)]

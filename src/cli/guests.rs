@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fs;
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ use super::arguments::{self, Command};
 use super::persona::Persona;
 use super::table::{self, Align};
 use crate::api::client::Client;
-use crate::error::{Context, Result};
+use crate::error::Result;
 use crate::guest::runtime;
 use crate::host::listener::Listener;
 use crate::jail::Jail;
@@ -294,7 +294,7 @@ pub fn sweep() -> Result<()> {
     Ok(())
 }
 
-/// Shows what guests do, anew every second, until the process is ended.
+/// Shows what guests do, anew every second, until the process is ended or nobody reads it.
 pub fn watch(json: bool) -> Result<()> {
     let is_terminal = std::io::stdout().is_terminal();
     let mut before = BTreeMap::new();
@@ -305,10 +305,13 @@ pub fn watch(json: bool) -> Result<()> {
             true => format!("{}\n", guests.iter().map(Guest::json).collect::<Value>()),
             false => rates(&guests, &before),
         };
-        match is_terminal && !json {
+        let text = match is_terminal && !json {
             // From the upper left corner, each line over the one that was there.
-            true => print(&format!("\x1b[H{}\x1b[J", text.replace('\n', "\x1b[K\n")))?,
-            false => print(&text)?,
+            true => format!("\x1b[H{}\x1b[J", text.replace('\n', "\x1b[K\n")),
+            false => text,
+        };
+        if !super::put_out(text.as_bytes())? {
+            return Ok(());
         }
         let known = guests.into_iter().filter_map(|guest| Some((guest.socket, guest.usage?)));
         before = known.collect();
@@ -360,8 +363,7 @@ fn rates(guests: &[Guest], before: &BTreeMap<PathBuf, Usage>) -> String {
 }
 
 fn print(text: &str) -> Result<()> {
-    let mut output = std::io::stdout().lock();
-    output.write_all(text.as_bytes()).and_then(|()| output.flush()).context("write to standard output")
+    super::put_out(text.as_bytes()).map(drop)
 }
 
 #[cfg(test)]

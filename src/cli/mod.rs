@@ -19,7 +19,7 @@ mod template;
 mod walls;
 
 use std::ffi::OsString;
-use std::io::{IsTerminal, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 
 use crate::agent::init;
@@ -150,13 +150,16 @@ fn told_code(result: Result<u8>) -> u8 {
 }
 
 fn print(bytes: &[u8]) -> u8 {
-    let mut output = std::io::stdout();
+    told(put_out(bytes).map(drop))
+}
+
+/// Writes to standard output, and tells whether anybody reads it still. Who has read enough of it, as `head` has, goes, and
+/// nothing has failed then.
+fn put_out(bytes: &[u8]) -> Result<bool> {
+    let mut output = std::io::stdout().lock();
     match output.write_all(bytes).and_then(|()| output.flush()) {
-        Ok(()) => 0,
-        Err(error) => {
-            eprintln!("alula: write to standard output: {error}");
-            FAILED_SERVE
-        }
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(false),
+        written => written.map(|()| true).context("write to standard output"),
     }
 }
 
