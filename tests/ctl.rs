@@ -262,8 +262,19 @@ fn who_has_read_enough_is_no_failure() {
 }
 
 #[test]
-fn a_guest_is_asked_to_power_off() {
+fn a_guest_is_asked_for_what_it_has_not_and_to_power_off() {
     let service = Service::running("case=serial end=idle");
+    for (words, option) in [
+        (&["balloon", "1M"][..], "--balloon 0"),
+        (&["balloon"], "--balloon 0"),
+        (&["cpus", "2"], "--max-cpus N"),
+        (&["hotplug-memory", "1G"], "--hotplug-memory SIZE"),
+        (&["hotplug-memory"], "--hotplug-memory SIZE"),
+    ] {
+        let (code, text) = ctl(&service, words);
+        let expected = format!(": the guest has to be started with `{option}` for that\n");
+        assert!(code == Some(1) && text.ends_with(&expected), "{words:?}: {text}");
+    }
     let (code, text) = ctl(&service, &["shutdown"]);
     assert_eq!((code, text.as_str()), (Some(0), "the guest was asked to power off\n"));
 }

@@ -75,6 +75,24 @@ pub fn ask(client: &mut Client, method: &str, path: &str, body: &str) -> Result<
     Err(Error::config(format!("{method} {path}: {fault}")))
 }
 
+/// Asks for something of a part of the guest, which is at `part` of its configuration. A guest without such a part cannot be
+/// given it any more: the error says by which `option` it starts with one.
+fn ask_of(
+    client: &mut Client,
+    (part, option): (&str, &str),
+    method: &str,
+    path: &str,
+    body: &str,
+) -> Result<String> {
+    ask(client, method, path, body).map_err(|error| {
+        let config = ask(client, "GET", "/vm/config", "").and_then(|config| parsed(&config));
+        match config.is_ok_and(|config| config.pointer(part).is_none_or(Value::is_null)) {
+            true => Error::config(format!("{error}: the guest has to be started with `{option}` for that")),
+            false => error,
+        }
+    })
+}
+
 pub fn parsed(body: &str) -> Result<Value> {
     json::from_text(body).context("read the monitor's answer")
 }
@@ -234,18 +252,22 @@ fn set_state(mut client: Client, state: &str, json: bool) -> Result<()> {
     if json { Ok(()) } else { say(&state.to_lowercase()) }
 }
 
+const BALLOON: (&str, &str) = ("/balloon", "--balloon 0");
+const CPUS: (&str, &str) = ("/machine-config/max_vcpus", "--max-cpus N");
+const HOTPLUG_MEMORY: (&str, &str) = ("/memory-hotplug", "--hotplug-memory SIZE");
+
 /// Sets how much memory the guest is to do without, or says how much it does without.
 fn balloon(mut client: Client, amount_mib: Option<u64>, json: bool) -> Result<()> {
     if let Some(amount_mib) = amount_mib {
         let body = json!({ "amount_mib": amount_mib }).to_string();
-        ask(&mut client, "PATCH", "/balloon", &body)?;
+        ask_of(&mut client, BALLOON, "PATCH", "/balloon", &body)?;
         return if json {
             Ok(())
         } else {
             say(&format!("the guest was asked to do without {amount_mib} MiB"))
         };
     }
-    let config = ask(&mut client, "GET", "/balloon", "")?;
+    let config = ask_of(&mut client, BALLOON, "GET", "/balloon", "")?;
     let has_statistics =
         parsed(&config)?["stats_polling_interval_s"].as_u64().is_some_and(|interval| interval > 0);
     let told = if has_statistics { ask(&mut client, "GET", "/balloon/statistics", "")? } else { config };
@@ -260,7 +282,8 @@ fn cpus(mut client: Client, count: Option<u16>, json: bool) -> Result<()> {
         let counts: Map<_, _> = counts.into_iter().filter(|(_, count)| !count.is_null()).collect();
         return show(&Value::Object(counts).to_string(), json, false);
     };
-    ask(&mut client, "PATCH", "/machine-config", &json!({ "vcpu_count": count }).to_string())?;
+    let body = json!({ "vcpu_count": count }).to_string();
+    ask_of(&mut client, CPUS, "PATCH", "/machine-config", &body)?;
     if json {
         return Ok(());
     }
@@ -276,10 +299,11 @@ fn cpus(mut client: Client, count: Option<u16>, json: bool) -> Result<()> {
 /// Sets how much memory the guest is to have plugged, or says how much that is.
 fn hotplug_memory(mut client: Client, size_mib: Option<u64>, json: bool) -> Result<()> {
     let Some(size_mib) = size_mib else {
-        return show(&ask(&mut client, "GET", "/hotplug/memory", "")?, json, false);
+        let told = ask_of(&mut client, HOTPLUG_MEMORY, "GET", "/hotplug/memory", "")?;
+        return show(&told, json, false);
     };
     let body = json!({ "requested_size_mib": size_mib }).to_string();
-    ask(&mut client, "PATCH", "/hotplug/memory", &body)?;
+    ask_of(&mut client, HOTPLUG_MEMORY, "PATCH", "/hotplug/memory", &body)?;
     if json { Ok(()) } else { say(&format!("the guest was asked to have {size_mib} MiB plugged")) }
 }
 
