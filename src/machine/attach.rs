@@ -231,7 +231,12 @@ impl Machine {
             None => {
                 self.device_places().find(|place| is_free(place) && is_for_nobody(place)).ok_or_else(|| {
                     Error::config(match self.root {
-                        Some(_) => "the PCI bus has no free place".to_owned(),
+                        Some(_) => format!(
+                            "the PCI bus has no free place: there can be {} devices on it, and one has to be taken away \
+                             first (`DELETE /drives/ID`, ...)",
+                            // The bridge has a place, too.
+                            self.device_places().count() - 1
+                        ),
                         None => {
                             format!("at most {} devices have an interrupt line", layout::DEVICE_GSIS.len())
                         }
