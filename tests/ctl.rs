@@ -305,12 +305,14 @@ fn a_guest_is_stopped_and_waited_for() {
         let (code, text) = ctl(&service, &["ctrl-alt-del"]);
         assert!(code == Some(0) && text.ends_with("paused, and sees them when it is resumed\n"), "{text}");
     }
-    assert_eq!(ctl(&service, &["stop", "--force"]).0, Some(0));
+    let ended = "the guest was ended at once, as if its power had failed\n";
+    assert_eq!(ctl(&service, &["stop", "--force"]), (Some(0), ended.to_owned()));
     common::wait_for(|| !service.process.is_running());
     assert!(!service.socket.exists());
 
     let mut unstarted = Service::start(&[]);
-    assert_eq!(ctl(&unstarted, &["stop"]).0, Some(0));
+    let ended = "the service has ended: it had started no guest\n";
+    assert_eq!(ctl(&unstarted, &["stop"]), (Some(0), ended.to_owned()));
     common::wait_for(|| !unstarted.process.is_running());
 }
 

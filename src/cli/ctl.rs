@@ -165,7 +165,8 @@ fn stop(mut client: Client, socket: &Path, force: bool, json: bool) -> Result<()
     let process = client.process();
     // The events are followed before the guest is ended, so that the reason of its end is among them.
     let mut lines = Client::connect(socket)?.follow_if_told("/events")?;
-    if force || state == "Not started" {
+    let is_ended_at_once = force || state == "Not started";
+    if is_ended_at_once {
         let process = process.ok_or_else(|| Error::host("its process cannot be seen from here"));
         let ended = process.and_then(|process| signal(process, libc::SIGTERM).context("end its process"));
         ended.context("end the guest at once")?;
@@ -179,7 +180,11 @@ fn stop(mut client: Client, socket: &Path, force: bool, json: bool) -> Result<()
         ask(&mut client, "PUT", "/actions", &json!({ "action_type": action }).to_string())?;
     }
     let deadline = Instant::now() + STOP_TIME;
-    let mut reason = "the guest has ended".to_owned();
+    let mut reason = match state.as_str() {
+        Some("Not started") => "the service has ended: it had started no guest".to_owned(),
+        _ if force => "the guest was ended at once, as if its power had failed".to_owned(),
+        _ => "the guest has ended".to_owned(),
+    };
     loop {
         let rest = deadline.saturating_duration_since(Instant::now());
         let heard = match &mut lines {
@@ -189,7 +194,8 @@ fn stop(mut client: Client, socket: &Path, force: bool, json: bool) -> Result<()
         match heard {
             Heard::Line(line) => {
                 let event = parsed(&line)?;
-                if event["event"] == "ended" {
+                // A signal would read as a fault, and is what was asked for here.
+                if event["event"] == "ended" && !is_ended_at_once {
                     reason = in_one_line(event["reason"].as_str().unwrap_or_default());
                 }
             }
