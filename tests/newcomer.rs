@@ -4,12 +4,12 @@
 
 mod common;
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
 use std::process::{Command, Stdio};
 
-use common::{Folder, Process, alula};
+use common::{Folder, Process, Service, alula, run};
 use serde_json::{Value, json};
 
 /// How `command` ends without input: its code and its words.
@@ -388,5 +388,71 @@ fn who_may_not_look_for_roots_guests_is_told_where_they_are() {
             assert!(text.contains(expected), "{arguments:?}: {text}");
             assert_eq!(text.contains(" of this user's that"), own.is_some(), "{arguments:?}: {text}");
         }
+    }
+}
+
+#[test]
+fn a_socket_that_nobody_serves_is_explained() {
+    let folder = Folder::new();
+    let at = |name: &str| {
+        let path = folder.path(name);
+        let ended = run(["ctl", "--api-sock", path.to_str().unwrap(), "status"]);
+        assert_eq!(ended.code, Some(1), "{}", ended.text);
+        ended.text
+    };
+    assert!(at("none").contains("none`: there is no such socket: `alula serve`"));
+    drop(UnixListener::bind(folder.path("left")).unwrap());
+    assert!(at("left").contains("left`: nobody listens there: the process that made it has ended"));
+    // One that takes connections and hangs up.
+    let listener = UnixListener::bind(folder.path("mute")).unwrap();
+    let server = std::thread::spawn(move || {
+        let _ = listener.accept().unwrap().0.read(&mut [0; 1000]).unwrap();
+    });
+    assert!(at("mute").contains("wait for the answer to `GET /`: the monitor hung up"));
+    server.join().unwrap();
+}
+
+#[test]
+fn a_monitor_that_does_not_answer_is_not_waited_for_long() {
+    let folder = Folder::new();
+    let path = folder.path("stopped");
+    // The kernel takes connections here for a process that never does, as that of a stopped one.
+    let _listener = UnixListener::bind(&path).unwrap();
+    let socket = path.to_str().unwrap();
+    let asked = [
+        &["ctl", "--api-sock", socket, "status"][..],
+        &["ctl", "--api-sock", socket, "snapshot", "folder"],
+        &["ctl", "--api-sock", socket, "events"],
+        &["exec", "--api-sock", socket, "--", "true"],
+    ];
+    let processes = asked.map(|words| Process::start(words.iter().copied()));
+    for (process, code) in processes.into_iter().zip([1, 1, 1, 125]) {
+        let ended = process.end();
+        assert_eq!(ended.code, Some(code), "{}", ended.text);
+        let us = std::process::id();
+        let expected =
+            format!("who serves `{socket}` (process {us}) has not answered for 10 s: it was stopped");
+        assert!(ended.text.contains(&expected), "{}", ended.text);
+        assert!(ended.text.contains(&format!("`kill -CONT {us}`")), "{}", ended.text);
+    }
+}
+
+#[test]
+fn who_has_read_enough_is_no_failure() {
+    let service = Service::start(&[]);
+    // One event that has happened.
+    service.boot_source("case=serial end=idle");
+    let socket = service.socket.to_str().unwrap();
+    for words in [
+        &["--help"][..],
+        &["schema", "openapi"],
+        &["ctl", "list", "--watch"],
+        &["ctl", "--api-sock", socket, "status"],
+        &["ctl", "--api-sock", socket, "events"],
+    ] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let output = Command::new(alula()).args(words).stdout(writer).output().unwrap();
+        assert_eq!((output.status.code(), &output.stderr[..]), (Some(0), &b""[..]), "{words:?}");
     }
 }

@@ -323,10 +323,16 @@ fn default_id() -> String {
 }
 
 fn number<T: std::str::FromStr>(text: &str) -> Result<T, String> {
-    // Who wants to know more than that finds it in the help.
     let is_too_large = text.bytes().all(|byte| byte.is_ascii_digit()) && !text.is_empty();
-    let expected = if is_too_large { "expected a smaller number" } else { "expected a whole number" };
-    text.parse().map_err(|_| expected.to_owned())
+    text.parse().map_err(|_| match is_too_large {
+        true => {
+            // The largest number of a type is the largest of those of all bits set that the type can be.
+            let most = (1..=u64::BITS).rev().map(|bits| u64::MAX >> (u64::BITS - bits));
+            let most = most.map(|most| most.to_string()).find(|most| most.parse::<T>().is_ok());
+            format!("expected a smaller number, {} at most", most.unwrap_or_default())
+        }
+        false => "expected a whole number".to_owned(),
+    })
 }
 
 fn id(text: &str) -> Result<String, String> {
@@ -410,7 +416,7 @@ mod tests {
             ("ctl statsu", "there is no command `statsu` (is `status` meant?)"),
             ("schema x", "there is no schema \"x\": expected `openapi` or `config`"),
             ("run --cpus", "missing argument for option '--cpus'"),
-            ("run --cpus 70000", "--cpus 70000: expected a smaller number"),
+            ("run --cpus 70000", "--cpus 70000: expected a smaller number, 65535 at most"),
             ("run --memory much", "--memory much: expected a size like 256M or 2G"),
             ("run --initrd i", "--initrd needs a kernel"),
             (

@@ -52,7 +52,7 @@ pub fn run(check: &Check) -> Result<u8> {
 impl Verdict {
     fn of(path: &Path) -> Result<Self> {
         let (file, text) = match path.as_os_str() == "-" {
-            true => ("(standard input)".to_owned(), standard_input()?.into_bytes()),
+            true => ("(standard input)".to_owned(), standard_input()?),
             false => (path.display().to_string(), Config::read(path)?),
         };
         let (config, mut problems) = Config::examine(Dialect::Alula, &text);

@@ -56,7 +56,7 @@ pub fn run(ctl: &Ctl) -> Result<()> {
         Ask::Flush => act(&mut client, "FlushMetrics", ctl.json, "written"),
         Ask::Limit(device, limiter) => limit(client, device, *limiter, ctl.json),
         Ask::Request(method, path, body) => {
-            let body = if body == "-" { &standard_input()? } else { body };
+            let body = if body == "-" { &text_of_input()? } else { body };
             show(&ask(&mut client, method, path, body)?, ctl.json, false)
         }
         Ask::List | Ask::Watch | Ask::Sweep => unreachable!("these ask no guest that has a name"),
@@ -401,10 +401,19 @@ fn says_something(value: &Value) -> bool {
     }
 }
 
-/// The text on standard input.
-pub fn standard_input() -> Result<String> {
-    let mut body = String::new();
-    let read = std::io::stdin().lock().take(STDIN_MAX + 1).read_to_string(&mut body);
+fn text_of_input() -> Result<String> {
+    String::from_utf8(standard_input()?).map_err(|error| {
+        Error::config(format!(
+            "standard input is no text in UTF-8 from its byte {} on, and no request is anything else: give the body as JSON",
+            error.utf8_error().valid_up_to()
+        ))
+    })
+}
+
+/// The bytes on standard input.
+pub fn standard_input() -> Result<Vec<u8>> {
+    let mut body = Vec::new();
+    let read = std::io::stdin().lock().take(STDIN_MAX + 1).read_to_end(&mut body);
     match read.context("read standard input")? as u64 {
         // A part of it would be another body.
         count if count > STDIN_MAX => Err(Error::config(format!(

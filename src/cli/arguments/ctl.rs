@@ -197,6 +197,9 @@ fn ask(words: &[&str], extra: Option<&str>) -> Result<Ask, lexopt::Error> {
         ["cpus", count] => Ask::Cpus(Some(number(count)?)),
         ["hotplug-memory"] => Ask::HotplugMemory(None),
         ["hotplug-memory", size] => Ask::HotplugMemory(Some(mebibytes(size)?)),
+        ["snapshot", ""] => {
+            return Err("the folder of a snapshot has an empty name: name the one to save it to".into());
+        }
         ["snapshot", folder] => Ask::Snapshot(folder.into(), extra.is_some()),
         ["snapshot", ..] => return Err("one folder, and `--diff` or not, is expected".into()),
         ["record"] => Ask::Record,

@@ -147,7 +147,7 @@ fn arguments(program: Option<&Path>, mut rest: Vec<OsString>) -> Result<Argument
 /// The largest number means that a user stays the same (setresuid(2)).
 fn user(text: &str) -> Result<u32, String> {
     number(text).and_then(|number| match number {
-        u32::MAX => Err("expected a smaller number".to_owned()),
+        u32::MAX => Err(format!("expected a smaller number, {} at most", u32::MAX - 1)),
         number => Ok(number),
     })
 }

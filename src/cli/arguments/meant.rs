@@ -102,7 +102,12 @@ pub fn no_ctl_command(words: &[&str]) -> String {
     };
     match words {
         [first, ..] if ctl::is_command(first) => format!("`{first}` has too many words, or too few"),
-        [first] => hint(first).unwrap_or_else(|| format!("there is no command `{first}`")),
+        [first] => hint(first).unwrap_or_else(|| {
+            format!(
+                "there is no command `{first}`: if a guest is called so, what to ask it is missing, as in \
+                 `alula ctl {first} status`"
+            )
+        }),
         [first, second, ..] => [second, first]
             .into_iter()
             .find_map(hint)
@@ -250,7 +255,10 @@ mod tests {
     fn words_that_no_command_of_ctl_has_are_named() {
         for (line, expected) in [
             ("alula ctl x frob", "there is no command `frob`, and none `x`; see"),
-            ("alula ctl frob", "there is no command `frob`; see"),
+            (
+                "alula ctl frob",
+                "there is no command `frob`: if a guest is called so, what to ask it is missing, as in `alula ctl frob status`; see",
+            ),
             ("alula ctl x status now", "`status` has too many words, or too few; see"),
             ("alula ctl status now", "`status` has too many words, or too few; see"),
         ] {
