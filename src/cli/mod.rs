@@ -32,7 +32,7 @@ use crate::error::{Context, Result};
 use crate::firmware;
 use crate::guest::{fetch, runtime};
 use crate::history::{self, Event, Feed};
-use crate::jail::{self, Inside};
+use crate::jail::{self, Inside, Jail};
 use crate::log::{self, Level};
 use crate::machine::Exit;
 use crate::memory::faults::take_device;
@@ -40,6 +40,7 @@ use crate::microvm::Microvm;
 use crate::microvm::monitor::{Ending, Front, Monitor, Outcome};
 use crate::microvm::signals::{self, Signals};
 use crate::terminal;
+use crate::vm::open_device;
 use crate::walls::begin;
 use arguments::{Command, Run, Serve};
 use readiness::Readiness;
@@ -82,7 +83,7 @@ fn obey(line: Vec<OsString>) -> u8 {
             let feed = arguments.outputs.open_feed(&arguments.id, !arguments.no_api);
             finish(feed, FAILED_SERVE, |feed| serve(&arguments, feed))
         }),
-        Command::Jail(jail) => match apart(|| jail::enter(&jail)) {
+        Command::Jail(jail) => match apart(|| look_for_kvm(&jail).and_then(|()| jail::enter(&jail))) {
             Ok(Some(Inside { line, faults })) => {
                 drop(jail);
                 faults.into_iter().for_each(take_device);
@@ -124,6 +125,15 @@ fn obey(line: Vec<OsString>) -> u8 {
 #[inline(never)]
 fn apart<T>(command: impl FnOnce() -> T) -> T {
     command()
+}
+
+/// Looks whether the monitor in a jail could open KVM, while nothing is made that would be left behind. Of a jail that root
+/// makes, the device is the jail's own.
+fn look_for_kvm(jail: &Jail) -> Result<()> {
+    match jail.has_user_namespace && jail.program.is_none() {
+        true => open_device().map(drop).context("--userns: the guest in the jail needs KVM"),
+        false => Ok(()),
+    }
 }
 
 fn fetch_kernel(from: &[String]) -> u8 {

@@ -93,8 +93,12 @@ impl Prepared {
     }
 }
 
-fn open_kvm() -> Result<Kvm> {
-    let file = File::options().read(true).write(true).open(KVM_DEVICE).map_err(|error| {
+/// Opens the device, by which nothing is asked of KVM yet.
+///
+/// # Errors
+/// This host has none, or this user may not open it; what can be done about that.
+pub fn open_device() -> Result<File> {
+    File::options().read(true).write(true).open(KVM_DEVICE).map_err(|error| {
         let advice = match error.kind() {
             ErrorKind::NotFound => {
                 "is virtualisation on in the firmware, and is the module kvm_intel, kvm_amd or arm64's KVM loaded?"
@@ -110,8 +114,11 @@ fn open_kvm() -> Result<Kvm> {
             _ => "is this host's KVM in working order?".to_owned(),
         };
         Error::host(format!("open {KVM_DEVICE}: {error}: {advice}"))
-    })?;
-    let kvm = kvm::of_file(file);
+    })
+}
+
+fn open_kvm() -> Result<Kvm> {
+    let kvm = kvm::of_file(open_device()?);
     match kvm.get_api_version() {
         KVM_API_VERSION => Ok(kvm),
         other => Err(Error::host(format!(

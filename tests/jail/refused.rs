@@ -106,7 +106,30 @@ fn what_cannot_be_a_jail_leaves_nothing_behind() {
 }
 
 #[test]
+fn a_user_who_may_not_open_kvm_is_told_before_anything_is_made() {
+    let site = Site::new();
+    // What this thread mounts, it and its children see alone: a device that is closed to all but root.
+    let own = site.folder.path("own");
+    std::fs::create_dir(&own).unwrap();
+    common::mount_tmpfs(&own, 4096);
+    let closed = own.join("kvm");
+    std::fs::write(&closed, "").unwrap();
+    std::fs::set_permissions(&closed, PermissionsExt::from_mode(0o600)).unwrap();
+    common::output("mount", &["--bind", closed.to_str().unwrap(), "/dev/kvm"]);
+    let base = site.base();
+    let words = ["jail", "--id", "x", "--userns", "--chroot-base-dir", base.to_str().unwrap(), "--", "run"];
+    let command = common::as_nobody(&site.folder, &words);
+    let before = site.everything();
+    let ended = end(command);
+    let expected = "alula: --userns: the guest in the jail needs KVM: open /dev/kvm: Permission denied";
+    assert!(ended.code == Some(1) && ended.text.contains(expected), "{ended:?}");
+    assert_eq!(site.everything(), before);
+    common::output("umount", &["/dev/kvm"]);
+}
+
+#[test]
 fn an_ordinary_user_is_told_how_to_name_another_place() {
+    common::open_devices();
     let folder = common::Folder::new();
     std::fs::set_permissions(&folder.0, PermissionsExt::from_mode(0o755)).unwrap();
     let ended = end(common::as_nobody(&folder, &["jail", "--id", "x", "--userns", "--", "run"]));
