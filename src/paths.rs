@@ -1,13 +1,22 @@
 //! Why what a user named by its path could not be opened or made, in more words than the kernel's.
 
 use std::io::{Error as IoError, ErrorKind};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::Error;
 
 /// Files are opened in some folders only (`--allow`).
 static IS_LIMITED: AtomicBool = AtomicBool::new(false);
+
+/// The folder that is this process's root, as it was named before, in a jail.
+static ROOT: OnceLock<PathBuf> = OnceLock::new();
+
+/// Notes that `folder`, as it was named before, is the root from here on.
+pub fn note_root(folder: PathBuf) {
+    let _ = ROOT.set(folder);
+}
 
 /// Notes that files are opened in the folders of `--allow` only from here on.
 pub fn note_limits() {
@@ -71,11 +80,14 @@ fn why_missing(path: &Path) -> Option<String> {
     let is_here = path.is_relative().then(std::env::current_dir).and_then(Result::ok);
     let folder = folder(path);
     let missing = (!folder.is_dir()).then(|| format!("there is no folder `{}`", folder.display()));
-    match (missing, is_here) {
+    let why = match (missing, is_here) {
         (Some(missing), Some(here)) => Some(format!("{missing} in `{}`", here.display())),
         (None, Some(here)) => Some(format!("it was looked for in `{}`", here.display())),
         (missing, None) => missing,
-    }
+    };
+    let Some(root) = ROOT.get() else { return why };
+    let why = why.map(|why| format!("{why}, and ")).unwrap_or_default();
+    Some(format!("{why}`/` is the jail's root, which is `{}` outside: put it there", root.display()))
 }
 
 /// Whether it is a file that could be opened to be read: nothing that an open would wait for is opened.

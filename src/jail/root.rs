@@ -255,7 +255,8 @@ impl Root {
             let place = descriptor::open_in(mounts, device, libc::O_PATH, 0).with_context(attempt)?;
             confine::attach(&node, &place).with_context(attempt)?;
         }
-        confine::become_root(mounts).map_err(|error| match error.raw_os_error() {
+        let outside = std::path::absolute(&self.path).unwrap_or_else(|_| self.path.clone());
+        confine::become_root(mounts).map(|()| paths::note_root(outside)).map_err(|error| match error.raw_os_error() {
             Some(libc::EINVAL) => Error::host(format!(
                 "{}: {error}: the root of this process is an initial ramdisk, or a folder that nothing is mounted on, \
                  which pivot_root(2) cannot replace",

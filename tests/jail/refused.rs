@@ -61,9 +61,15 @@ fn obstruct(site: &Site) {
     symlink(&elsewhere, site.root("there").join("dev")).unwrap();
     // The jail `left` has ended, and is in the way of the next one.
     let mut command = site.jail("left");
-    command.args(["--", "serve", "--nonesuch"]);
+    command.args(["--", "run", "vmlinux"]);
     let ended = end(command);
-    assert_eq!(ended.code, Some(153), "there is no such option: {ended:?}");
+    let root = site.root("left");
+    let expected = format!(
+        "open kernel `vmlinux`: No such file or directory (os error 2): it was looked for in `/`, and `/` is the jail's root, \
+         which is `{}` outside: put it there",
+        root.display()
+    );
+    assert!(ended.code == Some(125) && ended.text.contains(&expected), "{ended:?}");
 }
 
 /// Makes the files that [`OPTIONS`] name.
