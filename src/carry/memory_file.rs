@@ -6,6 +6,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
+use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
 use std::sync::OnceLock;
 
@@ -14,6 +15,7 @@ use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddres
 use crate::descriptors::Named;
 use crate::error::{Context, Error, Result};
 use crate::log;
+use crate::memory::lost;
 use crate::memory::mapping::page_size;
 use crate::memory::{Piece, Range, Region, Regions};
 use crate::sys::descriptor;
@@ -180,7 +182,11 @@ impl Writer<'_> {
         // What the process has no page of its own for is still in the file that it was mapped from.
         if let Some(backing) = region.backing() {
             let start = region.range().start + at;
-            backing.read(start, block).context("read the memory that it was restored from")?;
+            let read = backing.read(start, block).map_err(|error| match error.kind() {
+                ErrorKind::UnexpectedEof => Error::host(lost::words()),
+                _ => Error::host(error.to_string()),
+            });
+            read.context("read the memory that it was restored from")?;
         }
         for (index, (page, entry)) in block.chunks_mut(self.page).zip(entries).enumerate() {
             // A page that another process has yet to give is given now.

@@ -63,7 +63,11 @@ fn a_memory_file_that_is_cut_short_ends_its_guest_by_name() {
     cut(&memory, 4096);
     let other = json!({ "snapshot_path": snapshot.path("s"), "mem_file_path": snapshot.path("m") });
     let fault = client.request("PUT", "/snapshot/create", &other.to_string()).fault();
-    assert!(fault.contains("read the memory that it was restored from"), "{fault}");
+    let expected = format!(
+        "read the memory that it was restored from: the guest's memory is lost: its file `{}` was made shorter",
+        memory.display()
+    );
+    assert!(fault.contains(&expected), "{fault}");
 }
 
 /// Copies a file; what is zero in it becomes holes.
