@@ -366,7 +366,7 @@ mod tests {
         assert_eq!(serve.mmds_size_limit, Some(10));
         let Ok(Command::Serve(serve)) = firecracker("") else { panic!("not a service") };
         assert_eq!(serve.socket().unwrap(), std::path::Path::new("/run/firecracker.socket"));
-        let Ok(Command::Serve(serve)) = firecracker("--id a") else { panic!("not a service") };
+        let Ok(Command::Serve(serve)) = firecracker("--id a --module vmm") else { panic!("not a service") };
         assert_eq!(serve.socket().unwrap(), std::path::Path::new("/run/firecracker.socket"));
         for (line, expected) in [
             ("--api-sock /s --version --nonsense", "Firecracker v1.17.0\n\n"),
@@ -417,6 +417,7 @@ mod tests {
             ("schema x", "there is no schema \"x\": expected `openapi` or `config`"),
             ("run --cpus", "missing argument for option '--cpus'"),
             ("run --cpus 70000", "--cpus 70000: expected a smaller number, 65535 at most"),
+            ("run --module banana", "--module banana: there is no such module"),
             ("run --memory much", "--memory much: expected a size like 256M or 2G"),
             ("run --initrd i", "--initrd needs a kernel"),
             (

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use lexopt::ValueExt;
 
+use super::persona::Persona;
 use crate::config::Config;
 use crate::error::Result;
 use crate::history::{self, Feed};
@@ -30,6 +31,26 @@ Options for those who watch it:
 const NAMES: [&str; 8] =
     ["boot-timer", "events", "log-path", "level", "show-level", "show-log-origin", "module", "metrics-path"];
 
+/// The modules of this program that are in no other (src/lib.rs).
+const MODULES: &str = "agent api arch archive bus carry cli clock config descriptors devices dialect errands error firmware \
+    guest history host jail jobs json kvm limiter log machine memory metadata metrics microvm part paths pci \
+    platform poll process protocol sink snapshot spelling sys terminal timeline units uring virtio vm walls";
+
+/// A module whose messages are wanted: one that there is, or one in it. By a word that no message comes from, all would be
+/// hidden.
+fn module(text: &str) -> Result<String, String> {
+    let within = text.strip_prefix("alula").map_or(text, |rest| rest.trim_start_matches("::"));
+    let outer = within.split("::").next().unwrap_or_default();
+    match outer.is_empty() || MODULES.split(' ').any(|module| module == outer) {
+        true => Ok(text.to_owned()),
+        false => Err(format!(
+            "there is no such module (`--show-log-origin` tells of each message where it comes from): expected one of \
+             {}, or one in it",
+            MODULES.replace(' ', ", ")
+        )),
+    }
+}
+
 /// The help of a command with these options in it, after its own.
 pub fn with_help(help: &str) -> String {
     help.replacen("\n\nThe exit code", &format!("\n{HELP}\nThe exit code"), 1)
@@ -45,9 +66,16 @@ pub struct OutputOptions {
     boot_timer: bool,
     /// How much is said on standard error, where nothing else was said of it.
     voice: Option<Level>,
+    /// Clients name modules that are Firecracker's own.
+    has_other_modules: bool,
 }
 
 impl OutputOptions {
+    /// None of them yet, of a program that is called so.
+    pub fn of(persona: Persona) -> Self {
+        Self { has_other_modules: persona == Persona::Firecracker, ..Self::default() }
+    }
+
     /// The option of this name, if it is one of these.
     pub fn named(name: &str) -> Option<&'static str> {
         NAMES.into_iter().find(|other| *other == name)
@@ -64,7 +92,8 @@ impl OutputOptions {
                 match name {
                     "log-path" => log.log_path = Some(parser.value()?.into()),
                     "level" => log.level = Some(super::arguments::value(parser, "--level", str::parse)?),
-                    "module" => log.module = Some(parser.value()?.string()?),
+                    "module" if self.has_other_modules => log.module = Some(parser.value()?.string()?),
+                    "module" => log.module = Some(super::arguments::value(parser, "--module", module)?),
                     "show-level" => log.show_level = Some(true),
                     _ => log.show_log_origin = Some(true),
                 }
@@ -117,5 +146,23 @@ impl OutputOptions {
             history::open(id);
         }
         self.events.as_deref().map(Feed::open).transpose()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_modules_are_those_of_the_source() {
+        let lines = include_str!("../lib.rs").lines();
+        let modules = lines.filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';'));
+        assert_eq!(MODULES.split(' ').collect::<Vec<_>>(), modules.collect::<Vec<_>>());
+        for text in ["virtio", "alula", "alula::virtio::workers", ""] {
+            assert_eq!(module(text).as_deref(), Ok(text));
+        }
+        for text in ["banana", "alula::banana", "virt"] {
+            assert!(module(text).unwrap_err().contains("expected one of agent, api, "), "{text}");
+        }
     }
 }

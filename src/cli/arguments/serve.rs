@@ -111,7 +111,7 @@ pub fn parse(parser: &mut lexopt::Parser, persona: Persona) -> Result<Command, l
         config_file: None,
         no_api: false,
         enable_pci: false,
-        outputs: OutputOptions::default(),
+        outputs: OutputOptions::of(persona),
         walls: Wanted::default(),
         id: default_id(),
         is_named: false,
