@@ -419,6 +419,13 @@ fn a_monitor_that_does_not_answer_is_not_waited_for_long() {
     // The kernel takes connections here for a process that never does, as that of a stopped one.
     let _listener = UnixListener::bind(&path).unwrap();
     let socket = path.to_str().unwrap();
+    let full = folder.path("full");
+    let _also = UnixListener::bind(&full).unwrap();
+    let mut waiting = Vec::new();
+    while let Ok(client) = alula::host::socket::open(&full) {
+        waiting.push(client);
+    }
+    let at_full = Process::start(["ctl", "--api-sock", full.to_str().unwrap(), "status"]);
     let asked = [
         &["ctl", "--api-sock", socket, "status"][..],
         &["ctl", "--api-sock", socket, "snapshot", "folder"],
@@ -435,6 +442,9 @@ fn a_monitor_that_does_not_answer_is_not_waited_for_long() {
         assert!(ended.text.contains(&expected), "{}", ended.text);
         assert!(ended.text.contains(&format!("`kill -CONT {us}`")), "{}", ended.text);
     }
+    let ended = at_full.end();
+    assert_eq!(ended.code, Some(1), "{}", ended.text);
+    assert!(ended.text.contains("full`: who serves it takes no clients, and no more of them can wait"));
 }
 
 #[test]

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::error::{Context, Error, Result};
+use crate::host::socket;
 use crate::sys::network;
 
 /// An answer with a larger body, or a larger head, is none of ours.
@@ -63,7 +64,7 @@ impl Client {
             error.kind() == ErrorKind::ConnectionRefused && Instant::now() < deadline
         };
         loop {
-            match UnixStream::connect(path) {
+            match open(path, FIRST_WORD) {
                 Err(error) if is_too_early(&error) => std::thread::sleep(Duration::from_millis(5)),
                 stream => return Self::over(server, stream, path, PATIENCE),
             }
@@ -72,7 +73,7 @@ impl Client {
 
     /// Connects as [`Self::connect`] does, to a monitor that may take as long as `patience` for each answer.
     pub fn connect_within(path: &Path, patience: Duration) -> Result<Self> {
-        Self::over(Server::Monitor, UnixStream::connect(path), path, patience)
+        Self::over(Server::Monitor, open(path, patience), path, patience)
     }
 
     fn over(
@@ -261,6 +262,20 @@ impl Lines {
     }
 }
 
+/// Connects to who listens at `path`. Once the kernel keeps no more clients for who takes none, connect(2) would wait for
+/// ever, as those that have given up on a process that is stopped are kept, too: it is tried for so long.
+fn open(path: &Path, patience: Duration) -> std::io::Result<UnixStream> {
+    let begun = Instant::now();
+    loop {
+        match socket::open(path) {
+            Err(error) if error.kind() == ErrorKind::WouldBlock && begun.elapsed() < patience => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            stream => return stream.and_then(|stream| stream.set_nonblocking(false).map(|()| stream)),
+        }
+    }
+}
+
 fn cannot_connect(server: Server, error: &std::io::Error) -> Error {
     let text = match (error.kind(), server) {
         (ErrorKind::NotFound, Server::Monitor) => {
@@ -277,6 +292,10 @@ fn cannot_connect(server: Server, error: &std::io::Error) -> Error {
         }
         (ErrorKind::ConnectionRefused, Server::Template) => {
             "nobody listens there: the template has ended, and `alula template FOLDER --api-sock SOCKET` starts another"
+        }
+        (ErrorKind::WouldBlock, _) => {
+            "who serves it takes no clients, and no more of them can wait: it was stopped, and `kill -CONT PID` has it go \
+             on, or it is held up"
         }
         (ErrorKind::PermissionDenied, _) => "this user may not: be its owner, or root",
         _ => return Error::host(error.to_string()),

@@ -1,6 +1,6 @@
 //! Connections to programs of this host that listen on a Unix socket.
 
-use std::io::{Error as IoError, ErrorKind};
+use std::io::{Error as IoError, ErrorKind, Result as IoResult};
 use std::mem::offset_of;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
@@ -12,11 +12,15 @@ use crate::sys::network;
 /// Connects to whoever listens at `path`, and waits for nobody: a listener that does not take its clients is an
 /// error once the kernel keeps no more of them waiting (unix(7)). The stream does not block.
 pub fn connect(path: &Path) -> Result<UnixStream> {
-    let attempt = || format!("connect to `{}`", path.display());
-    let wrong = || Error::config("a socket's path has 1 to 107 bytes, and no NUL");
-    let (address, length) = address(path).ok_or_else(wrong).with_context(attempt)?;
-    let socket = network::socket(libc::AF_UNIX, libc::SOCK_STREAM, 0).with_context(attempt)?;
-    network::connect(&socket, &address, length).map_err(refused).with_context(attempt)?;
+    open(path).map_err(refused).with_context(|| format!("connect to `{}`", path.display()))
+}
+
+/// The same, with the kernel's error.
+pub fn open(path: &Path) -> IoResult<UnixStream> {
+    let wrong = || IoError::new(ErrorKind::InvalidInput, "a socket's path has 1 to 107 bytes, and no NUL");
+    let (address, length) = address(path).ok_or_else(wrong)?;
+    let socket = network::socket(libc::AF_UNIX, libc::SOCK_STREAM, 0)?;
+    network::connect(&socket, &address, length)?;
     Ok(socket.into())
 }
 
@@ -37,6 +41,7 @@ fn refused(error: IoError) -> Error {
         ErrorKind::NotFound => "there is no socket: start what shall listen there first",
         ErrorKind::ConnectionRefused => "nobody listens there: start what shall",
         ErrorKind::WouldBlock => "who listens there does not take its clients, and many wait already",
+        ErrorKind::InvalidInput => return Error::config(error.to_string()),
         _ => return Error::host(error.to_string()),
     };
     Err::<(), _>(error).context(why).expect_err("it is an error")
