@@ -200,13 +200,16 @@ impl Session {
 
     fn hear(&mut self, output: &mut File, errors: &mut File) -> Result<Option<Ending>> {
         let mut ending = None;
-        let mut has_begun = false;
-        self.call.hear(|said| {
+        let Self { call, has_terminal, input, raw, .. } = self;
+        call.hear(|said| {
             let written = match said {
-                Said::Greeting(_) => {
-                    has_begun = true;
+                // Until then, Ctrl-C ends this process. What the program writes may come at once with this, and is for a
+                // terminal that is raw.
+                Said::Greeting(_) if *has_terminal && input.is_some() => {
+                    *raw = Raw::enter_for_program(log::wants(Level::Warning));
                     Ok(())
                 }
+                Said::Greeting(_) => Ok(()),
                 Said::Output(bytes) => output.write_all(bytes),
                 Said::Errors(bytes) => errors.write_all(bytes),
                 Said::Ended(how) => {
@@ -223,10 +226,6 @@ impl Session {
                 written => written.context("write what the guest has written"),
             }
         })?;
-        // Until then, Ctrl-C ends this process.
-        if has_begun && self.has_terminal && self.input.is_some() {
-            self.raw = Raw::enter_for_program(log::wants(Level::Warning));
-        }
         Ok(ending)
     }
 
