@@ -300,9 +300,11 @@ fn a_host_that_forbids_rings_carries_frames_one_by_one() {
     }
     let mut rooms = rooms(&mut guest, RX, 16, 1600).into_iter();
     (0..8).for_each(|seed| wire.send(&frame(seed)));
-    for seed in 0..8 {
-        assert_eq!(received(&mut guest, RX, &mut rooms), seed);
-    }
+    let mut seeds: Vec<_> = (0..8).map(|_| received(&mut guest, RX, &mut rooms)).collect();
+    // The kernel's queue before a TAP has no lock (pfifo_fast): two frames of a sender that goes to another CPU between
+    // them change places now and then. None is lost, and none comes twice.
+    seeds.sort_unstable();
+    assert_eq!(seeds, (0..8).collect::<Vec<_>>());
 }
 
 #[test]
