@@ -343,9 +343,7 @@ pub fn end_by_refusal() -> ! {
 /// can be allocated. A lock that they need is tried, and the timer ends the process if they are held up.
 fn say_refused() {
     if has_reader() {
-        process::write_error(b"alula: ");
         refusal::say(process::write_error);
-        process::write_error(b"\n");
     }
     let reason = refusal::words();
     log::aside_in_file(&reason);

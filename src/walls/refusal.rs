@@ -17,6 +17,8 @@ const NO_CALL: u32 = 4095;
 const TOLD_MAX: usize = 256;
 /// The longest name of a thread that is kept (pthread_setname_np(3)).
 const NAME_MAX: usize = 15;
+/// The longest line about a refused call, in bytes: names of threads and calls are short.
+const LINE_MAX: usize = 512;
 
 /// The call that was refused first.
 static NUMBER: AtomicI32 = AtomicI32::new(-1);
@@ -89,16 +91,30 @@ pub fn words() -> String {
     failure.unwrap_or_else(|| Words.to_string())
 }
 
-/// Writes the message about the refused call for a handler: without allocation, to `write` in pieces.
-pub fn say(write: impl FnMut(&[u8])) {
-    struct To<W>(W);
-    impl<W: FnMut(&[u8])> Write for To<W> {
-        fn write_str(&mut self, text: &str) -> fmt::Result {
-            (self.0)(text.as_bytes());
-            Ok(())
-        }
+/// Has `write` write the line about the refused call for a handler: without allocation, and at once, as other processes
+/// may write to the same terminal.
+pub fn say(write: impl FnOnce(&[u8])) {
+    let mut line = Line { bytes: [0; LINE_MAX], length: 0 };
+    // What does not fit is left out, but for the line's end.
+    let _ = write!(line, "alula: {Words}");
+    line.bytes[line.length] = b'\n';
+    write(&line.bytes[..=line.length]);
+}
+
+/// A line that is put together on the stack.
+struct Line {
+    bytes: [u8; LINE_MAX],
+    /// Of the bytes, so many are text; there is room for one more.
+    length: usize,
+}
+
+impl Write for Line {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        let count = text.len().min(LINE_MAX - 1 - self.length);
+        self.bytes[self.length..][..count].copy_from_slice(&text.as_bytes()[..count]);
+        self.length += count;
+        Ok(())
     }
-    let _ = write!(To(write), "{Words}");
 }
 
 struct Words;
