@@ -446,7 +446,7 @@ impl Queue {
         self.request_until(arch::ticks() + arch::PATIENCE_TICKS, buffers)
     }
 
-    /// The same, as long as the counter is not at `end`.
+    /// Sends such a request, and gives its answer up when the counter is at `end`.
     #[inline(never)]
     pub fn request_until(&self, end: u64, buffers: &[Buffer]) -> Option<u32> {
         let before = self.used_index();

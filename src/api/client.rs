@@ -14,7 +14,7 @@ const BODY_MAX: u64 = 16 << 20;
 const HEAD_MAX: u64 = 64 << 10;
 /// So long a monitor may be at work on one request, on a machine under load.
 const PATIENCE: Duration = Duration::from_secs(100);
-/// So long a monitor may take to say that it is there, whatever it is asked for then: the kernel takes connections for a
+/// The time that a monitor has to say that it is there, whatever it is asked for then: the kernel takes connections for a
 /// process that is stopped, or hangs.
 const FIRST_WORD: Duration = Duration::from_secs(10);
 /// The file of a socket is there a moment before its process listens (bind(2), listen(2)): who has waited for the file may
@@ -34,7 +34,7 @@ pub struct Client {
     socket: PathBuf,
     /// How long an answer may take; None: for ever.
     patience: Option<Duration>,
-    /// It has said a word, or is not to be asked for one first.
+    /// The monitor has answered something, or need not be asked first whether it answers.
     has_spoken: bool,
 }
 

@@ -71,7 +71,7 @@ pub struct OutputOptions {
 }
 
 impl OutputOptions {
-    /// None of them yet, of a program that is called so.
+    /// The options before any is given, of a program that is called so.
     pub fn of(persona: Persona) -> Self {
         Self { has_other_modules: persona == Persona::Firecracker, ..Self::default() }
     }

@@ -68,7 +68,7 @@ impl Remote {
     /// lost.
     ///
     /// # Errors
-    /// Nobody is met, or the backend cannot do what the guest was told.
+    /// No backend is met, or the one that is cannot do what the guest was told.
     pub fn read_again(&mut self, met: impl FnOnce() -> Result<Backend>) -> Result<()> {
         // One that has gone meanwhile is lost from now on.
         let mut backend = lock(&self.backend);
@@ -192,7 +192,7 @@ fn ring<'q>(queue: &'q Queue, memory: &Regions, interrupts: &'q Interrupts) -> R
 struct Running {
     whose: String,
     backend: Arc<Mutex<Backend>>,
-    /// What a backend that comes later must be able to do.
+    /// The features that a backend which comes later must have.
     needed: u64,
     io: Io,
     desk: Option<Desk>,

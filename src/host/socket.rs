@@ -15,7 +15,7 @@ pub fn connect(path: &Path) -> Result<UnixStream> {
     open(path).map_err(refused).with_context(|| format!("connect to `{}`", path.display()))
 }
 
-/// The same, with the kernel's error.
+/// Connects as [`connect`] does, and returns the kernel's error.
 pub fn open(path: &Path) -> IoResult<UnixStream> {
     let wrong = || IoError::new(ErrorKind::InvalidInput, "a socket's path has 1 to 107 bytes, and no NUL");
     let (address, length) = address(path).ok_or_else(wrong)?;

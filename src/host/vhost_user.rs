@@ -157,7 +157,7 @@ impl Backend {
         self.inflight.is_some()
     }
 
-    /// Nobody goes on with what the backend has noted: it was of queues that are no more.
+    /// Gives up what the backend has noted of queues that are no more: no other backend goes on with that.
     pub fn forget_notes(&mut self) {
         self.inflight = None;
     }

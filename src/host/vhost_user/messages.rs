@@ -103,14 +103,14 @@ impl Backend {
         self.receive_body(request, head, until)
     }
 
-    /// The same with the descriptor that comes with it.
+    /// The body of the answer to `request`, and the descriptor that comes with the answer.
     pub(super) fn receive_with(
         &mut self,
         request: Request,
         until: Instant,
     ) -> Result<(Vec<u8>, Option<OwnedFd>)> {
         let mut head = [0; HEADER];
-        // It comes with the first bytes.
+        // A descriptor comes with the first bytes of its message.
         let (count, file) = loop {
             match network::receive_with(&*self.socket, &mut head) {
                 Ok((0, _)) => return self.lose(request, "it has ended the connection".to_owned()),
