@@ -27,7 +27,7 @@ const TAG_SIZE: usize = 36;
 /// Features of devices: those beside are of rings and transports, which a backend knows nothing of (virtio 1.2, 2.2).
 const DEVICE_FEATURES: u64 = ((1 << 24) - 1) | (!0 << 50);
 
-/// What is known of a type of device (virtio 1.2, 5).
+/// A type of device (virtio 1.2, 5), and what its driver expects.
 struct Type {
     name: &'static str,
     number: u32,
@@ -100,7 +100,7 @@ fn is_queue_size(size: &u16) -> bool {
 }
 
 impl Config {
-    /// What is known of its type; None: it is no type.
+    /// The type that the device has; None: there is no such type.
     fn known(&self) -> Option<Type> {
         let number = self.device_type.parse().ok().filter(|number| (1..=u32::from(u8::MAX)).contains(number));
         match TYPES.into_iter().find(|known| known.name == self.device_type || Some(known.number) == number) {
@@ -349,7 +349,7 @@ impl VirtioDevice for VhostUser {
     fn write_config(&mut self, offset: u64, data: &[u8]) {
         // A backend that is lost by this has its worker see that.
         if let Err(error) = self.remote.backend().write_config(offset, data) {
-            log::error(format_args!("{}: write its configuration: {error}", self.config.whose()));
+            log::guest_line(format_args!("{}: write its configuration: {error}", self.config.whose()));
         }
     }
 
