@@ -22,7 +22,7 @@ use crate::snapshot::Snapshot;
 use crate::virtio::{Desk, F_EVENT_IDX, F_INDIRECT_DESC, Interrupts, Io, Queue, Registrar, Watched, Worker};
 
 /// Features of rings that a guest is offered if the backend has them.
-pub const RING_FEATURES: u64 = F_EVENT_IDX | F_INDIRECT_DESC;
+const RING_FEATURES: u64 = F_EVENT_IDX | F_INDIRECT_DESC;
 
 /// A backend that is lost is looked for so often.
 const LOOK_TIME: Duration = Duration::from_secs(1);
@@ -47,16 +47,22 @@ pub struct Remote {
 }
 
 impl Remote {
-    /// A device of this backend, which offers the guest those of its features that are `allowed`.
+    /// A device of this backend, which offers the guest those of its device's features that are `allowed`, and what it has of
+    /// rings.
     pub fn new(whose: String, backend: Backend, allowed: u64) -> Self {
-        let features = backend.features() & allowed;
+        let features = backend.features() & (allowed | RING_FEATURES);
         let backend = Arc::new(Mutex::new(backend));
         Self { whose, backend, features, has_started: false, is_other: false }
     }
 
-    /// The features of the backend that the guest is offered.
-    pub fn features(&self) -> u64 {
-        self.features
+    /// The features of the device that the guest is offered.
+    pub fn device_features(&self) -> u64 {
+        self.features & !RING_FEATURES
+    }
+
+    /// The features of its rings that the guest is offered.
+    pub fn ring_features(&self) -> u64 {
+        self.features & RING_FEATURES
     }
 
     /// The backend, for as long as the device needs it.

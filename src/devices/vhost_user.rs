@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::kind::{self, CliOption, DeviceConfig};
-use super::remote::{RING_FEATURES, Remote};
+use super::remote::Remote;
 use super::{check_id, copy_config};
 use crate::error::{Error, Result};
 use crate::host::Host;
@@ -274,7 +274,7 @@ guest mounts a file system. May be repeated (docs/vhost-user.md)",
     }
 
     fn open(&self, _: &str, host: &mut Host) -> Result<Box<dyn VirtioDevice>> {
-        let remote = Remote::new(self.whose(), self.meet(host)?, DEVICE_FEATURES | RING_FEATURES);
+        let remote = Remote::new(self.whose(), self.meet(host)?, DEVICE_FEATURES);
         let queue_sizes = vec![self.queue_size; self.queues().into()];
         Ok(Box::new(VhostUser { config: self.clone(), remote, queue_sizes }))
     }
@@ -328,11 +328,11 @@ impl VirtioDevice for VhostUser {
     }
 
     fn features(&self) -> u64 {
-        self.remote.features() & !RING_FEATURES
+        self.remote.device_features()
     }
 
     fn ring_features(&self) -> u64 {
-        self.remote.features() & RING_FEATURES
+        self.remote.ring_features()
     }
 
     fn queue_sizes(&self) -> &[u16] {

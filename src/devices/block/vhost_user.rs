@@ -8,7 +8,7 @@ use super::{
 };
 use crate::devices::block::CacheType;
 use crate::devices::kind::DeviceConfig;
-use crate::devices::remote::{RING_FEATURES, Remote};
+use crate::devices::remote::Remote;
 use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::host::vhost_user::Backend;
@@ -114,7 +114,7 @@ impl Disk {
         let several = if config.num_queues > 1 { F_MQ } else { 0 };
         Ok(Self {
             space: space(config, &backend),
-            remote: Remote::new(config.whose(), backend, allowed | RING_FEATURES | several),
+            remote: Remote::new(config.whose(), backend, allowed | several),
             queue_sizes: vec![QUEUE_SIZE; config.num_queues.into()],
             metrics: Arc::default(),
             config: config.clone(),
@@ -164,11 +164,11 @@ impl VirtioDevice for Disk {
     }
 
     fn features(&self) -> u64 {
-        self.remote.features() & !RING_FEATURES
+        self.remote.device_features()
     }
 
     fn ring_features(&self) -> u64 {
-        self.remote.features() & RING_FEATURES
+        self.remote.ring_features()
     }
 
     fn queue_sizes(&self) -> &[u16] {
