@@ -42,7 +42,6 @@ const TIMER_VECTOR: usize = 0x40;
 
 const X2APIC_ENABLE: u64 = 0b11 << 10;
 const MSR_APIC_BASE: u32 = 0x1b;
-const MSR_EOI: u32 = 0x80b;
 const MSR_SPURIOUS: u32 = 0x80f;
 const MSR_ICR: u32 = 0x830;
 const MSR_LVT_TIMER: u32 = 0x832;
@@ -55,6 +54,7 @@ unsafe extern "C" {
     static trampoline_end: u8;
     static exceptions: u8;
     fn timer_interrupt();
+    fn identity_interrupt();
     static mut pd_high: [u64; 512];
 }
 
@@ -62,8 +62,8 @@ unsafe extern "C" {
 static mut timer_fired: u8 = 0;
 /// The secondary CPU that was started last and is up; CPUs are started one after the other.
 static mut STARTED: u32 = 0;
-static mut IDT: [[u64; 2]; TIMER_VECTOR + 1] = [[0; 2]; TIMER_VECTOR + 1];
-const GATES_SIZE: u16 = 16 * (TIMER_VECTOR as u16 + 1);
+static mut IDT: [[u64; 2]; GATES] = [[0; 2]; GATES];
+const GATES: usize = identity::VECTOR + 1;
 
 #[repr(C, packed)]
 struct TablePointer {
@@ -255,7 +255,8 @@ pub fn catch_exceptions() {
             set_gate(vector, stubs + 8 * vector as u64);
         }
         set_gate(TIMER_VECTOR, timer_interrupt as *const () as u64);
-        let pointer = TablePointer { limit: GATES_SIZE - 1, base: (&raw const IDT) as u64 };
+        set_gate(identity::VECTOR, identity_interrupt as *const () as u64);
+        let pointer = TablePointer { limit: 16 * GATES as u16 - 1, base: (&raw const IDT) as u64 };
         asm!("lidt [{}]", in(reg) &pointer, options(nostack));
     }
 }
@@ -350,7 +351,7 @@ fn mask_pic() {
 }
 
 fn let_interrupts_in() {
-    // SAFETY: what can interrupt is the timer, whose handler changes `timer_fired` alone.
+    // SAFETY: what can interrupt has a handler, which changes `timer_fired` at most.
     unsafe { asm!("sti", options(nostack)) };
 }
 

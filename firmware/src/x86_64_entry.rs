@@ -4,6 +4,8 @@
 
 use core::arch::global_asm;
 
+const MSR_EOI: u32 = 0x80b;
+
 global_asm!(
     r#"
     .section .note.Xen, "a", @note
@@ -138,10 +140,11 @@ exception:
     call unexpected
 
 timer_interrupt:
+    movb $1, timer_fired
+identity_interrupt:
     pushq %rax
     pushq %rcx
     pushq %rdx
-    movb $1, timer_fired
     movl ${eoi}, %ecx
     xorl %eax, %eax
     xorl %edx, %edx
@@ -151,6 +154,6 @@ timer_interrupt:
     popq %rax
     iretq
     "#,
-    eoi = const super::MSR_EOI,
+    eoi = const MSR_EOI,
     options(att_syntax)
 );

@@ -380,6 +380,9 @@ fn a_template_keeps_its_first_walls_and_its_clones_get_the_last() {
         thread.end(libc::SIGSYS);
     }
     assert_eq!(await_child(template.clones.remove(0)), (Some(148), 0));
+    // The guest, which was told of its new identity, waited meanwhile.
+    let console = fs::read_to_string(template.path("a.console")).unwrap();
+    assert!(!console.contains("exception"), "{console}");
     let socket = template.path("t.sock");
     template.process.expect("the thread `main` made the system call `ptrace` (");
     assert_eq!(template.process.child.wait().unwrap().code(), Some(148));
