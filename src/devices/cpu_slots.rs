@@ -240,7 +240,7 @@ mod tests {
     impl Guest {
         fn new(given: u16, most: u16) -> Self {
             let [interrupt, wake] = ["interrupt", "wake"].map(|name| Arc::new(poll::event(name).unwrap()));
-            let slots = CpuSlots::new(Some(Line::Connected(interrupt.clone())), wake.clone(), given, most);
+            let slots = CpuSlots::new(Some(Line::Event(interrupt.clone())), wake.clone(), given, most);
             Self { slots, interrupt, wake }
         }
 

@@ -61,9 +61,9 @@ impl Site<'_> {
         self.vm.interrupt(gsi(place)?)
     }
 
-    /// The interrupt line of `place`, for a device that seldom raises it.
+    /// The interrupt line of `place`, for a device that has `main` raise it.
     pub fn line(&self, place: Place) -> Result<Line> {
-        Ok(Line::Idle(self.vm.clone(), gsi(place)?))
+        Ok(Line::Kvm(self.vm.clone(), gsi(place)?))
     }
 
     fn add<D: FixedDevice>(&mut self, place: Place, component: Arc<Mutex<D>>) {

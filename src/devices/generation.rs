@@ -92,7 +92,7 @@ mod tests {
 
     fn device(memory: &Memory) -> (GenerationId, Arc<EventFd>) {
         let interrupt = Arc::new(poll::event("interrupt").unwrap());
-        (GenerationId::new(memory.clone(), AT, Line::Connected(interrupt.clone())), interrupt)
+        (GenerationId::new(memory.clone(), AT, Line::Event(interrupt.clone())), interrupt)
     }
 
     fn id(memory: &Memory) -> [u8; 16] {

@@ -180,7 +180,7 @@ mod tests {
     impl Guest {
         fn new() -> Self {
             let [interrupt, wake] = ["interrupt", "wake"].map(|name| Arc::new(poll::event(name).unwrap()));
-            let slots = PciSlots::new(Line::Connected(interrupt.clone()), wake.clone());
+            let slots = PciSlots::new(Line::Event(interrupt.clone()), wake.clone());
             Self { slots, interrupt, wake }
         }
 

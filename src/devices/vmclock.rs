@@ -160,7 +160,7 @@ mod tests {
 
     fn device(memory: &Memory) -> (VmClock, Arc<EventFd>) {
         let interrupt = Arc::new(poll::event("interrupt").unwrap());
-        (VmClock::new(memory.clone(), AT, Line::Connected(interrupt.clone())), interrupt)
+        (VmClock::new(memory.clone(), AT, Line::Event(interrupt.clone())), interrupt)
     }
 
     fn memory() -> Memory {

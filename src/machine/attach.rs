@@ -351,7 +351,7 @@ pub fn pci_bus(
     if let Some(place) = arch::fixed_place(PciSlots::NAME)
         && let Some(gsi) = place.gsi()
     {
-        let slots = PciSlots::new(Line::Idle(vm.clone(), gsi), wake.clone());
+        let slots = PciSlots::new(Line::Kvm(vm.clone(), gsi), wake.clone());
         let slots = Arc::new(Mutex::new(slots));
         surroundings.attach(place, slots.clone())?;
         part(PciSlots::NAME, place, slots);

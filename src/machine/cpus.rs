@@ -112,7 +112,7 @@ pub fn put_slots(
     let (given, Some(most)) = (config.vcpu_count, config.max_vcpus) else { return Ok(()) };
     let place =
         arch::fixed_place(CpuSlots::NAME).ok_or_else(|| Error::config("CPUs do not come and go here"))?;
-    let interrupt = place.gsi().map(|gsi| Line::Idle(vm.clone(), gsi));
+    let interrupt = place.gsi().map(|gsi| Line::Kvm(vm.clone(), gsi));
     let component = Arc::new(Mutex::new(CpuSlots::new(interrupt, wake.clone(), given, most)));
     if place != Place::Calls {
         surroundings.attach(place, component.clone())?;

@@ -21,7 +21,9 @@ use kvm_bindings::{
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
 pub use boot::{Entry, load};
-pub use gic::{InterruptController, MESSAGES_NAME_THEIR_DEVICE, READS_REGISTERS_FROM_MEMORY, default_routes};
+pub use gic::{
+    InterruptController, MESSAGES_NAME_THEIR_DEVICE, READS_REGISTERS_FROM_MEMORY, default_routes, irq_of_line,
+};
 
 pub use psci::PowerSwitch;
 pub use state::{VcpuState, VmState, change_registers, restore_vcpus, restore_vm, save_vcpus, save_vm};

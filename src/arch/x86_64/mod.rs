@@ -205,6 +205,11 @@ pub const READS_REGISTERS_FROM_MEMORY: bool = true;
 /// Interrupt messages are written to a CPU's local APIC: who wrote them does not matter.
 pub const MESSAGES_NAME_THEIR_DEVICE: bool = false;
 
+/// What KVM_IRQ_LINE calls the line with this number (KVM api, 4.25).
+pub const fn irq_of_line(gsi: u32) -> u32 {
+    gsi
+}
+
 /// The routes that KVM begins with: pins of the two PICs and of the I/O APIC.
 pub fn default_routes() -> Vec<kvm_irq_routing_entry> {
     let pin = |gsi: u32, irqchip: u32, pin: u32| {

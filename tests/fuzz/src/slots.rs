@@ -40,7 +40,7 @@ struct World {
 
 fn slots() -> (PciSlots, Arc<poll::EventFd>) {
     let [interrupt, wake] = ["interrupt", "wake"].map(|name| Arc::new(poll::event(name).unwrap()));
-    (PciSlots::new(Line::Connected(interrupt.clone()), wake), interrupt)
+    (PciSlots::new(Line::Event(interrupt.clone()), wake), interrupt)
 }
 
 impl World {
