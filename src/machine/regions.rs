@@ -21,6 +21,11 @@ use crate::vm::brake::Brake;
 const ADDRESSES: u64 = 1 << 52;
 
 impl Machine {
+    /// Whether other processes can map its memory: it was built with a device whose work another one does.
+    pub fn shares_memory(&self) -> bool {
+        self.memory.memory().iter().all(|region| region.file().is_some())
+    }
+
     /// Gives the guest memory at `range`, with the content that `source` has for it. The guest may run, and has to
     /// be told: no boot table says so.
     ///

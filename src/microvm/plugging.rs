@@ -36,14 +36,14 @@ impl Microvm {
                 "{name}: a guest that runs has booted already: leave `is_root_device` out"
             )));
         }
-        if device.shares_memory() && !self.config.shares_memory() {
+        let machine = self.machine.as_deref_mut().ok_or_else(not_started)?;
+        if device.shares_memory() && !machine.shares_memory() {
             return Err(Error::config(format!(
                 "{name} is a vhost-user backend's (`socket`), which needs memory that is shared with it from the start of \
                  the guest: have one such device from the start, or give the guest a disk by an image (`path_on_host`)"
             )));
         }
         self.config.check_beside(&device)?;
-        let machine = self.machine.as_deref_mut().ok_or_else(not_started)?;
         let plugged = machine.plug(&device, &mut self.host);
         self.host.release_all();
         plugged?;

@@ -325,6 +325,9 @@ fn a_guest_has_a_disk_of_a_daemon_as_any_other_device() {
     assert_eq!(client.ok("GET", "/vm/config", "").json()["vhost-user"], json!([body, device]));
     client.ok("DELETE", "/vhost-user/e", "");
     common::wait_for(|| client.ok("GET", "/vm/config", "").json()["vhost-user"] == json!([body]));
+    // The memory stays so when the last one has gone.
+    client.ok("DELETE", "/vhost-user/d", "");
+    client.ok("PUT", "/vhost-user/d", &body.to_string());
     client.ok("PATCH", "/vm", r#"{"state": "Paused"}"#);
     let paths = json!({ "snapshot_path": place.folder.path("s"), "mem_file_path": place.folder.path("m") });
     let fault = client.request("PUT", "/snapshot/create", &paths.to_string()).fault();
