@@ -32,6 +32,21 @@ fn a_tap_may_come_as_an_open_descriptor() {
 }
 
 #[test]
+fn the_log_tells_of_a_tap_that_goes_down_and_up() {
+    network::enter();
+    network::add_tap("tap0", "172.16.0.1/24");
+    let mut guest = Process::start(["run", "--net", "tap=tap0", "--cmdline", "case=net"]);
+    guest.expect("alula firmware");
+    // At once if the guest has begun to use the interface, and when it does if not.
+    for (state, told) in [("down", "no link: its TAP is down or gone"), ("up", "a link again")] {
+        common::output("ip", &["link", "set", "tap0", state]);
+        guest.expect(&format!("network interface `net0` has {told}"));
+    }
+    guest.send(libc::SIGTERM);
+    guest.end();
+}
+
+#[test]
 fn what_is_no_tap_of_ours_is_refused_with_a_way_on() {
     network::enter();
     network::add_tap("mine0", "172.16.0.1/24");
@@ -252,7 +267,10 @@ fn a_user_network_that_cannot_be_is_refused_with_a_way_on() {
     command.args(["run", "--net", "user", "--cmdline", "case=serial"]).env("PATH", "/nowhere");
     let ended = Process::spawn(command).end();
     assert_eq!(ended.code, Some(125), "{}", ended.text);
-    assert!(ended.text.contains("`passt` is not installed") && ended.text.contains("apt-get install passt"));
+    assert!(
+        ended.text.contains("`passt` is in no folder of PATH")
+            && ended.text.contains("apt-get install passt")
+    );
 }
 
 #[test]

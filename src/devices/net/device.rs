@@ -80,7 +80,7 @@ pub struct State {
 impl Net {
     /// An interface over TAP queues, one for each pair.
     pub fn over_taps(config: &Config, mac: Mac, taps: Vec<Tap>) -> Self {
-        let status = Arc::new(Status::of(&taps[0]));
+        let status = Arc::new(Status::of(&config.iface_id, &taps[0]));
         let udp_segments = taps[0].has_udp_segments();
         Self::new(config, mac, Carrier::Taps { taps, udp_segments }, status)
     }
@@ -88,7 +88,7 @@ impl Net {
     /// An interface over passt.
     pub fn over_passt(config: &Config, mac: Mac, passt: Passt) -> Self {
         let home = Arc::new(Mutex::new(Some(stream::port::Stream::new(passt))));
-        Self::new(config, mac, Carrier::Passt(home), Arc::new(Status::up()))
+        Self::new(config, mac, Carrier::Passt(home), Arc::new(Status::up(&config.iface_id)))
     }
 
     fn new(config: &Config, mac: Mac, carrier: Carrier, status: Arc<Status>) -> Self {
