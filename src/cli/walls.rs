@@ -4,8 +4,8 @@ use crate::walls::{Filters, Wanted};
 
 const HELP: &str = "
 Options for what Alula itself may do (docs/threat-model.md):
-      --allow DIR        Files are opened in this folder and below only, and no program is started. May be
-                         repeated
+      --allow DIR        Files that the API names, and disks, are opened in this folder and below only, and no
+                         program is started. May be repeated
       --seccomp-log      Go on when a system call is made that a filter does not allow, and tell of it
       --no-seccomp       Do not filter system calls
       --no-sandbox       Neither filter system calls nor restrict files and ports

@@ -33,9 +33,9 @@ pub fn find() -> Result<PathBuf> {
     std::env::split_paths(&path).map(|folder| folder.join("passt")).find(|path| path.is_file()).ok_or_else(
         || {
             Error::config(
-                "`passt` is not installed: it makes the network of an interface with `user` (--net user); \
-                 install the package of that name (Debian: `apt-get install passt`), or give the interface \
-                 a TAP (`host_dev_name`, --net tap=)",
+                "`passt` is in no folder of PATH (in a jail: of its own root): it makes the network of an interface \
+                 with `user` (--net user); install the package of that name (Debian: `apt-get install passt`), or \
+                 give the interface a TAP (`host_dev_name`, --net tap=), as in a jail"
             )
         },
     )
