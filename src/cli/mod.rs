@@ -28,7 +28,7 @@ use crate::arch;
 use crate::clock;
 use crate::config::Config;
 use crate::dialect::Dialect;
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 use crate::firmware;
 use crate::guest::{fetch, runtime};
 use crate::history::{self, Event, Feed};
@@ -83,14 +83,14 @@ fn obey(line: Vec<OsString>) -> u8 {
             let feed = arguments.outputs.open_feed(&arguments.id, !arguments.no_api);
             finish(feed, FAILED_SERVE, |feed| serve(&arguments, feed))
         }),
-        Command::Jail(jail) => match apart(|| look_for_kvm(&jail).and_then(|()| jail::enter(&jail))) {
+        Command::Jail(jail) => match apart(|| enter(&jail)) {
             Ok(Some(Inside { line, faults })) => {
                 drop(jail);
                 faults.into_iter().for_each(take_device);
                 obey(line)
             }
             Ok(None) => 0,
-            Err(error) => told(Err(error)),
+            Err(code) => code,
         },
         Command::Ctl(arguments) => apart(|| told(ctl::run(&arguments))),
         Command::Exec(arguments) => apart(|| exec::exec(arguments)),
@@ -125,6 +125,22 @@ fn obey(line: Vec<OsString>) -> u8 {
 #[inline(never)]
 fn apart<T>(command: impl FnOnce() -> T) -> T {
     command()
+}
+
+/// Enters a jail, or says why that could not be, and returns the process's exit code.
+fn enter(jail: &Jail) -> std::result::Result<Option<Inside>, u8> {
+    let mut code = FAILED_SERVE;
+    let check = |line| {
+        arguments::parse(line).map(drop).map_err(|message| {
+            code = WRONG_ARGUMENTS;
+            Error::config(message)
+        })
+    };
+    let entered = look_for_kvm(jail).and_then(|()| jail::enter(jail, check));
+    entered.map_err(|error| {
+        eprintln!("alula: {error}");
+        code
+    })
 }
 
 /// Looks whether the monitor in a jail could open KVM, while nothing is made that would be left behind. Of a jail that root

@@ -99,11 +99,13 @@ pub struct Inside {
 }
 
 /// Enters the jail and becomes its program. If that is this one, the process goes on as what is returned. In the
-/// background or in a PID namespace, it is another process that does so, and `None` is returned when it is there.
+/// background or in a PID namespace, it is another process that does so, and `None` is returned when it is there. Before
+/// anything is made, `check` is asked whether this program could go on by its command line: in the background it
+/// could tell nobody.
 ///
 /// # Errors
 /// An option asks for what cannot be, or the host refuses; then nothing is left of the jail.
-pub fn enter(jail: &Jail) -> Result<Option<Inside>> {
+pub fn enter(jail: &Jail, check: impl FnOnce(Vec<OsString>) -> Result<()>) -> Result<Option<Inside>> {
     // The jail's user must reach files that root makes here, whatever mask root makes its own files by.
     let umask = process::set_umask(0o022);
     let begun = Begun { at: clock::monotonic(), cpu: clock::cpu_time(), umask };
@@ -118,6 +120,9 @@ pub fn enter(jail: &Jail) -> Result<Option<Inside>> {
     // All that follows is opened in the jail's mount namespace: only what was opened there can be mounted there.
     namespaces::enter(user, &jail.id)?;
     let program = Program::open(jail.program.as_deref())?;
+    if jail.program.is_none() {
+        check(jail.command_line(&program, [Duration::ZERO; 3]))?;
+    }
     let mut made = Made::default();
     let result = jail.make(&program, user, &begun, &mut made);
     match result {

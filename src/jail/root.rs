@@ -85,9 +85,15 @@ impl Program {
     fn of(path: &Path, name: &OsStr, file: File) -> Result<Self> {
         let metadata =
             file.metadata().with_context(|| format!("--exec-file {}: look at it", path.display()))?;
-        if !metadata.is_file() || metadata.mode() & 0o111 == 0 {
+        if !metadata.is_file() {
             return Err(Error::config(format!(
-                "--exec-file {}: it is not executable: name a program, and make it executable by `chmod +x`",
+                "--exec-file {}: it is no file: name a program",
+                path.display()
+            )));
+        }
+        if metadata.mode() & 0o111 == 0 {
+            return Err(Error::config(format!(
+                "--exec-file {}: it is not executable: make it so by `chmod +x`, if it is a program",
                 path.display()
             )));
         }

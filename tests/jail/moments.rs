@@ -33,7 +33,7 @@ fn a_folder_that_becomes_a_link_leads_nowhere() {
     std::fs::create_dir(&elsewhere).unwrap();
     std::fs::write(elsewhere.join("kvm"), "of the host").unwrap();
     let mut command = site.jail("swapped");
-    command.args(["--", "serve", "--nonesuch"]);
+    command.args(["--", "run", "nonesuch"]);
     let mut maker = waiting(&command);
     let is_device =
         |number, arguments: [u64; 6]| number == libc::SYS_mknodat && arguments[3] == libc::makedev(10, 200);
@@ -51,7 +51,7 @@ fn a_folder_that_becomes_a_link_leads_nowhere() {
 fn a_user_who_may_look_finds_nothing_of_the_makers() {
     let site = Site::new();
     let mut command = site.jail("looked");
-    command.args(site.limits()).args(["--", "serve", "--nonesuch"]).stdin(Stdio::null());
+    command.args(site.limits()).args(["--", "run", "nonesuch"]).stdin(Stdio::null());
     let mut maker = waiting(&command);
     let shows = |number, arguments: [u64; 6]| {
         number == libc::SYS_prctl && arguments[..2] == [libc::PR_SET_DUMPABLE as u64, 1]

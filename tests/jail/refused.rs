@@ -23,8 +23,8 @@ const OPTIONS: &[(&str, &str)] = &[
         "--exec-file LINK",
         "it is a symbolic link: name the program that it leads to, or give that a second name",
     ),
-    ("--exec-file PLAIN", "it is not executable: name a program, and make it executable by `chmod +x`"),
-    ("--exec-file /dev", "--exec-file /dev: it is not executable"),
+    ("--exec-file PLAIN", "it is not executable: make it so by `chmod +x`, if it is a program"),
+    ("--exec-file /dev", "--exec-file /dev: it is no file: name a program"),
     ("--exec-file /nonexistent", "--exec-file /nonexistent: No such file"),
     ("--exec-file SCRIPT", "--exec-file: execute `SCRIPT`: No such file or directory"),
     ("--exec-file PRIVATE", "user 1234 may not execute it: `chmod a+rx`"),
@@ -108,6 +108,23 @@ fn what_cannot_be_a_jail_leaves_nothing_behind() {
         let ended = end(command);
         assert!(ended.code == Some(1) && ended.text.contains(expected), "{id} {options}: {ended:?}");
         assert_eq!(site.everything(), before, "{id} {options}");
+    }
+}
+
+#[test]
+fn wrong_arguments_of_the_monitor_are_told_before_a_jail_is_made() {
+    let site = Site::new();
+    let before = site.everything();
+    for (options, words) in [
+        (&[][..], &["--bogus"][..]),
+        (&["--daemonize"], &["--bogus"]),
+        (&["--daemonize", "--new-pid-ns"], &["run", "--bogus"]),
+    ] {
+        let mut command = site.jail("x");
+        command.args(options).arg("--").args(words);
+        let ended = end(command);
+        assert!(ended.code == Some(153) && ended.text.contains("'--bogus'"), "{options:?}: {ended:?}");
+        assert_eq!(site.everything(), before, "{options:?}");
     }
 }
 
