@@ -39,7 +39,7 @@ pub(super) fn address(path: &Path) -> Option<(libc::sockaddr_un, usize)> {
 fn refused(error: IoError) -> Error {
     let why = match error.kind() {
         ErrorKind::NotFound => "there is no socket: start what shall listen there first",
-        ErrorKind::ConnectionRefused => "nobody listens there: start what shall",
+        ErrorKind::ConnectionRefused => "nobody listens there, or it is no socket: start what shall listen",
         ErrorKind::WouldBlock => "who listens there does not take its clients, and many wait already",
         ErrorKind::InvalidInput => return Error::config(error.to_string()),
         _ => return Error::host(error.to_string()),

@@ -199,7 +199,9 @@ impl Vcpu {
                         stood_still = true;
                     }
                 })
-                .with_context(|| format!("start the thread of vCPU {index}"))?;
+                .with_context(|| {
+                    format!("start the thread of vCPU {index} (`ulimit -u` and `pids.max` of a control group bound them)")
+                })?;
             self.thread = Some(thread);
         }
         Ok(())
