@@ -132,7 +132,7 @@ pub enum Place {
         /// The interrupt line.
         gsi: Option<u32>,
     },
-    /// A device number of the PCI bus.
+    /// A device number of PCI bus 0, or what is in a PCIe slot, whose places follow those numbers.
     Pci(u32),
     /// Memory that no guest has as its RAM, and the interrupt line if there is one: guest memory where a device without
     /// registers writes what the guest reads, or the window of a device.

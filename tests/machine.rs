@@ -446,7 +446,7 @@ fn a_pci_function_that_is_removed_is_nowhere_any_more() {
         (vec![(1, bar - 8, 16)], "no PCI device was there"),
         (vec![(1, bar, 0)], "no PCI device was there"),
         (vec![(32, bar, 16)], "no PCI device was there"),
-        (vec![(1, bar, 16); 33], "is damaged"),
+        (vec![(1, bar, 16); 48], "is damaged"),
     ] {
         let no_functions: &[(u32, &[u8])] = &[];
         let state = postcard::to_allocvec(&(2_u16, 0_u32, no_functions, remains)).unwrap();

@@ -1,4 +1,4 @@
-//! The configuration space of a function: a header of type 0, one 64-bit BAR, capabilities.
+//! The configuration space of a function: a header of type 0 with one 64-bit BAR or one of type 1, capabilities.
 
 use serde::{Deserialize, Serialize};
 
@@ -10,6 +10,14 @@ const COMMAND: usize = 0x04;
 const STATUS: usize = 0x06;
 const BAR0: usize = 0x10;
 const CAPABILITIES: usize = 0x34;
+const HEADER_TYPE: usize = 0x0e;
+/// Offsets in a header of type 1 (PCI Express 5.0, 7.5.1.3): the numbers of the bus that the bridge is on, of the one
+/// behind it, and of the last one behind that.
+const BUS_NUMBERS: usize = 0x18;
+/// The number of the bus behind the bridge.
+pub const SECONDARY_BUS: usize = BUS_NUMBERS + 1;
+/// The addresses of memory behind the bridge, from and to.
+const MEMORY_BASE: usize = 0x20;
 /// Where capabilities begin.
 const FIRST_CAPABILITY: usize = 0x40;
 
@@ -72,7 +80,19 @@ impl ConfigSpace {
         space
     }
 
-    fn set(&mut self, offset: usize, bytes: &[u8]) {
+    /// A bridge to another bus, which has windows for neither ports nor prefetchable memory.
+    pub fn bridge(identity: Identity) -> Self {
+        let mut space = Self::new(identity, 0, 0);
+        space.bytes[HEADER_TYPE] = 1;
+        // Other registers are where a header of type 0 has vendor and device of the subsystem.
+        space.set(0x2c, &[0; 4]);
+        space.writable[BUS_NUMBERS..BUS_NUMBERS + 3].fill(0xff);
+        space.writable[MEMORY_BASE..MEMORY_BASE + 4].copy_from_slice(&[0xf0, 0xff, 0xf0, 0xff]);
+        space
+    }
+
+    /// Has these bytes stand at `offset`, whatever the guest can write there.
+    pub fn set(&mut self, offset: usize, bytes: &[u8]) {
         self.bytes[offset..offset + bytes.len()].copy_from_slice(bytes);
     }
 
@@ -96,6 +116,11 @@ impl ConfigSpace {
     /// One byte, as the guest left it.
     pub fn byte(&self, offset: usize) -> u8 {
         self.bytes[offset]
+    }
+
+    /// Two bytes, as they stand there.
+    pub fn word(&self, offset: usize) -> u16 {
+        u16::from_le_bytes([self.bytes[offset], self.bytes[offset + 1]])
     }
 
     /// The guest reads.

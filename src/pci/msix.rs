@@ -1,4 +1,5 @@
-//! MSI-X (PCI Local Bus 3.0, 6.8.2): the table of messages, masking, pending bits.
+//! MSI-X (PCI Local Bus 3.0, 6.8.2): the table of messages, masking, pending bits. A function with MSI has one vector of
+//! the same kind.
 
 use std::sync::Arc;
 
@@ -59,6 +60,15 @@ impl Msix {
     pub fn set_control(&mut self, enabled: bool, masked: bool) {
         (self.enabled, self.masked) = (enabled, masked);
         self.connect();
+    }
+
+    /// The function is this one from here on, by bus, device and function: its messages come from there.
+    pub fn set_requester(&mut self, device: u32) {
+        if device != self.device {
+            (0..self.vectors.len()).for_each(|index| self.disconnect(index));
+            self.device = device;
+            self.connect();
+        }
     }
 
     /// The guest reads the table.

@@ -1,11 +1,13 @@
 //! The root: finds the function behind a configuration access, and moves its registers on the bus when
 //! the guest moves its BAR.
 
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use serde::{Deserialize, Serialize};
 
-use super::{CONFIG_SIZE, DEVICES_MAX};
+use super::config::SECONDARY_BUS;
+use super::port::Port;
+use super::{CONFIG_SIZE, DEVICES_MAX, PLACES_MAX, SLOTS_MAX};
 use crate::arch::layout;
 use crate::bus::{Bus, BusDevice, Shared};
 use crate::error::{Context, Error, Result};
@@ -18,6 +20,9 @@ use crate::poll::EventFd;
 use crate::snapshot::{SaveState, Snapshot, at_most, stateless};
 use crate::vm::Vm;
 use crate::vm::irq::Message;
+
+/// Bytes of configuration space of one bus.
+const BUS_SIZE: u64 = 256 * CONFIG_SIZE;
 
 /// A function of the bus.
 pub trait Function: SaveState + Send {
@@ -33,6 +38,8 @@ pub trait Function: SaveState + Send {
     }
     /// Has the function send these. To be called once it was restored.
     fn connect(&mut self) {}
+    /// The function is this one from here on, by bus, device and function.
+    fn set_requester(&mut self, _requester: u32) {}
 }
 
 /// What a function has on the memory bus, wherever it is.
@@ -49,16 +56,19 @@ struct Slot {
     placed: Option<Range>,
 }
 
-/// The bus: up to 32 devices of one function each.
+/// Bus 0 with up to 32 devices of one function each, some of which may be ports, with a place for one device behind each.
+/// Buses end there: no number that a guest gives to a bus leads further than to that place.
 pub struct Root {
     vm: Arc<Vm>,
     /// The bus has the root among its devices (configuration space is memory), and a bus that the root kept would never be dropped.
     mmio: Weak<Bus>,
-    /// By device number. On the heap each, as most are empty: a root is made on the stack, whose pages stay.
-    slots: [Option<Box<Slot>>; DEVICES_MAX],
+    /// By place. On the heap each, as most are empty: a root is made on the stack, whose pages stay.
+    slots: [Option<Box<Slot>>; PLACES_MAX],
+    /// The ports, in the order of the places behind them.
+    ports: Vec<Arc<Mutex<Port>>>,
     /// The address register of the port mechanism (x86).
     address: u32,
-    /// Where the registers were of devices that were torn away from their drivers, by device number.
+    /// Where the registers were of devices that were torn away from their drivers, by place.
     remains: Vec<(u32, Range)>,
 }
 
@@ -80,27 +90,48 @@ impl Root {
         Self {
             vm,
             mmio: Arc::downgrade(mmio),
-            slots: [const { None }; DEVICES_MAX],
+            slots: [const { None }; PLACES_MAX],
+            ports: Vec::new(),
             address: 0,
             remains: Vec::new(),
         }
     }
 
-    /// Adds a function as this device.
+    /// Adds a port as this device of bus 0; the place behind it is the next one after those behind other ports.
+    pub fn add_port(&mut self, device: u32, port: Port) -> Result<()> {
+        if self.ports.len() == SLOTS_MAX {
+            return Err(Error::config(format!("there are {SLOTS_MAX} PCIe slots already")));
+        }
+        let port = Arc::new(Mutex::new(port));
+        self.add(device, port.clone(), None)?;
+        self.ports.push(port);
+        Ok(())
+    }
+
+    /// The port that this place is behind.
+    fn port_of(&self, place: usize) -> Option<MutexGuard<'_, Port>> {
+        let port = self.ports.get(place.checked_sub(DEVICES_MAX)?)?;
+        Some(port.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Adds a function at this place.
     pub fn add(
         &mut self,
         device: u32,
         function: Arc<Mutex<dyn Function>>,
         registers: Option<FunctionRegisters>,
     ) -> Result<()> {
-        match self.slots.get_mut(device as usize) {
+        let places = DEVICES_MAX + self.ports.len();
+        match self.slots[..places].get_mut(device as usize) {
             Some(slot @ None) => {
                 clear(&self.mmio, &mut self.remains, |other, _| other == device);
                 *slot = Some(Box::new(Slot { function, registers, placed: None }));
+                self.settle_requester(device as usize);
+                self.port_of(device as usize).iter_mut().for_each(|port| port.set_occupied(true));
                 Ok(())
             }
             Some(_) => Err(Error::config(format!("PCI device {device} is taken"))),
-            None => Err(Error::config(format!("PCI device {device}: the bus has {DEVICES_MAX}"))),
+            None => Err(Error::config(format!("PCI device {device}: the bus has {places}"))),
         }
     }
 
@@ -130,6 +161,7 @@ impl Root {
     fn take(&mut self, device: u32) -> Result<Option<Range>> {
         let slot = self.slots.get_mut(device as usize).and_then(Option::take);
         let slot = slot.ok_or_else(|| Error::config(format!("there is no PCI device {device}")))?;
+        self.port_of(device as usize).iter_mut().for_each(|port| port.set_occupied(false));
         if let (Some(registers), Some(place), Some(mmio)) = (slot.registers, slot.placed, self.mmio.upgrade())
         {
             take_away(&self.vm, &mmio, &registers, place);
@@ -138,13 +170,33 @@ impl Root {
         Ok(None)
     }
 
-    /// `address` is an offset in ECAM: bus 0, device, function 0, register.
-    fn slot(&mut self, address: u64) -> Option<(&mut Slot, usize)> {
-        let function = address / CONFIG_SIZE;
-        if !function.is_multiple_of(8) {
-            return None;
+    /// Has the function at a place behind a port send its messages from the bus there, as the guest has numbered it.
+    fn settle_requester(&self, place: usize) {
+        if let (Some(port), Some(slot)) = (self.port_of(place), &self.slots[place]) {
+            let requester = u32::from(port.secondary_bus()) << 8;
+            slot.function.lock().unwrap_or_else(PoisonError::into_inner).set_requester(requester);
         }
-        let slot = self.slots.get_mut((function / 8) as usize)?.as_deref_mut()?;
+    }
+
+    /// The place that `address` is for, an offset in ECAM: bus, device, function 0, register. A guest can give one number
+    /// to several buses: the first one has it.
+    fn place_at(&self, address: u64) -> Option<usize> {
+        let function = address / CONFIG_SIZE;
+        let (bus, device) = (function / 256, (function % 256 / 8) as usize);
+        match (bus, device) {
+            _ if !function.is_multiple_of(8) => None,
+            (0, _) => Some(device),
+            (_, 0) => (DEVICES_MAX..DEVICES_MAX + self.ports.len()).find(|place| {
+                self.port_of(*place).is_some_and(|port| u64::from(port.secondary_bus()) == bus)
+            }),
+            _ => None,
+        }
+    }
+
+    /// What is at `address`, and which of its registers that is.
+    fn slot(&mut self, address: u64) -> Option<(&mut Slot, usize)> {
+        let place = self.place_at(address)?;
+        let slot = self.slots[place].as_deref_mut()?;
         Some((slot, (address % CONFIG_SIZE) as usize))
     }
 
@@ -169,6 +221,10 @@ impl Root {
         if let (Some(mmio), Some((slot, _))) = (mmio, self.slot(address)) {
             slot.place(&vm, &mmio);
         }
+        if offset <= SECONDARY_BUS && SECONDARY_BUS < offset + data.len() {
+            // The guest may have numbered a bus.
+            (DEVICES_MAX..PLACES_MAX).for_each(|place| self.settle_requester(place));
+        }
     }
 }
 
@@ -184,7 +240,7 @@ fn clear(mmio: &Weak<Bus>, remains: &mut Vec<(u32, Range)>, is_in_the_way: impl 
 }
 
 impl Component for Root {
-    /// Bus 0 with its windows. Its devices have no interrupt lines but messages, which name them by bus, device
+    /// Bus 0 and those behind it, as many as there is room for in `place`, with their windows. Their devices have no interrupt lines but messages, which name them by bus, device
     /// and function.
     fn nodes(&self, place: Place) -> Vec<Node> {
         const MEMORY_32: u32 = 0x0200_0000;
@@ -205,7 +261,7 @@ impl Component for Root {
             .flag("dma-coherent")
             .cells("#address-cells", &[3])
             .cells("#size-cells", &[2])
-            .cells("bus-range", &[0, 0])
+            .cells("bus-range", &[0, (ecam.size / BUS_SIZE - 1) as u32])
             .registers(place)
             .cells("ranges", &[MEMORY_32, 0, start, 0, start, 0, size])
             .cells("msi-map", &[0, phandle::MESSAGES, 0, 0x1_0000]);
@@ -229,12 +285,12 @@ impl Slot {
     }
 }
 
-/// The address register, the functions with their device numbers, and what remains of devices that were torn away.
+/// The address register, the functions with their places, and what remains of devices that were torn away.
 #[derive(Debug, Deserialize, Serialize)]
 pub struct State {
     address: u32,
     functions: Vec<(u32, Vec<u8>)>,
-    #[serde(deserialize_with = "at_most::<DEVICES_MAX, _, _>")]
+    #[serde(deserialize_with = "at_most::<PLACES_MAX, _, _>")]
     remains: Vec<(u32, Range)>,
 }
 
@@ -267,13 +323,22 @@ impl Snapshot for Root {
             let slot = slot.ok_or_else(|| Error::config("there is no such device")).with_context(attempt)?;
             let mut function = slot.function.lock().unwrap_or_else(PoisonError::into_inner);
             function.restore_state(&bytes).with_context(attempt)?;
-            messages.extend(function.messages());
             drop(function);
             slot.place(&vm, &mmio);
         }
+        // Ports know the numbers of their buses now.
+        for (place, slot) in self.slots.iter().enumerate() {
+            self.settle_requester(place);
+            let function =
+                slot.iter().map(|slot| slot.function.lock().unwrap_or_else(PoisonError::into_inner));
+            messages.extend(function.flat_map(|function| function.messages()));
+        }
         for (number, place) in state.remains {
             let attempt = || format!("restore what remains of PCI device {number}, at {place}");
-            if number as usize >= DEVICES_MAX || place.size == 0 || !layout::PCI_MEMORY.contains(place) {
+            if number as usize >= DEVICES_MAX + self.ports.len()
+                || place.size == 0
+                || !layout::PCI_MEMORY.contains(place)
+            {
                 return Err(Error::config("no PCI device was there")).with_context(attempt);
             }
             self.leave_remains(number, place).with_context(attempt)?;

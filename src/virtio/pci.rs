@@ -184,6 +184,10 @@ impl Function for Pci {
     fn connect(&mut self) {
         self.msix.lock().unwrap_or_else(PoisonError::into_inner).connect();
     }
+
+    fn set_requester(&mut self, requester: u32) {
+        self.msix.lock().unwrap_or_else(PoisonError::into_inner).set_requester(requester);
+    }
 }
 
 /// What the guest can see of the function itself; its device is saved by its transport.
