@@ -57,7 +57,8 @@
 //! [`machine::Machine::attach`] and goes by `detach`, in a build as later (`machine/attach.rs`, which also chooses the
 //! places of configured devices; a restore is given those of the state). Devices that KVM is told of as of memory are open
 //! before it has interrupt controllers (`machine/ahead.rs`). While the guest runs, that is `plug` and
-//! `unplug` (`machine/plug.rs`): by the slots of the PCI bus (`devices/slots.rs`, `arch/x86_64/slots.rs`) the guest is
+//! `unplug` (`machine/plug.rs`): by the slots of the PCI bus (`devices/slots.rs`, `arch/x86_64/slots.rs`), or on aarch64 by the
+//! ports of PCIe slots ([`pci::port`]), the guest is
 //! told, and says what it has let go, which `microvm/plugging.rs` then takes away. CPUs are all made with the machine, and
 //! each has a gate of its own, which is open while the guest has the CPU (`machine/cpus.rs`, `vm/vcpus.rs`); of them,
 //! `devices/cpu_slots.rs` and `arch/x86_64/cpu_slots.rs` tell the guest, and `microvm/cpus.rs` does what its owner asks. On

@@ -36,11 +36,12 @@ pub fn set(set: &Set) -> Result<()> {
     cpus.iter().try_for_each(|number| switch(*number, "1"))?;
     cpus_off.iter().try_for_each(|number| switch(*number, "0"))?;
     if let Some(pci) = pci {
-        let path = match pci {
-            Pci::Rescan => "/sys/bus/pci/rescan".to_owned(),
-            Pci::Remove(number) => format!("/sys/bus/pci/devices/0000:00:{number:02x}.0/remove"),
+        let (path, word) = match pci {
+            Pci::Rescan => ("/sys/bus/pci/rescan".to_owned(), "1"),
+            Pci::Remove(number) => (format!("/sys/bus/pci/devices/0000:00:{number:02x}.0/remove"), "1"),
+            Pci::Empty(slot) => (format!("/sys/bus/pci/slots/{slot}/power"), "0"),
         };
-        std::fs::write(&path, "1").with_context(|| format!("write to `{path}`"))?;
+        std::fs::write(&path, word).with_context(|| format!("write to `{path}`"))?;
     }
     Ok(())
 }

@@ -15,6 +15,7 @@ use crate::log;
 use crate::machine::RunState;
 use crate::microvm::Microvm;
 use crate::microvm::plugging::Agent;
+use crate::pci;
 use crate::protocol::PORT;
 use crate::protocol::request::{Ask, Greeting, Pci, Set};
 
@@ -38,8 +39,11 @@ pub fn look(microvm: &mut Microvm) -> Result<Ticket> {
 }
 
 /// Has the agent in a guest that does not hear of it by itself look for a device that has come. Nobody waits for that:
-/// without an agent, the guest looks when it likes.
-pub fn look_for_device(microvm: &mut Microvm) {
+/// without an agent, the guest looks when it likes. A device in a slot needs nobody.
+pub fn look_for_device(microvm: &mut Microvm, name: &str) {
+    if microvm.machine().is_some_and(|machine| machine.is_in_slot(name)) {
+        return;
+    }
     if let Ok(stream) = open_deaf(microvm) {
         have_set(microvm, stream, Set { pci: Some(Pci::Rescan), ..Set::default() });
     }
@@ -73,8 +77,12 @@ fn have_set(microvm: &mut Microvm, stream: UnixStream, what: Set) {
 /// The agent in a guest that cannot be asked otherwise to let a device go.
 pub fn agent(microvm: &mut Microvm) -> Option<Agent> {
     let stream = open_deaf(microvm).ok()?;
-    let remove = |number| Set { pci: Some(Pci::Remove(number as u8)), ..Set::default() };
-    Some(Box::new(move |number| set(stream, remove(number))))
+    let release = |place| match pci::slot_of(place) {
+        Some(slot) => Pci::Empty(slot as u8),
+        None => Pci::Remove(place as u8),
+    };
+    let release = move |place| Set { pci: Some(release(place)), ..Set::default() };
+    Some(Box::new(move |place| set(stream, release(place))))
 }
 
 /// A connection to a guest that does not hear by itself of devices that come and go.

@@ -213,7 +213,10 @@ fn put_device(microvm: &mut Microvm, device: ConfiguredDevice) -> Result<(), Str
     let area = device.kind().fault;
     let put = match microvm.state() {
         None => microvm.put_device(device),
-        Some(_) => microvm.plug_device(device).inspect(|()| guest::look_for_device(microvm)),
+        Some(_) => {
+            let name = device.name();
+            microvm.plug_device(device).inspect(|()| guest::look_for_device(microvm, &name))
+        }
     };
     put.map_err(fault(area))
 }

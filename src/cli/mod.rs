@@ -420,7 +420,8 @@ fn begin_to_serve(arguments: &Serve) -> Result<Begun> {
         }
     };
     let mut config = config.unwrap_or_default();
-    config.pci = arguments.enable_pci;
+    (config.pci, config.pcie_slots) = (arguments.enable_pci, arguments.pcie_slots);
+    config.check_slots()?;
     config.dialect = arguments.dialect;
     arguments.outputs.configure(&mut config);
     let mut microvm = Microvm::new(arguments.id.clone(), config);

@@ -16,12 +16,14 @@ use crate::devices::KINDS;
 use crate::devices::console;
 use crate::devices::kind::{ConfiguredDevice, DeviceKind};
 use crate::devices::net;
+use crate::devices::slots::PciSlots;
 use crate::devices::virtio_console;
 use crate::dialect::Dialect;
 use crate::error::{Context, Error, Result};
 use crate::log;
 use crate::metadata;
 use crate::metrics;
+use crate::pci;
 use crate::platform::CpuChanges;
 use crate::sink::{Purpose, Sink};
 
@@ -70,6 +72,10 @@ pub struct Config {
     pub boot_timer: bool,
     /// Devices are on a PCI bus instead of behind virtio-mmio (`--enable-pci`); not in a file.
     pub pci: bool,
+    /// How many PCIe hotplug slots there are beside that bus (`--pcie-slots`); not in a file, and not in states that are
+    /// older or have none.
+    #[serde(default, skip_serializing_if = "is_none")]
+    pub pcie_slots: u8,
     /// Whose API is spoken; not in a file.
     pub dialect: Dialect,
     /// What the embedded firmware guest is told beyond the machine's size (`alula run --cmdline`);
@@ -80,9 +86,14 @@ pub struct Config {
     devices: Vec<ConfiguredDevice>,
 }
 
+fn is_none(count: &u8) -> bool {
+    *count == 0
+}
+
 impl Config {
     /// Whether it makes sense in itself, whatever the host can do.
     pub fn check(&self) -> Result<()> {
+        self.check_slots()?;
         self.check_machine(&self.machine_config).context("`machine-config`")?;
         if let Some(source) = &self.boot_source {
             source.check().context("`boot-source`")?;
@@ -94,6 +105,24 @@ impl Config {
             metadata.check().and_then(|()| self.check_metadata(metadata)).context("`mmds-config`")?;
         }
         self.devices.iter().try_for_each(|device| device.check().with_context(|| device.name()))
+    }
+
+    /// Whether the machine can have that many PCIe slots.
+    pub fn check_slots(&self) -> Result<()> {
+        let refuse =
+            |reason| Err(Error::config(reason)).with_context(|| format!("--pcie-slots {}", self.pcie_slots));
+        match self.pcie_slots {
+            0 => Ok(()),
+            _ if arch::fixed_place(PciSlots::NAME).is_some() => refuse(
+                "ACPI has a slot for every device of the PCI bus on this architecture: leave it out, --enable-pci is enough"
+                    .to_owned(),
+            ),
+            _ if !self.pci => refuse("the slots are beside a PCI bus: give --enable-pci, too".to_owned()),
+            slots if usize::from(slots) > pci::SLOTS_MAX => {
+                refuse(format!("a machine has room for {} slots at most", pci::SLOTS_MAX))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Whether anything of it says what is to boot, on what machine.
@@ -277,6 +306,27 @@ impl Serialize for Config {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn slots_that_no_machine_has_are_refused() {
+        let has_acpi = crate::arch::NAME == "x86_64";
+        for (pci, pcie_slots, expected) in [
+            (false, 0, None),
+            (true, 0, None),
+            (true, 15, None),
+            (false, 1, Some("--pcie-slots 1: the slots are beside a PCI bus: give --enable-pci")),
+            (true, 16, Some("--pcie-slots 16: a machine has room for 15 slots at most")),
+        ] {
+            let checked = Config { pci, pcie_slots, ..Config::default() }.check();
+            let expected =
+                if has_acpi && pcie_slots > 0 { Some("ACPI has a slot for every device") } else { expected };
+            match (checked, expected) {
+                (Ok(()), None) => {}
+                (Err(error), Some(expected)) => assert!(error.to_string().contains(expected), "{error}"),
+                (checked, _) => panic!("{pci} {pcie_slots}: {checked:?}"),
+            }
+        }
+    }
 
     #[test]
     fn the_root_device_is_the_first_disk_and_named_on_the_command_line() {

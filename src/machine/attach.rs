@@ -23,15 +23,17 @@ use crate::memory::registers::RegisterPage;
 use crate::memory::slots::Slots;
 use crate::memory::window::Window;
 use crate::part::{Component, Part};
-use crate::pci::DEVICES_MAX;
 use crate::pci::msix::Msix;
+use crate::pci::port::Port;
 use crate::pci::root::{Ecam, Fixture, FunctionRegisters, Ports, Root};
+use crate::pci::{self, DEVICES_MAX};
 use crate::platform::Place;
 use crate::poll::{self, EventFd};
 use crate::virtio::mmio::{INTERRUPT_ACKNOWLEDGE, Mmio, QUEUE_NOTIFY, REGISTERS_SIZE};
+use crate::virtio::pci::{BAR_SIZE, HostBridge, NOTIFY, NOTIFY_MULTIPLIER, Pci};
 use crate::virtio::transport::Transport;
 use crate::virtio::workers::Loop;
-use crate::virtio::{Interrupts, VirtioDevice, pci};
+use crate::virtio::{Interrupts, VirtioDevice};
 use crate::vm::Vm;
 use crate::vm::irq::Line;
 use crate::vm::vcpu::Surroundings;
@@ -97,7 +99,10 @@ impl Machine {
         self.config.check_beside(device)?;
         let place = self.place_for(&name, places)?;
         match place {
-            Place::Pci(number) => log::debug(format_args!("attach {name} as PCI device {number}")),
+            Place::Pci(number) => match pci::slot_of(number) {
+                Some(slot) => log::debug(format_args!("attach {name} in PCIe slot {slot}")),
+                None => log::debug(format_args!("attach {name} as PCI device {number}")),
+            },
             Place::Ports { range, .. } | Place::Registers { range, .. } | Place::Memory { range, .. } => {
                 log::debug(format_args!("attach {name} at {:#x}", range.start));
             }
@@ -212,16 +217,22 @@ impl Machine {
         Ok(())
     }
 
-    /// All places on the bus that devices are attached to.
-    fn device_places(&self) -> impl Iterator<Item = Place> + use<> {
+    /// All places that devices are attached to, on the bus and then in slots, and those that fixed parts have there.
+    pub(super) fn device_places(&self) -> impl Iterator<Item = Place> + use<> {
         let is_pci = self.root.is_some();
-        let count = if is_pci { DEVICES_MAX } else { layout::DEVICE_GSIS.len() };
+        let slots = usize::from(self.config.pcie_slots);
+        let count = if is_pci { DEVICES_MAX + slots } else { layout::DEVICE_GSIS.len() };
         let numbers = self.numbers_of_places(count);
         numbers.map(move |number| if is_pci { Place::Pci(number) } else { mmio_place(number) })
     }
 
+    /// Whether no part has this place.
+    pub(super) fn is_free(&self, place: Place) -> bool {
+        self.parts.0.iter().all(|part| part.place != place)
+    }
+
     fn place_for(&self, name: &str, places: &Places) -> Result<Place> {
-        let is_free = |place: &Place| self.parts.0.iter().all(|part| part.place != *place);
+        let is_free = |place: &Place| self.is_free(*place);
         let is_for_nobody = |place: &Place| places.values().all(|other| other != place);
         match places.get(name) {
             Some(given) if self.device_places().any(|place| place == *given) && is_free(given) => Ok(*given),
@@ -234,8 +245,8 @@ impl Machine {
                         Some(_) => format!(
                             "the PCI bus has no free place: there can be {} devices on it, and one has to be taken away \
                              first (`DELETE /drives/ID`, ...)",
-                            // The bridge has a place, too.
-                            self.device_places().count() - 1
+                            // The bridge has a place, too, and so has each port.
+                            DEVICES_MAX - 1
                         ),
                         None => {
                             format!("at most {} devices have an interrupt line", layout::DEVICE_GSIS.len())
@@ -278,12 +289,13 @@ impl Machine {
         // One for configuration changes.
         let vectors = events(&device.name, "interrupt", 1 + device.device.queue_vectors())?;
         let interrupts = Interrupts::vectors(vectors.clone(), queues);
+        // In a slot, the bus there says who it is that sends messages.
         let msix = Arc::new(Mutex::new(Msix::new(self.vm.clone(), number << 3, vectors)?));
-        let at = |queue: usize| pci::NOTIFY + queue as u64 * pci::NOTIFY_MULTIPLIER;
+        let at = |queue: usize| NOTIFY + queue as u64 * NOTIFY_MULTIPLIER;
         let kicked = kicks.iter().cloned().enumerate().map(|(queue, kick)| (at(queue), kick)).collect();
         let transport = self.transport(device, interrupts.clone(), kicks);
-        let bar = layout::PCI_MEMORY.start + u64::from(number) * pci::BAR_SIZE;
-        let function = pci::Pci::new(transport.clone(), interrupts, msix, bar);
+        let bar = layout::PCI_MEMORY.start + u64::from(number) * BAR_SIZE;
+        let function = Pci::new(transport.clone(), interrupts, msix, bar);
         let registers =
             FunctionRegisters { device: Arc::new(Mutex::new(function.registers())), kicks: kicked };
         let mut root = root.lock().unwrap_or_else(PoisonError::into_inner);
@@ -324,10 +336,11 @@ fn events(name: &str, what: &str, count: usize) -> Result<Vec<Arc<EventFd>>> {
 }
 
 /// Makes the PCI bus, which is reached by memory and, where there are such, by ports; its first device is the
-/// bridge to the CPUs. `wake` is written to when the guest has let a device go. In a frame of its own: the compiler makes the bus on the stack, in three places, and
+/// bridge to the CPUs, its last ones are the ports with the slots that are configured. `wake` is written to when the guest has let a device go. In a frame of its own: the compiler makes the bus on the stack, in three places, and
 /// every machine would keep these pages.
 #[inline(never)]
 pub fn pci_bus(
+    config: &Config,
     vm: &Arc<Vm>,
     surroundings: &Surroundings,
     wake: &Arc<EventFd>,
@@ -337,7 +350,9 @@ pub fn pci_bus(
         parts.push(Part { name: name.to_owned(), place, metrics: Vec::new(), component });
     };
     let root = Arc::new(Mutex::new(Root::new(vm.clone(), &surroundings.mmio)));
-    let memory = Place::Registers { range: layout::ECAM, gsi: None };
+    let slots = u32::from(config.pcie_slots);
+    let Range { start, size } = layout::ECAM;
+    let memory = Place::Registers { range: Range { start, size: size * u64::from(1 + slots) }, gsi: None };
     surroundings.attach(memory, Arc::new(Mutex::new(Ecam(root.clone()))))?;
     part("PCI bus", memory, root.clone());
     if let Some(range) = layout::PCI_PORTS {
@@ -345,9 +360,16 @@ pub fn pci_bus(
         surroundings.attach(place, ports.clone())?;
         part("PCI ports", place, ports);
     }
-    let bridge = Arc::new(Mutex::new(pci::HostBridge::default()));
+    let bridge = Arc::new(Mutex::new(HostBridge::default()));
     root.lock().unwrap_or_else(PoisonError::into_inner).add(0, bridge, None)?;
     part("PCI host bridge", Place::Pci(0), Arc::new(Mutex::new(Fixture)));
+    for slot in 1..=slots {
+        let (device, name) = (DEVICES_MAX as u32 - 1 - slots + slot, format!("PCIe port {slot}"));
+        let event = Arc::new(poll::event(format!("{name}, interrupt"))?);
+        let port = Port::new(vm.clone(), event, device, slot)?;
+        root.lock().unwrap_or_else(PoisonError::into_inner).add_port(device, port)?;
+        part(&name, Place::Pci(device), Arc::new(Mutex::new(Fixture)));
+    }
     if let Some(place) = arch::fixed_place(PciSlots::NAME)
         && let Some(gsi) = place.gsi()
     {

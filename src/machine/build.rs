@@ -72,7 +72,7 @@ pub fn build(
     put_fixed(&mut site)?;
     let mut parts = site.parts;
     cpus::put_slots(machine, &vm, &surroundings, &wake, &mut vcpus, &mut parts)?;
-    let root = config.pci.then(|| pci_bus(&vm, &surroundings, &wake, &mut parts)).transpose()?;
+    let root = config.pci.then(|| pci_bus(config, &vm, &surroundings, &wake, &mut parts)).transpose()?;
     let parts = Parts(parts);
     parts.check_places(places)?;
     let mut machine = Box::new(Machine {

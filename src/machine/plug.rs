@@ -1,7 +1,7 @@
 //! Devices of a PCI bus that come and go while the guest runs: told of and asked for by the bus's slots, where there are
-//! such (x86_64); elsewhere the guest looks for itself.
+//! such (x86_64); elsewhere told of by the ports that they are behind, or the guest looks for itself.
 
-use super::parts::{Pausing, Places};
+use super::parts::Pausing;
 use super::{Machine, RunState};
 use crate::config::Config;
 use crate::devices::cpu_slots::CpuSlots;
@@ -10,7 +10,7 @@ use crate::devices::slots::PciSlots;
 use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::log;
-use crate::pci::DEVICES_MAX;
+use crate::pci;
 use crate::platform::Place;
 use crate::virtio::transport::Transport;
 
@@ -20,7 +20,7 @@ pub enum Leaving {
     Asked,
     /// The device stops, and is taken away then ([`Machine::unplug`]).
     Now(Pausing),
-    /// Its driver is to let it go first, whom this machine cannot ask: the device's number on the bus.
+    /// Its driver is to let it go first, whom this machine cannot ask: the device's place on the bus or in a slot.
     Unheard(u32),
 }
 
@@ -39,13 +39,15 @@ impl Machine {
         ))
     }
 
-    /// Attaches a device, whether the guest runs or not, and tells the guest so.
+    /// Attaches a device, whether the guest runs or not, and tells the guest so. In a PCIe slot that is free, its port does.
     ///
     /// # Errors
     /// The machine is as it was before.
     pub fn plug(&mut self, device: &ConfiguredDevice, host: &mut Host) -> Result<()> {
-        self.attach(device, &Places::new(), host)?;
         let name = device.name();
+        let is_slot = |place: &Place| matches!(place, Place::Pci(place) if pci::slot_of(*place).is_some());
+        let slot = self.device_places().find(|place| is_slot(place) && self.is_free(*place));
+        self.attach(device, &slot.into_iter().map(|place| (name.clone(), place)).collect(), host)?;
         let told = self.tell_plugged(&name);
         // A device that is there in half is none.
         told.inspect_err(|_| drop(self.detach(&name)))
@@ -116,6 +118,11 @@ impl Machine {
         self.with_slots(|_| ()).is_some()
     }
 
+    /// Whether a device is in a PCIe slot, whose port the guest hears of it by.
+    pub fn is_in_slot(&self, name: &str) -> bool {
+        self.number_of(name).is_ok_and(|place| pci::slot_of(place).is_some())
+    }
+
     /// Tells the guest again of what it has not read; to be called now and then.
     pub fn remind(&self) {
         note(self.with_slots(PciSlots::remind));
@@ -127,7 +134,7 @@ impl Machine {
         self.parts.with(PciSlots::NAME, act)
     }
 
-    /// The number of a device on the bus.
+    /// The place of a device on the bus or in a slot.
     fn number_of(&self, name: &str) -> Result<u32> {
         match self.parts.get(name)?.place {
             Place::Pci(number) => Ok(number),
@@ -148,7 +155,7 @@ impl Machine {
 
     /// The numbers of places on the bus of `count`, in the order in which new devices take them.
     pub(super) fn numbers_of_places(&self, count: usize) -> impl Iterator<Item = u32> + use<> {
-        debug_assert!(self.next_place <= DEVICES_MAX);
+        debug_assert!(self.next_place <= pci::PLACES_MAX);
         let first = self.next_place;
         (0..count).map(move |index| ((first + index) % count) as u32)
     }

@@ -7,6 +7,7 @@ use crate::history::{self, Event};
 use crate::jobs::Ticket;
 use crate::log;
 use crate::machine::{Leaving, Machine, Pausing};
+use crate::pci;
 
 /// The reasons why a device has gone: its owner, by a DELETE with `force` or of what nobody used; the guest, which let it go when
 /// it was asked; a reset, before which it was asked.
@@ -14,7 +15,7 @@ const BY_OWNER: &str = "DELETE";
 const BY_GUEST: &str = "guest";
 const BY_RESET: &str = "reset";
 
-/// Has an agent in the guest let go the device with this number on the bus. It is called on a job's thread.
+/// Has an agent in the guest let go the device at this place on the bus or in a slot. It is called on a job's thread.
 pub type Agent = Box<dyn FnOnce(u32) -> Result<()> + Send>;
 
 impl Microvm {
@@ -153,9 +154,13 @@ impl Microvm {
 
 /// The device cannot go, and what to do.
 fn in_use(name: &str, number: u32) -> Error {
+    let how = match pci::slot_of(number) {
+        Some(slot) => format!("echo 0 > /sys/bus/pci/slots/{slot}/power"),
+        None => format!("echo 1 > /sys/bus/pci/devices/0000:00:{number:02x}.0/remove"),
+    };
     Error::config(format!(
         "{name} is in use, and the guest cannot be asked to let it go on this architecture but by an agent: have it do so \
-         (`echo 1 > /sys/bus/pci/devices/0000:00:{number:02x}.0/remove`) and try again, or tear the device away \
+         (`{how}`) and try again, or tear the device away \
          (`{{\"force\": true}}`)"
     ))
 }

@@ -133,7 +133,7 @@ pub struct Set {
     pub pci: Option<Pci>,
 }
 
-/// What is to be done with the devices of PCI bus 0.
+/// What is to be done with the devices of PCI bus 0, or in PCIe slots.
 #[derive(Clone, Copy, Debug, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Pci {
@@ -141,6 +141,8 @@ pub enum Pci {
     Rescan,
     /// The one with this number is let go.
     Remove(u8),
+    /// The one in the slot with this number is let go.
+    Empty(u8),
 }
 
 /// An interface's IPv4 address.

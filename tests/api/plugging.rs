@@ -357,3 +357,70 @@ fn a_thousand_devices_that_came_and_went_leave_nothing() {
     wait_for(|| count("fd") <= before[0] && count("task") <= before[1]);
     assert!(own() < before[2] + 256, "{before:?}, then {}", own());
 }
+
+#[test]
+fn slots_are_refused_where_no_machine_has_them() {
+    for (words, expected) in [
+        (
+            &["--pcie-slots", "1"][..],
+            if X86_64 { "ACPI has a slot for every device" } else { "give --enable-pci" },
+        ),
+        (
+            &["--enable-pci", "--pcie-slots", "16"],
+            if X86_64 { "leave it out" } else { "room for 15 slots at most" },
+        ),
+    ] {
+        for command in ["run", "serve"] {
+            let ended = common::run([&[command][..], words].concat());
+            assert!(
+                ended.code == Some(125) || ended.code == Some(1),
+                "{command}: {:?} {}",
+                ended.code,
+                ended.text
+            );
+            let option = words[words.len() - 2..].join(" ");
+            assert!(ended.text.contains(&format!("{option}: ")), "{command}: {}", ended.text);
+            assert!(ended.text.contains(expected), "{command}: {}", ended.text);
+        }
+    }
+}
+
+// Elsewhere there are no such slots.
+#[cfg(target_arch = "aarch64")]
+#[test]
+fn what_came_in_a_slot_is_in_a_snapshot_and_in_a_reset() {
+    let service = Service::start(&["--enable-pci", "--pcie-slots", "2"]);
+    service.boot_source("case=serial end=idle");
+    let mut client = service.client();
+    client.ok("PUT", "/actions", START);
+    // Two in slots, one on the bus.
+    let images = ["a", "b", "c"].map(|id| plug(&service, id));
+    client.ok("PATCH", "/vm", r#"{"state": "Paused"}"#);
+    let files = json!({ "snapshot_path": "state", "mem_file_path": "memory" }).to_string();
+    client.ok("PUT", "/snapshot/create", &files);
+    client.ok("PATCH", "/vm", r#"{"state": "Resumed"}"#);
+    client.ok("PUT", "/actions", r#"{"action_type": "Reset"}"#);
+    assert_eq!(drives(&mut client), ["a", "b", "c"]);
+    client.ok("DELETE", "/drives/a", "");
+    plug(&service, "d");
+    assert_eq!(drives(&mut client), ["b", "c", "d"]);
+    let Service { mut process, folder, .. } = service;
+    process.send(libc::SIGTERM);
+    process.end();
+
+    let other = Service::start(&[]);
+    let mut client = other.client();
+    let load = json!({
+        "snapshot_path": folder.path("state"),
+        "mem_backend": { "backend_type": "File", "backend_path": folder.path("memory") },
+        "resume_vm": true,
+    });
+    client.ok("PUT", "/snapshot/load", &load.to_string());
+    for (id, image) in ["a", "b", "c"].into_iter().zip(images) {
+        assert_eq!(count_open(&other, &image), 1);
+        client.ok("DELETE", &format!("/drives/{id}"), "");
+        assert_eq!(count_open(&other, &image), 0);
+    }
+    plug(&other, "d");
+    assert_eq!(drives(&mut client), ["d"]);
+}

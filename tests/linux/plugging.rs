@@ -1,5 +1,5 @@
 //! Devices that come to a Linux guest that runs, and go again. ACPI tells a guest of x86_64 and asks it, the agent one of
-//! aarch64.
+//! aarch64, or the port of a PCIe slot.
 
 use super::{shared, *};
 
@@ -86,6 +86,45 @@ pub fn cpus(guest: &shared::Guest) {
     let complaints = guest.shell(
         "dmesg | grep -v 'Eject incomplete - status 0xf' | grep -iE 'eject|failed|stuck|not responding|BUG|WARNING' || :",
     );
+    assert_eq!(complaints, "");
+}
+
+/// A disk comes in a PCIe slot and is torn out of it, or switched off by the agent, and the guest hears of both by itself:
+/// nobody in it is asked to look. In the end both slots are taken, and other devices come on bus 0.
+pub fn slots(guest: &shared::Guest) {
+    if X86_64 || guest.queues == 1 {
+        return;
+    }
+    let mut client = guest.client();
+    let mut plug = |id: &str| {
+        let image = disks::image(&guest.folder, id, "raw");
+        let body = json!({ "drive_id": id, "path_on_host": image, "is_root_device": false });
+        client.ok("PUT", &format!("/drives/{id}"), &body.to_string());
+        let found = format!(
+            "until grep -lsx {id} /sys/block/vd*/serial; do usleep 10000; done
+            readlink -f $(dirname $(grep -lsx {id} /sys/block/vd*/serial))/device/.."
+        );
+        guest.shell(&found)
+    };
+    let take = |id: &str, how: &str| {
+        guest.client().ok("DELETE", &format!("/drives/{id}"), how);
+        guest.shell(&format!("while grep -lsx {id} /sys/block/vd*/serial; do usleep 10000; done"));
+        wait_for(|| !has(guest, "drives", "drive_id", id));
+    };
+    for round in 0..ROUNDS * times() {
+        let path = plug("slot");
+        // The ports are the last devices of bus 0, and slots are taken in turn.
+        let port = if round % 2 == 0 { "/0000:00:1e.0/0000:01:00.0" } else { "/0000:00:1f.0/0000:02:00.0" };
+        assert!(path.contains(port), "{round}: {path}");
+        if round < 2 {
+            let text = guest.does("slot", &["disk-write"]);
+            assert!(text.contains("disk: read and written, 65536 sectors"), "{text}");
+        }
+        take("slot", if round % 2 == 0 { r#"{"force": true}"# } else { "" });
+    }
+    assert!(plug("slot1").contains("/0000:00:1e.0/"));
+    assert!(plug("slot2").contains("/0000:00:1f.0/"));
+    let complaints = guest.shell("dmesg | grep -i pciehp | grep -iE 'fail|error|cannot|timeout' || :");
     assert_eq!(complaints, "");
 }
 

@@ -137,6 +137,7 @@ const CASES: &[Case] = &[
     (ALL_DEVICES, uses_all_devices),
     ("what is written to persistent memory is there", disks::writes_to_pmem),
     ("bulk data crosses a TAP in both directions", networks::bulk),
+    ("a disk comes and goes in a PCIe slot", plugging::slots),
     ("a disk comes and goes while the guest runs", plugging::disks),
     ("a disk comes and goes in few exits", plugging::exits),
     ("a network interface comes and goes while the guest runs", plugging::interfaces),
@@ -189,7 +190,10 @@ fn cases_share_a_guest_behind_virtio_mmio() {
 #[ignore = "a stock kernel: scripts/test runs it"]
 fn cases_share_a_guest_behind_virtio_pci() {
     // On aarch64, no CPU comes or goes.
-    let start = if X86_64 { growing::start().to_owned() } else { plain(TRANSPORTS[1]) };
+    let start = match X86_64 {
+        true => growing::start().to_owned(),
+        false => plain(&["--enable-pci", "--pcie-slots 2"]),
+    };
     cases_share_a_guest(&start);
 }
 

@@ -59,6 +59,8 @@ const RUN_HELP_AFTER_DEVICES: &str = "      --publish [ADDRESS:]HOST:GUEST[/udp]
       --metadata FILE    The guest is told this when it asks 169.254.169.254 by HTTP: an object in a JSON
                          file; on all its network interfaces, unless a config file says which
       --enable-pci       Devices on a PCI bus instead of behind virtio-mmio
+      --pcie-slots N     aarch64: with --enable-pci, so many PCIe slots (at most 15), in which devices come
+                         and go while the guest runs without any help in the guest [default: 0]
       --watchdog ACTION  The guest has a watchdog, and when it expires this is done: reset (the guest boots
                          again), poweroff (it ends), none; an event tells of it in any case
       --config FILE      Read the configuration from this JSON file (Firecracker's format); other
@@ -117,7 +119,7 @@ Examples:
 ";
 
 /// `alula run`.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Run {
     pub kernel: Option<PathBuf>,
     pub initrd: Option<PathBuf>,
@@ -129,6 +131,7 @@ pub struct Run {
     pub devices: Vec<ConfiguredDevice>,
     pub metadata: Option<PathBuf>,
     pub enable_pci: bool,
+    pub pcie_slots: u8,
     pub watchdog: Option<WatchdogAction>,
     pub config: Option<PathBuf>,
     pub self_test: bool,
@@ -150,29 +153,7 @@ pub struct Run {
 
 /// Parses what comes after `alula run`.
 pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
-    let mut run = Run {
-        kernel: None,
-        initrd: None,
-        cmdline: None,
-        cpus: None,
-        max_cpus: None,
-        memory_mib: None,
-        devices: Vec::new(),
-        metadata: None,
-        enable_pci: false,
-        watchdog: None,
-        config: None,
-        self_test: false,
-        restore: None,
-        drives: Vec::new(),
-        record: None,
-        api_sock: None,
-        outputs: OutputOptions::default(),
-        walls: crate::walls::Wanted::default(),
-        id: default_id(),
-        is_named: false,
-        wanted: Wanted::default(),
-    };
+    let mut run = Run { id: default_id(), ..Run::default() };
     let (mut ports, mut given) = (Vec::new(), Given::default());
     while !run.wanted.take_command(parser)?
         && let Some(argument) = parser.next()?
@@ -190,6 +171,7 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
             Long("memory") => run.memory_mib = Some(value(parser, "--memory", mebibytes)?),
             Long("metadata") => run.metadata = Some(parser.value()?.into()),
             Long("enable-pci") => run.enable_pci = true,
+            Long("pcie-slots") => run.pcie_slots = value(parser, "--pcie-slots", number)?,
             Long("watchdog") => run.watchdog = Some(value(parser, "--watchdog", str::parse)?),
             Long("config") => run.config = Some(parser.value()?.into()),
             Long("restore") => run.restore = Some(parser.value()?.into()),
@@ -321,6 +303,7 @@ impl Run {
             (device.is_some(), device.as_deref().unwrap_or_default()),
             (publishes, "--publish"),
             (self.enable_pci, "--enable-pci"),
+            (self.pcie_slots > 0, "--pcie-slots"),
             (self.watchdog.is_some(), "--watchdog"),
             (self.config.is_some(), "--config"),
             (self.self_test, "--self-test"),
@@ -399,7 +382,7 @@ impl Run {
             }
             config.mmds_config = Some(metadata::Config::on(interfaces));
         }
-        config.pci = self.enable_pci;
+        (config.pci, config.pcie_slots) = (self.enable_pci, self.pcie_slots);
         self.outputs.configure(&mut config);
         let machine = &mut config.machine_config;
         machine.vcpu_count = self.cpus.unwrap_or(machine.vcpu_count);

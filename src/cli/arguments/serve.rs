@@ -31,6 +31,8 @@ Options:
       --config-file FILE   Start the microVM that this JSON file describes at once
       --no-api             Serve no API; needs --config-file
       --enable-pci         Devices on a PCI bus instead of behind virtio-mmio
+      --pcie-slots N       aarch64: with --enable-pci, so many PCIe slots (at most 15), in which devices
+                           come and go while the guest runs without any help in the guest [default: 0]
       --id ID              The microVM's name: 1 to 64 letters, digits and hyphens. Without --api-sock,
                            `alula exec ID`, `alula ctl ID` and the like find it by the name, unless
                            this is called `firecracker` [default: anonymous-instance]
@@ -60,7 +62,7 @@ const DEFAULT_SOCKET: &str = "/run/firecracker.socket";
 const EXPECTED_WARM: &str = "expected cpus=N,memory=SIZE, as in cpus=1,memory=128M";
 
 /// The options that Firecracker does not have: called by its name, they are unknown ([`Dialect`]).
-const OURS: [&str; 5] = ["warm", "events", "allow", "seccomp-log", "no-sandbox"];
+const OURS: [&str; 6] = ["pcie-slots", "warm", "events", "allow", "seccomp-log", "no-sandbox"];
 
 /// The help, with the options of the outputs and of the walls, as far as they are this program's.
 pub fn help(persona: Persona) -> String {
@@ -90,6 +92,7 @@ pub struct Serve {
     pub config_file: Option<PathBuf>,
     pub no_api: bool,
     pub enable_pci: bool,
+    pub pcie_slots: u8,
     pub outputs: OutputOptions,
     pub walls: Wanted,
     pub id: String,
@@ -111,6 +114,7 @@ pub fn parse(parser: &mut lexopt::Parser, persona: Persona) -> Result<Command, l
         config_file: None,
         no_api: false,
         enable_pci: false,
+        pcie_slots: 0,
         outputs: OutputOptions::of(persona),
         walls: Wanted::default(),
         id: default_id(),
@@ -135,6 +139,7 @@ pub fn parse(parser: &mut lexopt::Parser, persona: Persona) -> Result<Command, l
             Long("config-file") => serve.config_file = Some(parser.value()?.into()),
             Long("no-api") => serve.no_api = true,
             Long("enable-pci") => serve.enable_pci = true,
+            Long("pcie-slots") => serve.pcie_slots = value(parser, "--pcie-slots", number)?,
             Long("id") => {
                 serve.id = value(parser, "--id", id)?;
                 // Firecracker's socket is at the same place whatever the name is.
