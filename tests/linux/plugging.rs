@@ -111,7 +111,7 @@ pub fn slots(guest: &shared::Guest) {
         guest.shell(&format!("while grep -lsx {id} /sys/block/vd*/serial; do usleep 10000; done"));
         wait_for(|| !has(guest, "drives", "drive_id", id));
     };
-    for round in 0..ROUNDS * times() {
+    for round in 0..2 * ROUNDS * times() {
         let path = plug("slot");
         // The ports are the last devices of bus 0, and slots are taken in turn.
         let port = if round % 2 == 0 { "/0000:00:1e.0/0000:01:00.0" } else { "/0000:00:1f.0/0000:02:00.0" };
