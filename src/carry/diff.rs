@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use super::memory_file::{self, BLOCK, PAGE_MIN, Written};
@@ -53,15 +54,28 @@ impl Block {
     /// Reads its pages from `file` to their places in `block`, and returns their checksum.
     fn read(&self, file: &File, block: &mut [u8]) -> Result<u32> {
         let mut hasher = crc32fast::Hasher::new();
-        let is_there = |page: &usize| self.pages[page / 8] >> (page % 8) & 1 == 1;
-        for page in (0..BLOCK / PAGE_MIN).filter(is_there) {
-            let from = page * PAGE_MIN;
+        for run in self.runs() {
+            let from = self.start() + run.start as u64;
             let beyond = || Error::config("it names pages beyond the memory's end: it is damaged");
-            let bytes = block.get_mut(from..from + PAGE_MIN).ok_or_else(beyond)?;
-            file.read_exact_at(bytes, self.start() + from as u64).context("read its pages")?;
+            let bytes = block.get_mut(run).ok_or_else(beyond)?;
+            file.read_exact_at(bytes, from).context("read its pages")?;
             hasher.update(bytes);
         }
         Ok(hasher.finalize())
+    }
+
+    /// Where its pages are in the block, those that lie together as one.
+    fn runs(&self) -> Vec<Range<usize>> {
+        let is_there = |page: &usize| self.pages[page / 8] >> (page % 8) & 1 == 1;
+        let mut runs: Vec<Range<usize>> = Vec::new();
+        for page in (0..BLOCK / PAGE_MIN).filter(is_there) {
+            let (start, end) = (page * PAGE_MIN, (page + 1) * PAGE_MIN);
+            match runs.last_mut() {
+                Some(run) if run.end == start => run.end = end,
+                _ => runs.push(start..end),
+            }
+        }
+        runs
     }
 
     /// The same, where they must be as they were written.

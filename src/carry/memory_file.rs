@@ -57,6 +57,9 @@ pub enum Which {
     Touched,
 }
 
+/// So many entries of pagemap are read at once where nothing else is done with each block: 32 MiB of memory's.
+const ENTRIES: usize = 8192;
+
 impl Which {
     /// Whether these are pages with such an entry in pagemap.
     fn has(self, entry: u64) -> bool {
@@ -113,8 +116,8 @@ impl Pagemap {
         pages: usize,
         mut then: impl FnMut(usize),
     ) -> Result<()> {
-        let mut entries = vec![[0; 8]; BLOCK / PAGE_MIN];
-        let at_once = entries.len();
+        let mut entries = vec![[0; 8]; pages.min(ENTRIES)];
+        let at_once = entries.len().max(1);
         for first in (0..pages).step_by(at_once) {
             let entries = &mut entries[..(pages - first).min(at_once)];
             self.read(entries, start + first * page_size() as usize)?;
