@@ -9,6 +9,7 @@ mod jail;
 mod loads;
 mod monitor;
 mod restore;
+mod saves;
 mod sizes;
 mod soak;
 mod start;

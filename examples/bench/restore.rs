@@ -17,7 +17,7 @@ use crate::monitor::{connect, request, send, spawn};
 use crate::start::{compile, cpu_time, median};
 use crate::template::{self, Machine};
 use crate::{Folder, Result};
-use crate::{ahead, sizes};
+use crate::{ahead, saves, sizes};
 
 pub const MEMORY_MIB: u32 = 128;
 /// The time that a service has to prepare itself before it is asked, as it has with a client that takes its time.
@@ -269,11 +269,12 @@ pub fn restore(ours: &str, other: Option<&str>, runs: usize) -> Result<()> {
     }
     drop((bench, peer));
     sizes::sizes(ours, runs)?;
-    ahead::ahead(ours, runs)
+    ahead::ahead(ours, runs)?;
+    saves::saves(ours, runs)
 }
 
 /// The median, the least, and what 99 of 100 values do not exceed.
-fn spread(values: &[f64]) -> String {
+pub fn spread(values: &[f64]) -> String {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     let p99 = sorted[(sorted.len() * 99).div_ceil(100) - 1];
