@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use super::common::Folder;
 use super::*;
 
 const X86_64: bool = cfg!(target_arch = "x86_64");
@@ -54,6 +55,16 @@ fn take(service: &Service, path: &str) {
         assert!(fault.contains("is in use, and the guest cannot be asked"), "{fault}");
         client.ok("DELETE", path, FORCE);
     }
+}
+
+/// The request that loads the snapshot in `folder` and has its guest go on.
+fn load(folder: &Folder) -> String {
+    let load = json!({
+        "snapshot_path": folder.path("state"),
+        "mem_backend": { "backend_type": "File", "backend_path": folder.path("memory") },
+        "resume_vm": true,
+    });
+    load.to_string()
 }
 
 /// How many of the process's descriptors are this file.
@@ -309,12 +320,7 @@ fn what_came_and_went_is_in_a_snapshot_and_in_a_reset() {
 
     let mut other = Service::start(&["--enable-pci"]);
     let mut client = other.client();
-    let load = json!({
-        "snapshot_path": folder.path("state"),
-        "mem_backend": { "backend_type": "File", "backend_path": folder.path("memory") },
-        "resume_vm": true,
-    });
-    client.ok("PUT", "/snapshot/load", &load.to_string());
+    client.ok("PUT", "/snapshot/load", &load(&folder));
     assert_eq!(client.ok("GET", "/vm/config", "").json()["drives"], saved["drives"]);
     // The guest finds its devices where they were: nothing has come or gone. One comes in the place that was left.
     plug(&other, "c");
@@ -410,12 +416,7 @@ fn what_came_in_a_slot_is_in_a_snapshot_and_in_a_reset() {
 
     let other = Service::start(&[]);
     let mut client = other.client();
-    let load = json!({
-        "snapshot_path": folder.path("state"),
-        "mem_backend": { "backend_type": "File", "backend_path": folder.path("memory") },
-        "resume_vm": true,
-    });
-    client.ok("PUT", "/snapshot/load", &load.to_string());
+    client.ok("PUT", "/snapshot/load", &load(&folder));
     for (id, image) in ["a", "b", "c"].into_iter().zip(images) {
         assert_eq!(count_open(&other, &image), 1);
         client.ok("DELETE", &format!("/drives/{id}"), "");
