@@ -57,7 +57,8 @@ pub enum Which {
     Touched,
 }
 
-/// So many entries of pagemap are read at once where nothing else is done with each block: 32 MiB of memory's.
+/// The most entries of pagemap that one read takes when pages are looked for: those of 32 MiB of memory. One read for
+/// each block of a memory file would be 1,024 reads for a guest of 1 GiB.
 const ENTRIES: usize = 8192;
 
 impl Which {

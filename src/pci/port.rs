@@ -207,7 +207,8 @@ impl Function for Port {
     }
 }
 
-/// What the guest can see of the port. Whether somebody is in the slot is known by who is.
+/// The port's registers as the guest sees them. Whether the slot is occupied is left out: a restore adds the device
+/// that is in the slot, and that sets it.
 #[derive(Debug, Deserialize, Serialize)]
 pub struct State {
     space: config::State,

@@ -193,7 +193,8 @@ impl Root {
         }
     }
 
-    /// What is at `address`, and which of its registers that is.
+    /// The function that answers at `address`, an offset in ECAM, and the offset of the register there in its
+    /// configuration space.
     fn slot(&mut self, address: u64) -> Option<(&mut Slot, usize)> {
         let place = self.place_at(address)?;
         let slot = self.slots[place].as_deref_mut()?;

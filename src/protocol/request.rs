@@ -133,15 +133,15 @@ pub struct Set {
     pub pci: Option<Pci>,
 }
 
-/// What is to be done with the devices of PCI bus 0, or in PCIe slots.
+/// A request to the guest's kernel about its PCI devices, on bus 0 or in PCIe slots.
 #[derive(Clone, Copy, Debug, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Pci {
-    /// Those that have come are looked for.
+    /// Devices that have come are looked for.
     Rescan,
-    /// The one with this number is let go.
+    /// The device with this number on bus 0 is let go.
     Remove(u8),
-    /// The one in the slot with this number is let go.
+    /// The device in the slot with this number is let go.
     Empty(u8),
 }
 

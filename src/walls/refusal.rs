@@ -95,7 +95,7 @@ pub fn words() -> String {
 /// may write to the same terminal.
 pub fn say(write: impl FnOnce(&[u8])) {
     let mut line = Line { bytes: [0; LINE_MAX], length: 0 };
-    // What does not fit is left out, but for the line's end.
+    // A message that is longer than the line is cut off; the line's end always has its place.
     let _ = write!(line, "alula: {Words}");
     line.bytes[line.length] = b'\n';
     write(&line.bytes[..=line.length]);

@@ -193,7 +193,7 @@ fn a_device_in_a_slot_sends_messages_from_its_bus() {
 fn a_guest_hears_of_what_comes_and_goes_if_it_wants_to() {
     let mut ports = Ports::new();
     assert_eq!((ports.express(1, SLOT_STATUS), ports.express(1, LINK_STATUS)), (0, 0x11));
-    // Nobody has asked to be interrupted.
+    // The guest has switched on no interrupt of the port.
     ports.plug(1);
     assert_eq!((ports.express(1, SLOT_STATUS), ports.express(1, LINK_STATUS)), (CHANGES | PRESENT, 0x2011));
     assert_eq!(ports.interrupts(1), 0);
@@ -249,7 +249,8 @@ fn what_a_guest_was_told_of_a_slot_is_saved() {
     other.root.lock().unwrap().restore_state(&saved).unwrap();
     assert_eq!(other.express(1, SLOT_STATUS), CHANGES | PRESENT);
     assert_eq!(other.express(2, SLOT_STATUS), PRESENT);
-    // What waits for the guest to take messages is there once, and nothing new is told.
+    // The interrupt that was pending when the port was saved comes once after the restore, and the other port, which had
+    // none, sends none.
     assert_eq!((other.interrupts(1), other.interrupts(2)), (1, 0));
     assert_eq!(other.read(message + 12), 0x41_u16.to_le_bytes());
     other.take_away(2);

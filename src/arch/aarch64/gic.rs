@@ -38,7 +38,7 @@ pub const READS_REGISTERS_FROM_MEMORY: bool = false;
 /// The ITS tells devices apart that write interrupt messages.
 pub const MESSAGES_NAME_THEIR_DEVICE: bool = true;
 
-/// What KVM_IRQ_LINE calls the line with this number: a shared interrupt (KVM api, 4.25).
+/// The number that KVM_IRQ_LINE takes for an interrupt line: lines are shared interrupts of the GIC (KVM api, 4.25).
 pub const fn irq_of_line(gsi: u32) -> u32 {
     KVM_ARM_IRQ_TYPE_SPI << KVM_ARM_IRQ_TYPE_SHIFT | (gsi + 32)
 }

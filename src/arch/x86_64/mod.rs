@@ -205,7 +205,7 @@ pub const READS_REGISTERS_FROM_MEMORY: bool = true;
 /// Interrupt messages are written to a CPU's local APIC: who wrote them does not matter.
 pub const MESSAGES_NAME_THEIR_DEVICE: bool = false;
 
-/// What KVM_IRQ_LINE calls the line with this number (KVM api, 4.25).
+/// The number that KVM_IRQ_LINE takes for an interrupt line: the line's own (KVM api, 4.25).
 pub const fn irq_of_line(gsi: u32) -> u32 {
     gsi
 }
