@@ -29,7 +29,7 @@ use common::vsock::{
     CREDIT_REQUEST, CREDIT_UPDATE, Driver, Packet, REQUEST, RESPONSE, RST, RW, SHUT_RECEIVE, SHUT_SEND,
     SHUTDOWN,
 };
-use common::{Folder, Process, Service, wait_for};
+use common::{Folder, PATIENCE, Process, Service, wait_for};
 use serde_json::json;
 
 #[global_allocator]
@@ -73,7 +73,7 @@ impl World {
 
     /// A program of the host that has connected, and said this.
     fn client(&self, text: &str) -> UnixStream {
-        let mut stream = UnixStream::connect(self.folder.path("v")).unwrap();
+        let mut stream = patient(UnixStream::connect(self.folder.path("v")).unwrap());
         stream.write_all(text.as_bytes()).unwrap();
         stream
     }
@@ -94,7 +94,7 @@ impl World {
         self.driver.send(Packet::new(REQUEST, 1000, port), &[]);
         self.driver.expect(RESPONSE);
         std::fs::remove_file(self.path(port)).unwrap();
-        listener.accept().unwrap().0
+        patient(listener.accept().unwrap().0)
     }
 
     fn counted(&self, name: &str) -> u64 {
@@ -112,6 +112,13 @@ fn device(folder: &Folder) -> ConfiguredDevice {
     let device = kind.parse(config.to_string().as_bytes()).unwrap();
     device.check().unwrap();
     device
+}
+
+/// A stream that fails where a byte does not come, or does not go: the test says where, and ends.
+fn patient(stream: UnixStream) -> UnixStream {
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_write_timeout(Some(PATIENCE)).unwrap();
+    stream
 }
 
 /// The client, after the line that says that it is connected.
@@ -133,7 +140,10 @@ fn read(stream: &mut UnixStream, count: usize) -> Vec<u8> {
 fn is_closed(stream: &mut UnixStream) -> bool {
     match stream.read(&mut [0]) {
         Ok(count) => count == 0,
-        Err(error) => error.kind() == ErrorKind::ConnectionReset,
+        Err(error) => {
+            assert_ne!(error.kind(), ErrorKind::WouldBlock, "the stream stays open");
+            error.kind() == ErrorKind::ConnectionReset
+        }
     }
 }
 
@@ -304,7 +314,11 @@ fn a_guest_that_writes_faster_than_the_host_reads_loses_nothing() {
     assert_eq!(limit, 4 << 10);
     let mut buffer = vec![0; 50_000];
     while read < ALL {
-        hear(&mut world, &mut limit);
+        // The device tells the guest of room after it has passed bytes on: a program may have read all of them by then.
+        wait_for(|| {
+            hear(&mut world, &mut limit);
+            limit > sent || read < sent
+        });
         while sent < ALL.min(limit) {
             let count = PACKET.min(limit - sent).min(ALL - sent);
             world.driver.send(Packet::new(RW, 7, port), &bytes(sent..sent + count));

@@ -13,7 +13,7 @@ fn a_restored_guest_hears_that_its_connections_are_gone_first() {
         next_port = port + 1;
         world.driver.send(Packet::new(REQUEST, 1000, 80), &[]);
         world.driver.expect(RESPONSE);
-        let mut host = listener.accept().unwrap().0;
+        let mut host = patient(listener.accept().unwrap().0);
         let World { folder, driver, _alone } = world;
         let (driver, suspended) = driver.suspend();
         assert!(is_closed(&mut client) && is_closed(&mut host));
