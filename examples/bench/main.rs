@@ -15,6 +15,7 @@ mod soak;
 mod start;
 mod table;
 mod template;
+mod transports;
 mod vsock;
 
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -39,6 +40,7 @@ fn main() -> Result<()> {
     }
     match what.as_str() {
         "start" => start::start(&ours, other.as_deref(), runs.unwrap_or(20)),
+        "restore" if let Some(linux) = &linux => transports::transports(&ours, linux, runs.unwrap_or(30)),
         "restore" => restore::restore(&ours, other.as_deref(), runs.unwrap_or(100)),
         "clones" => restore::clones(&ours, runs.unwrap_or(100)),
         "jail" => jail::jail(&ours, runs.unwrap_or(100)),

@@ -76,7 +76,7 @@ pub fn send(client: &mut UnixStream, method: &str, path: &str, body: &str) -> Re
 
 /// A monitor whose guest takes commands on its serial line. It ends with this.
 pub struct Monitor {
-    child: Child,
+    pub child: Child,
     stdin: ChildStdin,
     lines: Receiver<String>,
 }
@@ -135,9 +135,14 @@ impl Monitor {
         }
     }
 
+    /// Types this on the guest's serial line.
+    pub fn type_in(&mut self, text: &[u8]) -> Result<()> {
+        Ok(self.stdin.write_all(text)?)
+    }
+
     /// Types a command and waits until it is done: how often.
     pub fn command(&mut self, command: &str) -> Result<u64> {
-        self.stdin.write_all(format!("{command}\n").as_bytes())?;
+        self.type_in(format!("{command}\n").as_bytes())?;
         let line = self.expect(&["done ", "cannot"])?;
         let count = line.strip_prefix("done ").ok_or(format!("the guest cannot `{command}`: {line}"))?;
         Ok(count.parse()?)

@@ -396,7 +396,7 @@ struct Many {
 
 /// Starts `number` clones, some at a time, and ends them when all are there.
 fn many(number: usize, machine: &Machine, start: impl Fn() -> Result<Restored> + Sync) -> Result<Many> {
-    let before = machine.used()?;
+    let before = machine.settled()?;
     let (left, clones) = (Mutex::new(number), Mutex::new(Vec::with_capacity(number)));
     let one = || -> std::result::Result<(), String> {
         loop {

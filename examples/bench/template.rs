@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::Instant;
 
 use serde_json::json;
@@ -55,6 +55,21 @@ impl Machine {
         };
         Ok(std::fs::read_to_string(group.join("memory.usage_in_bytes"))?.trim().parse::<f64>()? / 1024.0)
     }
+
+    /// The same when it has come to rest: the kernel gives back what processes had a while after they have ended.
+    pub fn settled(&self) -> Result<f64> {
+        const REST_KIB: f64 = 256.0;
+        let mut before = self.used()?;
+        for _ in 0..50 {
+            std::thread::sleep(std::time::Duration::from_millis(100));
+            let now = self.used()?;
+            if (now - before).abs() < REST_KIB {
+                return Ok(now);
+            }
+            before = now;
+        }
+        Ok(before)
+    }
 }
 
 impl Drop for Machine {
@@ -103,7 +118,11 @@ pub fn ours(bench: &Bench, number: usize, machine: &Machine, options: &[&str]) -
         });
         Ok(pids?.concat())
     };
-    measure(&mut child, number, machine, |_| ask(&mut clients))
+    measure(&mut child, number, machine, |_, output| {
+        let pids = ask(&mut clients)?;
+        output.read_exact(&mut vec![0; number])?;
+        Ok(pids)
+    })
 }
 
 fn pid(client: &mut std::os::unix::net::UnixStream, body: &str) -> std::result::Result<u32, String> {
@@ -112,36 +131,37 @@ fn pid(client: &mut std::os::unix::net::UnixStream, body: &str) -> std::result::
     answer["pid"].as_u64().map(|pid| pid as u32).ok_or_else(|| format!("it has answered {answer}"))
 }
 
-/// Has the floor program make `number` clones, each asked for by a byte, and measures them as [`ours`] does.
+/// Has the floor program make `number` clones, each asked for by a byte, and measures them as [`ours`] does: as many at a
+/// time. A clone waits for the kernel more than it works, so that whoever asks for all at once gets more of them a second.
 pub fn floor(bench: &Bench, number: usize, machine: &Machine) -> Result<Figures> {
     let mut command = bench.floor("template");
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
     std::thread::sleep(crate::restore::AHEAD);
     let id = child.id();
-    measure(&mut child, number, machine, |child| {
-        child.stdin.as_mut().ok_or("no input")?.write_all(&vec![b'!'; number])?;
-        Ok(vec![id; usize::from(number == 0)])
+    measure(&mut child, number, machine, |child, output| {
+        let input = child.stdin.as_mut().ok_or("no input")?;
+        input.write_all(&vec![b'!'; AT_A_TIME.min(number)])?;
+        for there in 0..number {
+            output.read_exact(&mut [0])?;
+            input.write_all(&vec![b'!'; usize::from(there + AT_A_TIME < number)])?;
+        }
+        let children = std::fs::read_to_string(format!("/proc/{id}/task/{id}/children"))?;
+        Ok(children.split_whitespace().map(str::parse).collect::<std::result::Result<_, _>>()?)
     })
 }
 
-/// Has `make` make `number` clones, waits for the byte of each, and returns their figures.
+/// Has `make` make `number` clones and wait for the byte of each, and returns their figures.
 fn measure(
     child: &mut Child,
     number: usize,
     machine: &Machine,
-    make: impl FnOnce(&mut Child) -> Result<Vec<u32>>,
+    make: impl FnOnce(&mut Child, &mut ChildStdout) -> Result<Vec<u32>>,
 ) -> Result<Figures> {
-    let (before, spent) = (machine.used()?, cpu_time(child.id())?);
+    let (before, spent) = (machine.settled()?, cpu_time(child.id())?);
     let mut output = child.stdout.take().ok_or("no output")?;
     let begun = Instant::now();
-    let mut pids = make(child)?;
-    output.read_exact(&mut vec![0; number])?;
+    let mut pids = make(child, &mut output)?;
     let a_second = number as f64 / begun.elapsed().as_secs_f64();
-    if pids.is_empty() {
-        let id = child.id();
-        let children = std::fs::read_to_string(format!("/proc/{id}/task/{id}/children"))?;
-        pids = children.split_whitespace().map(str::parse).collect::<std::result::Result<_, _>>()?;
-    }
     // The numbers of processes grow as clones come.
     pids.sort_unstable();
     let measured = (|| {
