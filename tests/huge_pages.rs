@@ -19,6 +19,7 @@ use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend};
 const HUGE: u64 = 2 << 20;
 const GUEST_MIB: u64 = 64;
 const GUEST_PAGES: u64 = (GUEST_MIB << 20) / HUGE;
+const RESET: &str = r#"{"action_type": "Reset"}"#;
 
 /// One of the kernel's files on the pool.
 fn file_of_pool(name: &str) -> PathBuf {
@@ -104,6 +105,11 @@ fn a_guest_has_all_its_huge_pages_from_its_start() {
         type_line(&mut service.process);
         let touched = touched(&service.process);
         assert!((1..=GUEST_PAGES).contains(&touched), "{touched} of {GUEST_PAGES}");
+        // A guest that boots again has as many, and no others.
+        service.client().ok("PUT", "/actions", RESET);
+        service.process.expect("alula firmware");
+        assert_eq!(there - unused(), GUEST_PAGES, "{warm:?}, after a reset");
+        type_line(&mut service.process);
         service.process.send(libc::SIGTERM);
         assert_eq!(service.process.end().code, Some(143));
         common::wait_for(|| unused() == there);
@@ -155,11 +161,11 @@ fn serve(listener: &UnixListener, memory: &File) -> Vec<u64> {
 
 #[test]
 fn a_guest_with_huge_pages_is_saved_and_goes_on() {
-    let pool = Pool::with(GUEST_PAGES);
+    let pool = Pool::with(2 * GUEST_PAGES);
     let folder = Folder::new();
     let path = |name: &str| folder.path(name).to_str().unwrap().to_owned();
-    let mut service = waiting(&[]);
-    let mut client = service.client();
+    let mut saved = waiting(&[]);
+    let mut client = saved.client();
     let change = |client: &mut Client, state: &str| {
         client.ok("PATCH", "/vm", &json!({ "state": state }).to_string());
     };
@@ -172,11 +178,10 @@ fn a_guest_with_huge_pages_is_saved_and_goes_on() {
     change(&mut client, "Paused");
     let first = save(&mut client, "Full", "first");
     change(&mut client, "Resumed");
-    type_line(&mut service.process);
+    type_line(&mut saved.process);
     change(&mut client, "Paused");
     let diff = save(&mut client, "Diff", "diff");
     let whole = save(&mut client, "Full", "whole");
-    drop(service);
 
     let load = |backend: &str, memory: &str, pages: &str| {
         let backend = json!({ "backend_type": backend, "backend_path": memory });
@@ -193,9 +198,13 @@ fn a_guest_with_huge_pages_is_saved_and_goes_on() {
         service.client().ok("PUT", "/snapshot/load", &load("Uffd", &socket, pages));
         type_line(&mut service.process);
         assert!(touched(&service.process) > 0, "{pages}");
-        drop(service);
+        // A guest that boots again has memory of its own: its handler is told of the end, and asked for no page.
+        service.client().ok("PUT", "/actions", RESET);
         assert!(handler.join().unwrap().iter().all(|size| *size == HUGE), "{pages}");
+        service.process.expect("alula firmware");
+        type_line(&mut service.process);
     }
+    drop(saved);
     // A file gives none: who asks for them is refused, who does not gets what there is.
     let mut service = Service::start(&[]);
     let mut client = service.client();
