@@ -372,6 +372,9 @@ fn a_guest_that_is_asked_to_shut_down_hears_it() {
     client.ok("PUT", "/machine-config", r#"{"vcpu_count": 1, "mem_size_mib": 256}"#);
     client.ok("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#);
     service.process.expect(waits);
+    // A guest that was reset boots the same kernel in a new machine, and hears it, too.
+    client.ok("PUT", "/actions", r#"{"action_type": "Reset"}"#);
+    service.process.expect(waits);
     client.ok("PUT", "/actions", r#"{"action_type": "Shutdown"}"#);
     let Service { process, folder, .. } = service;
     let ended = process.end();
