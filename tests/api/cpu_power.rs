@@ -104,19 +104,24 @@ fn a_restored_guest_has_its_cpus_on_and_off_as_before() {
     // The guest is asked for two: one that is on, and one that was never on, which goes at once.
     patch(&mut client, 1);
     assert_eq!(count(&mut client), 2);
+    // The guest is saved while it runs, and paused; the second one goes on in a machine that was made ahead.
+    let folders = [(); 2].map(|()| common::Folder::new());
+    client.ok("PUT", "/snapshot/create", &json!({ "folder": folders[0].0, "live": true }).to_string());
     client.ok("PATCH", "/vm", r#"{"state": "Paused"}"#);
-    let folder = common::Folder::new();
-    client.ok("PUT", "/snapshot/create", &json!({ "folder": folder.0 }).to_string());
-    let mut restored = Service::start(&[]);
-    let mut client = restored.client();
-    client.ok("PUT", "/snapshot/load", &json!({ "folder": folder.0, "resume_vm": true }).to_string());
-    assert_eq!(count(&mut client), 2);
-    for (typed, said) in [("1", "CPU 1: already on"), ("2", "CPU 2: denied"), ("o", "the others are off")] {
-        ask(&mut restored, typed, said);
-    }
-    wait_for(|| count(&mut client) == 1);
-    patch(&mut client, 4);
-    for (typed, said) in [("1", "CPU 1: on"), ("s", "storm: ok"), ("3", "CPU 3: on")] {
-        ask(&mut restored, typed, said);
+    client.ok("PUT", "/snapshot/create", &json!({ "folder": folders[1].0 }).to_string());
+    for (folder, options) in folders.iter().zip([&[][..], &["--warm", "cpus=4,memory=64M"]]) {
+        let mut restored = Service::start(options);
+        let mut client = restored.client();
+        client.ok("PUT", "/snapshot/load", &json!({ "folder": folder.0, "resume_vm": true }).to_string());
+        assert_eq!(count(&mut client), 2);
+        for (typed, said) in [("1", "CPU 1: already on"), ("2", "CPU 2: denied"), ("o", "the others are off")]
+        {
+            ask(&mut restored, typed, said);
+        }
+        wait_for(|| count(&mut client) == 1);
+        patch(&mut client, 4);
+        for (typed, said) in [("1", "CPU 1: on"), ("s", "storm: ok"), ("3", "CPU 3: on")] {
+            ask(&mut restored, typed, said);
+        }
     }
 }
