@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::memory::Range;
 use crate::snapshot::Snapshot;
 
 /// Offsets in the header.
@@ -16,10 +17,14 @@ const HEADER_TYPE: usize = 0x0e;
 const BUS_NUMBERS: usize = 0x18;
 /// The number of the bus behind the bridge.
 pub const SECONDARY_BUS: usize = BUS_NUMBERS + 1;
-/// The addresses of memory behind the bridge, from and to.
+/// The window, which has the addresses of memory behind the bridge, in whole MiB: the upper halves of its first and of its
+/// last address.
 const MEMORY_BASE: usize = 0x20;
-/// Where capabilities begin.
-const FIRST_CAPABILITY: usize = 0x40;
+const MEMORY_LIMIT: usize = 0x22;
+const WINDOW_ADDRESS: u16 = 0xfff0;
+const WINDOW_UNIT: u64 = 1 << 20;
+/// Bytes of the header; capabilities begin there.
+pub const HEADER_SIZE: usize = 0x40;
 
 const COMMAND_MEMORY: u8 = 1 << 1;
 const COMMAND_MASTER: u8 = 1 << 2;
@@ -59,7 +64,7 @@ impl ConfigSpace {
             bytes: [0; 256],
             writable: [0; 256],
             bar_size,
-            next_capability: FIRST_CAPABILITY,
+            next_capability: HEADER_SIZE,
             last_link: CAPABILITIES,
         };
         space.set(0x00, &identity.vendor.to_le_bytes());
@@ -87,7 +92,9 @@ impl ConfigSpace {
         // Other registers are where a header of type 0 has vendor and device of the subsystem.
         space.set(0x2c, &[0; 4]);
         space.writable[BUS_NUMBERS..BUS_NUMBERS + 3].fill(0xff);
-        space.writable[MEMORY_BASE..MEMORY_BASE + 4].copy_from_slice(&[0xf0, 0xff, 0xf0, 0xff]);
+        for register in [MEMORY_BASE, MEMORY_LIMIT] {
+            space.writable[register..register + 2].copy_from_slice(&WINDOW_ADDRESS.to_le_bytes());
+        }
         space
     }
 
@@ -144,6 +151,15 @@ impl ConfigSpace {
     /// Whether the guest lets the function reach memory.
     pub fn is_master(&self) -> bool {
         self.bytes[COMMAND] & COMMAND_MASTER != 0
+    }
+
+    /// The addresses of memory that a bridge passes on to the bus behind it, while the guest has that on: none if the last
+    /// one is before the first (PCI-to-PCI Bridge 1.2, 3.2.5.8 and 4.2).
+    pub fn window(&self) -> Option<Range> {
+        let [base, limit] =
+            [MEMORY_BASE, MEMORY_LIMIT].map(|register| u64::from(self.word(register) & WINDOW_ADDRESS) << 16);
+        let is_open = self.bytes[COMMAND] & COMMAND_MEMORY != 0 && base <= limit;
+        is_open.then(|| Range { start: base, size: limit - base + WINDOW_UNIT })
     }
 
     /// Where the BAR is, while the guest has memory decoding on.

@@ -67,8 +67,7 @@ const PRESENCE_INTERRUPTS: u16 = 1 << 3;
 const INTERRUPTS: u16 = 1 << 5;
 const LINK_INTERRUPTS: u16 = 1 << 12;
 
-/// A port. Memory behind it is wherever the guest puts the device's registers: its windows are kept, and nothing is
-/// refused by them.
+/// A port.
 pub struct Port {
     space: ConfigSpace,
     /// The one vector, which the MSI capability is for.
@@ -120,6 +119,11 @@ impl Port {
     /// The number that the guest has given to the bus behind the port.
     pub fn secondary_bus(&self) -> u8 {
         self.space.byte(SECONDARY_BUS)
+    }
+
+    /// The addresses at which the guest reaches what is behind the port; None: it reaches nothing.
+    pub fn window(&self) -> Option<Range> {
+        self.space.window()
     }
 
     /// A device has come, or gone.

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use serde::{Deserialize, Serialize};
 
-use super::config::SECONDARY_BUS;
+use super::config::HEADER_SIZE;
 use super::port::Port;
 use super::{CONFIG_SIZE, DEVICES_MAX, PLACES_MAX, SLOTS_MAX};
 use crate::arch::layout;
@@ -209,23 +209,33 @@ impl Root {
     }
 
     fn write_config(&mut self, address: u64, data: &[u8]) {
-        let (vm, mmio) = (self.vm.clone(), self.mmio.upgrade());
         let Some((slot, offset)) = self.slot(address) else { return };
         slot.function.lock().unwrap_or_else(PoisonError::into_inner).write_config(offset, data);
-        let place = slot.function.lock().unwrap_or_else(PoisonError::into_inner).place();
-        if let (Some(place), false) = (place, self.remains.is_empty()) {
-            clear(&self.mmio, &mut self.remains, |_, range| {
+        if let (Some(place), true) = (self.place_at(address), offset < HEADER_SIZE) {
+            self.settle_registers(place);
+            // The function may be a port, and the guest may have numbered its bus or moved its window.
+            for behind in DEVICES_MAX..DEVICES_MAX + self.ports.len() {
+                self.settle_requester(behind);
+                self.settle_registers(behind);
+            }
+        }
+    }
+
+    /// Puts the registers of the function at this place where it has them now, if the guest reaches that: behind a port,
+    /// what is not in the port's window is nowhere.
+    fn settle_registers(&mut self, place: usize) {
+        let window = self.port_of(place).map(|port| port.window());
+        let (Some(mmio), Some(slot)) = (self.mmio.upgrade(), &mut self.slots[place]) else { return };
+        let range = slot.function.lock().unwrap_or_else(PoisonError::into_inner).place();
+        let range =
+            range.filter(|range| window.is_none_or(|window| window.is_some_and(|of| of.contains(*range))));
+        if let (Some(range), false) = (range, self.remains.is_empty()) {
+            clear(&self.mmio, &mut self.remains, |_, other| {
                 // A guest can write any address.
-                range.start < place.start.saturating_add(place.size) && place.start < range.end()
+                other.start < range.start.saturating_add(range.size) && range.start < other.end()
             });
         }
-        if let (Some(mmio), Some((slot, _))) = (mmio, self.slot(address)) {
-            slot.place(&vm, &mmio);
-        }
-        if offset <= SECONDARY_BUS && SECONDARY_BUS < offset + data.len() {
-            // The guest may have numbered a bus.
-            (DEVICES_MAX..PLACES_MAX).for_each(|place| self.settle_requester(place));
-        }
+        slot.place(range, &self.vm, &mmio);
     }
 }
 
@@ -271,10 +281,8 @@ impl Component for Root {
 }
 
 impl Slot {
-    /// Puts the registers where the function has them now. Its lock is not held: they can be reached
-    /// while they move.
-    fn place(&mut self, vm: &Vm, mmio: &Bus) {
-        let place = self.function.lock().unwrap_or_else(PoisonError::into_inner).place();
+    /// Puts the registers at this place. The function's lock is not held: they can be reached while they move.
+    fn place(&mut self, place: Option<Range>, vm: &Vm, mmio: &Bus) {
         if let Some(registers) = &self.registers
             && place != self.placed
         {
@@ -315,7 +323,6 @@ impl Snapshot for Root {
 
     fn restore(&mut self, state: State) -> Result<()> {
         let vm = self.vm.clone();
-        let mmio = self.mmio.upgrade().ok_or_else(|| Error::host("the memory bus is gone"))?;
         self.address = state.address;
         let mut messages = Vec::new();
         for (number, bytes) in state.functions {
@@ -324,14 +331,13 @@ impl Snapshot for Root {
             let slot = slot.ok_or_else(|| Error::config("there is no such device")).with_context(attempt)?;
             let mut function = slot.function.lock().unwrap_or_else(PoisonError::into_inner);
             function.restore_state(&bytes).with_context(attempt)?;
-            drop(function);
-            slot.place(&vm, &mmio);
         }
-        // Ports know the numbers of their buses now.
-        for (place, slot) in self.slots.iter().enumerate() {
+        // Ports know the numbers of their buses now, and their windows.
+        for place in 0..PLACES_MAX {
             self.settle_requester(place);
-            let function =
-                slot.iter().map(|slot| slot.function.lock().unwrap_or_else(PoisonError::into_inner));
+            self.settle_registers(place);
+            let function = self.slots[place].iter();
+            let function = function.map(|slot| slot.function.lock().unwrap_or_else(PoisonError::into_inner));
             messages.extend(function.flat_map(|function| function.messages()));
         }
         for (number, place) in state.remains {

@@ -2,9 +2,10 @@
 
 use std::sync::{Arc, Mutex};
 
+use alula::arch::layout::PCI_MEMORY;
 use alula::bus::{Bus, BusDevice};
 use alula::pci::port::Port;
-use alula::pci::root::{Ecam, Function, Root};
+use alula::pci::root::{Ecam, Function, FunctionRegisters, Root};
 use alula::pci::{DEVICES_MAX, SLOTS_MAX};
 use alula::poll::EventFd;
 use alula::snapshot::SaveState;
@@ -16,6 +17,8 @@ use super::*;
 /// Registers of a port: those of a bridge, and those of its capabilities.
 const COMMAND: u64 = 0x04;
 const BUS_NUMBERS: u64 = 0x18;
+const WINDOW: u64 = 0x20;
+const BAR: u64 = 0x10;
 const EXPRESS: u8 = 0x10;
 const MSI: u8 = 0x05;
 const LINK_STATUS: u64 = 0x12;
@@ -27,8 +30,16 @@ const INTERRUPTS: u16 = 1 << 3 | 1 << 5 | 1 << 12;
 const CHANGES: u16 = 1 << 3 | 1 << 8;
 const PRESENT: u16 = 1 << 6;
 
+/// The register of how many queues a device has, in those that its BAR leads to (virtio 1.3, 4.1.4.3).
+const QUEUES: u64 = 0x12;
+
 const NOBODY: u32 = u32::MAX;
 const ENTROPY: u32 = 0x1044_1af4;
+
+/// Where this MiB of PCI's memory is.
+fn mib(number: u64) -> u64 {
+    PCI_MEMORY.start + (number << 20)
+}
 
 /// A bus with two slots.
 struct Ports {
@@ -37,7 +48,7 @@ struct Ports {
     /// The interrupts of the ports.
     events: [Arc<EventFd>; 2],
     by_hand: ByHand,
-    _mmio: Arc<Bus>,
+    mmio: Arc<Bus>,
 }
 
 impl Ports {
@@ -51,7 +62,7 @@ impl Ports {
             event
         });
         let root = Arc::new(Mutex::new(root));
-        Self { ecam: Ecam(root.clone()), root, events, by_hand: ByHand::new().unwrap(), _mmio: mmio }
+        Self { ecam: Ecam(root.clone()), root, events, by_hand: ByHand::new().unwrap(), mmio }
     }
 
     /// A device comes in a slot.
@@ -61,8 +72,10 @@ impl Ports {
         let device = entropy.parse(b"{}").unwrap().open("test", &mut alula::host::Host::default()).unwrap();
         let place = DEVICES_MAX as u32 + slot - 1;
         let (_, function) = driver::function(device, memory, self.by_hand.event_loop(), place);
+        let registers =
+            FunctionRegisters { device: Arc::new(Mutex::new(function.registers())), kicks: Vec::new() };
         let function = Arc::new(Mutex::new(function));
-        self.root.lock().unwrap().add(place, function.clone(), None).unwrap();
+        self.root.lock().unwrap().add(place, function.clone(), Some(registers)).unwrap();
         function
     }
 
@@ -114,6 +127,23 @@ impl Ports {
         self.ecam.write(Self::port(slot) + BUS_NUMBERS, &[0, bus, bus, 0]);
     }
 
+    /// Has a port pass on what is from this MiB of PCI's memory to that one.
+    fn open_window(&mut self, slot: u64, first: u64, last: u64) {
+        let [first, last] = [first, last].map(|number| (mib(number) >> 16) as u16);
+        let window = u32::from(first) | u32::from(last) << 16;
+        self.ecam.write(Self::port(slot) + WINDOW, &window.to_le_bytes());
+    }
+
+    /// Those of the first MiB of PCI's memory in which the guest reaches registers.
+    fn reached(&self) -> Vec<u64> {
+        let answers = |number: &u64| {
+            let mut data = [0; 4];
+            self.mmio.read(mib(*number), &mut data);
+            u32::from_le_bytes(data) != NOBODY
+        };
+        (0..8).filter(answers).collect()
+    }
+
     /// How many interrupts the port of a slot has sent since this was last asked.
     fn interrupts(&self, slot: usize) -> u64 {
         self.events[slot - 1].read().unwrap_or(0)
@@ -161,6 +191,54 @@ fn a_number_of_several_buses_is_that_of_the_first() {
     let bridge = ports.id(0, 0);
     ports.number(1, 0);
     assert_eq!(ports.id(0, 0), bridge);
+}
+
+#[test]
+fn a_device_in_a_slot_is_reached_in_the_window_of_its_port() {
+    let mut ports = Ports::new();
+    ports.plug(1);
+    ports.number(1, 3);
+    let device = 3 << 20;
+    ports.ecam.write(device + BAR, &mib(2).to_le_bytes());
+    ports.ecam.write(device + COMMAND, &[6, 0]);
+    ports.open_window(1, 1, 3);
+    assert!(ports.reached().is_empty(), "the port decodes no memory yet");
+    ports.ecam.write(Ports::port(1) + COMMAND, &[6, 0]);
+    assert_eq!(ports.reached(), [2]);
+    for (first, last, is_open) in [(0, 1, false), (2, 2, true), (3, 5, false), (3, 1, false), (0, 2, true)] {
+        ports.open_window(1, first, last);
+        assert_eq!(ports.reached().contains(&2), is_open, "{first} to {last}");
+    }
+    // The guest moves the device out of the window, and back in.
+    for (number, is_open) in [(3, false), (1, true)] {
+        ports.ecam.write(device + BAR, &mib(number).to_le_bytes());
+        assert_eq!(ports.reached(), if is_open { vec![number] } else { vec![] });
+    }
+    // Each port has a window of its own.
+    ports.open_window(2, 4, 5);
+    ports.ecam.write(Ports::port(2) + COMMAND, &[6, 0]);
+    assert_eq!(ports.reached(), [1]);
+    let mut other = Ports::new();
+    other.plug(1);
+    other.root.lock().unwrap().restore_state(&ports.save()).unwrap();
+    assert_eq!(other.reached(), [1]);
+    other.ecam.write(Ports::port(1) + COMMAND, &[4, 0]);
+    assert!(other.reached().is_empty());
+    // What remains of a device that was torn away is in nobody's way until a port lets the next one there.
+    ports.root.lock().unwrap().tear_away(DEVICES_MAX as u32).unwrap();
+    assert_eq!(ports.reached(), [1]);
+    ports.plug(2);
+    ports.number(2, 4);
+    ports.ecam.write((4 << 20) + BAR, &mib(1).to_le_bytes());
+    ports.ecam.write((4 << 20) + COMMAND, &[6, 0]);
+    let number = |ports: &Ports| {
+        let mut queues = [0; 2];
+        ports.mmio.read(mib(1) + QUEUES, &mut queues);
+        u16::from_le_bytes(queues)
+    };
+    assert_eq!(number(&ports), 0, "the torn one's");
+    ports.open_window(2, 1, 1);
+    assert_eq!(number(&ports), 1);
 }
 
 #[test]
