@@ -124,7 +124,6 @@ impl Root {
         let places = DEVICES_MAX + self.ports.len();
         match self.slots[..places].get_mut(device as usize) {
             Some(slot @ None) => {
-                clear(&self.mmio, &mut self.remains, |other, _| other == device);
                 *slot = Some(Box::new(Slot { function, registers, placed: None }));
                 self.settle_requester(device as usize);
                 self.port_of(device as usize).iter_mut().for_each(|port| port.set_occupied(true));
@@ -140,8 +139,9 @@ impl Root {
         self.take(device).map(drop)
     }
 
-    /// As [`Self::remove`], of a function whose driver still uses it: in the place of its registers are zeros, until another function is there
-    /// or takes the place.
+    /// As [`Self::remove`], of a function whose driver still uses it: where its registers were are zeros, until another
+    /// function is there, or the next one of this device is torn away. One that comes before the driver has let go of this one
+    /// changes nothing of that.
     pub fn tear_away(&mut self, device: u32) -> Result<()> {
         match self.take(device)? {
             Some(place) => self.leave_remains(device, place),
@@ -150,6 +150,7 @@ impl Root {
     }
 
     fn leave_remains(&mut self, device: u32, place: Range) -> Result<()> {
+        clear(&self.mmio, &mut self.remains, |other, _| other == device);
         if let Some(mmio) = self.mmio.upgrade() {
             mmio.attach(place, Arc::new(Mutex::new(Remains)))?;
             self.remains.push((device, place));

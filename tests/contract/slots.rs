@@ -144,6 +144,13 @@ impl Ports {
         (0..8).filter(answers).collect()
     }
 
+    /// How many queues the device has whose registers are in this MiB of PCI's memory: 0 is what remains of one.
+    fn queues_at(&self, number: u64) -> u16 {
+        let mut queues = [0; 2];
+        self.mmio.read(mib(number) + QUEUES, &mut queues);
+        u16::from_le_bytes(queues)
+    }
+
     /// How many interrupts the port of a slot has sent since this was last asked.
     fn interrupts(&self, slot: usize) -> u64 {
         self.events[slot - 1].read().unwrap_or(0)
@@ -231,14 +238,35 @@ fn a_device_in_a_slot_is_reached_in_the_window_of_its_port() {
     ports.number(2, 4);
     ports.ecam.write((4 << 20) + BAR, &mib(1).to_le_bytes());
     ports.ecam.write((4 << 20) + COMMAND, &[6, 0]);
-    let number = |ports: &Ports| {
-        let mut queues = [0; 2];
-        ports.mmio.read(mib(1) + QUEUES, &mut queues);
-        u16::from_le_bytes(queues)
-    };
-    assert_eq!(number(&ports), 0, "the torn one's");
+    assert_eq!(ports.queues_at(1), 0, "the torn one's");
     ports.open_window(2, 1, 1);
-    assert_eq!(number(&ports), 1);
+    assert_eq!(ports.queues_at(1), 1);
+}
+
+#[test]
+fn a_driver_that_is_late_finds_zeros_beside_the_next_device() {
+    let mut ports = Ports::new();
+    ports.number(1, 3);
+    ports.open_window(1, 0, 7);
+    ports.ecam.write(Ports::port(1) + COMMAND, &[6, 0]);
+    for round in 0..3 {
+        ports.plug(1);
+        // The driver of the device before has not reset that yet.
+        let before = ports.queues_at(1);
+        assert_eq!(before, if round == 0 { u16::MAX } else { 0 });
+        ports.ecam.write((3 << 20) + BAR, &mib(1).to_le_bytes());
+        assert_eq!(ports.queues_at(1), before, "the new one decodes no memory yet");
+        ports.ecam.write((3 << 20) + COMMAND, &[6, 0]);
+        assert_eq!(ports.queues_at(1), 1);
+        ports.root.lock().unwrap().tear_away(DEVICES_MAX as u32).unwrap();
+    }
+    // One that is elsewhere when it is torn away leaves what remains in one place alone.
+    ports.plug(1);
+    ports.ecam.write((3 << 20) + BAR, &mib(2).to_le_bytes());
+    ports.ecam.write((3 << 20) + COMMAND, &[6, 0]);
+    assert_eq!(ports.reached(), [1, 2]);
+    ports.root.lock().unwrap().tear_away(DEVICES_MAX as u32).unwrap();
+    assert_eq!(ports.reached(), [2]);
 }
 
 #[test]
