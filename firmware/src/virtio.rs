@@ -88,6 +88,12 @@ pub struct Device(Place);
 const COMMAND: u64 = 0x04;
 pub const BAR: u64 = 0x10;
 const MEMORY_AND_MASTER: u32 = 6;
+/// Where registers of functions can be: behind the configuration space of 16 buses.
+const PCI_MEMORY: u64 = arch::ECAM + (16 << 20);
+/// A port of a PCIe slot, by its vendor and device, and its registers.
+const PORT: u32 = 0x000c_1b36;
+const BUS_NUMBERS: u64 = 0x18;
+const WINDOW: u64 = 0x20;
 /// Where our monitor's functions have their structures in the BAR; the capabilities say the same.
 const PCI_DEVICE: u64 = 0x1000;
 const PCI_NOTIFY: u64 = 0x2000;
@@ -114,6 +120,19 @@ fn common(offset: u64) -> Option<(u64, u32)> {
     })
 }
 
+/// Where a device in the slot of this port is in configuration space, if there is one: on the bus with this number, with its
+/// registers in a window of its own. Our monitor's ports are the last devices of bus 0, so that buses have the first numbers.
+#[inline(never)]
+fn behind(port: u64, bus: u64) -> u64 {
+    let window = PCI_MEMORY + (bus << 20);
+    let device = arch::ECAM + (bus << 20);
+    write32(port + BUS_NUMBERS, (bus << 8 | bus << 16) as u32);
+    write32(port + WINDOW, (window >> 16 | window) as u32);
+    write32(port + COMMAND, MEMORY_AND_MASTER);
+    write32(device + BAR, window as u32);
+    device
+}
+
 impl Device {
     /// The first device of this type, behind virtio-mmio or on the PCI bus.
     #[inline(never)]
@@ -132,9 +151,12 @@ impl Device {
         mmio.or_else(pci)
     }
 
-    /// All devices that are on the PCI bus now.
+    /// All devices that are on the PCI bus now, and in the slots behind its ports.
     pub fn all_on_pci() -> impl Iterator<Item = Self> {
-        let functions = (0..DEVICES_MAX).map(|index| arch::ECAM + (index << 15));
+        let functions = (0..DEVICES_MAX).map(|index| match arch::ECAM + (index << 15) {
+            port if read32(port) == PORT => behind(port, DEVICES_MAX - index),
+            function => function,
+        });
         let found = functions.filter(|at| read32(*at) != u32::MAX && read32(*at) & 0xffff == 0x1af4);
         found.map(|at| {
             write32(at + COMMAND, MEMORY_AND_MASTER);

@@ -16,6 +16,8 @@ mod guest;
 mod hold_back;
 mod hotplug;
 mod metadata;
+#[cfg(target_arch = "aarch64")]
+mod pcie;
 mod plugging;
 mod pmem;
 mod requests;
