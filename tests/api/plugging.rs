@@ -333,6 +333,56 @@ fn what_came_and_went_is_in_a_snapshot_and_in_a_reset() {
     wait_for(|| drives(&mut client) == ["first", "c"]);
 }
 
+/// A process that was not started here, but is a child of this one, and ends with the test.
+struct Ending(u32);
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        common::send_to(self.0, libc::SIGKILL);
+        common::await_child(self.0);
+    }
+}
+
+#[test]
+fn a_clone_of_a_template_has_what_came() {
+    let mut service = running("slots");
+    let mut client = service.client();
+    let second = plug(&service, "second");
+    service.process.expect("slots: 2 devices");
+    client.ok("PATCH", "/vm", r#"{"state": "Paused"}"#);
+    let saved = service.folder.path("saved");
+    client.ok("PUT", "/snapshot/create", &json!({ "folder": saved }).to_string());
+    let Service { mut process, folder, .. } = service;
+    process.send(libc::SIGTERM);
+    process.end();
+
+    let socket = folder.path("template");
+    let words = ["template", saved.to_str().unwrap(), "--api-sock", socket.to_str().unwrap()];
+    let _template = Process::start(words);
+    wait_for(|| socket.exists());
+    let copy = folder.write("copy", [1; 4096]);
+    let body = json!({
+        "id": "one",
+        "api_sock": folder.path("one"),
+        "serial": { "serial_out_path": folder.path("console") },
+        "drive_overrides": [{ "drive_id": "second", "path_on_host": copy }],
+        "resume_vm": true,
+    });
+    let clone = Client::connect(&socket).ok("PUT", "/clones", &body.to_string()).json();
+    let _clone = Ending(clone["pid"].as_u64().unwrap() as u32);
+    let mut client = Client::connect(&folder.path("one"));
+    assert_eq!(drives(&mut client), ["first", "second"]);
+    let says = |text: &str| {
+        wait_for(|| std::fs::read_to_string(folder.path("console")).is_ok_and(|said| said.contains(text)));
+    };
+    // What is there goes, and something else comes in its place.
+    client.ok("DELETE", "/drives/second", FORCE);
+    says("slots: 1 devices");
+    client.ok("PUT", "/drives/second", &drive("second", &second));
+    says("slots: 2 devices");
+    assert_eq!(drives(&mut client), ["first", "second"]);
+}
+
 #[test]
 fn a_thousand_devices_that_came_and_went_leave_nothing() {
     network::enter();

@@ -8,6 +8,7 @@ mod common;
 mod loaded;
 mod looked;
 mod moments;
+mod plugged;
 mod refused;
 mod site;
 
@@ -38,9 +39,13 @@ fn number_of_guests() -> usize {
 }
 
 fn boot(client: &mut Client, kernel: &Path) {
+    boot_to(client, kernel, "case=serial end=idle");
+}
+
+/// Boots a guest that does what `words` say.
+fn boot_to(client: &mut Client, kernel: &Path, words: &str) {
     client.ok("PUT", "/machine-config", r#"{"vcpu_count": 1, "mem_size_mib": 16}"#);
-    let boot =
-        serde_json::json!({ "kernel_image_path": kernel, "boot_args": "memory=16 case=serial end=idle" });
+    let boot = serde_json::json!({ "kernel_image_path": kernel, "boot_args": format!("memory=16 {words}") });
     client.ok("PUT", "/boot-source", &boot.to_string());
     client.ok("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#);
     assert_eq!(client.ok("GET", "/", "").json()["state"], "Running");
