@@ -40,7 +40,7 @@ const DEVICE_CASES: [(&str, u32, Case); 6] = [
 ];
 
 /// Cases that run only where they are asked for by name.
-const CHOSEN_CASES: [(&str, Case); 12] = [
+const CHOSEN_CASES: [(&str, Case); 13] = [
     ("hostile", hostile::run),
     ("hostile-net", hostile_net::run),
     ("pvpanic", pvpanic),
@@ -51,6 +51,7 @@ const CHOSEN_CASES: [(&str, Case); 12] = [
     ("slots", slots::polite),
     ("slots-deaf", slots::deaf),
     ("slots-hostile", slots::hostile),
+    ("slots-busy", slots::busy),
     ("watchdog", watchdog::watchdog),
     ("cpu-slots", cpu_slots::serve),
 ];

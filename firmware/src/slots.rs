@@ -1,10 +1,12 @@
 //! The cases of devices that come to the PCI bus and go: the guest drives each that it finds, and says how many there are.
 //! No case of these ends by itself.
 
-use crate::arch;
+use core::ptr::{read_volatile, write_volatile};
+
+use crate::arch::{self, read32};
 use crate::console::say;
 use crate::machine::Machine;
-use crate::virtio::{Device, F_VERSION_1};
+use crate::virtio::{self, Descriptor, Device, F_VERSION_1, NEXT, Queue, SIZE, WRITE};
 use crate::words::Words;
 
 /// The ports of the slots (x86_64): whether devices have come or gone, which are to be let go, which are.
@@ -60,5 +62,77 @@ fn serve(manner: Manner) -> bool {
                 arch::write_port32(EJECT, leaving);
             }
         }
+    }
+}
+
+/// How many requests are in flight at a time: each has two descriptors.
+const AT_A_TIME: usize = SIZE / 2;
+const OUT: u32 = 1;
+
+/// A request that writes one sector.
+#[repr(C)]
+struct Request {
+    kind: u32,
+    priority: u32,
+    sector: u64,
+    data: [u64; 64],
+    status: u8,
+}
+
+/// Each disk that comes is written to, as fast as it can be, until it is gone; then the guest says what was acknowledged last
+/// of each sector: a sector has numbers that count up.
+pub fn busy(_: &Machine, _: &Words) -> bool {
+    loop {
+        let Some(device) = Device::all_on_pci().next() else { continue };
+        virtio::forget_rings();
+        let Some([queue]) = device.start::<1>() else { continue };
+        say!("slots: writes\n");
+        let acknowledged = write_until_gone(device, &queue);
+        say!("slots: acknowledged");
+        acknowledged.into_iter().for_each(|number| say!(" ", number));
+        say!("\n");
+    }
+}
+
+/// The number that was acknowledged last of each sector.
+fn write_until_gone(device: Device, queue: &Queue) -> [u64; AT_A_TIME] {
+    let mut requests =
+        [const { Request { kind: OUT, priority: 0, sector: 0, data: [0; 64], status: 0 } }; AT_A_TIME];
+    let mut acknowledged = [0; AT_A_TIME];
+    let mut offer = |sector: usize, number: u64| {
+        let request = &raw mut requests[sector];
+        // SAFETY: the request is one of those above, which outlive all accesses: a device that is gone makes none.
+        unsafe {
+            write_volatile(&raw mut (*request).sector, sector as u64);
+            write_volatile(&raw mut (*request).data, [number; 64]);
+        }
+        // SAFETY: the same; only an address is taken.
+        let status = unsafe { &raw mut (*request).status } as u64;
+        let (head, start) = (sector * 2, request as u64);
+        let length = (status - start) as u32;
+        queue.set_descriptor(head, Descriptor { address: start, length, flags: NEXT, next: head as u16 + 1 });
+        queue.set_descriptor(head + 1, Descriptor { address: status, length: 1, flags: WRITE, next: 0 });
+        queue.offer(head as u16);
+    };
+    (0..AT_A_TIME).for_each(|sector| offer(sector, 1));
+    let [_, _, used] = queue.parts();
+    let (mut seen, mut is_gone) = (0u16, false);
+    loop {
+        while seen != queue.used_index() {
+            arch::barrier();
+            let entry = used + 4 + (u64::from(seen) % SIZE as u64) * 8;
+            // SAFETY: the entry is one of the ring's.
+            let sector = unsafe { read_volatile(entry as *const u32) } as usize / 2 % AT_A_TIME;
+            acknowledged[sector] += 1;
+            seen = seen.wrapping_add(1);
+            if !is_gone {
+                offer(sector, acknowledged[sector] + 1);
+            }
+        }
+        if is_gone {
+            return acknowledged;
+        }
+        // What was acknowledged before it went is looked at once more.
+        is_gone = device.config_space().is_none_or(|config| read32(config) == u32::MAX);
     }
 }

@@ -457,7 +457,7 @@ impl Queue {
         self.device.write(QUEUE_NOTIFY, self.index);
     }
 
-    fn used_index(&self) -> u16 {
+    pub fn used_index(&self) -> u16 {
         // SAFETY: the ring is one of `RINGS`.
         unsafe { read_volatile(&raw const (*self.ring).used_index) }
     }

@@ -333,6 +333,47 @@ fn what_came_and_went_is_in_a_snapshot_and_in_a_reset() {
     wait_for(|| drives(&mut client) == ["first", "c"]);
 }
 
+/// However a disk does its work, by whichever pace, it goes at once, and what the guest was told is written is so.
+#[test]
+fn what_was_acknowledged_of_a_torn_disk_is_in_its_file() {
+    let mut service = Service::start(BUS);
+    service.boot_source("case=slots-busy");
+    let mut client = service.client();
+    client.ok("PUT", "/actions", START);
+    let image = service.folder.write("d", [0; 4096]);
+    let slow = json!({ "ops": { "size": 3, "refill_time": 3_600_000 } });
+    for more in [
+        json!({ "io_engine": "Sync" }),
+        json!({ "io_engine": "Async" }),
+        json!({ "io_engine": "Sync", "rate_limiter": slow }),
+        json!({ "io_engine": "Async", "rate_limiter": slow }),
+    ] {
+        std::fs::write(&image, [0; 4096]).unwrap();
+        let mut body = json!({ "drive_id": "d", "is_root_device": false, "path_on_host": image });
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        client.ok("PUT", "/drives/d", &body.to_string());
+        service.process.expect("slots: writes");
+        let enough = if more["rate_limiter"].is_null() { 100 } else { 3 };
+        wait_for(|| {
+            client.ok("GET", "/metrics", "").json()["block_d"]["write_count"].as_u64().unwrap() >= enough
+        });
+        client.ok("DELETE", "/drives/d", FORCE);
+        let said = service.process.expect("slots: acknowledged");
+        let numbers = said.split_once("acknowledged ").unwrap().1.split_whitespace();
+        let numbers: Vec<u64> = numbers.map(|number| number.parse().unwrap()).collect();
+        assert!(numbers.len() == 4 && numbers.iter().sum::<u64>() >= enough, "{more}: {said}");
+        let written = std::fs::read(&image).unwrap();
+        for (number, sector) in numbers.into_iter().zip(written.chunks(512)) {
+            // A request that was in flight has no answer, whether it is written or not.
+            let found = u64::from_le_bytes(sector[..8].try_into().unwrap());
+            assert!((number..=number + 1).contains(&found), "{more}: {found}, {said}");
+            assert!(sector.chunks(8).all(|bytes| bytes == &sector[..8]), "{more}: a part of a sector");
+        }
+        assert_eq!(count_open(&service, &image), 0);
+    }
+    assert_eq!(client.ok("GET", "/", "").json()["state"], "Running");
+}
+
 /// A process that was not started here, but is a child of this one, and ends with the test.
 struct Ending(u32);
 
