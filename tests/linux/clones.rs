@@ -30,12 +30,47 @@ impl User {
         self.says(&["exec", id, "--timeout", "100s", "--", "busybox", "sh", "-c", script])
     }
 
+    /// Makes clones of the snapshot in `saved` by a template, which are called `web-1` and so on.
+    pub fn clones(&self, count: usize, overrides: &[&str]) -> Clones {
+        let mut template = Process::spawn(self.command(&["template", "saved", "--api-sock", "t.sock"]));
+        wait_for(|| std::os::unix::net::UnixStream::connect(self.folder.path("t.sock")).is_ok());
+        let count = count.to_string();
+        let words = ["clone", "-n", &count, "--template", "t.sock", "--id", "web", "--console", "{id}.log"];
+        let made = self.says(&[&words[..], &["--vsock", "{id}.vsock"], overrides].concat());
+        template.send(libc::SIGTERM);
+        // Clones have its standard output, too, whose end would be theirs.
+        assert_eq!(template.child.wait().unwrap().code(), Some(128 + libc::SIGTERM));
+        let pids: Vec<u32> =
+            made.lines().map(|line| line.rsplit(' ').next().unwrap().parse().unwrap()).collect();
+        assert_eq!(pids.len().to_string(), count, "{made}");
+        Clones(pids)
+    }
+
     /// Has the guest called `id` have so many CPUs, where they come and go.
     pub fn has_cpus(&self, id: &str, count: u32) {
         if hold_back::can_hold_back() {
             self.says(&["ctl", id, "cpus", &count.to_string()]);
             self.shell(id, &format!("until [ $(busybox nproc) = {count} ]; do busybox usleep 10000; done"));
         }
+    }
+}
+
+/// The processes of clones, which end with this.
+pub struct Clones(pub Vec<u32>);
+
+impl Clones {
+    /// Ends them in order.
+    pub fn end(mut self) {
+        while let Some(pid) = self.0.pop() {
+            common::send_to(pid, libc::SIGTERM);
+            assert_eq!(common::await_child(pid).0, Some(128 + libc::SIGTERM));
+        }
+    }
+}
+
+impl Drop for Clones {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|pid| common::send_to(*pid, libc::SIGKILL));
     }
 }
 
@@ -64,19 +99,7 @@ fn clones_have_identities_networks_and_disks_of_their_own() {
     first.send(libc::SIGTERM);
     assert_eq!(first.end().code, Some(128 + libc::SIGTERM));
 
-    let mut template = Process::spawn(user.command(&["template", "saved", "--api-sock", "t.sock"]));
-    wait_for(|| std::os::unix::net::UnixStream::connect(user.folder.path("t.sock")).is_ok());
-    let overrides = ["--overlay", "data={id}.qcow2", "--tap", "net0=tap{n}", "--vsock", "{id}.vsock"];
-    let words =
-        ["clone", "-n", &count.to_string(), "--template", "t.sock", "--id", "web", "--console", "{id}.log"];
-    let made = user.says(&[&words[..], &overrides].concat());
-    template.send(libc::SIGTERM);
-    // Clones have its standard output, too, whose end would be theirs.
-    assert_eq!(template.child.wait().unwrap().code(), Some(128 + libc::SIGTERM));
-    let pids: Vec<u32> =
-        made.split(|letter: char| !letter.is_ascii_digit()).filter_map(|word| word.parse().ok()).collect();
-    let pids: Vec<u32> = pids.into_iter().filter(|pid| *pid as usize > count).collect();
-    assert_eq!(pids.len(), count, "{made}");
+    let clones = user.clones(count, &["--overlay", "data={id}.qcow2", "--tap", "net0=tap{n}"]);
 
     let mut identities = BTreeSet::new();
     for number in 1..=count {
@@ -97,10 +120,7 @@ fn clones_have_identities_networks_and_disks_of_their_own() {
         let head = user.shell(&format!("web-{number}"), "head -n 1 /dev/vdb");
         assert_eq!(head, format!("clone {number}\n"));
     }
-    for pid in pids {
-        common::send_to(pid, libc::SIGTERM);
-        assert_eq!(common::await_child(pid).0, Some(128 + libc::SIGTERM));
-    }
+    clones.end();
     // The clones wrote to their overlays.
     let bytes = std::fs::read(&disk).unwrap();
     assert!(!bytes.starts_with(b"clone"));
