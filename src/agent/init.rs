@@ -51,6 +51,8 @@ pub struct Disk {
     pub device: String,
     /// Its file system's types, of which one is the right one.
     pub types: Vec<String>,
+    /// Options that it is mounted with, the first of them by which that succeeds.
+    pub options: Vec<String>,
     /// Whether programs of the guest write to the disk; false: they write to memory that lies over it.
     pub writable: bool,
 }
@@ -145,8 +147,9 @@ fn enter(disk: &Disk) -> Result<()> {
     let place = if disk.writable { root } else { lower };
     let flags = if disk.writable { 0 } else { libc::MS_RDONLY };
     let mut result = Err(ErrorKind::InvalidInput.into());
-    for kind in &disk.types {
-        result = machine::mount(&disk.device, place, kind, flags, "");
+    let ways = disk.options.iter().flat_map(|options| disk.types.iter().map(move |kind| (kind, options)));
+    for (kind, options) in ways {
+        result = machine::mount(&disk.device, place, kind, flags, options);
         if result.is_ok() {
             break;
         }

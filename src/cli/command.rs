@@ -171,13 +171,22 @@ fn add_disk(config: &mut Config, rootfs: &Rootfs, boot: &mut Boot) -> Result<Vec
         "is_read_only": !rootfs.writable,
     });
     config.put(device("drives", &disk)?)?;
-    Ok(boot_from(boot, "/dev/vda", &[kind], rootfs.writable))
+    Ok(boot_from(boot, DISK, &[kind], rootfs.writable))
 }
 
-/// Has the init go on with the file system on this device, of one of these kinds; returns the modules that it needs.
+/// The first disk of a guest.
+const DISK: &str = "/dev/vda";
+/// The first file that a guest sees as memory.
+const PMEM: &str = "/dev/pmem0";
+
+/// Has the init go on with the file system on this device, of one of these kinds; returns the modules that it needs. Of one
+/// that is memory, files are read and mapped where they are, if the guest's kernel and the file system can do that
+/// (Documentation/filesystems/dax.rst): guests of one image have it in the host's memory once.
 fn boot_from(boot: &mut Boot, device: &str, kinds: &[&'static str], writable: bool) -> Vec<&'static str> {
-    let types = kinds.iter().map(|kind| (*kind).to_owned()).collect();
-    boot.disk = Some(Disk { device: device.to_owned(), types, writable });
+    let options: &[&str] = if device == PMEM { &["dax", ""] } else { &[""] };
+    let [types, options] =
+        [kinds, options].map(|words| words.iter().map(|word| (*word).to_owned()).collect());
+    boot.disk = Some(Disk { device: device.to_owned(), types, options, writable });
     let overlay = if writable { None } else { Some("overlay") };
     kinds.iter().copied().chain(overlay).collect()
 }
@@ -201,13 +210,13 @@ fn root_of_config(config: &Config, boot: &mut Boot) -> Result<Vec<&'static str>>
             }
             block::Format::Qcow2 | block::Format::Raw => root_image::KINDS.to_vec(),
         };
-        return Ok(boot_from(boot, "/dev/vda", &kinds, !disk.is_read_only));
+        return Ok(boot_from(boot, DISK, &kinds, !disk.is_read_only));
     }
     let Some(pmem) = root.config::<pmem::Config>() else {
         return Err(Error::config("it is neither a disk nor a pmem device")).with_context(attempt);
     };
     let kind = root_image::look(&pmem.path_on_host, !pmem.read_only).with_context(attempt)?;
-    Ok(boot_from(boot, "/dev/pmem0", &[kind], !pmem.read_only))
+    Ok(boot_from(boot, PMEM, &[kind], !pmem.read_only))
 }
 
 /// Whether what is at `from` in the guest can come to `to` here, as far as can be told before: the folder is there, and

@@ -34,6 +34,8 @@ mod memory;
 mod networks;
 mod plugging;
 mod shared;
+#[cfg(target_arch = "x86_64")]
+mod sharing;
 
 use std::io::{BufRead, Read, Write};
 use std::net::{TcpListener, UdpSocket};
