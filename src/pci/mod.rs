@@ -1,5 +1,5 @@
 //! PCI (PCI Local Bus 3.0, 6; PCI Express 5.0, 7.2.2): one bus and a bus behind each hotplug slot, their functions'
-//! configuration space by ECAM and by ports, and their registers wherever the guest puts them.
+//! configuration space by ECAM and by ports, and their registers wherever the guest puts them and ports pass that on.
 
 use crate::arch::layout;
 

@@ -140,8 +140,8 @@ impl Root {
     }
 
     /// As [`Self::remove`], of a function whose driver still uses it: where its registers were are zeros, until another
-    /// function is there, or the next one of this device is torn away. One that comes before the driver has let go of this one
-    /// changes nothing of that.
+    /// function's registers are there, or the next function at this place is torn away, too. A function that only comes to
+    /// this place, or goes in order, leaves the zeros to the driver, which may not have let go yet.
     pub fn tear_away(&mut self, device: u32) -> Result<()> {
         match self.take(device)? {
             Some(place) => self.leave_remains(device, place),
@@ -333,14 +333,7 @@ impl Snapshot for Root {
             let mut function = slot.function.lock().unwrap_or_else(PoisonError::into_inner);
             function.restore_state(&bytes).with_context(attempt)?;
         }
-        // Ports know the numbers of their buses now, and their windows.
-        for place in 0..PLACES_MAX {
-            self.settle_requester(place);
-            self.settle_registers(place);
-            let function = self.slots[place].iter();
-            let function = function.map(|slot| slot.function.lock().unwrap_or_else(PoisonError::into_inner));
-            messages.extend(function.flat_map(|function| function.messages()));
-        }
+        // A function that the guest had put where another one was is there from now on, in place of what remains of that.
         for (number, place) in state.remains {
             let attempt = || format!("restore what remains of PCI device {number}, at {place}");
             if number as usize >= DEVICES_MAX + self.ports.len()
@@ -350,6 +343,14 @@ impl Snapshot for Root {
                 return Err(Error::config("no PCI device was there")).with_context(attempt);
             }
             self.leave_remains(number, place).with_context(attempt)?;
+        }
+        // Ports know the numbers of their buses now, and their windows.
+        for place in 0..PLACES_MAX {
+            self.settle_requester(place);
+            self.settle_registers(place);
+            let function = self.slots[place].iter();
+            let function = function.map(|slot| slot.function.lock().unwrap_or_else(PoisonError::into_inner));
+            messages.extend(function.flat_map(|function| function.messages()));
         }
         if let Err(error) = vm.route(&messages) {
             // Each function finds out which of them it is when it connects its own.

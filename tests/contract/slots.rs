@@ -134,7 +134,7 @@ impl Ports {
         self.ecam.write(Self::port(slot) + WINDOW, &window.to_le_bytes());
     }
 
-    /// Those of the first MiB of PCI's memory in which the guest reaches registers.
+    /// The numbers of the MiB of PCI's memory, of the first eight, in which the guest reaches registers.
     fn reached(&self) -> Vec<u64> {
         let answers = |number: &u64| {
             let mut data = [0; 4];
@@ -267,6 +267,26 @@ fn a_driver_that_is_late_finds_zeros_beside_the_next_device() {
     assert_eq!(ports.reached(), [1, 2]);
     ports.root.lock().unwrap().tear_away(DEVICES_MAX as u32).unwrap();
     assert_eq!(ports.reached(), [2]);
+}
+
+#[test]
+fn a_device_that_waits_for_a_place_has_it_after_a_restore() {
+    let mut ports = Ports::new();
+    for slot in [1, 2] {
+        ports.plug(slot);
+        ports.number(slot as u64, 2 + slot as u8);
+        ports.open_window(slot as u64, 0, 7);
+        ports.ecam.write(Ports::port(slot as u64) + COMMAND, &[6, 0]);
+        // A guest puts both in one place, where the first one is.
+        ports.ecam.write((u64::from(2 + slot) << 20) + BAR, &mib(1).to_le_bytes());
+        ports.ecam.write((u64::from(2 + slot) << 20) + COMMAND, &[6, 0]);
+    }
+    ports.root.lock().unwrap().tear_away(DEVICES_MAX as u32).unwrap();
+    assert_eq!(ports.queues_at(1), 0, "the torn one's");
+    let other = Ports::new();
+    other.plug(2);
+    other.root.lock().unwrap().restore_state(&ports.save()).unwrap();
+    assert_eq!(other.queues_at(1), 1);
 }
 
 #[test]
