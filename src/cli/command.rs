@@ -180,10 +180,10 @@ const DISK: &str = "/dev/vda";
 const PMEM: &str = "/dev/pmem0";
 
 /// Has the init go on with the file system on this device, of one of these kinds; returns the modules that it needs. Of one
-/// that is memory, files are read and mapped where they are, if the guest's kernel and the file system can do that
-/// (Documentation/filesystems/dax.rst): guests of one image have it in the host's memory once.
+/// that is memory and is not written, files are read and mapped where they are, if the guest's kernel and the file system can
+/// do that (Documentation/filesystems/dax.rst): guests of one image have it in the host's memory once.
 fn boot_from(boot: &mut Boot, device: &str, kinds: &[&'static str], writable: bool) -> Vec<&'static str> {
-    let options: &[&str] = if device == PMEM { &["dax", ""] } else { &[""] };
+    let options: &[&str] = if device == PMEM && !writable { &["dax", ""] } else { &[""] };
     let [types, options] =
         [kinds, options].map(|words| words.iter().map(|word| (*word).to_owned()).collect());
     boot.disk = Some(Disk { device: device.to_owned(), types, options, writable });
