@@ -39,7 +39,7 @@ impl Guest {
         }
         more += &format!(" --metadata {} --pmem {}", metadata.display(), pmem.display());
         more += &format!(" --copy {}:/do", script.display());
-        // What the guest's kernel needs to be told where its machine is emulated.
+        // An emulated machine may need words for the guest's kernel.
         if let Some(words) = std::env::var("ALULA_TEST_CMDLINE").ok().filter(|words| !words.is_empty()) {
             more += &format!(" --cmdline '{words}'");
         }
@@ -177,8 +177,11 @@ fn cases_share_a_guest(start: &str) {
     network::add_tap("tap0", "172.16.0.1/24");
     let mut failed = Vec::new();
     let mut guest = None;
-    let is_older = std::env::var("ALULA_GIC").is_ok_and(|version| version == "2");
     let words = std::env::var("ALULA_TEST_CASES").unwrap_or_default();
+    for word in words.split('|') {
+        assert!(CASES.iter().any(|(name, _)| name.contains(word)), "no case has `{word}` in its name");
+    }
+    let is_older = std::env::var("ALULA_GIC").is_ok_and(|version| version == "2");
     let is_meant =
         |name: &str| (!is_older || name == ALL_DEVICES) && words.split('|').any(|word| name.contains(word));
     for (name, case) in CASES.iter().filter(|(name, _)| is_meant(name)) {
