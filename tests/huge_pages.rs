@@ -198,8 +198,9 @@ fn a_guest_with_huge_pages_is_saved_and_goes_on() {
         service.client().ok("PUT", "/snapshot/load", &load("Uffd", &socket, pages));
         type_line(&mut service.process);
         assert!(touched(&service.process) > 0, "{pages}");
-        // A guest that boots again has memory of its own: its handler is told of the end, and asked for no page.
+        // A guest that boots again has memory of its own, and its handler's connection ends.
         service.client().ok("PUT", "/actions", RESET);
+        common::wait_for(|| handler.is_finished());
         assert!(handler.join().unwrap().iter().all(|size| *size == HUGE), "{pages}");
         service.process.expect("alula firmware");
         type_line(&mut service.process);

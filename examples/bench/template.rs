@@ -56,7 +56,8 @@ impl Machine {
         Ok(std::fs::read_to_string(group.join("memory.usage_in_bytes"))?.trim().parse::<f64>()? / 1024.0)
     }
 
-    /// The same when it has come to rest: the kernel gives back what processes had a while after they have ended.
+    /// The number of [`Self::used`] when it has come to rest: the kernel gives back what processes had a while after they
+    /// have ended.
     pub fn settled(&self) -> Result<f64> {
         const REST_KIB: f64 = 256.0;
         let mut before = self.used()?;

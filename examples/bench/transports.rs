@@ -47,10 +47,10 @@ pub fn transports(ours: &str, linux: &(PathBuf, PathBuf), runs: usize) -> Result
             let loaded = load(&mut child, &socket, saved);
             child.kill()?;
             child.wait()?;
+            loaded?;
             for path in [&socket, &folder.0.join("v")] {
                 std::fs::remove_file(path)?;
             }
-            loaded?;
         }
     }
     println!(
@@ -92,7 +92,7 @@ fn save(
     let mut client = connect(&mut monitor.child, &socket)?;
     request(&mut client, "PATCH", "/vm", r#"{"state":"Paused"}"#)?;
     monitor.type_in(COMMAND)?;
-    // What is typed is in the serial port, and saved with it, when the monitor had time for it.
+    // The monitor needs time to take what is typed to the serial port, with which it is saved.
     std::thread::sleep(AHEAD);
     request(&mut client, "PUT", "/snapshot/create", &json!({ "folder": saved }).to_string())?;
     drop(monitor);

@@ -132,7 +132,7 @@ fn write_until_gone(device: Device, queue: &Queue) -> [u64; AT_A_TIME] {
         if is_gone {
             return acknowledged;
         }
-        // What was acknowledged before it went is looked at once more.
+        // The answers that came before the device went are looked at once more.
         is_gone = device.config_space().is_none_or(|config| read32(config) == u32::MAX);
     }
 }

@@ -14,7 +14,7 @@ fn running(words: &str) -> Service {
 fn a_driven_disk_in_a_slot_goes_by_force_alone() {
     let mut service = running("case=slots");
     let mut client = service.client();
-    // Nobody in the guest drives that, and no agent answers.
+    // No agent answers at the socket.
     let vsock = json!({ "guest_cid": 3, "uds_path": service.folder.path("vsock") }).to_string();
     client.ok("PUT", "/vsock", &vsock);
     client.ok("PUT", "/actions", START);

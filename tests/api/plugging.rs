@@ -416,7 +416,7 @@ fn a_clone_of_a_template_has_what_came() {
     let says = |text: &str| {
         wait_for(|| std::fs::read_to_string(folder.path("console")).is_ok_and(|said| said.contains(text)));
     };
-    // What is there goes, and something else comes in its place.
+    // One device goes, and another one comes in its place.
     client.ok("DELETE", "/drives/second", FORCE);
     says("slots: 1 devices");
     client.ok("PUT", "/drives/second", &drive("second", &second));

@@ -46,6 +46,7 @@ fn a_disk_comes_into_a_jail_and_is_in_its_snapshot() {
     boot_to(&mut client, Path::new("/kernel"), "case=slots");
     first.expect("slots: 0 devices");
     let outside = site.folder.write("outside", [0; 4096]);
+    fs::write(site.root("first").parent().unwrap().join("outside"), [0; 4096]).unwrap();
     for path in [&*outside, Path::new("/../outside"), Path::new("/disk")] {
         let fault = client.request("PUT", "/drives/d", &disk(path)).fault();
         assert!(fault.contains(&format!("`{}`: No such file", path.display())), "{fault}");

@@ -70,7 +70,10 @@ impl Clones {
 
 impl Drop for Clones {
     fn drop(&mut self) {
-        self.0.iter().for_each(|pid| common::send_to(*pid, libc::SIGKILL));
+        for pid in &self.0 {
+            common::send_to(*pid, libc::SIGKILL);
+            common::await_child(*pid);
+        }
     }
 }
 

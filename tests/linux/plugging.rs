@@ -44,21 +44,24 @@ pub fn in_a_row(guest: &shared::Guest) {
     let script = format!(
         "cd /sys/block
         known=\" $(echo vd*) \"
+        echo watching
         for round in $(seq {rounds}); do
             disk=
             until [ $disk ]; do
                 usleep 10000
                 for one in vd*; do case $known in *\" $one \"*) ;; *) disk=$one ;; esac; done
             done
-            echo $round: $(cat $disk/serial), $(head -c 4096 /dev/$disk | wc -c) bytes, $(readlink -f $disk)
+            until [ \"$(head -c 4096 /dev/$disk 2>/dev/null | wc -c)\" = 4096 ]; do usleep 10000; done
+            echo $round: $(cat $disk/serial) at $(readlink -f $disk)
             while [ -e $disk ]; do usleep 10000; done
             echo $round: gone
         done"
     );
     let mut watching = guest.meanwhile(&script);
+    watching.expect("watching");
     for round in 1..=rounds {
         plug("row");
-        let line = watching.expect(&format!("{round}: row, 4096 bytes, "));
+        let line = watching.expect(&format!("{round}: row at "));
         assert!(X86_64 || line.contains("/0000:00:1f.0/0000:02:00.0/"), "{line}");
         client.ok("DELETE", "/drives/row", if round % 2 == 0 { TORN } else { "" });
         watching.expect(&format!("{round}: gone"));

@@ -11,7 +11,7 @@ use super::*;
 /// disks: one of each guest, and the host's.
 const NORMAL: (usize, f64) = (3, 0.4);
 const LONG: (usize, f64) = (50, 0.15);
-/// What each of them reads. An emulated machine needs seconds for it.
+/// The size of the file that each of them reads. An emulated machine needs seconds for it.
 const FILE_MIB: u64 = 8;
 
 /// Makes the image of a root with busybox and a file of random bytes. Of an image so small, mke2fs makes blocks of 1 KiB
@@ -61,8 +61,8 @@ fn guests_have_what_they_read_by_dax_in_memory_once() {
     let clones = user.clones(count, &["--paused"]);
     println!("sharing: there are {count} clones");
 
-    // What the clones take for reading so many pieces of 64 KiB, one after the other. One CPU is too slow for all of them
-    // at once.
+    // The clones read so many pieces of 64 KiB one after the other, as one CPU is too slow for all of them at once; the
+    // memory that they take for that is returned.
     let read = |path: &str, pieces: u64| {
         let before = memory_of(&clones);
         for number in 1..=count {
@@ -72,7 +72,7 @@ fn guests_have_what_they_read_by_dax_in_memory_once() {
             user.says(&["ctl", &id, "pause"]);
             assert!(said.contains(&format!("{pieces}+0 records out")), "{path}: {said}");
         }
-        let taken = memory_of(&clones) - before;
+        let taken = memory_of(&clones).saturating_sub(before);
         println!("sharing: {path} took {taken} KiB");
         taken
     };

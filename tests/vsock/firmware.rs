@@ -7,7 +7,9 @@ const MORE: usize = 350;
 
 /// Serves `count` connections of the guest, one after the other, in a thread.
 fn serve(listener: UnixListener, serve: fn(UnixStream), count: usize) -> std::thread::JoinHandle<()> {
-    std::thread::spawn(move || listener.incoming().take(count).for_each(|stream| serve(stream.unwrap())))
+    std::thread::spawn(move || {
+        listener.incoming().take(count).for_each(|stream| serve(patient(stream.unwrap())))
+    })
 }
 
 fn echo(stream: &mut UnixStream) {
