@@ -11,8 +11,11 @@ use crate::machine::Machine;
 mod entry;
 #[path = "aarch64_power.rs"]
 mod power;
+#[path = "aarch64_timer.rs"]
+mod timer;
 
 pub use power::{is_off, switch_on, switch_on_nowhere, switch_on_to_stay};
+pub use timer::{nap, wait_for_timer};
 
 pub const NAME: &str = "aarch64";
 /// The exit register.
@@ -226,38 +229,6 @@ fn enable_by_v3() {
             options(nostack)
         )
     };
-}
-
-fn arm_timer(ticks: u64) {
-    // SAFETY: the timer is this CPU's own; its interrupt comes by the vectors.
-    unsafe { asm!("msr cntv_tval_el0, {}", "msr cntv_ctl_el0, {}", "isb", in(reg) ticks, in(reg) 1u64) };
-}
-
-/// Lets the virtual timer interrupt once while the CPU works and once while it waits.
-pub fn wait_for_timer() -> Result<&'static str, &'static str> {
-    const TICKS: u64 = 10_000;
-    const PATIENCE: u32 = 200_000_000;
-    let fired = || read32((&raw const timer_fired) as u64) == TIMER_INTERRUPT;
-    enable_timer_interrupt();
-    arm_timer(TICKS);
-    // SAFETY: what can interrupt is the timer, whose handler changes `timer_fired` alone.
-    unsafe { asm!("msr daifclr, #2") };
-    let came = (0..PATIENCE).any(|_| fired());
-    // SAFETY: it only keeps interrupts out.
-    unsafe { asm!("msr daifset, #2") };
-    if !came {
-        return Err("none");
-    }
-    write32((&raw const timer_fired) as u64, 0);
-    arm_timer(TICKS);
-    // WFI ends when an interrupt is pending, let in or not.
-    // SAFETY: what can interrupt is the timer, as above.
-    unsafe { asm!("wfi", "msr daifclr, #2", "isb", "msr daifset, #2") };
-    match (fired(), gic_v2()) {
-        (false, _) => Err("that WFI was left without it"),
-        (true, 0) => Ok("virtual timer by GICv3, at work and from WFI"),
-        (true, _) => Ok("virtual timer by GICv2, at work and from WFI"),
-    }
 }
 
 /// Has the interrupts of a changed identity noted by the distributor: they are edges (GICD_ICFGR). No CPU is

@@ -9,6 +9,7 @@ use crate::hostile_net;
 use crate::hotplug;
 use crate::machine::Machine;
 use crate::pmem;
+use crate::sleep;
 use crate::slots;
 use crate::virtio::{self, Device};
 use crate::vsock;
@@ -40,7 +41,7 @@ const DEVICE_CASES: [(&str, u32, Case); 6] = [
 ];
 
 /// Cases that run only where they are asked for by name.
-const CHOSEN_CASES: [(&str, Case); 13] = [
+const CHOSEN_CASES: [(&str, Case); 14] = [
     ("hostile", hostile::run),
     ("hostile-net", hostile_net::run),
     ("pvpanic", pvpanic),
@@ -54,6 +55,7 @@ const CHOSEN_CASES: [(&str, Case); 13] = [
     ("slots-busy", slots::busy),
     ("watchdog", watchdog::watchdog),
     ("cpu-slots", cpu_slots::serve),
+    ("sleep", sleep::sleep),
 ];
 
 /// Whether the command line asks for this case by its name.

@@ -29,6 +29,7 @@ mod hostile_net;
 mod hotplug;
 mod machine;
 mod pmem;
+mod sleep;
 mod slots;
 mod virtio;
 mod vsock;

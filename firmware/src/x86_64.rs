@@ -14,9 +14,12 @@ mod entry;
 mod far;
 #[path = "x86_64_identity.rs"]
 mod identity;
+#[path = "x86_64_timer.rs"]
+mod timer;
 
 pub use far::{is_writable, reach};
 pub use identity::{expect_identity, has_identity_come};
+pub use timer::{nap, wait_for_timer};
 
 pub const NAME: &str = "x86_64";
 /// The exit register.
@@ -44,10 +47,6 @@ const X2APIC_ENABLE: u64 = 0b11 << 10;
 const MSR_APIC_BASE: u32 = 0x1b;
 const MSR_SPURIOUS: u32 = 0x80f;
 const MSR_ICR: u32 = 0x830;
-const MSR_LVT_TIMER: u32 = 0x832;
-const MSR_TIMER_INITIAL: u32 = 0x838;
-const MSR_TIMER_CURRENT: u32 = 0x839;
-const MSR_TIMER_DIVIDE: u32 = 0x83e;
 
 unsafe extern "C" {
     static trampoline: u8;
@@ -358,33 +357,6 @@ fn let_interrupts_in() {
 fn keep_interrupts_out() {
     // SAFETY: it only keeps interrupts out.
     unsafe { asm!("cli", options(nostack)) };
-}
-
-/// Lets the local APIC's timer interrupt once while the CPU works and once while it halts.
-pub fn wait_for_timer() -> Result<&'static str, &'static str> {
-    const COUNT: u64 = 200_000;
-    const GRACE: u32 = 100_000;
-    // SAFETY: the interrupt's handler writes this byte.
-    let fired = || unsafe { read_volatile(&raw const timer_fired) == 1 };
-    mask_pic();
-    enable_x2apic();
-    write_msr(MSR_SPURIOUS, 0x1ff);
-    write_msr(MSR_TIMER_DIVIDE, 0b1011);
-    write_msr(MSR_LVT_TIMER, TIMER_VECTOR as u64);
-    write_msr(MSR_TIMER_INITIAL, COUNT);
-    let_interrupts_in();
-    while !fired() && read_msr(MSR_TIMER_CURRENT) != 0 {}
-    let came = (0..GRACE).any(|_| fired());
-    keep_interrupts_out();
-    if !came {
-        return Err("none");
-    }
-    // SAFETY: the timer stands still: its handler does not run now.
-    unsafe { write_volatile(&raw mut timer_fired, 0) };
-    write_msr(MSR_TIMER_INITIAL, COUNT);
-    // SAFETY: as in `let_interrupts_in`.
-    unsafe { asm!("sti", "hlt", "cli", options(nostack)) };
-    if fired() { Ok("local APIC, at work and from HLT") } else { Err("that HLT was left without it") }
 }
 
 /// Messages go to the local APICs: there is no frame for them.
