@@ -77,23 +77,40 @@ watch_doing() {
 
 # need COMMAND=PACKAGE...: installs the Debian packages whose commands are missing.
 need() {
-    local pair missing=()
+    # With a package that comes, apt may take away one that was there, of another release: it comes anew then.
+    for _ in 1 2; do
+        find_missing "$@"
+        ((${#missing[@]})) || return 0
+        install_packages "${missing[@]}"
+    done
+    find_missing "$@"
+    ((${#missing[@]} == 0)) || die "apt-get has installed what is needed, and these Debian packages are still missing: ${missing[*]}"
+}
+
+# find_missing COMMAND=PACKAGE...: sets `missing` to the packages whose commands are missing.
+find_missing() {
+    local pair
+    missing=()
+    hash -r
     for pair in "$@"; do
         command -v "${pair%%=*}" >/dev/null || missing+=("${pair#*=}")
     done
-    ((${#missing[@]})) || return 0
-    command -v apt-get >/dev/null || die "install the programs of these Debian packages: ${missing[*]}"
-    doing "installing ${missing[*]}"
+}
+
+# install_packages PACKAGE...: installs Debian packages.
+install_packages() {
+    command -v apt-get >/dev/null || die "install the programs of these Debian packages: $*"
+    doing "installing $*"
     local sudo=()
     if ((EUID)); then
-        command -v sudo >/dev/null || die "as root: apt-get install ${missing[*]}"
+        command -v sudo >/dev/null || die "as root: apt-get install $*"
         sudo=(sudo)
     fi
     {
         "${sudo[@]}" apt-get update -q &&
-            "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends "${missing[@]}"
+            "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends "$@"
     } >"$CACHE/apt-install.log" 2>&1 ||
-        die "apt-get install ${missing[*]}: $(tail -n 3 "$CACHE/apt-install.log")"
+        die "apt-get install $*: $(tail -n 3 "$CACHE/apt-install.log")"
     doing_nothing
 }
 
