@@ -20,6 +20,7 @@ mod metadata;
 mod pcie;
 mod plugging;
 mod pmem;
+mod ports;
 mod requests;
 mod socket;
 

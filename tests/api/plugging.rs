@@ -17,10 +17,10 @@ pub fn drive(id: &str, path: &Path) -> String {
 }
 
 /// A PCI bus; where devices come in PCIe slots, the first one does, and the others come on the bus.
-const BUS: &[&str] = if X86_64 { &["--enable-pci"] } else { &["--enable-pci", "--pcie-slots", "1"] };
+pub const BUS: &[&str] = if X86_64 { &["--enable-pci"] } else { &["--enable-pci", "--pcie-slots", "1"] };
 
 /// A service whose guest does `case` and has a disk `first` on a PCI bus.
-fn running(case: &str) -> Service {
+pub fn running(case: &str) -> Service {
     let mut service = Service::start(BUS);
     let first = service.folder.write("first", [0; 4096]);
     let mut client = service.client();
@@ -49,7 +49,7 @@ pub fn drives(client: &mut Client) -> Vec<String> {
 }
 
 /// Takes a device away that the guest uses.
-fn take(service: &Service, path: &str) {
+pub fn take(service: &Service, path: &str) {
     let mut client = service.client();
     if X86_64 {
         client.ok("DELETE", path, "");
