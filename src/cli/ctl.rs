@@ -14,7 +14,8 @@ use crate::error::{Context, Error, Result};
 use crate::json;
 use crate::limiter::RateLimiter;
 use crate::log::in_one_line;
-use crate::sys::process::signal;
+use crate::sys::descriptor::poll;
+use crate::sys::process;
 
 /// A body on standard input of more bytes is refused before it is kept: no monitor takes it.
 const STDIN_MAX: u64 = 16 << 20;
@@ -163,12 +164,15 @@ fn press_ctrl_alt_del(client: &mut Client, json: bool) -> Result<()> {
 fn stop(mut client: Client, socket: &Path, force: bool, json: bool) -> Result<()> {
     let state = parsed(&ask(&mut client, "GET", "/", "")?)?["state"].take();
     let process = client.process();
+    // A monitor that cannot be seen from here is not waited for.
+    let end = process.and_then(|process| process::end_of(process).ok());
     // The events are followed before the guest is ended, so that the reason of its end is among them.
     let mut lines = Client::connect(socket)?.follow_if_told("/events")?;
     let is_ended_at_once = force || state == "Not started";
     if is_ended_at_once {
         let process = process.ok_or_else(|| Error::host("its process cannot be seen from here"));
-        let ended = process.and_then(|process| signal(process, libc::SIGTERM).context("end its process"));
+        let ended =
+            process.and_then(|process| process::signal(process, libc::SIGTERM).context("end its process"));
         ended.context("end the guest at once")?;
     } else if state == "Paused" {
         return Err(Error::config(
@@ -199,7 +203,13 @@ fn stop(mut client: Client, socket: &Path, force: bool, json: bool) -> Result<()
                     reason = in_one_line(event["reason"].as_str().unwrap_or_default());
                 }
             }
-            Heard::End => return if json { Ok(()) } else { say(&reason) },
+            Heard::End => {
+                // Its sockets, and what it holds of disks, are there until its process has ended.
+                if let Some(end) = &end {
+                    poll(end, libc::POLLIN, rest.as_millis() as i32);
+                }
+                return if json { Ok(()) } else { say(&reason) };
+            }
             Heard::Nothing if rest.is_zero() => {
                 return Err(Error::guest(format!(
                     "the guest has not powered off within {} s: `alula ctl stop --force` ends it at once",

@@ -381,6 +381,16 @@ pub fn signal(process: u32, signal: i32) -> Result<()> {
     check(unsafe { libc::kill(process.ok_or(ErrorKind::InvalidInput)?, signal) }).map(drop)
 }
 
+/// A descriptor that can be read once the process has ended (pidfd_open(2)), whoever its parent is and whether that has
+/// waited for it.
+///
+/// # Errors
+/// There is no such process.
+pub fn end_of(process: u32) -> Result<OwnedFd> {
+    // SAFETY: the call takes numbers.
+    owned(unsafe { libc::syscall(libc::SYS_pidfd_open, process, 0) } as i32)
+}
+
 /// Sends a signal to a process group. A group that is gone gets none.
 pub fn signal_group(group: u32, signal: u8) {
     // A group of 0 or 1 would be our own, or everybody.
