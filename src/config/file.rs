@@ -141,7 +141,7 @@ impl Config {
     pub fn examine(dialect: Dialect, text: &[u8]) -> (Self, Vec<Problem>) {
         let mut config = Self { dialect, ..Self::default() };
         let mut problems = Vec::new();
-        let sections = match serde_json::from_slice(text) {
+        let mut sections = match serde_json::from_slice(text) {
             Ok(Sections(sections)) => sections,
             Err(error) => {
                 let place = Some((error.line(), error.column()));
@@ -151,6 +151,8 @@ impl Config {
         if dialect == Dialect::Firecracker && !sections.iter().any(|(name, _)| name == "drives") {
             problems.push(Problem::new("missing field `drives`: give an empty list for none".to_owned()));
         }
+        // A device is checked against the memory that the guest has, wherever in the file that stands.
+        sections.sort_by_key(|(name, _)| name != MACHINE_CONFIG);
         for (name, value) in sections {
             if value.get() != "null" {
                 let wrong = config.read_section(&name, value);
@@ -354,6 +356,16 @@ mod tests {
     #[test]
     fn foreign_keys_of_a_config_file_are_none_of_ours() {
         Config::parse(br#"{"memory-hotplug": null, "x-owner": {"a": 1}, "vsock": null}"#).unwrap();
+    }
+
+    #[test]
+    fn the_order_of_sections_makes_no_difference() {
+        let balloon = r#""balloon": {"amount_mib": 512, "deflate_on_oom": false}"#;
+        let machine = r#""machine-config": {"vcpu_count": 1, "mem_size_mib": 1024}"#;
+        let parsed =
+            |one: &str, other: &str| Config::parse(format!("{{{one}, {other}}}").as_bytes()).unwrap();
+        let (first, second) = (parsed(balloon, machine), parsed(machine, balloon));
+        assert_eq!(serde_json::to_value(&first).unwrap(), serde_json::to_value(&second).unwrap());
     }
 
     #[test]

@@ -365,6 +365,12 @@ impl Run {
                 config.firmware_words = self.cmdline.clone();
             }
         }
+        // The memory first: devices are checked against it.
+        let machine = &mut config.machine_config;
+        machine.vcpu_count = self.cpus.unwrap_or(machine.vcpu_count);
+        machine.max_vcpus = self.max_cpus.or(machine.max_vcpus);
+        machine.mem_size_mib = self.memory_mib.unwrap_or(machine.mem_size_mib);
+        machine.watchdog = self.watchdog.or(machine.watchdog);
         for device in &self.devices {
             config.put(device.clone())?;
         }
@@ -384,12 +390,30 @@ impl Run {
         }
         (config.pci, config.pcie_slots) = (self.enable_pci, self.pcie_slots);
         self.outputs.configure(&mut config);
-        let machine = &mut config.machine_config;
-        machine.vcpu_count = self.cpus.unwrap_or(machine.vcpu_count);
-        machine.max_vcpus = self.max_cpus.or(machine.max_vcpus);
-        machine.mem_size_mib = self.memory_mib.unwrap_or(machine.mem_size_mib);
-        machine.watchdog = self.watchdog.or(machine.watchdog);
         config.check()?;
         Ok(config)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::OsString;
+
+    use super::*;
+
+    #[test]
+    fn a_balloon_is_measured_against_the_memory_that_is_asked_for() {
+        let parsed = |line: &str| {
+            let words = std::iter::once("alula").chain(line.split_whitespace());
+            match super::super::parse(words.map(OsString::from)).unwrap() {
+                Command::Run(run) => run.config().map_err(|error| error.to_string()),
+                other => panic!("{line}: {other:?}"),
+            }
+        };
+        for line in ["run --memory 1G --balloon 512M", "run --balloon 512M --memory 1G"] {
+            assert_eq!(parsed(line).unwrap().machine_config.mem_size_mib, 1024);
+        }
+        let error = parsed("run --balloon 512M").unwrap_err();
+        assert!(error.contains("of a guest with 128 MiB"), "{error}");
     }
 }
