@@ -2,7 +2,6 @@
 //! their places, and holes where the others are. Which pages these are is in the state: what copies a file may fill
 //! its holes, and a page that is zero now is no hole.
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
@@ -112,21 +111,50 @@ pub fn from_bytes(bytes: &[u8], size: u64) -> Result<Vec<Block>> {
 /// # Errors
 /// The file cannot be read.
 pub fn describe(memory: &Regions, pages: &PageSet, file: &File) -> Result<Vec<Block>> {
-    let mut blocks = BTreeMap::<u32, Block>::new();
-    for Piece { range, position } in pages::pieces(&pages::places(memory), pages) {
-        for at in (position..position + range.size).step_by(PAGE_MIN) {
-            let index = (at / BLOCK as u64) as u32;
-            let block = || Block { index, checksum: 0, pages: [0; BLOCK / PAGE_MIN / 8] };
-            let page = at as usize % BLOCK / PAGE_MIN;
-            blocks.entry(index).or_insert_with(block).pages[page / 8] |= 1 << (page % 8);
-        }
-    }
     let mut bytes = vec![0; BLOCK];
-    let mut blocks: Vec<_> = blocks.into_values().collect();
-    for block in &mut blocks {
+    let describe = |(mut block, _): (Block, _)| {
         block.checksum = block.read(file, &mut bytes)?;
+        Ok(block)
+    };
+    blocks(memory, pages).into_iter().map(describe).collect()
+}
+
+/// Writes `pages` of `memory`, which nobody changes meanwhile, to their places in `file`, and describes them: what was
+/// just written need not be read.
+///
+/// # Errors
+/// The pages cannot be read, or the file cannot be written.
+pub fn write(memory: &Regions, pages: &PageSet, file: &File) -> Result<Vec<Block>> {
+    let mut buffer = vec![0; BLOCK];
+    let write = |(mut block, pieces): (Block, Vec<Piece>)| {
+        let mut hasher = crc32fast::Hasher::new();
+        for piece in pieces {
+            hasher.update(pages::write_piece(memory, piece, &mut buffer, file)?);
+        }
+        block.checksum = hasher.finalize();
+        Ok(block)
+    };
+    blocks(memory, pages).into_iter().map(write).collect()
+}
+
+/// The blocks that have some of `pages`, without checksums, each with its pages, in the order of the file.
+fn blocks(memory: &Regions, pages: &PageSet) -> Vec<(Block, Vec<Piece>)> {
+    let mut pieces: Vec<_> = pages::pieces(&pages::places(memory), pages).collect();
+    pieces.sort_unstable_by_key(|piece| piece.position);
+    let mut blocks: Vec<(Block, Vec<Piece>)> = Vec::new();
+    for piece in pieces {
+        let index = (piece.position / BLOCK as u64) as u32;
+        if blocks.last().is_none_or(|(block, _)| block.index != index) {
+            blocks.push((Block { index, checksum: 0, pages: [0; _] }, Vec::new()));
+        }
+        let Some((block, pieces)) = blocks.last_mut() else { continue };
+        let first = (piece.position % BLOCK as u64) as usize / PAGE_MIN;
+        for page in first..first + piece.range.size as usize / PAGE_MIN {
+            block.pages[page / 8] |= 1 << (page % 8);
+        }
+        pieces.push(piece);
     }
-    Ok(blocks)
+    blocks
 }
 
 /// Compares the pages of a difference in `file` with their checksums: in its own file, or where it was merged into.

@@ -19,15 +19,19 @@ pub fn places(memory: &Regions) -> Vec<Piece> {
     ranges.into_iter().zip(positions).map(|(range, position)| Piece { range, position }).collect()
 }
 
-/// The runs of `pages` with their positions in the file, in pieces of at most [`BLOCK`] bytes. What is in no region
-/// is left out.
+/// The runs of `pages` with their positions in the file, in pieces that each lie in one block of the file. What is in no
+/// region is left out.
 pub fn pieces<'p>(places: &'p [Piece], pages: &'p PageSet) -> impl Iterator<Item = Piece> + use<'p> {
     pages.runs().flat_map(move |run| {
         let place = places.iter().find(|place| place.range.contains(run));
         place.into_iter().flat_map(move |place| {
-            (run.start..run.end()).step_by(BLOCK).map(move |start| Piece {
-                range: Range { start, size: (run.end() - start).min(BLOCK as u64) },
-                position: place.position + (start - place.range.start),
+            let mut left = Piece { range: run, position: place.position + (run.start - place.range.start) };
+            std::iter::from_fn(move || {
+                let size = left.range.size.min(BLOCK as u64 - left.position % BLOCK as u64);
+                let piece = Piece { range: Range { size, ..left.range }, ..left };
+                left.range = Range { start: left.range.start + size, size: left.range.size - size };
+                left.position += size;
+                (size > 0).then_some(piece)
             })
         })
     })
@@ -68,10 +72,24 @@ pub fn those(which: Which, memory: &Regions, pagemap: &Pagemap) -> Result<PageSe
 /// The pages cannot be read, or the file cannot be written.
 pub fn write(memory: &Regions, pages: &PageSet, file: &File) -> Result<()> {
     let mut buffer = vec![0; BLOCK];
-    for Piece { range, position } in pieces(&places(memory), pages) {
-        let bytes = &mut buffer[..range.size as usize];
-        memory.read_slice(bytes, GuestAddress(range.start)).context("read pages of the guest")?;
-        file.write_all_at(bytes, position).context("write to it")?;
+    for piece in pieces(&places(memory), pages) {
+        write_piece(memory, piece, &mut buffer, file)?;
     }
     Ok(())
+}
+
+/// Writes a piece of `memory` to its place in `file`, by way of `buffer`, which has a block, and returns what was written.
+///
+/// # Errors
+/// The pages cannot be read, or the file cannot be written.
+pub fn write_piece<'b>(
+    memory: &Regions,
+    piece: Piece,
+    buffer: &'b mut [u8],
+    file: &File,
+) -> Result<&'b [u8]> {
+    let bytes = &mut buffer[..piece.range.size as usize];
+    memory.read_slice(bytes, GuestAddress(piece.range.start)).context("read pages of the guest")?;
+    file.write_all_at(bytes, piece.position).context("write to it")?;
+    Ok(bytes)
 }

@@ -137,8 +137,8 @@ impl Writing {
                     Some(written) => written,
                     None => pages::own(&memory, &self.pagemap)?,
                 };
-                pages::write(&memory, &written, file).context(ATTEMPT)?;
-                (Sums::Diff(diff::describe(&memory, &written, file)?), written.count())
+                let blocks = diff::write(&memory, &written, file).context(ATTEMPT)?;
+                (Sums::Diff(blocks), written.count())
             }
         };
         self.keep(machine, &sums)?;
