@@ -414,6 +414,8 @@ mod tests {
             ("run --dsik x", "invalid option '--dsik' (is `--disk` meant?)"),
             ("serve --config x", "invalid option '--config' (is `--config-file` meant?)"),
             ("ctl statsu", "there is no command `statsu` (is `status` meant?)"),
+            ("ctl web cpus many", "cpus many: expected a whole number"),
+            ("ctl web balloon much", "balloon much: expected a size like 256M or 2G"),
             ("schema x", "there is no schema \"x\": expected `openapi` or `config`"),
             ("run --cpus", "missing argument for option '--cpus'"),
             ("run --cpus 70000", "--cpus 70000: expected a smaller number, 65535 at most"),

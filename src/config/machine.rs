@@ -12,6 +12,10 @@ use crate::host::{Access, Host, Sharing};
 use crate::json;
 use crate::platform::node::CpuRegisters;
 
+/// No guest has more memory, in MiB: x86_64 and aarch64 have 2^52 physical addresses at most. A size beyond that would
+/// overflow where it is counted in bytes.
+const MEMORY_MAX_MIB: u64 = 1 << 32;
+
 /// What the guest boots.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "BootSource"))]
@@ -211,6 +215,13 @@ impl MachineConfig {
             HugePages::None | HugePages::Never => 1,
             HugePages::Transparent | HugePages::Huge2M => 2,
         };
+        if self.mem_size_mib > MEMORY_MAX_MIB {
+            return Err(Error::config(format!(
+                "The memory size is more than any machine has. (`mem_size_mib`, --memory: {} MiB, where {MEMORY_MAX_MIB} MiB \
+                 are the most)",
+                self.mem_size_mib
+            )));
+        }
         if self.mem_size_mib == 0 || !self.mem_size_mib.is_multiple_of(page_mib) {
             // Firecracker's words.
             return Err(Error::config(format!(
@@ -313,6 +324,7 @@ mod tests {
                 r#"{"vcpu_count":1,"mem_size_mib":0}"#,
                 "--memory: 0 MiB, where a multiple of 1 MiB is expected)",
             ),
+            (r#"{"vcpu_count":1,"mem_size_mib":4294967297}"#, "4294967296 MiB are the most"),
             (r#"{"vcpu_count":1,"mem_size_mib":-1}"#, "invalid value: integer `-1`"),
             (r#"{"vcpu_count":"1","mem_size_mib":1}"#, "invalid type: string"),
             (r#"{"vcpu_count":1,"mem_size_mib":1,"speed":9}"#, "unknown field `speed`"),

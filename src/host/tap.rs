@@ -39,7 +39,9 @@ fn request_for(name: &str) -> Result<InterfaceRequest> {
     }
     if name.is_empty() || name.len() >= libc::IFNAMSIZ || name.contains(['/', '\0', ' ']) {
         let longest = libc::IFNAMSIZ - 1;
-        return Err(Error::config(format!("interface names have 1 to {longest} characters")));
+        return Err(Error::config(format!(
+            "interface names have 1 to {longest} characters, none of them a space or `/`"
+        )));
     }
     let mut request = InterfaceRequest::default();
     request.name[..name.len()].copy_from_slice(name.as_bytes());

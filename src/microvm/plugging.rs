@@ -34,7 +34,8 @@ impl Microvm {
         }
         if device.root_words().is_some() {
             return Err(Error::config(format!(
-                "{name}: a guest that runs has booted already: leave `is_root_device` out"
+                "{name}: a guest that runs has booted already: no further device can be its root (`is_root_device`, \
+                 `root_device`)"
             )));
         }
         let machine = self.machine.as_deref_mut().ok_or_else(not_started)?;

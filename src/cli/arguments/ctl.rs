@@ -180,6 +180,7 @@ pub fn parse(parser: &mut lexopt::Parser) -> Result<Command, lexopt::Error> {
 /// Parses the words of a command, and the one option of [`EXTRA`] that was given with it.
 fn ask(words: &[&str], extra: Option<&str>) -> Result<Ask, lexopt::Error> {
     let request = |method, path: &&str, body: &str| Ask::Request(method, (*path).to_owned(), body.to_owned());
+    let at = |expected: String| format!("{}: {expected}", words.join(" "));
     Ok(match words {
         ["list"] if extra == Some("watch") => Ask::Watch,
         ["list"] if extra == Some("sweep") => Ask::Sweep,
@@ -192,11 +193,11 @@ fn ask(words: &[&str], extra: Option<&str>) -> Result<Ask, lexopt::Error> {
         ["pause"] => Ask::Pause,
         ["resume"] => Ask::Resume,
         ["balloon"] => Ask::Balloon(None),
-        ["balloon", size] => Ask::Balloon(Some(mebibytes(size)?)),
+        ["balloon", size] => Ask::Balloon(Some(mebibytes(size).map_err(at)?)),
         ["cpus"] => Ask::Cpus(None),
-        ["cpus", count] => Ask::Cpus(Some(number(count)?)),
+        ["cpus", count] => Ask::Cpus(Some(number(count).map_err(at)?)),
         ["hotplug-memory"] => Ask::HotplugMemory(None),
-        ["hotplug-memory", size] => Ask::HotplugMemory(Some(mebibytes(size)?)),
+        ["hotplug-memory", size] => Ask::HotplugMemory(Some(mebibytes(size).map_err(at)?)),
         ["snapshot", ""] => {
             return Err("the folder of a snapshot has an empty name: name the one to save it to".into());
         }
