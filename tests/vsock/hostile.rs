@@ -108,7 +108,7 @@ fn a_line_that_asks_for_no_port_ends_the_connection() {
     let request = world.driver.expect(REQUEST);
     drop(gone);
     assert_eq!(world.driver.expect(RST).from_port, request.from_port);
-    assert_eq!(world.connections(), 0);
+    wait_for(|| world.connections() == 0);
 }
 
 #[test]
