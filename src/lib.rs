@@ -132,7 +132,7 @@
 //! - A program in the guest (`alula exec`): `cli/exec.rs` connects, `cli/session.rs` asks by `guest/call.rs`; in the
 //!   guest `agent/session.rs` hears it, and `agent/process.rs` starts the program.
 //! - What the guest's CPUs are: `config/cpu.rs` reads what is asked for; `arch/x86_64/cpuid.rs` makes CPUID, and
-//!   `arch/aarch64/mod.rs` asks KVM for features.
+//!   `arch/aarch64/mod.rs` asks KVM for features. What one host lacks of another, `features.rs` of the architecture tells.
 //! - A watchdog: the guest writes to the registers in `devices/watchdog/`; the loop in `microvm/monitor.rs` waits no longer
 //!   than the countdown (`devices/watchdog.rs`), and `microvm/watchdog.rs` does what is to be done at its end.
 //! - An end: `vm/exit.rs` notes it, whoever finds it (`machine/halt.rs` finds guests that have halted);

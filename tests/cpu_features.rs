@@ -1,11 +1,13 @@
-//! Features of CPUs that KVM has to be asked for when it makes them (aarch64).
+//! Features of CPUs: those that KVM has to be asked for when it makes them (aarch64), and what two hosts differ in.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by it")]
 
 mod common;
 
-use common::Service;
-use serde_json::json;
+use std::path::Path;
+
+use common::{Service, run};
+use serde_json::{Value, json};
 
 #[test]
 fn features_that_a_guest_cannot_have_are_refused() {
@@ -28,12 +30,71 @@ fn features_that_a_guest_cannot_have_are_refused() {
     assert!(fault.contains("a text with at most 32 of `0`, `1` and `x` after `0b`"), "{fault}");
 }
 
+/// What `alula cpu` with these words says, and with which code it ends.
+fn cpu(words: &[&str]) -> (Option<i32>, String) {
+    let ended = run([&["cpu"][..], words].concat());
+    (ended.code, ended.text)
+}
+
+#[test]
+fn what_a_cpu_is_here_is_told_and_compared() {
+    let (code, dump) = cpu(&["dump"]);
+    assert_eq!(code, Some(0), "{dump}");
+    // A guest can be given what was told.
+    let service = Service::start(&[]);
+    let mut client = service.client();
+    client.ok("PUT", "/cpu-config", &dump);
+    service.boot_source("end=idle");
+    client.ok("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#);
+    client.ok("PATCH", "/vm", r#"{"state": "Paused"}"#);
+    let saved = service.folder.path("saved");
+    client.ok("PUT", "/snapshot/create", &json!({ "folder": saved }).to_string());
+
+    let mut less: Value = serde_json::from_str(&dump).unwrap();
+    let (registers, bitmap, lacking) = match cfg!(target_arch = "x86_64") {
+        true => {
+            let leaves = less["cpuid_modifiers"].as_array_mut().unwrap();
+            let leaf = leaves.iter_mut().find(|leaf| leaf["leaf"] == "0x80000001").unwrap();
+            (leaf["modifiers"].as_array_mut().unwrap(), "0b0", "syscall")
+        }
+        // What the manual has of processors that lack it is a field with all bits set.
+        false => (less["reg_modifiers"].as_array_mut().unwrap(), "0b11111111xxxxxxxxxxxxxxxx", "AdvSIMD of"),
+    };
+    let of_pfr0 = |register: &Value| register["addr"] == "0x603000000013c020";
+    let register = registers.iter_mut().find(|it| it["register"] == "edx" || of_pfr0(it)).unwrap();
+    register["bitmap"] = bitmap.into();
+    let (here, less) = (service.folder.write("here", &dump), service.folder.write("less", less.to_string()));
+    let [here, less, saved] = [&here, &less, &saved].map(|path| path.to_str().unwrap());
+    for words in
+        [&["compare", saved][..], &["compare", here], &["compare", saved, here], &["compare", less, here]]
+    {
+        let (code, text) = cpu(words);
+        assert!(code == Some(0) && text.contains(" has all that the CPU of `"), "{words:?}: {text}");
+    }
+    for needed in [here, saved] {
+        let (code, text) = cpu(&["compare", needed, less]);
+        assert!(code == Some(1) && text.lines().any(|line| line.starts_with(lacking)), "{needed}: {text}");
+        let (code, text) = cpu(&["compare", "--json", needed, less]);
+        let told: Vec<String> = serde_json::from_str(&text).unwrap();
+        assert!(code == Some(1) && told.iter().any(|one| one.starts_with(lacking)), "{needed}: {text}");
+    }
+    let none = service.folder.write("none", "neither");
+    let foreign = service.folder.write("foreign", r#"{"cpuid": []}"#);
+    for (path, expected) in [
+        (&*none, "read the state of a machine"),
+        (&*foreign, "unknown field `cpuid`"),
+        (Path::new("/nonexistent"), "`/nonexistent`: No such file"),
+    ] {
+        let (code, text) = cpu(&["compare", path.to_str().unwrap(), here]);
+        assert!(code == Some(1) && text.contains(expected), "{text}");
+    }
+}
+
 #[cfg(target_arch = "aarch64")]
 mod of_aarch64 {
     use std::io::Write;
 
     use super::*;
-    use serde_json::Value;
 
     /// Two registers that a CPU of aarch64 has with a feature only, with the feature's bits and the number of KVM's capability
     /// (ZCR_EL1 with SVE, KVM_CAP_ARM_SVE; APIAKEYLO_EL1 with pointer authentication, KVM_CAP_ARM_PTRAUTH_ADDRESS).

@@ -6,6 +6,7 @@ mod cache;
 mod check;
 mod command;
 mod console;
+mod cpu;
 mod ctl;
 mod exec;
 mod guests;
@@ -107,6 +108,7 @@ fn obey(line: Vec<OsString>) -> u8 {
             Ok(text) => print(text.as_bytes()),
             Err(error) => told(Err(error)),
         }),
+        Command::Cpu(arguments) => apart(|| told_code(cpu::run(&arguments))),
         Command::Template(arguments) => apart(|| template::run(&arguments)),
         Command::Clone(arguments) => apart(|| told(template::clone(&arguments))),
         Command::Check(arguments) => apart(|| told_code(check::run(&arguments))),

@@ -116,6 +116,14 @@ mod tests {
     use crate::host::listener::Listener;
 
     #[test]
+    fn names_are_letters_digits_and_hyphens() {
+        check_id("a-1").unwrap();
+        for text in ["", "a_b", "a/b", &"x".repeat(65)] {
+            assert!(check_id(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
     fn a_place_is_made_and_what_was_left_there_is_cleared() {
         let folder = std::env::temp_dir().join(format!("alula-runtime-{}", std::process::id()));
         let path = folder.join("alula/web.sock");

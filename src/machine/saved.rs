@@ -14,7 +14,7 @@ use crate::devices::slots::PciSlots;
 use crate::error::{Context, Error, Result};
 use crate::memory::Range;
 use crate::memory::slots::SLOTS_MAX;
-use crate::platform::Place;
+use crate::platform::{CpuChanges, Place};
 use crate::snapshot;
 use crate::vm::state::{VcpuState, VmState};
 
@@ -74,6 +74,11 @@ impl SavedMachine {
     /// Where its memory is in the guest's address space.
     pub fn memory(&self) -> &[Range] {
         &self.memory
+    }
+
+    /// What its CPUs are, as the changes that make others so.
+    pub fn cpu(&self) -> CpuChanges {
+        self.vcpus.first().map(VcpuState::told).unwrap_or_default()
     }
 
     /// How many CPUs it has.

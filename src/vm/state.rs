@@ -7,10 +7,12 @@
 //! what KVM does not take ends in an error that says which step failed, after which the machine must not be
 //! used.
 
-use super::Vm;
 use super::vcpu::Vcpu;
+use super::{Prepared, Vm};
 use crate::arch;
 use crate::error::{Error, Result};
+use crate::memory::Regions;
+use crate::platform::CpuChanges;
 
 pub use crate::arch::{VcpuState, VmState};
 
@@ -48,4 +50,17 @@ impl Vm {
     fn controller(&self) -> Result<&arch::InterruptController> {
         self.controller.as_ref().ok_or_else(|| Error::host("the machine has no CPUs yet"))
     }
+}
+
+/// What a guest's CPU is on this host if nothing of it is changed, as the changes that make another one so.
+///
+/// # Errors
+/// This host has no KVM that this user may use.
+pub fn cpu_of_this_host() -> Result<CpuChanges> {
+    let mut vm = Vm::new(Prepared::new()?, &Regions::default())?;
+    let mut vcpus = vm.create_vcpus(1, arch::CpuFeatures::default())?;
+    vm.settle_cpus(&vcpus.iter().collect::<Vec<_>>(), false, &CpuChanges::default())?;
+    let mut vcpus: Vec<_> = vcpus.iter_mut().collect();
+    let states = arch::save_vcpus(&vm.kvm, &vm.fd, &mut vcpus, vm.cpu_features)?;
+    Ok(states.first().map(VcpuState::told).unwrap_or_default())
 }

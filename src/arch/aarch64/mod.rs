@@ -2,6 +2,7 @@
 
 mod boot;
 mod fdt;
+mod features;
 mod gic;
 mod gic_state;
 pub mod layout;
@@ -21,6 +22,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
 pub use boot::{Entry, load};
+pub use features::lacking;
 pub use gic::{
     InterruptController, MESSAGES_NAME_THEIR_DEVICE, READS_REGISTERS_FROM_MEMORY, default_routes, irq_of_line,
 };

@@ -12,10 +12,11 @@ use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 
 use super::CpuFeatures;
+use super::features;
 use super::gic::InterruptController;
 use super::gic_state::{self, GicState};
 use crate::error::{Context, Error, Result};
-use crate::platform::RegisterModifier;
+use crate::platform::{CpuChanges, RegisterModifier};
 use crate::snapshot;
 
 /// More registers than any KVM has of a CPU, and what `kvm-bindings` can list: a saved state cannot keep KVM busy
@@ -72,6 +73,13 @@ struct Events {
     serror_has_esr: u8,
     ext_dabt_pending: u8,
     serror_esr: u64,
+}
+
+impl VcpuState {
+    /// What the CPU is, as the changes that make another one so.
+    pub fn told(&self) -> CpuChanges {
+        features::told(&self.registers)
+    }
 }
 
 /// What KVM holds of a machine; its lines and devices are quiet. Guest memory is saved after this, which writes

@@ -4,6 +4,9 @@
 
 use kvm_bindings::kvm_cpuid_entry2;
 
+use super::msrs::Msr;
+use crate::platform::{CpuChanges, CpuidModifier, CpuidRegister, RegisterModifier};
+
 /// A register of CPUID whose bits each are a feature.
 struct Word {
     leaf: u32,
@@ -27,6 +30,12 @@ const APIC: u32 = 1 << 9;
 const OSXSAVE: u32 = 1 << 27;
 const OSPKE: u32 = 1 << 4;
 const MONITOR: u32 = 1 << 3;
+
+/// The model-specific registers each bit of which is a feature: IA32_ARCH_CAPABILITIES (Intel SDM 4, table 2-2).
+const FEATURE_MSRS: [u32; 1] = [0x10a];
+
+/// The leaves that say how a machine's CPUs lie, which each machine has its own of.
+const TOPOLOGY: [u32; 2] = [0xb, 0x1f];
 
 const WORDS: [Word; 13] = [
     word(1, 0, Register::Ecx, OSXSAVE | MONITOR),
@@ -100,8 +109,69 @@ impl Word {
     }
 }
 
+/// What a CPU was told that it is, as the changes that make another one so.
+pub fn told(cpuid: &[kvm_cpuid_entry2], msrs: &[Msr]) -> CpuChanges {
+    let registers = |entry: &kvm_cpuid_entry2| {
+        let (leaf, subleaf) = (entry.function, entry.index);
+        let words = [
+            (CpuidRegister::Eax, entry.eax),
+            (CpuidRegister::Ebx, entry.ebx),
+            (CpuidRegister::Ecx, entry.ecx),
+            (CpuidRegister::Edx, entry.edx),
+        ];
+        words.map(|(register, value)| CpuidModifier { leaf, subleaf, register, mask: u32::MAX, value })
+    };
+    let msrs = msrs.iter().filter(|(number, _)| FEATURE_MSRS.contains(number));
+    let register = |(number, value): &Msr| RegisterModifier {
+        number: (*number).into(),
+        mask: u64::MAX.into(),
+        value: (*value).into(),
+    };
+    CpuChanges {
+        cpuid: cpuid.iter().filter(|entry| !TOPOLOGY.contains(&entry.function)).flat_map(registers).collect(),
+        registers: msrs.map(register).collect(),
+        ..CpuChanges::default()
+    }
+}
+
+/// The CPUID that `changes` make of one that has no feature.
+fn cpuid_of(changes: &CpuChanges) -> Vec<kvm_cpuid_entry2> {
+    let mut entries: Vec<kvm_cpuid_entry2> = Vec::new();
+    for CpuidModifier { leaf: function, subleaf: index, register, value, .. } in &changes.cpuid {
+        let (function, index) = (*function, *index);
+        let is_it = |entry: &kvm_cpuid_entry2| (entry.function, entry.index) == (function, index);
+        let place = entries.iter().position(is_it).unwrap_or_else(|| {
+            entries.push(kvm_cpuid_entry2 { function, index, ..Default::default() });
+            entries.len() - 1
+        });
+        let entry = &mut entries[place];
+        match register {
+            CpuidRegister::Eax => entry.eax = *value,
+            CpuidRegister::Ebx => entry.ebx = *value,
+            CpuidRegister::Ecx => entry.ecx = *value,
+            CpuidRegister::Edx => entry.edx = *value,
+        }
+    }
+    entries
+}
+
+/// The names of the features that a CPU of `needed` has, and one of `there` has not.
+pub fn lacking(needed: &CpuChanges, there: &CpuChanges) -> Vec<String> {
+    let mut names = lacking_of_cpuid(&cpuid_of(needed), &cpuid_of(there));
+    let of = |changes: &CpuChanges, number: u32| {
+        let found = changes.registers.iter().find(|register| register.number == u64::from(number));
+        found.map_or(0, |register| register.value)
+    };
+    for number in FEATURE_MSRS {
+        let bits = of(needed, number) & !of(there, number);
+        let name = |bit| format!("bit {bit} of the model-specific register {number:#x}");
+        names.extend((0..u64::BITS).filter(|bit| bits >> bit & 1 == 1).map(name));
+    }
+    names
+}
+
 /// The names of the features that `saved` has, and `ours` has not.
-pub fn lacking(saved: &[kvm_cpuid_entry2], ours: &[kvm_cpuid_entry2]) -> Vec<String> {
+pub fn lacking_of_cpuid(saved: &[kvm_cpuid_entry2], ours: &[kvm_cpuid_entry2]) -> Vec<String> {
     let mut names = Vec::new();
     for word in &WORDS {
         let bits = word.of(saved) & !word.of(ours) & !word.ignored;
@@ -120,8 +190,19 @@ mod tests {
             |function, index, ebx, ecx| kvm_cpuid_entry2 { function, index, ebx, ecx, ..Default::default() };
         let saved = [leaf(1, 0, 0, 1 << 28 | OSXSAVE), leaf(7, 0, 1 << 16 | 1 << 5 | 1 << 15, OSPKE)];
         let ours = [leaf(1, 0, 0, 0), leaf(7, 0, 1 << 5, u32::MAX)];
-        assert_eq!(lacking(&saved, &ours), ["avx", "bit 15 of ebx in CPUID 0x7.0", "avx512f"]);
-        assert_eq!(lacking(&saved[..1], &[]), ["avx"], "a leaf that is not there has no features");
-        assert!(lacking(&ours[..1], &saved).is_empty() && lacking(&saved, &saved).is_empty());
+        assert_eq!(lacking_of_cpuid(&saved, &ours), ["avx", "bit 15 of ebx in CPUID 0x7.0", "avx512f"]);
+        assert_eq!(lacking_of_cpuid(&saved[..1], &[]), ["avx"], "a leaf that is not there has no features");
+        assert!(
+            lacking_of_cpuid(&ours[..1], &saved).is_empty() && lacking_of_cpuid(&saved, &saved).is_empty()
+        );
+    }
+
+    #[test]
+    fn a_cpu_is_compared_with_what_another_one_was_told() {
+        let leaf = |ebx| kvm_cpuid_entry2 { function: 7, ebx, ..Default::default() };
+        let (more, less) = (told(&[leaf(1 << 5)], &[(0x10a, 5), (0x10, 9)]), told(&[leaf(0)], &[(0x10a, 4)]));
+        assert_eq!(lacking(&more, &less), ["avx2", "bit 0 of the model-specific register 0x10a"]);
+        assert!(lacking(&less, &more).is_empty() && lacking(&CpuChanges::default(), &less).is_empty());
+        assert_eq!(more.registers.len(), 1, "the time stamp counter is no feature");
     }
 }

@@ -25,6 +25,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 pub use boot::{Entry, load};
+pub use features::lacking;
 pub use msrs::change_registers;
 pub use registers::{
     await_start, boot, is_halted_for_good, is_software_kvm, refuse_instruction, tell_that_it_stood_still,
@@ -171,7 +172,7 @@ impl CpuModel {
         vcpu.set_cpuid2(&ours).context("set the CPUID")?;
         let ours = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).context("get the CPUID")?;
         for (index, state) in saved.iter().enumerate() {
-            let lacking = features::lacking(&state.cpuid, ours.as_slice());
+            let lacking = features::lacking_of_cpuid(&state.cpuid, ours.as_slice());
             if !lacking.is_empty() {
                 return Err(Error::config(format!(
                     "CPU {index} of the guest was told of what this host's processor or KVM does not have: {}: restore \

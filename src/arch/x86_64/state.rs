@@ -14,8 +14,9 @@ use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 
 use super::registers::{registers, set_registers_for_its_run, tell_that_it_stood_still};
-use super::{CpuFeatures, InterruptController, cpuid, ioctls, msrs};
+use super::{CpuFeatures, InterruptController, cpuid, features, ioctls, msrs};
 use crate::error::{Context, Error, Result};
+use crate::platform::CpuChanges;
 use crate::snapshot;
 
 /// More model-specific registers than any KVM has: a saved state cannot keep KVM busy with more.
@@ -83,6 +84,13 @@ pub struct VcpuState {
     #[serde(deserialize_with = "snapshot::at_most::<MSRS_MAX, _, _>")]
     msrs: Vec<msrs::Msr>,
     events: kvm_vcpu_events,
+}
+
+impl VcpuState {
+    /// What the CPU is, as the changes that make another one so.
+    pub fn told(&self) -> CpuChanges {
+        features::told(&self.cpuid, &self.msrs)
+    }
 }
 
 /// What KVM holds of a machine; its lines and devices are quiet.
