@@ -137,7 +137,8 @@ fn device(kind: &'static DeviceKind, method: &str, rest: &str, body: Body<'_>) -
             Ok(Request::PutDevice(device))
         }
         "PATCH" if kind.patchable => {
-            let change = kind.parse_patch(place, body.bytes).map_err(|error| body.refuse(&error))?;
+            let change = kind.parse_patch_as(body.dialect, place, body.bytes);
+            let change = change.map_err(|error| body.refuse(&error))?;
             same_id(&change.id)?;
             Ok(Request::PatchDevice(kind, change))
         }

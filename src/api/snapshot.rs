@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::template::Order;
 use crate::carry::stored::Location;
 use crate::config::{Config, HugePages};
+use crate::devices::block::Backing;
 use crate::devices::console;
 use crate::error::Result;
 use crate::guest::runtime;
@@ -220,6 +221,9 @@ struct DriveOverride {
     drive_id: String,
     /// The file or block device; or with `overlay`, where an image is made.
     path_on_host: PathBuf,
+    /// The images beneath a qcow2 image that there is, the next one first. Left out: if the path is another one, those that
+    /// the images name themselves, as long as they lie in the folder of the topmost.
+    backing: Option<Vec<Backing>>,
     /// A qcow2 image is made at the path, where nothing may be yet: it has what the guest writes, and the disk that was
     /// saved is only read.
     #[serde(default)]
@@ -317,7 +321,12 @@ impl LoadSnapshot {
             interfaces: interfaces.map(|one| (one.iface_id, one.host_dev_name)).collect(),
             vsock: self.vsock_override.map(|vsock| vsock.uds_path),
             drives: drives
-                .map(|one| Drive { id: one.drive_id, path: one.path_on_host, is_overlay: one.overlay })
+                .map(|one| Drive {
+                    id: one.drive_id,
+                    path: one.path_on_host,
+                    backing: one.backing,
+                    is_overlay: one.overlay,
+                })
                 .collect(),
         })
     }

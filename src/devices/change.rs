@@ -5,6 +5,7 @@ use std::any::Any;
 use serde_json::{Value, json};
 
 use super::kind::{ConfiguredDevice, Described, DeviceConfig};
+use crate::dialect::Dialect;
 use crate::error::Result;
 
 /// Places that PATCH requests go to, each with what a request to it does, if that is not just a change of the device,
@@ -16,6 +17,8 @@ pub type PatchSchemas = Vec<(&'static str, Option<&'static str>, Option<schemars
 pub trait Patch: Described + Send + Sized + 'static {
     /// Whether devices of the kind have a PATCH request.
     const EXISTS: bool = true;
+    /// The fields that Firecracker's request has, where ours has more; else none.
+    const PUBLISHED: &'static [&'static str] = &[];
     /// The device that is to be changed; empty where there is but one.
     fn id(&self) -> &str;
     /// Parses the body of a request to `place`, which is what follows the path of a device of which there is but one.
@@ -57,7 +60,14 @@ pub struct Change {
 }
 
 impl Change {
-    pub(super) fn parse<C: DeviceConfig>(place: &str, text: &[u8]) -> serde_json::Result<Self> {
+    pub(super) fn parse<C: DeviceConfig>(
+        place: &str,
+        text: &[u8],
+        dialect: Dialect,
+    ) -> serde_json::Result<Self> {
+        if !C::Patch::PUBLISHED.is_empty() {
+            dialect.check_fields(text, C::Patch::PUBLISHED)?;
+        }
         // The body is parsed as its own type first, which knows of duplicate fields and tells where something is wrong.
         let patch = C::Patch::parse(place, text)?;
         let apply = |device: &ConfiguredDevice, patch: &dyn Any| {

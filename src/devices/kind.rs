@@ -186,7 +186,7 @@ pub struct DeviceKind {
     #[cfg(test)]
     pub told_schemas: fn(&mut schemars::SchemaGenerator) -> ToldSchemas,
     parse: fn(&[u8], Dialect) -> serde_json::Result<ConfiguredDevice>,
-    parse_patch: fn(&str, &[u8]) -> serde_json::Result<Change>,
+    parse_patch: fn(&str, &[u8], Dialect) -> serde_json::Result<Change>,
     from_option: fn(&str, usize) -> Result<ConfiguredDevice, String>,
 }
 
@@ -246,7 +246,12 @@ impl DeviceKind {
 
     /// A change to a device from the body of a request, to `place` below the device's path.
     pub fn parse_patch(&self, place: &str, text: &[u8]) -> serde_json::Result<Change> {
-        (self.parse_patch)(place, text)
+        self.parse_patch_as(Dialect::Alula, place, text)
+    }
+
+    /// The same in this dialect.
+    pub fn parse_patch_as(&self, dialect: Dialect, place: &str, text: &[u8]) -> serde_json::Result<Change> {
+        (self.parse_patch)(place, text, dialect)
     }
 
     /// A device from its option's value; `number` of its kind have come before.

@@ -15,6 +15,8 @@ pub struct Drive {
     pub id: String,
     /// Where the disk's image is, or where an image over that which the disk has is made.
     pub path: PathBuf,
+    /// The images beneath a qcow2 image, the next one first; None: those that the images name.
+    pub backing: Option<Vec<block::Backing>>,
     /// An image over that which the disk has is made at `path`.
     pub is_overlay: bool,
 }
@@ -40,14 +42,22 @@ pub fn replace(
             return Err(Error::config(message)).with_context(attempt);
         }
         let overlay = super::snapshots::change_device(config, "drives", Some(&drive.id), |told| {
-            if !drive.is_overlay {
-                told["path_on_host"] = serde_json::json!(drive.path);
-                return Ok(None);
-            }
-            let below = serde_json::from_value(told.take()).context("read the disk's configuration")?;
-            let (overlay, over) = block::Overlay::make(&below, &drive.path, host)?;
-            *told = serde_json::to_value(over).context("write the disk's configuration")?;
-            Ok(Some(overlay))
+            let was: block::Config =
+                serde_json::from_value(told.take()).context("read the disk's configuration")?;
+            let (overlay, is) = match (drive.is_overlay, &drive.backing) {
+                (false, backing) => (None, was.with_image(drive.path.clone(), backing.clone())),
+                (true, None) => {
+                    let (overlay, over) = block::Overlay::make(&was, &drive.path, host)?;
+                    (Some(overlay), over)
+                }
+                (true, Some(_)) => {
+                    return Err(Error::config(
+                        "`backing` is what is beneath an image that there is, and `overlay` makes one: leave one of both out",
+                    ));
+                }
+            };
+            *told = serde_json::to_value(is).context("write the disk's configuration")?;
+            Ok(overlay)
         });
         made.extend(overlay.with_context(attempt)?);
     }

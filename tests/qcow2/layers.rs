@@ -99,6 +99,28 @@ fn a_chain_is_followed_within_its_folder_or_where_it_is_named() {
 }
 
 #[test]
+fn an_image_is_not_read_over_another_one_than_its_own() {
+    let folder = Folder::new();
+    let expected = chain(&folder, &[]);
+    let copy = folder.path("copy");
+    std::fs::copy(folder.path("base"), &copy).unwrap();
+    std::fs::hard_link(folder.path("base"), folder.path("linked")).unwrap();
+    let open = |name: &str| {
+        let backing = json!([{ "path_on_host": folder.path(name), "format": "raw" }]);
+        Disk::new(config(&folder.path("disk"), json!({ "backing": backing })))
+    };
+    for name in ["base", "linked"] {
+        assert!(content(&mut open(name).unwrap()) == expected, "{name}");
+    }
+    let error = open("copy").err().unwrap();
+    let said = format!("`backing` has `{}` there, which is another file", copy.display());
+    assert!(error.contains("use the image beneath it, `") && error.contains(&said), "{error}");
+    // Where the image's own base is gone, the list says where it is now.
+    std::fs::remove_file(folder.path("base")).unwrap();
+    assert!(content(&mut open("copy").unwrap()) == expected);
+}
+
+#[test]
 fn what_cannot_be_beneath_is_said() {
     let folder = Folder::new();
     chain(&folder, &[]);

@@ -238,7 +238,7 @@ fn drive(parser: &mut lexopt::Parser, option: &str) -> Result<Drive, lexopt::Err
     let (id, path) = pair(&text).map_err(|expected| {
         format!("{option} {text}: {expected}, of a guest that is restored (is `--disk` meant?)")
     })?;
-    Ok(Drive { id, path: path.into(), is_overlay: option == "--overlay" })
+    Ok(Drive { id, path: path.into(), backing: None, is_overlay: option == "--overlay" })
 }
 
 fn run_help() -> String {

@@ -74,7 +74,7 @@ pub struct Config {
 }
 
 /// One image beneath a qcow2 image; it is only read.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Backing {
@@ -284,20 +284,28 @@ impl DeviceConfig for Config {
     }
 
     fn patched(&self, patch: &Patch) -> Result<Self> {
-        let Patch { path_on_host, rate_limiter, .. } = patch.clone();
-        if self.socket.is_some() && path_on_host.is_none() && rate_limiter.is_none() {
+        let Patch { path_on_host, backing, rate_limiter, .. } = patch.clone();
+        if self.socket.is_some() && path_on_host.is_none() && rate_limiter.is_none() && backing.is_none() {
             // Its configuration is read again.
             return Ok(self.clone());
         }
-        if path_on_host.is_none() && rate_limiter.is_none() {
+        if path_on_host.is_none() && rate_limiter.is_none() && backing.is_none() {
             return Err(Error::config("nothing is to be changed: give `path_on_host` or `rate_limiter`"));
         }
         let limits = match (self.rate_limiter, rate_limiter) {
             (old, Some(new)) => Some(old.unwrap_or_default().patched(new)),
             (old, None) => old,
         };
-        let path_on_host = path_on_host.or_else(|| self.path_on_host.clone());
-        let new = Self { path_on_host, rate_limiter: limits, ..self.clone() };
+        if backing.is_some() && path_on_host.is_none() {
+            return Err(Error::config(
+                "`backing` is what is beneath the image that `path_on_host` names: give that, too",
+            ));
+        }
+        let new = match path_on_host {
+            Some(path) => self.clone().with_image(path, backing),
+            None => self.clone(),
+        };
+        let new = Self { rate_limiter: limits, ..new };
         new.check().map(|()| new)
     }
 }
@@ -325,6 +333,14 @@ impl Config {
         }
     }
 
+    /// This disk with another image, or the same one. What may be beneath an image is said of that image alone: of another
+    /// one, it is what `backing` says, or what the image names in its own folder.
+    pub fn with_image(self, path: PathBuf, backing: Option<Vec<Backing>>) -> Self {
+        let is_same = self.path_on_host.as_ref() == Some(&path);
+        let backing = backing.or_else(|| self.backing.clone().filter(|_| is_same));
+        Self { path_on_host: Some(path), backing, ..self }
+    }
+
     /// How it is opened.
     pub fn access(&self) -> Access {
         if self.is_read_only { Access::Read } else { Access::ReadWrite }
@@ -347,11 +363,15 @@ pub struct Patch {
     /// What it is made of from now on; the same as before: its size is measured again. Of a disk with a `socket` nothing
     /// but the id is given: what its backend says of it is read again.
     pub path_on_host: Option<PathBuf>,
+    /// Ours, with `path_on_host`: the images beneath a qcow2 image, the next one first. Left out: if the path is another
+    /// one, those that the images name themselves, as long as they lie in the folder of the topmost.
+    pub backing: Option<Vec<Backing>>,
     /// Limits from now on; a bucket left out stays, one of 0 is no limit.
     pub rate_limiter: Option<RateLimiter>,
 }
 
 impl kind::Patch for Patch {
+    const PUBLISHED: &'static [&'static str] = &["drive_id", "path_on_host", "rate_limiter"];
     fn id(&self) -> &str {
         &self.drive_id
     }
@@ -460,5 +480,7 @@ mod tests {
         let changed = r#"{"bandwidth":{"size":3,"one_time_burst":null,"refill_time":4},"ops":null}"#;
         assert_eq!(patch(ops), Ok(("/d".into(), changed.to_owned())));
         assert!(patch("").unwrap_err().contains("nothing is to be changed"));
+        let list = r#","backing":[{"path_on_host":"/b","format":"raw"}]"#;
+        assert!(patch(list).unwrap_err().contains("give that, too"));
     }
 }

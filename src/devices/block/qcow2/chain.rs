@@ -1,9 +1,9 @@
 //! The images beneath a qcow2 image. What an image names is its author's word, and the author may
 //! be anybody: it is followed only where the configuration names the same, or within the folder
-//! where the topmost image lies.
+//! where the topmost image lies. Nor is a configuration followed to a file that the image does not mean.
 
 use std::fs::File;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use imago::FormatAccess;
@@ -107,6 +107,7 @@ impl<'a> Chain<'a> {
             Some(named) => {
                 let backing =
                     named.next().ok_or_else(|| Error::config("`backing` does not name it: add it"))?;
+                check_same(name, above, &backing.path_on_host)?;
                 (backing.path_on_host.clone(), backing.format)
             }
             None => (self.within_folder(name, above)?, told(format)?),
@@ -130,11 +131,7 @@ impl<'a> Chain<'a> {
 
     /// The place that `name`, in the image at `above`, means, if that is in the folder.
     fn within_folder(&self, name: &str, above: &Path) -> Result<PathBuf> {
-        // `json:`, `nbd://`: QEMU's ways to name what is no file.
-        if name.split('/').next().is_some_and(|first| first.contains(':')) {
-            return Err(Error::config("it is not the path of a file"));
-        }
-        let path = above.parent().unwrap_or(Path::new("/")).join(name);
+        let path = place(name, above).ok_or_else(|| Error::config("it is not the path of a file"))?;
         let path = path.canonicalize().context("find it")?;
         if !path.starts_with(&self.folder) {
             return Err(Error::config(format!(
@@ -144,6 +141,31 @@ impl<'a> Chain<'a> {
         }
         Ok(path)
     }
+}
+
+/// The place that `name`, in the image at `above`, means; None: that is no file.
+fn place(name: &str, above: &Path) -> Option<PathBuf> {
+    // `json:`, `nbd://`: QEMU's ways to name what is no file.
+    let is_file = !name.split('/').next().is_some_and(|first| first.contains(':'));
+    is_file.then(|| above.parent().unwrap_or(Path::new("/")).join(name))
+}
+
+/// Refuses an image that is listed as the one beneath the image at `above`, if that names another one: what is above has
+/// only the clusters that differ from its own base, and over another one it is no sound disk. A name at which there is
+/// nothing any more says nothing: the image beneath was moved.
+fn check_same(name: &str, above: &Path, listed: &Path) -> Result<()> {
+    let look = |path: &Path| std::fs::metadata(path).ok();
+    let own = place(name, above).and_then(|path| look(&path));
+    let Some((own, other)) = own.zip(look(listed)) else { return Ok(()) };
+    let are_devices = own.file_type().is_block_device() && other.file_type().is_block_device();
+    if (own.dev(), own.ino()) == (other.dev(), other.ino()) || are_devices && own.rdev() == other.rdev() {
+        return Ok(());
+    }
+    Err(Error::config(format!(
+        "`backing` has `{}` there, which is another file: have it name what the image names, or leave it out; an image \
+         that was copied to another one gets that by `qemu-img rebase -u -b`",
+        listed.display()
+    )))
 }
 
 fn told(format: Option<&str>) -> Result<Format> {

@@ -3,7 +3,8 @@
 use super::medium::record::{self, Step};
 use super::model::{CLUSTER, ImageForm, Opened, PACKED_MAX, PLAIN, image, open, open_again, walk};
 use super::tables::HELD_MAX;
-use crate::devices::block::config::{Backing, CacheType, Format};
+use crate::devices::block::config::{Backing, CacheType, Config, Format, Patch};
+use crate::devices::kind::DeviceConfig;
 use crate::host::Host;
 use crate::virtio::buffers::Buffers;
 
@@ -162,4 +163,25 @@ fn an_image_of_version_2_is_read_as_it_is() {
     let error = open_again(&config).err().expect("nobody says where that is");
     assert!(error.to_string().contains("`backing-name`"), "{error}");
     assert!(std::fs::read(file.as_path()).unwrap() == image);
+}
+
+#[test]
+fn another_image_has_nothing_of_what_is_beneath_the_first() {
+    let list = |path: &str| vec![Backing { path_on_host: path.into(), format: Format::Raw }];
+    let first = Config { format: Format::Qcow2, backing: Some(list("/b")), ..Config::new("d", "/d") };
+    for (path, given, expected) in [
+        ("/d", None, Some(list("/b"))),
+        ("/e", None, None),
+        ("/e", Some(list("/c")), Some(list("/c"))),
+        ("/d", Some(list("/c")), Some(list("/c"))),
+    ] {
+        let patch = Patch {
+            drive_id: "d".to_owned(),
+            path_on_host: Some(path.into()),
+            backing: given,
+            rate_limiter: None,
+        };
+        let new = first.patched(&patch).unwrap();
+        assert_eq!((new.path_on_host, new.backing), (Some(path.into()), expected), "{path}");
+    }
 }

@@ -1,0 +1,109 @@
+//! Disks of a restored guest that are others than it was saved with.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use alula::devices::block::{Config, Overlay};
+use alula::host::Host;
+use serde_json::{Value, json};
+
+use super::{Saved, fault};
+use crate::common::{Client, Folder, Service};
+
+/// Whether a service has this file open.
+fn has_open(service: &Service, path: &Path) -> bool {
+    let links = fs::read_dir(format!("/proc/{}/fd", service.process.child.id())).unwrap();
+    links.flatten().any(|link| fs::read_link(link.path()).is_ok_and(|other| other == path))
+}
+
+/// A guest in a folder called `v1`, whose disk is a qcow2 image over `disk`.
+fn saved_over_a_base() -> Folder {
+    let saved = Saved::new(&[]);
+    saved.service.client().ok("PUT", "/snapshot/create", &saved.create());
+    let over = json!({ "drive_id": "disk", "path_on_host": saved.path("one.qcow2"), "overlay": true });
+    let load = saved.load(&json!({ "drive_overrides": [over] }));
+    let Saved { folder, service } = saved;
+    drop(service);
+    let service = Service::start(&[]);
+    service.client().ok("PUT", "/snapshot/load", &load);
+    let place = json!({ "folder": folder.path("v1") });
+    service.client().ok("PUT", "/snapshot/create", &place.to_string());
+    folder
+}
+
+/// An image over `base`, at this path.
+fn over(base: &Path, path: &Path) {
+    let below = Config::new("d", base);
+    Overlay::make(&below, path, &mut Host::default()).unwrap().0.keep();
+}
+
+fn drive(client: &mut Client) -> Value {
+    client.ok("GET", "/vm/config", "").json()["drives"][0].clone()
+}
+
+#[test]
+fn another_image_is_read_over_its_own_base() {
+    let folder = saved_over_a_base();
+    let (first, second) = (folder.path("disk"), folder.path("other"));
+    fs::write(&second, vec![9; 1 << 20]).unwrap();
+    over(&second, &folder.path("two.qcow2"));
+    let far = folder.path("far");
+    fs::create_dir(&far).unwrap();
+    over(&second, &far.join("three.qcow2"));
+    let list = |path: &PathBuf| json!([{ "path_on_host": path, "format": "raw" }]);
+    let image = |path: &str, more: Value| {
+        let mut told = json!({ "drive_id": "disk", "path_on_host": folder.path(path) });
+        told.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        told
+    };
+    let load = |image: &Value| json!({ "folder": folder.path("v1"), "drive_overrides": [image] }).to_string();
+    let wrong = "which is another file: have it name what the image names";
+    let outside = "outside the image's folder: name it in `backing`";
+    let refused = [
+        (image("two.qcow2", json!({ "backing": list(&first) })), wrong),
+        (image("far/three.qcow2", json!({})), outside),
+    ];
+    let taken = [
+        image("two.qcow2", json!({})),
+        image("two.qcow2", json!({ "backing": list(&second) })),
+        image("far/three.qcow2", json!({ "backing": list(&second) })),
+    ];
+    let check = |service: &Service, taken: &Value| {
+        assert!(has_open(service, &second) && !has_open(service, &first), "{taken}");
+        assert_eq!(drive(&mut service.client())["backing"], taken["backing"], "{taken}");
+    };
+    // By a restore: each by one of its own.
+    for image in &taken {
+        let service = Service::start(&[]);
+        for (image, expected) in &refused {
+            fault(&mut service.client(), "/snapshot/load", &load(image), expected);
+        }
+        let both = image_with_overlay(image);
+        fault(&mut service.client(), "/snapshot/load", &load(&both), "leave one of both out");
+        service.client().ok("PUT", "/snapshot/load", &load(image));
+        check(&service, image);
+    }
+    // By a change of a guest that was restored as it was: what is beneath the same image stays.
+    let service = Service::start(&[]);
+    let mut client = service.client();
+    client.ok("PUT", "/snapshot/load", &json!({ "folder": folder.path("v1") }).to_string());
+    let same = image("one.qcow2", json!({}));
+    client.ok("PATCH", "/drives/disk", &same.to_string());
+    assert!(has_open(&service, &first) && drive(&mut client)["backing"] == list(&first));
+    for image in &taken {
+        for (image, expected) in &refused {
+            let fault = client.request("PATCH", "/drives/disk", &image.to_string()).fault();
+            assert!(fault.contains(expected), "{image}: {fault}");
+        }
+        client.ok("PATCH", "/drives/disk", &image.to_string());
+        check(&service, image);
+    }
+}
+
+/// The same, and an image is to be made there.
+fn image_with_overlay(image: &Value) -> Value {
+    let mut both = image.clone();
+    both["overlay"] = json!(true);
+    both["backing"] = json!([]);
+    both
+}
