@@ -93,6 +93,11 @@ pub trait VirtioDevice: SaveState + Send {
     fn patch(&mut self, _change: &dyn Any, _host: &mut Host) -> Result<bool> {
         Err(Error::config("nothing of it can be changed once the guest runs"))
     }
+    /// Whether its configuration is other than when it was saved, of which its driver is to hear: asked once, when a device
+    /// that was restored goes on.
+    fn take_news(&mut self) -> bool {
+        false
+    }
     /// The answer to a client of the API that asks about the device beyond its configuration. `what` is one of the
     /// places below the device's path that its kind lists as told.
     fn tell(&self, _what: &str) -> Result<Value> {

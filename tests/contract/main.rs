@@ -11,6 +11,7 @@ mod of_the_host;
 mod pmem;
 mod ports;
 mod rings;
+mod sizes;
 mod slots;
 mod stops;
 

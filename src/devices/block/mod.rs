@@ -16,10 +16,13 @@ mod worker;
 use std::any::Any;
 use std::sync::{Arc, Mutex, Once, PoisonError};
 
+use serde::{Deserialize, Serialize};
+
 use super::kind::DeviceConfig;
 use crate::error::Result;
 use crate::host::Host;
 use crate::limiter::{self, Limiter};
+use crate::log;
 use crate::metrics::{Counter, Group, Latency};
 use crate::snapshot::Snapshot;
 use crate::virtio::{Io, VirtioDevice, Worker};
@@ -87,6 +90,8 @@ pub struct Block {
     metrics: Arc<Metrics>,
     /// It was said that the host forbids the engine.
     refused: Arc<Once>,
+    /// The size in sectors that the disk had when it was saved, if it has another one, of which its driver has not heard.
+    unheard: Option<u64>,
 }
 
 impl Block {
@@ -97,8 +102,26 @@ impl Block {
             limiter: Arc::new(Mutex::new(Limiter::new(config.rate_limiter.unwrap_or_default()))),
             metrics: Arc::default(),
             refused: Arc::new(Once::new()),
+            unheard: None,
             config: config.clone(),
         })
+    }
+
+    /// Says in the log that the restored disk has so many sectors, and had so many when it was saved.
+    fn tell_of_size(&self, is: u64, was: u64) {
+        let (what, path, _) = self.config.file();
+        let told = format!(
+            "{what} is `{}` of {}, and had {} when the guest was saved: the guest is told",
+            path.display(),
+            size(is),
+            size(was)
+        );
+        match is < was {
+            true => log::line(format_args!(
+                "{told}; what a file system of the guest has beyond that is lost to it"
+            )),
+            false => log::info(told),
+        }
     }
 
     /// Whether a flush of the guest's reaches stable storage.
@@ -123,16 +146,42 @@ impl Block {
     }
 }
 
-/// What the limit lets through: all else that the guest sees is in the configuration and the image.
-impl Snapshot for Block {
-    type State = limiter::State;
+/// A size in sectors as people write it.
+fn size(sectors: u64) -> String {
+    const MIB: u64 = (1 << 20) / SECTOR;
+    match sectors.is_multiple_of(MIB) {
+        true => format!("{} MiB", sectors / MIB),
+        false => format!("{} bytes", sectors.saturating_mul(SECTOR)),
+    }
+}
 
-    fn save(&self) -> Result<limiter::State> {
-        self.limiter.lock().unwrap_or_else(PoisonError::into_inner).save()
+/// What the limit lets through, and the size that the guest was told: all else that the guest sees is in the configuration
+/// and the image.
+#[derive(Deserialize, Serialize)]
+pub struct State {
+    limit: limiter::State,
+    /// None: a state of before this was saved.
+    sectors: Option<u64>,
+}
+
+impl Snapshot for Block {
+    type State = State;
+    const VERSION: u16 = 2;
+    const OLDER: &'static [(u16, &'static [u8])] = &[(1, &[0])];
+
+    fn save(&self) -> Result<State> {
+        let limit = self.limiter.lock().unwrap_or_else(PoisonError::into_inner).save()?;
+        Ok(State { limit, sectors: Some(self.unheard.unwrap_or(self.image.sectors())) })
     }
 
-    fn restore(&mut self, state: limiter::State) -> Result<()> {
-        self.limiter.lock().unwrap_or_else(PoisonError::into_inner).restore(state)
+    fn restore(&mut self, state: State) -> Result<()> {
+        self.limiter.lock().unwrap_or_else(PoisonError::into_inner).restore(state.limit)?;
+        let is = self.image.sectors();
+        if let Some(was) = state.sectors.filter(|was| *was != is) {
+            self.unheard = Some(was);
+            self.tell_of_size(is, was);
+        }
+        Ok(())
     }
 }
 
@@ -208,6 +257,10 @@ impl VirtioDevice for Block {
             Err(_) => self.metrics.update_fails.add(1),
         }
         changed
+    }
+
+    fn take_news(&mut self) -> bool {
+        self.unheard.take().is_some()
     }
 
     fn metrics(&self) -> Option<Arc<dyn Group>> {

@@ -221,7 +221,11 @@ impl Transport {
     /// drivers are made for (virtio 1.2, 2.7.7.1).
     pub fn resume(&mut self) {
         self.paused = false;
-        if std::mem::take(&mut self.was_restored) && self.status & DRIVER_OK != 0 {
+        let was_restored = std::mem::take(&mut self.was_restored);
+        if was_restored && self.device.take_news() {
+            self.configuration_changed();
+        }
+        if was_restored && self.status & DRIVER_OK != 0 {
             for (index, _) in self.queues.iter().enumerate().filter(|(_, queue)| queue.ready) {
                 if let Some(event) = self.interrupts.used_buffer(index) {
                     // A counter that is full has interrupted the driver already.
