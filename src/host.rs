@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::descriptors::Named;
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 use crate::log;
 use crate::metadata::Service;
 use crate::sink::{Purpose, Sink};
@@ -43,6 +43,8 @@ pub enum Access {
 pub enum Sharing {
     /// It is an error.
     Refused,
+    /// The same of a machine that is restored, which is used as it was saved.
+    RefusedAsSaved,
     /// It is used all the same, with a line in the log and an event.
     Warned,
 }
@@ -97,6 +99,10 @@ pub struct Host {
     /// A disk that somebody else uses is only warned of, whatever its configuration says.
     warns_of_sharing: bool,
     metadata: Option<Arc<Service>>,
+    /// The files of the snapshot that the machine goes on from, by what each of them is.
+    origin: Vec<(&'static str, (u64, u64))>,
+    /// A machine is being restored.
+    restores: bool,
     /// An agent in the guest has called since that was last asked.
     has_agent_called: bool,
 }
@@ -248,7 +254,41 @@ impl Host {
 
     /// What becomes of a disk's file that somebody else uses; `lock`: its owner wants it alone.
     pub fn sharing(&self, lock: bool) -> Sharing {
-        if lock && !self.warns_of_sharing { Sharing::Refused } else { Sharing::Warned }
+        match lock && !self.warns_of_sharing {
+            true if self.restores => Sharing::RefusedAsSaved,
+            true => Sharing::Refused,
+            false => Sharing::Warned,
+        }
+    }
+
+    /// A restore from these files begins: nobody may write to them from now on, as the machine reads them.
+    pub fn begin_restore(&mut self, origin: Vec<(&'static str, (u64, u64))>) {
+        (self.origin, self.restores) = (origin, true);
+    }
+
+    /// The restore has ended; the files stay the machine's.
+    pub fn end_restore(&mut self) {
+        self.restores = false;
+    }
+
+    /// The machine that was restored is gone, or was never there: its files are like any other.
+    pub fn forget_origin(&mut self) {
+        (self.origin, self.restores) = (Vec::new(), false);
+    }
+
+    /// Refuses a file that is to be written, and that the machine goes on from.
+    fn check_not_origin(&self, file: &File) -> Result<()> {
+        if self.origin.is_empty() {
+            return Ok(());
+        }
+        let identity = file::identity(file)?;
+        match self.origin.iter().find(|(_, origin)| *origin == identity) {
+            None => Ok(()),
+            Some((what, _)) => Err(Error::config(format!(
+                "it is a file of the snapshot itself, the {what} that the guest goes on from: give another one, or one \
+                 that is only read"
+            ))),
+        }
     }
 
     /// The file at `path`, open; `what` names it in errors ("kernel", "disk `root`").
@@ -358,7 +398,13 @@ impl Host {
         });
         match same {
             Some(file) => file.try_clone().with_context(attempt),
-            None => file::open(path, access, sharing, what, attempt),
+            None => {
+                let file = file::open(path, access, sharing, what, attempt)?;
+                if access == Access::ReadWrite {
+                    self.check_not_origin(&file).with_context(attempt)?;
+                }
+                Ok(file)
+            }
         }
     }
 }

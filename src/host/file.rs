@@ -71,11 +71,15 @@ impl Sharing {
     /// What becomes of `what` at `path`, which `user` uses as well: an error, or a warning.
     pub fn judge(self, what: &str, path: &Path, user: &str) -> Result<()> {
         let reason = format!("it is in use by {user}");
-        if self == Self::Refused {
-            return Err(Error::config(format!(
-                "{reason}: stop that, share it read-only, or say that you know better (`\"lock\": false`, \
-                 `lock=off`)"
-            )));
+        let advice = match self {
+            Self::Refused => Some(
+                "stop that, share it read-only, or say that you know better (`\"lock\": false`, `lock=off`)",
+            ),
+            Self::RefusedAsSaved => Some("stop that first"),
+            Self::Warned => None,
+        };
+        if let Some(advice) = advice {
+            return Err(Error::config(format!("{reason}: {advice}")));
         }
         log::line(format_args!(
             "{what} `{}`: {reason}, and used all the same: its content may be damaged",
@@ -165,6 +169,12 @@ fn user(is_it: impl Fn(&Path, &Metadata) -> bool) -> Option<String> {
         }
     }
     None
+}
+
+/// Device and inode of an open file.
+pub fn identity(file: &File) -> Result<(u64, u64)> {
+    let metadata = file.metadata().context("look at it")?;
+    Ok((metadata.dev(), metadata.ino()))
 }
 
 /// Whether `file` and what is at `path` are one block device, by whatever nodes.

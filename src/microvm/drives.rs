@@ -1,7 +1,6 @@
 //! The disks of a restored microVM that are to be others than it was saved with.
 
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use crate::config::Config;
 use crate::devices::block;
@@ -21,26 +20,17 @@ pub struct Drive {
     pub is_overlay: bool,
 }
 
-/// Changes the disks of `config`, and returns the images that were made for that. `taken` are files of the snapshot.
+/// Changes the disks of `config`, and returns the images that were made for that.
 ///
 /// # Errors
-/// There is no such disk, or one is named twice; an image is a file of the snapshot; no image can be made.
-pub fn replace(
-    config: &mut Config,
-    drives: &[Drive],
-    taken: &[PathBuf],
-    host: &mut Host,
-) -> Result<Vec<block::Overlay>> {
+/// There is no such disk, or one is named twice; no image can be made.
+pub fn replace(config: &mut Config, drives: &[Drive], host: &mut Host) -> Result<Vec<block::Overlay>> {
     let mut made = Vec::new();
     for (index, drive) in drives.iter().enumerate() {
         if drives[..index].iter().any(|other| other.id == drive.id) {
             return Err(Error::config(format!("`drive_overrides`: `{}` is there twice", drive.id)));
         }
         let attempt = || format!("`drive_overrides` of `{}`", drive.id);
-        if taken.iter().any(|path| are_same(path, &drive.path)) {
-            let message = format!("`{}` is a file of the snapshot itself", drive.path.display());
-            return Err(Error::config(message)).with_context(attempt);
-        }
         let overlay = super::snapshots::change_device(config, "drives", Some(&drive.id), |told| {
             let was: block::Config =
                 serde_json::from_value(told.take()).context("read the disk's configuration")?;
@@ -62,10 +52,4 @@ pub fn replace(
         made.extend(overlay.with_context(attempt)?);
     }
     Ok(made)
-}
-
-/// Whether there is one file at both paths.
-fn are_same(one: &Path, other: &Path) -> bool {
-    let identity = |path: &Path| std::fs::metadata(path).ok().map(|found| (found.dev(), found.ino()));
-    identity(one).is_some_and(|identity_of_one| identity(other) == Some(identity_of_one))
 }

@@ -1,6 +1,7 @@
 //! A microVM that goes on from files that one was saved to.
 
 use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -23,6 +24,7 @@ use crate::devices::block::Overlay;
 use crate::devices::kind::ConfiguredDevice;
 use crate::error::{Context, Error, Result};
 use crate::history::{self, Event};
+use crate::host::file;
 use crate::host::socket_file::OwnFolder;
 use crate::log;
 use crate::machine::{Cpus, Machine, OpenKvm};
@@ -38,6 +40,8 @@ pub struct Opened {
     memory: Given,
     /// The paths of the state and of the memory.
     paths: [PathBuf; 2],
+    /// The two files themselves, by what each of them is, whatever is put in their place later.
+    files: Vec<(&'static str, (u64, u64))>,
     /// The folder that both are in, if it is one of ours, and what was noted there of what the guest needs first.
     origin: Option<Origin>,
     working_set: Option<WorkingSet>,
@@ -65,11 +69,16 @@ impl Opened {
             ));
         }
         let paths = [location.state(), location.memory(&stored.memory)?];
+        let state = std::fs::metadata(&paths[0]).context("look at the state")?;
+        let mut files = vec![("state", (state.dev(), state.ino()))];
+        if let Given::File(file) = &memory {
+            files.push(("memory", file::identity(file)?));
+        }
         let is_of_this_boot = stored::boot_id() == Some(stored.origin.boot_id);
         let origin = Origin::of(location, &stored).filter(|_| !is_served);
         let working_set = origin.as_ref().and_then(|origin| origin.working_set(stored.memory.size));
         let pieces = stored.pieces();
-        Ok(Self { pieces, stored, memory, paths, origin, working_set, is_of_this_boot, kvm: None })
+        Ok(Self { pieces, stored, memory, paths, files, origin, working_set, is_of_this_boot, kvm: None })
     }
 
     /// Opens KVM, too.
@@ -211,9 +220,11 @@ impl Microvm {
             return Err(Error::config(message));
         }
         let loaded = open().and_then(|opened| self.build_saved(opened, load, reason));
+        self.host.end_restore();
         let Restored { machine, config, handler, place, origin, own_folder } = loaded.inspect_err(|_| {
             lost::forget();
             self.host.serve_metadata(None);
+            self.host.forget_origin();
             self.prepare_again();
         })?;
         self.host.release_all();
@@ -229,7 +240,8 @@ impl Microvm {
 
     /// Builds a machine that goes on where the saved one stood.
     fn build_saved(&mut self, opened: Opened, load: &Load, reason: &'static str) -> Result<Restored> {
-        let Opened { stored, pieces, memory, paths, origin, working_set, is_of_this_boot, kvm } = opened;
+        let Opened { stored, pieces, memory, paths, files, origin, working_set, is_of_this_boot, kvm } = opened;
+        self.host.begin_restore(files);
         if let (Given::File(file), Some(set)) = (&memory, working_set) {
             working_set::read_ahead(set, file, stored.memory.size);
         }
@@ -240,7 +252,7 @@ impl Microvm {
         }
         let mut config = load.config(&saved.config, &self.config)?;
         let own_folder = give_own_folder(&mut config)?;
-        let overlays = drives::replace(&mut config, &load.drives, &paths, &mut self.host)?;
+        let overlays = drives::replace(&mut config, &load.drives, &mut self.host)?;
         saved.config.clone_from(&config);
         let prepare = || kvm.map_or_else(OpenKvm::new, Ok)?.prepare();
         let base = self.take_base(Cpus::of(&config)?, config.machine_config.mem_size_mib, prepare)?;

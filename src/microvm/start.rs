@@ -45,6 +45,7 @@ impl Microvm {
         // A difference from now on lacks pages that are zero again: a snapshot from before must not be taken for its base.
         self.taken = Taken::default();
         lost::forget();
+        self.host.forget_origin();
         (self.has_agent, self.asked_to_end) = (false, None);
         self.host.take_agent_call();
         self.resets += 1;

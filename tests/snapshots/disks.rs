@@ -100,6 +100,47 @@ fn another_image_is_read_over_its_own_base() {
     }
 }
 
+#[test]
+fn what_a_guest_goes_on_from_is_no_disk_of_it() {
+    let saved = Saved::new(&["--enable-pci"]);
+    saved.service.client().ok("PUT", "/snapshot/create", &saved.create());
+    let Saved { folder, service: mut first } = saved;
+    // The kernel that a reset boots is in a folder of this process.
+    first.process.child.kill().unwrap();
+    first.process.child.wait().unwrap();
+    fs::hard_link(folder.path("memory"), folder.path("linked")).unwrap();
+    let saved = Saved { folder, service: Service::start(&[]) };
+    let mut client = saved.service.client();
+    let disk = |id: &str, name: &str| json!({ "drive_id": id, "is_root_device": false, "path_on_host": saved.path(name) });
+    let refused = |client: &mut Client, method: &str, path: &str, body: &Value| {
+        let fault = client.request(method, path, &body.to_string()).fault();
+        assert!(
+            fault.contains("it is a file of the snapshot itself, the "),
+            "{method} {path} {body}: {fault}"
+        );
+    };
+    for name in ["memory", "linked", "state"] {
+        let drive = json!({ "drive_id": "disk", "path_on_host": saved.path(name) });
+        let load = saved.load(&json!({ "drive_overrides": [drive] }));
+        refused(&mut client, "PUT", "/snapshot/load", &serde_json::from_str(&load).unwrap());
+    }
+    client.ok("PUT", "/snapshot/load", &saved.load(&json!({ "resume_vm": true })));
+    for name in ["memory", "linked", "state"] {
+        refused(&mut client, "PUT", "/drives/x", &disk("x", name));
+        let pmem = json!({ "id": "p", "path_on_host": saved.path(name) });
+        refused(&mut client, "PUT", "/pmem/p", &pmem);
+        let drive = json!({ "drive_id": "disk", "path_on_host": saved.path(name) });
+        refused(&mut client, "PATCH", "/drives/disk", &drive);
+    }
+    // To be read, it is a file like any other; and so it is to a guest that begins anew.
+    let mut read = disk("r", "memory");
+    read["is_read_only"] = json!(true);
+    client.ok("PUT", "/drives/r", &read.to_string());
+    client.ok("DELETE", "/drives/r", r#"{"force": true}"#);
+    client.ok("PUT", "/actions", r#"{"action_type": "Reset"}"#);
+    client.ok("PUT", "/drives/x", &disk("x", "memory").to_string());
+}
+
 /// The same, and an image is to be made there.
 fn image_with_overlay(image: &Value) -> Value {
     let mut both = image.clone();
