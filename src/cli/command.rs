@@ -152,7 +152,7 @@ fn add_vsock(config: &mut Config, own_folder: &OwnFolder) -> Result<PathBuf> {
         Some(device) => device,
         None => device(
             "vsock",
-            &serde_json::json!({"guest_cid": 3, "uds_path": own_folder.path().join("vsock")}),
+            &serde_json::json!({"guest_cid": 3, "uds_path": own_folder.socket()}),
         )?,
     };
     let value = serde_json::to_value(&device).context("read the vsock device's path")?;

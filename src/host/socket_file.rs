@@ -58,6 +58,9 @@ impl Drop for SocketFile {
 
 /// How the name of a folder begins that a process has made for itself; the process's number follows.
 const OWN: &str = "alula-";
+/// The name of the socket in such a folder, and that of a folder at runtime that it is in, if not in one of temporary files.
+const SOCKET: &str = "vsock";
+const RUNTIME: &str = "alula";
 
 /// A folder that this process has made for a socket. The folder and what is in it are removed when this is dropped; when
 /// the process ends at once, the folder is removed after the sockets.
@@ -73,11 +76,22 @@ impl OwnFolder {
         std::fs::DirBuilder::new().mode(0o700).create(&path).map(|()| Self::at(path))
     }
 
-    /// Whether a file is in such a folder, of whichever process.
+    /// Where the socket in it is.
+    pub fn socket(&self) -> PathBuf {
+        self.path.join(SOCKET)
+    }
+
+    /// Whether a path is that of the socket in such a folder, of whichever process, as far as its words tell: all of them
+    /// are those of [`Self::make`] and [`Self::socket`], in a folder for what lives as long as a process.
     pub fn is_of(path: &Path) -> bool {
-        let name = path.parent().and_then(Path::file_name).and_then(OsStr::to_str);
-        let process = name.and_then(|name| name.strip_prefix(OWN));
-        process.is_some_and(|number| number.parse::<u32>().is_ok())
+        let text = |path: &Path| path.file_name().and_then(OsStr::to_str).map(str::to_owned);
+        let mut folders = path.ancestors().skip(1);
+        let (Some(own), Some(base)) = (folders.next(), folders.next()) else { return false };
+        let name = text(own).unwrap_or_default();
+        let number = name.strip_prefix(OWN).and_then(|number| number.parse::<u32>().ok());
+        let is_temporary = base == std::env::temp_dir() || base == Path::new("/tmp");
+        let is_base = base.is_absolute() && (is_temporary || text(base).as_deref() == Some(RUNTIME));
+        is_base && path.ends_with(SOCKET) && number.is_some_and(|number| name == format!("{OWN}{number}"))
     }
 
     /// The folder that was made at `path`.
@@ -156,6 +170,31 @@ impl Note {
         path.iter_mut().zip(&self.path).for_each(|(to, from)| *to = from.load(SeqCst));
         if let Ok(path) = CStr::from_bytes_until_nul(&path) {
             descriptor::remove_if_same(path, (device, inode));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_socket_of_our_own_making_is_moved() {
+        let temporary = std::env::temp_dir().join("alula-9/vsock");
+        for own in [temporary.to_str().unwrap(), "/run/alula/alula-9/vsock", "/run/user/7/alula/alula-12/vsock"] {
+            assert!(OwnFolder::is_of(Path::new(own)), "{own}");
+        }
+        for other in [
+            "alula-9/vsock",
+            "alula/alula-9/vsock",
+            "/run/alula/alula-9/named.sock",
+            "/run/alula/alula-09/vsock",
+            "/run/alula/alula-+9/vsock",
+            "/run/alula/alula-x/vsock",
+            "/home/me/alula-9/vsock",
+            "/vsock",
+        ] {
+            assert!(!OwnFolder::is_of(Path::new(other)), "{other}");
         }
     }
 }

@@ -251,7 +251,8 @@ impl Microvm {
             saved.follow_time_of_day().context("`clock_realtime`")?;
         }
         let mut config = load.config(&saved.config, &self.config)?;
-        let own_folder = give_own_folder(&mut config)?;
+        // A path that the request gives is where the socket is to be, whatever it looks like.
+        let own_folder = if load.vsock.is_none() { give_own_folder(&mut config)? } else { None };
         let overlays = drives::replace(&mut config, &load.drives, &mut self.host)?;
         saved.config.clone_from(&config);
         let prepare = || kvm.map_or_else(OpenKvm::new, Ok)?.prepare();
@@ -327,8 +328,7 @@ fn give_own_folder(config: &mut Config) -> Result<Option<OwnFolder>> {
     let made = OwnFolder::make(base).or_else(|_| OwnFolder::make(&std::env::temp_dir()));
     let folder =
         made.with_context(|| format!("make a folder in `{}` for the vsock socket", base.display()))?;
-    let file = path.file_name().unwrap_or_default();
-    change(config, "vsock", None, "uds_path", json!(folder.path().join(file)))?;
+    change(config, "vsock", None, "uds_path", json!(folder.socket()))?;
     Ok(Some(folder))
 }
 

@@ -118,9 +118,9 @@ fn of_many_lives_nothing_is_left() {
 fn guests_of_one_snapshot_have_vsock_sockets_of_their_own() {
     let folder = Folder::new();
     folder.firmware();
-    // As a guest that was started for a command has it, whose monitor has a folder of its own.
-    let gone = folder.path("alula-1");
-    fs::create_dir(&gone).unwrap();
+    // As a guest that was started for a command has it, whose monitor has a folder of its own at runtime.
+    let gone = folder.path("alula/alula-1");
+    fs::create_dir_all(&gone).unwrap();
     let machine = json!({
         "/machine-config": { "vcpu_count": 1, "mem_size_mib": 64 },
         "/vsock": { "guest_cid": 3, "uds_path": gone.join("vsock") },
@@ -140,7 +140,7 @@ fn guests_of_one_snapshot_have_vsock_sockets_of_their_own() {
     };
     let named = folder.path("named");
     let mut guests = [restore(&[]), restore(&[]), restore(&["--vsock", named.to_str().unwrap()])];
-    let own = |process: &Process| folder.path(&format!("alula-{}", process.child.id()));
+    let own = |process: &Process| folder.path(&format!("alula/alula-{}", process.child.id()));
     wait_for(|| {
         [own(&guests[0]).join("vsock"), own(&guests[1]).join("vsock"), named.clone()]
             .iter()
