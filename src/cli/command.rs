@@ -150,10 +150,7 @@ fn add_vsock(config: &mut Config, own_folder: &OwnFolder) -> Result<PathBuf> {
     let there = config.devices().find(|device| device.kind().section == "vsock").cloned();
     let device = match there {
         Some(device) => device,
-        None => device(
-            "vsock",
-            &serde_json::json!({"guest_cid": 3, "uds_path": own_folder.socket()}),
-        )?,
+        None => device("vsock", &serde_json::json!({"guest_cid": 3, "uds_path": own_folder.socket()}))?,
     };
     let value = serde_json::to_value(&device).context("read the vsock device's path")?;
     config.put(device)?;

@@ -181,7 +181,9 @@ mod tests {
     #[test]
     fn only_a_socket_of_our_own_making_is_moved() {
         let temporary = std::env::temp_dir().join("alula-9/vsock");
-        for own in [temporary.to_str().unwrap(), "/run/alula/alula-9/vsock", "/run/user/7/alula/alula-12/vsock"] {
+        for own in
+            [temporary.to_str().unwrap(), "/run/alula/alula-9/vsock", "/run/user/7/alula/alula-12/vsock"]
+        {
             assert!(OwnFolder::is_of(Path::new(own)), "{own}");
         }
         for other in [

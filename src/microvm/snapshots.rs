@@ -240,7 +240,8 @@ impl Microvm {
 
     /// Builds a machine that goes on where the saved one stood.
     fn build_saved(&mut self, opened: Opened, load: &Load, reason: &'static str) -> Result<Restored> {
-        let Opened { stored, pieces, memory, paths, files, origin, working_set, is_of_this_boot, kvm } = opened;
+        let Opened { stored, pieces, memory, paths, files, origin, working_set, is_of_this_boot, kvm } =
+            opened;
         self.host.begin_restore(files);
         if let (Given::File(file), Some(set)) = (&memory, working_set) {
             working_set::read_ahead(set, file, stored.memory.size);
@@ -262,7 +263,7 @@ impl Microvm {
         let source = memory.source(&pieces);
         let (places, plugged) = (&saved.places, saved.plugged());
         let built = Machine::build_from(source, places, plugged, &self.id, &config, &mut self.host, base);
-        let mut machine = built.map_err(|error| with_way_out(error, &config))?;
+        let mut machine = built.map_err(|error| with_way_out(error, &config, load))?;
         lost::watch(&machine.memory().memory(), &paths[1]);
         signals::watch_memory();
         let handler = match memory {
@@ -292,25 +293,38 @@ impl Microvm {
     }
 }
 
-/// The error of a machine that could not be built as it was saved, with what gives the device that failed another place.
-fn with_way_out(error: Error, config: &Config) -> Error {
+/// The error of a machine that could not be built, with what gives the device that failed another place; or, of a device
+/// that was given another one already, by which field that was.
+fn with_way_out(error: Error, config: &Config, load: &Load) -> Error {
     let has_failed = |device: &&ConfiguredDevice| error.message() == format!("set up {}", device.name());
     let Some(device) = config.devices().find(has_failed) else { return error };
-    let way = match device.kind().section {
-        "drives" => {
-            let id = device.id();
+    let id = device.id();
+    let (field, is_given, way) = match device.kind().section {
+        "drives" => (
+            format!("`drive_overrides` of `{id}`"),
+            load.drives.iter().any(|drive| drive.id == id),
             format!(
-                "`drive_overrides` (`alula run --restore`: --drive {id}=PATH, or --overlay {id}=PATH for an image over it) \
-                 gives the disk another path"
-            )
-        }
-        "network-interfaces" => "`network_overrides` gives it another TAP interface".to_owned(),
-        "vsock" => {
-            "`vsock_override` (`alula run --restore`: --vsock PATH) gives it another socket".to_owned()
-        }
+                "`drive_overrides` (`alula run --restore` and `alula clone`: --drive {id}=PATH, or --overlay {id}=PATH for an \
+                 image over it) gives the disk another path"
+            ),
+        ),
+        "network-interfaces" => (
+            format!("`network_overrides` of `{id}`"),
+            load.interfaces.iter().any(|(interface, _)| interface == id),
+            format!("`network_overrides` (`alula clone`: --tap {id}=NAME) gives it another TAP interface"),
+        ),
+        "vsock" => (
+            "`vsock_override`".to_owned(),
+            load.vsock.is_some(),
+            "`vsock_override` (`alula run --restore` and `alula clone`: --vsock PATH) gives it another socket"
+                .to_owned(),
+        ),
         _ => return error,
     };
-    Error::new(error.kind(), format!("{error}: the guest was saved with that; {way}"))
+    match is_given {
+        true => Error::new(error.kind(), format!("{field}: {error}")),
+        false => Error::new(error.kind(), format!("{error}: the guest was saved with that; {way}")),
+    }
 }
 
 /// Has a vsock socket that was in a folder of the saved process's own be in one of this process: the folder of the other

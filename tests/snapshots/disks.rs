@@ -1,6 +1,7 @@
 //! Disks of a restored guest that are others than it was saved with.
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use alula::devices::block::{Config, Overlay};
@@ -8,7 +9,7 @@ use alula::host::Host;
 use serde_json::{Value, json};
 
 use super::{Saved, fault};
-use crate::common::{Client, Folder, Service};
+use crate::common::{Client, Folder, Process, Service, run};
 
 /// Whether a service has this file open.
 fn has_open(service: &Service, path: &Path) -> bool {
@@ -139,6 +140,50 @@ fn what_a_guest_goes_on_from_is_no_disk_of_it() {
     client.ok("DELETE", "/drives/r", r#"{"force": true}"#);
     client.ok("PUT", "/actions", r#"{"action_type": "Reset"}"#);
     client.ok("PUT", "/drives/x", &disk("x", "memory").to_string());
+}
+
+#[test]
+fn a_snapshot_whose_disk_was_moved_goes_on_with_the_disk_that_is_named() {
+    let Saved { folder, service } = Saved::new(&[]);
+    let path = |name: &str| folder.path(name).to_str().unwrap().to_owned();
+    service.client().ok("PUT", "/snapshot/create", &json!({ "folder": path("saved") }).to_string());
+    drop(service);
+    fs::rename(path("disk"), path("moved")).unwrap();
+    let saved = path("saved");
+    let restored = |more: &[&str]| {
+        let mut process = Process::start([&["run", "--restore", &saved], more].concat());
+        // A guest that never began reads nothing.
+        let _ = process.stdin.as_mut().unwrap().write_all(b"go on\n");
+        let ended = process.end();
+        (ended.code, ended.text)
+    };
+    let refused = |more: &[&str], expected: &str| {
+        let (code, text) = restored(more);
+        assert!(code == Some(125) && text.contains(expected), "{more:?}: {text}");
+    };
+    refused(
+        &[],
+        "`drive_overrides` (`alula run --restore` and `alula clone`: --drive disk=PATH, or --overlay",
+    );
+    refused(
+        &["--drive", "other=moved"],
+        "`drive_overrides` of `other`: the saved machine has no such device",
+    );
+    let (code, text) = restored(&["--drive", &format!("disk={}", path("moved"))]);
+    assert!(code == Some(0) && text.contains(" cases, 0 failed"), "{text}");
+    fs::rename(path("moved"), path("disk")).unwrap();
+    let overlay = format!("disk={}", path("over.qcow2"));
+    let (code, text) = restored(&["--overlay", &overlay]);
+    assert!(code == Some(0) && text.contains(" cases, 0 failed"), "{text}");
+    refused(
+        &["--overlay", &overlay],
+        "File exists (os error 17): choose another path, or remove what is there",
+    );
+    let state = format!("{saved}/state");
+    let ended = run(["run", "--restore", &state]);
+    assert!(ended.text.contains(&format!("`{state}` is a file: give the folder")), "{}", ended.text);
+    let ended = run(["run", "--drive", &overlay]);
+    assert!(ended.code == Some(153) && ended.text.contains("(is `--disk` meant?)"), "{}", ended.text);
 }
 
 /// The same, and an image is to be made there.
