@@ -233,6 +233,37 @@ fn a_kernel_that_is_gone_leaves_the_guest_as_it_was() {
 }
 
 #[test]
+fn what_is_no_kernel_or_initrd_leaves_the_guest_as_it_was() {
+    let service = Service::start(&[]);
+    let mut client = service.client();
+    let initrd = service.folder.write("initrd", "its content means nothing to this guest");
+    let source = json!({
+        "kernel_image_path": service.folder.firmware(), "initrd_path": initrd, "boot_args": "case=serial end=idle",
+    });
+    client.ok("PUT", "/boot-source", &source.to_string());
+    client.ok("PUT", "/actions", START);
+    for (name, content, expected) in [
+        ("firmware", &b"words"[..], "`: not a kernel image: expected ELF"),
+        ("firmware", b"", "`: the file is empty: a kernel image is needed"),
+        ("firmware", b"\x1f\x8b", if alula::arch::NAME == "x86_64" { "unpack it first" } else { "" }),
+        ("initrd", b"", "`: it is empty: make it again, or leave it out"),
+    ] {
+        if expected.is_empty() {
+            continue;
+        }
+        let path = service.folder.path(name);
+        let before = fs::read(&path).unwrap();
+        fs::write(&path, content).unwrap();
+        let fault = client.request("PUT", "/actions", RESET).fault();
+        assert!(fault.starts_with("Reset error: load ") && fault.contains(expected), "{name}: {fault}");
+        assert_eq!(state(&mut client), "Running");
+        fs::write(&path, before).unwrap();
+    }
+    client.ok("PUT", "/actions", RESET);
+    assert_eq!(state(&mut client), "Running");
+}
+
+#[test]
 fn a_machine_that_cannot_be_built_again_is_told_of_and_ends() {
     let mut service = Service::running("case=serial end=idle");
     service.process.expect("1 cases, 0 failed");

@@ -39,7 +39,7 @@ pub struct Packed {
 const HEAD: usize = 0x264;
 
 /// Looks at the first bytes of `kernel`; anything but a kernel is an error that says what was expected.
-pub fn format(kernel: &mut impl KernelSource) -> Result<(Format, Vec<u8>)> {
+pub fn format(kernel: &mut (impl Read + Seek)) -> Result<(Format, Vec<u8>)> {
     let mut head = Vec::with_capacity(HEAD);
     kernel.rewind().context("rewind the kernel")?;
     kernel.by_ref().take(HEAD as u64).read_to_end(&mut head).context("read the kernel")?;

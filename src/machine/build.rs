@@ -15,7 +15,7 @@ use super::parts::{Parts, Places};
 use super::shell::{Base, Cpus, Shell};
 use super::{Machine, RunState, cpus, halt};
 use crate::arch::{self, layout};
-use crate::config::{Config, HugePages, MachineConfig};
+use crate::config::{BootSource, Config, HugePages, MachineConfig};
 use crate::descriptors::Named;
 use crate::devices::boot_timer::BootTimer;
 use crate::devices::fixed::Site;
@@ -207,13 +207,31 @@ pub fn load(machine: &mut Machine, config: &Config, host: &mut Host) -> Result<(
     Ok(())
 }
 
-/// The initrd at `path`. One of 0 bytes, the rest of a download or a build that failed, would be a guest
-/// without a root file system that does not say why.
+/// Opens what `source` names ahead of a build, and refuses what can be seen to boot nothing.
+pub fn hold_boot_files(source: &BootSource, host: &mut Host) -> Result<()> {
+    host.hold(&source.files(), Access::Read, Sharing::Refused)?;
+    let path = &source.kernel_image_path;
+    host.hold_if("kernel", path, Access::Read, Sharing::Refused, |mut kernel| {
+        let checked = arch::check_kernel(&mut kernel).map(drop);
+        checked.with_context(|| format!("load kernel `{}`", path.display()))
+    })?;
+    source.initrd_path.iter().try_for_each(|path| {
+        host.hold_if("initrd", path, Access::Read, Sharing::Refused, |initrd| check_initrd(initrd, path))
+    })
+}
+
+/// The initrd at `path`.
 fn open_initrd(path: &Path, host: &mut Host) -> Result<Named<File>> {
-    let mut file = host.file("initrd", path, Access::Read, Sharing::Refused)?;
+    let file = host.file("initrd", path, Access::Read, Sharing::Refused)?;
+    check_initrd(&file, path).map(|()| file)
+}
+
+/// Refuses an initrd of 0 bytes, the rest of a download or a build that failed: it would be a guest without a root file
+/// system that does not say why.
+fn check_initrd(mut file: &File, path: &Path) -> Result<()> {
     let attempt = || format!("load initrd `{}`", path.display());
     match file.seek(SeekFrom::End(0)).with_context(attempt)? {
         0 => Err(Error::config("it is empty: make it again, or leave it out")).with_context(attempt),
-        _ => Ok(file),
+        _ => Ok(()),
     }
 }

@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use serde_json::{Map, Value};
 
-use crate::config::{Config, HugePages};
+use crate::config::{BootSource, Config, HugePages};
 use crate::devices::console::Console;
 use crate::devices::fixed::FixedDevice;
 use crate::devices::gpio::Gpio;
@@ -169,6 +169,11 @@ impl Machine {
     /// loads the embedded firmware guest. [`Machine::restore`] gives it another machine's.
     pub fn load(&mut self, config: &Config, host: &mut Host) -> Result<()> {
         build::load(self, config, host)
+    }
+
+    /// Opens what the guest boots from ahead of a build, and refuses what can be seen to be no kernel or initrd.
+    pub fn hold_boot_files(source: &BootSource, host: &mut Host) -> Result<()> {
+        build::hold_boot_files(source, host)
     }
 
     /// Lets the CPUs run: starts a machine just loaded, goes on with a paused one. No effect on a

@@ -4,7 +4,6 @@ use super::Microvm;
 use super::saving::Taken;
 use crate::error::{Context, Error, Result};
 use crate::history::{self, Event};
-use crate::host::{Access, Sharing};
 use crate::machine::{Cpus, Kept, Machine, Prepared};
 use crate::memory::lost;
 use crate::metadata::Service;
@@ -73,7 +72,7 @@ impl Microvm {
             return Err(Error::guest(format!("the guest has ended: {exit}")));
         }
         if let Some(source) = files {
-            self.host.hold(&source.files(), Access::Read, Sharing::Refused)?;
+            Machine::hold_boot_files(&source, &mut self.host)?;
         }
         self.started()?.pause()
     }

@@ -1,5 +1,7 @@
 //! Loads an Image, an initrd and the device tree (Documentation/arch/arm64/booting.rst).
 
+use std::io::{Read, Seek};
+
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{fdt, layout, unpack};
@@ -24,6 +26,20 @@ pub struct Entry {
     pub fdt: u64,
 }
 
+/// Looks at the first bytes of `kernel`, which are given back, too; what this machine does not boot is an error.
+pub fn check_kernel(kernel: &mut (impl Read + Seek)) -> Result<(Format, Vec<u8>)> {
+    let (format, head) = kernel::format(kernel)?;
+    match format {
+        Format::Arm64Image | Format::Compressed(_) => Ok((format, head)),
+        Format::BzImage | Format::Elf(EM_X86_64) => {
+            Err(Error::config("it is a kernel for x86_64, this machine is aarch64"))
+        }
+        Format::Elf(machine) => {
+            Err(Error::config(format!("it is ELF for machine {machine}: an Image is needed on aarch64")))
+        }
+    }
+}
+
 /// Loads `kernel`, `initrd` and the tree that describes `platform` into `memory`; notes in
 /// `platform` where the initrd went.
 pub fn load(
@@ -32,18 +48,7 @@ pub fn load(
     initrd: Option<&mut impl KernelSource>,
     platform: &mut Platform,
 ) -> Result<Entry> {
-    let (format, head) = kernel::format(kernel)?;
-    match format {
-        Format::Arm64Image | Format::Compressed(_) => {}
-        Format::BzImage | Format::Elf(EM_X86_64) => {
-            return Err(Error::config("it is a kernel for x86_64, this machine is aarch64"));
-        }
-        Format::Elf(machine) => {
-            return Err(Error::config(format!(
-                "it is ELF for machine {machine}: an Image is needed on aarch64"
-            )));
-        }
-    }
+    let (format, head) = check_kernel(kernel)?;
     check_command_line(&platform.command_line)?;
     let ram = layout::ram(&platform.memory);
     let (address, kernel_end) = match format {

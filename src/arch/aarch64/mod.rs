@@ -21,7 +21,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
-pub use boot::{Entry, load};
+pub use boot::{Entry, check_kernel, load};
 pub use features::lacking;
 pub use gic::{
     InterruptController, MESSAGES_NAME_THEIR_DEVICE, READS_REGISTERS_FROM_MEMORY, default_routes, irq_of_line,

@@ -1,6 +1,8 @@
 //! Loads a kernel and its boot tables: PVH (the hvm_start_info of Xen's x86/HVM direct boot ABI) or
 //! the 64-bit Linux boot protocol (Documentation/arch/x86/boot.rst), and says where to begin.
 
+use std::io::{Read, Seek};
+
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use linux_loader::loader::elf::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
 use linux_loader::loader::{BzImage, KernelLoader};
@@ -43,6 +45,23 @@ pub struct Entry {
     pub info: u64,
 }
 
+/// Looks at the first bytes of `kernel`, which are given back, too; what this machine does not boot is an error.
+pub fn check_kernel(kernel: &mut (impl Read + Seek)) -> Result<(Format, Vec<u8>)> {
+    let (format, head) = kernel::format(kernel)?;
+    match format {
+        Format::Elf(EM_X86_64) | Format::BzImage => Ok((format, head)),
+        Format::Elf(EM_AARCH64) | Format::Arm64Image => {
+            Err(Error::config("it is a kernel for aarch64, this machine is x86_64"))
+        }
+        Format::Elf(machine) => {
+            Err(Error::config(format!("it is ELF for machine {machine}, this machine is x86_64 (62)")))
+        }
+        Format::Compressed(packed) => {
+            Err(Error::config(format!("it is compressed with {}: unpack it first", packed.how)))
+        }
+    }
+}
+
 /// Loads `kernel`, `initrd` and the tables that describe `platform` into `memory`; notes in
 /// `platform` where the initrd went.
 pub fn load(
@@ -51,21 +70,10 @@ pub fn load(
     initrd: Option<&mut impl KernelSource>,
     platform: &mut Platform,
 ) -> Result<Entry> {
-    let (format, head) = kernel::format(kernel)?;
+    let (format, head) = check_kernel(kernel)?;
     let (mut entry, header, kernel_end) = match format {
-        Format::Elf(EM_X86_64) => load_elf(memory, kernel, &head, platform)?,
         Format::BzImage => load_bzimage(memory, kernel, platform)?,
-        Format::Elf(EM_AARCH64) | Format::Arm64Image => {
-            return Err(Error::config("it is a kernel for aarch64, this machine is x86_64"));
-        }
-        Format::Elf(machine) => {
-            return Err(Error::config(format!(
-                "it is ELF for machine {machine}, this machine is x86_64 (62)"
-            )));
-        }
-        Format::Compressed(packed) => {
-            return Err(Error::config(format!("it is compressed with {}: unpack it first", packed.how)));
-        }
+        _ => load_elf(memory, kernel, &head, platform)?,
     };
     if let Some(initrd) = initrd {
         let range = place_initrd(kernel::length(initrd)?, kernel_end, platform)?;

@@ -24,7 +24,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
-pub use boot::{Entry, load};
+pub use boot::{Entry, check_kernel, load};
 pub use features::lacking;
 pub use msrs::change_registers;
 pub use registers::{
