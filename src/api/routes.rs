@@ -65,11 +65,11 @@ pub fn route(dialect: Dialect, method: &str, path: &str, body: &[u8]) -> Result<
         },
         ("PUT", ["snapshot", "create"]) => {
             let asked: CreateSnapshot = body.parse_of(snapshot::CREATE_PUBLISHED)?;
-            Request::CreateSnapshot(asked.whole().map_err(|error| body.refuse(&error))?)
+            Request::CreateSnapshot(asked.whole(dialect).map_err(|error| body.refuse(&error))?)
         }
         ("PUT", ["snapshot", "load"]) => {
             let asked: LoadSnapshot = body.parse_of(snapshot::LOAD_PUBLISHED)?;
-            Request::LoadSnapshot(Box::new(asked.whole().map_err(|error| body.refuse(&error))?))
+            Request::LoadSnapshot(Box::new(asked.whole(dialect).map_err(|error| body.refuse(&error))?))
         }
         ("PUT", ["snapshot", "working-set"]) if dialect != Dialect::Firecracker => {
             Request::NoteWorkingSet(body.parse()?)

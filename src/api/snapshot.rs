@@ -11,6 +11,7 @@ use crate::carry::stored::Location;
 use crate::config::{Config, HugePages};
 use crate::devices::block::Backing;
 use crate::devices::console;
+use crate::dialect::Dialect;
 use crate::error::Result;
 use crate::guest::runtime;
 use crate::log;
@@ -248,13 +249,16 @@ enum LoadedPages {
 
 impl CreateSnapshot {
     /// The body, if it says where to.
-    pub fn whole(self) -> serde_json::Result<Self> {
+    pub fn whole(self, dialect: Dialect) -> serde_json::Result<Self> {
         if self.slow_down && !self.live {
             return Err(serde_json::Error::custom("`slow_down` is for `live`"));
         }
         match (&self.folder, &self.snapshot_path, &self.mem_file_path) {
             (Some(_), None, None) | (None, Some(_), Some(_)) => Ok(self),
             (Some(_), ..) => Err(too_many("`folder`", "`snapshot_path` and `mem_file_path`")),
+            (None, None, None) if dialect == Dialect::Alula => {
+                Err(neither("`folder`", "`snapshot_path` and `mem_file_path`"))
+            }
             (None, None, _) => Err(serde_json::Error::missing_field("snapshot_path")),
             (None, _, None) => Err(serde_json::Error::missing_field("mem_file_path")),
         }
@@ -276,12 +280,15 @@ impl CreateSnapshot {
 
 impl LoadSnapshot {
     /// The body, if it says where from.
-    pub fn whole(self) -> serde_json::Result<Self> {
+    pub fn whole(self, dialect: Dialect) -> serde_json::Result<Self> {
         let memory = (&self.mem_backend, &self.mem_file_path);
         match (&self.folder, &self.snapshot_path, memory) {
             (Some(_), None, (None, None)) => Ok(self),
             (Some(_), ..) => {
                 Err(too_many("`folder`", "`snapshot_path` with `mem_backend` or `mem_file_path`"))
+            }
+            (None, None, (None, None)) if dialect == Dialect::Alula => {
+                Err(neither("`folder`", "`snapshot_path` with `mem_backend`"))
             }
             (None, None, _) => Err(serde_json::Error::missing_field("snapshot_path")),
             // Firecracker's words.
@@ -363,6 +370,10 @@ fn location(folder: Option<PathBuf>, state: Option<PathBuf>, memory: Option<Path
         Some(folder) => Location::Folder(folder),
         None => Location::Files { state: state.unwrap_or_default(), memory: memory.unwrap_or_default() },
     }
+}
+
+fn neither(one: &str, other: &str) -> serde_json::Error {
+    serde_json::Error::custom(format!("missing field: either {one}, or {other}, is needed"))
 }
 
 fn too_many(one: &str, other: &str) -> serde_json::Error {

@@ -94,6 +94,16 @@ impl Sums {
     }
 }
 
+/// Refuses a folder without a name: a file in it would be one of the working folder.
+fn check_named(folder: &Path) -> Result<()> {
+    match folder.as_os_str().is_empty() {
+        true => Err(Error::config(
+            "the name of the snapshot's folder (`folder`) is empty: give one (`.` is the working folder)",
+        )),
+        false => Ok(()),
+    }
+}
+
 impl Location {
     /// Begins to save a machine there.
     ///
@@ -101,7 +111,10 @@ impl Location {
     /// Of [`Draft`].
     pub fn begin(&self) -> Result<Draft> {
         match self {
-            Self::Folder(path) => Draft::in_folder(path, random()?),
+            Self::Folder(path) => {
+                check_named(path)?;
+                Draft::in_folder(path, random()?)
+            }
             Self::Files { state, memory } => Draft::at_paths(state, memory),
         }
     }
@@ -176,7 +189,7 @@ impl Location {
         self.read_with(false).map(|(stored, _)| stored)
     }
 
-    /// Refuses a file where a folder belongs: most likely, it is one of the two files of a snapshot.
+    /// Refuses a folder without a name, and a file where a folder belongs: most likely, it is one of the two files of a snapshot.
     fn check_folder(&self) -> Result<()> {
         match self {
             Self::Folder(path) if path.is_file() => Err(Error::config(format!(
@@ -184,7 +197,8 @@ impl Location {
                  memory with paths of their own are taken by `PUT /snapshot/load` and `alula template STATE MEMORY`",
                 path.display()
             ))),
-            _ => Ok(()),
+            Self::Folder(path) => check_named(path),
+            Self::Files { .. } => Ok(()),
         }
     }
 

@@ -63,6 +63,7 @@ fn kind(expected: &str) -> &str {
         "a sequence" => "a list",
         "a map" => "an object",
         "unit" => "null",
+        "path string" => "a string",
         "option" => "a value or null",
         _ if expected.starts_with("struct ") => "an object",
         other => other,

@@ -63,10 +63,11 @@ impl Opened {
             (stored, Given::File(file))
         };
         if matches!((location, &stored.sums), (Location::Folder(_), Sums::Diff(_))) {
-            return Err(Error::config(
-                "it has only the memory that was written since the snapshot before it: merge it into that \
-                 (`alula snapshot merge`)",
-            ));
+            return Err(Error::config(format!(
+                "`{}` is the state of a difference, which has only the memory that was written since the snapshot before it: \
+                 merge it into that (`alula snapshot merge`)",
+                location.state().display()
+            )));
         }
         let paths = [location.state(), location.memory(&stored.memory)?];
         let state = std::fs::metadata(&paths[0]).context("look at the state")?;

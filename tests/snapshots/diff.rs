@@ -225,7 +225,10 @@ fn people_save_differences_and_merge_them() {
     let told: Value = serde_json::from_str(&run(["snapshot", "inspect", &diff]).text).unwrap();
     assert_eq!(told["kind"], "Diff");
     assert!(told["snapshot"]["number"] == 2 && told["after"]["number"] == 1, "{told}");
-    refused(&["run", "--restore", &diff], "merge it into that (`alula snapshot merge`)");
+    let said =
+        format!("`{diff}/state` is the state of a difference, which has only the memory that was written");
+    refused(&["run", "--restore", &diff], &said);
+    refused(&["template", &diff, "--api-sock", &format!("{diff}/t.sock")], &said);
     refused(&["snapshot", "merge", &base, &base], "the one that is to be merged is no difference");
     refused(&["snapshot", "merge", &diff, &diff], "is a difference itself");
     let names = || {

@@ -250,6 +250,9 @@ fn refuse_requests(saved: &Saved) {
             "missing field: either `mem_backend` or `mem_file_path` is required.",
         ),
         (json!({ "mem_file_path": "m" }), "missing field `snapshot_path`"),
+        (json!({}), "missing field: either `folder`, or `snapshot_path` with `mem_backend`, is needed"),
+        (json!({ "folder": 7 }), "`folder`: expected a string, found `7`"),
+        (json!({ "folder": "" }), "the name of the snapshot's folder (`folder`) is empty"),
         (json!({ "folder": "f", "snapshot_path": "s" }), "too many fields: either `folder` or"),
         (
             json!({ "snapshot_path": "s", "mem_file_path": "m", "mem_backend": { "backend_type": "File", "backend_path": "b" } }),
