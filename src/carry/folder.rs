@@ -103,6 +103,11 @@ impl Draft {
         &self.memory.file
     }
 
+    /// Where the memory will be.
+    pub fn memory_path(&self) -> &Path {
+        &self.memory.path
+    }
+
     /// The name of the memory file, beside the state in a folder of ours; None: it has a path of its own.
     pub fn memory_name(&self) -> Option<String> {
         let name = || self.memory.path.file_name().unwrap_or_default().to_string_lossy().into_owned();

@@ -69,6 +69,11 @@ impl Live {
         Self { writing, tracking, written, first: None, rounds: 0, brake, left, count: 0, room: Vec::new() }
     }
 
+    /// The words of errors for what is attempted.
+    pub(super) fn attempt(&self) -> String {
+        self.writing.attempt()
+    }
+
     /// Copies memory to the file until little is left to be copied. `unsaved`: the pages that a difference has
     /// beside those that are written from now on; None: those that are this process's own.
     ///
@@ -155,7 +160,7 @@ impl Live {
         let mut room = &room[..];
         for Piece { range, position } in pages::pieces(&pages::places(&memory), last) {
             let (bytes, rest) = room.split_at(range.size as usize);
-            file.write_all_at(bytes, position).context("write the memory of the guest")?;
+            file.write_all_at(bytes, position).with_context(|| writing.attempt())?;
             room = rest;
         }
         let sums = match first {

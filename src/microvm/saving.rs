@@ -20,8 +20,6 @@ use crate::machine::{Hold, RunState};
 use crate::memory::page_set::PageSet;
 use crate::memory::{Memory, Region};
 
-const ATTEMPT: &str = "write the memory of the guest";
-
 /// Who has a machine stand still while it is saved.
 const REASON: &str = "snapshot";
 
@@ -122,14 +120,20 @@ pub(super) struct Writing {
 }
 
 impl Writing {
+    /// The words of errors for what is attempted.
+    pub(super) fn attempt(&self) -> String {
+        format!("write the memory of the guest to `{}`", self.draft.memory_path().display())
+    }
+
     /// Writes the memory and then the state, of which `machine` are the bytes, and makes both the snapshot that counts;
     /// returns how many pages of memory were written. Of a difference, these are the pages `written`; None: those that
     /// this process has of its own.
     fn write(self, machine: Vec<u8>, written: Option<PageSet>) -> Result<u64> {
         let (memory, file) = (self.memory.memory(), self.draft.memory_file());
+        let attempt = || self.attempt();
         let (sums, pages) = match self.kind {
             Kind::Full => {
-                let written = memory_file::write(&memory, &self.pagemap, file).context(ATTEMPT)?;
+                let written = memory_file::write(&memory, &self.pagemap, file).with_context(attempt)?;
                 (Sums::Whole(written.checksums), written.pages)
             }
             Kind::Diff => {
@@ -137,7 +141,7 @@ impl Writing {
                     Some(written) => written,
                     None => pages::own(&memory, &self.pagemap)?,
                 };
-                let blocks = diff::write(&memory, &written, file).context(ATTEMPT)?;
+                let blocks = diff::write(&memory, &written, file).with_context(attempt)?;
                 (Sums::Diff(blocks), written.count())
             }
         };
@@ -149,8 +153,9 @@ impl Writing {
     /// snapshot that counts.
     pub(super) fn keep(self, machine: Vec<u8>, sums: &Sums) -> Result<()> {
         let (size, file) = (self.memory.memory().iter().map(Region::len).sum(), self.draft.memory_file());
-        file.set_len(size).context("set its length").context(ATTEMPT)?;
-        file.sync_all().context("flush it to the disk").context(ATTEMPT)?;
+        let attempt = || self.attempt();
+        file.set_len(size).context("set its length").with_context(attempt)?;
+        file.sync_all().context("flush it to the disk").with_context(attempt)?;
         let memory_file = MemoryFile { name: self.draft.memory_name(), size };
         self.draft.keep(&stored::state(machine, &memory_file, sums, self.boot_id, Some(&self.line))?)
     }
@@ -234,7 +239,7 @@ impl Microvm {
 
     /// What can be copied of a guest that goes on was copied, or could not be: now it stands still for the rest.
     fn end_round(&mut self, mut live: Live, copied: Result<()>) -> Result<Option<Value>> {
-        let last = copied.context("write the memory of the guest").and_then(|()| self.copy_last(&mut live));
+        let last = copied.with_context(|| live.attempt()).and_then(|()| self.copy_last(&mut live));
         // KVM's dirty log tells of a page once: if this snapshot fails, the next one must have these pages, too.
         self.unsaved.iter_mut().for_each(|unsaved| unsaved.add(&live.written));
         let ticket = self.saving.as_ref().map_or(0, |saving| saving.ticket);

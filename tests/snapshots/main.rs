@@ -329,11 +329,7 @@ fn while_a_snapshot_is_written_others_are_served_and_nothing_changes() {
     }
     fault(&mut other, "/actions", r#"{"action_type": "Reset"}"#, &format!("Reset error: {busy}"));
     other.ok("PATCH", "/vm", PAUSE);
-    assert_eq!(
-        fs::read(saved.path("state")).unwrap(),
-        b"old",
-        "the old one counts until the new one is whole"
-    );
+    assert_eq!(fs::read(saved.path("state")).unwrap(), b"old", "the old one counts until the new one is whole");
     drop(held);
     assert_eq!(client.receive().status(), "204");
     client.ok("PATCH", "/drives/disk", &disk);
@@ -375,12 +371,10 @@ fn a_full_disk_ends_neither_the_guest_nor_the_old_snapshot() {
         fs::create_dir_all(state.parent().unwrap()).unwrap();
         fs::write(&state, "old").unwrap();
         let place = place.to_string();
-        fault(
-            &mut client,
-            "/snapshot/create",
-            &place,
-            "write the memory of the guest: write to it: No space",
-        );
+        let told = client.request("PUT", "/snapshot/create", &place).fault();
+        let (attempt, why) = ("write the memory of the guest to `", "`: write to it: No space left");
+        let beside = format!("{attempt}{}/", state.parent().unwrap().display());
+        assert!(told.contains(&beside) && told.contains(why), "{told}");
         assert_eq!(fs::read(&state).unwrap(), b"old");
         names.extend(fs::read_dir(state.parent().unwrap()).unwrap().map(|entry| entry.unwrap().file_name()));
     }
