@@ -7,6 +7,7 @@ pub mod memory_file;
 pub mod merge;
 pub mod pages;
 pub mod rebase;
+pub mod replaced;
 pub mod state_file;
 pub mod stored;
 pub mod working_set;

@@ -3,13 +3,16 @@
 //!
 //! In a folder of ours, memory gets a new name each time, and the state says which. Renaming the state is what
 //! makes a saved machine the one that counts; memory that no state names goes afterwards. With a path for each
-//! of the two, as Firecracker's API gives them, the old state goes first and the new one comes last.
+//! of the two, as Firecracker's API gives them, both are written under other names first; when both are whole on the disk,
+//! the old state goes, and the new one gets its name last. A crash between leaves the new state under its first name,
+//! which tells the next save whose the memory is.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{ErrorKind, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use super::replaced;
 use crate::descriptors::Named;
 use crate::error::{Context, Error, Result};
 use crate::paths;
@@ -20,8 +23,11 @@ pub const STATE: &str = "state";
 pub const WORKING_SET: &str = "working-set";
 /// The beginning of the names of memory files in a folder.
 const MEMORY: &str = "memory-";
-/// What is added to the name of a file that is not whole yet.
-const NEW: &str = ".new";
+/// How many digits of hexadecimal come after that: those of a number of 128 bits.
+const DIGITS: usize = 32;
+/// What is added to the name of a file that is not whole yet. By this name alone it is known for one that a crash has left,
+/// and removed: no file of somebody else's is called so.
+const NEW: &str = ".alula-new";
 /// Who may read what is made: a guest's memory is nobody else's business.
 const MODE: u32 = 0o600;
 
@@ -35,6 +41,22 @@ pub struct Draft {
     /// Memory of earlier saved machines in it, and what a crash left half written.
     old: Vec<PathBuf>,
     is_kept: bool,
+    /// The old state was removed, so that the memory at its path is of no use any more, be it the old or the new one.
+    is_bare: bool,
+    /// The folder, if it was made for this one. Dropped after the files in it are removed.
+    made: Made,
+}
+
+/// A folder that was made, and goes again with this value if nothing is in it; None: it stays.
+struct Made(Option<PathBuf>);
+
+impl Drop for Made {
+    fn drop(&mut self) {
+        if let Some(path) = &self.0 {
+            // One with files of others stays.
+            let _ = fs::remove_dir(path);
+        }
+    }
 }
 
 /// A file that is being written.
@@ -55,30 +77,30 @@ impl Draft {
     /// The folder cannot be made or written to, or another process saves to it.
     pub fn in_folder(path: &Path, id: u128) -> Result<Self> {
         let attempt = || format!("save to folder `{}`", path.display());
-        match DirBuilder::new().mode(0o700).create(path) {
-            Err(error) if error.kind() != ErrorKind::AlreadyExists => {
-                return Err(paths::cannot_make(path, &error)).with_context(attempt);
-            }
-            _ => {}
-        }
+        let made = Made(match DirBuilder::new().mode(0o700).create(path) {
+            Ok(()) => Some(path.to_owned()),
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => None,
+            Err(error) => return Err(paths::cannot_make(path, &error)).with_context(attempt),
+        });
         let folder = open_folder(path).with_context(attempt)?;
         if folder.try_lock().is_err() {
             return Err(Error::config("another process saves to it")).with_context(attempt);
         }
+        let (memory, state) = (path.join(format!("{MEMORY}{id:0DIGITS$x}")), path.join(STATE));
+        replaced::state(&state).with_context(attempt)?;
         let old = memory_files(path).with_context(attempt)?;
-        let (memory, state) = (path.join(format!("{MEMORY}{id:032x}")), path.join(STATE));
         let other = folder.try_clone().with_context(attempt)?;
         let file = make(&memory)?;
         let memory = NewFile { new: memory.clone(), path: memory, file, folder: other };
         let undo = |_: &Error| drop(fs::remove_file(&memory.new));
         let state = NewFile::new(&state, folder).inspect_err(undo)?;
-        Ok(Self { state, memory, is_folder: true, old, is_kept: false })
+        Ok(Self { state, memory, is_folder: true, old, is_kept: false, is_bare: false, made })
     }
 
     /// Begins a saved machine with its state at `state` and its memory at `memory`.
     ///
     /// # Errors
-    /// Something else than a file is at one of the paths, both are one, or nothing can be made beside them.
+    /// Something else than an earlier saved machine is at one of the paths, both are one, or nothing can be made beside them.
     pub fn at_paths(state: &Path, memory: &Path) -> Result<Self> {
         let (state, memory) = (resolved(state)?, resolved(memory)?);
         if [&with_suffix(&state), &state]
@@ -88,6 +110,7 @@ impl Draft {
             return Err(Error::config("state and memory need a file each"))
                 .with_context(|| format!("save to `{}`", state.display()));
         }
+        make_room(&state, &memory).with_context(|| format!("save to `{}`", state.display()))?;
         let open = |path: &Path| {
             let folder = paths::folder(path);
             open_folder(folder).with_context(|| format!("open folder `{}`", folder.display()))
@@ -95,7 +118,15 @@ impl Draft {
         let memory = NewFile::new(&memory, open(&memory)?)?;
         let undo = |_: &Error| drop(fs::remove_file(&memory.new));
         let state = open(&state).and_then(|folder| NewFile::new(&state, folder)).inspect_err(undo)?;
-        Ok(Self { state, memory, is_folder: false, old: Vec::new(), is_kept: false })
+        Ok(Self {
+            state,
+            memory,
+            is_folder: false,
+            old: Vec::new(),
+            is_kept: false,
+            is_bare: false,
+            made: Made(None),
+        })
     }
 
     /// The file for the memory, which is empty.
@@ -118,25 +149,30 @@ impl Draft {
     /// flushed.
     ///
     /// # Errors
-    /// A file cannot be written, flushed or renamed: the one before is still there, or, at paths, there may be none.
+    /// A file cannot be written or flushed: the one before is still there. Or a file cannot be renamed: at paths, there may
+    /// be none then.
     pub fn keep(mut self, state: &[u8]) -> Result<()> {
-        let Self { state: part, memory, is_folder, .. } = &mut self;
+        let Self { state: part, memory, is_folder, is_bare, made, .. } = &mut self;
+        let attempt = || format!("write `{}`", part.new.display());
+        part.file.write_all(state).with_context(attempt)?;
+        part.file.sync_all().with_context(attempt)?;
         if !*is_folder {
-            // From here on there is no saved machine until the new one is whole.
+            // The new name of a whole state must be on the disk before the old state goes: the memory is known by it.
+            part.flush_folder()?;
+            // From here on there is no saved machine until the new state has its name.
             match fs::remove_file(&part.path) {
                 Err(error) if error.kind() != ErrorKind::NotFound => {
                     return Err(error).with_context(|| format!("remove `{}`", part.path.display()));
                 }
-                _ => part.flush_folder()?,
+                _ => *is_bare = true,
             }
+            part.flush_folder()?;
+            memory.put_in_place()?;
         }
-        memory.put_in_place()?;
         // The name of the memory must be on the disk before a state relies on it.
         memory.flush_folder()?;
-        let attempt = || format!("write `{}`", part.new.display());
-        part.file.write_all(state).with_context(attempt)?;
-        part.file.sync_all().with_context(attempt)?;
         part.put_in_place()?;
+        made.0 = None;
         self.is_kept = true;
         self.state.flush_folder()?;
         // What cannot be removed is in nobody's way: the next saved machine tries again.
@@ -151,6 +187,9 @@ impl Drop for Draft {
             // Nobody can use memory without its state.
             let _ = fs::remove_file(&self.memory.new);
             let _ = fs::remove_file(&self.state.new);
+            if self.is_bare {
+                let _ = fs::remove_file(&self.memory.path);
+            }
         }
     }
 }
@@ -161,8 +200,14 @@ impl NewFile {
         let new = with_suffix(path);
         remove_left(&new)?;
         let file = make(&new)?;
-        if file.try_lock().is_err() {
-            return Err(in_use(&new));
+        match file.try_lock() {
+            Ok(()) => {}
+            // Another process that has it locked takes it for a file that a crash has left, and removes it.
+            Err(TryLockError::WouldBlock) => return Err(in_use(&new)),
+            Err(TryLockError::Error(error)) => {
+                let _ = fs::remove_file(&new);
+                return Err(error).with_context(|| format!("lock `{}`", new.display()));
+            }
         }
         Ok(Self { path: path.to_owned(), new, file, folder })
     }
@@ -180,17 +225,48 @@ impl NewFile {
     }
 }
 
-/// Removes what a crash left half written at `path`. One that is locked is being written.
-fn remove_left(path: &Path) -> Result<()> {
-    let options = libc::O_NOFOLLOW | libc::O_NONBLOCK;
-    let Ok(file) = OpenOptions::new().write(true).custom_flags(options).open(path) else {
-        // The file is not there, or making a new one tells why that cannot be.
-        return Ok(());
-    };
-    if file.try_lock().is_err() {
-        return Err(in_use(path));
+/// Refuses to save to two paths where something else is than an earlier saved machine. What a crash left of one between the
+/// removal of the old state and the end goes.
+fn make_room(state: &Path, memory: &Path) -> Result<()> {
+    let old = replaced::state(state)?;
+    let beside = old.as_ref().and_then(|old| old.name.as_ref()).filter(|name| is_memory(name));
+    if state.file_name() == Some(STATE.as_ref())
+        && beside.is_some_and(|name| state.with_file_name(name).exists())
+    {
+        return Err(Error::config(
+            "a snapshot in a folder is there: name the folder (`folder`), choose other paths, or remove it first",
+        ));
     }
-    fs::remove_file(path).with_context(|| format!("remove `{}`, which a crash left", path.display()))
+    let left = left_at(&with_suffix(state))?;
+    let new = left.as_ref().and_then(replaced::memory_of);
+    let said: Vec<_> = old.iter().chain(&new).collect();
+    replaced::check_memory(memory, state, &said)?;
+    if new.is_some() && fs::symlink_metadata(state).is_err() {
+        // The left state goes next, and without one nobody could tell whose the memory is.
+        let _ = fs::remove_file(memory);
+    }
+    Ok(())
+}
+
+/// Opens what a crash left half written at `path`, and locks it. One that is locked is being written.
+fn left_at(path: &Path) -> Result<Option<File>> {
+    let options = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+    match OpenOptions::new().read(true).write(true).custom_flags(options).open(path) {
+        Ok(file) if file.try_lock().is_err() => Err(in_use(path)),
+        Ok(file) => Ok(Some(file)),
+        // The file is not there, or making a new one tells why that cannot be.
+        Err(_) => Ok(None),
+    }
+}
+
+/// Removes what a crash left half written at `path`.
+fn remove_left(path: &Path) -> Result<()> {
+    match left_at(path)? {
+        Some(_locked) => {
+            fs::remove_file(path).with_context(|| format!("remove `{}`, which a crash left", path.display()))
+        }
+        None => Ok(()),
+    }
 }
 
 fn in_use(path: &Path) -> Error {
@@ -210,6 +286,7 @@ impl Beside {
     /// The folder cannot be written to, or somebody else writes a working set there.
     pub fn new(path: &Path) -> Result<Self> {
         let attempt = || format!("note in folder `{}` what its guest needs first", path.display());
+        replaced::check_working_set(&path.join(WORKING_SET)).with_context(attempt)?;
         let folder = open_folder(path).with_context(attempt)?;
         NewFile::new(&path.join(WORKING_SET), folder).with_context(attempt).map(Self)
     }
@@ -236,12 +313,15 @@ impl Drop for Beside {
 
 /// The number in the name of a memory in a folder of ours, by which it is known; None: it has no such name.
 pub fn number_of(name: &str) -> Option<u128> {
-    u128::from_str_radix(name.strip_prefix(MEMORY)?, 16).ok()
+    let digits = name.strip_prefix(MEMORY)?;
+    let is_digit = |byte: u8| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
+    let is_ours = digits.len() == DIGITS && digits.bytes().all(is_digit);
+    if is_ours { u128::from_str_radix(digits, 16).ok() } else { None }
 }
 
 /// Whether a file in a folder of ours is called so because it is a memory.
 pub fn is_memory(name: &str) -> bool {
-    name.strip_prefix(MEMORY).is_some_and(|id| id.bytes().all(|byte| byte.is_ascii_hexdigit()))
+    number_of(name).is_some()
 }
 
 /// The memory files that are in a folder of ours, and what is only of use with one of them.
@@ -251,7 +331,8 @@ fn memory_files(folder: &Path) -> std::io::Result<Vec<PathBuf>> {
         let entry = entry?;
         // The working set is that of an old memory, too.
         let name = entry.file_name();
-        if is_memory(&name.to_string_lossy()) || name == WORKING_SET {
+        let is_set = || name == WORKING_SET && replaced::check_working_set(&entry.path()).is_ok();
+        if is_memory(&name.to_string_lossy()) || is_set() {
             found.push(entry.path());
         }
     }
@@ -262,9 +343,7 @@ fn memory_files(folder: &Path) -> std::io::Result<Vec<PathBuf>> {
 /// is a link, or a device, is not replaced.
 fn resolved(path: &Path) -> Result<PathBuf> {
     let attempt = || format!("save to `{}`", path.display());
-    if fs::symlink_metadata(path).is_ok_and(|metadata| !metadata.is_file()) {
-        return Err(Error::config("there is something else than a file already")).with_context(attempt);
-    }
+    replaced::check_kind(path).with_context(attempt)?;
     let name = path.file_name().ok_or_else(|| Error::config("it has no name of a file"));
     let name = name.with_context(attempt)?;
     let folder = fs::canonicalize(paths::folder(path));
@@ -292,149 +371,4 @@ fn open_folder(path: &Path) -> std::io::Result<Named<File>> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// A folder that goes with the test.
-    struct Place(PathBuf);
-
-    impl Place {
-        fn new(name: &str) -> Self {
-            let path = std::env::temp_dir().join(format!("alula-folder-{name}-{}", std::process::id()));
-            let _ = fs::remove_dir_all(&path);
-            fs::create_dir(&path).unwrap();
-            Self(path)
-        }
-
-        fn names(&self) -> Vec<String> {
-            let entries = fs::read_dir(&self.0).unwrap();
-            let mut names: Vec<_> =
-                entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
-            names.sort();
-            names
-        }
-    }
-
-    impl Drop for Place {
-        fn drop(&mut self) {
-            fs::remove_dir_all(&self.0).unwrap();
-        }
-    }
-
-    #[test]
-    fn a_new_saved_machine_takes_the_place_of_the_old_one() {
-        let place = Place::new("new");
-        for id in [1, 2, 0xff] {
-            let draft = Draft::in_folder(&place.0, id).unwrap();
-            let mut file = draft.memory_file();
-            file.write_all(&[id as u8]).unwrap();
-            let name = draft.memory_name().unwrap();
-            draft.keep(format!("state {id}").as_bytes()).unwrap();
-            assert_eq!(place.names(), [&name, STATE]);
-            assert_eq!(fs::read(place.0.join(&name)).unwrap(), [id as u8]);
-            assert_eq!(fs::read(place.0.join(STATE)).unwrap(), format!("state {id}").as_bytes());
-        }
-    }
-
-    #[test]
-    fn one_that_is_given_up_leaves_the_old_one_and_nothing_else() {
-        let place = Place::new("given-up");
-        Draft::in_folder(&place.0, 1).unwrap().keep(b"old").unwrap();
-        let before = place.names();
-        drop(Draft::in_folder(&place.0, 2).unwrap());
-        assert_eq!(place.names(), before);
-        // So does one whose state cannot be written.
-        fs::create_dir(place.0.join("state.new")).unwrap();
-        Draft::in_folder(&place.0, 3).err().unwrap();
-        fs::remove_dir(place.0.join("state.new")).unwrap();
-        assert_eq!((place.names(), fs::read(place.0.join(STATE)).unwrap()), (before, b"old".to_vec()));
-    }
-
-    #[test]
-    fn what_a_crash_left_behind_goes_with_the_next_one() {
-        let place = Place::new("crash");
-        fs::write(place.0.join("memory-dead"), "half").unwrap();
-        fs::write(place.0.join("state.new"), "half").unwrap();
-        fs::write(place.0.join("notes"), "mine").unwrap();
-        Draft::in_folder(&place.0, 1).unwrap().keep(b"new").unwrap();
-        assert_eq!(place.names(), [&format!("memory-{:032x}", 1), "notes", STATE]);
-    }
-
-    #[test]
-    fn two_at_once_do_not_save_to_one_folder() {
-        let place = Place::new("two");
-        let first = Draft::in_folder(&place.0, 1).unwrap();
-        let error = Draft::in_folder(&place.0, 2).err().unwrap().to_string();
-        assert!(error.contains("another process saves to it"), "{error}");
-        drop(first);
-        Draft::in_folder(&place.0, 2).unwrap();
-    }
-
-    #[test]
-    fn paths_of_their_own_are_replaced_as_well() {
-        let place = Place::new("paths");
-        let (state, memory) = (place.0.join("s"), place.0.join("m"));
-        fs::write(&memory, "old").unwrap();
-        fs::write(&state, "old").unwrap();
-        let mapped = File::open(&memory).unwrap();
-        drop(Draft::at_paths(&state, &memory).unwrap());
-        assert_eq!(
-            (fs::read(&state).unwrap(), fs::read(&memory).unwrap()),
-            (b"old".to_vec(), b"old".to_vec())
-        );
-        let draft = Draft::at_paths(&state, &memory).unwrap();
-        let mut file = draft.memory_file();
-        file.write_all(b"new").unwrap();
-        draft.keep(b"newer").unwrap();
-        assert_eq!(
-            (fs::read(&state).unwrap(), fs::read(&memory).unwrap()),
-            (b"newer".to_vec(), b"new".to_vec())
-        );
-        assert_eq!(mapped.metadata().unwrap().len(), 3, "who has mapped the old memory keeps it");
-        assert_eq!(place.names(), ["m", "s"]);
-    }
-
-    #[test]
-    fn two_at_once_do_not_save_to_one_path() {
-        let place = Place::new("two-paths");
-        let (state, memory) = (place.0.join("s"), place.0.join("m"));
-        let first = Draft::at_paths(&state, &memory).unwrap();
-        let error = Draft::at_paths(&place.0.join("other"), &memory).err().unwrap().to_string();
-        assert!(error.contains("an earlier request, saves there"), "{error}");
-        Draft::at_paths(&state, &place.0.join("other")).err().unwrap();
-        first.keep(b"new").unwrap();
-        // What a crash left is replaced, whatever it is.
-        fs::write(place.0.join("m.new"), "half").unwrap();
-        std::os::unix::fs::symlink("/etc/passwd", place.0.join("s.new")).unwrap();
-        let error = Draft::at_paths(&state, &memory).err().unwrap().to_string();
-        assert!(error.contains("File exists"), "{error}");
-        fs::remove_file(place.0.join("s.new")).unwrap();
-        Draft::at_paths(&state, &memory).unwrap().keep(b"newer").unwrap();
-        assert_eq!(
-            (fs::read(&state).unwrap(), fs::read(&memory).unwrap(), place.names().len()),
-            (b"newer".to_vec(), Vec::new(), 2)
-        );
-    }
-
-    #[test]
-    fn what_is_no_file_is_not_replaced() {
-        let place = Place::new("kinds");
-        let error = Draft::at_paths(&place.0, &place.0.join("m")).err().unwrap().to_string();
-        assert!(error.contains("something else than a file"), "{error}");
-        std::os::unix::fs::symlink("/etc/passwd", place.0.join("l")).unwrap();
-        Draft::at_paths(&place.0.join("s"), &place.0.join("l")).err().unwrap();
-        let (here, dot) =
-            (place.0.join("s"), place.0.join("../").join(place.0.file_name().unwrap()).join("s"));
-        for (state, memory) in [(&here, &here), (&here, &dot), (&here, &place.0.join("s.new"))] {
-            let error = Draft::at_paths(state, memory).err().unwrap().to_string();
-            assert!(error.contains("need a file each"), "{error}");
-            Draft::at_paths(memory, state).err().unwrap();
-        }
-        let error = Draft::at_paths(&place.0.join("s"), &place.0.join("no/m")).err().unwrap().to_string();
-        assert!(error.contains("there is no folder"), "{error}");
-        assert_eq!(place.names(), ["l"]);
-        fs::write(place.0.join("f"), "").unwrap();
-        Draft::in_folder(&place.0.join("f"), 1).err().unwrap();
-        Draft::in_folder(&place.0.join("a/b"), 1).err().unwrap();
-    }
-}
+mod tests;

@@ -10,6 +10,7 @@ use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
 use std::sync::OnceLock;
 
+use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use crate::descriptors::Named;
@@ -28,6 +29,15 @@ pub(super) const PAGE_MIN: usize = 4096;
 const IS_PRESENT: u64 = 1 << 63;
 const IS_SWAPPED: u64 = 1 << 62;
 const IS_FILES: u64 = 1 << 61;
+
+/// Where the memory of a saved machine is.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
+pub struct MemoryFile {
+    /// The name of its file, beside the state; None: it has a path of its own.
+    pub name: Option<String>,
+    /// How long the file is, in bytes.
+    pub size: u64,
+}
 
 /// What was written.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

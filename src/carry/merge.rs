@@ -2,7 +2,8 @@
 
 use super::diff;
 use super::line::Line;
-use super::stored::{self, Location, MemoryFile, Stored, Sums};
+use super::memory_file::MemoryFile;
+use super::stored::{self, Location, Stored, Sums};
 use crate::error::{Context, Error, Result};
 
 /// Makes the snapshot at `base` the one of which the difference at `of` was saved: of its memory, the pages of the

@@ -10,7 +10,7 @@ use std::os::unix::fs::FileExt;
 use crate::error::{Context, Error, Result};
 
 /// The first bytes of every state file.
-const MAGIC: [u8; 8] = *b"ALULASNP";
+pub(super) const MAGIC: [u8; 8] = *b"ALULASNP";
 /// The form of header and table that this file describes; other forms are refused.
 const FORMAT: u16 = 1;
 const HEADER_SIZE: usize = 64;

@@ -5,12 +5,10 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use serde::{Deserialize, Serialize};
-
 use super::diff;
 use super::folder::{self, Draft};
 use super::line::Line;
-use super::memory_file;
+use super::memory_file::{self, MemoryFile};
 use super::state_file::{self, DIFF, LINE, MACHINE, MEMORY, Origin, Section};
 use crate::arch;
 use crate::descriptors::Named;
@@ -40,15 +38,6 @@ pub enum Location {
         /// The file of the memory.
         memory: PathBuf,
     },
-}
-
-/// Where the memory of a saved machine is.
-#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
-pub struct MemoryFile {
-    /// The name of its file, beside the state; None: it has a path of its own.
-    pub name: Option<String>,
-    /// How long the file is, in bytes.
-    pub size: u64,
 }
 
 /// What a state file says.
@@ -124,16 +113,16 @@ impl Location {
     /// # Errors
     /// There is a snapshot, or its memory.
     pub fn check_free(&self) -> Result<()> {
-        let path = match self {
-            Self::Folder(path) => path.join(folder::STATE),
-            Self::Files { memory, .. } => memory.clone(),
+        let memory = match self {
+            Self::Folder(_) => None,
+            Self::Files { memory, .. } => Some(memory.clone()),
         };
-        match path.try_exists() {
-            Ok(true) => Err(Error::config(format!(
+        match [Some(self.state()), memory].into_iter().flatten().find(|path| path.exists()) {
+            Some(path) => Err(Error::config(format!(
                 "`{}` is there already: a difference needs files of its own, and the snapshot before it",
                 path.display()
             ))),
-            _ => Ok(()),
+            None => Ok(()),
         }
     }
 

@@ -14,14 +14,13 @@ use vm_memory::GuestMemoryBackend;
 use super::folder::WORKING_SET;
 use super::memory_file::{PAGE_MIN, Pagemap, Which};
 use super::pages;
+use super::replaced::WORKING_SET as MAGIC;
 use crate::error::{Context, Error, Result};
 use crate::host::{Access, Sharing, file};
 use crate::log;
 use crate::memory::{Region, Regions};
 use crate::sys::descriptor;
 
-/// The first bytes of every such file; the last of them is the version of its form.
-const MAGIC: [u8; 8] = *b"ALULAWS1";
 /// The bytes before the runs: the first ones, the checksum of what comes after it, the count of runs, and the number of
 /// the memory that they are of.
 const HEADER: usize = 32;

@@ -120,7 +120,7 @@ fn differences_of_a_guest_that_works_come_to_the_whole() {
         // What could not be saved is in the next one.
         let create = worker.create("Diff", "small/2");
         fault(&mut worker.client, "/snapshot/create", &create, "No space left");
-        assert_eq!(fs::read_dir(worker.path("small/2")).unwrap().count(), 0);
+        assert!(!worker.path("small/2").exists(), "a folder was left of what could not be written");
         worker.works();
         worker.save("Diff", "2");
         worker.client.ok("PATCH", "/vm", PAUSE);

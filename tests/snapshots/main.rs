@@ -9,6 +9,7 @@ mod disks;
 mod elsewhere;
 mod live;
 mod lives;
+mod replaced;
 mod template;
 mod working_set;
 
@@ -23,6 +24,8 @@ use serde_json::{Value, json};
 
 const PAUSE: &str = r#"{"state": "Paused"}"#;
 const GO_ON: &str = r#"{"state": "Resumed"}"#;
+/// A state of an old snapshot, of which its beginning alone is right.
+const OLD: &[u8] = b"ALULASNP";
 
 /// A microVM with a disk and an entropy device whose guest waits for a line, saved to files of a folder.
 struct Saved {
@@ -312,7 +315,7 @@ fn while_a_snapshot_is_written_others_are_served_and_nothing_changes() {
     let events = folder.path("events");
     let saved = Saved::new(&["--events", events.to_str().unwrap()]);
     let (mut client, mut other, create) = (saved.service.client(), saved.service.client(), saved.create());
-    fs::write(saved.path("state"), "old").unwrap();
+    fs::write(saved.path("state"), OLD).unwrap();
     let held = Held::next(&saved.service.process.child, || {
         client.send(&format!(
             "PUT /snapshot/create HTTP/1.1\r\nContent-Length: {}\r\n\r\n{create}",
@@ -329,7 +332,7 @@ fn while_a_snapshot_is_written_others_are_served_and_nothing_changes() {
     }
     fault(&mut other, "/actions", r#"{"action_type": "Reset"}"#, &format!("Reset error: {busy}"));
     other.ok("PATCH", "/vm", PAUSE);
-    assert_eq!(fs::read(saved.path("state")).unwrap(), b"old", "the old one counts until the new one is whole");
+    assert_eq!(fs::read(saved.path("state")).unwrap(), OLD, "the old one counts until the new one is whole");
     drop(held);
     assert_eq!(client.receive().status(), "204");
     client.ok("PATCH", "/drives/disk", &disk);
@@ -369,13 +372,13 @@ fn a_full_disk_ends_neither_the_guest_nor_the_old_snapshot() {
         (json!({ "snapshot_path": small.join("s"), "mem_file_path": small.join("m") }), small.join("s")),
     ] {
         fs::create_dir_all(state.parent().unwrap()).unwrap();
-        fs::write(&state, "old").unwrap();
+        fs::write(&state, OLD).unwrap();
         let place = place.to_string();
         let told = client.request("PUT", "/snapshot/create", &place).fault();
         let (attempt, why) = ("write the memory of the guest to `", "`: write to it: No space left");
         let beside = format!("{attempt}{}/", state.parent().unwrap().display());
         assert!(told.contains(&beside) && told.contains(why), "{told}");
-        assert_eq!(fs::read(&state).unwrap(), b"old");
+        assert_eq!(fs::read(&state).unwrap(), OLD);
         names.extend(fs::read_dir(state.parent().unwrap()).unwrap().map(|entry| entry.unwrap().file_name()));
     }
     names.sort();

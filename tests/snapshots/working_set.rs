@@ -137,7 +137,8 @@ fn what_cannot_be_noted_is_refused() {
     fault(&mut client, NOTE, r#"{"after": 1}"#, "unknown field `after`");
     // A folder that is in the way is told of, and nothing is left behind.
     fs::create_dir(saved.noted()).unwrap();
-    fault(&mut client, NOTE, "{}", "Working set error: rename");
+    let there = format!("already at `{}`: remove it first", saved.noted().display());
+    fault(&mut client, NOTE, "{}", &there);
     let left = fs::read_dir(saved.folder()).unwrap().count();
     assert_eq!(left, 3, "state, memory and what is in the way");
     fs::remove_dir(saved.noted()).unwrap();
