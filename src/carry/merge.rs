@@ -15,7 +15,9 @@ use crate::error::{Context, Error, Result};
 /// cannot be written.
 pub fn merge(base: &Location, of: &Location) -> Result<u64> {
     // A wrong name is told of before anything is made there.
-    Stored::read(&base.state(), false)?;
+    let there = Stored::read(&base.state(), false)?;
+    // A snapshot in a folder stays one, though its files are named.
+    let base = &base.of_its_form(&there.memory);
     // From here on nobody else saves there.
     let draft = base.begin()?;
     let ((before, memory), (later, pages)) = (base.open(true)?, of.open(true)?);

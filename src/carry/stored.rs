@@ -16,6 +16,7 @@ use crate::error::{Context, Error, Result};
 use crate::host::{Access, Sharing, file};
 use crate::machine::SavedMachine;
 use crate::memory::{Piece, Range};
+use crate::paths;
 use crate::sys::process;
 
 /// The form of each section; the machine says its own beside.
@@ -123,6 +124,21 @@ impl Location {
                 path.display()
             ))),
             None => Ok(()),
+        }
+    }
+
+    /// The place of a snapshot that is there, whose state says `said` of its memory: its folder, if the two files that are
+    /// named are those of a folder of ours.
+    pub fn of_its_form(&self, said: &MemoryFile) -> Self {
+        let Self::Files { state, memory } = self else { return self.clone() };
+        let (folder, real) = (paths::folder(state), |path: &Path| path.canonicalize().ok());
+        let is_beside = |name: &String| {
+            let path = beside(name).ok().and_then(|name| real(&folder.join(name)));
+            path.is_some() && path == real(memory)
+        };
+        match state.file_name() == Some(folder::STATE.as_ref()) && said.name.as_ref().is_some_and(is_beside) {
+            true => Self::Folder(folder.to_owned()),
+            false => self.clone(),
         }
     }
 

@@ -123,3 +123,29 @@ fn a_folder_that_was_made_for_a_failed_save_goes_again() {
     fault(&mut client, "/snapshot/create", &body("there"), "No space left");
     assert_eq!(names(&small.join("there")), ["state"]);
 }
+
+#[test]
+fn a_folder_that_takes_a_difference_by_its_paths_stays_one() {
+    let saved = Saved::new(&[]);
+    let mut client = saved.service.client();
+    let base = saved.path("base");
+    client.ok("PUT", "/snapshot/create", &json!({ "folder": base }).to_string());
+    let (state, memory) = (saved.path("state"), saved.path("memory"));
+    client.ok("PUT", "/snapshot/create", &files(&state, &memory, "Diff"));
+    let of_base = |name: &String| name.starts_with("memory-");
+    let there = base.join(names(&base).into_iter().find(of_base).unwrap());
+    let (in_base, copy) = (base.join("state"), saved.path("copy"));
+    fs::copy(&there, &copy).unwrap();
+    let merge = |memory_of_base: &Path| {
+        let paths = [&in_base, memory_of_base, &state, &memory];
+        run([&["snapshot", "merge"].map(Path::new)[..], &paths].concat())
+    };
+    // With other memory than its own, it would be a folder no more.
+    let refused = merge(&copy);
+    assert!(refused.code == Some(1) && refused.text.contains("name the folder"), "{}", refused.text);
+    verify(&[&base]);
+    let merged = merge(&there);
+    assert_eq!(merged.code, Some(0), "{}", merged.text);
+    assert_eq!(names(&base).len(), 2);
+    verify(&[&base]);
+}
