@@ -56,6 +56,10 @@ pub fn image(folder: &Folder, name: &str, format: &str) -> PathBuf {
 
 /// The host checks every byte that the guest wrote, and the guest reads it again when it has been given the image anew.
 pub fn four_writers(guest: &shared::Guest, format: &str, engine: &str) {
+    // A disk's engine knows nothing of the transport: behind virtio-mmio, each format and each engine is there once.
+    if guest.queues == 1 && (format == "raw") != (engine == "sync") {
+        return;
+    }
     let disk = format!("{format}_{engine}");
     let path = guest.fresh(&disk, format);
     let says = |what: &str| {
