@@ -233,7 +233,7 @@ fn memory_and_cpus_that_cannot_be_had_are_refused() {
     refused_with(&["--memory", "0"], "`mem_size_mib`");
     refused_with(&["--memory", "1M"], "at least 2 are needed");
     refused_with(&["--memory", "2000000G"], "of guest memory: give the guest less");
-    refused_with(&["--memory", "17179869184G"], "the size in bytes must fit 64 bits");
+    refused_with(&["--memory", "17179869184G"], "4294967296 MiB are the most");
     refused_with(&["--cpus", "0"], "`vcpu_count`");
     refused_with(&["--cpus", "65535"], "are more than this host's KVM has: at most");
 }

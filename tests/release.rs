@@ -125,7 +125,7 @@ fn completions_offer_every_command_option_and_word() {
         completed(&["zsh", "-f"], script, &zsh_file, line)
     };
     let commands = commands();
-    assert!(commands.len() == 18 && commands.contains(&"run".to_owned()), "{commands:?}");
+    assert!(commands.len() == 19 && commands.contains(&"run".to_owned()), "{commands:?}");
     let first: BTreeSet<_> =
         commands.iter().cloned().chain(["--help", "--version"].map(str::to_owned)).collect();
     assert_eq!(bash(&["alula", ""]), first);

@@ -189,7 +189,7 @@ fn what_cannot_come_or_go_is_refused_and_changes_nothing() {
             "Device ID in use: the guest has disk `first`: change",
         ),
         ("PUT", "/ports/port", PORT_TWICE, IS_THERE),
-        ("PUT", "/drives/r", &second_root, "a guest that runs has booted already: leave"),
+        ("PUT", "/drives/r", &second_root, "a guest that runs has booted already: no"),
         (
             "PUT",
             "/drives/s",
