@@ -51,18 +51,21 @@ fn what_a_cpu_is_here_is_told_and_compared() {
     client.ok("PUT", "/snapshot/create", &json!({ "folder": saved }).to_string());
 
     let mut less: Value = serde_json::from_str(&dump).unwrap();
-    let (registers, bitmap, lacking) = match cfg!(target_arch = "x86_64") {
-        true => {
-            let leaves = less["cpuid_modifiers"].as_array_mut().unwrap();
-            let leaf = leaves.iter_mut().find(|leaf| leaf["leaf"] == "0x80000001").unwrap();
-            (leaf["modifiers"].as_array_mut().unwrap(), "0b0", "syscall")
-        }
-        // What the manual has of processors that lack it is a field with all bits set.
-        false => (less["reg_modifiers"].as_array_mut().unwrap(), "0b11111111xxxxxxxxxxxxxxxx", "AdvSIMD of"),
+    let is_x86 = cfg!(target_arch = "x86_64");
+    // SYSCALL (bit 11), and what the manual has of processors without AdvSIMD: all bits of fields 16 and 20.
+    let (bits, bit, lacking) = if is_x86 { (11..12, '0', "syscall") } else { (16..24, '1', "AdvSIMD of") };
+    let registers = if is_x86 {
+        let leaves = less["cpuid_modifiers"].as_array_mut().unwrap();
+        &mut leaves.iter_mut().find(|leaf| leaf["leaf"] == "0x80000001").unwrap()["modifiers"]
+    } else {
+        &mut less["reg_modifiers"]
     };
-    let of_pfr0 = |register: &Value| register["addr"] == "0x603000000013c020";
-    let register = registers.iter_mut().find(|it| it["register"] == "edx" || of_pfr0(it)).unwrap();
-    register["bitmap"] = bitmap.into();
+    let is_it = |it: &Value| it["register"] == "edx" || it["addr"] == "0x603000000013c020";
+    let register = registers.as_array_mut().unwrap().iter_mut().find(|it| is_it(it)).unwrap();
+    let letters = register["bitmap"].as_str().unwrap().chars().rev().enumerate();
+    let changed: Vec<_> =
+        letters.map(|(place, letter)| if bits.contains(&place) { bit } else { letter }).collect();
+    register["bitmap"] = changed.into_iter().rev().collect::<String>().into();
     let (here, less) = (service.folder.write("here", &dump), service.folder.write("less", less.to_string()));
     let [here, less, saved] = [&here, &less, &saved].map(|path| path.to_str().unwrap());
     for words in
@@ -79,10 +82,12 @@ fn what_a_cpu_is_here_is_told_and_compared() {
         assert!(code == Some(1) && told.iter().any(|one| one.starts_with(lacking)), "{needed}: {text}");
     }
     let none = service.folder.write("none", "neither");
+    let open = service.folder.write("open", "{}");
     let foreign = service.folder.write("foreign", r#"{"cpuid": []}"#);
     for (path, expected) in [
         (&*none, "read the state of a machine"),
         (&*foreign, "unknown field `cpuid`"),
+        (&*open, "it leaves bits as a host has them"),
         (Path::new("/nonexistent"), "`/nonexistent`: No such file"),
     ] {
         let (code, text) = cpu(&["compare", path.to_str().unwrap(), here]);

@@ -4,8 +4,8 @@
 //! In a folder of ours, memory gets a new name each time, and the state says which. Renaming the state is what
 //! makes a saved machine the one that counts; memory that no state names goes afterwards. With a path for each
 //! of the two, as Firecracker's API gives them, both are written under other names first; when both are whole on the disk,
-//! the old state goes, and the new one gets its name last. A crash between leaves the new state under its first name,
-//! which tells the next save whose the memory is.
+//! the old state goes, and the new one gets its name last. A crash between leaves the new state under its first name: the
+//! next save gives it its last one before anything else.
 
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{ErrorKind, Write};
@@ -225,11 +225,18 @@ impl NewFile {
     }
 }
 
-/// Refuses to save to two paths where something else is than an earlier saved machine. What a crash left of one between the
-/// removal of the old state and the end goes.
+/// Refuses to save to two paths where something else is than an earlier saved machine. One that a crash cut off between the
+/// removal of the old state and the end is finished first: it may be the only one.
 fn make_room(state: &Path, memory: &Path) -> Result<()> {
+    let left = left_at(&with_suffix(state))?;
+    if fs::symlink_metadata(state).is_err()
+        && let Some(said) = left.as_ref().and_then(replaced::memory_of)
+    {
+        finish(state, memory, &said)
+            .with_context(|| format!("finish what a crash has left of `{}`", state.display()))?;
+    }
     let old = replaced::state(state)?;
-    let beside = old.as_ref().and_then(|old| old.name.as_ref()).filter(|name| is_memory(name));
+    let beside = old.as_ref().and_then(|old| old.memory.name.as_ref()).filter(|name| is_memory(name));
     if state.file_name() == Some(STATE.as_ref())
         && beside.is_some_and(|name| state.with_file_name(name).exists())
     {
@@ -237,15 +244,29 @@ fn make_room(state: &Path, memory: &Path) -> Result<()> {
             "a snapshot in a folder is there: name the folder (`folder`), choose other paths, or remove it first",
         ));
     }
-    let left = left_at(&with_suffix(state))?;
-    let new = left.as_ref().and_then(replaced::memory_of);
-    let said: Vec<_> = old.iter().chain(&new).collect();
-    replaced::check_memory(memory, state, &said)?;
-    if new.is_some() && fs::symlink_metadata(state).is_err() {
-        // The left state goes next, and without one nobody could tell whose the memory is.
-        let _ = fs::remove_file(memory);
+    replaced::check_memory(memory, state, old.as_ref())
+}
+
+/// Gives the files of a saved machine their names, of which the state `said` what its memory is. Without that memory, no
+/// file is touched.
+fn finish(state: &Path, memory: &Path, said: &replaced::Said) -> Result<()> {
+    let new = with_suffix(memory);
+    let has_room =
+        fs::symlink_metadata(memory).map_or(true, |there| [0, said.memory.size].contains(&there.len()));
+    if has_room && said.is_at(&new) {
+        fs::rename(&new, memory).with_context(|| format!("rename `{}`", new.display()))?;
+        flush(paths::folder(memory))?;
+    } else if !said.is_at(memory) {
+        return Ok(());
     }
-    Ok(())
+    let new = with_suffix(state);
+    fs::rename(&new, state).with_context(|| format!("rename `{}`", new.display()))?;
+    flush(paths::folder(state))
+}
+
+fn flush(folder: &Path) -> Result<()> {
+    let flushed = open_folder(folder).and_then(|folder| folder.sync_all());
+    flushed.with_context(|| format!("flush folder `{}`", folder.display()))
 }
 
 /// Opens what a crash left half written at `path`, and locks it. One that is locked is being written.

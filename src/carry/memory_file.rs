@@ -292,7 +292,7 @@ pub(super) fn check_length(file: &File, length: u64, checksums: &[u32]) -> Resul
 }
 
 /// The checksum of so many zeros, at most a block.
-fn checksum_of_zeros(length: usize) -> u32 {
+pub(super) fn checksum_of_zeros(length: usize) -> u32 {
     static OF_BLOCK: OnceLock<u32> = OnceLock::new();
     let sum = || crc32fast::hash(&vec![0; length]);
     if length == BLOCK { *OF_BLOCK.get_or_init(sum) } else { sum() }

@@ -8,6 +8,7 @@ use std::path::Path;
 
 use super::memory_file::MemoryFile;
 use super::state_file;
+use super::stored::Sums;
 use crate::error::{Context, Error, Result};
 use crate::paths;
 use crate::sys::descriptor;
@@ -20,7 +21,7 @@ pub(super) const WORKING_SET: [u8; 8] = *b"ALULAWS1";
 ///
 /// # Errors
 /// Something else is there, or it cannot be read what.
-pub fn state(path: &Path) -> Result<Option<MemoryFile>> {
+pub fn state(path: &Path) -> Result<Option<Said>> {
     let Some(file) = there(path)? else { return Ok(None) };
     match begins_with(&file, &state_file::MAGIC) {
         true => Ok(memory_of(&file)),
@@ -28,22 +29,42 @@ pub fn state(path: &Path) -> Result<Option<MemoryFile>> {
     }
 }
 
-/// Reads what the state in `file` says of its memory, if the state is whole.
-pub fn memory_of(file: &File) -> Option<MemoryFile> {
-    let (_, sections) = state_file::read(file, false).ok()?;
-    let section = sections.iter().find(|section| section.kind == state_file::MEMORY)?;
-    postcard::take_from_bytes(&section.bytes).ok().map(|(memory, _)| memory)
+/// What a state says of its memory.
+pub struct Said {
+    /// The name and the length of its file.
+    pub memory: MemoryFile,
+    sums: Sums,
 }
 
-/// Whether a save may replace what is at `path`, beside a state at `state`: nothing, an empty file, or the memory that one
-/// of the states says it has, of which `said` are what they say.
+impl Said {
+    /// Whether the state's memory seems to be at `path`: a file as long, and in some places with the content.
+    pub fn is_at(&self, path: &Path) -> bool {
+        there(path).is_ok_and(|file| file.is_some_and(|file| self.is_of(&file)))
+    }
+
+    fn is_of(&self, file: &File) -> bool {
+        let length = file.metadata().map(|metadata| metadata.len());
+        length.is_ok_and(|length| length == self.memory.size) && self.sums.seem_of(file, self.memory.size)
+    }
+}
+
+/// Reads what the state in `file` says of its memory, if the state is whole.
+pub fn memory_of(file: &File) -> Option<Said> {
+    let (_, sections) = state_file::read(file, true).ok()?;
+    let section = sections.iter().find(|section| section.kind == state_file::MEMORY)?;
+    let (memory, _): (MemoryFile, _) = postcard::take_from_bytes(&section.bytes).ok()?;
+    let sums = Sums::of(&sections, memory.size).ok()?;
+    Some(Said { memory, sums })
+}
+
+/// Whether a save may replace what is at `path`, beside a state at `state`: nothing, an empty file, or the memory of that
+/// state, which `said` so.
 ///
 /// # Errors
 /// Something else is there, a disk that is in use, or it cannot be read what.
-pub fn check_memory(path: &Path, state: &Path, said: &[&MemoryFile]) -> Result<()> {
+pub fn check_memory(path: &Path, state: &Path, said: Option<&Said>) -> Result<()> {
     let Some(file) = there(path)? else { return Ok(()) };
-    let length = file.metadata().with_context(|| look(path))?.len();
-    if !said.iter().any(|memory| memory.size == length) {
+    if !said.is_some_and(|said| said.is_of(&file)) {
         let what = format!("not the memory of a snapshot whose state is `{}`", state.display());
         return Err(not_ours(path, &what));
     }
@@ -131,7 +152,7 @@ mod tests {
     #[test]
     fn only_states_and_empty_files_make_room_for_a_state() {
         let path = written("state", b"#!/bin/sh\n");
-        let refused = |path: &Path| state(path).unwrap_err().to_string();
+        let refused = |path: &Path| state(path).err().unwrap().to_string();
         let told = refused(&path);
         assert!(
             told.contains(&*path.to_string_lossy()) && told.contains("is no state of a machine"),
@@ -141,38 +162,45 @@ mod tests {
         fs::write(&path, "ALULA").unwrap();
         refused(&path);
         fs::write(&path, "").unwrap();
-        assert_eq!(state(&path).unwrap(), None);
+        assert!(state(&path).unwrap().is_none());
         // One that cannot be read any more is a state all the same.
         fs::write(&path, "ALULASNP, and it is damaged").unwrap();
-        assert_eq!(state(&path).unwrap(), None);
+        assert!(state(&path).unwrap().is_none());
         fs::write(&path, state_of(Some("m"), 7)).unwrap();
-        assert_eq!(state(&path).unwrap(), Some(MemoryFile { name: Some("m".to_owned()), size: 7 }));
+        let said = state(&path).unwrap().unwrap().memory;
+        assert_eq!(said, MemoryFile { name: Some("m".to_owned()), size: 7 });
         fs::remove_file(&path).unwrap();
-        assert_eq!(state(&path).unwrap(), None);
+        assert!(state(&path).unwrap().is_none());
         assert!(refused(&std::env::temp_dir()).contains("something else than a file"));
     }
 
     #[test]
     fn only_memory_that_a_state_names_makes_room() {
         let path = written("memory", &[1; 4096]);
-        let check = |sizes: &[u64]| {
-            let said: Vec<_> = sizes.iter().map(|size| MemoryFile { name: None, size: *size }).collect();
-            check_memory(&path, Path::new("s"), &said.iter().collect::<Vec<_>>())
+        let said = |size: u64, checksums: &[u32]| Said {
+            memory: MemoryFile { name: None, size },
+            sums: Sums::Whole(checksums.to_vec()),
         };
-        for sizes in [&[][..], &[4095], &[0, 8192]] {
-            let told = check(sizes).unwrap_err().to_string();
+        let check = |said: Option<&Said>| check_memory(&path, Path::new("s"), said);
+        // Another file as long has another content.
+        let (right, others) = (crc32fast::hash(&[1; 4096]), crc32fast::hash(&[2; 4096]));
+        for said in
+            [None, Some(said(4095, &[right])), Some(said(8192, &[right])), Some(said(4096, &[others]))]
+        {
+            let told = check(said.as_ref()).unwrap_err().to_string();
             assert!(told.contains("not the memory of a snapshot whose state is `s`"), "{told}");
         }
-        check(&[7, 4096]).unwrap();
+        let said = said(4096, &[right]);
+        check(Some(&said)).unwrap();
         let disk = OpenOptions::new().read(true).write(true).open(&path).unwrap();
         descriptor::lock(&disk, true).unwrap();
-        let told = check(&[4096]).unwrap_err().to_string();
+        let told = check(Some(&said)).unwrap_err().to_string();
         assert!(told.contains("is a disk that is in use: remove"), "{told}");
         drop(disk);
         fs::write(&path, "").unwrap();
-        check(&[]).unwrap();
+        check(None).unwrap();
         fs::remove_file(&path).unwrap();
-        check(&[]).unwrap();
+        check(None).unwrap();
     }
 
     #[test]

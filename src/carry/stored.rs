@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 use super::diff;
 use super::folder::{self, Draft};
 use super::line::Line;
-use super::memory_file::{self, MemoryFile};
+use super::memory_file::{self, BLOCK, MemoryFile};
 use super::state_file::{self, DIFF, LINE, MACHINE, MEMORY, Origin, Section};
 use crate::arch;
 use crate::descriptors::Named;
@@ -55,6 +55,10 @@ pub struct Stored {
     pub sums: Sums,
 }
 
+/// So many blocks of a memory's file are compared before a save takes its place: more would hold up the requests of other
+/// clients, and one that is somebody else's file differs in any.
+const SAMPLES: usize = 4;
+
 /// Which memory a memory file has, and its checksums.
 pub enum Sums {
     /// All of it: the checksum of each block.
@@ -64,6 +68,44 @@ pub enum Sums {
 }
 
 impl Sums {
+    /// What the sections of a state say of its memory of so many bytes.
+    ///
+    /// # Errors
+    /// They do not describe pages of such a memory.
+    pub fn of(sections: &[Section], size: u64) -> Result<Self> {
+        let checksums = sections.iter().find(|section| section.kind == state_file::CHECKSUMS);
+        let checksums = checksums.map_or(&[][..], |section| &section.bytes);
+        match sections.iter().any(|section| section.kind == DIFF) {
+            true => Ok(Self::Diff(diff::from_bytes(checksums, size)?)),
+            false => {
+                let (words, _) = checksums.as_chunks();
+                Ok(Self::Whole(words.iter().map(|word| u32::from_le_bytes(*word)).collect()))
+            }
+        }
+    }
+
+    /// Whether `file` has what these are of, as far as [`SAMPLES`] blocks with data tell, spread over all of them.
+    pub fn seem_of(&self, file: &File, size: u64) -> bool {
+        let spread = |count: usize| (0..SAMPLES.min(count)).map(move |one| one * (count - 1) / (SAMPLES - 1));
+        match self {
+            Self::Whole(checksums) => {
+                let zeros = memory_file::checksum_of_zeros(BLOCK);
+                let with_data: Vec<_> =
+                    checksums.iter().enumerate().filter(|(_, checksum)| **checksum != zeros).collect();
+                let mut block = vec![0; BLOCK];
+                spread(with_data.len()).map(|one| with_data[one]).all(|(index, checksum)| {
+                    let place = (index * BLOCK) as u64;
+                    let block = &mut block[..size.saturating_sub(place).min(BLOCK as u64) as usize];
+                    memory_file::read_block(file, place, block, *checksum).is_ok()
+                })
+            }
+            Self::Diff(blocks) => {
+                let some: Vec<_> = spread(blocks.len()).map(|one| blocks[one].clone()).collect();
+                diff::verify(file, size, &some).is_ok()
+            }
+        }
+    }
+
     /// The word of the API for it.
     pub fn kind(&self) -> &'static str {
         match self {
@@ -253,15 +295,7 @@ impl Stored {
         if total(machine.memory()) != Some(memory.size) {
             return Err(Error::config("its memory has another size than its file: it is damaged"));
         }
-        let checksums = sections.iter().find(|section| section.kind == state_file::CHECKSUMS);
-        let checksums = checksums.map_or(&[][..], |section| &section.bytes);
-        let sums = match sections.iter().any(|section| section.kind == DIFF) {
-            true => Sums::Diff(diff::from_bytes(checksums, memory.size)?),
-            false => {
-                let (words, _) = checksums.as_chunks();
-                Sums::Whole(words.iter().map(|word| u32::from_le_bytes(*word)).collect())
-            }
-        };
+        let sums = Sums::of(sections, memory.size)?;
         Ok(Self { origin, machine, memory, line, sums })
     }
 

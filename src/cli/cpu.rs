@@ -55,6 +55,14 @@ fn print_json(value: &Value) -> Result<()> {
     put_out((text + "\n").as_bytes()).map(drop)
 }
 
+/// Whether the changes say of each bit what it becomes.
+fn is_whole(changes: &CpuChanges) -> bool {
+    let has_all = |mask: u128| mask & u128::from(u64::MAX) == u64::MAX.into();
+    let registers = changes.registers.iter().all(|register| has_all(register.mask));
+    let is_told = if arch::HAS_CPUID { !changes.cpuid.is_empty() } else { !changes.registers.is_empty() };
+    is_told && registers && changes.cpuid.iter().all(|register| register.mask == u32::MAX)
+}
+
 /// What the CPU of a saved microVM, or of a file of changes, is.
 fn read(path: &Path) -> Result<CpuChanges> {
     if path.is_dir() {
@@ -69,7 +77,15 @@ fn read(path: &Path) -> Result<CpuChanges> {
                 .map_err(|error| Error::config(json::words::tell(&text, &error)))
                 .with_context(attempt)?;
             config.check().with_context(attempt)?;
-            Ok(config.changes())
+            let changes = config.changes();
+            if !is_whole(&changes) {
+                return Err(Error::config(
+                    "it leaves bits as a host has them, and what is compared is a whole CPU: take what `alula cpu dump` \
+                     prints, with or without changes",
+                ))
+                .with_context(attempt);
+            }
+            Ok(changes)
         }
         _ => Ok(Stored::read(path, false)?.machine.cpu()),
     }

@@ -82,9 +82,9 @@ fn a_snapshot_takes_the_place_of_nobody_elses_file() {
         assert!(fs::read(file).unwrap() == before);
     }
     client.ok("PUT", "/snapshot/create", &saved.create());
-    // A disk that is as long as the memory is no memory either, while it is in use.
+    // A disk that is as long as the memory is no memory either.
     fs::File::options().write(true).open(&disk).unwrap().set_len(64 << 20).unwrap();
-    let expected = format!("`{}` is there already, and is a disk that is in use", disk.display());
+    let expected = format!("`{}` is there already, and is not the memory of", disk.display());
     fault(&mut client, "/snapshot/create", &files(&state, &disk, "Full"), &expected);
     client.ok("PUT", "/snapshot/create", &saved.create());
     let project = saved.path("project");

@@ -186,11 +186,11 @@ fn a_crash_between_the_names_leaves_room_for_the_next_one() {
     Draft::at_paths(&state, &memory).err().unwrap();
     assert!(memory.exists());
     drop(other);
-    // The next one may be cut off as well, which then leaves no state that names the memory.
+    // The next one may be cut off or fail as well: what it is to replace has its names before.
     let draft = Draft::at_paths(&state, &memory).unwrap();
-    assert!(!memory.exists());
-    std::mem::forget(draft);
-    assert_eq!(place.names(), ["m.alula-new", "s.alula-new"]);
+    assert_eq!(place.names(), ["m", "m.alula-new", "s", "s.alula-new"]);
+    drop(draft);
+    assert_eq!(place.names(), ["m", "s"]);
     crash(b"");
     Draft::at_paths(&state, &memory).err().unwrap();
 }
@@ -215,6 +215,29 @@ fn two_at_once_do_not_save_to_one_path() {
         (fs::read(&state).unwrap(), fs::read(&memory).unwrap(), place.names().len()),
         (b"newer".to_vec(), Vec::new(), 2)
     );
+}
+
+#[test]
+fn what_a_crash_cut_off_at_its_end_is_finished_by_the_next_one() {
+    let place = Place::new("finished");
+    let (state, memory) = (place.0.join("s"), place.0.join("m"));
+    let new = state_of(None, 3);
+    // The old state is gone; the old memory is there still, or the new one has its place.
+    for (at, beside) in [(Some("old"), Some("new")), (Some("new"), None), (None, Some("new"))] {
+        place.names().iter().for_each(|name| fs::remove_file(place.0.join(name)).unwrap());
+        fs::write(place.0.join("s.alula-new"), &new).unwrap();
+        at.into_iter().for_each(|text| fs::write(&memory, text).unwrap());
+        beside.into_iter().for_each(|text| fs::write(place.0.join("m.alula-new"), text).unwrap());
+        drop(Draft::at_paths(&state, &memory).unwrap());
+        assert_eq!(place.names(), ["m", "s"]);
+        assert_eq!((fs::read(&state).unwrap(), fs::read(&memory).unwrap()), (new.clone(), b"new".to_vec()));
+    }
+    // Without memory that can be its own, a state is no saved machine, and what is at the path is somebody else's.
+    fs::rename(&state, place.0.join("s.alula-new")).unwrap();
+    fs::write(&memory, "theirs").unwrap();
+    let error = Draft::at_paths(&state, &memory).err().unwrap().to_string();
+    assert!(error.contains(&format!("`{}` is there already", memory.display())), "{error}");
+    assert_eq!(fs::read(&memory).unwrap(), b"theirs");
 }
 
 #[test]

@@ -16,15 +16,15 @@ Commands:
   dump     Print what a guest's CPU is told that it is, as a body of `PUT /cpu-config`
   compare  Tell which features the CPU of NEEDED has, and that of THERE has not
 
-NEEDED and THERE each are a saved microVM (its folder, or the file of its state) or a file of `dump`, or of changes
-as `PUT /cpu-config` takes them. THERE is this host if it is left out. To have guests that can be restored on each
+NEEDED and THERE each are a saved microVM (its folder, or the file of its state) or a file of `dump`, with or without
+changes of yours. THERE is this host if it is left out. To have guests that can be restored on each
 host of a fleet, compare the hosts' dumps, and switch off what some lack.
 
 Options:
       --json  Print a JSON array of the features that are lacking
   -h, --help  Print this
 
-The exit code is 0 if nothing is lacking, 1 if something is, 153 for wrong arguments.
+The exit code is 0 if nothing is lacking, 1 if something is or a file cannot be read, 153 for wrong arguments.
 
 Examples:
   alula cpu dump > here.json
