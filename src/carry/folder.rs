@@ -25,8 +25,8 @@ pub const WORKING_SET: &str = "working-set";
 const MEMORY: &str = "memory-";
 /// How many digits of hexadecimal come after that: those of a number of 128 bits.
 const DIGITS: usize = 32;
-/// What is added to the name of a file that is not whole yet. By this name alone it is known for one that a crash has left,
-/// and removed: no file of somebody else's is called so.
+/// The end of the name of each file that is not whole yet. A save removes a file with such a name, which a crash has left:
+/// nobody else calls a file so.
 const NEW: &str = ".alula-new";
 /// Who may read what is made: a guest's memory is nobody else's business.
 const MODE: u32 = 0o600;
@@ -41,7 +41,7 @@ pub struct Draft {
     /// Memory of earlier saved machines in it, and what a crash left half written.
     old: Vec<PathBuf>,
     is_kept: bool,
-    /// The old state was removed, so that the memory at its path is of no use any more, be it the old or the new one.
+    /// The old state was removed: neither the old memory nor the new one, whichever is at the memory's path, is of use then.
     is_bare: bool,
     /// The folder, if it was made for this one. Dropped after the files in it are removed.
     made: Made,
@@ -53,7 +53,7 @@ struct Made(Option<PathBuf>);
 impl Drop for Made {
     fn drop(&mut self) {
         if let Some(path) = &self.0 {
-            // One with files of others stays.
+            // The kernel refuses to remove a folder that has files of others.
             let _ = fs::remove_dir(path);
         }
     }
@@ -225,8 +225,8 @@ impl NewFile {
     }
 }
 
-/// Refuses to save to two paths where something else is than an earlier saved machine. One that a crash cut off between the
-/// removal of the old state and the end is finished first: it may be the only one.
+/// Refuses to save to two paths where something else is than an earlier saved machine. A save that a crash cut off between
+/// the removal of the old state and the end is finished first: the machine that it saved may be the only one.
 fn make_room(state: &Path, memory: &Path) -> Result<()> {
     let left = left_at(&with_suffix(state))?;
     if fs::symlink_metadata(state).is_err()
@@ -269,7 +269,7 @@ fn flush(folder: &Path) -> Result<()> {
     flushed.with_context(|| format!("flush folder `{}`", folder.display()))
 }
 
-/// Opens what a crash left half written at `path`, and locks it. One that is locked is being written.
+/// Opens the file that a crash left half written at `path`, and locks it. A file that is locked is being written.
 fn left_at(path: &Path) -> Result<Option<File>> {
     let options = libc::O_NOFOLLOW | libc::O_NONBLOCK;
     match OpenOptions::new().read(true).write(true).custom_flags(options).open(path) {
@@ -280,7 +280,7 @@ fn left_at(path: &Path) -> Result<Option<File>> {
     }
 }
 
-/// Removes what a crash left half written at `path`.
+/// Removes the file that a crash left half written at `path`.
 fn remove_left(path: &Path) -> Result<()> {
     match left_at(path)? {
         Some(_locked) => {

@@ -29,7 +29,7 @@ pub fn state(path: &Path) -> Result<Option<Said>> {
     }
 }
 
-/// What a state says of its memory.
+/// The words of a state about its memory.
 pub struct Said {
     /// The name and the length of its file.
     pub memory: MemoryFile,
@@ -68,7 +68,7 @@ pub fn check_memory(path: &Path, state: &Path, said: Option<&Said>) -> Result<()
         let what = format!("not the memory of a snapshot whose state is `{}`", state.display());
         return Err(not_ours(path, &what));
     }
-    // Whoever writes a disk has it locked.
+    // A disk that somebody writes to is locked.
     match descriptor::lock(&file, false) {
         Ok(()) => Ok(()),
         Err(_) => Err(not_ours(path, "a disk that is in use")),

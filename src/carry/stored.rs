@@ -55,8 +55,8 @@ pub struct Stored {
     pub sums: Sums,
 }
 
-/// So many blocks of a memory's file are compared before a save takes its place: more would hold up the requests of other
-/// clients, and one that is somebody else's file differs in any.
+/// The number of blocks of a memory's file that are compared before a save takes its place. More blocks would hold up the
+/// requests of other clients, and a file of somebody else's differs in any block.
 const SAMPLES: usize = 4;
 
 /// Which memory a memory file has, and its checksums.

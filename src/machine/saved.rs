@@ -76,7 +76,7 @@ impl SavedMachine {
         &self.memory
     }
 
-    /// What its CPUs are, as the changes that make others so.
+    /// Returns the changes that make other CPUs like those of this machine.
     pub fn cpu(&self) -> CpuChanges {
         self.vcpus.first().map(VcpuState::told).unwrap_or_default()
     }

@@ -52,7 +52,7 @@ impl Vm {
     }
 }
 
-/// What a guest's CPU is on this host if nothing of it is changed, as the changes that make another one so.
+/// Returns the changes that make another CPU like the one that a guest gets on this host if nothing is configured of it.
 ///
 /// # Errors
 /// This host has no KVM that this user may use.

@@ -20,6 +20,15 @@ fn files(state: &Path, memory: &Path, kind: &str) -> String {
     json!({ "snapshot_path": state, "mem_file_path": memory, "snapshot_type": kind }).to_string()
 }
 
+/// A folder that goes with the test, and a folder in it whose file system has room for `size` bytes.
+fn small_folder(size: u64) -> (common::Folder, PathBuf) {
+    let folder = common::Folder::new();
+    let small = folder.path("small");
+    fs::create_dir(&small).unwrap();
+    common::mount_tmpfs(&small, size);
+    (folder, small)
+}
+
 /// Sees that the snapshot at `paths` is whole.
 fn verify(paths: &[&Path]) {
     let ended = run([&["snapshot", "verify"].map(Path::new)[..], paths].concat());
@@ -28,10 +37,7 @@ fn verify(paths: &[&Path]) {
 
 #[test]
 fn a_state_that_has_no_room_leaves_the_old_snapshot_whole() {
-    let folder = common::Folder::new();
-    let small = folder.path("small");
-    fs::create_dir(&small).unwrap();
-    common::mount_tmpfs(&small, 512 << 10);
+    let (folder, small) = small_folder(512 << 10);
     let saved = Saved::new(&[]);
     let mut client = saved.service.client();
     let (state, memory) = (small.join("state"), folder.path("memory"));
@@ -105,10 +111,7 @@ fn a_snapshot_takes_the_place_of_nobody_elses_file() {
 
 #[test]
 fn a_folder_that_was_made_for_a_failed_save_goes_again() {
-    let folder = common::Folder::new();
-    let small = folder.path("small");
-    fs::create_dir(&small).unwrap();
-    common::mount_tmpfs(&small, 32 << 10);
+    let (_folder, small) = small_folder(32 << 10);
     let saved = Saved::new(&[]);
     let mut client = saved.service.client();
     let body = |name: &str| json!({ "folder": small.join(name) }).to_string();

@@ -1,5 +1,5 @@
-//! What a CPU is, as its ID registers tell: each field of four bits is a feature, and the larger its number, the more of it
-//! there is (Arm ARM, D24.1.3, principles of the ID scheme for fields in ID registers).
+//! The features of a CPU, which its ID registers tell: each field of four bits is a feature, and the larger its number, the
+//! more of the feature there is (Arm ARM, D24.1.3, principles of the ID scheme for fields in ID registers).
 
 use kvm_bindings::{KVM_REG_ARM64, KVM_REG_ARM64_SYSREG, KVM_REG_SIZE_U64};
 
@@ -52,7 +52,7 @@ ID_AA64MMFR1_EL1: 0 HAFDBS, 4 VMIDBits, 8 VH, 12 HPDS, 16 LO, 20 PAN, 28 XNX, 36
 ID_AA64MMFR2_EL1: 0 CnP, 4 UAO, 8 LSM, 12 IESB, 16 VARange, 28 ST, 32 AT, 36 IDS, 40 FWB, 48 TTL, 52 BBM, 56 EVT, 60 E0PD
 ";
 
-/// What a CPU with these registers is, as the changes that make another one so.
+/// Returns the changes that make another CPU like one whose registers are `registers`: the values of its ID registers.
 pub fn told(registers: &[(u64, Vec<u8>)]) -> CpuChanges {
     let is_id = |number: u64| number & !0x7f == ID && ROWS.contains(&(number >> 3 & 0xf));
     let told = registers.iter().filter(|(number, _)| is_id(*number)).filter_map(|(number, value)| {

@@ -76,7 +76,7 @@ struct Events {
 }
 
 impl VcpuState {
-    /// What the CPU is, as the changes that make another one so.
+    /// Returns the changes that make another CPU like this one.
     pub fn told(&self) -> CpuChanges {
         features::told(&self.registers)
     }

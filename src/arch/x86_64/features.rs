@@ -109,7 +109,7 @@ impl Word {
     }
 }
 
-/// What a CPU was told that it is, as the changes that make another one so.
+/// Returns the changes that make another CPU like one that has this CPUID and these model-specific registers.
 pub fn told(cpuid: &[kvm_cpuid_entry2], msrs: &[Msr]) -> CpuChanges {
     let registers = |entry: &kvm_cpuid_entry2| {
         let (leaf, subleaf) = (entry.function, entry.index);

@@ -87,7 +87,7 @@ pub struct VcpuState {
 }
 
 impl VcpuState {
-    /// What the CPU is, as the changes that make another one so.
+    /// Returns the changes that make another CPU like this one.
     pub fn told(&self) -> CpuChanges {
         features::told(&self.cpuid, &self.msrs)
     }

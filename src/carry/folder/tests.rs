@@ -1,4 +1,4 @@
-//! What a folder or two paths have after saves that end, are given up, or are cut off.
+//! Tests of the files that are in a folder, or at two paths, after saves that end, are given up, or are cut off.
 
 use super::*;
 use crate::carry::replaced::state_of;
@@ -54,7 +54,7 @@ fn one_that_is_given_up_leaves_the_old_one_and_nothing_else() {
     let before = place.names();
     drop(Draft::in_folder(&place.0, 2).unwrap());
     assert_eq!(place.names(), before);
-    // So does one whose state cannot be written.
+    // A save whose state cannot be written leaves the old one, too.
     let new = place.0.join(with_suffix(Path::new(STATE)));
     fs::create_dir(&new).unwrap();
     Draft::in_folder(&place.0, 3).err().unwrap();
@@ -68,7 +68,7 @@ fn a_folder_made_for_one_that_is_given_up_goes_again() {
     let made = place.0.join("made");
     drop(Draft::in_folder(&made, 1).unwrap());
     assert!(!made.exists());
-    // What somebody has put there meanwhile is not removed.
+    // A file that somebody has put there meanwhile is not removed.
     let draft = Draft::in_folder(&made, 1).unwrap();
     fs::write(made.join("notes"), "mine").unwrap();
     drop(draft);
@@ -204,7 +204,7 @@ fn two_at_once_do_not_save_to_one_path() {
     assert!(error.contains("an earlier request, saves there"), "{error}");
     Draft::at_paths(&state, &place.0.join("other")).err().unwrap();
     first.keep(&state_of(None, 0)).unwrap();
-    // What a crash left is replaced, whatever it is.
+    // A file that a crash left is replaced, whatever is in it; a link there is not.
     fs::write(place.0.join("m.alula-new"), "half").unwrap();
     std::os::unix::fs::symlink("/etc/passwd", place.0.join("s.alula-new")).unwrap();
     let error = Draft::at_paths(&state, &memory).err().unwrap().to_string();

@@ -1,4 +1,4 @@
-//! What a CPU is, as the body that has another one be so (`alula cpu dump`).
+//! Makes the body of `PUT /cpu-config` by which another CPU becomes like a given one (`alula cpu dump`).
 
 use super::{ArmRegisterChange, Bits, CpuConfig, CpuidLeaf, MsrChange, Number, Register, RegisterChange};
 use crate::arch;
