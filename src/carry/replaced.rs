@@ -128,13 +128,16 @@ fn not_ours(path: &Path, what: &str) -> Error {
     ))
 }
 
-/// The bytes of a state that says so much of its memory, for a test.
+/// The bytes of a state whose memory, of one block, is in a file of this name, for a test.
 #[cfg(test)]
-pub(super) fn state_of(name: Option<&str>, size: u64) -> Vec<u8> {
-    let memory = MemoryFile { name: name.map(str::to_owned), size };
-    let bytes = postcard::to_extend(&memory, Vec::new()).unwrap();
+pub(super) fn state_of(name: Option<&str>, memory: &[u8]) -> Vec<u8> {
+    let file = MemoryFile { name: name.map(str::to_owned), size: memory.len() as u64 };
     let origin = state_file::Origin { architecture: 62, boot_id: [0; 16] };
-    state_file::write(&origin, &[state_file::Section { kind: state_file::MEMORY, version: 1, bytes }])
+    let file = postcard::to_extend(&file, Vec::new()).unwrap();
+    let checksum = crc32fast::hash(memory).to_le_bytes().to_vec();
+    let sections = [(state_file::MEMORY, file), (state_file::CHECKSUMS, checksum)];
+    let sections = sections.map(|(kind, bytes)| state_file::Section { kind, version: 1, bytes });
+    state_file::write(&origin, &sections)
 }
 
 #[cfg(test)]
@@ -166,7 +169,7 @@ mod tests {
         // One that cannot be read any more is a state all the same.
         fs::write(&path, "ALULASNP, and it is damaged").unwrap();
         assert!(state(&path).unwrap().is_none());
-        fs::write(&path, state_of(Some("m"), 7)).unwrap();
+        fs::write(&path, state_of(Some("m"), b"a block")).unwrap();
         let said = state(&path).unwrap().unwrap().memory;
         assert_eq!(said, MemoryFile { name: Some("m".to_owned()), size: 7 });
         fs::remove_file(&path).unwrap();
@@ -189,6 +192,15 @@ mod tests {
         {
             let told = check(said.as_ref()).unwrap_err().to_string();
             assert!(told.contains("not the memory of a snapshot whose state is `s`"), "{told}");
+        }
+        // Memory without data is a hole, whatever is as long.
+        for sums in [Sums::Whole(Vec::new()), Sums::Diff(Vec::new())] {
+            let said = Said { memory: MemoryFile { name: None, size: 4096 }, sums };
+            check(Some(&said)).unwrap_err();
+            let hole = written("hole", b"");
+            OpenOptions::new().write(true).open(&hole).unwrap().set_len(4096).unwrap();
+            check_memory(&hole, Path::new("s"), Some(&said)).unwrap();
+            fs::remove_file(&hole).unwrap();
         }
         let said = said(4096, &[right]);
         check(Some(&said)).unwrap();

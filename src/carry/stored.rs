@@ -17,7 +17,7 @@ use crate::host::{Access, Sharing, file};
 use crate::machine::SavedMachine;
 use crate::memory::{Piece, Range};
 use crate::paths;
-use crate::sys::process;
+use crate::sys::{descriptor, process};
 
 /// The form of each section; the machine says its own beside.
 const VERSION: u16 = 1;
@@ -84,14 +84,19 @@ impl Sums {
         }
     }
 
-    /// Whether `file` has what these are of, as far as [`SAMPLES`] blocks with data tell, spread over all of them.
+    /// Whether `file` has what these are of, as far as [`SAMPLES`] blocks with data tell, spread over all of them. What
+    /// these are of may be memory without data, as of a difference in which no page was written: its file is a hole.
     pub fn seem_of(&self, file: &File, size: u64) -> bool {
         let spread = |count: usize| (0..SAMPLES.min(count)).map(move |one| one * (count - 1) / (SAMPLES - 1));
+        let is_hole = || descriptor::next_data(file, 0).is_ok_and(|data| data.is_none());
         match self {
             Self::Whole(checksums) => {
                 let zeros = memory_file::checksum_of_zeros(BLOCK);
                 let with_data: Vec<_> =
                     checksums.iter().enumerate().filter(|(_, checksum)| **checksum != zeros).collect();
+                if with_data.is_empty() {
+                    return is_hole();
+                }
                 let mut block = vec![0; BLOCK];
                 spread(with_data.len()).map(|one| with_data[one]).all(|(index, checksum)| {
                     let place = (index * BLOCK) as u64;
@@ -99,6 +104,7 @@ impl Sums {
                     memory_file::read_block(file, place, block, *checksum).is_ok()
                 })
             }
+            Self::Diff(blocks) if blocks.is_empty() => is_hole(),
             Self::Diff(blocks) => {
                 let some: Vec<_> = spread(blocks.len()).map(|one| blocks[one].clone()).collect();
                 diff::verify(file, size, &some).is_ok()

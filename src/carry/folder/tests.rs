@@ -40,10 +40,10 @@ fn a_new_saved_machine_takes_the_place_of_the_old_one() {
         let mut file = draft.memory_file();
         file.write_all(&[id as u8]).unwrap();
         let name = draft.memory_name().unwrap();
-        draft.keep(&state_of(Some(&name), id as u64)).unwrap();
+        draft.keep(&state_of(Some(&name), &[id as u8])).unwrap();
         assert_eq!(place.names(), [&name, STATE]);
         assert_eq!(fs::read(place.0.join(&name)).unwrap(), [id as u8]);
-        assert_eq!(fs::read(place.0.join(STATE)).unwrap(), state_of(Some(&name), id as u64));
+        assert_eq!(fs::read(place.0.join(STATE)).unwrap(), state_of(Some(&name), &[id as u8]));
     }
 }
 
@@ -126,7 +126,7 @@ fn two_at_once_do_not_save_to_one_folder() {
 fn paths_of_their_own_are_replaced_as_well() {
     let place = Place::new("paths");
     let (state, memory) = (place.0.join("s"), place.0.join("m"));
-    let old = state_of(None, 3);
+    let old = state_of(None, b"old");
     fs::write(&memory, "old").unwrap();
     fs::write(&state, &old).unwrap();
     let mapped = File::open(&memory).unwrap();
@@ -154,7 +154,7 @@ fn files_of_others_at_paths_are_not_replaced() {
     fs::remove_file(&state).unwrap();
     fs::write(&memory, "disk").unwrap();
     refused(&memory);
-    fs::write(&state, state_of(None, 5)).unwrap();
+    fs::write(&state, state_of(None, b"a disk")).unwrap();
     refused(&memory);
     assert_eq!(fs::read(&memory).unwrap(), b"disk");
     // Clients make empty files first, with the owner that the files are to have.
@@ -165,7 +165,7 @@ fn files_of_others_at_paths_are_not_replaced() {
     let folder = place.0.join("folder");
     let draft = Draft::in_folder(&folder, 1).unwrap();
     let name = draft.memory_name().unwrap();
-    draft.keep(&state_of(Some(&name), 0)).unwrap();
+    draft.keep(&state_of(Some(&name), b"")).unwrap();
     let error = Draft::at_paths(&folder.join(STATE), &memory).err().unwrap().to_string();
     assert!(error.contains("name the folder"), "{error}");
 }
@@ -179,7 +179,7 @@ fn a_crash_between_the_names_leaves_room_for_the_next_one() {
         fs::write(place.0.join("s.alula-new"), left).unwrap();
         fs::write(&memory, "memory").unwrap();
     };
-    crash(&state_of(None, 6));
+    crash(&state_of(None, b"memory"));
     // One who saves there now has the file locked, and its memory is not touched.
     let other = File::open(place.0.join("s.alula-new")).unwrap();
     other.lock().unwrap();
@@ -203,7 +203,7 @@ fn two_at_once_do_not_save_to_one_path() {
     let error = Draft::at_paths(&place.0.join("other"), &memory).err().unwrap().to_string();
     assert!(error.contains("an earlier request, saves there"), "{error}");
     Draft::at_paths(&state, &place.0.join("other")).err().unwrap();
-    first.keep(&state_of(None, 0)).unwrap();
+    first.keep(&state_of(None, b"")).unwrap();
     // A file that a crash left is replaced, whatever is in it; a link there is not.
     fs::write(place.0.join("m.alula-new"), "half").unwrap();
     std::os::unix::fs::symlink("/etc/passwd", place.0.join("s.alula-new")).unwrap();
@@ -221,7 +221,7 @@ fn two_at_once_do_not_save_to_one_path() {
 fn what_a_crash_cut_off_at_its_end_is_finished_by_the_next_one() {
     let place = Place::new("finished");
     let (state, memory) = (place.0.join("s"), place.0.join("m"));
-    let new = state_of(None, 3);
+    let new = state_of(None, b"new");
     // The old state is gone; the old memory is there still, or the new one has its place.
     for (at, beside) in [(Some("old"), Some("new")), (Some("new"), None), (None, Some("new"))] {
         place.names().iter().for_each(|name| fs::remove_file(place.0.join(name)).unwrap());
