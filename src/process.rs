@@ -68,8 +68,11 @@ mod tests {
         let times = cpu_us(None);
         assert_eq!(cpu_us(Some(std::process::id())).keys().max(), times.keys().max());
         assert!(times["worker"].as_u64().unwrap() > 0 && times.contains_key("main"), "{times:?}");
-        let memory = memory(Some(std::process::id()));
-        assert!(memory["anonymous_bytes"].as_u64().unwrap() >= 8 << 20, "{memory}");
+        // While other cases map memory, some kernels leave areas out (smaps_rollup looks for its place anew whenever
+        // somebody waits for the lock of the address space).
+        let counted = (0..100).map(|_| memory(Some(std::process::id())));
+        let whole = counted.into_iter().find(|memory| memory["anonymous_bytes"].as_u64().unwrap() >= 8 << 20);
+        let memory = whole.expect("8 MiB of this process are nowhere");
         assert!(memory["resident_bytes"].as_u64() >= memory["proportional_bytes"].as_u64(), "{memory}");
         let worker = worker.unwrap();
         worker.thread().unpark();

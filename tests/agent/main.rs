@@ -135,7 +135,11 @@ impl Client {
     fn send(&mut self, kind: Type, content: &[u8]) {
         let mut frame = Vec::new();
         put(&mut frame, kind, content);
-        self.stream.write_all(&frame).unwrap();
+        match self.stream.write_all(&frame) {
+            // An agent that has failed answers, and closes the connection before it has read everything.
+            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {}
+            written => written.unwrap(),
+        }
     }
 
     /// The next frame; none: the agent has closed the connection.

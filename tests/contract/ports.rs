@@ -137,6 +137,12 @@ impl Port {
     }
 }
 
+/// Ends a program's connection. A child that another case begins has the descriptor, too, until it executes its program,
+/// so that closing it here would end the connection later.
+fn leave(program: UnixStream) {
+    program.shutdown(std::net::Shutdown::Both).unwrap();
+}
+
 /// All that the program can read now.
 fn read_all(program: &mut UnixStream) -> Vec<u8> {
     let mut all = Vec::new();
@@ -163,7 +169,7 @@ fn programs_come_to_a_port_one_after_the_other_and_none_loses() {
         port.guest.turn();
         assert!(!port.guest.has_used(TOLD));
         assert_eq!(port.receive(6).unwrap(), b"of the");
-        drop(one);
+        leave(one);
         port.guest.turn();
         assert!(!port.guest.has_used(TOLD), "not all that it said was read");
         assert_eq!(port.receive(6).unwrap(), b" one");
@@ -176,7 +182,7 @@ fn programs_come_to_a_port_one_after_the_other_and_none_loses() {
         assert_eq!(port.receive(100), None);
         port.send(b"more");
         assert_eq!((&read_all(&mut other)[..], port.guest.has_used(TOLD)), (&b"more"[..], false));
-        drop(other);
+        leave(other);
         port.guest.turn();
         assert_eq!(port.told(), message(0, PORT_OPEN, 0));
         assert_eq!(counted(&port.guest, "clients_count"), 2);
@@ -190,7 +196,7 @@ fn a_program_waits_until_the_guest_has_the_port_open() {
     let mut program = port.connect();
     assert_eq!(port.told(), message(0, PORT_OPEN, 1));
     program.write_all(b"early").unwrap();
-    drop(program);
+    leave(program);
     // A driver throws away what comes for a port that nobody has open.
     assert_eq!(port.receive(100), None);
     assert!(!port.guest.has_used(TOLD), "what it said is not read yet");
@@ -201,7 +207,7 @@ fn a_program_waits_until_the_guest_has_the_port_open() {
     assert_eq!(port.told(), message(0, PORT_OPEN, 0));
     // Of one that says nothing, the guest learns at once.
     say(&mut port.guest, 0, PORT_OPEN, 0);
-    drop(port.connect());
+    leave(port.connect());
     port.guest.turn();
     assert_eq!([port.told(), port.told()], [1, 0].map(|is_there| message(0, PORT_OPEN, is_there)));
 }
@@ -216,7 +222,7 @@ fn a_program_that_does_not_read_holds_its_guest_back() {
     let sent = counted(&port.guest, "tx_bytes_count") as usize;
     assert!(sent > 0 && sent < text.len());
     // The bytes that the program has not taken are for the next one, also where the guest goes on elsewhere.
-    drop(one);
+    leave(one);
     let Port { guest, folder } = port;
     let suspended = guest.suspend();
     let mut port = Port::in_folder(TransportKind::Pci, folder);
@@ -265,7 +271,7 @@ fn a_driver_that_talks_nonsense_of_ports_is_answered_or_ignored() {
     let room = port.guest.allocate(&[0; 32]);
     (0..2).for_each(|_| _ = port.guest.offer(TOLD, &[(room, WRITE)]));
     port.guest.kick(TOLD);
-    drop(port.connect());
+    leave(port.connect());
     port.guest.turn();
     let mut next = port.connect();
     next.write_all(b"x").unwrap();
