@@ -5,6 +5,7 @@ pub mod folder;
 pub mod line;
 pub mod memory_file;
 pub mod merge;
+pub mod pagemap;
 pub mod pages;
 pub mod rebase;
 pub mod replaced;

@@ -19,6 +19,7 @@ const UNSAFE: &[&str] = &[
     "src/sys/descriptor.rs",
     "src/sys/machine.rs",
     "src/sys/network.rs",
+    "src/sys/pagemap.rs",
     "src/sys/process.rs",
     "src/sys/program.rs",
     "src/sys/vectors.rs",

@@ -13,9 +13,8 @@ use std::sync::OnceLock;
 use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
-use crate::descriptors::Named;
+use super::pagemap::{Pagemap, is_own};
 use crate::error::{Context, Error, Result};
-use crate::log;
 use crate::memory::lost;
 use crate::memory::mapping::page_size;
 use crate::memory::{Piece, Range, Region, Regions};
@@ -25,11 +24,6 @@ use crate::sys::descriptor;
 pub const BLOCK: usize = 1 << 20;
 /// The smallest page that a host has, in bytes.
 pub(super) const PAGE_MIN: usize = 4096;
-/// Bits of an entry of pagemap: the page is in memory; it is in swap; it belongs to a file.
-const IS_PRESENT: u64 = 1 << 63;
-const IS_SWAPPED: u64 = 1 << 62;
-const IS_FILES: u64 = 1 << 61;
-
 /// Where the memory of a saved machine is.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
 pub struct MemoryFile {
@@ -56,89 +50,6 @@ pub fn offsets(ranges: &[Range]) -> Vec<u64> {
         Some(offset)
     };
     ranges.iter().scan(0, next).collect()
-}
-
-/// Which pages of this process are asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Which {
-    /// Those that the process has of its own: what a file has at their place is another page.
-    Own,
-    /// Those that were touched, and those of a file that the kernel has mapped beside one that was.
-    Touched,
-}
-
-/// The most entries of pagemap that one read takes when pages are looked for: those of 32 MiB of memory. One read for
-/// each block of a memory file would be 1,024 reads for a guest of 1 GiB.
-const ENTRIES: usize = 8192;
-
-impl Which {
-    /// Whether these are pages with such an entry in pagemap.
-    fn has(self, entry: u64) -> bool {
-        match self {
-            Self::Own => is_own(entry),
-            Self::Touched => entry & (IS_PRESENT | IS_SWAPPED) != 0,
-        }
-    }
-}
-
-/// The kernel's record of the pages that this process has of its own, open. Where there is none (None), as without /proc,
-/// each page is taken for the process's own.
-pub struct Pagemap(Option<Named<File>>);
-
-impl Pagemap {
-    /// Opens it.
-    pub fn open() -> Result<Self> {
-        let file = File::open("/proc/self/pagemap").context("open /proc/self/pagemap")?;
-        Ok(Self(Some(Named::new("map of this process's pages", file))))
-    }
-
-    /// Opens it, if it is there. Where it is not, as in a jail, all pages are looked at, also those that are zeros or as
-    /// in the file that they were mapped from.
-    pub fn open_or_take_all() -> Self {
-        Self::open().unwrap_or_else(|error| {
-            log::debug(format_args!("all pages of the guest's memory are looked at: {error}"));
-            Self(None)
-        })
-    }
-
-    /// Reads the entries of the pages from the address `start` on.
-    fn read(&self, entries: &mut [[u8; 8]], start: usize) -> Result<()> {
-        match &self.0 {
-            Some(file) => {
-                let place = (start / page_size() as usize * 8) as u64;
-                file.read_exact_at(entries.as_flattened_mut(), place).context("read /proc/self/pagemap")
-            }
-            None => {
-                entries.fill(IS_PRESENT.to_le_bytes());
-                Ok(())
-            }
-        }
-    }
-
-    /// Calls `then` with the number of each page that `which` is for, of the `pages` pages from the address `start` on,
-    /// which begins one.
-    ///
-    /// # Errors
-    /// The kernel does not tell.
-    pub(super) fn each(
-        &self,
-        which: Which,
-        start: usize,
-        pages: usize,
-        mut then: impl FnMut(usize),
-    ) -> Result<()> {
-        let mut entries = vec![[0; 8]; pages.min(ENTRIES)];
-        let at_once = entries.len().max(1);
-        for first in (0..pages).step_by(at_once) {
-            let entries = &mut entries[..(pages - first).min(at_once)];
-            self.read(entries, start + first * page_size() as usize)?;
-            let pages = (first..).zip(&*entries);
-            pages
-                .filter(|(_, entry)| which.has(u64::from_le_bytes(**entry)))
-                .for_each(|(page, _)| then(page));
-        }
-        Ok(())
-    }
 }
 
 /// Writes `memory` to `file`, which is empty, with each page as it is at some moment meanwhile.
@@ -217,11 +128,6 @@ impl Writer<'_> {
         }
         Ok(())
     }
-}
-
-/// Whether the process has a page of its own there.
-fn is_own(entry: u64) -> bool {
-    entry & IS_SWAPPED != 0 || entry & (IS_PRESENT | IS_FILES) == IS_PRESENT
 }
 
 /// The runs of pages, of `page` bytes each, of `block` that are not zero.
@@ -323,6 +229,7 @@ pub(super) fn damaged(place: u64) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::carry::pagemap::IS_PRESENT;
     use crate::memory;
     use std::os::unix::fs::MetadataExt;
     use vm_memory::{GuestAddress, GuestAddressSpace};

@@ -6,7 +6,8 @@ use std::os::unix::fs::FileExt;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
-use super::memory_file::{self, BLOCK, Pagemap, Which};
+use super::memory_file::{self, BLOCK};
+use super::pagemap::{Pagemap, Which};
 use crate::error::{Context, Result};
 use crate::memory::mapping::page_size;
 use crate::memory::page_set::PageSet;

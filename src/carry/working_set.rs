@@ -12,7 +12,8 @@ use std::path::Path;
 use vm_memory::GuestMemoryBackend;
 
 use super::folder::WORKING_SET;
-use super::memory_file::{PAGE_MIN, Pagemap, Which};
+use super::memory_file::PAGE_MIN;
+use super::pagemap::{Pagemap, Which};
 use super::pages;
 use super::replaced::WORKING_SET as MAGIC;
 use crate::error::{Context, Error, Result};

@@ -9,7 +9,7 @@ use vm_memory::GuestAddressSpace;
 
 use super::{Finish, Microvm};
 use crate::carry::folder::{self, Beside};
-use crate::carry::memory_file::Pagemap;
+use crate::carry::pagemap::Pagemap;
 use crate::carry::stored::{Location, Stored};
 use crate::carry::working_set::WorkingSet;
 use crate::descriptors::Named;

@@ -6,6 +6,7 @@ pub mod confine;
 pub mod descriptor;
 pub mod machine;
 pub mod network;
+pub mod pagemap;
 pub mod process;
 pub mod program;
 pub mod vectors;
