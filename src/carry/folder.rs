@@ -157,16 +157,18 @@ impl Draft {
         part.file.write_all(state).with_context(attempt)?;
         part.file.sync_all().with_context(attempt)?;
         if !*is_folder {
-            // The new name of a whole state must be on the disk before the old state goes: the memory is known by it.
-            part.flush_folder()?;
-            // From here on there is no saved machine until the new state has its name.
-            match fs::remove_file(&part.path) {
-                Err(error) if error.kind() != ErrorKind::NotFound => {
-                    return Err(error).with_context(|| format!("remove `{}`", part.path.display()));
-                }
-                _ => *is_bare = true,
+            let replaces = fs::symlink_metadata(&part.path).is_ok();
+            if replaces {
+                // The new name of a whole state must be on the disk before the old state goes: the memory is known by it.
+                part.flush_folder()?;
+                let attempt = || format!("remove `{}`", part.path.display());
+                fs::remove_file(&part.path).with_context(attempt)?;
             }
-            part.flush_folder()?;
+            // From here on there is no saved machine until the new state has its name.
+            *is_bare = true;
+            if replaces {
+                part.flush_folder()?;
+            }
             memory.put_in_place()?;
         }
         // The name of the memory must be on the disk before a state relies on it.
