@@ -76,10 +76,10 @@ fn what_a_cpu_is_here_is_told_and_compared() {
     }
     for needed in [here, saved] {
         let (code, text) = cpu(&["compare", needed, less]);
-        assert!(code == Some(1) && text.lines().any(|line| line.starts_with(lacking)), "{needed}: {text}");
+        assert!(code == Some(2) && text.lines().any(|line| line.starts_with(lacking)), "{needed}: {text}");
         let (code, text) = cpu(&["compare", "--json", needed, less]);
         let told: Vec<String> = serde_json::from_str(&text).unwrap();
-        assert!(code == Some(1) && told.iter().any(|one| one.starts_with(lacking)), "{needed}: {text}");
+        assert!(code == Some(2) && told.iter().any(|one| one.starts_with(lacking)), "{needed}: {text}");
     }
     let none = service.folder.write("none", "neither");
     let open = service.folder.write("open", "{}");

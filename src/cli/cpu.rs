@@ -14,8 +14,8 @@ use crate::json;
 use crate::platform::CpuChanges;
 use crate::vm::state::cpu_of_this_host;
 
-/// The exit code if something is lacking.
-const LACKING: u8 = 1;
+/// The exit code if something is lacking: a script must not take a file that cannot be read, which gives 1, for that.
+const LACKING: u8 = 2;
 
 /// Prints, and returns the exit code.
 pub fn run(cpu: &Cpu) -> Result<u8> {

@@ -24,7 +24,7 @@ Options:
       --json  Print a JSON array of the features that are lacking
   -h, --help  Print this
 
-The exit code is 0 if nothing is lacking, 1 if something is or a file cannot be read, 153 for wrong arguments.
+The exit code is 0 if nothing is lacking, 2 if something is, 1 if a file cannot be read, 153 for wrong arguments.
 
 Examples:
   alula cpu dump > here.json
