@@ -96,6 +96,11 @@ fn a_chain_is_followed_within_its_folder_or_where_it_is_named() {
     assert!(refused("inner/up", json!([disk])).contains("`backing` does not name it: add it"));
     assert!(refused("disk", json!([])).contains("`backing` does not name it: add it"));
     assert!(refused("disk", json!([base, base])).contains("but no image says that something is beneath"));
+    let taken_for_qcow2 = json!({ "path_on_host": folder.path("base"), "format": "qcow2" });
+    assert!(
+        refused("disk", json!([taken_for_qcow2]))
+            .contains("with another format than `raw`, which the image says")
+    );
 }
 
 #[test]

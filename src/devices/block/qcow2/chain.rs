@@ -108,6 +108,7 @@ impl<'a> Chain<'a> {
                 let backing =
                     named.next().ok_or_else(|| Error::config("`backing` does not name it: add it"))?;
                 check_same(name, above, &backing.path_on_host)?;
+                check_format(format, backing)?;
                 (backing.path_on_host.clone(), backing.format)
             }
             None => (self.within_folder(name, above)?, told(format)?),
@@ -166,6 +167,20 @@ fn check_same(name: &str, above: &Path, listed: &Path) -> Result<()> {
          that was copied to another one gets that by `qemu-img rebase -u -b`",
         listed.display()
     )))
+}
+
+/// Refuses an image that is listed with another format than the image above it says: the guest would read a qcow2 image's
+/// tables as its own disk, or what a guest wrote into a raw image as tables.
+fn check_format(format: Option<&str>, listed: &Backing) -> Result<()> {
+    match format.map(|format| (format, told(Some(format)))) {
+        Some((format, Ok(known))) if known != listed.format => Err(Error::config(format!(
+            "`backing` has `{}` there with another format than `{format}`, which the image says: have it say the same, or \
+             `qemu-img rebase -u -F FORMAT`",
+            listed.path_on_host.display()
+        ))),
+        // A format that is told in the list alone, or that the list puts right, is the list's.
+        _ => Ok(()),
+    }
 }
 
 fn told(format: Option<&str>) -> Result<Format> {
