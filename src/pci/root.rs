@@ -125,7 +125,6 @@ impl Root {
         match self.slots[..places].get_mut(device as usize) {
             Some(slot @ None) => {
                 *slot = Some(Box::new(Slot { function, registers, placed: None }));
-                self.settle_requester(device as usize);
                 self.port_of(device as usize).iter_mut().for_each(|port| port.set_occupied(true));
                 Ok(())
             }
@@ -171,7 +170,7 @@ impl Root {
         Ok(None)
     }
 
-    /// Has the function at a place behind a port send its messages from the bus there, as the guest has numbered it.
+    /// Has a restored function at a place behind a port send its messages from the bus there, as the guest has numbered it.
     fn settle_requester(&self, place: usize) {
         if let (Some(port), Some(slot)) = (self.port_of(place), &self.slots[place]) {
             let requester = u32::from(port.secondary_bus()) << 8;
@@ -210,15 +209,22 @@ impl Root {
     }
 
     fn write_config(&mut self, address: u64, data: &[u8]) {
+        let bus = address / BUS_SIZE;
         let Some((slot, offset)) = self.slot(address) else { return };
-        slot.function.lock().unwrap_or_else(PoisonError::into_inner).write_config(offset, data);
+        {
+            let mut function = slot.function.lock().unwrap_or_else(PoisonError::into_inner);
+            // A function takes the number of its bus from what is written to it (PCI Express 5.0, 2.2.6.2), and keeps the
+            // number while a guest takes that away from the port: Linux does for a moment whenever it looks for devices, and
+            // interrupts that are sent meanwhile must not come from another function.
+            if bus > 0 {
+                function.set_requester((bus as u32) << 8);
+            }
+            function.write_config(offset, data);
+        }
         if let (Some(place), true) = (self.place_at(address), offset < HEADER_SIZE) {
             self.settle_registers(place);
-            // The function may be a port, and the guest may have numbered its bus or moved its window.
-            for behind in DEVICES_MAX..DEVICES_MAX + self.ports.len() {
-                self.settle_requester(behind);
-                self.settle_registers(behind);
-            }
+            // The function may be a port, and the guest may have moved its window.
+            (DEVICES_MAX..DEVICES_MAX + self.ports.len()).for_each(|behind| self.settle_registers(behind));
         }
     }
 
