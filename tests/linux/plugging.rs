@@ -243,7 +243,7 @@ pub fn torn_away(guest: &shared::Guest) {
         "until [ $(grep -lsx torn /sys/block/vd*/serial | wc -l) = 1 ]; do usleep 10000; done; echo one";
     let mut client = guest.client();
     client.ok("PUT", path, &body.to_string());
-    for _ in 0..ROUNDS {
+    for _ in 0..ROUNDS * times() {
         assert!(guest.shell(one).contains("one"));
         guest.does("torn", &["disk-write"]);
         let device = guest.shell(device);

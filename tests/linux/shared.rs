@@ -68,15 +68,28 @@ impl Guest {
 
     /// Has the guest do `words` (see `command`), and returns the output.
     pub fn does(&self, disk: &str, words: &[&str]) -> String {
-        said(self.command(disk, words).output().unwrap())
+        self.told(&words.join(" "), self.command(disk, words).output().unwrap())
     }
 
     /// Has the guest run a shell script, and returns its output.
     pub fn shell(&self, script: &str) -> String {
+        self.told(script, self.run(script, "100s"))
+    }
+
+    fn run(&self, script: &str, time: &str) -> std::process::Output {
         let mut command = Command::new(common::alula());
         command.arg("exec").arg("--vsock").arg(self.folder.path("vsock"));
-        command.args(["--timeout", "100s", "--", "busybox", "sh", "-c", script]).stdin(Stdio::null());
-        said(command.output().unwrap())
+        command.args(["--timeout", time, "--", "busybox", "sh", "-c", script]).stdin(Stdio::null());
+        command.output().unwrap()
+    }
+
+    /// The output of what the guest did. If it failed, the guest's kernel tells which tasks hang, and where.
+    fn told(&self, what: &str, output: std::process::Output) -> String {
+        if !output.status.success() {
+            let kernel = self.run("echo w >/proc/sysrq-trigger; dmesg | tail -n 80", "30s");
+            eprintln!("`{what}` failed; the guest's kernel: {}", String::from_utf8_lossy(&kernel.stdout));
+        }
+        said(output)
     }
 
     /// Has the guest run a shell script meanwhile, whose lines are waited for.
