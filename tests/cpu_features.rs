@@ -30,7 +30,7 @@ fn features_that_a_guest_cannot_have_are_refused() {
     assert!(fault.contains("a text with at most 32 of `0`, `1` and `x` after `0b`"), "{fault}");
 }
 
-/// What `alula cpu` with these words says, and with which code it ends.
+/// Runs `alula cpu` with these words, and returns its exit code and what it says.
 fn cpu(words: &[&str]) -> (Option<i32>, String) {
     let ended = run([&["cpu"][..], words].concat());
     (ended.code, ended.text)

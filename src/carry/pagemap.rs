@@ -96,7 +96,7 @@ impl Pagemap {
         self.each_entry(which, start, pages, then)
     }
 
-    /// The same by an entry for each page.
+    /// Does what [`Self::each`] does by reading an entry for each page.
     fn each_entry(
         &self,
         which: Which,

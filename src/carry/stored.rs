@@ -68,10 +68,10 @@ pub enum Sums {
 }
 
 impl Sums {
-    /// What the sections of a state say of its memory of so many bytes.
+    /// Reads the checksums out of the sections of a state whose memory has `size` bytes.
     ///
     /// # Errors
-    /// They do not describe pages of such a memory.
+    /// The sections do not describe pages of such a memory.
     pub fn of(sections: &[Section], size: u64) -> Result<Self> {
         let checksums = sections.iter().find(|section| section.kind == state_file::CHECKSUMS);
         let checksums = checksums.map_or(&[][..], |section| &section.bytes);

@@ -63,7 +63,7 @@ fn is_whole(changes: &CpuChanges) -> bool {
     is_told && registers && changes.cpuid.iter().all(|register| register.mask == u32::MAX)
 }
 
-/// What the CPU of a saved microVM, or of a file of changes, is.
+/// Reads the whole CPU of a saved microVM, or of a file of changes.
 fn read(path: &Path) -> Result<CpuChanges> {
     if path.is_dir() {
         let state = Location::Folder(path.to_owned()).state();

@@ -239,7 +239,7 @@ impl DeviceKind {
         self.parse_as(Dialect::Alula, text)
     }
 
-    /// The same in this dialect.
+    /// A device from JSON in this dialect.
     pub fn parse_as(&self, dialect: Dialect, text: &[u8]) -> serde_json::Result<ConfiguredDevice> {
         (self.parse)(text, dialect)
     }
@@ -249,7 +249,7 @@ impl DeviceKind {
         self.parse_patch_as(Dialect::Alula, place, text)
     }
 
-    /// The same in this dialect.
+    /// A change from the body of a request in this dialect.
     pub fn parse_patch_as(&self, dialect: Dialect, place: &str, text: &[u8]) -> serde_json::Result<Change> {
         (self.parse_patch)(place, text, dialect)
     }

@@ -27,7 +27,7 @@ pub struct Area {
     pub start: u64,
     /// The address behind the last of them.
     pub end: u64,
-    /// What they are: [`FILES`], [`PRESENT`], [`SWAPPED`].
+    /// Bits for what these pages are: [`FILES`], [`PRESENT`], [`SWAPPED`].
     pub kinds: u64,
 }
 

@@ -186,7 +186,7 @@ fn a_snapshot_whose_disk_was_moved_goes_on_with_the_disk_that_is_named() {
     assert!(ended.code == Some(153) && ended.text.contains("(is `--disk` meant?)"), "{}", ended.text);
 }
 
-/// The same, and an image is to be made there.
+/// An override of a disk that has an overlay made at the image's path.
 fn image_with_overlay(image: &Value) -> Value {
     let mut both = image.clone();
     both["overlay"] = json!(true);

@@ -32,7 +32,7 @@ Examples:
   alula cpu compare saved other-host.json
 ";
 
-/// What is asked for.
+/// A command of `alula cpu`.
 #[derive(Debug)]
 pub enum Cpu {
     /// Print what a CPU is on this host.

@@ -155,12 +155,12 @@ fn size(sectors: u64) -> String {
     }
 }
 
-/// What the limit lets through, and the size that the guest was told: all else that the guest sees is in the configuration
+/// The limit's state, and the size that the guest was told: all else that the guest sees is in the configuration
 /// and the image.
 #[derive(Deserialize, Serialize)]
 pub struct State {
     limit: limiter::State,
-    /// None: a state of before this was saved.
+    /// The size in sectors; None: the state is of a version that did not save it.
     sectors: Option<u64>,
 }
 
