@@ -43,7 +43,7 @@ pub enum Access {
 pub enum Sharing {
     /// It is an error.
     Refused,
-    /// It is an error, told of a machine that is restored, which is used as it was saved.
+    /// Writing is refused, told of a machine that is restored, which is used as it was saved.
     RefusedAsSaved,
     /// It is used all the same, with a line in the log and an event.
     Warned,
