@@ -26,8 +26,8 @@ pub enum Which {
 /// The most entries of pagemap that one read takes when pages are looked for: those of 32 MiB of memory. One read for
 /// each block of a memory file would be 1,024 reads for a guest of 1 GiB.
 const ENTRIES: usize = 8192;
-/// The most areas of pages that one call tells: 12 KiB. A guest whose every second page is its own has as many as two for
-/// each of its MiB in a call.
+/// The most areas of pages that one call tells, which are 12 KiB of the stack. Where every second page of 4 KiB is the
+/// process's own, one call tells of 4 MiB.
 const AREAS: usize = 512;
 
 impl Which {
