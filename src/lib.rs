@@ -79,7 +79,9 @@
 //! may take the place of in `carry/replaced.rs`; the form of the state's file (header, table, checksums) in
 //! `carry/state_file.rs`, and what each of its sections holds in `carry/stored.rs`. Which pages a difference has,
 //! [`machine::Tracker`] tells (`machine/regions.rs`: KVM's log, and what devices have noted in `memory/written.rs`), or
-//! the kernel (`carry/pages.rs`, by `carry/pagemap.rs`). What a restored guest needs of that memory first can be noted beside it (`carry/working_set.rs`, `microvm/working_set.rs`). A restore
+//! the kernel (`carry/pages.rs`, by `carry/pagemap.rs`). What a restored guest needs of that memory first can be noted
+//! beside it (`carry/working_set.rs`, `microvm/working_set.rs`; [`memory::singly`] has no page come with others
+//! meanwhile). A restore
 //! ([`microvm::snapshots`]) builds the machine over its memory's file, or over memory that a page-fault handler fills
 //! (`microvm/handler.rs` calls it, and gives it the descriptor of [`memory::faults`]), restores it, and only then takes
 //! it for its own. A template ([`api::template`]) does once what does not depend on the clone, and copies its process

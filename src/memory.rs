@@ -7,6 +7,7 @@ pub mod lost;
 pub mod mapping;
 pub mod page_set;
 pub mod registers;
+pub mod singly;
 pub mod slots;
 mod source;
 pub mod window;

@@ -54,14 +54,16 @@ pub fn request(client: &mut UnixStream, method: &str, path: &str, body: &str) ->
 /// Sends a request as [`request`] does, and returns the answer's body, too.
 pub fn request_body(client: &mut UnixStream, method: &str, path: &str, body: &str) -> Result<String> {
     send(client, method, path, body)?;
+    answer(client).map_err(|error| format!("{method} {path}: {error}").into())
+}
+
+/// Waits for the answer to a request that was sent, which must be a success, and returns its body.
+pub fn answer(client: &mut UnixStream) -> Result<String> {
     let mut answer = [0; 4096];
     let count = client.read(&mut answer)?;
     let answer = String::from_utf8_lossy(&answer[..count]);
     let body = answer.lines().last().unwrap_or_default();
-    match answer.starts_with("HTTP/1.1 2") {
-        true => Ok(body.to_owned()),
-        false => Err(format!("{method} {path}: {body}").into()),
-    }
+    if answer.starts_with("HTTP/1.1 2") { Ok(body.to_owned()) } else { Err(body.into()) }
 }
 
 /// Sends a request alone.

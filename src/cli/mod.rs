@@ -305,6 +305,7 @@ fn run(mut arguments: Run, feed: &mut Option<Feed>) -> Result<Ending> {
         }
         if let Some(after) = arguments.record {
             microvm.note_working_set(after).context("--record")?;
+            microvm.resume("command line")?;
         }
         command.map_or(Ok(()), |begin| begin())
     };

@@ -28,8 +28,13 @@ const FAULTS_WAKE: u64 = 0x8010_aa02;
 const FAULTS_API_VERSION: u64 = 0xaa;
 /// The feature by which a descriptor's reader is told of pages that are given back: they are zeros afterwards.
 const EVENT_REMOVE: u64 = 1 << 3;
-/// The mode in which faults of pages that are not there are taken.
+/// The feature by which the kernel notes writes itself, without that anybody waits.
+const WRITES_NOTED: u64 = 1 << 15;
+/// The mode in which faults of pages that are not there are taken, and that of pages that are written.
 const MISSING: u64 = 1;
+const WRITTEN: u64 = 1 << 1;
+/// The flag of userfaultfd(2) of who does not want to take faults of the kernel, which needs no right (UFFD_USER_MODE_ONLY).
+const NONE_OF_KERNEL: i32 = 1;
 
 /// A mapping of this process, given back when this is dropped.
 #[derive(Debug)]
@@ -169,6 +174,15 @@ impl Mapping {
         tell_faults(faults, FAULTS_REGISTER, &mut [self.start.as_ptr() as u64, size as u64, MISSING, 0])
     }
 
+    /// Has the kernel be ready to note writes to the mapping, of [`noted_faults`]'s descriptor. None are noted yet, as
+    /// nothing is protected against them; but a page comes alone.
+    ///
+    /// # Errors
+    /// The kernel's, of ioctl_userfaultfd(2).
+    pub(super) fn have_writes_noted(&self, faults: &impl AsRawFd) -> IoResult<()> {
+        tell_faults(faults, FAULTS_REGISTER, &mut [self.start.as_ptr() as u64, self.size as u64, WRITTEN, 0])
+    }
+
     /// Has nobody wait for that reader any more.
     ///
     /// # Errors
@@ -213,6 +227,19 @@ pub(super) fn userfaultfd(given: Option<&File>) -> IoResult<OwnedFd> {
     let by_call = |_| opened(unsafe { libc::syscall(libc::SYS_userfaultfd, flags) } as RawFd);
     let made = made.or_else(by_call)?;
     tell_faults(&made, FAULTS_API, &mut [FAULTS_API_VERSION, EVENT_REMOVE, 0])?;
+    Ok(made.into())
+}
+
+/// A descriptor of page faults (userfaultfd(2)) for whose ranges the kernel answers itself.
+///
+/// # Errors
+/// The kernel has no such faults.
+#[allow(unsafe_code)]
+pub(super) fn noted_faults() -> IoResult<OwnedFd> {
+    let flags = libc::O_CLOEXEC | NONE_OF_KERNEL;
+    // SAFETY: the call takes a number.
+    let made = opened(unsafe { libc::syscall(libc::SYS_userfaultfd, flags) } as RawFd)?;
+    tell_faults(&made, FAULTS_API, &mut [FAULTS_API_VERSION, WRITES_NOTED, 0])?;
     Ok(made.into())
 }
 

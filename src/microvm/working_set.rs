@@ -18,6 +18,7 @@ use crate::history::{self, Event};
 use crate::jobs::Ticket;
 use crate::log;
 use crate::memory::Memory;
+use crate::memory::singly::Singly;
 use crate::poll;
 use crate::walls;
 
@@ -25,10 +26,12 @@ use crate::walls;
 pub const TIME_MAX: Duration = Duration::from_secs(3600);
 
 /// The folder that a guest was restored from, and its memory's number there.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(super) struct Origin {
     folder: PathBuf,
     memory: u128,
+    /// Has the guest's pages come one by one, until they are noted; none: what is noted has what the kernel maps around, too.
+    singly: Option<Singly>,
 }
 
 impl Origin {
@@ -37,7 +40,7 @@ impl Origin {
     pub(super) fn of(location: &Location, stored: &Stored) -> Option<Self> {
         let Location::Folder(folder) = location else { return None };
         let memory = folder::number_of(stored.memory.name.as_deref()?)?;
-        Some(Self { folder: folder.clone(), memory })
+        Some(Self { folder: folder.clone(), memory, singly: None })
     }
 
     /// The working set that was noted there, if it is of this memory, whose file has `size` bytes.
@@ -71,7 +74,8 @@ pub(super) fn read_ahead(set: WorkingSet, file: &Named<std::fs::File>, size: u64
 
 impl Microvm {
     /// Notes beside the snapshot that this microVM was restored from, when the time `after` is over, which of its
-    /// pages have been touched by then. A job does that, whose ticket is returned.
+    /// pages have been touched by then. A job does that, whose ticket is returned. Until then, pages that were not touched
+    /// before come one by one, if this kernel can do that: what it would map beside them is not noted.
     ///
     /// # Errors
     /// The microVM was not restored from a folder, or its pages are being noted already.
@@ -95,7 +99,23 @@ impl Microvm {
             Box::new(Self::note_now)
         })?;
         self.noting = Some(ticket);
+        // What the guest of a ready one has touched came before.
+        if !after.is_zero() {
+            self.map_singly();
+        }
         Ok(ticket)
+    }
+
+    /// Has the guest's pages come one by one from now on, until they are noted.
+    fn map_singly(&mut self) {
+        let Some(memory) = self.machine.as_ref().map(|machine| machine.memory().memory()) else { return };
+        match (Singly::map(&memory), &mut self.origin) {
+            (Ok(singly), Some(origin)) => origin.singly = Some(singly),
+            (Err(error), _) => {
+                log::info(format_args!("{error}: what the kernel maps around a page is noted, too"))
+            }
+            (Ok(_), None) => {}
+        }
     }
 
     /// The guest is ready: has the job go on, which can open nothing by itself.
@@ -103,11 +123,13 @@ impl Microvm {
         let begun = (|| {
             let memory = self.started()?.memory().clone();
             let origin =
-                self.origin.clone().ok_or_else(|| Error::host("its snapshot is not known any more"))?;
+                self.origin.as_mut().ok_or_else(|| Error::host("its snapshot is not known any more"))?;
+            let (number, singly) = (origin.memory, origin.singly.take());
             let (pagemap, file) = (Pagemap::open()?, Beside::new(&origin.folder)?);
             let ticket = self.noting.ok_or_else(|| Error::host("its job is not known any more"))?;
             self.jobs.go_on(ticket, "note", move || -> Finish {
-                let noted = note(&memory, &pagemap, file, origin.memory);
+                let noted = note(&memory, &pagemap, file, number);
+                drop(singly);
                 Box::new(|_| tell(noted))
             })
         })();

@@ -318,12 +318,18 @@ impl Run {
         }
     }
 
-    /// Makes the request that loads the snapshot in `folder`, with the disks and the vsock socket that options give.
+    /// Makes the request that loads the snapshot in `folder`, with the disks and the vsock socket that options give. A guest
+    /// of which is noted what it needs does not run before that has begun.
     pub fn load(&self, folder: &Path) -> Result<Load> {
         let vsock = self.devices.iter().find(|device| device.kind().section == VSOCK);
         let told = vsock.map(serde_json::to_value).transpose().context("read --vsock")?;
         let vsock = told.and_then(|told| told["uds_path"].as_str().map(PathBuf::from));
-        Ok(Load { drives: self.drives.clone(), vsock, ..Load::new(Location::Folder(folder.to_owned())) })
+        Ok(Load {
+            resumes: self.record.is_none(),
+            drives: self.drives.clone(),
+            vsock,
+            ..Load::new(Location::Folder(folder.to_owned()))
+        })
     }
 
     /// What the config file says, and on top of it what the options say.
