@@ -7,10 +7,10 @@ use std::time::Instant;
 
 use serde_json::json;
 
-use crate::Result;
 use crate::monitor::{connect, request_body};
 use crate::restore::{AT_A_TIME, Bench};
 use crate::start::{cpu_time, median};
+use crate::{Folder, Result};
 
 /// The cost of a template's clones.
 pub struct Figures {
@@ -91,7 +91,9 @@ impl Drop for Machine {
 /// Has `alula template`, with these further options, make `number` clones, asked by some clients at a time, and measures
 /// them.
 pub fn ours(bench: &Bench, number: usize, machine: &Machine, options: &[&str]) -> Result<Figures> {
-    let socket = bench.socket.with_file_name("template.socket");
+    // A file system in memory, as /run is, where sockets of names are.
+    let sockets = Folder::within(Path::new("/dev/shm"))?;
+    let socket = sockets.0.join("template.socket");
     let mut command = Command::new(&bench.ours);
     command.arg("template").arg(&bench.saved).arg("--api-sock").arg(&socket).args(options);
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
