@@ -96,9 +96,10 @@ fn arrange_sections(out: &Path) {
     let unwinding = "*(.eh_frame) *(.eh_frame_hdr) *(.gcc_except_table .gcc_except_table.*)";
     // The caches of symbols of a backtrace, which comes with the end of the process.
     let untouched_values = "*(.data.*14MAPPINGS_CACHE*)";
-    // Of the first one, which is larger than all others, a start touches what is first.
-    let untouched = "*pthread_keys.o(.bss) *register-atfork.o(.bss) *(.bss.*7refusal4TOLD*) *(.bss.*4lost4PATH*) \
-        *(.bss.*4lost7WINDOWS*)";
+    // Of the first one, which is larger than all others, a start touches what is first; then come two that a start touches,
+    // and a path, of which it touches as much as there is.
+    let untouched = "*pthread_keys.o(.bss) *libc-tls.o(.bss) *cxa_atexit.o(.bss) *(.bss.*4lost4PATH*) *res_libc.o(.bss) \
+        *register-atfork.o(.bss) *(.bss.*7refusal4TOLD*) *(.bss.*4lost7WINDOWS*)";
     let script = out.join("sections.ld");
     let text = format!(
         "SECTIONS {{ /DISCARD/ : {{ {unwinding} }} }} INSERT AFTER .rodata;\n\

@@ -1,4 +1,4 @@
-//! The memory of this program itself: its code, and the stack of its first thread.
+//! The memory of this program itself: its code, its heap, and the stack of its first thread.
 #![allow(unsafe_code)]
 
 use std::ptr::without_provenance_mut;
@@ -31,19 +31,21 @@ pub fn map_code() {
 }
 
 /// Gives the host back the pages that deeper calls of the thread `main` have left below the part of its stack that is in
-/// use (madvise(2)). Other threads' stacks are left alone: what lies below them may be in use. This is never made part
-/// of its caller, whose frame may be larger than `IN_USE`: the caller's own variables would be given back.
+/// use (madvise(2)), and those of its heap that hold nothing (malloc_trim(3)). Other threads' stacks are left alone: what
+/// lies below them may be in use. This is never made part of its caller, whose frame may be larger than `IN_USE`: the
+/// caller's own variables would be given back.
 #[inline(never)]
-pub fn give_back_stack() {
+pub fn give_back_unused() {
     // The kernel keeps 1 MiB free below the stack of `main`; IN_USE: this function's frame, and those that it calls.
     const DEPTH: usize = 256 << 10;
-    const IN_USE: usize = 4 << 10;
+    const IN_USE: usize = 1 << 10;
     if is_main_thread() {
         let frame = 0_u8;
         // SAFETY: the calls take numbers; in that part of the stack are only frames of functions that have returned.
         unsafe {
             let start = (((&raw const frame).addr() - IN_USE) & pages()) - DEPTH;
             libc::madvise(without_provenance_mut(start), DEPTH, libc::MADV_DONTNEED);
+            libc::malloc_trim(0);
         }
     }
 }
