@@ -41,7 +41,7 @@ fn main() -> Result<()> {
     match what.as_str() {
         "start" => start::start(&ours, other.as_deref(), runs.unwrap_or(20)),
         "restore" if let Some(linux) = &linux => transports::transports(&ours, linux, runs.unwrap_or(30)),
-        "restore" => restore::restore(&ours, other.as_deref(), runs.unwrap_or(100)),
+        "restore" => restore::restore(&ours, other.as_deref(), runs.unwrap_or(100), &only),
         "clones" => restore::clones(&ours, runs.unwrap_or(100)),
         "jail" => jail::jail(&ours, runs.unwrap_or(100)),
         "soak" => soak::soak(&ours, runs.unwrap_or(60), seed),

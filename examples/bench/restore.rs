@@ -226,8 +226,28 @@ impl Bench {
     }
 }
 
+/// A part of the report of restores.
+type Part = (&'static str, fn(&str, Option<&str>, usize) -> Result<()>);
+
+/// The parts, by the names that choose one of them.
+const PARTS: [Part; 4] = [
+    ("ways", ways),
+    ("sizes", |ours, _, runs| sizes::sizes(ours, runs)),
+    ("ahead", |ours, _, runs| ahead::ahead(ours, runs)),
+    ("saves", |ours, _, runs| saves::saves(ours, runs)),
+];
+
+/// The report of restores, as medians of `runs`: the part called `only`, or all if that is empty.
+pub fn restore(ours: &str, other: Option<&str>, runs: usize, only: &str) -> Result<()> {
+    let mut chosen = PARTS.iter().filter(|(name, _)| only.is_empty() || only == *name).peekable();
+    if chosen.peek().is_none() {
+        return Err(format!("restore has no part `{only}`: ways, sizes, ahead, saves").into());
+    }
+    chosen.try_for_each(|(_, part)| part(ours, other, runs))
+}
+
 /// The tables of restores, as medians of `runs`, with `other` beside them, which takes the same requests.
-pub fn restore(ours: &str, other: Option<&str>, runs: usize) -> Result<()> {
+fn ways(ours: &str, other: Option<&str>, runs: usize) -> Result<()> {
     let bench = Bench::new(ours, MEMORY_MIB)?;
     let peer = other.map(|binary| Bench::new(binary, MEMORY_MIB)).transpose()?;
     let mut times = ROWS.map(|_| [Vec::new(), Vec::new(), Vec::new()]);
@@ -267,10 +287,7 @@ pub fn restore(ours: &str, other: Option<&str>, runs: usize) -> Result<()> {
         let (alula, floor) = (count(&bench, Some(*way), mode)?, count(&bench, None, mode)?);
         println!("{name:<34} {:>8} ({:>3}) {:>9} ({:>3})", alula.0, alula.1, floor.0, floor.1);
     }
-    drop((bench, peer));
-    sizes::sizes(ours, runs)?;
-    ahead::ahead(ours, runs)?;
-    saves::saves(ours, runs)
+    Ok(())
 }
 
 /// The median, the least, and what 99 of 100 values do not exceed.

@@ -11,6 +11,7 @@ use super::pages;
 use crate::error::{Context, Error, Result};
 use crate::memory::page_set::PageSet;
 use crate::memory::{Piece, Regions};
+use crate::sys::descriptor;
 
 /// How many bytes [`Block::to_bytes`] has.
 const BLOCK_ENTRY: usize = 40;
@@ -132,6 +133,8 @@ pub fn write(memory: &Regions, pages: &PageSet, file: &File) -> Result<Vec<Block
             hasher.update(pages::write_piece(memory, piece, &mut buffer, file)?);
         }
         block.checksum = hasher.finalize();
+        // The disk is at work while the next block is copied, and not only once all of them are.
+        descriptor::begin_writing(file, block.start(), BLOCK as u64);
         Ok(block)
     };
     blocks(memory, pages).into_iter().map(write).collect()

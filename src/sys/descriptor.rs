@@ -185,6 +185,15 @@ pub fn read_ahead(file: &File, offset: u64, length: u64) -> Result<()> {
     }
 }
 
+/// Has the kernel begin to write `length` bytes of `file` from `offset` on to its disk (sync_file_range(2)). They are on it
+/// once the file has been flushed: what cannot be begun here is done by that.
+pub fn begin_writing(file: &File, offset: u64, length: u64) {
+    if let (Ok(offset), Ok(length)) = (libc::off64_t::try_from(offset), libc::off64_t::try_from(length)) {
+        // SAFETY: the call takes numbers.
+        unsafe { libc::sync_file_range(file.as_raw_fd(), offset, length, libc::SYNC_FILE_RANGE_WRITE) };
+    }
+}
+
 /// Whether the kernel has the pages of `file` at all of `offsets`, multiples of the page size that are below `length`, in
 /// memory (mincore(2)). Of a file that is another user's, and that this one may not write to, the kernel says so
 /// whatever is true.
