@@ -5,6 +5,8 @@
 
 mod common;
 
+use std::io::Write;
+
 use common::{Folder, Process, network, run};
 use serde_json::json;
 
@@ -49,6 +51,14 @@ fn the_self_test_changes_nothing_that_it_is_given() {
             }
         }
     }
+}
+
+#[test]
+fn what_is_typed_beforehand_is_no_fault_of_the_guest() {
+    let mut process = Process::start(["run", "--cmdline", "case=serial"]);
+    process.stdin.as_mut().unwrap().write_all(&[b'x'; 40]).unwrap();
+    let ended = process.end();
+    assert!(ended.text.contains("serial: ok"), "{}", ended.text);
 }
 
 #[test]

@@ -184,6 +184,9 @@ fn messages(machine: &Machine, _: &Words) -> bool {
 /// In loopback, the UART sends every byte back.
 fn serial(_: &Machine, _: &Words) -> bool {
     console::set_loopback(true);
+    // What somebody has typed before is not for this; in loopback nothing more comes.
+    const FIFO: u8 = 64;
+    (0..FIFO).take_while(|_| console::receive().is_some()).for_each(drop);
     let mut wrong = None;
     for byte in [0x00, 0x55, 0xaa, 0xff] {
         console::send(byte);
