@@ -245,12 +245,18 @@ impl Machine {
             return Err(Error::config("the saved machine has other memory"));
         }
         if let Some(name) = saved.parts.keys().find(|name| self.parts.get(name).is_err()) {
-            return Err(Error::config(format!("the saved machine has a part that this one lacks: {name}")));
+            return Err(Error::config(format!(
+                "the saved machine has a part that this one lacks: {name}: a later version of Alula may have saved it: \
+                 restore it with that version, or boot the guest anew and save it with this one"
+            )));
         }
         for part in &self.parts.0 {
             if !saved.parts.contains_key(&part.name) && !NEWER.contains(&part.name.as_str()) {
                 let name = &part.name;
-                return Err(Error::config(format!("the saved machine lacks a part of this one: {name}")));
+                return Err(Error::config(format!(
+                    "the saved machine lacks a part of this one: {name}: an earlier version of Alula may have saved \
+                     it: restore it with that version, or boot the guest anew and save it with this one"
+                )));
             }
         }
         self.parts.check_places(&saved.places)
