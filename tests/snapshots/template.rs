@@ -14,6 +14,10 @@ use crate::common::walls::{assert_walled, trespass};
 use crate::common::{self, Client, Folder, Process, alula, await_child, wait_for};
 
 const GO_ON: &str = super::GO_ON;
+/// How many clones of one template are there at once, if that is told.
+const CLONES: &str = "ALULA_TEST_CLONES";
+/// How many clones are asked for at a time: fewer than a template works on.
+const AT_ONCE: usize = 8;
 
 /// A template of a guest that has read its line already, and goes on to its end by itself.
 pub struct Template {
@@ -109,20 +113,43 @@ fn own(pid: u32) -> BTreeSet<String> {
     names.filter(|name| name.starts_with("socket:") || name.contains("signalfd")).collect()
 }
 
+/// Asks for so many clones, several at a time, and returns the clients, and the clones' names and processes.
+fn made_at_once(template: &Template, count: usize) -> (Vec<Client>, Vec<(String, u32)>) {
+    let (mut clients, mut clones) = (Vec::new(), Vec::new());
+    std::thread::scope(|scope| {
+        let ask = |first: usize| {
+            let ids = (first..count).step_by(AT_ONCE).map(|number| format!("c{number}"));
+            let orders: Vec<_> = ids.map(|id| (template.order(&id, &json!({})), id)).collect();
+            let mut client = template.client();
+            scope.spawn(move || {
+                let made = orders.into_iter().map(|(order, id)| {
+                    let answer = client.ok("PUT", "/clones", &order).json();
+                    (id, answer["pid"].as_u64().unwrap() as u32)
+                });
+                let made: Vec<_> = made.collect();
+                (client, made)
+            })
+        };
+        let asking: Vec<_> = (0..AT_ONCE).map(ask).collect();
+        for asked in asking {
+            let (client, made) = asked.join().unwrap();
+            clients.push(client);
+            clones.extend(made);
+        }
+    });
+    (clients, clones)
+}
+
 #[test]
 fn ten_clones_of_a_template_are_ten_guests() {
+    let count = std::env::var(CLONES).map_or(10, |count| count.parse::<usize>().unwrap());
     let mut template = Template::new(&[]);
-    let mut clients = [template.client(), template.client()];
-    let mut clones = Vec::new();
-    for number in 0..10 {
-        let id = format!("c{number}");
-        let body = template.order(&id, &json!({}));
-        let pid = template.make(&mut clients[number % 2], &body);
-        assert_eq!(parent(pid), Some(std::process::id()));
-        clones.push((id, pid));
-    }
+    // One more, which is killed.
+    let (_clients, mut clones) = made_at_once(&template, count + 1);
+    template.clones.extend(clones.iter().map(|(_, pid)| *pid));
+    assert!(clones.iter().all(|(_, pid)| parent(*pid) == Some(std::process::id())));
     let of_template = own(template.process.child.id());
-    assert!(of_template.len() >= 4, "a signalfd, a listener, two clients: {of_template:?}");
+    assert!(of_template.len() >= 4, "a signalfd, a listener, clients: {of_template:?}");
     for (_, pid) in &clones {
         let shared: Vec<_> = own(*pid).intersection(&of_template).cloned().collect();
         assert!(shared.is_empty(), "{shared:?}");
@@ -150,7 +177,7 @@ fn ten_clones_of_a_template_are_ten_guests() {
         let overlay = fs::metadata(template.path(&format!("{id}.qcow2"))).unwrap().len();
         assert!(overlay > 4 << 16, "what the guest wrote is in its overlay, of {overlay} bytes");
     }
-    assert_eq!(identities.len(), 9, "{identities:?}");
+    assert_eq!(identities.len(), count, "{identities:?}");
     assert!(fs::read(template.path("disk")).unwrap() == vec![7; 1 << 20]);
 }
 
