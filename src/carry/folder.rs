@@ -150,14 +150,15 @@ impl Draft {
     ///
     /// # Errors
     /// A file cannot be written or flushed: the one before is still there. Or a file cannot be renamed: at paths, there may
-    /// be none then.
+    /// be none then. Or the new names cannot be flushed: what has taken the place of another one stays, and the first one
+    /// at its place is removed.
     pub fn keep(mut self, state: &[u8]) -> Result<()> {
-        let Self { state: part, memory, is_folder, is_bare, made, .. } = &mut self;
+        let Self { state: part, memory, is_folder, is_bare, is_kept, made, .. } = &mut self;
         let attempt = || format!("write `{}`", part.new.display());
         part.file.write_all(state).with_context(attempt)?;
         part.file.sync_all().with_context(attempt)?;
+        let replaces = fs::symlink_metadata(&part.path).is_ok();
         if !*is_folder {
-            let replaces = fs::symlink_metadata(&part.path).is_ok();
             if replaces {
                 // The new name of a whole state must be on the disk before the old state goes: the memory is known by it.
                 part.flush_folder()?;
@@ -174,9 +175,10 @@ impl Draft {
         // The name of the memory must be on the disk before a state relies on it.
         memory.flush_folder()?;
         part.put_in_place()?;
+        let flushed = part.flush_folder();
+        *is_kept = replaces || flushed.is_ok();
+        flushed?;
         made.0 = None;
-        self.is_kept = true;
-        self.state.flush_folder()?;
         // What cannot be removed is in nobody's way: the next saved machine tries again.
         self.old.iter().for_each(|path| drop(fs::remove_file(path)));
         Ok(())
