@@ -2,6 +2,7 @@
 //! new one, or none, and the process goes on.
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -9,7 +10,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::common::{Client, Folder, Response, Service, run, wait_for};
-use super::{GO_ON, PAUSE, Snapshot, running, type_line};
+use super::{GO_ON, PAUSE, Snapshot, running, running_with, type_line};
 
 /// How often a process is killed while it saves, in each form, if that is told.
 const KILLS: &str = "ALULA_TEST_KILLS";
@@ -163,6 +164,7 @@ fn a_save_of_which_a_system_call_fails_can_be_tried_again() {
         for (which, more) in [
             ("fsync", &[][..]),
             ("rename", &[]),
+            ("unlink", &[]),
             ("ftruncate", &[]),
             ("pwrite64", &[]),
             ("mkdir", &[]),
@@ -190,7 +192,7 @@ fn a_save_of_which_a_system_call_fails_can_be_tried_again() {
 fn check_failed_save(form: Form, folder: &Folder, line: &str, answer: &Response) {
     let there = form.is_there(folder);
     // The old state goes when both new files are whole: only their names are not in their places then.
-    let is_late = line.contains("rename(") || line.contains("fsync(");
+    let is_late = ["rename(", "fsync("].iter().any(|call| line.contains(call));
     assert!(there || form == Form::Paths && is_late, "{line}: the old snapshot is gone");
     if answer.status() != "204" {
         let fault = answer.fault();
@@ -200,6 +202,102 @@ fn check_failed_save(form: Form, folder: &Folder, line: &str, answer: &Response)
         let left: Vec<_> = fs::read_dir(&folder.0).unwrap().map(Result::unwrap).filter(is_new).collect();
         assert!(left.is_empty(), "{line}: {left:?}");
     }
+}
+
+/// A guest that works on a MiB of its memory, and of which a whole snapshot was saved.
+struct Written {
+    folder: Folder,
+    service: Service,
+    client: Client,
+}
+
+impl Written {
+    fn new() -> Self {
+        let (folder, mut service) = running_with(&[], "work=1", &json!({ "track_dirty_pages": true }));
+        service.process.expect("working");
+        let mut client = service.client();
+        client.ok("PATCH", "/vm", PAUSE);
+        let mut written = Self { folder, service, client };
+        written.save("Full", "base");
+        written
+    }
+
+    fn create(&self, kind: &str, name: &str) -> String {
+        json!({ "snapshot_type": kind, "folder": self.folder.path(name) }).to_string()
+    }
+
+    fn save(&mut self, kind: &str, name: &str) {
+        self.client.ok("PUT", "/snapshot/create", &self.create(kind, name));
+    }
+
+    /// Has the guest look at a MiB of its memory, and write to each page of it.
+    fn write(&mut self) {
+        self.client.ok("PATCH", "/vm", GO_ON);
+        self.service.process.stdin.as_mut().unwrap().write_all(b"x").unwrap();
+        self.service.process.expect("passed");
+        self.client.ok("PATCH", "/vm", PAUSE);
+    }
+
+    /// Sees that the difference in `diff` makes the snapshot before it what the guest is now, which is the next one
+    /// before a difference.
+    fn check_diff(&mut self) {
+        let [base, diff, whole] = ["base", "diff", "whole"].map(|name| self.folder.path(name));
+        let told = run([Path::new("snapshot"), Path::new("inspect"), &diff]);
+        let told: Value = serde_json::from_str(&told.text).unwrap();
+        assert_ne!(told["memory"]["checksums"], 0, "nothing was written");
+        let merged = run([Path::new("snapshot"), Path::new("merge"), &base, &diff]);
+        assert_eq!(merged.code, Some(0), "{}", merged.text);
+        self.save("Full", "whole");
+        assert!(memory_in(&base) == memory_in(&whole), "a page is not in the difference");
+        fs::remove_dir_all(&base).unwrap();
+        fs::remove_dir_all(diff).unwrap();
+        fs::rename(whole, base).unwrap();
+    }
+}
+
+/// The memory of the snapshot in this folder.
+fn memory_in(folder: &Path) -> Vec<u8> {
+    let paths = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    fs::read(paths.into_iter().find(|path| !path.ends_with("state")).unwrap()).unwrap()
+}
+
+#[test]
+fn a_diff_of_which_a_system_call_fails_loses_nothing() {
+    let mut written = Written::new();
+    let (create, diff) = (written.create("Diff", "diff"), written.folder.path("diff"));
+    let state = diff.join("state.alula-new");
+    let mut failed = 0;
+    for (which, more) in [
+        ("fsync", &[][..]),
+        ("rename", &[]),
+        ("ftruncate", &[]),
+        ("pwrite64", &[]),
+        ("mkdir", &[]),
+        ("flock", &[]),
+        ("write", &["-P", state.to_str().unwrap()]),
+    ] {
+        for number in 1.. {
+            written.write();
+            let Some((line, answer)) =
+                ask(&written.service, (which, number, more), "/snapshot/create", &create)
+            else {
+                written.check_diff();
+                break;
+            };
+            if answer.status() != "204" {
+                failed += 1;
+                let fault = answer.fault();
+                assert!(
+                    answer.status() == "400" && fault.contains(diff.to_str().unwrap()),
+                    "{line}: {fault}"
+                );
+                assert!(!diff.exists(), "{line}: a folder was left");
+                written.save("Diff", "diff");
+            }
+            written.check_diff();
+        }
+    }
+    assert!(failed > 5, "only {failed} calls were made to fail");
 }
 
 /// How many calls are left out after one that was made to fail. All are tried if this is told.

@@ -73,6 +73,11 @@ fn type_line(process: &mut Process) {
 
 /// A service whose guest waits for a line, and the folder of its files.
 fn running(extra: &[&str]) -> (Folder, Service) {
+    running_with(extra, "echo", &json!({}))
+}
+
+/// The same of a guest with these words, and with `more` said of its machine.
+fn running_with(extra: &[&str], words: &str, more: &Value) -> (Folder, Service) {
     let folder = Folder::new();
     folder.write("disk", vec![7; 1 << 20]);
     let mut service = Service::start(extra);
@@ -81,6 +86,7 @@ fn running(extra: &[&str]) -> (Folder, Service) {
     if alula::arch::HAS_CPUID {
         machine["max_vcpus"] = json!(3);
     }
+    machine.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
     client.ok("PUT", "/machine-config", &machine.to_string());
     client.ok("PUT", "/entropy", "{}");
     let port = json!({ "id": "port", "uds_path": folder.path("port") });
@@ -89,7 +95,7 @@ fn running(extra: &[&str]) -> (Folder, Service) {
     client.ok("PUT", "/vsock", &vsock.to_string());
     let disk = json!({ "drive_id": "disk", "is_root_device": false, "path_on_host": folder.path("disk") });
     client.ok("PUT", "/drives/disk", &disk.to_string());
-    service.boot_source("echo");
+    service.boot_source(words);
     client.ok("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#);
     service.process.expect("alula firmware");
     (folder, service)
