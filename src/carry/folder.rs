@@ -229,16 +229,10 @@ impl NewFile {
     }
 }
 
-/// Refuses to save to two paths where something else is than an earlier saved machine. A save that a crash cut off between
-/// the removal of the old state and the end is finished first: the machine that it saved may be the only one.
+/// Refuses to save to two paths where something else is than an earlier saved machine. What a crash has left is finished
+/// first: the machine that it saved may be the only one.
 fn make_room(state: &Path, memory: &Path) -> Result<()> {
-    let left = left_at(&with_suffix(state))?;
-    if fs::symlink_metadata(state).is_err()
-        && let Some(said) = left.as_ref().and_then(replaced::memory_of)
-    {
-        finish(state, memory, &said)
-            .with_context(|| format!("finish what a crash has left of `{}`", state.display()))?;
-    }
+    finish_left(state, memory)?;
     let old = replaced::state(state)?;
     let beside = old.as_ref().and_then(|old| old.memory.name.as_ref()).filter(|name| is_memory(name));
     if state.file_name() == Some(STATE.as_ref())
@@ -249,6 +243,19 @@ fn make_room(state: &Path, memory: &Path) -> Result<()> {
         ));
     }
     replaced::check_memory(memory, state, old.as_ref())
+}
+
+/// Finishes a save to these two paths that a crash cut off between the removal of the old state and the end.
+///
+/// # Errors
+/// Somebody saves there, or a file cannot be renamed.
+pub fn finish_left(state: &Path, memory: &Path) -> Result<()> {
+    let left = left_at(&with_suffix(state))?;
+    match left.as_ref().and_then(replaced::memory_of) {
+        Some(said) if fs::symlink_metadata(state).is_err() => finish(state, memory, &said)
+            .with_context(|| format!("finish what a crash has left of `{}`", state.display())),
+        _ => Ok(()),
+    }
 }
 
 /// Gives the files of a saved machine their names, of which the state `said` what its memory is. Without that memory, no

@@ -14,6 +14,8 @@ use crate::error::{Context, Error, Result};
 /// One of the two is not there, is damaged, or they do not belong together; nothing has changed then. Or a file
 /// cannot be written.
 pub fn merge(base: &Location, of: &Location) -> Result<u64> {
+    // A merge that a crash has cut off may have left what it merged under other names.
+    base.finish_left()?;
     // A wrong name is told of before anything is made there.
     let there = Stored::read(&base.state(), false)?;
     // A snapshot in a folder stays one, though its files are named.

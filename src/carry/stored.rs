@@ -157,6 +157,18 @@ impl Location {
         }
     }
 
+    /// Finishes what a crash has left there of a saved machine, so that it can be read.
+    ///
+    /// # Errors
+    /// Another process saves there, or a file cannot be renamed.
+    pub fn finish_left(&self) -> Result<()> {
+        match self {
+            // A state in a folder is there before and after.
+            Self::Folder(_) => Ok(()),
+            Self::Files { state, memory } => folder::finish_left(state, memory),
+        }
+    }
+
     /// Whether nothing is there that a difference, which is of no use alone, would replace.
     ///
     /// # Errors

@@ -17,7 +17,7 @@ const KILLS: &str = "ALULA_TEST_KILLS";
 
 /// Where a snapshot is saved to.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Form {
+pub enum Form {
     Folder,
     Paths,
 }
@@ -205,15 +205,16 @@ fn check_failed_save(form: Form, folder: &Folder, line: &str, answer: &Response)
 }
 
 /// A guest that works on a MiB of its memory, and of which a whole snapshot was saved.
-struct Written {
-    folder: Folder,
+pub struct Written {
+    pub folder: Folder,
     service: Service,
     client: Client,
 }
 
 impl Written {
-    fn new() -> Self {
-        let (folder, mut service) = running_with(&[], "work=1", &json!({ "track_dirty_pages": true }));
+    pub fn new() -> Self {
+        let (folder, mut service) =
+            running_with(&[], "work=1", &json!({ "mem_size_mib": 20, "track_dirty_pages": true }));
         service.process.expect("working");
         let mut client = service.client();
         client.ok("PATCH", "/vm", PAUSE);
@@ -226,12 +227,12 @@ impl Written {
         json!({ "snapshot_type": kind, "folder": self.folder.path(name) }).to_string()
     }
 
-    fn save(&mut self, kind: &str, name: &str) {
+    pub fn save(&mut self, kind: &str, name: &str) {
         self.client.ok("PUT", "/snapshot/create", &self.create(kind, name));
     }
 
     /// Has the guest look at a MiB of its memory, and write to each page of it.
-    fn write(&mut self) {
+    pub fn write(&mut self) {
         self.client.ok("PATCH", "/vm", GO_ON);
         self.service.process.stdin.as_mut().unwrap().write_all(b"x").unwrap();
         self.service.process.expect("passed");
@@ -256,7 +257,7 @@ impl Written {
 }
 
 /// The memory of the snapshot in this folder.
-fn memory_in(folder: &Path) -> Vec<u8> {
+pub fn memory_in(folder: &Path) -> Vec<u8> {
     let paths = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
     fs::read(paths.into_iter().find(|path| !path.ends_with("state")).unwrap()).unwrap()
 }

@@ -9,6 +9,7 @@ mod crash;
 mod handlers;
 mod kept;
 mod memory;
+mod merge;
 mod states;
 
 use std::fs;
