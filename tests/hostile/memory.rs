@@ -1,7 +1,8 @@
 //! Memory files that are not what the state says, and memory that is gone while a guest uses it.
 
 use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 
@@ -180,6 +181,35 @@ fn memory_files_that_are_none_are_refused_and_change_nothing() {
     type_line(&mut service.process);
     let ended = service.process.end();
     assert!(ended.code == Some(0) && ended.text.contains(" cases, 0 failed"), "{}", ended.text);
+}
+
+/// A service of a user without any rights, for files of its own.
+fn of_nobody() -> Service {
+    let folder = Folder::new();
+    fs::set_permissions(&folder.0, fs::Permissions::from_mode(0o777)).unwrap();
+    let socket = folder.path("api.socket");
+    let mut command = common::as_nobody(&folder, &["serve", "--api-sock", socket.to_str().unwrap()]);
+    command.current_dir(&folder.0);
+    let process = common::Process::spawn(command);
+    common::wait_for(|| UnixStream::connect(&socket).is_ok());
+    Service { process, socket, folder }
+}
+
+#[test]
+fn files_that_this_user_may_not_read_are_refused_by_name() {
+    common::open_devices();
+    let snapshot = Snapshot::new(&[]);
+    common::output("chown", &["-R", "65534:65534", snapshot.folder.0.to_str().unwrap()]);
+    let service = of_nobody();
+    for name in ["memory", "state"] {
+        let path = snapshot.path(name);
+        let allow = |mode| fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+        allow(0);
+        let expected = format!("`{}`: Permission denied (os error 13)", path.display());
+        snapshot.refuse(&service, &json!({}), &expected);
+        allow(0o400);
+    }
+    snapshot.go_on(service);
 }
 
 fn refuse_overrides(snapshot: &Snapshot, service: &Service) {
