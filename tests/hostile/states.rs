@@ -9,10 +9,12 @@ use std::time::{Duration, Instant};
 use alula::carry::state_file::{self, Origin, Section};
 use alula::carry::stored::Location;
 use alula::config::Config;
-use alula::error::Result;
+use alula::error::{Error, Result};
 use alula::machine::{RunState, SavedMachine};
 use alula::microvm::Microvm;
 use alula::microvm::snapshots::Load;
+
+use serde::{Deserialize, Serialize};
 
 use super::Snapshot;
 use super::common::{Service, allocator};
@@ -28,6 +30,11 @@ const TURN: Duration = Duration::from_millis(3);
 /// Far more than a load takes.
 const PATIENCE: Duration = Duration::from_secs(60);
 const MACHINE: u16 = 1;
+/// All bits of a virtio device's status that its driver sets, and the only feature that each must have.
+const ACKNOWLEDGE_TO_DRIVER_OK: u32 = 15;
+const VERSION_1: u64 = 1 << 32;
+/// The change after which a state is refused, whatever it was.
+const OUTSIDE: &str = "a queue outside memory";
 
 /// The same numbers in every run (xorshift64*).
 struct Numbers(u64);
@@ -138,11 +145,83 @@ fn damage(bytes: &mut Vec<u8>, numbers: &mut Numbers) {
     }
 }
 
+/// A virtio device as it is saved, and what is not looked at here behind it: what its driver has accepted, and where its
+/// queues are.
+#[derive(Deserialize, Serialize)]
+struct Device {
+    version: u16,
+    status: u32,
+    selected: [u32; 2],
+    features: u64,
+    queue_select: u32,
+    queues: Vec<Queue>,
+    config_generation: u32,
+    interrupt_status: u32,
+    /// The numbers of the vectors for changes of the configuration, and for each queue; none with a line.
+    vectors: Vec<u16>,
+    device: Vec<u8>,
+}
+
+#[derive(Deserialize, Serialize)]
+struct Queue {
+    size: u16,
+    ready: bool,
+    /// Of descriptors, available ring and used ring.
+    places: [u64; 3],
+    next: [u16; 2],
+}
+
+impl Device {
+    /// The virtio devices among the parts, by their names.
+    fn all(saved: &SavedMachine) -> Vec<(String, Self)> {
+        let devices = saved.config.devices().map(|device| device.name());
+        let read = |name: String| {
+            let (device, rest) = postcard::take_from_bytes(saved.parts.get(&name)?).ok()?;
+            rest.is_empty().then_some((name, device))
+        };
+        devices.filter_map(read).collect()
+    }
+
+    /// Changes one whose driver is ready, as far as it says.
+    fn change(base: &Base, numbers: &mut Numbers, change: impl Fn(&mut Self, &mut Numbers)) -> Vec<u8> {
+        let mut saved = base.saved();
+        let mut devices = Self::all(&saved);
+        assert!(devices.len() >= 4, "the form of saved devices is not what is known of it here");
+        let (name, mut device) = devices.swap_remove(numbers.below(devices.len()));
+        (device.status, device.features) = (ACKNOWLEDGE_TO_DRIVER_OK, VERSION_1);
+        change(&mut device, numbers);
+        saved.parts.insert(name, postcard::to_stdvec(&device).unwrap());
+        base.with_saved(&saved)
+    }
+}
+
+/// Gives all vectors of all PCI functions one message.
+fn share_message(bus: &mut Vec<u8>, numbers: &mut Numbers) {
+    type Functions = (u16, u32, Vec<(u32, Vec<u8>)>);
+    /// Version, configuration space, whether MSI-X is on and masked, and the vectors with what waits.
+    type Function = (u16, Vec<u8>, bool, bool, Vec<([u32; 4], bool)>);
+    let (mut functions, rest): (Functions, _) = postcard::take_from_bytes(bus).unwrap();
+    let rest = rest.to_vec();
+    let message = [*numbers.of(&[0xfee0_0000, 0x0808_0040, 0]), 0, 0x41, 0];
+    let mut shared = 0;
+    for (_, bytes) in &mut functions.2 {
+        // The bridge has no vectors.
+        let Ok((function, rest)) = postcard::take_from_bytes::<Function>(bytes) else { continue };
+        let (version, space, _, _, vectors) = function;
+        shared += vectors.len();
+        let vectors = vectors.iter().map(|_| (message, numbers.below(2) == 0)).collect();
+        let changed: Function = (version, space, true, false, vectors);
+        *bytes = [postcard::to_stdvec(&changed).unwrap(), rest.to_vec()].concat();
+    }
+    assert!(shared >= 8, "the form of saved functions is not what is known of it here");
+    *bus = [postcard::to_stdvec(&functions).unwrap(), rest].concat();
+}
+
 /// Makes a state file of a base, with another machine's at hand.
 type Change = fn(&Base, &Base, &mut Numbers) -> Vec<u8>;
 
 /// The kinds of changes.
-const CHANGES: [(&str, Change); 10] = [
+const CHANGES: [(&str, Change); 12] = [
     ("the file", |base, _, numbers| {
         let mut file = base.file.clone();
         damage(&mut file, numbers);
@@ -228,6 +307,24 @@ const CHANGES: [(&str, Change); 10] = [
         }
         base.with_saved(&saved)
     }),
+    (OUTSIDE, |base, _, numbers| {
+        let memory = base.saved().memory()[0];
+        Device::change(base, numbers, |device, numbers| {
+            let number = numbers.below(device.queues.len());
+            let queue = &mut device.queues[number];
+            (queue.size, queue.ready) = (*numbers.of(&[16, 128]), true);
+            queue.places = [1, 2, 3].map(|mib| memory.start + (mib << 20));
+            // Behind memory, across its end, in no address space, and across the end of that.
+            let outside = [memory.end(), memory.end() - 16, 1 << 60, u64::MAX << 4];
+            queue.places[numbers.below(3)] = *numbers.of(&outside);
+        })
+    }),
+    ("two vectors with one route", |base, other, numbers| {
+        let base = [base, other].into_iter().find(|base| base.saved().config.pci).unwrap();
+        let mut saved = base.saved();
+        share_message(saved.parts.get_mut("PCI bus").unwrap(), numbers);
+        base.with_saved(&saved)
+    }),
     ("the configuration", |base, _, numbers| {
         let mut saved = base.saved();
         let devices: Vec<String> = saved.config.devices().map(|device| device.name()).collect();
@@ -305,6 +402,8 @@ fn changed_states_are_refused_or_make_guests_that_live_alone() {
         let which = number / CHANGES.len() % 2;
         let state = change(&bases[which], &bases[1 - which], &mut Numbers::new(number as u64));
         let loaded = tried(&bases[which], &state, &format!("state {number}, {name}"));
+        let is_named = |error: &Error| error.to_string().contains("queue");
+        assert!(name != OUTSIDE || loaded.as_ref().is_err_and(is_named), "state {number}: {loaded:?}");
         counts.entry(name).or_default()[usize::from(loaded.is_err())] += 1;
     }
     AT.store(usize::MAX, SeqCst);
