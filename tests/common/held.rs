@@ -89,6 +89,35 @@ impl Held {
     }
 }
 
+impl Held {
+    /// Lets the thread go on until it is about to make a system call that `is_meant`, by the call's number and its
+    /// arguments. Returns whether it is: it may have ended before. Calls that it returns from are not looked at.
+    #[allow(unsafe_code)]
+    pub fn goes_on_to(&self, is_meant: impl Fn(i64, [u64; 6]) -> bool) -> bool {
+        let mut status = 0;
+        // SAFETY: the calls take numbers and local variables, as large as they are told.
+        unsafe {
+            let mut told: libc::ptrace_syscall_info = std::mem::zeroed();
+            let size = size_of_val(&told);
+            // Without this, the kernel does not tell which call it is.
+            libc::ptrace(libc::PTRACE_SETOPTIONS, self.0, 0, libc::PTRACE_O_TRACESYSGOOD);
+            loop {
+                if libc::ptrace(libc::PTRACE_SYSCALL, self.0, 0, 0) != 0
+                    || libc::waitpid(self.0, &mut status, libc::__WALL) != self.0
+                    || !libc::WIFSTOPPED(status)
+                {
+                    return false;
+                }
+                libc::ptrace(libc::PTRACE_GET_SYSCALL_INFO, self.0, size, &raw mut told);
+                let entry = told.u.entry;
+                if told.op == libc::PTRACE_SYSCALL_INFO_ENTRY && is_meant(entry.nr as i64, entry.args) {
+                    return true;
+                }
+            }
+        }
+    }
+}
+
 impl Drop for Held {
     #[allow(unsafe_code)]
     fn drop(&mut self) {

@@ -1,5 +1,6 @@
 //! Snapshots of guests that work meanwhile.
 
+use std::cell::Cell;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -222,5 +223,44 @@ fn a_guest_that_writes_faster_than_a_disk_is_slowed_down() {
     worker.works();
     let place = worker.path("saved");
     end(Process::start(["run", "--restore", place.to_str().unwrap(), "--id", &unique("slowed")]));
+    end(worker.service.process);
+}
+
+#[test]
+fn a_guest_that_writes_faster_than_its_save_is_given_up() {
+    // More than a round that is small enough to be the last one.
+    let mut worker = Worker::writing(6, false, &[]);
+    let mut client = worker.service.client();
+    let create = worker.create("Full", "saved");
+    let held = Held::next(&worker.service.process.child, || {
+        let length = create.len();
+        client.send(&format!("PUT /snapshot/create HTTP/1.1\r\nContent-Length: {length}\r\n\r\n{create}"));
+    });
+    // A round writes from the beginning of the memory to its end. In each of them the guest goes through all that it
+    // works on at least once, however long that takes.
+    let (place, mut rounds) = (Cell::new(u64::MAX), 0);
+    let is_first = |call, [_, _, _, at, ..]: [u64; 6]| call == libc::SYS_pwrite64 && place.replace(at) >= at;
+    while held.goes_on_to(is_first) {
+        rounds += 1;
+        worker.works();
+        worker.works();
+    }
+    drop(held);
+    let fault = client.receive().fault();
+    let expected = "the guest writes to its memory faster than the disk takes it: 6 MiB were left after 24 rounds: save to a \
+                    faster disk, or pause the guest first, or have it slowed down (`slow_down`)";
+    assert!(fault.contains(expected), "{fault}");
+    assert!(rounds >= 24, "only {rounds} rounds were seen");
+    assert!(!worker.path("saved").exists(), "a folder was left of what was given up");
+    wait_for(|| !worker.events("snapshot_failed").is_empty());
+    let [failed] = &worker.events("snapshot_failed")[..] else { panic!("it is told once") };
+    assert!(failed["reason"].as_str().unwrap().contains(expected), "{failed}");
+    // The guest goes on, and can be saved otherwise.
+    worker.works();
+    worker.client.ok("PATCH", "/vm", PAUSE);
+    let create = worker.create("Full", "saved");
+    worker.client.ok("PUT", "/snapshot/create", &create);
+    worker.client.ok("PATCH", "/vm", super::GO_ON);
+    worker.works();
     end(worker.service.process);
 }
