@@ -148,6 +148,22 @@ fn ran(folder: &Folder, script: &str) -> String {
     text
 }
 
+/// The processes that scripts have started in this folder: what still runs of a test that fails ends with this value.
+struct Started<'f>(&'f Folder);
+
+impl Drop for Started<'_> {
+    fn drop(&mut self) {
+        for process in std::fs::read_dir("/proc").unwrap().flatten() {
+            let number = process.file_name().to_str().and_then(|name| name.parse().ok());
+            let is_there = |pid: &u32| {
+                let place = std::fs::read_link(format!("/proc/{pid}/cwd"));
+                place.is_ok_and(|place| place == self.0.0)
+            };
+            number.filter(is_there).into_iter().for_each(|pid| common::send_to(pid, libc::SIGKILL));
+        }
+    }
+}
+
 #[test]
 fn a_fleet_lives_and_is_cloned_as_the_page_says() {
     let folder = Folder::new();
@@ -155,6 +171,7 @@ fn a_fleet_lives_and_is_cloned_as_the_page_says() {
     std::fs::create_dir(&bin.0).unwrap();
     std::fs::create_dir(folder.path("run")).unwrap();
     called("alula", &bin);
+    let _started = Started(&folder);
     // Guests and template print to elsewhere: this test waits for the commands alone.
     let quiet = |text: &str| {
         text.replace("< /dev/null &", "< /dev/null > guest 2>&1 &")
@@ -169,6 +186,78 @@ fn a_fleet_lives_and_is_cloned_as_the_page_says() {
     for name in ["copy-1", "copy-2", "copy-3"] {
         assert!(text.matches(name).count() >= 2, "{name}: {text}");
     }
+    assert!(ran(&folder, "ls run/alula").is_empty(), "sockets are left");
+}
+
+/// A guest of the firmware in the place of the page's Linux guest, with the same other options, and the wait for it. What
+/// waits for a line goes on when the guest gets one.
+fn as_firmware(block: &str, words: &str) -> String {
+    let line = |line: &str| {
+        let Some((before, rest)) = line.split_once(" vmlinux --rootfs debian.ext4") else {
+            return line.replace("alula run --restore", "echo | alula run --restore");
+        };
+        let options = rest.split(" -- ").next().unwrap();
+        let started = format!("{before}{options} --cmdline '{words}' < /dev/null > guest 2>&1 &");
+        let of = options.split_once("--id ").map_or("--api-sock a.sock", |(_, id)| id);
+        format!("{started}\ntimeout 10 sh -c 'until alula ctl {of} status; do sleep 0.1; done'")
+    };
+    block.lines().map(line).collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn snapshots_are_saved_merged_and_cloned_as_the_page_says() {
+    let folder = Folder::new();
+    let bin = Folder(folder.path("bin"));
+    std::fs::create_dir(&bin.0).unwrap();
+    std::fs::create_dir(folder.path("run")).unwrap();
+    called("alula", &bin);
+    let _started = Started(&folder);
+    let of_page = |text: &str, words: &str| ran(&folder, &as_firmware(&block("snapshots.md", text), words));
+    let goes_on = |text: &str| assert!(text.contains("2 cases, 0 failed"), "{text}");
+    goes_on(&of_page("alula run vmlinux --rootfs debian.ext4 --api-sock", "echo case=memory,identity"));
+    let text = of_page("snapshot monday --diff", "");
+    assert!(text.contains("monday") && text.contains("tuesday"), "{text}");
+    goes_on(&text);
+    ran(
+        &folder,
+        "alula ctl --api-sock a.sock snapshot saved; alula ctl --api-sock a.sock snapshot diff --diff",
+    );
+    let text = of_page("alula snapshot inspect saved", "");
+    assert!(text.contains("\"kind\": \"Full\"") && text.contains(": ok, with "), "{text}");
+    ran(
+        &folder,
+        "alula ctl --api-sock a.sock stop --force; timeout 10 sh -c 'while [ -e a.sock ]; do sleep 0.1; done'",
+    );
+    let warm = block("snapshots.md", "--warm")
+        .replace("memory=128M\n", "memory=128M < /dev/null > guest 2>&1 &\nWAIT\n");
+    ran(
+        &folder,
+        &warm.replace(
+            "WAIT",
+            "timeout 10 sh -c 'until alula ctl --api-sock a.sock status; do sleep 0.1; done'",
+        ),
+    );
+    let text = ran(&folder, "alula ctl --api-sock a.sock status; alula ctl --api-sock a.sock stop --force");
+    assert!(text.contains("Running"), "{text}");
+    ran(&folder, "rm -r saved; truncate -s 4M data.img");
+
+    // The firmware has no agent that runs commands, or tells of itself.
+    let script = as_firmware(&block("snapshots.md", "--disk data.img,id=data"), "hello end=idle");
+    let script = script.replace("t.sock &\n", "t.sock > template 2>&1 &\necho $! > pid\n");
+    let lines = script.lines().filter(|line| !line.starts_with("alula exec "));
+    let script = lines.map(|line| line.replace("$n guest;", "$n status;")).collect::<Vec<_>>().join("\n");
+    let text = ran(&folder, &script);
+    let text = text
+        + &ran(&folder, &(block("snapshots.md", "curl --unix-socket t.sock") + "alula ctl web-11 status"));
+    for number in 1..=11 {
+        let name = format!("web-{number}");
+        assert!(text.contains(&format!("{name}: Running")), "{name}: {text}");
+        // The eleventh says its lines where the template does.
+        for of in ["qcow2", "vsock", "log"].iter().take(if number == 11 { 2 } else { 3 }) {
+            assert!(folder.path(&format!("{name}.{of}")).exists(), "{name}.{of}");
+        }
+    }
+    ran(&folder, "for n in 1 2 3 4 5 6 7 8 9 10 11; do alula ctl web-$n stop --force; done; kill $(cat pid)");
     assert!(ran(&folder, "ls run/alula").is_empty(), "sockets are left");
 }
 
