@@ -41,13 +41,14 @@ const DEVICE_CASES: [(&str, u32, Case); 6] = [
 ];
 
 /// Cases that run only where they are asked for by name.
-const CHOSEN_CASES: [(&str, Case); 14] = [
+const CHOSEN_CASES: [(&str, Case); 15] = [
     ("hostile", hostile::run),
     ("hostile-net", hostile_net::run),
     ("pvpanic", pvpanic),
     ("refused", refused),
     ("features", features),
     ("vsock-restored", vsock::restored),
+    ("net-restored", devices::net_restored),
     ("hotplug", hotplug::hotplug),
     ("slots", slots::polite),
     ("slots-deaf", slots::deaf),

@@ -7,7 +7,9 @@ use crate::arch;
 use crate::cases::is_chosen;
 use crate::console::say;
 use crate::machine::Machine;
-use crate::virtio::{CONFIG, Device, Queue, read_by_device, written_by_device};
+use crate::virtio::{
+    CONFIG, Device, F_VERSION_1, INTERRUPT_STATUS, Queue, read_by_device, wait_for, written_by_device,
+};
 use crate::words::Words;
 
 const SECTOR: usize = 512;
@@ -211,5 +213,40 @@ pub fn net(_: &Machine, words: &Words) -> bool {
         return false;
     }
     say!("ok (a frame of ", frame.len() - HEADER, " bytes out, no answer, frames of others: ", others, ")");
+    true
+}
+
+/// A guest that is restored meanwhile over another network sees its link go down, by an interrupt where it can look for
+/// one, and come back.
+pub fn net_restored(_: &Machine, _: &Words) -> bool {
+    const F_STATUS: u64 = 1 << 16;
+    const CONFIGURATION_CHANGE: u32 = 2;
+    let Some(device) = Device::find(1) else {
+        say!("expected a network interface, found none");
+        return false;
+    };
+    let is_up = || device.read(CONFIG + 4) >> 16 & 1 != 0;
+    // No queue is needed to look.
+    let is_there = device.negotiate(F_VERSION_1 | F_STATUS);
+    device.run();
+    if !is_there || !is_up() {
+        say!("expected a network interface with a link, found none");
+        return false;
+    }
+    // The word is a line of its own, for a test that reads lines, and saves the guest some time after it.
+    say!("has a link\n");
+    while is_up() {
+        core::hint::spin_loop();
+    }
+    let is_told = device.config_space().is_some()
+        || wait_for(|| device.read(INTERRUPT_STATUS) & CONFIGURATION_CHANGE != 0);
+    if !is_told || !wait_for(is_up) {
+        say!(
+            "expected to be told, and a link that comes back, found ",
+            if is_told { "none" } else { "no word" }
+        );
+        return false;
+    }
+    say!("ok (down, and up again)");
     true
 }

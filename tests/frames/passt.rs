@@ -147,3 +147,114 @@ fn frames_of_passt_that_fit_no_buffer_are_lost_and_counted() {
     assert_eq!((counted(&guest, "tx_malformed_frames"), counted(&guest, "tx_packets_count")), (2, 1));
     assert!(link_is_up(&mut guest));
 }
+
+/// A guest whose interface is over a passt of its own, turned by hand.
+fn by_hand(kind: TransportKind) -> Guest {
+    let memory = memory::allocate(&[memory::Range { start: 0, size: driver::MEMORY }]).unwrap();
+    Guest::by_hand(kind, open(json!({ "user": {} })), memory)
+}
+
+/// The status that the driver reads.
+fn status(guest: &mut Guest) -> u8 {
+    let mut status = [0];
+    guest.config(6, &mut status);
+    status[0]
+}
+
+/// Whether there is an interrupt for a change of the configuration; none is left.
+fn takes_change(guest: &mut Guest) -> bool {
+    let is_told = guest.is_interrupted(None);
+    guest.interrupts();
+    if guest.kind() == TransportKind::Mmio {
+        guest.write(0x64, 0, 4, 3);
+    }
+    is_told
+}
+
+/// Another machine, with a passt of its own, in which the guest goes on.
+fn go_on(kind: TransportKind, suspended: &driver::Suspended) -> Guest {
+    let mut guest = by_hand(kind);
+    guest.take_over(suspended).unwrap();
+    guest.resume();
+    guest.turn();
+    guest
+}
+
+const LINK_UP: u8 = 1;
+
+#[test]
+fn a_restored_guest_sees_its_link_go_down_and_come_back() {
+    const ANNOUNCE: u8 = 2;
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    network::enter();
+    network::add_uplink();
+    for kind in TRANSPORTS {
+        let mut guest = by_hand(kind);
+        guest.start(F_EVENT_IDX | F_STATUS | F_CTRL_VQ | F_GUEST_ANNOUNCE);
+        guest.turn();
+        assert_eq!(status(&mut guest), LINK_UP);
+        let out = guest.allocate(&arp([10, 9, 8, 1]));
+        // Another generation before the driver has looked, and one when it has.
+        for looks in [false, true] {
+            takes_change(&mut guest);
+            guest = go_on(kind, &guest.suspend());
+            assert!(takes_change(&mut guest), "{kind:?}: the driver is not told");
+            assert!(!looks || status(&mut guest) == 0, "{kind:?}");
+        }
+        guest = go_on(kind, &guest.suspend());
+        // Pauses put off nothing, and frames go meanwhile.
+        guest.pause();
+        guest.resume();
+        guest.request(TX, &[(out, 0)]);
+        guest.turn();
+        assert!(takes_change(&mut guest), "{kind:?}: the driver is not told");
+        assert_eq!(status(&mut guest), 0, "{kind:?}");
+        guest.pause();
+        guest.resume();
+        guest.wait_for(|guest| status(guest) != 0);
+        assert!(takes_change(&mut guest), "{kind:?}: the driver is not told");
+        assert_eq!(status(&mut guest), LINK_UP | ANNOUNCE);
+        assert_eq!(command(&mut guest, 2, &[3, 0]), 0);
+        assert_eq!(counted(&guest, "tx_packets_count"), 1);
+        takes_change(&mut guest);
+        guest.pause();
+        guest.resume();
+        guest.turn();
+        assert_eq!((status(&mut guest), takes_change(&mut guest)), (LINK_UP, false), "{kind:?}: once more");
+    }
+}
+
+#[test]
+fn a_restored_guest_has_the_link_that_there_is() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    network::enter();
+    network::add_uplink();
+    for kind in TRANSPORTS {
+        // A driver that knows nothing of links is not told of one.
+        let mut guest = by_hand(kind);
+        guest.start(F_EVENT_IDX);
+        guest.turn();
+        takes_change(&mut guest);
+        guest = go_on(kind, &guest.suspend());
+        assert!(!takes_change(&mut guest), "{kind:?}: of what is it told?");
+        assert_eq!(status(&mut guest), LINK_UP, "{kind:?}");
+        // One that begins anew finds its link, whatever the one before has seen.
+        guest.start(F_EVENT_IDX | F_STATUS);
+        guest.turn();
+        let suspended = guest.suspend();
+        guest = go_on(kind, &suspended);
+        guest.start(F_EVENT_IDX | F_STATUS);
+        guest.turn();
+        assert_eq!(status(&mut guest), LINK_UP, "{kind:?}");
+        // What has ended meanwhile does not come back.
+        guest = go_on(kind, &suspended);
+        let passts = network::passts(std::process::id());
+        passts.iter().for_each(|passt| network::kill(*passt));
+        wait_for(|| passts.iter().all(|passt| common::ended::is_over(*passt)));
+        guest.turn();
+        takes_change(&mut guest);
+        assert_eq!(status(&mut guest), 0, "{kind:?}");
+        guest.wait_for(takes_change);
+        assert_eq!(status(&mut guest), 0, "{kind:?}");
+    }
+}

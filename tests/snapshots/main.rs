@@ -9,6 +9,7 @@ mod disks;
 mod elsewhere;
 mod live;
 mod lives;
+mod networks;
 mod replaced;
 mod template;
 mod working_set;

@@ -29,7 +29,8 @@ const QUEUE_SIZE: u16 = 256;
 const CONTROL_QUEUE_SIZE: u16 = 64;
 /// What an interface has if nobody says otherwise.
 const MTU: u16 = 1500;
-/// Bits of `status` in the device's configuration.
+/// Where the low byte of `status` is in the device's configuration, and the bits there.
+const STATUS_AT: u64 = 6;
 const S_LINK_UP: u8 = 1;
 const S_ANNOUNCE: u8 = 2;
 
@@ -165,6 +166,9 @@ impl Snapshot for Net {
         self.control = Arc::new(Control::new(state.control));
         self.unfilled = state.unfilled.into_iter().map(|unfilled| Arc::new(Mutex::new(unfilled))).collect();
         self.moved = true;
+        if let Carrier::Passt(_) = self.carrier {
+            self.status = Arc::new(Status::pulled(&self.name)?);
+        }
         Ok(())
     }
 }
@@ -199,7 +203,9 @@ impl VirtioDevice for Net {
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let mut config = [0; 12];
         config[..6].copy_from_slice(&self.control.state().mac());
-        config[6] = if self.status.is_up() { S_LINK_UP } else { 0 };
+        // A driver that reads something else has not looked at the link.
+        let looks = (offset..).take(data.len()).any(|at| at == STATUS_AT);
+        config[6] = if looks && self.status.look() { S_LINK_UP } else { 0 };
         config[6] |= if self.control.is_announcing() { S_ANNOUNCE } else { 0 };
         config[8..10].copy_from_slice(&self.pairs.to_le_bytes());
         config[10..].copy_from_slice(&self.mtu.unwrap_or(0).to_le_bytes());
@@ -211,6 +217,9 @@ impl VirtioDevice for Net {
         // Without MQ the control queue follows the first pair (virtio 1.3, 5.1.2).
         let pairs = if has(features, features::MQ) { usize::from(self.pairs) } else { 1 };
         self.control.state().apply(self.taps(), features).context("set up the TAP")?;
+        if !has(features, features::STATUS) {
+            self.status.put_in();
+        }
         let mut queues = io.queues.into_iter();
         let mut workers: Vec<Box<dyn Worker>> = Vec::new();
         for pair in 0..pairs {
@@ -225,7 +234,11 @@ impl VirtioDevice for Net {
             let running = control::Running::new(io.memory, queue, control, taps, features, self.pairs);
             workers.push(Box::new(running));
         }
-        if std::mem::take(&mut self.moved) && has(features, features::GUEST_ANNOUNCE) {
+        let is_moved = std::mem::take(&mut self.moved);
+        if self.status.is_pulled() {
+            // The driver can tell the network where it is when it has a link again.
+            interrupts.configuration_changed();
+        } else if is_moved && has(features, features::GUEST_ANNOUNCE) {
             self.control.set_announcing(true);
             interrupts.configuration_changed();
         }
@@ -239,6 +252,7 @@ impl VirtioDevice for Net {
         *self.control.state() = state;
         self.control.set_announcing(false);
         self.moved = false;
+        self.status.put_in();
         self.unfilled
             .iter()
             .for_each(|unfilled| unfilled.lock().unwrap_or_else(PoisonError::into_inner).clear());
@@ -324,6 +338,10 @@ impl Net {
         let metrics = &self.metrics;
         let link = (self.status.clone(), interrupts.clone());
         let port = stream::port::Port::take(home, self.name.clone(), link)?;
+        let cable = self.status.is_pulled().then(|| {
+            let control = has(features, features::GUEST_ANNOUNCE).then(|| self.control.clone());
+            stream::cable::Cable::new(self.status.clone(), interrupts.clone(), control)
+        });
         let batch = stream::outgoing::Outgoing::new(memory.clone());
         Ok(Box::new(stream::Running {
             memory: memory.clone(),
@@ -337,6 +355,7 @@ impl Net {
             transmitter: Transmitter::new(tx, batch, self.answers()?, tx_limit, metrics.clone()),
             port,
             home: home.clone(),
+            cable: cable.transpose()?,
             metrics: metrics.clone(),
             rx_timer,
             tx_timer,

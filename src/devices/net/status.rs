@@ -2,9 +2,11 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::error::Result;
 use crate::host::link::Link;
 use crate::host::tap::Tap;
 use crate::log;
+use crate::poll::{self, EventFd};
 
 /// The link, as the guest is told.
 pub struct Status {
@@ -13,6 +15,17 @@ pub struct Status {
     /// Hears of changes of the TAP's interface.
     pub watch: Option<Link>,
     is_up: AtomicBool,
+    /// Of a guest that was restored over another network.
+    pub cable: Option<Cable>,
+}
+
+/// The network of a restored guest is another one, which knows none of the guest's connections: as of a cable that is
+/// pulled and put in again, the driver sees no link until it has looked.
+pub struct Cable {
+    is_out: AtomicBool,
+    is_seen: AtomicBool,
+    /// Written, and never read, when the driver has seen that there is no link.
+    pub seen: EventFd,
 }
 
 impl Status {
@@ -20,16 +33,41 @@ impl Status {
     pub fn of(name: &str, tap: &Tap) -> Self {
         let watch = Link::watch(tap);
         let is_up = watch.as_ref().is_none_or(|link| link.is_up(tap)).into();
-        Self { name: name.to_owned(), watch, is_up }
+        Self { name: name.to_owned(), watch, is_up, cable: None }
     }
 
     /// The link of the interface `name`, which is up until it is set down.
     pub fn up(name: &str) -> Self {
-        Self { name: name.to_owned(), watch: None, is_up: true.into() }
+        Self { name: name.to_owned(), watch: None, is_up: true.into(), cable: None }
     }
 
-    /// Whether it is up.
-    pub fn is_up(&self) -> bool {
+    /// The link of an interface that was restored over another network: the cable is out.
+    pub fn pulled(name: &str) -> Result<Self> {
+        let seen = poll::event("link of a network interface")?;
+        let cable = Cable { is_out: true.into(), is_seen: false.into(), seen };
+        Ok(Self { cable: Some(cable), ..Self::up(name) })
+    }
+
+    /// Whether the driver is to see no link although there is one.
+    pub fn is_pulled(&self) -> bool {
+        self.cable.as_ref().is_some_and(|cable| cable.is_out.load(Ordering::SeqCst))
+    }
+
+    /// Puts the cable in.
+    pub fn put_in(&self) {
+        self.cable.iter().for_each(|cable| cable.is_out.store(false, Ordering::SeqCst));
+    }
+
+    /// The driver looks: whether it is up.
+    pub fn look(&self) -> bool {
+        if let Some(cable) = self.cable.as_ref().filter(|_| self.is_pulled()) {
+            // Once: a driver that looks again and again does not put off what comes of it.
+            if !cable.is_seen.swap(true, Ordering::SeqCst) {
+                // A counter that is full has told it.
+                let _ = cable.seen.write(1);
+            }
+            return false;
+        }
         self.is_up.load(Ordering::SeqCst)
     }
 

@@ -1,6 +1,7 @@
 //! An interface over a stream of frames (passt): the worker. [`framing`] is what the stream looks like, [`port`]
-//! its end here, [`outgoing`] and [`receive`] the two directions.
+//! its end here, [`outgoing`] and [`receive`] the two directions, [`cable`] what a restored guest sees of it.
 
+pub mod cable;
 pub mod framing;
 pub mod outgoing;
 pub mod port;
@@ -19,6 +20,7 @@ use crate::error::Result;
 use crate::memory::{Memory, Regions};
 use crate::poll::{Interest, Timer};
 use crate::virtio::{Queue, Registrar, Share, Worker};
+use cable::Cable;
 use outgoing::Outgoing;
 use port::{Home, Port};
 use receive::Receiver;
@@ -29,6 +31,8 @@ const SOCKET: u32 = 2;
 const RX_TIMER: u32 = 3;
 const TX_TIMER: u32 = 4;
 const ANSWERS_TIMER: u32 = 5;
+const CABLE_SEEN: u32 = 6;
+const CABLE_TIMER: u32 = 7;
 
 /// The running half.
 pub struct Running {
@@ -42,6 +46,8 @@ pub struct Running {
     pub port: Port,
     /// Where the stream goes when the worker stops.
     pub home: Home,
+    /// The driver is to see the link go down and come back.
+    pub cable: Option<Cable>,
     /// What the interface counts.
     pub metrics: Arc<Metrics>,
     /// Goes off when the limit lets the next received frame pass; none where there is no limit.
@@ -62,6 +68,9 @@ impl Worker for Running {
         if let Some(timer) = self.transmitter.answers.as_ref().and_then(Answers::timer) {
             registrar.add(timer, Interest::IN | Interest::EDGE_TRIGGERED, ANSWERS_TIMER)?;
         }
+        if let Some(cable) = &self.cable {
+            cable.register(registrar, CABLE_SEEN, CABLE_TIMER)?;
+        }
         // Edge-triggered: frames that wait for the driver's buffers, and room that no frame needs, must
         // not keep the loop awake. What is there already is an edge, too.
         let interest = Interest::IN | Interest::OUT | Interest::EDGE_TRIGGERED;
@@ -74,6 +83,8 @@ impl Worker for Running {
             RX => self.metrics.rx_queue_event_count.add(1),
             TX => self.metrics.tx_queue_event_count.add(1),
             SOCKET => self.metrics.rx_tap_event_count.add(1),
+            CABLE_SEEN => self.cable.iter_mut().try_for_each(Cable::seen)?,
+            CABLE_TIMER => self.cable.iter().for_each(Cable::put_in),
             _ => {}
         }
         // One for both: what the second one does not get it takes in a turn of its own.
