@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io::{Error, Read, Result};
+use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::net::UnixStream;
 
@@ -10,8 +11,12 @@ use serde_json::Value;
 
 /// UFFDIO_COPY.
 const COPY: u64 = 0xc028_aa03;
+/// UFFDIO_ZEROPAGE.
+const ZEROPAGE: u64 = 0xc020_aa04;
 /// UFFD_EVENT_PAGEFAULT.
 const PAGEFAULT: u8 = 0x12;
+/// UFFD_EVENT_REMOVE.
+const REMOVE: u8 = 0x15;
 
 /// Receives a monitor's message: returns its text, and the descriptor that came with it.
 #[allow(unsafe_code)]
@@ -47,9 +52,38 @@ pub fn copy(faults: &File, address: u64, page: &[u8]) -> Result<()> {
     }
 }
 
-/// Waits for the next fault, and returns its address; None: the other process is gone.
+/// Gives zeros for the page at `address` of the other process, of so many bytes.
 #[allow(unsafe_code)]
-pub fn next(mut faults: &File, stream: &UnixStream) -> Option<u64> {
+pub fn zero(faults: &File, address: u64, size: u64) -> Result<()> {
+    let mut words = [address, size, 0, 0];
+    // SAFETY: the call reads and writes the local structure of four words.
+    match unsafe { libc::ioctl(faults.as_raw_fd(), ZEROPAGE as _, words.as_mut_ptr()) } {
+        0 => Ok(()),
+        _ => Err(Error::last_os_error()),
+    }
+}
+
+/// What a handler hears of.
+#[derive(Debug)]
+pub enum Heard {
+    /// A page is wanted, at this address.
+    Fault(u64),
+    /// The other process has given up the content of these addresses.
+    Removed(Range<u64>),
+}
+
+/// Waits for the next fault, and returns its address; None: the other process is gone.
+pub fn next(faults: &File, stream: &UnixStream) -> Option<u64> {
+    loop {
+        if let Heard::Fault(address) = next_heard(faults, stream)? {
+            return Some(address);
+        }
+    }
+}
+
+/// Waits for what there is to hear of; None: the other process is gone.
+#[allow(unsafe_code)]
+pub fn next_heard(mut faults: &File, stream: &UnixStream) -> Option<Heard> {
     loop {
         let wait = |fd: i32, events| libc::pollfd { fd, events, revents: 0 };
         let mut polls = [wait(faults.as_raw_fd(), libc::POLLIN), wait(stream.as_raw_fd(), libc::POLLRDHUP)];
@@ -59,8 +93,14 @@ pub fn next(mut faults: &File, stream: &UnixStream) -> Option<u64> {
             return None;
         }
         let mut message = [0; 32];
-        if faults.read(&mut message).is_ok_and(|length| length == message.len()) && message[0] == PAGEFAULT {
-            return Some(u64::from_le_bytes(message[16..24].try_into().unwrap()));
+        if !faults.read(&mut message).is_ok_and(|length| length == message.len()) {
+            continue;
+        }
+        let word = |at: usize| u64::from_le_bytes(message[at..at + 8].try_into().unwrap());
+        match message[0] {
+            PAGEFAULT => return Some(Heard::Fault(word(16))),
+            REMOVE => return Some(Heard::Removed(word(8)..word(16))),
+            _ => {}
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Page-fault handlers: those that give a guest its pages, and those that do not.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -13,7 +14,8 @@ use alula::sys::descriptor;
 use serde_json::{Value, json};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
-use super::common::{self, Service, faults, wait_for};
+use super::common::faults::{self, Heard};
+use super::common::{self, Folder, Service, wait_for};
 use super::{GO_ON, PAUSE, Snapshot, events, type_line};
 
 /// Pages of each region that a handler gives before it is asked: an emulated machine takes longer for all of them than a
@@ -59,6 +61,10 @@ fn a_handler_is_looked_at_from_outside() {
                 }
             }
         }
+        if how == "removed" {
+            follow(&faults, &stream, page_of);
+            continue;
+        }
         let mut count = 0;
         while let Some(address) = faults::next(&faults, &stream) {
             let (start, mut page) = page_of(address);
@@ -78,6 +84,33 @@ fn a_handler_is_looked_at_from_outside() {
             if how == "twice" {
                 let _ = faults::copy(&faults, start, &vec![0xff; page.len()]);
             }
+        }
+    }
+}
+
+/// Gives each page once, and zeros for those that the guest has given up since. A page that is wanted again otherwise is
+/// full of ones: a handler that keeps no pages has nothing else for it.
+fn follow(faults: &File, stream: &UnixStream, page_of: impl Fn(u64) -> (u64, Vec<u8>)) {
+    let (mut given, mut removed) = (BTreeSet::new(), BTreeSet::new());
+    while let Some(heard) = faults::next_heard(faults, stream) {
+        let address = match heard {
+            Heard::Fault(address) => address,
+            Heard::Removed(range) => {
+                removed.extend(range.step_by(4096));
+                continue;
+            }
+        };
+        let (start, mut page) = page_of(address);
+        if !given.insert(start) {
+            page.fill(0xff);
+        }
+        let give = || match removed.contains(&start) {
+            true => faults::zero(faults, start, page.len() as u64),
+            false => faults::copy(faults, start, &page),
+        };
+        // Who gives up pages is not always done with that when the handler has heard of it: EAGAIN until then.
+        while give().is_err_and(|error| error.raw_os_error() == Some(libc::EAGAIN)) {
+            std::thread::yield_now();
         }
     }
 }
@@ -136,6 +169,21 @@ fn a_guest_gets_its_pages_from_a_handler() {
         service.client().ok("PUT", "/snapshot/load", &snapshot.load(&handler.backend(true)));
         goes_to_its_end(service);
     }
+}
+
+#[test]
+fn what_a_balloon_takes_comes_back_from_a_handler_as_zeros() {
+    let mut service = Service::start(&[]);
+    let mut client = service.client();
+    client.ok("PUT", "/balloon", r#"{"amount_mib": 0, "deflate_on_oom": false}"#);
+    service.boot_source("echo case=balloon");
+    client.ok("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#);
+    service.process.expect("alula firmware");
+    let snapshot = Snapshot::of(Folder::new(), &service);
+    let handler = Handler::start(&snapshot, "removed");
+    let service = Service::start(&[]);
+    service.client().ok("PUT", "/snapshot/load", &snapshot.load(&handler.backend(true)));
+    goes_to_its_end(service);
 }
 
 #[test]

@@ -34,6 +34,11 @@ struct Snapshot {
 impl Snapshot {
     fn new(extra: &[&str]) -> Self {
         let (folder, service) = running(extra);
+        Self::of(folder, &service)
+    }
+
+    /// The snapshot, in `folder`, of the guest of this service.
+    fn of(folder: Folder, service: &Service) -> Self {
         let mut client = service.client();
         client.ok("PATCH", "/vm", PAUSE);
         let body = json!({ "snapshot_path": folder.path("state"), "mem_file_path": folder.path("memory") });
