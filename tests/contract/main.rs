@@ -7,6 +7,8 @@ mod balloon;
 mod common;
 mod consoles;
 mod hotplug;
+#[cfg(target_arch = "x86_64")]
+mod masks;
 mod of_the_host;
 mod pmem;
 mod ports;
