@@ -8,7 +8,7 @@ pub static IMAGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/firmware.bin
 // Lists of words are one text each: of a table of texts, every line is a reference that the loader has to write.
 const CASES: &str = "memory tables cpus timer serial exit-register nobody-there identity messages block net entropy vsock \
     balloon pmem hostile hostile-net pvpanic refused features vsock-restored \
-    net-restored hotplug slots slots-busy slots-deaf slots-hostile sleep watchdog cpu-slots";
+    net-restored hotplug slots slots-busy slots-deaf slots-hostile sleep counters watchdog cpu-slots";
 const ENDS: &str = "poweroff reset halt crash fail idle spin";
 const FLAGS: &str = "hello answer flood booted bench echo";
 

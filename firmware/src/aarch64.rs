@@ -167,6 +167,7 @@ extern "C" fn secondary_cpu() -> ! {
     unsafe { asm!("mrs {}, mpidr_el1", out(reg) id, options(nomem, nostack)) };
     write32((&raw const STARTED) as u64, id as u32 & 0xff_ffff);
     write32((&raw const BEGUN) as u64, begun() + 1);
+    crate::counters::take_part();
     halt()
 }
 
@@ -418,6 +419,13 @@ pub fn ticks() -> u64 {
     // SAFETY: both registers can be read here, and nothing changes.
     unsafe { asm!("mrs {}, cntvct_el0", "mrs {}, cntfrq_el0", out(reg) count, out(reg) frequency) };
     count * (1_000_000_000 / frequency.clamp(1, 1_000_000_000))
+}
+
+/// The same, read after what was loaded before.
+pub fn ticks_in_order() -> u64 {
+    // SAFETY: the instruction changes nothing.
+    unsafe { asm!("isb", options(nostack)) };
+    ticks()
 }
 
 pub fn read8(address: u64) -> u8 {

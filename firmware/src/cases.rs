@@ -2,6 +2,7 @@
 
 use crate::arch;
 use crate::console::{self, Hex, say};
+use crate::counters;
 use crate::cpu_slots;
 use crate::devices;
 use crate::hostile;
@@ -41,7 +42,7 @@ const DEVICE_CASES: [(&str, u32, Case); 6] = [
 ];
 
 /// Cases that run only where they are asked for by name.
-const CHOSEN_CASES: [(&str, Case); 15] = [
+const CHOSEN_CASES: [(&str, Case); 16] = [
     ("hostile", hostile::run),
     ("hostile-net", hostile_net::run),
     ("pvpanic", pvpanic),
@@ -57,6 +58,7 @@ const CHOSEN_CASES: [(&str, Case); 15] = [
     ("watchdog", watchdog::watchdog),
     ("cpu-slots", cpu_slots::serve),
     ("sleep", sleep::sleep),
+    ("counters", counters::counters),
 ];
 
 /// Whether the command line asks for this case by its name.

@@ -23,6 +23,7 @@ mod bench;
 mod cases;
 mod compare;
 mod console;
+mod counters;
 mod devices;
 mod hostile;
 mod hostile_net;

@@ -241,6 +241,7 @@ extern "C" fn secondary_cpu() -> ! {
         let id = core::arch::x86_64::__cpuid_count(0xb, 0).edx;
         write_volatile(&raw mut STARTED, id);
     }
+    crate::counters::take_part();
     halt()
 }
 
@@ -449,6 +450,13 @@ pub fn ticks() -> u64 {
     // SAFETY: the counter can be read anywhere, and nothing changes.
     unsafe { asm!("rdtsc", out("eax") low, out("edx") high, options(nomem, nostack)) };
     u64::from(low) | u64::from(high) << 32
+}
+
+/// The same, read after what was loaded before.
+pub fn ticks_in_order() -> u64 {
+    // SAFETY: the instruction changes nothing.
+    unsafe { asm!("lfence", options(nostack)) };
+    ticks()
 }
 
 pub fn read8(address: u64) -> u8 {

@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by it")]
 
+mod clocks;
+#[path = "../common/mod.rs"]
 mod common;
 
 use std::collections::BTreeMap;
@@ -116,21 +118,6 @@ fn a_guest_goes_on_in_a_machine_built_anew_at_any_point() {
             break;
         }
     }
-}
-
-#[test]
-fn a_sleeping_cpu_is_woken_by_its_timer_after_a_restore() {
-    let naps = std::env::var(POINTS).map_or(10, |points| points.parse::<usize>().unwrap().min(50));
-    let ground = Ground::new();
-    let screen = Screen::default();
-    let mut machine = boot(&ground.config(false, 1, "case=sleep"), &screen);
-    for nap in 1..=naps {
-        wait_for(|| screen.text().contains(&format!("nap {nap}\n")));
-        // The CPU sleeps, or is about to: its timer is what brings it to the next nap.
-        machine.pause().unwrap();
-        machine = Suspended::new(machine).go_on(&screen);
-    }
-    end(&machine, &screen);
 }
 
 /// A machine of two CPUs on which the guest sends back what is typed, saved before anything was.
