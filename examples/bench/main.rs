@@ -8,6 +8,7 @@ mod io;
 mod jail;
 mod loads;
 mod monitor;
+mod networks;
 mod restore;
 mod saves;
 mod sizes;

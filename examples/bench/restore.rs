@@ -17,7 +17,7 @@ use crate::monitor::{connect, request, send, spawn};
 use crate::start::{compile, cpu_time, median};
 use crate::template::{self, Machine};
 use crate::{Folder, Result};
-use crate::{ahead, saves, sizes};
+use crate::{ahead, networks, saves, sizes};
 
 pub const MEMORY_MIB: u32 = 128;
 /// The time that a service has to prepare itself before it is asked, as it has with a client that takes its time.
@@ -91,6 +91,8 @@ pub struct Guest {
     pub memory_mib: u32,
     pub words: &'static str,
     pub ready: &'static str,
+    /// It has a network interface over passt.
+    pub has_passt: bool,
 }
 
 /// The snapshot that is restored, and the programs that restore it.
@@ -108,7 +110,7 @@ pub struct Bench {
 impl Bench {
     /// Builds the floor program, and has both guests saved, each with so much memory.
     pub fn new(ours: &str, memory_mib: u32) -> Result<Self> {
-        let guest = Guest { memory_mib, words: "answer", ready: "A\n" };
+        let guest = Guest { memory_mib, words: "answer", ready: "A\n", has_passt: false };
         Self::of(ours, &guest, Folder::new()?)
     }
 
@@ -144,6 +146,10 @@ impl Bench {
             request(&mut client, "PUT", "/boot-source", &boot.to_string())?;
             let machine = json!({ "vcpu_count": 1, "mem_size_mib": guest.memory_mib });
             request(&mut client, "PUT", "/machine-config", &machine.to_string())?;
+            if guest.has_passt {
+                let net = json!({ "iface_id": "net", "user": {} });
+                request(&mut client, "PUT", "/network-interfaces/net", &net.to_string())?;
+            }
             request(&mut client, "PUT", "/actions", r#"{"action_type":"InstanceStart"}"#)?;
             let (output, mut said) = (child.stdout.as_mut().ok_or("no output")?, Vec::new());
             while !said.ends_with(guest.ready.as_bytes()) {
@@ -230,9 +236,10 @@ impl Bench {
 type Part = (&'static str, fn(&str, Option<&str>, usize) -> Result<()>);
 
 /// The parts, by the names that choose one of them.
-const PARTS: [Part; 4] = [
+const PARTS: [Part; 5] = [
     ("ways", ways),
     ("sizes", |ours, _, runs| sizes::sizes(ours, runs)),
+    ("networks", |ours, _, runs| networks::networks(ours, runs)),
     ("ahead", |ours, _, runs| ahead::ahead(ours, runs)),
     ("saves", |ours, _, runs| saves::saves(ours, runs)),
 ];
@@ -241,7 +248,7 @@ const PARTS: [Part; 4] = [
 pub fn restore(ours: &str, other: Option<&str>, runs: usize, only: &str) -> Result<()> {
     let mut chosen = PARTS.iter().filter(|(name, _)| only.is_empty() || only == *name).peekable();
     if chosen.peek().is_none() {
-        return Err(format!("restore has no part `{only}`: ways, sizes, ahead, saves").into());
+        return Err(format!("restore has no part `{only}`: ways, sizes, networks, ahead, saves").into());
     }
     chosen.try_for_each(|(_, part)| part(ours, other, runs))
 }

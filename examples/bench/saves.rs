@@ -14,7 +14,7 @@ use crate::{Folder, Result};
 
 /// The guest writes to 4 MiB, which is what a live snapshot leaves for the moment in which the guest stands still, over and over
 /// as fast as it can.
-const GUEST: Guest = Guest { memory_mib: 1024, words: "work=4", ready: "working\n" };
+const GUEST: Guest = Guest { memory_mib: 1024, words: "work=4", ready: "working\n", has_passt: false };
 const PAUSED: &str = r#"{"state":"Paused"}"#;
 const RESUMED: &str = r#"{"state":"Resumed"}"#;
 /// The bars on a quiet machine, in ms: of the median pause and of its p99, and of a difference of 1,000 pages.
