@@ -254,7 +254,9 @@ fn a_guest_that_is_up_takes_further_commands_and_files() {
     let mut guest = Command::new(common::alula());
     guest.env("ALULA_KERNEL", asset(KERNELS[0])).env("XDG_RUNTIME_DIR", &folder.0);
     guest.args(["run", "--memory", "256M", "--vsock", &vsock, "--id", "web", "--net", "tap=tap0"]);
-    guest.arg("--events").arg(&events).arg("--rootfs").arg(&image);
+    let data = folder.write("data", []);
+    std::fs::File::options().write(true).open(&data).unwrap().set_len(256 << 20).unwrap();
+    guest.arg("--disk").arg(&data).arg("--events").arg(&events).arg("--rootfs").arg(&image);
     guest.args([
         "--",
         "busybox",
@@ -407,19 +409,24 @@ fn a_connection_outlives_pauses(vsock: &str, socket: &Path) {
     echo.end();
 }
 
-/// A guest is restored, and in the long series saved and restored from that, twenty generations: its agent listens in
-/// each, and what was connected to the one before has ended.
+/// A guest is restored, saved while it works, and restored from that, in the long series for twenty generations: its agent
+/// listens in each, what was connected to the one before has ended, and what was written is there.
 fn its_agent_answers_in_every_generation(vsock: &str, saved: &str, socket: &Path) {
-    let generations = if times() > 1 { 20 } else { 1 };
+    let generations = if times() > 1 { 20 } else { 2 };
     for generation in 0..generations {
         let mut guest = Process::start(["run", "--restore", saved, "--api-sock", socket.to_str().unwrap()]);
         // The control socket is there before the guest is.
         wait_for(|| std::os::unix::net::UnixStream::connect(vsock).is_ok());
         let mut echo = Echo::start(vsock);
         echo.sends(&format!("generation {generation}"), || ());
+        if generation == 0 {
+            live::start(vsock);
+        }
+        live::works(vsock);
         let snapshot = json!({ "folder": saved, "live": true }).to_string();
         common::Client::connect(socket).ok("PUT", "/snapshot/create", &snapshot);
         echo.sends("after it was saved", || ());
+        live::works(vsock);
         guest.send(libc::SIGTERM);
         assert_eq!(guest.end().code, Some(143));
         assert_eq!(echo.0.end().code, Some(125));

@@ -19,6 +19,7 @@ mod common;
 mod consoles;
 #[cfg(target_arch = "aarch64")]
 mod cpus;
+mod cycles;
 #[cfg(target_arch = "x86_64")]
 mod differences;
 mod disks;
@@ -30,6 +31,7 @@ mod hold_back;
 mod left;
 #[path = "../common/left.rs"]
 mod left_behind;
+mod live;
 mod memory;
 mod networks;
 mod plugging;
@@ -46,10 +48,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use alula::config::Config;
-use alula::machine::Exit;
 use common::disk::Disk;
-use common::suspend::{self, Random, Screen, Suspended};
 use common::{Ended, Folder, Process, Service, network, run, wait_for};
 use serde_json::json;
 
@@ -389,47 +388,6 @@ fn a_guest_that_is_asked_to_shut_down_hears_it() {
         assert!(said.contains("press: 1 116 1 0") && said.contains("release: 1 116 0 0"), "{said}");
     }
     drop(folder);
-}
-
-#[test]
-#[ignore = "a stock kernel: scripts/test runs it"]
-fn a_guest_goes_on_in_a_machine_built_anew() {
-    let mut random = Random::default();
-    for (pci, cpus) in [(false, 2), (true, 2)] {
-        let folder = Folder::new();
-        let disk = folder.write("disk", []);
-        std::fs::File::options().write(true).open(&disk).unwrap().set_len(16 << 20).unwrap();
-        let config = json!({
-            "boot-source": {
-                "kernel_image_path": asset(KERNELS[0]),
-                "initrd_path": asset("initramfs.cpio"),
-                "boot_args": command_line("disk-write,entropy,disk-write,clock,disk-check,exit=5"),
-            },
-            "machine-config": { "vcpu_count": cpus, "mem_size_mib": 256 },
-            "drives": [{ "drive_id": "disk", "path_on_host": disk, "is_root_device": false }],
-            "entropy": {},
-        });
-        let mut config = Config::parse(config.to_string().as_bytes()).unwrap();
-        config.pci = pci;
-        let screen = Screen::default();
-        let mut machine = suspend::boot(&config, &screen);
-        // Each time somewhere in what the guest does then: writing, reading, or waiting for a timer.
-        for done in ["guest: does disk-write", "guest: does entropy", "guest: does clock"] {
-            wait_for(|| screen.text().contains(done) || machine.exit().is_some());
-            std::thread::sleep(Duration::from_millis(random.below(300)));
-            machine.pause().unwrap();
-            if machine.exit().is_none() {
-                machine = Suspended::new(machine).go_on(&screen);
-            }
-        }
-        wait_for(|| machine.exit().is_some());
-        let text = screen.text();
-        assert_eq!(machine.exit(), Some(Exit::Code(5)), "{text}");
-        assert_eq!(text.matches("disk: read and written, 32768 sectors").count(), 3, "{text}");
-        for complaint in ["rcu:", "stall", "lockup", "BUG", "WARNING"] {
-            assert!(!text.contains(complaint), "{complaint}: {text}");
-        }
-    }
 }
 
 #[test]
