@@ -248,22 +248,19 @@ fn is_told_of(told: &serde_json::Value) {
 fn a_guest_that_is_up_takes_further_commands_and_files() {
     network::enter();
     network::add_tap("tap0", "172.16.0.1/24");
+    network::add_uplink();
     let folder = Folder::new();
     let vsock = folder.path("vsock").to_str().unwrap().to_owned();
     let (image, events) = (asset("root.ext4"), folder.path("events"));
     let mut guest = Command::new(common::alula());
     guest.env("ALULA_KERNEL", asset(KERNELS[0])).env("XDG_RUNTIME_DIR", &folder.0);
     guest.args(["run", "--memory", "256M", "--vsock", &vsock, "--id", "web", "--net", "tap=tap0"]);
+    guest.args(["--net", "user,id=lan"]);
     let data = folder.write("data", []);
     std::fs::File::options().write(true).open(&data).unwrap().set_len(256 << 20).unwrap();
     guest.arg("--disk").arg(&data).arg("--events").arg(&events).arg("--rootfs").arg(&image);
-    guest.args([
-        "--",
-        "busybox",
-        "sh",
-        "-c",
-        "trap 'exit 5' HUP TERM; echo up; while :; do busybox sleep 0.1; done",
-    ]);
+    let stays = "trap 'exit 5' HUP TERM; echo up; while :; do busybox sleep 0.1; done";
+    guest.args(["--", "busybox", "sh", "-c", stays]);
     let mut guest = Process::spawn(guest);
     let alula = |words: &[&str]| {
         let mut command = Command::new(common::alula());
@@ -302,6 +299,7 @@ fn a_guest_that_is_up_takes_further_commands_and_files() {
     its_agent_sets_what_it_is_told(&vsock);
     a_connection_outlives_pauses(&vsock, &folder.path("alula/web.sock"));
     let saved = folder.path("saved").to_str().unwrap().to_owned();
+    let changes = changes_of_link(&vsock);
     assert_eq!(alula(&["ctl", "web", "snapshot", &saved]).0, 0);
     guest.send(libc::SIGTERM);
     assert_eq!(guest.child.wait().unwrap().code(), Some(143));
@@ -313,7 +311,7 @@ fn a_guest_that_is_up_takes_further_commands_and_files() {
     let count =
         |event: &str| events.lines().filter(|line| line.contains(&format!("\"event\":\"{event}\""))).count();
     assert_eq!((count("started"), count("guest_ready"), count("ended")), (1, 1, 1), "{events}");
-    its_agent_answers_in_every_generation(&vsock, &saved, &folder.path("api"));
+    its_agent_answers_in_every_generation(&vsock, &saved, &folder.path("api"), changes);
 }
 
 /// The length of a pattern, a prime: frames and buffers, all of them powers of two, fall on other places of it each time,
@@ -409,9 +407,15 @@ fn a_connection_outlives_pauses(vsock: &str, socket: &Path) {
     echo.end();
 }
 
+/// How often the second interface of the guest has lost its link or got it, as its kernel has counted.
+fn changes_of_link(vsock: &str) -> u32 {
+    live::has_run(vsock, "busybox cat /sys/class/net/eth1/carrier_changes").trim().parse().unwrap()
+}
+
 /// A guest is restored, saved while it works, and restored from that, in the long series for twenty generations: its agent
-/// listens in each, what was connected to the one before has ended, and what was written is there.
-fn its_agent_answers_in_every_generation(vsock: &str, saved: &str, socket: &Path) {
+/// listens in each, what was connected to the one before has ended, and what was written is there. Its kernel sees that the
+/// passt of each is another one.
+fn its_agent_answers_in_every_generation(vsock: &str, saved: &str, socket: &Path, mut changes: u32) {
     let generations = if times() > 1 { 20 } else { 2 };
     for generation in 0..generations {
         let mut guest = Process::start(["run", "--restore", saved, "--api-sock", socket.to_str().unwrap()]);
@@ -422,6 +426,8 @@ fn its_agent_answers_in_every_generation(vsock: &str, saved: &str, socket: &Path
         if generation == 0 {
             live::start(vsock);
         }
+        changes += 2;
+        wait_for(|| changes_of_link(vsock) == changes);
         live::works(vsock);
         let snapshot = json!({ "folder": saved, "live": true }).to_string();
         common::Client::connect(socket).ok("PUT", "/snapshot/create", &snapshot);

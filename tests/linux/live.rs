@@ -26,7 +26,7 @@ done
 "#;
 
 /// Has a script run in the guest, and returns what it says.
-fn has_run(vsock: &str, script: &str) -> String {
+pub fn has_run(vsock: &str, script: &str) -> String {
     let mut command = Command::new(common::alula());
     command.args(["exec", "--vsock", vsock, "busybox", "sh", "-c", script]);
     shared::said(command.stdin(Stdio::null()).output().unwrap())
