@@ -327,7 +327,8 @@ fn markdown(api: &Value) -> String {
 Made from Alula's own types (`resources/openapi.json` is the same for programs, `alula schema openapi`
 prints it). Requests go to the control socket as HTTP/1.1 with JSON bodies, GET without one, and DELETE if you like.
 What succeeds answers 200 with JSON or 204 with nothing, what does not 400 with `{\"fault_message\": \"...\"}`.
-Fields that are not listed are refused, but for those of `Metrics` and `TokenBucket`, which are ignored.
+Fields that are not listed are refused, but for those of `Metrics`, `TokenBucket` and what is in the lists of `CpuConfig`,
+which are ignored.
 Called `firecracker`, it knows only what Firecracker has.
 
 On the wire a few things are meant otherwise than in Firecracker: `Connection: close` and HTTP/1.0 are

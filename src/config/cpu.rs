@@ -17,7 +17,7 @@ use crate::platform::{CpuChanges, CpuidModifier, CpuidRegister, FeatureModifier,
 const MODIFIERS_MAX: usize = 1024;
 
 /// How the CPUs that the guest sees differ from those that the host's KVM supports. An empty body changes
-/// nothing.
+/// nothing. Unknown fields of the changes in the lists are ignored, as Firecracker does.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "CpuConfig"))]
 #[serde(deny_unknown_fields, expecting = "struct CustomCpuTemplate")]
@@ -39,7 +39,7 @@ pub struct CpuConfig {
 /// Changes of one leaf of CPUID.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "CpuidLeafModifier"))]
-#[serde(deny_unknown_fields, expecting = "struct CpuidLeafModifier")]
+#[serde(expecting = "struct CpuidLeafModifier")]
 pub struct CpuidLeaf {
     /// The leaf (EAX): a text such as `0x80000001`.
     leaf: Number<32>,
@@ -54,7 +54,7 @@ pub struct CpuidLeaf {
 /// A change of one register of a leaf.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "CpuidRegisterModifier"))]
-#[serde(deny_unknown_fields, expecting = "struct CpuidRegisterModifier")]
+#[serde(expecting = "struct CpuidRegisterModifier")]
 struct RegisterChange {
     /// Which register.
     register: Register,
@@ -77,7 +77,7 @@ enum Register {
 /// A change of a model-specific register.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "MsrModifier"))]
-#[serde(deny_unknown_fields, expecting = "struct MsrModifier")]
+#[serde(expecting = "struct MsrModifier")]
 struct MsrChange {
     /// The register's number: a text such as `0x10a`.
     addr: Number<32>,
@@ -88,7 +88,7 @@ struct MsrChange {
 /// A change of a register of aarch64.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "ArmRegisterModifier"))]
-#[serde(deny_unknown_fields, expecting = "struct ArmRegisterModifier")]
+#[serde(expecting = "struct ArmRegisterModifier")]
 struct ArmRegisterChange {
     /// KVM's number of the register: a text such as `0x603000000013c020`.
     addr: Number<64>,
@@ -99,7 +99,6 @@ struct ArmRegisterChange {
 /// A change of a set of CPU features.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "VcpuFeatures"))]
-#[serde(deny_unknown_fields)]
 struct CpuFeature {
     /// Which word of features; all that there are today are in word 0.
     index: u32,
@@ -402,6 +401,21 @@ mod tests {
         let told = serde_json::to_string(&config).unwrap();
         assert!(told.contains(&format!(r#""bitmap":"0b{}1x0x""#, "x".repeat(28))), "{told}");
         assert_eq!(serde_json::from_str::<CpuConfig>(&told).unwrap(), config, "what is told can be given");
+    }
+
+    #[test]
+    fn unknown_fields_are_ignored_inside_the_lists_alone() {
+        let leaf = leaf("0x1", "0b1").replace(r#""flags":1,"#, r#""flags":1,"x":1,"#);
+        let leaf = leaf.replace(r#""register":"ecx","#, r#""x":[],"register":"ecx","#);
+        for text in [
+            leaf,
+            r#"{"msr_modifiers":[{"addr":"0x10","bitmap":"0b1","x":1}]}"#.to_owned(),
+            r#"{"reg_modifiers":[{"addr":"0x10","bitmap":"0b1","x":null}]}"#.to_owned(),
+            r#"{"vcpu_features":[{"index":0,"bitmap":"0b1","x":{}}]}"#.to_owned(),
+        ] {
+            serde_json::from_str::<CpuConfig>(&text).unwrap_or_else(|error| panic!("{text}: {error}"));
+        }
+        assert!(parse(r#"{"msr_modifiers":[],"x":1}"#).unwrap_err().contains("unknown field `x`"));
     }
 
     #[test]
