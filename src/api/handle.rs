@@ -164,7 +164,7 @@ fn handle(microvm: &mut Microvm, request: Request) -> Result<Reply, String> {
         PutSerial(serial) => microvm.set_serial(serial).map_err(fault("Serial config error")),
         PutMachineConfig(machine) => microvm.set_machine(machine).map_err(fault("Machine config error")),
         PatchMachineConfig(patch) => patch_machine(microvm, &patch),
-        PutCpuConfig(cpu) => microvm.set_cpu(cpu).map_err(fault("CPU config error")),
+        PutCpuConfig(cpu) => microvm.set_cpu(cpu).map_err(fault("Configure CPU error")),
         PutBootSource(source) => microvm.set_boot_source(source).map_err(fault("Boot source error")),
         Metadata => {
             let data = microvm.metadata().get().unwrap_or_else(|| json!({}));

@@ -153,7 +153,7 @@ fn a_guests_cpus_are_changed_as_their_configuration_says() {
         let body = format!(r#"{{"cpuid_modifiers": {modifiers}}}"#);
         let put = client.request("PUT", "/cpu-config", &body);
         if cfg!(not(target_arch = "x86_64")) && modifiers != "[]" {
-            let expected = "CPU config error: `cpuid_modifiers`: aarch64 has no CPUID";
+            let expected = "Configure CPU error: `cpuid_modifiers`: aarch64 has no CPUID";
             assert_eq!(put.fault(), expected);
             return None;
         }
