@@ -67,7 +67,8 @@ impl Microvm {
     ) -> Result<Option<Ticket>> {
         self.check_not_saving()?;
         Machine::check_plugs(&self.config)?;
-        let device = self.device(kind, id)?;
+        // Firecracker's words.
+        let device = self.device(kind, id).context("Device not found")?;
         let name = device.name();
         if device.root_words().is_some() {
             // The first words are Firecracker's.

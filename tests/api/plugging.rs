@@ -141,7 +141,7 @@ fn devices_come_and_go_while_the_guest_runs() {
         }
         assert_eq!(events.expect("device_gone", name)["reason"], reason);
         let fault = client.request("DELETE", path, "").fault();
-        assert!(fault.contains(&format!("there is no {name}")), "{fault}");
+        assert!(fault.ends_with(&format!(" config error: Device not found: there is no {name}")), "{fault}");
     }
     assert_eq!((count_open(&service, &second), count_open(&service, &file)), (0, 0));
     assert_eq!(drives(&mut client), ["first"]);
@@ -208,7 +208,7 @@ fn what_cannot_come_or_go_is_refused_and_changes_nothing() {
             FORCE,
             "Cannot unplug root device: the guest has booted from disk `first`",
         ),
-        ("DELETE", "/drives/d", "", "there is no disk `d`"),
+        ("DELETE", "/drives/d", "", "Drive config error: Device not found: there is no disk `d`"),
         ("DELETE", "/network-interfaces/n", FORCE, "is where the guest asks for its metadata"),
         ("DELETE", "/network-interfaces/n", r#"{"forced": true}"#, "unknown field `forced`"),
         ("DELETE", "/entropy", "", "Invalid request method and/or path: DELETE entropy."),
