@@ -5,7 +5,7 @@
 use serde_json::{Map, Value, json};
 
 use super::Request;
-use super::routes::{NOT_IMPLEMENTED, route};
+use super::routes::route;
 use super::schema::check;
 use super::snapshot;
 use crate::arch;
@@ -354,9 +354,6 @@ fn standing() -> String {
     {
         let same: Vec<_> = published.iter().map(|name| (*name).to_owned()).collect();
         row("PUT", path, &same);
-    }
-    for path in NOT_IMPLEMENTED {
-        text += &format!("| all of `/{path}` | not yet: refused by its name | |\n");
     }
     text
 }

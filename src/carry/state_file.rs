@@ -12,7 +12,7 @@ use crate::error::{Context, Error, Result};
 /// The first bytes of every state file.
 pub(super) const MAGIC: [u8; 8] = *b"ALULASNP";
 /// The form of header and table that this file describes; other forms are refused.
-const FORMAT: u16 = 1;
+pub(super) const FORMAT: u16 = 1;
 const HEADER_SIZE: usize = 64;
 const ENTRY_SIZE: usize = 32;
 /// The most that a state file may be, in bytes: its length decides how much memory is allocated to read it, and

@@ -325,6 +325,23 @@ impl Stored {
     }
 }
 
+/// The version of states that are written and read here: the form of their file, of what is in it, and of the machine.
+pub fn version() -> String {
+    format!("v{}.{VERSION}.{}", state_file::FORMAT, SavedMachine::version())
+}
+
+/// The version of the state file at `path`, as [`version`] has it; of a file of another form there is an error.
+pub fn version_of(path: &Path) -> Result<String> {
+    let attempt = || format!("read the version of the state of a machine, `{}`", path.display());
+    let file = open(path, "state of a saved machine", attempt)?;
+    let (_, sections) = state_file::read(&file, false).with_context(attempt)?;
+    let machine = sections.iter().find(|section| section.kind == MACHINE);
+    let machine =
+        machine.ok_or_else(|| Error::config("it has no section `machine`")).with_context(attempt)?;
+    let of_machine = SavedMachine::version_of(&machine.bytes).with_context(attempt)?;
+    Ok(format!("v{}.{}.{of_machine}", state_file::FORMAT, machine.version))
+}
+
 /// An error if the state was not made on this architecture, whose CPUs and devices alone are understood here.
 fn check_origin(origin: &Origin) -> Result<()> {
     match origin.architecture {

@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 
 use super::arguments::snapshot::Snapshot;
 use crate::carry::line::{Line, Place};
-use crate::carry::stored::{Location, Stored, Sums, boot_id};
+use crate::carry::stored::{self, Location, Stored, Sums, boot_id};
 use crate::carry::{merge, rebase};
 use crate::error::{Context, Result};
 
@@ -14,6 +14,7 @@ use crate::error::{Context, Result};
 pub fn run(snapshot: &Snapshot) -> Result<String> {
     match snapshot {
         Snapshot::Inspect(path) => inspect(path),
+        Snapshot::Version(state) => Ok(stored::version_of(state)? + "\n"),
         Snapshot::Verify(location) => verify(location),
         Snapshot::Merge(base, diff) => merge(base, diff),
         Snapshot::Rebase { memory, diff } => {

@@ -71,6 +71,17 @@ impl SavedMachine {
         bytes.and_then(|bytes| postcard::to_extend(self, bytes)).context("write the saved machine")
     }
 
+    /// The form of what [`Self::to_bytes`] writes.
+    pub fn version() -> u16 {
+        VERSION
+    }
+
+    /// The form of these bytes, whether or not it is one that is understood here.
+    pub fn version_of(bytes: &[u8]) -> Result<u16> {
+        let (version, _) = postcard::take_from_bytes(bytes).context("read the saved machine's version")?;
+        Ok(version)
+    }
+
     /// Where its memory is in the guest's address space.
     pub fn memory(&self) -> &[Range] {
         &self.memory

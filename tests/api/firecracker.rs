@@ -57,6 +57,8 @@ fn refused_devices_and_paths() -> Vec<Refused> {
         ("PUT", "/unknown", "", "Empty PUT request.".to_owned()),
         ("PATCH", "/unknown", "", "Empty PATCH request.".to_owned()),
         ("GET", "/unknown", "", "Invalid request method and/or path: GET unknown.".to_owned()),
+        ("GET", "/gdb", "", "Invalid request method and/or path: GET gdb.".to_owned()),
+        ("PUT", "/gdb", "{}", "Invalid request method and/or path: PUT gdb.".to_owned()),
         ("GET", "/unknown", "{}", "GET request cannot have a body.".to_owned()),
         (
             "GET",
@@ -114,17 +116,6 @@ fn faults_are_those_that_clients_know() {
     let disk = folder.write("disk", [0; 4096]);
     let body = json!({ "drive_id": "плата_1", "is_root_device": false, "path_on_host": disk }).to_string();
     client.ok("PUT", "/drives/плата_1", &body);
-}
-
-#[test]
-fn what_does_not_exist_yet_says_so() {
-    let service = Service::start(&[]);
-    let mut client = service.client();
-    for method in ["PUT", "GET", "PATCH"] {
-        let body = if method == "GET" { "" } else { "{}" };
-        let fault = client.request(method, "/gdb", body).fault();
-        assert_eq!(fault, format!("`{method} /gdb` is not implemented yet."));
-    }
 }
 
 #[test]
@@ -191,6 +182,25 @@ fn called_firecracker_it_has_that_monitors_command_line_and_limits() {
     // Ourselves, we only have the host's limit.
     let ended = run(["serve", "--no-api", "--config-file", file.to_str().unwrap()]);
     assert_eq!(ended.code, Some(9), "{}", ended.text);
+}
+
+#[test]
+fn called_firecracker_it_tells_versions_of_saved_states() {
+    let folder = common::Folder::new();
+    let firecracker = common::called("firecracker", &folder);
+    let output =
+        |arguments: &[&str]| std::process::Command::new(&firecracker).args(arguments).output().unwrap();
+    let version = output(&["--snapshot-version"]);
+    assert_eq!((version.status.code(), version.stdout.as_slice()), (Some(0), &b"v1.1.1\n"[..]));
+    let disk = folder.write("short", [0; 4096]);
+    for (path, expected) in
+        [(disk.to_str().unwrap(), "it is no state of a machine"), ("/none", "No such file")]
+    {
+        let refused = output(&["--describe-snapshot", path]);
+        let text = String::from_utf8_lossy(&refused.stderr).into_owned();
+        let expected = format!("read the version of the state of a machine, `{path}`: {expected}");
+        assert!(refused.status.code() == Some(1) && text.contains(&expected), "{text}");
+    }
 }
 
 #[test]

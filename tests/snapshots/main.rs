@@ -425,6 +425,8 @@ fn people_save_to_a_folder_and_go_on_from_it() {
     assert_eq!((&told["cpus"], &told["memory"]["size"]), (&json!(2), &json!(64 << 20)));
     assert!(told["is_of_this_boot"] == true && told["parts"]["disk `disk`"]["place"].is_string(), "{told}");
     assert_eq!(told["config"]["machine_config"]["vcpu_count"], 2);
+    let version = run(["serve", "--snapshot-version"]).text;
+    assert_eq!(run(["serve", "--describe-snapshot", &format!("{place}/state")]).text, version);
     let verify = || run(["snapshot", "verify", place]);
     assert!(verify().text.ends_with(": ok, with 64 MiB of memory\n"));
 

@@ -4,9 +4,11 @@ use std::path::PathBuf;
 
 use lexopt::Arg::{Long, Short};
 
+use super::snapshot::Snapshot;
 use super::{Command, Given, default_id, id, number, value};
 use crate::api::BODY_MAX;
 use crate::arch;
+use crate::carry::stored;
 use crate::cli::outputs::{self, OutputOptions};
 use crate::cli::persona::Persona;
 use crate::cli::walls;
@@ -47,6 +49,9 @@ Options:
       --warm cpus=N,memory=SIZE
                            Make now what a guest of this size needs of KVM: started or restored later, it
                            runs sooner
+      --snapshot-version   Print the version of the states of snapshots that this Alula writes and reads
+      --describe-snapshot STATE
+                           Print the version of this state of a snapshot
   -h, --help               Print this
 
 The exit code is 0 when the guest powered off or reset, else as `alula run` returns it; 1 on errors, 153
@@ -162,8 +167,9 @@ pub fn parse(parser: &mut lexopt::Parser, persona: Persona) -> Result<Command, l
                 walls::take(&mut serve.walls, name, parser)?;
             }
             Long(name) if let Some(name) = OutputOptions::named(name) => serve.outputs.take(name, parser)?,
-            Long(name @ ("snapshot-version" | "describe-snapshot")) => {
-                return Err(format!("--{name} is not implemented yet: leave it out").into());
+            Long("snapshot-version") => return Ok(Command::Print(stored::version() + "\n")),
+            Long("describe-snapshot") => {
+                return Ok(Command::Snapshot(Snapshot::Version(parser.value()?.into())));
             }
             other => return Err(other.unexpected()),
         }

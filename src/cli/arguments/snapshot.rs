@@ -42,6 +42,8 @@ The exit code is 0, or 1 when the files are not there, damaged or not to be merg
 pub enum Snapshot {
     /// Print what the state says, at this path or in this folder.
     Inspect(PathBuf),
+    /// Print the version of the state at this path.
+    Version(PathBuf),
     /// Read all of it.
     Verify(Location),
     /// Merge into the first the second, a difference.
