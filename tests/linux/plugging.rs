@@ -297,7 +297,37 @@ pub fn exits(guest: &shared::Guest) {
     assert!(nothing > 0 && plugged * 10 <= found * 13, "{plugged}, and {found} for the guest's own way");
     let own = forgotten + ASKING;
     assert!(unplugged * 10 <= own * 13, "{unplugged}, and {own} for the guest's own way and the asking");
+    let version = std::fs::read_to_string(asset("version")).unwrap();
+    let Bar { comes, goes } = if !X86_64 {
+        AARCH64
+    } else if version.starts_with("6.1.") {
+        LINUX_6_1
+    } else {
+        LINUX_7_2
+    };
+    println!("exits: {plugged} of {comes} at most, and {unplugged} of {goes}: Linux {}", version.trim());
+    assert!(plugged <= comes && unplugged <= goes, "{plugged} of {comes}, {unplugged} of {goes}");
 }
+
+/// The most accesses that a disk may take that comes, and one that goes.
+struct Bar {
+    comes: u64,
+    goes: u64,
+}
+
+impl Bar {
+    /// A bar 1.3 times as high as what was first measured.
+    const fn first(comes: u64, goes: u64) -> Self {
+        Self { comes: comes * 13 / 10, goes: goes * 13 / 10 }
+    }
+}
+
+/// The bars of Debian's kernels of x86_64, of which the later one reads more of a device that it has found. ACPI asks for a
+/// disk and hears that it has gone by accesses, too.
+const LINUX_6_1: Bar = Bar::first(623, 171);
+const LINUX_7_2: Bar = Bar::first(685, 169);
+/// The bar of aarch64, whose guest is told and asked by the agent: here on bus 0, as the slots are taken.
+const AARCH64: Bar = Bar::first(332, 33);
 
 /// How many accesses it took, when this was first measured, that ACPI asks for a device and hears that it has gone. An
 /// agent is asked by vsock, without any.
