@@ -65,7 +65,7 @@ pub enum Act {
     Body(Vec<u8>),
     /// These bytes come in its place.
     Bytes(Vec<u8>),
-    /// The answer brings descriptors with it.
+    /// The answer brings eight descriptors with it.
     Descriptors,
 }
 
@@ -256,7 +256,7 @@ impl Session {
             (Some(Act::Body(body)), _) => self.stream.write_all(&message(&body)).unwrap(),
             (Some(Act::Descriptors), Some(answer)) => {
                 let (message, fd) = (message(&answer), self.stream.as_raw_fd());
-                assert_eq!(self.stream.send_with_fds(&[&message[..]], &[fd, fd, fd]).unwrap(), message.len());
+                assert_eq!(self.stream.send_with_fds(&[&message[..]], &[fd; 8]).unwrap(), message.len());
             }
             (None, Some(answer)) if request == GET_INFLIGHT_FD => {
                 static NEXT: AtomicU64 = AtomicU64::new(1);
