@@ -147,6 +147,49 @@ fn plugged_memory_comes_goes_and_is_in_snapshots() {
     }
 }
 
+/// The most time on a processor, in nanoseconds, that the monitor may take to plug 1 GiB: block by block, as drivers ask.
+const GIBIBYTE_MAX: u64 = 20_000_000;
+
+/// The time on a processor that the threads of a process have had, but for its guest's CPUs, in nanoseconds.
+fn time_of_monitor(process: u32) -> u64 {
+    let threads = std::fs::read_dir(format!("/proc/{process}/task")).unwrap();
+    let time = |thread: std::fs::DirEntry| {
+        let read = |file: &str| std::fs::read_to_string(thread.path().join(file)).unwrap();
+        let is_cpu = read("comm").starts_with("vcpu");
+        if is_cpu { 0 } else { read("schedstat").split(' ').next().unwrap().parse::<u64>().unwrap() }
+    };
+    threads.map(|thread| time(thread.unwrap())).sum()
+}
+
+#[test]
+fn a_gibibyte_is_plugged_in_little_time_of_the_monitor() {
+    let mut service = Service::start(&[]);
+    let mut client = service.client();
+    // Where the host's policy gives huge pages, a guest that touches a byte of each block has all of it.
+    client.ok("PUT", "/machine-config", r#"{"vcpu_count": 1, "mem_size_mib": 128, "huge_pages": "Never"}"#);
+    client.ok("PUT", PATH, r#"{"total_size_mib": 1024}"#);
+    service.boot_source("case=hotplug end=idle");
+    client.ok("PUT", "/actions", START);
+    service.process.expect("hotplug: waits");
+    let process = service.process.child.id();
+    let mut plug = || {
+        let before = time_of_monitor(process);
+        client.ok("PATCH", PATH, &requested(1024));
+        service.process.expect("hotplug: 512 blocks of 512");
+        let taken = time_of_monitor(process) - before;
+        println!("1 GiB is plugged in {} us of the monitor", taken / 1000);
+        assert_eq!(client.ok("GET", PATH, "").json()["plugged_size_mib"], 1024);
+        // One block stays: a guest that is to have none ends.
+        client.ok("PATCH", PATH, &requested(2));
+        service.process.expect("hotplug: 1 blocks of 1");
+        taken
+    };
+    // What else this machine does may cost one of them time.
+    let taken = (0..3).map(|_| plug()).min().unwrap();
+    // An emulated machine is slow.
+    assert!(taken > 0 && (std::env::var_os("ALULA_RIG").is_some() || taken < GIBIBYTE_MAX), "{taken} ns");
+}
+
 #[test]
 fn readers_of_events_hear_of_memory_that_was_requested() {
     let mut service = Service::start(&[]);
