@@ -1,4 +1,5 @@
-//! Which thread makes what of the host: `main` alone opens files and sockets and starts threads.
+//! Which thread makes what of the host: `main` alone opens files and sockets and starts threads, and a balloon's gives
+//! memory back by one call.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by it")]
 
@@ -8,7 +9,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::process::Command;
 
-use common::{Client, Folder, Process, alula, network};
+use alula::devices::KINDS;
+use alula::host::Host;
+use common::driver::{F_EVENT_IDX, Guest, TRANSPORTS};
+use common::{Client, Folder, Process, alula, network, wait_for};
 
 /// What any thread may make: what it works with, which leads nowhere, and connections that others make to a
 /// socket at which `main` listens.
@@ -96,4 +100,69 @@ fn a_vcpu_that_kvm_cannot_run_on_opens_nothing() {
     let ended = process.end();
     assert!(ended.text.contains("KVM could not"), "{}", ended.text);
     check(&folder);
+}
+
+/// Set: this process has a balloon that is given pages, and another one takes down what it calls.
+const COUNTED: &str = "ALULA_TEST_COUNTED_BALLOON";
+/// What the counted process looks for, in vain, before and after the pages are given: marks in its trace.
+const MARKS: [&str; 2] = ["/the pages are given", "/the pages were given"];
+/// How often 256 pages that lie together are given, in the counted process, behind each transport.
+const ROUNDS: usize = 10;
+
+#[test]
+fn a_balloon_that_another_process_counts_is_given_pages() {
+    if std::env::var_os(COUNTED).is_none() {
+        return;
+    }
+    let kind = KINDS.iter().find(|kind| kind.section == "balloon").unwrap();
+    let device = kind.parse(br#"{"amount_mib": 1, "deflate_on_oom": false}"#).unwrap();
+    for transport in TRANSPORTS {
+        let mut guest = Guest::new(transport, device.open("it", &mut Host::default()).unwrap());
+        guest.start(F_EVENT_IDX);
+        // As Linux gives them, in the quarter of memory that nothing else is in.
+        let pages: Vec<u8> = (768..1024_u32).rev().flat_map(u32::to_le_bytes).collect();
+        let pages = guest.allocate(&pages);
+        let mut give = || {
+            guest.want_interrupt(0, true);
+            guest.request(0, &[(pages, 0)]);
+            wait_for(|| guest.interrupts() > 0);
+        };
+        give();
+        assert!(!std::fs::exists(MARKS[0]).unwrap());
+        (0..ROUNDS).for_each(|_| give());
+        assert!(!std::fs::exists(MARKS[1]).unwrap());
+    }
+}
+
+#[test]
+fn a_balloon_gives_256_pages_back_by_one_call() {
+    let folder = Folder::new();
+    let counted = Command::new("strace")
+        .args(["-f", "-qq", "-Y", "-e", "signal=none", "-o"])
+        .arg(folder.path("trace"))
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", "a_balloon_that_another_process_counts_is_given_pages"])
+        .env(COUNTED, "yes")
+        .output()
+        .unwrap();
+    assert!(counted.status.success(), "{}", String::from_utf8_lossy(&counted.stdout));
+    let trace = std::fs::read_to_string(folder.path("trace")).unwrap();
+    let mut counts = BTreeMap::<&str, usize>::new();
+    let mut is_counting = false;
+    for line in trace.lines() {
+        match MARKS.map(|mark| line.contains(mark)) {
+            [false, false] => {}
+            [begins, _] => is_counting = begins,
+        }
+        // Of `12<io> madvise(...`, but not the end of a call whose beginning was told.
+        let call = line.split_once("<io> ").and_then(|(_, call)| call.trim_start().split_once('('));
+        if let Some((name, _)) = call.filter(|(name, _)| is_counting && !name.starts_with('<')) {
+            *counts.entry(name).or_default() += 1;
+        }
+    }
+    println!("{counts:?}");
+    // The thread waits for the kick and interrupts the guest, which is a write to an event each.
+    counts.retain(|name, _| !name.starts_with("epoll_"));
+    let all = TRANSPORTS.len() * ROUNDS;
+    assert_eq!(counts, BTreeMap::from([("madvise", all), ("write", all)]));
 }
