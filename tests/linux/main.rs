@@ -76,12 +76,18 @@ fn boot(kernel: &str, cpus: u32, what: &str) -> Ended {
 }
 
 fn boot_with(kernel: &str, cpus: u32, what: &str, more: &[&str]) -> Ended {
+    let mut guest = start_with(kernel, cpus, what, more);
+    guest.stdin = None;
+    guest.end()
+}
+
+fn start_with(kernel: &str, cpus: u32, what: &str, more: &[&str]) -> Process {
     let (kernel, initrd) = (asset(kernel), asset("initramfs.cpio"));
     let (cpus, line) = (cpus.to_string(), command_line(what));
     let mut arguments = vec!["run", kernel.to_str().unwrap(), "--initrd", initrd.to_str().unwrap()];
     arguments.extend(["--cpus", &cpus, "--memory", "256M", "--cmdline", &line]);
     arguments.extend(more);
-    run(arguments)
+    Process::start(arguments)
 }
 
 fn line_of<'a>(text: &'a str, label: &str) -> &'a str {
