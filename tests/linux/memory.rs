@@ -6,6 +6,9 @@ use super::*;
 const MEMORY: u64 = 256;
 const WITHOUT: u64 = 128;
 
+/// The most time from when the guest has freed memory to when the host has nearly all of it.
+const REPORT_TIME: Duration = Duration::from_secs(5);
+
 /// Configures the memory and a balloon of a machine that is not started yet.
 pub fn add_balloon(client: &mut common::Client, reports: bool) {
     let machine = json!({ "vcpu_count": 1, "mem_size_mib": MEMORY }).to_string();
@@ -36,7 +39,12 @@ pub fn comes_and_goes(service: &mut Service, reports: bool) {
     go_on(service);
     service.process.expect("memory: freed");
     if reports {
+        let begin = std::time::Instant::now();
         wait_for(|| own(process) <= full - filled * 9 / 10);
+        let time = begin.elapsed();
+        println!("memory: 9 of 10 of {filled} MiB that were freed are the host's after {time:?}");
+        // Linux waits 2 s with its report (mm/page_reporting.c), by its own clock. An emulated machine is slow.
+        assert!(time <= REPORT_TIME || std::env::var_os("ALULA_RIG").is_some(), "{time:?}");
     }
     wait_for(|| statistic("free_memory").is_some_and(|free| free >> 20 >= filled));
     assert!(statistic("total_memory").is_some_and(|total| (MEMORY / 2..=MEMORY).contains(&(total >> 20))));
