@@ -94,7 +94,11 @@ fn open_deaf(microvm: &mut Microvm) -> Result<UnixStream> {
 }
 
 fn set(stream: UnixStream, what: Set) -> Result<()> {
-    let deadline = Instant::now() + RELEASE_TIME;
+    set_within(RELEASE_TIME, stream, what)
+}
+
+fn set_within(time: Duration, stream: UnixStream, what: Set) -> Result<()> {
+    let deadline = Instant::now() + time;
     let stream = reach(stream, PORT, PATIENCE)?
         .ok_or_else(|| Error::guest(format!("no agent listens on vsock port {PORT} of the guest")))?;
     Hearing::new(Call::new(stream, Ask::Set(what))?, Some(deadline))?.finish(|_| Ok(())).map(drop)
@@ -139,5 +143,39 @@ fn told(greeting: Greeting) -> Guest {
         addresses: Some(info.addresses.into_iter().take(ADDRESSES_MAX).collect()),
         hostname: Some(text(info.hostname)),
         reason: None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+
+    use super::*;
+    use crate::protocol::frame::{Type, put};
+
+    /// The words for an agent that is to let a device go, has a quarter of a second for that, and answers with these bytes.
+    fn asked(bytes: &[u8]) -> String {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                theirs.read_exact(&mut [0; 11]).unwrap();
+                theirs.write_all(bytes).unwrap();
+                // The connection stays until the caller has had enough of it.
+                let _ = theirs.read_to_end(&mut Vec::new());
+            });
+            let release = Set { pci: Some(Pci::Remove(5)), ..Set::default() };
+            set_within(Duration::from_millis(250), ours, release).unwrap_err().to_string()
+        })
+    }
+
+    #[test]
+    fn an_agent_that_never_answers_is_asked_for_so_long() {
+        assert!(asked(b"").contains("there was no answer for 3 s"));
+        let mut greeting = b"OK 1\n".to_vec();
+        put(&mut greeting, Type::Greeting, br#"{"protocol": 1, "agent": "9"}"#);
+        for silent in [b"OK 1\n", &greeting[..]] {
+            let error = asked(silent);
+            assert!(error.contains("does not answer, and the time is up"), "{error}");
+        }
     }
 }
