@@ -55,6 +55,15 @@ impl Pool {
         pool
     }
 
+    /// Takes the pages that nobody uses out of the pool, and returns how many are left.
+    fn shrink(&self) -> u64 {
+        let total = fs::read_to_string(file_of_pool("nr_hugepages")).unwrap().trim().parse::<u64>().unwrap();
+        let left = total - unused();
+        self.set(&left.to_string());
+        assert_eq!(unused(), 0);
+        left
+    }
+
     fn set(&self, pages: &str) {
         self.file.write_all_at(pages.as_bytes(), 0).unwrap();
     }
@@ -137,6 +146,38 @@ fn a_pool_without_enough_pages_is_told_and_how_to_fill_it() {
     client.ok("PUT", "/machine-config", r#"{"vcpu_count": 1, "mem_size_mib": 16, "huge_pages": "None"}"#);
     client.ok("PUT", "/actions", start);
     service.process.expect("1 cases, 0 failed");
+    drop(pool);
+}
+
+#[test]
+fn a_pool_too_small_for_a_slot_has_the_guest_try_again_later() {
+    const SLOT_PAGES: u64 = (128 << 20) / HUGE;
+    let pool = Pool::with(8);
+    let mut service = Service::start(&[]);
+    let mut client = service.client();
+    let machine = r#"{"vcpu_count": 1, "mem_size_mib": 16, "huge_pages": "2M"}"#;
+    client.ok("PUT", "/machine-config", machine);
+    client.ok("PUT", "/hotplug/memory", r#"{"total_size_mib": 128}"#);
+    service.boot_source("case=hotplug end=idle");
+    client.ok("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#);
+    service.process.expect("hotplug: waits");
+    // A pool that is larger than this guest would have enough.
+    let mine = pool.shrink();
+    client.ok("PATCH", "/hotplug/memory", r#"{"requested_size_mib": 128}"#);
+    service.process.expect("hotplug: is to try again later");
+    assert_eq!(client.ok("GET", "/hotplug/memory", "").json()["plugged_size_mib"], 0);
+    pool.set(&(mine + SLOT_PAGES).to_string());
+    service.process.expect("hotplug: 64 blocks of 64");
+    client.ok("PATCH", "/hotplug/memory", r#"{"requested_size_mib": 0}"#);
+    service.process.expect("1 cases, 0 failed");
+    let counted = client.ok("GET", "/metrics", "").json()["memory_hotplug"].clone();
+    assert!(counted["plug_fails"].as_u64() > Some(0) && counted["plug_bytes"] == 128 << 20, "{counted}");
+    service.process.send(libc::SIGTERM);
+    let said = service.process.end().text;
+    let expected = "0x8000000 bytes at 0x100000000 more now: map 128 MiB of guest memory in huge pages of 2 MiB: have the \
+                    host keep 64 of them for guests (sysctl vm.nr_hugepages)";
+    assert!(said.contains(&format!("the guest cannot have {expected}")), "{said}");
+    common::wait_for(|| unused() == mine + SLOT_PAGES);
     drop(pool);
 }
 

@@ -15,6 +15,10 @@ const PLUG: u64 = 0;
 const UNPLUG: u64 = 1;
 const UNPLUG_ALL: u64 = 2;
 const ACK: u16 = 0;
+/// The answer to what the host cannot do now, but may do later.
+const BUSY: u16 = 2;
+/// How long a request waits that is to be made again: a tenth of a second and more on any processor there is.
+const RETRY_TICKS: u64 = arch::PATIENCE_TICKS / 100;
 /// The size of an answer.
 const ANSWER: usize = 10;
 
@@ -32,6 +36,7 @@ fn ask(queue: &Queue, kind: u64, address: u64) -> Option<u16> {
 }
 
 /// Has the block at `address` plugged, if `kind` is that, with `number` in it; or unplugged, if the number is still there.
+/// A block that cannot be plugged now is asked for again and again.
 fn change(queue: &Queue, kind: u64, address: u64, number: u32) -> bool {
     if kind == UNPLUG {
         let found = arch::read32(arch::reach(address));
@@ -40,7 +45,15 @@ fn change(queue: &Queue, kind: u64, address: u64, number: u32) -> bool {
             return false;
         }
     }
-    let found = ask(queue, kind, address);
+    let mut found = ask(queue, kind, address);
+    if kind == PLUG && found == Some(BUSY) {
+        say!("hotplug: is to try again later\n");
+        while found == Some(BUSY) {
+            let end = arch::ticks() + RETRY_TICKS;
+            while arch::ticks() < end {}
+            found = ask(queue, kind, address);
+        }
+    }
     if found != Some(ACK) {
         say!("expected that request ", kind, " for ", Hex(address), " is done, found that it is not");
         return false;
