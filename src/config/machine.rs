@@ -247,6 +247,7 @@ impl MachineConfig {
         }
         let refuse = |reason: String| Err(Error::config(format!("`max_vcpus` (--max-cpus): {reason}")));
         match most {
+            0 => refuse("a guest has one CPU at least: give 1 or more, or leave it out".to_owned()),
             _ if most < cpus => refuse(format!(
                 "the guest can have at most {most} CPUs, and {cpus} (`vcpu_count`, --cpus) are more: ask for no more, or \
                  start it with more that can come"
@@ -383,7 +384,7 @@ mod tests {
         let of_smt = (2, 5, r#","smt":true"#, "5 CPUs cannot be two per core");
         let refused = [
             (3, 2, "", "at most 2 CPUs, and 3 (`vcpu_count`, --cpus) are more"),
-            (1, 0, "", "at most 0 CPUs, and 1 "),
+            (1, 0, "", "a guest has one CPU at least: give 1 or more"),
             (1, 513, "", "513 CPUs are too many: at most 512"),
         ];
         if arch::HAS_SMT {
