@@ -159,7 +159,7 @@ fn user(is_it: impl Fn(&Path, &Metadata) -> bool) -> Option<String> {
             .any(|path| std::fs::metadata(&path).is_ok_and(|metadata| is_it(&path, &metadata)))
     };
     if uses(Path::new("/proc/self")) {
-        return Some("another disk of this microVM".to_owned());
+        return Some("another disk or pmem device of this microVM".to_owned());
     }
     for process in std::fs::read_dir("/proc").ok()?.flatten() {
         let Ok(pid) = process.file_name().to_string_lossy().parse::<u32>() else { continue };

@@ -261,8 +261,9 @@ fn two_disks_over_one_file_are_told_of_each_other() {
     for (first, second) in [("", ""), ("", ",ro"), (",ro", ""), (",lock=off", "")] {
         let refused = two(first, second);
         assert_eq!(refused.code, Some(125), "{}", refused.text);
-        let expected =
-            format!("use disk image `{disk}`: it is in use by another disk of this microVM: stop that");
+        let expected = format!(
+            "use disk image `{disk}`: it is in use by another disk or pmem device of this microVM: stop that"
+        );
         assert!(refused.text.contains(&expected), "{}", refused.text);
     }
     for (first, second, warned) in
@@ -270,8 +271,7 @@ fn two_disks_over_one_file_are_told_of_each_other() {
     {
         let shared = two(first, second);
         assert_eq!(shared.code, Some(0), "{}", shared.text);
-        let warning =
-            "it is in use by another disk of this microVM, and used all the same: its content may be damaged";
+        let warning = "it is in use by another disk or pmem device of this microVM, and used all the same: its content may be damaged";
         assert_eq!(shared.text.contains(warning), warned, "{}", shared.text);
         let told = std::fs::read_to_string(&events).unwrap();
         assert_eq!(told.contains(r#""event":"disk_shared""#), warned, "{told}");

@@ -110,7 +110,7 @@ fn a_block_device_that_is_in_use_is_not_written() {
     let (major, minor) = (libc::major(number).to_string(), libc::minor(number).to_string());
     output("mknod", &[other.to_str().unwrap(), "b", &major, &minor]);
     let error = Disk::new(config(&other, "Sync", json!({}))).err().unwrap();
-    assert!(error.contains("it is in use by another disk of this microVM"), "{error}");
+    assert!(error.contains("it is in use by another disk or pmem device of this microVM"), "{error}");
     for path in [&device.path, &other] {
         disk.patch(json!({ "drive_id": "d", "path_on_host": path })).unwrap();
         assert_eq!(disk.write(0, &[1; 512]), OK);

@@ -255,7 +255,7 @@ fn files_that_are_no_memory_are_refused_by_name() {
     };
     let [reader, other] = [(); 2].map(|()| one(json!({ "read_only": true })).unwrap());
     let error = one(json!({})).err().unwrap().to_string();
-    assert!(error.contains("it is in use by another disk of this microVM"), "{error}");
+    assert!(error.contains("it is in use by another disk or pmem device of this microVM"), "{error}");
     one(json!({ "lock": false })).unwrap();
     drop((reader, other));
     let _writer = one(json!({})).unwrap();
