@@ -154,6 +154,8 @@ fn devices_come_and_go_while_the_guest_runs() {
 const BY_TAP: &str = "no program is started once the guest has run: give the interface a TAP (`host_dev_name`), or the \
                       descriptors of one (`fd:N`)";
 
+/// An interface that the guest has already.
+const NET_TWICE: &str = r#"{"iface_id": "n", "host_dev_name": "tap0"}"#;
 /// A port that the guest has already, and the words for that: ports have no PATCH that would change it.
 const PORT_TWICE: &str = r#"{"id": "port", "uds_path": "other"}"#;
 const IS_THERE: &str = "Device ID in use: the guest has port `port`: take it away first (DELETE)";
@@ -167,7 +169,7 @@ fn what_cannot_come_or_go_is_refused_and_changes_nothing() {
     let mut client = service.client();
     let root = json!({ "drive_id": "first", "is_root_device": true, "path_on_host": first });
     client.ok("PUT", "/drives/first", &root.to_string());
-    client.ok("PUT", "/network-interfaces/n", r#"{"iface_id": "n", "host_dev_name": "tap0"}"#);
+    client.ok("PUT", "/network-interfaces/n", NET_TWICE);
     client.ok("PUT", "/mmds/config", r#"{"network_interfaces": ["n"]}"#);
     let port = json!({ "id": "port", "uds_path": service.folder.path("port") });
     client.ok("PUT", "/ports/port", &port.to_string());
@@ -189,6 +191,7 @@ fn what_cannot_come_or_go_is_refused_and_changes_nothing() {
             "Device ID in use: the guest has disk `first`: change",
         ),
         ("PUT", "/ports/port", PORT_TWICE, IS_THERE),
+        ("PUT", "/network-interfaces/n", NET_TWICE, "Device ID in use: the guest has network interface `n`"),
         ("PUT", "/drives/r", &second_root, "a guest that runs has booted already: no"),
         (
             "PUT",

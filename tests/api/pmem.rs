@@ -112,3 +112,39 @@ fn persistent_memory_that_cannot_be_is_refused_when_it_is_named() {
         assert!(fault.contains("set up pmem device `q`") && fault.contains("it is in use by"), "{fault}");
     }
 }
+
+#[test]
+fn a_root_stays_and_its_file_and_name_are_taken() {
+    let service = Service::start(&["--enable-pci"]);
+    let [path, other] = ["file", "other"].map(|name| service.folder.write(name, [0; 4096]));
+    let mut client = service.client();
+    client.ok("PUT", "/pmem/root", &body("root", &path, &[("root_device", true.into())]));
+    service.boot_source("hello");
+    client.ok("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#);
+    let before = client.ok("GET", "/vm/config", "").json();
+    let used = "it is in use by another disk or pmem device of this microVM";
+    let disk = json!({ "drive_id": "d", "path_on_host": path, "is_root_device": false }).to_string();
+    for (method, path, body, expected) in [
+        (
+            "DELETE",
+            "/pmem/root",
+            r#"{"force": true}"#,
+            "Cannot unplug root device: the guest has booted from pmem device `root`",
+        ),
+        (
+            "PUT",
+            "/pmem/root",
+            &*body("root", &other, &[]),
+            "Device ID in use: the guest has pmem device `root`: change it (PATCH), or take it away first (DELETE)",
+        ),
+        ("PUT", "/pmem/p", &body("p", &path, &[]), used),
+        ("PUT", "/pmem/p", &body("p", &path, &[("read_only", true.into())]), used),
+        ("PUT", "/drives/d", &disk, used),
+        ("DELETE", "/pmem/p", "", "Device not found: there is no pmem device `p`"),
+        ("DELETE", "/network-interfaces/p", "", "Device not found: there is no network interface `p`"),
+    ] {
+        let fault = client.request(method, path, body).fault();
+        assert!(fault.contains(expected), "{method} {path}: {fault}");
+        assert_eq!(client.ok("GET", "/vm/config", "").json(), before, "{method} {path}");
+    }
+}
