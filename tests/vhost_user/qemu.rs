@@ -155,6 +155,45 @@ fn loads_go_on_after_pauses_and_resets_until_the_daemon_dies() {
     }
 }
 
+/// A backend that reads nothing any more: its connections stay, and what is sent to them.
+#[test]
+fn a_daemon_that_stands_still_holds_up_no_more_than_its_disk() {
+    let place = Place::new();
+    image(&place);
+    let daemon = Daemon::start(&place.folder);
+    let socket = place.folder.path("api");
+    let disk = format!("socket={},id=d", place.folder.path("backend").display());
+    let words = ["run", "--api-sock", socket.to_str().unwrap(), "--disk", &disk, "--cmdline", "bench"];
+    let mut guest = Process::start([&words, TRANSPORT_WORDS[1]].concat());
+    let mut stdin = guest.stdin.take().unwrap();
+    guest.expect("bench: ready");
+    let mut use_disk = |guest: &mut Process| {
+        stdin.write_all(b"write 4096 8 100\n").unwrap();
+        guest.expect("done 100");
+    };
+    use_disk(&mut guest);
+    let mut client = common::Client::connect(&socket);
+    common::send(&daemon.0, libc::SIGSTOP);
+    let mut is_refused = |expected: &str| {
+        let fault = client.request("PATCH", "/drives/d", r#"{"drive_id": "d"}"#).fault();
+        assert!(fault.contains(expected), "{fault}");
+        for state in ["Paused", "Resumed"] {
+            client.ok("PATCH", "/vm", &json!({ "state": state }).to_string());
+        }
+    };
+    // The first one loses the connection that there is, and the kernel makes others for a daemon that does not look.
+    is_refused("at GET_FEATURES: it does not answer in time");
+    is_refused("at GET_FEATURES: it does not answer in time");
+    is_refused("who listens there does not take its clients, and many wait already");
+    assert!(guest.is_running());
+    common::send(&daemon.0, libc::SIGCONT);
+    // The daemon first takes, and loses, those that were made.
+    common::wait_for(|| client.request("PATCH", "/drives/d", r#"{"drive_id": "d"}"#).status() == "204");
+    client.ok("PUT", "/actions", r#"{"action_type": "Reset"}"#);
+    guest.expect("bench: ready");
+    use_disk(&mut guest);
+}
+
 /// What of a process's memory is files in memory, as the kernel lists it.
 fn memory_files(process: u32) -> usize {
     let maps = std::fs::read_to_string(format!("/proc/{process}/maps")).unwrap();
