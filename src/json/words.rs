@@ -1,5 +1,7 @@
 //! Messages on JSON texts that are wrong, in words for people: serde names the types of programs, and not always the field.
 
+use serde::de::IgnoredAny;
+
 /// A message of serde, without the place that it ends with, for who writes JSON by hand. What it says of fields
 /// and their values it says in backticks, and so does this.
 pub fn plain(message: &str) -> String {
@@ -113,9 +115,12 @@ pub fn field_at(text: &[u8], line: usize, column: usize) -> Option<&str> {
 /// The fault of `text` that `error` tells, in plain words, with the field and without the place.
 pub fn tell(text: &[u8], error: &serde_json::Error) -> String {
     let message = error.to_string();
-    let message = plain(message.split(" at line ").next().unwrap_or_default());
+    let message = message.split(" at line ").next().unwrap_or_default();
+    // serde calls what is neither a string nor an object no value at all, where a field has one of some words.
+    let is_no_word = message == "expected value" && serde_json::from_slice::<IgnoredAny>(text).is_ok();
+    let message = if is_no_word { "expected a string".to_owned() } else { plain(message) };
     // Of a text that is no JSON, and of a field that is named, the field before is of no interest.
-    let is_named = !error.is_data() || message.contains(" field `");
+    let is_named = !error.is_data() && !is_no_word || message.contains(" field `");
     match field_at(text, error.line(), error.column()).filter(|_| !is_named) {
         Some(field) => format!("`{field}`: {message}"),
         None => message,
