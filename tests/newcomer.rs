@@ -430,10 +430,11 @@ fn a_monitor_that_does_not_answer_is_not_waited_for_long() {
         &["ctl", "--api-sock", socket, "status"][..],
         &["ctl", "--api-sock", socket, "snapshot", "folder"],
         &["ctl", "--api-sock", socket, "events"],
+        &["clone", "--template", socket, "--id", "one"],
         &["exec", "--api-sock", socket, "--", "true"],
     ];
     let processes = asked.map(|words| Process::start(words.iter().copied()));
-    for (process, code) in processes.into_iter().zip([1, 1, 1, 125]) {
+    for (process, code) in processes.into_iter().zip([1, 1, 1, 1, 125]) {
         let ended = process.end();
         assert_eq!(ended.code, Some(code), "{}", ended.text);
         let us = std::process::id();

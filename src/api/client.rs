@@ -53,9 +53,9 @@ impl Client {
         Self::connect_to(Server::Monitor, path).map(|client| Self { has_spoken: false, ..client })
     }
 
-    /// Connects to the template that serves the socket at `path`.
+    /// Connects to the template that serves the socket at `path`, which has to answer at all, too.
     pub fn connect_to_template(path: &Path) -> Result<Self> {
-        Self::connect_to(Server::Template, path)
+        Self::connect_to(Server::Template, path).map(|client| Self { has_spoken: false, ..client })
     }
 
     fn connect_to(server: Server, path: &Path) -> Result<Self> {
