@@ -313,7 +313,14 @@ fn with_way_out(error: Error, config: &Config, load: &Load) -> Error {
         "network-interfaces" => (
             format!("`network_overrides` of `{id}`"),
             load.interfaces.iter().any(|(interface, _)| interface == id),
-            format!("`network_overrides` (`alula clone`: --tap {id}=NAME) gives it another TAP interface"),
+            // An interface of passt is on no TAP interface.
+            match serde_json::to_value(device).is_ok_and(|told| told["user"].is_object()) {
+                true => "a restore gives it no other ports: free those that it publishes".to_owned(),
+                false => format!(
+                    "`network_overrides` (`/snapshot/load`, and `alula clone`: --tap {id}=NAME) gives it another TAP \
+                     interface"
+                ),
+            },
         ),
         "vsock" => (
             "`vsock_override`".to_owned(),

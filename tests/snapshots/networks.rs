@@ -77,6 +77,7 @@ fn clones_of_a_template_have_a_passt_each_but_no_port_twice() {
             wait_for(|| TcpStream::connect(port).is_ok());
             let refusal = format!("publish `{publish}`: ");
             fault(&mut client, "/clones", &order("second"), &refusal);
+            fault(&mut client, "/clones", &order("second"), "free those that it publishes");
         } else {
             clones.push(("second", template.make(&mut client, &order("second"))));
         }
