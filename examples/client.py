@@ -56,6 +56,8 @@ class MicroVM:
 
 
 def main():
+    if len(sys.argv) != 4:
+        sys.exit(__doc__)
     path, kernel, words = sys.argv[1:]
     vm = MicroVM(path)
     vm.request("PUT", "/machine-config", {"vcpu_count": 2, "mem_size_mib": 128})

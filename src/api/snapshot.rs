@@ -110,12 +110,14 @@ pub struct LoadSnapshot {
     huge_pages: LoadedPages,
 }
 
-/// Body of `PUT /snapshot/working-set`: when it is noted which pages of its memory a restored microVM has touched.
+/// Body of `PUT /snapshot/working-set`: when it is noted which pages of its memory a restored microVM has touched. The
+/// request is answered then.
 #[derive(Debug, Default, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "WorkingSetParams"))]
 #[serde(deny_unknown_fields)]
 pub struct NoteWorkingSet {
-    /// The time until the guest is ready, in milliseconds from now, at most an hour. Left out: the guest is ready now.
+    /// The time until the guest is ready, in milliseconds from now, whether it runs or not, at most an hour. Left out: the
+    /// guest is ready now.
     #[serde(default)]
     after_ms: u64,
 }
