@@ -164,13 +164,17 @@ impl Drop for Started<'_> {
     }
 }
 
+/// A folder in which `alula` is found, with one for the sockets of names.
+fn with_alula() -> Folder {
+    let folder = Folder::new();
+    ["bin", "run"].into_iter().for_each(|name| std::fs::create_dir(folder.path(name)).unwrap());
+    called("bin/alula", &folder);
+    folder
+}
+
 #[test]
 fn a_fleet_lives_and_is_cloned_as_the_page_says() {
-    let folder = Folder::new();
-    let bin = Folder(folder.path("bin"));
-    std::fs::create_dir(&bin.0).unwrap();
-    std::fs::create_dir(folder.path("run")).unwrap();
-    called("alula", &bin);
+    let folder = with_alula();
     let _started = Started(&folder);
     // Guests and template print to elsewhere: this test waits for the commands alone.
     let quiet = |text: &str| {
@@ -206,11 +210,7 @@ fn as_firmware(block: &str, words: &str) -> String {
 
 #[test]
 fn snapshots_are_saved_merged_and_cloned_as_the_page_says() {
-    let folder = Folder::new();
-    let bin = Folder(folder.path("bin"));
-    std::fs::create_dir(&bin.0).unwrap();
-    std::fs::create_dir(folder.path("run")).unwrap();
-    called("alula", &bin);
+    let folder = with_alula();
     let _started = Started(&folder);
     let of_page = |text: &str, words: &str| ran(&folder, &as_firmware(&block("snapshots.md", text), words));
     let goes_on = |text: &str| assert!(text.contains("2 cases, 0 failed"), "{text}");

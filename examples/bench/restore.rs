@@ -91,7 +91,7 @@ pub struct Guest {
     pub memory_mib: u32,
     pub words: &'static str,
     pub ready: &'static str,
-    /// It has a network interface over passt.
+    /// The guest has a network interface over passt.
     pub has_passt: bool,
 }
 

@@ -421,7 +421,7 @@ pub fn ticks() -> u64 {
     count * (1_000_000_000 / frequency.clamp(1, 1_000_000_000))
 }
 
-/// The same, read after what was loaded before.
+/// The ticks of [`ticks`], read after what was loaded before.
 pub fn ticks_in_order() -> u64 {
     // SAFETY: the instruction changes nothing.
     unsafe { asm!("isb", options(nostack)) };

@@ -187,7 +187,7 @@ fn messages(machine: &Machine, _: &Words) -> bool {
 /// In loopback, the UART sends every byte back.
 fn serial(_: &Machine, _: &Words) -> bool {
     console::set_loopback(true);
-    // What somebody has typed before is not for this; in loopback nothing more comes.
+    // Bytes that somebody has typed before are not for this case; in loopback no more of them come.
     const FIFO: u8 = 64;
     (0..FIFO).take_while(|_| console::receive().is_some()).for_each(drop);
     let mut wrong = None;

@@ -9,7 +9,7 @@ use crate::machine::Machine;
 use crate::virtio::wait_for;
 use crate::words::Words;
 
-/// So many times both have read before a byte that was typed is answered.
+/// The number of times that both CPUs read before a byte that was typed is answered.
 const TURNS: u32 = 16;
 
 const NOBODY: u64 = 0;
@@ -46,7 +46,7 @@ fn read() {
     }
 }
 
-/// What a secondary CPU does of the case, until the first one wants no more; nothing where the case does not run.
+/// Has a secondary CPU do its part of the case, until the first one wants no more; nothing where the case does not run.
 pub fn take_part() {
     while turn() != NOBODY {
         if turn() == SECOND {

@@ -452,7 +452,7 @@ pub fn ticks() -> u64 {
     u64::from(low) | u64::from(high) << 32
 }
 
-/// The same, read after what was loaded before.
+/// The ticks of [`ticks`], read after what was loaded before.
 pub fn ticks_in_order() -> u64 {
     // SAFETY: the instruction changes nothing.
     unsafe { asm!("lfence", options(nostack)) };

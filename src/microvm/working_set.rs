@@ -99,7 +99,7 @@ impl Microvm {
             Box::new(Self::note_now)
         })?;
         self.noting = Some(ticket);
-        // What the guest of a ready one has touched came before.
+        // A guest that is ready has touched its pages already.
         if !after.is_zero() {
             self.map_singly();
         }

@@ -184,7 +184,7 @@ fn a_gibibyte_is_plugged_in_little_time_of_the_monitor() {
         service.process.expect("hotplug: 1 blocks of 1");
         taken
     };
-    // What else this machine does may cost one of them time.
+    // Other programs of this machine may cost one of the rounds time.
     let taken = (0..3).map(|_| plug()).min().unwrap();
     // An emulated machine is slow.
     assert!(taken > 0 && (std::env::var_os("ALULA_RIG").is_some() || taken < GIBIBYTE_MAX), "{taken} ns");

@@ -63,7 +63,7 @@ pub fn zero(faults: &File, address: u64, size: u64) -> Result<()> {
     }
 }
 
-/// What a handler hears of.
+/// The news that a handler hears.
 #[derive(Debug)]
 pub enum Heard {
     /// A page is wanted, at this address.

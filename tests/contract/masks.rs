@@ -2,16 +2,14 @@
 
 use std::sync::Arc;
 
-use alula::memory::{self, Memory};
+use alula::memory::Memory;
 use alula::pci::msix::{ENTRY, Msix};
-use alula::platform::Platform;
 use alula::poll::EventFd;
 use alula::snapshot::SaveState;
-use alula::vm::{Prepared, Vm};
+use alula::vm::Vm;
 use kvm_ioctls::VcpuFd;
-use vm_memory::GuestAddressSpace;
 
-use crate::common::wait_for;
+use crate::common::{driver, wait_for};
 
 /// The vector of the message, and where the local APIC has its bit of those that wait (IRR; Intel SDM 3A, 11.8.4).
 const VECTOR: u32 = 0x41;
@@ -32,22 +30,7 @@ struct Function {
 
 impl Function {
     fn new() -> Self {
-        let ranges = alula::arch::layout::memory(2 << 20);
-        let memory = memory::allocate(&ranges).unwrap();
-        let mut platform = Platform {
-            cpus: 1,
-            smt: false,
-            memory: ranges,
-            command_line: String::new(),
-            initrd: None,
-            random_seed: [0; 32],
-            nodes: Vec::new(),
-            pci: true,
-            gic: None,
-        };
-        let mut vm = Vm::new(Prepared::new().unwrap(), &memory.memory()).unwrap();
-        let cpu = vm.create_vcpus(1, Default::default()).unwrap().remove(0);
-        vm.complete(&mut platform).unwrap();
+        let (vm, cpu, memory) = driver::vm::machine();
         let mut apic = cpu.get_lapic().unwrap();
         [0xff, 1].into_iter().enumerate().for_each(|(at, byte)| apic.regs[SPURIOUS + at] = byte as _);
         cpu.set_lapic(&apic).unwrap();

@@ -246,7 +246,7 @@ fn a_restored_guest_has_the_link_that_there_is() {
         guest.start(F_EVENT_IDX | F_STATUS);
         guest.turn();
         assert_eq!(status(&mut guest), LINK_UP, "{kind:?}");
-        // What has ended meanwhile does not come back.
+        // A passt that has ended meanwhile does not come back.
         guest = go_on(kind, &suspended);
         let passts = network::passts(std::process::id());
         passts.iter().for_each(|passt| network::kill(*passt));

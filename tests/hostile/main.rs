@@ -82,7 +82,7 @@ fn running(extra: &[&str]) -> (Folder, Service) {
     running_with(extra, "echo", &json!({}))
 }
 
-/// The same of a guest with these words, and with `more` said of its machine.
+/// A service whose guest has these words, and whose machine `more` is said of.
 fn running_with(extra: &[&str], words: &str, more: &Value) -> (Folder, Service) {
     let folder = Folder::new();
     folder.write("disk", vec![7; 1 << 20]);

@@ -3,9 +3,10 @@
 
 mod rings;
 mod shown;
+pub mod vm;
 
 use std::sync::mpsc::{TryRecvError, channel};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex};
 
 use alula::bus::BusDevice;
 use alula::errands::Errands;
@@ -14,14 +15,13 @@ use alula::host::Host;
 use alula::memory::{self, Memory, Range};
 use alula::pci::msix::Msix;
 use alula::pci::root::Function;
-use alula::platform::Platform;
 use alula::poll::EventFd;
 use alula::snapshot::SaveState;
 use alula::virtio::pci::{Bar, Pci};
 use alula::virtio::transport::Transport;
 use alula::virtio::workers::{ByHand, Loop};
 use alula::virtio::{Interrupts, VirtioDevice};
-use alula::vm::{Prepared, Vm};
+pub use vm::vm;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 /// Guest memory: one ring per 64 KiB from the start on, then data.
@@ -52,31 +52,6 @@ pub enum TransportKind {
 }
 
 pub const TRANSPORTS: [TransportKind; 2] = [TransportKind::Mmio, TransportKind::Pci];
-
-/// The machine whose interrupts PCI devices use: one for all tests of a process, without CPUs running.
-pub fn vm() -> Arc<Vm> {
-    static VM: OnceLock<(Arc<Vm>, Memory)> = OnceLock::new();
-    let (vm, _) = VM.get_or_init(|| {
-        let ranges = alula::arch::layout::memory(2 << 20);
-        let memory = memory::allocate(&ranges).unwrap();
-        let mut platform = Platform {
-            cpus: 1,
-            smt: false,
-            memory: ranges,
-            command_line: String::new(),
-            initrd: None,
-            random_seed: [0; 32],
-            nodes: Vec::new(),
-            pci: true,
-            gic: None,
-        };
-        let mut vm = Vm::new(Prepared::new().expect("KVM"), &memory.memory()).unwrap();
-        vm.create_vcpus(platform.cpus, Default::default()).unwrap();
-        vm.complete(&mut platform).unwrap();
-        (Arc::new(vm), memory)
-    });
-    vm.clone()
-}
 
 /// How the device's registers are reached.
 enum Registers {
