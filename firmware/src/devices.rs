@@ -118,7 +118,8 @@ pub fn entropy(_: &Machine, _: &Words) -> bool {
             return false;
         }
     }
-    if device.is_interrupting() {
+    // A guest that is restored right here gets one more, which is gone once it is acknowledged, too.
+    if device.is_interrupting() && device.acknowledge() && device.is_interrupting() {
         say!("expected no interrupt once it was acknowledged, found one");
         return false;
     }
