@@ -30,7 +30,8 @@ struct Function {
 
 impl Function {
     fn new() -> Self {
-        let (vm, cpu, memory) = driver::vm::machine();
+        let (vm, cpu, memory) =
+            driver::vm::machine(|vm| vm.create_vcpus(1, Default::default()).unwrap().remove(0));
         let mut apic = cpu.get_lapic().unwrap();
         [0xff, 1].into_iter().enumerate().for_each(|(at, byte)| apic.regs[SPURIOUS + at] = byte as _);
         cpu.set_lapic(&apic).unwrap();

@@ -5,11 +5,10 @@ use std::sync::{Arc, OnceLock};
 use alula::memory::{self, Memory};
 use alula::platform::Platform;
 use alula::vm::{Prepared, Vm};
-use kvm_ioctls::VcpuFd;
 use vm_memory::GuestAddressSpace;
 
-/// A machine of a test's own, its CPU, and the memory that the machine has for as long.
-pub fn machine() -> (Vm, VcpuFd, Memory) {
+/// A machine of a test's own, what `make_cpu` makes of it, and the memory that the machine has for as long.
+pub fn machine<C>(make_cpu: impl FnOnce(&mut Vm) -> C) -> (Vm, C, Memory) {
     let ranges = alula::arch::layout::memory(2 << 20);
     let memory = memory::allocate(&ranges).unwrap();
     let mut platform = Platform {
@@ -24,7 +23,7 @@ pub fn machine() -> (Vm, VcpuFd, Memory) {
         gic: None,
     };
     let mut vm = Vm::new(Prepared::new().expect("KVM"), &memory.memory()).unwrap();
-    let cpu = vm.create_vcpus(platform.cpus, Default::default()).unwrap().remove(0);
+    let cpu = make_cpu(&mut vm);
     vm.complete(&mut platform).unwrap();
     (vm, cpu, memory)
 }
@@ -33,7 +32,7 @@ pub fn machine() -> (Vm, VcpuFd, Memory) {
 pub fn vm() -> Arc<Vm> {
     static VM: OnceLock<(Arc<Vm>, Memory)> = OnceLock::new();
     let (vm, _) = VM.get_or_init(|| {
-        let (vm, _, memory) = machine();
+        let (vm, _, memory) = machine(|vm| vm.create_vcpus(1, Default::default()).unwrap().len());
         (Arc::new(vm), memory)
     });
     vm.clone()
