@@ -104,7 +104,7 @@ fn a_vcpu_that_kvm_cannot_run_on_opens_nothing() {
 
 /// Set: this process has a balloon that is given pages, and another one takes down what it calls.
 const COUNTED: &str = "ALULA_TEST_COUNTED_BALLOON";
-/// What the counted process looks for, in vain, before and after the pages are given: marks in its trace.
+/// Files that the counted process looks for, in vain, before and after the pages are given: marks in its trace.
 const MARKS: [&str; 2] = ["/the pages are given", "/the pages were given"];
 /// How often 256 pages that lie together are given, in the counted process, behind each transport.
 const ROUNDS: usize = 10;

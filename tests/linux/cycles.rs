@@ -66,7 +66,7 @@ fn goes_on(pci: bool, cpus: u32, cycles: usize) {
     let disk = folder.write("disk", []);
     std::fs::File::options().write(true).open(&disk).unwrap().set_len(16 << 20).unwrap();
     let mut machine = suspend::boot(&config(pci, cpus, &disk), &screen);
-    // So often the guest has said that it has written, and sent.
+    // The guest has said so many times that it has written, and sent.
     let rounds = || ["wrote", "sent"].map(|what| screen.text().matches(&format!("work: {what} ")).count());
     let has_done_more = |before: [usize; 2]| rounds().iter().zip(before).all(|(now, before)| *now > before);
     for cycle in 0..cycles {

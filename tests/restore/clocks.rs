@@ -1,4 +1,4 @@
-//! What guests know of time goes on when they do: their timers, and the counters of their CPUs.
+//! The clocks of restored guests go on when they do: their timers, and the counters of their CPUs.
 
 use super::*;
 

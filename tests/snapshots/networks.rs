@@ -41,7 +41,7 @@ fn each_restore_has_a_passt_before_its_guest_and_another_link() {
         let mut client = service.client();
         client.ok("PUT", "/snapshot/load", &load.to_string());
         assert_eq!(client.ok("GET", "/", "").json()["state"], "Paused");
-        // It is called otherwise until it runs its program.
+        // The process is called otherwise until it runs its program.
         wait_for(|| passts(service.process.child.id()).len() == 1);
         client.ok("PATCH", "/vm", GO_ON);
         let ended = service.process.end();
