@@ -68,7 +68,7 @@ pub fn zero(faults: &File, address: u64, size: u64) -> Result<()> {
 pub enum Heard {
     /// A page is wanted, at this address.
     Fault(u64),
-    /// The other process has given up the content of these addresses.
+    /// A guest has given up the content of these addresses.
     Removed(Range<u64>),
 }
 

@@ -6,7 +6,7 @@ use alula::machine::Exit;
 use super::*;
 use crate::common::suspend::{self, Random, Screen, Suspended};
 
-/// The other end of the guest's connections: each is sent back what it has sent, until this is dropped.
+/// A program of the host that guests connect to: it sends back what it is sent, until this value is dropped.
 struct Host {
     is_over: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
